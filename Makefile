@@ -1,0 +1,44 @@
+# Five verbs. Each makes its own .venv when missing and installs what it needs.
+.PHONY: setup check test bench demo clean
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+setup: .venv/.dev
+
+.venv/.base: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "agentkit needs Python 3.11 or newer with venv, and found none. On Debian: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing agentkit into .venv ..."
+	@$(PIP) --upgrade 'pip>=25.1'
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.test: .venv/.base
+	@echo "installing the test tools ..."
+	@$(PIP) --group test
+	@touch $@
+
+.venv/.dev: .venv/.test
+	@$(PIP) --group dev
+	@touch $@
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: .venv/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.test
+	$(BIN)/python -m agentkit_engine.benchmarks $(if $(ONLY),--only $(ONLY))
+
+demo: .venv/.base
+	@$(BIN)/agentkit demo $(ARGS)
+
+clean:
+	rm -rf .venv build dist runs

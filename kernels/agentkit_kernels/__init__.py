@@ -1,0 +1,1 @@
+"""Triton kernels for the engine. None yet: the engine runs on its plain-torch operations."""

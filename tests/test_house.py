@@ -1,0 +1,37 @@
+"""The shape of the house: rooms, packaging and the import contract."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("agentkit", "engine", "kernels", "environments", "tools", "evals")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_not_itself_a_package(room: str) -> None:
+    assert not (ROOT / room / "__init__.py").exists(), "a package named like its room would shadow others' packages"
+    assert (ROOT / room / "README.md").is_file()
+
+
+def test_every_package_ships_and_is_typed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert [package.split("/")[0] for package in packages] == list(ROOMS)
+    for package in packages:
+        assert (ROOT / package / "py.typed").is_file(), f"{package}/py.typed is missing: mypy would skip the package"
+
+
+def test_import_agentkit_is_light() -> None:
+    code = "import sys, agentkit; sys.exit(bool({'torch', 'transformers', 'triton', 'docker'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_default_install_is_lean() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert not [name for name in dependencies if name.startswith(("transformers", "triton"))]
