@@ -1,0 +1,79 @@
+"""The engine room: a DeepSeek-V4 model in this process, from weights on disk to sampled tokens.
+
+    engine = Engine.load("tiny")
+    with engine.session() as session:
+        session.append(engine.tokenizer.encode("..."))
+        for token in session.generate(SamplingParams(temperature=0, max_tokens=16)):
+            print(token.id, token.logprob)
+
+`AsyncEngine` is the same for async code; `agentkit_engine.chat` turns messages into ids and back.
+
+Everything here that needs torch is imported on first use, so `agentkit_engine.chat` works without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from agentkit_engine.errors import (
+    CheckpointError,
+    ContextLengthError,
+    EngineClosedError,
+    EngineError,
+    ModelNotFoundError,
+    NonFiniteLogitsError,
+    SessionBusyError,
+    SessionClosedError,
+    SessionEmptyError,
+    SessionError,
+    TokenIdError,
+    TokenizerMissingError,
+)
+
+if TYPE_CHECKING:
+    from agentkit_engine.async_engine import AsyncEngine, AsyncSession
+    from agentkit_engine.engine import Engine
+    from agentkit_engine.sampler import SampledToken, SamplingParams
+    from agentkit_engine.session import Session
+    from agentkit_engine.spec import LayerSpec, ModelSpec
+
+_MODULE_OF = {
+    "AsyncEngine": "async_engine",
+    "AsyncSession": "async_engine",
+    "Engine": "engine",
+    "LayerSpec": "spec",
+    "ModelSpec": "spec",
+    "SampledToken": "sampler",
+    "SamplingParams": "sampler",
+    "Session": "session",
+}
+
+__all__ = [
+    "AsyncEngine",
+    "AsyncSession",
+    "CheckpointError",
+    "ContextLengthError",
+    "Engine",
+    "EngineClosedError",
+    "EngineError",
+    "LayerSpec",
+    "ModelNotFoundError",
+    "ModelSpec",
+    "NonFiniteLogitsError",
+    "SampledToken",
+    "SamplingParams",
+    "Session",
+    "SessionBusyError",
+    "SessionClosedError",
+    "SessionEmptyError",
+    "SessionError",
+    "TokenIdError",
+    "TokenizerMissingError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
