@@ -1,0 +1,44 @@
+"""What the model may call: typed functions with JSON schemas, and the built-in tools."""
+
+from __future__ import annotations
+
+from agentkit_tools.command import CommandTool
+from agentkit_tools.edit import edit_file
+from agentkit_tools.errors import ArgumentsError, ToolDefinitionError, ToolError
+from agentkit_tools.files import list_dir, read_file, write_file
+from agentkit_tools.python import python
+from agentkit_tools.search import search
+from agentkit_tools.shell import bash
+from agentkit_tools.submit import submit
+from agentkit_tools.tool import (
+    FunctionTool,
+    Tool,
+    ToolCall,
+    ToolContext,
+    ToolOutput,
+    ToolResult,
+    cut,
+    tool,
+    unknown_tool,
+)
+
+BUILTINS: dict[str, Tool] = {
+    builtin.name: builtin for builtin in (bash, read_file, write_file, edit_file, list_dir, search, python, submit)
+}
+
+__all__ = [
+    "BUILTINS",
+    "ArgumentsError",
+    "CommandTool",
+    "FunctionTool",
+    "Tool",
+    "ToolCall",
+    "ToolContext",
+    "ToolDefinitionError",
+    "ToolError",
+    "ToolOutput",
+    "ToolResult",
+    "cut",
+    "tool",
+    "unknown_tool",
+]

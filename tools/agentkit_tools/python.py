@@ -1,0 +1,12 @@
+"""`python`: a script in a fresh interpreter inside the environment."""
+
+from __future__ import annotations
+
+from agentkit_tools.shell import run_command
+from agentkit_tools.tool import ToolContext, ToolOutput, tool
+
+
+@tool(description="Run a Python script and return what it prints.")
+async def python(code: str, context: ToolContext) -> ToolOutput:
+    """Run `code` with `python3 -` in the work directory; the output reads as that of `bash`."""
+    return await run_command(["python3", "-"], context, name="python", stdin=code)

@@ -1,0 +1,98 @@
+"""`search`: lines that match a regular expression, found inside the environment.
+
+ripgrep where the environment has it, else Python, else `grep -E`; one result format and one scope for all three:
+every regular text file below the path, hidden and ignored ones too, but nothing below `.git`, no binary files, and
+symbolic links are not followed. The pattern is matched line by line, case-sensitively. What the three syntaxes share
+(classes, groups, alternation, repetition, anchors, `\\w`, `\\s`, `\\b`) works everywhere; `\\d`, a plain d to
+`grep -E`, is refused where there is only grep.
+"""
+
+from __future__ import annotations
+
+import re
+
+from agentkit_tools.errors import ToolError
+from agentkit_tools.tool import ToolContext, refuse_nul, tool
+
+MAX_LINE_CHARS = 500
+MAX_FOUND_BYTES = 4 << 20
+NO_PATH = 44  # exit code of SEARCH
+BAD_PATTERN = 2  # exit code of all three when something is on stderr; else some files could not be read
+MATCH = re.compile(r"(?P<path>.+?):(?P<line>\d+):(?P<text>.*)", re.DOTALL)
+
+PYTHON = r"""
+import os, re, sys
+pattern, root = sys.argv[1:]
+try:
+    wanted = re.compile(pattern)
+except re.error as error:
+    sys.exit(print(error, file=sys.stderr) or 2)
+def paths():
+    if not os.path.isdir(root):
+        yield root
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name != ".git")
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                yield path
+found = False
+for path in paths():
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError:
+        continue
+    if b"\0" in data:
+        continue
+    lines = data.decode("utf-8", "replace").split("\n")
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+        if wanted.search(line):
+            found = True
+            sys.stdout.buffer.write(f"{path}:{number}:{line}\n".encode("utf-8", "replace"))
+sys.exit(0 if found else 1)
+"""
+
+SEARCH = rf"""
+[ -e "$2" ] || exit {NO_PATH}
+if command -v rg >/dev/null 2>&1; then
+    exec rg --no-config --no-messages --color never --no-heading --with-filename --line-number --sort path \
+        --no-ignore --hidden --glob '!.git' --regexp "$1" -- "$2"
+elif command -v python3 >/dev/null 2>&1; then
+    exec python3 -W ignore -c "$3" "$1" "$2"
+else
+    case "$1" in
+        *'\d'* | *'\D'*)
+            printf '%s\n' 'write [0-9] for \d, there is only grep here' >&2
+            exit {BAD_PATTERN} ;;
+    esac
+    exec grep -rnHIsE --exclude-dir=.git -e "$1" -- "$2"
+fi
+"""
+
+
+@tool(description="Search files for a regular expression.", read_only=True)
+async def search(pattern: str, context: ToolContext, path: str = ".") -> str:
+    """Lines `path:line:text`, sorted by path and line; a text of more than 500 characters is cut at its end."""
+    refuse_nul(pattern=pattern, path=path)
+    command = ["/bin/sh", "-c", SEARCH, "sh", pattern, path, PYTHON]
+    result = await context.environment.exec(command, timeout_s=context.timeout_s, max_output_bytes=MAX_FOUND_BYTES)
+    if result.timed_out:
+        raise ToolError(f"search timed out after {context.timeout_s:g} s")
+    if result.exit_code == NO_PATH:
+        raise ToolError(f"No such file or directory: {path}")
+    if result.exit_code > BAD_PATTERN or (result.exit_code != 0 and result.stderr):
+        reason = result.stderr.strip().rpartition("\n")[2].strip() or f"exit code {result.exit_code}"
+        what = "bad pattern" if result.exit_code == BAD_PATTERN else "search failed"
+        raise ToolError(f"{what}: {reason.removeprefix('error: ')}")
+    matches = filter(None, map(MATCH.fullmatch, result.stdout.split("\n")))
+    found = sorted((match["path"].removeprefix("./"), int(match["line"]), match["text"]) for match in matches)
+    lines = [f"{path}:{line}:{_short(text)}" for path, line, text in found]
+    if result.truncated:
+        lines.append(f"[stopped at {MAX_FOUND_BYTES >> 20} MiB; narrow the pattern or the path]")
+    return "\n".join(lines) or "No matches"
+
+
+def _short(text: str) -> str:
+    text = text.removesuffix("\r")
+    return text if len(text) <= MAX_LINE_CHARS else f"{text[:MAX_LINE_CHARS]} [...]"

@@ -1,0 +1,47 @@
+"""`bash`: one shell command in the environment's work directory, and how any command's output reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agentkit_environments import ExecResult
+from agentkit_tools.errors import ToolError
+from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul, tool
+
+MAX_COMMAND_BYTES = 131_071  # Linux's MAX_ARG_STRLEN, less the closing NUL
+BASH_OR_SH = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1"; else exec /bin/sh -c "$1"; fi'
+
+
+async def run_command(command: str | Sequence[str], context: ToolContext, *, name: str, stdin: str = "") -> ToolOutput:
+    """Run a command in the environment's work directory, within the bounds of `context`, and tell its output."""
+    result = await context.environment.exec(
+        command, stdin=stdin, timeout_s=context.timeout_s, max_output_bytes=context.max_output_bytes
+    )
+    return command_output(result, name=name, timeout_s=context.timeout_s)
+
+
+def command_output(result: ExecResult, *, name: str, timeout_s: float) -> ToolOutput:
+    """stdout, then stderr, then `[exit code N]` when it is not zero; `(no output)` when there is nothing to say.
+
+    Raises:
+        ToolError: the deadline passed; the message keeps what was written before.
+    """
+    parts = [text for text in (result.stdout.removesuffix("\n"), result.stderr.removesuffix("\n")) if text]
+    if result.timed_out:
+        raise ToolError("\n".join([f"{name} timed out after {timeout_s:g} s", *parts]))
+    if result.exit_code != 0:
+        parts.append(f"[exit code {result.exit_code}]")
+    return ToolOutput("\n".join(parts) or "(no output)", is_error=result.exit_code != 0)
+
+
+@tool(description="Run a shell command.")
+async def bash(command: str, context: ToolContext) -> ToolOutput:
+    """Run `command` in a fresh bash (sh where there is none); nothing but files survives to the next call."""
+    if len(command.encode()) > MAX_COMMAND_BYTES:
+        raise ToolError(
+            f"command has {len(command.encode())} bytes, expected at most {MAX_COMMAND_BYTES}; "
+            "write it to a file with write_file and run that"
+        )
+    refuse_nul(command=command)
+    shell = ["/bin/sh", "-c", BASH_OR_SH, "sh", command]
+    return await run_command(shell, context, name="bash")

@@ -1,0 +1,11 @@
+"""`submit`: the model says what the answer is, and the run is over."""
+
+from __future__ import annotations
+
+from agentkit_tools.tool import ToolOutput, tool
+
+
+@tool(description="Submit the final answer.", barrier=True)
+async def submit(answer: str) -> ToolOutput:
+    """End the run with `answer`, which is never cut."""
+    return ToolOutput(answer, final=True)
