@@ -1,0 +1,103 @@
+"""Engine: a model folder in memory, its logits, and its sessions.
+
+Dimension key: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.chat import Dialect, Tokenizer
+from agentkit_engine.errors import ContextLengthError, ModelNotFoundError, TokenizerMissingError
+from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.session import Session, check_ids
+from agentkit_engine.spec import ModelSpec
+from agentkit_engine.weights.checkpoint import load_checkpoint
+
+PACKAGED_MODELS = {"tiny": Path(__file__).parent / "tiny"}
+"""The names `Engine.load` knows, and where their folders are."""
+
+
+class Engine:
+    """A loaded model. Synchronous and single-threaded; `AsyncEngine` wraps it for async code.
+
+    Attributes:
+        name: the packaged name, or the name of the folder.
+        spec: the architecture.
+        dialect: which chat encoding the model was trained with, `"v4-preview"` or `"v4-0731"`.
+        decoder: the model itself, in evaluation mode.
+        folder: where it was loaded from.
+    """
+
+    def __init__(self, decoder: Decoder, *, name: str, dialect: Dialect, folder: Path) -> None:
+        self.decoder = decoder.eval()
+        self.spec: ModelSpec = decoder.spec
+        self.name = name
+        self.dialect: Dialect = dialect
+        self.folder = folder
+
+    @classmethod
+    def load(
+        cls, path_or_name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Engine:
+        """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
+
+        A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. Weights are
+        held as `dtype`; what the official layout stores as float32 stays float32.
+
+        Raises:
+            ModelNotFoundError: no such name and no such folder; the message lists the names there are.
+            CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
+        """
+        packaged = {name: folder for name, folder in PACKAGED_MODELS.items() if (folder / "config.json").is_file()}
+        folder = packaged.get(path_or_name) if isinstance(path_or_name, str) else None
+        folder = folder or Path(path_or_name)
+        if not folder.is_dir():
+            names = ", ".join(packaged) or "none"
+            raise ModelNotFoundError(
+                f'no model "{path_or_name}": it is neither a packaged model ({names}) nor an existing folder; '
+                "give one of those names, or the path of a folder with config.json and safetensors files"
+            )
+        decoder, dialect = load_checkpoint(folder, device=torch.device(device), dtype=dtype)
+        return cls(decoder, name=folder.resolve().name, dialect=dialect, folder=folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer, read on first use.
+
+        Raises:
+            TokenizerMissingError: the folder holds no tokenizer.json.
+        """
+        if not (self.folder / "tokenizer.json").is_file():
+            raise TokenizerMissingError(
+                f'{self.folder} holds no tokenizer.json, so model "{self.name}" takes token ids only; '
+                "put the model's tokenizer.json there to work with text"
+            )
+        return Tokenizer.from_dir(self.folder)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Iterable[int]) -> Tensor:
+        """float32 [T, V]: the logits after each of the T ids, from one forward over all of them with a fresh cache.
+
+        Raises:
+            ValueError: there are no ids.
+            TokenIdError: an id is outside the vocabulary.
+            ContextLengthError: more ids than the model has positions.
+        """
+        ids = check_ids(token_ids, self.spec.vocab_size)
+        if not ids:
+            raise ValueError("logits() needs at least one token id")
+        if len(ids) > (limit := self.spec.max_position_embeddings):
+            raise ContextLengthError(f"{len(ids)} ids exceed the model's {limit} positions")
+        device = next(self.decoder.parameters()).device
+        logits_BTV: Tensor = self.decoder(torch.tensor([ids], device=device))
+        return logits_BTV[0]
+
+    def session(self) -> Session:
+        """A new, empty session."""
+        return Session(self.decoder)

@@ -1,0 +1,79 @@
+"""What can go wrong in the engine room.
+
+EngineError
+├── ModelNotFoundError        no packaged model and no folder has that name
+├── CheckpointError           a model folder is not what its layout promises; names file, tensor, found, expected
+├── TokenizerMissingError     the model folder holds no tokenizer.json
+├── EngineClosedError         an AsyncEngine was used outside its `async with` block
+└── SessionError
+    ├── SessionClosedError    used after close()
+    ├── SessionBusyError      two tasks drive one session at the same moment
+    ├── SessionEmptyError     generate() before any id was appended
+    ├── TokenIdError          an id outside the vocabulary
+    ├── ContextLengthError    more ids than the model has positions
+    └── NonFiniteLogitsError  the model computed NaN or infinity, so nothing can be sampled
+
+A wrong argument (a negative temperature, say) is a `ValueError`, as everywhere in Python.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class EngineError(Exception):
+    """Base of every error this room raises on purpose."""
+
+
+class ModelNotFoundError(EngineError):
+    """Neither a packaged model nor a folder with that name exists."""
+
+
+class CheckpointError(EngineError):
+    """A model folder cannot be loaded.
+
+    Attributes:
+        path: the offending file.
+        tensor: the offending tensor, `None` when the file as a whole is wrong.
+    """
+
+    def __init__(self, path: Path, problem: str, *, tensor: str | None = None) -> None:
+        self.path = path
+        self.tensor = tensor
+        super().__init__(f"{path}: {problem}" if tensor is None else f"{path}: tensor {tensor}: {problem}")
+
+
+class TokenizerMissingError(EngineError):
+    """The model folder holds no tokenizer; the model itself still works on token ids."""
+
+
+class EngineClosedError(EngineError):
+    """The AsyncEngine is not running: its `async with` block was left, or not yet entered."""
+
+
+class SessionError(EngineError):
+    """Base of what goes wrong in one session; other sessions of the engine are not affected."""
+
+
+class SessionClosedError(SessionError):
+    """The session was closed."""
+
+
+class SessionBusyError(SessionError):
+    """A step of this session is already running for another task."""
+
+
+class SessionEmptyError(SessionError):
+    """There is nothing to continue: append at least one id first."""
+
+
+class TokenIdError(SessionError):
+    """A token id lies outside the model's vocabulary."""
+
+
+class ContextLengthError(SessionError):
+    """The session would hold more ids than the model has positions."""
+
+
+class NonFiniteLogitsError(SessionError):
+    """The logits hold NaN or infinity."""

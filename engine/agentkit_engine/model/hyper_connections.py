@@ -1,0 +1,191 @@
+"""Manifold-constrained hyper-connections (mHC): M parallel residual streams, mixed per token.
+
+A sub-layer reads one vector, a weighted sum of the streams, and writes its output back to every stream, while the
+streams are mixed by a doubly stochastic matrix (softmax, then Sinkhorn normalisation). Source: Xie et al. 2025,
+arXiv:2512.24880, and DeepSeek-V4's reference. Everything is float32. Dimension key: `model/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SINKHORN_ROWS = 4096
+"""Rows normalised together, so that the iterations stay in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """How one sub-layer writes back: its output times `post_NM`, stream j to k by `comb_NMM`[n, j, k]."""
+
+    post_NM: Tensor
+    comb_NMM: Tensor
+
+
+def mix_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """fn · v / rms(v) for the M*D values v of each token (one rms over all streams, no weight)."""
+    logits: Tensor = _MixLogits.apply(streams_NMD.flatten(1).float(), fn.float(), eps)  # type: ignore[no-untyped-call]
+    return logits
+
+
+def read(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
+    """The weighted sum of the streams that a sub-layer sees, [N, D]."""
+    x_ND: Tensor = _Read.apply(streams_NMD.float(), pre_NM)  # type: ignore[no-untyped-call]
+    return x_ND.to(streams_NMD.dtype)
+
+
+def write(streams_NMD: Tensor, y_ND: Tensor, mixing: Mixing) -> Tensor:
+    """X'_k = post_k * y + sum_j comb[j, k] * X_j (the sum runs over the first index of `comb`)."""
+    out_NMD: Tensor = _Write.apply(  # type: ignore[no-untyped-call]
+        streams_NMD.float(), y_ND.float(), mixing.post_NM, mixing.comb_NMM
+    )
+    return out_NMD.to(streams_NMD.dtype)
+
+
+# The streams are the widest tensors of the model, so these three are bound by memory: their backward passes are
+# written out to touch the streams as rarely as possible.
+
+
+class _MixLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, fn: Tensor, eps: float) -> Tensor:
+        raw = F.linear(flat, fn)
+        rms = torch.rsqrt(torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[1] + eps)
+        ctx.save_for_backward(flat, fn, raw, rms)
+        return raw * rms
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        flat, fn, raw, rms = ctx.saved_tensors
+        scaled = grads[0] * rms
+        radial = (scaled * raw).sum(-1, keepdim=True) * rms.square() / -flat.shape[1]
+        return (scaled @ fn).addcmul_(flat, radial), scaled.mT @ flat, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
+        ctx.save_for_backward(streams_NMD, pre_NM)
+        return torch.bmm(pre_NM.unsqueeze(1), streams_NMD).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        streams_NMD, pre_NM = ctx.saved_tensors
+        grad_N1D = grads[0].unsqueeze(1)
+        return pre_NM.unsqueeze(2) * grad_N1D, (streams_NMD * grad_N1D).sum(-1)
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams_NMD: Tensor, y_ND: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
+        ctx.save_for_backward(streams_NMD, y_ND, post_NM, comb_NMM)
+        return torch.bmm(comb_NMM.mT, streams_NMD).addcmul_(post_NM.unsqueeze(2), y_ND.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        streams_NMD, y_ND, post_NM, comb_NMM = ctx.saved_tensors
+        (grad,) = grads
+        return (
+            torch.bmm(comb_NMM, grad),
+            torch.bmm(post_NM.unsqueeze(1), grad).squeeze(1),
+            (grad * y_ND.unsqueeze(1)).sum(-1),
+            torch.bmm(streams_NMD, grad.mT),
+        )
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _half_steps(size: int, iterations: int, eps: float, device: torch.device) -> list[Tensor]:
+    """Per half step, the matrix that turns a flattened M x M matrix, followed by a 1, into the divisors of its entries:
+    the sum of each entry's column (or row) + eps, and 1 for the 1."""
+    eye, ones = torch.eye(size, device=device), torch.ones(size, size, device=device)
+
+    def divisors(sums: Tensor) -> Tensor:
+        homogeneous = F.pad(sums, (0, 1, 0, 1))
+        homogeneous[-1] = eps
+        homogeneous[-1, -1] = 1.0
+        return homogeneous
+
+    rows, columns = divisors(torch.kron(eye, ones)), divisors(torch.kron(ones, eye))
+    return [columns] + [rows, columns] * (iterations - 1)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _scale_of_output(size: int, device: torch.device) -> Tensor:
+    """Which of (pre, post, comb) each of the (2 + M) * M outputs belongs to."""
+    return torch.tensor([0] * size + [1] * size + [2] * size * size, device=device)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Alternating column and row normalisation of positive matrices: each entry / (its line's sum + eps).
+
+    Two tensor operations per half step, a product and a division; the backward pass repeats the forward instead of
+    keeping its 2 * iterations results alive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices_NL: Tensor, size: int, iterations: int, eps: float) -> Tensor:
+        ctx.save_for_backward(matrices_NL)
+        ctx.settings = (size, iterations, eps)
+        out = F.pad(matrices_NL, (0, 1), value=1.0)
+        for current in torch.split(out, SINKHORN_ROWS):
+            divisor = torch.empty_like(current)
+            for step in _half_steps(size, iterations, eps, out.device):
+                current.div_(torch.mm(current, step, out=divisor))
+        return out[:, :-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (matrices_NL,) = ctx.saved_tensors
+        steps = _half_steps(*ctx.settings, matrices_NL.device)
+        out = F.pad(grads[0], (0, 1))
+        for source, grad in zip(*(torch.split(x, SINKHORN_ROWS) for x in (matrices_NL, out)), strict=True):
+            current, done = F.pad(source, (0, 1), value=1.0), []
+            for step in steps:
+                divisor = current @ step
+                current = current / divisor
+                done.append((step, divisor, current))
+            for step, divisor, result in reversed(done):
+                grad.div_(divisor)
+                grad.addmm_(grad * result, step.mT, alpha=-1)
+        return out[:, :-1], None, None, None
+
+
+def sinkhorn(logits_NMM: Tensor, iterations: int, eps: float) -> Tensor:
+    """Nearly doubly stochastic matrices [N, M, M]: softmax over the last index + eps, then normalise columns, then
+    (rows, columns) `iterations` - 1 times. Float32 in and out; differentiable."""
+    start = logits_NMM.softmax(-1) + eps
+    size = logits_NMM.shape[-1]
+    normalised: Tensor = _Sinkhorn.apply(start.flatten(1), size, iterations, eps)  # type: ignore[no-untyped-call]
+    return normalised.reshape(-1, size, size)
+
+
+def connect(
+    streams_NMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, iterations: int
+) -> tuple[Tensor, Mixing]:
+    """What a sub-layer reads ([N, D]) and how its output will be written back.
+
+    Args:
+        streams_NMD: The residual streams.
+        fn: [(2 + M) * M, M * D]; its outputs are pre (M), post (M) and comb (M*M, row-major).
+        base: [(2 + M) * M], added after scaling.
+        scale: [3], for pre, post and comb.
+    """
+    size = streams_NMD.shape[1]
+    scales = scale.float()[_scale_of_output(size, scale.device)]
+    mix = torch.addcmul(base.float(), mix_logits(streams_NMD, fn, norm_eps), scales)
+    pre, post, comb = torch.split(mix, [size, size, size * size], dim=-1)
+    mixing = Mixing(2 * post.sigmoid(), sinkhorn(comb.reshape(-1, size, size), iterations, eps))
+    return read(streams_NMD, pre.sigmoid() + eps), mixing
+
+
+def collapse(streams_NMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+    """The final reading of the streams before the output norm, [N, D]. fn [M, M*D], base [M], scale [1]."""
+    mix = mix_logits(streams_NMD, fn, norm_eps)
+    return read(streams_NMD, (mix * scale.float() + base.float()).sigmoid() + eps)

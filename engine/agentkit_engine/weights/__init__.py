@@ -1,0 +1,1 @@
+"""Weights on disk: the official number formats, tensor names, loader and exporter."""

@@ -1,0 +1,241 @@
+"""Loading a folder in the layout of the official DeepSeek-V4 checkpoints.
+
+    config.json                        the architecture, official keys
+    model.safetensors                  all tensors under their official names; or
+    model.safetensors.index.json       {"weight_map": {tensor: file}}, and the files it names
+    agentkit.json                      optional: {"format_version": 1, "dialect": "v4-preview"}
+
+A tensor may be bf16, fp16 or fp32; a matrix may be FP8 e4m3 with a `.scale` per 128 x 128 block, a routed expert packed
+FP4 with a `.scale` per 32 inputs, scales being E8M0 or fp32. What is stored is read from the files, not from the
+configuration. FP8 and FP4 weights are dequantised on load.
+
+Every tensor the architecture needs must be there, with its shape, and nothing else may be. What is ignored:
+
+* `mtp.*` of checkpoints whose draft head is DSpark (the configuration has `dspark_*` keys, or there is an
+  `mtp.0.main_proj`): this engine does not run it, and plain decoding does not need it;
+* the index's `metadata`, and each file's `__metadata__`;
+* other files in the folder (tokenizer, README, ...), except a `*.safetensors` file that is no part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from agentkit_engine.chat import Dialect
+from agentkit_engine.errors import CheckpointError
+from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.spec import ConfigError, ModelSpec
+from agentkit_engine.weights.formats import FP4_GROUP, FP8_BLOCK, dequantise_fp4, dequantise_fp8
+from agentkit_engine.weights.names import TensorSpec, checkpoint_tensors, scale_name
+from agentkit_engine.weights.safetensors_file import StoredTensor, describe, read_header
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SIDECAR_FILE = "agentkit.json"
+
+
+class Sidecar(BaseModel):
+    """`agentkit.json`: what the official files do not say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1]
+    dialect: Dialect
+
+
+class _Index(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    metadata: dict[str, Any] = {}
+    weight_map: dict[str, str]
+
+
+def load_checkpoint(folder: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, Dialect]:
+    """The model in `folder` and the chat dialect it speaks.
+
+    Everything is checked before the first weight is read. Weights are read one by one, so beside the model itself
+    memory holds one tensor, as stored and (with its scale spread out) in float32. What the official layout stores as
+    float32 (mixing, sinks, biases, position embeddings) stays float32 whatever `dtype` is.
+    The dialect is the sidecar's, or else `v4-0731` for DSpark checkpoints and `v4-preview` for all others.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, unknown, truncated, corrupted, or of the wrong shape or dtype.
+    """
+    config = _read_json(folder / CONFIG_FILE)
+    try:
+        spec = ModelSpec.from_config(config)
+    except ConfigError as error:
+        raise CheckpointError(folder / CONFIG_FILE, str(error)) from error
+    stored = _read_headers(folder)
+
+    dspark = any(key.startswith("dspark_") for key in config) or "mtp.0.main_proj.weight" in stored
+    if dspark:
+        spec = dataclasses.replace(spec, mtp_layers=(), draft="dspark")
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
+    expected = checkpoint_tensors(spec)
+    _check_names(folder, stored, expected)
+    for name, tensor in expected.items():
+        _check_tensor(stored, name, tensor)
+
+    decoder = _empty_decoder(spec, expected, device, dtype)
+    parameters = decoder.state_dict()
+    for name in sorted(expected, key=lambda name: (stored[name].path, stored[name].start)):
+        tensor = expected[name]
+        target = parameters[tensor.parameter]
+        (target if tensor.expert is None else target[tensor.expert]).copy_(_read_tensor(stored, name, spec))
+    return decoder, _dialect(folder, dspark)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(path, "missing; a model folder needs it") from error
+    except ValueError as error:
+        raise CheckpointError(path, f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(path, f"found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint's files, by name."""
+    index_path, single_path = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    if index_path.is_file():
+        stored = _read_indexed(index_path)
+        files = {tensor.path for tensor in stored.values()}
+    elif single_path.is_file():
+        stored = read_header(single_path)
+        files = {single_path}
+    else:
+        raise CheckpointError(folder, f"no weights: expected {WEIGHTS_FILE}, or {INDEX_FILE} and the files it names")
+    if stray := sorted(path.name for path in set(folder.glob("*.safetensors")) - files):
+        raise CheckpointError(folder / stray[0], f"no part of the checkpoint: {INDEX_FILE} does not name it; remove it")
+    return stored
+
+
+def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = _Index.model_validate(_read_json(index_path)).weight_map
+    except ValidationError as error:
+        raise CheckpointError(index_path, f"not a safetensors index: {describe(error)}") from error
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        path = index_path.parent / file
+        if Path(file).name != file:
+            raise CheckpointError(index_path, f'found file "{file}", expected the plain name of a file beside it')
+        if not path.is_file():
+            names = sorted(name for name, home in weight_map.items() if home == file)
+            raise CheckpointError(path, f"missing; {INDEX_FILE} expects {len(names)} tensors in it", tensor=names[0])
+        for name, tensor in read_header(path).items():
+            if weight_map.get(name) != file:
+                home = weight_map.get(name, "no file")
+                raise CheckpointError(path, f"unknown here: {INDEX_FILE} says it is in {home}", tensor=name)
+            stored[name] = tensor
+    for name, file in weight_map.items():
+        if name not in stored:
+            raise CheckpointError(index_path.parent / file, f"missing; {INDEX_FILE} expects it here", tensor=name)
+    return stored
+
+
+def _check_names(folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec]) -> None:
+    """Nothing missing, nothing unknown; a scale belongs to a quantised weight."""
+    for name, tensor in expected.items():
+        if name not in stored:
+            listing = INDEX_FILE if (folder / INDEX_FILE).is_file() else WEIGHTS_FILE
+            raise CheckpointError(folder / listing, f"missing; expected shape {list(tensor.shape)}", tensor=name)
+    scales = {scale_name(name): name for name in expected if stored[name].dtype in ("F8_E4M3", "I8")}
+    for name, weight in scales.items():
+        if name not in stored:
+            raise CheckpointError(
+                stored[weight].path, f"missing; {weight} is {stored[weight].dtype} and needs it", tensor=name
+            )
+    for name, found in stored.items():
+        if name not in expected and name not in scales:
+            raise CheckpointError(
+                found.path,
+                f"unknown: found {found}, but the architecture in {CONFIG_FILE} has no such tensor "
+                "(or it is the scale of a weight that is not quantised)",
+                tensor=name,
+            )
+
+
+def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorSpec) -> None:
+    """The dtype is one this tensor may have, and the stored shape is what dtype and architecture demand."""
+    found = stored[name]
+    allowed = ["I64"] if tensor.storage == "i64" else ["BF16", "F16", "F32"]
+    if len(tensor.shape) == 2 and name.endswith(".weight"):
+        allowed.append("F8_E4M3")
+    if tensor.storage == "fp4":
+        allowed.append("I8")
+    if found.dtype not in allowed:
+        raise CheckpointError(found.path, f"found dtype {found.dtype}, expected {' or '.join(allowed)}", tensor=name)
+    shape, scale_shape = tensor.shape, None
+    if found.dtype == "F8_E4M3":
+        scale_shape = tuple(-(-size // FP8_BLOCK) for size in shape)
+    elif found.dtype == "I8":
+        rows, columns = shape
+        shape, scale_shape = (rows, columns // 2), (rows, columns // FP4_GROUP)
+    if found.shape != shape:
+        raise CheckpointError(found.path, f"found {found}, expected shape {list(shape)}", tensor=name)
+    if scale_shape is not None:
+        scale = stored[scale_name(name)]
+        if scale.shape != scale_shape or scale.dtype not in ("F8_E8M0", "F32"):
+            raise CheckpointError(
+                scale.path, f"found {scale}, expected F8_E8M0 or F32 {list(scale_shape)}", tensor=scale.name
+            )
+
+
+def _empty_decoder(
+    spec: ModelSpec, expected: Mapping[str, TensorSpec], device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """A decoder with uninitialised parameters of the right dtypes."""
+    with torch.device("meta"):
+        decoder = Decoder(spec)
+    storage_of = {tensor.parameter: tensor.storage for tensor in expected.values()}
+    kept = {"f32": torch.float32, "i64": torch.int64}
+    empty = {
+        name: torch.empty(parameter.shape, dtype=kept.get(storage_of[name], dtype), device=device)
+        for name, parameter in decoder.state_dict().items()
+    }
+    decoder.load_state_dict(empty, assign=True)
+    return decoder
+
+
+def _read_tensor(stored: Mapping[str, StoredTensor], name: str, spec: ModelSpec) -> Tensor:
+    found = stored[name]
+    value = found.read()
+    if found.dtype == "F8_E4M3":
+        value = dequantise_fp8(value, stored[scale_name(name)].read())
+    elif found.dtype == "I8":
+        value = dequantise_fp4(value, stored[scale_name(name)].read())
+    elif found.dtype == "I64":
+        if not 0 <= int(value.min()) <= int(value.max()) < spec.n_routed_experts:
+            raise CheckpointError(
+                found.path,
+                f"found expert ids {int(value.min())} to {int(value.max())}, expected 0 to {spec.n_routed_experts - 1}",
+                tensor=name,
+            )
+        return value
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(found.path, "found NaN or infinity, expected finite weights", tensor=name)
+    return value
+
+
+def _dialect(folder: Path, dspark: bool) -> Dialect:
+    path = folder / SIDECAR_FILE
+    if not path.is_file():
+        return "v4-0731" if dspark else "v4-preview"
+    try:
+        return Sidecar.model_validate(_read_json(path)).dialect
+    except ValidationError as error:
+        raise CheckpointError(path, describe(error)) from error

@@ -1,0 +1,138 @@
+"""Writing a model in the layout of the official DeepSeek-V4 checkpoints, so that any loader of that layout reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from agentkit_engine.chat import Dialect
+from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.weights.checkpoint import CONFIG_FILE, INDEX_FILE, SIDECAR_FILE, WEIGHTS_FILE, Sidecar
+from agentkit_engine.weights.formats import quantise_fp4, quantise_fp8
+from agentkit_engine.weights.names import Storage, checkpoint_tensors, scale_name
+
+Format = Literal["bf16", "fp32", "official"]
+
+
+def export_checkpoint(
+    decoder: Decoder,
+    folder: Path,
+    *,
+    format: Format = "bf16",
+    dialect: Dialect = "v4-preview",
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Write config.json, agentkit.json and the weights into `folder`, which is made when missing.
+
+    `"bf16"` rounds every weight to bfloat16 except those the official layout stores as float32; `"fp32"` keeps all
+    bits; `"official"` quantises like the released checkpoints: FP8 for the big matrices, FP4 for the routed experts,
+    both with E8M0 scales. More than `max_shard_bytes` of weights become several files with an index; a weight and its
+    scale stay in one file. Beside the model, memory holds one file's tensors.
+
+    Raises:
+        FileExistsError: the folder already holds safetensors files.
+        ValueError: a routed expert's input size is not a multiple of 32 (`"official"` only).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if existing := sorted(folder.glob("*.safetensors*")):
+        raise FileExistsError(f"{existing[0]} exists; export into an empty folder")
+
+    parts: list[_Part] = []
+    waiting: dict[str, Tensor] = {}
+    for tensors in _stored_tensors(decoder, format):
+        if waiting and _bytes(waiting) + _bytes(tensors) > max_shard_bytes:
+            parts.append(_save_part(folder / f"part-{len(parts)}.safetensors", waiting))
+            waiting = {}
+        waiting |= tensors
+    parts.append(_save_part(folder / f"part-{len(parts)}.safetensors", waiting))
+    _name_parts(folder, parts)
+
+    config = decoder.spec.to_config() | {"torch_dtype": "float32" if format == "fp32" else "bfloat16"}
+    if format == "official":
+        config |= {"expert_dtype": "fp4", "quantization_config": _QUANTIZATION}
+    _write_json(folder / CONFIG_FILE, config)
+    _write_json(folder / SIDECAR_FILE, Sidecar(format_version=1, dialect=dialect).model_dump())
+
+
+_QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One written file."""
+
+    path: Path
+    names: list[str]
+    size: int
+
+
+def _save_part(path: Path, tensors: dict[str, Tensor]) -> _Part:
+    save_file(tensors, path, metadata={"format": "pt"})
+    return _Part(path, list(tensors), _bytes(tensors))
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _name_parts(folder: Path, parts: list[_Part]) -> None:
+    """Give the files their official names, now that their number is known, and write the index of several."""
+    if len(parts) == 1:
+        parts[0].path.rename(folder / WEIGHTS_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.path.rename(folder / file)
+        weight_map |= dict.fromkeys(part.names, file)
+    total = sum(part.size for part in parts)
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _stored_tensors(decoder: Decoder, format: Format) -> Iterator[dict[str, Tensor]]:
+    """Each tensor under its official name, in stored form on the CPU, together with its scale if it has one."""
+    parameters = decoder.state_dict()
+    for name, tensor in checkpoint_tensors(decoder.spec).items():
+        value = parameters[tensor.parameter].detach()
+        if tensor.expert is not None:
+            value = value[tensor.expert]
+        yield _stored(name, value.cpu(), _storage(tensor.storage, format))
+
+
+def _storage(official: Storage, format: Format) -> Storage:
+    if official in ("f32", "i64") or format == "official":
+        return official
+    return "bf16" if format == "bf16" else "f32"
+
+
+def _stored(name: str, value: Tensor, storage: Storage) -> dict[str, Tensor]:
+    match storage:
+        case "fp8":
+            weight, scale = quantise_fp8(value)
+            return {name: weight, scale_name(name): scale}
+        case "fp4":
+            weight, scale = quantise_fp4(value)
+            return {name: weight, scale_name(name): scale}
+        case "bf16":
+            return {name: value.to(torch.bfloat16).contiguous()}
+        case "f32":
+            return {name: value.to(torch.float32).contiguous()}
+        case "i64":
+            return {name: value.contiguous()}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,99 @@
+"""Small random models for the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from agentkit_engine.model import Decoder
+from agentkit_engine.spec import ModelSpec
+
+SMALL_CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hash_layers": 1,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 32,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "sliding_window": 128,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 8,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+    "swiglu_limit": 10.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "compress_rope_theta": 160000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "max_position_embeddings": 8192,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def small_config(*ratios: int, mtp: bool = False, **overrides: Any) -> dict[str, Any]:
+    """An official-keys config of a small model whose layers have the given compress ratios."""
+    return {
+        **SMALL_CONFIG,
+        "num_hidden_layers": len(ratios),
+        "num_nextn_predict_layers": int(mtp),
+        "compress_ratios": [*ratios, 0] if mtp else list(ratios),
+        **overrides,
+    }
+
+
+@torch.no_grad()
+def randomize_(decoder: Decoder, generator: torch.Generator) -> Decoder:
+    """Every parameter and buffer random and far from its default, so that no term can go missing unseen."""
+    spec = decoder.spec
+    for name, tensor in decoder.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("tid2eid"):
+            draws = torch.rand(spec.vocab_size, spec.n_routed_experts, generator=generator)
+            tensor.copy_(draws.argsort(dim=-1)[:, : spec.num_experts_per_tok])
+        elif name.endswith(("norm.weight", "enorm.weight", "hnorm.weight", "scale")):
+            tensor.copy_(1.0 + 0.2 * noise)
+        elif name.endswith(("base", "attn_sink", "ape")):
+            tensor.copy_(noise)
+        elif name.endswith("bias"):
+            tensor.copy_(0.1 * noise)
+        elif name in ("embed.weight",):
+            tensor.copy_(noise)
+        else:
+            tensor.copy_(noise / tensor.shape[-1] ** 0.5)
+    return decoder
+
+
+def make_random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
+    """A decoder in which every parameter and buffer is random."""
+    return randomize_(Decoder(spec), torch.Generator().manual_seed(seed)).eval()
+
+
+@pytest.fixture
+def make_config() -> Callable[..., dict[str, Any]]:
+    return small_config
+
+
+@pytest.fixture
+def random_decoder() -> Callable[..., Decoder]:
+    return make_random_decoder
