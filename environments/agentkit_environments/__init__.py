@@ -1,0 +1,43 @@
+"""Where commands run: one contract, several kinds of sandbox. See `environment.Environment`."""
+
+from agentkit_environments.archive import check_archive
+from agentkit_environments.environment import (
+    MAX_ARCHIVE_BYTES,
+    MAX_ARCHIVE_ENTRIES,
+    MAX_STDIN_BYTES,
+    Backend,
+    Environment,
+    EnvironmentSpec,
+    ExecResult,
+    Limits,
+)
+from agentkit_environments.errors import (
+    FileTooLargeError,
+    SandboxError,
+    SandboxLostError,
+    SandboxUnavailableError,
+    UnsafeArchiveError,
+    UnsafePathError,
+)
+from agentkit_environments.opening import available_backends, open_environment, reap
+
+__all__ = [
+    "MAX_ARCHIVE_BYTES",
+    "MAX_ARCHIVE_ENTRIES",
+    "MAX_STDIN_BYTES",
+    "Backend",
+    "Environment",
+    "EnvironmentSpec",
+    "ExecResult",
+    "FileTooLargeError",
+    "Limits",
+    "SandboxError",
+    "SandboxLostError",
+    "SandboxUnavailableError",
+    "UnsafeArchiveError",
+    "UnsafePathError",
+    "available_backends",
+    "check_archive",
+    "open_environment",
+    "reap",
+]

@@ -1,0 +1,76 @@
+"""Time opening, commands and closing on every backend that works here: `python -m agentkit_environments.benchmarks`.
+
+Prints one JSON object a line, in milliseconds: p50 and p99 of 200 x `true` in a warm environment, beside the same
+program started directly by this process, and the median of ten openings and closings.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+
+import anyio
+
+from agentkit_environments import EnvironmentSpec, available_backends, open_environment
+from agentkit_environments.environment import Backend
+
+COMMANDS = 200
+OPENINGS = 10
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    return {
+        "p50_ms": round(1e3 * ordered[len(ordered) // 2], 2),
+        "p99_ms": round(1e3 * ordered[int(len(ordered) * 0.99)], 2),
+    }
+
+
+def time_directly() -> list[float]:
+    seconds = []
+    for _ in range(COMMANDS):
+        start = time.perf_counter()
+        subprocess.run(["true"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+async def measure(backend: Backend) -> dict[str, object]:
+    opening, closing, commands = [], [], []
+    for _ in range(OPENINGS):
+        start = time.perf_counter()
+        env = await open_environment(EnvironmentSpec(), backend=backend)
+        opened = time.perf_counter()
+        await env.exec(["true"])
+        ran = time.perf_counter()
+        await env.close()
+        opening.append(opened - start)
+        closing.append(time.perf_counter() - ran)
+    async with await open_environment(EnvironmentSpec(), backend=backend) as env:
+        for _ in range(COMMANDS):
+            start = time.perf_counter()
+            await env.exec(["true"])
+            commands.append(time.perf_counter() - start)
+    return {
+        "backend": backend,
+        "open_ms": round(1e3 * statistics.median(opening), 1),
+        "close_ms": round(1e3 * statistics.median(closing), 1),
+        **percentiles(commands),
+    }
+
+
+def main() -> None:
+    print(json.dumps({"backend": "subprocess.run", **percentiles(time_directly())}), flush=True)
+    backends: tuple[Backend, ...] = ("unsafe-local", "process", "docker")
+    reasons = available_backends()
+    for backend in backends:
+        if reasons[backend] is None:
+            print(json.dumps(anyio.run(measure, backend)), flush=True)
+        else:
+            print(json.dumps({"backend": backend, "skipped": reasons[backend]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

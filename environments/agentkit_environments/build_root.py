@@ -1,0 +1,146 @@
+"""The root directory of a process sandbox, built without bubblewrap: the step between `unshare` and the executor.
+
+Run as `python3 -c` with one JSON argument by `unshare --map-current-user --keep-caps`: as the first process of fresh
+user, mount, PID, network, IPC, UTS and cgroup namespaces, with all capabilities over these and none over the host. It
+imports nothing but the standard library. It does what bubblewrap does with the same layout: an empty root, the
+runtime's directories bound read-only, private /proc, /dev, /tmp and work directory; leaves the old root; drops every
+capability for good; and becomes the executor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
+from typing import Any
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+SYS_MOUNT_SETATTR = 442
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+ROOT = "/tmp"  # a mount point that every machine has; the new root is mounted over it in this namespace only
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(status: int, what: str) -> None:
+    if status != 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    status = libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode())
+    check(status, f"mount {source} on {target}")
+
+
+def read_only(target: str) -> None:
+    """Make a mount and all below it read-only, without set-user-id programs and devices."""
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
+    arguments = (AT_FDCWD, target.encode(), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
+    check(libc.syscall(SYS_MOUNT_SETATTR, *arguments), f"mount_setattr {target}")
+
+
+def bind(source: str, target: str) -> None:
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT, 0o644))
+    mount(source, target, "", MS_BIND | MS_REC)
+
+
+def build(layout: dict[str, Any]) -> None:
+    """Mount the sandbox's root on `ROOT`."""
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    # The new root hides the host's /tmp, where something to bind may live: hold everything by descriptor first.
+    binds = {path: os.open(path, os.O_PATH) for path in layout["binds"]}
+    devices = {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
+    mount("none", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+    mkdir("/dev")
+    mount("none", ROOT + "/dev", "tmpfs", MS_NOSUID, "mode=0755,size=64k")
+    for path, fd in (binds | devices).items():
+        bind(f"/proc/self/fd/{fd}", ROOT + path)
+        if path in binds:
+            read_only(ROOT + path)
+        os.close(fd)
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        os.symlink(f"/proc/self/fd/{number}", f"{ROOT}/dev/{name}")
+    os.symlink("/proc/self/fd", ROOT + "/dev/fd")
+    os.symlink("pts/ptmx", ROOT + "/dev/ptmx")
+    mkdir("/dev/pts")
+    mount("devpts", ROOT + "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620")
+    mkdir("/proc")
+    mount("proc", ROOT + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for path, size_bytes in layout["tmpfs"]:
+        mkdir(path)
+        mode = "1777" if path in ("/tmp", "/dev/shm") else "0755"
+        mount("none", ROOT + path, "tmpfs", MS_NOSUID | MS_NODEV, f"mode={mode},size={size_bytes}")
+    for path, text in layout["files"]:
+        mkdir(os.path.dirname(path))
+        with open(ROOT + path, "w") as file:
+            file.write(text)
+    for path, target in layout["symlinks"]:
+        mkdir(os.path.dirname(path))
+        os.symlink(target, ROOT + path)
+
+
+def mkdir(path: str) -> None:
+    os.makedirs(ROOT + path, exist_ok=True)
+
+
+def enter_root() -> None:
+    """Make `ROOT` the root directory, detach the old one, and close what is left open for writing."""
+    os.chdir(ROOT)
+    check(libc.pivot_root(b".", b"."), "pivot_root")
+    check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+    for path in ("/dev", "/"):
+        mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | (MS_NODEV if path == "/" else 0))
+    with open("/proc/sys/user/max_user_namespaces", "w") as file:
+        file.write("0")
+
+
+def loopback_up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        request = fcntl.ioctl(control, SIOCGIFFLAGS, struct.pack("16sh14x", b"lo", 0))
+        flags = struct.unpack("16sh14x", request)[1]
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
+
+
+def drop_capabilities() -> None:
+    """Give up every capability, now and for any program run later."""
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl no_new_privs")
+    capability = 0
+    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
+        capability += 1
+    if ctypes.get_errno() != errno.EINVAL or capability == 0:
+        check(-1, f"prctl capbset_drop {capability}")
+    check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "prctl cap_ambient")
+    header, nothing = struct.pack("Ii", LINUX_CAPABILITY_VERSION_3, 0), bytes(24)
+    check(libc.capset(header, nothing), "capset")
+
+
+def main() -> None:
+    layout = json.loads(sys.argv[1])
+    socket.sethostname(layout["hostname"])
+    loopback_up()
+    build(layout)
+    enter_root()
+    drop_capabilities()
+    os.chdir(layout["workdir"])
+    os.execv(layout["argv"][0], layout["argv"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The harness's end of an executor: requests out, replies in, any number in flight. `executor.py` has the frames."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import count
+from typing import IO, Any
+
+import anyio
+from anyio.abc import Process
+
+from agentkit_environments.errors import SandboxLostError
+from agentkit_environments.executor import FRAME
+
+SEND_TIMEOUT_S = 30.0
+CANCEL_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 5.0
+READY = 0
+
+Reply = tuple[dict[str, Any], bytes]
+
+
+class Connection:
+    """Frames to and from one executor process.
+
+    There is no background task: whoever waits for a reply reads, and hands the reading on to another waiter when its
+    own reply is there. Once the process is gone every request raises `SandboxLostError`.
+    """
+
+    def __init__(self, process: Process, stderr: IO[bytes]) -> None:
+        self._process, self._stderr = process, stderr
+        self._ids = count(READY + 1)
+        self._buffer = bytearray()
+        self._waiting: dict[int, anyio.Event] = {READY: anyio.Event()}
+        self._replies: dict[int, Reply] = {}
+        self._is_reading = False
+        self._sending = anyio.Lock()
+        self._lost: str | None = None
+
+    async def ready(self) -> None:
+        """Wait for the executor's first frame."""
+        await self._reply_to(READY)
+        del self._waiting[READY]  # or `_hand_on` would for ever hand the reading to a waiter that is gone
+
+    async def request(self, operation: str, fields: Mapping[str, Any], body: bytes, timeout_s: float | None) -> Reply:
+        """Send one request and return its reply.
+
+        When the caller is cancelled the executor is told, and the cancellation goes on when it has answered. A reply
+        that takes longer than `timeout_s` means that the executor hangs: it is killed.
+
+        Raises:
+            SandboxLostError: If the executor is gone or hangs.
+            OSError: What the operation itself met inside the sandbox.
+        """
+        request_id = next(self._ids)
+        self._waiting[request_id] = anyio.Event()
+        try:
+            await self._send({"id": request_id, "op": operation, **fields}, body)
+            try:
+                with anyio.fail_after(timeout_s):
+                    header, reply = await self._reply_to(request_id)
+            except TimeoutError:
+                raise self._lose(f"it did not answer within {timeout_s} s") from None
+            except anyio.get_cancelled_exc_class():
+                with anyio.move_on_after(CANCEL_TIMEOUT_S, shield=True) as scope:
+                    await self._send({"id": next(self._ids), "op": "cancel", "target": request_id}, b"")
+                    await self._reply_to(request_id)
+                if scope.cancelled_caught:
+                    self._lose("it did not answer a cancellation")
+                raise
+        finally:
+            self._waiting.pop(request_id, None)
+            self._replies.pop(request_id, None)
+            self._hand_on()
+        if "errno" in header:
+            raise OSError(header["errno"], header["message"], header["path"])
+        return header, reply
+
+    async def close(self) -> None:
+        """End the executor, and with it everything in its sandbox; they are dead on return."""
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(CLOSE_TIMEOUT_S):
+                assert self._process.stdin is not None
+                await self._process.stdin.aclose()
+                await self._process.wait()
+            if self._process.returncode is None:
+                self._process.kill()
+                await self._process.wait()
+            self._lost = self._lost or "it was closed"
+            self._wake_all()
+            await self._process.aclose()
+            self._stderr.close()
+
+    async def _send(self, header: dict[str, Any], body: bytes) -> None:
+        assert self._process.stdin is not None
+        encoded = json.dumps(header).encode()
+        async with self._sending:
+            if self._lost is not None:
+                raise SandboxLostError(f"the sandbox is gone: {self._lost}")
+            try:
+                # A frame goes out whole or the connection is of no use: a cancelled sender must not tear it.
+                with anyio.CancelScope(shield=True), anyio.fail_after(SEND_TIMEOUT_S):
+                    await self._process.stdin.send(FRAME.pack(len(encoded), len(body)) + encoded + body)
+            except TimeoutError:
+                raise self._lose("it takes no more requests") from None
+            except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                raise await self._died() from None
+
+    async def _reply_to(self, request_id: int) -> Reply:
+        while request_id not in self._replies:
+            if self._lost is not None:
+                raise SandboxLostError(f"the sandbox is gone: {self._lost}")
+            if self._is_reading:
+                await self._waiting[request_id].wait()
+                if request_id not in self._replies:
+                    self._waiting[request_id] = anyio.Event()
+                continue
+            self._is_reading = True
+            try:
+                await self._read_frame()
+            finally:
+                self._is_reading = False
+        return self._replies.pop(request_id)
+
+    async def _read_frame(self) -> None:
+        """Read at least one frame and wake whoever waits for it."""
+        assert self._process.stdout is not None
+        while True:
+            if len(self._buffer) >= FRAME.size:
+                header_size, body_size = FRAME.unpack_from(self._buffer)
+                body_start = FRAME.size + header_size
+                if len(self._buffer) >= body_start + body_size:
+                    header = json.loads(self._buffer[FRAME.size : body_start])
+                    body = bytes(self._buffer[body_start : body_start + body_size])
+                    del self._buffer[: body_start + body_size]
+                    if header["id"] in self._waiting:
+                        self._replies[header["id"]] = header, body
+                        self._waiting[header["id"]].set()
+                    return
+            try:
+                self._buffer += await self._process.stdout.receive()
+            except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                raise await self._died() from None
+
+    def _hand_on(self) -> None:
+        """Let another waiter read, if nobody does."""
+        if not self._is_reading:
+            for request_id, event in self._waiting.items():
+                if request_id not in self._replies:
+                    event.set()
+                    return
+
+    def _wake_all(self) -> None:
+        for event in self._waiting.values():
+            event.set()
+
+    def _lose(self, reason: str) -> SandboxLostError:
+        if self._lost is None:
+            self._lost = reason
+            if self._process.returncode is None:
+                self._process.kill()
+            self._wake_all()
+        return SandboxLostError(f"the sandbox is gone: {self._lost}")
+
+    async def _died(self) -> SandboxLostError:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT_S):
+            await self._process.wait()
+        if self._lost is None:
+            self._stderr.seek(0, 2)
+            self._stderr.seek(max(0, self._stderr.tell() - 2000))
+            said = self._stderr.read().decode("utf-8", "replace").strip()
+            self._lose(f"its process ended with status {self._process.returncode}" + (f": {said}" if said else ""))
+        return SandboxLostError(f"the sandbox is gone: {self._lost}")

@@ -1,0 +1,258 @@
+"""The contract of a place where commands run, the same for every backend.
+
+A backend is one subclass of `Environment` in one file: `docker.py`, `process.py`, `local.py`. All of them pass the
+same tests (`tests/environments/test_contract.py`).
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType, TracebackType
+from typing import Literal, Self
+
+from agentkit_environments.errors import UnsafePathError
+
+Backend = Literal["docker", "process", "unsafe-local"]
+"""How an environment is isolated: a container, namespaces on this kernel, or not at all."""
+
+MAX_ARCHIVE_BYTES = 256 << 20
+"""Bytes of file content, and of the archive itself, that one `export_dir` or `import_dir` may carry."""
+
+MAX_ARCHIVE_ENTRIES = 50_000
+"""Entries (files, directories, links) that one `export_dir` or `import_dir` may carry."""
+
+MAX_STDIN_BYTES = 64 << 20
+"""Bytes of standard input that one `exec` may be given, and bytes that one `write_file` may write."""
+
+
+SYSTEM_DIRECTORIES = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr"}
+SHARED_DIRECTORIES = {"/", "/home", "/opt", "/root", "/run", "/tmp", "/var", "/var/tmp"}
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """What a command did. A non-zero `exit_code` is a value, never an exception."""
+
+    exit_code: int
+    """The command's exit status, 0 to 255; 128 + N when signal N killed it (137 after a timeout)."""
+    stdout: str
+    """Standard output, UTF-8, undecodable bytes replaced by U+FFFD; cut in the middle when it was too long."""
+    stderr: str
+    """Standard error, likewise."""
+    truncated: bool
+    """Whether `stdout` or `stderr` was cut; the cut reads `[... N bytes cut ...]` on a line of its own."""
+    timed_out: bool
+    """Whether `timeout_s` ran out and the command was killed with everything it had started."""
+    duration_s: float
+    """Wall-clock seconds from start to exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one environment may use. See each backend for which of these the kernel enforces in total."""
+
+    memory_mib: int = 1024
+    """Memory in MiB: of all processes together (docker), of each process (process)."""
+    processes: int = 256
+    """Processes and threads at the same time."""
+    cpus: float = 1.0
+    """CPU cores, enforced by docker only."""
+    file_size_mib: int = 256
+    """Largest single file in MiB."""
+    open_files: int = 1024
+    """Open file descriptors of one process."""
+    disk_mib: int = 512
+    """MiB of files in the work directory, and as many again in `/tmp`; both are kept in memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("memory_mib", "processes", "cpus", "file_size_mib", "open_files", "disk_mib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"limits.{name} must be positive, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentSpec:
+    """What to open: an image, a work directory, a network, variables and limits."""
+
+    image: str | None = None
+    """Docker image; None is the base image of `environments/images/`. The other backends refuse an image."""
+    workdir: str = "/workspace"
+    """Absolute path of the work directory: where commands start and relative paths begin. Empty at first."""
+    network: Literal["none", "public"] = "none"
+    """`none` is a loopback interface and nothing else; `public` is the engine's default network (docker only)."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Variables of every command, beside PATH, HOME and LANG."""
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        normal = posixpath.normpath(self.workdir)
+        if not re.fullmatch(r"(/[\w.-]+)+", normal) or normal in SHARED_DIRECTORIES:
+            raise ValueError(f"workdir must be an absolute path of a directory of its own, got {self.workdir!r}")
+        if normal.split("/")[1] in SYSTEM_DIRECTORIES:
+            raise ValueError(f"workdir must be outside the system's directories, got {self.workdir!r}")
+        object.__setattr__(self, "workdir", normal)
+        object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
+
+
+class Environment(ABC):
+    """A sandbox that is open: run commands in it, move files in and out, close it.
+
+    Open one with `agentkit_environments.open_environment` and use it as an async context manager: leaving the block
+    kills every process and removes every file, whatever happened inside. All methods may be called concurrently. Every
+    method raises `SandboxLostError` when the sandbox has died or was closed: never a result.
+
+    Paths are POSIX paths as the sandbox sees them; a relative one is taken from `spec.workdir`. Links are followed
+    inside the sandbox and can never lead out of it. Only `spec.workdir` and `/tmp` can be written; elsewhere an
+    `OSError` (EROFS or EACCES) says so.
+    """
+
+    spec: EnvironmentSpec
+    backend: Backend
+    run_id: str
+    """Label of everything this environment makes; `reap(run_id)` removes what is left of it."""
+
+    @abstractmethod
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: str | bytes = b"",
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        timeout_s: float | None = None,
+        max_output_bytes: int = 1 << 20,
+    ) -> ExecResult:
+        """Run one command to its end.
+
+        The command runs in a session and process group of its own. Processes it leaves in the background live on (until
+        `kill_all` or `close`), but what they print after the command has exited is discarded. When the caller is
+        cancelled, the command and everything it started is killed before the cancellation goes on.
+
+        Args:
+            command: A string for `/bin/sh -c`, or the program and its arguments. A program that does not exist exits
+                with 127, one that cannot be executed with 126, as in a shell.
+            stdin: Bytes for standard input, which then ends; text is encoded as UTF-8. At most `MAX_STDIN_BYTES`.
+            cwd: Directory to start in; `spec.workdir` by default.
+            env: Variables beside those of `spec.env`, which they override.
+            user: A user name or `uid[:gid]`; by default the environment's ordinary user. Docker only.
+            timeout_s: Seconds after which the command and everything it started is killed; None waits for ever.
+            max_output_bytes: Bytes kept of each of stdout and stderr, half from the start and half from the end; the
+                rest is read and thrown away, so memory stays bounded.
+
+        Raises:
+            SandboxLostError: If the sandbox died before the command was done.
+            NotADirectoryError, FileNotFoundError: If `cwd` is not a directory.
+            ValueError: If an argument is malformed, `stdin` is too large, or the backend has no such `user`.
+        """
+
+    @abstractmethod
+    async def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+        """Return the content of a regular file.
+
+        Raises:
+            FileTooLargeError: If the file has more than `max_bytes` bytes.
+            FileNotFoundError: If there is no such file.
+            IsADirectoryError: If it is a directory.
+            OSError: If it is not a regular file (a pipe, a device), or cannot be read.
+            UnsafePathError: If `path` is empty, holds a NUL byte or is a loop of links.
+            SandboxLostError: If the sandbox is gone.
+        """
+
+    @abstractmethod
+    async def write_file(self, path: str, data: str | bytes) -> None:
+        """Write a regular file (mode 0644 when new), replacing its content; parent directories are made.
+
+        Args:
+            path: Where to write.
+            data: At most `MAX_STDIN_BYTES`; text is encoded as UTF-8.
+
+        Raises:
+            IsADirectoryError: If `path` is a directory.
+            NotADirectoryError: If a parent is a file.
+            OSError: If the place is read-only (EROFS, EACCES), the disk is full (ENOSPC), the file would exceed
+                `limits.file_size_mib` (EFBIG), or `path` is not a regular file.
+            UnsafePathError, SandboxLostError, ValueError: As for `read_file`; ValueError for too much data.
+        """
+
+    @abstractmethod
+    async def export_dir(self, path: str) -> bytes:
+        """Return a directory as an uncompressed tar archive whose names are relative to the directory.
+
+        The archive holds directories, regular files and links that stay inside it, in sorted order, with permission
+        bits and modification times, owned by nobody in particular; it has passed `archive.check_archive`.
+
+        Raises:
+            UnsafeArchiveError: If the directory holds a device, a pipe or a link that leads out of it, more than
+                `MAX_ARCHIVE_ENTRIES` entries or more than `MAX_ARCHIVE_BYTES` bytes.
+            FileNotFoundError, NotADirectoryError: If `path` is not a directory.
+            UnsafePathError, SandboxLostError: As for `read_file`.
+        """
+
+    @abstractmethod
+    async def import_dir(self, path: str, archive: bytes) -> None:
+        """Unpack an uncompressed tar archive into a directory, which is made when missing.
+
+        Raises:
+            UnsafeArchiveError: If the archive breaks a rule of `archive.check_archive`; then nothing was unpacked.
+            OSError: If the place is read-only (EROFS, EACCES) or full (ENOSPC).
+            UnsafePathError, SandboxLostError: As for `read_file`.
+        """
+
+    @abstractmethod
+    async def kill_all(self) -> None:
+        """Kill every process that commands have started. On return they are dead and the files are as they left them.
+
+        Raises:
+            SandboxLostError: If the sandbox is gone, or some process would not die.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Kill every process and remove every file. Safe to call twice; shielded from cancellation."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def resolve(self, path: str) -> str:
+        """Return `path` as an absolute path of the sandbox, not following links.
+
+        Raises:
+            UnsafePathError: If it is empty or holds a NUL byte.
+        """
+        if not path or "\0" in path:
+            raise UnsafePathError(f"a path must be a non-empty string without NUL bytes, got {path!r}")
+        return posixpath.join(self.spec.workdir, path)
+
+
+def exec_argv(command: str | Sequence[str]) -> list[str]:
+    """Return the argument vector of `Environment.exec`'s command.
+
+    Raises:
+        ValueError: If the command is empty or holds a NUL byte.
+    """
+    argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+    if not argv or not argv[0] or any("\0" in argument for argument in argv):
+        raise ValueError(f"command must be non-empty and without NUL bytes, got {command!r}")
+    return argv
+
+
+def input_bytes(data: str | bytes) -> bytes:
+    """Return text as UTF-8 bytes, bytes as they are.
+
+    Raises:
+        ValueError: If there are more than `MAX_STDIN_BYTES`.
+    """
+    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    if len(raw) > MAX_STDIN_BYTES:
+        raise ValueError(f"at most {MAX_STDIN_BYTES} bytes can be passed at once, got {len(raw)}")
+    return raw

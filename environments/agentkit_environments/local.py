@@ -1,0 +1,265 @@
+"""`unsafe-local`: a temporary directory and no isolation at all, for trusted commands that must start fast.
+
+Commands run as the harness's own user, with its files and its network. There is no mount namespace, so the names
+`spec.workdir` and `/tmp` are translated: to the temporary directory in paths, commands, text on standard input and
+variables, and back in output. What a file *contains* is left alone. Limits other than time and output do not apply.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from agentkit_environments import executor
+from agentkit_environments.archive import check_archive
+from agentkit_environments.environment import (
+    MAX_ARCHIVE_BYTES,
+    MAX_ARCHIVE_ENTRIES,
+    Environment,
+    EnvironmentSpec,
+    ExecResult,
+    exec_argv,
+    input_bytes,
+)
+from agentkit_environments.errors import (
+    FileTooLargeError,
+    SandboxLostError,
+    SandboxUnavailableError,
+    UnsafeArchiveError,
+    UnsafePathError,
+)
+from agentkit_environments.owner import is_orphan, owner_token
+from agentkit_environments.threads import run_cancellable
+
+PREFIX = "agentkit-local-"
+
+
+class LocalEnvironment(Environment):
+    """A temporary directory on this machine. Not a sandbox: see the module's docstring."""
+
+    backend = "unsafe-local"
+
+    def __init__(self, spec: EnvironmentSpec, run_id: str) -> None:
+        if spec.image is not None:
+            raise SandboxUnavailableError(f"image {spec.image!r} needs the docker backend, not unsafe-local")
+        self.spec, self.run_id = spec, run_id
+        self._root = Path(tempfile.mkdtemp(prefix=PREFIX))
+        (self._root / "owner").write_text(f"{owner_token()}\n{run_id}\n")
+        self._directories = {spec.workdir: str(self._root / "work"), "/tmp": str(self._root / "tmp")}
+        for directory in self._directories.values():
+            os.mkdir(directory)
+        names = "|".join(re.escape(name) for name in self._directories)
+        self._name_in_text = re.compile(rf"(?<![\w./-])(?:{names})(?![\w.-])")
+        self._env = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+            "HOME": self._directories[spec.workdir],
+            "TMPDIR": self._directories["/tmp"],
+            "LANG": "C.UTF-8",
+            "AGENTKIT_ENVIRONMENT": self._root.name,
+        }
+        self._limiter = anyio.CapacityLimiter(256)
+        self._has_run = self._closed = False
+
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: str | bytes = b"",
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        timeout_s: float | None = None,
+        max_output_bytes: int = 1 << 20,
+    ) -> ExecResult:
+        if user is not None:
+            raise ValueError(f"unsafe-local runs everything as its own user; user={user!r} needs the docker backend")
+        argv = [self._to_host(argument) for argument in exec_argv(command)]
+        stdin_bytes = input_bytes(self._to_host(stdin) if isinstance(stdin, str) else stdin)
+        directory = self._path(cwd or ".")
+        variables = {**self.spec.env, **(env or {})}
+        environment = {**self._env, **{name: self._to_host(value) for name, value in variables.items()}}
+        self._has_run = True
+
+        def run(cancel_fd: int) -> ExecResult:
+            try:
+                executor.require_directory(directory)
+            except OSError as error:
+                raise self._in_sandbox(error, cwd or ".") from error
+            try:
+                running = executor.Command(
+                    argv,
+                    stdin=stdin_bytes,
+                    cwd=directory,
+                    env=environment,
+                    timeout_s=timeout_s,
+                    max_output_bytes=max_output_bytes,
+                )
+            except OSError as error:
+                failure = executor.start_failure(error, argv)
+                if failure is None:
+                    raise
+                return ExecResult(failure[0], "", self._to_sandbox(failure[1].encode()), False, False, 0.0)
+            try:
+                _run_to_end(running, cancel_fd)
+            except TimeoutError as error:
+                raise SandboxLostError(f"unsafe-local: {error.strerror}") from error
+            finally:
+                running.close()
+            assert running.exit_code is not None
+            return ExecResult(
+                exit_code=running.exit_code,
+                stdout=self._to_sandbox(running.stdout.value()),
+                stderr=self._to_sandbox(running.stderr.value()),
+                truncated=running.stdout.truncated or running.stderr.truncated,
+                timed_out=running.timed_out,
+                duration_s=running.duration_s,
+            )
+
+        return await run_cancellable(run, self._limiter)
+
+    async def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+        try:
+            return executor.read_file(self._path(path), max_bytes)
+        except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise FileTooLargeError(f"{path} has more than {max_bytes} bytes") from error
+            raise self._in_sandbox(error, path) from error
+
+    async def write_file(self, path: str, data: str | bytes) -> None:
+        raw = input_bytes(data)
+        try:
+            executor.write_file(self._path(path, writing=True), raw)
+        except OSError as error:
+            raise self._in_sandbox(error, path) from error
+
+    async def export_dir(self, path: str) -> bytes:
+        directory = self._path(path)
+        try:
+            data = await anyio.to_thread.run_sync(
+                executor.pack_dir, directory, MAX_ARCHIVE_ENTRIES, MAX_ARCHIVE_BYTES, limiter=self._limiter
+            )
+        except OSError as error:
+            if error.errno in (errno.EFBIG, errno.EINVAL):
+                raise UnsafeArchiveError(f"{path}: {error.strerror}: {error.filename}") from error
+            raise self._in_sandbox(error, path) from error
+        check_archive(data)
+        return data
+
+    async def import_dir(self, path: str, archive: bytes) -> None:
+        check_archive(archive)
+        directory = self._path(path, writing=True)
+        try:
+            await anyio.to_thread.run_sync(executor.unpack_dir, directory, archive, limiter=self._limiter)
+        except OSError as error:
+            raise self._in_sandbox(error, path) from error
+
+    async def kill_all(self) -> None:
+        self._require_open()
+        await anyio.to_thread.run_sync(self._kill, limiter=self._limiter)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with anyio.CancelScope(shield=True):
+            if self._has_run:
+                await anyio.to_thread.run_sync(self._kill, limiter=self._limiter)
+            _remove(self._root)
+
+    def _kill(self) -> None:
+        try:
+            executor.kill_processes(cookie=self._root.name)
+        except TimeoutError as error:
+            raise SandboxLostError(f"unsafe-local: {error.strerror}") from error
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SandboxLostError("this unsafe-local environment was closed; open another one")
+
+    def _path(self, path: str, *, writing: bool = False) -> str:
+        """Return the host's path of a sandbox path; refuse to write outside the environment's own directories."""
+        self._require_open()
+        absolute = os.path.normpath(self.resolve(path))
+        for name, directory in self._directories.items():
+            if absolute == name or absolute.startswith(name + "/"):
+                return directory + absolute[len(name) :]
+        if writing:
+            raise OSError(errno.EROFS, f"only {self.spec.workdir} and /tmp can be written", path)
+        return absolute
+
+    def _to_host(self, text: str) -> str:
+        return self._name_in_text.sub(lambda match: self._directories[match[0]], text)
+
+    def _to_sandbox(self, output: bytes) -> str:
+        for name, directory in self._directories.items():
+            output = output.replace(directory.encode(), name.encode())
+        return output.decode("utf-8", "replace")
+
+    def _in_sandbox(self, error: OSError, path: str) -> OSError | UnsafePathError:
+        if error.errno == errno.ELOOP:
+            return UnsafePathError(f"{path} is a loop of links")
+        return OSError(error.errno, error.strerror, path)
+
+
+def _run_to_end(command: executor.Command, cancel_fd: int) -> None:
+    """Move the command's pipes until it exits; kill it at its deadline, or when `cancel_fd` becomes readable."""
+    exited_fd = os.pidfd_open(command.pid)
+    try:
+        poll = select.poll()
+        poll.register(exited_fd, select.POLLIN)
+        poll.register(cancel_fd, select.POLLIN)
+        pipes = command.descriptors()
+        for fd, events in pipes.items():
+            poll.register(fd, events)
+        while not command.poll():
+            remaining_s = command.deadline - time.monotonic()
+            if remaining_s <= 0:
+                command.timed_out, command.deadline = True, float("inf")
+                command.kill()
+                continue
+            timeout_ms = None if command.deadline == float("inf") else remaining_s * 1000 + 1
+            for fd, _ in poll.poll(timeout_ms):
+                if fd == cancel_fd:
+                    poll.unregister(cancel_fd)
+                    command.kill()
+                elif fd in pipes and not command.on_ready(fd):
+                    poll.unregister(fd)
+                    del pipes[fd]
+    finally:
+        os.close(exited_fd)
+
+
+def reap_local(run_id: str | None) -> int:
+    """Remove the directories and processes of `run_id`, or of every harness that is gone; return how many."""
+    count = 0
+    for root in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
+        try:
+            owner, run = (root / "owner").read_text().splitlines()
+        except (OSError, ValueError):
+            continue
+        if run == run_id if run_id is not None else is_orphan(owner):
+            executor.kill_processes(cookie=root.name)
+            _remove(root)
+            count += 1
+    return count
+
+
+def _remove(root: Path) -> None:
+    """Remove a tree, also where a command has taken permissions away from its directories."""
+    for directory, names, _ in os.walk(root):
+        for name in names:
+            child = os.path.join(directory, name)
+            if not os.path.islink(child):
+                os.chmod(child, 0o700)
+    shutil.rmtree(root)

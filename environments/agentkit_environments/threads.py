@@ -1,0 +1,45 @@
+"""Blocking work in a worker thread that hears about cancellation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+T = TypeVar("T")
+
+
+async def run_cancellable(function: Callable[[int], T], limiter: anyio.CapacityLimiter) -> T:
+    """Run `function(cancel_fd)` in a worker thread and return its result.
+
+    When the caller is cancelled, `cancel_fd` becomes readable (end of file); the function is expected to stop what it
+    started and return soon. The cancellation goes on only when it has.
+    """
+    cancel_read, cancel_write = os.pipe()
+    result: list[T] = []
+    error: list[Exception] = []
+
+    async def close_on_cancel() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            os.close(cancel_write)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(close_on_cancel)
+            await anyio.lowlevel.checkpoint()
+            try:
+                result.append(await anyio.to_thread.run_sync(function, cancel_read, limiter=limiter))
+            except Exception as exc:  # raised below, outside the group, so that it is not wrapped in one
+                error.append(exc)
+            tasks.cancel_scope.cancel()
+    finally:
+        os.close(cancel_read)
+    if error:
+        raise error[0]
+    return result[0]

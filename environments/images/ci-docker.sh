@@ -1,0 +1,41 @@
+#!/bin/sh
+# Make the Docker backend usable on a fresh Debian or Ubuntu machine, as root: install the engine when it is missing,
+# start it when none answers (systemd is not needed), build the base image when it is missing. Safe to run again.
+set -eu
+
+here=$(dirname "$(readlink -f "$0")")
+python=${PYTHON:-python3}
+tag=agentkit-base:latest
+log=${DOCKERD_LOG:-/tmp/dockerd.log}
+
+if [ "$(id -u)" -ne 0 ]; then
+    echo "ci-docker.sh: must run as root; without it the Docker tests are skipped" >&2
+    exit 1
+fi
+
+if ! command -v dockerd >/dev/null 2>&1; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends docker.io iptables >/dev/null
+fi
+
+if ! docker version >/dev/null 2>&1; then
+    # An engine that was killed leaves a pid file behind, which keeps the next one from starting.
+    if [ -f /var/run/docker.pid ] && ! kill -0 "$(cat /var/run/docker.pid)" 2>/dev/null; then
+        rm -f /var/run/docker.pid
+    fi
+    setsid dockerd >"$log" 2>&1 </dev/null &
+    tries=0
+    until docker version >/dev/null 2>&1; do
+        tries=$((tries + 1))
+        if [ "$tries" -ge 60 ]; then
+            echo "ci-docker.sh: dockerd did not answer within 60 s; the end of $log:" >&2
+            tail -n 20 "$log" >&2
+            exit 1
+        fi
+        sleep 1
+    done
+fi
+
+if ! docker image inspect "$tag" >/dev/null 2>&1; then
+    "$python" "$here/build_base.py" --source "${BASE_SOURCE:-host}" --tag "$tag"
+fi

@@ -1,0 +1,109 @@
+"""Every contract test runs once for each backend that works here; the others are skipped with their reason."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from agentkit_environments import Environment, EnvironmentSpec, open_environment
+from agentkit_environments.docker import docker_failure
+from agentkit_environments.process import ProcessEnvironment, launcher_failure
+
+BACKENDS = [
+    pytest.param("unsafe-local", id="unsafe-local"),
+    pytest.param("process-bwrap", id="process-bwrap", marks=pytest.mark.sandbox),
+    pytest.param("process-unshare", id="process-unshare", marks=pytest.mark.sandbox),
+    pytest.param("docker", id="docker", marks=pytest.mark.docker),
+]
+
+Opener = Callable[..., Awaitable[Environment]]
+
+
+def require(backend: str) -> None:
+    """Skip the test when `backend` does not work here."""
+    reason = None
+    if backend == "docker":
+        reason = docker_failure()
+    elif backend == "process-bwrap":
+        reason = launcher_failure("bwrap")
+    elif backend == "process-unshare":
+        reason = launcher_failure("unshare")
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+async def _open(backend: str, spec: EnvironmentSpec | None = None, run_id: str = "tests") -> Environment:
+    spec = spec or EnvironmentSpec()
+    if backend == "process-bwrap":
+        return await ProcessEnvironment.open(spec, run_id, launcher="bwrap")
+    if backend == "process-unshare":
+        return await ProcessEnvironment.open(spec, run_id, launcher="unshare")
+    if backend == "docker":
+        return await open_environment(spec, backend="docker", run_id=run_id)
+    return await open_environment(spec, backend="unsafe-local", run_id=run_id)
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    require(name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def open_backend() -> Opener:
+    """Open an environment: `await open_backend(backend, spec, run_id)`."""
+    return _open
+
+
+@pytest.fixture(scope="module")
+async def env(backend: str, anyio_backend: str) -> AsyncIterator[Environment]:
+    """One environment for all tests of a module that leave it alive."""
+    async with await _open(backend, EnvironmentSpec(env={"FROM_SPEC": "spec"})) as environment:
+        yield environment
+
+
+class Tag:
+    """A number that nothing else on this machine has: `sleep <tag>` can be found from outside every sandbox."""
+
+    def __init__(self) -> None:
+        self.value = f"{1_000_000 + secrets.randbelow(8_000_000)}"
+
+    def pids(self) -> list[int]:
+        """Return the living processes of this machine that have the tag among their arguments."""
+        found = []
+        for directory in Path("/proc").iterdir():
+            if directory.name.isdecimal() and int(directory.name) != os.getpid():
+                try:
+                    arguments = (directory / "cmdline").read_bytes().split(b"\0")
+                    state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if self.value.encode() in arguments and state not in "ZX":
+                    found.append(int(directory.name))
+        return found
+
+    def alive(self) -> int:
+        return len(self.pids())
+
+    def wait(self, count: int, timeout_s: float = 10.0) -> None:
+        """Wait until exactly `count` processes are alive; fail when that takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while self.alive() != count:
+            assert time.monotonic() < deadline, f"{self.alive()} processes are alive, expected {count}"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def tag() -> Tag:
+    return Tag()

@@ -1,0 +1,341 @@
+"""What every backend promises, tested on every backend that works here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import resource
+import tarfile
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from agentkit_environments import (
+    Environment,
+    EnvironmentSpec,
+    FileTooLargeError,
+    Limits,
+    SandboxLostError,
+    UnsafeArchiveError,
+    UnsafePathError,
+    reap,
+)
+
+if TYPE_CHECKING:
+    from tests.environments.conftest import Opener, Tag
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_command_reports_output_and_exit_code(env: Environment) -> None:
+    result = await env.exec("echo out; echo err >&2; exit 3")
+    assert (result.stdout, result.stderr, result.exit_code) == ("out\n", "err\n", 3)
+    assert not result.timed_out
+    assert not result.truncated
+    assert 0 < result.duration_s < 30
+
+
+async def test_an_argument_vector_is_not_read_by_a_shell(env: Environment) -> None:
+    result = await env.exec(["printf", "%s|", "$HOME", "a b", "*"])
+    assert result.stdout == "$HOME|a b|*|"
+
+
+async def test_standard_input(env: Environment) -> None:
+    assert (await env.exec("cat", stdin="héllo")).stdout == "héllo"
+    assert (await env.exec("wc -c", stdin=b"x" * 3_000_000)).stdout.strip() == "3000000"
+    assert (await env.exec("cat")).stdout == ""
+    assert (await env.exec("true", stdin=b"x" * 3_000_000)).exit_code == 0
+
+
+async def test_commands_start_in_the_work_directory(env: Environment) -> None:
+    assert (await env.exec("pwd")).stdout == "/workspace\n"
+    await env.write_file("cwd/deep/file", "")
+    assert (await env.exec("pwd", cwd="cwd/deep")).stdout == "/workspace/cwd/deep\n"
+    assert (await env.exec(["pwd"], cwd="/workspace/cwd")).stdout == "/workspace/cwd\n"
+    with pytest.raises(FileNotFoundError):
+        await env.exec("pwd", cwd="cwd/missing")
+    with pytest.raises(NotADirectoryError):
+        await env.exec("pwd", cwd="cwd/deep/file")
+
+
+async def test_variables(env: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_SECRET", "secret")
+    result = await env.exec('echo "$FROM_SPEC $OWN ${HARNESS_SECRET-unset} $HOME"', env={"OWN": "a b"})
+    assert result.stdout == "spec a b unset /workspace\n"
+    assert (await env.exec("echo $FROM_SPEC", env={"FROM_SPEC": "call"})).stdout == "call\n"
+
+
+async def test_another_user_is_a_docker_matter(env: Environment) -> None:
+    if env.backend == "docker":
+        assert (await env.exec("id -u", user="0:0")).stdout == "0\n"
+        assert (await env.exec("id -u")).stdout == "1000\n"
+    else:
+        with pytest.raises(ValueError, match="docker backend"):
+            await env.exec("id -u", user="0:0")
+
+
+async def test_python3_is_modern(env: Environment) -> None:
+    result = await env.exec(["python3", "-c", "import sys, json, ssl; print(sys.version_info >= (3, 11))"])
+    assert result.stdout == "True\n", result.stderr
+
+
+async def test_what_cannot_be_started_has_the_exit_code_of_a_shell(env: Environment) -> None:
+    missing = await env.exec(["no-such-program"])
+    assert missing.exit_code == 127
+    assert "not found" in missing.stderr
+    await env.write_file("not-executable", "x")
+    assert (await env.exec(["./not-executable"])).exit_code == 126
+    assert (await env.exec("kill -KILL $$")).exit_code == 137
+
+
+@pytest.mark.parametrize("command", ["", [], [""], ["a\0b"], "a\0b"])
+async def test_a_malformed_command_is_refused(env: Environment, command: str | list[str]) -> None:
+    if command == "":
+        assert (await env.exec("")).exit_code == 0
+        return
+    with pytest.raises(ValueError, match="command"):
+        await env.exec(command)
+
+
+async def test_a_timeout_kills_the_whole_tree(env: Environment, tag: Tag) -> None:
+    daemon = f"import os; os.fork() or os.setsid() or os.fork() or os.execvp('sleep', ['sleep', '{tag.value}'])"
+    await env.write_file("daemon.py", daemon)
+    started = time.monotonic()
+    result = await env.exec(
+        f"echo before; sleep {tag.value} & setsid sleep {tag.value} & python3 daemon.py; sleep {tag.value}",
+        timeout_s=1.5,
+    )
+    assert result.timed_out
+    assert result.exit_code == 137
+    assert result.stdout == "before\n"
+    assert time.monotonic() - started < 8
+    assert tag.alive() == 0
+
+
+async def test_output_is_bounded_and_says_where_it_was_cut(env: Environment) -> None:
+    result = await env.exec("printf start; head -c 100000 /dev/zero | tr '\\0' x; printf end", max_output_bytes=100)
+    assert result.truncated
+    assert result.stdout.startswith("startxx")
+    assert result.stdout.endswith("xxend")
+    assert "\n[... 99908 bytes cut ...]\n" in result.stdout
+    exact = await env.exec("printf 0123456789", max_output_bytes=10)
+    assert (exact.stdout, exact.truncated) == ("0123456789", False)
+
+
+async def test_an_endless_line_takes_bounded_memory(env: Environment) -> None:
+    size = 1 << (30 if env.backend == "unsafe-local" else 28)
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = await env.exec(f"head -c {size} /dev/zero", max_output_bytes=1000, timeout_s=120)
+    assert result.exit_code == 0
+    assert f"[... {size - 1000} bytes cut ...]" in result.stdout
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 64 << 10
+
+
+async def test_invalid_utf8_is_replaced(env: Environment) -> None:
+    assert (await env.exec("printf 'a\\377\\376b'")).stdout == "a\ufffd\ufffdb"
+
+
+async def test_background_processes_live_on_until_kill_all(env: Environment, tag: Tag) -> None:
+    result = await env.exec(
+        f"sleep {tag.value} >/dev/null 2>&1 & setsid sleep {tag.value} & echo started", timeout_s=20
+    )
+    assert (result.stdout, result.timed_out) == ("started\n", False)
+    tag.wait(2)
+    await env.write_file("kept", "kept")
+    await env.kill_all()
+    assert tag.alive() == 0
+    assert (await env.exec("cat kept")).stdout == "kept"
+
+
+async def test_commands_run_side_by_side(env: Environment) -> None:
+    results: dict[int, str] = {}
+
+    async def run(number: int) -> None:
+        results[number] = (await env.exec(f"echo {number}; sleep 0.3")).stdout
+
+    started = time.monotonic()
+    async with anyio.create_task_group() as tasks:
+        for number in range(32):
+            tasks.start_soon(run, number)
+    assert results == {number: f"{number}\n" for number in range(32)}
+    assert time.monotonic() - started < 32 * 0.3 or env.backend == "docker"
+
+
+async def test_cancellation_kills_the_command_and_leaves_the_environment_usable(env: Environment, tag: Tag) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(env.exec, f"sleep {tag.value} & sleep {tag.value}")
+        await anyio.to_thread.run_sync(tag.wait, 2)
+        started = time.monotonic()
+        tasks.cancel_scope.cancel()
+    assert time.monotonic() - started < (5 if env.backend == "docker" else 1)
+    assert tag.alive() == 0
+    assert (await env.exec("echo fine")).stdout == "fine\n"
+
+
+async def test_files_round_trip(env: Environment) -> None:
+    data = bytes(range(256)) * 1000
+    await env.write_file("files/a/b.bin", data)
+    assert await env.read_file("files/a/b.bin") == data
+    assert await env.read_file("/workspace/files/a/../a/b.bin") == data
+    await env.write_file("files/text", "grüße")
+    assert await env.read_file("files/text") == "grüße".encode()
+    assert (
+        await env.exec("cat files/text && stat -c %a files/text && echo more >> files/a/b.bin")
+    ).stdout == "grüße644\n"
+    await env.exec("chmod 755 files/text")
+    await env.write_file("files/text", "x")
+    assert (await env.exec("stat -c %a:%s files/text && touch files/new")).stdout == "755:1\n"
+    await env.write_file("/tmp/outside/file", "tmp")
+    assert await env.read_file("/tmp/outside/file") == b"tmp"
+    assert (await env.exec("cat /tmp/outside/file")).stdout == "tmp"
+
+
+async def test_file_errors(env: Environment) -> None:
+    await env.write_file("errors/file", "0123456789")
+    await env.exec("mkfifo errors/pipe; ln -s loop errors/loop; ln -s file errors/link")
+    assert await env.read_file("errors/link", max_bytes=10) == b"0123456789"
+    with pytest.raises(FileTooLargeError, match="more than 9"):
+        await env.read_file("errors/file", max_bytes=9)
+    with pytest.raises(FileNotFoundError):
+        await env.read_file("errors/missing")
+    with pytest.raises(IsADirectoryError):
+        await env.read_file("errors")
+    with pytest.raises(IsADirectoryError):
+        await env.write_file("errors", "x")
+    with pytest.raises(NotADirectoryError):
+        await env.write_file("errors/file/below", "x")
+    with anyio.fail_after(20):
+        with pytest.raises(OSError, match="not a regular file"):
+            await env.read_file("errors/pipe")
+        with pytest.raises(OSError):
+            await env.write_file("errors/pipe", "x")
+    for path in ("", "a\0b", "errors/loop"):
+        with pytest.raises(UnsafePathError):
+            await env.read_file(path)
+    for path in ("/etc/x", "/usr/x", "/x/y"):
+        with pytest.raises(OSError) as error:
+            await env.write_file(path, "x")
+        assert error.value.errno in {13, 30}
+
+
+async def test_a_link_never_leads_to_the_host(env: Environment, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if env.backend == "unsafe-local":
+        pytest.skip("unsafe-local does not isolate")
+    secret = tmp_path_factory.mktemp("secret") / "file"
+    secret.write_text("secret")
+    await env.exec(f"ln -sfn {secret.parent} out; ln -sf {secret} link; ln -sf /etc/shadow shadow")
+    for path in ("link", "out/file", str(secret)):
+        with pytest.raises(FileNotFoundError):
+            await env.read_file(path)
+    with pytest.raises(OSError):
+        assert b"root:" not in await env.read_file("shadow")
+        raise FileNotFoundError
+    with contextlib.suppress(OSError):
+        await env.write_file("link", "changed")
+    assert secret.read_text() == "secret"
+
+
+async def test_directories_round_trip(env: Environment) -> None:
+    await env.exec("mkdir -p dir/sub/empty && echo hi > dir/sub/f && chmod 755 dir/sub/f && ln -s sub/f dir/link")
+    data = await env.export_dir("dir")
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        assert archive.getnames() == ["link", "sub", "sub/empty", "sub/f"]
+    await env.import_dir("imported/here", data)
+    result = await env.exec("cd imported/here && cat link && stat -c %a sub/f && ls -d sub/empty && touch sub/new")
+    assert result.stdout == "hi\n755\nsub/empty\n", result.stderr
+    with pytest.raises(FileNotFoundError):
+        await env.export_dir("no-dir")
+    with pytest.raises(NotADirectoryError):
+        await env.export_dir("dir/sub/f")
+
+
+@pytest.mark.parametrize(
+    "setup",
+    ["ln -s /etc/passwd x", "mkdir d; ln -s ../../.. d/x", "mkfifo x", "ln -s x x", "ln -s y/../../.. x; ln -s . y"],
+)
+async def test_what_must_not_leave_is_not_exported(env: Environment, setup: str) -> None:
+    await env.exec(f"rm -rf bad && mkdir bad && cd bad && {setup}")
+    with pytest.raises(UnsafeArchiveError):
+        await env.export_dir("bad")
+
+
+async def test_what_must_not_enter_is_not_unpacked(env: Environment) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("fine"))
+        archive.addfile(tarfile.TarInfo("../evil"))
+    with pytest.raises(UnsafeArchiveError, match="evil"):
+        await env.import_dir("refused", buffer.getvalue())
+    with pytest.raises(FileNotFoundError):
+        await env.read_file("refused/fine")
+
+
+async def test_closing_ends_everything(backend: str, open_backend: Opener, tag: Tag) -> None:
+    env = await open_backend(backend)
+    await env.exec(f"sleep {tag.value} >/dev/null 2>&1 & setsid sleep {tag.value} >/dev/null 2>&1 &")
+    tag.wait(2)
+    await env.close()
+    await env.close()
+    assert tag.alive() == 0
+    with pytest.raises(SandboxLostError):
+        await env.exec("true")
+    with pytest.raises(SandboxLostError):
+        await env.read_file("x")
+    with pytest.raises(SandboxLostError):
+        await env.kill_all()
+
+
+async def test_an_exception_inside_the_block_leaves_nothing(backend: str, open_backend: Opener, tag: Tag) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with await open_backend(backend) as env:
+            await env.exec(f"sleep {tag.value} >/dev/null 2>&1 &")
+            tag.wait(1)
+            raise ZeroDivisionError
+    assert tag.alive() == 0
+    with anyio.move_on_after(0.2):
+        async with await open_backend(backend) as env:
+            await env.exec(f"sleep {tag.value}")
+    assert tag.alive() == 0
+
+
+async def test_disk_process_and_memory_limits(backend: str, open_backend: Opener) -> None:
+    if backend == "unsafe-local":
+        pytest.skip("unsafe-local has no limits")
+    limits = Limits(memory_mib=256, processes=64, file_size_mib=8, disk_mib=16)
+    async with await open_backend(backend, EnvironmentSpec(limits=limits)) as env:
+        too_large = await env.exec("head -c 9M /dev/zero > big; stat -c %s big; rm big")
+        assert too_large.stdout == f"{8 << 20}\n"
+        full = await env.exec("for i in 1 2 3 4 5; do head -c 4M /dev/zero > f$i || exit 9; done")
+        assert full.exit_code == 9
+        assert "No space left" in full.stderr
+        with pytest.raises(OSError, match="No space left"):
+            await env.write_file("more", b"x" * (1 << 20))
+        await env.exec("rm f*")
+        await env.write_file("more", b"x" * (1 << 20))
+        with pytest.raises(OSError, match="File too large"):
+            await env.write_file("big", b"x" * (9 << 20))
+        hog = await env.exec(["python3", "-c", "x = bytearray(600 << 20); print(len(x))"], timeout_s=60)
+        assert hog.exit_code != 0
+        await env.write_file("bomb.sh", "bomb() { bomb | bomb & }; bomb; sleep 100")
+        bomb = await env.exec("bash bomb.sh", timeout_s=1)
+        assert bomb.timed_out
+        await env.kill_all()
+        assert (await env.exec("echo alive")).stdout == "alive\n"
+
+
+async def test_reap_removes_a_run_by_its_name(backend: str, open_backend: Opener, tag: Tag) -> None:
+    if backend.startswith("process"):
+        pytest.skip("a process sandbox cannot be left behind")
+    run_id = f"reap-{os.getpid()}-{tag.value}"
+    env = await open_backend(backend, run_id=run_id)
+    try:
+        await env.exec(f"sleep {tag.value} >/dev/null 2>&1 &")
+        tag.wait(1)
+        assert await reap(run_id) == 1
+        assert tag.alive() == 0
+        assert await reap(run_id) == 0
+    finally:
+        await env.close()

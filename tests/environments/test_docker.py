@@ -1,0 +1,74 @@
+"""The container's configuration, as the engine reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import docker
+import pytest
+
+from agentkit_environments import EnvironmentSpec, Limits, SandboxUnavailableError, open_environment
+from agentkit_environments.docker import docker_failure
+
+pytestmark = [pytest.mark.anyio, pytest.mark.docker]
+
+
+@pytest.fixture
+def client() -> Iterator[docker.DockerClient]:
+    reason = docker_failure()
+    if reason is not None:
+        pytest.skip(f"docker: {reason}")
+    client = docker.from_env()
+    yield client
+    client.close()
+
+
+def test_hardening_is_what_the_engine_applies(client: docker.DockerClient, anyio_backend: str) -> None:
+    import anyio
+
+    limits = Limits(memory_mib=100, processes=50, cpus=0.5, file_size_mib=10, open_files=64, disk_mib=20)
+
+    async def inspect() -> tuple[Any, str]:
+        async with await open_environment(EnvironmentSpec(limits=limits), backend="docker", run_id="inspect") as env:
+            found = client.api.containers(filters={"label": "agentkit.run=inspect"})
+            status = (await env.exec("cat /proc/self/status; touch /x; ls /sys/class/net")).stdout
+            return client.api.inspect_container(found[0]["Id"]), status
+
+    described, status = anyio.run(inspect)
+    host, config = described["HostConfig"], described["Config"]
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["NetworkMode"] == "none"
+    assert host["ReadonlyRootfs"]
+    assert host["Init"]
+    assert host["AutoRemove"]
+    assert not host["Privileged"]
+    assert host["PidsLimit"] == 50
+    assert host["Memory"] == host["MemorySwap"] == 120 << 20
+    assert host["NanoCpus"] == 500_000_000
+    assert {limit["Name"]: limit["Hard"] for limit in host["Ulimits"]} == {"nofile": 64, "fsize": 10 << 20, "core": 0}
+    assert config["User"] == "65534:65534"
+    assert set(config["Labels"]) >= {"agentkit.run", "agentkit.owner"}
+    assert {mount["Destination"] for mount in described["Mounts"]} == {"/workspace", "/tmp"}
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert {fields[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert fields["NoNewPrivs"] == "1"
+    assert fields["Seccomp"] == "2"
+    assert fields["Uid"].split() == ["1000"] * 4
+    assert status.splitlines()[-1] == "lo"
+
+
+async def test_containers_and_volumes_are_gone_after_close(client: docker.DockerClient) -> None:
+    volumes = {volume.name for volume in client.volumes.list()}
+    async with await open_environment(backend="docker", run_id="gone") as env:
+        await env.exec("true")
+        assert len({volume.name for volume in client.volumes.list()} - volumes) == 2
+    assert client.api.containers(all=True, filters={"label": "agentkit.run=gone"}) == []
+    assert {volume.name for volume in client.volumes.list()} <= volumes
+
+
+async def test_an_image_that_cannot_be_had_is_named(client: docker.DockerClient) -> None:
+    with pytest.raises(SandboxUnavailableError, match="localhost:1/no/such:image"):
+        await open_environment(EnvironmentSpec(image="localhost:1/no/such:image"), backend="docker")
