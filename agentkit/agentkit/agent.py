@@ -1,0 +1,320 @@
+"""The agent: ask the model, act on its calls, let it observe the results, until it is done."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from math import inf
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+
+from agentkit.errors import ContextFullError, TrajectoryWriteError
+from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, TurnFinished, TurnStarted
+from agentkit.limits import Limits, Parallelism
+from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
+from agentkit.model import CallMalformed, CallReady, Effort, Generated, Model, ReasoningDelta, Sampling, TextDelta
+from agentkit.models.embedded import EmbeddedModel
+from agentkit.result import Continue, RunResult
+from agentkit.run import Run
+from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
+from agentkit.trajectory import Header, Trajectory
+from agentkit.turn import TurnCalls
+from agentkit_environments import Environment, SandboxError, open_environment
+from agentkit_tools import BUILTINS, Tool, ToolContext, ToolResult
+
+DEFAULT_SYSTEM: Final = "You are agentkit, an agent that solves tasks with tools."
+KILL_TIMEOUT_S: Final = 0.8
+
+
+class Agent:
+    """A model with tools, thinking and limits. One agent can run many tasks, also at the same time.
+
+    Override `ask`, `act` or `observe` to change what a turn does.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path,
+        tools: Sequence[Tool] | None = None,
+        *,
+        system: str | None = None,
+        thinking: Thinking | ThinkingPolicy = "auto",
+        effort: Effort = "high",
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        parallelism: Parallelism | None = None,
+    ) -> None:
+        """An agent.
+
+        Args:
+            model: A model, or what `EmbeddedModel` takes: `"tiny"` or a checkpoint folder.
+            tools: What the model may call, in prompt order; the built-in tools by default.
+            system: The system prompt; `DEFAULT_SYSTEM` by default, none when empty.
+            thinking: Which turns think: "always", "never", "auto" (the first, and after any failed result), or a
+                function of the messages that the turn answers.
+            effort: How hard it thinks, for the whole session; "none" never thinks.
+            sampling: How tokens are drawn.
+            limits: The budget of each run.
+            parallelism: How many calls run at the same time. An agent that runs inside a call of another agent needs
+                bounds of its own.
+
+        Raises:
+            ValueError: two tools have the same name, or no thinking policy has that name.
+            EngineError: as `EmbeddedModel`.
+        """
+        self.model = EmbeddedModel(model) if isinstance(model, str | Path) else model
+        self.tools: dict[str, Tool] = {}
+        for tool in BUILTINS.values() if tools is None else tools:
+            if tool.name in self.tools:
+                raise ValueError(f'two tools are called "{tool.name}"; the model needs to tell them apart')
+            self.tools[tool.name] = tool
+        self.system = DEFAULT_SYSTEM if system is None else system
+        self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
+        self.effort: Effort = effort
+        self.sampling = sampling or Sampling()
+        self.limits = limits or Limits()
+        self.parallelism = parallelism or Parallelism()
+        self._thinks = thinking_policy(thinking, effort)
+
+    async def run(
+        self,
+        task: str,
+        *,
+        environment: Environment | None = None,
+        trajectory: str | Path | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> RunResult:
+        """Do the task.
+
+        Args:
+            task: What the user says.
+            environment: Where the calls run; it stays open. Without one, a sandbox is opened for the run and closed.
+            trajectory: A new file for the record, written as things happen; in memory only by default.
+            metadata: Anything for the record's header that JSON can carry.
+
+        Raises:
+            SandboxError: no sandbox can be opened, or it died.
+            TrajectoryWriteError: the record cannot be written.
+            EngineError: the engine failed.
+        """
+        return await self._run(task, _unheard, environment=environment, path=trajectory, metadata=metadata)
+
+    def run_sync(
+        self, task: str, *, trajectory: str | Path | None = None, metadata: dict[str, Any] | None = None
+    ) -> RunResult:
+        """`run` for code that is not async, in a sandbox of its own."""
+        return anyio.run(lambda: self.run(task, trajectory=trajectory, metadata=metadata))
+
+    async def stream(
+        self,
+        task: str,
+        *,
+        environment: Environment | None = None,
+        trajectory: str | Path | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """`run`, giving out each event as it happens; the last one is `RunFinished`.
+
+        To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`.
+        That cancels the run.
+        """
+        send, receive = anyio.create_memory_object_stream[Event](inf)
+
+        async def drive() -> None:
+            with send:
+                await self._run(task, send.send_nowait, environment=environment, path=trajectory, metadata=metadata)
+
+        with send, receive, _one_error():
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(drive, name="agentkit: run")
+                async for event in receive:
+                    yield event
+
+    async def _converse(self, run: Run, text: str) -> Outcome:
+        """The loop: turn after turn, until the model submits or answers, or a limit is reached."""
+        news: list[Message] = [UserMessage(text)]
+        if self.system and not run.session.messages:
+            news.insert(0, SystemMessage(self.system))
+        await self.observe(run, news)
+        while (limit := run.spent_limit) is None:
+            results, limit = await self._turn(run, news)
+            if submitted := next((result for result in results if result.final), None):
+                return run.outcome("submitted", submitted.content)
+            if limit is not None:
+                break
+            if not results:
+                return run.outcome("answered", run.session.messages[-1].content)
+            news = [ToolMessage.of(result) for result in results]
+        run.note(LimitReached(limit))
+        return run.outcome("limit", limit=limit)
+
+    async def _turn(self, run: Run, news: list[Message]) -> tuple[list[ToolResult], LimitName | None]:
+        """Ask, act, observe.
+
+        Returns:
+            The results of the turn's calls in call order, and the limit that stopped the turn, if one did.
+        """
+        think = self._thinks(news) and run.generation_limits.max_thinking_tokens != 0
+        run.note(TurnStarted(run.turn, think))
+        calls = TurnCalls(self.tools, run.context, self.parallelism, run.note, max_calls=self.limits.max_calls_per_turn)
+        limit: LimitName | None = None
+        stopped_by = "the run broke off"
+        try:
+            with (
+                anyio.CancelScope(deadline=run.deadline) as wall_time,
+                calls.time_limit(run.tool_time_left_s) as tool_time,
+                _one_error(),
+            ):
+                async with anyio.create_task_group() as task_group:
+                    calls.task_group = task_group
+                    limit = await self.ask(run, calls, think=think)
+                    if limit is None:
+                        await self.act(run, calls)
+                    else:
+                        task_group.cancel_scope.cancel()
+            if wall_time.cancelled_caught:
+                limit = "wall_time_s"
+            elif tool_time.cancelled_caught:
+                limit = "tool_time_s"
+            stopped_by = f"the run's limit {limit} was reached"
+        finally:
+            results = calls.results(stopped_by)
+            run.turn += 1
+            run.calls += len(results)
+            run.tool_time_s += calls.time_s
+            if results:
+                with anyio.CancelScope(shield=True):
+                    await self.observe(run, [ToolMessage.of(result) for result in results])
+        run.note(TurnFinished(run.turn - 1, run.usage))
+        return results, limit
+
+    async def ask(self, run: Run, calls: TurnCalls, *, think: bool) -> LimitName | None:
+        """One turn of the model; each call is handed to `calls` as soon as it is complete.
+
+        Returns:
+            The limit that stopped it, if one did.
+        """
+        generation = run.session.generate(think=think, limits=run.generation_limits)
+        try:
+            async with aclosing(generation):
+                async for event in generation:
+                    if isinstance(event, Generated):
+                        return None if event.reason == "stop" else event.reason
+                    if isinstance(event, ReasoningDelta | TextDelta):
+                        run.emit(event)
+                        continue
+                    run.note(event)
+                    if isinstance(event, CallReady):
+                        calls.ready(event.index, event.call)
+                    elif isinstance(event, CallMalformed):
+                        calls.malformed(event, f"call_{run.turn}_{event.index}")
+        except ContextFullError:
+            return "context"
+        finally:
+            run.note_session()
+        raise AssertionError("a generation ends with Generated")
+
+    async def act(self, run: Run, calls: TurnCalls) -> None:
+        """Run the calls of the turn that have not been started yet, and wait for all of them."""
+        await calls.finish()
+
+    async def observe(self, run: Run, news: Sequence[Message]) -> None:
+        """Say what happened; the model reads it at its next turn."""
+        await run.session.append(news)
+        run.note_session()
+
+    async def _run(
+        self,
+        text: str,
+        emit: Callable[[Event], None],
+        *,
+        environment: Environment | None,
+        path: str | Path | None = None,
+        metadata: dict[str, Any] | None = None,
+        history: Trajectory | None = None,
+        files: bytes | None = None,
+    ) -> RunResult:
+        """Open what is not given, converse, and close it again. `files` go into the work directory first."""
+        async with AsyncExitStack() as stack:
+            here = environment
+            if here is None:
+                here = await stack.enter_async_context(await open_environment())
+            if files is not None:
+                await here.import_dir(here.spec.workdir, files)
+            tools = list(self.tools.values())
+            opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=history)
+            session = await stack.enter_async_context(opening)
+            if history is None:
+                header = Header(
+                    model=self.model.name,
+                    dialect=session.dialect,
+                    effort=self.effort,
+                    thinking=self.thinking,
+                    sampling=self.sampling,
+                    tools=tuple(tool.spec for tool in tools),
+                    metadata=metadata or {},
+                )
+                trajectory = Trajectory(header, path)
+            else:
+                trajectory = history
+                trajectory.reopen()
+            stack.callback(trajectory.close)
+            run = Run(session, trajectory, ToolContext(here, timeout_s=self.limits.call_timeout_s), self.limits, emit)
+            outcome = await self._to_the_end(run, text)
+            if environment is None:
+                files = None
+                with suppress(SandboxError, OSError):  # what cannot be kept matters to `continue_` alone, which says so
+                    files = await here.export_dir(here.spec.workdir)
+        result = RunResult(outcome, trajectory, self._continuation(trajectory, environment, files))
+        emit(RunFinished(result))
+        return result
+
+    async def _to_the_end(self, run: Run, text: str) -> Outcome:
+        """Converse, and leave a complete record however it ends; a run that breaks off leaves no process behind."""
+        try:
+            outcome = await self._converse(run, text)
+        except BaseException as exc:
+            cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
+            with suppress(TrajectoryWriteError):
+                run.note(
+                    run.outcome("cancelled")
+                    if cancelled
+                    else run.outcome("error", error=f"{type(exc).__name__}: {exc}")
+                )
+            with anyio.move_on_after(KILL_TIMEOUT_S, shield=True), suppress(SandboxError):
+                await run.context.environment.kill_all()
+            raise
+        run.note(outcome)
+        return outcome
+
+    def _continuation(self, trajectory: Trajectory, environment: Environment | None, files: bytes | None) -> Continue:
+        """What `RunResult.continue_` does."""
+        end = len(trajectory.records)
+
+        async def go_on(text: str, elsewhere: Environment | None) -> RunResult:
+            if len(trajectory.records) != end:
+                raise ValueError("this result was continued already; continue the newer result")
+            here = elsewhere or environment
+            if here is None and files is None:
+                raise ValueError("the work directory of that run could not be kept; say environment= where to go on")
+            return await self._run(text, _unheard, environment=here, history=trajectory, files=None if here else files)
+
+        return go_on
+
+
+def _unheard(event: Event) -> None:
+    """Where the events of a run go that nobody streams."""
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Let the first error of a task group through as itself: one machine's failure, not a group of one."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from error.__cause__

@@ -1,0 +1,37 @@
+"""What can go wrong in the loop, as exceptions.
+
+What the model did wrong is never one of these: it becomes a tool result that the model reads.
+
+    AgentkitError
+        ContextFullError            the next prompt does not fit; the loop ends the run with limit "context"
+        TrajectoryError             a trajectory file cannot be used
+            TrajectoryFormatError   not a trajectory, or one of another format version
+            TrajectoryCorruptError  a record in the middle of the file is damaged
+            TrajectoryWriteError    the disk refused a record; the run ends
+"""
+
+from __future__ import annotations
+
+
+class AgentkitError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ContextFullError(AgentkitError):
+    """What is to be said next does not fit into the model's context; nothing of it was fed."""
+
+
+class TrajectoryError(AgentkitError):
+    """A trajectory file cannot be read or written."""
+
+
+class TrajectoryFormatError(TrajectoryError):
+    """The file is not a trajectory of the format version this package reads; both are named."""
+
+
+class TrajectoryCorruptError(TrajectoryError):
+    """A record that later records follow fails its checksum or its schema; file and line are named."""
+
+
+class TrajectoryWriteError(TrajectoryError):
+    """A record could not be written; names the file, the reason and what to do."""

@@ -1,0 +1,104 @@
+"""The embedded engine as a `Model`. The engine, and torch with it, is imported when one is built."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from agentkit.model import Effort, History, ModelSession, Sampling
+from agentkit.models.tokens import TokenizedSession
+from agentkit_tools import Tool
+
+if TYPE_CHECKING:
+    from agentkit_engine import AsyncEngine, AsyncSession, Engine, SampledToken, SamplingParams
+
+
+class EmbeddedModel:
+    """A model in this process: `"tiny"`, a checkpoint folder, an `Engine`, or an `AsyncEngine` that is running.
+
+    `async with EmbeddedModel("tiny") as model:` runs one model thread that all sessions share, step by step. A model
+    that was not entered runs a thread of its own for each session.
+    """
+
+    def __init__(self, engine: AsyncEngine | Engine | str | Path) -> None:
+        """Load the engine, if it is not one yet.
+
+        Raises:
+            ModelNotFoundError, CheckpointError: as `Engine.load`.
+            TokenizerMissingError: the model's folder has no tokenizer.
+        """
+        from agentkit_engine import AsyncEngine, Engine
+
+        self._running = engine if isinstance(engine, AsyncEngine) else None
+        if isinstance(engine, AsyncEngine):
+            self.engine: Engine = engine.engine
+        else:
+            self.engine = engine if isinstance(engine, Engine) else Engine.load(engine)
+        self.name = self.engine.name
+        self.tokenizer = self.engine.tokenizer
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        from agentkit_engine import AsyncEngine
+
+        if self._running is None:
+            self._running = await self._stack.enter_async_context(AsyncEngine(self.engine))
+            self._stack.callback(setattr, self, "_running", None)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(exc_type, exc, traceback)
+
+    @asynccontextmanager
+    async def open(
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+    ) -> AsyncIterator[ModelSession]:
+        """See `Model.open`."""
+        from agentkit_engine import AsyncEngine, SamplingParams
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop_ids=frozenset((self.tokenizer.eos_id,)),
+        )
+        async with AsyncExitStack() as stack:
+            running = self._running
+            if running is None:
+                running = await stack.enter_async_context(AsyncEngine(self.engine))
+            engine_session = await stack.enter_async_context(running.session())
+            tokens = EngineTokens(engine_session, params, max_length=self.engine.spec.max_position_embeddings)
+            session = TokenizedSession(tokens, self.tokenizer, tools=tools, effort=effort, dialect=self.engine.dialect)
+            if history is not None:
+                await session.restore(history)
+            yield session
+
+
+class EngineTokens:
+    """A `TokenSession` over an engine session."""
+
+    def __init__(self, session: AsyncSession, params: SamplingParams, *, max_length: int) -> None:
+        self.max_length = max_length
+        self._session = session
+        self._params = params
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The engine's own list."""
+        return self._session.token_ids
+
+    async def append(self, ids: Sequence[int], /) -> None:
+        """Feed ids."""
+        await self._session.append(ids)
+
+    async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
+        """Sample on with the model's parameters."""
+        async with aclosing(self._session.generate(replace(self._params, max_tokens=max_tokens))) as tokens:
+            async for token in tokens:
+                yield token

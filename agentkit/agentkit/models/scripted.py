@@ -1,0 +1,115 @@
+"""A model that follows a script, through the same token path as the embedded engine.
+
+For oracle trajectories and tests: what the script says is encoded into exactly the ids the engine would have sampled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from anyio.lowlevel import checkpoint
+
+from agentkit.messages import Message
+from agentkit.model import Dialect, Effort, History, ModelSession, Sampling
+from agentkit.models.tokens import TokenizedSession
+from agentkit_engine.chat import Tokenizer, encode_completion_ids
+from agentkit_tools import Tool
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantTurn:
+    """What a script says in one turn: a thought (only where the turn thinks), text, and calls as (name, arguments)."""
+
+    reasoning: str | None = None
+    content: str = ""
+    calls: Sequence[tuple[str, Mapping[str, Any]]] = ()
+
+
+Policy = Callable[[Sequence[Message], bool], AssistantTurn | Sequence[int]]
+"""From the conversation so far and whether this turn thinks, the next turn; as raw ids where no message says it."""
+
+
+class ScriptedModel:
+    """A `Model` whose every turn comes from `policy(messages, think)`."""
+
+    def __init__(
+        self, policy: Policy, tokenizer: Tokenizer, *, name: str = "scripted", dialect: Dialect = "v4-preview"
+    ) -> None:
+        self.name = name
+        self._policy = policy
+        self._tokenizer = tokenizer
+        self._dialect: Dialect = dialect
+
+    @asynccontextmanager
+    async def open(
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+    ) -> AsyncIterator[ModelSession]:
+        """See `Model.open`; sampling makes no difference to a script."""
+        tokens = ScriptedTokens(self._policy, self._tokenizer)
+        session = TokenizedSession(tokens, self._tokenizer, tools=tools, effort=effort, dialect=self._dialect)
+        tokens.messages = session.messages
+        if history is not None:
+            await session.restore(history)
+        yield session
+
+
+class ScriptedToken(NamedTuple):
+    """An id of the script, which was certain."""
+
+    id: int
+    logprob: float = 0.0
+
+
+class ScriptedTokens:
+    """A `TokenSession` that samples what the policy says, with probability one."""
+
+    max_length = None
+
+    def __init__(self, policy: Policy, tokenizer: Tokenizer) -> None:
+        self.token_ids: list[int] = []
+        self.messages: Sequence[Message] = ()
+        self._policy = policy
+        self._tokenizer = tokenizer
+        self._think = tokenizer.control_id("<think>")
+        self._think_end = tokenizer.control_id("</think>")
+        self._rest: Iterator[int] = iter(())
+        self._end = -1  # length of the session when the last id was drawn from `_rest`
+
+    async def append(self, ids: Sequence[int], /) -> None:
+        """Feed ids."""
+        self.token_ids.extend(ids)
+
+    async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[ScriptedToken, None]:
+        """The ids of the policy's turn; after a forced `</think>`, of what follows its thought."""
+        await checkpoint()
+        if self._end == len(self.token_ids) - 1 and self.token_ids[-1] == self._think_end:
+            for token_id in self._rest:
+                if token_id == self._think_end:
+                    break
+        else:
+            self._rest = iter(self._turn_ids(think=self.token_ids[-1] == self._think))
+        for count, token_id in enumerate(self._rest, start=1):
+            self.token_ids.append(token_id)
+            self._end = len(self.token_ids)
+            yield ScriptedToken(token_id)
+            if count == max_tokens:
+                return
+
+    def _turn_ids(self, *, think: bool) -> Sequence[int]:
+        turn = self._policy(self.messages, think)
+        if not isinstance(turn, AssistantTurn):
+            return turn
+        message = {
+            "role": "assistant",
+            "content": turn.content,
+            "reasoning_content": turn.reasoning or "",
+            "tool_calls": [
+                {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+                for name, arguments in turn.calls
+            ],
+        }
+        return encode_completion_ids(message, tokenizer=self._tokenizer, think=think)

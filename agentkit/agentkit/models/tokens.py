@@ -1,0 +1,286 @@
+"""The session adapter: from messages to ids and back, written once over any source of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Protocol
+
+import anyio
+
+from agentkit.errors import ContextFullError
+from agentkit.events import MessageAdded, TurnStarted
+from agentkit.messages import AssistantMessage, Message, to_openai_all
+from agentkit.model import (
+    CallMalformed,
+    CallReady,
+    Dialect,
+    Effort,
+    Generated,
+    GenerationLimits,
+    History,
+    ModelEvent,
+    ReasoningDelta,
+    Segment,
+    StopReason,
+    TextDelta,
+    ThoughtCut,
+    Usage,
+)
+from agentkit.trajectory import Trajectory
+from agentkit_engine import chat
+from agentkit_engine.chat import StreamParser, Tokenizer
+from agentkit_tools import Tool, ToolCall
+
+CLOSING_TOKENS = 2
+"""Room kept at the end of the context, so that a turn stopped inside a thought can be closed."""
+
+
+class Sampled(Protocol):
+    """An id that was sampled, and its log-probability at temperature 1."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def logprob(self) -> float: ...
+
+
+class TokenSession(Protocol):
+    """An append-only list of ids that can be continued by sampling: an engine session, or a script."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Every id, fed and sampled."""
+        ...
+
+    @property
+    def max_length(self) -> int | None:
+        """How many ids the session can hold; None when it does not matter."""
+        ...
+
+    async def append(self, ids: Sequence[int], /) -> None:
+        """Feed ids."""
+        ...
+
+    def generate(self, *, max_tokens: int | None) -> AsyncGenerator[Sampled, None]:
+        """Sample on, each id in `token_ids` when it is yielded; ends with the stop id or after `max_tokens`."""
+        ...
+
+
+class TokenizedSession:
+    """A `ModelSession` over a `TokenSession`. What was once ids is never rendered again."""
+
+    def __init__(
+        self,
+        tokens: TokenSession,
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[Tool],
+        effort: Effort,
+        dialect: Dialect,
+    ) -> None:
+        self.dialect: Dialect = dialect
+        self.messages: list[Message] = []
+        self.segments: list[Segment] = []
+        self.usage = Usage()
+        self._tokens = tokens
+        self._tokenizer = tokenizer
+        self._tools = [tool.spec for tool in tools]
+        self._effort = effort
+        self._length = 0
+        self._turn = 0
+        self._unread: list[Message] = []
+        self._eos = tokenizer.eos_id
+        self._think_end = tokenizer.control_id("</think>")
+        self._after_thought = (self._think_end, self._eos)
+
+    async def restore(self, history: History) -> None:
+        """Take up a recorded conversation: its ids are fed as they stand."""
+        await self._tokens.append([token for segment in history.segments for token in segment.ids])
+        self.segments.extend(history.segments)
+        self.messages.extend(history.messages)
+        self._length = len(self._tokens.token_ids)
+        said = [index for index, message in enumerate(self.messages) if isinstance(message, AssistantMessage)]
+        self._turn = len(said)
+        self._unread = self.messages[said[-1] + 1 if said else 0 :]
+
+    async def append(self, messages: Sequence[Message]) -> None:
+        """Say `messages`; they become ids at the next `generate`, which knows whether the turn thinks."""
+        self.messages.extend(messages)
+        self._unread.extend(messages)
+
+    async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
+        """One turn; see `ModelSession.generate`.
+
+        Raises:
+            ContextFullError: the unread messages do not fit into the context; nothing of them was fed.
+        """
+        room = await self._feed_prompt(think)
+        parser = StreamParser(think, tokenizer=self._tokenizer, turn=self._turn, tools=self._tools)
+        budget = min((n for n in (limits.max_tokens, room) if n is not None), default=None)
+        reason: StopReason = "max_tokens" if budget == limits.max_tokens else "context"
+        thinking, thought, count, last_id = think, 0, 0, -1
+        ids: list[int] = []
+        logprobs: list[float] = []
+        cut = True
+        try:
+            while cut:
+                cut = False
+                left = None if budget is None else budget - count
+                async with aclosing(self._tokens.generate(max_tokens=left)) as stream:
+                    async for token in stream:
+                        last_id = token.id
+                        ids.append(last_id)
+                        logprobs.append(token.logprob)
+                        count += 1
+                        thought += thinking
+                        news = parser.feed((last_id,))
+                        if last_id in self._after_thought or any(type(new) is not chat.ReasoningDelta for new in news):
+                            thinking = False
+                        for event in _model_events(news):
+                            yield event
+                        if thinking and thought == limits.max_thinking_tokens and count != budget:
+                            cut = True
+                            break
+                if cut:
+                    self._record_sampled(ids, logprobs)
+                    await self._force([self._think_end])
+                    thinking = False
+                    yield ThoughtCut(thought)
+                    for event in _model_events(parser.feed((self._think_end,))):
+                        yield event
+        finally:
+            with anyio.CancelScope(shield=True):
+                self._record_sampled(ids, logprobs)
+                closing: list[int] = []
+                if last_id != self._eos:
+                    closing = [self._think_end, self._eos] if thinking else [self._eos]
+                    await self._force(closing)
+                last = [*parser.feed(closing), *parser.finish()]
+                message = _message(parser.message, think)
+                self.messages.append(message)
+                self._turn += 1
+                self.usage = replace(
+                    self.usage, turns=self.usage.turns + 1, thinking_tokens=self.usage.thinking_tokens + thought
+                )
+        for event in _model_events(last):
+            yield event
+        yield Generated(message, "stop" if last_id == self._eos else reason)
+
+    async def _feed_prompt(self, think: bool) -> int | None:
+        """Feed what is unread; how many ids may now be sampled, None without bound."""
+        ids = prompt_ids(
+            self._unread,
+            first=not self.segments,
+            think=think,
+            tools=self._tools,
+            effort=self._effort,
+            dialect=self.dialect,
+            tokenizer=self._tokenizer,
+        )
+        room = None
+        if self._tokens.max_length is not None:
+            room = self._tokens.max_length - self._length - len(ids) - CLOSING_TOKENS
+            if room < 1:
+                raise ContextFullError(
+                    f"the next prompt of {len(ids)} ids does not fit: {self._length} of the model's "
+                    f"{self._tokens.max_length} positions are taken"
+                )
+        await self._tokens.append(ids)
+        self._record(Segment("prompt", tuple(ids)))
+        self._unread.clear()
+        return room
+
+    async def _force(self, ids: list[int]) -> None:
+        await self._tokens.append(ids)
+        self._record(Segment("forced", tuple(ids)))
+
+    def _record_sampled(self, ids: list[int], logprobs: list[float]) -> None:
+        if ids:
+            self._record(Segment("sampled", tuple(ids), tuple(logprobs)))
+            ids.clear()
+            logprobs.clear()
+
+    def _record(self, segment: Segment) -> None:
+        self.segments.append(segment)
+        self._length += len(segment.ids)
+        field = f"{segment.kind}_tokens"
+        self.usage = replace(self.usage, **{field: getattr(self.usage, field) + len(segment.ids)})
+
+
+def prompt_ids(
+    messages: Sequence[Message],
+    *,
+    first: bool,
+    think: bool,
+    tools: list[dict[str, Any]],
+    effort: Effort,
+    dialect: Dialect,
+    tokenizer: Tokenizer,
+) -> list[int]:
+    """What is fed to say `messages`: the opening of a session, or what follows an assistant turn."""
+    shaped = to_openai_all(messages)
+    if first:
+        return chat.encode_ids(
+            shaped, tokenizer=tokenizer, tools=tools or None, effort=effort, dialect=dialect, think=think
+        )
+    return chat.encode_continuation_ids(shaped, tokenizer=tokenizer, think=think)
+
+
+def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]:
+    """The session's ids once more, with every prompt encoded anew from the recorded messages.
+
+    Equal to `trajectory.token_ids` when the record is whole and the encoder is the one that wrote it.
+    """
+    header = trajectory.header
+    assert header.dialect is not None, "the record of a model behind an API has no ids"
+    ids: list[int] = []
+    unread: list[Message] = []
+    think = False
+    for record in trajectory.records:
+        match record:
+            case MessageAdded(message) if not isinstance(message, AssistantMessage):
+                unread.append(message)
+            case TurnStarted():
+                think = record.think
+            case Segment(kind="prompt"):
+                ids += prompt_ids(
+                    unread,
+                    first=not ids,
+                    think=think,
+                    tools=list(header.tools),
+                    effort=header.effort,
+                    dialect=header.dialect,
+                    tokenizer=tokenizer,
+                )
+                unread.clear()
+            case Segment():
+                ids += record.ids
+    return ids
+
+
+def _model_events(parsed: Sequence[chat.ParseEvent]) -> Iterator[ModelEvent]:
+    """The parser's events in the loop's words; that a call has begun, or that parsing ended, is no event here."""
+    for event in parsed:
+        match event:
+            case chat.ReasoningDelta():
+                yield ReasoningDelta(event.text)
+            case chat.TextDelta():
+                yield TextDelta(event.text)
+            case chat.CallReady():
+                yield CallReady(event.index, ToolCall(event.id, event.name, event.arguments_json))
+            case chat.CallMalformed():
+                yield CallMalformed(event.index, event.name, event.error)
+
+
+def _message(parsed: dict[str, Any], think: bool) -> AssistantMessage:
+    return AssistantMessage(
+        content=parsed.get("content") or "",
+        reasoning=(parsed.get("reasoning_content") or "") if think else None,
+        calls=tuple(
+            ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
+            for call in parsed.get("tool_calls") or ()
+        ),
+    )

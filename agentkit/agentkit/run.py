@@ -1,0 +1,114 @@
+"""The state of one run: what the loop passes along, and the bookkeeping that keeps the record whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
+
+import anyio
+
+from agentkit.events import Event, LimitName, MessageAdded, Outcome, Record, Status
+from agentkit.limits import Limits
+from agentkit.messages import AssistantMessage
+from agentkit.model import GenerationLimits, ModelSession, Usage
+from agentkit.trajectory import Trajectory
+from agentkit_tools import ToolContext
+
+
+class Run:
+    """One `Agent.run` while it goes on.
+
+    Attributes:
+        session: the conversation with the model.
+        trajectory: the record.
+        context: where the calls run.
+        limits: the run's budget.
+        emit: tells the caller of an event.
+        turn: number of the next turn, counted from 0 over the session.
+        deadline: when the wall time is spent, on anyio's clock.
+        calls, tool_time_s: calls made, and seconds during which at least one was running.
+    """
+
+    def __init__(
+        self,
+        session: ModelSession,
+        trajectory: Trajectory,
+        context: ToolContext,
+        limits: Limits,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self.session = session
+        self.trajectory = trajectory
+        self.context = context
+        self.limits = limits
+        self.emit = emit
+        self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
+        self.deadline = inf if limits.wall_time_s is None else anyio.current_time() + limits.wall_time_s
+        self.calls = 0
+        self.tool_time_s = 0.0
+        self._start = time.perf_counter()
+        self._recorded_messages = len(session.messages)
+        self._recorded_segments = len(session.segments)
+
+    def note(self, record: Record) -> None:
+        """Write a record, then tell the caller."""
+        self.trajectory.append(record)
+        self.emit(record)
+
+    def note_session(self) -> None:
+        """Write what is new in the session: ids first, then what they say."""
+        while self._recorded_segments < len(self.session.segments):
+            self._recorded_segments += 1
+            self.note(self.session.segments[self._recorded_segments - 1])
+        while self._recorded_messages < len(self.session.messages):
+            self._recorded_messages += 1
+            self.note(MessageAdded(self.session.messages[self._recorded_messages - 1]))
+
+    @property
+    def usage(self) -> Usage:
+        """What the run has used so far."""
+        return replace(
+            self.session.usage,
+            calls=self.calls,
+            tool_time_s=self.tool_time_s,
+            wall_time_s=time.perf_counter() - self._start,
+        )
+
+    def outcome(
+        self, status: Status, answer: str | None = None, *, limit: LimitName | None = None, error: str | None = None
+    ) -> Outcome:
+        """How the run ends, with its usage."""
+        return Outcome(status, answer, self.usage, limit, error)
+
+    @property
+    def spent_limit(self) -> LimitName | None:
+        """The limit that forbids another turn, if one does."""
+        usage, limits = self.session.usage, self.limits
+        if limits.max_turns is not None and usage.turns >= limits.max_turns:
+            return "max_turns"
+        if limits.max_tokens is not None and usage.sampled_tokens >= limits.max_tokens:
+            return "max_tokens"
+        if limits.wall_time_s is not None and anyio.current_time() >= self.deadline:
+            return "wall_time_s"
+        if limits.tool_time_s is not None and self.tool_time_s >= limits.tool_time_s:
+            return "tool_time_s"
+        return None
+
+    @property
+    def tool_time_left_s(self) -> float | None:
+        """Seconds for which calls may still run; None without bound."""
+        return None if self.limits.tool_time_s is None else self.limits.tool_time_s - self.tool_time_s
+
+    @property
+    def generation_limits(self) -> GenerationLimits:
+        """What the next turn may sample; a thinking budget of 0 means that it must not think."""
+        usage, limits = self.session.usage, self.limits
+        thought = [limits.max_thinking_tokens_per_turn] if limits.max_thinking_tokens_per_turn is not None else []
+        if limits.max_thinking_tokens is not None:
+            thought.append(max(0, limits.max_thinking_tokens - usage.thinking_tokens))
+        return GenerationLimits(
+            max_tokens=None if limits.max_tokens is None else limits.max_tokens - usage.sampled_tokens,
+            max_thinking_tokens=min(thought, default=None),
+        )

@@ -1,0 +1,257 @@
+"""The append-only record of a run, from which everything the model saw can be rebuilt.
+
+A file is JSON lines. Each line is `{"seq": n, "time_s": seconds since the start, "record": {...}, "crc32": "..."}`,
+its checksum taken over the bytes before `,"crc32"`. Line 0 is the `Header`. A line is written when the thing happens,
+so a killed process loses at most the line it was writing; that torn tail is cut when the file is read. Reasoning and
+text deltas are not lines of their own: the message and the ids of their turn hold the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+from uuid import uuid4
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+
+from agentkit.errors import TrajectoryCorruptError, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
+from agentkit.events import CallFinished, MessageAdded, Outcome, Record
+from agentkit.messages import STRICT, Message
+from agentkit.model import Dialect, Effort, Sampling, Segment
+from agentkit_tools import ToolResult
+
+FORMAT: Final = "agentkit.trajectory"
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What was fixed when the session opened: with the messages, all that the prompt's ids are made of."""
+
+    model: str
+    dialect: Dialect | None
+    effort: Effort
+    sampling: Sampling
+    tools: tuple[dict[str, Any], ...]
+    """The OpenAI dicts of the tools, in prompt order."""
+    thinking: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid4().hex)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
+    format: Literal["agentkit.trajectory"] = FORMAT
+    version: Literal[1] = VERSION
+    type: Literal["header"] = "header"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    seq: int
+    time_s: float
+    record: Annotated[Header | Record, Field(discriminator="type")]
+    __pydantic_config__ = STRICT
+
+
+_LINES: TypeAdapter[_Line] = TypeAdapter(_Line)
+_CRC = b',"crc32":"%08x"}\n'
+_CRC_SIZE = len(_CRC % 0)
+
+
+class Trajectory:
+    """A header and the records after it; in memory, and in a file as well when one is given.
+
+    `append` writes through to the file at once. Use `load` to read a file, `save` to write a trajectory that so far is
+    in memory only.
+    """
+
+    def __init__(self, header: Header, path: str | Path | None = None) -> None:
+        """A new trajectory; with `path`, the file is made and must not exist yet.
+
+        Raises:
+            TrajectoryWriteError: the file exists already, or cannot be written.
+        """
+        self.header = header
+        self.path: Path | None = None
+        self.records: list[Record] = []
+        self.times_s: list[float] = []
+        self._file: int | None = None
+        self._size = 0  # of the good lines in the file, in bytes
+        self._start = time.monotonic()
+        if path is not None:
+            self._open(Path(path), os.O_CREAT | os.O_EXCL)
+            self._write(0, 0.0, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectory:
+        """Read a file back; a torn tail is cut (from what is read, and from the file when it is written again).
+
+        Raises:
+            TrajectoryFormatError: not a trajectory, or one of another format version.
+            TrajectoryCorruptError: a line that others follow is damaged.
+            TrajectoryError: the file cannot be read.
+        """
+        path = Path(path)
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+        except OSError as exc:
+            raise TrajectoryError(f"Cannot read trajectory {path}: {exc.strerror}.") from exc
+        header = _parse(lines[0], path, 0) if lines else None
+        if header is None or not isinstance(header.record, Header):
+            raise TrajectoryFormatError(f"{path} is not a trajectory: it has no complete {FORMAT} header.")
+        self = cls(header.record)
+        self.path = path
+        self._size = len(lines[0])
+        for seq, text in enumerate(lines[1:], start=1):
+            line = _parse(text, path, seq)
+            if line is None and seq == len(lines) - 1:
+                break
+            if line is None or isinstance(line.record, Header):
+                raise TrajectoryCorruptError(
+                    f"{path}, line {seq + 1} of {len(lines)} is damaged. The {seq} lines before it are good; "
+                    "cut the file there to read them."
+                )
+            self.records.append(line.record)
+            self.times_s.append(line.time_s)
+            self._size += len(text)
+        self._start = time.monotonic() - (self.times_s[-1] if self.times_s else 0.0)
+        return self
+
+    def append(self, record: Record) -> None:
+        """Add a record; when this returns, the operating system has it.
+
+        Raises:
+            TrajectoryWriteError: the file cannot take it. The record stays in memory, later ones are not written.
+        """
+        time_s = round(time.monotonic() - self._start, 6)
+        self.records.append(record)
+        self.times_s.append(time_s)
+        if self._file is not None:
+            self._write(len(self.records), time_s, record)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole trajectory to a new file, which becomes its own when it has none.
+
+        Raises:
+            TrajectoryWriteError: the file exists already, or cannot be written.
+        """
+        copy = Trajectory(self.header, path)
+        for seq, (time_s, record) in enumerate(zip(self.times_s, self.records, strict=True), start=1):
+            copy._write(seq, time_s, record)
+        copy.close()
+        if self.path is None:
+            self.path, self._size = copy.path, copy._size
+
+    def reopen(self) -> None:
+        """Make a closed trajectory ready for more records; its file, if it has one, is cut after the last good line.
+
+        Raises:
+            TrajectoryWriteError: the file cannot be opened for writing.
+        """
+        if self._file is not None or self.path is None:
+            return
+        self._open(self.path, 0)
+        assert self._file is not None
+        os.ftruncate(self._file, self._size)
+        os.lseek(self._file, 0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the file; the trajectory can still be read."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation."""
+        return [record.message for record in self.records if isinstance(record, MessageAdded)]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The ids, with how each run of them came about."""
+        return [record for record in self.records if isinstance(record, Segment)]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Every id of the session, in order: equal to the engine's own list."""
+        return [token for segment in self.segments for token in segment.ids]
+
+    @property
+    def loss_mask(self) -> list[int]:
+        """One number per id of `token_ids`: 1 where the model sampled it, 0 where it was fed or forced."""
+        return [int(segment.kind == "sampled") for segment in self.segments for _ in segment.ids]
+
+    @property
+    def logprobs(self) -> list[float | None]:
+        """One per id of `token_ids`; None where the id was not sampled."""
+        return [logprob for segment in self.segments for logprob in segment.logprobs or [None] * len(segment.ids)]
+
+    @property
+    def results(self) -> list[ToolResult]:
+        """The tool results, in the order in which the calls finished."""
+        return [record.result for record in self.records if isinstance(record, CallFinished)]
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the last run in this trajectory ended; None while it runs, or when its process was killed."""
+        return next((record for record in reversed(self.records) if isinstance(record, Outcome)), None)
+
+    def _open(self, path: Path, flags: int) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o644)
+        except OSError as exc:
+            reason = exc.strerror
+            if isinstance(exc, FileExistsError) and Path(exc.filename) == path:
+                reason = "it exists already, and a trajectory is never overwritten"
+            raise TrajectoryWriteError(f"Cannot write trajectory {path}: {reason}. Name another path.") from exc
+        self.path = path
+
+    def _write(self, seq: int, time_s: float, record: Header | Record) -> None:
+        assert self._file is not None
+        line = _line_bytes(seq, time_s, record)
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        except OSError as exc:
+            self.close()
+            raise TrajectoryWriteError(
+                f"Cannot write record {seq} of trajectory {self.path}: {exc.strerror}. The {seq} records before it can "
+                "be read. Free space on that disk, or write trajectories to another one."
+            ) from exc
+        self._size += len(line)
+
+
+def _line_bytes(seq: int, time_s: float, record: Header | Record) -> bytes:
+    line = _Line(seq, time_s, record)
+    try:
+        body = _LINES.dump_json(line)[:-1]
+    except PydanticSerializationError:  # a lone surrogate, which is U+FFFD to the tokenizer too
+        text = json.dumps(_LINES.dump_python(line, mode="json"), ensure_ascii=False, separators=(",", ":"))
+        body = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()[:-1]
+    return body + _CRC % zlib.crc32(body)
+
+
+def _parse(text: bytes, path: Path, seq: int) -> _Line | None:
+    """The line, or None when it is cut, damaged or not number `seq`; another format version is refused by name."""
+    body, tail = text[:-_CRC_SIZE], text[-_CRC_SIZE:]
+    if tail != _CRC % zlib.crc32(body):
+        return None
+    try:
+        line = _LINES.validate_json(body + b"}")
+    except ValidationError as exc:
+        version = json.loads(body + b"}").get("record", {}).get("version", VERSION)
+        if version != VERSION:
+            raise TrajectoryFormatError(
+                f"{path} has trajectory format version {version}; this agentkit reads version {VERSION}. "
+                "Open it with the agentkit that wrote it."
+            ) from exc
+        raise TrajectoryFormatError(f"{path}, line {seq + 1} is whole but no record of {FORMAT}: {exc}") from exc
+    return line if line.seq == seq else None

@@ -1,0 +1,149 @@
+"""The calls of one turn: bounded, ordered, dispatched early where that is safe, and stopped together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from math import inf
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from agentkit.events import CallFinished, CallStarted
+from agentkit.limits import Parallelism
+from agentkit.model import CallMalformed
+from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, unknown_tool
+
+
+class TurnCalls:
+    """Runs the calls of one turn side by side; their results keep the order of the calls.
+
+    A call is announced with `ready` while the model is still generating. When it and all calls before it only read, it
+    starts at once; otherwise it waits for `finish`. A barrier runs alone: what stands before it finishes first, and
+    nothing after it starts before it ends.
+
+    Whatever a call does wrong is its own result, so no sibling loses its place. Only the machine's failure
+    (`SandboxError`) stops them all, through the task group.
+    """
+
+    def __init__(
+        self,
+        tools: Mapping[str, Tool],
+        context: ToolContext,
+        parallelism: Parallelism,
+        note: Callable[[CallStarted | CallFinished], None],
+        *,
+        max_calls: int,
+    ) -> None:
+        """Calls that run in `task_group`, which must be set before the first is `ready`.
+
+        Args:
+            tools: What can be called.
+            context: What each call is given.
+            parallelism: How many run at the same time.
+            note: Told of each start and each result, as it happens.
+            max_calls: Calls that are run; those beyond get an error result.
+        """
+        self.task_group: TaskGroup
+        self.time_s = 0.0
+        """Seconds during which at least one call was running."""
+        self._tools = tools
+        self._context = context
+        self._parallelism = parallelism
+        self._in_turn = parallelism.turn()
+        self._note = note
+        self._max_calls = max_calls
+        self._calls: dict[int, ToolCall] = {}
+        self._results: dict[int, ToolResult] = {}
+        self._waiting: list[int] = []
+        self._running = 0
+        self._running_since = 0.0
+        self._one_finished = anyio.Event()
+        self._time_scope = anyio.CancelScope()
+        self._time_left_s = inf
+
+    def time_limit(self, seconds: float | None) -> anyio.CancelScope:
+        """The scope to run the turn in: cancelled once calls have been running for `seconds` (None: never)."""
+        self._time_left_s = inf if seconds is None else seconds
+        return self._time_scope
+
+    def ready(self, index: int, call: ToolCall) -> None:
+        """Announce the call at place `index`; places come in rising order."""
+        self._calls[index] = call
+        tool = self._tools.get(call.name)
+        if len(self._calls) > self._max_calls:
+            self._finish(index, _error(call, f"at most {self._max_calls} calls can be made in one turn; make it again"))
+        elif tool is None:
+            self._finish(index, unknown_tool(call, self._tools))
+        elif tool.read_only and not tool.barrier and not self._waiting:
+            self._start(index, early=True)
+        else:
+            self._waiting.append(index)
+
+    def malformed(self, event: CallMalformed, call_id: str) -> None:
+        """Take note of a call that could not be read: it gets an error result in its place."""
+        call = ToolCall(call_id, event.name or "", "")
+        self._calls[event.index] = call
+        self._finish(event.index, _error(call, f"malformed call: {event.error}; write it again"))
+
+    async def finish(self) -> None:
+        """Run what has not been started yet, and wait for everything."""
+        while self._waiting:
+            index = self._waiting.pop(0)
+            barrier = self._tools[self._calls[index].name].barrier
+            if barrier:
+                await self._all_finished()
+            if barrier or not (self._waiting or self._running):
+                self._begin()
+                await self._run(index, early=False)
+            else:
+                self._start(index, early=False)
+        await self._all_finished()
+
+    def results(self, stopped: str) -> list[ToolResult]:
+        """One result per call, in call order. A call without one was `stopped`, for that reason."""
+        for index, call in self._calls.items():
+            if index not in self._results:
+                self._finish(index, _error(call, f"stopped before it finished: {stopped}"))
+        if self._running:
+            self.time_s += time.perf_counter() - self._running_since
+            self._running = 0
+        return [self._results[index] for index in sorted(self._results)]
+
+    def _start(self, index: int, *, early: bool) -> None:
+        self._begin()
+        self.task_group.start_soon(self._run, index, early, name=f"tool:{self._calls[index].name}")
+
+    def _begin(self) -> None:
+        if self._running == 0:
+            self._running_since = time.perf_counter()
+            if self._time_left_s < inf:
+                self._time_scope.deadline = anyio.current_time() + self._time_left_s - self.time_s
+        self._running += 1
+
+    async def _run(self, index: int, early: bool) -> None:
+        call = self._calls[index]
+        async with self._in_turn, self._parallelism.of_tool(call.name), self._parallelism.in_all:
+            self._note(CallStarted(call, early))
+            result = await self._tools[call.name](call, self._context)
+            await checkpoint_if_cancelled()  # what a command says that was killed just now is not its result
+        self._running -= 1
+        if self._running == 0:
+            self.time_s += time.perf_counter() - self._running_since
+            self._time_scope.deadline = inf
+        self._finish(index, result)
+
+    def _finish(self, index: int, result: ToolResult) -> None:
+        self._results[index] = result
+        self._note(CallFinished(result))
+        self._one_finished.set()
+
+    async def _all_finished(self) -> None:
+        while self._running:
+            self._one_finished = anyio.Event()
+            await self._one_finished.wait()
+
+
+def _error(call: ToolCall, what: str) -> ToolResult:
+    return ToolResult(call.id, call.name, f"Error: {what}", is_error=True)

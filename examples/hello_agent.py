@@ -1,0 +1,13 @@
+"""One tool of your own, and the tiny model that ships with agentkit: python examples/hello_agent.py"""
+
+from agentkit import Agent, Sampling, tool
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Return the weather of a city."""
+    return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
+
+
+agent = Agent("tiny", [get_weather], sampling=Sampling(temperature=0))
+print(agent.run_sync("What is the weather in Paris?").answer)

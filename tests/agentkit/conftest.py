@@ -1,0 +1,67 @@
+"""What the loop's tests share: a byte-level tokenizer, a scripted agent, and a local environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+
+from agentkit import AssistantMessage, AssistantTurn, Message, ScriptedModel
+from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
+from agentkit_environments import Environment, open_environment
+
+
+def byte_tokenizer_json() -> str:
+    """One token per byte, and all control tokens after them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [
+                {
+                    "id": 256 + i,
+                    "content": token,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+                for i, token in enumerate(CONTROL_TOKENS)
+            ],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": []},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_json(byte_tokenizer_json())
+
+
+@pytest.fixture
+async def environment() -> AsyncIterator[Environment]:
+    async with await open_environment(backend="unsafe-local") as environment:
+        yield environment
+
+
+@pytest.fixture
+def script(tokenizer: Tokenizer) -> Callable[..., ScriptedModel]:
+    """A model that says the given turns one after the other, and the last one for ever."""
+
+    def make(*turns: AssistantTurn | Sequence[int]) -> ScriptedModel:
+        def policy(messages: Sequence[Message], think: bool) -> AssistantTurn | Sequence[int]:
+            said = sum(isinstance(message, AssistantMessage) for message in messages)
+            return turns[min(said, len(turns) - 1)]
+
+        return ScriptedModel(policy, tokenizer)
+
+    return make

@@ -1,0 +1,438 @@
+"""The loop: ask, act, observe, and every way a run can end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+import pytest
+
+from agentkit import (
+    DEFAULT_SYSTEM,
+    Agent,
+    AssistantMessage,
+    AssistantTurn,
+    CallFinished,
+    Event,
+    LimitReached,
+    Limits,
+    Message,
+    MessageAdded,
+    Outcome,
+    RunFinished,
+    ScriptedModel,
+    SystemMessage,
+    TextDelta,
+    ToolMessage,
+    Trajectory,
+    TurnStarted,
+    UserMessage,
+    tool,
+)
+from agentkit.models.tokens import rebuild_token_ids
+from agentkit_engine.chat import Tokenizer, encode_ids
+from agentkit_environments import Environment, SandboxLostError, open_environment
+from agentkit_tools import ToolContext
+
+pytestmark = pytest.mark.anyio
+Script = Callable[..., ScriptedModel]
+
+LOOK = AssistantTurn("I shall look.", "Looking.", [("read_file", {"path": "a.txt"})])
+SUBMIT = AssistantTurn("Found.", "", [("submit", {"answer": "42"})])
+
+
+def turn(*calls: tuple[str, dict[str, object]], reasoning: str | None = None, content: str = "") -> AssistantTurn:
+    return AssistantTurn(reasoning, content, calls)
+
+
+def thinks(trajectory: Trajectory) -> list[bool]:
+    return [record.think for record in trajectory.records if isinstance(record, TurnStarted)]
+
+
+def results(trajectory: Trajectory) -> list[str]:
+    return [message.content for message in trajectory.messages if isinstance(message, ToolMessage)]
+
+
+async def test_it_acts_until_it_submits(script: Script, environment: Environment, tokenizer: Tokenizer) -> None:
+    await environment.write_file("a.txt", "forty-two")
+    result = await Agent(script(LOOK, SUBMIT)).run("What is in a.txt?", environment=environment)
+    assert (result.status, result.answer) == ("submitted", "42")
+    system, user, looked, read, submitted, accepted = result.trajectory.messages
+    assert system == SystemMessage(DEFAULT_SYSTEM)
+    assert user == UserMessage("What is in a.txt?")
+    assert isinstance(looked, AssistantMessage) and (looked.reasoning, looked.content) == ("I shall look.", "Looking.")
+    assert read == ToolMessage("call_0_0", "read_file", "forty-two")
+    assert isinstance(submitted, AssistantMessage) and submitted.reasoning is None  # auto: a routine step
+    assert isinstance(accepted, ToolMessage)
+    assert (result.usage.turns, result.usage.calls, result.usage.forced_tokens) == (2, 2, 0)
+    assert rebuild_token_ids(result.trajectory, tokenizer) == result.trajectory.token_ids
+
+
+async def test_a_turn_without_calls_is_the_answer(script: Script, environment: Environment) -> None:
+    result = await Agent(script(AssistantTurn("Easy.", "Four."))).run("Two and two?", environment=environment)
+    assert (result.status, result.answer, result.usage.turns) == ("answered", "Four.", 1)
+
+
+async def test_the_ids_are_those_of_the_whole_conversation(
+    script: Script, environment: Environment, tokenizer: Tokenizer
+) -> None:
+    """Interleaved thinking: what was thought before a call is still in the session after it."""
+    agent = Agent(script(LOOK, LOOK, SUBMIT), thinking="always", system="S")
+    result = await agent.run("Q", environment=environment)
+    shaped = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        *(
+            message
+            for index in range(2)
+            for message in (
+                {
+                    "role": "assistant",
+                    "content": "Looking.",
+                    "reasoning_content": "I shall look.",
+                    "tool_calls": [
+                        {
+                            "id": f"call_{index}_0",
+                            "type": "function",
+                            "function": {"name": "read_file", "arguments": '{"path": "a.txt"}'},
+                        }
+                    ],
+                },
+                {"role": "tool", "tool_call_id": f"call_{index}_0", "content": "Error: No such file: a.txt"},
+            )
+        ),
+    ]
+    tools = [tool.spec for tool in agent.tools.values()]
+    prompt = encode_ids(shaped, tokenizer=tokenizer, tools=tools, effort="high", dialect="v4-preview")
+    third_prompt = sum(len(segment.ids) for segment in result.trajectory.segments[:5])
+    assert result.trajectory.token_ids[:third_prompt] == prompt
+
+
+async def test_an_empty_system_prompt_is_none(script: Script, environment: Environment) -> None:
+    result = await Agent(script(SUBMIT), system="").run("Q", environment=environment)
+    assert result.trajectory.messages[0] == UserMessage("Q")
+
+
+async def test_mistakes_are_results(script: Script, environment: Environment) -> None:
+    calls = turn(("nope", {}), ("read_file", {"path": 1}), ("read_file", {"path": "b"}), ("list_dir", {}))
+    result = await Agent(script(calls, SUBMIT)).run("Q", environment=environment)
+    unknown, invalid, missing, listed, _ = results(result.trajectory)
+    assert unknown.startswith('Error: unknown tool "nope"; available: bash, read_file')
+    assert invalid.startswith("Error: invalid arguments for read_file: $.path")
+    assert missing == "Error: No such file: b"
+    assert listed == "(empty)"
+    assert result.status == "submitted"
+
+
+async def test_a_malformed_call_gets_one_error_result_in_its_place(
+    script: Script, environment: Environment, tokenizer: Tokenizer
+) -> None:
+    good = '<｜DSML｜invoke name="list_dir">\n\n</｜DSML｜invoke>\n'
+    bad = '<｜DSML｜invoke name="bash">\nno parameter\n</｜DSML｜invoke>\n'
+    block = tokenizer.encode(f"\n\n<｜DSML｜tool_calls>\n{good}{bad}{good}</｜DSML｜tool_calls>")
+    result = await Agent(script([*block, tokenizer.eos_id], SUBMIT), thinking="never").run("Q", environment=environment)
+    first, second, third, _ = results(result.trajectory)
+    assert (first, third) == ("(empty)", "(empty)")
+    assert second.startswith("Error: malformed call: ")
+    assert result.usage.forced_tokens == 0
+    assert rebuild_token_ids(result.trajectory, tokenizer) == result.trajectory.token_ids
+
+
+@pytest.mark.parametrize(
+    ("thinking", "effort", "expected"),
+    [
+        ("always", "high", [True, True, True, True]),
+        ("never", "high", [False, False, False, False]),
+        ("auto", "high", [True, False, True, False]),
+        ("auto", "none", [False, False, False, False]),
+        (lambda news: len(news) == 1 and isinstance(news[0], ToolMessage), "high", [False, True, True, True]),
+    ],
+)
+async def test_which_turns_think(
+    script: Script, environment: Environment, tokenizer: Tokenizer, thinking: object, effort: object, expected: object
+) -> None:
+    model = script(
+        turn(("list_dir", {}), reasoning="r"), turn(("read_file", {"path": "x"}), reasoning="r"),
+        turn(("list_dir", {}), reasoning="r"), SUBMIT,
+    )  # fmt: skip
+    agent = Agent(model, thinking=thinking, effort=effort)  # type: ignore[arg-type]
+    result = await agent.run("Q", environment=environment)
+    assert thinks(result.trajectory) == expected
+    assert rebuild_token_ids(result.trajectory, tokenizer) == result.trajectory.token_ids
+
+
+def test_wrong_arguments_are_refused(script: Script) -> None:
+    with pytest.raises(ValueError, match="always, never, auto or a function, got 'sometimes'"):
+        Agent(script(SUBMIT), thinking="sometimes")  # type: ignore[arg-type]
+
+    @tool
+    def echo(text: str) -> str:
+        """Echo."""
+        return text
+
+    with pytest.raises(ValueError, match='two tools are called "echo"'):
+        Agent(script(SUBMIT), [echo, echo])
+    with pytest.raises(ValueError, match=r"Limits\.max_turns must be positive or None, got 0"):
+        Limits(max_turns=0)
+
+
+async def test_stream_is_the_run(script: Script, environment: Environment) -> None:
+    events: list[Event] = [event async for event in Agent(script(LOOK, SUBMIT)).stream("Q", environment=environment)]
+    finished = events[-1]
+    assert isinstance(finished, RunFinished)
+    result = finished.result
+    assert [event for event in events if event in result.trajectory.records] == result.trajectory.records
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "Looking."
+
+
+async def test_leaving_a_stream_early_cancels_the_run(script: Script, environment: Environment, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    async with aclosing(Agent(script(LOOK)).stream("Q", environment=environment, trajectory=path)) as events:
+        async for event in events:
+            if isinstance(event, CallFinished):
+                break
+    outcome = Trajectory.load(path).outcome
+    assert outcome is not None and outcome.status == "cancelled"
+
+
+async def test_continue_goes_on_in_the_same_session(
+    script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.jsonl"
+    agent = Agent(script(LOOK, SUBMIT, AssistantTurn("Hm.", "You are welcome."), AssistantTurn("Hm.", "Bye.")))
+    first = await agent.run("Q", environment=environment, trajectory=path)
+    before = first.trajectory.token_ids
+    second = await first.continue_("Thanks!")
+    assert (second.status, second.answer) == ("answered", "You are welcome.")
+    assert second.usage.turns == 1
+    assert second.trajectory is first.trajectory
+    assert second.trajectory.token_ids[: len(before)] == before
+    third = await second.continue_("Bye!")
+    assert third.answer == "Bye."
+    assert thinks(third.trajectory) == [True, True, True, True]  # the missing file; then the user spoke
+    assert Trajectory.load(path).records == third.trajectory.records
+    assert rebuild_token_ids(third.trajectory, tokenizer) == third.trajectory.token_ids
+    with pytest.raises(ValueError, match="continued already"):
+        await first.continue_("Again!")
+
+
+async def test_a_dead_sandbox_is_no_result(script: Script, environment: Environment, tmp_path: Path) -> None:
+    waiting = anyio.Event()
+    cancelled = False
+
+    @tool
+    async def wait() -> str:
+        """Wait."""
+        nonlocal cancelled
+        waiting.set()
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class():
+            cancelled = True
+            raise
+        return ""
+
+    @tool
+    async def die() -> str:
+        """Die."""
+        await waiting.wait()
+        raise SandboxLostError("it stopped answering")
+
+    path = tmp_path / "t.jsonl"
+    agent = Agent(script(turn(("wait", {}), ("die", {}))), [wait, die])
+    with pytest.raises(SandboxLostError, match="it stopped answering"):
+        await agent.run("Q", environment=environment, trajectory=path)
+    trajectory = Trajectory.load(path)
+    assert cancelled
+    assert trajectory.outcome is not None
+    assert (trajectory.outcome.status, trajectory.outcome.error) == ("error", "SandboxLostError: it stopped answering")
+
+
+async def test_cancelling_kills_and_leaves_a_complete_record(
+    script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.jsonl"
+    command = "sleep 1000 & echo $! $$ > pids; wait"
+    agent = Agent(script(turn(("bash", {"command": command}), ("bash", {"command": "sleep 1000"}))))
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(lambda: agent.run("Q", environment=environment, trajectory=path))
+        written = await environment.exec("until [ -s pids ]; do sleep 0.01; done; cat pids", timeout_s=20)
+        start = anyio.current_time()
+        task_group.cancel_scope.cancel()
+    assert anyio.current_time() - start < 1.0
+    alive = await environment.exec(f"ps -o stat= {written.stdout.strip()} | grep -v Z")
+    assert alive.stdout == ""
+    trajectory = Trajectory.load(path)
+    assert trajectory.outcome is not None and trajectory.outcome.status == "cancelled"
+    assert results(trajectory) == ["Error: stopped before it finished: the run broke off"] * 2
+    assert rebuild_token_ids(trajectory, tokenizer) == trajectory.token_ids
+
+
+async def test_cancelling_at_any_event_leaves_a_complete_record(
+    script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = script(turn(("list_dir", {}), ("write_file", {"path": "a", "content": "b"}), reasoning="Hm."), SUBMIT)
+    count = 0
+    finished = False
+    while not finished:
+        count += 1
+        path = tmp_path / f"{count}.jsonl"
+        seen = 0
+        with anyio.CancelScope() as scope:
+            async for event in Agent(model).stream("Q", environment=environment, trajectory=path):
+                seen += 1
+                finished = isinstance(event, RunFinished)
+                if seen == count:
+                    scope.cancel()
+        trajectory = Trajectory.load(path)
+        assert trajectory.outcome is not None
+        assert trajectory.outcome.status in ("cancelled", "submitted")
+        assert rebuild_token_ids(trajectory, tokenizer) == trajectory.token_ids
+        said = [message for message in trajectory.messages if isinstance(message, AssistantMessage)]
+        assert len(results(trajectory)) == sum(len(message.calls) for message in said)
+    assert count > 20
+
+
+async def test_a_run_opens_and_closes_its_own_environment(
+    script: Script, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a continuation finds the files of the work directory."""
+    opened: list[Environment] = []
+
+    async def open_local() -> Environment:
+        opened.append(await open_environment(backend="unsafe-local"))
+        return opened[-1]
+
+    monkeypatch.setattr("agentkit.agent.open_environment", open_local)
+    write = turn(("write_file", {"path": "a/b.txt", "content": "kept"}))
+    read = turn(("read_file", {"path": "a/b.txt"}))
+    result = await Agent(script(write, SUBMIT, read, SUBMIT)).run("Q")
+    result = await result.continue_("And now?")
+    assert "kept" in results(result.trajectory)
+    assert len(opened) == 2
+    for environment in opened:
+        with pytest.raises(SandboxLostError):
+            await environment.exec("true")
+
+
+class TestLimits:
+    """Each limit stops the run where it is reached, and the record says which."""
+
+    async def run(self, model: ScriptedModel, environment: Environment, limits: Limits, **options: object) -> Outcome:
+        result = await Agent(model, limits=limits, **options).run("Q", environment=environment)  # type: ignore[arg-type]
+        self.trajectory = result.trajectory
+        assert result.trajectory.outcome is not None
+        return result.trajectory.outcome
+
+    async def test_max_turns(self, script: Script, environment: Environment) -> None:
+        outcome = await self.run(script(LOOK), environment, Limits(max_turns=3))
+        assert (outcome.status, outcome.limit, outcome.answer, outcome.usage.turns) == ("limit", "max_turns", None, 3)
+        assert LimitReached("max_turns") in self.trajectory.records
+
+    async def test_max_tokens_stops_at_that_token(
+        self, script: Script, environment: Environment, tokenizer: Tokenizer
+    ) -> None:
+        whole = await self.run(script(AssistantTurn("Hm.", "A long answer.")), environment, Limits())
+        for count in range(1, whole.usage.sampled_tokens):
+            outcome = await self.run(
+                script(AssistantTurn("Hm.", "A long answer.")), environment, Limits(max_tokens=count)
+            )
+            assert (outcome.limit, outcome.usage.sampled_tokens) == ("max_tokens", count)
+            sampled, forced = self.trajectory.segments[1:]
+            closing = ["</think>"] if "</think>" not in tokenizer.decode(sampled.ids) else []
+            assert tokenizer.decode(forced.ids) == "".join([*closing, "<｜end▁of▁sentence｜>"])
+            assert self.trajectory.loss_mask[-len(forced.ids) :] == [0] * len(forced.ids)
+            assert rebuild_token_ids(self.trajectory, tokenizer) == self.trajectory.token_ids
+
+    async def test_max_tokens_inside_a_call(self, script: Script, environment: Environment) -> None:
+        agent = Agent(script(LOOK, AssistantTurn(None, "Go on?")), limits=Limits(max_tokens=90), thinking="never")
+        result = await agent.run("Q", environment=environment)
+        assert result.limit == "max_tokens"
+        assert results(result.trajectory)[0].startswith("Error: malformed call: ")
+        result = await result.continue_("Well?")
+        assert result.answer == "Go on?"
+
+    async def test_thinking_per_turn(self, script: Script, environment: Environment, tokenizer: Tokenizer) -> None:
+        limits = Limits(max_thinking_tokens_per_turn=5)
+        outcome = await self.run(script(AssistantTurn("A long thought.", "Done.")), environment, limits)
+        assert (outcome.status, outcome.answer) == ("answered", "Done.")
+        _, thought, closing, rest = self.trajectory.segments
+        assert tokenizer.decode(thought.ids) == "A lon"
+        assert (closing.kind, tokenizer.decode(closing.ids)) == ("forced", "</think>")
+        assert tokenizer.decode(rest.ids) == "Done.<｜end▁of▁sentence｜>"
+        assert (outcome.usage.thinking_tokens, outcome.usage.forced_tokens) == (5, 1)
+        assert rebuild_token_ids(self.trajectory, tokenizer) == self.trajectory.token_ids
+
+    async def test_thinking_over_all_turns(self, script: Script, environment: Environment) -> None:
+        outcome = await self.run(
+            script(LOOK, LOOK, SUBMIT), environment, Limits(max_thinking_tokens=20), thinking="always"
+        )
+        assert outcome.status == "submitted"
+        assert outcome.usage.thinking_tokens == 20
+        assert thinks(self.trajectory) == [True, True, False]
+
+    async def test_wall_time_in_a_call(self, script: Script, environment: Environment) -> None:
+        model = script(turn(("bash", {"command": "sleep 1000"}), ("list_dir", {})))
+        outcome = await self.run(model, environment, Limits(wall_time_s=1.0))
+        assert outcome.limit == "wall_time_s"
+        assert results(self.trajectory) == [
+            "Error: stopped before it finished: the run's limit wall_time_s was reached",
+            "(empty)",
+        ]
+
+    async def test_tool_time(self, script: Script, environment: Environment) -> None:
+        model = script(turn(("list_dir", {})), turn(("bash", {"command": "sleep 1000"})))
+        outcome = await self.run(model, environment, Limits(tool_time_s=0.5))
+        assert (outcome.limit, outcome.usage.turns) == ("tool_time_s", 2)
+        assert 0.4 < outcome.usage.tool_time_s < 5
+
+    async def test_a_slow_call_loses_its_own_result_only(self, script: Script, environment: Environment) -> None:
+        @tool
+        async def wait() -> str:
+            """Wait."""
+            await anyio.sleep_forever()
+            return ""
+
+        @tool
+        async def hurry() -> str:
+            """Hurry."""
+            return "done"
+
+        model = script(turn(("wait", {}), ("hurry", {})), AssistantTurn(None, "Well."))
+        outcome = await self.run(model, environment, Limits(call_timeout_s=0.1), tools=[wait, hurry])
+        assert outcome.status == "answered"
+        assert results(self.trajectory) == ["Error: wait timed out after 0.1 s", "done"]
+
+    async def test_calls_beyond_the_most_are_refused(self, script: Script, environment: Environment) -> None:
+        await self.run(script(turn(*[("list_dir", {})] * 3), SUBMIT), environment, Limits(max_calls_per_turn=2))
+        assert results(self.trajectory)[:3] == [
+            "(empty)",
+            "(empty)",
+            "Error: at most 2 calls can be made in one turn; make it again",
+        ]
+
+
+async def test_a_tool_sees_the_environment(script: Script, environment: Environment) -> None:
+    @tool
+    async def where(context: ToolContext) -> str:
+        """Where am I?"""
+        return context.environment.spec.workdir
+
+    result = await Agent(script(turn(("where", {})), AssistantTurn(None, "ok")), [where]).run(
+        "Q", environment=environment
+    )
+    assert results(result.trajectory) == [environment.spec.workdir]
+
+
+async def test_events_and_messages_of_a_policy(environment: Environment, tokenizer: Tokenizer) -> None:
+    seen: list[Sequence[Message]] = []
+
+    def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
+        seen.append(list(messages))
+        return AssistantTurn("r" if think else None, "bye")
+
+    result = await Agent(ScriptedModel(policy, tokenizer)).run("hello", environment=environment)
+    assert seen == [[SystemMessage(DEFAULT_SYSTEM), UserMessage("hello")]]
+    assert MessageAdded(AssistantMessage("bye", "r")) in result.trajectory.records

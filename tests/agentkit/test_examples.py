@@ -1,0 +1,27 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentkit_engine.engine import PACKAGED_MODELS
+from agentkit_environments import available_backends
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.sandbox
+@pytest.mark.skipif(not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the tiny model is not packaged")
+@pytest.mark.skipif(
+    all(reason for backend, reason in available_backends().items() if backend != "unsafe-local"),
+    reason="no sandbox can be opened here",
+)
+def test_hello_agent() -> None:
+    path = EXAMPLES / "hello_agent.py"
+    assert len(path.read_text().splitlines()) < 20
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=120)
+    assert "sunny, 21 degrees" in done.stdout

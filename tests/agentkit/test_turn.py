@@ -1,0 +1,231 @@
+"""The calls of one turn: side by side, bounded, in order, early. Order comes from events, never from sleeping."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from agentkit import (
+    Agent,
+    AssistantTurn,
+    CallFinished,
+    CallStarted,
+    Limits,
+    Parallelism,
+    ScriptedModel,
+    Tool,
+    ToolMessage,
+    Trajectory,
+    tool,
+)
+from agentkit.model import Effort, History, ModelSession, Sampling
+from agentkit.models.scripted import Policy, ScriptedToken, ScriptedTokens
+from agentkit.models.tokens import TokenizedSession
+from agentkit_engine.chat import Tokenizer
+from agentkit_environments import Environment
+
+pytestmark = pytest.mark.anyio
+Script = Callable[..., ScriptedModel]
+DONE = AssistantTurn(None, "done")
+
+
+def results(trajectory: Trajectory) -> list[str]:
+    return [message.content for message in trajectory.messages if isinstance(message, ToolMessage)]
+
+
+async def test_128_calls_run_side_by_side_and_results_keep_their_order(
+    script: Script, environment: Environment
+) -> None:
+    """Every call waits until all have started, and each for the one after it: they finish in reverse order."""
+    started = 0
+    all_started = anyio.Event()
+    finished = [anyio.Event() for _ in range(129)]
+    finished[128].set()
+
+    @tool
+    async def number(n: int) -> int:
+        """Number."""
+        nonlocal started
+        started += 1
+        if started == 128:
+            all_started.set()
+        await all_started.wait()
+        await finished[n + 1].wait()
+        finished[n].set()
+        return n
+
+    calls = [("number", {"n": n}) for n in range(128)]
+    parallelism = Parallelism(per_turn=128, per_tool=128, total=128)
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [number], parallelism=parallelism)
+    with anyio.fail_after(60):
+        result = await agent.run("Q", environment=environment)
+    assert results(result.trajectory) == [str(n) for n in range(128)]
+    assert [r.content for r in result.trajectory.results] == [str(n) for n in reversed(range(128))]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "most", "most_of_one"),
+    [({"per_turn": 3}, 3, 2), ({"total": 4}, 4, 2), ({"per_tool": 2}, 4, 2), ({}, 12, 6)],
+)
+async def test_bounds(
+    script: Script, environment: Environment, bounds: dict[str, int], most: int, most_of_one: int
+) -> None:
+    """Two tools, six calls each; the numbers running at the same time never exceed a bound, and reach it."""
+    running = {"one": 0, "other": 0}
+    seen: list[tuple[int, int]] = []
+
+    def make(name: str) -> Tool:
+        @tool(name=name)
+        async def count() -> str:
+            """Count."""
+            running[name] += 1
+            seen.append((sum(running.values()), running["one"]))
+            for _ in range(20):
+                await anyio.lowlevel.checkpoint()
+            running[name] -= 1
+            return "ok"
+
+        return count
+
+    calls: list[tuple[str, dict[str, object]]] = [("one", {}), ("other", {})] * 6
+    agent = Agent(
+        script(AssistantTurn(None, "", calls), DONE), [make("one"), make("other")], parallelism=Parallelism(**bounds)
+    )
+    result = await agent.run("Q", environment=environment)
+    assert results(result.trajectory) == ["ok"] * 12
+    assert max(total for total, _ in seen) == most
+    assert max(one for _, one in seen) == most_of_one
+
+
+async def test_the_total_bound_spans_runs(script: Script, environment: Environment) -> None:
+    running, most = 0, 0
+
+    @tool
+    async def count() -> str:
+        """Count."""
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
+        running -= 1
+        return "ok"
+
+    calls: list[tuple[str, dict[str, object]]] = [("count", {})] * 4
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [count], parallelism=Parallelism(total=5))
+    async with anyio.create_task_group() as task_group:
+        for _ in range(4):
+            task_group.start_soon(lambda: agent.run("Q", environment=environment))
+    assert most == 5
+
+
+async def test_a_barrier_runs_alone(script: Script, environment: Environment) -> None:
+    log: list[str] = []
+
+    @tool
+    async def work(n: int) -> str:
+        """Work."""
+        log.append(f"start {n}")
+        await anyio.lowlevel.checkpoint()
+        log.append(f"end {n}")
+        return "ok"
+
+    @tool(barrier=True)
+    async def alone() -> str:
+        """Alone."""
+        log.append("start alone")
+        for _ in range(10):
+            await anyio.lowlevel.checkpoint()
+        log.append("end alone")
+        return "ok"
+
+    calls: list[tuple[str, dict[str, object]]] = [
+        ("work", {"n": 0}),
+        ("work", {"n": 1}),
+        ("alone", {}),
+        ("work", {"n": 2}),
+        ("alone", {}),
+    ]
+    await Agent(script(AssistantTurn(None, "", calls), DONE), [work, alone]).run("Q", environment=environment)
+    assert sorted(log[:4]) == ["end 0", "end 1", "start 0", "start 1"]
+    assert log[4:] == ["start alone", "end alone", "start 2", "end 2", "start alone", "end alone"]
+
+
+class GatedModel(ScriptedModel):
+    """Holds back the last id of its first turn until `gate` is set: the model is still generating."""
+
+    def __init__(self, policy: Policy, tokenizer: Tokenizer, gate: anyio.Event) -> None:
+        super().__init__(policy, tokenizer)
+        self.gate = gate
+        self.parts = policy, tokenizer
+
+    @asynccontextmanager
+    async def open(
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+    ) -> AsyncIterator[ModelSession]:
+        gate, (_, tokenizer) = self.gate, self.parts
+
+        class Gated(ScriptedTokens):
+            async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[ScriptedToken, None]:
+                async for token in super().generate(max_tokens=max_tokens):
+                    if token.id == tokenizer.eos_id:
+                        await gate.wait()
+                    yield token
+
+        tokens = Gated(*self.parts)
+        session = TokenizedSession(tokens, tokenizer, tools=tools, effort=effort, dialect="v4-preview")
+        tokens.messages = session.messages
+        yield session
+
+
+async def test_reading_starts_while_the_model_still_generates(environment: Environment, tokenizer: Tokenizer) -> None:
+    """The model ends its turn only after both readers ran; the writer, and what stands after it, waits for that."""
+    log: list[str] = []
+    gate = anyio.Event()
+
+    @tool(read_only=True)
+    async def read(n: int) -> str:
+        """Read."""
+        log.append(f"read {n}")
+        if n == 1:
+            gate.set()
+        return "ok"
+
+    @tool
+    async def write() -> str:
+        """Write."""
+        log.append("write")
+        return "ok"
+
+    calls = [("read", {"n": 0}), ("read", {"n": 1}), ("write", {}), ("read", {"n": 2})]
+
+    def policy(messages: object, think: bool) -> AssistantTurn:
+        return DONE if log else AssistantTurn(None, "", calls)
+
+    agent = Agent(GatedModel(policy, tokenizer, gate), [read, write])
+    with anyio.fail_after(20):
+        result = await agent.run("Q", environment=environment)
+    assert log == ["read 0", "read 1", "write", "read 2"]
+    starts = [record for record in result.trajectory.records if isinstance(record, CallStarted)]
+    assert [start.early for start in starts] == [True, True, False, False]
+    finished = [record for record in result.trajectory.records if isinstance(record, CallFinished)]
+    assert len(finished) == 4
+
+
+async def test_wall_time_in_generation_stops_early_calls_too(environment: Environment, tokenizer: Tokenizer) -> None:
+    @tool(read_only=True)
+    async def wait() -> str:
+        """Wait."""
+        await anyio.sleep_forever()
+        return ""
+
+    model = GatedModel(lambda messages, think: AssistantTurn("Hm.", "", [("wait", {})]), tokenizer, anyio.Event())
+    result = await Agent(model, [wait], limits=Limits(wall_time_s=0.2)).run("Q", environment=environment)
+    assert result.limit == "wall_time_s"
+    assert results(result.trajectory) == ["Error: stopped before it finished: the run's limit wall_time_s was reached"]
+    prompt, sampled, forced = result.trajectory.segments
+    assert (prompt.kind, sampled.kind, forced.kind) == ("prompt", "sampled", "forced")
+    assert tokenizer.decode(forced.ids) == "<｜end▁of▁sentence｜>"
