@@ -1,0 +1,200 @@
+"""From oracles to training data: trajectories that really happened, as ids with a loss mask; texts for a tokenizer.
+
+Each oracle runs through `agentkit.Agent` and the real tools, in a plain directory ("unsafe-local": the oracles are our
+own code), so a row has exactly the ids that an engine would have had in its session.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+
+from agentkit import Agent, ScriptedModel
+from agentkit.agent import DEFAULT_SYSTEM
+from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage, to_openai_all
+from agentkit.thinking import Thinking
+from agentkit_engine import chat
+from agentkit_environments import Environment, open_environment
+from agentkit_evals.errors import EvalError
+from agentkit_evals.synth import sample
+from agentkit_evals.synth.family import Split, SynthTask
+from agentkit_evals.synth.words import SYLLABLES
+from agentkit_evals.verify import verify
+from agentkit_tools import BUILTINS, Tool, ToolCall, ToolContext
+
+if TYPE_CHECKING:
+    from agentkit_engine.chat import Tokenizer
+
+SYLLABLE_COPIES = 20  # more than any pair of letters occurs in one conversation
+_SYLLABLE = re.compile("[A-Za-z][aeiou]|[0-9]+")
+_NAME = re.compile("([A-Za-z][aeiou]){2,}[0-9]*")
+AT_ONCE = 8  # trajectories that run side by side: most of their time is waiting for a child process
+THINKING: tuple[Thinking, ...] = ("auto",) * 8 + ("always", "never")  # what the seeds cycle through
+
+
+class OracleError(EvalError):
+    """An oracle that did not solve its own task: a defect of the family. Names the task and what it answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One trajectory: its ids, and a mask that is 1 where the assistant wrote the id."""
+
+    ids: list[int]
+    loss_mask: list[int]
+    family: str
+    seed: int
+
+
+async def generate(
+    families: Sequence[str],
+    seeds: Iterable[int],
+    split: Split = "train",
+    *,
+    tokenizer: Tokenizer,
+    verify_every: int = 50,
+) -> AsyncIterator[Row]:
+    """Run the oracle of each family on each seed, and give the rows in the order seed by seed, family by family.
+
+    Every `verify_every`-th outcome is scored by the task's verifier; in the others the oracle must have reached its
+    end. Seeds cycle through the thinking policies: mostly `auto`, some `always` and `never`.
+
+    Raises:
+        OracleError: an oracle did not solve its task.
+        ValueError: an unknown family or split.
+    """
+    jobs = enumerate((family, seed) for seed in seeds for family in families)
+    while batch := list(itertools.islice(jobs, AT_ONCE)):
+        rows: dict[int, Row] = {}
+
+        async def run(index: int, family: str, seed: int, rows: dict[int, Row] = rows) -> None:
+            check = index % verify_every == 0
+            rows[index] = await _row(sample(family, seed, split), seed, tokenizer, check=check)
+
+        async with anyio.create_task_group() as task_group:
+            for index, (family, seed) in batch:
+                task_group.start_soon(run, index, family, seed)
+        for index, _ in batch:
+            yield rows[index]
+
+
+async def _row(synth: SynthTask, seed: int, tokenizer: Tokenizer, *, check: bool) -> Row:
+    task = synth.task
+    model = ScriptedModel(synth.oracle(), tokenizer, name="oracle")
+    thinking = THINKING[seed % len(THINKING)]
+    agent = Agent(model, task.build_tools(), system=task.system, thinking=thinking, effort=task.agent.effort)
+    async with await open_environment(task.environment.spec(), backend="unsafe-local") as environment:
+        await task.prepare(environment)
+        result = await agent.run(task.instruction, environment=environment)
+        if result.status not in ("submitted", "answered"):
+            raise OracleError(f"{task.id}: the oracle's run ended with {result.status}, expected an answer")
+        if check:
+            archive = await environment.export_dir(environment.spec.workdir)
+            await require_solved(synth, archive, result.answer)
+    return Row(list(result.trajectory.token_ids), list(result.trajectory.loss_mask), synth.family, seed)
+
+
+async def require_solved(synth: SynthTask, archive: bytes, answer: str | None) -> None:
+    """Score an outcome. Raises OracleError when it is not a full reward."""
+    verdict = await verify(synth.task, archive=archive, answer=answer, backend="unsafe-local")
+    if verdict.reward != 1:
+        raise OracleError(
+            f"{synth.task.id}: answered {answer!r}, which scores {verdict.reward:g}, expected 1: {verdict.output}"
+        )
+
+
+async def transcript(
+    synth: SynthTask, environment: Environment, *, thinking: Thinking = "auto"
+) -> tuple[list[Message], str]:
+    """The messages of an oracle's run and its answer, without a tokenizer: calls go straight to the tools.
+
+    `environment` must hold the task's files.
+    """
+    policy = synth.oracle()
+    tools = {tool.name: tool for tool in synth.task.build_tools()}
+    context = ToolContext(environment)
+    messages: list[Message] = [SystemMessage(synth.task.system or DEFAULT_SYSTEM), UserMessage(synth.task.instruction)]
+    failed = False
+    while True:
+        first = not isinstance(messages[-1], ToolMessage)
+        turn = policy(messages, thinking == "always" or (thinking == "auto" and (first or failed)))
+        number = sum(isinstance(message, AssistantMessage) for message in messages)
+        calls = tuple(
+            ToolCall(f"call_{number}_{index}", name, json.dumps(arguments, ensure_ascii=False))
+            for index, (name, arguments) in enumerate(turn.calls)
+        )
+        messages.append(AssistantMessage(turn.content, turn.reasoning, calls))
+        if not calls:
+            return messages, turn.content
+        results = [await tools[call.name](call, context) for call in calls]
+        if results[-1].final:
+            return messages, results[-1].content
+        messages += [ToolMessage.of(result) for result in results]
+        failed = any(result.is_error for result in results)
+
+
+async def texts(families: Sequence[str], seeds: Iterable[int]) -> AsyncIterator[str]:
+    """What a tokenizer for these families should be trained on: the conversations of the train split.
+
+    Every name is a few syllables, and should be so for the tokenizer too, never a token of its own that is hardly ever
+    seen: names come apart, and with each conversation come so many syllables that they are the first merges.
+    """
+    for seed, family in itertools.product(seeds, families):
+        yield SYLLABLE_COPIES * ("\n".join(SYLLABLES) + "\n")
+        synth = sample(family, seed, "train")
+        async with await open_environment(synth.task.environment.spec(), backend="unsafe-local") as environment:
+            await synth.task.prepare(environment)
+            messages, _ = await transcript(synth, environment, thinking="always")
+        specs = [tool.spec for tool in synth.task.build_tools()]
+        text = chat.encode(to_openai_all(messages), tools=specs or None, effort="high")
+        for piece in _between_control_tokens(_apart(text, synth.names)):
+            yield piece
+
+
+def _apart(text: str, names: Iterable[str]) -> str:
+    """`text` with the syllables of each name on lines of their own."""
+    made = [re.escape(name) for name in names if _NAME.fullmatch(name)]
+    if not made:
+        return text
+    return re.sub("|".join(made), lambda match: "\n".join(_SYLLABLE.findall(match[0])), text)
+
+
+def phrases() -> list[str]:
+    """Constant text of prompts and calls that a small vocabulary may hold whole.
+
+    These are the default system prompt, each line of the tools block (with its newline) that any set of tools or the
+    built-in tools give, the frame of a user tool's line, and the frames of calls and results.
+    """
+    tools: list[Tool] = list(BUILTINS.values())
+    block = chat.encode([{"role": "system", "content": ""}], tools=[tool.spec for tool in tools], effort="high")
+    found = [DEFAULT_SYSTEM]
+    for piece in _between_control_tokens(block):
+        found += [line for line in piece.splitlines(keepends=True) if len(line) > 3]
+    for tool in tools:
+        found.append(f'invoke name="{tool.name}">\n<')
+        found += [f'parameter name="{name}" string="true">' for name in tool.parameters["properties"]]
+    return list(dict.fromkeys([*found, *TOOL_LINE, *CALL_FRAMES]))
+
+
+TOOL_LINE = (
+    *('{"name": "', '", "description": "', '", "parameters": {"type": "object", "properties": {', '"}, "', '": {'),
+    *('"type": "string"}', '"type": "integer"}', '"type": "number"}', '"type": "boolean"}', '"description": "'),
+    *('", "type": "string"}', '", "type": "integer"}', '}, "required": ["', '"]}}\n', "}}}\n", '", "', ', "'),
+)
+CALL_FRAMES = (
+    *('invoke name="', '">\n<', 'parameter name="', '" string="true">', '" string="false">', "tool_calls>\n<"),
+    *(" `", "\n\n<", "</", "parameter>\n<", "parameter>\n</", "invoke>\n<", "invoke>\n</", "tool_calls>"),
+    *("<tool_result>", "</tool_result>", "</tool_result>\n\n<tool_result>"),
+)
+
+
+def _between_control_tokens(text: str) -> Iterator[str]:
+    for token in chat.CONTROL_TOKENS:
+        text = text.replace(token, "\0")
+    return (piece for piece in text.split("\0") if piece)
