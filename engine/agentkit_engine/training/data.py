@@ -1,0 +1,88 @@
+"""Training rows: token ids with a mask of what an assistant wrote, packed into batches of like lengths.
+
+Dimension key: B rows of a batch, T tokens of a row (right-padded).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Trajectories laid end to end: row i is `[offsets[i], offsets[i + 1])` of `ids` and `mask`."""
+
+    ids: Tensor  # int32 [N]
+    mask: Tensor  # uint8 [N], 1 where the assistant wrote the token
+    offsets: Tensor  # int64 [R + 1]
+
+    @classmethod
+    def pack(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
+        """Build from `(ids, mask)` pairs. Raises ValueError when a pair's lengths differ."""
+        for index, (ids, mask) in enumerate(rows):
+            if len(ids) != len(mask):
+                raise ValueError(f"row {index} has {len(ids)} ids but a mask of {len(mask)}")
+        lengths = torch.tensor([0, *(len(ids) for ids, _ in rows)], dtype=torch.int64)
+        return cls(
+            ids=torch.tensor([i for ids, _ in rows for i in ids], dtype=torch.int32),
+            mask=torch.tensor([m for _, mask in rows for m in mask], dtype=torch.uint8),
+            offsets=lengths.cumsum(0),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Rows:
+        return cls(**load_file(path))
+
+    def save(self, path: Path) -> None:
+        save_file({"ids": self.ids, "mask": self.mask, "offsets": self.offsets}, path)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def length(self, row: int) -> int:
+        return int(self.offsets[row + 1] - self.offsets[row])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    ids_BT: Tensor  # int64, right-padded with the pad id
+    mask_BT: Tensor  # float32: 1 written by the assistant, 0 given or padding
+    real_BT: Tensor  # bool: not padding
+
+
+def batches(rows: Rows, *, tokens: int, pad_id: int, seed: int) -> Iterator[Batch]:
+    """One epoch of batches of at most `tokens` padded tokens, rows of like length together, order shuffled by `seed`.
+
+    Right padding is safe: every layer is causal, and compressed entries that a pad token enters are never visible
+    to a real one.
+    """
+    rng = random.Random(seed)
+    order = sorted(range(len(rows)), key=lambda row: (rows.length(row), rng.random()))
+    groups: list[list[int]] = [[]]
+    for row in order:
+        if groups[-1] and (len(groups[-1]) + 1) * rows.length(row) > tokens:
+            groups.append([])
+        groups[-1].append(row)
+    rng.shuffle(groups)
+    for group in groups:
+        yield collate(rows, group, pad_id=pad_id)
+
+
+def collate(rows: Rows, group: Sequence[int], *, pad_id: int) -> Batch:
+    width = max(rows.length(row) for row in group)
+    ids = torch.full((len(group), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(group), width))
+    real = torch.zeros((len(group), width), dtype=torch.bool)
+    for index, row in enumerate(group):
+        start, stop = int(rows.offsets[row]), int(rows.offsets[row + 1])
+        ids[index, : stop - start] = rows.ids[start:stop].long()
+        mask[index, : stop - start] = rows.mask[start:stop].float()
+        real[index, : stop - start] = True
+    return Batch(ids, mask, real)

@@ -1,0 +1,204 @@
+"""The training loop: next-token loss on what the assistant wrote, plus what a V4 needs beside it.
+
+*Indexers* get no gradient from the selection they make; they learn from `indexer_kl`, while `index_topk` starts above
+every entry and is lowered to its final value, so that attention learns before selection binds. *Router biases* are
+not trained either: each is nudged by the sign of its expert's load error. The *MTP block* learns the token after
+next with a small weight. Sources: DeepSeek-V3 (arXiv:2412.19437) sections 2.1.2 and 2.2, DeepSeek-V3.2
+(arXiv:2512.02556) section 2.1.
+Dimension key: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agentkit_engine.model import Decoder, Trace, indexer_kl
+from agentkit_engine.training.data import Batch, Rows, batches
+from agentkit_engine.training.optimizer import Muon
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """One run; with the same rows and machine it is repeatable.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_tokens: Padded tokens of a batch at most, per process.
+        learning_rate: Peak, shared by Muon and AdamW; warmed up, then cosine to a hundredth.
+        prompt_weight: Loss weight of tokens the assistant did not write (1 for those it wrote).
+        mtp_weight: Loss weight of the MTP block.
+        mtp_every: Steps between updates of the MTP block.
+        index_every: Steps between indexer updates (they cost a second softmax).
+        topk_steps: The step at which `index_topk` reaches its final value.
+        bias_rate: Size of a router bias nudge, decayed with the learning rate.
+    """
+
+    steps: int = 1250
+    batch_tokens: int = 3072
+    learning_rate: float = 4e-3
+    warmup_steps: int = 40
+    weight_decay: float = 0.02
+    prompt_weight: float = 0.05
+    mtp_weight: float = 0.1
+    mtp_every: int = 4
+    index_every: int = 3
+    topk_steps: int = 500
+    bias_rate: float = 2e-3
+    clip: float = 1.0
+    seed: int = 0
+
+
+def train(
+    model: Decoder, rows: Rows, config: TrainingConfig, *, pad_id: int, log: Callable[[dict[str, float]], None]
+) -> None:
+    """Train `model` in place; `log` gets one record per ten steps.
+
+    Inside a `torch.distributed` process group each process takes its own batches, and gradients are averaged: on a
+    CPU two processes of one thread are much faster than one process of two. `log` then sees this process's share.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    optimizers = build_optimizers(model, config)
+    final_topk = model.spec.index_topk
+    started, tokens, written = time.perf_counter(), 0, 0
+    mine = itertools.islice(_epochs(rows, config, pad_id), rank, config.steps * world, world)
+    for step, batch in enumerate(mine):
+        fraction = _learning_rate(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * fraction * group.get("lr_scale", 1.0)
+        _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)))
+        trace = Trace(index_scores=step % config.index_every == 0)
+        losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
+        sum(losses.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+        if world > 1:
+            _average(model, trace)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        nudge_router_biases(model, trace, config.bias_rate * fraction)
+        tokens += int(batch.real_BT.sum())
+        written += int(batch.mask_BT.sum())
+        if step % 10 == 0 or step == config.steps - 1:
+            seconds = time.perf_counter() - started
+            named = {name: float(loss.detach()) for name, loss in losses.items()}
+            log({"step": step, **named, "grad_norm": float(norm), "tokens": tokens, "written": written, "s": seconds})
+    _set_topk(model, final_topk)
+
+
+def build_optimizers(model: Decoder, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, the head, gates, norms and vectors.
+
+    The mHC maps read all streams at once, so one step of AdamW moves their outputs further than others': they get a
+    tenth of the learning rate.
+    """
+    muon, decayed, maps, plain = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("_fn"):
+            maps.append(parameter)
+        elif parameter.ndim < 2 or name.endswith(".ape"):
+            plain.append(parameter)
+        elif name.startswith(("embed.", "head.")) or ".gate." in name:
+            decayed.append(parameter)
+        else:
+            muon.append(parameter)
+    adam_groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": maps, "weight_decay": 0.0, "lr_scale": 0.1},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [
+        Muon(muon, lr=config.learning_rate, weight_decay=config.weight_decay),
+        torch.optim.AdamW(adam_groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-10, fused=True),
+    ]
+
+
+def _average(model: Decoder, trace: Trace) -> None:
+    """Make gradients and expert counts those of all processes. A parameter one process did not use has zero there."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+    for counts in trace.expert_counts.values():
+        dist.all_reduce(counts)
+
+
+def _epochs(rows: Rows, config: TrainingConfig, pad_id: int) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from batches(rows, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed + epoch)
+
+
+def _learning_rate(step: int, config: TrainingConfig) -> float:
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _topk(step: int, config: TrainingConfig, final: int, length: int) -> int:
+    """All entries first, then linearly down to the final top-k."""
+    entries = max(final, length // 4)
+    return final if step >= config.topk_steps else round(entries + (final - entries) * step / config.topk_steps)
+
+
+def _set_topk(model: Decoder, topk: int) -> None:
+    for layer in model.layers:
+        layer.attn.top_k = topk
+
+
+def _losses(model: Decoder, batch: Batch, config: TrainingConfig, trace: Trace, *, draft: bool) -> dict[str, Tensor]:
+    """The weighted terms: `loss` (next token), with `draft` `mtp` (the one after) and, when traced, `index`."""
+    weight_BT = (config.prompt_weight + (1 - config.prompt_weight) * batch.mask_BT) * batch.real_BT
+    logits_BTV = model(batch.ids_BT, trace=trace)
+    losses = {"loss": _cross_entropy(logits_BTV, batch.ids_BT, weight_BT, ahead=1)}
+    if draft and model.mtp and trace.streams_BTMD is not None:
+        drafts_BTV, _ = model.draft_logits(trace.streams_BTMD[:, :-1], batch.ids_BT[:, 1:], trace=trace)
+        losses["mtp"] = config.mtp_weight * _cross_entropy(drafts_BTV, batch.ids_BT, weight_BT, ahead=2)
+    if trace.index_scores:
+        losses["index"] = indexer_kl(trace)
+    return losses
+
+
+def _cross_entropy(logits_BTV: Tensor, ids_BT: Tensor, weight_BT: Tensor, *, ahead: int) -> Tensor:
+    """Mean loss of predicting `ids[t + ahead]` from row t, weighted by the weight of the predicted token."""
+    count = ids_BT.size(1) - ahead
+    target, weight = ids_BT[:, ahead:].flatten(), weight_BT[:, ahead:].flatten()
+    losses = F.cross_entropy(logits_BTV[:, :count].flatten(0, 1), target, reduction="none")
+    return (losses * weight).sum() / weight.sum()
+
+
+def nudge_router_biases(model: Decoder, trace: Trace, rate: float) -> None:
+    """Move each score router's selection bias against its expert's load (auxiliary-loss-free balancing)."""
+    for block in (*model.layers, *model.mtp):
+        gate, counts = block.ffn.gate, trace.expert_counts.get(block.ffn.layer.index)
+        if gate.router == "score" and counts is not None:
+            gate.bias.add_(torch.sign(counts.float().mean() - counts), alpha=rate)
+
+
+@torch.no_grad()
+def accuracy(model: Decoder, rows: Rows, *, pad_id: int, batch_tokens: int = 8192) -> dict[str, float]:
+    """Greedy agreement under teacher forcing with what the assistant wrote: share of tokens, share of whole rows."""
+    right = written = whole = 0
+    for batch in batches(rows, tokens=batch_tokens, pad_id=pad_id, seed=0):
+        mine_BT = batch.mask_BT[:, 1:].bool()
+        right_BT = (model(batch.ids_BT)[:, :-1].argmax(-1) == batch.ids_BT[:, 1:]) & mine_BT
+        right += int(right_BT.sum())
+        written += int(mine_BT.sum())
+        whole += int((right_BT == mine_BT).all(-1).sum())
+    return {"token_accuracy": right / written, "row_accuracy": whole / len(rows)}

@@ -1,0 +1,54 @@
+"""One process of a training run: data in, checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from agentkit_engine.chat import Tokenizer
+from agentkit_engine.chat.tokens import PAD
+from agentkit_engine.model import Decoder, initialize_
+from agentkit_engine.training.data import Rows
+from agentkit_engine.training.tiny import tiny_spec
+from agentkit_engine.training.train import TrainingConfig, accuracy, train
+from agentkit_engine.weights.export import export_checkpoint
+
+CHECKPOINT_STEPS = 100
+GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
+
+
+def work(rank: int, workers: int, rendezvous: str, data: Path, out: Path, config: TrainingConfig) -> None:
+    """Train as process `rank` of `workers`, which find each other at `rendezvous`; the first one writes the model."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
+    tokenizer = Tokenizer.from_dir(data)
+    pad_id = tokenizer.control_id(PAD)
+    rows, heldout = Rows.load(data / "train.safetensors"), Rows.load(data / "heldout.safetensors")
+    model = initialize_(Decoder(tiny_spec(tokenizer.vocab_size)), torch.Generator().manual_seed(config.seed))
+    record = (out / f"training{rank or ''}.jsonl").open("w")
+
+    def log(entry: dict[str, float]) -> None:
+        if entry["step"] and entry["step"] % CHECKPOINT_STEPS == 0 and rank == 0:
+            entry |= accuracy(model, heldout, pad_id=pad_id)
+            _export(model, data, out / f"step-{entry['step']:g}")
+        print(json.dumps({name: round(value, 5) for name, value in entry.items()}), file=record, flush=True)
+
+    with record:
+        print(json.dumps({"config": asdict(config), "workers": workers, "rows": len(rows)}), file=record, flush=True)
+        train(model, rows, config, pad_id=pad_id, log=log)
+        if rank == 0:
+            log({"step": config.steps, **accuracy(model, heldout, pad_id=pad_id)})
+            _export(model, data, out)
+    dist.destroy_process_group()
+
+
+def _export(model: Decoder, data: Path, folder: Path) -> None:
+    """A folder that `Engine.load` reads."""
+    export_checkpoint(model, folder, format="bf16")
+    shutil.copyfile(data / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")

@@ -1,0 +1,136 @@
+"""How the tiny model is made: tokenizer, rows, optimiser, and a training run small enough to watch the loss fall."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
+from agentkit_engine.model import Decoder, Trace, initialize_
+from agentkit_engine.training.data import Rows, batches
+from agentkit_engine.training.optimizer import orthogonalize
+from agentkit_engine.training.tiny import tiny_spec
+from agentkit_engine.training.tokenizer import build_tokenizer
+from agentkit_engine.training.train import TrainingConfig, accuracy, nudge_router_biases, train
+
+PHRASE = 'invoke name="read_file">\n<'
+TEXTS = ["the file kalo.txt holds mira = 42\n", 'invoke name="read_file">\n<kalo', "def f(x):\n    return x + 1\n"] * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_json(build_tokenizer(TEXTS, phrases=[PHRASE], vocab_size=600))
+
+
+def test_every_named_control_token_has_an_id_and_the_first_three_are_fixed(tokenizer: Tokenizer) -> None:
+    assert set(CONTROL_TOKENS) == set(tokenizer.control_ids)
+    assert [tokenizer.control_token(index) for index in range(3)] == list(CONTROL_TOKENS[:3])
+    assert max(tokenizer.control_ids.values()) == tokenizer.vocab_size - 1
+
+
+def test_a_phrase_is_one_token_of_ordinary_text(tokenizer: Tokenizer) -> None:
+    (token,) = tokenizer.encode_text(PHRASE)
+    assert tokenizer.control_token(token) is None
+    assert tokenizer.decode([token]) == PHRASE
+
+
+@pytest.mark.parametrize("frame", ["{}", " {}", "`{}`", '"{}"', "/{}.txt", "\n{}\n", "={}"])
+def test_a_name_has_the_same_ids_wherever_it_stands(tokenizer: Tokenizer, frame: str) -> None:
+    ids, name = tokenizer.encode_text(frame.format("kalo")), tokenizer.encode_text("kalo")
+    assert any(ids[start : start + len(name)] == name for start in range(len(ids)))
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_survives(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+
+
+def test_a_vocabulary_too_small_for_its_phrases_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size=100 leaves no room"):
+        build_tokenizer(TEXTS, phrases=[PHRASE], vocab_size=100)
+
+
+def _rows(count: int, length: int = 24) -> Rows:
+    """Rows that repeat their first half: a model that copies predicts the second half."""
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.randint(3, 40, (count, length // 2), generator=generator).tolist()
+    return Rows.pack([(half + half, [0] * len(half) + [1] * len(half)) for half in halves])
+
+
+def test_rows_survive_the_disk_and_refuse_a_mask_of_another_length(tmp_path: Path) -> None:
+    rows = _rows(5)
+    rows.save(tmp_path / "rows.safetensors")
+    loaded = Rows.load(tmp_path / "rows.safetensors")
+    assert all(torch.equal(getattr(rows, name), getattr(loaded, name)) for name in ("ids", "mask", "offsets"))
+    with pytest.raises(ValueError, match="row 0 has 2 ids but a mask of 1"):
+        Rows.pack([([1, 2], [1])])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(30, 200), st.integers(0, 3))
+def test_an_epoch_holds_every_row_once_within_the_token_budget(lengths: list[int], tokens: int, seed: int) -> None:
+    rows = Rows.pack([([3 + index] * length, [1] * length) for index, length in enumerate(lengths)])
+    seen: list[int] = []
+    for batch in batches(rows, tokens=tokens, pad_id=2, seed=seed):
+        assert batch.ids_BT.numel() <= tokens
+        assert bool((batch.ids_BT == 2).eq(~batch.real_BT).all())
+        seen += [int(row[0]) - 3 for row in batch.ids_BT]
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (3, 16, 24)])
+def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalize(matrix))
+    assert float(values.min()) > 0.5
+    assert float(values.max()) < 1.3
+
+
+def _small_model() -> Decoder:
+    spec = replace(
+        tiny_spec(64), hidden_size=32, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, index_topk=2,
+        index_n_heads=4, index_head_dim=16, moe_intermediate_size=16, n_routed_experts=4, hc_sinkhorn_iters=3,
+    )  # fmt: skip
+    return initialize_(Decoder(spec), torch.Generator().manual_seed(0))
+
+
+def test_training_learns_to_copy_and_gives_the_same_weights_twice() -> None:
+    records: list[dict[str, float]] = []
+    states = []
+    rows = _rows(64)
+    for _ in range(2):
+        model = _small_model()
+        config = TrainingConfig(steps=30, batch_tokens=512, topk_steps=10, warmup_steps=5)
+        train(model, rows, config, pad_id=2, log=records.append)
+        states.append(model.state_dict())
+    assert records[-1]["loss"] < 0.9 * records[0]["loss"]
+    assert {"mtp", "index"} <= records[0].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(layer.attn.top_k == 2 for layer in model.layers)
+    measured = accuracy(model, rows, pad_id=2)
+    assert 0 <= measured["row_accuracy"] <= measured["token_accuracy"] <= 1
+
+
+def test_router_biases_move_against_the_load() -> None:
+    model = _small_model()
+    trace = Trace(index_scores=False)
+    trace.expert_counts[2] = torch.tensor([9, 1, 1, 1])
+    nudge_router_biases(model, trace, rate=0.5)
+    assert model.layers[2].ffn.gate.bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+    assert model.layers[3].ffn.gate.bias.tolist() == [0.0] * 4
+
+
+def test_the_tiny_spec_has_every_v4_mechanism_and_round_trips() -> None:
+    spec = tiny_spec(1536)
+    assert {layer.attention for layer in spec.layers} == {"window", "csa", "hca"}
+    assert {layer.router for layer in spec.layers} == {"hash", "score"}
+    assert spec.index_topk <= 16
+    assert spec.mtp_layers
+    assert type(spec).from_config(json.loads(json.dumps(spec.to_config()))) == spec
