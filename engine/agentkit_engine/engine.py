@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from agentkit_engine.chat import Dialect, Tokenizer
-from agentkit_engine.errors import ContextLengthError, ModelNotFoundError, TokenizerMissingError
+from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
+from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
-from agentkit_engine.weights.checkpoint import load_checkpoint
+from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 
 PACKAGED_MODELS = {"tiny": Path(__file__).parent / "tiny"}
 """The names `Engine.load` knows, and where their folders are."""
@@ -72,13 +73,26 @@ class Engine:
 
         Raises:
             TokenizerMissingError: the folder holds no tokenizer.json.
+            CheckpointError: that file is not a usable tokenizer.
         """
         if not (self.folder / "tokenizer.json").is_file():
             raise TokenizerMissingError(
                 f'{self.folder} holds no tokenizer.json, so model "{self.name}" takes token ids only; '
                 "put the model's tokenizer.json there to work with text"
             )
-        return Tokenizer.from_dir(self.folder)
+        try:
+            return Tokenizer.from_dir(self.folder)
+        except TokenizerError as error:
+            raise CheckpointError(self.folder / "tokenizer.json", str(error)) from error
+
+    @cached_property
+    def sampling(self) -> SamplingParams:
+        """How the folder's generation_config.json would have tokens drawn; `SamplingParams()` without one.
+
+        Raises:
+            CheckpointError: the file is not such a configuration.
+        """
+        return read_sampling(self.folder)
 
     @torch.inference_mode()
     def logits(self, token_ids: Iterable[int]) -> Tensor:

@@ -11,13 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from agentkit_engine import CheckpointError, Engine, ModelNotFoundError, ModelSpec, TokenizerMissingError
-from agentkit_engine.model import Decoder, initialize_
-from agentkit_engine.weights.checkpoint import load_checkpoint
-from agentkit_engine.weights.export import Format, export_checkpoint
-from agentkit_engine.weights.names import checkpoint_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from agentkit_engine import (
+    CheckpointError,
+    Engine,
+    ModelNotFoundError,
+    ModelSpec,
+    SamplingParams,
+    TokenizerMissingError,
+)
+from agentkit_engine.model import Decoder, initialize_
+from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
+from agentkit_engine.weights.export import Format, export_checkpoint
+from agentkit_engine.weights.names import checkpoint_tensors
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -323,6 +331,12 @@ def broken(bf16_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bf16_folder, tmp_path / "model"))
 
 
+def test_a_corrupted_tokenizer_is_named(broken: Path) -> None:
+    (broken / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        _ = Engine.load(broken).tokenizer
+
+
 @pytest.fixture
 def sharded(official_folder: Path, tmp_path: Path) -> Path:
     """A copy to damage, in several files."""
@@ -512,3 +526,26 @@ def test_safetensors_file_that_is_no_part_of_the_checkpoint(broken: Path) -> Non
 def test_index_that_is_no_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text('{"weights": {}}')
     fails(sharded, "model.safetensors.index.json: not a safetensors index")
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, SamplingParams()),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 1}, SamplingParams(0.6, 0.95)),
+        ({"do_sample": False, "temperature": 0.6}, SamplingParams(temperature=0.0)),
+    ],
+)
+def test_sampling_is_what_generation_config_says(
+    tmp_path: Path, config: dict[str, object] | None, expected: SamplingParams
+) -> None:
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert read_sampling(tmp_path) == expected
+
+
+@pytest.mark.parametrize("text", ['{"temperature": -1}', '{"top_p": "high"}', "[]", "{"])
+def test_an_unfit_generation_config_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        read_sampling(tmp_path)

@@ -11,6 +11,11 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from anyio import lowlevel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from agentkit_engine import (
     AsyncEngine,
     AsyncSession,
@@ -28,10 +33,6 @@ from agentkit_engine import (
 )
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.sampler import sample, uniform
-from anyio import lowlevel
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 pytestmark = pytest.mark.anyio
 

@@ -61,22 +61,22 @@ def _rows(count: int, length: int = 24) -> Rows:
     """Rows that repeat their first half: a model that copies predicts the second half."""
     generator = torch.Generator().manual_seed(0)
     halves = torch.randint(3, 40, (count, length // 2), generator=generator).tolist()
-    return Rows.pack([(half + half, [0] * len(half) + [1] * len(half)) for half in halves])
+    return Rows.pack([(half + half, [0] * len(half) + [1] * len(half)) for half in halves], copied=range(3, 40))
 
 
 def test_rows_survive_the_disk_and_refuse_a_mask_of_another_length(tmp_path: Path) -> None:
     rows = _rows(5)
     rows.save(tmp_path / "rows.safetensors")
     loaded = Rows.load(tmp_path / "rows.safetensors")
-    assert all(torch.equal(getattr(rows, name), getattr(loaded, name)) for name in ("ids", "mask", "offsets"))
+    assert all(torch.equal(getattr(rows, name), getattr(loaded, name)) for name in ("ids", "mask", "offsets", "copied"))
     with pytest.raises(ValueError, match="row 0 has 2 ids but a mask of 1"):
-        Rows.pack([([1, 2], [1])])
+        Rows.pack([([1, 2], [1])], copied=[])
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(30, 200), st.integers(0, 3))
 def test_an_epoch_holds_every_row_once_within_the_token_budget(lengths: list[int], tokens: int, seed: int) -> None:
-    rows = Rows.pack([([3 + index] * length, [1] * length) for index, length in enumerate(lengths)])
+    rows = Rows.pack([([3 + index] * length, [1] * length) for index, length in enumerate(lengths)], copied=[])
     seen: list[int] = []
     for batch in batches(rows, tokens=tokens, pad_id=2, seed=seed):
         assert batch.ids_BT.numel() <= tokens
@@ -107,7 +107,7 @@ def test_training_learns_to_copy_and_gives_the_same_weights_twice() -> None:
     rows = _rows(64)
     for _ in range(2):
         model = _small_model()
-        config = TrainingConfig(steps=30, batch_tokens=512, topk_steps=10, warmup_steps=5)
+        config = TrainingConfig(steps=30, copy_steps=10, batch_tokens=512, topk_steps=10, warmup_steps=5)
         train(model, rows, config, pad_id=2, log=records.append)
         states.append(model.state_dict())
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]

@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from agentkit_engine.weights.formats import (
     FP4_VALUES,
     decode_e8m0,
@@ -15,8 +18,6 @@ from agentkit_engine.weights.formats import (
     quantise_fp4,
     quantise_fp8,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def test_every_e8m0_byte() -> None:

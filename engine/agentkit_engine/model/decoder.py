@@ -37,6 +37,11 @@ class Decoder(nn.Module):
         self.hc_head_scale = nn.Parameter(torch.ones(1))
         self.mtp = nn.ModuleList(MTPBlock(spec, layer) for layer in spec.mtp_layers)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """Every decoder block: the main stack in order, then the MTP block if there is one."""
+        return [block for block in (*self.layers, *self.mtp) if isinstance(block, Block)]
+
     def new_cache(self, batch_size: int = 1) -> Cache:
         """An empty cache for `batch_size` sequences that advance together."""
         return Cache(self.spec, batch_size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch.multiprocessing
 import typer
+from torch.multiprocessing.spawn import spawn
 
 from agentkit_engine.training.train import TrainingConfig
 from agentkit_engine.training.worker import work
@@ -15,14 +15,14 @@ from agentkit_engine.training.worker import work
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with tokenizer.json, train.safetensors, heldout.safetensors.")],
     out: Annotated[Path, typer.Argument(help="New folder for the model, in the official layout.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainingConfig.steps,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainingConfig().steps,
     workers: Annotated[int, typer.Option(help="Processes of one thread each that share every step.")] = 2,
 ) -> None:
     """Train, report held-out accuracy under teacher forcing, export. Progress goes to OUT/training.jsonl."""
     out.mkdir(parents=True)
     rendezvous = f"file://{(out / 'rendezvous').resolve()}"
     config = TrainingConfig(steps=steps)
-    torch.multiprocessing.spawn(work, (workers, rendezvous, data, out, config), nprocs=workers)
+    spawn(work, (workers, rendezvous, data, out, config), nprocs=workers)  # type: ignore[no-untyped-call]
     (out / "rendezvous").unlink(missing_ok=True)
 
 

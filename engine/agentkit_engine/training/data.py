@@ -22,9 +22,10 @@ class Rows:
     ids: Tensor  # int32 [N]
     mask: Tensor  # uint8 [N], 1 where the assistant wrote the token
     offsets: Tensor  # int64 [R + 1]
+    copied: Tensor  # int32 [C]: the ids that names and values are made of
 
     @classmethod
-    def pack(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
+    def pack(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, copied: Sequence[int]) -> Rows:
         """Build from `(ids, mask)` pairs. Raises ValueError when a pair's lengths differ."""
         for index, (ids, mask) in enumerate(rows):
             if len(ids) != len(mask):
@@ -34,6 +35,7 @@ class Rows:
             ids=torch.tensor([i for ids, _ in rows for i in ids], dtype=torch.int32),
             mask=torch.tensor([m for _, mask in rows for m in mask], dtype=torch.uint8),
             offsets=lengths.cumsum(0),
+            copied=torch.tensor(copied, dtype=torch.int32),
         )
 
     @classmethod
@@ -41,7 +43,7 @@ class Rows:
         return cls(**load_file(path))
 
     def save(self, path: Path) -> None:
-        save_file({"ids": self.ids, "mask": self.mask, "offsets": self.offsets}, path)
+        save_file({"ids": self.ids, "mask": self.mask, "offsets": self.offsets, "copied": self.copied}, path)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agentkit_engine.model import Decoder, Trace, indexer_kl
+from agentkit_engine.model.attention import Attention
+from agentkit_engine.model.moe import MoE
 from agentkit_engine.training.data import Batch, Rows, batches
 from agentkit_engine.training.optimizer import Muon
 
@@ -31,7 +33,10 @@ class TrainingConfig:
     """One run; with the same rows and machine it is repeatable.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Optimiser steps, copying included.
+        copy_steps: First steps, on random names said twice: heads that copy form within sixty such steps, and much
+            later when trajectories alone have to bring them about.
+        mixed_steps: Steps after these in which every second batch is still for copying.
         batch_tokens: Padded tokens of a batch at most, per process.
         learning_rate: Peak, shared by Muon and AdamW; warmed up, then cosine to a hundredth.
         prompt_weight: Loss weight of tokens the assistant did not write (1 for those it wrote).
@@ -42,12 +47,14 @@ class TrainingConfig:
         bias_rate: Size of a router bias nudge, decayed with the learning rate.
     """
 
-    steps: int = 1250
-    batch_tokens: int = 3072
+    steps: int = 1400
+    copy_steps: int = 60
+    mixed_steps: int = 250
+    batch_tokens: int = 2560
     learning_rate: float = 4e-3
     warmup_steps: int = 40
     weight_decay: float = 0.02
-    prompt_weight: float = 0.05
+    prompt_weight: float = 0.02
     mtp_weight: float = 0.1
     mtp_every: int = 4
     index_every: int = 3
@@ -69,7 +76,7 @@ def train(
     optimizers = build_optimizers(model, config)
     final_topk = model.spec.index_topk
     started, tokens, written = time.perf_counter(), 0, 0
-    mine = itertools.islice(_epochs(rows, config, pad_id), rank, config.steps * world, world)
+    mine = itertools.islice(_stream(rows, config, pad_id, world), rank, config.steps * world, world)
     for step, batch in enumerate(mine):
         fraction = _learning_rate(step, config)
         for optimizer in optimizers:
@@ -133,22 +140,40 @@ def _average(model: Decoder, trace: Trace) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+    for gradient, part in zip(gradients, torch.split(flat, [gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
     for counts in trace.expert_counts.values():
         dist.all_reduce(counts)
 
 
-def _epochs(rows: Rows, config: TrainingConfig, pad_id: int) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        yield from batches(rows, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed + epoch)
+def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iterator[Batch]:
+    """Batches for copying, then every second one of them, then epoch after epoch."""
+    epochs = itertools.chain.from_iterable(
+        batches(rows, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed + epoch)
+        for epoch in itertools.count()
+    )
+    for index in itertools.count():
+        step = index // world
+        copying = step < config.copy_steps or (step < config.copy_steps + config.mixed_steps and index % 2)
+        yield _copy_batch(rows.copied, config, index) if copying else next(epochs)
+
+
+def _copy_batch(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
+    """Rows of 48 random names and digits, each said twice."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
+    half = 48
+    picks_BT = torch.randint(len(copied), (config.batch_tokens // (2 * half), half), generator=generator)
+    ids_BT = copied.long()[picks_BT].repeat(1, 2)
+    mask_BT = torch.ones(ids_BT.shape)
+    mask_BT[:, :half] = 0.0
+    return Batch(ids_BT, mask_BT, torch.ones(ids_BT.shape, dtype=torch.bool))
 
 
 def _learning_rate(step: int, config: TrainingConfig) -> float:
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+    """Cosine to a hundredth, warmed up at the start and again where the trajectories begin."""
+    begun = step - config.copy_steps if step >= config.copy_steps else step
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return min(1.0, (begun + 1) / config.warmup_steps) * (0.01 + 0.99 * cosine)
 
 
 def _topk(step: int, config: TrainingConfig, final: int, length: int) -> int:
@@ -158,8 +183,9 @@ def _topk(step: int, config: TrainingConfig, final: int, length: int) -> int:
 
 
 def _set_topk(model: Decoder, topk: int) -> None:
-    for layer in model.layers:
-        layer.attn.top_k = topk
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.top_k = topk
 
 
 def _losses(model: Decoder, batch: Batch, config: TrainingConfig, trace: Trace, *, draft: bool) -> dict[str, Tensor]:
@@ -185,10 +211,10 @@ def _cross_entropy(logits_BTV: Tensor, ids_BT: Tensor, weight_BT: Tensor, *, ahe
 
 def nudge_router_biases(model: Decoder, trace: Trace, rate: float) -> None:
     """Move each score router's selection bias against its expert's load (auxiliary-loss-free balancing)."""
-    for block in (*model.layers, *model.mtp):
-        gate, counts = block.ffn.gate, trace.expert_counts.get(block.ffn.layer.index)
-        if gate.router == "score" and counts is not None:
-            gate.bias.add_(torch.sign(counts.float().mean() - counts), alpha=rate)
+    for module in model.modules():
+        if isinstance(module, MoE) and module.gate.router == "score" and module.layer.index in trace.expert_counts:
+            counts = trace.expert_counts[module.layer.index]
+            module.gate.bias.add_(torch.sign(counts.float().mean() - counts), alpha=rate)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
     model.safetensors                  all tensors under their official names; or
     model.safetensors.index.json       {"weight_map": {tensor: file}}, and the files it names
     agentkit.json                      optional: {"format_version": 1, "dialect": "v4-preview"}
+    generation_config.json             optional: do_sample, temperature, top_p; its other keys are not ours
 
 A tensor may be bf16, fp16 or fp32; a matrix may be FP8 e4m3 with a `.scale` per 128 x 128 block, a routed expert packed
 FP4 with a `.scale` per 32 inputs, scales being E8M0 or fp32. What is stored is read from the files, not from the
@@ -32,6 +33,7 @@ from torch import Tensor
 from agentkit_engine.chat import Dialect
 from agentkit_engine.errors import CheckpointError
 from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.spec import ConfigError, ModelSpec
 from agentkit_engine.weights.formats import FP4_GROUP, FP8_BLOCK, dequantise_fp4, dequantise_fp8
 from agentkit_engine.weights.names import TensorSpec, checkpoint_tensors, scale_name
@@ -41,6 +43,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SIDECAR_FILE = "agentkit.json"
+GENERATION_FILE = "generation_config.json"
 
 
 class Sidecar(BaseModel):
@@ -50,6 +53,14 @@ class Sidecar(BaseModel):
 
     format_version: Literal[1]
     dialect: Dialect
+
+
+class _GenerationConfig(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 class _Index(BaseModel):
@@ -93,6 +104,22 @@ def load_checkpoint(folder: Path, *, device: torch.device, dtype: torch.dtype) -
         target = parameters[tensor.parameter]
         (target if tensor.expert is None else target[tensor.expert]).copy_(_read_tensor(stored, name, spec))
     return decoder, _dialect(folder, dspark)
+
+
+def read_sampling(folder: Path) -> SamplingParams:
+    """What `generation_config.json` says of sampling; the defaults without that file.
+
+    Raises:
+        CheckpointError: the file is not JSON, or a value is of the wrong type or outside its range.
+    """
+    path = folder / GENERATION_FILE
+    if not path.is_file():
+        return SamplingParams()
+    try:
+        config = _GenerationConfig.model_validate(_read_json(path))
+        return SamplingParams(temperature=config.temperature if config.do_sample else 0.0, top_p=config.top_p)
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

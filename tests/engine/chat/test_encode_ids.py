@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from agentkit_engine.chat import (
     CONTROL_TOKENS,
     EncodeError,
@@ -18,8 +21,6 @@ from agentkit_engine.chat import (
     encode_fim_ids,
     encode_ids,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 Message = dict[str, Any]
 

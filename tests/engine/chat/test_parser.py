@@ -8,6 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from agentkit_engine.chat import (
     CallMalformed,
     CallReady,
@@ -23,8 +26,6 @@ from agentkit_engine.chat import (
     encode_completion_ids,
     parse,
 )
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 D, E = "｜DSML｜", "<｜end▁of▁sentence｜>"
 CALLS = f"""

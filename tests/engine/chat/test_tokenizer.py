@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer, TokenizerError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer, TokenizerError
 
 CONTROLS = [str(token) for token in CONTROL_TOKENS]
 texts = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(CONTROLS)), max_size=6).map("".join)

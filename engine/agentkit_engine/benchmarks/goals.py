@@ -1,0 +1,462 @@
+"""What is measured: one function per goal, which yields its measurements.
+
+A goal first lets engine and peer compute the same thing and compares, then (or while) it times both, in turns. Speeds
+are read twice: tokens per CPU-second with one thread, which is what the bounds are about, and tokens per second with
+two.
+
+Dimension key: 1 one sequence, B batch, T tokens, W compressed entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.benchmarks import cold_start
+from agentkit_engine.benchmarks.errors import OutputsDifferError
+from agentkit_engine.benchmarks.peers import (
+    Transformers,
+    compare_tokens,
+    import_transformers,
+    random_ids,
+    random_model,
+    tiny_v4,
+)
+from agentkit_engine.benchmarks.record import Bound, Measurement
+from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
+from agentkit_engine.engine import Engine
+from agentkit_engine.model import Decoder, Trace
+from agentkit_engine.sampler import SampledToken, SamplingParams
+from agentkit_engine.session import PREFILL_CHUNK, Session
+from agentkit_engine.spec import ModelSpec
+
+GREEDY = SamplingParams(temperature=0)
+TIE = 1e-5
+"""Index scores closer than this may be ordered either way by two sums of the same terms."""
+CHUNKS = (1, 3, 127, 128, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured; counts are tokens unless they say otherwise.
+
+    Attributes:
+        repeats: Timed runs of each side.
+        contexts: Lengths at which decoding is timed.
+        decoded: Tokens per timed run of decoding.
+        prefilled: Lengths at which prefilling is timed: the first is where growth starts.
+        compared: Length of the parity check.
+        grown_from: Where growth of memory is measured from; a multiple of `PREFILL_CHUNK`, like the next two.
+        grown_to: And how far.
+        grown_to_peer: The same for the peer, which is slower.
+        cold_experts: Routed experts of the model that is opened cold; 256 make it 600 MB.
+    """
+
+    repeats: int
+    contexts: tuple[int, ...]
+    decoded: int
+    prefilled: tuple[int, ...]
+    compared: int
+    grown_from: int
+    grown_to: int
+    grown_to_peer: int
+    cold_experts: int
+
+
+FULL = Sizes(
+    repeats=3,
+    contexts=(256, 8192),
+    decoded=64,
+    prefilled=(2048, 8192, 16_384),
+    compared=1500,
+    grown_from=1024,
+    grown_to=131_072,
+    grown_to_peer=8192,
+    cold_experts=256,
+)
+QUICK = Sizes(
+    repeats=1,
+    contexts=(16,),
+    decoded=2,
+    prefilled=(64, 128),
+    compared=300,
+    grown_from=512,
+    grown_to=1024,
+    grown_to_peer=1024,
+    cold_experts=16,
+)
+
+
+def decode(sizes: Sizes) -> Iterator[Measurement]:
+    """C1: one session of a random tiny-V4 generating greedily."""
+    good, moonshot = Bound("ratio", ">=", 2), Bound("ratio", ">=", 5)
+    with random_model(tiny_v4()) as folder:
+        engine, peer = Engine.load(folder), Transformers(folder)
+    yield from _decode("C1", engine, peer, sizes, good, moonshot)
+
+
+def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
+    """tiny: the same with the model that ships.
+
+    Raises:
+        ModelNotFoundError: no model is packaged.
+    """
+    engine = Engine.load("tiny")
+    yield from _decode("tiny", engine, Transformers(engine.folder), sizes, None, None)
+
+
+def _decode(
+    goal: str, engine: Engine, peer: Transformers, sizes: Sizes, good: Bound | None, moonshot: Bound | None
+) -> Iterator[Measurement]:
+    ids = random_ids(engine.spec, max(sizes.contexts))
+    peer.tune_decode(ids[: sizes.decoded])
+    for context in sizes.contexts:
+        with engine.session() as session:
+            session.append(ids[:context])
+            cache = peer.new_cache()
+            logits = [peer.prefill(ids[:context], cache)]
+            tokens = _generate(session, 1)
+            compared = _decode_both(session, peer, cache, sizes.decoded, "s")
+            outputs = compare_tokens([*tokens, *compared.tokens], [*logits, *compared.logits])
+            for clock, num_threads, with_threads in CLOCKS:
+                with threads(num_threads):
+                    runs = [_decode_both(session, peer, cache, sizes.decoded, clock) for _ in range(sizes.repeats)]
+                ours = Median.of([sizes.decoded / run.our_s for run in runs])
+                yield Measurement(
+                    goal,
+                    f"decode, one session at {context} tokens, {with_threads}",
+                    ours.value,
+                    f"tokens/{clock}",
+                    ours.spread,
+                    f"{peer}, {peer.decode_experts} experts",
+                    median(sizes.decoded / run.their_s for run in runs),
+                    good=good if clock == "CPU-s" else None,
+                    moonshot=moonshot if clock == "CPU-s" else None,
+                    outputs=outputs,
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One timed run of both sides."""
+
+    our_s: float
+    their_s: float
+    tokens: list[SampledToken]
+    logits: list[Tensor]
+
+
+def _decode_both(session: Session, peer: Transformers, cache: Any, count: int, clock: Clock) -> _Run:
+    """`count` forwards of one token on each side; the peer is given our tokens, so that both stay on one path."""
+    tokens: list[SampledToken] = []
+    logits: list[Tensor] = []
+    inputs = session.token_ids[-1:]
+    our_s = seconds(clock, lambda: tokens.extend(_generate(session, count)))
+    inputs = (*inputs, *(token.id for token in tokens[:-1]))
+    their_s = seconds(clock, lambda: logits.extend(peer.decode(inputs, cache)))
+    return _Run(our_s, their_s, tokens, logits)
+
+
+def _generate(session: Session, count: int) -> list[SampledToken]:
+    return list(session.generate(SamplingParams(temperature=0, max_tokens=count)))
+
+
+def prefill(sizes: Sizes) -> Iterator[Measurement]:
+    """C3: a long prompt of a random tiny-V4, and how its cost per token grows."""
+    first, *_, last = sizes.prefilled
+    with random_model(tiny_v4()) as folder:
+        engine, peer = Engine.load(folder), Transformers(folder)
+    ids = random_ids(engine.spec, last)
+    peer.tune_prefill(ids[:first])
+    for clock, num_threads, with_threads in CLOCKS:
+        with threads(num_threads):
+            runs = [_prefill_both(engine, peer, ids, sizes.prefilled, clock) for _ in range(sizes.repeats)]
+        outputs = compare_tokens([t for run in runs for t in run.tokens], [x for run in runs for x in run.logits])
+        setup = f"{peer}, {peer.prefill_experts} experts, chunks of {peer.chunk}"
+        ours = [Median.of([length / run.our_s[i] for run in runs]) for i, length in enumerate(sizes.prefilled)]
+        theirs = [Median.of([length / run.their_s[i] for run in runs]) for i, length in enumerate(sizes.prefilled)]
+        bounded = clock == "CPU-s"
+        for length, our_rate, their_rate in list(zip(sizes.prefilled, ours, theirs, strict=True))[1:]:
+            yield Measurement(
+                "C3",
+                f"prefill of {length} tokens, {with_threads}",
+                our_rate.value,
+                f"tokens/{clock}",
+                our_rate.spread,
+                setup,
+                their_rate.value,
+                good=Bound("ratio", ">=", 4) if bounded else None,
+                moonshot=Bound("ratio", ">=", 15) if bounded else None,
+                outputs=outputs,
+            )
+        if bounded:
+            yield Measurement(
+                "C3",
+                f"cost per token of prefilling {last} tokens over that of {first}",
+                ours[0].value / ours[-1].value,
+                "x",
+                None,
+                setup,
+                theirs[0].value / theirs[-1].value,
+                higher_is_better=False,
+                moonshot=Bound("value", "<=", 1.3),
+                outputs=outputs,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """Seconds from the start, token and logits at each length."""
+
+    our_s: list[float]
+    their_s: list[float]
+    tokens: list[SampledToken]
+    logits: list[Tensor]
+
+
+def _prefill_both(
+    engine: Engine, peer: Transformers, ids: Sequence[int], lengths: Sequence[int], clock: Clock
+) -> _Prefill:
+    run = _Prefill([], [], [], [])
+    cache = peer.new_cache()
+    with engine.session() as session:
+
+        def ours(part: Sequence[int]) -> None:
+            run.tokens.append(_next_token(session, part))
+
+        def theirs(part: Sequence[int]) -> None:
+            run.logits.append(peer.prefill(part, cache))
+
+        start, our_s, their_s = 0, 0.0, 0.0
+        for length in lengths:
+            part = ids[start:length]
+            our_s += seconds(clock, partial(ours, part))
+            their_s += seconds(clock, partial(theirs, part))
+            run.our_s.append(our_s)
+            run.their_s.append(their_s)
+            start = length
+    return run
+
+
+def parity(sizes: Sizes) -> Iterator[Measurement]:
+    """C4: logits of a random tiny-V4 against the peer's and against other chunkings of the same ids."""
+    with random_model(tiny_v4()) as folder:
+        engine, peer = Engine.load(folder), Transformers(folder)
+    ids = random_ids(engine.spec, sizes.compared)
+    end = _first_tie(engine.decoder, ids)
+    whole = engine.logits(ids)
+    rows = f"{end} of {len(ids)} rows: up to the first choice between index scores closer than {TIE:.0e}"
+    away = (whole - peer.logits(ids)).abs().amax(-1)
+    yield Measurement(
+        "C4",
+        f"logits of {len(ids)} tokens, largest difference from the peer",
+        float(away[:end].max()),
+        "logit",
+        peer=str(peer),
+        good=Bound("value", "<=", 1e-4),
+        outputs=f"{rows}; {float((away <= 1e-4).float().mean()):.1%} of all rows lie within 1e-4",
+    )
+    for chunk in CHUNKS:
+        chunked = _chunked_logits(engine.decoder, ids, chunk)
+        equal = "all" if torch.equal(chunked, whole) else f"{int((chunked == whole).all(-1).sum())}"
+        yield Measurement(
+            "C4",
+            f"logits in chunks of {chunk}, largest difference from one chunk",
+            float((chunked - whole)[:end].abs().max()),
+            "logit",
+            good=Bound("value", "<=", 1e-4),
+            moonshot=Bound("value", "<=", 0),
+            outputs=f"{rows}; {equal} rows are bit-equal",
+        )
+    again = [_chunked_logits(engine.decoder, ids, PREFILL_CHUNK) for _ in range(2)]
+    yield Measurement(
+        "C4",
+        f"logits computed twice in the engine's chunks of {PREFILL_CHUNK}, largest difference",
+        float((again[0] - again[1]).abs().max()),
+        "logit",
+        good=Bound("value", "<=", 0),
+        moonshot=Bound("value", "<=", 0),
+        outputs=f"all {len(ids)} rows",
+    )
+
+
+@torch.inference_mode()
+def _chunked_logits(decoder: Decoder, ids: Sequence[int], chunk: int) -> Tensor:
+    cache = decoder.new_cache()
+    return torch.cat([decoder(part_1T, cache)[0] for part_1T in _chunks(ids, chunk)])
+
+
+def _chunks(ids: Sequence[int], size: int) -> Iterator[Tensor]:
+    for start in range(0, len(ids), size):
+        yield torch.tensor([ids[start : start + size]])
+
+
+@torch.inference_mode()
+def _first_tie(decoder: Decoder, ids: Sequence[int]) -> int:
+    """The first position at which the last entry that is chosen is less than `TIE` ahead of the next."""
+    trace, top_k, first = Trace(), decoder.spec.index_topk, len(ids)
+    decoder(torch.tensor([ids]), trace=trace)
+    for record in trace.index:
+        if record.scores_BTW.shape[-1] > top_k:
+            scores_BTW = record.scores_BTW.masked_fill(~record.visible_TW, -torch.inf)
+            best = scores_BTW.topk(top_k + 1, dim=-1).values
+            close_T = (best[0, :, -2] - best[0, :, -1] < TIE) & (record.visible_TW.sum(-1) > top_k)
+            first = min([first, *(record.start + close_T.nonzero().flatten()).tolist()])
+    return first
+
+
+def _next_token(session: Session, ids: Sequence[int]) -> SampledToken:
+    """Append the ids and compute them; the token that would come next is not added."""
+    session.append(ids)
+    while (token := session.step(GREEDY, seed=0)) is None:
+        pass
+    return token
+
+
+def memory(sizes: Sizes) -> Iterator[Measurement]:
+    """C5: bytes that one more token of a long sequence costs, from what the cache's tensors really occupy."""
+    with random_model(tiny_v4()) as folder:
+        engine, peer = Engine.load(folder), Transformers(folder)
+    peer.chunk = PREFILL_CHUNK  # so that neither side's window rows lie in a larger block at the end than at the start
+    low, high, peer_high = sizes.grown_from, sizes.grown_to, sizes.grown_to_peer
+    ids = random_ids(engine.spec, high)
+
+    their_cache = peer.new_cache()
+    logits = [peer.prefill(ids[:low], their_cache)]
+    their_low = held_bytes(their_cache)
+    logits.append(peer.prefill(ids[low:peer_high], their_cache))
+    their_rate = (held_bytes(their_cache) - their_low) / (peer_high - low)
+    with engine.session() as session:
+        outputs = compare_tokens([_next_token(session, part) for part in (ids[:low], ids[low:peer_high])], logits)
+
+    held = _held_while_filling(engine.decoder, ids)
+    formula = bytes_per_token(engine.spec)
+    constant = f"constant part {(held[low] - low * formula) / 2**20:.2f} MiB"
+    rates = {length: (held[length] - held[low]) / (length - low) for length in held if length > high // 2}
+    for what, value in (
+        (f"memory per token between {low} and {high} tokens of one sequence", rates[high]),
+        (f"the same at worst, up to any length in {high // 2 + 1}..{high}", max(rates.values())),
+    ):
+        yield Measurement(
+            "C5",
+            what,
+            value,
+            "B/token",
+            peer=f"{peer}, up to {peer_high} tokens",
+            peer_value=their_rate,
+            higher_is_better=False,
+            good=Bound("value", "<=", 1.1 * formula),
+            moonshot=Bound("value", "<=", 1.02 * formula),
+            outputs=f"formula {formula:g} B/token, {constant}; {outputs}",
+        )
+
+
+@torch.inference_mode()
+def _held_while_filling(decoder: Decoder, ids: Sequence[int]) -> dict[int, int]:
+    """The bytes that a cache occupies after each of the engine's chunks, by the number of tokens in it."""
+    cache, held = decoder.new_cache(), {}
+    for part_1T in _chunks(ids, PREFILL_CHUNK):
+        decoder(part_1T, cache, last_only=True)
+        held[cache.length] = held_bytes(cache)
+    return held
+
+
+def bytes_per_token(spec: ModelSpec) -> float:
+    """What the compressed entries of one token need in float32: the only state that grows with length."""
+    return 4 * sum(
+        (spec.head_dim + (spec.index_head_dim if layer.attention == "csa" else 0)) / layer.compress_ratio
+        for layer in spec.layers
+        if layer.compress_ratio
+    )
+
+
+def held_bytes(root: object) -> int:
+    """Bytes of memory behind every tensor reachable from `root`, spare capacity included, shared storage once."""
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        elif hasattr(item, "__dict__"):
+            waiting += vars(item).values()
+    return sum(sizes.values())
+
+
+def cold(sizes: Sizes) -> Iterator[Measurement]:
+    """C15: open a sharded checkpoint and say the first token, each time in a new process."""
+    library = import_transformers()
+    peer = f"transformers {library.__version__}, from_pretrained"
+    with random_model(tiny_v4(n_routed_experts=sizes.cold_experts)) as folder:
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        runs = [
+            (cold_start.run("engine", folder), cold_start.run("transformers", folder)) for _ in range(sizes.repeats)
+        ]
+    away = max(abs(ours.token.logprob - theirs.token.logprob) for ours, theirs in runs)
+    if any(ours.token.id != theirs.token.id for ours, theirs in runs) or away > 1e-3:
+        raise OutputsDifferError(f"the first tokens differ: {[(a.token, b.token) for a, b in runs]}")
+    outputs = f"same first token, log-probabilities differ by at most {away:.1e}"
+    size = f"{weights / 1e6:.0f} MB of float32 shards in the page cache"
+
+    def measurement(
+        what: str,
+        unit: str,
+        number: Callable[[cold_start.ColdStart], float],
+        good: Bound | None = None,
+        moonshot: Bound | None = None,
+    ) -> Measurement:
+        ours = Median.of([number(run) for run, _ in runs])
+        theirs = median(number(run) for _, run in runs)
+        return Measurement(
+            "C15",
+            f"{what}, {size}",
+            ours.value,
+            unit,
+            ours.spread,
+            peer,
+            theirs,
+            higher_is_better=False,
+            good=good,
+            moonshot=moonshot,
+            outputs=outputs,
+        )
+
+    yield measurement("open and first token", "s", lambda run: run.first_s, good=Bound("ratio", ">=", 2))
+    yield measurement(
+        "open and first token, beyond a warm first token",
+        "s",
+        lambda run: run.first_s - run.warm_s,
+        moonshot=Bound("value", "<=", 0.2),
+    )
+    yield measurement(
+        "peak memory over weights",
+        "x",
+        lambda run: run.peak_bytes / weights,
+        moonshot=Bound("value", "<=", 1.05),
+    )
+
+
+GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
+    "C1": decode,
+    "C3": prefill,
+    "C4": parity,
+    "C5": memory,
+    "C15": cold,
+    "tiny": decode_packaged,
+}
+"""What `--only` can name, in the order of running."""

@@ -1,0 +1,230 @@
+"""The competition in the same process, on the same weights: both sides read one folder in the official layout.
+
+Dimension key: T tokens, R compared rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
+from agentkit_engine.benchmarks.timing import seconds, threads
+from agentkit_engine.model import Decoder
+from agentkit_engine.sampler import SampledToken
+from agentkit_engine.spec import ModelSpec
+from agentkit_engine.weights.export import export_checkpoint
+
+TYPICAL_TOLERANCE = 1e-4
+"""Most that log-probabilities of both sides may differ in the median row: float32 summed in another order."""
+WORST_TOLERANCE = 5e-2
+"""The same for the worst row. In a long sequence some index scores tie to the last bit; where the sides then choose
+different entries, the rows that look at them move a little."""
+
+
+def tiny_v4(*, n_routed_experts: int = 16) -> ModelSpec:
+    """Every V4 mechanism at 13.5 M parameters (with 16 experts): the shape that CPU benchmarks are quoted for."""
+    return ModelSpec.from_config(
+        {
+            "model_type": "deepseek_v4",
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_hash_layers": 2,
+            "compress_ratios": [0, 0, 4, 128, 4, 128],
+            "sliding_window": 128,
+            "num_attention_heads": 8,
+            "head_dim": 64,
+            "qk_rope_head_dim": 32,
+            "q_lora_rank": 64,
+            "o_groups": 2,
+            "o_lora_rank": 64,
+            "index_n_heads": 8,
+            "index_head_dim": 32,
+            "index_topk": 64,
+            "n_routed_experts": n_routed_experts,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 128,
+            "routed_scaling_factor": 1.5,
+            "swiglu_limit": 10.0,
+            "hc_mult": 4,
+            "hc_sinkhorn_iters": 20,
+            "hc_eps": 1e-6,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10_000.0,
+            "compress_rope_theta": 160_000.0,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 16.0,
+                "original_max_position_embeddings": 65_536,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+            "max_position_embeddings": 1_048_576,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+    )
+
+
+@torch.no_grad()
+def random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
+    """A decoder in which every parameter and buffer is random and of its usual size, so that no term is idle."""
+    generator = torch.Generator().manual_seed(seed)
+    decoder = Decoder(spec)
+    for name, tensor in decoder.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("tid2eid"):
+            draws = torch.rand(spec.vocab_size, spec.n_routed_experts, generator=generator)
+            tensor.copy_(draws.argsort(dim=-1)[:, : spec.num_experts_per_tok])
+        elif name.endswith(("norm.weight", "scale")):
+            tensor.copy_(1.0 + 0.2 * noise)
+        elif name.endswith("bias"):
+            tensor.copy_(0.1 * noise)
+        elif name.endswith(("base", "attn_sink", "ape", "embed.weight")):
+            tensor.copy_(noise)
+        else:
+            tensor.copy_(noise / tensor.shape[-1] ** 0.5)
+    return decoder
+
+
+@contextmanager
+def random_model(spec: ModelSpec) -> Iterator[Path]:
+    """A folder with a random model in float32 shards of at most 32 MiB; it is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="agentkit-benchmarks-") as folder:
+        export_checkpoint(random_decoder(spec), Path(folder), format="fp32", max_shard_bytes=32 << 20)
+        yield Path(folder)
+
+
+def random_ids(spec: ModelSpec, count: int, seed: int = 1) -> list[int]:
+    """`count` token ids."""
+    return torch.randint(spec.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def import_transformers() -> Any:
+    """The transformers library with DeepSeek-V4, told to be quiet.
+
+    Raises:
+        PeerMissingError: it is not installed, or too old.
+    """
+    try:
+        import transformers
+        from transformers import DeepseekV4ForCausalLM  # noqa: F401
+    except ImportError as exc:
+        raise PeerMissingError(
+            "these benchmarks compare with transformers' DeepSeek-V4 and found none; "
+            "install it: pip install transformers==5.23.0"
+        ) from exc
+    library: Any = transformers
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
+
+
+class Transformers:
+    """transformers' DeepSeek-V4 in float32 with its own cache.
+
+    Attributes:
+        prefill_experts: Which implementation of the experts `prefill` uses.
+        decode_experts: And which `decode` uses.
+        chunk: Tokens per forward in `prefill`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._library = import_transformers()
+        self._model, loading = self._library.DeepseekV4ForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        assert not loading["missing_keys"], f"transformers found no weights for {loading['missing_keys']}"
+        self._model.eval()
+        self.prefill_experts = self.decode_experts = "grouped_mm"
+        self.chunk = 2048
+
+    def __str__(self) -> str:
+        return f"transformers {self._library.__version__}"
+
+    def new_cache(self) -> Any:
+        """An empty cache for one sequence."""
+        return self._library.DynamicCache(config=self._model.config)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """float32 [T, V] from one forward without a cache."""
+        logits_BTV: Tensor = self._model(torch.tensor([token_ids]), use_cache=False).logits
+        return logits_BTV[0]
+
+    @torch.inference_mode()
+    def prefill(self, token_ids: Sequence[int], cache: Any) -> Tensor:
+        """float32 [V]: the logits after the last id; all ids are appended to the cache, in chunks."""
+        self._model.set_experts_implementation(self.prefill_experts)
+        for start in range(0, len(token_ids), self.chunk):
+            logits_V = self._step(token_ids[start : start + self.chunk], cache)
+        return logits_V
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Sequence[int], cache: Any) -> list[Tensor]:
+        """A forward and a greedy choice per id, which is given: the loop does what generating those ids would."""
+        self._model.set_experts_implementation(self.decode_experts)
+        logits = []
+        for token_id in token_ids:
+            logits.append(self._step([token_id], cache))
+            int(logits[-1].argmax())
+        return logits
+
+    def _step(self, token_ids: Sequence[int], cache: Any) -> Tensor:
+        output = self._model(torch.tensor([token_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits_BTV: Tensor = output.logits
+        return logits_BTV[0, -1]
+
+    def tune_prefill(self, token_ids: Sequence[int]) -> None:
+        """Prefill from here on with what takes least processor time for these ids.
+
+        `batched_mm` is not tried: it copies the weights of every token's experts, gigabytes per chunk.
+        """
+        taken: dict[tuple[str, int], float] = {}
+        for setting in itertools.product(("eager", "grouped_mm"), (512, 2048)):
+            self.prefill_experts, self.chunk = setting
+            taken[setting] = self._fastest(lambda: self.prefill(token_ids, self.new_cache()))
+        self.prefill_experts, self.chunk = min(taken, key=taken.__getitem__)
+
+    def tune_decode(self, token_ids: Sequence[int]) -> None:
+        """Decode from here on with what takes least processor time for these ids."""
+        taken: dict[str, float] = {}
+        for experts in ("eager", "grouped_mm", "batched_mm"):
+            self.decode_experts = experts
+            taken[experts] = self._fastest(lambda: self.decode(token_ids, self.new_cache()))
+        self.decode_experts = min(taken, key=taken.__getitem__)
+
+    def _fastest(self, work: Callable[[], object]) -> float:
+        with threads(1):
+            return min(seconds("CPU-s", work) for _ in range(2))
+
+
+def compare_tokens(ours: Sequence[SampledToken], theirs: Sequence[Tensor]) -> str:
+    """Check greedy tokens against the peer's logits [V] at the same places; says how far apart they are.
+
+    The peer must give each token the log-probability that we gave it, and no other token a higher one.
+
+    Raises:
+        OutputsDifferError: they differ by more than rounding explains.
+    """
+    logprobs_RV = torch.stack(list(theirs)).log_softmax(-1)
+    ids_R1 = torch.tensor([token.id for token in ours]).unsqueeze(1)
+    own_R = logprobs_RV.gather(1, ids_R1).squeeze(1)
+    away_R = (torch.tensor([token.logprob for token in ours]) - own_R).abs()
+    behind_R = logprobs_RV.amax(-1) - own_R
+    typical, worst = float(away_R.median()), max(float(away_R.max()), float(behind_R.max()))
+    found = f"log-probabilities of {len(ours)} tokens: median difference {typical:.1e}, largest {worst:.1e}"
+    if typical > TYPICAL_TOLERANCE or worst > WORST_TOLERANCE:
+        raise OutputsDifferError(
+            f"{found}; expected at most {TYPICAL_TOLERANCE:.0e} and {WORST_TOLERANCE:.0e}: one side is wrong, so "
+            "nothing was timed; tests/engine/test_parity.py narrows it down"
+        )
+    return found

@@ -1,0 +1,49 @@
+"""Clocks: CPU-seconds on one thread, wall-clock seconds on two."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Clock = Literal["CPU-s", "s"]
+CLOCKS: tuple[tuple[Clock, int, str], ...] = (("CPU-s", 1, "one thread"), ("s", 2, "two threads"))
+"""Each clock, and with how many threads it is read: CPU time says what work costs, wall time what a user waits."""
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch computes with `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def seconds(clock: Clock, work: Callable[[], object]) -> float:
+    """How long `work` takes: seconds of processor time over all threads, or of wall time."""
+    now = time.process_time if clock == "CPU-s" else time.perf_counter
+    start = now()
+    work()
+    return now() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Median:
+    """Repeated measurements in one number; `spread` is (max - min) / median."""
+
+    value: float
+    spread: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Median:
+        """The median of at least one value."""
+        value = statistics.median(values)
+        return cls(value, (max(values) - min(values)) / value)
