@@ -10,6 +10,8 @@ from agentkit_environments.environment import MAX_ARCHIVE_BYTES, MAX_ARCHIVE_ENT
 from agentkit_environments.errors import UnsafeArchiveError
 
 MAX_LINKS_FOLLOWED = 40
+MAX_NAME_BYTES = 4096
+MAX_DEPTH = 128
 
 
 def check_archive(
@@ -28,7 +30,7 @@ def check_archive(
     Raises:
         UnsafeArchiveError: If it is not a tar archive, or an entry has an absolute or empty name, `..` in its name, a
             name that passes through a link, another type (device, pipe, sparse file), or a link that leads out; or if
-            there are too many entries or bytes.
+            there are too many entries or bytes, or a name is longer than 4096 bytes or 128 components.
     """
     members: list[tarfile.TarInfo] = []
     size = 0
@@ -65,6 +67,10 @@ def _checked_name(member: tarfile.TarInfo) -> str:
         raise UnsafeArchiveError(f"{name!r} is neither a file, a directory nor a link (tar type {member.type!r})")
     if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise UnsafeArchiveError(f"{name!r} is not a relative name without '..'")
+    if len(name) > MAX_NAME_BYTES or name.count("/") >= MAX_DEPTH:
+        raise UnsafeArchiveError(
+            f"{name[:60]!r}... is longer than {MAX_NAME_BYTES} bytes or {MAX_DEPTH} components deep"
+        )
     return posixpath.normpath(name)
 
 

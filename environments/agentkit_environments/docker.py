@@ -46,6 +46,7 @@ from agentkit_environments.environment import (
     EnvironmentSpec,
     ExecResult,
     exec_argv,
+    exec_variables,
     input_bytes,
 )
 from agentkit_environments.errors import (
@@ -196,7 +197,7 @@ class DockerEnvironment(Environment):
             argv = ["/bin/sh", "-c", 'exec "$0" "$@"', *argv]  # the shell's 126 and 127 for what cannot be started
         data = input_bytes(stdin)
         directory = self.resolve(cwd or ".")
-        variables = {**self._env, **(env or {})}
+        variables = exec_variables(self._env, env)
         user = user or AGENT_USER
         self._require_open()
         self._users.add(user)

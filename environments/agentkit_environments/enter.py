@@ -1,23 +1,22 @@
 """The first step into a process sandbox, outside it still: die with the parent, stop being root, run the launcher.
 
-Run as `python3 -c` with one JSON argument; imports nothing but the standard library. When started as root it also makes
-a mount namespace of its own, in which `expose` (the interpreter's prefix, which may lie in a directory that only root
-may enter) is reachable for everyone, with nothing else of that directory around it.
+    python3 -I -S enter.py PARENT_PID UID EXPOSE COMMAND [ARGUMENT ...]
 
-    {"parent": 1234, "uid": 1610612741 or null, "expose": ["/root/.pyenv/versions/3.11.7"], "argv": ["bwrap", ...]}
+UID is the one to become, or `-` to stay. EXPOSE, paths with colons between them, is for a harness that runs as root: in
+a mount namespace of its own, each of them (the interpreter's prefix, which may lie in a directory that only root may
+enter) becomes reachable for everyone, with nothing else of that directory around it. Only the standard library is
+imported, and as little of it as can be: this is on the way of every sandbox.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import signal
 import sys
 
 CLONE_NEWNS = 0x00020000
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -57,17 +56,17 @@ def expose(paths: list[str]) -> None:
 
 
 def main() -> None:
-    request = json.loads(sys.argv[1])
-    if request["uid"] is not None:
-        expose(request["expose"])
+    parent, uid, paths, *command = sys.argv[1:]
+    if uid != "-":
+        expose(paths.split(":"))
         os.setgroups([])
-        os.setresgid(request["uid"], request["uid"], request["uid"])
-        os.setresuid(request["uid"], request["uid"], request["uid"])
-    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
-    if os.getppid() != request["parent"]:
+        os.setresgid(int(uid), int(uid), int(uid))
+        os.setresuid(int(uid), int(uid), int(uid))
+    check(libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "prctl")
+    if os.getppid() != int(parent):
         raise SystemExit("the harness is gone")
     os.chdir("/")
-    os.execvp(request["argv"][0], request["argv"])
+    os.execvp(command[0], command)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class Environment(ABC):
             FileNotFoundError: If there is no such file.
             IsADirectoryError: If it is a directory.
             OSError: If it is not a regular file (a pipe, a device), or cannot be read.
-            UnsafePathError: If `path` is empty, holds a NUL byte or is a loop of links.
+            UnsafePathError: If `path` is empty, holds a NUL byte or a lone surrogate, or is a loop of links.
             SandboxLostError: If the sandbox is gone.
         """
 
@@ -227,10 +227,10 @@ class Environment(ABC):
         """Return `path` as an absolute path of the sandbox, not following links.
 
         Raises:
-            UnsafePathError: If it is empty or holds a NUL byte.
+            UnsafePathError: If it is empty or holds a NUL byte or a lone surrogate.
         """
-        if not path or "\0" in path:
-            raise UnsafePathError(f"a path must be a non-empty string without NUL bytes, got {path!r}")
+        if not path or not _is_plain(path):
+            raise UnsafePathError(f"a path must be non-empty text without NUL bytes and lone surrogates, got {path!r}")
         return posixpath.join(self.spec.workdir, path)
 
 
@@ -238,19 +238,40 @@ def exec_argv(command: str | Sequence[str]) -> list[str]:
     """Return the argument vector of `Environment.exec`'s command.
 
     Raises:
-        ValueError: If the command is empty or holds a NUL byte.
+        ValueError: If the command is empty or holds a NUL byte or a lone surrogate.
     """
     argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-    if not argv or not argv[0] or any("\0" in argument for argument in argv):
-        raise ValueError(f"command must be non-empty and without NUL bytes, got {command!r}")
+    if not argv or not argv[0] or not all(map(_is_plain, argv)):
+        raise ValueError(f"command must be non-empty text without NUL bytes and lone surrogates, got {command!r}")
     return argv
+
+
+def exec_variables(*layers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the variables of `Environment.exec`; a later layer overrides an earlier one.
+
+    Raises:
+        ValueError: If a name is empty or holds `=`, or anything holds a NUL byte or a lone surrogate.
+    """
+    variables = {name: value for layer in layers if layer for name, value in layer.items()}
+    for name, value in variables.items():
+        if not name or "=" in name or not _is_plain(name + value):
+            raise ValueError(f"env must have plain names and values, got {name!r}: {value!r}")
+    return variables
+
+
+def _is_plain(text: str) -> bool:
+    """Whether text can be an argument or a path: no NUL byte, and nothing that UTF-8 cannot say."""
+    try:
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 def input_bytes(data: str | bytes) -> bytes:
     """Return text as UTF-8 bytes, bytes as they are.
 
     Raises:
-        ValueError: If there are more than `MAX_STDIN_BYTES`.
+        ValueError: If there are more than `MAX_STDIN_BYTES`, or text holds a lone surrogate.
     """
     raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     if len(raw) > MAX_STDIN_BYTES:

@@ -7,11 +7,13 @@ variables, and back in output. What a file *contains* is left alone. Limits othe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import select
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ from agentkit_environments.environment import (
     EnvironmentSpec,
     ExecResult,
     exec_argv,
+    exec_variables,
     input_bytes,
 )
 from agentkit_environments.errors import (
@@ -54,13 +57,13 @@ class LocalEnvironment(Environment):
         if spec.image is not None:
             raise SandboxUnavailableError(f"image {spec.image!r} needs the docker backend, not unsafe-local")
         self.spec, self.run_id = spec, run_id
-        self._root = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._root = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
         (self._root / "owner").write_text(f"{owner_token()}\n{run_id}\n")
         self._directories = {spec.workdir: str(self._root / "work"), "/tmp": str(self._root / "tmp")}
         for directory in self._directories.values():
             os.mkdir(directory)
         names = "|".join(re.escape(name) for name in self._directories)
-        self._name_in_text = re.compile(rf"(?<![\w./-])(?:{names})(?![\w.-])")
+        self._name_in_text = re.compile(rf"(?<![\w./}})~*-])(?:{names})(?![\w.-])")
         self._env = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "HOME": self._directories[spec.workdir],
@@ -87,7 +90,7 @@ class LocalEnvironment(Environment):
         argv = [self._to_host(argument) for argument in exec_argv(command)]
         stdin_bytes = input_bytes(self._to_host(stdin) if isinstance(stdin, str) else stdin)
         directory = self._path(cwd or ".")
-        variables = {**self.spec.env, **(env or {})}
+        variables = exec_variables(self.spec.env, env)
         environment = {**self._env, **{name: self._to_host(value) for name, value in variables.items()}}
         self._has_run = True
 
@@ -256,10 +259,18 @@ def reap_local(run_id: str | None) -> int:
 
 
 def _remove(root: Path) -> None:
-    """Remove a tree, also where a command has taken permissions away from its directories."""
+    """Remove a tree, also where a command has taken permissions away from its directories, or nested them deep."""
+    try:
+        _remove_in_python(root)
+    except RecursionError:
+        subprocess.run(["rm", "-rf", "--", str(root)], check=True)
+
+
+def _remove_in_python(root: Path) -> None:
     for directory, names, _ in os.walk(root):
         for name in names:
             child = os.path.join(directory, name)
             if not os.path.islink(child):
                 os.chmod(child, 0o700)
-    shutil.rmtree(root)
+    with contextlib.suppress(FileNotFoundError):  # somebody has reaped it
+        shutil.rmtree(root)

@@ -42,6 +42,7 @@ from agentkit_environments.environment import (
     ExecResult,
     Limits,
     exec_argv,
+    exec_variables,
     input_bytes,
 )
 from agentkit_environments.errors import (
@@ -136,13 +137,9 @@ def launch_argv(spec: EnvironmentSpec, launcher: Launcher, file_fds: Mapping[str
     layout = Layout.of(spec)
     executor = [layout.python, "-I", "-S", EXECUTOR]
     build = _bwrap_argv if launcher == "bwrap" else _unshare_argv
-    enter = {
-        "parent": os.getpid(),
-        "uid": secrets.choice(HOST_UIDS) if os.geteuid() == 0 else None,
-        "expose": [layout.prefix],
-        "argv": build(spec, layout, executor, file_fds),
-    }
-    return [layout.python, "-I", "-S", str(Path(__file__).with_name("enter.py")), json.dumps(enter)]
+    uid = str(secrets.choice(HOST_UIDS)) if os.geteuid() == 0 else "-"
+    enter = [layout.python, "-I", "-S", str(Path(__file__).with_name("enter.py"))]
+    return [*enter, str(os.getpid()), uid, layout.prefix, *build(spec, layout, executor, file_fds)]
 
 
 def _bwrap_argv(spec: EnvironmentSpec, layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
@@ -295,7 +292,7 @@ class ProcessEnvironment(Environment):
         request = {
             "argv": exec_argv(command),
             "cwd": self.resolve(cwd or "."),
-            "env": {**self._env, **(env or {})},
+            "env": exec_variables(self._env, env),
             "timeout_s": timeout_s,
             "max_output_bytes": max_output_bytes,
         }

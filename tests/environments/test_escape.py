@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -230,27 +229,26 @@ async def test_no_sandbox_means_refusal(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")
-def test_the_same_as_an_ordinary_user(tmp_path: Path) -> None:
+def test_the_same_as_an_ordinary_user() -> None:
     uid = 50_000 + secrets.randbelow(10_000)
-    tmp_path.chmod(0o711)
-    tmp_path.parent.chmod(0o711)
-    tmp_path.parent.parent.chmod(0o711)
-    base = tmp_path / "base"
-    base.mkdir()
-    os.chown(base, uid, uid)
-    pytest_argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
-    pytest_argv += ["--rootdir", str(ROOT), "--basetemp", str(base / "pytest"), "-rs", str(Path(__file__).resolve())]
-    enter = Path(agentkit_environments.__file__).with_name("enter.py")
-    expose = [os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, str(ROOT))]
-    # `enter` insists on the parent it was told of, which subprocess.run's child has in this thread.
-    request = {"parent": os.getpid(), "uid": uid, "expose": sorted(set(expose)), "argv": pytest_argv}
-    assert threading.current_thread() is threading.main_thread()
-    finished = subprocess.run(
-        [sys.executable, "-I", str(enter), json.dumps(request)],
-        env={"PATH": os.environ["PATH"], "HOME": str(base), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    enter = str(Path(agentkit_environments.__file__).with_name("enter.py"))
+    expose = ":".join(sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, ROOT)}))
+    with tempfile.TemporaryDirectory() as home:
+        os.chown(home, uid, uid)
+        pytest_argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        pytest_argv += [
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            "--basetemp",
+            f"{home}/pytest",
+            str(Path(__file__).resolve()),
+        ]
+        finished = subprocess.run(
+            [sys.executable, "-I", enter, str(os.getpid()), str(uid), expose, *pytest_argv],
+            env={"PATH": os.environ["PATH"], "HOME": home, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
     assert "1 skipped" in finished.stdout.splitlines()[-1], finished.stdout[-2000:]
