@@ -55,7 +55,7 @@ class Agent:
             thinking: Which turns think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
             effort: How hard it thinks, for the whole session; "none" never thinks.
-            sampling: How tokens are drawn.
+            sampling: How tokens are drawn; as the model's own folder says by default.
             limits: The budget of each run.
             parallelism: How many calls run at the same time. An agent that runs inside a call of another agent needs
                 bounds of its own.
@@ -73,7 +73,7 @@ class Agent:
         self.system = DEFAULT_SYSTEM if system is None else system
         self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
         self.effort: Effort = effort
-        self.sampling = sampling or Sampling()
+        self.sampling = sampling or self.model.sampling
         self.limits = limits or Limits()
         self.parallelism = parallelism or Parallelism()
         self._thinks = thinking_policy(thinking, effort)

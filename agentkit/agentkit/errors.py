@@ -8,6 +8,9 @@ What the model did wrong is never one of these: it becomes a tool result that th
             TrajectoryFormatError   not a trajectory, or one of another format version
             TrajectoryCorruptError  a record in the middle of the file is damaged
             TrajectoryWriteError    the disk refused a record; the run ends
+        TaskError                   a task cannot be used as it stands
+            TaskFileError           a task or suite file that is wrong, with file and line
+            TaskSetupError          a setup command of the task failed
 """
 
 from __future__ import annotations
@@ -35,3 +38,15 @@ class TrajectoryCorruptError(TrajectoryError):
 
 class TrajectoryWriteError(TrajectoryError):
     """A record could not be written; names the file, the reason and what to do."""
+
+
+class TaskError(AgentkitError):
+    """A task that cannot be used as it stands: never the model's fault."""
+
+
+class TaskFileError(TaskError):
+    """A task or suite file that cannot be used. The text has one `FILE:LINE: what is wrong` per problem."""
+
+
+class TaskSetupError(TaskError):
+    """A setup command of the task failed in a working sandbox; names the command and has its output."""

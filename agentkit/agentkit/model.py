@@ -182,6 +182,11 @@ class Model(Protocol):
         """What reports call it."""
         ...
 
+    @property
+    def sampling(self) -> Sampling:
+        """How it is meant to be sampled; an agent's default."""
+        ...
+
     def open(
         self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
     ) -> AbstractAsyncContextManager[ModelSession]:

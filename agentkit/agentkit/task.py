@@ -22,8 +22,6 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from agentkit_environments import Environment, EnvironmentSpec, Limits
-from agentkit_tools import BUILTINS, CommandTool, Tool, ToolDefinitionError
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -36,15 +34,9 @@ from pydantic import (
     model_validator,
 )
 
-from agentkit.errors import AgentkitError
-
-
-class TaskFileError(AgentkitError):
-    """A task or suite file that cannot be used. The text has one `FILE:LINE: what is wrong` per problem."""
-
-
-class TaskSetupError(AgentkitError):
-    """A setup command of the task failed in a working sandbox: a defect of the task, not of the model."""
+from agentkit.errors import TaskFileError, TaskSetupError
+from agentkit_environments import Environment, EnvironmentSpec, Limits
+from agentkit_tools import BUILTINS, CommandTool, Tool, ToolDefinitionError
 
 
 def _inside(path: str) -> str:

@@ -40,6 +40,7 @@ class EmbeddedModel:
             self.engine = engine if isinstance(engine, Engine) else Engine.load(engine)
         self.name = self.engine.name
         self.tokenizer = self.engine.tokenizer
+        self.sampling = Sampling(temperature=self.engine.sampling.temperature, top_p=self.engine.sampling.top_p)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

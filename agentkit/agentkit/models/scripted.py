@@ -40,6 +40,7 @@ class ScriptedModel:
         self, policy: Policy, tokenizer: Tokenizer, *, name: str = "scripted", dialect: Dialect = "v4-preview"
     ) -> None:
         self.name = name
+        self.sampling = Sampling()
         self._policy = policy
         self._tokenizer = tokenizer
         self._dialect: Dialect = dialect

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import string
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from agentkit_engine.training.tokenizer import build_tokenizer
 from agentkit_evals.synth import FAMILIES
 from agentkit_evals.synth.family import Split
 from agentkit_evals.synth.generate import generate, phrases, texts
+from agentkit_evals.synth.words import SYLLABLES
 
 TOKENIZER_SEEDS = range(150)  # per family
 
@@ -25,7 +25,7 @@ def main(
     directory: Annotated[
         Path, typer.Argument(help="Where tokenizer.json, train.safetensors and heldout.safetensors go.")
     ],
-    per_family: Annotated[int, typer.Option(help="Training trajectories of each family.")] = 2000,
+    per_family: Annotated[int, typer.Option(help="Training trajectories of each family.")] = 1500,
     heldout_per_family: Annotated[int, typer.Option(help="Held-out trajectories of each family.")] = 40,
     vocab_size: Annotated[int, typer.Option(help="Ids of the tokenizer, control tokens included.")] = 1536,
     first_seed: Annotated[int, typer.Option(help="Rows use the seeds from here on.")] = 0,
@@ -36,31 +36,31 @@ def main(
 
 
 async def _write(directory: Path, seeds: range, heldout_seeds: range, vocab_size: int) -> None:
-    families = list(FAMILIES)
     path = directory / "tokenizer.json"
     if not path.exists():
-        corpus = [text async for text in texts(families, TOKENIZER_SEEDS)]
+        corpus = [text async for text in texts(list(FAMILIES), TOKENIZER_SEEDS)]
         path.write_text(build_tokenizer(corpus, phrases=phrases(), vocab_size=vocab_size), encoding="utf-8")
     tokenizer = Tokenizer.from_dir(directory)
-    splits: tuple[tuple[str, range, Split], ...] = (("train", seeds, "train"), ("heldout", heldout_seeds, "heldout"))
-    for name, split_seeds, split in splits:
-        started = time.perf_counter()
-        tokens: Counter[str] = Counter()
+    await _write_rows(directory / "train.safetensors", seeds, "train", tokenizer)
+    await _write_rows(directory / "heldout.safetensors", heldout_seeds, "heldout", tokenizer)
 
-        async def rows(
-            split_seeds: range = split_seeds, split: Split = split, tokens: Counter[str] = tokens
-        ) -> AsyncIterator[tuple[list[int], list[int]]]:
-            async for row in generate(families, split_seeds, split, tokenizer=tokenizer):
-                tokens[row.family] += len(row.ids)
-                yield row.ids, row.loss_mask
 
-        packed = Rows.pack([row async for row in rows()])
-        packed.save(directory / f"{name}.safetensors")
-        lengths = ", ".join(f"{family} {count // len(split_seeds)}" for family, count in tokens.items())
-        print(
-            f"{name}: {len(packed)} rows, {len(packed.ids)} tokens, {int(packed.mask.sum())} written by the assistant,"
-        )
-        print(f"  {time.perf_counter() - started:.0f} s; mean tokens: {lengths}", flush=True)
+async def _write_rows(path: Path, seeds: range, split: Split, tokenizer: Tokenizer) -> None:
+    """Rows of every family; those with far facts are long, so training gets half as many of them."""
+    started = time.perf_counter()
+    near = [name for name, family in FAMILIES.items() if not family.far_fact]
+    far = [name for name, family in FAMILIES.items() if family.far_fact]
+    far_seeds = seeds[: len(seeds) // 2] if split == "train" else seeds
+    rows = [row async for row in generate(near, seeds, split, tokenizer=tokenizer)]
+    rows += [row async for row in generate(far, far_seeds, split, tokenizer=tokenizer)]
+    copied = sorted({token for piece in (*SYLLABLES, *string.digits) for token in tokenizer.encode_text(piece)})
+    packed = Rows.pack([(row.ids, row.loss_mask) for row in rows], copied=copied)
+    packed.save(path)
+    print(
+        f"{path}: {len(packed)} rows, {len(packed.ids)} tokens, {int(packed.mask.sum())} written by the assistant, "
+        f"{time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""What an evaluation looks like while it runs, and the table at its end."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from agentkit.cli.terminal import visible
+
+if TYPE_CHECKING:
+    from agentkit_evals.record import RunDirectory, TrialRecord
+    from agentkit_evals.run import Update
+
+MARKS = {
+    None: ("green", "✓", "solved"),
+    "model": ("red", "✗", "not solved"),
+    "limit": ("yellow", "✗", "limit reached"),
+    "task": ("magenta", "!", "task defect"),
+    "infrastructure": ("bright_black", "!", "infrastructure"),
+}
+
+
+class LiveProgress:
+    """A listener for `EvalRun`: one line per finished trial, and on a terminal a bar and what runs right now."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.overall = self.progress.add_task("trials", total=total)
+        self.running: dict[str, TaskID] = {}
+        self.done = self.solved = 0
+        self.total = total
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, update: Update) -> None:
+        from agentkit_evals.run import TrialActed, TrialFinished, TrialStarted
+
+        match update:
+            case TrialStarted():
+                self.running[update.trial] = self.progress.add_task(f"{update.trial}  opening", total=None)
+            case TrialActed():
+                doing = visible(f"{update.trial}  turn {update.turn}: {update.doing}")
+                self.progress.update(self.running[update.trial], description=doing)
+            case TrialFinished():
+                self.progress.remove_task(self.running.pop(update.record.trial))
+                self._finished(update.record)
+
+    def _finished(self, record: TrialRecord) -> None:
+        self.done += 1
+        self.solved += record.solved
+        colour, mark, words = MARKS[record.failure]
+        line = Text.assemble(
+            (f"{mark} ", colour),
+            f"{record.trial}  ",
+            (f"{record.usage.turns} turns, {record.usage.sampled_tokens} tokens, {record.agent_s:.1f} s", "dim"),
+        )
+        if record.failure is not None:
+            line.append(f"  {words}", colour)
+        if record.error:
+            line.append(f": {visible(record.error.splitlines()[0][:200])}", "dim")
+        if not self.console.is_terminal:
+            line.append(f"  [{self.done}/{self.total}]", "dim")
+        self.console.print(line, soft_wrap=True, highlight=False)
+        self.progress.update(self.overall, advance=1, description=f"solved {self.solved}/{self.done}")
+
+
+def result_table(run: RunDirectory) -> Table:
+    """Scores per family, and of all."""
+    from agentkit_evals.record import scores_by_task
+    from agentkit_evals.statistics import estimate
+
+    families: dict[str, list[TrialRecord]] = {}
+    for trial in sorted(run.trials, key=lambda trial: trial.family):
+        families.setdefault(trial.family, []).append(trial)
+    table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, 2))
+    table.add_column("family")
+    for column in ("solved", "mean ± stderr", "turns", "tokens", "seconds", "not scored"):
+        table.add_column(column, justify="right")
+    rows = [*families.items(), ("all", list(run.trials))] if len(families) != 1 else families.items()
+    for name, trials in rows:
+        scored = [trial for trial in trials if trial.reward is not None]
+        mean = estimate(scores_by_task(trials))
+        share = len(scored) or 1
+        table.add_row(
+            name,
+            f"{sum(trial.solved for trial in scored)}/{len(scored)}",
+            str(mean) if mean else "-",
+            f"{sum(trial.usage.turns for trial in scored) / share:.1f}",
+            f"{sum(trial.usage.sampled_tokens for trial in scored) / share:.0f}",
+            f"{sum(trial.agent_s for trial in scored) / share:.1f}",
+            str(len(trials) - len(scored)),
+            style="bold" if name == "all" else None,
+        )
+    return table

@@ -1,0 +1,209 @@
+"""`agentkit run`: one agent on one task file, or on what you say, in your own folder if you like."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import anyio
+import typer
+
+from agentkit.cli.ending import ExitCode
+from agentkit.cli.options import EnvFlag, JsonFlag, ModelFlag, SeedFlag, TemperatureFlag
+from agentkit.cli.terminal import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agentkit.agent import Agent
+    from agentkit.cli.workdir import Change, File
+    from agentkit.events import Event
+    from agentkit.result import RunResult
+    from agentkit.task import Task
+    from agentkit_environments import Environment
+    from agentkit_evals.verify import Backend, Verdict
+
+
+def command(
+    what: Annotated[str, typer.Argument(metavar="TASK", help="A task file (.yaml), or what to do, in words.")],
+    workdir: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Your folder: the agent works on a copy, you see the diff."),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Accept the changes to --workdir without asking.")] = False,
+    model: ModelFlag = "tiny",
+    env: EnvFlag = None,
+    seed: SeedFlag = None,
+    temperature: TemperatureFlag = 0.0,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Turns of the model at most.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens sampled at most.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds at most.")] = None,
+    trajectory: Annotated[Path | None, typer.Option(help="Where to keep the record of the run; a new file.")] = None,
+    as_json: JsonFlag = False,
+) -> ExitCode:
+    """Run an agent on a task file, or on what you say."""
+    from rich.console import Console
+
+    from agentkit.cli.workdir import apply as apply_changes
+    from agentkit.model import Sampling
+    from agentkit.models.embedded import EmbeddedModel
+    from agentkit.task import Task, load_task
+    from agentkit_evals.run import agent_for
+
+    is_file = what.endswith((".yaml", ".yml"))
+    task = load_task(what) if is_file else Task(id="run", instruction=what)
+    bounds = {"max_turns": max_turns, "max_tokens": max_tokens, "timeout_s": timeout}
+    given = {name: value for name, value in bounds.items() if value is not None}
+    task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
+    agent = agent_for(task, EmbeddedModel(model), Sampling(temperature=temperature, seed=seed))
+    console = Console(quiet=as_json, highlight=False)
+    job = Job(task, agent, env.value if env else None, workdir, trajectory, console)
+    done = anyio.run(job.run)
+    refused: list[str] = []
+    applied = False
+    if workdir and done.changes:
+        _print_diff(console, done.changes)
+        applied = apply or (not as_json and sys.stdin.isatty() and typer.confirm("Apply these changes?", default=False))
+        refused = apply_changes(workdir, done.changes) if applied else []
+    if as_json:
+        typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
+    else:
+        _print_end(console, done, workdir, applied=applied, refused=refused)
+    return ExitCode.OK
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a job gives back: the run, where it was, what it changed of the user's folder, its score if it has one."""
+
+    result: RunResult
+    backend: str
+    changes: list[Change]
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run, from an open sandbox to what it left."""
+
+    task: Task
+    agent: Agent
+    backend: Backend | None
+    workdir: Path | None
+    trajectory: Path | None
+    console: Console
+
+    async def run(self) -> Done:
+        """Copy the user's folder in, run the agent with everything it does on the console, and see what changed.
+
+        Raises:
+            SandboxError, TaskSetupError, VerifierError, EngineError: the machine or the task failed.
+        """
+        from agentkit.cli import workdir as folder
+        from agentkit_environments import open_environment
+        from agentkit_evals.verify import backend_for, verify
+
+        spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
+        before = folder.read_folder(self.workdir) if self.workdir else {}
+        async with await open_environment(spec, backend=where) as environment:
+            result = await self._run_in(environment, before)
+            await environment.kill_all()
+            archive = await environment.export_dir(spec.workdir)
+        verdict = None
+        if self.task.verifier is not None:
+            verdict = await verify(self.task, archive=archive, answer=result.answer, backend=where)
+        changed = folder.changes(before, folder.unpack(archive)) if self.workdir else []
+        return Done(result, environment.backend, changed, verdict)
+
+    async def _run_in(self, environment: Environment, files: dict[str, File]) -> RunResult:
+        from agentkit.cli import workdir as folder
+        from agentkit.events import RunFinished
+
+        await environment.import_dir(environment.spec.workdir, folder.pack(files))
+        await self.task.prepare(environment)
+        stream = self.agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory)
+        result: RunResult | None = None
+        async with aclosing(stream) as events:
+            async for event in events:
+                _show(self.console, event)
+                if isinstance(event, RunFinished):
+                    result = event.result
+        assert result is not None, "a run that does not raise ends with RunFinished"
+        return result
+
+
+def _say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
+    from rich.text import Text
+
+    console.print(Text(visible(text), style), end=end, soft_wrap=True)
+
+
+def _show(console: Console, event: Event) -> None:
+    from agentkit.events import CallFinished, CallStarted, LimitReached, TurnStarted
+    from agentkit.model import ReasoningDelta, TextDelta
+
+    say = partial(_say, console)
+    match event:
+        case TurnStarted():
+            console.print(f"\n[dim]turn {event.turn + 1}{', thinking' if event.think else ''}[/]")
+        case ReasoningDelta():
+            say(event.text, "italic dim", end="")
+        case TextDelta():
+            say(event.text, end="")
+        case CallStarted():
+            say(f"\n→ {event.call.name} {event.call.arguments}", "cyan")
+        case CallFinished():
+            say(event.result.content, "red" if event.result.is_error else "dim")
+        case LimitReached():
+            console.print(f"\n[yellow]limit reached: {event.limit}[/]")
+
+
+def _print_diff(console: Console, changes: list[Change]) -> None:
+    console.print()
+    for change in changes:
+        for line in change.diff():
+            _say(console, line, {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], ""))
+
+
+def _print_end(console: Console, done: Done, workdir: Path | None, *, applied: bool, refused: list[str]) -> None:
+    usage = done.result.usage
+    _say(console, f"\nanswer   {done.result.answer or '(none)'}", "bold")
+    if done.verdict is not None:
+        console.print(f"reward   {done.verdict.reward:g}")
+    console.print(
+        f"{done.result.status} after {usage.turns} turns, {usage.calls} calls, {usage.sampled_tokens} tokens "
+        f"({usage.forced_tokens} forced), {usage.wall_time_s:.1f} s, in a {done.backend} sandbox",
+        style="dim",
+    )
+    if workdir is None:
+        return
+    if not done.changes:
+        console.print("No file was changed.")
+    elif applied:
+        console.print(f"Applied {len(done.changes) - len(refused)} of {len(done.changes)} changes to {workdir}.")
+    else:
+        console.print(f"{workdir} is as it was; `--apply` accepts the changes above.")
+    for sentence in refused:
+        _say(console, f"Left alone: {sentence}", "yellow")
+
+
+def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]:
+    return {
+        "status": done.result.status,
+        "answer": done.result.answer,
+        "limit": done.result.limit,
+        "reward": done.verdict.reward if done.verdict else None,
+        "backend": done.backend,
+        "usage": asdict(done.result.usage),
+        "changes": [
+            {"path": change.path, "change": change.verb, "diff": list(change.diff())} for change in done.changes
+        ],
+        "applied": applied,
+        "refused": refused,
+        "trajectory": str(done.result.trajectory.path) if done.result.trajectory.path else None,
+    }

@@ -1,0 +1,37 @@
+"""Does it work: suites of tasks, verifiers, runs, statistics, reports."""
+
+from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError, VerifierError
+from agentkit_evals.record import RunDirectory, RunLock, TrialRecord, scores_by_task
+from agentkit_evals.report import render_report, write_report
+from agentkit_evals.run import EvalRun, TrialActed, TrialFinished, TrialStarted, agent_for
+from agentkit_evals.statistics import Estimate, estimate, pass_at_k, pass_hat_k
+from agentkit_evals.suite import Case, Suite, SynthSelection, load_suite, synth_suite
+from agentkit_evals.verify import Verdict
+
+__all__ = [
+    "Case",
+    "Estimate",
+    "EvalError",
+    "EvalRun",
+    "RunDirectory",
+    "RunDirectoryError",
+    "RunLock",
+    "Suite",
+    "SuiteError",
+    "SynthSelection",
+    "TrialActed",
+    "TrialFinished",
+    "TrialRecord",
+    "TrialStarted",
+    "Verdict",
+    "VerifierError",
+    "agent_for",
+    "estimate",
+    "load_suite",
+    "pass_at_k",
+    "pass_hat_k",
+    "render_report",
+    "scores_by_task",
+    "synth_suite",
+    "write_report",
+]

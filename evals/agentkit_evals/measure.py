@@ -1,0 +1,225 @@
+"""What a model can do, measured for its card: `python -m agentkit_evals.measure --model tiny --per-family 50`.
+
+On the same held-out tasks of every family: the model, the baselines that must fail, and, on the families whose facts
+stand far back, the model with the compressed entries of one attention kind zeroed. Phrasings that were never trained
+on are reported apart. Writes one JSON file, and a run directory with a report for each of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import torch
+
+from agentkit.model import Model, Sampling
+from agentkit.models.embedded import EmbeddedModel
+from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit_engine import Engine
+from agentkit_engine.chat import Tokenizer
+from agentkit_evals.baselines import BASELINES
+from agentkit_evals.record import RunDirectory, TrialRecord, agentkit_version, scores_by_task
+from agentkit_evals.report import write_report
+from agentkit_evals.run import EvalRun, TrialFinished, Update
+from agentkit_evals.statistics import estimate
+from agentkit_evals.suite import Suite, SynthSelection, synth_suite
+from agentkit_evals.synth import FAMILIES, sample
+from agentkit_evals.verify import Backend
+
+Attention = Literal["csa", "hca"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write `OUT/measure-MODEL.json`; see the module's docstring."""
+    options = _options(argv)
+    engine = Engine.load(options.model)
+    suite = synth_suite(SynthSelection(families=options.families, per_family=options.per_family), seed=options.seed)
+    far = Suite("synth-far", cases) if (cases := tuple(c for c in suite.cases if FAMILIES[c.family].far_fact)) else None
+    session = _Session(options, engine.tokenizer)
+    started = time.perf_counter()
+    measured: dict[str, Any] = {
+        "model": engine.name,
+        "parameters": sum(parameter.numel() for parameter in engine.decoder.parameters()),
+        "per_family": options.per_family,
+        "seed": options.seed,
+        "temperature": options.temperature,
+        "backend": options.env,
+        "agentkit": agentkit_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["python", "-m", "agentkit_evals.measure", *(sys.argv[1:] if argv is None else argv)],
+        "masked_pairs_seen_in_training": leaks(suite, options.training_seeds),
+        "results": session.embedded(engine, suite, "model"),
+    }
+    if options.baselines:
+        measured["baselines"] = {name: session.scripted(policy, suite, name) for name, policy in BASELINES.items()}
+    if options.ablations and far:
+        measured["ablations"] = {
+            kind: session.embedded(without_entries(Engine.load(options.model), kind), far, f"without {kind}")
+            for kind in ("csa", "hca")
+        }
+    measured["seconds"] = round(time.perf_counter() - started, 1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"measure-{engine.name}.json"
+    path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    print(path)
+
+
+def without_entries(engine: Engine, attention: Attention) -> Engine:
+    """The engine with every compressed entry of one attention kind turned to zeros (in place).
+
+    An entry is the output of its compressor's norm, so a norm of weight zero leaves entries that say nothing.
+
+    Raises:
+        ValueError: no layer has that attention kind.
+    """
+    layers = [layer.index for layer in engine.spec.layers if layer.attention == attention]
+    if not layers:
+        raise ValueError(f"model {engine.name} has no {attention} layer")
+    parameters = dict(engine.decoder.named_parameters())
+    with torch.no_grad():
+        for index in layers:
+            parameters[f"layers.{index}.attn.compressor.norm.weight"].zero_()
+    return engine
+
+
+def leaks(suite: Suite, training_seeds: int) -> int:
+    """How many of the suite's masked (instruction, files) pairs occur in as many training tasks of their family."""
+    seen: dict[str, set[str]] = {}
+    count = 0
+    for case in suite.cases:
+        if case.family not in seen:
+            seen[case.family] = {sample(case.family, seed, "train").signature for seed in range(training_seeds)}
+        count += case.signature in seen[case.family]
+    return count
+
+
+def summary(run: RunDirectory) -> dict[str, Any]:
+    """Scores of a run: in all and per family, and of each the phrasings trained on and never trained on apart."""
+    families: dict[str, list[TrialRecord]] = {}
+    for trial in run.trials:
+        families.setdefault(trial.family, []).append(trial)
+    kinds = ("model", "limit", "task", "infrastructure")
+    return {
+        "all": _scores(run.trials),
+        "families": {family: _scores(trials) for family, trials in sorted(families.items())},
+        "failures": {kind: sum(trial.failure == kind for trial in run.trials) for kind in kinds},
+        "sampled_tokens": sum(trial.usage.sampled_tokens for trial in run.trials),
+        "forced_tokens": sum(trial.usage.forced_tokens for trial in run.trials),
+        "agent_seconds": round(sum(trial.agent_s for trial in run.trials), 1),
+    }
+
+
+def _scores(trials: Sequence[TrialRecord]) -> dict[str, Any]:
+    groups = {
+        "": list(trials),
+        "trained_phrasings": [trial for trial in trials if not trial.held_out_phrasing],
+        "held_out_phrasings": [trial for trial in trials if trial.held_out_phrasing],
+    }
+    result: dict[str, Any] = {}
+    for name, group in groups.items():
+        found = estimate(scores_by_task(group))
+        numbers = {"n": 0} if found is None else {k: v for k, v in asdict(found).items() if k != "tasks"}
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in numbers.items()}
+        result |= {name: rounded} if name else rounded
+    return result
+
+
+class _Session:
+    """What the runs of one measurement share."""
+
+    def __init__(self, options: argparse.Namespace, tokenizer: Tokenizer) -> None:
+        self.options = options
+        self.tokenizer = tokenizer
+
+    def embedded(self, engine: Engine, suite: Suite, name: str) -> dict[str, Any]:
+        """Run the suite on an engine."""
+
+        async def execute() -> RunDirectory:
+            async with EmbeddedModel(engine) as model:
+                return await self._run(model, suite, name).execute()
+
+        return self._summary(anyio.run(execute), name)
+
+    def scripted(self, policy: Policy, suite: Suite, name: str) -> dict[str, Any]:
+        """Run the suite on a policy."""
+        run = self._run(ScriptedModel(policy, self.tokenizer, name=name), suite, name)
+        return self._summary(anyio.run(run.execute), name)
+
+    def _run(self, model: Model, suite: Suite, name: str) -> EvalRun:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        label = "".join(c if c.isalnum() else "-" for c in name)
+        return EvalRun(
+            suite,
+            model,
+            Path(self.options.runs, f"{stamp}-measure-{label}"),
+            model_name=name if name != "model" else self.options.model,
+            concurrency=self.options.concurrency,
+            backend=self.options.env,
+            seed=self.options.seed,
+            sampling=Sampling(temperature=self.options.temperature),
+            listener=_Counter(name, len(suite.cases)),
+        )
+
+    def _summary(self, run: RunDirectory, name: str) -> dict[str, Any]:
+        report = write_report(run, decode=self.tokenizer.decode)
+        found = summary(run)
+        print(f"\n{name}: {report}")
+        for family, scores in {**found["families"], "all": found["all"]}.items():
+            apart = [scores[key].get("mean") for key in ("trained_phrasings", "held_out_phrasings")]
+            print(f"  {family:12} {_text(scores)}  trained phrasings {apart[0]}, held-out phrasings {apart[1]}")
+        return found
+
+
+class _Counter:
+    """A listener that keeps one line of progress on standard error."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.done = self.solved = 0
+
+    def __call__(self, update: Update) -> None:
+        if isinstance(update, TrialFinished):
+            self.done += 1
+            self.solved += update.record.solved
+            print(f"\r{self.name}: {self.solved}/{self.done} of {self.total}", end="", file=sys.stderr, flush=True)
+
+
+def _text(scores: dict[str, Any]) -> str:
+    if not scores["n"]:
+        return "not scored"
+    error = "" if scores["stderr"] is None else f" ± {scores['stderr']:.3f}"
+    return f"{scores['mean']:.3f}{error} (n = {scores['n']})"
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m agentkit_evals.measure", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help="tiny, or a model folder")
+    parser.add_argument("--per-family", type=int, default=50, help="held-out tasks of each family")
+    parser.add_argument("--families", nargs="*", default=[], help="all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--concurrency", type=int, default=4)
+    backends: tuple[Backend, ...] = ("process", "docker", "unsafe-local")
+    parser.add_argument("--env", default="process", choices=backends)
+    parser.add_argument("--training-seeds", type=int, default=2000, help="training tasks to compare signatures with")
+    parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", type=Path, default=Path("evals/results"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

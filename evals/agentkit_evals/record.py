@@ -1,0 +1,166 @@
+"""The run directory: what an evaluation writes while it happens, and how it is read back.
+
+    run.json            what was fixed at the start: tasks, model, seed, epochs, limits of concurrency, versions
+    trials.jsonl        one line per finished trial, written when it finishes
+    trajectories/       one file per trial, written as the trial happens
+    report.html         the report
+
+A run that was interrupted, or killed, is a run with fewer trials: the directory opens at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from agentkit.events import Status
+from agentkit.model import Usage
+from agentkit.task import Strict, Task
+from agentkit.trajectory import Trajectory
+from agentkit_evals.errors import RunDirectoryError
+
+FORMAT_VERSION = 1
+
+Failure = Literal["model", "limit", "task", "infrastructure"]
+"""Why a trial was not solved. Only "model" and "limit" count against the model; the others are left out of scores.
+
+model           the run ended by itself and the verifier said no
+limit           a limit of the task stopped the run, and the verifier said no
+task            the task is broken: a setup command failed
+infrastructure  the machine failed: sandbox, verifier, engine or disk
+"""
+
+
+def agentkit_version() -> str:
+    """The installed version; "unknown" in a checkout that was never installed."""
+    try:
+        return version("agentkit-harness")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class RunLock(Strict):
+    """`run.json`: everything that was decided before the first trial."""
+
+    format: Literal["agentkit.run"] = "agentkit.run"
+    version: int = FORMAT_VERSION
+    name: str
+    model: str
+    backend: str
+    epochs: int
+    concurrency: int
+    seed: int
+    temperature: float
+    top_p: float
+    tasks: list[Task]
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    agentkit: str = Field(default_factory=agentkit_version)
+    python: str = platform.python_version()
+    platform: str = Field(default_factory=platform.platform)
+    command: list[str] = Field(default_factory=lambda: list(sys.argv))
+
+
+class TrialRecord(Strict):
+    """One line of `trials.jsonl`: one task, run once."""
+
+    trial: str
+    task: str
+    epoch: int
+    family: str
+    phrasing: str
+    held_out_phrasing: bool
+    status: Status | None  # how the agent's run ended; None when it never began
+    failure: Failure | None  # None: solved
+    reward: float | None  # None: not scored, and so in no mean
+    answer: str | None
+    error: str | None
+    verifier_output: str
+    backend: str | None
+    usage: Usage
+    started: str
+    setup_s: float
+    agent_s: float
+    verify_s: float
+
+    @property
+    def solved(self) -> bool:
+        """Whether the full reward was given."""
+        return self.failure is None
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """A run on disk: its lock and the trials that finished, in the order in which they finished."""
+
+    path: Path
+    lock: RunLock
+    trials: tuple[TrialRecord, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read a run, whatever state it was left in; a line torn by a crash at the end is left out.
+
+        Raises:
+            RunDirectoryError: no run, a run of another format version, or a damaged one; with what was found.
+        """
+        path = Path(path)
+        lock = _read_lock(path / "run.json")
+        trials: list[TrialRecord] = []
+        file = path / "trials.jsonl"
+        lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                trials.append(TrialRecord.model_validate_json(line))
+            except ValidationError as exc:
+                raise RunDirectoryError(f"{file}:{number}: not a trial: {exc}") from exc
+        return cls(path, lock, tuple(trials))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial of the plan is there."""
+        return len(self.trials) == len(self.lock.tasks) * self.lock.epochs
+
+    def trajectory(self, trial: TrialRecord) -> Trajectory | None:
+        """What happened in a trial; None when its sandbox never opened."""
+        file = trajectory_path(self.path, trial.trial)
+        return Trajectory.load(file) if file.exists() else None
+
+
+def trajectory_path(run: Path, trial: str) -> Path:
+    """Where the trajectory of a trial lies."""
+    return run / "trajectories" / f"{trial}.jsonl"
+
+
+def scores_by_task(trials: Sequence[TrialRecord]) -> list[list[float]]:
+    """The rewards of the scored epochs of each task, as `agentkit_evals.statistics` takes them."""
+    scores: dict[str, list[float]] = {}
+    for trial in trials:
+        if trial.reward is not None:
+            scores.setdefault(trial.task, []).append(trial.reward)
+    return list(scores.values())
+
+
+def _read_lock(file: Path) -> RunLock:
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise RunDirectoryError(f"{file.parent} is not a run: it has no run.json") from exc
+    except (OSError, ValueError) as exc:
+        raise RunDirectoryError(f"{file} cannot be read: {exc}") from exc
+    if not isinstance(data, dict) or data.get("format") != "agentkit.run":
+        raise RunDirectoryError(f"{file} is not the run.json of a run")
+    if data.get("version") != FORMAT_VERSION:
+        raise RunDirectoryError(f"{file} has run format {data.get('version')}; this agentkit reads {FORMAT_VERSION}")
+    try:
+        return RunLock.model_validate(data)
+    except ValidationError as exc:
+        raise RunDirectoryError(f"{file} is damaged: {exc}") from exc

@@ -1,0 +1,315 @@
+"""One self-contained HTML report per run: scores, distributions and every trajectory, readable without a server.
+
+Nothing is fetched: styles, scripts and data stand in the file. What models and tools wrote is only ever shown as text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from agentkit.errors import TrajectoryError
+from agentkit.events import (
+    CallFinished,
+    CallStarted,
+    LimitReached,
+    MessageAdded,
+    Outcome,
+    TurnFinished,
+    TurnStarted,
+)
+from agentkit.messages import AssistantMessage
+from agentkit.model import CallMalformed, Segment, ThoughtCut
+from agentkit.task import Task
+from agentkit.trajectory import Trajectory
+from agentkit_evals.record import RunDirectory, TrialRecord, scores_by_task
+from agentkit_evals.statistics import estimate, pass_at_k, pass_hat_k
+
+LEGEND = {
+    "solved": "solved",
+    "model": "model failure",
+    "limit": "limit reached",
+    "task": "task defect",
+    "infrastructure": "infrastructure",
+}
+MAX_TOKENS = 2_000_000
+"""Ids that one report shows; the token strips of later trials are left out, which they say."""
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def write_report(run: RunDirectory, path: Path | None = None, *, decode: Decode | None = None) -> Path:
+    """Write the report of a run, finished or not, into its directory (or to `path`); returns where it is.
+
+    `decode` turns ids into text for the token views; without it they show the ids.
+    """
+    path = path or run.path / "report.html"
+    path.write_text(render_report(run, decode=decode), encoding="utf-8")
+    return path
+
+
+def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
+    """The report as HTML text; see `write_report`."""
+    trials = sorted(run.trials, key=lambda trial: (trial.family, trial.task, trial.epoch))
+    tasks = {task.id: task for task in run.lock.tasks}
+    budget = MAX_TOKENS
+    views: list[dict[str, Any]] = []
+    for trial in trials:
+        view = _trial_view(run, trial, tasks[trial.task], with_tokens=budget > 0)
+        budget -= trial.usage.prompt_tokens + trial.usage.sampled_tokens
+        views.append(view)
+    ids = {i for view in views for turn in view["turns"] or () for _, chunk, _ in turn["segments"] for i in chunk}
+    pieces = {i: decode([i]) for i in sorted(ids)} if decode else {}
+    viewer = files("agentkit_evals") / "viewer"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((viewer / "report.html.j2").read_text(encoding="utf-8"))
+    kinds = [_kind(trial) for trial in trials]
+    return template.render(
+        lock=run.lock,
+        complete=run.complete,
+        trials=len(trials),
+        planned=len(run.lock.tasks) * run.lock.epochs,
+        backends=", ".join(sorted({trial.backend for trial in trials if trial.backend})),
+        solved=sum(trial.solved for trial in trials),
+        scored=sum(trial.reward is not None for trial in trials),
+        outcomes=[(kind, kinds.count(kind)) for kind in LEGEND],
+        legend=LEGEND,
+        facts=_facts(run, trials),
+        families=_family_rows(trials),
+        charts=_charts(trials),
+        command=shlex.join(run.lock.command),
+        css=Markup((viewer / "report.css").read_text(encoding="utf-8")),
+        js=Markup((viewer / "report.js").read_text(encoding="utf-8")),
+        data=_script_json({"trials": views, "pieces": pieces, "legend": LEGEND}),
+    )
+
+
+def _script_json(data: object) -> Markup:
+    """JSON that cannot end the script element it stands in, whatever a model wrote."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _kind(trial: TrialRecord) -> str:
+    return trial.failure or "solved"
+
+
+def _facts(run: RunDirectory, trials: Sequence[TrialRecord]) -> list[tuple[str, str, str]]:
+    scores = scores_by_task(trials)
+    mean = estimate(scores)
+    sampled = sum(trial.usage.sampled_tokens for trial in trials)
+    agent_s = sum(trial.agent_s for trial in trials)
+    tool_s = sum(trial.usage.tool_time_s for trial in trials)
+    thinking = sum(trial.usage.thinking_tokens for trial in trials)
+    facts = [
+        ("mean reward", str(mean) if mean else "–", f"{mean.n} trials, {mean.tasks} tasks" if mean else "none scored"),
+        ("turns", str(sum(trial.usage.turns for trial in trials)), ""),
+        ("tool calls", str(sum(trial.usage.calls for trial in trials)), f"{tool_s:.1f} s in tools"),
+        ("tokens sampled", f"{sampled:,}", f"{thinking:,} of them thinking"),
+        ("tokens fed", f"{sum(trial.usage.prompt_tokens for trial in trials):,}", "prompts and tool results"),
+        ("forced ids", f"{sum(trial.usage.forced_tokens for trial in trials):,}", "written by the harness; mask 0"),
+        ("agent time", f"{agent_s:.1f} s", "summed over trials"),
+    ]
+    k = run.lock.epochs
+    at, hat = pass_at_k(scores, k), pass_hat_k(scores, k)
+    if k > 1 and at is not None and hat is not None:
+        facts[1:1] = [(f"pass@{k}", f"{at:.3f}", "at least one epoch"), (f"pass^{k}", f"{hat:.3f}", "every epoch")]
+    return facts
+
+
+def _family_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    families: dict[str, list[TrialRecord]] = {}
+    for trial in trials:
+        families.setdefault(trial.family, []).append(trial)
+    rows = [_family_row(name, members) for name, members in families.items()]
+    if len(rows) > 1:
+        rows.append({**_family_row("all", trials), "total": True, "squares": []})
+    return rows
+
+
+def _family_row(name: str, trials: Sequence[TrialRecord]) -> dict[str, Any]:
+    scored = [trial for trial in trials if trial.reward is not None]
+    held_out = [trial for trial in scored if trial.held_out_phrasing]
+    mean = estimate(scores_by_task(trials))
+    stderr = mean.stderr if mean else None
+    return {
+        "name": name,
+        "total": False,
+        "mean": str(mean) if mean else "–",
+        "percent": _percent(mean.mean) if mean else 0,
+        "low": _percent(mean.mean - stderr) if mean and stderr is not None else None,
+        "high": _percent(mean.mean + stderr) if mean and stderr is not None else None,
+        "solved": sum(trial.solved for trial in scored),
+        "scored": len(scored),
+        "held_out": f"{sum(trial.solved for trial in held_out)}/{len(held_out)}" if held_out else "–",
+        "turns": _mean([trial.usage.turns for trial in scored], 1),
+        "tokens": _mean([trial.usage.sampled_tokens for trial in scored], 0),
+        "seconds": _mean([trial.agent_s for trial in scored], 2),
+        "squares": [{"id": trial.trial, "kind": _kind(trial)} for trial in trials],
+    }
+
+
+def _percent(share: float) -> float:
+    return round(100 * min(max(share, 0.0), 1.0), 2)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.fmean(values):,.{digits}f}" if values else "–"
+
+
+def _charts(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    ran = [trial for trial in trials if trial.status is not None]
+    measures: Mapping[str, Callable[[TrialRecord], float]] = {
+        "turns per trial": lambda trial: trial.usage.turns,
+        "tokens sampled per trial": lambda trial: trial.usage.sampled_tokens,
+        "seconds per trial": lambda trial: trial.agent_s,
+    }
+    return [_chart(title, [(measure(t), t.solved) for t in ran]) for title, measure in measures.items() if ran]
+
+
+def _chart(title: str, values: Sequence[tuple[float, bool]], bins: int = 16) -> dict[str, Any]:
+    """A histogram in at most 16 bins, solved trials below the others."""
+    numbers = [value for value, _ in values]
+    low, high = min(numbers), max(numbers)
+    if all(isinstance(number, int) for number in numbers):
+        bins = min(bins, round(high - low) + 1)
+        width = -(-(high - low + 1) // bins)
+    else:
+        width = (high - low) / bins or 1.0
+    counts = [[0, 0] for _ in range(bins)]
+    for value, solved in values:
+        counts[min(bins - 1, int((value - low) / width))][not solved] += 1
+    scale = 84 / max(sum(count) for count in counts)
+    return {
+        "title": title,
+        "median": _number(statistics.median(numbers)),
+        "first": _number(low),
+        "last": _number(low + width * bins if width % 1 else max(high, low + width * bins - 1)),
+        "bars": [
+            {
+                "label": f"from {_number(low + i * width)}",
+                "solved": solved,
+                "other": other,
+                "solved_height": round(solved * scale, 2),
+                "other_height": round(other * scale, 2),
+            }
+            for i, (solved, other) in enumerate(counts)
+        ],
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.2f}"
+
+
+def _trial_view(run: RunDirectory, trial: TrialRecord, task: Task, *, with_tokens: bool) -> dict[str, Any]:
+    notes: list[str] = []
+    turns: list[dict[str, Any]] | None = None
+    try:
+        trajectory = run.trajectory(trial)
+        if trajectory is not None:
+            turns, notes = _turns(trajectory, with_tokens=with_tokens)
+    except TrajectoryError as exc:
+        notes.append(str(exc))
+    return {
+        "id": trial.trial,
+        "kind": _kind(trial),
+        "held_out": trial.held_out_phrasing,
+        "instruction": task.instruction,
+        "system": task.system,
+        "files": task.environment.files,
+        "verifier": task.verifier.command if task.verifier else "",
+        "turns": turns,
+        "notes": notes,
+        **trial.model_dump(
+            include={"task", "family", "phrasing", "epoch", "status", "reward", "answer", "error", "verifier_output"}
+            | {"backend", "setup_s", "agent_s", "verify_s"}
+        ),
+        "usage": asdict(trial.usage),
+    }
+
+
+def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """The turns of a trajectory as the viewer draws them, and what else happened, in words."""
+    turns: list[dict[str, Any]] = []
+    notes: list[str] = (
+        [] if with_tokens else [f"This report shows {MAX_TOKENS:,} ids; those of this trial are left out."]
+    )
+    calls: dict[str, dict[str, Any]] = {}
+    for time_s, record in zip(trajectory.times_s, trajectory.records, strict=True):
+        if isinstance(record, TurnStarted):
+            turn = _new_turn(record, time_s)
+            turns.append(turn)
+        if not turns:
+            continue
+        turn = turns[-1]
+        turn["end"] = max(turn["end"], time_s)
+        match record:
+            case Segment():
+                turn["tokens"][record.kind] += len(record.ids)
+                if with_tokens:
+                    turn["segments"].append([record.kind, record.ids, _rounded(record.logprobs) or None])
+            case MessageAdded(AssistantMessage() as message):
+                turn["generated"] = time_s
+                turn["reasoning"], turn["text"] = message.reasoning, message.content
+                for call in message.calls:
+                    _call(turn, calls, call.id, call.name, call.arguments)
+            case CallMalformed():
+                turn["notes"].append(f"Malformed call{f' of {record.name}' if record.name else ''}: {record.error}")
+            case CallStarted():
+                view = _call(turn, calls, record.call.id, record.call.name, record.call.arguments)
+                view["start"], view["early"] = time_s, record.early
+            case CallFinished() if record.result.call_id in calls:
+                result = record.result
+                calls[result.call_id] |= {"end": time_s, "result": result.content, "failed": result.is_error}
+                calls[result.call_id]["duration"] = result.duration_s
+            case ThoughtCut():
+                turn["notes"].append("The thinking budget was spent: the thought was closed with a forced id.")
+            case LimitReached():
+                notes.append(f"Limit reached: {record.limit}.")
+            case Outcome(error=str() as error):
+                notes.append(error)
+            case TurnFinished():
+                turn["end"] = time_s
+    return turns, notes
+
+
+def _new_turn(record: TurnStarted, time_s: float) -> dict[str, Any]:
+    return {
+        "turn": record.turn,
+        "think": record.think,
+        "start": time_s,
+        "generated": time_s,
+        "end": time_s,
+        "reasoning": None,
+        "text": "",
+        "calls": [],
+        "notes": [],
+        "tokens": {"prompt": 0, "sampled": 0, "forced": 0},
+        "segments": [],
+    }
+
+
+def _call(
+    turn: dict[str, Any], calls: dict[str, dict[str, Any]], call_id: str, name: str, arguments: str
+) -> dict[str, Any]:
+    """The view of a call, made at its first sight: an early call starts before its message is complete."""
+    if call_id not in calls:
+        calls[call_id] = {"name": name, "arguments": arguments, "start": None, "end": None, "early": False}
+        calls[call_id] |= {"result": None, "failed": False, "duration": None}
+        turn["calls"].append(calls[call_id])
+    return calls[call_id]
+
+
+def _rounded(logprobs: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None or not math.isfinite(value) else round(value, 4) for value in logprobs]

@@ -1,0 +1,67 @@
+"""What the scores say: mean with its standard error, pass@k and pass^k.
+
+Every function takes `scores`, one sequence per task holding the reward of each scored epoch, because epochs of one
+task are not independent: the task is the cluster. Tasks without a scored epoch say nothing and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+SOLVED = 1.0  # a reward of at least this counts as a pass
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean reward over `n` trials of `tasks` tasks. `stderr` is None where it cannot be known (one task)."""
+
+    mean: float
+    stderr: float | None
+    n: int
+    tasks: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if self.stderr is None else f"{self.mean:.3f} ± {self.stderr:.3f}"
+
+
+def estimate(scores: Sequence[Sequence[float]]) -> Estimate | None:
+    """The mean over all trials and its standard error clustered by task; None when nothing was scored.
+
+    The error is the cluster-robust one of Miller 2024 (arXiv:2411.00640, equation 4), times G / (G - 1) for G tasks;
+    with one epoch per task that is exactly the sample standard deviation over the square root of n.
+    """
+    clusters = [task for task in scores if task]
+    n = sum(len(task) for task in clusters)
+    if n == 0:
+        return None
+    mean = math.fsum(score for task in clusters for score in task) / n
+    groups = len(clusters)
+    if groups < 2:
+        return Estimate(mean, None, n, groups)
+    spread = math.fsum(math.fsum(score - mean for score in task) ** 2 for task in clusters)
+    return Estimate(mean, math.sqrt(spread * groups / (groups - 1)) / n, n, groups)
+
+
+def pass_at_k(scores: Sequence[Sequence[float]], k: int) -> float | None:
+    """The chance that at least one of k epochs, drawn without replacement, passes: 1 - C(n-c, k) / C(n, k).
+
+    The mean over tasks with at least k scored epochs (None without any). Source: Chen et al. 2021, arXiv:2107.03374.
+    """
+    return _over_tasks(scores, k, lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k))
+
+
+def pass_hat_k(scores: Sequence[Sequence[float]], k: int) -> float | None:
+    """The chance that all of k epochs, drawn without replacement, pass: C(c, k) / C(n, k), the mean over tasks.
+
+    Source: Yao et al. 2024 (tau-bench), arXiv:2406.12045.
+    """
+    return _over_tasks(scores, k, lambda n, c: math.comb(c, k) / math.comb(n, k))
+
+
+def _over_tasks(scores: Sequence[Sequence[float]], k: int, chance: Callable[[int, int], float]) -> float | None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    chances = [chance(len(task), sum(score >= SOLVED for score in task)) for task in scores if len(task) >= k]
+    return math.fsum(chances) / len(chances) if chances else None

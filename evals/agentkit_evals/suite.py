@@ -1,0 +1,144 @@
+"""Suites: which tasks an evaluation runs.
+
+A suite is a folder of task files, one task file, a suite file, or `synth`, the generated families:
+
+    name: nightly
+    tasks: [smoke.yaml, more/]                                # files and folders beside this file, in this order
+    synth: {families: [lookup, fix-bug], per_family: 10}      # generated, held-out tasks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field
+
+from agentkit.models.scripted import Policy
+from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, load_yaml
+from agentkit_evals.errors import SuiteError
+from agentkit_evals.synth import FAMILIES, sample
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One task of a suite, and what reports group it by.
+
+    `signature` is the task with names and values masked, `oracle` makes a policy that solves it; generated tasks only.
+    """
+
+    task: Task
+    family: str
+    phrasing: str = ""
+    held_out_phrasing: bool = False
+    signature: str = ""
+    oracle: Callable[[], Policy] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """The tasks of one evaluation, in order, with distinct ids."""
+
+    name: str
+    cases: tuple[Case, ...]
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise SuiteError(f"suite {self.name} has no tasks")
+        seen: set[str] = set()
+        for case in self.cases:
+            if case.task.id in seen:
+                raise SuiteError(f"suite {self.name}: two tasks have the id {case.task.id!r}; ids must differ")
+            if case.task.verifier is None:
+                raise SuiteError(f"suite {self.name}: task {case.task.id!r} has no verifier, so it cannot be scored")
+            seen.add(case.task.id)
+
+
+class SynthSelection(Strict):
+    """Which generated tasks. `families` empty means all; `seed` None leaves the choice to the run."""
+
+    families: list[str] = Field(default_factory=list)
+    per_family: int = Field(default=3, ge=1)
+    seed: int | None = Field(default=None, ge=0)
+    split: Split = "heldout"
+
+
+class SuiteFile(Strict):
+    """A suite file."""
+
+    name: Identifier | None = None
+    tasks: list[RelativePath] = Field(default_factory=list)
+    synth: SynthSelection | None = None
+
+
+def load_suite(spec: str, *, seed: int = 0, limit: int | None = None) -> Suite:
+    """The suite that `spec` names: a path, `synth`, or `synth:FAMILY,FAMILY`.
+
+    `seed` picks the generated tasks; `limit` keeps the first so many of the suite.
+
+    Raises:
+        SuiteError: there is nothing to run, an id occurs twice, a task has no verifier, or a family is unknown.
+        TaskFileError: a file is wrong; with file and line.
+    """
+    head, _, names = spec.partition(":")
+    path = Path(spec)
+    if head == "synth" and not path.exists():
+        suite = synth_suite(SynthSelection(families=[name for name in names.split(",") if name]), seed=seed)
+    elif path.is_dir():
+        suite = Suite(path.resolve().name, tuple(_folder(path)))
+    elif path.is_file() and _is_suite_file(path):
+        suite = _suite_file(path, seed)
+    else:
+        suite = Suite(path.stem, (_case(load_task(path), path.stem),))
+    return suite if limit is None else Suite(suite.name, suite.cases[:limit])
+
+
+def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
+    """Generated tasks: `per_family` of each family from consecutive seeds. Raises SuiteError for an unknown family."""
+    if unknown := [name for name in selection.families if name not in FAMILIES]:
+        raise SuiteError(f"unknown families {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    first = (seed if selection.seed is None else selection.seed) * selection.per_family
+    cases: list[Case] = []
+    for family in selection.families or FAMILIES:
+        for index in range(selection.per_family):
+            made = sample(family, first + index, selection.split)
+            cases.append(
+                Case(made.task, made.family, made.phrasing, made.held_out_phrasing, made.signature, made.oracle)
+            )
+    return Suite("synth", tuple(cases))
+
+
+def _suite_file(path: Path, seed: int) -> Suite:
+    content = load_yaml(path, SuiteFile)
+    name = content.name or path.stem
+    cases: list[Case] = []
+    for entry in content.tasks:
+        target = path.parent / entry
+        cases += _folder(target) if target.is_dir() else [_case(load_task(target), name)]
+    if content.synth is not None:
+        cases += synth_suite(content.synth, seed=seed).cases
+    return Suite(name, tuple(cases))
+
+
+def _folder(path: Path) -> Iterable[Case]:
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".yaml", ".yml") and not _is_suite_file(file))
+    return [_case(load_task(file), path.resolve().name) for file in files]
+
+
+def _case(task: Task, family: str) -> Case:
+    return Case(task, str(task.metadata.get("family", family)))
+
+
+def _is_suite_file(path: Path) -> bool:
+    """Whether a YAML file speaks of tasks rather than of one task; a broken one is left for the task reader."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    keys: Sequence[str] = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    return "instruction" not in keys and bool({"tasks", "synth"} & set(keys))

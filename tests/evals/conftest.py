@@ -1,0 +1,116 @@
+"""What the tests of evaluation share: a small tokenizer, one small task, scripts that act on it, and runs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from agentkit.messages import AssistantMessage, Message
+from agentkit.models.scripted import AssistantTurn, Policy, ScriptedModel
+from agentkit.task import Task
+from agentkit_engine.chat import Tokenizer
+from agentkit_engine.model.decoder import Decoder, initialize_
+from agentkit_engine.training.tiny import tiny_spec
+from agentkit_engine.training.tokenizer import build_tokenizer
+from agentkit_engine.weights.export import export_checkpoint
+from agentkit_evals.record import RunDirectory
+from agentkit_evals.run import EvalRun
+from agentkit_evals.suite import Case, Suite
+from agentkit_evals.synth.generate import phrases
+
+Calls = Sequence[tuple[str, dict[str, Any]]]
+MakeTask = Callable[..., Task]
+MakeScript = Callable[..., Policy]
+MakeRun = Callable[..., EvalRun]
+Evaluate = Callable[..., RunDirectory]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    return build_tokenizer(["hello world"], phrases=phrases(), vocab_size=700)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_json: str) -> Tokenizer:
+    return Tokenizer.from_json(tokenizer_json)
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Path:
+    """The folder of a model of the tiny one's shape that knows nothing."""
+    folder = tmp_path_factory.mktemp("models") / "untrained"
+    vocab_size = Tokenizer.from_json(tokenizer_json).vocab_size
+    export_checkpoint(initialize_(Decoder(tiny_spec(vocab_size)), torch.Generator().manual_seed(0)), folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    return folder
+
+
+@pytest.fixture
+def number_task() -> MakeTask:
+    """Makes a task: read the number in a file and submit it."""
+
+    def make(task_id: str = "number", **changes: Any) -> Task:
+        return Task.model_validate(
+            {
+                "id": task_id,
+                "instruction": "Submit the number in n.txt.",
+                "environment": {"files": {"n.txt": "42\n"}},
+                "verifier": {"command": 'test "$AGENTKIT_ANSWER" = 42', "timeout_s": 20.0},
+                "solution": {"command": "cat n.txt"},
+                "metadata": {"family": "numbers"},
+                **changes,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def script() -> MakeScript:
+    """Makes a policy of turns; a turn is its calls, or a text. The last turn is said for ever."""
+
+    def make(*turns: Calls | str) -> Policy:
+        def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
+            said = sum(isinstance(message, AssistantMessage) for message in messages)
+            turn = turns[min(said, len(turns) - 1)]
+            reasoning = f"This is turn {said}." if think else None
+            return AssistantTurn(reasoning, turn) if isinstance(turn, str) else AssistantTurn(reasoning, calls=turn)
+
+        return policy
+
+    return make
+
+
+@pytest.fixture
+def solves(script: MakeScript) -> Policy:
+    """Solves the number task."""
+    return script([("read_file", {"path": "n.txt"})], [("submit", {"answer": "42"})])
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tokenizer: Tokenizer) -> MakeRun:
+    """Makes an evaluation of tasks, each by its policy, without isolation."""
+
+    def make(*pairs: tuple[Task, Policy], **options: Any) -> EvalRun:
+        policies = {task.id: policy for task, policy in pairs}
+        cases = tuple(Case(task, str(task.metadata.get("family", "tests"))) for task, _ in pairs)
+        settings: dict[str, Any] = {"backend": "unsafe-local", "model_name": "scripted", **options}
+        return EvalRun(
+            Suite("tests", cases),
+            lambda case: ScriptedModel(policies[case.task.id], tokenizer),
+            settings.pop("directory", tmp_path / "run"),
+            **settings,
+        )
+
+    return make
+
+
+@pytest.fixture
+def evaluate(make_run: MakeRun) -> Evaluate:
+    """Runs such an evaluation and reads it back."""
+    return lambda *pairs, **options: anyio.run(make_run(*pairs, **options).execute)

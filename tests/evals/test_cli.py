@@ -1,0 +1,278 @@
+"""The commands: what they print, what they exit with, and what they say about each mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import typer.testing
+from rich.console import Console
+
+from agentkit.agent import Agent
+from agentkit.cli import app
+from agentkit.cli.progress import LiveProgress
+from agentkit.cli.run import Job
+from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit.task import EnvironmentConfig, Task
+from agentkit_engine.chat import Tokenizer
+from agentkit_environments import available_backends
+from agentkit_evals.record import RunDirectory
+from agentkit_evals.run import TrialActed, TrialStarted
+
+MakeScript = Callable[..., Policy]
+PROCESS = available_backends().get("process", "not built")
+needs_sandbox = [
+    pytest.mark.sandbox,
+    pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}"),
+]
+
+TASK = """\
+id: {id}
+instruction: Say something.
+environment: {{files: {{a.txt: "hello"}}}}
+agent: {{effort: none, max_turns: 2, max_tokens: 12}}
+verifier: {{command: "test -e a.txt"}}
+solution: {{command: "true"}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AGENTKIT_HOME", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for name in ("first", "second"):
+        (folder / f"{name}.yaml").write_text(TASK.format(id=name))
+    return folder
+
+
+def agentkit(*arguments: str | Path, code: int = 0) -> typer.testing.Result:
+    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def as_json(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(agentkit(*arguments, "--json", code=code).stdout)
+    return found
+
+
+def test_help_and_version_start_without_torch() -> None:
+    script = "import sys, agentkit.cli; assert not {'torch', 'docker', 'jinja2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert "demo" in agentkit("--help").stdout
+    assert agentkit("--version").stdout.startswith("agentkit ")
+
+
+def test_eval_writes_a_run_and_says_what_it_scored(suite: Path, untrained: Path, tmp_path: Path) -> None:
+    found = as_json("eval", suite, "-m", untrained, "-k", "2", "-n", "2", "--seed", "5", "--env", "unsafe-local")
+    assert (found["solved"], found["trials"], found["mean"], found["stderr"]) == (4, 4, 1.0, 0.0)
+    assert (found["suite"], found["model"], found["seed"]) == ("suite", "untrained", 5)
+    assert found["usage"]["sampled_tokens"] > 0
+    run = RunDirectory.open(found["run"])
+    assert run.complete and run.path.parent == Path("runs")
+    assert all(trial.status in ("limit", "answered") for trial in run.trials)
+    assert Path(found["report"]).read_text().startswith("<!doctype html>")
+    ids = [[trial.trial, trajectory.token_ids] for trial in run.trials if (trajectory := run.trajectory(trial))]
+    again = as_json("eval", suite, "-m", untrained, "-k", "2", "--seed", "5", "--env", "unsafe-local", "--out", "again")
+    rerun = RunDirectory.open(again["run"])
+    assert sorted(ids) == sorted([t.trial, r.token_ids] for t in rerun.trials if (r := rerun.trajectory(t)))
+
+
+def test_eval_for_people(suite: Path, untrained: Path) -> None:
+    shown = agentkit("eval", suite, "-m", untrained, "--limit", "1", "--env", "unsafe-local").stdout
+    assert "✓ first.0" in shown and "[1/1]" in shown
+    assert "suite" in shown and "1/1" in shown and "report  runs/" in shown
+
+
+def test_threshold_and_home(suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTKIT_HOME", str(tmp_path / "home"))
+    (suite / "second.yaml").write_text(TASK.format(id="second").replace("test -e", "test ! -e"))
+    options = ("eval", suite, "-m", untrained, "--env", "unsafe-local")
+    found = as_json(*options, "--threshold", "0.6", code=1)
+    assert (found["mean"], found["failures"]["limit"] + found["failures"]["model"]) == (0.5, 1)
+    assert Path(found["run"]).parent == tmp_path / "home" / "runs"
+    as_json(*options, "--threshold", "0.5")
+
+
+def test_a_verifier_that_cannot_start_is_infrastructure(suite: Path, untrained: Path) -> None:
+    (suite / "second.yaml").write_text(TASK.format(id="second").replace("test -e", "no-such-program"))
+    found = as_json("eval", suite, "-m", untrained, "--env", "unsafe-local", code=3)
+    assert (found["scored"], found["trials"], found["mean"]) == (1, 2, 1.0)
+    assert found["failures"] == {"model": 0, "limit": 0, "task": 0, "infrastructure": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["eval", "suite", "-m", "no-such-folder"], 2, 'no model "no-such-folder": it is neither a packaged model'),
+        (["run", "Say hi.", "-m", "no-such-folder"], 2, 'no model "no-such-folder"'),
+        (["demo", "-m", "no-such-folder"], 2, 'no model "no-such-folder"'),
+        (["eval", "nowhere"], 2, "nowhere: cannot be read: No such file or directory"),
+        (["run", "nowhere.yaml"], 2, "nowhere.yaml: cannot be read"),
+        (["eval", "synth:none"], 2, "unknown families none; there are combine"),
+        (["run", "unknown-key.yaml"], 2, 'unknown-key.yaml:4: unknown key "verfier"; did you mean "verifier"?'),
+        (
+            ["run", "unknown-tool.yaml"],
+            2,
+            'unknown-tool.yaml:4: tools.0: unknown tool "bsh"; built in: bash, read_file',
+        ),
+        (["view", "suite"], 2, "suite is not a run: it has no run.json"),
+        (["check", "no-solution.yaml"], 2, "task x has no solution; add `solution: {command: ...}` to check it"),
+        (["eval", "suite", "-k", "0"], 2, "Invalid value for '--epochs'"),
+        (["run", "Say hi.", "--workdir", "nowhere"], 2, "Invalid value for '--workdir'"),
+    ],
+)
+def test_each_mistake_is_one_message(
+    suite: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    head = "id: x\ninstruction: Do it.\n# a comment\n"
+    (tmp_path / "unknown-key.yaml").write_text(f"{head}verfier: {{command: 'true'}}\n")
+    (tmp_path / "unknown-tool.yaml").write_text(f"{head}tools: [bsh]\n")
+    (tmp_path / "no-solution.yaml").write_text(f"{head}verifier: {{command: 'true'}}\n")
+    result = agentkit(*arguments, code=code)
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_docker_not_running(suite: Path, untrained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    result = agentkit("eval", suite, "-m", untrained, "--env", "docker", "--out", "run", code=3)
+    assert result.stderr.startswith("Error: ") and "ocker" in result.stderr
+    assert not Path("run").exists()
+
+
+def test_no_sandbox_possible(suite: Path, untrained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither an engine that answers nor a program that makes namespaces: nothing runs, and the reason is given."""
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = agentkit("eval", suite, "-m", untrained, "--out", "run", code=3)
+    assert result.stderr.startswith("Error: ") and not Path("run").exists()
+
+
+def test_run_on_a_task_file(suite: Path, untrained: Path) -> None:
+    found = as_json("run", suite / "first.yaml", "-m", untrained, "--env", "unsafe-local", "--trajectory", "t.jsonl")
+    assert (found["reward"], found["backend"], found["trajectory"]) == (1.0, "unsafe-local", "t.jsonl")
+    assert found["usage"]["sampled_tokens"] <= 12 and Path("t.jsonl").stat().st_size > 0
+    shown = agentkit("run", suite / "first.yaml", "-m", untrained, "--env", "unsafe-local").stdout
+    assert "turn 1" in shown and "reward   1" in shown and "in a unsafe-local sandbox" in shown
+
+
+def test_check_probes_tasks(suite: Path) -> None:
+    (suite / "first.yaml").write_text(
+        TASK.format(id="first").replace("test -e a.txt", "test -e b.txt").replace('"true"', '"touch b.txt"')
+    )
+    shown = agentkit("check", suite, "--env", "unsafe-local", code=1).stdout
+    assert "✓ first" in shown and "✗ second" in shown and "doing nothing scores 1, expected 0" in shown
+    assert "1/2 tasks are sound" in shown
+    assert as_json("check", suite / "first.yaml", "--env", "unsafe-local") == {"first": []}
+
+
+def test_view_writes_the_report_anew(suite: Path, untrained: Path) -> None:
+    found = as_json("eval", suite, "-m", untrained, "--env", "unsafe-local", "--out", "run")
+    Path(found["report"]).unlink()
+    assert agentkit("view", "run").stdout.strip() == Path("run/report.html").resolve().as_uri()
+    assert Path(found["report"]).exists()
+
+
+def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what other processes left is theirs
+    usable = any(reason is None for name, reason in available_backends().items() if name != "unsafe-local")
+    found = as_json("doctor", "--reap", code=0 if usable else 3)
+    assert set(found["backends"]) == {"docker", "process", "unsafe-local"}
+    assert found["torch"]["version"] and found["reaped"] >= 0 and "tiny" in found["models"]
+    assert "sandboxes" in agentkit("doctor", code=0 if usable else 3).stdout
+
+
+INTERRUPTIBLE = """
+import signal
+from agentkit.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have had it ignored
+main()
+"""
+
+
+def test_ctrl_c_leaves_a_run_with_a_report(suite: Path, untrained: Path, tmp_path: Path) -> None:
+    slow = TASK.replace("max_tokens: 12", "max_tokens: 100000").replace("max_turns: 2", "max_turns: 1000")
+    (suite / "second.yaml").write_text(slow.format(id="second"))
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-c", INTERRUPTIBLE, "eval", suite, "-m", untrained, "-n", "1"),
+            *("--env", "unsafe-local", "--out", "run"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
+    with child:
+        assert child.stdout is not None and child.stderr is not None
+        assert "first.0" in child.stdout.readline().decode()
+        child.send_signal(signal.SIGINT)
+        rest, errors = child.stdout.read().decode(), child.stderr.read().decode()
+    assert child.returncode == 130, errors
+    assert "report  run/report.html" in rest
+    assert [trial.task for trial in RunDirectory.open("run").trials] == ["first"]
+    assert "interrupted: 1 of 2 trials" in Path("run/report.html").read_text()
+
+
+@pytest.mark.parametrize("env", ["unsafe-local", pytest.param("process", marks=needs_sandbox)])
+def test_run_in_words_on_a_copy_of_the_users_folder(untrained: Path, tmp_path: Path, env: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").write_text("as it was\n")
+    said = ("run", "Say hi.", "--workdir", mine, "-m", untrained, "--max-tokens", "8")
+    found = as_json(*said, "--env", env, "--apply")
+    assert (found["changes"], found["applied"], found["refused"]) == ([], False, [])
+    assert (mine / "a.txt").read_text() == "as it was\n"
+
+
+def test_the_diff_of_a_job_and_what_the_user_sees(tmp_path: Path, tokenizer: Tokenizer, script: MakeScript) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.txt").write_text("one\ntwo\n")
+    shown = io.StringIO()
+    policy = script(
+        [
+            ("edit_file", {"path": "a.txt", "old": "two", "new": "2"}),
+            ("bash", {"command": "printf '\\033[2J'; exit 1"}),
+        ],
+        [("submit", {"answer": "done"})],
+    )
+    agent = Agent(ScriptedModel(policy, tokenizer))
+    task = Task(id="run", instruction="Change it.", environment=EnvironmentConfig(files={"b.txt": "new\n"}))
+    job = Job(task, agent, "unsafe-local", mine, None, Console(file=shown, width=200))
+    done = anyio.run(job.run)
+    assert [list(change.diff()) for change in done.changes] == [
+        ["--- a/a.txt", "+++ b/a.txt", "@@ -1,2 +1,2 @@", " one", "-two", "+2"],
+        ["--- /dev/null", "+++ b/b.txt", "@@ -0,0 +1 @@", "+new"],
+    ]
+    assert (done.result.answer, done.verdict, done.backend) == ("done", None, "unsafe-local")
+    assert (mine / "a.txt").read_text() == "one\ntwo\n"
+    for part in ("turn 1, thinking", "This is turn 0.", "→ edit_file", "Edited a.txt", "␛[2J", "→ submit"):
+        assert part in shown.getvalue()
+    assert "\033[2J" not in shown.getvalue()
+
+
+def test_live_progress_shows_any_name_as_it_is() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=200, force_terminal=True, color_system=None)
+    with LiveProgress(console, 1) as listener:
+        listener(TrialStarted("t.0"))
+        listener(TrialActed("t.0", 1, "[/nonsense] \033]0;title\007"))
+        listener.progress.refresh()
+    assert "turn 1: [/nonsense] ␛]0;title␇" in shown.getvalue()

@@ -1,0 +1,91 @@
+"""What stands behind the numbers of a model card: ablations that remove what they say, baselines that solve nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import pytest
+import torch
+
+from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit.task import Task
+from agentkit_engine import Engine
+from agentkit_engine.chat import Tokenizer
+from agentkit_engine.engine import PACKAGED_MODELS
+from agentkit_evals.baselines import BASELINES
+from agentkit_evals.measure import Attention, leaks, main, summary, without_entries
+from agentkit_evals.record import RunDirectory
+from agentkit_evals.run import EvalRun
+from agentkit_evals.suite import SynthSelection, synth_suite
+from agentkit_evals.synth import FAMILIES
+
+MakeTask = Callable[..., Task]
+Evaluate = Callable[..., RunDirectory]
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+def test_an_ablation_empties_the_entries_of_its_kind_and_nothing_else(untrained: Path, kind: Attention) -> None:
+    whole, ablated = Engine.load(untrained), without_entries(Engine.load(untrained), kind)
+    changed = {
+        name
+        for (name, before), after in zip(whole.decoder.named_parameters(), ablated.decoder.parameters(), strict=True)
+        if not torch.equal(before, after)
+    }
+    layers = [layer.index for layer in whole.spec.layers if layer.attention == kind]
+    assert changed == {f"layers.{index}.attn.compressor.norm.weight" for index in layers} and layers
+
+
+def test_an_ablation_of_what_is_not_there_is_refused(untrained: Path) -> None:
+    engine = Engine.load(untrained)
+    engine.spec = replace(engine.spec, layers=engine.spec.layers[:1])
+    with pytest.raises(ValueError, match="model untrained has no csa layer"):
+        without_entries(engine, "csa")
+
+
+def test_held_out_tasks_do_not_occur_in_training_and_a_leak_would_be_seen() -> None:
+    held_out = synth_suite(SynthSelection(per_family=5), seed=3)
+    assert leaks(held_out, 50) == 0
+    trained = synth_suite(SynthSelection(families=["logs"], per_family=5, split="train"), seed=0)
+    assert leaks(trained, 5) == 5
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_baselines_solve_nothing_that_needs_a_tool(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    families = [family for family in FAMILIES if FAMILIES[family].needs_tool]
+    suite = synth_suite(SynthSelection(families=families, per_family=1), seed=11)
+    model = ScriptedModel(BASELINES[name], tokenizer)
+    run = anyio.run(EvalRun(suite, model, tmp_path / "run", model_name=name, backend="unsafe-local").execute)
+    assert [trial.trial for trial in run.trials if trial.solved or trial.reward is None] == []
+
+
+def test_summary_reports_held_out_phrasings_apart(evaluate: Evaluate, number_task: MakeTask, solves: Policy) -> None:
+    run = evaluate((number_task("a"), solves), (number_task("b"), BASELINES["do nothing"]))
+    trials = tuple(trial.model_copy(update={"held_out_phrasing": trial.task == "b"}) for trial in run.trials)
+    found = summary(RunDirectory(run.path, run.lock, trials))
+    assert found["all"] == {
+        "mean": 0.5,
+        "stderr": 0.5,
+        "n": 2,
+        "trained_phrasings": {"mean": 1.0, "stderr": None, "n": 1},
+        "held_out_phrasings": {"mean": 0.0, "stderr": None, "n": 1},
+    }
+    assert found["families"] == {"numbers": found["all"]}
+    assert found["failures"] == {"model": 1, "limit": 0, "task": 0, "infrastructure": 0}
+    empty = summary(RunDirectory(run.path, run.lock, ()))
+    assert empty["all"] == {"n": 0, "trained_phrasings": {"n": 0}, "held_out_phrasings": {"n": 0}}
+
+
+@pytest.mark.skipif(not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the packaged model is not trained")
+def test_a_whole_measurement_of_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--out", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"), "--env", "unsafe-local")
+    main(["--families", "chat", "archive", "--per-family", "1", "--training-seeds", "20", "--no-baselines", *where])
+    measured = json.loads((tmp_path / "results" / "measure-tiny.json").read_text())
+    assert measured["results"]["all"]["n"] == 2 and measured["masked_pairs_seen_in_training"] == 0
+    assert set(measured["ablations"]) == {"csa", "hca"}
+    assert set(measured["ablations"]["csa"]["families"]) == {"archive"}
+    assert len(list((tmp_path / "runs").glob("*/report.html"))) == 3
+    assert "held-out phrasings" in capsys.readouterr().out

@@ -1,0 +1,139 @@
+"""The report is one file that fetches nothing, holds everything, and cannot be taken over by what a model wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentkit.models.scripted import Policy
+from agentkit.task import Task
+from agentkit_engine.chat import Tokenizer
+from agentkit_evals.record import RunDirectory
+from agentkit_evals.report import render_report, write_report
+
+MakeTask = Callable[..., Task]
+MakeScript = Callable[..., Policy]
+Evaluate = Callable[..., RunDirectory]
+
+HOSTILE = "</script><script>alert(1)</script><!-- \u2028 ]]> <img src=https://example.org/x.png onerror=alert(2)>"
+
+
+@pytest.fixture
+def run(evaluate: Evaluate, number_task: MakeTask, script: MakeScript, solves: Policy) -> RunDirectory:
+    said = script(
+        [("bash", {"command": "printf '%s' \"$0\" > note.txt; exit 3"}), ("list_dir", {"path": HOSTILE})],
+        [("submit", {"answer": HOSTILE})],
+    )
+    looks = script([("list_dir", {})])
+    return evaluate(
+        (number_task("solved"), solves),
+        (number_task("hostile", instruction=f"Say {HOSTILE}", metadata={"family": "other"}), said),
+        (number_task("loops", agent={"max_turns": 1}), looks),
+        (number_task("broken", environment={"setup": ["exit 1"]}), solves),
+        epochs=2,
+    )
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the text inside its scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self.text: list[str] = []
+        self._inside: str | None = None
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag if tag in self.raw else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = None
+
+    def handle_data(self, data: str) -> None:
+        (self.raw[self._inside] if self._inside else self.text).append(data)
+
+
+def data_of(page: Page) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(page.raw["script"][0])
+    return data
+
+
+def test_it_fetches_nothing(run: RunDirectory) -> None:
+    page = Page(render_report(run))
+    assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "embed", "base", "form"}
+    addresses = [value for _, attrs in page.tags for name in ("src", "href", "action") if (value := attrs.get(name))]
+    assert all(address.startswith("#") for address in addresses)
+    assert not re.search(r"url\(|@import", "".join(page.raw["style"]))
+    code = page.raw["script"][1]
+    assert not re.search(r"https?:|fetch\(|XMLHttpRequest|import\(|innerHTML|insertAdjacentHTML|eval\(", code)
+
+
+def test_nothing_a_model_writes_becomes_markup(run: RunDirectory) -> None:
+    page = Page(render_report(run))
+    assert [tag for tag, _ in page.tags].count("script") == 2
+    hostile = next(trial for trial in data_of(page)["trials"] if trial["id"] == "hostile.0")
+    assert hostile["instruction"] == f"Say {HOSTILE}" and hostile["answer"] == HOSTILE
+
+
+def test_it_holds_everything(run: RunDirectory, tokenizer: Tokenizer) -> None:
+    page = Page(render_report(run, decode=tokenizer.decode))
+    data = data_of(page)
+    trials = {trial["id"]: trial for trial in data["trials"]}
+    assert list(trials) == [f"{name}.{epoch}" for name in ("broken", "loops", "solved", "hostile") for epoch in (0, 1)]
+    assert [trials[f"{name}.0"]["kind"] for name in ("solved", "hostile", "loops", "broken")] == [
+        *("solved", "model", "limit", "task")
+    ]
+    turns = trials["solved.0"]["turns"]
+    assert [turn["reasoning"] for turn in turns] == ["This is turn 0.", None]
+    assert [(call["name"], call["result"]) for turn in turns for call in turn["calls"]] == [
+        ("read_file", "42\n"),
+        ("submit", "42"),
+    ]
+    assert all(0 <= turn["start"] <= turn["generated"] <= turn["end"] for turn in turns)
+    assert all(call["start"] <= call["end"] for turn in turns for call in turn["calls"])
+    failed = trials["hostile.0"]["turns"][0]["calls"]
+    assert [call["failed"] for call in failed] == [True, True] and failed[0]["result"].endswith("[exit code 3]")
+    assert trials["loops.0"]["notes"] == ["Limit reached: max_turns."]
+    assert trials["broken.0"]["turns"] is None and "setup command" in trials["broken.0"]["error"]
+    for trial in run.trials:
+        trajectory = run.trajectory(trial)
+        if trajectory is not None:
+            segments = [segment for turn in trials[trial.trial]["turns"] for segment in turn["segments"]]
+            assert [i for _, ids, _ in segments for i in ids] == trajectory.token_ids
+            assert all(data["pieces"][str(i)] == tokenizer.decode([i]) for i in trajectory.token_ids)
+
+
+def test_its_numbers(run: RunDirectory) -> None:
+    text = " ".join(" ".join(Page(render_report(run)).text).split())
+    assert "2 /6 trials solved" in text
+    assert "2 solved 2 model failure 2 limit reached 2 task defect" in text
+    assert "mean reward 0.333 ± 0.333 6 trials, 3 tasks" in text
+    assert "pass@2 0.333" in text and "pass^2 0.333" in text
+    assert "forced ids 0 " in text
+    assert "numbers 0.500 ± 0.500 2/4" in text
+
+
+def test_an_interrupted_run_says_so(run: RunDirectory) -> None:
+    lines = (run.path / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    (run.path / "trials.jsonl").write_bytes(b"".join(lines[:3]))
+    path = write_report(RunDirectory.open(run.path))
+    assert path == run.path / "report.html"
+    assert "interrupted: 3 of 8 trials" in path.read_text()
+
+
+def test_a_run_without_a_single_trial_and_a_damaged_trajectory(run: RunDirectory, tmp_path: Path) -> None:
+    next((run.path / "trajectories").glob("solved.0*")).write_text("garbage\n")
+    trials = {trial["id"]: trial for trial in data_of(Page(render_report(run)))["trials"]}
+    assert "is not a trajectory" in trials["solved.0"]["notes"][0]
+    (run.path / "trials.jsonl").unlink()
+    assert "interrupted: 0 of 8 trials" in write_report(RunDirectory.open(run.path), tmp_path / "r.html").read_text()

@@ -1,0 +1,138 @@
+"""Verifiers run in a clean place, read the world, and are never mistaken for the model when they fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from agentkit.task import Task
+from agentkit_environments import available_backends, open_environment
+from agentkit_evals.errors import VerifierError
+from agentkit_evals.selfcheck import FORGERY, selfcheck
+from agentkit_evals.verify import Backend, Verdict, verify
+
+pytestmark = pytest.mark.anyio
+MakeTask = Callable[..., Task]
+
+PROCESS = available_backends().get("process", "not built")
+BACKENDS = [
+    "unsafe-local",
+    pytest.param(
+        "process",
+        marks=[pytest.mark.sandbox, pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}")],
+    ),
+]
+
+
+async def score(task: Task, act: str = "true", answer: str | None = None, backend: Backend = "unsafe-local") -> Verdict:
+    """Do `act` in the task's environment, then verify what that left."""
+    async with await open_environment(task.environment.spec(), backend=backend) as environment:
+        await task.prepare(environment)
+        await environment.exec(act)
+        archive = await environment.export_dir(environment.spec.workdir)
+    return await verify(task, archive=archive, answer=answer, backend=backend)
+
+
+def verifier(command: str, **more: Any) -> dict[str, Any]:
+    return {"command": command, "timeout_s": 20.0, **more}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_exit_status_answer_and_world(number_task: MakeTask, backend: Backend) -> None:
+    task = number_task(verifier=verifier('test "$AGENTKIT_ANSWER" = yes && test "$(cat made/out.txt)" = 42'))
+    act = "mkdir made && cp n.txt made/out.txt"
+    assert (await score(task, act, "yes", backend)).reward == 1
+    assert (await score(task, act, "no", backend)).reward == 0
+    assert (await score(task, "true", "yes", backend)).reward == 0
+
+
+async def test_the_answer_is_a_file_and_a_variable(number_task: MakeTask) -> None:
+    task = number_task(verifier=verifier('cat "$AGENTKIT_ANSWER_FILE"; printf "|%s" "$AGENTKIT_ANSWER"'))
+    assert (await score(task, answer="two\nlines ü")).output == "two\nlines ü|two\nlines ü"
+    assert (await score(task, answer=None)).output == "|"
+    assert (await score(task, answer="half \ud800 pair")).output == "half ? pair|half ? pair"
+    assert (await score(task, answer="nul \0 byte")).output == "nul \0 byte|"
+    assert len((await score(task, answer="x" * 200_000)).output) == 8_000
+
+
+async def test_verifier_files_lie_outside_the_workdir(number_task: MakeTask) -> None:
+    command = 'python3 "$AGENTKIT_VERIFIER_DIR/sub/check.py" && test ! -e sub && ls'
+    task = number_task(verifier=verifier(command, files={"sub/check.py": "print(open('n.txt').read())"}))
+    verdict = await score(task)
+    assert (verdict.reward, verdict.output) == (1, "42\n\nn.txt")
+
+
+@pytest.mark.parametrize(
+    ("writes", "reward", "source"),
+    [
+        ("echo 0.25 > $AGENTKIT_REWARD_DIR/reward.txt", 0.25, "reward.txt"),
+        ("echo 0.25 > $AGENTKIT_REWARD_DIR/reward.txt; exit 3", 0.25, "reward.txt"),
+        ('echo \'{"reward": 0.5, "style": 1}\' > $AGENTKIT_REWARD_DIR/reward.json', 0.5, "reward.json"),
+        ("exit 3", 0.0, "exit"),
+        ("true", 1.0, "exit"),
+    ],
+)
+async def test_reward_files_override_the_exit_status(
+    number_task: MakeTask, writes: str, reward: float, source: str
+) -> None:
+    verdict = await score(number_task(verifier=verifier(writes)))
+    assert (verdict.reward, verdict.source) == (reward, source)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("no-such-program --check", "'no-such-program --check' could not start .exit status 127.: .*not found"),
+        ("./n.txt", r"could not start \(exit status 126\)"),
+        ("echo many > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number, got 'many"),
+        ("echo nan > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a finite number"),
+        ("echo 1 > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number, got '1"),
+        ("echo '{}' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number, got '{}"),
+    ],
+)
+async def test_a_verifier_that_cannot_do_its_work_is_an_error(
+    number_task: MakeTask, command: str, message: str
+) -> None:
+    with pytest.raises(VerifierError, match=message):
+        await score(number_task(verifier=verifier(command)))
+
+
+async def test_a_verifier_that_hangs_on_the_agents_work_gives_nothing(number_task: MakeTask) -> None:
+    task = number_task(verifier={"command": "echo begun; sh run.sh", "timeout_s": 0.3})
+    verdict = await score(task, "echo 'sleep 60' > run.sh")
+    assert (verdict.reward, verdict.timed_out, verdict.output) == (0, True, "begun")
+
+
+async def test_a_task_without_a_verifier_cannot_be_scored(number_task: MakeTask) -> None:
+    with pytest.raises(VerifierError, match="task number has no verifier; add"):
+        await verify(number_task(verifier=None), archive=b"", answer=None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_a_forged_reward_file_changes_nothing(number_task: MakeTask, backend: Backend) -> None:
+    assert (await score(number_task(), FORGERY, "41", backend)).reward == 0
+    assert (await score(number_task(), FORGERY, "42", backend)).source == "exit"
+
+
+async def test_what_the_agent_left_running_is_not_there(number_task: MakeTask) -> None:
+    task = number_task(verifier=verifier("sleep 0.3; test ! -e /tmp/late && test ! -e late"))
+    assert (await score(task, "(sleep 0.2; touch /tmp/late late) >/dev/null 2>&1 &")).reward == 1
+
+
+async def test_selfcheck_accepts_a_sound_task(number_task: MakeTask) -> None:
+    assert (await selfcheck(number_task(), backend="unsafe-local")).problems == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"solution": {"command": "echo 41"}}, "the oracle solution scores 0, expected 1"),
+        ({"verifier": verifier("true")}, "doing nothing scores 1, expected 0"),
+        ({"verifier": verifier("test -e reward.txt || test $AGENTKIT_ANSWER = 42")}, "a forged reward file scores 1"),
+    ],
+)
+async def test_selfcheck_finds_what_is_wrong(number_task: MakeTask, changes: dict[str, Any], problem: str) -> None:
+    checked = await selfcheck(number_task(**changes), backend="unsafe-local")
+    assert [problem in found for found in checked.problems] == [True]

@@ -1,0 +1,109 @@
+"""The user's own folder: a copy goes in, a diff comes out, and nothing else is ever touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from agentkit.cli.workdir import Change, File, apply, changes, pack, read_folder, unpack
+from agentkit_environments import open_environment
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "mine"
+    (root / "src").mkdir(parents=True)
+    (root / ".git" / "hooks").mkdir(parents=True)
+    (root / ".git" / "hooks" / "pre-commit").write_text("#!/bin/sh\n")
+    (root / "a.txt").write_text("one\ntwo\n")
+    (root / "src" / "run.sh").write_text("echo hi\n")
+    (root / "src" / "run.sh").chmod(0o755)
+    (root / "bin").write_bytes(b"\xff\x00")
+    (root / "here").symlink_to("a.txt")
+    (root / "code").symlink_to("src")
+    return root
+
+
+def test_what_is_packed_is_what_is_unpacked(folder: Path) -> None:
+    files = read_folder(folder)
+    assert files == {
+        "a.txt": File(b"one\ntwo\n"),
+        "bin": File(b"\xff\x00"),
+        "code": File(b"", link="src"),
+        "here": File(b"", link="a.txt"),
+        "src/run.sh": File(b"echo hi\n", executable=True),
+    }
+    assert unpack(pack(files)) == files
+
+
+@pytest.mark.anyio
+async def test_a_round_trip_through_an_environment_changes_only_what_was_changed(folder: Path) -> None:
+    before = read_folder(folder)
+    async with await open_environment(backend="unsafe-local") as environment:
+        await environment.import_dir(environment.spec.workdir, pack(before))
+        commands = (
+            "echo three >> a.txt; rm bin here; mkdir -p new .git/hooks; echo x > new/n; echo evil > .git/hooks/evil"
+        )
+        assert (await environment.exec(f"{commands}; chmod -x src/run.sh; ln -s new/n link")).exit_code == 0
+        after = unpack(await environment.export_dir(environment.spec.workdir))
+    found = changes(before, after)
+    assert [(change.path, change.verb) for change in found] == [
+        ("a.txt", "changed"),
+        ("bin", "deleted"),
+        ("here", "deleted"),
+        ("link", "added"),
+        ("new/n", "added"),
+        ("src/run.sh", "changed"),
+    ]
+    assert ["".join(line[:1] for line in change.diff()) for change in found] == [
+        "-+@  +",
+        "B",
+        "-+@-",
+        "-+@+",
+        "-+@+",
+        "s",
+    ]
+    assert apply(folder, found) == []
+    assert read_folder(folder) == after
+    assert os.listdir(folder / ".git" / "hooks") == ["pre-commit"]
+
+
+def test_a_directory_may_become_a_file_and_back(folder: Path) -> None:
+    there = {**read_folder(folder), "src": File(b"now a file\n")}
+    del there["src/run.sh"], there["code"]
+    before = read_folder(folder)
+    assert apply(folder, changes(before, there)) == []
+    assert read_folder(folder) == there
+    assert apply(folder, changes(there, before)) == []
+    assert read_folder(folder) == before
+
+
+def test_what_changed_meanwhile_is_left_alone(folder: Path) -> None:
+    before = read_folder(folder)
+    (folder / "a.txt").write_text("mine\n")
+    (folder / "new.txt").write_text("mine too\n")
+    after = {**before, "a.txt": File(b"theirs\n"), "new.txt": File(b"theirs\n"), "b.txt": File(b"fine\n")}
+    assert apply(folder, changes(before, after)) == [
+        "a.txt: it changed meanwhile",
+        "new.txt: it changed meanwhile",
+    ]
+    assert (folder / "a.txt").read_text() == "mine\n" and (folder / "b.txt").read_text() == "fine\n"
+
+
+def test_no_change_goes_through_a_link(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (folder / "out").symlink_to(outside)
+    wanted = [Change("out/x", None, File(b"x")), Change("code/y", None, File(b"y"))]
+    assert apply(folder, wanted) == ["code/y: a link stands in its way", "out/x: a link stands in its way"]
+    assert os.listdir(outside) == [] and os.listdir(folder / "src") == ["run.sh"]
+
+
+def test_diffs_of_what_is_no_text() -> None:
+    assert list(Change("b", File(b"\xff"), File(b"\xfe")).diff()) == ["Binary file b changed"]
+    assert list(Change("e", None, File(b"")).diff()) == ["Empty file e added"]
+    newline = list(Change("n", File(b"a"), File(b"a\n")).diff())
+    assert newline[3:] == [" a", "-\\ No newline at end of file"]
+    assert list(Change("t", File(b"a\n"), None).diff()) == ["--- a/t", "+++ /dev/null", "@@ -1 +0,0 @@", "-a"]
