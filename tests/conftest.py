@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ def anyio_backend() -> str:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> object:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Where Docker is required (`AGENTKIT_REQUIRE_DOCKER=1`, as CI sets it), a skipped Docker test is a failure."""
     report = yield
     if report.skipped and "docker" in item.keywords and os.environ.get("AGENTKIT_REQUIRE_DOCKER") == "1":

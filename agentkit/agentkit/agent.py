@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import anyio
 
-from agentkit.errors import ContextFullError, TrajectoryWriteError
+from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, TurnFinished, TurnStarted
 from agentkit.limits import Limits, Parallelism
 from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
@@ -314,7 +314,5 @@ def _one_error() -> Iterator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = first_cause(group)
         raise error from error.__cause__

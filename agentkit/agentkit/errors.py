@@ -50,3 +50,10 @@ class TaskFileError(TaskError):
 
 class TaskSetupError(TaskError):
     """A setup command of the task failed in a working sandbox; names the command and has its output."""
+
+
+def first_cause(exc: BaseException) -> BaseException:
+    """The exception itself, or of a group, as task groups raise them, the first one inside."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

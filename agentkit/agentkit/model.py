@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
 
 from agentkit.messages import STRICT, AssistantMessage, Message
 from agentkit_tools import Tool, ToolCall
@@ -30,6 +30,14 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     __pydantic_config__ = STRICT
+
+    def override(self, *, temperature: float | None = None, seed: int | None = None) -> Self:
+        """The same, but for what is given."""
+        return replace(
+            self,
+            temperature=self.temperature if temperature is None else temperature,
+            seed=self.seed if seed is None else seed,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,8 +135,9 @@ class AgentConfig(Strict):
 class VerifierConfig(Strict):
     """How the outcome is scored: `command` runs in the workdir of a fresh environment that holds the agent's files.
 
-    It sees AGENTKIT_ANSWER (and AGENTKIT_ANSWER_FILE), AGENTKIT_VERIFIER_DIR with `files`, and AGENTKIT_REWARD_DIR,
-    where `reward.txt` (a number) or `reward.json` (`{"reward": number}`) overrides exit status 0 = 1, other = 0.
+    It sees AGENTKIT_ANSWER (and AGENTKIT_ANSWER_FILE), AGENTKIT_VERIFIER_DIR with `files`, and AGENTKIT_REWARD_DIR.
+    Exit status 0 is reward 1, or what it left there in `reward.txt` (a number) or `reward.json` (`{"reward": number}`);
+    any other is 0.
     """
 
     command: str

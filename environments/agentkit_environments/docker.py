@@ -64,7 +64,7 @@ from agentkit_environments.threads import run_cancellable
 T = TypeVar("T")
 
 BASE_IMAGE = "agentkit-base:latest"
-BUILD_HINT = "build it with `python3 environments/images/build_base.py`"
+BUILD_HINT = "build it with `python -m agentkit_environments.images`"
 RUN_LABEL, OWNER_LABEL = "agentkit.run", "agentkit.owner"
 AGENT_USER = "1000:1000"
 KEEPER_USER = "65534:65534"
@@ -506,6 +506,7 @@ class _Container:
             ("read-only", errno.EROFS),
             ("no space left", errno.ENOSPC),
             ("not a directory", errno.ENOTDIR),
+            ("name too long", errno.ENAMETOOLONG),
             ("is a directory", errno.EISDIR),
             ("permission denied", errno.EACCES),
             ("file exists", errno.EEXIST),

@@ -79,7 +79,7 @@ class EnvironmentSpec:
     """What to open: an image, a work directory, a network, variables and limits."""
 
     image: str | None = None
-    """Docker image; None is the base image of `environments/images/`. The other backends refuse an image."""
+    """Docker image; None is the base image of `images/base.py`. The other backends refuse an image."""
     workdir: str = "/workspace"
     """Absolute path of the work directory: where commands start and relative paths begin. Empty at first."""
     network: Literal["none", "public"] = "none"

@@ -11,9 +11,8 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import select
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -259,18 +258,22 @@ def reap_local(run_id: str | None) -> int:
 
 
 def _remove(root: Path) -> None:
-    """Remove a tree, also where a command has taken permissions away from its directories, or nested them deep."""
-    try:
-        _remove_in_python(root)
-    except RecursionError:
-        subprocess.run(["rm", "-rf", "--", str(root)], check=True)
+    """Remove a tree of any depth, also where a command has taken permissions away from its directories.
 
-
-def _remove_in_python(root: Path) -> None:
-    for directory, names, _ in os.walk(root):
-        for name in names:
-            child = os.path.join(directory, name)
-            if not os.path.islink(child):
-                os.chmod(child, 0o700)
+    Directories are moved up to `root` instead of being entered, so neither the stack nor a path grows with the depth.
+    """
     with contextlib.suppress(FileNotFoundError):  # somebody has reaped it
-        shutil.rmtree(root)
+        os.chmod(root, 0o700)
+        pending = [str(root)]
+        while pending:
+            directory = pending.pop()
+            for entry in list(os.scandir(directory)):
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)
+                    pending.append(f"{root}/{secrets.token_hex(8)}")
+                    os.rename(entry.path, pending[-1])
+                else:
+                    os.unlink(entry.path)
+            if directory != str(root):
+                os.rmdir(directory)
+        os.rmdir(root)

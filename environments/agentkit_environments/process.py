@@ -192,7 +192,6 @@ def _source(name: str) -> str:
     return (Path(__file__).parent / name).read_text()
 
 
-@functools.cache
 def launcher_failure(launcher: Launcher) -> str | None:
     """Return why `launcher` cannot make a sandbox here, or None when it can: it is tried once, for real.
 
@@ -200,8 +199,11 @@ def launcher_failure(launcher: Launcher) -> str | None:
     """
     if sys.platform != "linux":
         return "namespaces are a Linux feature"
-    if shutil.which(launcher) is None:
-        return f"{launcher} is not installed"
+    return _trial_failure(launcher) if shutil.which(launcher) else f"{launcher} is not installed"
+
+
+@functools.cache
+def _trial_failure(launcher: Launcher) -> str | None:
     with _Files() as files:
         try:
             argv = launch_argv(EnvironmentSpec(), launcher, files.fds)

@@ -37,5 +37,5 @@ if ! docker version >/dev/null 2>&1; then
 fi
 
 if ! docker image inspect "$tag" >/dev/null 2>&1; then
-    "$python" "$here/build_base.py" --source "${BASE_SOURCE:-host}" --tag "$tag"
+    "$python" "$here/../agentkit_environments/images/base.py" --source "${BASE_SOURCE:-host}" --tag "$tag"
 fi

@@ -1,4 +1,14 @@
-"""Does it work: suites of tasks, verifiers, runs, statistics, reports."""
+"""Does it work: load a suite, run a model on it, score what it left, report what the scores mean.
+
+    suite = load_suite("tasks/")                    # or "synth", the generated families
+    async with EmbeddedModel("tiny") as model:
+        run = await EvalRun(suite, model, Path("runs/first"), model_name="tiny").execute()
+    print(estimate(scores_by_task(run.trials)))     # mean ± standard error, clustered by task
+    write_report(run)
+
+`load_suite` reads tasks and makes generated ones, `EvalRun` runs them and gives a `RunDirectory`, `verify` (in its own
+module) is what scores a trial. Errors: `SuiteError`, `VerifierError`, `RunDirectoryError`, all of them `EvalError`.
+"""
 
 from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError, VerifierError
 from agentkit_evals.record import RunDirectory, RunLock, TrialRecord, scores_by_task

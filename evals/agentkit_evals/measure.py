@@ -21,7 +21,7 @@ from typing import Any, Literal
 import anyio
 import torch
 
-from agentkit.model import Model, Sampling
+from agentkit.model import Model
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.scripted import Policy, ScriptedModel
 from agentkit_engine import Engine
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "parameters": sum(parameter.numel() for parameter in engine.decoder.parameters()),
         "per_family": options.per_family,
         "seed": options.seed,
-        "temperature": options.temperature,
+        "temperature": engine.sampling.temperature if options.temperature is None else options.temperature,
+        "top_p": engine.sampling.top_p,
         "backend": options.env,
         "agentkit": agentkit_version(),
         "torch": torch.__version__,
@@ -168,7 +169,7 @@ class _Session:
             concurrency=self.options.concurrency,
             backend=self.options.env,
             seed=self.options.seed,
-            sampling=Sampling(temperature=self.options.temperature),
+            sampling=model.sampling.override(temperature=self.options.temperature),
             listener=_Counter(name, len(suite.cases)),
         )
 
@@ -209,7 +210,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-family", type=int, default=50, help="held-out tasks of each family")
     parser.add_argument("--families", nargs="*", default=[], help="all by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, help="the model's own by default")
     parser.add_argument("--concurrency", type=int, default=4)
     backends: tuple[Backend, ...] = ("process", "docker", "unsafe-local")
     parser.add_argument("--env", default="process", choices=backends)

@@ -8,14 +8,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio
 
 from agentkit.agent import Agent
-from agentkit.errors import TaskSetupError, TrajectoryError
+from agentkit.errors import TaskSetupError, TrajectoryError, first_cause
 from agentkit.events import CallStarted, RunFinished, Status, TurnStarted
 from agentkit.limits import Limits
 from agentkit.model import Model, Sampling, Usage
@@ -65,6 +65,7 @@ class EvalRun:
         directory: where the run is written; made by `execute`, must not exist.
         backend: where trials run; None leaves it to each task.
         seed: each trial samples with a seed of its own that is derived from this one, the task and the epoch.
+        sampling: None is the model's own; its seed is not used.
         listener: told what happens, on the event loop's thread.
     """
 
@@ -76,13 +77,18 @@ class EvalRun:
     concurrency: int = 2
     backend: Backend | None = None
     seed: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling | None = None
     listener: Callable[[Update], None] = field(default=lambda update: None)
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.concurrency < 1:
             raise ValueError(f"epochs and concurrency must be at least 1, got {self.epochs} and {self.concurrency}")
+
+    @property
+    def resolved_sampling(self) -> Sampling:
+        """What trials sample with, but for the seed."""
+        return self.sampling or (Sampling() if callable(self.model) else self.model.sampling)
 
     async def execute(self) -> RunDirectory:
         """Run every trial and read the finished run back.
@@ -116,8 +122,8 @@ class EvalRun:
             epochs=self.epochs,
             concurrency=self.concurrency,
             seed=self.seed,
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
+            temperature=self.resolved_sampling.temperature,
+            top_p=self.resolved_sampling.top_p,
             tasks=[case.task for case in self.suite.cases],
         )
         (self.directory / "run.json").write_text(lock.model_dump_json(indent=1), encoding="utf-8")
@@ -212,9 +218,8 @@ class _Trial:
             return await environment.export_dir(environment.spec.workdir)
 
     async def _run_agent(self, environment: Environment) -> None:
-        agent = agent_for(
-            self.task, self._model(), replace(self.eval_run.sampling, seed=trial_seed(self.eval_run.seed, self.name))
-        )
+        sampling = self.eval_run.resolved_sampling.override(seed=trial_seed(self.eval_run.seed, self.name))
+        agent = agent_for(self.task, self._model(), sampling)
         metadata = {"trial": self.name, "family": self.case.family, "backend": environment.backend}
         turn = 0
         async with aclosing(
@@ -278,13 +283,6 @@ def describe(exc: BaseException) -> str:
     """An exception with its type; of a group, its first cause."""
     cause = first_cause(exc)
     return well_formed(f"{type(cause).__name__}: {cause}")
-
-
-def first_cause(exc: BaseException) -> BaseException:
-    """The exception itself, or the first one inside a group of groups."""
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]
-    return exc
 
 
 def well_formed(text: str) -> str:

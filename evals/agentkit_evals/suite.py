@@ -4,7 +4,7 @@ A suite is a folder of task files, one task file, a suite file, or `synth`, the 
 
     name: nightly
     tasks: [smoke.yaml, more/]                                # files and folders beside this file, in this order
-    synth: {families: [lookup, fix-bug], per_family: 10}      # generated, held-out tasks
+    synth: {families: [logs, bugfix], per_family: 10}      # generated, held-out tasks
 """
 
 from __future__ import annotations

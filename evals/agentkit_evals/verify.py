@@ -3,12 +3,17 @@
 The agent's workdir is taken out of its sandbox once every process of the agent is dead, and put into a fresh sandbox
 of the same specification; nothing else crosses. There the verifier's command runs with its own files, which the agent
 never saw, and with the answer that was submitted.
+
+The agent's files are hostile to it. Nothing of the workdir is run or read unless the command asks for it: HOME is an
+empty directory outside the workdir, and Python looks for modules neither in HOME nor in the working directory. Files
+may only refine a yes: an exit status other than 0 is reward 0, whatever has been written.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import secrets
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +23,6 @@ from agentkit_evals.errors import VerifierError
 
 Backend = Literal["auto", "docker", "process", "unsafe-local"]
 RewardSource = Literal["exit", "reward.txt", "reward.json"]
-
-PLACE = "/tmp/agentkit-verifier"
-"""Where the verifier's own files are: outside the workdir, and so empty in a fresh sandbox whatever the agent did."""
 
 MAX_ENV_ANSWER_BYTES = 65_536
 """An answer beyond this stands only in AGENTKIT_ANSWER_FILE: Linux bounds one variable at 128 KiB."""
@@ -63,18 +65,22 @@ async def verify(
 
 
 async def _run_verifier(task_id: str, verifier: VerifierConfig, environment: Environment, answer: str) -> Verdict:
-    await environment.write_file(f"{PLACE}/answer.txt", answer)
+    place = f"/tmp/agentkit-{secrets.token_hex(8)}"  # empty in a fresh sandbox, of a name that nobody knew
+    await environment.write_file(f"{place}/answer.txt", answer)
     for path, text in verifier.files.items():
-        await environment.write_file(f"{PLACE}/files/{path}", text)
-    await environment.exec(["mkdir", "-p", f"{PLACE}/files", f"{PLACE}/reward"])
+        await environment.write_file(f"{place}/files/{path}", text)
+    await environment.exec(["mkdir", "-p", f"{place}/files", f"{place}/reward", f"{place}/home"])
     fits = len(answer.encode()) <= MAX_ENV_ANSWER_BYTES and "\0" not in answer
     result = await environment.exec(
         verifier.command,
         env={
             "AGENTKIT_ANSWER": answer if fits else "",
-            "AGENTKIT_ANSWER_FILE": f"{PLACE}/answer.txt",
-            "AGENTKIT_VERIFIER_DIR": f"{PLACE}/files",
-            "AGENTKIT_REWARD_DIR": f"{PLACE}/reward",
+            "AGENTKIT_ANSWER_FILE": f"{place}/answer.txt",
+            "AGENTKIT_VERIFIER_DIR": f"{place}/files",
+            "AGENTKIT_REWARD_DIR": f"{place}/reward",
+            "HOME": f"{place}/home",
+            "PYTHONNOUSERSITE": "1",
+            "PYTHONSAFEPATH": "1",
         },
         timeout_s=verifier.timeout_s,
     )
@@ -84,17 +90,18 @@ async def _run_verifier(task_id: str, verifier: VerifierConfig, environment: Env
             f"task {task_id}: the verifier {verifier.command!r} could not start (exit status {result.exit_code}): "
             f"{output or 'no output'}. Its command must exist in the task's environment and be executable"
         )
-    reward, source = await _reward(task_id, environment, result)
+    said_yes = result.exit_code == 0 and not result.timed_out
+    reward, source = await _reward(task_id, environment, f"{place}/reward") if said_yes else (0.0, "exit")
     return Verdict(reward, source, result.exit_code, output, result.timed_out, result.duration_s)
 
 
-async def _reward(task_id: str, environment: Environment, result: ExecResult) -> tuple[float, RewardSource]:
-    if result.timed_out:
-        return 0.0, "exit"
+async def _reward(task_id: str, environment: Environment, directory: str) -> tuple[float, RewardSource]:
+    """The reward of a verifier that exited with 0; where it has left both files, the lower one counts."""
+    found: list[tuple[float, RewardSource]] = []
     names: tuple[Literal["reward.txt", "reward.json"], ...] = ("reward.txt", "reward.json")
     for name in names:
         try:
-            text = (await environment.read_file(f"{PLACE}/reward/{name}", max_bytes=65_536)).decode(errors="replace")
+            text = (await environment.read_file(f"{directory}/{name}", max_bytes=65_536)).decode(errors="replace")
         except FileNotFoundError:
             continue
         try:
@@ -103,8 +110,8 @@ async def _reward(task_id: str, environment: Environment, result: ExecResult) ->
             raise VerifierError(f"task {task_id}: {name} must hold a number, got {text[:200]!r}") from exc
         if not math.isfinite(reward):
             raise VerifierError(f"task {task_id}: {name} must hold a finite number, got {text[:200]!r}")
-        return reward, name
-    return float(result.exit_code == 0), "exit"
+        found.append((reward, name))
+    return min(found, default=(1.0, "exit"))
 
 
 def _tail(result: ExecResult, limit: int = 8_000) -> str:

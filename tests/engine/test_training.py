@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
-from agentkit_engine.model import Decoder, Trace, initialize_
+from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.training.data import Rows, batches
 from agentkit_engine.training.optimizer import orthogonalize
 from agentkit_engine.training.tiny import tiny_spec
@@ -107,24 +107,24 @@ def test_training_learns_to_copy_and_gives_the_same_weights_twice() -> None:
     rows = _rows(64)
     for _ in range(2):
         model = _small_model()
-        config = TrainingConfig(steps=30, copy_steps=10, batch_tokens=512, topk_steps=10, warmup_steps=5)
+        config = TrainingConfig(
+            steps=30, copy_steps=10, mixed_steps=5, batches=1, batch_tokens=512, topk_steps=10, warmup_steps=5
+        )
         train(model, rows, config, pad_id=2, log=records.append)
         states.append(model.state_dict())
     assert records[-1]["loss"] < 0.9 * records[0]["loss"]
     assert {"mtp", "index"} <= records[0].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert all(layer.attn.top_k == 2 for layer in model.layers)
+    assert all(block.attn.top_k == 2 for block in model.blocks)
     measured = accuracy(model, rows, pad_id=2)
     assert 0 <= measured["row_accuracy"] <= measured["token_accuracy"] <= 1
 
 
 def test_router_biases_move_against_the_load() -> None:
     model = _small_model()
-    trace = Trace(index_scores=False)
-    trace.expert_counts[2] = torch.tensor([9, 1, 1, 1])
-    nudge_router_biases(model, trace, rate=0.5)
-    assert model.layers[2].ffn.gate.bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
-    assert model.layers[3].ffn.gate.bias.tolist() == [0.0] * 4
+    nudge_router_biases(model, {2: torch.tensor([9, 1, 1, 1])}, rate=0.5)
+    assert model.blocks[2].ffn.gate.bias.tolist() == [-0.5, 0.5, 0.5, 0.5]
+    assert model.blocks[3].ffn.gate.bias.tolist() == [0.0] * 4
 
 
 def test_the_tiny_spec_has_every_v4_mechanism_and_round_trips() -> None:

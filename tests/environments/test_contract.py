@@ -210,6 +210,10 @@ async def test_file_errors(env: Environment) -> None:
         await env.write_file("errors", "x")
     with pytest.raises(NotADirectoryError):
         await env.write_file("errors/file/below", "x")
+    with pytest.raises(NotADirectoryError):
+        await env.write_file("errors/file/far/below", "x")
+    with pytest.raises(OSError, match="File name too long"):
+        await env.write_file("x" * 300, "x")
     with anyio.fail_after(20):
         with pytest.raises(OSError, match="not a regular file"):
             await env.read_file("errors/pipe")

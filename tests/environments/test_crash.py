@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tests.environments.conftest import Opener, Tag
 
 HARNESS = """
+import signal
 import sys
 import anyio
 from agentkit_environments import EnvironmentSpec, open_environment
@@ -36,6 +37,7 @@ async def main(backend, tag):
         print("ready", flush=True)
         await env.exec(f"sleep {tag}")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 anyio.run(main, *sys.argv[1:])
 """
 

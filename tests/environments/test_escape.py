@@ -218,14 +218,10 @@ async def test_a_detached_process_does_not_outlive_the_sandbox(launcher: Launche
 async def test_no_sandbox_means_refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
-    launcher_failure.cache_clear()
-    try:
-        with pytest.raises(SandboxUnavailableError, match=r"bwrap is not installed.*Install bubblewrap"):
-            await open_environment(backend="auto")
-        with pytest.raises(SandboxUnavailableError, match="docker backend"):
-            await open_environment(EnvironmentSpec(image="debian:12"), backend="process")
-    finally:
-        launcher_failure.cache_clear()
+    with pytest.raises(SandboxUnavailableError, match=r"bwrap is not installed.*Install bubblewrap"):
+        await open_environment(backend="auto")
+    with pytest.raises(SandboxUnavailableError, match="docker backend"):
+        await open_environment(EnvironmentSpec(image="debian:12"), backend="process")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")

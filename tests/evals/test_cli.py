@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from agentkit.agent import Agent
 from agentkit.cli import app
 from agentkit.cli.progress import LiveProgress
 from agentkit.cli.run import Job
+from agentkit.model import Sampling
 from agentkit.models.scripted import Policy, ScriptedModel
 from agentkit.task import EnvironmentConfig, Task
+from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
 from agentkit_environments import available_backends
 from agentkit_evals.record import RunDirectory
@@ -101,6 +104,20 @@ def test_eval_for_people(suite: Path, untrained: Path) -> None:
     assert "suite" in shown and "1/1" in shown and "report  runs/" in shown
 
 
+def test_sampling_is_the_models_own_unless_told_otherwise(suite: Path, untrained: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(untrained, model)
+    (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.25, "top_p": 0.5}')
+    options = ("-m", model, "--env", "unsafe-local")
+    for temperature, expected in ((None, 0.25), ("0", 0.0)):
+        more = () if temperature is None else ("--temperature", temperature)
+        lock = RunDirectory.open(as_json("eval", suite, "--limit", "1", *options, *more)["run"]).lock
+        assert (lock.temperature, lock.top_p) == (expected, 0.5)
+        record = tmp_path / f"{expected}.jsonl"
+        as_json("run", suite / "first.yaml", "--trajectory", record, "--seed", "3", *options, *more)
+        assert Trajectory.load(record).header.sampling == Sampling(expected, 0.5, 3)
+
+
 def test_threshold_and_home(suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENTKIT_HOME", str(tmp_path / "home"))
     (suite / "second.yaml").write_text(TASK.format(id="second").replace("test -e", "test ! -e"))
@@ -136,6 +153,11 @@ def test_a_verifier_that_cannot_start_is_infrastructure(suite: Path, untrained: 
         (["view", "suite"], 2, "suite is not a run: it has no run.json"),
         (["check", "no-solution.yaml"], 2, "task x has no solution; add `solution: {command: ...}` to check it"),
         (["eval", "suite", "-k", "0"], 2, "Invalid value for '--epochs'"),
+        (["run", "suite"], 2, "suite is no task file: `agentkit eval suite` runs every task in a folder"),
+        (["run", "suite/"], 2, "suite/ is no task file"),
+        (["run", "tasks/frist"], 2, "tasks/frist is no task file: the name of a task file ends in .yaml"),
+        (["run", "task.toml"], 2, "task.toml is no task file"),
+        (["run", "notes"], 2, "notes is no task file"),
         (["run", "Say hi.", "--workdir", "nowhere"], 2, "Invalid value for '--workdir'"),
     ],
 )
@@ -145,6 +167,7 @@ def test_each_mistake_is_one_message(
     head = "id: x\ninstruction: Do it.\n# a comment\n"
     (tmp_path / "unknown-key.yaml").write_text(f"{head}verfier: {{command: 'true'}}\n")
     (tmp_path / "unknown-tool.yaml").write_text(f"{head}tools: [bsh]\n")
+    (tmp_path / "notes").write_text("not a task\n")
     (tmp_path / "no-solution.yaml").write_text(f"{head}verifier: {{command: 'true'}}\n")
     result = agentkit(*arguments, code=code)
     assert message in " ".join(result.stderr.replace("│", " ").split())

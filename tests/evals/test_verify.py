@@ -68,13 +68,14 @@ async def test_verifier_files_lie_outside_the_workdir(number_task: MakeTask) -> 
     ("writes", "reward", "source"),
     [
         ("echo 0.25 > $AGENTKIT_REWARD_DIR/reward.txt", 0.25, "reward.txt"),
-        ("echo 0.25 > $AGENTKIT_REWARD_DIR/reward.txt; exit 3", 0.25, "reward.txt"),
+        ("echo 0.25 > $AGENTKIT_REWARD_DIR/reward.txt; exit 3", 0.0, "exit"),
+        ("cd $AGENTKIT_REWARD_DIR; echo 1 > reward.txt; echo '{\"reward\": 0.5}' > reward.json", 0.5, "reward.json"),
         ('echo \'{"reward": 0.5, "style": 1}\' > $AGENTKIT_REWARD_DIR/reward.json', 0.5, "reward.json"),
         ("exit 3", 0.0, "exit"),
         ("true", 1.0, "exit"),
     ],
 )
-async def test_reward_files_override_the_exit_status(
+async def test_reward_files_refine_a_yes_and_never_override_a_no(
     number_task: MakeTask, writes: str, reward: float, source: str
 ) -> None:
     verdict = await score(number_task(verifier=verifier(writes)))
@@ -114,6 +115,38 @@ async def test_a_task_without_a_verifier_cannot_be_scored(number_task: MakeTask)
 async def test_a_forged_reward_file_changes_nothing(number_task: MakeTask, backend: Backend) -> None:
     assert (await score(number_task(), FORGERY, "41", backend)).reward == 0
     assert (await score(number_task(), FORGERY, "42", backend)).source == "exit"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 -c 'import sys; sys.exit(1)'",
+        "python3 -c 'import json, re; raise SystemExit(1)'",
+        "bash -lc 'exit 1'",
+        "bash -ic 'exit 1'",
+        'python3 "$AGENTKIT_VERIFIER_DIR/check.py"',
+    ],
+)
+async def test_code_that_the_agent_left_about_is_not_run(number_task: MakeTask, command: str, backend: Backend) -> None:
+    task = number_task(verifier=verifier(command, files={"check.py": "import subprocess\nraise SystemExit(1)\n"}))
+    verdict = await score(task, FORGERY, "42", backend)
+    assert (verdict.reward, verdict.exit_code) == (0, 1), verdict.output
+
+
+@pytest.mark.sandbox
+@pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}")
+async def test_nor_is_code_in_a_site_that_the_task_itself_put_into_the_workdir(number_task: MakeTask) -> None:
+    base = {"files": {}, "env": {"PYTHONUSERBASE": "/workspace/site"}}
+    task = number_task(environment=base, verifier=verifier("python3 -c 'raise SystemExit(1)'"))
+    verdict = await score(task, FORGERY, "42", "process")
+    assert (verdict.reward, verdict.exit_code) == (0, 1), verdict.output
+
+
+async def test_the_verifiers_home_is_empty_and_its_place_is_new_each_time(number_task: MakeTask) -> None:
+    task = number_task(verifier=verifier('ls -A "$HOME"; echo "$AGENTKIT_REWARD_DIR $HOME"'))
+    first, second = [(await score(task, "touch .profile")).output.split() for _ in range(2)]
+    assert len(first) == len(second) == 2 and not {*first} & {*second}
 
 
 async def test_what_the_agent_left_running_is_not_there(number_task: MakeTask) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 
 from agentkit.cli.workdir import Change, File, apply, changes, pack, read_folder, unpack
 from agentkit_environments import open_environment
+from agentkit_environments.environment import MAX_ARCHIVE_BYTES
 
 
 @pytest.fixture
@@ -36,6 +39,38 @@ def test_what_is_packed_is_what_is_unpacked(folder: Path) -> None:
         "src/run.sh": File(b"echo hi\n", executable=True),
     }
     assert unpack(pack(files)) == files
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
+
+
+def test_in_a_git_checkout_what_git_ignores_stays_at_home(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    for path in ("tracked ü.txt", "gone.txt", "sub/kept.log", "build/out"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(path)
+    (tmp_path / ".gitignore").write_text(".venv/\nbuild/\n*.log\n")
+    git(tmp_path, "add", "tracked ü.txt", "gone.txt")
+    git(tmp_path, "add", "-f", "sub/kept.log")
+    git(tmp_path, "commit", "-m", "x")
+    (tmp_path / "gone.txt").unlink()
+    (tmp_path / "new.txt").write_text("new")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "large").touch()
+    os.truncate(tmp_path / ".venv" / "large", MAX_ARCHIVE_BYTES + 1)
+    assert list(read_folder(tmp_path)) == [".gitignore", "new.txt", "sub/kept.log", "tracked ü.txt"]
+    assert list(read_folder(tmp_path / "sub")) == ["kept.log"]
+    assert list(read_folder(tmp_path / "build")) == ["out"]
+
+
+def test_what_is_too_large_is_named(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "large").touch()
+    os.truncate(folder / "data" / "large", MAX_ARCHIVE_BYTES + 1)
+    with pytest.raises(typer.BadParameter, match=r"more than 256 MiB, most of it in data \(257 MiB\), "):
+        read_folder(folder)
 
 
 @pytest.mark.anyio

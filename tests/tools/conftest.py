@@ -15,11 +15,6 @@ Call = Callable[..., Awaitable[ToolResult]]
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 async def environment(anyio_backend: str) -> AsyncIterator[Environment]:
     async with await open_environment(EnvironmentSpec(), backend="unsafe-local") as environment:
         yield environment

@@ -8,15 +8,25 @@ from typing import Annotated
 import typer
 
 from agentkit.cli.ending import ExitCode
-from agentkit.cli.options import Env, JsonFlag, ModelFlag, OutFlag, SeedFlag, run_directory, seed_or_random
+from agentkit.cli.options import (
+    Env,
+    JsonFlag,
+    ModelFlag,
+    OutFlag,
+    SeedFlag,
+    TemperatureFlag,
+    run_directory,
+    seed_or_random,
+)
 
 
 def command(
     seed: SeedFlag = None,
+    temperature: TemperatureFlag = None,
     tasks_per_family: Annotated[int, typer.Option(min=1, help="Held-out tasks of each family.")] = 3,
     model: ModelFlag = "tiny",
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Trials at the same time.")] = 4,
-    env: Annotated[Env, typer.Option(help="Where commands run.")] = Env.PROCESS,
+    env: Annotated[Env, typer.Option(help="The backend: where commands run.")] = Env.PROCESS,
     out: OutFlag = None,
     as_json: JsonFlag = False,
 ) -> ExitCode:
@@ -42,7 +52,7 @@ def command(
         concurrency=concurrency,
         backend=env.value,
         seed=chosen,
-        temperature=0.0,
+        temperature=temperature,
         console=console,
     )
     result = evaluation.as_json(finished)

@@ -72,7 +72,8 @@ def _print(found: dict[str, Any]) -> None:
     torch = found["torch"]
     gpus = ", ".join(torch["gpus"]) or "no GPU" if torch else ""
     console.print(f"torch {torch['version']}, {torch['threads']} threads, {gpus}" if torch else "[red]torch missing[/]")
-    console.print(f"triton {found['triton']}" if found["triton"] else "triton not installed: the torch twins are used")
+    triton = f"triton {found['triton']}" if found["triton"] else "no triton"
+    console.print(f"{triton}; the engine runs on plain torch and has no kernels of its own yet")
     for title, things in (("sandboxes", found["backends"]), ("models", found["models"])):
         console.print(f"\n[bold]{title}[/]")
         for name, reason in things.items():

@@ -44,7 +44,7 @@ def ends_well(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
             typer.echo("Interrupted.", err=True)
             code = ExitCode.INTERRUPTED
         except Exception as exc:
-            from agentkit_evals.run import first_cause
+            from agentkit.errors import first_cause
 
             cause = first_cause(exc)
             found = code_of(cause)

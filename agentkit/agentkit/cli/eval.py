@@ -32,7 +32,7 @@ def command(
         float | None, typer.Option(min=0.0, max=1.0, help="Exit with 1 when the mean reward is below.")
     ] = None,
     seed: SeedFlag = None,
-    temperature: TemperatureFlag = 1.0,
+    temperature: TemperatureFlag = None,
     env: EnvFlag = None,
     out: OutFlag = None,
     as_json: JsonFlag = False,

@@ -36,7 +36,7 @@ def evaluate(
     concurrency: int,
     backend: Backend | None,
     seed: int,
-    temperature: float,
+    temperature: float | None,
     console: Console,
 ) -> Finished:
     """Run a suite on an embedded model with live progress on `console`, and write the report, after Ctrl-C too.
@@ -46,7 +46,6 @@ def evaluate(
         SandboxUnavailableError: the first task's sandbox cannot be opened, so the machine lacks what the suite needs.
         RunDirectoryError: the directory exists already.
     """
-    from agentkit.model import Sampling
     from agentkit.models.embedded import EmbeddedModel
     from agentkit_environments import open_environment
     from agentkit_evals.record import RunDirectory
@@ -64,7 +63,7 @@ def evaluate(
         concurrency=concurrency,
         backend=backend,
         seed=seed,
-        sampling=Sampling(temperature=temperature),
+        sampling=embedded.sampling.override(temperature=temperature),
     )
 
     async def execute() -> None:

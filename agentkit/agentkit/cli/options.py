@@ -24,14 +24,17 @@ class Env(StrEnum):
 
 ModelFlag = Annotated[str, typer.Option("--model", "-m", help="`tiny`, or a folder in the official DeepSeek layout.")]
 EnvFlag = Annotated[
-    Env | None, typer.Option("--env", help="Where commands run. By default what the task says, else what is here.")
+    Env | None, typer.Option("--env", help="The backend: where commands run. By default what the task says.")
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 SeedFlag = Annotated[
     int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Makes it repeatable; random by default.")
 ]
 TemperatureFlag = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="Divides the logits; 0 always takes the likeliest token.")
+    float | None,
+    typer.Option(
+        "--temperature", min=0.0, help="Divides the logits; 0 takes the likeliest token. By default the model's own."
+    ),
 ]
 OutFlag = Annotated[Path | None, typer.Option("--out", help="The run directory; a new one below `runs` by default.")]
 

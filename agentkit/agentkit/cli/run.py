@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ def command(
     model: ModelFlag = "tiny",
     env: EnvFlag = None,
     seed: SeedFlag = None,
-    temperature: TemperatureFlag = 0.0,
+    temperature: TemperatureFlag = None,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Turns of the model at most.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens sampled at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds at most.")] = None,
@@ -50,17 +51,16 @@ def command(
     from rich.console import Console
 
     from agentkit.cli.workdir import apply as apply_changes
-    from agentkit.model import Sampling
     from agentkit.models.embedded import EmbeddedModel
     from agentkit.task import Task, load_task
     from agentkit_evals.run import agent_for
 
-    is_file = what.endswith((".yaml", ".yml"))
-    task = load_task(what) if is_file else Task(id="run", instruction=what)
+    task = load_task(what) if _names_task_file(what) else Task(id="run", instruction=what)
     bounds = {"max_turns": max_turns, "max_tokens": max_tokens, "timeout_s": timeout}
     given = {name: value for name, value in bounds.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
-    agent = agent_for(task, EmbeddedModel(model), Sampling(temperature=temperature, seed=seed))
+    embedded = EmbeddedModel(model)
+    agent = agent_for(task, embedded, embedded.sampling.override(temperature=temperature, seed=seed))
     console = Console(quiet=as_json, highlight=False)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, console)
     done = anyio.run(job.run)
@@ -75,6 +75,19 @@ def command(
     else:
         _print_end(console, done, workdir, applied=applied, refused=refused)
     return ExitCode.OK
+
+
+def _names_task_file(what: str) -> bool:
+    """Whether `what` is meant as a path, and not as an instruction. Raises BadParameter for one of no task file."""
+    if what.endswith((".yaml", ".yml")):
+        return True
+    if os.path.isdir(what):
+        hint = f"`agentkit eval {what}` runs every task in a folder"
+    elif os.path.exists(what) or what.endswith(".toml") or ("/" in what and not any(map(str.isspace, what))):
+        hint = "the name of a task file ends in .yaml"
+    else:
+        return False
+    raise typer.BadParameter(f"{what} is no task file: {hint}. Or say what to do, in words", param_hint="TASK")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The user's own folder as a workdir: a copy goes into the sandbox, a diff comes out, and it is applied when wanted.
 
-Regular files and links travel; `.git` stays at home, so that nothing an agent does can plant a hook.
+Regular files and links travel, in a git checkout those that git does not ignore; `.git` stays at home, so that nothing
+an agent does can plant a hook.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import contextlib
 import difflib
 import io
 import os
+import subprocess
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -60,30 +63,47 @@ class Change:
 
 
 def read_folder(folder: Path) -> dict[str, File]:
-    """Every file and link below `folder` by its POSIX path, without `.git`.
+    """The files and links of `folder` by their POSIX path: in a git checkout those that git does not ignore, else all.
+
+    Never `.git`, and in a git checkout no checkout inside it. A folder that git ignores as a whole is read whole.
 
     Raises:
         OSError: something is unreadable.
         typer.BadParameter: there is more than a sandbox takes.
     """
-    found: dict[str, File] = {}
-    size = 0
+    paths = sorted(_listed_by_git(folder) or _walked(folder))
+    sizes: Counter[str] = Counter()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted, but git still lists it
+            sizes[path.split("/")[0]] += (folder / path).lstat().st_size
+    if sizes.total() > MAX_ARCHIVE_BYTES:
+        largest = ", ".join(f"{name} ({-(-size >> 20)} MiB)" for name, size in sizes.most_common(3))
+        raise typer.BadParameter(
+            f"{folder} holds more than {MAX_ARCHIVE_BYTES >> 20} MiB, most of it in {largest}; "
+            "name a smaller folder, or let git ignore what the agent does not need",
+            param_hint="--workdir",
+        )
+    files = {path: _read(folder / path) for path in paths}
+    return {path: file for path, file in files.items() if file is not None}
+
+
+def _listed_by_git(folder: Path) -> set[str]:
+    """What git tracks below `folder`, or could; nothing without git or outside a checkout."""
+    argv = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(argv, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return set()
+    return {os.fsdecode(path) for path in listed.split(b"\0") if path}
+
+
+def _walked(folder: Path) -> set[str]:
+    """Everything below `folder` but directories and `.git`."""
+    found: set[str] = set()
     for parent, directories, names in os.walk(folder):
-        directories[:] = sorted(name for name in directories if name != SKIPPED)
+        directories[:] = [name for name in directories if name != SKIPPED]
         links = [name for name in directories if Path(parent, name).is_symlink()]
-        for name in sorted([*names, *links]):
-            path = Path(parent, name)
-            if path.is_symlink():
-                found[path.relative_to(folder).as_posix()] = File(b"", link=os.readlink(path))
-            elif path.is_file() and name != SKIPPED:
-                size += path.stat().st_size
-                if size > MAX_ARCHIVE_BYTES:
-                    raise typer.BadParameter(
-                        f"{folder} holds more than {MAX_ARCHIVE_BYTES >> 20} MiB; name a smaller folder",
-                        param_hint="--workdir",
-                    )
-                executable = bool(path.stat().st_mode & 0o100)
-                found[path.relative_to(folder).as_posix()] = File(path.read_bytes(), executable)
+        found.update(Path(parent, name).relative_to(folder).as_posix() for name in [*names, *links] if name != SKIPPED)
     return found
 
 

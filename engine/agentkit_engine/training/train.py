@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agentkit_engine.model import Decoder, Trace, indexer_kl
-from agentkit_engine.model.attention import Attention
-from agentkit_engine.model.moe import MoE
 from agentkit_engine.training.data import Batch, Rows, batches
 from agentkit_engine.training.optimizer import Muon
 
@@ -37,7 +35,9 @@ class TrainingConfig:
         copy_steps: First steps, on random names said twice: heads that copy form within sixty such steps, and much
             later when trajectories alone have to bring them about.
         mixed_steps: Steps after these in which every second batch is still for copying.
-        batch_tokens: Padded tokens of a batch at most, per process.
+        batches: Batches of a step, per process. A batch holds rows of one length, and so of few families: a step
+            needs several, or the model forgets one family while it learns another.
+        batch_tokens: Padded tokens of a batch at most.
         learning_rate: Peak, shared by Muon and AdamW; warmed up, then cosine to a hundredth.
         prompt_weight: Loss weight of tokens the assistant did not write (1 for those it wrote).
         mtp_weight: Loss weight of the MTP block.
@@ -50,7 +50,8 @@ class TrainingConfig:
     steps: int = 1400
     copy_steps: int = 60
     mixed_steps: int = 250
-    batch_tokens: int = 2560
+    batches: int = 3
+    batch_tokens: int = 896
     learning_rate: float = 4e-3
     warmup_steps: int = 40
     weight_decay: float = 0.02
@@ -75,30 +76,36 @@ def train(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizers = build_optimizers(model, config)
     final_topk = model.spec.index_topk
+    stream = itertools.islice(_stream(rows, config, pad_id, world), rank, None, world)
     started, tokens, written = time.perf_counter(), 0, 0
-    mine = itertools.islice(_stream(rows, config, pad_id, world), rank, config.steps * world, world)
-    for step, batch in enumerate(mine):
+    for step in range(config.steps):
         fraction = _learning_rate(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * fraction * group.get("lr_scale", 1.0)
-        _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)))
-        trace = Trace(index_scores=step % config.index_every == 0)
-        losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
-        sum(losses.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+        loads: dict[int, Tensor] = {}
+        means: dict[str, float] = {}
+        for batch in itertools.islice(stream, config.batches):
+            _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)))
+            trace = Trace(index_scores=step % config.index_every == 0)
+            losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
+            (sum(losses.values(), torch.zeros(())) / config.batches).backward()  # type: ignore[no-untyped-call]
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0.0) + float(loss.detach()) / config.batches
+            for layer, counts in trace.expert_counts.items():
+                loads[layer] = loads.get(layer, torch.zeros_like(counts)) + counts
+            tokens += int(batch.real_BT.sum())
+            written += int(batch.mask_BT.sum())
         if world > 1:
-            _average(model, trace)
+            _average(model, loads)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        nudge_router_biases(model, trace, config.bias_rate * fraction)
-        tokens += int(batch.real_BT.sum())
-        written += int(batch.mask_BT.sum())
+        nudge_router_biases(model, loads, config.bias_rate * fraction)
         if step % 10 == 0 or step == config.steps - 1:
             seconds = time.perf_counter() - started
-            named = {name: float(loss.detach()) for name, loss in losses.items()}
-            log({"step": step, **named, "grad_norm": float(norm), "tokens": tokens, "written": written, "s": seconds})
+            log({"step": step, **means, "grad_norm": float(norm), "tokens": tokens, "written": written, "s": seconds})
     _set_topk(model, final_topk)
 
 
@@ -131,7 +138,7 @@ def build_optimizers(model: Decoder, config: TrainingConfig) -> list[torch.optim
     ]
 
 
-def _average(model: Decoder, trace: Trace) -> None:
+def _average(model: Decoder, loads: dict[int, Tensor]) -> None:
     """Make gradients and expert counts those of all processes. A parameter one process did not use has zero there."""
     for parameter in model.parameters():
         if parameter.grad is None:
@@ -142,7 +149,7 @@ def _average(model: Decoder, trace: Trace) -> None:
     flat /= dist.get_world_size()
     for gradient, part in zip(gradients, torch.split(flat, [gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
-    for counts in trace.expert_counts.values():
+    for counts in loads.values():
         dist.all_reduce(counts)
 
 
@@ -153,7 +160,7 @@ def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iter
         for epoch in itertools.count()
     )
     for index in itertools.count():
-        step = index // world
+        step = index // (world * config.batches)
         copying = step < config.copy_steps or (step < config.copy_steps + config.mixed_steps and index % 2)
         yield _copy_batch(rows.copied, config, index) if copying else next(epochs)
 
@@ -183,9 +190,8 @@ def _topk(step: int, config: TrainingConfig, final: int, length: int) -> int:
 
 
 def _set_topk(model: Decoder, topk: int) -> None:
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.top_k = topk
+    for block in model.blocks:
+        block.attn.top_k = topk
 
 
 def _losses(model: Decoder, batch: Batch, config: TrainingConfig, trace: Trace, *, draft: bool) -> dict[str, Tensor]:
@@ -209,12 +215,12 @@ def _cross_entropy(logits_BTV: Tensor, ids_BT: Tensor, weight_BT: Tensor, *, ahe
     return (losses * weight).sum() / weight.sum()
 
 
-def nudge_router_biases(model: Decoder, trace: Trace, rate: float) -> None:
+def nudge_router_biases(model: Decoder, loads: dict[int, Tensor], rate: float) -> None:
     """Move each score router's selection bias against its expert's load (auxiliary-loss-free balancing)."""
-    for module in model.modules():
-        if isinstance(module, MoE) and module.gate.router == "score" and module.layer.index in trace.expert_counts:
-            counts = trace.expert_counts[module.layer.index]
-            module.gate.bias.add_(torch.sign(counts.float().mean() - counts), alpha=rate)
+    for block in model.blocks:
+        counts = loads.get(block.ffn.layer.index)
+        if block.ffn.gate.router == "score" and counts is not None:
+            block.ffn.gate.bias.add_(torch.sign(counts.float().mean() - counts), alpha=rate)
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
-#!/usr/bin/env python3
 """Make the base image of the Docker backend without any registry: a shell, the usual small programs, Python 3.11+.
 
-    python3 environments/images/build_base.py [--source auto|debian|host] [--tag agentkit-base:latest] [--output FILE]
+    python3 -m agentkit_environments.images [--source auto|debian|host] [--tag agentkit-base:latest] [--output FILE]
 
 `debian` runs debootstrap (root, and a Debian mirror at hand); `host` copies this machine's own programs, the libraries
 they link to and the interpreter that runs this script, and needs nothing but read access; `auto` tries the first and
 falls back to the second. Either becomes a tar archive with sorted names, one time stamp and one owner, so that the same
 input makes the same bytes; `docker import` makes the image. With `--output` the archive is written and no image made.
+Needs the standard library only, so that the file itself can be run before anything is installed.
 """
 
 from __future__ import annotations
