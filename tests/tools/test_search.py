@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import AsyncIterator
@@ -31,7 +32,8 @@ FILES: dict[str, bytes] = {
 
 PROGRAMS = {
     "rg": shutil.which("rg"),
-    "python3": sys.executable,  # `python3` on the PATH may be a version manager's shell script
+    # `python3` on the PATH may be a version manager's script, and an environment below /tmp is not seen in a sandbox.
+    "python3": os.path.realpath(sys.executable),
     "grep": shutil.which("grep"),
 }
 
