@@ -201,7 +201,7 @@ class Agent:
             async with aclosing(generation):
                 async for event in generation:
                     if isinstance(event, Generated):
-                        return None if event.reason == "stop" else event.reason
+                        return run.limit_of(event.reason)
                     if isinstance(event, ReasoningDelta | TextDelta):
                         run.emit(event)
                         continue

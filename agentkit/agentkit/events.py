@@ -12,7 +12,7 @@ from agentkit_tools import ToolCall, ToolResult
 if TYPE_CHECKING:
     from agentkit.result import RunResult
 
-LimitName = Literal["max_turns", "max_tokens", "wall_time_s", "tool_time_s", "context"]
+LimitName = Literal["max_turns", "max_tokens", "max_tokens_per_turn", "wall_time_s", "tool_time_s", "context"]
 """A limit that ends a run: a field of `Limits`, or the model's context window."""
 
 Status = Literal["submitted", "answered", "limit", "cancelled", "error"]

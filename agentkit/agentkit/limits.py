@@ -19,6 +19,8 @@ class Limits:
     """Turns of the model."""
     max_tokens: int | None = None
     """Tokens sampled, over all turns."""
+    max_tokens_per_turn: int | None = 32_768
+    """Tokens sampled in one turn, thought included: a model that never ends its turn does not fill its context."""
     max_thinking_tokens: int | None = None
     """Tokens sampled inside thoughts, over all turns."""
     max_thinking_tokens_per_turn: int | None = None

@@ -12,7 +12,7 @@ import anyio
 from agentkit.events import Event, LimitName, MessageAdded, Outcome, Record, Status
 from agentkit.limits import Limits
 from agentkit.messages import AssistantMessage
-from agentkit.model import GenerationLimits, ModelSession, Usage
+from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage
 from agentkit.trajectory import Trajectory
 from agentkit_tools import ToolContext
 
@@ -88,7 +88,7 @@ class Run:
         usage, limits = self.session.usage, self.limits
         if limits.max_turns is not None and usage.turns >= limits.max_turns:
             return "max_turns"
-        if limits.max_tokens is not None and usage.sampled_tokens >= limits.max_tokens:
+        if self._tokens_left is not None and self._tokens_left <= 0:
             return "max_tokens"
         if limits.wall_time_s is not None and anyio.current_time() >= self.deadline:
             return "wall_time_s"
@@ -108,7 +108,17 @@ class Run:
         thought = [limits.max_thinking_tokens_per_turn] if limits.max_thinking_tokens_per_turn is not None else []
         if limits.max_thinking_tokens is not None:
             thought.append(max(0, limits.max_thinking_tokens - usage.thinking_tokens))
-        return GenerationLimits(
-            max_tokens=None if limits.max_tokens is None else limits.max_tokens - usage.sampled_tokens,
-            max_thinking_tokens=min(thought, default=None),
-        )
+        sampled = [bound for bound in (limits.max_tokens_per_turn, self._tokens_left) if bound is not None]
+        return GenerationLimits(max_tokens=min(sampled, default=None), max_thinking_tokens=min(thought, default=None))
+
+    def limit_of(self, reason: StopReason) -> LimitName | None:
+        """The limit that ended a generation, if one did."""
+        if reason == "stop":
+            return None
+        left = self._tokens_left
+        return "max_tokens_per_turn" if reason == "max_tokens" and (left is None or left > 0) else reason
+
+    @property
+    def _tokens_left(self) -> int | None:
+        """Tokens that may still be sampled; None without bound."""
+        return None if self.limits.max_tokens is None else self.limits.max_tokens - self.session.usage.sampled_tokens

@@ -346,6 +346,16 @@ class TestLimits:
             assert self.trajectory.loss_mask[-len(forced.ids) :] == [0] * len(forced.ids)
             assert rebuild_token_ids(self.trajectory, tokenizer) == self.trajectory.token_ids
 
+    async def test_tokens_of_one_turn(self, script: Script, environment: Environment) -> None:
+        model = script(LOOK, AssistantTurn(None, "x" * 300))
+        limits = Limits(max_tokens_per_turn=200, max_tokens=10_000, max_turns=2)
+        outcome = await self.run(model, environment, limits)
+        assert (outcome.limit, outcome.usage.turns) == ("max_tokens_per_turn", 2)
+        assert len(self.trajectory.segments[-2].ids) == 200
+
+    async def test_a_turn_is_bounded_by_default(self) -> None:
+        assert Limits().max_tokens_per_turn == 32_768
+
     async def test_max_tokens_inside_a_call(self, script: Script, environment: Environment) -> None:
         agent = Agent(script(LOOK, AssistantTurn(None, "Go on?")), limits=Limits(max_tokens=90), thinking="never")
         result = await agent.run("Q", environment=environment)

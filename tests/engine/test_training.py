@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.spawn import spawn
 
 from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
 from agentkit_engine.model import Decoder, initialize_
@@ -118,6 +120,30 @@ def test_training_learns_to_copy_and_gives_the_same_weights_twice() -> None:
     assert all(block.attn.top_k == 2 for block in model.blocks)
     measured = accuracy(model, rows, pad_id=2)
     assert 0 <= measured["row_accuracy"] <= measured["token_accuracy"] <= 1
+
+
+def _train_share(rank: int, world: int, folder: str) -> None:
+    """Three steps of two batches, shared by `world` processes; the first one writes the weights."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    model = _small_model()
+    config = TrainingConfig(steps=3, copy_steps=1, mixed_steps=0, batches=2 // world, batch_tokens=256, warmup_steps=1)
+    train(model, _rows(32), config, pad_id=2, log=lambda _: None)
+    if rank == 0:
+        torch.save(model.state_dict(), f"{folder}/{world}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
+    _train_share(0, 1, str(tmp_path))
+    spawn(_train_share, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    alone, shared = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    for name, value in alone.items():
+        torch.testing.assert_close(
+            shared[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_router_biases_move_against_the_load() -> None:

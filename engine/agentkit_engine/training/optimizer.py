@@ -7,9 +7,10 @@ square (Liu et al. 2025, arXiv:2502.16982, section 2.2) so that both share one l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -28,7 +29,11 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; parameters have two or more dimensions, the leading ones are batches of matrices."""
+    """Momentum, orthogonalised; parameters have two or more dimensions, the leading ones are batches of matrices.
+
+    Inside a process group whose gradients are already averaged, each process orthogonalises its share and all add up
+    what the others found, instead of all doing all of it.
+    """
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -37,15 +42,34 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            sizes = [parameter.numel() for parameter in trained]
+            owners = _share(sizes, world)
+            flat = torch.zeros(sum(sizes))
+            updates = torch.split(flat, sizes)
+            for parameter, update, owner in zip(trained, updates, owners, strict=True):
+                if owner != rank:
                     continue
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]))
+                update.view_as(parameter).copy_(orthogonalize(parameter.grad.lerp(momentum, group["momentum"])))
+            if world > 1:
+                dist.all_reduce(flat)
+            for parameter, update in zip(trained, updates, strict=True):
                 scale = 0.2 * max(parameter.size(-2), parameter.size(-1)) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+
+
+def _share(sizes: Sequence[int], world: int) -> list[int]:
+    """The process that owns each parameter: largest first, to whoever has least."""
+    loads, owners = [0] * world, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owner = loads.index(min(loads))
+        owners[index] = owner
+        loads[owner] += sizes[index]
+    return owners

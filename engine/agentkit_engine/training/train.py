@@ -96,6 +96,9 @@ def train(
                 loads[layer] = loads.get(layer, torch.zeros_like(counts)) + counts
             tokens += int(batch.real_BT.sum())
             written += int(batch.mask_BT.sum())
+        for parameter in model.parameters():
+            if parameter.grad is None:  # an indexer or MTP block in a step without its loss: momentum moves it
+                parameter.grad = torch.zeros_like(parameter)
         if world > 1:
             _average(model, loads)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -139,10 +142,7 @@ def build_optimizers(model: Decoder, config: TrainingConfig) -> list[torch.optim
 
 
 def _average(model: Decoder, loads: dict[int, Tensor]) -> None:
-    """Make gradients and expert counts those of all processes. A parameter one process did not use has zero there."""
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    """Make gradients and expert counts those of all processes."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
