@@ -10,7 +10,7 @@ setup: .venv/.dev
 
 .venv/.base: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "agentkit needs Python 3.11 or newer with venv, and found none. On Debian: apt-get install python3-venv"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing agentkit into .venv ..."
 	@$(PIP) --upgrade 'pip>=25.1'
 	@$(PIP) --editable .

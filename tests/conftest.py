@@ -1,10 +1,12 @@
-"""What every room's tests share: which sandboxes may be missing, and nothing else."""
+"""What every room's tests share: which sandboxes may be missing, and how to wait for another process."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -16,13 +18,33 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+class WaitUntil(Protocol):
+    def __call__(self, condition: Callable[[], bool], awaited: str, *, timeout_s: float = 20.0) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> WaitUntil:
+    """Wait for what sends no event, such as the end of somebody else's process: `wait_until(condition, awaited)`."""
+
+    def wait(condition: Callable[[], bool], awaited: str, *, timeout_s: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited {timeout_s} s for {awaited}")
+            time.sleep(0.01)
+
+    return wait
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where Docker is required (`AGENTKIT_REQUIRE_DOCKER=1`, as CI sets it), a skipped Docker test is a failure."""
+    """Where Docker or a sandbox is required (by the environment, as CI does), a skipped test of it is a failure."""
     report = yield
-    if report.skipped and "docker" in item.keywords and os.environ.get("AGENTKIT_REQUIRE_DOCKER") == "1":
-        report.outcome = "failed"
-        report.longrepr = f"AGENTKIT_REQUIRE_DOCKER=1, but this Docker test was skipped: {report.longrepr}"
+    for marker in ("docker", "sandbox"):
+        required = f"AGENTKIT_REQUIRE_{marker.upper()}"
+        if report.skipped and marker in item.keywords and os.environ.get(required) == "1":
+            report.outcome = "failed"
+            report.longrepr = f"{required}=1, but this test was skipped: {report.longrepr}"
     return report

@@ -1,19 +1,20 @@
 """AsyncEngine: the one boundary between anyio code and the thread that owns the model.
 
-Every model step is a request in one first-in-first-out queue, served by one thread. A session has at most one request
-in the queue and asks again only after its consumer took the last answer, so sessions take turns step by step (a long
-append is many steps), nobody runs ahead of its consumer, and no lock is needed anywhere.
+The thread repeats one thing: take the commands that came in, compute one forward for every generation that may go on,
+hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is computed at
+most one token ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten.
+Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only, so no lock is needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import queue
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -22,41 +23,65 @@ import anyio.to_thread
 from torch import Tensor
 
 from agentkit_engine.engine import Engine
-from agentkit_engine.errors import EngineClosedError, SessionBusyError
-from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed
-from agentkit_engine.session import Session
+from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionClosedError
+from agentkit_engine.runtime import Work
+from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
+from agentkit_engine.session import SessionIds
 
 T = TypeVar("T")
 
+TOKENS_AHEAD = 2
+"""A generation pauses while this many of its tokens are not taken; the last of them is sampled, not yet computed."""
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Request:
-    """A call for the model thread; `finished` is set, in the event loop, once `future` has its outcome."""
 
-    function: Callable[[], Any]
-    future: Future[Any] = field(default_factory=Future)
-    finished: anyio.Event = field(default_factory=anyio.Event)
+@dataclass(slots=True, eq=False)
+class _Generation:
+    """One `generate` call. `ahead` and `done` belong to the thread, `inbox` and `news` to the event loop."""
+
+    work: Work
+    params: SamplingParams
+    seed: int
+    ahead: int = 0
+    sampled: int = 0
+    done: bool = False
+    inbox: deque[SampledToken | BaseException] = field(default_factory=deque)
+    news: anyio.Event = field(default_factory=anyio.Event)
+
+    def put(self, outcome: SampledToken | BaseException) -> None:
+        self.inbox.append(outcome)
+        self.news.set()
+
+    async def get(self) -> SampledToken:
+        while not self.inbox:
+            self.news = anyio.Event()
+            await self.news.wait()
+        outcome = self.inbox.popleft()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
 
 class AsyncEngine:
     """Runs an `Engine` for async code: `async with AsyncEngine(Engine.load("tiny")) as engine: ...`.
 
-    The thread starts with the block and ends with it. Leaving the block lets the step in progress finish, gives every
-    request still waiting an `EngineClosedError`, and closes the sessions. While the block lasts nothing else may use
-    the wrapped engine's model.
+    The thread starts with the block and ends with it. Leaving the block closes the sessions, lets the step in progress
+    finish and frees all state. While the block lasts nothing else may use the wrapped engine's model.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sessions: set[AsyncSession] = set()
+        self._generations: dict[_Generation, None] = {}
         self._task_group: anyio.abc.TaskGroup | None = None
+        self._closing = False
 
     async def __aenter__(self) -> Self:
         if self._task_group is not None:
             raise EngineClosedError("this AsyncEngine is already running")
         task_group = anyio.create_task_group()
         await task_group.__aenter__()
+        self._closing = False
         task_group.start_soon(self._run_model_thread, name="agentkit_engine: model thread")
         self._task_group = task_group
         return self
@@ -66,13 +91,10 @@ class AsyncEngine:
     ) -> None:
         task_group, self._task_group = self._task_group, None
         assert task_group is not None
-        self._refuse_waiting_requests()
-        self._requests.put(None)
-        try:
-            await task_group.__aexit__(None, None, None)  # without `exc`: an error of the block is not to be wrapped
-        finally:
-            for session in list(self._sessions):
-                await session.close()
+        for session in list(self._sessions):
+            await session.close()
+        self._commands.put(self._close)
+        await task_group.__aexit__(None, None, None)  # without `exc`: an error of the block is not to be wrapped
 
     def session(self) -> AsyncSession:
         """A new, empty session.
@@ -81,7 +103,7 @@ class AsyncEngine:
             EngineClosedError: outside the `async with` block.
         """
         self._check_running()
-        session = AsyncSession(self, self.engine.session())
+        session = AsyncSession(self)
         self._sessions.add(session)
         return session
 
@@ -91,7 +113,7 @@ class AsyncEngine:
         return await self.call(lambda: self.engine.logits(ids))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run `function` on the model thread, after what is already queued.
+        """Run `function` on the model thread, between two forwards.
 
         When the caller is cancelled a function that has not begun never runs, and one that is running is awaited.
 
@@ -99,58 +121,110 @@ class AsyncEngine:
             EngineClosedError: outside the `async with` block.
         """
         self._check_running()
-        request = _Request(function)
-        self._requests.put(request)
+        future: Future[T] = Future()
+        finished = anyio.Event()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+            anyio.from_thread.run_sync(finished.set)
+
+        self._commands.put(command)
         try:
-            await request.finished.wait()
+            await finished.wait()
         except BaseException:
-            if not request.future.cancel():
+            if not future.cancel():
                 with anyio.CancelScope(shield=True):
-                    await request.finished.wait()
+                    await finished.wait()
             raise
-        result: T = request.future.result()
-        return result
+        return future.result()
 
     def _check_running(self) -> None:
         if self._task_group is None:
             raise EngineClosedError("the AsyncEngine is not running; use it inside `async with AsyncEngine(...)`")
 
-    def _refuse_waiting_requests(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                request = self._requests.get_nowait()
-                if request is not None and request.future.set_running_or_notify_cancel():
-                    request.future.set_exception(EngineClosedError("the AsyncEngine was closed before this step ran"))
-                    request.finished.set()
-
     async def _run_model_thread(self) -> None:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._serve, limiter=anyio.CapacityLimiter(1))
 
+    # What follows runs on the model thread.
+
     def _serve(self) -> None:
-        while (request := self._requests.get()) is not None:
-            if not request.future.set_running_or_notify_cancel():
-                continue
+        while True:
+            ready = [generation for generation in self._generations if generation.ahead < TOKENS_AHEAD]
             try:
-                request.future.set_result(request.function())
-            except BaseException as error:
-                request.future.set_exception(error)
-            anyio.from_thread.run_sync(request.finished.set)
+                self._commands.get(block=not ready and not self._closing)()
+                continue
+            except queue.Empty:
+                pass
+            if self._closing:
+                return
+            if outcomes := self._step(ready):
+                anyio.from_thread.run_sync(_hand_over, outcomes)
+
+    def _close(self) -> None:
+        self._closing = True
+
+    def _step(self, ready: list[_Generation]) -> list[tuple[_Generation, SampledToken | BaseException]]:
+        """One forward; the outcome of each generation that has one."""
+        outcomes: list[tuple[_Generation, SampledToken | BaseException]] = []
+        waiting = [generation for generation in ready if generation.work.logits_V is None]
+        if waiting:
+            try:
+                self.engine.batcher.advance([generation.work for generation in waiting])
+            except BaseException:
+                for generation in waiting:  # one of them is to blame: the others go on
+                    try:
+                        self.engine.batcher.advance([generation.work])
+                    except BaseException as error:
+                        outcomes.append((generation, error))
+        outcomes += [
+            (generation, self._sample(generation, generation.work.logits_V))
+            for generation in ready
+            if generation.work.logits_V is not None
+        ]
+        for generation, outcome in outcomes:
+            if generation.done or isinstance(outcome, BaseException):
+                self._generations.pop(generation, None)
+        return outcomes
+
+    def _sample(self, generation: _Generation, logits_V: Tensor) -> SampledToken | BaseException:
+        work, params = generation.work, generation.params
+        try:
+            token = sample(logits_V, params, seed=generation.seed, position=len(work.ids))
+        except Exception as error:
+            self.engine.batcher.drop(work)
+            return error
+        generation.sampled += 1
+        generation.ahead += 1
+        generation.done = (
+            token.id in params.stop_ids
+            or generation.sampled == params.max_tokens
+            or len(work.ids) + 1 == self.engine.spec.max_position_embeddings
+        )
+        work.extend([token.id])
+        return token
 
 
-class AsyncSession:
+def _hand_over(outcomes: list[tuple[_Generation, SampledToken | BaseException]]) -> None:
+    for generation, outcome in outcomes:
+        generation.put(outcome)
+
+
+class AsyncSession(SessionIds):
     """`Session` for async code; made by `AsyncEngine.session()`, freed by `close()` or `async with`."""
 
-    def __init__(self, engine: AsyncEngine, session: Session) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
+        super().__init__(engine.engine.spec)
         self._engine = engine
-        self._session = session
+        self._work = Work()  # belongs to the model thread
         self._in_step = False
-        self._closing = False
-
-    @property
-    def token_ids(self) -> Sequence[int]:
-        """Every id so far, as a tuple; see `Session.token_ids`."""
-        return self._session.token_ids
+        self._generation: _Generation | None = None
+        self._known = 0  # how many of the ids the thread's work has, or will have once its commands are done
 
     async def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; see `Session.append`.
@@ -160,35 +234,61 @@ class AsyncSession:
             TokenIdError, ContextLengthError, SessionClosedError: as `Session.append`.
         """
         self._check_idle()
-        self._session.append(token_ids)
+        self._append(token_ids)
 
     async def generate(self, params: SamplingParams | None = None) -> AsyncGenerator[SampledToken, None]:
         """Sample on, one token at a time; see `Session.generate`.
 
-        The model runs only while the consumer waits for a token. A consumer that is cancelled or stops asking leaves
-        no id behind that it has not seen; a later `generate` with the same seed goes on where it stopped.
+        A consumer that is cancelled or stops asking leaves no id behind that it has not seen; a later `generate` with
+        the same seed goes on where it stopped.
 
         Raises:
             SessionBusyError: two tasks generate on this session at once.
             EngineClosedError: the AsyncEngine's block was left.
-            SessionEmptyError, ContextLengthError, NonFiniteLogitsError, SessionClosedError: as `Session.generate`.
+            SessionEmptyError, ContextLengthError, NonFiniteLogitsError, OutOfMemoryError, SessionClosedError: as
+                `Session.generate`.
         """
         params = params or SamplingParams()
         seed = fresh_seed() if params.seed is None else params.seed
         count = 0
-        while True:
-            token = await self._next_token(params, seed)
-            yield token
-            count += 1
-            if token.id in params.stop_ids or count == params.max_tokens:
-                return
+        generation = None
+        try:
+            while True:
+                self._check_idle()
+                self._check_can_generate()
+                self._engine._check_running()
+                if generation is None or generation is not self._generation or self._known != len(self._ids):
+                    left = None if params.max_tokens is None else params.max_tokens - count
+                    generation = self._start(replace(params, max_tokens=left), seed)
+                self._in_step = True
+                try:
+                    token = await generation.get()
+                except BaseException:
+                    self._stop(generation)
+                    raise
+                finally:
+                    self._in_step = False
+                self._ids.append(token.id)
+                self._known += 1
+                self._engine._commands.put(lambda taken=generation: _take(taken))  # type: ignore[misc]
+                yield token
+                count += 1
+                if token.id in params.stop_ids or count == params.max_tokens:
+                    return
+        finally:
+            if generation is not None:
+                self._stop(generation)
 
     async def close(self) -> None:
-        """Free the cache, after the step in progress if there is one. Closing twice is fine."""
+        """Free the state, after the step in progress if there is one. Closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
         self._engine._sessions.discard(self)
-        self._closing = True
-        if not self._in_step:
-            self._session.close()
+        if self._generation is not None:
+            self._generation.put(SessionClosedError("the session was closed; open a new one with engine.session()"))
+            self._stop(self._generation)
+        self._engine._commands.put(self._drop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -198,22 +298,42 @@ class AsyncSession:
     ) -> None:
         await self.close()
 
-    async def _next_token(self, params: SamplingParams, seed: int) -> SampledToken:
-        self._check_idle()
-        token = None
-        while token is None:
-            self._session.check_can_generate()
-            self._in_step = True
-            try:
-                token = await self._engine.call(lambda: self._session.step(params, seed))
-            finally:
-                self._in_step = False
-                if self._closing:
-                    self._session.close()
-        self._session.check_can_generate()
-        self._session.commit(token)
-        return token
+    def _start(self, params: SamplingParams, seed: int) -> _Generation:
+        """Have the thread take in the ids it does not know, and sample on."""
+        if self._generation is not None:
+            self._stop(self._generation)
+        generation = self._generation = _Generation(self._work, params, seed)
+        news, self._known = self._ids[self._known :], len(self._ids)
+
+        def command() -> None:
+            generation.work.extend(news)
+            self._engine._generations[generation] = None
+
+        self._engine._commands.put(command)
+        return generation
+
+    def _stop(self, generation: _Generation) -> None:
+        """Have the thread end a generation and forget what was not taken of it."""
+        if generation is not self._generation:
+            return
+        self._generation = None
+        length = self._known
+
+        def command() -> None:
+            self._engine._generations.pop(generation, None)
+            self._engine.engine.batcher.truncate(generation.work, length)
+
+        self._engine._commands.put(command)
+
+    def _drop(self) -> None:
+        """On the thread: free what was computed."""
+        if self._work.sequence is not None:
+            self._engine.engine.batcher.drop(self._work)
 
     def _check_idle(self) -> None:
         if self._in_step:
             raise SessionBusyError("a step of this session is running for another task; one task drives a session")
+
+
+def _take(generation: _Generation) -> None:
+    generation.ahead -= 1

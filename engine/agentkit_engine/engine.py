@@ -15,11 +15,14 @@ from torch import Tensor
 from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.runtime import Batcher
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 
+STATE_BYTES = 2 << 30
+"""Default bound on the state of all sequences; memory is taken as it is used."""
 PACKAGED_MODELS = {"tiny": Path(__file__).parent / "tiny"}
 """The names `Engine.load` knows, and where their folders are."""
 
@@ -35,8 +38,11 @@ class Engine:
         folder: where it was loaded from.
     """
 
-    def __init__(self, decoder: Decoder, *, name: str, dialect: Dialect, folder: Path) -> None:
+    def __init__(
+        self, decoder: Decoder, *, name: str, dialect: Dialect, folder: Path, state_bytes: int = STATE_BYTES
+    ) -> None:
         self.decoder = decoder.eval()
+        self.state_bytes = state_bytes
         self.spec: ModelSpec = decoder.spec
         self.name = name
         self.dialect: Dialect = dialect
@@ -44,12 +50,18 @@ class Engine:
 
     @classmethod
     def load(
-        cls, path_or_name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path_or_name: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        state_bytes: int = STATE_BYTES,
     ) -> Engine:
         """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
 
         A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. Weights are
-        held as `dtype`; what the official layout stores as float32 stays float32.
+        held as `dtype`; what the official layout stores as float32 stays float32. `state_bytes` bounds what the
+        sessions' state may take; beyond it the state that waited longest is dropped and later computed again.
 
         Raises:
             ModelNotFoundError: no such name and no such folder; the message lists the names there are.
@@ -65,7 +77,12 @@ class Engine:
                 "give one of those names, or the path of a folder with config.json and safetensors files"
             )
         decoder, dialect = load_checkpoint(folder, device=torch.device(device), dtype=dtype)
-        return cls(decoder, name=folder.resolve().name, dialect=dialect, folder=folder)
+        return cls(decoder, name=folder.resolve().name, dialect=dialect, folder=folder, state_bytes=state_bytes)
+
+    @cached_property
+    def batcher(self) -> Batcher:
+        """What computes for all sessions; packs the weights on first use."""
+        return Batcher(self.decoder, state_bytes=self.state_bytes)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -94,24 +111,22 @@ class Engine:
         """
         return read_sampling(self.folder)
 
-    @torch.inference_mode()
     def logits(self, token_ids: Iterable[int]) -> Tensor:
-        """float32 [T, V]: the logits after each of the T ids, from one forward over all of them with a fresh cache.
+        """float32 [T, V]: the logits after each of the T ids, the same bits that a session computes.
 
         Raises:
             ValueError: there are no ids.
             TokenIdError: an id is outside the vocabulary.
             ContextLengthError: more ids than the model has positions.
+            OutOfMemoryError: more ids than `state_bytes` has room for.
         """
         ids = check_ids(token_ids, self.spec.vocab_size)
         if not ids:
             raise ValueError("logits() needs at least one token id")
         if len(ids) > (limit := self.spec.max_position_embeddings):
             raise ContextLengthError(f"{len(ids)} ids exceed the model's {limit} positions")
-        device = next(self.decoder.parameters()).device
-        logits_BTV: Tensor = self.decoder(torch.tensor([ids], device=device))
-        return logits_BTV[0]
+        return self.batcher.logits(ids)
 
     def session(self) -> Session:
         """A new, empty session."""
-        return Session(self.decoder)
+        return Session(self.batcher)

@@ -51,6 +51,10 @@ class EngineClosedError(EngineError):
     """The AsyncEngine is not running: its `async with` block was left, or not yet entered."""
 
 
+class OutOfMemoryError(EngineError):
+    """The engine's memory for sequences has no free slot or not enough free spans."""
+
+
 class SessionError(EngineError):
     """Base of what goes wrong in one session; other sessions of the engine are not affected."""
 

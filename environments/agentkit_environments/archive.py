@@ -5,9 +5,15 @@ from __future__ import annotations
 import io
 import posixpath
 import tarfile
+import time
 
-from agentkit_environments.environment import MAX_ARCHIVE_BYTES, MAX_ARCHIVE_ENTRIES
 from agentkit_environments.errors import UnsafeArchiveError
+
+MAX_ARCHIVE_BYTES = 256 << 20
+"""Bytes of file content, and of the archive itself, that one `export_dir` or `import_dir` may carry."""
+
+MAX_ARCHIVE_ENTRIES = 50_000
+"""Entries (files, directories, links) that one `export_dir` or `import_dir` may carry."""
 
 MAX_LINKS_FOLLOWED = 40
 MAX_NAME_BYTES = 4096
@@ -105,12 +111,15 @@ def _follow(name: str, links: dict[str, str]) -> None:
 
 
 def rebase_archive(data: bytes, *, strip: int = 0, prefix: str = "", uid: int = 0) -> bytes:
-    """Return the archive with other names and one owner, its entries sorted by name.
+    """Return the archive with other names and one owner, its entries sorted by name, hard links last.
+
+    Every directory above an entry is an entry too: whoever unpacks the archive meets what is in a directory's place,
+    say a link that leads elsewhere, and does not pass through it unseen.
 
     Args:
         data: An uncompressed tar archive.
         strip: Leading components taken off every name and hard link; entries with no more than these are left out.
-        prefix: Put before every name and hard link; its directories become entries.
+        prefix: Put before every name and hard link.
         uid: The owner and group of every entry.
 
     Raises:
@@ -120,20 +129,31 @@ def rebase_archive(data: bytes, *, strip: int = 0, prefix: str = "", uid: int = 
     def rebased(name: str) -> str:
         return posixpath.join(prefix, *posixpath.normpath(name).split("/")[strip:])
 
+    directories: set[str] = set()
     out = io.BytesIO()
     try:
         with (
             tarfile.open(fileobj=io.BytesIO(data), mode="r:") as source,
             tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as target,
         ):
-            for directory in [*_parents(prefix), prefix] if prefix else []:
-                entry = tarfile.TarInfo(directory)
-                entry.type, entry.mode, entry.uid, entry.gid = tarfile.DIRTYPE, 0o755, uid, uid
-                target.addfile(entry)
-            for member in sorted(source, key=lambda member: member.name):
+
+            def add_parents(name: str) -> None:
+                for directory in _parents(name):
+                    if directory not in directories:
+                        directories.add(directory)
+                        entry = tarfile.TarInfo(directory)
+                        entry.type, entry.mode, entry.mtime = tarfile.DIRTYPE, 0o755, int(time.time())
+                        entry.uid = entry.gid = uid
+                        target.addfile(entry)
+
+            add_parents(posixpath.join(prefix, "x"))
+            for member in sorted(source, key=lambda member: (member.islnk(), rebased(member.name))):
                 name = rebased(member.name)
                 if name in ("", ".", prefix):
                     continue
+                add_parents(name)
+                if member.isdir():
+                    directories.add(name)
                 entry = tarfile.TarInfo(name)
                 entry.type, entry.mode, entry.mtime, entry.size = member.type, member.mode, member.mtime, member.size
                 entry.linkname = rebased(member.linkname) if member.islnk() else member.linkname

@@ -1,11 +1,12 @@
 """The contract of a place where commands run, the same for every backend.
 
-A backend is one subclass of `Environment` in one file: `docker.py`, `process.py`, `local.py`. All of them pass the
-same tests (`tests/environments/test_contract.py`).
+A backend is one subclass of `Environment`: `docker/`, `process.py`, `local.py`. What callers see is written here, once;
+a backend fills in four methods. All of them pass the same tests (`tests/environments/test_contract.py`).
 """
 
 from __future__ import annotations
 
+import errno
 import posixpath
 import re
 from abc import ABC, abstractmethod
@@ -14,16 +15,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Literal, Self
 
-from agentkit_environments.errors import UnsafePathError
+from agentkit_environments.archive import MAX_ARCHIVE_BYTES as MAX_ARCHIVE_BYTES
+from agentkit_environments.archive import MAX_ARCHIVE_ENTRIES as MAX_ARCHIVE_ENTRIES
+from agentkit_environments.archive import check_archive
+from agentkit_environments.errors import FileTooLargeError, UnsafeArchiveError, UnsafePathError
 
 Backend = Literal["docker", "process", "unsafe-local"]
 """How an environment is isolated: a container, namespaces on this kernel, or not at all."""
 
-MAX_ARCHIVE_BYTES = 256 << 20
-"""Bytes of file content, and of the archive itself, that one `export_dir` or `import_dir` may carry."""
-
-MAX_ARCHIVE_ENTRIES = 50_000
-"""Entries (files, directories, links) that one `export_dir` or `import_dir` may carry."""
+FileOperation = Literal["read_file", "write_file", "export_dir", "import_dir"]
+"""What a backend does with files; `executor.OPERATIONS` has the same names."""
 
 MAX_STDIN_BYTES = 64 << 20
 """Bytes of standard input that one `exec` may be given, and bytes that one `write_file` may write."""
@@ -98,6 +99,21 @@ class EnvironmentSpec:
         object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
 
 
+@dataclass(frozen=True, slots=True)
+class ExecRequest:
+    """What a backend gets of `Environment.exec`'s arguments: checked, but for what only some backends have."""
+
+    argv: list[str]
+    stdin: str | bytes
+    cwd: str
+    """An absolute path, links not followed."""
+    env: dict[str, str]
+    """Of the spec and of the call."""
+    user: str | None
+    timeout_s: float | None
+    max_output_bytes: int
+
+
 class Environment(ABC):
     """A sandbox that is open: run commands in it, move files in and out, close it.
 
@@ -115,7 +131,6 @@ class Environment(ABC):
     run_id: str
     """Label of everything this environment makes; `reap(run_id)` removes what is left of it."""
 
-    @abstractmethod
     async def exec(
         self,
         command: str | Sequence[str],
@@ -149,8 +164,17 @@ class Environment(ABC):
             NotADirectoryError, FileNotFoundError: If `cwd` is not a directory.
             ValueError: If an argument is malformed, `stdin` is too large, or the backend has no such `user`.
         """
+        request = ExecRequest(
+            argv=exec_argv(command),
+            stdin=stdin,
+            cwd=self.resolve(cwd) if cwd else self.spec.workdir,
+            env=exec_variables(self.spec.env, env),
+            user=user,
+            timeout_s=timeout_s,
+            max_output_bytes=max_output_bytes,
+        )
+        return await self._exec(request)
 
-    @abstractmethod
     async def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """Return the content of a regular file.
 
@@ -162,8 +186,8 @@ class Environment(ABC):
             UnsafePathError: If `path` is empty, holds a NUL byte or a lone surrogate, or is a loop of links.
             SandboxLostError: If the sandbox is gone.
         """
+        return await self._transfer("read_file", path, max_bytes=max_bytes)
 
-    @abstractmethod
     async def write_file(self, path: str, data: str | bytes) -> None:
         """Write a regular file (mode 0644 when new), replacing its content; parent directories are made.
 
@@ -178,8 +202,8 @@ class Environment(ABC):
                 `limits.file_size_mib` (EFBIG), or `path` is not a regular file.
             UnsafePathError, SandboxLostError, ValueError: As for `read_file`; ValueError for too much data.
         """
+        await self._transfer("write_file", path, input_bytes(data))
 
-    @abstractmethod
     async def export_dir(self, path: str) -> bytes:
         """Return a directory as an uncompressed tar archive whose names are relative to the directory.
 
@@ -192,16 +216,26 @@ class Environment(ABC):
             FileNotFoundError, NotADirectoryError: If `path` is not a directory.
             UnsafePathError, SandboxLostError: As for `read_file`.
         """
+        data = await self._transfer("export_dir", path, max_entries=MAX_ARCHIVE_ENTRIES, max_bytes=MAX_ARCHIVE_BYTES)
+        check_archive(data)
+        return data
 
-    @abstractmethod
     async def import_dir(self, path: str, archive: bytes) -> None:
         """Unpack an uncompressed tar archive into a directory, which is made when missing.
 
+        What is already there stays, but for files and links that the archive has another file or link for. A link that
+        is there is never followed. After an error other than `UnsafeArchiveError` a part may have been unpacked.
+
         Raises:
             UnsafeArchiveError: If the archive breaks a rule of `archive.check_archive`; then nothing was unpacked.
+            FileExistsError: If a directory is where the archive has a file or link, or a file or link where it has a
+                directory; what is there stays as it is.
+            NotADirectoryError: If `path` or a parent of it is a file.
             OSError: If the place is read-only (EROFS, EACCES) or full (ENOSPC).
             UnsafePathError, SandboxLostError: As for `read_file`.
         """
+        check_archive(archive)
+        await self._transfer("import_dir", path, archive)
 
     @abstractmethod
     async def kill_all(self) -> None:
@@ -214,6 +248,31 @@ class Environment(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Kill every process and remove every file. Safe to call twice; shielded from cancellation."""
+
+    @abstractmethod
+    async def _exec(self, request: ExecRequest) -> ExecResult:
+        """`exec`, its arguments checked. Raises ValueError for a `user` that the backend does not have."""
+
+    @abstractmethod
+    async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
+        """Do one operation on an absolute path; return what it returns, or nothing.
+
+        Raises:
+            OSError: What the file system said, with a path of the sandbox; EFBIG when `bounds` were exceeded.
+        """
+
+    async def _transfer(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
+        """Do one operation; what a file system has no name for becomes an error of this package."""
+        try:
+            return await self._file(operation, self.resolve(path), body, **bounds)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UnsafePathError(f"{path} is a loop of links") from error
+            if operation == "read_file" and error.errno == errno.EFBIG:
+                raise FileTooLargeError(f"{path} has more than {bounds['max_bytes']} bytes") from error
+            if operation == "export_dir" and error.errno in (errno.EFBIG, errno.EINVAL):
+                raise UnsafeArchiveError(f"{path}: {error.strerror}: {error.filename}") from error
+            raise
 
     async def __aenter__(self) -> Self:
         return self

@@ -272,10 +272,7 @@ def read_file(path: str, max_bytes: int) -> bytes:
 
 def write_file(path: str, data: bytes) -> None:
     """Write a regular file, making its parents; EINVAL when `path` is a pipe or a device."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+    _make_parents(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     try:
         _require_regular(fd, path)
@@ -336,22 +333,31 @@ def pack_dir(path: str, max_entries: int, max_bytes: int) -> bytes:
 
 
 def unpack_dir(path: str, data: bytes) -> None:
-    """Unpack an archive that `archive.check_archive` has passed; the directory is made when missing."""
+    """Unpack an archive that `archive.check_archive` has passed; the directory is made when missing.
+
+    ENOTDIR when `path` is no directory; EEXIST when a directory is in the way of a file or link, or anything else in
+    the way of a directory: a link that is already there is replaced, never followed.
+    """
     import io
     import tarfile
 
-    os.makedirs(path, exist_ok=True)
-    directory_times: list[tuple[str, tarfile.TarInfo]] = []
+    _make_parents(os.path.join(path, "x"))
+    made: set[str] = set()
+    directories: list[tuple[str, tarfile.TarInfo]] = []
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         for member in archive:
-            target = os.path.join(path, member.name)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
+            name = os.path.normpath(member.name)
+            target = os.path.join(path, name)
+            _make_inside(path, name if member.isdir() else os.path.dirname(name), made)
             if member.isdir():
-                os.makedirs(target, exist_ok=True)
-                directory_times.append((target, member))
+                directories.append((target, member))
                 continue
-            if os.path.lexists(target):
+            try:
                 os.unlink(target)
+            except IsADirectoryError:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+            except FileNotFoundError:
+                pass
             if member.issym():
                 os.symlink(member.linkname, target)
             elif member.islnk():
@@ -362,9 +368,32 @@ def unpack_dir(path: str, data: bytes) -> None:
                 write_file(target, content.read())
                 os.chmod(target, member.mode & 0o777)
                 os.utime(target, (member.mtime, member.mtime))
-    for target, member in reversed(directory_times):
+    for target, member in reversed(directories):
         os.chmod(target, member.mode & 0o777 | 0o700)
         os.utime(target, (member.mtime, member.mtime))
+
+
+def _make_inside(root: str, name: str, made: set[str]) -> None:
+    """Make the directory `name` below `root`, and those above it; EEXIST when a link or a file is in the way."""
+    parts = name.split("/")
+    for length in range(1, len(parts) + 1):
+        directory = "/".join([root, *parts[:length]])
+        if directory in made:
+            continue
+        try:
+            os.mkdir(directory)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(directory).st_mode):
+                raise
+        made.add(directory)
+
+
+def _make_parents(path: str) -> None:
+    """Make the directories above `path`, links followed; ENOTDIR when one of them is no directory."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
 
 
 class Executor:

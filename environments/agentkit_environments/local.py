@@ -16,31 +16,21 @@ import select
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
 from agentkit_environments import executor
-from agentkit_environments.archive import check_archive
 from agentkit_environments.environment import (
-    MAX_ARCHIVE_BYTES,
-    MAX_ARCHIVE_ENTRIES,
     Environment,
     EnvironmentSpec,
+    ExecRequest,
     ExecResult,
-    exec_argv,
-    exec_variables,
+    FileOperation,
     input_bytes,
 )
-from agentkit_environments.errors import (
-    FileTooLargeError,
-    SandboxLostError,
-    SandboxUnavailableError,
-    UnsafeArchiveError,
-    UnsafePathError,
-)
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
 from agentkit_environments.owner import is_orphan, owner_token
 from agentkit_environments.threads import run_cancellable
 
@@ -73,39 +63,30 @@ class LocalEnvironment(Environment):
         self._limiter = anyio.CapacityLimiter(256)
         self._has_run = self._closed = False
 
-    async def exec(
-        self,
-        command: str | Sequence[str],
-        *,
-        stdin: str | bytes = b"",
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        user: str | None = None,
-        timeout_s: float | None = None,
-        max_output_bytes: int = 1 << 20,
-    ) -> ExecResult:
-        if user is not None:
-            raise ValueError(f"unsafe-local runs everything as its own user; user={user!r} needs the docker backend")
-        argv = [self._to_host(argument) for argument in exec_argv(command)]
-        stdin_bytes = input_bytes(self._to_host(stdin) if isinstance(stdin, str) else stdin)
-        directory = self._path(cwd or ".")
-        variables = exec_variables(self.spec.env, env)
-        environment = {**self._env, **{name: self._to_host(value) for name, value in variables.items()}}
+    async def _exec(self, request: ExecRequest) -> ExecResult:
+        if request.user is not None:
+            raise ValueError(
+                f"unsafe-local runs everything as its own user; user={request.user!r} needs the docker backend"
+            )
+        argv = [self._to_host(argument) for argument in request.argv]
+        stdin = input_bytes(self._to_host(request.stdin) if isinstance(request.stdin, str) else request.stdin)
+        directory = self._path(request.cwd)
+        env = {**self._env, **{name: self._to_host(value) for name, value in request.env.items()}}
         self._has_run = True
 
         def run(cancel_fd: int) -> ExecResult:
             try:
                 executor.require_directory(directory)
             except OSError as error:
-                raise self._in_sandbox(error, cwd or ".") from error
+                raise self._in_sandbox(error, request.cwd) from error
             try:
                 running = executor.Command(
                     argv,
-                    stdin=stdin_bytes,
+                    stdin=stdin,
                     cwd=directory,
-                    env=environment,
-                    timeout_s=timeout_s,
-                    max_output_bytes=max_output_bytes,
+                    env=env,
+                    timeout_s=request.timeout_s,
+                    max_output_bytes=request.max_output_bytes,
                 )
             except OSError as error:
                 failure = executor.start_failure(error, argv)
@@ -130,39 +111,11 @@ class LocalEnvironment(Environment):
 
         return await run_cancellable(run, self._limiter)
 
-    async def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+    async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
+        host_path = self._path(path, writing=operation in ("write_file", "import_dir"))
+        operate, request = executor.OPERATIONS[operation], {"path": host_path, **bounds}
         try:
-            return executor.read_file(self._path(path), max_bytes)
-        except OSError as error:
-            if error.errno == errno.EFBIG:
-                raise FileTooLargeError(f"{path} has more than {max_bytes} bytes") from error
-            raise self._in_sandbox(error, path) from error
-
-    async def write_file(self, path: str, data: str | bytes) -> None:
-        raw = input_bytes(data)
-        try:
-            executor.write_file(self._path(path, writing=True), raw)
-        except OSError as error:
-            raise self._in_sandbox(error, path) from error
-
-    async def export_dir(self, path: str) -> bytes:
-        directory = self._path(path)
-        try:
-            data = await anyio.to_thread.run_sync(
-                executor.pack_dir, directory, MAX_ARCHIVE_ENTRIES, MAX_ARCHIVE_BYTES, limiter=self._limiter
-            )
-        except OSError as error:
-            if error.errno in (errno.EFBIG, errno.EINVAL):
-                raise UnsafeArchiveError(f"{path}: {error.strerror}: {error.filename}") from error
-            raise self._in_sandbox(error, path) from error
-        check_archive(data)
-        return data
-
-    async def import_dir(self, path: str, archive: bytes) -> None:
-        check_archive(archive)
-        directory = self._path(path, writing=True)
-        try:
-            await anyio.to_thread.run_sync(executor.unpack_dir, directory, archive, limiter=self._limiter)
+            return await anyio.to_thread.run_sync(operate, request, body, limiter=self._limiter)
         except OSError as error:
             raise self._in_sandbox(error, path) from error
 
@@ -208,10 +161,9 @@ class LocalEnvironment(Environment):
             output = output.replace(directory.encode(), name.encode())
         return output.decode("utf-8", "replace")
 
-    def _in_sandbox(self, error: OSError, path: str) -> OSError | UnsafePathError:
-        if error.errno == errno.ELOOP:
-            return UnsafePathError(f"{path} is a loop of links")
-        return OSError(error.errno, error.strerror, path)
+    def _in_sandbox(self, error: OSError, path: str) -> OSError:
+        name = self._to_sandbox(os.fsencode(error.filename)) if error.filename else path
+        return OSError(error.errno, error.strerror, name)
 
 
 def _run_to_end(command: executor.Command, cancel_fd: int) -> None:

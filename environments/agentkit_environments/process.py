@@ -15,7 +15,6 @@ and processes are bounded in number, but there is no bound on CPU time nor on me
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -24,34 +23,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import anyio
 import anyio.to_thread
 
-from agentkit_environments.archive import check_archive
-from agentkit_environments.connection import Connection, Reply
+from agentkit_environments.connection import Connection
 from agentkit_environments.environment import (
-    MAX_ARCHIVE_BYTES,
-    MAX_ARCHIVE_ENTRIES,
     Environment,
     EnvironmentSpec,
+    ExecRequest,
     ExecResult,
+    FileOperation,
     Limits,
-    exec_argv,
-    exec_variables,
     input_bytes,
 )
-from agentkit_environments.errors import (
-    FileTooLargeError,
-    SandboxLostError,
-    SandboxUnavailableError,
-    UnsafeArchiveError,
-    UnsafePathError,
-)
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
 
 Launcher = Literal["bwrap", "unshare"]
 
@@ -258,7 +248,7 @@ class ProcessEnvironment(Environment):
     def __init__(self, spec: EnvironmentSpec, run_id: str, connection: Connection) -> None:
         self.spec, self.run_id = spec, run_id
         self._connection = connection
-        self._env = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "HOME": spec.workdir, "LANG": "C.UTF-8", **spec.env}
+        self._env = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "HOME": spec.workdir, "LANG": "C.UTF-8"}
 
     @classmethod
     async def open(cls, spec: EnvironmentSpec, run_id: str, *, launcher: Launcher | None = None) -> Self:
@@ -278,28 +268,19 @@ class ProcessEnvironment(Environment):
         reason = launcher_failure(launcher) if launcher else process_failure()
         raise SandboxUnavailableError(f"no process sandbox can be opened here: {reason}")
 
-    async def exec(
-        self,
-        command: str | Sequence[str],
-        *,
-        stdin: str | bytes = b"",
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        user: str | None = None,
-        timeout_s: float | None = None,
-        max_output_bytes: int = 1 << 20,
-    ) -> ExecResult:
-        if user is not None:
-            raise ValueError(f"a process sandbox has one user; user={user!r} needs the docker backend")
-        request = {
-            "argv": exec_argv(command),
-            "cwd": self.resolve(cwd or "."),
-            "env": exec_variables(self._env, env),
-            "timeout_s": timeout_s,
-            "max_output_bytes": max_output_bytes,
+    async def _exec(self, request: ExecRequest) -> ExecResult:
+        if request.user is not None:
+            raise ValueError(f"a process sandbox has one user; user={request.user!r} needs the docker backend")
+        fields = {
+            "argv": request.argv,
+            "cwd": request.cwd,
+            "env": {**self._env, **request.env},
+            "timeout_s": request.timeout_s,
+            "max_output_bytes": request.max_output_bytes,
         }
-        answer_s = None if timeout_s is None else timeout_s + HANG_TIMEOUT_S
-        header, body = await self._connection.request("exec", request, self._body(input_bytes(stdin)), answer_s)
+        stdin = self._fitting(input_bytes(request.stdin))
+        answer_s = None if request.timeout_s is None else request.timeout_s + HANG_TIMEOUT_S
+        header, body = await self._connection.request("exec", fields, stdin, answer_s)
         return ExecResult(
             exit_code=header["exit_code"],
             stdout=body[: header["stdout"]].decode("utf-8", "replace"),
@@ -309,31 +290,9 @@ class ProcessEnvironment(Environment):
             duration_s=header["duration_s"],
         )
 
-    async def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
-        try:
-            return (await self._file("read_file", path, {"max_bytes": max_bytes}))[1]
-        except OSError as error:
-            if error.errno == errno.EFBIG:
-                raise FileTooLargeError(f"{path} has more than {max_bytes} bytes") from error
-            raise
-
-    async def write_file(self, path: str, data: str | bytes) -> None:
-        await self._file("write_file", path, {}, self._body(input_bytes(data)))
-
-    async def export_dir(self, path: str) -> bytes:
-        bounds = {"max_entries": MAX_ARCHIVE_ENTRIES, "max_bytes": MAX_ARCHIVE_BYTES}
-        try:
-            _, data = await self._file("export_dir", path, bounds)
-        except OSError as error:
-            if error.errno in (errno.EFBIG, errno.EINVAL):
-                raise UnsafeArchiveError(f"{path}: {error.strerror}: {error.filename}") from error
-            raise
-        check_archive(data)
-        return data
-
-    async def import_dir(self, path: str, archive: bytes) -> None:
-        check_archive(archive)
-        await self._file("import_dir", path, {}, self._body(archive))
+    async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
+        fields = {"path": path, **bounds}
+        return (await self._connection.request(operation, fields, self._fitting(body), FILE_TIMEOUT_S))[1]
 
     async def kill_all(self) -> None:
         try:
@@ -344,17 +303,7 @@ class ProcessEnvironment(Environment):
     async def close(self) -> None:
         await self._connection.close()
 
-    async def _file(self, operation: str, path: str, fields: Mapping[str, Any], body: bytes = b"") -> Reply:
-        try:
-            return await self._connection.request(
-                operation, {"path": self.resolve(path), **fields}, body, FILE_TIMEOUT_S
-            )
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise UnsafePathError(f"{path} is a loop of links") from error
-            raise
-
-    def _body(self, data: bytes) -> bytes:
+    def _fitting(self, data: bytes) -> bytes:
         """Refuse what the executor, which lives under the sandbox's own memory limit, could not hold."""
         if len(data) > self.spec.limits.memory_mib << 18:
             raise ValueError(

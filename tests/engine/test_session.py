@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from agentkit_engine import (
     TokenIdError,
 )
 from agentkit_engine.model import Decoder, initialize_
+from agentkit_engine.runtime import Segment
+from agentkit_engine.runtime.runner import Group
 from agentkit_engine.sampler import sample, uniform
 
 pytestmark = pytest.mark.anyio
@@ -187,12 +189,9 @@ def test_chunked_append_equals_whole(engine: Engine, chunks: list[int]) -> None:
     expected = torch.log_softmax(engine.logits(ids)[-1], 0)
     with engine.session() as session:
         rest = ids
-        tokens: list[SampledToken] = []
         for size in chunks:
             session.append(rest[:size])
             rest = rest[size:]
-            while session.step(SamplingParams(), seed=0) is None:
-                pass
         tokens = list(session.generate(SamplingParams(temperature=0, max_tokens=1)))
     assert tokens[0].id == int(expected.argmax())
     assert tokens[0].logprob == pytest.approx(float(expected[tokens[0].id]), abs=1e-4)
@@ -305,19 +304,21 @@ POISON = 66
 
 
 @pytest.fixture
-def poisoned(engine: Engine) -> Iterator[Engine]:
-    """An engine whose last layer raises on an appended (not a sampled) id 66, after the others wrote their caches."""
+def poisoned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine whose forward raises on an appended (not a sampled) id 66, after the first layer wrote its state."""
+    runner = engine.batcher.runner
+    last, call = runner._layers[-1], type(runner._layers[-1]).__call__
 
-    def raise_on_poison(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if args[1].shape[1] > 1 and POISON in args[1]:
+    def raise_on_poison(layer: Any, streams: Tensor, ids_N: Tensor, groups: list[Group], turns: Any) -> Tensor:
+        if layer is last and any(POISON in ids_N[group.rows] for group in groups if group.tokens > 1):
             raise RuntimeError("poison")
+        return call(layer, streams, ids_N, groups, turns)
 
-    handle = engine.decoder.layers[-1].register_forward_pre_hook(raise_on_poison)
-    yield engine
-    handle.remove()
+    monkeypatch.setattr(type(last), "__call__", raise_on_poison)
+    return engine
 
 
-def test_a_failed_step_changes_no_ids_and_can_be_repeated(poisoned: Engine) -> None:
+def test_a_failed_step_changes_no_ids_and_can_be_repeated(poisoned: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(seed=3, max_tokens=6)
     with poisoned.session() as session:
         session.append([5, 6, 7])
@@ -328,7 +329,7 @@ def test_a_failed_step_changes_no_ids_and_can_be_repeated(poisoned: Engine) -> N
             with pytest.raises(RuntimeError, match="poison"):
                 list(session.generate(params))
             assert session.token_ids == before
-        poisoned.decoder.layers[-1]._forward_pre_hooks.clear()
+        monkeypatch.undo()
         found = list(session.generate(params))
     expected = alone(poisoned, before, params)
     assert [token.id for token in found] == [token.id for token in expected]
@@ -367,7 +368,7 @@ async def test_interleaved_sessions_give_exactly_what_they_give_alone(engine: En
 
 
 async def test_a_long_append_lets_others_take_their_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentkit_engine.session.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 16)
     order: list[str] = []
     async with AsyncEngine(engine) as running:
         long, short = running.session(), running.session()
@@ -404,16 +405,16 @@ async def test_a_cancelled_consumer_leaves_no_unseen_id_and_can_go_on(engine: En
 async def test_cancellation_stops_a_long_prefill_and_frees_the_thread(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentkit_engine.session.PREFILL_CHUNK", 1)
+    monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 2)
     steps = 0
-    step = engine.decoder.forward
+    step = engine.batcher.runner.step
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
+    def counted(segments: Sequence[Segment]) -> Tensor:
         nonlocal steps
         steps += 1
-        return step(*args, **kwargs)
+        return step(segments)
 
-    monkeypatch.setattr(engine.decoder, "forward", counted)
+    monkeypatch.setattr(engine.batcher.runner, "step", counted)
     async with AsyncEngine(engine) as running:
         session, other = running.session(), running.session()
         await session.append(some_ids(800))
@@ -506,7 +507,7 @@ async def test_leaving_the_block_ends_everything(engine: Engine) -> None:
             tasks.start_soon(drive, session)
         await lowlevel.checkpoint()
     assert len(outcome) == 3
-    for use in (running.session, lambda: sessions[0]._session.generate()):
+    for use in (running.session, lambda: sessions[0]._check_can_generate()):
         with pytest.raises((EngineClosedError, SessionClosedError)):
             use()
     with pytest.raises(SessionClosedError):

@@ -141,9 +141,7 @@ def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
     spawn(_train_share, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
     alone, shared = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for name, value in alone.items():
-        torch.testing.assert_close(
-            shared[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_router_biases_move_against_the_load() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from agentkit_environments import Environment, EnvironmentSpec, open_environment
 from agentkit_environments.docker import docker_failure
 from agentkit_environments.process import ProcessEnvironment, launcher_failure
+
+if TYPE_CHECKING:
+    from tests.conftest import WaitUntil
 
 BACKENDS = [
     pytest.param("unsafe-local", id="unsafe-local"),
@@ -76,7 +79,8 @@ async def env(backend: str, anyio_backend: str) -> AsyncIterator[Environment]:
 class Tag:
     """A number that nothing else on this machine has: `sleep <tag>` can be found from outside every sandbox."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait_until: WaitUntil) -> None:
+        self._wait_until = wait_until
         self.value = f"{1_000_000 + secrets.randbelow(8_000_000)}"
 
     def pids(self) -> list[int]:
@@ -96,14 +100,11 @@ class Tag:
     def alive(self) -> int:
         return len(self.pids())
 
-    def wait(self, count: int, timeout_s: float = 10.0) -> None:
+    def wait(self, count: int) -> None:
         """Wait until exactly `count` processes are alive; fail when that takes too long."""
-        deadline = time.monotonic() + timeout_s
-        while self.alive() != count:
-            assert time.monotonic() < deadline, f"{self.alive()} processes are alive, expected {count}"
-            time.sleep(0.01)
+        self._wait_until(lambda: self.alive() == count, f"{count} living processes with `{self.value}`")
 
 
 @pytest.fixture
-def tag() -> Tag:
-    return Tag()
+def tag(wait_until: WaitUntil) -> Tag:
+    return Tag(wait_until)

@@ -96,12 +96,20 @@ def test_what_is_no_archive_is_refused(data: bytes) -> None:
         check_archive(data)
 
 
+def test_rebase_names_every_directory_once_and_before_what_is_in_it() -> None:
+    data = tar(
+        ("./a/b/f", FILE, ""), ("a", DIRECTORY, ""), ("a/g", FILE, ""), ("c/d", DIRECTORY, ""), ("c/d/f", FILE, "")
+    )
+    with tarfile.open(fileobj=io.BytesIO(rebase_archive(data))) as archive:
+        assert archive.getnames() == ["a", "a/b", "a/b/f", "a/g", "c", "c/d", "c/d/f"]
+
+
 def test_rebase_moves_names_and_hard_links() -> None:
     data = tar(("top", DIRECTORY, ""), ("top/b", FILE, "", b"b"), ("top/a", HARD, "top/b"), ("top/l", LINK, "b"))
     rebased = rebase_archive(data, strip=1, prefix="new/place", uid=7)
     with tarfile.open(fileobj=io.BytesIO(rebased)) as archive:
         members = {member.name: member for member in archive}
-    assert list(members) == ["new", "new/place", "new/place/a", "new/place/b", "new/place/l"]
+    assert list(members) == ["new", "new/place", "new/place/b", "new/place/l", "new/place/a"]
     assert members["new/place/a"].linkname == "new/place/b"
     assert members["new/place/l"].linkname == "b"
     assert {member.uid for member in members.values()} == {7}

@@ -283,6 +283,53 @@ async def test_what_must_not_enter_is_not_unpacked(env: Environment) -> None:
         await env.read_file("refused/fine")
 
 
+def tar(name: str, kind: bytes, content: bytes = b"") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.size, member.linkname = kind, len(content), "target" if kind == tarfile.SYMTYPE else ""
+        archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "kind"),
+    [
+        ("mkdir x; echo kept > x/kept", "x", tarfile.REGTYPE),
+        ("mkdir x; echo kept > x/kept", "x", tarfile.SYMTYPE),
+        ("echo kept > x", "x", tarfile.DIRTYPE),
+        ("echo kept > x", "x/file", tarfile.REGTYPE),
+        ("mkdir elsewhere; ln -s elsewhere x", "x", tarfile.DIRTYPE),
+        ("mkdir elsewhere; ln -s elsewhere x", "x/file", tarfile.REGTYPE),
+        ("ln -s nowhere x", "x", tarfile.DIRTYPE),
+    ],
+)
+async def test_an_import_that_meets_something_else_is_an_error(
+    env: Environment, there: str, name: str, kind: bytes
+) -> None:
+    await env.exec(f"rm -rf conflict; mkdir conflict; cd conflict; {there}")
+    look = "find conflict -printf '%p %y %l %s\n' | sort"
+    before = (await env.exec(look)).stdout
+    with pytest.raises(FileExistsError):
+        await env.import_dir("conflict", tar(name, kind))
+    assert (await env.exec(look)).stdout == before
+
+
+async def test_an_import_merges_directories_and_replaces_files_and_links(env: Environment) -> None:
+    await env.exec("mkdir -p merge/d; cd merge; echo kept > d/kept; echo old > d/f; echo kept > target; ln -s target l")
+    await env.import_dir("merge", tar("d/f", tarfile.REGTYPE, b"new\n"))
+    await env.import_dir("merge", tar("l", tarfile.REGTYPE, b"new\n"))
+    assert (await env.exec("cat d/kept d/f target l", cwd="merge")).stdout == "kept\nnew\nkept\nnew\n"
+    with pytest.raises(NotADirectoryError):
+        await env.import_dir("merge/l", tar("f", tarfile.REGTYPE))
+
+
+async def test_hard_links_round_trip_whatever_their_names(env: Environment) -> None:
+    await env.exec("mkdir -p hard/a; cd hard; echo text > a/b; ln a/b a-b; ln a/b z")
+    await env.import_dir("hard-again", await env.export_dir("hard"))
+    assert (await env.exec("cat a-b a/b z", cwd="hard-again")).stdout == "text\n" * 3
+
+
 async def test_closing_ends_everything(backend: str, open_backend: Opener, tag: Tag) -> None:
     env = await open_backend(backend)
     await env.exec(f"sleep {tag.value} >/dev/null 2>&1 & setsid sleep {tag.value} >/dev/null 2>&1 &")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ import pytest
 from agentkit_environments import EnvironmentSpec, SandboxLostError, SandboxUnavailableError, open_environment, reap
 
 if TYPE_CHECKING:
+    from tests.conftest import WaitUntil
     from tests.environments.conftest import Opener, Tag
 
 HARNESS = """
@@ -65,14 +65,7 @@ def containers(tag: Tag) -> int:
         client.close()
 
 
-def wait_for_no_container(backend: str, tag: Tag) -> None:
-    deadline = time.monotonic() + 20
-    while backend == "docker" and containers(tag):
-        assert time.monotonic() < deadline, "the container is still there"
-        time.sleep(0.05)
-
-
-def test_ctrl_c_leaves_nothing(backend: str, tag: Tag) -> None:
+def test_ctrl_c_leaves_nothing(backend: str, tag: Tag, wait_until: WaitUntil) -> None:
     harness = start_harness(backend, tag)
     harness_tag_count = 1  # the harness itself carries the tag as an argument
     tag.wait(3 + harness_tag_count)
@@ -81,11 +74,12 @@ def test_ctrl_c_leaves_nothing(backend: str, tag: Tag) -> None:
     assert "KeyboardInterrupt" in stderr
     assert harness.returncode != 0
     assert tag.alive() == 0
-    wait_for_no_container(backend, tag)
+    if backend == "docker":
+        wait_until(lambda: not containers(tag), "the engine to remove the container")
 
 
 @pytest.mark.anyio
-async def test_sigkill_leaves_nothing(backend: str, tag: Tag) -> None:
+async def test_sigkill_leaves_nothing(backend: str, tag: Tag, wait_until: WaitUntil) -> None:
     harness = start_harness(backend, tag)
     tag.wait(4)
     harness.kill()
@@ -94,7 +88,8 @@ async def test_sigkill_leaves_nothing(backend: str, tag: Tag) -> None:
         assert tag.alive() == 3  # nothing watches over these but the next start
         assert await reap() >= 1
     tag.wait(0)
-    wait_for_no_container(backend, tag)
+    if backend == "docker":
+        wait_until(lambda: not containers(tag), "the engine to remove the container")
 
 
 def kill_sandbox(backend: str, tag: Tag) -> None:

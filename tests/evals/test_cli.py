@@ -158,6 +158,11 @@ def test_a_verifier_that_cannot_start_is_infrastructure(suite: Path, untrained: 
         (["run", "tasks/frist"], 2, "tasks/frist is no task file: the name of a task file ends in .yaml"),
         (["run", "task.toml"], 2, "task.toml is no task file"),
         (["run", "notes"], 2, "notes is no task file"),
+        (
+            ["run", "low-effort.yaml", "--env", "unsafe-local"],
+            2,
+            "effort 'low' does not exist in dialect 'v4-preview'; it has none, high, max",
+        ),
         (["run", "Say hi.", "--workdir", "nowhere"], 2, "Invalid value for '--workdir'"),
     ],
 )
@@ -167,6 +172,7 @@ def test_each_mistake_is_one_message(
     head = "id: x\ninstruction: Do it.\n# a comment\n"
     (tmp_path / "unknown-key.yaml").write_text(f"{head}verfier: {{command: 'true'}}\n")
     (tmp_path / "unknown-tool.yaml").write_text(f"{head}tools: [bsh]\n")
+    (tmp_path / "low-effort.yaml").write_text(f"{head}agent: {{effort: low}}\nverifier: {{command: 'true'}}\n")
     (tmp_path / "notes").write_text("not a task\n")
     (tmp_path / "no-solution.yaml").write_text(f"{head}verifier: {{command: 'true'}}\n")
     result = agentkit(*arguments, code=code)

@@ -69,6 +69,9 @@ def code_of(exc: BaseException) -> ExitCode | None:
         return ExitCode.USAGE
     if isinstance(exc, SandboxError | EvalError | AgentkitError | OSError):
         return ExitCode.INFRASTRUCTURE
+    chat = sys.modules.get("agentkit_engine.chat.errors")
+    if chat and isinstance(exc, chat.ChatError):  # an effort that the model's dialect does not have, for one
+        return ExitCode.USAGE
     engine = sys.modules.get("agentkit_engine.errors")  # what never was imported, for it imports torch, raised nothing
     if engine and isinstance(exc, engine.ModelNotFoundError | engine.CheckpointError | engine.TokenizerMissingError):
         return ExitCode.USAGE

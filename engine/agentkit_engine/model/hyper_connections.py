@@ -100,7 +100,7 @@ class _Write(torch.autograd.Function):
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _half_steps(size: int, iterations: int, eps: float, device: torch.device) -> list[Tensor]:
+def half_steps(size: int, iterations: int, eps: float, device: torch.device) -> list[Tensor]:
     """Per half step, the matrix that turns a flattened M x M matrix, followed by a 1, into the divisors of its entries:
     the sum of each entry's column (or row) + eps, and 1 for the 1."""
     eye, ones = torch.eye(size, device=device), torch.ones(size, size, device=device)
@@ -117,7 +117,7 @@ def _half_steps(size: int, iterations: int, eps: float, device: torch.device) ->
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _scale_of_output(size: int, device: torch.device) -> Tensor:
+def scale_of_output(size: int, device: torch.device) -> Tensor:
     """Which of (pre, post, comb) each of the (2 + M) * M outputs belongs to."""
     return torch.tensor([0] * size + [1] * size + [2] * size * size, device=device)
 
@@ -136,14 +136,14 @@ class _Sinkhorn(torch.autograd.Function):
         out = F.pad(matrices_NL, (0, 1), value=1.0)
         for current in torch.split(out, SINKHORN_ROWS):
             divisor = torch.empty_like(current)
-            for step in _half_steps(size, iterations, eps, out.device):
+            for step in half_steps(size, iterations, eps, out.device):
                 current.div_(torch.mm(current, step, out=divisor))
         return out[:, :-1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (matrices_NL,) = ctx.saved_tensors
-        steps = _half_steps(*ctx.settings, matrices_NL.device)
+        steps = half_steps(*ctx.settings, matrices_NL.device)
         out = F.pad(grads[0], (0, 1))
         for source, grad in zip(*(torch.split(x, SINKHORN_ROWS) for x in (matrices_NL, out)), strict=True):
             current, done = F.pad(source, (0, 1), value=1.0), []
@@ -178,7 +178,7 @@ def connect(
         scale: [3], for pre, post and comb.
     """
     size = streams_NMD.shape[1]
-    scales = scale.float()[_scale_of_output(size, scale.device)]
+    scales = scale.float()[scale_of_output(size, scale.device)]
     mix = torch.addcmul(base.float(), mix_logits(streams_NMD, fn, norm_eps), scales)
     pre, post, comb = torch.split(mix, [size, size, size * size], dim=-1)
     mixing = Mixing(2 * post.sigmoid(), sinkhorn(comb.reshape(-1, size, size), iterations, eps))

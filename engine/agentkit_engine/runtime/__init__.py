@@ -1,0 +1,15 @@
+"""The engine's fast path: many sequences, one forward, state in pools.
+
+`model/` is the readable twin that trains and that is compared with transformers; this folder computes the same logits
+for a ragged batch of live sequences, and in a way that does not depend on the batch: whatever shares the forward with
+a token, and however its prompt was cut into chunks, its logits are the same bits. `README.md` says how.
+
+Dimension key, beside that of `model/__init__.py`: B sequences of a group, T tokens of each in this forward, N rows of
+the forward (all tokens of all groups, padded), R rows of a window ring, S keys, U tokens of a query block.
+"""
+
+from agentkit_engine.runtime.batcher import Batcher, Work
+from agentkit_engine.runtime.runner import Runner, Segment
+from agentkit_engine.runtime.state import Pools, Sequence
+
+__all__ = ["Batcher", "Pools", "Runner", "Segment", "Sequence", "Work"]

@@ -1,0 +1,180 @@
+"""What live sequences leave behind for their next tokens, in pools that are allocated once.
+
+*Spans* hold what grows with length: the compressed entries and index keys of 256 consecutive tokens, in every layer,
+under one id. *Tail slots* hold what
+does not grow: the ring of window rows and the compressors' open rows. A span or slot that nobody holds costs address
+space only: the operating system gives memory to pages that are written.
+
+Dimension key: `runtime/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.errors import OutOfMemoryError
+from agentkit_engine.spec import LayerSpec, ModelSpec
+
+SPAN = 256
+"""Tokens per span: a multiple of every compression ratio."""
+ROLLBACK = 4
+"""Tokens that a sequence can be shortened by, less one that is computed again: the rings still hold what is needed."""
+QUERY_BLOCK = 128
+"""Tokens of one sequence whose attention is computed together; blocks start at multiples of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompressorState:
+    """One compressor's entries, by span, and its open rows, by slot (token t is row t mod O).
+
+    O is the rows that the next entry may pool (8 for CSA, whose entries pool two windows of 4, and 128 for HCA), and
+    `ROLLBACK` more.
+    """
+
+    ratio: int
+    entries: Tensor  # [spans, SPAN // ratio, K]
+    values: Tensor  # [slots, O, K or 2K]
+    scores: Tensor  # like values; ape added
+
+    @property
+    def entries_per_span(self) -> int:
+        return self.entries.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One layer's state: `window` [slots, R, K] with token t in row t mod R, and the compressors' state."""
+
+    window: Tensor
+    compressor: CompressorState | None
+    indexer: CompressorState | None
+
+
+class Sequence:
+    """A live sequence: a tail slot, the spans of its past, and how many tokens they account for.
+
+    Made by `Pools.open`, given back with `Pools.close`.
+    """
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.length = 0
+        self.written = 0
+        """The most tokens it ever held: what came after a later cut may have replaced rows of the rings."""
+        self.num_spans = 0
+        self.table = torch.zeros(4, dtype=torch.int64)
+        """Span ids; the first `num_spans` count."""
+        self.contiguous = True
+        """Whether the ids are consecutive, so that a long scan needs no gather."""
+
+    def add_span(self, span: int) -> None:
+        if self.num_spans == len(self.table):
+            self.table = torch.cat((self.table, torch.zeros_like(self.table)))
+        if self.num_spans and span != int(self.table[self.num_spans - 1]) + 1:
+            self.contiguous = False
+        self.table[self.num_spans] = span
+        self.num_spans += 1
+
+
+class Pools:
+    """All state of one model, for at most `slots` live sequences and `spans` spans.
+
+    `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is what live sequences hold of them.
+    """
+
+    def __init__(self, spec: ModelSpec, *, slots: int, spans: int, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.slots, self.spans = slots, spans
+        self.ring = -(-spec.sliding_window // 32) * 32 + QUERY_BLOCK
+        self.layers = [self._layer(layer) for layer in spec.layers]
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._unused_spans = spans  # ids below `spans - _unused_spans` have been used before
+        self._free_spans: list[int] = []
+        states = [state for layer in self.layers for state in (layer.compressor, layer.indexer) if state is not None]
+        grown = [state.entries for state in states]
+        fixed = [layer.window for layer in self.layers] + [t for state in states for t in (state.values, state.scores)]
+        self.bytes_per_span = sum(tensor[0].nbytes for tensor in grown)
+        self.bytes_per_slot = sum(tensor[0].nbytes for tensor in fixed)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
+    def free_spans(self) -> int:
+        return len(self._free_spans) + self._unused_spans
+
+    @property
+    def bytes_held(self) -> int:
+        return (self.slots - self.free_slots) * self.bytes_per_slot + (
+            self.spans - self.free_spans
+        ) * self.bytes_per_span
+
+    def open(self) -> Sequence:
+        """An empty sequence.
+
+        Raises:
+            OutOfMemoryError: every slot is taken.
+        """
+        if not self._free_slots:
+            raise OutOfMemoryError(f"all {self.slots} slots are taken by live sequences; close or park one")
+        sequence = Sequence(self._free_slots.pop())
+        for layer in self.layers:
+            for state in (layer.compressor, layer.indexer):
+                if state is not None:  # the window before a sequence's first has weight 0 in its first entry
+                    state.values[sequence.slot] = 0.0
+                    state.scores[sequence.slot] = -torch.inf
+        return sequence
+
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        """Give `sequence` the spans it needs to hold `length` tokens; all or none.
+
+        Raises:
+            OutOfMemoryError: there are not enough free spans.
+        """
+        missing = -(-length // SPAN) - sequence.num_spans
+        if missing > self.free_spans:
+            raise OutOfMemoryError(f"{missing} more spans needed, {self.free_spans} of {self.spans} are free")
+        for _ in range(missing):
+            if self._free_spans:
+                span = self._free_spans.pop()
+            else:
+                span = self.spans - self._unused_spans
+                self._unused_spans -= 1
+            sequence.add_span(span)
+
+    def close(self, sequence: Sequence) -> None:
+        """Give back the slot and the spans."""
+        self._free_slots.append(sequence.slot)
+        self._free_spans += reversed(sequence.table[: sequence.num_spans].tolist())
+        sequence.num_spans = 0
+
+    def _layer(self, layer: LayerSpec) -> LayerState:
+        spec = self.spec
+        csa = layer.attention == "csa"
+        return LayerState(
+            self._zeros(self.slots, self.ring, spec.head_dim),
+            self._compressor(layer, spec.head_dim) if layer.compress_ratio else None,
+            self._compressor(layer, spec.index_head_dim) if csa else None,
+        )
+
+    def _compressor(self, layer: LayerSpec, head_dim: int) -> CompressorState:
+        ratio, series = layer.compress_ratio, 2 if layer.attention == "csa" else 1
+        open_rows = (self.slots, series * ratio + ROLLBACK, series * head_dim)
+        return CompressorState(
+            ratio,
+            self._zeros(self.spans, SPAN // ratio, head_dim),
+            self._zeros(*open_rows),
+            self._zeros(*open_rows),
+        )
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """float32 zeros; on the CPU they take memory page by page, as they are written."""
+        if self.device.type != "cpu":
+            return torch.zeros(shape, device=self.device)
+        return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).view(shape)

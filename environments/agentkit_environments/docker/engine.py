@@ -1,0 +1,114 @@
+"""The Docker engine: connecting to it, its images, and removing what harnesses that are gone have left there.
+
+Every container carries two labels, its run and its owner, so that `reap_docker` finds what an engine that was itself
+killed could not remove.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import docker
+import requests
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.utils import parse_host
+
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.owner import is_orphan
+
+BASE_IMAGE = "agentkit-base:latest"
+BUILD_HINT = "build it with `python -m agentkit_environments.images`"
+RUN_LABEL, OWNER_LABEL = "agentkit.run", "agentkit.owner"
+API_TIMEOUT_S = 60
+
+
+def connect() -> docker.DockerClient:
+    """Return a client of the engine that DOCKER_HOST names, or of the local one.
+
+    Raises:
+        SandboxUnavailableError: If no engine answers.
+    """
+    try:
+        host = str(parse_host(os.environ.get("DOCKER_HOST")))
+        if host.startswith("http+unix://"):
+            # Asked first with a socket of our own: when nobody listens the docker library leaks the one it has opened.
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(host.removeprefix("http+unix://"))
+        return docker.from_env(timeout=API_TIMEOUT_S, max_pool_size=64)
+    except (DockerException, OSError) as error:
+        raise SandboxUnavailableError(
+            f"no Docker engine answers ({error}). Start one (`systemctl start docker`, or `dockerd &` as root), point "
+            "DOCKER_HOST at one, or use the process backend"
+        ) from error
+
+
+def docker_failure(image: str | None = None) -> str | None:
+    """Return why no container of `image` (None: the base image) can be opened here, or None when one can.
+
+    An image other than the base image may still have to be pulled.
+    """
+    try:
+        client = connect()
+    except SandboxUnavailableError as error:
+        return str(error)
+    try:
+        if image is None:
+            require_image(client, None)
+    except SandboxUnavailableError as error:
+        return str(error)
+    finally:
+        client.close()
+    return None
+
+
+def require_image(client: docker.DockerClient, image: str | None) -> str:
+    name = image or BASE_IMAGE
+    try:
+        client.images.get(name)
+    except ImageNotFound:
+        if image is None:
+            raise SandboxUnavailableError(f"the base image {BASE_IMAGE} is not there: {BUILD_HINT}") from None
+        try:
+            client.images.pull(name)
+        except (DockerException, requests.RequestException) as error:
+            raise SandboxUnavailableError(f"image {name} is not there and could not be pulled: {error}") from error
+    except (DockerException, requests.RequestException) as error:
+        raise SandboxUnavailableError(f"image {name} cannot be used: {error}") from error
+    return name
+
+
+def reap_docker(run_id: str | None) -> int:
+    """Remove the containers of `run_id`, or of every harness of this machine that is gone; return how many."""
+    try:
+        client = connect()
+    except SandboxUnavailableError:
+        return 0
+    try:
+        label = RUN_LABEL if run_id is None else f"{RUN_LABEL}={run_id}"
+        count = 0
+        for container in client.api.containers(all=True, filters={"label": label}):
+            if run_id is not None or is_orphan(container["Labels"].get(OWNER_LABEL, "")):
+                remove_container(client, container["Id"])
+                count += 1
+        return count
+    finally:
+        client.close()
+
+
+def remove_container(client: docker.DockerClient, container_id: str) -> None:
+    """Remove a container and its volumes; on return it is gone, also when somebody else was removing it."""
+    deadline = time.monotonic() + API_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            client.api.remove_container(container_id, force=True, v=True)
+        except NotFound:
+            return
+        except APIError as error:
+            if error.status_code != 409:
+                raise SandboxLostError(f"container {container_id[:12]} cannot be removed: {error}") from error
+            time.sleep(0.02)
+        except (DockerException, requests.RequestException):
+            return  # the engine is gone; it removes the container when it comes back, or reap does
+    raise SandboxLostError(f"container {container_id[:12]} could not be removed within {API_TIMEOUT_S} s")

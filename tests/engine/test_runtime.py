@@ -1,0 +1,173 @@
+"""The fast path: the twin's logits, and the same bits whatever shares the forward and whatever memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from agentkit_engine import Engine, ModelSpec, OutOfMemoryError, SamplingParams
+from agentkit_engine.model import Decoder
+from agentkit_engine.runtime import Batcher, Pools, Work
+from agentkit_engine.runtime.batcher import SLOTS
+from agentkit_engine.runtime.state import SPAN
+
+from .conftest import randomize_, small_config
+
+VOCAB = 96
+SPECS = {
+    "v4": ModelSpec.from_config(small_config(0, 4, 128, 4, sliding_window=48, index_topk=8)),
+    "all entries fit": ModelSpec.from_config(small_config(4, 128, index_topk=128)),
+    "heads that fill a product": ModelSpec.from_config(small_config(0, 4, num_attention_heads=16, o_groups=4)),
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return randomize_(Decoder(SPECS[request.param]), torch.Generator().manual_seed(1)).eval()
+
+
+@pytest.fixture(scope="module")
+def batcher(decoder: Decoder) -> Batcher:
+    return Batcher(decoder, state_bytes=64 << 20)
+
+
+def some_ids(count: int, seed: int) -> list[int]:
+    ids: list[int] = torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+def test_logits_are_the_twins(decoder: Decoder, batcher: Batcher) -> None:
+    ids = some_ids(600, 0)
+    with torch.inference_mode():
+        expected = decoder(torch.tensor([ids]))[0]
+    assert float((batcher.logits(ids) - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 127, 128, 129, 256, 511])
+def test_every_chunking_gives_the_same_bits(batcher: Batcher, chunk: int) -> None:
+    ids = some_ids(600, 0)
+    assert torch.equal(batcher.logits(ids, chunk=chunk), batcher.logits(ids))
+
+
+class Session:
+    """A sequence fed in pieces; checks each row of logits it gets against the whole computed at once."""
+
+    def __init__(self, ids: Sequence[int], expected_TV: Tensor) -> None:
+        self.ids, self.expected_TV = ids, expected_TV
+        self.work = Work()
+
+    def feed(self, count: int) -> None:
+        self.work.extend(self.ids[len(self.work.ids) : len(self.work.ids) + count])
+
+    def check(self) -> None:
+        if self.work.logits_V is not None:
+            assert torch.equal(self.work.logits_V, self.expected_TV[len(self.work.ids) - 1])
+
+
+@pytest.fixture(scope="module")
+def sessions(batcher: Batcher) -> list[tuple[list[int], Tensor]]:
+    return [(ids := some_ids(330, seed), batcher.logits(ids)) for seed in range(3)]
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_random_schedules_give_the_same_bits(
+    batcher: Batcher, sessions: list[tuple[list[int], Tensor]], data: st.DataObject
+) -> None:
+    """Sessions join, feed, wait, shorten by a token, lose their state and go on, in any batch."""
+    live = [Session(*session) for session in sessions]
+    try:
+        for _ in range(data.draw(st.integers(1, 8), "steps")):
+            for session in live:
+                match data.draw(st.sampled_from(["feed", "feed", "wait", "drop", "shorten"]), "action"):
+                    case "feed":
+                        session.feed(data.draw(st.sampled_from([1, 1, 2, 5, 64, 130]), "count"))
+                    case "drop":
+                        batcher.drop(session.work)
+                    case "shorten" if len(session.work.ids) > 1:
+                        batcher.truncate(session.work, len(session.work.ids) - 1)
+            works = [session.work for session in live if session.work.ids and session.work.logits_V is None]
+            if works:
+                batcher.advance(works)
+            for session in live:
+                session.check()
+        for session in live:
+            session.feed(1)
+            while session.work.logits_V is None:
+                batcher.advance([session.work])
+            session.check()
+    finally:
+        for session in live:
+            batcher.drop(session.work)
+    assert batcher.pools.bytes_held == 0
+
+
+def test_short_memory_costs_time_and_changes_nothing(decoder: Decoder) -> None:
+    sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+    batcher = Batcher(decoder, state_bytes=3 * sizes.bytes_per_span)
+    works = [Work() for _ in range(4)]
+    for seed, work in enumerate(works):
+        work.extend(some_ids(300, seed))  # two spans each: only one of the four fits
+    expected = [batcher.logits(work.ids)[-1] for work in works]
+    for _ in range(2):
+        while waiting := [work for work in works if work.logits_V is None]:
+            batcher.advance(waiting)
+            assert batcher.pools.bytes_held <= 3 * sizes.bytes_per_span + SLOTS * sizes.bytes_per_slot
+        for work, logits_V in zip(works, expected, strict=True):
+            assert work.logits_V is not None
+            assert torch.equal(work.logits_V, logits_V)
+            last = work.ids[-1]
+            batcher.truncate(work, len(work.ids) - 1)
+            work.extend([last])
+
+
+def test_a_sequence_that_does_not_fit_at_all_says_so_and_frees_what_it_had(decoder: Decoder) -> None:
+    sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+    engine = Engine(
+        decoder, name="small", dialect="v4-preview", folder=Path("none"), state_bytes=2 * sizes.bytes_per_span
+    )
+    with engine.session() as session:
+        session.append(some_ids(2 * SPAN + 1, 0))
+        with pytest.raises(OutOfMemoryError, match=r"no memory for a sequence of 513 tokens .* 0 of 2 are free"):
+            next(session.generate())
+        assert engine.batcher.pools.bytes_held == 0
+    with engine.session() as session:
+        session.append(some_ids(2 * SPAN - 1, 0))
+        assert len(list(session.generate(SamplingParams(max_tokens=1)))) == 1
+
+
+def test_more_sessions_than_slots(batcher: Batcher) -> None:
+    works = [Work() for _ in range(SLOTS + 3)]
+    for index, work in enumerate(works):
+        work.extend([index % VOCAB, 1])
+    while waiting := [work for work in works if work.logits_V is None]:
+        batcher.advance(waiting)
+    assert batcher.pools.free_slots == 0
+    first, last = (torch.as_tensor(works[index].logits_V) for index in (0, VOCAB % SLOTS))
+    assert torch.equal(first, batcher.logits([0, 1])[-1])
+    assert torch.equal(last, batcher.logits([VOCAB % SLOTS, 1])[-1])
+    for work in works:
+        batcher.drop(work)
+
+
+def test_bytes_held_are_those_of_spans_and_slots(batcher: Batcher) -> None:
+    work = Work()
+    work.extend(some_ids(SPAN + 1, 0))
+    while work.pending:
+        batcher.advance([work])
+    spec, pools = batcher.pools.spec, batcher.pools
+    per_span = sum(
+        4 * SPAN // layer.compress_ratio * (spec.head_dim + (layer.attention == "csa") * spec.index_head_dim)
+        for layer in spec.layers
+        if layer.compress_ratio
+    )
+    assert pools.bytes_per_span == per_span
+    assert pools.bytes_held == 2 * per_span + pools.bytes_per_slot
+    batcher.drop(work)
+    assert pools.bytes_held == 0
