@@ -1,6 +1,6 @@
 """One tool of your own, and the tiny model that ships with agentkit: python examples/hello_agent.py"""
 
-from agentkit import Agent, Limits, tool
+from agentkit import Agent, tool
 
 
 @tool
@@ -9,5 +9,5 @@ def get_weather(city: str) -> str:
     return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
 
 
-agent = Agent("tiny", [get_weather], limits=Limits(max_tokens=300))
+agent = Agent("tiny", [get_weather])
 print(agent.run_sync("What is the weather in Paris?").answer)

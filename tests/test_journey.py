@@ -105,10 +105,10 @@ def test_the_tiny_model_takes_held_out_tasks_through_every_room(tmp_path: Path) 
     run = RunDirectory.open(tmp_path / "run")
     solved = sum(trial.solved for trial in run.trials)
     assert shown.stdout.splitlines()[-1] == f"solved {solved}/{len(FAMILIES)}"
-    assert solved >= 2  # what the packaged model, trained for 25 minutes, does with ease; its card has the rates
+    assert solved >= 0.7 * len(FAMILIES)  # its card has the rates
     assert (tmp_path / "run" / "report.html").exists()
     assert [trial.failure for trial in run.trials if trial.failure in ("task", "infrastructure")] == []
-    assert sum(trial.usage.forced_tokens for trial in run.trials if trial.solved) == 0
+    assert sum(trial.usage.forced_tokens for trial in run.trials) == 0
 
     engine = Engine.load("tiny")
     check_record(run, engine.tokenizer)

@@ -15,7 +15,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.sandbox
-@pytest.mark.xfail(reason="the packaged model was trained for 25 minutes and cannot call an unseen tool yet")
 @pytest.mark.skipif(not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the tiny model is not packaged")
 @pytest.mark.skipif(
     all(reason for backend, reason in available_backends().items() if backend != "unsafe-local"),
@@ -25,4 +24,8 @@ def test_hello_agent() -> None:
     path = EXAMPLES / "hello_agent.py"
     assert len(path.read_text().splitlines()) < 20
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=30)
-    assert "sunny, 21 degrees" in done.stdout
+    code = path.read_text().partition('"""\n\n')[2]
+    shown = (EXAMPLES.parent / "README.md").read_text()
+    assert f"```python\n{code}```" in shown
+    assert f"It prints `{done.stdout.strip()}`" in shown
+    assert done.stdout == "sunny, 21 degrees\n"

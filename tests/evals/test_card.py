@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_evals.card import measured_tables, training_table
+from agentkit_evals.synth import FAMILIES
+
+ROOT = Path(__file__).parents[2]
 
 
 def score(mean: float, n: int) -> dict[str, object]:
@@ -35,3 +41,19 @@ def test_training_counts_every_process() -> None:
     assert "| tokens | 2.0 M, 0.5 M of them the assistant's |" in text
     assert "| time | 2 minutes |" in text
     assert "| held-out trajectories right to the last token | 50.0 % |" in text
+
+
+def test_the_card_of_the_packaged_model_shows_what_was_measured() -> None:
+    measured = json.loads((ROOT / "evals/results/measure-tiny.json").read_text())
+    logged = [json.loads(line) for line in (ROOT / "engine/results/tiny-training.jsonl").read_text().splitlines()]
+    card = (PACKAGED_MODELS["tiny"] / "MODEL_CARD.md").read_text()
+    for text in (*measured_tables(measured), training_table(logged)):
+        assert text in card
+    assert set(measured["results"]["families"]) == set(FAMILIES)
+    assert all(score["n"] >= 50 for score in measured["results"]["families"].values())
+    assert measured["masked_pairs_seen_in_training"] == 0
+    mean, stderr = (100 * measured["results"]["all"][key] for key in ("mean", "stderr"))
+    assert (
+        f"{mean:.1f} % ± {stderr:.1f} of {measured['results']['all']['n']} held-out tasks"
+        in (ROOT / "README.md").read_text()
+    )
