@@ -384,15 +384,14 @@ async def test_disk_process_and_memory_limits(backend: str, open_backend: Opener
 
 
 async def test_reap_removes_a_run_by_its_name(backend: str, open_backend: Opener, tag: Tag) -> None:
-    if backend.startswith("process"):
-        pytest.skip("a process sandbox cannot be left behind")
+    reaped = 0 if backend.startswith("process") else 1  # a process sandbox ends with its parent: nothing to find
     run_id = f"reap-{os.getpid()}-{tag.value}"
     env = await open_backend(backend, run_id=run_id)
     try:
         await env.exec(f"sleep {tag.value} >/dev/null 2>&1 &")
         tag.wait(1)
-        assert await reap(run_id) == 1
-        assert tag.alive() == 0
+        assert await reap(run_id) == reaped
+        assert tag.alive() == 1 - reaped
         assert await reap(run_id) == 0
     finally:
         await env.close()
