@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from agentkit_engine.training.data import Rows, batches
 from agentkit_engine.training.optimizer import orthogonalize
 from agentkit_engine.training.tiny import tiny_spec
 from agentkit_engine.training.tokenizer import build_tokenizer
-from agentkit_engine.training.train import TrainingConfig, accuracy, nudge_router_biases, train
+from agentkit_engine.training.train import TrainingConfig, _stream, accuracy, nudge_router_biases, train
 
 PHRASE = 'invoke name="read_file">\n<'
 TEXTS = ["the file kalo.txt holds mira = 42\n", 'invoke name="read_file">\n<kalo', "def f(x):\n    return x + 1\n"] * 40
@@ -95,6 +96,14 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -
     assert float(values.max()) < 1.3
 
 
+def test_every_second_batch_for_copying_sees_too_little_to_copy_from_the_window() -> None:
+    config = TrainingConfig(copy_steps=1, mixed_steps=1, batches=2, batch_tokens=192)
+    drawn = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 8))
+    assert [batch.window for batch in drawn] == [None, config.copy_window] * 2 + [None, None, None, config.copy_window]
+    assert config.copy_window < drawn[1].ids_BT.size(1) // 2
+    assert [batch.ids_BT.size(1) for batch in drawn] == [96] * 4 + [24] * 2 + [96] * 2
+
+
 def _small_model() -> Decoder:
     spec = replace(
         tiny_spec(64), hidden_size=32, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, index_topk=2,
@@ -118,6 +127,7 @@ def test_training_learns_to_copy_and_gives_the_same_weights_twice() -> None:
     assert {"mtp", "index"} <= records[0].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert all(block.attn.top_k == 2 for block in model.blocks)
+    assert all(block.attn.sliding_window == model.spec.sliding_window for block in model.blocks)
     measured = accuracy(model, rows, pad_id=2)
     assert 0 <= measured["row_accuracy"] <= measured["token_accuracy"] <= 1
 

@@ -11,18 +11,31 @@ from torch.multiprocessing.spawn import spawn
 from agentkit_engine.training.train import TrainingConfig
 from agentkit_engine.training.worker import work
 
+DEFAULT = TrainingConfig()
+
 
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with tokenizer.json, train.safetensors, heldout.safetensors.")],
     out: Annotated[Path, typer.Argument(help="New folder for the model, in the official layout.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainingConfig().steps,
+    start: Annotated[Path | None, typer.Option(help="A model folder to go on from, instead of random weights.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = DEFAULT.steps,
+    learning_rate: Annotated[float, typer.Option(help="Peak.")] = DEFAULT.learning_rate,
+    copy_steps: Annotated[int, typer.Option(help="First steps, on copying alone.")] = DEFAULT.copy_steps,
+    mixed_steps: Annotated[int, typer.Option(help="Steps after these, half on copying.")] = DEFAULT.mixed_steps,
+    topk_steps: Annotated[int, typer.Option(help="The step at which selection binds in full.")] = DEFAULT.topk_steps,
     workers: Annotated[int, typer.Option(help="Processes of one thread each that share every step.")] = 2,
 ) -> None:
     """Train, report held-out accuracy under teacher forcing, export. Progress goes to OUT/training.jsonl."""
     out.mkdir(parents=True)
     rendezvous = f"file://{(out / 'rendezvous').resolve()}"
-    config = TrainingConfig(steps=steps)
-    spawn(work, (workers, rendezvous, data, out, config), nprocs=workers)  # type: ignore[no-untyped-call]
+    config = TrainingConfig(
+        steps=steps,
+        learning_rate=learning_rate,
+        copy_steps=copy_steps,
+        mixed_steps=mixed_steps,
+        topk_steps=topk_steps,
+    )
+    spawn(work, (workers, rendezvous, data, out, config, start), nprocs=workers)  # type: ignore[no-untyped-call]
     (out / "rendezvous").unlink(missing_ok=True)
 
 

@@ -57,6 +57,7 @@ class Batch:
     ids_BT: Tensor  # int64, right-padded with the pad id
     mask_BT: Tensor  # float32: 1 written by the assistant, 0 given or padding
     real_BT: Tensor  # bool: not padding
+    window: int | None = None  # the sliding window to train it with, if not the model's
 
 
 def batches(rows: Rows, *, tokens: int, pad_id: int, seed: int) -> Iterator[Batch]:

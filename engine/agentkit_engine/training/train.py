@@ -32,9 +32,13 @@ class TrainingConfig:
 
     Attributes:
         steps: Optimiser steps, copying included.
-        copy_steps: First steps, on random names said twice: heads that copy form within sixty such steps, and much
-            later when trajectories alone have to bring them about.
-        mixed_steps: Steps after these in which every second batch is still for copying.
+        copy_steps: First steps, on random names said twice: heads that copy form within sixty such steps (those that
+            read compressed entries within two hundred), and much later, if at all, when trajectories alone have to
+            bring them about.
+        copy_window: The sliding window of every second batch for copying: so short that the first saying lies outside,
+            and only heads that read compressed entries can copy. Within the full window there is no need for them, and
+            without this they did not form at all: a fact from far back was never found.
+        mixed_steps: Steps after these in which two batches of four are still for copying.
         batches: Batches of a step, per process. A batch holds rows of one length, and so of few families: a step
             needs several, or the model forgets one family while it learns another.
         batch_tokens: Padded tokens of a batch at most.
@@ -48,7 +52,8 @@ class TrainingConfig:
     """
 
     steps: int = 1400
-    copy_steps: int = 60
+    copy_steps: int = 200
+    copy_window: int = 12
     mixed_steps: int = 250
     batches: int = 3
     batch_tokens: int = 896
@@ -87,6 +92,7 @@ def train(
         means: dict[str, float] = {}
         for batch in itertools.islice(stream, config.batches):
             _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)))
+            _set_window(model, batch.window or model.spec.sliding_window)
             trace = Trace(index_scores=step % config.index_every == 0)
             losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
             (sum(losses.values(), torch.zeros(())) / config.batches).backward()  # type: ignore[no-untyped-call]
@@ -109,6 +115,7 @@ def train(
         if step % 10 == 0 or step == config.steps - 1:
             seconds = time.perf_counter() - started
             log({"step": step, **means, "grad_norm": float(norm), "tokens": tokens, "written": written, "s": seconds})
+        _set_window(model, model.spec.sliding_window)
     _set_topk(model, final_topk)
 
 
@@ -161,7 +168,7 @@ def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iter
     )
     for index in itertools.count():
         step = index // (world * config.batches)
-        copying = step < config.copy_steps or (step < config.copy_steps + config.mixed_steps and index % 2)
+        copying = step < config.copy_steps or (step < config.copy_steps + config.mixed_steps and index // 2 % 2)
         yield _copy_batch(rows.copied, config, index) if copying else next(epochs)
 
 
@@ -173,7 +180,8 @@ def _copy_batch(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
     ids_BT = copied.long()[picks_BT].repeat(1, 2)
     mask_BT = torch.ones(ids_BT.shape)
     mask_BT[:, :half] = 0.0
-    return Batch(ids_BT, mask_BT, torch.ones(ids_BT.shape, dtype=torch.bool))
+    window = config.copy_window if draw % 2 else None
+    return Batch(ids_BT, mask_BT, torch.ones(ids_BT.shape, dtype=torch.bool), window)
 
 
 def _learning_rate(step: int, config: TrainingConfig) -> float:
@@ -192,6 +200,11 @@ def _topk(step: int, config: TrainingConfig, final: int, length: int) -> int:
 def _set_topk(model: Decoder, topk: int) -> None:
     for block in model.blocks:
         block.attn.top_k = topk
+
+
+def _set_window(model: Decoder, window: int) -> None:
+    for block in model.blocks:
+        block.attn.sliding_window = window
 
 
 def _losses(model: Decoder, batch: Batch, config: TrainingConfig, trace: Trace, *, draft: bool) -> dict[str, Tensor]:

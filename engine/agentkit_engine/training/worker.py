@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.chat.tokens import PAD
+from agentkit_engine.engine import Engine
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tiny import tiny_spec
@@ -22,14 +23,21 @@ CHECKPOINT_STEPS = 250
 GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
 
 
-def work(rank: int, workers: int, rendezvous: str, data: Path, out: Path, config: TrainingConfig) -> None:
-    """Train as process `rank` of `workers`, which find each other at `rendezvous`; the first one writes the model."""
+def work(
+    rank: int, workers: int, rendezvous: str, data: Path, out: Path, config: TrainingConfig, start: Path | None
+) -> None:
+    """Train as process `rank` of `workers`, which find each other at `rendezvous`; the first one writes the model.
+
+    Weights are those of the folder `start`, or random.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
     tokenizer = Tokenizer.from_dir(data)
     pad_id = tokenizer.control_id(PAD)
     rows, heldout = Rows.load(data / "train.safetensors"), Rows.load(data / "heldout.safetensors")
     model = initialize_(Decoder(tiny_spec(tokenizer.vocab_size)), torch.Generator().manual_seed(config.seed))
+    if start is not None:
+        model.load_state_dict(Engine.load(start).decoder.state_dict())
     record = (out / f"training{rank or ''}.jsonl").open("w")
 
     def log(entry: dict[str, float]) -> None:
