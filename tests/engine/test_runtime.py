@@ -156,6 +156,27 @@ def test_more_sessions_than_slots(batcher: Batcher) -> None:
         batcher.drop(work)
 
 
+def test_a_sequence_that_is_not_finite_harms_no_other(decoder: Decoder) -> None:
+    """Neither one in the same forward nor one that gets its slot and spans afterwards."""
+    batcher = Batcher(decoder, state_bytes=64 << 20)
+    ids, poison = [3, *some_ids(299, 0)], 7
+    ids = [token_id if token_id != poison else 8 for token_id in ids]
+    expected = batcher.logits(ids)
+    batcher.runner._embed = batcher.runner._embed.detach().clone()
+    batcher.runner._embed[poison] = torch.nan
+    healthy, ill = Work(), Work()
+    ill.extend([poison] * 300)
+    batcher.advance([ill])  # first, so that it holds the lowest ids
+    healthy.extend(ids[:130])
+    ill.extend([poison])
+    batcher.advance([ill, healthy])
+    assert ill.logits_V is not None and not bool(ill.logits_V.isfinite().any())
+    assert healthy.logits_V is not None and torch.equal(healthy.logits_V, expected[129])
+    batcher.drop(ill)
+    batcher.drop(healthy)
+    assert torch.equal(batcher.logits(ids), expected)
+
+
 def test_bytes_held_are_those_of_spans_and_slots(batcher: Batcher) -> None:
     work = Work()
     work.extend(some_ids(SPAN + 1, 0))

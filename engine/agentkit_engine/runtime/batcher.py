@@ -55,12 +55,7 @@ class Work:
 
 
 class Batcher:
-    """Owns the pools and runs the forwards of one model. One thread at a time.
-
-    Attributes:
-        steps: forwards so far.
-        forwarded_tokens: ids that went through them; more than the sessions' ids when state was dropped.
-    """
+    """Owns the pools and runs the forwards of one model. One thread at a time."""
 
     def __init__(self, decoder: Decoder, *, state_bytes: int) -> None:
         """`state_bytes` bounds what spans may take; on a CPU memory is taken as it is used."""
@@ -69,8 +64,7 @@ class Batcher:
         spans = max(1, min(state_bytes // max(1, sizes.bytes_per_span), 1 << 20))
         self.pools = Pools(decoder.spec, slots=SLOTS, spans=spans, device=device)
         self.runner = Runner(decoder, self.pools)
-        self.steps = 0
-        self.forwarded_tokens = 0
+        self._steps = 0
         self._live: dict[Work, None] = {}  # least recently used first
 
     def advance(self, works: Seq[Work]) -> None:
@@ -105,10 +99,9 @@ class Batcher:
             for work in chosen:
                 self.drop(work)
             raise
-        self.steps += 1
-        self.forwarded_tokens += TOKEN_BUDGET - budget
+        self._steps += 1
         for work, logits_V in zip(chosen, logits, strict=True):
-            work.last_step = self.steps
+            work.last_step = self._steps
             work.logits_V = None if work.pending else logits_V
 
     def truncate(self, work: Work, length: int) -> None:

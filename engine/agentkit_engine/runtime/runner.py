@@ -82,7 +82,7 @@ class Group:
 
     @cached_property
     def tables_BX(self) -> Tensor:
-        """Span ids, [B, most spans], the missing ones 0."""
+        """Span ids, [B, most spans]; a missing one is 0, the span that stays zero."""
         most = max(sequence.num_spans for sequence in self.sequences)
         tables = torch.zeros(len(self), most, dtype=torch.int64)
         for row, sequence in zip(tables, self.sequences, strict=True):
@@ -162,15 +162,12 @@ class Runner:
             segment.sequence.length += len(segment.ids)
             segment.sequence.written = max(segment.sequence.written, segment.sequence.length)
 
-        lasts = torch.tensor([len(segments[index].ids) for index in order]).cumsum(0) - 1
-        wanted = torch.arange(rows) if all_rows else torch.empty(len(order), dtype=torch.int64)
-        if all_rows:
-            starts = {index: int(lasts[place]) + 1 - len(segments[index].ids) for place, index in enumerate(order)}
-            wanted = torch.cat(
-                [torch.arange(starts[i], starts[i] + len(segment.ids)) for i, segment in enumerate(segments)]
-            )
-        else:
-            wanted[torch.tensor(order)] = lasts
+        starts, row = {}, 0
+        for index in order:
+            starts[index], row = row, row + len(segments[index].ids)
+        ends = [starts[index] + len(segment.ids) for index, segment in enumerate(segments)]
+        firsts = [starts[index] if all_rows else end - 1 for index, end in enumerate(ends)]
+        wanted = torch.cat([torch.arange(first, end) for first, end in zip(firsts, ends, strict=True)])
         count = len(wanted)
         streams_NMD = streams_NMD[F.pad(wanted, (0, -count % ROWS))]
         mix = _mix(streams_NMD, self._hc_fn, self.spec.rms_norm_eps) * self._hc_scale + self._hc_base
@@ -206,7 +203,6 @@ class _Attention:
     def __init__(self, attention: Attention, pools: Pools, index: int) -> None:
         spec = pools.spec
         self.spec, self.layer, self.state = spec, attention.layer, pools.layers[index]
-        self.pools = pools
         self.heads, self.head_dim, self.groups = spec.num_attention_heads, spec.head_dim, spec.o_groups
         parts = [attention.wq_a.weight, attention.wkv.weight]
         latent_parts = [attention.wq_b.weight]

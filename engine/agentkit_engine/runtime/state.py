@@ -1,9 +1,11 @@
 """What live sequences leave behind for their next tokens, in pools that are allocated once.
 
 *Spans* hold what grows with length: the compressed entries and index keys of 256 consecutive tokens, in every layer,
-under one id. *Tail slots* hold what
-does not grow: the ring of window rows and the compressors' open rows. A span or slot that nobody holds costs address
-space only: the operating system gives memory to pages that are written.
+under one id. *Tail slots* hold what does not grow: the ring of window rows and the compressors' open rows. A span or
+slot that was never held costs address space only: the operating system gives memory to pages that are written.
+
+A masked row counts 0.0 times what it holds, which is NaN where that is NaN. So a sequence never reads what another has
+written: slots and spans are cleared when they are given out, and missing spans are read as span 0, which nobody gets.
 
 Dimension key: `runtime/__init__.py`.
 """
@@ -37,7 +39,7 @@ class CompressorState:
     """
 
     ratio: int
-    entries: Tensor  # [spans, SPAN // ratio, K]
+    entries: Tensor  # [spans + 1, SPAN // ratio, K]
     values: Tensor  # [slots, O, K or 2K]
     scores: Tensor  # like values; ape added
 
@@ -93,12 +95,12 @@ class Pools:
         self.ring = -(-spec.sliding_window // 32) * 32 + QUERY_BLOCK
         self.layers = [self._layer(layer) for layer in spec.layers]
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._unused_spans = spans  # ids below `spans - _unused_spans` have been used before
+        self._unused_spans = spans  # ids up to `spans - _unused_spans` have been used before
         self._free_spans: list[int] = []
         states = [state for layer in self.layers for state in (layer.compressor, layer.indexer) if state is not None]
-        grown = [state.entries for state in states]
+        self._entries = [state.entries for state in states]
         fixed = [layer.window for layer in self.layers] + [t for state in states for t in (state.values, state.scores)]
-        self.bytes_per_span = sum(tensor[0].nbytes for tensor in grown)
+        self.bytes_per_span = sum(tensor[0].nbytes for tensor in self._entries)
         self.bytes_per_slot = sum(tensor[0].nbytes for tensor in fixed)
 
     @property
@@ -122,11 +124,12 @@ class Pools:
             OutOfMemoryError: every slot is taken.
         """
         if not self._free_slots:
-            raise OutOfMemoryError(f"all {self.slots} slots are taken by live sequences; close or park one")
+            raise OutOfMemoryError(f"all {self.slots} slots are taken by live sequences; close one")
         sequence = Sequence(self._free_slots.pop())
         for layer in self.layers:
+            layer.window[sequence.slot] = 0.0
             for state in (layer.compressor, layer.indexer):
-                if state is not None:  # the window before a sequence's first has weight 0 in its first entry
+                if state is not None:  # the rows before a sequence's first have weight 0 in its first entry
                     state.values[sequence.slot] = 0.0
                     state.scores[sequence.slot] = -torch.inf
         return sequence
@@ -144,8 +147,10 @@ class Pools:
             if self._free_spans:
                 span = self._free_spans.pop()
             else:
-                span = self.spans - self._unused_spans
+                span = self.spans - self._unused_spans + 1
                 self._unused_spans -= 1
+            for entries in self._entries:
+                entries[span] = 0.0
             sequence.add_span(span)
 
     def close(self, sequence: Sequence) -> None:
@@ -168,7 +173,7 @@ class Pools:
         open_rows = (self.slots, series * ratio + ROLLBACK, series * head_dim)
         return CompressorState(
             ratio,
-            self._zeros(self.spans, SPAN // ratio, head_dim),
+            self._zeros(self.spans + 1, SPAN // ratio, head_dim),
             self._zeros(*open_rows),
             self._zeros(*open_rows),
         )
