@@ -51,10 +51,10 @@ class TrainingConfig:
         bias_rate: Size of a router bias nudge, decayed with the learning rate.
     """
 
-    steps: int = 1400
-    copy_steps: int = 200
+    steps: int = 3000
+    copy_steps: int = 150
     copy_window: int = 12
-    mixed_steps: int = 250
+    mixed_steps: int = 500
     batches: int = 3
     batch_tokens: int = 896
     learning_rate: float = 4e-3

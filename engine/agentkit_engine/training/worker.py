@@ -19,7 +19,7 @@ from agentkit_engine.training.tiny import tiny_spec
 from agentkit_engine.training.train import TrainingConfig, accuracy, train
 from agentkit_engine.weights.export import export_checkpoint
 
-CHECKPOINT_STEPS = 250
+CHECKPOINT_STEPS = 500
 GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
 
 

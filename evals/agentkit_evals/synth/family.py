@@ -2,7 +2,8 @@
 
 A family draws a `Draft` from a `Draw`. Every name and value of the draft comes out of the draw *marked* (wrapped in two
 private-use characters), so that the task's signature, its instruction and files with names, values and numbers masked,
-is exact and needs no guessing. The marks are gone from everything that leaves this module.
+is exact and needs no guessing. The marks are gone from everything that leaves this module. A greeting before the
+instruction and a word after it are no part of the signature: with another "Hello." a task is the same task.
 
 The split: a task belongs to held-out when its phrasing is never trained on, or when the hash of its signature falls
 into one bucket of five; else it belongs to training. So no masked (instruction, files) pair is ever in both.
@@ -222,15 +223,17 @@ class Family(ABC):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         rng = random.Random(f"{self.name}/{split}/{seed}")
-        index = rng.choice([i for i, each in enumerate(self.phrasings) if split == "heldout" or not each.held_out])
-        phrasing = self.phrasings[index]
+        new_phrasing = split == "heldout" and rng.choice(self.phrasings).held_out
+        indices = [index for index, each in enumerate(self.phrasings) if each.held_out == new_phrasing]
         while True:
+            index = rng.choice(indices)
             draw = Draw(rng)
-            draft = self.draft(draw, phrasing)
-            instruction = draw.choice(OPENERS) + draft.instruction + draw.choice(CLOSERS)
-            signature = masked("\n".join([instruction, *sorted(f"{p}:{text}" for p, text in draft.files.items())]))
-            if (phrasing.held_out or is_held_out(signature)) == (split == "heldout"):
-                return Drawn(draft, index, plain(instruction), signature, tuple(draw.names))
+            draft = self.draft(draw, self.phrasings[index])
+            files = sorted(f"{path}:{text}" for path, text in draft.files.items())
+            signature = masked("\n".join([draft.instruction, *files]))
+            if new_phrasing or is_held_out(signature) == (split == "heldout"):
+                instruction = draw.choice(OPENERS) + plain(draft.instruction) + draw.choice(CLOSERS)
+                return Drawn(draft, index, instruction, signature, tuple(draw.names))
 
     def sample(self, seed: int, split: Split) -> SynthTask:
         """The task of this seed, with its oracle. Raises ValueError for an unknown split."""

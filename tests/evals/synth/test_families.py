@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -66,11 +67,20 @@ def test_no_masked_task_is_in_both_splits(family: str) -> None:
     signatures = {split: {each.signature for each in drawn[split]} for split in SPLITS}
     assert not signatures["train"] & signatures["heldout"]
     assert not any(is_held_out(signature) for signature in signatures["train"])
-    phrasings = {split: {each.phrasing for each in drawn[split]} for split in SPLITS}
+    phrasings = {split: Counter(each.phrasing for each in drawn[split]) for split in SPLITS}
     held_out = {index for index, phrasing in enumerate(FAMILIES[family].phrasings) if phrasing.held_out}
-    assert phrasings["train"] == set(range(len(FAMILIES[family].phrasings))) - held_out
-    assert phrasings["heldout"] == set(range(len(FAMILIES[family].phrasings)))
-    assert len(signatures["train"]) > 500
+    assert set(phrasings["train"]) == set(range(len(FAMILIES[family].phrasings))) - held_out
+    assert held_out < set(phrasings["heldout"])
+    share = sum(phrasings["heldout"][index] for index in held_out) / 2000
+    assert share == pytest.approx(len(held_out) / len(FAMILIES[family].phrasings), abs=0.04)
+
+
+@every_family
+def test_a_greeting_makes_no_other_task(family: str) -> None:
+    drawn = [FAMILIES[family].draw(seed, "heldout") for seed in range(200)]
+    greeted = [each for each in drawn if each.instruction.startswith("Good day. ") or each.instruction.endswith(" Go.")]
+    assert greeted
+    assert not [each for each in greeted if each.signature.startswith("Good day. ") or " Go." in each.signature]
 
 
 @every_family

@@ -20,51 +20,62 @@ class Chat(Family):
         *phrasings(
             "greet",
             train=(
-                "My name is {name}. Greet me.",
-                "[Hello|Hi], I am {name}. Say hello to me.",
-                "Say hello to {name}.",
-                "Greet {name}, please.",
+                "My name is {name}. [Greet me|Say hello to me|Please greet me].",
+                "[Hello|Hi|Good day], I am {name}. [Say hello to me|Greet me|Say hi].",
+                "[Say|Please say] hello to {name}.",
+                "[Greet {name}, please|Please greet {name}|Greet {name} now].",
             ),
             held_out=("I am {name}. Greet me, please.",),
         ),
         *phrasings(
             "who",
-            train=("My name is {name}. What is my name?", "I am {name}. Who am I?"),
+            train=(
+                "[My name is|They call me|You may call me] {name}. [What is my name|What am I called|How am I called]?",
+                "I am {name}. [Who am I?|Say who I am.|Tell me who I am.]",
+            ),
             held_out=("I am {name}. What is my name?",),
         ),
         *phrasings(
             "repeat",
             train=(
                 "Say the word {word}.",
-                "Repeat this word: {word}",
-                "Answer with the one word {word}.",
-                "Say {word} and nothing else.",
-                "Please repeat the word {word}.",
+                "[Repeat|Say again] this word: {word}",
+                "[Answer with|Give me] the one word {word}.",
+                "Say {word} and nothing [else|more].",
+                "[Please|Now] repeat the word {word}.",
             ),
             held_out=("Answer with {word} and nothing else.",),
         ),
         *phrasings(
             "choose",
             train=(
-                "Which of these is [a|the] {kind}: {items}?",
-                "One of these is a {kind}: {items}. Which one?",
-                "Name the {kind} among {items}.",
+                "Which of [these|the following] is [a|the] {kind}: {items}?",
+                "One of these[| words] is a {kind}: {items}. Which one?",
+                "Name the {kind} [among|in] {items}.",
             ),
             held_out=("Which one is a {kind}: {items}?",),
         ),
         *phrasings(
             "place",
-            train=("Which word is {place}: {items}?", "Say the {place} of these words: {items}."),
+            train=("Which word is {place}: {items}?", "[Say|Name|Give me] the {place} of these words: {items}."),
             held_out=("Which of these words is {place}: {items}?",),
         ),
         *phrasings(
             "abilities",
-            train=("What can you do?", "[Tell me|Say] what you can do.", "How can you help me?"),
+            train=(
+                "What can you do[| for me| here]?",
+                "[Tell me|Say|Explain] what you can do.",
+                "[How can you help me|What are you good for|What can you help me with]?",
+            ),
             held_out=("Please tell me what you can do.",),
         ),
         *phrasings(
             "thanks",
-            train=("Thank you, {name} says thanks too.", "Thanks from {name}.", "{name} says thank you."),
+            train=(
+                "Thank you, {name} says [thanks|thank you] too.",
+                "[Thanks|Many thanks] from {name}.",
+                "{name} says [thank you|thanks].",
+            ),
             held_out=("Thank you from {name}.",),
         ),
     )

@@ -72,7 +72,7 @@ class Logs(Family):
             word = levels[0] if by_level else wanted
             hits = [
                 write(word, draw.choice(others)) if by_level else write(levels[0], word)
-                for _ in range(draw.between(3, 39))
+                for _ in range(draw.between(4, 39))
             ]
             rest = [write(draw.choice(levels[1:]), draw.choice(others)) for _ in range(draw.between(1, 20))]
             lines = hits + rest

@@ -122,7 +122,11 @@ class UserTool(Family):
         ),
         *phrasings(
             "none",
-            train=("What is the {noun} now?", "Tell me the {noun}.", "Call {tool} and tell me the result."),
+            train=(
+                "What is the {noun} [now|right now|today]?",
+                "[Tell me|Show me] the {noun}.",
+                "[Call|Run] {tool} and tell me the result.",
+            ),
             held_out=("Please tell me the {noun} now.",),
         ),
     )
