@@ -72,9 +72,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was used, in tokens and calls. `thinking_tokens` are part of `sampled_tokens`."""
+    """What was used, in tokens and calls. `thinking_tokens` are part of `sampled_tokens`.
+
+    Every id that was fed (prompts, forced ids, the history of a run that is continued) was either found in the engine's
+    prefix cache or computed: `cache_hit_tokens` and `cache_miss_tokens`, both 0 where a model cannot tell.
+    """
 
     prompt_tokens: int = 0
+    cache_hit_tokens: int = 0
+    cache_miss_tokens: int = 0
     sampled_tokens: int = 0
     thinking_tokens: int = 0
     forced_tokens: int = 0

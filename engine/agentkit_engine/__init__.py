@@ -24,6 +24,7 @@ from agentkit_engine.errors import (
     ModelNotFoundError,
     NonFiniteLogitsError,
     OutOfMemoryError,
+    SavedSessionError,
     SessionBusyError,
     SessionClosedError,
     SessionEmptyError,
@@ -35,6 +36,7 @@ from agentkit_engine.errors import (
 if TYPE_CHECKING:
     from agentkit_engine.async_engine import AsyncEngine, AsyncSession
     from agentkit_engine.engine import Engine
+    from agentkit_engine.runtime import PromptUsage
     from agentkit_engine.sampler import SampledToken, SamplingParams
     from agentkit_engine.session import Session
     from agentkit_engine.spec import LayerSpec, ModelSpec
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "Engine": "engine",
     "LayerSpec": "spec",
     "ModelSpec": "spec",
+    "PromptUsage": "runtime",
     "SampledToken": "sampler",
     "SamplingParams": "sampler",
     "Session": "session",
@@ -63,8 +66,10 @@ __all__ = [
     "ModelSpec",
     "NonFiniteLogitsError",
     "OutOfMemoryError",
+    "PromptUsage",
     "SampledToken",
     "SamplingParams",
+    "SavedSessionError",
     "Session",
     "SessionBusyError",
     "SessionClosedError",

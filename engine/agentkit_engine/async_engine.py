@@ -3,7 +3,8 @@
 The thread repeats one thing: take the commands that came in, compute one forward for every generation that may go on,
 hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is computed at
 most one token ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten.
-Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only, so no lock is needed.
+Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only. The engine itself is used
+under its lock, so that two `AsyncEngine`s over one `Engine` take turns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from agentkit_engine.engine import Engine
 from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionClosedError
-from agentkit_engine.runtime import Work
+from agentkit_engine.runtime import PromptUsage, Work
 from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
 from agentkit_engine.session import SessionIds
 
@@ -65,7 +67,7 @@ class AsyncEngine:
     """Runs an `Engine` for async code: `async with AsyncEngine(Engine.load("tiny")) as engine: ...`.
 
     The thread starts with the block and ends with it. Leaving the block closes the sessions, lets the step in progress
-    finish and frees all state. While the block lasts nothing else may use the wrapped engine's model.
+    finish and gives up all state. While the block lasts nothing but another `AsyncEngine` may use the wrapped engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -104,6 +106,14 @@ class AsyncEngine:
         """
         self._check_running()
         session = AsyncSession(self)
+        self._sessions.add(session)
+        return session
+
+    async def open(self, path: str | Path) -> AsyncSession:
+        """The session that `save` wrote; see `Engine.open`."""
+        engine = self.engine
+        work = await self.call(lambda: engine.batcher.open(Path(path), model=engine.fingerprint))
+        session = AsyncSession(self, work, tuple(work.ids))
         self._sessions.add(session)
         return session
 
@@ -157,13 +167,18 @@ class AsyncEngine:
         while True:
             ready = [generation for generation in self._generations if generation.ahead < TOKENS_AHEAD]
             try:
-                self._commands.get(block=not ready and not self._closing)()
-                continue
+                command = self._commands.get(block=not ready and not self._closing)
             except queue.Empty:
                 pass
+            else:
+                with self.engine.lock:
+                    command()
+                continue
             if self._closing:
                 return
-            if outcomes := self._step(ready):
+            with self.engine.lock:
+                outcomes = self._step(ready)
+            if outcomes:
                 anyio.from_thread.run_sync(_hand_over, outcomes)
 
     def _close(self) -> None:
@@ -197,7 +212,7 @@ class AsyncEngine:
         try:
             token = sample(logits_V, params, seed=generation.seed, position=len(work.ids))
         except Exception as error:
-            self.engine.batcher.drop(work)
+            self.engine.batcher.drop(work)  # what it computed is not to be found again
             return error
         generation.sampled += 1
         generation.ahead += 1
@@ -206,7 +221,7 @@ class AsyncEngine:
             or generation.sampled == params.max_tokens
             or len(work.ids) + 1 == self.engine.spec.max_position_embeddings
         )
-        work.extend([token.id])
+        work.extend([token.id], sampled=True)
         return token
 
 
@@ -218,13 +233,19 @@ def _hand_over(outcomes: list[tuple[_Generation, SampledToken | BaseException]])
 class AsyncSession(SessionIds):
     """`Session` for async code; made by `AsyncEngine.session()`, freed by `close()` or `async with`."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, work: Work | None = None, ids: Iterable[int] = ()) -> None:
         super().__init__(engine.engine.spec)
         self._engine = engine
-        self._work = Work()  # belongs to the model thread
+        self._work = work or Work()  # belongs to the model thread
+        self._ids += ids
         self._in_step = False
         self._generation: _Generation | None = None
-        self._known = 0  # how many of the ids the thread's work has, or will have once its commands are done
+        self._known = len(self._ids)  # how many of the ids the thread's work has, or will have after its commands
+
+    @property
+    def usage(self) -> PromptUsage:
+        """How many of the ids that were fed came from the prefix cache, and how many had to be computed."""
+        return self._work.usage
 
     async def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; see `Session.append`.
@@ -235,6 +256,36 @@ class AsyncSession(SessionIds):
         """
         self._check_idle()
         self._append(token_ids)
+
+    async def checkpoint(self) -> None:
+        """Keep the state at this length, once it is computed, for other sessions; see `Session.checkpoint`."""
+        self._check_idle()
+        self._check_open()
+        work, length = self._take_in(), len(self._ids)
+        self._engine._commands.put(lambda: work.mark(length))
+
+    async def fork(self, n: int = 1) -> list[AsyncSession]:
+        """`n` sessions that go on from here; see `Session.fork`.
+
+        Raises:
+            SessionBusyError: a step of this session is running.
+            SessionClosedError, EngineClosedError: as `generate`.
+        """
+        work, ids, engine = self._settle(), tuple(self._ids), self._engine.engine
+        works = await self._engine.call(lambda: [engine.batcher.fork(work) for _ in range(n)])
+        forks = [AsyncSession(self._engine, fork, ids) for fork in works]
+        self._engine._sessions.update(forks)
+        return forks
+
+    async def park(self) -> None:
+        """Say that nothing is asked for a while (a tool runs); see `Session.park`."""
+        work = self._settle()
+        self._engine._commands.put(lambda: self._engine.engine.batcher.park(work))
+
+    async def save(self, path: str | Path) -> None:
+        """Write the session to a file; see `Session.save`."""
+        work, engine = self._settle(), self._engine.engine
+        await self._engine.call(lambda: engine.batcher.save(work, Path(path), model=engine.fingerprint))
 
     async def generate(self, params: SamplingParams | None = None) -> AsyncGenerator[SampledToken, None]:
         """Sample on, one token at a time; see `Session.generate`.
@@ -302,15 +353,29 @@ class AsyncSession(SessionIds):
         """Have the thread take in the ids it does not know, and sample on."""
         if self._generation is not None:
             self._stop(self._generation)
-        generation = self._generation = _Generation(self._work, params, seed)
-        news, self._known = self._ids[self._known :], len(self._ids)
+        generation = self._generation = _Generation(self._take_in(), params, seed)
 
         def command() -> None:
-            generation.work.extend(news)
             self._engine._generations[generation] = None
 
         self._engine._commands.put(command)
         return generation
+
+    def _take_in(self) -> Work:
+        """Have the thread's work extended by the ids that it does not know."""
+        work, news, self._known = self._work, self._ids[self._known :], len(self._ids)
+        if news:
+            self._engine._commands.put(lambda: work.extend(news))
+        return work
+
+    def _settle(self) -> Work:
+        """Have the thread's work end with the ids of this session, nothing sampled ahead."""
+        self._check_idle()
+        self._check_open()
+        self._engine._check_running()
+        if self._generation is not None:
+            self._stop(self._generation)
+        return self._take_in()
 
     def _stop(self, generation: _Generation) -> None:
         """Have the thread end a generation and forget what was not taken of it."""
@@ -326,9 +391,9 @@ class AsyncSession(SessionIds):
         self._engine._commands.put(command)
 
     def _drop(self) -> None:
-        """On the thread: free what was computed."""
+        """On the thread: give up what was computed."""
         if self._work.sequence is not None:
-            self._engine.engine.batcher.drop(self._work)
+            self._engine.engine.batcher.park(self._work)
 
     def _check_idle(self) -> None:
         if self._in_step:

@@ -5,6 +5,8 @@ Dimension key: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -36,12 +38,14 @@ class Engine:
         dialect: which chat encoding the model was trained with, `"v4-preview"` or `"v4-0731"`.
         decoder: the model itself, in evaluation mode.
         folder: where it was loaded from.
+        lock: held by a thread of an `AsyncEngine` while it uses the model.
     """
 
     def __init__(
         self, decoder: Decoder, *, name: str, dialect: Dialect, folder: Path, state_bytes: int = STATE_BYTES
     ) -> None:
         self.decoder = decoder.eval()
+        self.lock = threading.Lock()
         self.state_bytes = state_bytes
         self.spec: ModelSpec = decoder.spec
         self.name = name
@@ -129,4 +133,25 @@ class Engine:
 
     def session(self) -> Session:
         """A new, empty session."""
-        return Session(self.batcher)
+        return Session(self.batcher, model=self.fingerprint)
+
+    def open(self, path: str | Path) -> Session:
+        """The session that `Session.save` wrote, where it stopped; its past is read, not computed.
+
+        Raises:
+            SavedSessionError: not such a file, or one of another model, or damaged.
+            OSError: the file cannot be read.
+            OutOfMemoryError: its state does not fit into the engine's memory.
+        """
+        work = self.batcher.open(Path(path), model=self.fingerprint)
+        return Session(self.batcher, model=self.fingerprint, work=work)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which model computed a state: a hash of architecture, names, shapes and a sample of every weight."""
+        digest = hashlib.blake2b(repr(self.spec).encode(), digest_size=16)
+        for name, tensor in self.decoder.state_dict().items():
+            flat = tensor.detach().flatten()
+            some = flat[:: max(1, flat.numel() // 256)].cpu()
+            digest.update(repr((name, tuple(tensor.shape), some.tolist())).encode())
+        return digest.hexdigest()

@@ -5,6 +5,8 @@ EngineError
 ├── CheckpointError           a model folder is not what its layout promises; names file, tensor, found, expected
 ├── TokenizerMissingError     the model folder holds no tokenizer.json
 ├── EngineClosedError         an AsyncEngine was used outside its `async with` block
+├── OutOfMemoryError          the memory for sequences is used up by those at work
+├── SavedSessionError         a file is no saved session, or one of another model, or damaged
 └── SessionError
     ├── SessionClosedError    used after close()
     ├── SessionBusyError      two tasks drive one session at the same moment
@@ -53,6 +55,14 @@ class EngineClosedError(EngineError):
 
 class OutOfMemoryError(EngineError):
     """The engine's memory for sequences has no free slot or not enough free spans."""
+
+
+class SavedSessionError(EngineError):
+    """A saved session cannot be opened; names the file, what was found and what was expected."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {problem}")
 
 
 class SessionError(EngineError):

@@ -7,11 +7,18 @@ away (when memory is short, or after a step that failed) without changing what t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from agentkit_engine.errors import ContextLengthError, SessionClosedError, SessionEmptyError, TokenIdError
-from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.errors import (
+    ContextLengthError,
+    NonFiniteLogitsError,
+    SessionClosedError,
+    SessionEmptyError,
+    TokenIdError,
+)
+from agentkit_engine.runtime import Batcher, PromptUsage, Work
 from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
 from agentkit_engine.spec import ModelSpec
 
@@ -76,10 +83,17 @@ class Session(SessionIds):
     `AsyncEngine.session()`.
     """
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: Batcher, *, model: str, work: Work | None = None) -> None:
         super().__init__(batcher.pools.spec)
         self._batcher = batcher
-        self._work = Work()
+        self._model = model
+        self._work = work or Work()
+        self._ids += self._work.ids
+
+    @property
+    def usage(self) -> PromptUsage:
+        """How many of the ids that were fed came from the prefix cache, and how many had to be computed."""
+        return self._work.usage
 
     def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; the next `generate` computes them. Either all are added or none.
@@ -106,10 +120,51 @@ class Session(SessionIds):
         self._check_can_generate()
         return self._generate(params or SamplingParams())
 
+    def checkpoint(self) -> None:
+        """Keep the state at this length, once it is computed, for other sessions that begin with the same ids.
+
+        Ends of prompts and closed sessions are kept anyhow. This is for what many have in common: an agent's system
+        prompt and tools, say.
+        """
+        self._check_open()
+        self._take_in()
+        self._work.mark(len(self._ids))
+
+    def fork(self, n: int = 1) -> list[Session]:
+        """`n` sessions that go on from here, each on its own; they share the past, and none of it is computed again.
+
+        Raises:
+            SessionClosedError: the session was closed.
+        """
+        self._check_open()
+        self._take_in()
+        works = [self._batcher.fork(self._work) for _ in range(n)]
+        return [Session(self._batcher, model=self._model, work=work) for work in works]
+
+    def park(self) -> None:
+        """Say that nothing is asked for a while: others may have the memory if they need it.
+
+        The session goes on where it stopped; what was given away meanwhile is computed again.
+        """
+        self._check_open()
+        self._batcher.park(self._work)
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file, from which `Engine.open` goes on without computing anything again.
+
+        Raises:
+            SessionClosedError: the session was closed.
+            OSError: the file cannot be written.
+        """
+        self._check_open()
+        self._take_in()
+        self._batcher.save(self._work, Path(path), model=self._model)
+
     def close(self) -> None:
-        """Free the state. The ids stay readable; everything else is an error from here on. Closing twice is fine."""
-        self._closed = True
-        self._batcher.drop(self._work)
+        """Give up the state. The ids stay readable; everything else is an error from here on. Closing twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._batcher.park(self._work)
 
     def __enter__(self) -> Self:
         return self
@@ -124,12 +179,20 @@ class Session(SessionIds):
         count = 0
         while True:
             self._check_can_generate()
-            self._work.extend(self._ids[len(self._work.ids) :])
+            self._take_in()
             while self._work.logits_V is None:
                 self._batcher.advance([self._work])
-            token = sample(self._work.logits_V, params, seed=seed, position=len(self._ids))
+            try:
+                token = sample(self._work.logits_V, params, seed=seed, position=len(self._ids))
+            except NonFiniteLogitsError:
+                self._batcher.drop(self._work)
+                raise
             self._ids.append(token.id)
+            self._work.extend([token.id], sampled=True)
             yield token
             count += 1
             if token.id in params.stop_ids or count == params.max_tokens:
                 return
+
+    def _take_in(self) -> None:
+        self._work.extend(self._ids[len(self._work.ids) :])

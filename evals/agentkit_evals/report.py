@@ -64,8 +64,9 @@ def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
     tasks = {task.id: task for task in run.lock.tasks}
     budget = MAX_TOKENS
     views: list[dict[str, Any]] = []
+    fed = FedIds()
     for trial in trials:
-        view = _trial_view(run, trial, tasks[trial.task], with_tokens=budget > 0)
+        view = _trial_view(run, trial, tasks[trial.task], fed, with_tokens=budget > 0)
         budget -= trial.usage.prompt_tokens + trial.usage.sampled_tokens
         views.append(view)
     ids = {i for view in views for turn in view["turns"] or () for _, chunk, _ in turn["segments"] for i in chunk}
@@ -84,7 +85,7 @@ def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
         scored=sum(trial.reward is not None for trial in trials),
         outcomes=[(kind, kinds.count(kind)) for kind in LEGEND],
         legend=LEGEND,
-        facts=_facts(run, trials),
+        facts=_facts(run, trials, len(fed)),
         families=_family_rows(trials),
         charts=_charts(trials),
         command=shlex.join(run.lock.command),
@@ -104,7 +105,25 @@ def _kind(trial: TrialRecord) -> str:
     return trial.failure or "solved"
 
 
-def _facts(run: RunDirectory, trials: Sequence[TrialRecord]) -> list[tuple[str, str, str]]:
+class FedIds:
+    """Counts the ids that runs were fed, each common beginning of runs once: what no cache can save."""
+
+    def __init__(self) -> None:
+        self._prefixes: set[int] = set()
+
+    def add(self, ids: Sequence[int], sampled: Sequence[int]) -> None:
+        """One run: its ids, and for each a 1 when it was sampled."""
+        prefix = 0
+        for token_id, mine in zip(ids, sampled, strict=True):
+            prefix = hash((prefix, token_id))
+            if not mine:
+                self._prefixes.add(prefix)
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+
+def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> list[tuple[str, str, str]]:
     scores = scores_by_task(trials)
     mean = estimate(scores)
     sampled = sum(trial.usage.sampled_tokens for trial in trials)
@@ -120,6 +139,13 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord]) -> list[tuple[str, 
         ("forced ids", f"{sum(trial.usage.forced_tokens for trial in trials):,}", "written by the harness; mask 0"),
         ("agent time", f"{agent_s:.1f} s", "summed over trials"),
     ]
+    hits = sum(trial.usage.cache_hit_tokens for trial in trials)
+    misses = sum(trial.usage.cache_miss_tokens for trial in trials)
+    if misses and unique:
+        share, ratio = f"{100 * hits / (hits + misses):.1f} %", misses / unique
+        facts.insert(-2, ("prefix cache hits", share, f"of what was fed; computed ÷ unique: {ratio:.2f}"))
+    if agent_s:
+        facts.append(("tokens per second", f"{sampled / agent_s:.0f}", "of one trial, tools included"))
     k = run.lock.epochs
     at, hat = pass_at_k(scores, k), pass_hat_k(scores, k)
     if k > 1 and at is not None and hat is not None:
@@ -212,13 +238,14 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.2f}"
 
 
-def _trial_view(run: RunDirectory, trial: TrialRecord, task: Task, *, with_tokens: bool) -> dict[str, Any]:
+def _trial_view(run: RunDirectory, trial: TrialRecord, task: Task, fed: FedIds, *, with_tokens: bool) -> dict[str, Any]:
     notes: list[str] = []
     turns: list[dict[str, Any]] | None = None
     try:
         trajectory = run.trajectory(trial)
         if trajectory is not None:
             turns, notes = _turns(trajectory, with_tokens=with_tokens)
+            fed.add(trajectory.token_ids, trajectory.loss_mask)
     except TrajectoryError as exc:
         notes.append(str(exc))
     return {

@@ -119,7 +119,10 @@ def as_json(finished: Finished) -> dict[str, Any]:
             f"pass^{run.lock.epochs}": pass_hat_k(by_task, run.lock.epochs),
         }
 
-    kinds = ("prompt_tokens", "sampled_tokens", "thinking_tokens", "forced_tokens")
+    kinds = (
+        *("prompt_tokens", "cache_hit_tokens", "cache_miss_tokens"),
+        *("sampled_tokens", "thinking_tokens", "forced_tokens"),
+    )
     return {
         "suite": run.lock.name,
         "model": run.lock.model,

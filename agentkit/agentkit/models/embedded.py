@@ -94,9 +94,19 @@ class EngineTokens:
         """The engine's own list."""
         return self._session.token_ids
 
+    @property
+    def cache_usage(self) -> tuple[int, int]:
+        """The engine's own counts."""
+        usage = self._session.usage
+        return usage.hit_tokens, usage.miss_tokens
+
     async def append(self, ids: Sequence[int], /) -> None:
         """Feed ids."""
         await self._session.append(ids)
+
+    async def checkpoint(self) -> None:
+        """Have the engine keep the state here, once it is computed."""
+        await self._session.checkpoint()
 
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
         """Sample on with the model's parameters."""

@@ -69,6 +69,7 @@ class ScriptedTokens:
     """A `TokenSession` that samples what the policy says, with probability one."""
 
     max_length = None
+    cache_usage = (0, 0)
 
     def __init__(self, policy: Policy, tokenizer: Tokenizer) -> None:
         self.token_ids: list[int] = []
@@ -83,6 +84,9 @@ class ScriptedTokens:
     async def append(self, ids: Sequence[int], /) -> None:
         """Feed ids."""
         self.token_ids.extend(ids)
+
+    async def checkpoint(self) -> None:
+        """Nothing is computed here, so there is nothing to keep."""
 
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[ScriptedToken, None]:
         """The ids of the policy's turn; after a forced `</think>`, of what follows its thought."""

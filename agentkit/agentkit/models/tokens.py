@@ -31,6 +31,7 @@ from agentkit.model import (
 from agentkit.trajectory import Trajectory
 from agentkit_engine import chat
 from agentkit_engine.chat import StreamParser, Tokenizer
+from agentkit_engine.chat.tokens import USER
 from agentkit_tools import Tool, ToolCall
 
 CLOSING_TOKENS = 2
@@ -60,8 +61,17 @@ class TokenSession(Protocol):
         """How many ids the session can hold; None when it does not matter."""
         ...
 
+    @property
+    def cache_usage(self) -> tuple[int, int]:
+        """Of the fed ids, how many were found in a cache, and how many had to be computed."""
+        ...
+
     async def append(self, ids: Sequence[int], /) -> None:
         """Feed ids."""
+        ...
+
+    async def checkpoint(self) -> None:
+        """Say that other sessions are likely to begin with the ids so far."""
         ...
 
     def generate(self, *, max_tokens: int | None) -> AsyncGenerator[Sampled, None]:
@@ -93,6 +103,7 @@ class TokenizedSession:
         self._turn = 0
         self._unread: list[Message] = []
         self._eos = tokenizer.eos_id
+        self._user = tokenizer.control_id(USER)
         self._think_end = tokenizer.control_id("</think>")
         self._after_thought = (self._think_end, self._eos)
 
@@ -162,8 +173,13 @@ class TokenizedSession:
                 message = _message(parser.message, think)
                 self.messages.append(message)
                 self._turn += 1
+                hits, misses = self._tokens.cache_usage
                 self.usage = replace(
-                    self.usage, turns=self.usage.turns + 1, thinking_tokens=self.usage.thinking_tokens + thought
+                    self.usage,
+                    turns=self.usage.turns + 1,
+                    thinking_tokens=self.usage.thinking_tokens + thought,
+                    cache_hit_tokens=hits,
+                    cache_miss_tokens=misses,
                 )
         for event in _model_events(last):
             yield event
@@ -188,7 +204,11 @@ class TokenizedSession:
                     f"the next prompt of {len(ids)} ids does not fit: {self._length} of the model's "
                     f"{self._tokens.max_length} positions are taken"
                 )
-        await self._tokens.append(ids)
+        head = ids.index(self._user) if not self.segments and self._user in ids else 0
+        if head:  # the system prompt and the tools: what all runs of an agent begin with
+            await self._tokens.append(ids[:head])
+            await self._tokens.checkpoint()
+        await self._tokens.append(ids[head:])
         self._record(Segment("prompt", tuple(ids)))
         self._unread.clear()
         return room

@@ -346,6 +346,7 @@ def _held_while_filling(batcher: Batcher, ids: Sequence[int]) -> dict[int, int]:
     work.extend(ids)
     while work.pending:
         batcher.advance([work])
+        batcher.cache.clear()
         held[work.computed] = batcher.pools.bytes_held
     batcher.drop(work)
     return held

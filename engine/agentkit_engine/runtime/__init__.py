@@ -8,8 +8,8 @@ Dimension key, beside that of `model/__init__.py`: B sequences of a group, T tok
 the forward (all tokens of all groups, padded), R rows of a window ring, S keys, U tokens of a query block.
 """
 
-from agentkit_engine.runtime.batcher import Batcher, Work
+from agentkit_engine.runtime.batcher import Batcher, PromptUsage, Work
 from agentkit_engine.runtime.runner import Runner, Segment
 from agentkit_engine.runtime.state import Pools, Sequence
 
-__all__ = ["Batcher", "Pools", "Runner", "Segment", "Sequence", "Work"]
+__all__ = ["Batcher", "Pools", "PromptUsage", "Runner", "Segment", "Sequence", "Work"]

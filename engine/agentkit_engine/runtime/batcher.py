@@ -2,27 +2,49 @@
 
 A `Work` is the computation of one session: its ids, and the state computed from them so far. State is only ever
 derived from ids, so it can be dropped whenever memory is short and computed again; because forwards are the same bits
-whatever their batch, nobody can tell.
+whatever their batch, nobody can tell. For the same reason a work may take up what another one left in the prefix cache.
 
 Dimension key: `runtime/__init__.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.runtime import saved
+from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
 from agentkit_engine.runtime.runner import Runner, Segment
-from agentkit_engine.runtime.state import ROLLBACK, Pools, Sequence
+from agentkit_engine.runtime.state import Pools, Sequence
+
+T = TypeVar("T")
 
 TOKEN_BUDGET = 512
 """Most tokens of one forward: what a decoding session may have to wait for another's prompt."""
 SLOTS = 64
 """Sequences that can be live at once; when more sessions are open, the one that waited longest is computed again."""
+CHECKPOINTS = 192
+"""Most checkpoints in memory."""
+CHECKPOINT_EVERY = 8192
+"""Tokens of a long prompt between two checkpoints."""
+SHORT_PROMPT = 16
+"""The end of a prompt gets no checkpoint this close behind another: to compute the tokens between costs less."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptUsage:
+    """What became of the ids that were fed, once each: found in the prefix cache, or computed."""
+
+    hit_tokens: int = 0
+    miss_tokens: int = 0
 
 
 class Work:
@@ -31,39 +53,103 @@ class Work:
     Attributes:
         ids: every id, computed or not.
         logits_V: the logits after the last id, once everything is computed.
+        usage: of the ids that were fed, not sampled.
+        checkpointed: the length at which a checkpoint was last taken or taken up.
     """
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
+    def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None) -> None:
+        """`fed` has a 1 for each id that was fed, a 0 for each that was sampled; by default all were fed."""
+        self.ids: list[int] = list(ids)
         self.logits_V: Tensor | None = None
         self.sequence: Sequence | None = None
         self.last_step = -1
+        self.chain = IdChain()
+        self.usage = PromptUsage()
+        self.checkpointed = 0
+        self._fed = bytearray(b"\1" * len(self.ids) if fed is None else fed)
+        self._marks: list[int] = []
+        self._counted = 0
 
     @property
     def computed(self) -> int:
         return 0 if self.sequence is None else self.sequence.length
 
     @property
+    def fed(self) -> bytes:
+        """For each id a 1 when it was fed, a 0 when it was sampled."""
+        return bytes(self._fed)
+
+    @property
     def pending(self) -> int:
         """How many ids the next forwards have to take in before there are logits."""
         return len(self.ids) - self.computed
 
-    def extend(self, ids: Seq[int]) -> None:
+    def extend(self, ids: Seq[int], *, sampled: bool = False) -> None:
         self.ids += ids
+        self._fed += bytes([not sampled]) * len(ids)
         if ids:
             self.logits_V = None
 
+    def mark(self, length: int) -> None:
+        """Have a checkpoint taken where the first `length` ids are computed, for sessions that begin with them."""
+        if length > self.computed and not self.marked(length):
+            self._marks.append(length)
+
+    def marked(self, length: int) -> bool:
+        return length in self._marks
+
+    def next_stop(self) -> int:
+        """Where the next forward has to end at the latest, so that a checkpoint can be taken there."""
+        long = (self.computed // CHECKPOINT_EVERY + 1) * CHECKPOINT_EVERY
+        return min((mark for mark in self._marks if mark > self.computed), default=long)
+
+    def goals(self) -> set[bytes]:
+        """What will be found in the cache once this is computed: hashes of the ids up to each mark, and of all ids."""
+        lengths = {mark for mark in self._marks if mark > self.computed} | {len(self.ids)}
+        return {self.chain.key(self.ids, length) for length in lengths}
+
+    def cut(self, length: int) -> None:
+        """Forget the ids from `length` on."""
+        del self.ids[length:], self._fed[length:]
+        self.chain.cut(length)
+        self.logits_V = None
+        self._marks = [mark for mark in self._marks if mark <= length]
+        self._counted, self.checkpointed = min(self._counted, length), min(self.checkpointed, length)
+
+    def count(self, start: int, end: int, *, hit: bool) -> int:
+        """Account for the ids from `start` to `end`, now part of the state; how many of them were fed."""
+        news = sum(self._fed[max(start, self._counted) : end])
+        self._counted = max(self._counted, end)
+        hits, misses = (news, 0) if hit else (0, news)
+        self.usage = PromptUsage(self.usage.hit_tokens + hits, self.usage.miss_tokens + misses)
+        return sum(self._fed[start:end])
+
+    def fork(self) -> Work:
+        """The same ids, without the state."""
+        fork = Work(self.ids, self._fed)
+        fork.logits_V, fork.chain = self.logits_V, self.chain.copy()
+        fork._counted, fork.checkpointed = self._counted, self.checkpointed
+        return fork
+
 
 class Batcher:
-    """Owns the pools and runs the forwards of one model. One thread at a time."""
+    """Owns the pools and runs the forwards of one model. One thread at a time.
+
+    Attributes:
+        prefilled: ids that were fed and went through a forward, each time it did.
+        sampled: ids that were sampled and went through a forward.
+    """
 
     def __init__(self, decoder: Decoder, *, state_bytes: int) -> None:
         """`state_bytes` bounds what spans may take; on a CPU memory is taken as it is used."""
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
         spans = max(1, min(state_bytes // max(1, sizes.bytes_per_span), 1 << 20))
-        self.pools = Pools(decoder.spec, slots=SLOTS, spans=spans, device=device)
+        slots = SLOTS + min(CHECKPOINTS, state_bytes // 4 // sizes.bytes_per_slot)
+        self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
+        self.cache = PrefixCache(self.pools)
         self.runner = Runner(decoder, self.pools)
+        self.prefilled = self.sampled = 0
         self._steps = 0
         self._live: dict[Work, None] = {}  # least recently used first
 
@@ -71,28 +157,28 @@ class Batcher:
         """One forward over the next ids of `works`, all of which have pending ones.
 
         Those with a single pending id come first; then prompts, the one that waited longest first, until
-        `TOKEN_BUDGET` is spent. Whoever has nothing pending afterwards has its `logits_V`.
+        `TOKEN_BUDGET` is spent. Whoever has nothing pending afterwards has its `logits_V`. A work that begins with what
+        another one is just computing waits, and takes it up in a later step.
 
         Raises:
             OutOfMemoryError: not even the first of them fits into the memory that others can give up.
         """
-        turn = sorted(works, key=lambda work: (work.pending != 1, work.last_step))
+        turn = sorted(_leaders(works), key=lambda work: (work.pending != 1, work.last_step))
         segments: list[Segment] = []
         chosen: list[Work] = []
         budget = TOKEN_BUDGET
         for work in turn:
-            count = min(work.pending, budget)
-            if count == 0:
+            if budget == 0:
                 break
             try:
-                sequence = self._make_room(work, count, keep=chosen)
+                segment = self._segment(work, budget, keep=chosen)
             except OutOfMemoryError:
                 if not chosen:
                     raise
                 break
-            segments.append(Segment(sequence, work.ids[sequence.length : sequence.length + count]))
+            segments.append(segment)
             chosen.append(work)
-            budget -= count
+            budget -= len(segment.ids)
         try:
             logits = self.runner.step(segments)
         except BaseException:
@@ -100,22 +186,76 @@ class Batcher:
                 self.drop(work)
             raise
         self._steps += 1
-        for work, logits_V in zip(chosen, logits, strict=True):
+        for work, segment, logits_V in zip(chosen, segments, logits, strict=True):
             work.last_step = self._steps
             work.logits_V = None if work.pending else logits_V
+            end, count = segment.sequence.length, len(segment.ids)
+            fed = work.count(end - count, end, hit=False)
+            self.prefilled += fed
+            self.sampled += count - fed
+            if work.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
+                self._checkpoint(work, Keep.TURN)
+            elif fed and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
+                self._checkpoint(work, Keep.PROMPT)
 
     def truncate(self, work: Work, length: int) -> None:
         """Forget the ids from `length` on, and what was computed of them."""
         if length == len(work.ids):
             return
-        del work.ids[length:]
-        work.logits_V = None
+        work.cut(length)
         sequence, kept = work.sequence, length - 1  # the last one is computed again: its logits are gone
         if sequence is not None and sequence.length > kept:
-            if kept >= 0 and sequence.written - kept <= ROLLBACK:
-                sequence.length = kept
+            if kept >= 0 and sequence.reaches(kept):
+                sequence.shorten(kept)
             else:
                 self.drop(work)
+
+    def fork(self, work: Work) -> Work:
+        """A second work with the same ids, sharing the state as far as there is room for a fork of it."""
+        fork, sequence = work.fork(), work.sequence
+        if sequence is not None:
+            try:
+                fork.sequence = self._room_for(lambda: self.pools.fork(sequence), keep=[work])
+            except OutOfMemoryError:
+                return fork
+            self._live[fork] = None
+        return fork
+
+    def save(self, work: Work, path: Path, *, model: str) -> None:
+        """Write ids and state to a file; see `saved.write`."""
+        saved.write(path, work.ids, work.fed, work.sequence, self.pools, model=model)
+
+    def open(self, path: Path, *, model: str) -> Work:
+        """The work that `save` wrote, with its state.
+
+        Raises:
+            SavedSessionError, OSError: see `saved.read`.
+            OutOfMemoryError: the state does not fit into the memory that others can give up.
+        """
+        ids, fed, tensors, length, written = saved.read(path, model=model, layout=saved.layout(self.pools))
+        work = Work(ids, fed)
+        if length:
+            work.sequence = sequence = self._room_for(self.pools.open, keep=[])
+            try:
+                self._room_for(lambda: self.pools.reserve(sequence, length), keep=[])
+            except OutOfMemoryError:
+                self.drop(work)
+                raise
+            saved.restore(self.pools, sequence, tensors)
+            sequence.length, sequence.written = length, written
+            work.count(0, length, hit=True)
+            self._live[work] = None
+        return work
+
+    def park(self, work: Work) -> None:
+        """Give the state up to the prefix cache, where it stays while there is room; the ids stay."""
+        self._live.pop(work, None)
+        sequence, work.sequence = work.sequence, None
+        if sequence is not None:
+            if sequence.length:
+                self.cache.add(work.ids, work.chain, sequence, Keep.TURN)
+            else:
+                self.pools.close(sequence)
 
     def drop(self, work: Work) -> None:
         """Free the state; the ids stay, and are computed again when the next ones are. So do logits that are there."""
@@ -129,32 +269,81 @@ class Batcher:
         work = Work()
         work.extend(ids)
         try:
+            work.sequence = self._room_for(self.pools.open, keep=[])
             rows = []
             while work.pending:
-                count = min(work.pending, chunk)
-                sequence = self._make_room(work, count, keep=[])
-                segment = Segment(sequence, ids[sequence.length : sequence.length + count])
+                segment = self._segment(work, chunk, keep=[])
                 rows.append(self.runner.step([segment], all_rows=True))
             return torch.cat(rows)
         finally:
             self.drop(work)
 
-    def _make_room(self, work: Work, count: int, *, keep: Seq[Work]) -> Sequence:
-        """The work's sequence with room for `count` more ids, dropping the state of others but `keep` if need be."""
+    def _segment(self, work: Work, budget: int, keep: Seq[Work]) -> Segment:
+        """The work's next ids, at most `budget`, with room for them; others than `keep` may lose their state for it."""
         self._live.pop(work, None)
+        try:
+            if work.sequence is None:
+                work.sequence = self._room_for(lambda: self._enter(work), keep)
+            sequence = work.sequence
+            end = min(sequence.length + budget, len(work.ids), work.next_stop())
+            self._room_for(lambda: self.pools.reserve(sequence, end), keep)
+        except OutOfMemoryError as error:
+            length = min(work.computed + budget, len(work.ids))
+            self.drop(work)
+            raise OutOfMemoryError(
+                f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
+            ) from error
         self._live[work] = None
+        return Segment(sequence, work.ids[sequence.length : end])
+
+    def _enter(self, work: Work) -> Sequence:
+        """A sequence that holds as many of the ids as the cache knows."""
+        sequence = self.cache.take(work.ids, work.chain)
+        if sequence is None:
+            return self.pools.open()
+        work.checkpointed = sequence.length
+        work.count(0, sequence.length, hit=True)
+        return sequence
+
+    def _checkpoint(self, work: Work, keep: Keep) -> None:
+        """Leave a checkpoint of the work's state, if there is room but for what is worth less."""
+        assert work.sequence is not None
+        work.checkpointed = work.sequence.length
+        if self.cache.holds(work.ids, work.chain, work.sequence.length):
+            return
         while True:
             try:
-                if work.sequence is None:
-                    work.sequence = self.pools.open()
-                self.pools.reserve(work.sequence, work.sequence.length + count)
-                return work.sequence
-            except OutOfMemoryError as error:
-                victim = next((other for other in self._live if other is not work and other not in keep), None)
+                fork = self.pools.fork(work.sequence)
+            except OutOfMemoryError:
+                if not self.cache.evict(at_most=keep):
+                    return
+            else:
+                self.cache.add(work.ids, work.chain, fork, keep)
+                return
+
+    def _room_for(self, take: Callable[[], T], keep: Seq[Work]) -> T:
+        """What `take` gives, once there is memory for it: first checkpoints go, then the state of works but `keep`."""
+        while True:
+            try:
+                return take()
+            except OutOfMemoryError:
+                if self.cache.evict():
+                    continue
+                victim = next((other for other in self._live if other not in keep), None)
                 if victim is None:
-                    length = work.computed + count
-                    self.drop(work)
-                    raise OutOfMemoryError(
-                        f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
-                    ) from error
+                    raise
                 self.drop(victim)
+
+
+def _leaders(works: Seq[Work]) -> list[Work]:
+    """The works but those not yet begun whose goal is also another one's."""
+    goals: set[bytes] = set()
+    leaders = []
+    for work in sorted(works, key=lambda work: work.computed == 0):
+        if work.pending > 1:
+            own = work.goals()
+            if work.computed == 0 and goals & own:
+                continue
+            goals |= own
+        leaders.append(work)
+    return leaders

@@ -4,6 +4,9 @@
 under one id. *Tail slots* hold what does not grow: the ring of window rows and the compressors' open rows. A span or
 slot that was never held costs address space only: the operating system gives memory to pages that are written.
 
+Sequences with a common past share its spans, and whoever writes into a shared one gets a copy first. So a fork costs a
+slot and at most one span, whatever its length; and a checkpoint is nothing but a fork that nobody extends.
+
 A masked row counts 0.0 times what it holds, which is NaN where that is NaN. So a sequence never reads what another has
 written: slots and spans are cleared when they are given out, and missing spans are read as span 0, which nobody gets.
 
@@ -58,9 +61,9 @@ class LayerState:
 
 
 class Sequence:
-    """A live sequence: a tail slot, the spans of its past, and how many tokens they account for.
+    """A tail slot, the spans of a past, and how many tokens they account for.
 
-    Made by `Pools.open`, given back with `Pools.close`.
+    Made by `Pools.open` and `Pools.fork`, given back with `Pools.close`.
     """
 
     def __init__(self, slot: int) -> None:
@@ -74,6 +77,20 @@ class Sequence:
         self.contiguous = True
         """Whether the ids are consecutive, so that a long scan needs no gather."""
 
+    @property
+    def spans(self) -> list[int]:
+        ids: list[int] = self.table[: self.num_spans].tolist()
+        return ids
+
+    def reaches(self, length: int) -> bool:
+        """Whether it can be shortened to `length`: the rings hold what comes before."""
+        return length <= self.length and self.written - length <= ROLLBACK
+
+    def shorten(self, length: int) -> None:
+        """Forget the tokens from `length` on, which it must reach."""
+        assert self.reaches(length), (length, self.length, self.written)
+        self.length = length
+
     def add_span(self, span: int) -> None:
         if self.num_spans == len(self.table):
             self.table = torch.cat((self.table, torch.zeros_like(self.table)))
@@ -82,11 +99,16 @@ class Sequence:
         self.table[self.num_spans] = span
         self.num_spans += 1
 
+    def replace_span(self, index: int, span: int) -> None:
+        self.table[index] = span
+        steps = self.table[1 : self.num_spans] - self.table[: self.num_spans - 1]
+        self.contiguous = bool((steps == 1).all())
+
 
 class Pools:
-    """All state of one model, for at most `slots` live sequences and `spans` spans.
+    """All state of one model, for at most `slots` sequences and `spans` spans.
 
-    `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is what live sequences hold of them.
+    `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is what sequences hold of them, shared spans once.
     """
 
     def __init__(self, spec: ModelSpec, *, slots: int, spans: int, device: torch.device) -> None:
@@ -97,11 +119,14 @@ class Pools:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._unused_spans = spans  # ids up to `spans - _unused_spans` have been used before
         self._free_spans: list[int] = []
+        self._holders: dict[int, int] = {}  # of each span in use, how many sequences hold it
         states = [state for layer in self.layers for state in (layer.compressor, layer.indexer) if state is not None]
-        self._entries = [state.entries for state in states]
-        fixed = [layer.window for layer in self.layers] + [t for state in states for t in (state.values, state.scores)]
-        self.bytes_per_span = sum(tensor[0].nbytes for tensor in self._entries)
-        self.bytes_per_slot = sum(tensor[0].nbytes for tensor in fixed)
+        self.entries = [state.entries for state in states]
+        """All that lies in spans: tensors whose first dimension is the span id."""
+        self.tails = [layer.window for layer in self.layers] + [t for s in states for t in (s.values, s.scores)]
+        """All that lies in slots: tensors whose first dimension is the slot."""
+        self.bytes_per_span = sum(tensor[0].nbytes for tensor in self.entries)
+        self.bytes_per_slot = sum(tensor[0].nbytes for tensor in self.tails)
 
     @property
     def free_slots(self) -> int:
@@ -123,9 +148,7 @@ class Pools:
         Raises:
             OutOfMemoryError: every slot is taken.
         """
-        if not self._free_slots:
-            raise OutOfMemoryError(f"all {self.slots} slots are taken by live sequences; close one")
-        sequence = Sequence(self._free_slots.pop())
+        sequence = self._take_slot()
         for layer in self.layers:
             layer.window[sequence.slot] = 0.0
             for state in (layer.compressor, layer.indexer):
@@ -134,30 +157,83 @@ class Pools:
                     state.scores[sequence.slot] = -torch.inf
         return sequence
 
+    def fork(self, source: Sequence) -> Sequence:
+        """A second sequence with the same past, at the cost of one slot and at most one span.
+
+        Raises:
+            OutOfMemoryError: there is no free slot, or no free span for the open one.
+        """
+        full, open_tokens = divmod(source.length, SPAN)
+        if open_tokens and not self.free_spans:
+            raise OutOfMemoryError(f"a fork needs a span of its own, and none of {self.spans} is free")
+        fork = self._take_slot()
+        fork.length, fork.written = source.length, source.written
+        for tail in self.tails:
+            tail[fork.slot] = tail[source.slot]
+        for span in source.spans[:full]:
+            self._holders[span] += 1
+            fork.add_span(span)
+        if open_tokens:
+            fork.add_span(self._copy_span(int(source.table[full])))
+        return fork
+
     def reserve(self, sequence: Sequence, length: int) -> None:
-        """Give `sequence` the spans it needs to hold `length` tokens; all or none.
+        """Give `sequence` the spans it needs to hold `length` tokens, none of them shared where it will write.
+
+        All or none.
 
         Raises:
             OutOfMemoryError: there are not enough free spans.
         """
+        written = range(sequence.length // SPAN, sequence.num_spans)
+        shared = [index for index in written if self._holders[int(sequence.table[index])] > 1]
         missing = -(-length // SPAN) - sequence.num_spans
-        if missing > self.free_spans:
-            raise OutOfMemoryError(f"{missing} more spans needed, {self.free_spans} of {self.spans} are free")
+        if len(shared) + max(0, missing) > self.free_spans:
+            raise OutOfMemoryError(
+                f"{len(shared) + max(0, missing)} more spans needed, {self.free_spans} of {self.spans} are free"
+            )
+        for index in shared:
+            span = int(sequence.table[index])
+            sequence.replace_span(index, self._copy_span(span))
+            self._release(span)
         for _ in range(missing):
-            if self._free_spans:
-                span = self._free_spans.pop()
-            else:
-                span = self.spans - self._unused_spans + 1
-                self._unused_spans -= 1
-            for entries in self._entries:
+            span = self._take_span()
+            for entries in self.entries:
                 entries[span] = 0.0
             sequence.add_span(span)
 
     def close(self, sequence: Sequence) -> None:
         """Give back the slot and the spans."""
         self._free_slots.append(sequence.slot)
-        self._free_spans += reversed(sequence.table[: sequence.num_spans].tolist())
+        for span in reversed(sequence.spans):
+            self._release(span)
         sequence.num_spans = 0
+
+    def _take_slot(self) -> Sequence:
+        if not self._free_slots:
+            raise OutOfMemoryError(f"all {self.slots} slots are taken by live sequences; close one")
+        return Sequence(self._free_slots.pop())
+
+    def _take_span(self) -> int:
+        if self._free_spans:
+            span = self._free_spans.pop()
+        else:
+            span = self.spans - self._unused_spans + 1
+            self._unused_spans -= 1
+        self._holders[span] = 1
+        return span
+
+    def _copy_span(self, source: int) -> int:
+        span = self._take_span()
+        for entries in self.entries:
+            entries[span] = entries[source]
+        return span
+
+    def _release(self, span: int) -> None:
+        self._holders[span] -= 1
+        if not self._holders[span]:
+            del self._holders[span]
+            self._free_spans.append(span)
 
     def _layer(self, layer: LayerSpec) -> LayerState:
         spec = self.spec

@@ -44,7 +44,8 @@ class Compute(Family):
             train=(
                 "{a} [boxes|bags|cases] hold {b} [pens|balls|nails] each. How many are there? Submit the number.",
                 "There are {a} rows of {b} [trees|seats|plants] each. Submit [their number|how many there are].",
-                "One [ticket|book|lamp] costs {b} coins. How many coins do {a} [of them|such things] cost? Submit the number.",
+                "One [ticket|book|lamp] costs {b} coins. How many coins do {a} [of them|such things] cost? "
+                "Submit the number.",
             ),
             held_out=("There are {a} boxes of {b} pens each. Submit the number of pens.",),
         ),
