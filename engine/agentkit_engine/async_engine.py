@@ -1,8 +1,8 @@
 """AsyncEngine: the one boundary between anyio code and the thread that owns the model.
 
 The thread repeats one thing: take the commands that came in, compute one forward for every generation that may go on,
-hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is computed at
-most one token ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten.
+hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is at most one
+forward ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten.
 Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only. The engine itself is used
 under its lock, so that two `AsyncEngine`s over one `Engine` take turns.
 """
@@ -33,7 +33,7 @@ from agentkit_engine.session import SessionIds
 T = TypeVar("T")
 
 TOKENS_AHEAD = 2
-"""A generation pauses while this many of its tokens are not taken; the last of them is sampled, not yet computed."""
+"""No forward is made for a generation while this many of its tokens are not taken."""
 
 
 @dataclass(slots=True, eq=False)
@@ -165,7 +165,11 @@ class AsyncEngine:
 
     def _serve(self) -> None:
         while True:
-            ready = [generation for generation in self._generations if generation.ahead < TOKENS_AHEAD]
+            ready = [
+                generation
+                for generation in self._generations
+                if generation.ahead < TOKENS_AHEAD or generation.work.logits_V is not None
+            ]
             try:
                 command = self._commands.get(block=not ready and not self._closing)
             except queue.Empty:
@@ -197,11 +201,9 @@ class AsyncEngine:
                         self.engine.batcher.advance([generation.work])
                     except BaseException as error:
                         outcomes.append((generation, error))
-        outcomes += [
-            (generation, self._sample(generation, generation.work.logits_V))
-            for generation in ready
-            if generation.work.logits_V is not None
-        ]
+        for generation in ready:  # right guesses have their logits already
+            while generation.work.logits_V is not None and not generation.done:
+                outcomes.append((generation, self._sample(generation, generation.work.logits_V)))
         for generation, outcome in outcomes:
             if generation.done or isinstance(outcome, BaseException):
                 self._generations.pop(generation, None)
@@ -213,6 +215,7 @@ class AsyncEngine:
             token = sample(logits_V, params, seed=generation.seed, position=len(work.ids))
         except Exception as error:
             self.engine.batcher.drop(work)  # what it computed is not to be found again
+            generation.done = True
             return error
         generation.sampled += 1
         generation.ahead += 1
@@ -221,7 +224,7 @@ class AsyncEngine:
             or generation.sampled == params.max_tokens
             or len(work.ids) + 1 == self.engine.spec.max_position_embeddings
         )
-        work.extend([token.id], sampled=True)
+        work.push(token.id)
         return token
 
 

@@ -188,7 +188,7 @@ class Session(SessionIds):
                 self._batcher.drop(self._work)
                 raise
             self._ids.append(token.id)
-            self._work.extend([token.id], sampled=True)
+            self._work.push(token.id)
             yield token
             count += 1
             if token.id in params.stop_ids or count == params.max_tokens:

@@ -24,6 +24,7 @@ from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
 from agentkit_engine.runtime.runner import Runner, Segment
 from agentkit_engine.runtime.state import Pools, Sequence
+from agentkit_engine.speculation import LONGEST, Drafter
 
 T = TypeVar("T")
 
@@ -66,6 +67,8 @@ class Work:
         self.chain = IdChain()
         self.usage = PromptUsage()
         self.checkpointed = 0
+        self.drafter = Drafter()
+        self._drafted: list[tuple[int, Tensor]] = []  # ids that may come next, each with the logits after it
         self._fed = bytearray(b"\1" * len(self.ids) if fed is None else fed)
         self._marks: list[int] = []
         self._counted = 0
@@ -89,6 +92,26 @@ class Work:
         self._fed += bytes([not sampled]) * len(ids)
         if ids:
             self.logits_V = None
+            self._drafted = []
+
+    def push(self, token_id: int) -> None:
+        """Append a sampled id. Where it was drafted, its state and the logits after it are there already."""
+        drafted = self._drafted
+        self.extend([token_id], sampled=True)
+        if drafted and self.sequence is not None and drafted[0][0] == token_id:
+            self.drafter.accepted()
+            self.sequence.length += 1
+            self._counted = self.sequence.length
+            self.logits_V, self._drafted = drafted[0][1], drafted[1:]
+
+    def draft(self, most: int) -> list[int]:
+        """Guesses at the ids to come, where the last one was sampled and is all that is pending."""
+        return self.drafter.propose(self.ids, most) if self.pending == 1 and not self._fed[-1] else []
+
+    def computed_with(self, draft: Seq[int], logits_NV: Tensor) -> None:
+        """Take the logits after the last id and after each drafted one."""
+        self.logits_V = logits_NV[0]
+        self._drafted = list(zip(draft, logits_NV[1:], strict=True))
 
     def mark(self, length: int) -> None:
         """Have a checkpoint taken where the first `length` ids are computed, for sessions that begin with them."""
@@ -111,6 +134,7 @@ class Work:
     def cut(self, length: int) -> None:
         """Forget the ids from `length` on."""
         del self.ids[length:], self._fed[length:]
+        self._drafted = []
         self.chain.cut(length)
         self.logits_V = None
         self._marks = [mark for mark in self._marks if mark <= length]
@@ -136,8 +160,11 @@ class Batcher:
     """Owns the pools and runs the forwards of one model. One thread at a time.
 
     Attributes:
-        prefilled: ids that were fed and went through a forward, each time it did.
+        prefilled: ids that were fed and went through a forward, each time they did.
         sampled: ids that were sampled and went through a forward.
+        drafted: ids that were guessed and went through a forward; those that were right count as neither.
+        speculate: whether to guess.
+        steps: forwards.
     """
 
     def __init__(self, decoder: Decoder, *, state_bytes: int) -> None:
@@ -149,8 +176,9 @@ class Batcher:
         self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.cache = PrefixCache(self.pools)
         self.runner = Runner(decoder, self.pools)
-        self.prefilled = self.sampled = 0
-        self._steps = 0
+        self.prefilled = self.sampled = self.drafted = 0
+        self.speculate = True
+        self.steps = 0
         self._live: dict[Work, None] = {}  # least recently used first
 
     def advance(self, works: Seq[Work]) -> None:
@@ -178,21 +206,23 @@ class Batcher:
                 break
             segments.append(segment)
             chosen.append(work)
-            budget -= len(segment.ids)
+            budget -= len(segment.ids) + len(segment.draft)
         try:
             logits = self.runner.step(segments)
         except BaseException:
             for work in chosen:
                 self.drop(work)
             raise
-        self._steps += 1
-        for work, segment, logits_V in zip(chosen, segments, logits, strict=True):
-            work.last_step = self._steps
-            work.logits_V = None if work.pending else logits_V
+        self.steps += 1
+        for work, segment, logits_NV in zip(chosen, segments, logits, strict=True):
+            work.last_step = self.steps
+            if not work.pending:
+                work.computed_with(segment.draft, logits_NV)
             end, count = segment.sequence.length, len(segment.ids)
             fed = work.count(end - count, end, hit=False)
             self.prefilled += fed
             self.sampled += count - fed
+            self.drafted += len(segment.draft)
             if work.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
                 self._checkpoint(work, Keep.TURN)
             elif fed and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
@@ -242,7 +272,7 @@ class Batcher:
                 self.drop(work)
                 raise
             saved.restore(self.pools, sequence, tensors)
-            sequence.length, sequence.written = length, written
+            sequence.length, sequence.written = min(length, len(ids) - 1), written  # the last id again, for its logits
             work.count(0, length, hit=True)
             self._live[work] = None
         return work
@@ -273,7 +303,7 @@ class Batcher:
             rows = []
             while work.pending:
                 segment = self._segment(work, chunk, keep=[])
-                rows.append(self.runner.step([segment], all_rows=True))
+                rows += self.runner.step([segment], all_rows=True)
             return torch.cat(rows)
         finally:
             self.drop(work)
@@ -286,7 +316,9 @@ class Batcher:
                 work.sequence = self._room_for(lambda: self._enter(work), keep)
             sequence = work.sequence
             end = min(sequence.length + budget, len(work.ids), work.next_stop())
-            self._room_for(lambda: self.pools.reserve(sequence, end), keep)
+            room = min(budget - 1, self.pools.spec.max_position_embeddings - end - 1, LONGEST) if self.speculate else 0
+            draft = work.draft(room) if room > 0 else []
+            self._room_for(lambda: self.pools.reserve(sequence, end + len(draft)), keep)
         except OutOfMemoryError as error:
             length = min(work.computed + budget, len(work.ids))
             self.drop(work)
@@ -294,7 +326,7 @@ class Batcher:
                 f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
             ) from error
         self._live[work] = None
-        return Segment(sequence, work.ids[sequence.length : end])
+        return Segment(sequence, work.ids[sequence.length : end], draft)
 
     def _enter(self, work: Work) -> Sequence:
         """A sequence that holds as many of the ids as the cache knows."""

@@ -30,6 +30,8 @@ from agentkit_engine.model.rope import rotate, rotations
 from agentkit_engine.runtime.state import QUERY_BLOCK, CompressorState, Pools, Sequence
 from agentkit_engine.spec import RopeSpec
 
+DECODING = 16
+"""Sequences that take the same number of tokens, at most this many, are computed side by side."""
 ROWS = 16
 """Rows of a matrix product are padded to a multiple of this."""
 LANES = 32
@@ -43,10 +45,14 @@ HCA_TILES = (0, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Ids that extend one sequence in the next forward."""
+    """Ids that extend one sequence in the next forward, and guesses at those that follow."""
 
     sequence: Sequence
     ids: Seq[int]
+    draft: Seq[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,11 @@ class QueryBlock:
 
 
 class Group:
-    """Sequences that all take the same number of tokens: the decoding ones, or one that is prefilled."""
+    """Sequences that all take the same number of tokens: decoding ones, or one that is prefilled."""
 
     def __init__(self, segments: Seq[Segment], first_row: int, pools: Pools) -> None:
         self.sequences = [segment.sequence for segment in segments]
-        self.tokens = len(segments[0].ids)
+        self.tokens = len(segments[0])
         self.rows = slice(first_row, first_row + len(segments) * self.tokens)
         self.starts = [sequence.length for sequence in self.sequences]
         self.ends = [start + self.tokens for start in self.starts]
@@ -95,8 +101,8 @@ class Group:
         return spans * per_span + indices % per_span
 
     def _query_blocks(self, ring: int, window: int) -> list[QueryBlock]:
-        start = self.starts[0]
-        bounds = [0, *range(QUERY_BLOCK - start % QUERY_BLOCK, self.tokens, QUERY_BLOCK), self.tokens]
+        first = QUERY_BLOCK - self.starts[0] % QUERY_BLOCK if len(self) == 1 else QUERY_BLOCK
+        bounds = [0, *range(first, self.tokens, QUERY_BLOCK), self.tokens]
         blocks = []
         for low, high in itertools.pairwise(bounds):
             positions_BU = self.positions_BT[:, low:high]
@@ -123,14 +129,14 @@ class Runner:
         self._ropes = {layer.rope for layer in self.spec.layers}
 
     @torch.inference_mode()
-    def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> Tensor:
-        """Extend every segment's sequence by its ids, which `Pools.reserve` has made room for.
+    def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> list[Tensor]:
+        """Extend every segment's sequence by its ids, which `Pools.reserve` has made room for, its draft included.
 
         Runs on one thread: with several, how a product is divided among them depends on its number of rows.
 
         Returns:
-            The logits after the last id of each segment, float32 [segments, V], in their order; with `all_rows` the
-            logits after every id, segment by segment.
+            For each segment the logits after its last id and after every drafted one, float32 [1 + drafted, V]; with
+            `all_rows` after all of its ids.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -142,15 +148,16 @@ class Runner:
         finally:
             torch.set_num_threads(threads)
 
-    def _step(self, segments: Seq[Segment], all_rows: bool) -> Tensor:
-        order = sorted(range(len(segments)), key=lambda index: len(segments[index].ids) != 1)
-        decoding = [segments[index] for index in order if len(segments[index].ids) == 1]
-        groups = [Group(decoding, 0, self.pools)] if decoding else []
-        rows = len(decoding)
-        for index in order[rows:]:
-            groups.append(Group([segments[index]], rows, self.pools))
-            rows += len(segments[index].ids)
-        ids = [token_id for index in order for token_id in segments[index].ids]
+    def _step(self, segments: Seq[Segment], all_rows: bool) -> list[Tensor]:
+        order = sorted(range(len(segments)), key=lambda index: len(segments[index]))
+        groups, rows = [], 0
+        for tokens, alike in itertools.groupby(order, key=lambda index: len(segments[index])):
+            members = [segments[index] for index in alike]
+            together = [members] if tokens <= DECODING else [[member] for member in members]
+            for some in together:
+                groups.append(Group(some, rows, self.pools))
+                rows += len(some) * tokens
+        ids = [token_id for index in order for token_id in (*segments[index].ids, *segments[index].draft)]
         ids_N = torch.tensor(ids + [0] * (-rows % ROWS))
         positions_N = F.pad(torch.cat([group.positions_BT.flatten() for group in groups]), (0, -rows % ROWS))
         turns = {rope: rotations(rope, positions_N, self.spec.qk_rope_head_dim) for rope in self._ropes}
@@ -159,20 +166,24 @@ class Runner:
         for layer in self._layers:
             streams_NMD = layer(streams_NMD, ids_N, groups, turns)
         for segment in segments:
+            segment.sequence.written = max(segment.sequence.written, segment.sequence.length + len(segment))
             segment.sequence.length += len(segment.ids)
-            segment.sequence.written = max(segment.sequence.written, segment.sequence.length)
 
         starts, row = {}, 0
         for index in order:
-            starts[index], row = row, row + len(segments[index].ids)
-        ends = [starts[index] + len(segment.ids) for index, segment in enumerate(segments)]
-        firsts = [starts[index] if all_rows else end - 1 for index, end in enumerate(ends)]
+            starts[index], row = row, row + len(segments[index])
+        ends = [starts[index] + len(segment) for index, segment in enumerate(segments)]
+        firsts = [
+            starts[index] if all_rows else ends[index] - 1 - len(segment.draft)
+            for index, segment in enumerate(segments)
+        ]
         wanted = torch.cat([torch.arange(first, end) for first, end in zip(firsts, ends, strict=True)])
         count = len(wanted)
         streams_NMD = streams_NMD[F.pad(wanted, (0, -count % ROWS))]
         mix = _mix(streams_NMD, self._hc_fn, self.spec.rms_norm_eps) * self._hc_scale + self._hc_base
         x_ND = _rms_norm(_read(streams_NMD, mix.sigmoid() + self.spec.hc_eps), self._norm, self.spec.rms_norm_eps)
-        return F.linear(x_ND, self._head)[:count]
+        sizes = [end - first for first, end in zip(firsts, ends, strict=True)]
+        return list(torch.split(F.linear(x_ND, self._head)[:count], sizes))
 
 
 class _Layer:
@@ -332,23 +343,23 @@ class _Compressor:
     def __call__(self, values_BTX: Tensor, scores_BTX: Tensor, group: Group) -> None:
         ratio, kept = self.state.ratio, self.state.values.shape[1]
         scores_BTX = scores_BTX + self.ape[group.positions_BT % ratio]
-        done = [index for index in range(len(group)) if group.ends[index] // ratio > group.starts[index] // ratio]
-        if done:
-            self._emit(values_BTX[done], scores_BTX[done], [group.starts[index] for index in done], done, group)
+        completed = [end // ratio - start // ratio for start, end in zip(group.starts, group.ends, strict=True)]
+        for count in sorted({count for count in completed if count}):
+            done = [index for index in range(len(group)) if completed[index] == count]
+            self._emit(values_BTX[done], scores_BTX[done], count, done, group)
         recent = slice(max(0, group.tokens - kept), None)
         rows_BT = group.positions_BT[:, recent] % kept
         self.state.values[group.slots_B[:, None], rows_BT] = values_BTX[:, recent]
         self.state.scores[group.slots_B[:, None], rows_BT] = scores_BTX[:, recent]
 
-    def _emit(self, values: Tensor, scores: Tensor, starts: list[int], done: list[int], group: Group) -> None:
-        """Pool the windows that end inside these rows: all of one sequence's, or one of each of several."""
+    def _emit(self, values: Tensor, scores: Tensor, count: int, done: list[int], group: Group) -> None:
+        """Pool the `count` windows that end inside these rows of each of the sequences `done`."""
         ratio, kept = self.state.ratio, self.state.values.shape[1]
         slots_B1 = group.slots_B[done].unsqueeze(1)
-        starts_B1 = torch.tensor(starts).unsqueeze(1)
+        starts_B1 = torch.tensor([group.starts[index] for index in done]).unsqueeze(1)
         older = (starts_B1 - kept + torch.arange(kept)) % kept
         values = torch.cat((self.state.values[slots_B1, older], values), dim=1)
         scores = torch.cat((self.state.scores[slots_B1, older], scores), dim=1)
-        count = (starts[0] + group.tokens) // ratio - starts[0] // ratio
         windows_BW = starts_B1 // ratio + torch.arange(count)
         own_BWL = (windows_BW * ratio - starts_B1 + kept).unsqueeze(2) + torch.arange(ratio)
         batch = torch.arange(len(done)).view(-1, 1, 1)

@@ -27,7 +27,7 @@ from agentkit_engine.spec import LayerSpec, ModelSpec
 
 SPAN = 256
 """Tokens per span: a multiple of every compression ratio."""
-ROLLBACK = 4
+ROLLBACK = 12
 """Tokens that a sequence can be shortened by, less one that is computed again: the rings still hold what is needed."""
 QUERY_BLOCK = 128
 """Tokens of one sequence whose attention is computed together; blocks start at multiples of it."""
