@@ -212,7 +212,7 @@ class AsyncEngine:
     def _sample(self, generation: _Generation, logits_V: Tensor) -> SampledToken | BaseException:
         work, params = generation.work, generation.params
         try:
-            token = sample(logits_V, params, seed=generation.seed, position=len(work.ids))
+            token = sample(logits_V, params, seed=generation.seed, position=len(work.ids), past=work.past)
         except Exception as error:
             self.engine.batcher.drop(work)  # what it computed is not to be found again
             generation.done = True

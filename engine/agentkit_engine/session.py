@@ -183,7 +183,7 @@ class Session(SessionIds):
             while self._work.logits_V is None:
                 self._batcher.advance([self._work])
             try:
-                token = sample(self._work.logits_V, params, seed=seed, position=len(self._ids))
+                token = sample(self._work.logits_V, params, seed=seed, position=len(self._ids), past=self._work.past)
             except NonFiniteLogitsError:
                 self._batcher.drop(self._work)
                 raise

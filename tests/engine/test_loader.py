@@ -534,6 +534,11 @@ def test_index_that_is_no_index(sharded: Path) -> None:
         (None, SamplingParams()),
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 1}, SamplingParams(0.6, 0.95)),
         ({"do_sample": False, "temperature": 0.6}, SamplingParams(temperature=0.0)),
+        (
+            {"top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1},
+            SamplingParams(top_k=20, min_p=0.05, repetition_penalty=1.1),
+        ),
+        ({"top_k": 0}, SamplingParams()),
     ],
 )
 def test_sampling_is_what_generation_config_says(

@@ -34,7 +34,7 @@ from agentkit_engine import (
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.runtime import Segment
 from agentkit_engine.runtime.runner import Group
-from agentkit_engine.sampler import sample, uniform
+from agentkit_engine.sampler import _change, sample, uniform
 
 pytestmark = pytest.mark.anyio
 
@@ -109,14 +109,16 @@ def alone(engine: Engine, ids: Sequence[int], params: SamplingParams) -> list[Sa
 # --- the sampler ---------------------------------------------------------------------------------------------------
 
 
-def naive_probabilities(logits: Tensor, temperature: float, top_p: float) -> list[float]:
-    """Top-p by its definition, in plain Python: the fewest most likely ids whose mass reaches `top_p`, renormalised."""
+def naive_probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
+    """The definitions in plain Python, one after the other."""
     scaled = [float(x) / temperature for x in logits.double()]
     weights = [math.exp(x - max(scaled)) for x in scaled]
     probabilities = [w / sum(weights) for w in weights]
+    likely = sorted(range(len(probabilities)), key=lambda i: (-probabilities[i], i))[:top_k]
+    whole = sum(probabilities[index] for index in likely)
     kept, mass = [], 0.0
-    for index in sorted(range(len(probabilities)), key=lambda i: (-probabilities[i], i)):
-        if mass >= top_p:
+    for index in likely:
+        if mass >= top_p * whole or probabilities[index] < min_p * probabilities[likely[0]]:
             break
         kept.append(index)
         mass += probabilities[index]
@@ -128,14 +130,16 @@ def naive_probabilities(logits: Tensor, temperature: float, top_p: float) -> lis
     logits=st.lists(st.integers(-64, 64).map(lambda x: x / 16), min_size=1, max_size=12),
     temperature=st.sampled_from([0.25, 0.7, 1.0, 3.0]),
     top_p=st.sampled_from([0.01, 0.35, 0.613, 0.93, 1.0]),
+    top_k=st.sampled_from([1, 2, 5, 20]),
+    min_p=st.sampled_from([0.0, 0.0, 0.13, 0.51, 1.0]),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_top_p_keeps_what_the_definition_keeps(
-    logits: list[float], temperature: float, top_p: float, seed: int
+def test_what_is_left_out_is_what_the_definitions_leave_out(
+    logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float, seed: int
 ) -> None:
     row = torch.tensor(logits)
-    expected = naive_probabilities(row, temperature, top_p)
-    params = SamplingParams(temperature=temperature, top_p=top_p)
+    expected = naive_probabilities(row, temperature, top_p, top_k, min_p)
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     draws = 300
     counts = [0] * len(logits)
     for position in range(draws):
@@ -166,6 +170,51 @@ def test_the_draw_is_a_pinned_function_of_seed_and_position() -> None:
     assert uniform(7, 11) == 0.25451285741534824  # another value would change every seeded run there is
 
 
+def test_penalties_count_what_came_before() -> None:
+    row = torch.tensor([4.0, 3.0, -1.0, 2.5])
+    past = [0, 2, 1, 1], [1, 1]
+
+    def odds(**penalties: float) -> list[float]:
+        params = SamplingParams(temperature=0, **penalties)  # type: ignore[arg-type]
+        return _change(row, params, lambda: past).tolist()
+
+    assert odds() == row.tolist()
+    assert odds(repetition_penalty=2.0) == [2.0, 1.5, -2.0, 2.5]
+    assert odds(presence_penalty=0.5) == [4.0, 2.5, -1.0, 2.5]
+    assert odds(frequency_penalty=0.5) == [4.0, 2.0, -1.0, 2.5]
+    params = SamplingParams(temperature=0, repetition_penalty=2.0)
+    token = sample(row, params, seed=0, position=0, past=lambda: past)
+    assert token == SampledToken(3, row.log_softmax(0)[3].item())
+
+
+def test_biases_favour_and_forbid() -> None:
+    row = torch.tensor([1.0, 3.0, 2.0])
+    assert sample(row, SamplingParams(temperature=0, logit_bias={1: -math.inf}), seed=0, position=0).id == 2
+    assert sample(row, SamplingParams(temperature=0, logit_bias={0: 2.5}), seed=0, position=0).id == 0
+    only = SamplingParams(logit_bias={0: -math.inf, 2: -math.inf})
+    assert {sample(row, only, seed=0, position=position).id for position in range(30)} == {1}
+    with pytest.raises(ValueError, match=r"id 3, outside the vocabulary 0\.\.2"):
+        sample(row, SamplingParams(logit_bias={3: 1.0}), seed=0, position=0)
+    with pytest.raises(ValueError, match="forbids every id"):
+        sample(row, SamplingParams(logit_bias=dict.fromkeys(range(3), -math.inf)), seed=0, position=0)
+
+
+def test_the_most_likely_ids_are_told_with_their_own_log_probabilities() -> None:
+    row = torch.tensor([1.0, 3.0, 2.0, 3.0])
+    token = sample(row, SamplingParams(temperature=0, top_logprobs=3, logit_bias={0: 9.0}), seed=0, position=0)
+    own = row.log_softmax(0).tolist()
+    assert token.top == ((1, own[1]), (3, own[3]), (2, own[2]))
+    assert (token.id, token.logprob) == (0, own[0])
+
+
+def test_a_session_counts_its_own_past(engine: Engine) -> None:
+    with engine.session() as session:
+        session.append([1, 2, 3])
+        params = SamplingParams(temperature=0, frequency_penalty=1e9, max_tokens=30)
+        ids = [token.id for token in session.generate(params)]
+    assert len(set(ids)) == 30
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     with pytest.raises(NonFiniteLogitsError, match="position 4"):
@@ -173,7 +222,13 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}]
+    "bad",
+    [
+        *({"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}),
+        *({"top_k": 0}, {"min_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"presence_penalty": math.inf}),
+        *({"frequency_penalty": math.nan}, {"top_logprobs": -1}, {"logit_bias": {-1: 1.0}}),
+        {"logit_bias": {1: math.inf}},
+    ],
 )
 def test_sampling_params_outside_their_range(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -409,7 +464,7 @@ async def test_cancellation_stops_a_long_prefill_and_frees_the_thread(
     steps = 0
     step = engine.batcher.runner.step
 
-    def counted(segments: Sequence[Segment]) -> Tensor:
+    def counted(segments: Sequence[Segment]) -> list[Tensor]:
         nonlocal steps
         steps += 1
         return step(segments)

@@ -61,9 +61,10 @@ class EmbeddedModel:
         self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
         """See `Model.open`."""
-        from agentkit_engine import AsyncEngine, SamplingParams
+        from agentkit_engine import AsyncEngine
 
-        params = SamplingParams(
+        params = replace(
+            self.engine.sampling,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,

@@ -82,6 +82,10 @@ class Work:
         """For each id a 1 when it was fed, a 0 when it was sampled."""
         return bytes(self._fed)
 
+    def past(self) -> tuple[list[int], list[int]]:
+        """Every id, and those that were sampled."""
+        return self.ids, [token_id for token_id, fed in zip(self.ids, self._fed, strict=True) if not fed]
+
     @property
     def pending(self) -> int:
         """How many ids the next forwards have to take in before there are logits."""

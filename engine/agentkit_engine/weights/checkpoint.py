@@ -61,6 +61,9 @@ class _GenerationConfig(BaseModel):
     do_sample: bool = True
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 class _Index(BaseModel):
@@ -117,7 +120,13 @@ def read_sampling(folder: Path) -> SamplingParams:
         return SamplingParams()
     try:
         config = _GenerationConfig.model_validate(_read_json(path))
-        return SamplingParams(temperature=config.temperature if config.do_sample else 0.0, top_p=config.top_p)
+        return SamplingParams(
+            temperature=config.temperature if config.do_sample else 0.0,
+            top_p=config.top_p,
+            top_k=config.top_k or None,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+        )
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
 
