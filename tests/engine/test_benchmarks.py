@@ -55,6 +55,16 @@ def test_decode_and_parity_write_records_of_compared_outputs(tmp_path: Path) -> 
     assert 0 < parity["value"] < 1e-4 and parity["met"]
 
 
+def test_what_the_runtime_saves_is_measured_beside_doing_without(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "C7,C9,C14,C16", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    records = {record["goal"]: record for record in json.loads(out.read_text())}
+    assert list(records) == ["C7", "C9", "C14", "C16"]
+    assert records["C14"]["value"] == 1  # every fed id is computed once
+    assert all(record["ratio"] and record["peer"] and record["outputs"] for record in records.values())
+
+
 def test_an_unknown_goal_is_named_with_those_there_are() -> None:
     result = run("--only", "C1,C99")
     assert result.exit_code == 2

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import cold_start
+from agentkit_engine.benchmarks import cold_start, runtime_goals
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
@@ -58,6 +58,8 @@ class Sizes:
         grown_to: And how far.
         grown_to_peer: The same for the peer, which is slower.
         cold_experts: Routed experts of the model that is opened cold; 256 make it 600 MB.
+        shared: Trajectories, turns of each, and tokens that all have in common.
+        guessed: Calls in a session that guesses.
     """
 
     repeats: int
@@ -69,6 +71,8 @@ class Sizes:
     grown_to: int
     grown_to_peer: int
     cold_experts: int
+    shared: tuple[int, int, int]
+    guessed: int
 
 
 FULL = Sizes(
@@ -81,6 +85,8 @@ FULL = Sizes(
     grown_to=131_072,
     grown_to_peer=8192,
     cold_experts=256,
+    shared=(64, 30, 20_000),
+    guessed=6,
 )
 QUICK = Sizes(
     repeats=1,
@@ -92,6 +98,8 @@ QUICK = Sizes(
     grown_to=1024,
     grown_to_peer=1024,
     cold_experts=16,
+    shared=(2, 2, 64),
+    guessed=2,
 )
 
 
@@ -116,6 +124,7 @@ def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
 def _decode(
     goal: str, engine: Engine, peer: Transformers, sizes: Sizes, good: Bound | None, moonshot: Bound | None
 ) -> Iterator[Measurement]:
+    engine.batcher.speculate = False  # one token a forward on both sides; what guesses save is C16
     ids = random_ids(engine.spec, max(sizes.contexts))
     peer.tune_decode(ids[: sizes.decoded])
     for context in sizes.contexts:
@@ -441,7 +450,11 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C3": prefill,
     "C4": parity,
     "C5": memory,
+    "C7": lambda sizes: runtime_goals.lookup(sizes.grown_to, 5 * sizes.repeats),
+    "C9": lambda sizes: runtime_goals.restore(sizes.prefilled[-1], sizes.repeats),
+    "C14": lambda sizes: runtime_goals.shared(*sizes.shared),
     "C15": cold,
+    "C16": lambda sizes: runtime_goals.guesses(sizes.guessed),
     "tiny": decode_packaged,
 }
 """What `--only` can name, in the order of running."""
