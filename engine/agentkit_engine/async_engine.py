@@ -179,6 +179,8 @@ class AsyncEngine:
                     command()
                 continue
             if self._closing:
+                with self.engine.lock:
+                    self.engine.flush()
                 return
             with self.engine.lock:
                 outcomes = self._step(ready)

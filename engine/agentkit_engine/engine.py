@@ -18,6 +18,7 @@ from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import Batcher
+from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
@@ -25,6 +26,8 @@ from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 
 STATE_BYTES = 2 << 30
 """Default bound on the state of all sequences; memory is taken as it is used."""
+CACHE_BYTES = 8 << 30
+"""Default bound on what one model keeps on disk."""
 PACKAGED_MODELS = {"tiny": Path(__file__).parent / "tiny"}
 """The names `Engine.load` knows, and where their folders are."""
 
@@ -42,11 +45,20 @@ class Engine:
     """
 
     def __init__(
-        self, decoder: Decoder, *, name: str, dialect: Dialect, folder: Path, state_bytes: int = STATE_BYTES
+        self,
+        decoder: Decoder,
+        *,
+        name: str,
+        dialect: Dialect,
+        folder: Path,
+        state_bytes: int = STATE_BYTES,
+        cache_dir: Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.decoder = decoder.eval()
         self.lock = threading.Lock()
         self.state_bytes = state_bytes
+        self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
         self.spec: ModelSpec = decoder.spec
         self.name = name
         self.dialect: Dialect = dialect
@@ -60,12 +72,15 @@ class Engine:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         state_bytes: int = STATE_BYTES,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> Engine:
         """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
 
         A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. Weights are
         held as `dtype`; what the official layout stores as float32 stays float32. `state_bytes` bounds what the
-        sessions' state may take; beyond it the state that waited longest is dropped and later computed again.
+        sessions' state may take; beyond it the state that waited longest is dropped and later computed again. With
+        `cache_dir` what sessions computed is also kept on disk, up to `cache_bytes`, for later processes.
 
         Raises:
             ModelNotFoundError: no such name and no such folder; the message lists the names there are.
@@ -81,12 +96,25 @@ class Engine:
                 "give one of those names, or the path of a folder with config.json and safetensors files"
             )
         decoder, dialect = load_checkpoint(folder, device=torch.device(device), dtype=dtype)
-        return cls(decoder, name=folder.resolve().name, dialect=dialect, folder=folder, state_bytes=state_bytes)
+        return cls(
+            decoder,
+            name=folder.resolve().name,
+            dialect=dialect,
+            folder=folder,
+            state_bytes=state_bytes,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_bytes=cache_bytes,
+        )
 
     @cached_property
     def batcher(self) -> Batcher:
         """What computes for all sessions; packs the weights on first use."""
-        return Batcher(self.decoder, state_bytes=self.state_bytes)
+        batcher = Batcher(self.decoder, state_bytes=self.state_bytes)
+        if self.cache_dir is not None:
+            batcher.disk = DiskCache(
+                self.cache_dir, batcher.pools, model=self.fingerprint, budget_bytes=self.cache_bytes
+            )
+        return batcher
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -114,6 +142,11 @@ class Engine:
             CheckpointError: the file is not such a configuration.
         """
         return read_sampling(self.folder)
+
+    def flush(self) -> None:
+        """Wait until what is to be kept on disk has been written. `AsyncEngine` does so when its block ends."""
+        if self.batcher.disk is not None:
+            self.batcher.disk.close()
 
     def logits(self, token_ids: Iterable[int]) -> Tensor:
         """float32 [T, V]: the logits after each of the T ids, the same bits that a session computes.

@@ -9,6 +9,7 @@ import typer
 
 from agentkit.cli.ending import ExitCode
 from agentkit.cli.options import (
+    CacheFlag,
     EnvFlag,
     JsonFlag,
     ModelFlag,
@@ -35,6 +36,7 @@ def command(
     temperature: TemperatureFlag = None,
     env: EnvFlag = None,
     out: OutFlag = None,
+    cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
 ) -> ExitCode:
     """Run a suite of tasks, each in a sandbox of its own, and write a report."""
@@ -56,6 +58,7 @@ def command(
         backend=env.value if env else None,
         seed=chosen,
         temperature=temperature,
+        cache_dir=cache_dir,
         console=console,
     )
     if as_json:

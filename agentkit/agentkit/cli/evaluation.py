@@ -38,6 +38,7 @@ def evaluate(
     seed: int,
     temperature: float | None,
     console: Console,
+    cache_dir: Path | None = None,
 ) -> Finished:
     """Run a suite on an embedded model with live progress on `console`, and write the report, after Ctrl-C too.
 
@@ -53,7 +54,7 @@ def evaluate(
     from agentkit_evals.run import EvalRun
     from agentkit_evals.verify import backend_for
 
-    embedded = EmbeddedModel(model)
+    embedded = EmbeddedModel(model, cache_dir=cache_dir)
     run = EvalRun(
         suite,
         embedded,

@@ -36,6 +36,12 @@ TemperatureFlag = Annotated[
         "--temperature", min=0.0, help="Divides the logits; 0 takes the likeliest token. By default the model's own."
     ),
 ]
+CacheFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir", envvar="AGENTKIT_CACHE_DIR", help="A folder for what the model computes, for later commands."
+    ),
+]
 OutFlag = Annotated[Path | None, typer.Option("--out", help="The run directory; a new one below `runs` by default.")]
 
 

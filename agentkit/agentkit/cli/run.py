@@ -15,7 +15,7 @@ import anyio
 import typer
 
 from agentkit.cli.ending import ExitCode
-from agentkit.cli.options import EnvFlag, JsonFlag, ModelFlag, SeedFlag, TemperatureFlag
+from agentkit.cli.options import CacheFlag, EnvFlag, JsonFlag, ModelFlag, SeedFlag, TemperatureFlag
 from agentkit.cli.terminal import visible
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def command(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens sampled at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds at most.")] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Where to keep the record of the run; a new file.")] = None,
+    cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
 ) -> ExitCode:
     """Run an agent on a task file, or on what you say."""
@@ -59,7 +60,7 @@ def command(
     bounds = {"max_turns": max_turns, "max_tokens": max_tokens, "timeout_s": timeout}
     given = {name: value for name, value in bounds.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
-    embedded = EmbeddedModel(model)
+    embedded = EmbeddedModel(model, cache_dir=cache_dir)
     agent = agent_for(task, embedded, embedded.sampling.override(temperature=temperature, seed=seed))
     console = Console(quiet=as_json, highlight=False)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, console)

@@ -24,8 +24,8 @@ class EmbeddedModel:
     that was not entered runs a thread of its own for each session.
     """
 
-    def __init__(self, engine: AsyncEngine | Engine | str | Path) -> None:
-        """Load the engine, if it is not one yet.
+    def __init__(self, engine: AsyncEngine | Engine | str | Path, *, cache_dir: Path | None = None) -> None:
+        """Load the engine, if it is not one yet; then `cache_dir` is where it keeps what it computed, on disk.
 
         Raises:
             ModelNotFoundError, CheckpointError: as `Engine.load`.
@@ -37,7 +37,7 @@ class EmbeddedModel:
         if isinstance(engine, AsyncEngine):
             self.engine: Engine = engine.engine
         else:
-            self.engine = engine if isinstance(engine, Engine) else Engine.load(engine)
+            self.engine = engine if isinstance(engine, Engine) else Engine.load(engine, cache_dir=cache_dir)
         self.name = self.engine.name
         self.tokenizer = self.engine.tokenizer
         self.sampling = Sampling(temperature=self.engine.sampling.temperature, top_p=self.engine.sampling.top_p)

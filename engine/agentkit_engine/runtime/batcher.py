@@ -21,6 +21,7 @@ from torch import Tensor
 from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
+from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
 from agentkit_engine.runtime.runner import Runner, Segment
 from agentkit_engine.runtime.state import Pools, Sequence
@@ -168,6 +169,7 @@ class Batcher:
         sampled: ids that were sampled and went through a forward.
         drafted: ids that were guessed and went through a forward; those that were right count as neither.
         speculate: whether to guess.
+        disk: where checkpoints that are worth keeping are also stored and looked for, if anywhere.
         steps: forwards.
     """
 
@@ -182,6 +184,7 @@ class Batcher:
         self.runner = Runner(decoder, self.pools)
         self.prefilled = self.sampled = self.drafted = 0
         self.speculate = True
+        self.disk: DiskCache | None = None
         self.steps = 0
         self._live: dict[Work, None] = {}  # least recently used first
 
@@ -287,6 +290,7 @@ class Batcher:
         sequence, work.sequence = work.sequence, None
         if sequence is not None:
             if sequence.length:
+                self._store(work, sequence)
                 self.cache.add(work.ids, work.chain, sequence, Keep.TURN)
             else:
                 self.pools.close(sequence)
@@ -334,12 +338,25 @@ class Batcher:
 
     def _enter(self, work: Work) -> Sequence:
         """A sequence that holds as many of the ids as the cache knows."""
+        if self.disk is not None:
+            self._fetch(self.disk, work)
         sequence = self.cache.take(work.ids, work.chain)
         if sequence is None:
             return self.pools.open()
         work.checkpointed = sequence.length
         work.count(0, sequence.length, hit=True)
         return sequence
+
+    def _fetch(self, disk: DiskCache, work: Work) -> None:
+        """Bring a checkpoint from disk into the cache, if one saves more than those that are there."""
+        found = self.cache.find(work.ids, work.chain)
+        stored = disk.find(work.ids, work.chain, above=(found[1] if found else 0) + SHORT_PROMPT)
+        if stored is not None and (sequence := disk.load(stored, work.ids, work.chain)) is not None:
+            self.cache.add(work.ids, work.chain, sequence, Keep.TURN)
+
+    def _store(self, work: Work, sequence: Sequence) -> None:
+        if self.disk is not None and sequence.length >= SHORT_PROMPT:
+            self.disk.store(work.ids, work.chain, sequence)
 
     def _checkpoint(self, work: Work, keep: Keep) -> None:
         """Leave a checkpoint of the work's state, if there is room but for what is worth less."""
@@ -354,6 +371,8 @@ class Batcher:
                 if not self.cache.evict(at_most=keep):
                     return
             else:
+                if keep is Keep.TURN:
+                    self._store(work, fork)
                 self.cache.add(work.ids, work.chain, fork, keep)
                 return
 

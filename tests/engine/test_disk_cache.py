@@ -1,0 +1,214 @@
+"""Checkpoints on disk: later engines go on with them, and nothing that happens to the files changes a bit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agentkit_engine import Engine, ModelSpec, SamplingParams
+from agentkit_engine.model import Decoder
+from agentkit_engine.runtime import disk_cache
+from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.state import SPAN
+
+from .conftest import randomize_, small_config
+
+PARAMS = SamplingParams(seed=1, max_tokens=4)
+LENGTH = SPAN + 40
+
+
+def make_decoder(seed: int) -> Decoder:
+    spec = ModelSpec.from_config(small_config(0, 4, 128, sliding_window=48, index_topk=8))
+    return randomize_(Decoder(spec), torch.Generator().manual_seed(seed)).eval()
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return make_decoder(1)
+
+
+def open_engine(decoder: Decoder, folder: Path, *, cache_bytes: int = 1 << 30) -> Engine:
+    return Engine(
+        decoder, name="small", dialect="v4-preview", folder=Path("none"), cache_dir=folder, cache_bytes=cache_bytes
+    )
+
+
+def some_ids(count: int, seed: int) -> list[int]:
+    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+def disk(engine: Engine) -> DiskCache:
+    assert engine.batcher.disk is not None
+    return engine.batcher.disk
+
+
+def say(engine: Engine, ids: list[int]) -> list[tuple[int, float]]:
+    """What a session says on these ids; its state is stored there and when it closes."""
+    with engine.session() as session:
+        session.append(ids)
+        session.checkpoint()
+        said = [(token.id, token.logprob) for token in session.generate(PARAMS)]
+    engine.flush()
+    return said
+
+
+@pytest.fixture(scope="module")
+def expected(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    return say(open_engine(decoder, tmp_path_factory.mktemp("cold")), some_ids(LENGTH + 20, 0))
+
+
+@pytest.fixture(scope="module")
+def segment(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, bytes]:
+    """The one file that a session of `LENGTH` ids leaves: its folder, name and content."""
+    folder = tmp_path_factory.mktemp("stored")
+    say(open_engine(decoder, folder), some_ids(LENGTH, 0))
+    (path,) = folder.rglob("*.segment")
+    return path.parent.name, path.name, path.read_bytes()
+
+
+def test_a_later_process_goes_on_where_an_earlier_one_was(
+    decoder: Decoder, expected: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    say(open_engine(decoder, tmp_path), some_ids(LENGTH, 0))
+    later = open_engine(decoder, tmp_path)
+    assert say(later, some_ids(LENGTH, 0) + some_ids(LENGTH + 20, 0)[LENGTH:]) == expected
+    assert later.batcher.prefilled == 20
+    assert disk(later).stats.loaded == 1
+
+
+def test_what_two_sessions_have_in_common_is_stored_once(decoder: Decoder, tmp_path: Path) -> None:
+    head = some_ids(4 * SPAN, 3)
+    engine = open_engine(decoder, tmp_path)
+    say(engine, head + some_ids(10, 4))
+    first = disk(engine).stats.written_bytes
+    say(engine, head + some_ids(10, 5))
+    second = disk(engine).stats.written_bytes - first
+    pools = engine.batcher.pools
+    assert 4 * pools.bytes_per_span < first - second < 4 * pools.bytes_per_span + 8192
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.segment")) == first + second
+
+
+def test_engines_over_one_folder_read_each_others_sessions(decoder: Decoder, tmp_path: Path) -> None:
+    engines = [open_engine(decoder, tmp_path) for _ in range(2)]
+    say(engines[0], some_ids(60, 1))
+    say(engines[1], some_ids(60, 2))
+    for engine, seed in zip(engines, (2, 1), strict=True):
+        say(engine, [*some_ids(60, seed), 1, 2])
+        assert (disk(engine).stats.loaded, engine.batcher.prefilled) == (1, 62)
+
+
+def test_another_model_finds_nothing(decoder: Decoder, tmp_path: Path) -> None:
+    say(open_engine(decoder, tmp_path), some_ids(60, 1))
+    other = open_engine(make_decoder(2), tmp_path)
+    say(other, [*some_ids(60, 1), 1])
+    assert disk(other).stats.loaded == 0
+
+
+def test_what_memory_had_to_give_up_comes_back_from_disk(decoder: Decoder, tmp_path: Path) -> None:
+    engine = open_engine(decoder, tmp_path)
+    ids = some_ids(300, 1)
+    with engine.session() as session:
+        session.append(ids)
+        before = [(token.id, token.logprob) for token in session.generate(PARAMS)]
+        session.park()
+        engine.flush()
+        engine.batcher.cache.clear()
+        after = [(token.id, token.logprob) for token in session.generate(PARAMS)]
+    assert engine.batcher.prefilled == 300
+    assert (before + after)[4:] == after and disk(engine).stats.loaded == 1
+
+
+def check_survives(
+    decoder: Decoder, folder: Path, place: tuple[str, str], content: bytes, expected: list[tuple[int, float]]
+) -> Engine:
+    path = folder / place[0] / place[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    engine = open_engine(decoder, folder)
+    assert say(engine, some_ids(LENGTH, 0) + some_ids(LENGTH + 20, 0)[LENGTH:]) == expected
+    return engine
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_cut_or_damaged_anywhere_is_never_believed(
+    decoder: Decoder,
+    segment: tuple[str, str, bytes],
+    expected: list[tuple[int, float]],
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+) -> None:
+    *place, whole = segment
+    at = data.draw(st.integers(0, len(whole) - 1) | st.integers(0, 400), "at")
+    if data.draw(st.booleans(), "cut"):
+        content = whole[:at]
+    else:
+        content = whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255), "flip")]) + whole[at + 1 :]
+    folder = tmp_path_factory.mktemp("damaged")
+    check_survives(decoder, folder, (place[0], place[1]), content, expected)
+
+
+def test_an_undamaged_copy_is_believed(
+    decoder: Decoder, segment: tuple[str, str, bytes], expected: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    *place, whole = segment
+    engine = check_survives(decoder, tmp_path, (place[0], place[1]), whole, expected)
+    assert (engine.batcher.prefilled, disk(engine).stats.damaged) == (20, 0)
+
+
+def test_a_foreign_file_is_named_and_skipped(
+    decoder: Decoder, expected: list[tuple[int, float]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = open_engine(decoder, tmp_path)
+    disk(engine).folder.mkdir(parents=True)
+    (disk(engine).folder / "notes.segment").write_text(
+        "nothing that was ever a frame, but long enough to look like one"
+    )
+    with caplog.at_level(logging.WARNING):
+        assert say(engine, some_ids(LENGTH + 20, 0)) == expected
+        say(engine, some_ids(LENGTH + 20, 0))
+    assert [record.message for record in caplog.records if "notes.segment is no segment" in record.message] == [
+        record.message for record in caplog.records
+    ]
+    assert len(caplog.records) == 1
+
+
+def test_a_disk_that_refuses_is_one_warning(
+    decoder: Decoder, expected: list[tuple[int, float]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("where a folder should be")
+    engine = open_engine(decoder, tmp_path / "file")
+    with caplog.at_level(logging.WARNING):
+        assert say(engine, some_ids(LENGTH + 20, 0)) == expected
+        say(engine, some_ids(50, 1))
+    assert ["the disk cache stops writing" in record.message for record in caplog.records] == [True]
+    assert disk(engine).stats.not_stored > 0
+
+
+def test_the_budget_removes_what_was_unused_for_longest(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_cache, "SEGMENT_BYTES", 0)  # a file for each frame
+    size = 1 + sum(tail[0].nbytes for tail in open_engine(decoder, tmp_path).batcher.pools.tails)
+    engine = open_engine(decoder, tmp_path, cache_bytes=int(4.5 * size))
+    for seed in range(3):
+        say(engine, some_ids(60, seed))
+    engine.batcher.cache.clear()
+    say(engine, [*some_ids(60, 0), 1])  # of use once more
+    for seed in range(3, 5):
+        say(engine, some_ids(60, seed))
+    held = sum(path.stat().st_size for path in tmp_path.rglob("*.segment"))
+    assert 2 * size < held <= 4.5 * size
+    later = open_engine(decoder, tmp_path)
+    found = []
+    for seed in range(5):
+        before = disk(later).stats.loaded
+        say(later, [*some_ids(60, seed), 2])
+        found.append(disk(later).stats.loaded > before)
+    assert found[1] is False and found[4] is True
