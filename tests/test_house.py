@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("agentkit", "engine", "kernels", "environments", "tools", "evals")
+PACKAGES = ("agentkit", *(f"agentkit_{room}" for room in ROOMS[1:]))
+UNWANTED = {"transformers", "triton", "pytest", "hypothesis", "ray", "xgrammar"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -30,6 +32,21 @@ def test_every_package_ships_and_is_typed() -> None:
 def test_import_agentkit_is_light() -> None:
     code = "import sys, agentkit; sys.exit(bool({'torch', 'transformers', 'triton', 'docker'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_module_imports_what_only_tests_and_clusters_have() -> None:
+    """Every module of every package, but for those that run a program when they are imported."""
+    code = f"""
+import importlib, pkgutil, sys
+for package in {PACKAGES}:
+    importlib.import_module(package)
+    for module in pkgutil.walk_packages(sys.modules[package].__path__, package + "."):
+        if not module.name.endswith(".__main__"):
+            importlib.import_module(module.name)
+    print(package, sorted({UNWANTED} & set(sys.modules)))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stdout.splitlines() == [f"{package} []" for package in PACKAGES], finished.stderr
 
 
 def test_the_default_install_is_lean() -> None:
