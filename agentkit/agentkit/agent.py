@@ -97,6 +97,7 @@ class Agent:
         Raises:
             SandboxError: no sandbox can be opened, or it died.
             TrajectoryWriteError: the record cannot be written.
+            EncodeError: the model's dialect does not have the effort.
             EngineError: the engine failed.
         """
         return await self._run(task, _unheard, environment=environment, path=trajectory, metadata=metadata)

@@ -9,10 +9,11 @@ import anyio
 import pytest
 import torch
 
-from agentkit import Agent, EmbeddedModel, Limits, Sampling, Trajectory
+from agentkit import DEFAULT_SYSTEM, Agent, EmbeddedModel, Limits, Sampling, Trajectory
+from agentkit.model import Effort
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit_engine import AsyncEngine, AsyncSession, Engine
-from agentkit_engine.chat import Tokenizer
+from agentkit_engine.chat import EncodeError, Tokenizer, encode_ids
 from agentkit_engine.model.decoder import Decoder, initialize_
 from agentkit_engine.spec import ModelSpec
 from agentkit_environments import Environment
@@ -116,6 +117,40 @@ async def test_runs_of_a_model_that_was_not_entered(engine: Engine, environment:
         task_group.start_soon(run)
         task_group.start_soon(run)
     assert ids == [ids[0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("effort", "says", "opens"),
+    [
+        ("none", "", "</think>"),
+        ("low", "", "<think>"),
+        ("high", "Reasoning Effort: Absolute maximum", "<think>"),
+        ("max", "Reasoning Effort: Beyond maximum", "<think>"),
+    ],
+)
+async def test_an_effort_is_text_at_the_start_of_the_session(
+    engine: Engine, environment: Environment, effort: Effort, says: str, opens: str
+) -> None:
+    newer = Engine(engine.decoder, name="newer", dialect="v4-0731", folder=engine.folder)
+    newer.__dict__["tokenizer"] = engine.tokenizer
+    async with WatchedEngine(newer) as watched:
+        agent = Agent(EmbeddedModel(watched), [], effort=effort, limits=Limits(max_tokens=2))
+        trajectory = (await agent.run("Q", environment=environment)).trajectory
+        ids = list(watched.opened[0].token_ids)
+    said = [{"role": "system", "content": DEFAULT_SYSTEM}, {"role": "user", "content": "Q"}]
+    prompt = encode_ids(said, tokenizer=newer.tokenizer, effort=effort, dialect="v4-0731")
+    assert ids[: len(prompt)] == prompt == list(trajectory.segments[0].ids)
+    text = newer.tokenizer.decode(prompt)
+    assert text.startswith(f"<｜begin▁of▁sentence｜>{says or DEFAULT_SYSTEM}")
+    assert text.endswith(f"<｜Assistant｜>{opens}")
+    assert (trajectory.header.dialect, trajectory.header.effort) == ("v4-0731", effort)
+    assert_exact(trajectory, newer, ids)
+
+
+async def test_an_effort_that_the_dialect_lacks_is_refused(engine: Engine, environment: Environment) -> None:
+    agent = Agent(EmbeddedModel(engine), [], effort="low")
+    with pytest.raises(EncodeError, match="'low' does not exist in dialect 'v4-preview'; it has none, high, max"):
+        await agent.run("Q", environment=environment)
 
 
 async def test_a_full_context_ends_the_run(engine: Engine, environment: Environment) -> None:
