@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from agentkit_engine.chat import Tokenizer
 from agentkit_environments import available_backends
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.run import TrialActed, TrialStarted
+from agentkit_evals.synth import FAMILIES
 
 MakeScript = Callable[..., Policy]
 PROCESS = available_backends().get("process", "not built")
@@ -116,6 +118,28 @@ def test_sampling_is_the_models_own_unless_told_otherwise(suite: Path, untrained
         record = tmp_path / f"{expected}.jsonl"
         as_json("run", suite / "first.yaml", "--trajectory", record, "--seed", "3", *options, *more)
         assert Trajectory.load(record).header.sampling == Sampling(expected, 0.5, 3)
+
+
+def test_demo_without_flags(untrained: Path, tmp_path: Path) -> None:
+    """All of it, on a model whose context is too short for any prompt, so that every trial ends at once."""
+    model = tmp_path / "blind"
+    shutil.copytree(untrained, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    options = ("demo", "-m", model, "--env", "unsafe-local")
+    shown = agentkit(*options, "--out", "run").stdout
+    run = RunDirectory.open("run")
+    assert Counter(trial.family for trial in run.trials) == dict.fromkeys(FAMILIES, 3)
+    assert {task.metadata["family"] for task in run.lock.tasks} == set(FAMILIES)
+    assert all(task.id.split("-")[1] == "heldout" for task in run.lock.tasks)
+    assert {trial.failure for trial in run.trials} == {"limit"}
+    total = 3 * len(FAMILIES)
+    assert shown.startswith(f"{total} held-out tasks of {len(FAMILIES)} families, ")
+    assert f", seed {run.lock.seed}, " in " ".join(shown.split())
+    assert shown.splitlines()[-1] == f"solved 0/{total}"
+    again = as_json(*options, "--tasks-per-family", "1")
+    assert (again["solved"], again["trials"]) == (0, len(FAMILIES))
+    assert again["seed"] == RunDirectory.open(again["run"]).lock.seed != run.lock.seed
 
 
 def test_threshold_and_home(suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
