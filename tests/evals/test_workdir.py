@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import typer
+import typer.testing
+from rich.console import Console
 
+from agentkit.agent import Agent
+from agentkit.cli import app
+from agentkit.cli.run import Job, carry_out
 from agentkit.cli.workdir import Change, File, apply, changes, pack, read_folder, unpack
-from agentkit_environments import open_environment
+from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit.task import Task
+from agentkit_engine.chat import Tokenizer
+from agentkit_environments import available_backends, open_environment
 from agentkit_environments.environment import MAX_ARCHIVE_BYTES
+from agentkit_evals.verify import Backend
+
+PROCESS = available_backends().get("process", "not built")
+BACKENDS = [
+    "unsafe-local",
+    pytest.param(
+        "process",
+        marks=[pytest.mark.sandbox, pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}")],
+    ),
+]
 
 
 @pytest.fixture
@@ -142,3 +163,107 @@ def test_diffs_of_what_is_no_text() -> None:
     newline = list(Change("n", File(b"a"), File(b"a\n")).diff())
     assert newline[3:] == [" a", "-\\ No newline at end of file"]
     assert list(Change("t", File(b"a\n"), None).diff()) == ["--- a/t", "+++ /dev/null", "@@ -1 +0,0 @@", "-a"]
+
+
+MakeJob = Callable[..., Job]
+WANTED = {
+    "a.txt": File(b"one\n2\n"),
+    "code": File(b"", link="src"),
+    "here": File(b"", link="a.txt"),
+    "new/deep/n.txt": File(b"new\n"),
+    "new/tool": File(b"echo tool\n", executable=True),
+    "src/run.sh": File(b"echo hello\n", executable=True),
+}
+
+
+@pytest.fixture
+def make_job(folder: Path, tokenizer: Tokenizer, script: Callable[..., Policy]) -> MakeJob:
+    """Makes the job of an agent that turns `folder` into `WANTED`."""
+    calls = [
+        ("edit_file", {"path": "a.txt", "old": "two", "new": "2"}),
+        ("edit_file", {"path": "src/run.sh", "old": "hi", "new": "hello"}),
+        ("write_file", {"path": "new/deep/n.txt", "content": "new\n"}),
+        ("bash", {"command": "rm bin; echo echo tool > new/tool; chmod +x new/tool"}),
+    ]
+    agent = Agent(ScriptedModel(script(calls, [("submit", {"answer": "done"})]), tokenizer))
+    task = Task(id="run", instruction="Change it.")
+
+    def make(backend: Backend = "unsafe-local", *, quiet: bool = False) -> Job:
+        return Job(task, agent, backend, folder, None, Console(file=sys.stdout, quiet=quiet, width=200))
+
+    return make
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """A terminal as standard input, and what types on it."""
+    keyboard, screen = os.openpty()
+    with open(screen) as stdin, open(keyboard, "w") as typist:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield lambda text: print(text, file=typist, flush=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_apply_makes_the_agents_changes(
+    make_job: MakeJob, folder: Path, backend: Backend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.txt").chmod(0o640)
+    carry_out(make_job(backend, quiet=True), apply=True, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["answer"], found["applied"], found["refused"]) == ("done", True, [])
+    assert {change["path"]: change["change"] for change in found["changes"]} == {
+        "a.txt": "changed",
+        "bin": "deleted",
+        "new/deep/n.txt": "added",
+        "new/tool": "added",
+        "src/run.sh": "changed",
+    }
+    assert read_folder(folder) == WANTED
+    modes = {path: (folder / path).stat().st_mode & 0o777 for path in ("a.txt", "src/run.sh")}
+    assert modes == {"a.txt": 0o640, "src/run.sh": 0o755}
+    assert os.listdir(folder / ".git" / "hooks") == ["pre-commit"]
+
+
+@pytest.mark.parametrize(("answer", "applied"), [("n", False), ("", False), ("y", True)])
+def test_without_apply_the_user_is_asked(
+    make_job: MakeJob,
+    folder: Path,
+    typed: Callable[[str], None],
+    answer: str,
+    applied: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = read_folder(folder)
+    typed(answer)
+    carry_out(make_job(), apply=False, as_json=False)
+    shown = capsys.readouterr().out
+    assert "+2\n" in shown.partition("Apply these changes? [y/N]")[0]
+    assert read_folder(folder) == (WANTED if applied else before)
+    end = f"Applied 5 of 5 changes to {folder}." if applied else f"{folder} is as it was; `--apply` accepts the changes"
+    assert end in shown
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_where_nobody_can_be_asked_nothing_is_applied(
+    make_job: MakeJob, folder: Path, as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_folder(folder)
+    carry_out(make_job(quiet=as_json), apply=False, as_json=as_json)
+    shown = capsys.readouterr().out
+    assert '"applied": false' in shown if as_json else "is as it was" in shown
+    assert read_folder(folder) == before
+
+
+def test_the_flag_of_the_command(folder: Path, untrained: Path, tmp_path: Path) -> None:
+    """The changes are the setup's, since no model of a test could be relied on to make them."""
+    task = tmp_path / "task.yaml"
+    task.write_text(
+        "id: x\ninstruction: Hi.\ntools: []\nagent: {max_tokens: 4}\nenvironment: {setup: ['rm bin; echo x > x']}\n"
+    )
+    arguments = ["run", str(task), "--workdir", str(folder), "-m", str(untrained), "--env", "unsafe-local"]
+    before = read_folder(folder)
+    runner = typer.testing.CliRunner()
+    assert "is as it was" in runner.invoke(app, arguments, catch_exceptions=False).stdout
+    assert read_folder(folder) == before
+    assert "Applied 2 of 2 changes" in runner.invoke(app, [*arguments, "--apply"], catch_exceptions=False).stdout
+    assert {*read_folder(folder)} == {*before, "x"} - {"bin"}

@@ -51,7 +51,6 @@ def command(
     """Run an agent on a task file, or on what you say."""
     from rich.console import Console
 
-    from agentkit.cli.workdir import apply as apply_changes
     from agentkit.models.embedded import EmbeddedModel
     from agentkit.task import Task, load_task
     from agentkit_evals.run import agent_for
@@ -64,18 +63,7 @@ def command(
     agent = agent_for(task, embedded, embedded.sampling.override(temperature=temperature, seed=seed))
     console = Console(quiet=as_json, highlight=False)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, console)
-    done = anyio.run(job.run)
-    refused: list[str] = []
-    applied = False
-    if workdir and done.changes:
-        _print_diff(console, done.changes)
-        applied = apply or (not as_json and sys.stdin.isatty() and typer.confirm("Apply these changes?", default=False))
-        refused = apply_changes(workdir, done.changes) if applied else []
-    if as_json:
-        typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
-    else:
-        _print_end(console, done, workdir, applied=applied, refused=refused)
-    return ExitCode.OK
+    return carry_out(job, apply=apply, as_json=as_json)
 
 
 def _names_task_file(what: str) -> bool:
@@ -149,6 +137,28 @@ class Job:
                     result = event.result
         assert result is not None, "a run that does not raise ends with RunFinished"
         return result
+
+
+def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
+    """Run the job, say how it ended, and change the user's folder when that is accepted: by `apply`, or when asked.
+
+    Raises:
+        SandboxError, TaskSetupError, VerifierError, EngineError: as `Job.run`.
+    """
+    from agentkit.cli.workdir import apply as apply_changes
+
+    done = anyio.run(job.run)
+    refused: list[str] = []
+    applied = False
+    if job.workdir and done.changes:
+        _print_diff(job.console, done.changes)
+        applied = apply or (not as_json and sys.stdin.isatty() and typer.confirm("Apply these changes?", default=False))
+        refused = apply_changes(job.workdir, done.changes) if applied else []
+    if as_json:
+        typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
+    else:
+        _print_end(job.console, done, job.workdir, applied=applied, refused=refused)
+    return ExitCode.OK
 
 
 def _say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
