@@ -18,10 +18,12 @@ from agentkit_engine.model.decoder import Decoder, initialize_
 from agentkit_engine.training.tiny import tiny_spec
 from agentkit_engine.training.tokenizer import build_tokenizer
 from agentkit_engine.weights.export import export_checkpoint
+from agentkit_environments import available_backends
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.run import EvalRun
 from agentkit_evals.suite import Case, Suite
 from agentkit_evals.synth.generate import phrases
+from agentkit_evals.verify import Backend
 
 Calls = Sequence[tuple[str, dict[str, Any]]]
 MakeTask = Callable[..., Task]
@@ -48,6 +50,22 @@ def untrained(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> 
     export_checkpoint(initialize_(Decoder(tiny_spec(vocab_size)), torch.Generator().manual_seed(0)), folder)
     (folder / "tokenizer.json").write_text(tokenizer_json)
     return folder
+
+
+@pytest.fixture(
+    params=[
+        "unsafe-local",
+        pytest.param("process", marks=pytest.mark.sandbox),
+        pytest.param("docker", marks=pytest.mark.docker),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend; the test is skipped on one that does not work here."""
+    chosen: Backend = request.param
+    reason = available_backends()[chosen]
+    if reason is not None:
+        pytest.skip(f"{chosen}: {reason}")
+    return chosen
 
 
 @pytest.fixture

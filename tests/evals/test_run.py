@@ -17,9 +17,11 @@ import pytest
 from agentkit.models.scripted import Policy
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
+from agentkit_environments import reap
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.record import RunDirectory, scores_by_task, trajectory_path
 from agentkit_evals.run import EvalRun, TrialActed, TrialFinished, TrialStarted, Update, trial_seed
+from agentkit_evals.verify import Backend
 
 MakeTask = Callable[..., Task]
 MakeScript = Callable[..., Policy]
@@ -39,6 +41,25 @@ def test_a_solved_trial_and_its_record(evaluate: Evaluate, number_task: MakeTask
     assert trajectory.header.metadata["trial"] == "number.0"
     assert trajectory.header.sampling.seed == trial_seed(7, "number.0") != trial_seed(7, "number.1")
     assert run.lock.tasks == [number_task()]
+
+
+def test_a_trial_and_its_verifier_on_each_backend(
+    make_run: Callable[..., EvalRun], number_task: MakeTask, script: MakeScript, backend: Backend
+) -> None:
+    """The verifier finds what the agent left in a sandbox of the same kind, and nothing is left of either."""
+    verifier = {"command": 'test "$AGENTKIT_ANSWER" = 42 && test "$(cat made/n.txt)" = 43', "timeout_s": 20.0}
+    works = script(
+        [("bash", {"command": "mkdir made && sed s/42/43/ n.txt > made/n.txt"})], [("submit", {"answer": "42"})]
+    )
+    talks = script([("submit", {"answer": "42"})])
+    run = make_run(
+        (number_task("works", verifier=verifier), works),
+        (number_task("talks", verifier=verifier), talks),
+        backend=backend,
+    )
+    trials = {trial.task: (trial.reward, trial.failure, trial.backend) for trial in anyio.run(run.execute).trials}
+    assert trials == {"works": (1.0, None, backend), "talks": (0.0, "model", backend)}
+    assert anyio.run(reap, run.run_id) == 0
 
 
 def test_the_four_failures_are_told_apart(

@@ -17,13 +17,6 @@ pytestmark = pytest.mark.anyio
 MakeTask = Callable[..., Task]
 
 PROCESS = available_backends().get("process", "not built")
-BACKENDS = [
-    "unsafe-local",
-    pytest.param(
-        "process",
-        marks=[pytest.mark.sandbox, pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}")],
-    ),
-]
 
 
 async def score(task: Task, act: str = "true", answer: str | None = None, backend: Backend = "unsafe-local") -> Verdict:
@@ -39,7 +32,6 @@ def verifier(command: str, **more: Any) -> dict[str, Any]:
     return {"command": command, "timeout_s": 20.0, **more}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 async def test_exit_status_answer_and_world(number_task: MakeTask, backend: Backend) -> None:
     task = number_task(verifier=verifier('test "$AGENTKIT_ANSWER" = yes && test "$(cat made/out.txt)" = 42'))
     act = "mkdir made && cp n.txt made/out.txt"
@@ -111,13 +103,11 @@ async def test_a_task_without_a_verifier_cannot_be_scored(number_task: MakeTask)
         await verify(number_task(verifier=None), archive=b"", answer=None)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 async def test_a_forged_reward_file_changes_nothing(number_task: MakeTask, backend: Backend) -> None:
     assert (await score(number_task(), FORGERY, "41", backend)).reward == 0
     assert (await score(number_task(), FORGERY, "42", backend)).source == "exit"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "command",
     [
