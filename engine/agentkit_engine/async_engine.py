@@ -264,10 +264,8 @@ class AsyncSession(SessionIds):
 
     async def checkpoint(self) -> None:
         """Keep the state at this length, once it is computed, for other sessions; see `Session.checkpoint`."""
-        self._check_idle()
-        self._check_open()
-        work, length = self._take_in(), len(self._ids)
-        self._engine._commands.put(lambda: work.mark(length))
+        work = self._settle()
+        self._engine._commands.put(lambda: self._engine.engine.batcher.mark(work))
 
     async def fork(self, n: int = 1) -> list[AsyncSession]:
         """`n` sessions that go on from here; see `Session.fork`.

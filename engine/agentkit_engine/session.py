@@ -128,7 +128,7 @@ class Session(SessionIds):
         """
         self._check_open()
         self._take_in()
-        self._work.mark(len(self._ids))
+        self._batcher.mark(self._work)
 
     def fork(self, n: int = 1) -> list[Session]:
         """`n` sessions that go on from here, each on its own; they share the past, and none of it is computed again.

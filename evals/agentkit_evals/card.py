@@ -63,11 +63,13 @@ def training_table(entries: Sequence[dict[str, Any]]) -> str:
     final = [entry for entry in entries if "token_accuracy" in entry][-1]
     workers = first["workers"]
     tokens, written = workers * last["tokens"], workers * last["written"]
+    planned, done = first["config"]["steps"], last["step"] + 1
+    steps = f"{planned:,}" if done == planned else f"{done:,} of {planned:,}"
     return table(
         ["this run", ""],
         [
             ["rows", f"{first['rows']:,}"],
-            ["steps", f"{first['config']['steps']:,}, {workers} processes of one thread"],
+            ["steps", f"{steps}, {workers} processes of one thread"],
             ["tokens", f"{tokens / 1e6:.1f} M, {written / 1e6:.1f} M of them the assistant's"],
             ["time", f"{last['s'] / 60:.0f} minutes"],
             ["loss at the last step", f"{last['loss']:.3f}"],

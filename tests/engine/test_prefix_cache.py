@@ -46,10 +46,10 @@ def some_ids(count: int, seed: int) -> list[int]:
 
 
 def run(batcher: Batcher, ids: Sequence[int], *, mark: int | None = None) -> tuple[Work, Tensor]:
-    work = Work()
-    work.extend(ids)
+    work = Work(ids[:mark])
     if mark is not None:
-        work.mark(mark)
+        work.mark()
+        work.extend(ids[mark:])
     while work.logits_V is None:
         batcher.advance([work])
     return work, work.logits_V
@@ -75,7 +75,7 @@ def test_sessions_that_begin_at_the_same_moment_compute_their_head_once(batcher:
     works = [Work(), Work(), Work()]
     for work, seed in zip(works, (1, 2, 2), strict=True):
         work.extend(some_ids(600, 0))
-        work.mark(600)
+        work.mark()
         work.extend(some_ids(40, seed))
     while waiting := [work for work in works if work.logits_V is None]:
         batcher.advance(waiting)
@@ -273,6 +273,19 @@ def test_nothing_is_computed_twice_while_there_is_memory(engine: Engine) -> None
             fork.close()
     assert engine.batcher.prefilled == 200 + 3 * 30
     assert engine.batcher.sampled <= 3 + 3 * 3
+
+
+def test_a_checkpoint_can_be_asked_for_at_any_time(engine: Engine) -> None:
+    """Also where nothing is left to be computed: then it is taken at once."""
+    with engine.session() as session:
+        session.append(some_ids(40, 0))
+        for _ in session.generate(SamplingParams(temperature=0, max_tokens=6)):
+            session.checkpoint()
+            with engine.session() as other:
+                other.append([*session.token_ids, 1])
+                next(other.generate(GREEDY))
+                assert other.usage.miss_tokens <= 2  # the id sampled last is computed by the next step
+            engine.batcher.drop(session._work)
 
 
 def test_a_saved_session_goes_on_without_prefill(engine: Engine, decoder: Decoder, tmp_path: Path) -> None:

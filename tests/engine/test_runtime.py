@@ -75,21 +75,29 @@ def sessions(batcher: Batcher) -> list[tuple[list[int], Tensor]]:
     return [(ids := some_ids(330, seed), batcher.logits(ids)) for seed in range(3)]
 
 
+ACTIONS = ("feed", "feed", "feed", "wait", "drop", "shorten", "park", "fork")
+
+
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_random_schedules_give_the_same_bits(
     batcher: Batcher, sessions: list[tuple[list[int], Tensor]], data: st.DataObject
 ) -> None:
-    """Sessions join, feed, wait, shorten by a token, lose their state and go on, in any batch."""
+    """Sessions join, feed, wait, shorten by a token, fork, park, lose their state and go on, in any batch."""
     live = [Session(*session) for session in sessions]
     try:
         for _ in range(data.draw(st.integers(1, 8), "steps")):
-            for session in live:
-                match data.draw(st.sampled_from(["feed", "feed", "wait", "drop", "shorten"]), "action"):
+            for session in live.copy():
+                match data.draw(st.sampled_from(ACTIONS), "action"):
                     case "feed":
                         session.feed(data.draw(st.sampled_from([1, 1, 2, 5, 64, 130]), "count"))
                     case "drop":
                         batcher.drop(session.work)
+                    case "park":
+                        batcher.park(session.work)
+                    case "fork" if len(live) < 6:
+                        live.append(Session(session.ids, session.expected_TV))
+                        live[-1].work = batcher.fork(session.work)
                     case "shorten" if len(session.work.ids) > 1:
                         batcher.truncate(session.work, len(session.work.ids) - 1)
             works = [session.work for session in live if session.work.ids and session.work.logits_V is None]

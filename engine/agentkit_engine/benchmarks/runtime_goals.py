@@ -110,7 +110,7 @@ def shared(trajectories: int, turns: int, head: int) -> Iterator[Measurement]:
     for index in range(trajectories):
         work = Work()
         work.extend(ids[:head])
-        work.mark(head)
+        work.mark()
         work.extend(prompts[index])
         works.append(work)
     for turn in range(turns):

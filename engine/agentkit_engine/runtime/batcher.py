@@ -118,10 +118,9 @@ class Work:
         self.logits_V = logits_NV[0]
         self._drafted = list(zip(draft, logits_NV[1:], strict=True))
 
-    def mark(self, length: int) -> None:
-        """Have a checkpoint taken where the first `length` ids are computed, for sessions that begin with them."""
-        if length > self.computed and not self.marked(length):
-            self._marks.append(length)
+    def mark(self) -> None:
+        """Have a checkpoint taken at this length, once it is computed."""
+        self._marks.append(len(self.ids))
 
     def marked(self, length: int) -> bool:
         return length in self._marks
@@ -234,6 +233,13 @@ class Batcher:
                 self._checkpoint(work, Keep.TURN)
             elif fed and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
                 self._checkpoint(work, Keep.PROMPT)
+
+    def mark(self, work: Work) -> None:
+        """Have a checkpoint taken here, now or once it is computed, for sessions that begin with these ids."""
+        if work.pending:
+            work.mark()
+        elif work.ids:
+            self._checkpoint(work, Keep.TURN)
 
     def truncate(self, work: Work, length: int) -> None:
         """Forget the ids from `length` on, and what was computed of them."""
