@@ -39,7 +39,9 @@ class Drafter:
             return []
         for n, after in zip(NGRAMS, self._after, strict=True):
             at = after.get(tuple(ids[-n:]), len(ids))
-            if draft := list(ids[at : at + min(self._length, most)]):
+            if at < len(ids):
+                period = len(ids) - at  # what followed may reach up to here: then it is what repeats
+                draft = [ids[at + index % period] for index in range(min(self._length, most))]
                 self._proposed = len(draft)
                 return draft
         return []
