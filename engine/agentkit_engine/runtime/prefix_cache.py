@@ -177,6 +177,6 @@ class PrefixCache:
 def _common(ids: Seq[int], most: int, checkpoint: Checkpoint) -> int:
     """How many ids a checkpoint has in common with the first `most` of `ids`; its full spans are known to agree."""
     start = checkpoint.sequence.length - len(checkpoint.tail)
-    pairs = zip(ids[start:most], checkpoint.tail, strict=False)
+    pairs = zip(ids[start : min(most, start + len(checkpoint.tail))], checkpoint.tail, strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return min(start + same, most)
