@@ -145,7 +145,7 @@ class Engine:
 
     def flush(self) -> None:
         """Wait until what is to be kept on disk has been written. `AsyncEngine` does so when its block ends."""
-        if self.batcher.disk is not None:
+        if self.cache_dir is not None and self.batcher.disk is not None:
             self.batcher.disk.close()
 
     def logits(self, token_ids: Iterable[int]) -> Tensor:

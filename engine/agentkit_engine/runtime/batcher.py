@@ -32,9 +32,9 @@ T = TypeVar("T")
 TOKEN_BUDGET = 512
 """Most tokens of one forward: what a decoding session may have to wait for another's prompt."""
 SLOTS = 64
-"""Sequences that can be live at once; when more sessions are open, the one that waited longest is computed again."""
+"""Sequences that can be live at once at least; a session that finds no slot takes that of whoever waited longest."""
 CHECKPOINTS = 192
-"""Most checkpoints in memory."""
+"""Slots beyond these, for checkpoints, as far as a quarter of the memory for spans would hold them."""
 CHECKPOINT_EVERY = 8192
 """Tokens of a long prompt between two checkpoints."""
 SHORT_PROMPT = 16
@@ -173,7 +173,7 @@ class Batcher:
     """
 
     def __init__(self, decoder: Decoder, *, state_bytes: int) -> None:
-        """`state_bytes` bounds what spans may take; on a CPU memory is taken as it is used."""
+        """`state_bytes` bounds what spans may take, slots come on top; on a CPU memory is taken as it is used."""
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
         spans = max(1, min(state_bytes // max(1, sizes.bytes_per_span), 1 << 20))

@@ -106,7 +106,7 @@ class DiskCache:
         self._stored: set[bytes] = set()  # keys this process has handed to its writer
         self._queue: queue.SimpleQueue[tuple[dict[str, Any], dict[str, Tensor]] | None] = queue.SimpleQueue()
         self._backlog = 0
-        self._lock = threading.Lock()  # of `_backlog` and `_failed`
+        self._lock = threading.Lock()  # of `_backlog`
         self._failed = False
         self._segment: BinaryIO | None = None
         self._writer: threading.Thread | None = None

@@ -19,7 +19,7 @@ import itertools
 from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
@@ -75,23 +75,11 @@ class Checkpoint:
     used: int = 0
 
 
-@dataclass(slots=True)
-class CacheStats:
-    """Counts since the start. `hits` and `misses` count sessions that looked; tokens are those of their ids."""
-
-    hits: int = 0
-    misses: int = 0
-    hit_tokens: int = 0
-    evictions: int = 0
-    taken: dict[Keep, int] = field(default_factory=lambda: dict.fromkeys(Keep, 0))
-
-
 class PrefixCache:
     """All checkpoints of one model, in the memory of its `Pools`."""
 
     def __init__(self, pools: Pools) -> None:
         self.pools = pools
-        self.stats = CacheStats()
         self._nodes: dict[bytes, list[Checkpoint]] = {}
         self._clock = itertools.count(1)
 
@@ -118,13 +106,10 @@ class PrefixCache:
         """
         found = self.find(ids, chain)
         if found is None:
-            self.stats.misses += 1
             return None
         checkpoint, length = found
         sequence = self.pools.fork(checkpoint.sequence)
         sequence.shorten(length)
-        self.stats.hits += 1
-        self.stats.hit_tokens += length
         checkpoint.used = next(self._clock)
         for other in self._on_the_way(ids, chain):
             if other is not checkpoint and other.sequence.length <= length:
@@ -142,7 +127,6 @@ class PrefixCache:
             same.keep, same.used = max(same.keep, keep), next(self._clock)
             return
         here.append(Checkpoint(sequence, node, tail, keep, next(self._clock)))
-        self.stats.taken[keep] += 1
 
     def holds(self, ids: Seq[int], chain: IdChain, length: int) -> bool:
         """Whether there is a checkpoint of exactly the first `length` of `ids`."""
@@ -161,7 +145,6 @@ class PrefixCache:
         if not here:
             del self._nodes[victim.node]
         self.pools.close(victim.sequence)
-        self.stats.evictions += 1
         return True
 
     def clear(self) -> None:
