@@ -299,10 +299,11 @@ class AsyncSession(SessionIds):
         Raises:
             SessionBusyError: two tasks generate on this session at once.
             EngineClosedError: the AsyncEngine's block was left.
-            SessionEmptyError, ContextLengthError, NonFiniteLogitsError, OutOfMemoryError, SessionClosedError: as
-                `Session.generate`.
+            SessionEmptyError, ContextLengthError, NonFiniteLogitsError, OutOfMemoryError, SessionClosedError,
+                TokenizerMissingError: as `Session.generate`.
         """
         params = params or SamplingParams()
+        reader = self._engine.engine.reader(params)
         seed = fresh_seed() if params.seed is None else params.seed
         count = 0
         generation = None
@@ -325,9 +326,10 @@ class AsyncSession(SessionIds):
                 self._ids.append(token.id)
                 self._known += 1
                 self._engine._commands.put(lambda taken=generation: _take(taken))  # type: ignore[misc]
-                yield token
                 count += 1
-                if token.id in params.stop_ids or count == params.max_tokens:
+                ended = token.id in params.stop_ids or count == params.max_tokens
+                yield reader.read(token, last=ended or self._is_full)
+                if ended or reader.stopped:
                     return
         finally:
             if generation is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.sampler import SamplingParams
@@ -166,7 +167,7 @@ class Engine:
 
     def session(self) -> Session:
         """A new, empty session."""
-        return Session(self.batcher, model=self.fingerprint)
+        return Session(self)
 
     def open(self, path: str | Path) -> Session:
         """The session that `Session.save` wrote, where it stopped; its past is read, not computed.
@@ -177,7 +178,17 @@ class Engine:
             OutOfMemoryError: its state does not fit into the engine's memory.
         """
         work = self.batcher.open(Path(path), model=self.fingerprint)
-        return Session(self.batcher, model=self.fingerprint, work=work)
+        return Session(self, work)
+
+    def reader(self, params: SamplingParams) -> Reader:
+        """What gives the tokens of one generation their text.
+
+        Raises:
+            TokenizerMissingError: there are stop texts, and the model has no tokenizer to find them with.
+        """
+        if not params.stop and not (self.folder / "tokenizer.json").is_file():
+            return Reader(None, params)
+        return Reader(self.tokenizer, params)
 
     @cached_property
     def fingerprint(self) -> str:

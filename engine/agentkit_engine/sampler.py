@@ -40,6 +40,8 @@ class SamplingParams:
         seed: the same seed on the same ids gives the same tokens; `None` draws a fresh one for each `generate` call.
         max_tokens: stop after this many sampled ids; `None` goes on until a stop id or the end of the context.
         stop_ids: sampling one of these ends the generation; the id itself is yielded and kept in the session.
+        stop: texts; the token that completes one in what was sampled ends the generation and is kept in the session. In
+            the text of the tokens neither it nor what follows it is shown.
         top_logprobs: tell this many most likely ids with each token.
 
     Raises:
@@ -57,6 +59,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = None
     stop_ids: frozenset[int] = field(default_factory=frozenset)
+    stop: tuple[str, ...] = ()
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class SamplingParams:
             number = 1 if getattr(self, name) is None else getattr(self, name)
             _check(name, number, "at least 1 or None", number >= 1)
         _check("top_logprobs", self.top_logprobs, "at least 0", self.top_logprobs >= 0)
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
         for token_id, bias in self.logit_bias.items():
             if token_id < 0 or math.isnan(bias) or bias == math.inf:
                 raise ValueError(f"logit_bias must map ids >= 0 to numbers below infinity, got {token_id}: {bias}")
@@ -94,11 +99,14 @@ class SampledToken:
         logprob: log-softmax of the raw float32 logits at `id`, whatever temperature and penalties were in force: it is
             the model's own probability, and anyone can recompute it from the ids alone.
         top: the `top_logprobs` most likely ids, each with its log-probability.
+        text: what the token adds to the text that may be shown, see `Reader`: whole characters only, and what may turn
+            out to be a stop text comes later or never. Always empty when the model has no tokenizer.
     """
 
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    text: str = ""
 
 
 Past = Callable[[], tuple[Sequence[int], Sequence[int]]]

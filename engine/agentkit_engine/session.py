@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from agentkit_engine.errors import (
     ContextLengthError,
@@ -18,9 +18,13 @@ from agentkit_engine.errors import (
     SessionEmptyError,
     TokenIdError,
 )
+from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, PromptUsage, Work
 from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
 from agentkit_engine.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from agentkit_engine.engine import Engine
 
 
 def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -58,6 +62,10 @@ class SessionIds:
         self._check_room(len(ids))
         self._ids += ids
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._ids) >= self._spec.max_position_embeddings
+
     def _check_can_generate(self) -> None:
         self._check_open()
         if not self._ids:
@@ -83,10 +91,9 @@ class Session(SessionIds):
     `AsyncEngine.session()`.
     """
 
-    def __init__(self, batcher: Batcher, *, model: str, work: Work | None = None) -> None:
-        super().__init__(batcher.pools.spec)
-        self._batcher = batcher
-        self._model = model
+    def __init__(self, engine: Engine, work: Work | None = None) -> None:
+        super().__init__(engine.spec)
+        self._engine = engine
         self._work = work or Work()
         self._ids += self._work.ids
 
@@ -94,6 +101,10 @@ class Session(SessionIds):
     def usage(self) -> PromptUsage:
         """How many of the ids that were fed came from the prefix cache, and how many had to be computed."""
         return self._work.usage
+
+    @property
+    def _batcher(self) -> Batcher:
+        return self._engine.batcher
 
     def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; the next `generate` computes them. Either all are added or none.
@@ -106,7 +117,7 @@ class Session(SessionIds):
         self._append(token_ids)
 
     def generate(self, params: SamplingParams | None = None) -> Iterator[SampledToken]:
-        """Sample on, one token at a time, until a stop id, `max_tokens`, or the caller stops asking.
+        """Sample on, one token at a time, until a stop id or text, `max_tokens`, or the caller stops asking.
 
         Each id is in `token_ids` when it is yielded. Ids appended between two tokens are taken up by the next one.
 
@@ -116,9 +127,11 @@ class Session(SessionIds):
             NonFiniteLogitsError: the model computed NaN or infinity.
             OutOfMemoryError: the session does not fit into the engine's memory.
             SessionClosedError: the session was closed.
+            TokenizerMissingError: there are stop texts, and the model has no tokenizer to find them with.
         """
         self._check_can_generate()
-        return self._generate(params or SamplingParams())
+        params = params or SamplingParams()
+        return self._generate(params, self._engine.reader(params))
 
     def checkpoint(self) -> None:
         """Keep the state at this length, once it is computed, for other sessions that begin with the same ids.
@@ -139,7 +152,7 @@ class Session(SessionIds):
         self._check_open()
         self._take_in()
         works = [self._batcher.fork(self._work) for _ in range(n)]
-        return [Session(self._batcher, model=self._model, work=work) for work in works]
+        return [Session(self._engine, work) for work in works]
 
     def park(self) -> None:
         """Say that nothing is asked for a while: others may have the memory if they need it.
@@ -158,7 +171,7 @@ class Session(SessionIds):
         """
         self._check_open()
         self._take_in()
-        self._batcher.save(self._work, Path(path), model=self._model)
+        self._batcher.save(self._work, Path(path), model=self._engine.fingerprint)
 
     def close(self) -> None:
         """Give up the state. The ids stay readable; everything else is an error from here on. Closing twice is fine."""
@@ -174,7 +187,7 @@ class Session(SessionIds):
     ) -> None:
         self.close()
 
-    def _generate(self, params: SamplingParams) -> Iterator[SampledToken]:
+    def _generate(self, params: SamplingParams, reader: Reader) -> Iterator[SampledToken]:
         seed = fresh_seed() if params.seed is None else params.seed
         count = 0
         while True:
@@ -189,9 +202,10 @@ class Session(SessionIds):
                 raise
             self._ids.append(token.id)
             self._work.push(token.id)
-            yield token
             count += 1
-            if token.id in params.stop_ids or count == params.max_tokens:
+            ended = token.id in params.stop_ids or count == params.max_tokens
+            yield reader.read(token, last=ended or self._is_full)
+            if ended or reader.stopped:
                 return
 
     def _take_in(self) -> None:

@@ -227,7 +227,7 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
         *({"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}),
         *({"top_k": 0}, {"min_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0.0}, {"presence_penalty": math.inf}),
         *({"frequency_penalty": math.nan}, {"top_logprobs": -1}, {"logit_bias": {-1: 1.0}}),
-        {"logit_bias": {1: math.inf}},
+        *({"logit_bias": {1: math.inf}}, {"stop": ("",)}, {"stop": "text"}, {"stop": (1,)}),
     ],
 )
 def test_sampling_params_outside_their_range(bad: dict[str, Any]) -> None:

@@ -1,0 +1,68 @@
+"""From sampled ids to the text that may be shown: whole characters, and nothing of a text that ends the generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from agentkit_engine.chat import Tokenizer
+from agentkit_engine.sampler import SampledToken, SamplingParams
+
+
+class StopFilter:
+    """Text up to the first stop text, however it comes in pieces; what may begin one is held back until that is clear.
+
+    The first is the one that ends first; of those that end together, the longest.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stopped = False
+        self._stop = sorted(stop, key=len, reverse=True)
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """What can be shown now. Once `stopped` there is nothing more."""
+        if self.stopped:
+            return ""
+        self._held += text
+        ends = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            shown, self._held = self._held[: min(ends)[1]], ""
+            return shown
+        keep = next((n for n in range(len(self._held), 0, -1) if self._may_begin(self._held[-n:])), 0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stop)
+
+
+class Reader:
+    """Gives the tokens of one generation their text, and says when a stop string ends it."""
+
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+        """Without a `tokenizer` no token has a text; stop texts then need one, which is for the caller to check."""
+        self._stream = None if tokenizer is None else tokenizer.stream()
+        self._filter = StopFilter(params.stop)
+        self._stop_ids = params.stop_ids
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text is complete."""
+        return self._filter.stopped
+
+    def read(self, token: SampledToken, *, last: bool) -> SampledToken:
+        """The token with its text. The `last` of a generation brings what was held back; a stop id has no own text."""
+        if self._stream is None:
+            return token
+        text = "" if token.id in self._stop_ids else self._filter.feed(self._stream.feed(token.id))
+        if last and not self.stopped:
+            text += self._filter.feed(self._stream.finish())
+            text += self._filter.finish()
+        return replace(token, text=text) if text else token
