@@ -2,7 +2,9 @@
 
 The thread repeats one thing: take the commands that came in, compute one forward for every generation that may go on,
 hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is at most one
-forward ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten.
+forward ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten. A
+generation is admitted, by priority and then in the order they came, once its session fits into memory beside those
+already admitted; so sessions that are at work do not take each other's state away.
 Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only. The engine itself is used
 under its lock, so that two `AsyncEngine`s over one `Engine` take turns.
 """
@@ -34,15 +36,18 @@ T = TypeVar("T")
 
 TOKENS_AHEAD = 2
 """No forward is made for a generation while this many of its tokens are not taken."""
+GIVE_WAY_S = 0.05
+"""How long the thread stands idle for consumers of admitted generations before it lets in one that does not fit."""
 
 
 @dataclass(slots=True, eq=False)
 class _Generation:
-    """One `generate` call. `ahead` and `done` belong to the thread, `inbox` and `news` to the event loop."""
+    """One `generate` call. `inbox` and `news` belong to the event loop, the rest to the thread."""
 
     work: Work
     params: SamplingParams
     seed: int
+    admitted: bool = False
     ahead: int = 0
     sampled: int = 0
     done: bool = False
@@ -98,14 +103,14 @@ class AsyncEngine:
         self._commands.put(self._close)
         await task_group.__aexit__(None, None, None)  # without `exc`: an error of the block is not to be wrapped
 
-    def session(self) -> AsyncSession:
-        """A new, empty session.
+    def session(self, *, priority: int = 0) -> AsyncSession:
+        """A new, empty session. Those of a higher priority are admitted and have their prompts computed first.
 
         Raises:
             EngineClosedError: outside the `async with` block.
         """
         self._check_running()
-        session = AsyncSession(self)
+        session = AsyncSession(self, Work(priority=priority))
         self._sessions.add(session)
         return session
 
@@ -165,15 +170,20 @@ class AsyncEngine:
 
     def _serve(self) -> None:
         while True:
+            self._admit()
             ready = [
                 generation
                 for generation in self._generations
-                if generation.ahead < TOKENS_AHEAD or generation.work.logits_V is not None
+                if generation.admitted and (generation.ahead < TOKENS_AHEAD or generation.work.logits_V is not None)
             ]
+            idle = not ready and not self._closing
+            waiting = self._waiting() if idle else []
             try:
-                command = self._commands.get(block=not ready and not self._closing)
+                command = self._commands.get(block=idle, timeout=GIVE_WAY_S if waiting else None)
             except queue.Empty:
-                pass
+                if waiting:  # whoever holds the memory may itself wait for one of these
+                    waiting[0].admitted = True
+                    continue
             else:
                 with self.engine.lock:
                     command()
@@ -186,6 +196,20 @@ class AsyncEngine:
                 outcomes = self._step(ready)
             if outcomes:
                 anyio.from_thread.run_sync(_hand_over, outcomes)
+
+    def _waiting(self) -> list[_Generation]:
+        """Who is not admitted yet, those that are next first."""
+        waiting = [generation for generation in self._generations if not generation.admitted]
+        return sorted(waiting, key=lambda generation: -generation.work.priority)
+
+    def _admit(self) -> None:
+        """Let in who fits beside those that are in. One that does not fit waits, and so does whoever comes after it."""
+        inside = [generation.work for generation in self._generations if generation.admitted]
+        for generation in self._waiting():
+            if inside and not self.engine.batcher.fits([*inside, generation.work]):
+                return
+            generation.admitted = True
+            inside.append(generation.work)
 
     def _close(self) -> None:
         self._closing = True

@@ -18,7 +18,7 @@ from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
-from agentkit_engine.runtime import Batcher
+from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
@@ -165,9 +165,9 @@ class Engine:
             raise ContextLengthError(f"{len(ids)} ids exceed the model's {limit} positions")
         return self.batcher.logits(ids)
 
-    def session(self) -> Session:
-        """A new, empty session."""
-        return Session(self)
+    def session(self, *, priority: int = 0) -> Session:
+        """A new, empty session. When memory is short, sessions of a higher priority keep their state longer."""
+        return Session(self, Work(priority=priority))
 
     def open(self, path: str | Path) -> Session:
         """The session that `Session.save` wrote, where it stopped; its past is read, not computed.

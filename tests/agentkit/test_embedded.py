@@ -29,8 +29,8 @@ class WatchedEngine(AsyncEngine):
         super().__init__(engine)
         self.opened: list[AsyncSession] = []
 
-    def session(self) -> AsyncSession:
-        self.opened.append(super().session())
+    def session(self, *, priority: int = 0) -> AsyncSession:
+        self.opened.append(super().session(priority=priority))
         return self.opened[-1]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, SamplingParams, SessionBusyError
 from agentkit_engine.model import Decoder
+from agentkit_engine.runtime.state import Pools
 
 from .conftest import randomize_, small_config
 
@@ -38,6 +39,13 @@ def alone(engine: Engine, ids: Sequence[int]) -> list[tuple[int, float]]:
     with engine.session() as session:
         session.append(ids)
         return [(token.id, token.logprob) for token in session.generate(PARAMS)]
+
+
+def short_of_memory(engine: Engine) -> Engine:
+    """The same model with room for four spans."""
+    sizes = Pools(engine.spec, slots=1, spans=1, device=torch.device("meta"))
+    room = 4 * sizes.bytes_per_span
+    return Engine(engine.decoder, name="small", dialect="v4-preview", folder=Path("none"), state_bytes=room)
 
 
 async def test_forks_go_on_side_by_side_each_as_if_alone(engine: Engine) -> None:
@@ -145,3 +153,42 @@ async def test_two_threads_over_one_engine_take_turns(engine: Engine) -> None:
         for number in range(len(prompts)):
             task_group.start_soon(run, number)
     assert [said[number] for number in range(len(prompts))] == expected
+
+
+async def test_who_does_not_fit_waits_by_priority_and_takes_nothing_from_who_is_at_work(engine: Engine) -> None:
+    small = short_of_memory(engine)
+    told = [some_ids(300, seed) for seed in range(4)]  # two spans and one to go on: one at a time
+    expected = [alone(engine, ids) for ids in told]
+    order: list[int] = []
+    async with AsyncEngine(small) as running:
+
+        async def take_turn(number: int, session: AsyncSession) -> None:
+            assert await say(session) == expected[number]
+            order.append(number)
+
+        sessions = [running.session(priority=priority) for priority in (0, 0, 1, 2)]
+        for session, ids in zip(sessions, told, strict=True):
+            await session.append(ids)
+        holder = sessions[0].generate(PARAMS)
+        first = [await anext(holder)]
+        async with anyio.create_task_group() as task_group:
+            for number in (1, 2, 3):
+                task_group.start_soon(take_turn, number, sessions[number])
+            await anyio.wait_all_tasks_blocked()
+            first += [token async for token in holder]
+        assert [(token.id, token.logprob) for token in first] == expected[0]
+    assert order == [3, 2, 1]
+    assert small.batcher.prefilled == 4 * 300  # nobody's prompt was computed twice
+
+
+async def test_a_consumer_that_waits_for_who_does_not_fit_gives_way(engine: Engine) -> None:
+    small = short_of_memory(engine)
+    async with AsyncEngine(small) as running, running.session() as outer, running.session() as inner:
+        await outer.append(some_ids(300, 0))
+        await inner.append(some_ids(300, 1))
+        said: list[tuple[int, float]] = []
+        async for token in outer.generate(PARAMS):
+            if not said:
+                assert await say(inner) == alone(engine, some_ids(300, 1))
+            said.append((token.id, token.logprob))
+    assert said == alone(engine, some_ids(300, 0))

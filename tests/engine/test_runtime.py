@@ -14,7 +14,7 @@ from torch import Tensor
 from agentkit_engine import Engine, ModelSpec, OutOfMemoryError, SamplingParams
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Batcher, Pools, Work
-from agentkit_engine.runtime.batcher import SLOTS
+from agentkit_engine.runtime.batcher import SLOTS, TOKEN_BUDGET
 from agentkit_engine.runtime.state import SPAN
 
 from .conftest import randomize_, small_config
@@ -203,3 +203,50 @@ def test_bytes_held_are_those_of_spans_and_slots(batcher: Batcher) -> None:
     assert pools.bytes_held == 2 * per_span + pools.bytes_per_slot
     batcher.drop(work)
     assert pools.bytes_held == 0
+
+
+def test_prompts_of_a_higher_priority_are_computed_first_and_nobody_stops_decoding(decoder: Decoder) -> None:
+    batcher = Batcher(decoder, state_bytes=64 << 20)
+    talking, low, high = Work(), Work(priority=1), Work(priority=2)
+    talking.extend(some_ids(20, 0))
+    batcher.advance([talking])
+    low.extend(some_ids(2 * TOKEN_BUDGET, 1))
+    high.extend(some_ids(2 * TOKEN_BUDGET, 2))
+    seen = []
+    while low.logits_V is None or high.logits_V is None:
+        talking.extend([1])
+        batcher.advance([work for work in (talking, low, high) if work.pending])
+        assert talking.logits_V is not None
+        seen.append((low.computed, high.computed))
+    assert seen == [(0, 511), (0, 1022), (509, 1024), (1020, 1024), (1024, 1024)]
+    for work in (talking, low, high):
+        batcher.drop(work)
+
+
+def test_when_memory_is_short_the_lowest_priority_loses_its_state(decoder: Decoder) -> None:
+    sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+    batcher = Batcher(decoder, state_bytes=4 * sizes.bytes_per_span)
+    works = [Work(priority=priority) for priority in (2, 1, 3)]
+    for seed, work in enumerate(works):  # two spans each: only two of the three fit
+        work.extend(some_ids(300, seed))
+        batcher.advance([work])
+    assert [work.computed for work in works] == [300, 0, 300]
+    assert works[1].fork().priority == 1
+    for work in works:
+        batcher.drop(work)
+
+
+def test_what_fits_counts_shared_spans_once(decoder: Decoder) -> None:
+    sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+    batcher = Batcher(decoder, state_bytes=8 * sizes.bytes_per_span)
+    work = Work()
+    work.extend(some_ids(3 * SPAN, 0))
+    while work.pending:
+        batcher.advance([work])
+    forks = [batcher.fork(work) for _ in range(5)]
+    assert batcher.fits(forks) and not batcher.fits([*forks, work])  # three shared spans, and one for each to go on
+    fresh = Work()
+    fresh.extend(some_ids(3 * SPAN, 1))
+    assert batcher.fits([work, fresh]) and not batcher.fits([work, forks[0], fresh])
+    for other in (work, *forks):
+        batcher.drop(other)

@@ -24,7 +24,7 @@ from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
 from agentkit_engine.runtime.runner import Runner, Segment
-from agentkit_engine.runtime.state import Pools, Sequence
+from agentkit_engine.runtime.state import SPAN, Pools, Sequence
 from agentkit_engine.speculation import LONGEST, Drafter
 
 T = TypeVar("T")
@@ -56,12 +56,14 @@ class Work:
         ids: every id, computed or not.
         logits_V: the logits after the last id, once everything is computed.
         usage: of the ids that were fed, not sampled.
+        priority: works of a higher one have their prompts computed first, and keep their state longer.
         checkpointed: the length at which a checkpoint was last taken or taken up.
     """
 
-    def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None) -> None:
+    def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None, *, priority: int = 0) -> None:
         """`fed` has a 1 for each id that was fed, a 0 for each that was sampled; by default all were fed."""
         self.ids: list[int] = list(ids)
+        self.priority = priority
         self.logits_V: Tensor | None = None
         self.sequence: Sequence | None = None
         self.last_step = -1
@@ -154,7 +156,7 @@ class Work:
 
     def fork(self) -> Work:
         """The same ids, without the state."""
-        fork = Work(self.ids, self._fed)
+        fork = Work(self.ids, self._fed, priority=self.priority)
         fork.logits_V, fork.chain = self.logits_V, self.chain.copy()
         fork._counted, fork.checkpointed = self._counted, self.checkpointed
         return fork
@@ -190,14 +192,14 @@ class Batcher:
     def advance(self, works: Seq[Work]) -> None:
         """One forward over the next ids of `works`, all of which have pending ones.
 
-        Those with a single pending id come first; then prompts, the one that waited longest first, until
-        `TOKEN_BUDGET` is spent. Whoever has nothing pending afterwards has its `logits_V`. A work that begins with what
-        another one is just computing waits, and takes it up in a later step.
+        Those with a single pending id come first; then prompts, by priority, and then the one that waited longest
+        first, until `TOKEN_BUDGET` is spent. Whoever has nothing pending afterwards has its `logits_V`. A work that
+        begins with what another one is just computing waits, and takes it up in a later step.
 
         Raises:
             OutOfMemoryError: not even the first of them fits into the memory that others can give up.
         """
-        turn = sorted(_leaders(works), key=lambda work: (work.pending != 1, work.last_step))
+        turn = sorted(_leaders(works), key=lambda work: (work.pending != 1, -work.priority, work.last_step))
         segments: list[Segment] = []
         chosen: list[Work] = []
         budget = TOKEN_BUDGET
@@ -233,6 +235,16 @@ class Batcher:
                 self._checkpoint(work, Keep.TURN)
             elif fed and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
                 self._checkpoint(work, Keep.PROMPT)
+
+    def fits(self, works: Seq[Work]) -> bool:
+        """Whether the state of all these fits into memory at once, with a span more for each."""
+        held: set[int] = set()
+        missing = 0
+        for work in works:
+            spans = [] if work.sequence is None else work.sequence.spans
+            held.update(spans)
+            missing += max(0, -(-len(work.ids) // SPAN) + 1 - len(spans))
+        return len(held) + missing <= self.pools.spans and len(works) <= self.pools.slots
 
     def mark(self, work: Work) -> None:
         """Have a checkpoint taken here, now or once it is computed, for sessions that begin with these ids."""
@@ -383,17 +395,20 @@ class Batcher:
                 return
 
     def _room_for(self, take: Callable[[], T], keep: Seq[Work]) -> T:
-        """What `take` gives, once there is memory for it: first checkpoints go, then the state of works but `keep`."""
+        """What `take` gives, once there is memory for it: first checkpoints go, then the state of works but `keep`.
+
+        Of these, those of the lowest priority go first, and among equals the one that was not computed for longest.
+        """
         while True:
             try:
                 return take()
             except OutOfMemoryError:
                 if self.cache.evict():
                     continue
-                victim = next((other for other in self._live if other not in keep), None)
-                if victim is None:
+                others = [other for other in self._live if other not in keep]
+                if not others:
                     raise
-                self.drop(victim)
+                self.drop(min(others, key=lambda other: other.priority))
 
 
 def _leaders(works: Seq[Work]) -> list[Work]:
