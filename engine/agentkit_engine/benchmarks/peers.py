@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.timing import seconds, threads
+from agentkit_engine.chat import Tokenizer
 from agentkit_engine.model import Decoder
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.spec import ModelSpec
@@ -106,6 +107,15 @@ def random_model(spec: ModelSpec) -> Iterator[Path]:
 def random_ids(spec: ModelSpec, count: int, seed: int = 1) -> list[int]:
     """`count` token ids."""
     return torch.randint(spec.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def long_text(tokens: int, tokenizer: Tokenizer) -> str:
+    """Text of about so many tokens, no two lines alike."""
+    lines: list[str] = []
+    while tokens > 0:
+        lines.append(f"Rule {len(lines)}: what is told about case {7919 * len(lines) % 9973} holds for this one too.\n")
+        tokens -= len(tokenizer.encode_text(lines[-1]))
+    return "".join(lines)
 
 
 def import_transformers() -> Any:

@@ -1,4 +1,4 @@
-"""What the runtime saves: prefix lookups, sessions in files, shared prompts, guesses. The peer is the same without.
+"""What the runtime saves: prefix lookups, sessions in files, guesses. The peer is the same without.
 
 The same contract as in `goals.py`: one function per goal, outputs compared in the same run.
 """
@@ -16,7 +16,6 @@ from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds
 from agentkit_engine.chat import Tokenizer, encode_continuation_ids, encode_ids
 from agentkit_engine.engine import Engine
-from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampler import SamplingParams
@@ -95,54 +94,6 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
             moonshot=Bound("ratio", ">=", 200),
             outputs="the next token and its log-probability, bit for bit",
         )
-
-
-def shared(trajectories: int, turns: int, head: int) -> Iterator[Measurement]:
-    """C14: agents that begin alike, all live at the same time; each turn samples 8 ids and is told 30 more.
-
-    Driven as the loop drives sessions, but through the batcher, so that it shows the engine alone.
-    """
-    engine = Engine.load("tiny")
-    batcher = Batcher(engine.decoder, state_bytes=engine.state_bytes)
-    ids = random_ids(engine.spec, head + trajectories * turns * 30)
-    prompts = [ids[head + 30 * index : head + 30 * (index + 1)] for index in range(trajectories * turns)]
-    works = []
-    for index in range(trajectories):
-        work = Work()
-        work.extend(ids[:head])
-        work.mark()
-        work.extend(prompts[index])
-        works.append(work)
-    for turn in range(turns):
-        for _ in range(8):
-            while waiting := [work for work in works if work.logits_V is None]:
-                batcher.advance(waiting)
-            for work in works:
-                assert work.logits_V is not None
-                work.push(int(work.logits_V.argmax()))
-        if turn + 1 < turns:
-            for index, work in enumerate(works):
-                work.extend(prompts[(turn + 1) * trajectories + index])
-    unique = head + 30 * turns * trajectories
-    without = sum(head + turn * 38 + 30 for turn in range(turns)) * trajectories
-    hits = sum(work.usage.hit_tokens for work in works)
-    fed = sum(work.usage.hit_tokens + work.usage.miss_tokens for work in works)
-    yield Measurement(
-        "C14",
-        f"tokens prefilled ÷ unique, {trajectories} trajectories of {turns} turns, {head} tokens in common",
-        batcher.prefilled / unique,
-        "x",
-        None,
-        "every turn prefills its whole prompt (counted, not run)",
-        without / unique,
-        higher_is_better=False,
-        good=Bound("value", "<=", 1.2),
-        moonshot=Bound("value", "<=", 1.02),
-        outputs=(
-            f"{hits} of {fed} fed ids found in the cache; {1 - batcher.prefilled / without:.1%} of the "
-            "peer's tokens saved"
-        ),
-    )
 
 
 FUNCTION = {
