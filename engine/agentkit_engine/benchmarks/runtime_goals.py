@@ -1,4 +1,4 @@
-"""What the runtime saves: prefix lookups, sessions in files, guesses. The peer is the same without.
+"""What the runtime saves: prefix lookups, sessions in files, a cache on disk, guesses. The peer is the same without.
 
 The same contract as in `goals.py`: one function per goal, outputs compared in the same run.
 """
@@ -23,6 +23,8 @@ from agentkit_engine.session import Session
 
 APPENDED = 50
 """Ids of one turn."""
+SAID = 4
+"""Ids that are sampled in a turn where it matters little how many."""
 
 
 def lookup(length: int, repeats: int) -> Iterator[Measurement]:
@@ -94,6 +96,62 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
             moonshot=Bound("ratio", ">=", 200),
             outputs="the next token and its log-probability, bit for bit",
         )
+
+
+def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
+    """C10: what a session of many turns writes to the disk cache, over what its state takes in the end.
+
+    The peer writes the whole session to a file again whenever `every` more tokens have come. The second measurement
+    has the state given up after each turn, as when a run ends there and is continued later.
+    """
+    for how, parked in (("closed at the end", False), ("parked after each", True)):
+        with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
+            path, cache_dir = Path(place, "session"), Path(place, "cache")
+            engine = Engine.load(folder, cache_dir=cache_dir)
+            rewritten = 0
+            session = engine.session()
+            for turn in range(turns):
+                before = len(session)
+                session.append(random_ids(engine.spec, fed, seed=turn))
+                for _ in session.generate(SamplingParams(temperature=0, max_tokens=SAID)):
+                    pass
+                if len(session) // every > before // every or turn == turns - 1:
+                    session.save(path)
+                    final = path.stat().st_size
+                    rewritten += final
+                if parked:
+                    session.park()
+            length = len(session)
+            session.close()
+            engine.flush()
+            written = sum(file.stat().st_size for file in cache_dir.rglob("*.segment"))
+            outputs = _same_from_disk(folder, cache_dir, path, session.token_ids)
+        yield Measurement(
+            "C10",
+            f"bytes written ÷ final, a session of {turns} turns, {how}, {length} tokens, {final / 1e6:.1f} MB at last",
+            written / final,
+            "x",
+            None,
+            f"the whole session written again every {every} tokens and at the end",
+            rewritten / final,
+            higher_is_better=False,
+            good=None if parked else Bound("value", "<=", 1.5),
+            moonshot=None if parked else Bound("value", "<=", 1.15),
+            outputs=outputs,
+        )
+
+
+def _same_from_disk(folder: Path, cache_dir: Path, path: Path, ids: Sequence[int]) -> str:
+    """Go on from the disk cache and from the file, in an engine that computed neither, and compare."""
+    engine = Engine.load(folder, cache_dir=cache_dir)
+    with engine.session() as cached, engine.open(path) as opened:
+        cached.append([*ids, 0])
+        opened.append([0])
+        tokens = [next(session.generate(SamplingParams(temperature=0))) for session in (cached, opened)]
+        computed = cached.usage.miss_tokens
+    if tokens[0] != tokens[1]:
+        raise OutputsDifferError(f"the session says {tokens[0]} from the disk cache and {tokens[1]} from its file")
+    return f"from both the same next token, bit for bit; {computed} tokens computed again from the disk cache"
 
 
 FUNCTION = {
