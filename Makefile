@@ -35,7 +35,9 @@ test: .venv/.test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.test
-	$(BIN)/python -m agentkit_engine.benchmarks $(if $(ONLY),--only $(ONLY))
+	@failed=0; for room in agentkit_engine agentkit; do \
+		$(BIN)/python -m $$room.benchmarks $(if $(ONLY),--only $(ONLY)) || failed=1; \
+	done; exit $$failed
 
 demo: .venv/.base
 	@$(BIN)/agentkit demo $(ARGS)

@@ -38,7 +38,7 @@ def make(goal: str = "C1", what: str = "decode", **fields: Any) -> Record:
 @pytest.mark.filterwarnings("default")
 def test_decode_and_parity_write_records_of_compared_outputs(tmp_path: Path) -> None:
     out = tmp_path / "results" / "cpu.json"
-    result = run("--quick", "--only", "C4,C1", "--out", str(out))
+    result = run("--quick", "--only", "C4,C2,C1", "--out", str(out))
     assert result.exit_code == 0, result.output
     records = json.loads(out.read_text())
     assert [record["goal"] for record in records[:2]] == ["C1", "C1"]
@@ -51,25 +51,37 @@ def test_decode_and_parity_write_records_of_compared_outputs(tmp_path: Path) -> 
     assert decoded["peer"].startswith("transformers ")
     assert decoded["ratio"] == pytest.approx(decoded["value"] / decoded["peer_value"])
     assert decoded["good"] == "ratio >= 2" and decoded["met"] is (decoded["ratio"] >= 2)
-    parity = next(record for record in records if record["goal"] == "C4")
+    parity, *same = [record for record in records if record["goal"] == "C4"]
     assert 0 < parity["value"] < 1e-4 and parity["met"]
+    assert len(same) == 8 and all(record["value"] == 0 and record["moonshot_met"] for record in same)
+    together = [record for record in records if record["goal"] == "C2"]
+    assert [record["unit"] for record in together] == ["tokens/CPU-s", "tokens/s"]
+    assert together[1]["good"] == "ratio >= 1" and "bit for bit what each says alone" in together[1]["outputs"]
 
 
 def test_what_the_runtime_saves_is_measured_beside_doing_without(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
-    result = run("--quick", "--only", "C7,C9,C14,C16", "--out", str(out))
+    result = run("--quick", "--only", "C6,C7,C8,C9,C10,C16", "--out", str(out))
     assert result.exit_code == 0, result.output
-    records = {record["goal"]: record for record in json.loads(out.read_text())}
-    assert list(records) == ["C7", "C9", "C14", "C16"]
-    assert records["C14"]["value"] == 1  # every fed id is computed once
-    assert all(record["ratio"] and record["peer"] and record["outputs"] for record in records.values())
+    records = json.loads(out.read_text())
+    assert list(dict.fromkeys(record["goal"] for record in records)) == ["C6", "C7", "C8", "C9", "C10", "C16"]
+    assert all(record["ratio"] and record["peer"] and record["outputs"] for record in records)
+    stored = next(record for record in records if record["goal"] == "C10")
+    assert 0.9 < stored["value"] < 1.2 < stored["peer_value"]  # every span is written once
+    assert stored["met"] and "; 2 tokens computed again" in stored["outputs"]
+
+
+def test_a_goal_of_another_room_is_left_to_it(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "C13", "--out", str(out))
+    assert (result.exit_code, result.output) == (0, "") and not out.exists()
 
 
 def test_an_unknown_goal_is_named_with_those_there_are() -> None:
     result = run("--only", "C1,C99")
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())
-    assert "unknown goal 'C99'; there are C1, C3," in message
+    assert "unknown goal 'C99'; there are C1, C2, C3," in message and "and elsewhere C13, C14" in message
 
 
 def test_a_failing_goal_is_reported_and_keeps_its_old_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

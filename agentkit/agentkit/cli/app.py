@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from agentkit.cli import check, demo, doctor, run, view
+from agentkit.cli import cache, check, demo, doctor, run, view
 from agentkit.cli import eval as eval_
 from agentkit.cli.ending import ends_well
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 for module in (run, eval_, demo, check, view, doctor):
     app.command(module.__name__.rpartition(".")[2])(ends_well(module.command))
+app.add_typer(cache.commands, name="cache")
 
 
 def _version(wanted: bool) -> None:

@@ -9,16 +9,18 @@ Dimension key: 1 one sequence, B batch, T tokens, W compressed entries.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import cold_start, runtime_goals
+from agentkit_engine.benchmarks import batch_goals, cold_start, runtime_goals, scheduler_goals
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
@@ -30,10 +32,11 @@ from agentkit_engine.benchmarks.peers import (
 )
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
-from agentkit_engine.engine import Engine
+from agentkit_engine.engine import CACHE_BYTES, Engine
 from agentkit_engine.model import Decoder, Trace
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.batcher import TOKEN_BUDGET
+from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.sampler import SampledToken, SamplingParams, sample
 from agentkit_engine.session import Session
 from agentkit_engine.spec import ModelSpec
@@ -58,8 +61,10 @@ class Sizes:
         grown_to: And how far.
         grown_to_peer: The same for the peer, which is slower.
         cold_experts: Routed experts of the model that is opened cold; 256 make it 600 MB.
-        shared: Trajectories, turns of each, and tokens that all have in common.
         guessed: Calls in a session that guesses.
+        scheduled: Sessions that decode at the same time in a step of the scheduler, and timed steps.
+        appended_to: Length of the session to which a turn is appended.
+        stored: Turns of a session on disk, tokens fed in each, and tokens after which the peer writes it again.
     """
 
     repeats: int
@@ -71,8 +76,10 @@ class Sizes:
     grown_to: int
     grown_to_peer: int
     cold_experts: int
-    shared: tuple[int, int, int]
     guessed: int
+    scheduled: tuple[tuple[int, ...], int]
+    appended_to: int
+    stored: tuple[int, int, int]
 
 
 FULL = Sizes(
@@ -85,8 +92,10 @@ FULL = Sizes(
     grown_to=131_072,
     grown_to_peer=8192,
     cold_experts=256,
-    shared=(64, 30, 20_000),
     guessed=6,
+    scheduled=((1, 16, 64, 256), 256),
+    appended_to=100_000,
+    stored=(100, 320, 10_000),
 )
 QUICK = Sizes(
     repeats=1,
@@ -98,8 +107,10 @@ QUICK = Sizes(
     grown_to=1024,
     grown_to_peer=1024,
     cold_experts=16,
-    shared=(2, 2, 64),
     guessed=2,
+    scheduled=((1, 3), 2),
+    appended_to=600,
+    stored=(3, 100, 150),
 )
 
 
@@ -257,7 +268,7 @@ def _prefill_both(
 
 
 def parity(sizes: Sizes) -> Iterator[Measurement]:
-    """C4: logits of a random tiny-V4 against the peer's and against other chunkings of the same ids."""
+    """C4: logits of a random tiny-V4 against the peer's, against other chunkings of the same ids, and restored."""
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
     ids = random_ids(engine.spec, sizes.compared)
@@ -285,6 +296,47 @@ def parity(sizes: Sizes) -> Iterator[Measurement]:
             moonshot=Bound("value", "<=", 0),
             outputs=f"all {len(ids)} rows",
         )
+    for how, hit, logits_V in _restored(engine, ids):
+        yield Measurement(
+            "C4",
+            f"logits after a state from {how}, largest difference from one chunk",
+            float((logits_V - whole[-1]).abs().max()),
+            "logit",
+            good=Bound("value", "<=", 0),
+            moonshot=Bound("value", "<=", 0),
+            outputs=f"the last row; {hit} of {len(ids)} tokens were not computed again",
+        )
+
+
+def _restored(engine: Engine, ids: Sequence[int]) -> Iterator[tuple[str, int, Tensor]]:
+    """The logits after `ids`, most of which are taken up from elsewhere: from where, how many, float32 [V]."""
+    known = len(ids) - 40
+    with tempfile.TemporaryDirectory() as place:
+        cache_dir, path = Path(place, "cache"), Path(place, "session")
+        writer = _copy(engine, cache_dir)
+        work = Work(ids[:known])
+        _next_token(writer, work, ())
+        writer.save(work, path, model=engine.fingerprint)
+        writer.park(work)
+        assert writer.disk is not None
+        writer.disk.close()
+        for how, batcher in (("the prefix cache", writer), ("the disk cache", _copy(engine, cache_dir))):
+            work = Work(ids)
+            _next_token(batcher, work, ())
+            assert work.logits_V is not None
+            yield how, work.usage.hit_tokens, work.logits_V
+        batcher = _copy(engine, Path(place, "empty"))
+        work = batcher.open(path, model=engine.fingerprint)
+        _next_token(batcher, work, ids[known:])
+        assert work.logits_V is not None
+        yield "a file", work.usage.hit_tokens, work.logits_V
+
+
+def _copy(engine: Engine, cache_dir: Path) -> Batcher:
+    """A batcher for the same model that has computed nothing yet."""
+    batcher = Batcher(engine.decoder, state_bytes=engine.state_bytes)
+    batcher.disk = DiskCache(cache_dir, batcher.pools, model=engine.fingerprint, budget_bytes=CACHE_BYTES)
+    return batcher
 
 
 @torch.inference_mode()
@@ -447,14 +499,20 @@ def cold(sizes: Sizes) -> Iterator[Measurement]:
 
 GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C1": decode,
+    "C2": lambda sizes: batch_goals.decode_together(sizes.prefilled[0], sizes.decoded, sizes.repeats),
     "C3": prefill,
     "C4": parity,
     "C5": memory,
+    "C6": lambda sizes: scheduler_goals.step(*sizes.scheduled, sizes.repeats),
     "C7": lambda sizes: runtime_goals.lookup(sizes.grown_to, 5 * sizes.repeats),
+    "C8": lambda sizes: scheduler_goals.append(sizes.appended_to, 5 * sizes.repeats),
     "C9": lambda sizes: runtime_goals.restore(sizes.prefilled[-1], sizes.repeats),
-    "C14": lambda sizes: runtime_goals.shared(*sizes.shared),
+    "C10": lambda sizes: runtime_goals.amplification(*sizes.stored),
     "C15": cold,
     "C16": lambda sizes: runtime_goals.guesses(sizes.guessed),
     "tiny": decode_packaged,
 }
 """What `--only` can name, in the order of running."""
+
+ELSEWHERE = ("C13", "C14")
+"""The goals of `agentkit.benchmarks`, which the engine knows by name only."""

@@ -1,6 +1,6 @@
 """The competition in the same process, on the same weights: both sides read one folder in the official layout.
 
-Dimension key: T tokens, R compared rows, V vocabulary.
+Dimension key: B batch, T tokens, R compared rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.timing import seconds, threads
+from agentkit_engine.chat import Tokenizer
 from agentkit_engine.model import Decoder
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.spec import ModelSpec
@@ -108,6 +109,15 @@ def random_ids(spec: ModelSpec, count: int, seed: int = 1) -> list[int]:
     return torch.randint(spec.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def long_text(tokens: int, tokenizer: Tokenizer) -> str:
+    """Text of about so many tokens, no two lines alike."""
+    lines: list[str] = []
+    while tokens > 0:
+        lines.append(f"Rule {len(lines)}: what is told about case {7919 * len(lines) % 9973} holds for this one too.\n")
+        tokens -= len(tokenizer.encode_text(lines[-1]))
+    return "".join(lines)
+
+
 def import_transformers() -> Any:
     """The transformers library with DeepSeek-V4, told to be quiet.
 
@@ -151,7 +161,7 @@ class Transformers:
         return f"transformers {self._library.__version__}"
 
     def new_cache(self) -> Any:
-        """An empty cache for one sequence."""
+        """An empty cache, for one sequence or several of the same length."""
         return self._library.DynamicCache(config=self._model.config)
 
     @torch.inference_mode()
@@ -178,10 +188,31 @@ class Transformers:
             int(logits[-1].argmax())
         return logits
 
+    @torch.inference_mode()
+    def prefill_together(self, ids_BT: Sequence[Sequence[int]], cache: Any) -> Tensor:
+        """`prefill` of B sequences of the same length: float32 [B, V]."""
+        self._model.set_experts_implementation(self.prefill_experts)
+        for start in range(0, len(ids_BT[0]), self.chunk):
+            logits_BV = self._forward([ids[start : start + self.chunk] for ids in ids_BT], cache)
+        return logits_BV
+
+    @torch.inference_mode()
+    def decode_together(self, ids_TB: Sequence[Sequence[int]], cache: Any) -> list[Tensor]:
+        """`decode` of B sequences, T times one id of each: T times [B, V]."""
+        self._model.set_experts_implementation(self.decode_experts)
+        logits = []
+        for ids_B in ids_TB:
+            logits.append(self._forward([[token_id] for token_id in ids_B], cache))
+            logits[-1].argmax(-1).tolist()
+        return logits
+
     def _step(self, token_ids: Sequence[int], cache: Any) -> Tensor:
-        output = self._model(torch.tensor([token_ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return self._forward([token_ids], cache)[0]
+
+    def _forward(self, ids_BT: Sequence[Sequence[int]], cache: Any) -> Tensor:
+        output = self._model(torch.tensor(ids_BT), past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits_BTV: Tensor = output.logits
-        return logits_BTV[0, -1]
+        return logits_BTV[:, -1]
 
     def tune_prefill(self, token_ids: Sequence[int]) -> None:
         """Prefill from here on with what takes least processor time for these ids.
@@ -194,12 +225,14 @@ class Transformers:
             taken[setting] = self._fastest(lambda: self.prefill(token_ids, self.new_cache()))
         self.prefill_experts, self.chunk = min(taken, key=taken.__getitem__)
 
-    def tune_decode(self, token_ids: Sequence[int]) -> None:
-        """Decode from here on with what takes least processor time for these ids."""
+    def tune_decode(self, token_ids: Sequence[int], *, together: int = 1) -> None:
+        """Decode from here on with what takes least processor time for these ids, in `together` sequences at once."""
+        count = len(token_ids)
+        ids_TB = [[token_ids[(at + row) % count] for row in range(together)] for at in range(count)]
         taken: dict[str, float] = {}
         for experts in ("eager", "grouped_mm", "batched_mm"):
             self.decode_experts = experts
-            taken[experts] = self._fastest(lambda: self.decode(token_ids, self.new_cache()))
+            taken[experts] = self._fastest(lambda: self.decode_together(ids_TB, self.new_cache()))
         self.decode_experts = min(taken, key=taken.__getitem__)
 
     def _fastest(self, work: Callable[[], object]) -> float:

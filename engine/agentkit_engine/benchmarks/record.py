@@ -167,12 +167,12 @@ def describe_machine() -> str:
     )
 
 
-def current_commit() -> str:
-    """The commit of the checkout this room lies in, `+changes` when tracked files of it differ; `unknown` outside."""
-    folder = Path(__file__).parent.parent
+def current_commit(*rooms: Path) -> str:
+    """The commit of the checkout these folders are in, `+changes` when tracked files there differ, or `unknown`."""
     try:
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        return f"{commit}+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no", ".") else commit
+        commit = _git(rooms[0], "rev-parse", "--short=12", "HEAD")
+        changes = _git(rooms[0], "status", "--porcelain", "--untracked-files=no", "--", *map(str, rooms))
+        return f"{commit}+changes" if changes else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

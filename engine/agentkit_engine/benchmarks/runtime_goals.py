@@ -1,4 +1,4 @@
-"""What the runtime saves: prefix lookups, sessions in files, shared prompts, guesses. The peer is the same without.
+"""What the runtime saves: prefix lookups, sessions in files, a cache on disk, guesses. The peer is the same without.
 
 The same contract as in `goals.py`: one function per goal, outputs compared in the same run.
 """
@@ -16,7 +16,6 @@ from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds
 from agentkit_engine.chat import Tokenizer, encode_continuation_ids, encode_ids
 from agentkit_engine.engine import Engine
-from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampler import SamplingParams
@@ -24,6 +23,8 @@ from agentkit_engine.session import Session
 
 APPENDED = 50
 """Ids of one turn."""
+SAID = 4
+"""Ids that are sampled in a turn where it matters little how many."""
 
 
 def lookup(length: int, repeats: int) -> Iterator[Measurement]:
@@ -97,52 +98,60 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
         )
 
 
-def shared(trajectories: int, turns: int, head: int) -> Iterator[Measurement]:
-    """C14: agents that begin alike, all live at the same time; each turn samples 8 ids and is told 30 more.
+def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
+    """C10: what a session of many turns writes to the disk cache, over what its state takes in the end.
 
-    Driven as the loop drives sessions, but through the batcher, so that it shows the engine alone.
+    The peer writes the whole session to a file again whenever `every` more tokens have come. The second measurement
+    has the state given up after each turn, as when a run ends there and is continued later.
     """
-    engine = Engine.load("tiny")
-    batcher = Batcher(engine.decoder, state_bytes=engine.state_bytes)
-    ids = random_ids(engine.spec, head + trajectories * turns * 30)
-    prompts = [ids[head + 30 * index : head + 30 * (index + 1)] for index in range(trajectories * turns)]
-    works = []
-    for index in range(trajectories):
-        work = Work()
-        work.extend(ids[:head])
-        work.mark()
-        work.extend(prompts[index])
-        works.append(work)
-    for turn in range(turns):
-        for _ in range(8):
-            while waiting := [work for work in works if work.logits_V is None]:
-                batcher.advance(waiting)
-            for work in works:
-                assert work.logits_V is not None
-                work.push(int(work.logits_V.argmax()))
-        if turn + 1 < turns:
-            for index, work in enumerate(works):
-                work.extend(prompts[(turn + 1) * trajectories + index])
-    unique = head + 30 * turns * trajectories
-    without = sum(head + turn * 38 + 30 for turn in range(turns)) * trajectories
-    hits = sum(work.usage.hit_tokens for work in works)
-    fed = sum(work.usage.hit_tokens + work.usage.miss_tokens for work in works)
-    yield Measurement(
-        "C14",
-        f"tokens prefilled ÷ unique, {trajectories} trajectories of {turns} turns, {head} tokens in common",
-        batcher.prefilled / unique,
-        "x",
-        None,
-        "every turn prefills its whole prompt (counted, not run)",
-        without / unique,
-        higher_is_better=False,
-        good=Bound("value", "<=", 1.2),
-        moonshot=Bound("value", "<=", 1.02),
-        outputs=(
-            f"{hits} of {fed} fed ids found in the cache; {1 - batcher.prefilled / without:.1%} of the "
-            "peer's tokens saved"
-        ),
-    )
+    for how, parked in (("closed at the end", False), ("parked after each", True)):
+        with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
+            path, cache_dir = Path(place, "session"), Path(place, "cache")
+            engine = Engine.load(folder, cache_dir=cache_dir)
+            rewritten = 0
+            session = engine.session()
+            for turn in range(turns):
+                before = len(session)
+                session.append(random_ids(engine.spec, fed, seed=turn))
+                for _ in session.generate(SamplingParams(temperature=0, max_tokens=SAID)):
+                    pass
+                if len(session) // every > before // every or turn == turns - 1:
+                    session.save(path)
+                    final = path.stat().st_size
+                    rewritten += final
+                if parked:
+                    session.park()
+            length = len(session)
+            session.close()
+            engine.flush()
+            written = sum(file.stat().st_size for file in cache_dir.rglob("*.segment"))
+            outputs = _same_from_disk(folder, cache_dir, path, session.token_ids)
+        yield Measurement(
+            "C10",
+            f"bytes written ÷ final, a session of {turns} turns, {how}, {length} tokens, {final / 1e6:.1f} MB at last",
+            written / final,
+            "x",
+            None,
+            f"the whole session written again every {every} tokens and at the end",
+            rewritten / final,
+            higher_is_better=False,
+            good=None if parked else Bound("value", "<=", 1.5),
+            moonshot=None if parked else Bound("value", "<=", 1.15),
+            outputs=outputs,
+        )
+
+
+def _same_from_disk(folder: Path, cache_dir: Path, path: Path, ids: Sequence[int]) -> str:
+    """Go on from the disk cache and from the file, in an engine that computed neither, and compare."""
+    engine = Engine.load(folder, cache_dir=cache_dir)
+    with engine.session() as cached, engine.open(path) as opened:
+        cached.append([*ids, 0])
+        opened.append([0])
+        tokens = [next(session.generate(SamplingParams(temperature=0))) for session in (cached, opened)]
+        computed = cached.usage.miss_tokens
+    if tokens[0] != tokens[1]:
+        raise OutputsDifferError(f"the session says {tokens[0]} from the disk cache and {tokens[1]} from its file")
+    return f"from both the same next token, bit for bit; {computed} tokens computed again from the disk cache"
 
 
 FUNCTION = {

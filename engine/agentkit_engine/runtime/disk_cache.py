@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
 import struct
 import threading
@@ -307,6 +308,97 @@ class DiskCache:
         self._tails = {
             key: kept for key, tails in self._tails.items() if (kept := [t for t in tails if t.place.path != path])
         }
+
+
+# The folder as a whole, for people who look after it.
+
+_MODEL_FOLDER = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
+_SEGMENT_NAME = re.compile(r"\d{20}-\d+-[0-9a-f]{8}\.segment")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """What a cache folder holds of one model and layout.
+
+    Attributes:
+        name: The name of its folder there: the start of the model's fingerprint, and the layout.
+        segments, bytes: Its files, and their size.
+        spans, checkpoints: Frames that are whole, and what they are.
+        damaged: Frames with a wrong checksum, and segments that cannot be read to their end. The last frame of a
+            segment that a process is writing at this moment counts too.
+    """
+
+    name: str
+    segments: int
+    bytes: int
+    spans: int
+    checkpoints: int
+    damaged: int
+
+
+def survey(folder: Path) -> list[StoredModel]:
+    """What is in a cache folder, by name of model; every byte is read and checked. Foreign files are passed over.
+
+    Raises:
+        OSError: the folder is not there, or a file cannot be read.
+    """
+    models = []
+    for name, paths in sorted(_segments(folder).items()):
+        size = spans = checkpoints = damaged = 0
+        for path in paths:
+            with path.open("rb") as file:
+                scan = _Scan()
+                for header, place in _frames(file, path, scan):
+                    if not _is_whole(file, place):
+                        damaged += 1
+                    elif header["kind"] == "span":
+                        spans += 1
+                    else:
+                        checkpoints += 1
+                end = os.fstat(file.fileno()).st_size
+            size += end
+            damaged += scan.end < end
+        models.append(StoredModel(name, len(paths), size, spans, checkpoints, damaged))
+    return models
+
+
+def prune(folder: Path, budget_bytes: int) -> tuple[int, int]:
+    """Remove the segments of all models unused for longest, until `budget_bytes` are left at most.
+
+    Foreign files are left alone. A process that uses the cache meanwhile computes again what it does not find.
+
+    Returns:
+        How many segments were removed, and how many bytes are left.
+
+    Raises:
+        OSError: the folder is not there, or a file cannot be removed.
+    """
+    status = {path: path.stat() for paths in _segments(folder).values() for path in paths}
+    left, removed = sum(each.st_size for each in status.values()), 0
+    for path in sorted(status, key=lambda path: (status[path].st_mtime_ns, path)):
+        if left <= budget_bytes:
+            break
+        path.unlink(missing_ok=True)
+        left -= status[path].st_size
+        removed += 1
+    return removed, left
+
+
+def _segments(folder: Path) -> dict[str, list[Path]]:
+    """The segments below a cache folder, by name of model; names that the cache does not give are foreign."""
+    return {
+        model.name: sorted(path for path in model.iterdir() if _SEGMENT_NAME.fullmatch(path.name) and path.is_file())
+        for model in folder.iterdir()
+        if _MODEL_FOLDER.fullmatch(model.name) and model.is_dir()
+    }
+
+
+def _is_whole(file: BinaryIO, place: _Place) -> bool:
+    """Whether a frame's checksum is that of its header and payload."""
+    file.seek(place.start)
+    frame = file.read(_FRAME.size + place.header_bytes + place.payload_bytes)
+    header, payload = frame[_FRAME.size :][: place.header_bytes], frame[_FRAME.size + place.header_bytes :]
+    return frame.startswith(_FRAME.pack(MAGIC, place.header_bytes, place.payload_bytes, _digest(header, payload)))
 
 
 def _digest(header: bytes, payload: bytes) -> bytes:

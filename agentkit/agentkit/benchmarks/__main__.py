@@ -1,0 +1,42 @@
+"""`python -m agentkit.benchmarks`: measure the loop, print a table, keep the numbers in a JSON file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import agentkit
+import agentkit_engine
+from agentkit.benchmarks.goals import FULL, GOALS, QUICK
+from agentkit_engine.benchmarks import goals as engine_goals
+from agentkit_engine.benchmarks.command import chosen_goals, measure
+
+RESULTS = Path("agentkit/results/cpu.json")
+
+
+def main(
+    only: Annotated[str | None, typer.Option(help=f"Goals, separated by commas, of {', '.join(GOALS)}.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes: shows that it works, not how fast.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help=f"File to merge the records into; {RESULTS} unless given or --quick.")
+    ] = None,
+) -> None:
+    """Measure the loop beside its peers; each goal's new records replace its old ones in the results file.
+
+    A goal that fails is reported and leaves its old records; the others still run, and the exit status is 1.
+    """
+    measure(
+        "agentkit",
+        GOALS,
+        chosen_goals(only, GOALS, engine_goals.GOALS),
+        QUICK if quick else FULL,
+        quick=quick,
+        out=out or (None if quick else RESULTS),
+        rooms=[Path(agentkit.__file__).parent, Path(agentkit_engine.__file__).parent],
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,47 @@
+"""What is measured: one function per goal, which yields its measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from agentkit.benchmarks.overhead import overhead
+from agentkit.benchmarks.sharing import Shape, sharing
+from agentkit_engine.benchmarks.record import Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        repeats: Timed runs.
+        turns: Turns of a run whose overhead is measured.
+        rendered: In how many of them the peer is timed.
+        sharing: Trajectories that begin alike.
+    """
+
+    repeats: int
+    turns: int
+    rendered: int
+    sharing: Shape
+
+
+FULL = Sizes(
+    repeats=3,
+    turns=1000,
+    rendered=20,
+    sharing=Shape(trajectories=64, at_once=32, turns=30, head=20_000),
+)
+QUICK = Sizes(
+    repeats=1,
+    turns=4,
+    rendered=2,
+    sharing=Shape(trajectories=3, at_once=2, turns=3, head=300),
+)
+
+GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
+    "C13": lambda sizes: overhead(sizes.turns, sizes.rendered, sizes.repeats),
+    "C14": lambda sizes: sharing(sizes.sharing),
+}
+"""What `--only` can name, in the order of running."""

@@ -1,0 +1,143 @@
+"""C13: what the loop costs where model and tool cost nothing.
+
+Each turn the model calls a tool that does nothing, and reads its result. First a script is the model, so that only the
+loop is left: append, parse, dispatch, record, resume. Then a session of the engine takes part, with its thread, its
+scheduler and its sampler, and forwards that compute nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from statistics import mean
+
+import anyio
+
+from agentkit.agent import Agent
+from agentkit.benchmarks.steered import SteeredModel
+from agentkit.limits import Limits
+from agentkit.messages import AssistantMessage, to_openai_all
+from agentkit.model import Model
+from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit.trajectory import Trajectory
+from agentkit_engine import AsyncEngine, Engine
+from agentkit_engine.benchmarks.errors import OutputsDifferError
+from agentkit_engine.benchmarks.null_model import NullRunner
+from agentkit_engine.benchmarks.record import Bound, Measurement
+from agentkit_engine.benchmarks.timing import Median
+from agentkit_engine.chat import Tokenizer, encode_completion_ids, encode_ids
+from agentkit_environments import open_environment
+from agentkit_tools import tool
+
+
+@tool(read_only=True)
+async def nothing() -> str:
+    """Do nothing."""
+    return "done"
+
+
+def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
+    """C13; the peer renders the whole conversation again each turn, and is timed in `rendered` of them."""
+    tokenizer = Engine.load("tiny").tokenizer
+    anyio.run(_converse, ScriptedModel(_calls(2, tokenizer), tokenizer), 2)  # what is only done once in a process
+    runs = [anyio.run(_converse, ScriptedModel(_calls(turns, tokenizer), tokenizer), turns) for _ in range(repeats)]
+    record = runs[0].record
+    ours = Median.of([run.us_per_turn for run in runs])
+    a_turn = f"{len(record.token_ids) / turns:.0f} tokens a turn"
+    yield Measurement(
+        "C13",
+        f"loop overhead, {turns} turns with a null tool and a scripted model, {a_turn}",
+        ours.value,
+        "us/turn",
+        ours.spread,
+        f"rendering the conversation to tokens again each turn and nothing else, mean of {rendered} turns",
+        _rendering_us(record, rendered, tokenizer),
+        higher_is_better=False,
+        good=Bound("value", "<=", 500),
+        moonshot=Bound("value", "<=", 100),
+        outputs="the tokens rendered again are those of the session",
+    )
+    through = [anyio.run(_converse_in_engine, turns) for _ in range(repeats)]
+    if any(run.record.token_ids != record.token_ids for run in through):
+        raise OutputsDifferError("the run through a session of the engine has other tokens than the scripted one")
+    outputs = "the same tokens as with the script alone"
+    in_engine = Median.of([run.us_per_turn for run in through])
+    yield Measurement(
+        "C13",
+        f"the same through a session of the engine whose forwards cost nothing, {a_turn}",
+        in_engine.value,
+        "us/turn",
+        in_engine.spread,
+        outputs=outputs,
+    )
+    fed = record.loss_mask.count(0)
+    yield Measurement(
+        "C13",
+        f"tokens prefilled again in {turns} turns through the engine, {fed} fed",
+        max(run.prefilled for run in through) - fed,
+        "tokens",
+        good=Bound("value", "<=", 0),
+        moonshot=Bound("value", "<=", 0),
+        outputs=outputs,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run's record, what a turn took, and how many fed tokens went through a forward."""
+
+    record: Trajectory
+    us_per_turn: float
+    prefilled: int = 0
+
+
+async def _converse(model: Model, turns: int) -> _Run:
+    async with await open_environment(backend="unsafe-local") as environment:
+        agent = Agent(model, [nothing], effort="none", limits=Limits(max_turns=None))
+        start = time.perf_counter()
+        result = await agent.run("Do nothing, often.", environment=environment)
+        elapsed_s = time.perf_counter() - start
+    if (result.status, result.outcome.usage.turns) != ("answered", turns):
+        raise OutputsDifferError(f"the run ended as {result.outcome}; expected an answer after {turns} turns")
+    return _Run(result.trajectory, 1e6 * elapsed_s / turns)
+
+
+async def _converse_in_engine(turns: int) -> _Run:
+    engine = Engine.load("tiny")
+    engine.batcher.runner = NullRunner(engine.batcher.pools)
+    async with AsyncEngine(engine) as running:
+        run = await _converse(SteeredModel(running, _calls(turns, engine.tokenizer)), turns)
+    return replace(run, prefilled=engine.batcher.prefilled)
+
+
+def _calls(turns: int, tokenizer: Tokenizer) -> Policy:
+    """Call the tool in every turn but the last; the ids are made once, so that the script costs nothing."""
+    call = {"type": "function", "function": {"name": nothing.name, "arguments": "{}"}}
+    again = encode_completion_ids({"role": "assistant", "tool_calls": [call]}, tokenizer=tokenizer, think=False)
+    last = encode_completion_ids({"role": "assistant", "content": "done"}, tokenizer=tokenizer, think=False)
+    said = itertools.count(1)
+    return lambda messages, think: again if next(said) < turns else last
+
+
+def _rendering_us(record: Trajectory, count: int, tokenizer: Tokenizer) -> float:
+    """What encoding everything before a turn takes, over `count` turns, the last among them."""
+    messages = record.messages
+    before = [index for index, message in enumerate(messages) if isinstance(message, AssistantMessage)]
+    ends = [end for end, segment in zip(_ends(record), record.segments, strict=True) if segment.kind == "prompt"]
+    turns = [(index + 1) * len(before) // count - 1 for index in range(count)]
+    taken_s = []
+    for turn in turns:
+        said = to_openai_all(messages[: before[turn]])
+        start = time.perf_counter()
+        ids = encode_ids(said, tokenizer=tokenizer, tools=list(record.header.tools))
+        taken_s.append(time.perf_counter() - start)
+        if ids != record.token_ids[: ends[turn]]:
+            raise OutputsDifferError(f"rendered again, the prompt of turn {turn} is not what the session was fed")
+    return 1e6 * mean(taken_s)
+
+
+def _ends(record: Trajectory) -> Iterator[int]:
+    """How many ids there are after each segment."""
+    return itertools.accumulate(len(segment.ids) for segment in record.segments)

@@ -1,0 +1,178 @@
+"""C14: many trajectories that begin alike. How many of their tokens are prefilled more than once?
+
+The runs go through `Agent.run` and the whole engine, a few at the same time, as an evaluation would make them; the
+model computes everything and is told what to say. The peer is the same engine with a cache that forgets by recency
+alone. With no cache at all every turn prefills its whole prompt, which is counted and not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import anyio
+
+from agentkit.agent import Agent
+from agentkit.benchmarks.steered import SteeredModel
+from agentkit.messages import AssistantMessage, Message
+from agentkit.model import History
+from agentkit.models.scripted import AssistantTurn
+from agentkit.result import RunResult
+from agentkit.trajectory import Trajectory
+from agentkit_engine import AsyncEngine, Engine
+from agentkit_engine.benchmarks.errors import OutputsDifferError
+from agentkit_engine.benchmarks.peers import long_text
+from agentkit_engine.benchmarks.record import Bound, Measurement
+from agentkit_engine.runtime import Sequence as Computed
+from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
+from agentkit_environments import open_environment
+from agentkit_tools import Tool, tool
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How many trajectories, how many of them at the same time, turns of each, tokens of their system prompt."""
+
+    trajectories: int
+    at_once: int
+    turns: int
+    head: int
+
+
+class RecencyCache(PrefixCache):
+    """Evicts what was unused for longest, whatever it is worth."""
+
+    def add(self, ids: Sequence[int], chain: IdChain, sequence: Computed, keep: Keep) -> None:
+        """See `PrefixCache.add`."""
+        super().add(ids, chain, sequence, Keep.TURN)
+
+    def evict(self, at_most: Keep = Keep.TURN) -> bool:
+        """See `PrefixCache.evict`."""
+        return super().evict(Keep.TURN)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Tokens over all trajectories.
+
+    Attributes:
+        unique: Fed, each continuation of the same ids once.
+        prompts: Of all turns' prompts, each as long as the conversation before it.
+    """
+
+    unique: int
+    prompts: int
+
+    @classmethod
+    def of(cls, records: Sequence[History]) -> Counts:
+        """Counted from the ids alone."""
+        nodes: dict[tuple[int, int], int] = {}  # a trie: from a node and an id to the next node
+        unique = prompts = 0
+        for record in records:
+            node = length = 0
+            for segment in record.segments:
+                length += len(segment.ids)
+                prompts += length if segment.kind == "prompt" else 0
+                for token_id in segment.ids:
+                    known = len(nodes)
+                    node = nodes.setdefault((node, token_id), known + 1)
+                    unique += len(nodes) > known and segment.kind != "sampled"
+        return cls(unique, prompts)
+
+
+def sharing(shape: Shape) -> Iterator[Measurement]:
+    """C14."""
+    ours, prefilled = anyio.run(_run_all, shape, False)
+    theirs, prefilled_by_recency = anyio.run(_run_all, shape, True)
+    if [(record.token_ids, record.logprobs) for record in ours] != [
+        (record.token_ids, record.logprobs) for record in theirs
+    ]:
+        raise OutputsDifferError("the trajectories depend on what the cache forgets; they must not by a single bit")
+    counts = Counts.of(ours)
+    runs = (
+        f"{shape.trajectories} trajectories of {shape.turns} turns, {shape.at_once} at the same time, "
+        f"{_in_common(ours)} tokens in common"
+    )
+    same = f"both the same {sum(len(record.token_ids) for record in ours)} tokens and log-probabilities, bit for bit"
+    by_recency = "the same engine, its cache by recency alone"
+    yield Measurement(
+        "C14",
+        f"tokens prefilled ÷ unique, {runs}",
+        prefilled / counts.unique,
+        "x",
+        peer=by_recency,
+        peer_value=prefilled_by_recency / counts.unique,
+        higher_is_better=False,
+        good=Bound("value", "<=", 1.2),
+        moonshot=Bound("value", "<=", 1.02),
+        outputs=same,
+    )
+    yield Measurement(
+        "C14",
+        f"the same beside no cache, {runs}",
+        prefilled / counts.unique,
+        "x",
+        peer="every turn prefills its whole prompt (counted, not run)",
+        peer_value=counts.prompts / counts.unique,
+        higher_is_better=False,
+        outputs=f"{counts.unique} unique of {counts.prompts} prompt tokens",
+    )
+    yield Measurement(
+        "C14",
+        f"hit rate: prompt tokens that need no prefill, {runs}",
+        100 * (1 - prefilled / counts.prompts),
+        "%",
+        peer=by_recency,
+        peer_value=100 * (1 - prefilled_by_recency / counts.prompts),
+        good=Bound("value", ">=", 98),
+        outputs=same,
+    )
+
+
+async def _run_all(shape: Shape, by_recency: bool) -> tuple[list[Trajectory], int]:
+    """The records in order, and how many fed tokens went through a forward."""
+    engine = Engine.load("tiny")
+    if by_recency:
+        engine.batcher.cache = RecencyCache(engine.batcher.pools)
+    system = long_text(shape.head, engine.tokenizer)
+    results: dict[int, RunResult] = {}
+    free = anyio.CapacityLimiter(shape.at_once)
+    async with AsyncEngine(engine) as running, await open_environment(backend="unsafe-local") as environment:
+        model = SteeredModel(running, lambda messages, think: _say(messages, shape.turns))
+
+        async def run(index: int) -> None:
+            async with free:
+                agent = Agent(model, [_pages_of(index)], system=system, effort="none")
+                results[index] = await agent.run(f"{index}: read page after page.", environment=environment)
+
+        async with anyio.create_task_group() as task_group:
+            for index in range(shape.trajectories):
+                task_group.start_soon(run, index)
+    in_order = [results[index] for index in range(shape.trajectories)]
+    for result in in_order:
+        if (result.status, result.outcome.usage.turns) != ("answered", shape.turns):
+            raise OutputsDifferError(f"a run ended as {result.outcome}; expected an answer after {shape.turns} turns")
+    return [result.trajectory for result in in_order], engine.batcher.prefilled
+
+
+def _say(messages: Sequence[Message], turns: int) -> AssistantTurn:
+    """Read the next page, in every turn but the last."""
+    said = sum(isinstance(message, AssistantMessage) for message in messages)
+    return AssistantTurn(calls=[("read_page", {"page": said})]) if said + 1 < turns else AssistantTurn(content="done")
+
+
+def _pages_of(index: int) -> Tool:
+    """A tool that costs nothing and gives every trajectory something else to read."""
+
+    @tool(read_only=True)
+    async def read_page(page: int) -> str:
+        """Return a page."""
+        return f"Page {page} of book {index}: {1009 * (index + 1) * (page + 1)} and {9176 * (index + 3) + page}."
+
+    return read_page
+
+
+def _in_common(records: Sequence[Trajectory]) -> int:
+    """How many ids all trajectories begin with."""
+    least, most = min(record.token_ids for record in records), max(record.token_ids for record in records)
+    return next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))

@@ -1,0 +1,67 @@
+"""The embedded engine, told what to say: it feeds, computes and samples every id, with a bias that decides which.
+
+So a run has the length and the calls that a measurement needs, whatever the model knows, and everything else is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+
+from agentkit.model import Effort, History, ModelSession, Sampling
+from agentkit.models.embedded import EngineTokens
+from agentkit.models.scripted import Policy, ScriptedTokens
+from agentkit.models.tokens import TokenizedSession
+from agentkit_engine import AsyncEngine, AsyncSession, SampledToken, SamplingParams
+from agentkit_tools import Tool
+
+BIAS = 1e9
+"""Far above any logit, and finite in float32."""
+
+
+class SteeredModel:
+    """A `Model`: a running engine whose every turn comes from `policy(messages, think)`."""
+
+    def __init__(self, running: AsyncEngine, policy: Policy) -> None:
+        self.name = f"{running.engine.name}, steered"
+        self.sampling = Sampling(temperature=0)
+        self._running = running
+        self._policy = policy
+
+    @asynccontextmanager
+    async def open(
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+    ) -> AsyncIterator[ModelSession]:
+        """See `Model.open`; sampling makes no difference to a script."""
+        engine = self._running.engine
+        script = ScriptedTokens(self._policy, engine.tokenizer)
+        async with self._running.session() as engine_session:
+            tokens = SteeredTokens(engine_session, script, max_length=engine.spec.max_position_embeddings)
+            session = TokenizedSession(tokens, engine.tokenizer, tools=tools, effort=effort, dialect=engine.dialect)
+            script.messages = session.messages
+            if history is not None:
+                await session.restore(history)
+            yield session
+
+
+class SteeredTokens(EngineTokens):
+    """A `TokenSession` over an engine session that samples what a script says."""
+
+    def __init__(self, session: AsyncSession, script: ScriptedTokens, *, max_length: int) -> None:
+        super().__init__(session, SamplingParams(temperature=0, max_tokens=1), max_length=max_length)
+        self._script = script
+
+    async def append(self, ids: Sequence[int], /) -> None:
+        """Feed ids."""
+        await self._script.append(ids)
+        await super().append(ids)
+
+    async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
+        """Sample the script's ids, one after the other."""
+        async with aclosing(self._script.generate(max_tokens=max_tokens)) as script:
+            async for wanted in script:
+                params = replace(self._params, logit_bias={wanted.id: BIAS})
+                async with aclosing(self._session.generate(params)) as tokens:
+                    async for token in tokens:
+                        yield token

@@ -1,0 +1,112 @@
+"""Several sessions that decode at the same time: continuous batching of mixed lengths beside the peer's best case.
+
+The same contract as in `goals.py`.
+
+Dimension key: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from agentkit_engine.benchmarks.errors import OutputsDifferError
+from agentkit_engine.benchmarks.peers import Transformers, compare_tokens, random_ids, random_model, tiny_v4
+from agentkit_engine.benchmarks.record import Bound, Measurement
+from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
+from agentkit_engine.engine import Engine
+from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.sampler import SampledToken, SamplingParams, sample
+
+GREEDY = SamplingParams(temperature=0)
+BATCH = 8
+
+
+def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measurement]:
+    """C2: eight sessions of eight lengths; the peer has eight sequences of their mean length."""
+    with random_model(tiny_v4()) as folder:
+        engine, peer = Engine.load(folder), Transformers(folder)
+    batcher = engine.batcher
+    batcher.speculate = False  # one token a forward on both sides; what guesses save is C16
+    lengths = [longest * (index + 1) // BATCH for index in range(BATCH)]
+    mean = sum(lengths) // BATCH
+    prompts = [random_ids(engine.spec, longest, seed=index + 1) for index in range(BATCH)]
+    peer.chunk = 512  # eight times 2,048 rows of attention would take gigabytes
+    peer.tune_decode(prompts[0][:decoded], together=BATCH)
+
+    equal = _prefill(batcher, [prompt[:mean] for prompt in prompts])
+    cache = peer.new_cache()
+    first_BV = peer.prefill_together([prompt[:mean] for prompt in prompts], cache)
+    tokens_TB = _decode(batcher, equal, decoded)
+    ids_TB = [[token.id for token in tokens_B] for tokens_B in tokens_TB]
+    logits_TBV = [first_BV, *peer.decode_together(ids_TB[:-1], cache)]
+    outputs = compare_tokens([t for row in tokens_TB for t in row], [x for rows in logits_TBV for x in rows])
+    for work in equal:
+        batcher.drop(work)
+
+    mixed = [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
+    works = _prefill(batcher, mixed)
+    _compare_alone(batcher, mixed, _decode(batcher, works, decoded))
+    for clock, num_threads, with_threads in CLOCKS:
+        with threads(num_threads):
+            runs = [_time_both(batcher, works, peer, cache, decoded, clock) for _ in range(repeats)]
+        ours = Median.of([BATCH * decoded / our_s for our_s, _ in runs])
+        theirs = Median.of([BATCH * decoded / their_s for _, their_s in runs])
+        bounded = clock == "s"
+        yield Measurement(
+            "C2",
+            f"decode, {BATCH} sessions at {lengths[0]} to {lengths[-1]} tokens, {with_threads}",
+            ours.value,
+            f"tokens/{clock}",
+            ours.spread,
+            f"{peer}, one batch of {BATCH} equal sequences at {mean} tokens, {peer.decode_experts} experts",
+            theirs.value,
+            good=Bound("ratio", ">=", 1) if bounded else None,
+            moonshot=Bound("ratio", ">=", 2) if bounded else None,
+            outputs=f"at {mean} tokens each: {outputs}; mixed: bit for bit what each says alone",
+        )
+
+
+def _time_both(
+    batcher: Batcher, works: Sequence[Work], peer: Transformers, cache: Any, count: int, clock: Clock
+) -> tuple[float, float]:
+    """Seconds of `count` forwards on each side."""
+    tokens_TB: list[list[SampledToken]] = []
+    our_s = seconds(clock, lambda: tokens_TB.extend(_decode(batcher, works, count)))
+    ids_TB = [[token.id for token in tokens_B] for tokens_B in tokens_TB]
+    return our_s, seconds(clock, lambda: peer.decode_together(ids_TB, cache))
+
+
+def _prefill(batcher: Batcher, prompts: Sequence[Sequence[int]]) -> list[Work]:
+    works = [Work(prompt) for prompt in prompts]
+    _compute(batcher, works)
+    return works
+
+
+def _decode(batcher: Batcher, works: Sequence[Work], count: int) -> list[list[SampledToken]]:
+    """`count` times a greedy token of each work, and the forward after it."""
+    tokens_TB = []
+    for _ in range(count):
+        tokens_B = []
+        for work in works:
+            assert work.logits_V is not None
+            tokens_B.append(sample(work.logits_V, GREEDY, seed=0, position=len(work.ids)))
+            work.push(tokens_B[-1].id)
+        _compute(batcher, works)
+        tokens_TB.append(tokens_B)
+    return tokens_TB
+
+
+def _compute(batcher: Batcher, works: Sequence[Work]) -> None:
+    while waiting := [work for work in works if work.logits_V is None]:
+        batcher.advance(waiting)
+
+
+def _compare_alone(batcher: Batcher, prompts: Sequence[Sequence[int]], tokens_TB: list[list[SampledToken]]) -> None:
+    for index, prompt in enumerate(prompts):
+        batcher.cache.clear()
+        (alone,) = _prefill(batcher, [prompt])
+        tokens_T1 = _decode(batcher, [alone], len(tokens_TB))
+        batcher.drop(alone)
+        if [tokens_B[0] for tokens_B in tokens_T1] != [tokens_B[index] for tokens_B in tokens_TB]:
+            raise OutputsDifferError(f"session {index} of {len(prompts)} says something else than it says alone")

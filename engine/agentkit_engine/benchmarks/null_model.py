@@ -1,0 +1,39 @@
+"""A model that costs nothing, for measuring all that goes on around one.
+
+Dimension key: N rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.runtime import Pools, Runner, Segment
+
+
+class NullRunner(Runner):
+    """Forwards that compute nothing: sequences grow as they would, and `favourite` is always the likeliest id.
+
+    Put it in a `Batcher`'s `runner`. `first` is when the first forward since it was last set to None began, and what
+    that forward was given, as (position, ids) of each sequence.
+    """
+
+    def __init__(self, pools: Pools, *, favourite: int = 0) -> None:
+        self.first: tuple[float, list[tuple[int, list[int]]]] | None = None
+        self._logits_1V = torch.zeros(1, pools.spec.vocab_size)
+        self._logits_1V[0, favourite] = 1.0
+
+    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> list[Tensor]:
+        """See `Runner.step`."""
+        if self.first is None:
+            self.first = time.perf_counter(), [(each.sequence.length, list(each.ids)) for each in segments]
+        logits = []
+        for segment in segments:
+            sequence = segment.sequence
+            sequence.written = max(sequence.written, sequence.length + len(segment))
+            sequence.length += len(segment.ids)
+            logits.append(self._logits_1V.expand(len(segment) if all_rows else 1 + len(segment.draft), -1))
+        return logits
