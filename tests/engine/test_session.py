@@ -33,7 +33,7 @@ from agentkit_engine import (
 )
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.runtime import Segment
-from agentkit_engine.runtime.runner import Group
+from agentkit_engine.runtime.runner import Computed, Group
 from agentkit_engine.sampler import _change, sample, uniform
 
 pytestmark = pytest.mark.anyio
@@ -464,7 +464,7 @@ async def test_cancellation_stops_a_long_prefill_and_frees_the_thread(
     steps = 0
     step = engine.batcher.runner.step
 
-    def counted(segments: Sequence[Segment]) -> list[Tensor]:
+    def counted(segments: Sequence[Segment]) -> list[Computed]:
         nonlocal steps
         steps += 1
         return step(segments)

@@ -7,26 +7,40 @@ from pathlib import Path
 import anyio
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine import AsyncEngine, Engine, ModelSpec, SamplingParams
+from agentkit_engine.chat import encode_ids
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Work
-from agentkit_engine.speculation import LONGEST, PATIENCE, Drafter
+from agentkit_engine.model.mtp import MTPBlock
+from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.sampler import sample
+from agentkit_engine.speculation import LONGEST, MISSES, PATIENCE, Drafter
 
 from .conftest import randomize_, small_config
 
 
-def make_engine() -> Engine:
-    spec = ModelSpec.from_config(small_config(0, 4, 128, sliding_window=48, index_topk=8))
+@torch.no_grad()
+def make_decoder(*, mtp: bool) -> Decoder:
+    """A model that likes to repeat itself, and an MTP block that expects it to: so guesses are both right and wrong."""
+    spec = ModelSpec.from_config(small_config(0, 4, 128, mtp=mtp, sliding_window=48, index_topk=8))
     decoder = randomize_(Decoder(spec), torch.Generator().manual_seed(1))
-    return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
+    for block in decoder.mtp:
+        assert isinstance(block, MTPBlock)
+        decoder.embed.weight += 3 * decoder.embed.weight[0]
+        block.h_proj.weight.copy_(torch.eye(spec.hidden_size))
+        block.e_proj.weight.zero_()
+    return decoder
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return make_engine()
+def make_engine(*, mtp: bool) -> Engine:
+    return Engine(make_decoder(mtp=mtp), name="small", dialect="v4-preview", folder=Path("none"))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["n-grams", "n-grams and MTP"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return make_engine(mtp=request.param)
 
 
 def said(engine: Engine, ids: list[int], params: SamplingParams, *, speculate: bool) -> list[tuple[int, float]]:
@@ -59,7 +73,7 @@ def test_what_repeats_takes_fewer_forwards(engine: Engine) -> None:
         assert [token_id for token_id, _ in said(engine, REPEATING, params, speculate=speculate)] == [5] * 200
         steps.append(engine.batcher.steps - before)
     assert steps[0] == 200
-    assert steps[1] < 200 / LONGEST + 10
+    assert steps[1] < 200 / LONGEST + 15
 
 
 def test_after_right_and_wrong_guesses_a_session_can_be_shortened_forked_and_saved(
@@ -84,8 +98,9 @@ def test_after_right_and_wrong_guesses_a_session_can_be_shortened_forked_and_sav
 
 
 @pytest.mark.anyio
-async def test_many_sessions_guess_in_the_same_forwards() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("mtp", [False, True])
+async def test_many_sessions_guess_in_the_same_forwards(mtp: bool) -> None:
+    engine = make_engine(mtp=mtp)
     params = SamplingParams(temperature=0, max_tokens=60)
     prompts = [[seed, *REPEATING[seed:], 50 + seed, *REPEATING[:20]] for seed in range(5)]
     expected = [said(engine, ids, params, speculate=False) for ids in prompts]
@@ -103,6 +118,7 @@ async def test_many_sessions_guess_in_the_same_forwards() -> None:
             task_group.start_soon(run, running, number)
     assert [got[number] for number in range(len(prompts))] == expected
     assert engine.batcher.drafted > 0
+    assert (engine.batcher.foreseen > 0) == mtp
 
 
 def test_only_what_was_sampled_is_guessed_on(engine: Engine) -> None:
@@ -145,3 +161,111 @@ def test_a_guess_is_what_followed_the_last_time(pieces: list[list[int]], most: i
             last = max(i for i in range(len(ids) - n) if ids[i : i + n] == ids[-n:])
             follows = ids[last + n :]
             assert draft == [follows[index % len(follows)] for index in range(len(draft))]
+
+
+def test_the_mtp_block_begins_a_draft_and_the_past_goes_on_from_there() -> None:
+    drafter = Drafter()
+    assert drafter.propose([1, 2, 3], 8) == []
+    assert drafter.propose([1, 2, 3], 8, first=9) == [9]
+    assert drafter.propose([1, 2, 3, 4, 1], 8, first=2) == [2, 3]
+    assert drafter.propose([1, 2, 3, 4, 1], 1, first=2) == [2]
+
+
+def test_the_mtp_block_is_asked_less_while_it_is_wrong() -> None:
+    drafter, ids, asked = Drafter(), [1], []
+    for index in range(MISSES + 2 * PATIENCE + 4):
+        asked.append(drafter.asks())
+        ids.append(10 + index)
+        drafter.propose(ids, 8, first=2 if asked[-1] else None)
+    resting = [False] * PATIENCE
+    assert asked == [*[True] * MISSES, *resting, True, *resting, True, False, False]
+    drafter = Drafter()
+    for _ in range(2 * MISSES):
+        assert drafter.asks()
+        assert drafter.propose(ids, 8, first=2) == [2]
+        drafter.accepted()
+
+
+def test_a_model_without_the_block_is_never_asked() -> None:
+    engine = make_engine(mtp=False)
+    assert not engine.batcher.mtp
+    said(engine, REPEATING, SamplingParams(temperature=0, max_tokens=20), speculate=True)
+    assert engine.batcher.foreseen == 0
+
+
+def test_the_packaged_model_foresees_what_it_says_for_the_first_time() -> None:
+    engine = Engine.load("tiny")
+    asked = {"role": "user", "content": "Read the file report.txt and submit the number in it."}
+    ids = encode_ids([asked], tokenizer=engine.tokenizer, think=True)
+    params = SamplingParams(temperature=0, max_tokens=30)
+    outcomes, steps = [], []
+    for speculate, mtp in ((False, False), (True, False), (True, True)):
+        engine.batcher.mtp = mtp
+        before = engine.batcher.steps
+        outcomes.append(said(engine, ids, params, speculate=speculate))
+        steps.append(engine.batcher.steps - before)
+    assert outcomes[1] == outcomes[0] and outcomes[2] == outcomes[0]
+    assert steps[2] < steps[1] <= steps[0] == 30
+    assert engine.batcher.foreseen > 0
+
+
+SCRIPT = st.lists(
+    st.tuples(
+        st.sampled_from(("say", "say", "say", "feed", "shorten", "fork", "park", "drop")),
+        st.integers(0, 3),
+        st.integers(1, 12),
+    ),
+    min_size=3,
+    max_size=10,
+)
+
+
+def played(batcher: Batcher, script: list[tuple[str, int, int]], params: SamplingParams) -> list[list[object]]:
+    """What every work says while the script is carried out, each token with its log-probability."""
+    works, told = [Work(REPEATING), Work(range(1, 40))], list[list[object]]([[], []])
+    for action, index, count in script:
+        work = works[index % len(works)]
+        match action:
+            case "say":  # as many ids from it, and from all others that are computed in the same forwards
+                for _ in range(count):
+                    while waiting := [each for each in works if each.logits_V is None]:
+                        batcher.advance(waiting)
+                    for each, tokens in zip(works, told, strict=True):
+                        assert each.logits_V is not None
+                        token = sample(each.logits_V, params, seed=4, position=len(each.ids), past=each.past)
+                        tokens.append((token, each.logits_V.tolist()))
+                        each.push(token.id)
+            case "feed":
+                work.extend([*range(count)])
+            case "shorten":
+                batcher.truncate(work, max(1, len(work.ids) - count))
+            case "fork" if len(works) < 4:
+                works.append(batcher.fork(work))
+                told.append([])
+            case "park":
+                batcher.park(work)
+            case "drop":
+                batcher.drop(work)
+    for work in works:
+        batcher.drop(work)
+    batcher.cache.clear()
+    return told
+
+
+@pytest.fixture(scope="module")
+def batcher() -> Batcher:
+    return Batcher(make_decoder(mtp=True), state_bytes=64 << 20)
+
+
+@settings(max_examples=8, deadline=None)
+@given(script=SCRIPT, temperature=st.sampled_from([0, 0.3]))
+def test_whatever_happens_between_guesses_the_bits_are_the_same(
+    batcher: Batcher, script: list[tuple[str, int, int]], temperature: float
+) -> None:
+    params = SamplingParams(temperature=temperature)
+    outcomes = []
+    for speculate in (False, True):
+        batcher.speculate = speculate
+        outcomes.append(played(batcher, script, params))
+    assert outcomes[0] == outcomes[1]
+    assert batcher.pools.bytes_held == 0

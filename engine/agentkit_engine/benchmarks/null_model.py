@@ -1,6 +1,6 @@
 """A model that costs nothing, for measuring all that goes on around one.
 
-Dimension key: N rows of logits, V vocabulary.
+Dimension key: B sequences, N rows of logits, M residual streams, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agentkit_engine.runtime import Pools, Runner, Segment
+from agentkit_engine.runtime.runner import Computed
 
 
 class NullRunner(Runner):
@@ -25,15 +26,22 @@ class NullRunner(Runner):
         self.first: tuple[float, list[tuple[int, list[int]]]] | None = None
         self._logits_1V = torch.zeros(1, pools.spec.vocab_size)
         self._logits_1V[0, favourite] = 1.0
+        self._streams_1MD = torch.zeros(1, pools.spec.hc_mult, 1)
+        self._favourite = favourite
 
-    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> list[Tensor]:
+    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> list[Computed]:
         """See `Runner.step`."""
         if self.first is None:
             self.first = time.perf_counter(), [(each.sequence.length, list(each.ids)) for each in segments]
-        logits = []
+        computed = []
         for segment in segments:
             sequence = segment.sequence
             sequence.written = max(sequence.written, sequence.length + len(segment))
             sequence.length += len(segment.ids)
-            logits.append(self._logits_1V.expand(len(segment) if all_rows else 1 + len(segment.draft), -1))
-        return logits
+            rows = len(segment) if all_rows else 1 + len(segment.draft)
+            computed.append(Computed(self._logits_1V.expand(rows, -1), self._streams_1MD.expand(rows, -1, -1)))
+        return computed
+
+    def foresee(self, streams_BMD: Tensor, ids_B: Sequence[int]) -> list[int]:
+        """See `Runner.foresee`."""
+        return [self._favourite] * len(ids_B)

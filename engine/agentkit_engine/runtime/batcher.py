@@ -23,7 +23,7 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
-from agentkit_engine.runtime.runner import Runner, Segment
+from agentkit_engine.runtime.runner import Computed, Runner, Segment
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
 from agentkit_engine.speculation import LONGEST, Drafter
 
@@ -58,6 +58,7 @@ class Work:
         usage: of the ids that were fed, not sampled.
         priority: works of a higher one have their prompts computed first, and keep their state longer.
         checkpointed: the length at which a checkpoint was last taken or taken up.
+        streams_MD: the residual streams of which `logits_V` was made, or what the last id was sampled from.
     """
 
     def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None, *, priority: int = 0) -> None:
@@ -71,7 +72,8 @@ class Work:
         self.usage = PromptUsage()
         self.checkpointed = 0
         self.drafter = Drafter()
-        self._drafted: list[tuple[int, Tensor]] = []  # ids that may come next, each with the logits after it
+        self.streams_MD: Tensor | None = None
+        self._drafted: list[tuple[int, Tensor, Tensor]] = []  # ids that may come next, with logits and streams
         self._fed = bytearray(b"\1" * len(self.ids) if fed is None else fed)
         self._marks: list[int] = []
         self._counted = 0
@@ -100,6 +102,7 @@ class Work:
         if ids:
             self.logits_V = None
             self._drafted = []
+            self.streams_MD = self.streams_MD if sampled else None
 
     def push(self, token_id: int) -> None:
         """Append a sampled id. Where it was drafted, its state and the logits after it are there already."""
@@ -109,16 +112,21 @@ class Work:
             self.drafter.accepted()
             self.sequence.length += 1
             self._counted = self.sequence.length
-            self.logits_V, self._drafted = drafted[0][1], drafted[1:]
+            (_, self.logits_V, self.streams_MD), self._drafted = drafted[0], drafted[1:]
 
-    def draft(self, most: int) -> list[int]:
-        """Guesses at the ids to come, where the last one was sampled and is all that is pending."""
-        return self.drafter.propose(self.ids, most) if self.pending == 1 and not self._fed[-1] else []
+    @property
+    def guessable(self) -> bool:
+        """Whether the last id was sampled and is all that is pending."""
+        return self.pending == 1 and not self._fed[-1]
 
-    def computed_with(self, draft: Seq[int], logits_NV: Tensor) -> None:
-        """Take the logits after the last id and after each drafted one."""
-        self.logits_V = logits_NV[0]
-        self._drafted = list(zip(draft, logits_NV[1:], strict=True))
+    def draft(self, most: int, first: int | None = None) -> list[int]:
+        """Guesses at the ids to come, `first` being the MTP block's at the next one, if it was asked."""
+        return self.drafter.propose(self.ids, most, first) if self.guessable else []
+
+    def computed_with(self, draft: Seq[int], computed: Computed) -> None:
+        """Take what a forward says after the last id and after each drafted one."""
+        self.logits_V, self.streams_MD = computed.logits_NV[0], computed.streams_NMD[0]
+        self._drafted = list(zip(draft, computed.logits_NV[1:], computed.streams_NMD[1:], strict=True))
 
     def mark(self) -> None:
         """Have a checkpoint taken at this length, once it is computed."""
@@ -142,7 +150,7 @@ class Work:
         del self.ids[length:], self._fed[length:]
         self._drafted = []
         self.chain.cut(length)
-        self.logits_V = None
+        self.logits_V = self.streams_MD = None
         self._marks = [mark for mark in self._marks if mark <= length]
         self._counted, self.checkpointed = min(self._counted, length), min(self.checkpointed, length)
 
@@ -157,7 +165,7 @@ class Work:
     def fork(self) -> Work:
         """The same ids, without the state."""
         fork = Work(self.ids, self._fed, priority=self.priority)
-        fork.logits_V, fork.chain = self.logits_V, self.chain.copy()
+        fork.logits_V, fork.streams_MD, fork.chain = self.logits_V, self.streams_MD, self.chain.copy()
         fork._counted, fork.checkpointed = self._counted, self.checkpointed
         return fork
 
@@ -169,7 +177,9 @@ class Batcher:
         prefilled: ids that were fed and went through a forward, each time they did.
         sampled: ids that were sampled and went through a forward.
         drafted: ids that were guessed and went through a forward; those that were right count as neither.
+        foreseen: of these, ids that the MTP block guessed.
         speculate: whether to guess.
+        mtp: whether the model's MTP block guesses too; never where there is none.
         disk: where checkpoints that are worth keeping are also stored and looked for, if anywhere.
         steps: forwards.
     """
@@ -183,8 +193,9 @@ class Batcher:
         self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.cache = PrefixCache(self.pools)
         self.runner = Runner(decoder, self.pools)
-        self.prefilled = self.sampled = self.drafted = 0
+        self.prefilled = self.sampled = self.drafted = self.foreseen = 0
         self.speculate = True
+        self.mtp = bool(decoder.mtp)
         self.disk: DiskCache | None = None
         self.steps = 0
         self._live: dict[Work, None] = {}  # least recently used first
@@ -200,6 +211,7 @@ class Batcher:
             OutOfMemoryError: not even the first of them fits into the memory that others can give up.
         """
         turn = sorted(_leaders(works), key=lambda work: (work.pending != 1, -work.priority, work.last_step))
+        firsts = self._foresee(turn)
         segments: list[Segment] = []
         chosen: list[Work] = []
         budget = TOKEN_BUDGET
@@ -207,7 +219,7 @@ class Batcher:
             if budget == 0:
                 break
             try:
-                segment = self._segment(work, budget, keep=chosen)
+                segment = self._segment(work, budget, keep=chosen, first=firsts.get(work))
             except OutOfMemoryError:
                 if not chosen:
                     raise
@@ -216,21 +228,22 @@ class Batcher:
             chosen.append(work)
             budget -= len(segment.ids) + len(segment.draft)
         try:
-            logits = self.runner.step(segments)
+            computed = self.runner.step(segments)
         except BaseException:
             for work in chosen:
                 self.drop(work)
             raise
         self.steps += 1
-        for work, segment, logits_NV in zip(chosen, segments, logits, strict=True):
+        for work, segment, rows in zip(chosen, segments, computed, strict=True):
             work.last_step = self.steps
             if not work.pending:
-                work.computed_with(segment.draft, logits_NV)
+                work.computed_with(segment.draft, rows)
             end, count = segment.sequence.length, len(segment.ids)
             fed = work.count(end - count, end, hit=False)
             self.prefilled += fed
             self.sampled += count - fed
             self.drafted += len(segment.draft)
+            self.foreseen += bool(segment.draft) and work in firsts
             if work.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
                 self._checkpoint(work, Keep.TURN)
             elif fed and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
@@ -329,12 +342,26 @@ class Batcher:
             rows = []
             while work.pending:
                 segment = self._segment(work, chunk, keep=[])
-                rows += self.runner.step([segment], all_rows=True)
+                rows += [computed.logits_NV for computed in self.runner.step([segment], all_rows=True)]
             return torch.cat(rows)
         finally:
             self.drop(work)
 
-    def _segment(self, work: Work, budget: int, keep: Seq[Work]) -> Segment:
+    def _foresee(self, works: Seq[Work]) -> dict[Work, int]:
+        """The MTP block's guesses, in one pass for all of `works` whose guesses it may begin."""
+        asking: list[Work] = []
+        streams: list[Tensor] = []
+        if self.speculate and self.mtp:
+            for work in works:
+                if work.guessable and work.streams_MD is not None and work.drafter.asks():
+                    asking.append(work)
+                    streams.append(work.streams_MD)
+        if not asking:
+            return {}
+        guesses = self.runner.foresee(torch.stack(streams), [work.ids[-1] for work in asking])
+        return dict(zip(asking, guesses, strict=True))
+
+    def _segment(self, work: Work, budget: int, keep: Seq[Work], first: int | None = None) -> Segment:
         """The work's next ids, at most `budget`, with room for them; others than `keep` may lose their state for it."""
         self._live.pop(work, None)
         try:
@@ -343,7 +370,7 @@ class Batcher:
             sequence = work.sequence
             end = min(sequence.length + budget, len(work.ids), work.next_stop())
             room = min(budget - 1, self.pools.spec.max_position_embeddings - end - 1, LONGEST) if self.speculate else 0
-            draft = work.draft(room) if room > 0 else []
+            draft = work.draft(room, first) if room > 0 else []
             self._room_for(lambda: self.pools.reserve(sequence, end + len(draft)), keep)
         except OutOfMemoryError as error:
             length = min(work.computed + budget, len(work.ids))

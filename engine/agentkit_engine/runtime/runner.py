@@ -11,7 +11,9 @@ Dimension key: `runtime/__init__.py` and `model/__init__.py`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,6 +55,15 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.ids) + len(self.draft)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a forward says of a segment: a row for its last id and one for every drafted id."""
+
+    logits_NV: Tensor
+    streams_NMD: Tensor
+    """The residual streams after the last layer: what the MTP block guesses from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,28 +138,47 @@ class Runner:
         self._hc_fn, self._hc_base = decoder.hc_head_fn.float(), decoder.hc_head_base.float()
         self._hc_scale = decoder.hc_head_scale.float()
         self._ropes = {layer.rope for layer in self.spec.layers}
+        self._decoder = decoder
 
     @torch.inference_mode()
-    def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> list[Tensor]:
+    def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> list[Computed]:
         """Extend every segment's sequence by its ids, which `Pools.reserve` has made room for, its draft included.
 
         Runs on one thread: with several, how a product is divided among them depends on its number of rows.
 
         Returns:
-            For each segment the logits after its last id and after every drafted one, float32 [1 + drafted, V]; with
-            `all_rows` after all of its ids.
+            For each segment its `Computed`; with `all_rows` a row for every id.
         """
+        with self._one_thread():
+            return self._step(segments, all_rows)
+
+    @torch.inference_mode()
+    def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
+        """What the MTP block takes for the ids after `ids`; `streams` are those of the ids before them.
+
+        The block looks at no earlier position, as at the start of a text: so there is nothing to keep for it between
+        forwards, to roll back, to fork or to save. Whether a guess is right is up to the next forward anyhow.
+        """
+        with self._one_thread():
+            streams_B1MD = streams_BMD.unsqueeze(1).to(self._decoder.embed.weight.dtype)
+            logits_B1V, _ = self._decoder.draft_logits(streams_B1MD, torch.tensor(ids_B).unsqueeze(1))
+            ids: list[int] = logits_B1V[:, 0].argmax(-1).tolist()
+        return ids
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             if self.pools.device.type == "cpu":
-                return self._step(segments, all_rows)
-            with self.pools.device:  # where tensors made on the way are to lie
-                return self._step(segments, all_rows)
+                yield
+            else:
+                with self.pools.device:  # where tensors made on the way are to lie
+                    yield
         finally:
             torch.set_num_threads(threads)
 
-    def _step(self, segments: Seq[Segment], all_rows: bool) -> list[Tensor]:
+    def _step(self, segments: Seq[Segment], all_rows: bool) -> list[Computed]:
         order = sorted(range(len(segments)), key=lambda index: len(segments[index]))
         groups, rows = [], 0
         for tokens, alike in itertools.groupby(order, key=lambda index: len(segments[index])):
@@ -183,7 +213,9 @@ class Runner:
         mix = _mix(streams_NMD, self._hc_fn, self.spec.rms_norm_eps) * self._hc_scale + self._hc_base
         x_ND = _rms_norm(_read(streams_NMD, mix.sigmoid() + self.spec.hc_eps), self._norm, self.spec.rms_norm_eps)
         sizes = [end - first for first, end in zip(firsts, ends, strict=True)]
-        return list(torch.split(F.linear(x_ND, self._head)[:count], sizes))
+        logits = torch.split(F.linear(x_ND, self._head)[:count], sizes)
+        streams = torch.split(streams_NMD[:count], sizes)
+        return [Computed(*rows) for rows in zip(logits, streams, strict=True)]
 
 
 class _Layer:
