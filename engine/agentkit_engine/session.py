@@ -6,6 +6,7 @@ away (when memory is short, or after a step that failed) without changing what t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -114,6 +115,7 @@ class Session(SessionIds):
             SessionEmptyError: nothing was appended yet.
             ContextLengthError: the last position is taken and neither a stop id nor `max_tokens` came first.
             NonFiniteLogitsError: the model computed NaN or infinity.
+            GrammarError: ids do not fit `params.grammar`, or no assistant's turn has begun that it could constrain.
             OutOfMemoryError: the session does not fit into the engine's memory.
             SessionClosedError: the session was closed.
         """
@@ -176,14 +178,32 @@ class Session(SessionIds):
 
     def _generate(self, params: SamplingParams) -> Iterator[SampledToken]:
         seed = fresh_seed() if params.seed is None else params.seed
+        matcher = params.grammar and params.grammar.matcher()
         count = 0
         while True:
             self._check_can_generate()
             self._take_in()
+            if matcher is not None:
+                matcher.follow(self._ids)
+                if (forced := matcher.forced()) is not None:
+                    self._ids.append(forced)
+                    self._work.push(forced, forced=True)
+                    yield SampledToken(forced, math.nan, forced=True)
+                    if forced in params.stop_ids:
+                        return
+                    continue
             while self._work.logits_V is None:
                 self._batcher.advance([self._work])
+            mask_V = None if matcher is None else matcher.mask()
             try:
-                token = sample(self._work.logits_V, params, seed=seed, position=len(self._ids), past=self._work.past)
+                token = sample(
+                    self._work.logits_V,
+                    params,
+                    seed=seed,
+                    position=len(self._ids),
+                    past=self._work.past,
+                    mask_V=mask_V,
+                )
             except NonFiniteLogitsError:
                 self._batcher.drop(self._work)
                 raise

@@ -57,6 +57,7 @@ class Work:
         logits_V: the logits after the last id, once everything is computed.
         usage: of the ids that were fed, not sampled.
         checkpointed: the length at which a checkpoint was last taken or taken up.
+        jumped: the ids fed last were forced by a grammar, not a prompt.
     """
 
     def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None) -> None:
@@ -68,6 +69,7 @@ class Work:
         self.chain = IdChain()
         self.usage = PromptUsage()
         self.checkpointed = 0
+        self.jumped = False
         self.drafter = Drafter()
         self._drafted: list[tuple[int, Tensor]] = []  # ids that may come next, each with the logits after it
         self._fed = bytearray(b"\1" * len(self.ids) if fed is None else fed)
@@ -96,17 +98,21 @@ class Work:
         self.ids += ids
         self._fed += bytes([not sampled]) * len(ids)
         if ids:
+            self.jumped = False
             self.logits_V = None
             self._drafted = []
 
-    def push(self, token_id: int) -> None:
-        """Append a sampled id. Where it was drafted, its state and the logits after it are there already."""
+    def push(self, token_id: int, *, forced: bool = False) -> None:
+        """Append a sampled id, or one that a grammar forced. Where it was drafted, its state and the logits after it
+        are there already.
+        """
         drafted = self._drafted
-        self.extend([token_id], sampled=True)
+        self.extend([token_id], sampled=not forced)
+        self.jumped = forced
         if drafted and self.sequence is not None and drafted[0][0] == token_id:
             self.drafter.accepted()
             self.sequence.length += 1
-            self._counted = self.sequence.length
+            self.count(self.sequence.length - 1, self.sequence.length, hit=False)
             self.logits_V, self._drafted = drafted[0][1], drafted[1:]
 
     def draft(self, most: int) -> list[int]:
@@ -231,7 +237,7 @@ class Batcher:
             self.drafted += len(segment.draft)
             if work.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
                 self._checkpoint(work, Keep.TURN)
-            elif fed and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
+            elif fed and not work.jumped and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
                 self._checkpoint(work, Keep.PROMPT)
 
     def mark(self, work: Work) -> None:
