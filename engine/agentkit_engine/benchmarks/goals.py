@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import cold_start, runtime_goals
+from agentkit_engine.benchmarks import cold_start, grammar_goals, runtime_goals
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
@@ -452,6 +452,8 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C5": memory,
     "C7": lambda sizes: runtime_goals.lookup(sizes.grown_to, 5 * sizes.repeats),
     "C9": lambda sizes: runtime_goals.restore(sizes.prefilled[-1], sizes.repeats),
+    "C11": lambda sizes: grammar_goals.cost(5 * sizes.repeats),
+    "C12": lambda _: grammar_goals.saved(),
     "C14": lambda sizes: runtime_goals.shared(*sizes.shared),
     "C15": cold,
     "C16": lambda sizes: runtime_goals.guesses(sizes.guessed),
