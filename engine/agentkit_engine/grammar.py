@@ -14,6 +14,7 @@ Dimension key: V vocabulary.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import re
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 MOST_PARAMETERS = 64
 """A rule of the grammar carries one bit for each parameter of a tool."""
 _BEFORE_BLOCK = b"\n\n<"
+_CONTROL = re.compile(rb"\xff\[(\d+)\]")
+"""A control token among the bytes that llguidance says are forced."""
 
 
 class GrammarWarning(UserWarning):
@@ -66,6 +69,7 @@ class Grammars:
         self.vocab_size = vocab_size
         self.dsml = tokenizer.control_id(DSML)
         self.token_bytes = [_bytes_of(tokenizer, token_id) for token_id in range(vocab_size)]
+        self._texts = sorted({self.token_bytes[token_id] for token_id in range(vocab_size)} - {b""})
         self._vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer, self.token_bytes)))
         self._cached = functools.lru_cache(maxsize=32)(self._calls)
 
@@ -95,6 +99,31 @@ class Grammars:
         _warn([_sentence(forms.missed, "the answer")])
         return Grammar(self, self._matcher(f"start: %json {json.dumps(form)}"), at_once=True)
 
+    def forced_ids(self, form: LLMatcher) -> list[int]:
+        """The ids that the form forces next, as the chat encoding would write them.
+
+        Left out are ids at the end of the forced text that may become one with what follows: where `" st` is forced,
+        and `" string` is an id, that one may still come.
+        """
+        *closed, rest = _CONTROL.split(form.compute_ff_bytes())
+        ids: list[int] = []
+        for text, control in zip(closed[::2], closed[1::2], strict=True):
+            ids += [*self.tokenizer.encode_text(text.decode()), int(control)]
+        tail = self.tokenizer.encode_text(rest.decode(errors="ignore"))
+        begin = 0
+        for at, token_id in enumerate(tail):
+            if self._begins_id(rest[begin:]):
+                end = form.deep_copy()
+                whole = end.consume_tokens([*ids, *tail]) and end.is_stopped()  # nothing can follow
+                return ids + (tail if whole else tail[:at])
+            begin += len(self.token_bytes[token_id])
+        return ids + tail
+
+    def _begins_id(self, text: bytes) -> bool:
+        """Whether there is an id whose bytes begin with `text` and go on."""
+        at = bisect.bisect_right(self._texts, text)
+        return at < len(self._texts) and self._texts[at].startswith(text)
+
     def _calls(self, functions: str, required: bool) -> Grammar:
         unenforced: list[str] = []
         tools = [self._tool(index, function, unenforced) for index, function in enumerate(json.loads(functions))]
@@ -123,7 +152,7 @@ class Grammars:
         if not schema.get("additionalProperties"):
             known |= {"additionalProperties"}
         unenforced.append(_sentence(schema.keys() - known, name))
-        values = {}
+        values: dict[str, str] = {}
         for key, value in properties.items():
             forms = Forms(schema)
             values[key] = self._value(f"{index}_{len(values)}", key, value, forms)
@@ -170,9 +199,11 @@ class Grammars:
     def _matches_some(self, terminal: str) -> bool:
         """Whether there is a text that the terminal matches: a pattern and a length may exclude each other."""
         matcher = self._matcher(f"start: TEXT\nTEXT: {terminal}")
-        return matcher.is_accepting() or any(matcher.compute_bitmask())
+        matcher.compute_bitmask()  # a dead end is seen when the next ids are asked for
+        return matcher.is_accepting() or not matcher.is_stopped()
 
     def _matcher(self, lark: str) -> LLMatcher:
+        lark = f'%llguidance {{"no_forcing": true}}\n{lark}'  # `forced_ids` sees to it, in this tokenizer's own ids
         matcher = self._llguidance.LLMatcher(self._vocabulary, lark, log_level=0)
         if matcher.is_error():
             raise GrammarError(f"llguidance does not take the grammar: {matcher.get_error():.500}")
@@ -190,7 +221,7 @@ class Grammar:
         self.vocab_size = grammars.vocab_size
         self.assistant, self.think, self.think_end = map(tokenizer.control_id, (ASSISTANT, THINK, THINK_END))
         self.dsml, self.eos = grammars.dsml, tokenizer.eos_id
-        self.token_bytes = grammars.token_bytes
+        self.token_bytes, self.forced_ids = grammars.token_bytes, grammars.forced_ids
         self.free_V = torch.ones(self.vocab_size, dtype=torch.bool)
         self.free_V[[self.dsml, self.eos] if at_once else [self.dsml]] = False
 
@@ -238,7 +269,8 @@ class Matcher:
         if self._region is not _Region.FORM or self._form is None:
             return None
         if self._forced is None:
-            self._forced = deque([self._grammar.eos] if self._form.is_stopped() else self._form.compute_ff_tokens())
+            stopped = self._form.is_stopped()
+            self._forced = deque([self._grammar.eos] if stopped else self._grammar.forced_ids(self._form))
         return self._forced[0] if self._forced else None
 
     def mask(self) -> Tensor | None:
@@ -251,10 +283,13 @@ class Matcher:
             return self._grammar.free_V
         if self._region is not _Region.FORM or self._form is None:
             return None
+        mask_V = np.zeros(self._grammar.vocab_size, dtype=np.bool_)
+        if (forced := self.forced()) is not None:
+            mask_V[forced] = True
+            return torch.from_numpy(mask_V)
         bits = np.unpackbits(np.frombuffer(self._form.compute_bitmask(), np.uint8), bitorder="little")
         if self._form.is_error():
             raise GrammarError(f"llguidance gave up on the grammar: {self._form.get_error():.500}")
-        mask_V = np.zeros(self._grammar.vocab_size, dtype=np.bool_)
         mask_V[: len(bits)] = bits[: self._grammar.vocab_size]
         return torch.from_numpy(mask_V)
 

@@ -89,7 +89,7 @@ class Forms:
         for key, value in schema.items():
             if key in ANNOTATIONS | DEFINITIONS:
                 continue
-            if not _is_enforced(key, value):
+            if not self._is_enforced(key, value):
                 self.missed.add(key)
             elif key in ("properties", "patternProperties"):
                 short[key] = {name: self.kept(part) for name, part in value.items()}
@@ -136,6 +136,20 @@ class Forms:
         self.missed |= schema.keys() - ANNOTATIONS - DEFINITIONS - NOT_OF_STRINGS - enforced
         return " & ".join(terms) or "/(?s:.*)/"
 
+    def _is_enforced(self, key: str, value: Any) -> bool:
+        match key:
+            case "$ref":
+                return self._definition(value) is not None
+            case "pattern":
+                return whole_text(value) is not None
+            case "patternProperties":
+                return all(whole_text(pattern) is not None for pattern in value)
+            case "format":
+                return value in FORMATS
+            case "items":
+                return isinstance(value, bool | Mapping)
+        return key in ENFORCED
+
     def _definition(self, reference: str) -> Schema | None:
         for key in DEFINITIONS & self.root.keys():
             if reference.startswith(f"#/{key}/"):
@@ -174,19 +188,6 @@ def whole_text(pattern: str) -> str | None:
     whole = f"{'' if start else '(?s:.*)'}(?:{body}){'' if end else '(?s:.*)'}"
     regex = llguidance.regex_to_lark(whole, "dws")
     return None if _refusal_of_lark(f"start: V\nV: /{regex}/") else regex
-
-
-def _is_enforced(key: str, value: Any) -> bool:
-    match key:
-        case "pattern":
-            return whole_text(value) is not None
-        case "patternProperties":
-            return all(whole_text(pattern) is not None for pattern in value)
-        case "format":
-            return value in FORMATS
-        case "items":
-            return isinstance(value, bool | Mapping)
-    return key in ENFORCED
 
 
 def _names(types: str | Sequence[str]) -> Sequence[str]:

@@ -178,7 +178,7 @@ class Session(SessionIds):
 
     def _generate(self, params: SamplingParams) -> Iterator[SampledToken]:
         seed = fresh_seed() if params.seed is None else params.seed
-        matcher = params.grammar and params.grammar.matcher()
+        matcher = None if params.grammar is None else params.grammar.matcher()
         count = 0
         while True:
             self._check_can_generate()

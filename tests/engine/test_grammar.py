@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine import AsyncEngine, Engine, GrammarError, GrammarMissingError, ModelSpec, SamplingParams
@@ -132,7 +132,10 @@ def objects(fields: dict[str, Any], required: int) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+SLOWLY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@SLOWLY
 @given(
     st.lists(st.dictionaries(NAMES, VALUES, max_size=4), min_size=1, max_size=3),
     st.integers(0, 4),
@@ -143,7 +146,7 @@ def test_whatever_is_drawn_is_a_call_that_fits(fields: list[dict[str, Any]], req
     check(walk(GRAMMARS.calls(tools, required=True), seed), tools)
 
 
-@settings(max_examples=60, deadline=None)
+@SLOWLY
 @given(
     st.dictionaries(NAMES, st.recursive(
         st.one_of(st.text(max_size=8), st.integers(), st.booleans(), st.none(), st.floats(-1e6, 1e6)),
