@@ -62,6 +62,13 @@ def accepts(grammar: Grammar, ids: Sequence[int], turn: Sequence[int] = TURN) ->
     return matcher.mask() is None
 
 
+def starting_with(*starts: bytes) -> frozenset[int]:
+    return frozenset(n for n in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(n).startswith(starts))
+
+
+CLOSERS = (frozenset([MARKER, EOS]), starting_with(b"</"), starting_with(b'"', b"]", b"}"))
+
+
 def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN) -> list[int]:
     """A turn of random allowed ids, which closes what it may close more often than chance would; never from a jump."""
     draw, matcher, ids = random.Random(seed), grammar.matcher(), list(turn)
@@ -73,12 +80,8 @@ def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN) -> list[int]:
         assert allowed, "a dead end"
         forced = matcher.forced()
         assert forced is None or allowed == [forced]
-        closing = [
-            token_id
-            for token_id in allowed
-            if token_id in (EOS, MARKER) or TOKENIZER.token_bytes(token_id)[:1] in (b"<", b'"', b"]", b"}")
-        ]
-        ids.append(draw.choice(closing if closing and draw.random() < 0.7 else allowed))
+        closing = [group for starts in CLOSERS if (group := [token_id for token_id in allowed if token_id in starts])]
+        ids.append(draw.choice(draw.choice(closing) if closing and draw.random() < 0.7 else allowed))
         assert len(ids) < 4000
     return ids[len(turn) :]
 
