@@ -24,19 +24,27 @@ StopReason = Literal["stop", "max_tokens", "context"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How ids are drawn. With a seed a session repeats itself exactly; without one it is different every time."""
+    """How ids are drawn. With a seed a session repeats itself exactly; without one it is different every time.
+
+    With `grammar`, calls can only name real tools and parameters, with values that fit their schemas. It needs
+    llguidance, the extra `grammar`.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    grammar: bool = False
     __pydantic_config__ = STRICT
 
-    def override(self, *, temperature: float | None = None, seed: int | None = None) -> Self:
+    def override(
+        self, *, temperature: float | None = None, seed: int | None = None, grammar: bool | None = None
+    ) -> Self:
         """The same, but for what is given."""
         return replace(
             self,
             temperature=self.temperature if temperature is None else temperature,
             seed=self.seed if seed is None else seed,
+            grammar=self.grammar if grammar is None else grammar,
         )
 
 
@@ -53,7 +61,8 @@ class Segment:
     """A run of ids in the session, and how they got there.
 
     "prompt" ids were fed, "sampled" ids were drawn by the model, "forced" ids close a turn or a thought that was
-    stopped. Each sampled id carries its log-probability: the log-softmax of the raw logits, at temperature 1.
+    stopped, or are those where a grammar allowed no other. Each sampled id carries its log-probability: the log-softmax
+    of the raw logits, at temperature 1.
     """
 
     kind: SegmentKind

@@ -11,6 +11,7 @@ under its lock, so that two `AsyncEngine`s over one `Engine` take turns.
 
 from __future__ import annotations
 
+import math
 import queue
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -18,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import anyio
 import anyio.abc
@@ -31,6 +32,9 @@ from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionC
 from agentkit_engine.runtime import PromptUsage, Work
 from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
 from agentkit_engine.session import SessionIds
+
+if TYPE_CHECKING:
+    from agentkit_engine.grammar import Matcher
 
 T = TypeVar("T")
 
@@ -47,6 +51,7 @@ class _Generation:
     work: Work
     params: SamplingParams
     seed: int
+    matcher: Matcher | None
     admitted: bool = False
     ahead: int = 0
     sampled: int = 0
@@ -217,7 +222,9 @@ class AsyncEngine:
     def _step(self, ready: list[_Generation]) -> list[tuple[_Generation, SampledToken | BaseException]]:
         """One forward; the outcome of each generation that has one."""
         outcomes: list[tuple[_Generation, SampledToken | BaseException]] = []
-        waiting = [generation for generation in ready if generation.work.logits_V is None]
+        for generation in ready:
+            outcomes += self._jump(generation)
+        waiting = [g for g in ready if g.work.logits_V is None and not g.done]
         if waiting:
             try:
                 self.engine.batcher.advance([generation.work for generation in waiting])
@@ -230,6 +237,7 @@ class AsyncEngine:
         for generation in ready:  # right guesses have their logits already
             while generation.work.logits_V is not None and not generation.done:
                 outcomes.append((generation, self._sample(generation, generation.work.logits_V)))
+                outcomes += self._jump(generation)
         for generation, outcome in outcomes:
             if generation.done or isinstance(outcome, BaseException):
                 self._generations.pop(generation, None)
@@ -238,7 +246,10 @@ class AsyncEngine:
     def _sample(self, generation: _Generation, logits_V: Tensor) -> SampledToken | BaseException:
         work, params = generation.work, generation.params
         try:
-            token = sample(logits_V, params, seed=generation.seed, position=len(work.ids), past=work.past)
+            mask_V = None if generation.matcher is None else generation.matcher.mask()
+            token = sample(
+                logits_V, params, seed=generation.seed, position=len(work.ids), past=work.past, mask_V=mask_V
+            )
         except Exception as error:
             self.engine.batcher.drop(work)  # what it computed is not to be found again
             generation.done = True
@@ -252,6 +263,27 @@ class AsyncEngine:
         )
         work.push(token.id)
         return token
+
+    def _jump(self, generation: _Generation) -> list[tuple[_Generation, SampledToken | BaseException]]:
+        """Append the ids that the generation's grammar forces now."""
+        outcomes: list[tuple[_Generation, SampledToken | BaseException]] = []
+        work, matcher = generation.work, generation.matcher
+        while matcher is not None and not generation.done:
+            try:
+                matcher.follow(work.ids)
+                token_id = matcher.forced()
+            except Exception as error:
+                generation.done = True
+                return [*outcomes, (generation, error)]
+            if token_id is None:
+                break
+            generation.ahead += 1
+            generation.done = (
+                token_id in generation.params.stop_ids or len(work.ids) + 1 == self.engine.spec.max_position_embeddings
+            )
+            work.push(token_id, forced=True)
+            outcomes.append((generation, SampledToken(token_id, math.nan, forced=True)))
+        return outcomes
 
 
 def _hand_over(outcomes: list[tuple[_Generation, SampledToken | BaseException]]) -> None:
@@ -323,8 +355,8 @@ class AsyncSession(SessionIds):
         Raises:
             SessionBusyError: two tasks generate on this session at once.
             EngineClosedError: the AsyncEngine's block was left.
-            SessionEmptyError, ContextLengthError, NonFiniteLogitsError, OutOfMemoryError, SessionClosedError,
-                TokenizerMissingError: as `Session.generate`.
+            SessionEmptyError, ContextLengthError, NonFiniteLogitsError, GrammarError, OutOfMemoryError,
+                SessionClosedError, TokenizerMissingError: as `Session.generate`.
         """
         params = params or SamplingParams()
         reader = self._engine.engine.reader(params)
@@ -350,7 +382,7 @@ class AsyncSession(SessionIds):
                 self._ids.append(token.id)
                 self._known += 1
                 self._engine._commands.put(lambda taken=generation: _take(taken))  # type: ignore[misc]
-                count += 1
+                count += not token.forced
                 ended = token.id in params.stop_ids or count == params.max_tokens
                 yield reader.read(token, last=ended or self._is_full)
                 if ended or reader.stopped:
@@ -382,7 +414,8 @@ class AsyncSession(SessionIds):
         """Have the thread take in the ids it does not know, and sample on."""
         if self._generation is not None:
             self._stop(self._generation)
-        generation = self._generation = _Generation(self._take_in(), params, seed)
+        matcher = None if params.grammar is None else params.grammar.matcher()
+        generation = self._generation = _Generation(self._take_in(), params, seed, matcher)
 
         def command() -> None:
             self._engine._generations[generation] = None

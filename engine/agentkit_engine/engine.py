@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
+
+if TYPE_CHECKING:
+    from agentkit_engine.grammar import Grammars
 
 STATE_BYTES = 2 << 30
 """Default bound on the state of all sequences; memory is taken as it is used."""
@@ -143,6 +147,18 @@ class Engine:
             CheckpointError: the file is not such a configuration.
         """
         return read_sampling(self.folder)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes what `SamplingParams.grammar` takes; reads the vocabulary in on first use.
+
+        Raises:
+            GrammarMissingError: llguidance is not installed.
+            TokenizerMissingError, CheckpointError: as `tokenizer`.
+        """
+        from agentkit_engine.grammar import Grammars
+
+        return Grammars(self.tokenizer, self.spec.vocab_size)
 
     def flush(self) -> None:
         """Wait until what is to be kept on disk has been written. `AsyncEngine` does so when its block ends."""

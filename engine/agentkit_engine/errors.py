@@ -5,6 +5,8 @@ EngineError
 ├── CheckpointError           a model folder is not what its layout promises; names file, tensor, found, expected
 ├── TokenizerMissingError     the model folder holds no tokenizer.json
 ├── EngineClosedError         an AsyncEngine was used outside its `async with` block
+├── GrammarMissingError       a grammar is asked for, and llguidance is not installed
+├── GrammarError              a grammar cannot be made, or ids do not fit it
 ├── OutOfMemoryError          the memory for sequences is used up by those at work
 ├── SavedSessionError         a file is no saved session, or one of another model, or damaged
 └── SessionError
@@ -51,6 +53,14 @@ class TokenizerMissingError(EngineError):
 
 class EngineClosedError(EngineError):
     """The AsyncEngine is not running: its `async with` block was left, or not yet entered."""
+
+
+class GrammarMissingError(EngineError):
+    """A grammar is asked for, and the optional library that reads grammars is not installed."""
+
+
+class GrammarError(EngineError):
+    """Tools or a schema that no grammar can be made of, or ids in a session that the grammar in force forbids."""
 
 
 class OutOfMemoryError(EngineError):

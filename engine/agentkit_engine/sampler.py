@@ -13,11 +13,15 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from agentkit_engine.errors import NonFiniteLogitsError
+
+if TYPE_CHECKING:
+    from agentkit_engine.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class SamplingParams:
         stop: texts; the token that completes one in what was sampled ends the generation and is kept in the session. In
             the text of the tokens neither it nor what follows it is shown.
         top_logprobs: tell this many most likely ids with each token.
+        grammar: leaves out the ids that it forbids, last of all changes to the logits; of `Engine.grammars`.
 
     Raises:
         ValueError: a value is outside its range.
@@ -61,6 +66,7 @@ class SamplingParams:
     stop_ids: frozenset[int] = field(default_factory=frozenset)
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, "a finite number >= 0", self.temperature >= 0)
@@ -92,21 +98,23 @@ def _check(name: str, value: float, expected: str, fine: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One token the model chose.
+    """One token the model chose, or that a grammar chose for it.
 
     Attributes:
         id: the token id, already the last entry of the session's `token_ids`.
-        logprob: log-softmax of the raw float32 logits at `id`, whatever temperature and penalties were in force: it is
-            the model's own probability, and anyone can recompute it from the ids alone.
+        logprob: log-softmax of the raw float32 logits at `id`, whatever temperature, penalties and grammar were in
+            force: it is the model's own probability, and anyone can recompute it from the ids alone. NaN when forced.
         top: the `top_logprobs` most likely ids, each with its log-probability.
         text: what the token adds to the text that may be shown, see `Reader`: whole characters only, and what may turn
             out to be a stop text comes later or never. Always empty when the model has no tokenizer.
+        forced: the grammar allowed no other id, so it was appended unseen; it does not count for `max_tokens`.
     """
 
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     text: str = ""
+    forced: bool = False
 
 
 Past = Callable[[], tuple[Sequence[int], Sequence[int]]]
@@ -125,21 +133,28 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(
-    logits_V: Tensor, params: SamplingParams, *, seed: int, position: int, past: Past = lambda: ((), ())
+    logits_V: Tensor,
+    params: SamplingParams,
+    *,
+    seed: int,
+    position: int,
+    past: Past = lambda: ((), ()),
+    mask_V: Tensor | None = None,
 ) -> SampledToken:
     """Choose the token at `position` from `logits_V` (float32, any device) by inverting the cumulative distribution.
 
     Ids are ordered by decreasing probability (equal ones by increasing id) when some are left out, by id otherwise.
-    The sums run in float64, so that a large vocabulary's rounding favours no id.
+    The sums run in float64, so that a large vocabulary's rounding favours no id. `mask_V` (bool) is True for the ids
+    that may be chosen.
 
     Raises:
         NonFiniteLogitsError: the logits hold NaN or infinity.
-        ValueError: `logit_bias` names an id that the vocabulary lacks, or forbids every id.
+        ValueError: `logit_bias` names an id that the vocabulary lacks, or forbids every id that the mask leaves.
     """
     logits_V = logits_V.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(logits_V).all()):
         raise NonFiniteLogitsError(f"the logits for position {position} hold NaN or infinity; check weights and dtype")
-    changed_V = _change(logits_V, params, past)
+    changed_V = _change(logits_V, params, past, mask_V)
     token_id = (
         int(changed_V.argmax()) if params.temperature == 0 else _invert(changed_V, params, uniform(seed, position))
     )
@@ -151,10 +166,10 @@ def sample(
     return SampledToken(token_id, float(logprobs_V[token_id]), top)
 
 
-def _change(logits_V: Tensor, params: SamplingParams, past: Past) -> Tensor:
-    """The logits after penalties and biases."""
+def _change(logits_V: Tensor, params: SamplingParams, past: Past, mask_V: Tensor | None) -> Tensor:
+    """The logits after penalties, biases and the mask."""
     if not params.needs_past and not params.logit_bias:
-        return logits_V
+        return logits_V if mask_V is None else logits_V.masked_fill(~mask_V, -math.inf)
     changed_V = logits_V.clone()
     if params.needs_past:
         every, sampled = past()
@@ -167,8 +182,11 @@ def _change(logits_V: Tensor, params: SamplingParams, past: Past) -> Tensor:
         if token_id >= len(logits_V):
             raise ValueError(f"logit_bias names id {token_id}, outside the vocabulary 0..{len(logits_V) - 1}")
         changed_V[token_id] += bias
+    if mask_V is not None:
+        changed_V.masked_fill_(~mask_V, -math.inf)
     if not bool((changed_V > -math.inf).any()):
-        raise ValueError("logit_bias forbids every id of the vocabulary")
+        left = "of the vocabulary" if mask_V is None else "that the grammar allows"
+        raise ValueError(f"logit_bias forbids every id {left}")
     return changed_V
 
 

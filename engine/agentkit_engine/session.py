@@ -6,6 +6,7 @@ away (when memory is short, or after a step that failed) without changing what t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ from agentkit_engine.spec import ModelSpec
 
 if TYPE_CHECKING:
     from agentkit_engine.engine import Engine
+    from agentkit_engine.grammar import Matcher
 
 
 def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -125,6 +127,7 @@ class Session(SessionIds):
             SessionEmptyError: nothing was appended yet.
             ContextLengthError: the last position is taken and neither a stop id nor `max_tokens` came first.
             NonFiniteLogitsError: the model computed NaN or infinity.
+            GrammarError: ids do not fit `params.grammar`, or no assistant's turn has begun that it could constrain.
             OutOfMemoryError: the session does not fit into the engine's memory.
             SessionClosedError: the session was closed.
             TokenizerMissingError: there are stop texts, and the model has no tokenizer to find them with.
@@ -189,24 +192,36 @@ class Session(SessionIds):
 
     def _generate(self, params: SamplingParams, reader: Reader) -> Iterator[SampledToken]:
         seed = fresh_seed() if params.seed is None else params.seed
+        matcher = None if params.grammar is None else params.grammar.matcher()
         count = 0
         while True:
             self._check_can_generate()
             self._take_in()
-            while self._work.logits_V is None:
-                self._batcher.advance([self._work])
-            try:
-                token = sample(self._work.logits_V, params, seed=seed, position=len(self._ids), past=self._work.past)
-            except NonFiniteLogitsError:
-                self._batcher.drop(self._work)
-                raise
+            forced = None
+            if matcher is not None:
+                matcher.follow(self._ids)
+                forced = matcher.forced()
+            if forced is None:
+                token = self._sample(params, seed, matcher)
+            else:
+                token = SampledToken(forced, math.nan, forced=True)
             self._ids.append(token.id)
-            self._work.push(token.id)
-            count += 1
+            self._work.push(token.id, forced=token.forced)
+            count += not token.forced
             ended = token.id in params.stop_ids or count == params.max_tokens
             yield reader.read(token, last=ended or self._is_full)
             if ended or reader.stopped:
                 return
+
+    def _sample(self, params: SamplingParams, seed: int, matcher: Matcher | None) -> SampledToken:
+        while self._work.logits_V is None:
+            self._batcher.advance([self._work])
+        logits_V, mask_V = self._work.logits_V, None if matcher is None else matcher.mask()
+        try:
+            return sample(logits_V, params, seed=seed, position=len(self._ids), past=self._work.past, mask_V=mask_V)
+        except NonFiniteLogitsError:
+            self._batcher.drop(self._work)
+            raise
 
     def _take_in(self) -> None:
         self._work.extend(self._ids[len(self._work.ids) :])

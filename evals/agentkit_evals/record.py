@@ -61,6 +61,7 @@ class RunLock(Strict):
     seed: int
     temperature: float
     top_p: float
+    grammar: bool = False
     tasks: list[Task]
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     agentkit: str = Field(default_factory=agentkit_version)

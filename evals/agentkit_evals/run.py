@@ -124,6 +124,7 @@ class EvalRun:
             seed=self.seed,
             temperature=self.resolved_sampling.temperature,
             top_p=self.resolved_sampling.top_p,
+            grammar=self.resolved_sampling.grammar,
             tasks=[case.task for case in self.suite.cases],
         )
         (self.directory / "run.json").write_text(lock.model_dump_json(indent=1), encoding="utf-8")

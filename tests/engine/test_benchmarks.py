@@ -77,6 +77,16 @@ def test_a_goal_of_another_room_is_left_to_it(tmp_path: Path) -> None:
     assert (result.exit_code, result.output) == (0, "") and not out.exists()
 
 
+def test_what_a_grammar_costs_and_saves(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "C11,C12", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    cost, *saved = json.loads(out.read_text())
+    assert cost["goal"] == "C11" and "a vocabulary of 129280" in cost["what"] and cost["value"] > 0
+    assert [record["goal"] for record in saved] == ["C12", "C12"]
+    assert all(record["met"] for record in saved)
+
+
 def test_an_unknown_goal_is_named_with_those_there_are() -> None:
     result = run("--only", "C1,C99")
     assert result.exit_code == 2

@@ -120,6 +120,22 @@ def test_sampling_is_the_models_own_unless_told_otherwise(suite: Path, untrained
         assert Trajectory.load(record).header.sampling == Sampling(expected, 0.5, 3)
 
 
+def test_a_grammar_is_on_when_asked_for(
+    suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (suite, "--limit", "1", "-m", untrained, "--env", "unsafe-local")
+    assert not RunDirectory.open(as_json("eval", *options)["run"]).lock.grammar
+    run = RunDirectory.open(as_json("eval", *options, "--grammar")["run"])
+    trajectory = run.trajectory(run.trials[0])
+    assert run.lock.grammar and trajectory is not None and trajectory.header.sampling.grammar
+    record = tmp_path / "run.jsonl"
+    as_json("run", suite / "first.yaml", *options[3:], "--grammar", "--trajectory", record)
+    assert Trajectory.load(record).header.sampling.grammar
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    for command in (("eval", *options), ("run", suite / "first.yaml", *options[3:])):
+        assert "pip install" in agentkit(*command, "--grammar", code=2).output
+
+
 def test_demo_without_flags(untrained: Path, tmp_path: Path) -> None:
     """All of it, on a model whose context is too short for any prompt, so that every trial ends at once."""
     model = tmp_path / "blind"

@@ -11,6 +11,7 @@ from agentkit.cli.ending import ExitCode
 from agentkit.cli.options import (
     CacheFlag,
     EnvFlag,
+    GrammarFlag,
     JsonFlag,
     ModelFlag,
     OutFlag,
@@ -34,6 +35,7 @@ def command(
     ] = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
+    grammar: GrammarFlag = False,
     env: EnvFlag = None,
     out: OutFlag = None,
     cache_dir: CacheFlag = None,
@@ -58,6 +60,7 @@ def command(
         backend=env.value if env else None,
         seed=chosen,
         temperature=temperature,
+        grammar=grammar,
         cache_dir=cache_dir,
         console=console,
     )

@@ -39,11 +39,12 @@ def evaluate(
     temperature: float | None,
     console: Console,
     cache_dir: Path | None = None,
+    grammar: bool = False,
 ) -> Finished:
     """Run a suite on an embedded model with live progress on `console`, and write the report, after Ctrl-C too.
 
     Raises:
-        EngineError: the model cannot be loaded.
+        EngineError: the model cannot be loaded, or a grammar is asked for and the library for it is missing.
         SandboxUnavailableError: the first task's sandbox cannot be opened, so the machine lacks what the suite needs.
         RunDirectoryError: the directory exists already.
     """
@@ -64,14 +65,14 @@ def evaluate(
         concurrency=concurrency,
         backend=backend,
         seed=seed,
-        sampling=embedded.sampling.override(temperature=temperature),
+        sampling=embedded.sampling.override(temperature=temperature, grammar=grammar),
     )
 
     async def execute() -> None:
         first = suite.cases[0].task
         async with await open_environment(first.environment.spec(), backend=backend_for(first, backend)):
             pass
-        async with embedded:
+        async with embedded, embedded.open(tools=(), effort="none", sampling=run.resolved_sampling):
             await run.execute()
 
     interrupted = False

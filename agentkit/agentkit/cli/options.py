@@ -36,6 +36,10 @@ TemperatureFlag = Annotated[
         "--temperature", min=0.0, help="Divides the logits; 0 takes the likeliest token. By default the model's own."
     ),
 ]
+GrammarFlag = Annotated[
+    bool,
+    typer.Option("--grammar", help="Calls name real tools and parameters, with values that fit. Needs llguidance."),
+]
 CacheFlag = Annotated[
     Path | None,
     typer.Option(

@@ -15,7 +15,7 @@ import anyio
 import typer
 
 from agentkit.cli.ending import ExitCode
-from agentkit.cli.options import CacheFlag, EnvFlag, JsonFlag, ModelFlag, SeedFlag, TemperatureFlag
+from agentkit.cli.options import CacheFlag, EnvFlag, GrammarFlag, JsonFlag, ModelFlag, SeedFlag, TemperatureFlag
 from agentkit.cli.terminal import visible
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def command(
     env: EnvFlag = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
+    grammar: GrammarFlag = False,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Turns of the model at most.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens sampled at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds at most.")] = None,
@@ -60,7 +61,8 @@ def command(
     given = {name: value for name, value in bounds.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
     embedded = EmbeddedModel(model, cache_dir=cache_dir)
-    agent = agent_for(task, embedded, embedded.sampling.override(temperature=temperature, seed=seed))
+    sampling = embedded.sampling.override(temperature=temperature, seed=seed, grammar=grammar)
+    agent = agent_for(task, embedded, sampling)
     console = Console(quiet=as_json, highlight=False)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, console)
     return carry_out(job, apply=apply, as_json=as_json)

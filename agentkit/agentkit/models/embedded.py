@@ -60,7 +60,12 @@ class EmbeddedModel:
     async def open(
         self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
-        """See `Model.open`."""
+        """See `Model.open`.
+
+        Raises:
+            GrammarMissingError: `sampling` asks for a grammar, and llguidance is not installed.
+            GrammarError: no grammar can be made of the tools.
+        """
         from agentkit_engine import AsyncEngine
 
         params = replace(
@@ -69,6 +74,7 @@ class EmbeddedModel:
             top_p=sampling.top_p,
             seed=sampling.seed,
             stop_ids=frozenset((self.tokenizer.eos_id,)),
+            grammar=self.engine.grammars.calls([tool.spec for tool in tools]) if sampling.grammar else None,
         )
         async with AsyncExitStack() as stack:
             running = self._running

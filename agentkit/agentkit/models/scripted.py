@@ -63,6 +63,7 @@ class ScriptedToken(NamedTuple):
 
     id: int
     logprob: float = 0.0
+    forced: bool = False
 
 
 class ScriptedTokens:

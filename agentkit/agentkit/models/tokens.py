@@ -39,13 +39,16 @@ CLOSING_TOKENS = 2
 
 
 class Sampled(Protocol):
-    """An id that was sampled, and its log-probability at temperature 1."""
+    """An id that was sampled, and its log-probability at temperature 1; or one that a grammar forced."""
 
     @property
     def id(self) -> int: ...
 
     @property
     def logprob(self) -> float: ...
+
+    @property
+    def forced(self) -> bool: ...
 
 
 class TokenSession(Protocol):
@@ -75,7 +78,7 @@ class TokenSession(Protocol):
         ...
 
     def generate(self, *, max_tokens: int | None) -> AsyncGenerator[Sampled, None]:
-        """Sample on, each id in `token_ids` when it is yielded; ends with the stop id or after `max_tokens`."""
+        """Go on, each id in `token_ids` when it is yielded; ends with the stop id or after `max_tokens` sampled ids."""
         ...
 
 
@@ -130,33 +133,34 @@ class TokenizedSession:
         """
         room = await self._feed_prompt(think)
         parser = StreamParser(think, tokenizer=self._tokenizer, turn=self._turn, tools=self._tools)
-        budget = min((n for n in (limits.max_tokens, room) if n is not None), default=None)
-        reason: StopReason = "max_tokens" if budget == limits.max_tokens else "context"
-        thinking, thought, count, last_id = think, 0, 0, -1
-        ids: list[int] = []
-        logprobs: list[float] = []
+        thinking, thought, sampled, length, last_id = think, 0, 0, 0, -1
+        run: list[Sampled] = []  # all sampled, or all forced
         cut = True
         try:
             while cut:
                 cut = False
-                left = None if budget is None else budget - count
+                left = None if limits.max_tokens is None else limits.max_tokens - sampled
                 async with aclosing(self._tokens.generate(max_tokens=left)) as stream:
                     async for token in stream:
                         last_id = token.id
-                        ids.append(last_id)
-                        logprobs.append(token.logprob)
-                        count += 1
+                        if run and run[-1].forced != token.forced:
+                            self._record_run(run)
+                        run.append(token)
+                        sampled += not token.forced
+                        length += 1
                         thought += thinking
                         news = parser.feed((last_id,))
                         if last_id in self._after_thought or any(type(new) is not chat.ReasoningDelta for new in news):
                             thinking = False
                         for event in _model_events(news):
                             yield event
-                        if thinking and thought == limits.max_thinking_tokens and count != budget:
-                            cut = True
+                        full = length == room and last_id != self._eos
+                        spent = thinking and thought == limits.max_thinking_tokens
+                        cut = spent and not full and sampled != limits.max_tokens
+                        if cut or full:
                             break
                 if cut:
-                    self._record_sampled(ids, logprobs)
+                    self._record_run(run)
                     await self._force([self._think_end])
                     thinking = False
                     yield ThoughtCut(thought)
@@ -164,7 +168,7 @@ class TokenizedSession:
                         yield event
         finally:
             with anyio.CancelScope(shield=True):
-                self._record_sampled(ids, logprobs)
+                self._record_run(run)
                 closing: list[int] = []
                 if last_id != self._eos:
                     closing = [self._think_end, self._eos] if thinking else [self._eos]
@@ -183,6 +187,7 @@ class TokenizedSession:
                 )
         for event in _model_events(last):
             yield event
+        reason: StopReason = "context" if length == room and sampled != limits.max_tokens else "max_tokens"
         yield Generated(message, "stop" if last_id == self._eos else reason)
 
     async def _feed_prompt(self, think: bool) -> int | None:
@@ -217,11 +222,12 @@ class TokenizedSession:
         await self._tokens.append(ids)
         self._record(Segment("forced", tuple(ids)))
 
-    def _record_sampled(self, ids: list[int], logprobs: list[float]) -> None:
-        if ids:
-            self._record(Segment("sampled", tuple(ids), tuple(logprobs)))
-            ids.clear()
-            logprobs.clear()
+    def _record_run(self, run: list[Sampled]) -> None:
+        if run:
+            ids = tuple(token.id for token in run)
+            forced = run[0].forced
+            self._record(Segment("forced", ids) if forced else Segment("sampled", ids, tuple(t.logprob for t in run)))
+            run.clear()
 
     def _record(self, segment: Segment) -> None:
         self.segments.append(segment)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import batch_goals, cold_start, runtime_goals, scheduler_goals
+from agentkit_engine.benchmarks import batch_goals, cold_start, grammar_goals, runtime_goals, scheduler_goals
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
@@ -508,6 +508,8 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C8": lambda sizes: scheduler_goals.append(sizes.appended_to, 5 * sizes.repeats),
     "C9": lambda sizes: runtime_goals.restore(sizes.prefilled[-1], sizes.repeats),
     "C10": lambda sizes: runtime_goals.amplification(*sizes.stored),
+    "C11": lambda sizes: grammar_goals.cost(5 * sizes.repeats),
+    "C12": lambda _: grammar_goals.saved(),
     "C15": cold,
     "C16": lambda sizes: runtime_goals.guesses(sizes.guessed),
     "tiny": decode_packaged,

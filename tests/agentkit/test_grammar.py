@@ -1,0 +1,109 @@
+"""Agents with a grammar: what it forced is recorded as forced, and the record is exact all the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+
+import jsonschema
+import pytest
+import torch
+
+from agentkit import Agent, EmbeddedModel, Limits, Sampling, Trajectory, tool
+from agentkit.events import CallFinished
+from agentkit.model import CallMalformed, CallReady
+from agentkit.models.tokens import rebuild_token_ids
+from agentkit_engine import GrammarMissingError
+from agentkit_environments import Environment
+from agentkit_tools import BUILTINS
+
+pytestmark = pytest.mark.anyio
+WITH_GRAMMAR = Sampling(temperature=0, grammar=True)
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Return the weather of a city."""
+    return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[EmbeddedModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield EmbeddedModel("tiny")
+    torch.set_num_threads(threads)
+
+
+async def ask(model: EmbeddedModel, sampling: Sampling, environment: Environment, *, tokens: int = 300) -> Trajectory:
+    agent = Agent(model, [get_weather], sampling=sampling, limits=Limits(max_tokens=tokens))
+    return (await agent.run("What is the weather in Oslo?", environment=environment)).trajectory
+
+
+async def test_forced_ids_are_recorded_as_forced(tiny: EmbeddedModel, environment: Environment) -> None:
+    trajectory = await ask(tiny, WITH_GRAMMAR, environment)
+    assert trajectory.header.sampling.grammar
+    assert [record.result.content for record in trajectory.records if isinstance(record, CallFinished)] == [
+        "snowy, -3 degrees"
+    ]
+    forced = [token_id for segment in trajectory.segments if segment.kind == "forced" for token_id in segment.ids]
+    assert trajectory.outcome is not None
+    usage = trajectory.outcome.usage
+    assert usage.forced_tokens == len(forced) > 5
+    assert usage.sampled_tokens == sum(trajectory.loss_mask) == sum(p is not None for p in trajectory.logprobs)
+    assert "invoke" in tiny.tokenizer.decode(forced)
+    assert rebuild_token_ids(trajectory, tiny.tokenizer) == trajectory.token_ids
+    logprobs = tiny.engine.logits(trajectory.token_ids).log_softmax(-1)
+    for place, recorded in enumerate(trajectory.logprobs):
+        if recorded is not None:
+            assert recorded == pytest.approx(logprobs[place - 1, trajectory.token_ids[place]].item(), abs=1e-4)
+
+
+async def test_it_is_off_unless_asked_for_and_changes_nothing_that_was_right(
+    tiny: EmbeddedModel, environment: Environment
+) -> None:
+    assert not tiny.sampling.grammar
+    without = await ask(tiny, Sampling(temperature=0), environment)
+    assert {segment.kind for segment in without.segments} == {"prompt", "sampled"}
+    assert (await ask(tiny, WITH_GRAMMAR, environment)).token_ids == without.token_ids
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 25])
+async def test_a_limit_counts_what_was_sampled(tiny: EmbeddedModel, environment: Environment, tokens: int) -> None:
+    trajectory = await ask(tiny, WITH_GRAMMAR, environment, tokens=tokens)
+    assert trajectory.outcome is not None
+    assert (trajectory.outcome.limit, trajectory.outcome.usage.sampled_tokens) == ("max_tokens", tokens)
+    assert trajectory.token_ids[-1] == tiny.tokenizer.eos_id
+    assert rebuild_token_ids(trajectory, tiny.tokenizer) == trajectory.token_ids
+
+
+async def test_wild_sampling_never_makes_a_bad_call(tiny: EmbeddedModel, environment: Environment) -> None:
+    calls = 0
+    for seed in range(6):
+        trajectory = await ask(tiny, Sampling(temperature=1.6, seed=seed, grammar=True), environment, tokens=120)
+        schema = get_weather.spec["function"]["parameters"]
+        for record in trajectory.records:
+            if isinstance(record, CallReady):
+                calls += 1
+                assert record.call.name == "get_weather"
+                jsonschema.validate(json.loads(record.call.arguments), schema)
+            elif isinstance(record, CallMalformed):
+                assert record.error == "the turn ended inside the call"
+    assert calls > 0
+
+
+def test_the_grammar_enforces_the_built_in_tools_to_the_letter(tiny: EmbeddedModel) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.engine.grammars.calls([each.spec for each in BUILTINS.values()])
+
+
+async def test_without_the_library_a_run_says_what_to_install(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    agent = Agent("tiny", [get_weather], sampling=WITH_GRAMMAR)
+    with pytest.raises(GrammarMissingError, match="pip install"):
+        await agent.run("What is the weather in Oslo?", environment=environment)

@@ -1,0 +1,475 @@
+"""With a grammar every call is real and fits its schema, all else is free, and nothing depends on the way there."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agentkit_engine import AsyncEngine, Engine, GrammarError, GrammarMissingError, ModelSpec, SamplingParams
+from agentkit_engine.chat import CallReady, StreamParser, Tokenizer, encode_completion_ids, encode_ids, parse
+from agentkit_engine.chat.tokens import ASSISTANT, DSML, THINK, THINK_END
+from agentkit_engine.engine import PACKAGED_MODELS
+from agentkit_engine.grammar import Grammar, Grammars, GrammarWarning
+from agentkit_engine.model import Decoder
+from agentkit_engine.schema_forms import whole_text
+
+from .conftest import randomize_, small_config
+
+TOKENIZER = Tokenizer.from_dir(PACKAGED_MODELS["tiny"])
+GRAMMARS = Grammars(TOKENIZER, TOKENIZER.vocab_size)
+EOS, MARKER = TOKENIZER.eos_id, TOKENIZER.control_id(DSML)
+TURN = [TOKENIZER.bos_id, TOKENIZER.control_id(ASSISTANT), TOKENIZER.control_id(THINK_END)]
+THINKING_TURN = [*TURN[:2], TOKENIZER.control_id(THINK)]
+
+
+def tool(parameters: dict[str, Any], name: str = "f") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def with_value(schema: Any) -> dict[str, Any]:
+    """A tool with one required parameter `v`."""
+    return tool({"type": "object", "properties": {"v": schema}, "required": ["v"]})
+
+
+def call_ids(arguments: Any, name: str = "f") -> list[int]:
+    """What an assistant samples that only makes this call, as the chat encoding writes it."""
+    call = {"function": {"name": name, "arguments": json.dumps(arguments)}}
+    return encode_completion_ids({"role": "assistant", "tool_calls": [call]}, tokenizer=TOKENIZER, think=False)
+
+
+def accepts(grammar: Grammar, ids: Sequence[int], turn: Sequence[int] = TURN) -> bool:
+    """Whether every id is one that the mask allows, and the turn is complete at the end."""
+    matcher, done = grammar.matcher(), list(turn)
+    for token_id in ids:
+        matcher.follow(done)
+        mask_V = matcher.mask()
+        if mask_V is not None and not mask_V[token_id]:
+            return False
+        done.append(token_id)
+    matcher.follow(done)
+    return matcher.mask() is None
+
+
+def starting_with(*starts: bytes) -> frozenset[int]:
+    return frozenset(n for n in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(n).startswith(starts))
+
+
+CLOSERS = (frozenset([MARKER, EOS]), starting_with(b"</"), starting_with(b'"', b"]", b"}"))
+
+
+def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN) -> list[int]:
+    """A turn of random allowed ids, which closes what it may close more often than chance would; never from a jump."""
+    draw, matcher, ids = random.Random(seed), grammar.matcher(), list(turn)
+    while ids[-1] != EOS:
+        matcher.follow(ids)
+        mask_V = matcher.mask()
+        assert mask_V is not None
+        allowed = mask_V.nonzero().flatten().tolist()
+        assert allowed, "a dead end"
+        forced = matcher.forced()
+        assert forced is None or allowed == [forced]
+        closing = [group for starts in CLOSERS if (group := [token_id for token_id in allowed if token_id in starts])]
+        ids.append(draw.choice(draw.choice(closing) if closing and draw.random() < 0.7 else allowed))
+        assert len(ids) < 4000
+    return ids[len(turn) :]
+
+
+def check(ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> None:
+    """The turn parses strictly, by text and by id, and each call names a tool and fits its schema."""
+    schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
+    parser = StreamParser(False, tokenizer=TOKENIZER, tools=tools)
+    ready = [event for event in parser.feed(ids) if isinstance(event, CallReady)]
+    strict = parse(TOKENIZER.decode(ids), effort="none", strict=True)["tool_calls"]
+    assert len(ready) == len(strict) >= 1
+    for event, call in zip(ready, strict, strict=True):
+        arguments = json.loads(event.arguments_json)
+        assert event.name == call["function"]["name"]
+        assert arguments == json.loads(call["function"]["arguments"])
+        jsonschema.Draft202012Validator(schemas[event.name]).validate(arguments)
+
+
+NAMES = st.text("abcdefgh_", min_size=1, max_size=6)
+INTEGERS = st.fixed_dictionaries({"type": st.just("integer")}, optional={"minimum": st.integers(-50, 50)})
+STRINGS = st.one_of(
+    st.just({"type": "string"}),
+    st.builds(
+        lambda low, more: {"type": "string", "minLength": low, "maxLength": low + more}, *[st.integers(0, 5)] * 2
+    ),
+    st.sampled_from(["^[A-Z][a-z]*$", r"\d", "^(a|b)+", "[^x]$"]).map(lambda p: {"type": "string", "pattern": p}),
+)
+ENUMS = st.lists(st.one_of(st.text(max_size=5), st.integers(-9, 99), st.none(), st.booleans()), min_size=1).map(
+    lambda values: {"enum": values}
+)
+SCALARS = st.one_of(
+    INTEGERS, STRINGS, ENUMS, st.sampled_from([{"type": "number"}, {"type": "boolean"}, {"type": ["string", "null"]}])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.builds(lambda items: {"type": "array", "items": items, "maxItems": 3}, inner),
+        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3)),
+        st.builds(lambda fields: objects(fields, len(fields) // 2), st.dictionaries(NAMES, inner, max_size=3)),
+    ),
+    max_leaves=4,
+)
+
+
+def objects(fields: dict[str, Any], required: int) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(fields)[:required],
+        "additionalProperties": False,
+    }
+
+
+SLOWLY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@SLOWLY
+@given(
+    st.lists(st.dictionaries(NAMES, VALUES, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 4),
+    st.integers(0, 2**32),
+)
+def test_whatever_is_drawn_is_a_call_that_fits(fields: list[dict[str, Any]], required: int, seed: int) -> None:
+    tools = [tool(objects(each, required), f"tool_{number}") for number, each in enumerate(fields)]
+    check(walk(GRAMMARS.calls(tools, required=True), seed), tools)
+
+
+@SLOWLY
+@given(
+    st.dictionaries(NAMES, st.recursive(
+        st.one_of(st.text(max_size=8), st.integers(), st.booleans(), st.none(), st.floats(-1e6, 1e6)),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=4,
+    ), max_size=4),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_every_call_that_the_encoding_writes_is_allowed(arguments: dict[str, Any], order: random.Random) -> None:
+    """Whatever the order of the parameters, and whatever the values are where the schema leaves them open."""
+    grammar = GRAMMARS.calls([tool({"type": "object", "properties": {key: {} for key in sorted(arguments)}})])
+    keys = list(arguments)
+    order.shuffle(keys)
+    assert accepts(grammar, call_ids({key: arguments[key] for key in keys}))
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "string"}, ["", "a</b", "<｜DSML｜", "\n\n", '"', "é😀"], [1, None, ["a"]]),
+        ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "é\n😀"], ["", "a", "abcd"]),
+        ({"type": "string", "pattern": "^a\\d+$"}, ["a1", "a23"], ["a", "ba1", "a1b"]),
+        ({"type": "string", "pattern": "b/c"}, ["b/c", "xb/cx"], ["bc"]),
+        ({"type": "string", "pattern": "a", "maxLength": 2}, ["a", "ba"], ["b", "bba"]),
+        ({"enum": ["x", 'q"\n', 2, None, {"k": [1]}]}, ["x", 'q"\n', 2, None, {"k": [1]}], ["y", 3, "2", True]),
+        ({"type": "string", "enum": ["x", 2]}, ["x"], [2]),
+        ({"const": "only"}, ["only"], ["onl", ""]),
+        ({"type": "integer", "minimum": 3, "exclusiveMaximum": 6}, [3, 5], [2, 6, 3.5, "3"]),
+        ({"type": "integer", "multipleOf": 7}, [14, -7], [15]),
+        ({"type": "number"}, [1, -2.5, 1e30], ["1", None]),
+        ({"type": "boolean"}, [True, False], ["true", None, 1]),
+        ({"type": ["string", "null"]}, ["null", None], [1]),
+        ({"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}, [[1], [1, 2]],
+         [[], [1, 2, 3], ["1"]]),
+        ({"type": "array", "prefixItems": [{"type": "integer"}], "items": False}, [[1]], [["a"], [1, 2]]),
+        (objects({"a": {"type": "integer"}, "b": {}}, 1), [{"a": 1}, {"a": 1, "b": "x"}],
+         [{}, {"b": 1}, {"a": 1, "c": 1}]),
+        ({"type": "object", "additionalProperties": {"type": "integer"}, "maxProperties": 1}, [{}, {"x": 1}],
+         [{"x": "1"}, {"x": 1, "y": 2}]),
+        ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}, "additionalProperties": False},
+         [{"x1": 1}], [{"y": 1}, {"x": "a"}]),
+        ({"anyOf": [{"type": "string", "maxLength": 1}, {"type": "integer"}]}, ["a", 12], ["ab", None]),
+        ({"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "boolean"}}]}, ["a", [True]], [1, [1]]),
+        ({"allOf": [{"type": "integer"}, {"minimum": 3}], "type": "integer"}, [3], [2]),
+        ({"type": "array", "items": {"type": "string", "format": "date"}}, [["2020-02-29"]], [["2020-02-30"], ["x"]]),
+        ({"type": "array", "items": {"type": "string", "pattern": "^a$", "minLength": 1}}, [["a"]], [["b"]]),
+        ({"type": "integer", "description": "d", "title": "t", "default": 1, "examples": ["x"]}, [1], ["x"]),
+        (True, ["a", 1, None, {"a": []}], []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_keywords_that_are_enforced(schema: Any, good: list[Any], bad: list[Any]) -> None:
+    grammar = GRAMMARS.calls([with_value(schema)])
+    for value in good:
+        assert accepts(grammar, call_ids({"v": value})), value
+    for value in bad:
+        assert not accepts(grammar, call_ids({"v": value})), value
+
+
+def test_references_are_followed() -> None:
+    tree = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+            "required": ["kids"], "additionalProperties": False}  # fmt: skip
+    parameters = {"type": "object", "properties": {"t": {"$ref": "#/$defs/tree"}, "c": {"$ref": "#/$defs/colour"}},
+                  "$defs": {"tree": tree, "colour": {"enum": ["red", "blue"]}}}  # fmt: skip
+    grammar = GRAMMARS.calls([tool(parameters)])
+    assert accepts(grammar, call_ids({"c": "blue", "t": {"kids": [{"kids": []}]}}))
+    assert not accepts(grammar, call_ids({"c": "green"}))
+    assert not accepts(grammar, call_ids({"t": {"kids": [1]}}))
+
+
+def test_names_are_real_and_parameters_come_once() -> None:
+    parameters = {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["b", "c"]}
+    grammar = GRAMMARS.calls([tool(parameters), tool({"type": "object", "properties": {}}, "g")])
+    assert accepts(grammar, call_ids({"c": 1, "b": 2}))
+    assert accepts(grammar, call_ids({"b": 1, "a": 3, "c": 2}))
+    assert accepts(grammar, call_ids({}, "g"))
+    assert not accepts(grammar, call_ids({"c": 1}))
+    assert not accepts(grammar, call_ids({"c": 1, "b": 2, "d": 3}))
+    assert not accepts(grammar, call_ids({}))
+    assert not accepts(grammar, call_ids({"a": 1}, "g"))
+    assert not accepts(grammar, call_ids({}, "h"))
+    twice = TOKENIZER.decode(call_ids({"c": 1, "b": 2})).replace('name="b"', 'name="c"')
+    assert not accepts(grammar, TOKENIZER.encode(twice))
+
+
+@pytest.mark.parametrize(
+    ("schema", "named", "allowed"),
+    [
+        ({"type": "integer", "not": {"const": 3}}, "not", [3, 4]),
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems", [[1, 1], [1, 2]]),
+        ({"type": "string", "format": "date"}, "format", ["x", "2020-01-01"]),
+        ({"type": "string", "pattern": r"(?=a)\w"}, "pattern", ["a", "b"]),
+        ({"type": "array", "items": {"type": "string", "pattern": r"\D"}}, "pattern", [["a"], ["1"]]),
+        ({"if": {"type": "integer"}, "then": {"minimum": 3}}, "if, then", [1, "a", 5]),
+        ({"type": "string", "allOf": [{"minLength": 2}]}, "allOf", ["a", "ab"]),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf", [1, 1.5]),
+        ({"oneOf": [{"type": "string", "minLength": 1}, {"type": "string"}]}, "oneOf", ["", "a"]),
+        ({"type": "object", "minProperties": 2}, "minProperties", [{}, {"a": 1, "b": 2}]),
+        ({"type": "object", "patternProperties": {r"\D": {"type": "integer"}}, "additionalProperties": False},
+         "patternProperties", [{"a": "x"}, {"1": 1}]),
+        ({"type": "integer", "madeUp": 3}, "madeUp", [1]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_keyword_that_is_not_enforced_is_named_and_forbids_nothing(
+    schema: Any, named: str, allowed: list[Any]
+) -> None:
+    with pytest.warns(GrammarWarning, match=f"does not enforce {named} of f.v: such values are checked after parsing"):
+        grammar = GRAMMARS.calls([with_value(schema)])
+    for value in allowed:
+        assert accepts(grammar, call_ids({"v": value})), value
+
+
+def test_keywords_of_all_parameters_together_are_named_too() -> None:
+    parameters = {"type": "object", "properties": {"a": {}}, "additionalProperties": True, "minProperties": 1}
+    with pytest.warns(GrammarWarning, match="does not enforce additionalProperties, minProperties of f:"):
+        GRAMMARS.calls([tool(parameters)])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^a|b$", r"\bx", r"(?!a)", r"[^\d]", "a++", "a+?", "[a&&b]", r"\p{L}", "a$b", "{,3}"]
+)
+def test_a_pattern_that_is_read_in_different_ways_is_not_enforced(pattern: str) -> None:
+    assert whole_text(pattern) is None
+
+
+def test_tools_that_cannot_be_called_are_refused() -> None:
+    for parameters, problem in [
+        ({"type": "object", "properties": {'a"': {}}}, "no call can carry the name"),
+        ({"type": "object", "properties": {f"p{n}": {} for n in range(65)}}, "has 65 parameters, 64 are possible"),
+        ({"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}, "no value fits the schema of a"),
+        (with_value({"type": "string", "minLength": 3, "pattern": "^a$"})["function"]["parameters"], "no value fits"),
+        (with_value({"type": "integer", "minimum": 3, "maximum": 2})["function"]["parameters"], "no value fits"),
+    ]:
+        with pytest.raises(GrammarError, match=problem):
+            GRAMMARS.calls([tool(parameters)])
+    with pytest.raises(GrammarError, match="no tools are given"):
+        GRAMMARS.calls([], required=True)
+    assert accepts(GRAMMARS.calls([tool({"type": "object", "properties": {"a": {"enum": []}}})]), call_ids({}))
+
+
+def test_thoughts_and_text_are_free() -> None:
+    grammar = GRAMMARS.calls([tool({"type": "object", "properties": {}})])
+    matcher, ids = grammar.matcher(), list(THINKING_TURN)
+    but_a_marker = torch.arange(TOKENIZER.vocab_size) != MARKER
+
+    def allowed(*more: int) -> list[bool] | None:
+        ids.extend(more)
+        matcher.follow(ids)
+        mask_V = matcher.mask()
+        assert matcher.forced() is None
+        return None if mask_V is None else mask_V.tolist()
+
+    assert allowed() == but_a_marker.tolist()
+    assert allowed(*TOKENIZER.encode_text("x\n\n<")) == but_a_marker.tolist()
+    assert allowed(TOKENIZER.control_id(THINK_END)) == but_a_marker.tolist()
+    assert allowed(*TOKENIZER.encode_text("Text, and <｜DSML｜tool_calls>")) == but_a_marker.tolist()
+    assert allowed(*TOKENIZER.encode_text("\n\n<")) is None
+    assert allowed(*TOKENIZER.encode_text("b>")) == but_a_marker.tolist()
+    assert allowed(*TOKENIZER.encode_text("\n\n<")) is None
+    ids.append(MARKER)
+    matcher.follow(ids)
+    assert matcher.forced() is not None
+    no_tools = GRAMMARS.calls([]).matcher()
+    no_tools.follow([*TURN, *TOKENIZER.encode_text("\n\n<")])
+    mask_V = no_tools.mask()
+    assert mask_V is not None and mask_V.tolist() == but_a_marker.tolist()
+
+
+def test_a_required_call_and_an_answer_begin_after_the_thought() -> None:
+    for grammar in (GRAMMARS.calls([with_value({"type": "integer"})], required=True), GRAMMARS.answer()):
+        matcher = grammar.matcher()
+        matcher.follow(THINKING_TURN)
+        mask_V = matcher.mask()
+        assert mask_V is not None
+        assert (~mask_V).nonzero().flatten().tolist() == sorted([EOS, MARKER])
+        matcher.follow([*THINKING_TURN, TOKENIZER.control_id(THINK_END)])
+        mask_V = matcher.mask()
+        assert mask_V is not None and int(mask_V.sum()) < 10
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_answer_is_json(seed: int) -> None:
+    schema = objects(
+        {"name": {"type": "string", "maxLength": 5}, "sizes": {"type": "array", "items": {"type": "number"}}}, 2
+    )
+    for wanted in (schema, {"type": "object"}, {"type": "string", "enum": ["a", "b"]}, {"type": "integer"}):
+        text = TOKENIZER.decode(walk(GRAMMARS.answer(wanted), seed))
+        answer = parse(text, effort="none", strict=True)["content"]
+        jsonschema.Draft202012Validator(wanted).validate(json.loads(answer))
+    with pytest.raises(GrammarError, match="no answer fits the schema"):
+        GRAMMARS.answer({"enum": []})
+    with pytest.warns(GrammarWarning, match="uniqueItems of the answer"):
+        GRAMMARS.answer({"type": "array", "uniqueItems": True})
+
+
+def test_ids_that_do_not_fit_are_refused() -> None:
+    grammar = GRAMMARS.calls([tool({"type": "object", "properties": {}})], required=True)
+    with pytest.raises(GrammarError, match="none has begun in this session"):
+        grammar.matcher().follow([TOKENIZER.bos_id, 40])
+    with pytest.raises(GrammarError, match="stands where the grammar forbids it"):
+        grammar.matcher().follow([*TURN, *TOKENIZER.encode_text("Hello")])
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(GrammarMissingError, match=r'pip install "agentkit-harness\[grammar\]"'):
+        Grammars(TOKENIZER, TOKENIZER.vocab_size)
+
+
+# With a model.
+
+TOOLS = [
+    tool(
+        objects({"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "minimum": 1}}, 1), "weather"
+    ),
+    tool(
+        objects({"unit": {"enum": ["C", "F"]}, "at": {"type": "array", "items": {"type": "number"}, "maxItems": 2}}, 2),
+        "set",
+    ),
+]
+CLOSING = {MARKER: 20.0} | {
+    token_id: 4.0
+    for token_id in range(TOKENIZER.vocab_size)
+    if TOKENIZER.token_bytes(token_id)[:1] in (b"<", b'"', b"]", b"}")
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    spec = ModelSpec.from_config(small_config(0, 4, vocab_size=TOKENIZER.vocab_size, index_topk=8))
+    decoder = randomize_(Decoder(spec), torch.Generator().manual_seed(1))
+    engine = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
+    engine.__dict__["tokenizer"] = TOKENIZER
+    yield engine
+    torch.set_num_threads(threads)
+
+
+def params(engine: Engine, seed: int) -> SamplingParams:
+    grammar = engine.grammars.calls(TOOLS, required=True)
+    return SamplingParams(seed=seed, grammar=grammar, logit_bias=CLOSING, max_tokens=400, stop_ids=frozenset([EOS]))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> None:
+    """The same calls alone, with guesses, on the model thread, and one token at a time; forced ids cost no forward."""
+    runs = []
+    for speculate in (False, True):
+        engine.batcher.cache.clear()
+        engine.batcher.speculate = speculate
+        before = engine.batcher.steps
+        with engine.session() as session:
+            session.append(TURN)
+            runs.append(list(session.generate(params(engine, seed))))
+            fed = session.usage.hit_tokens + session.usage.miss_tokens
+    ids = [token.id for token in runs[0]]
+    sampled = [token for token in runs[0] if not token.forced]
+    assert runs[1] == runs[0]
+    check(ids, TOOLS)
+    assert engine.batcher.steps - before <= len(sampled) < len(ids)
+    logprobs = engine.logits([*TURN, *ids]).log_softmax(-1)
+    for place, token in enumerate(runs[0], start=len(TURN)):
+        raw = logprobs[place - 1, token.id].item()
+        assert math.isnan(token.logprob) if token.forced else token.logprob == raw
+    assert len(TURN) < fed <= len(TURN) + len(ids) - len(sampled)
+    async with AsyncEngine(engine) as running:
+        async with running.session() as session:
+            await session.append(TURN)
+            assert [token async for token in session.generate(params(engine, seed))] == runs[0]
+        async with running.session() as session:
+            await session.append(TURN)
+            one = replace(params(engine, seed), max_tokens=1)
+            while session.token_ids[-1] != EOS:
+                async for _ in session.generate(one):
+                    pass
+            assert list(session.token_ids) == [*TURN, *ids]
+
+
+def test_thoughts_come_first(engine: Engine) -> None:
+    end = TOKENIZER.control_id(THINK_END)
+    bias = CLOSING | {end: 12.0}
+    with engine.session() as session:
+        session.append(THINKING_TURN)
+        ids = [token.id for token in session.generate(replace(params(engine, 3), logit_bias=bias))]
+    assert end in ids[:-1]
+    check(ids[ids.index(end) + 1 :], TOOLS)
+
+
+def test_ids_between_two_tokens_are_checked(engine: Engine) -> None:
+    with engine.session() as session:
+        session.append(TURN)
+        tokens = session.generate(params(engine, 0))
+        next(tokens)
+        session.append(TOKENIZER.encode_text("Hello"))
+        with pytest.raises(GrammarError, match="forbids it"):
+            next(tokens)
+
+
+def test_a_bias_against_all_that_is_allowed_is_an_error(engine: Engine) -> None:
+    with engine.session() as session:
+        session.append(TURN)
+        forbidding = dict.fromkeys(range(TOKENIZER.vocab_size), -math.inf)
+        with pytest.raises(ValueError, match="logit_bias forbids every id that the grammar allows"):
+            list(session.generate(replace(params(engine, 0), logit_bias=forbidding)))
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_the_packaged_model_says_the_same_where_it_kept_to_the_form(think: bool) -> None:
+    engine = Engine.load("tiny")
+    find = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [tool(find, "get_weather")]
+    asked = [{"role": "user", "content": "What is the weather in Paris?"}]
+    prompt = encode_ids(asked, tokenizer=engine.tokenizer, tools=tools, effort="high", think=think)
+    said = []
+    greedy = SamplingParams(temperature=0, max_tokens=80, stop_ids=frozenset([engine.tokenizer.eos_id]))
+    for grammar in (None, engine.grammars.calls(tools)):
+        with engine.session() as session:
+            session.append(prompt)
+            said.append([token.id for token in session.generate(replace(greedy, grammar=grammar))])
+    assert said[1] == said[0]
+    assert engine.tokenizer.control_id(DSML) in said[0]
