@@ -1,7 +1,7 @@
-"""The model card's tables, in Markdown: `python -m agentkit_evals.card MEASURED.json [TRAINING.jsonl]`.
+"""The model card's tables, in Markdown: `python -m agentkit_evals.card MEASURED.json [TRAINING.jsonl ...]`.
 
-The first file is what `python -m agentkit_evals.measure` wrote, the second what training logged. Nothing is computed
-here, so a number in the card is a number in a file.
+The first file is what `python -m agentkit_evals.measure` wrote, the others what training logged, one run after the
+other. Nothing is computed here, so a number in the card is a number in a file.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import typer
 
 def main(
     measured: Annotated[Path, typer.Argument(help="What `python -m agentkit_evals.measure` wrote.")],
-    training: Annotated[Path | None, typer.Argument(help="training.jsonl of the run that made the model.")] = None,
+    training: Annotated[
+        list[Path] | None, typer.Argument(help="training.jsonl of each run that made the model, the first one first.")
+    ] = None,
 ) -> None:
     """Print the tables."""
     sections = [*measured_tables(json.loads(measured.read_text(encoding="utf-8")))]
-    if training is not None:
-        entries = [json.loads(line) for line in training.read_text(encoding="utf-8").splitlines()]
-        sections.append(training_table(entries))
+    if training:
+        sections.append(training_table([read_log(path) for path in training]))
     print("\n\n".join(sections))
 
 
@@ -57,26 +58,39 @@ def measured_tables(measured: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def training_table(entries: Sequence[dict[str, Any]]) -> str:
-    """What one training run was, from its log: the first process's share of tokens, times the processes."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a training.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def training_table(logs: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """What each training run was, from its log."""
+    names = ("rows", "steps", "tokens", "time", "loss at the last step")
+    right = ("held-out tokens right, teacher forced", "held-out trajectories right to the last token")
+    columns = [_run(entries) for entries in logs]
+    return table(
+        ["", *(f"run {number}" for number in range(1, len(logs) + 1))],
+        [[name, *cells] for name, *cells in zip((*names, *right), *columns, strict=True)],
+    )
+
+
+def _run(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """One column: the first process's share of tokens, times the processes."""
     first, last = entries[0], [entry for entry in entries if "loss" in entry][-1]
     final = [entry for entry in entries if "token_accuracy" in entry][-1]
     workers = first["workers"]
     tokens, written = workers * last["tokens"], workers * last["written"]
     planned, done = first["config"]["steps"], last["step"] + 1
     steps = f"{planned:,}" if done == planned else f"{done:,} of {planned:,}"
-    return table(
-        ["this run", ""],
-        [
-            ["rows", f"{first['rows']:,}"],
-            ["steps", f"{steps}, {workers} processes of one thread"],
-            ["tokens", f"{tokens / 1e6:.1f} M, {written / 1e6:.1f} M of them the assistant's"],
-            ["time", f"{last['s'] / 60:.0f} minutes"],
-            ["loss at the last step", f"{last['loss']:.3f}"],
-            ["held-out tokens right, teacher forced", f"{100 * final['token_accuracy']:.1f} %"],
-            ["held-out trajectories right to the last token", f"{100 * final['row_accuracy']:.1f} %"],
-        ],
-    )
+    return [
+        f"{first['rows']:,}",
+        f"{steps}, {workers} processes of one thread",
+        f"{tokens / 1e6:.1f} M, {written / 1e6:.1f} M of them the assistant's",
+        f"{last['s'] / 60:.0f} minutes",
+        f"{last['loss']:.3f}",
+        f"{100 * final['token_accuracy']:.1f} %",
+        f"{100 * final['row_accuracy']:.1f} %",
+    ]
 
 
 def table(header: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:

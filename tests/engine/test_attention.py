@@ -47,6 +47,7 @@ def test_invisible_entries_are_never_selected() -> None:
     assert select_top_k(scores, 3, visible).tolist() == [[True, True, False, False]]
     assert select_top_k(scores, 8, visible).tolist() == visible.tolist()
     assert not select_top_k(scores, 2, torch.zeros(1, 4, dtype=torch.bool)).any()
+    assert not select_top_k(scores, 0, visible).any() and not select_top_k(scores, 0).any()
 
 
 @settings(deadline=None)

@@ -176,7 +176,7 @@ def test_penalties_count_what_came_before() -> None:
 
     def odds(**penalties: float) -> list[float]:
         params = SamplingParams(temperature=0, **penalties)  # type: ignore[arg-type]
-        return _change(row, params, lambda: past).tolist()
+        return _change(row, params, lambda: past, None).tolist()
 
     assert odds() == row.tolist()
     assert odds(repetition_penalty=2.0) == [2.0, 1.5, -2.0, 2.5]

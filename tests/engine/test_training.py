@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,21 @@ from torch.multiprocessing.spawn import spawn
 
 from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
 from agentkit_engine.model import Decoder, initialize_
+from agentkit_engine.spec import ModelSpec
 from agentkit_engine.training.data import Rows, batches
 from agentkit_engine.training.optimizer import orthogonalize
 from agentkit_engine.training.tiny import tiny_spec
 from agentkit_engine.training.tokenizer import build_tokenizer
-from agentkit_engine.training.train import TrainingConfig, _stream, accuracy, nudge_router_biases, train
+from agentkit_engine.training.train import (
+    FAR_COPY_WINDOW,
+    TrainingConfig,
+    _stream,
+    accuracy,
+    nudge_router_biases,
+    practice_kinds,
+    renew_hca_,
+    train,
+)
 
 PHRASE = 'invoke name="read_file">\n<'
 TEXTS = ["the file kalo.txt holds mira = 42\n", 'invoke name="read_file">\n<kalo', "def f(x):\n    return x + 1\n"] * 40
@@ -71,7 +82,10 @@ def test_rows_survive_the_disk_and_refuse_a_mask_of_another_length(tmp_path: Pat
     rows = _rows(5)
     rows.save(tmp_path / "rows.safetensors")
     loaded = Rows.load(tmp_path / "rows.safetensors")
-    assert all(torch.equal(getattr(rows, name), getattr(loaded, name)) for name in ("ids", "mask", "offsets", "copied"))
+    assert all(
+        torch.equal(getattr(rows, name), getattr(loaded, name))
+        for name in ("ids", "mask", "offsets", "copied", "spread")
+    )
     with pytest.raises(ValueError, match="row 0 has 2 ids but a mask of 1"):
         Rows.pack([([1, 2], [1])], copied=[])
 
@@ -96,20 +110,83 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -
     assert float(values.max()) < 1.3
 
 
-def test_every_second_batch_for_copying_sees_too_little_to_copy_from_the_window() -> None:
-    config = TrainingConfig(copy_steps=1, mixed_steps=1, batches=2, batch_tokens=192)
+def test_practice_comes_first_then_every_second_pair_of_batches_and_takes_turns() -> None:
+    config = TrainingConfig(practice_steps=3, mixed_steps=0, batches=1, batch_tokens=192)
     drawn = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 8))
-    assert [batch.window for batch in drawn] == [None, config.copy_window] * 2 + [None, None, None, config.copy_window]
-    assert config.copy_window < drawn[1].ids_BT.size(1) // 2
-    assert [batch.ids_BT.size(1) for batch in drawn] == [96] * 4 + [24] * 2 + [96] * 2
+    assert [batch.window for batch in drawn] == [None, None, FAR_COPY_WINDOW, FAR_COPY_WINDOW, 2, 2, None, None]
+    assert [batch.ids_BT.size(1) for batch in drawn] == [96] * 4 + [164] * 2 + [24] * 2
+    assert drawn[2].ids_BT.size(1) // 2 > FAR_COPY_WINDOW
+    config = replace(config, batches=2, mixed_steps=1)
+    mixed = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 12, 16))
+    assert [batch.ids_BT.size(1) for batch in mixed] == [24, 24, 96, 96]
 
 
-def _small_model() -> Decoder:
-    spec = replace(
+def test_what_majority_practice_asks_for_was_drawn_before_and_is_out_of_sight() -> None:
+    config = TrainingConfig(practice=("majority",), practice_steps=1, batch_tokens=512)
+    batch = next(_stream(_rows(8), config, pad_id=2, world=1))
+    assert batch.spread and batch.window == 2
+    for ids, mask in zip(batch.ids_BT.tolist(), batch.mask_BT.tolist(), strict=True):
+        asked = [at for at, mine in enumerate(mask) if mine]
+        assert asked == list(range(129, 164, 6))
+        assert all(ids[at] in ids[:128] and ids[at - 1] == 3 for at in asked)  # 3 is the first id of `copied`: it asks
+        assert len(set(ids[:128])) <= 8 and 3 not in ids[:128]
+
+
+@pytest.mark.parametrize("text", ["copy,majorities", "", "copy, far-copy"])
+def test_an_unknown_practice_is_refused(text: str) -> None:
+    assert practice_kinds("majority,copy") == ("majority", "copy")
+    with pytest.raises(ValueError, match=r"no practice is called .*; expected some of copy, far-copy, majority"):
+        practice_kinds(text)
+
+
+def test_rows_of_spread_facts_have_batches_of_their_own_and_see_no_picks_until_told() -> None:
+    rows = Rows.pack([([3] * 8, [1] * 8)] * 6, copied=[], spread=[False, True] * 3)
+    drawn = list(batches(rows, tokens=32, pad_id=2, seed=0))
+    assert sorted((batch.spread, batch.ids_BT.size(0)) for batch in drawn) == [(False, 3), (True, 3)]
+    with pytest.raises(ValueError, match="spread has 1 values for 2 rows"):
+        Rows.pack([([3], [1])] * 2, copied=[], spread=[True])
+
+    seen: list[int] = []
+
+    class Watched(Decoder):
+        def forward(self, *args: Any, **options: Any) -> torch.Tensor:
+            seen.append(self.blocks[1].attn.top_k)
+            logits: torch.Tensor = super().forward(*args, **options)
+            return logits
+
+    spread = Rows.pack([(list(range(3, 27)), [1] * 24)] * 4, copied=range(3, 40), spread=[True] * 4)
+    config = TrainingConfig(
+        steps=4, practice_steps=0, mixed_steps=0, spread_steps=2, batches=1, batch_tokens=48, topk_steps=0
+    )
+    records: list[dict[str, float]] = []
+    train(initialize_(Watched(_small_spec()), torch.Generator()), spread, config, pad_id=2, log=records.append)
+    assert seen == [0, 0, 2, 2]
+    assert "spread" in records[0] and "loss" not in records[0] and "index" not in records[0]
+
+
+def test_renewed_hca_starts_anew_and_the_rest_goes_on() -> None:
+    old, model = _small_model(), _small_model()
+    renew_hca_(model, torch.Generator().manual_seed(1))
+    changed = {
+        name
+        for (name, before), after in zip(old.named_parameters(), model.parameters(), strict=True)
+        if not torch.equal(before, after)
+    }
+    compressor = {f"layers.2.attn.compressor.{name}.weight" for name in ("wkv", "wgate")}
+    assert changed == compressor | {"layers.2.attn.wq_b.weight"}  # the sink and the rest of the compressor were new
+    kept = slice(0, -model.spec.head_dim)
+    assert torch.equal(old.blocks[2].attn.wq_b.weight[kept], model.blocks[2].attn.wq_b.weight[kept])
+
+
+def _small_spec() -> ModelSpec:
+    return replace(
         tiny_spec(64), hidden_size=32, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, index_topk=2,
         index_n_heads=4, index_head_dim=16, moe_intermediate_size=16, n_routed_experts=4, hc_sinkhorn_iters=3,
     )  # fmt: skip
-    return initialize_(Decoder(spec), torch.Generator().manual_seed(0))
+
+
+def _small_model() -> Decoder:
+    return initialize_(Decoder(_small_spec()), torch.Generator().manual_seed(0))
 
 
 def test_training_learns_to_copy_and_gives_the_same_weights_twice() -> None:
@@ -119,7 +196,7 @@ def test_training_learns_to_copy_and_gives_the_same_weights_twice() -> None:
     for _ in range(2):
         model = _small_model()
         config = TrainingConfig(
-            steps=30, copy_steps=10, mixed_steps=5, batches=1, batch_tokens=512, topk_steps=10, warmup_steps=5
+            steps=30, practice_steps=10, mixed_steps=5, batches=1, batch_tokens=512, topk_steps=10, warmup_steps=5
         )
         train(model, rows, config, pad_id=2, log=records.append)
         states.append(model.state_dict())
@@ -138,7 +215,9 @@ def _train_share(rank: int, world: int, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     model = _small_model()
-    config = TrainingConfig(steps=3, copy_steps=1, mixed_steps=0, batches=2 // world, batch_tokens=256, warmup_steps=1)
+    config = TrainingConfig(
+        steps=3, practice_steps=1, mixed_steps=0, batches=2 // world, batch_tokens=256, warmup_steps=1
+    )
     train(model, _rows(32), config, pad_id=2, log=lambda _: None)
     if rank == 0:
         torch.save(model.state_dict(), f"{folder}/{world}.pt")

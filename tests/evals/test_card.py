@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agentkit_engine.engine import PACKAGED_MODELS
-from agentkit_evals.card import measured_tables, training_table
+from agentkit_evals.card import measured_tables, read_log, training_table
 from agentkit_evals.synth import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -37,20 +37,21 @@ def test_training_counts_every_process() -> None:
         {"step": 6, "loss": 0.1234, "tokens": 1_000_000, "written": 250_000, "s": 120.0},
         {"step": 7, "token_accuracy": 0.98, "row_accuracy": 0.5},
     ]
-    text = training_table(entries)
+    text = training_table([entries])
     assert "| steps | 7, 2 processes" in text
     entries[0]["config"] = {"steps": 9}
-    assert "| steps | 7 of 9, 2 processes" in training_table(entries)
+    assert "| steps | 7 of 9, 2 processes" in training_table([entries])
     assert "| tokens | 2.0 M, 0.5 M of them the assistant's |" in text
     assert "| time | 2 minutes |" in text
     assert "| held-out trajectories right to the last token | 50.0 % |" in text
+    assert "| steps | 7 of 9, 2 processes of one thread | 7 of 9, 2" in training_table([entries, entries])
 
 
 def test_the_card_of_the_packaged_model_shows_what_was_measured() -> None:
     measured = json.loads((ROOT / "evals/results/measure-tiny.json").read_text())
-    log = (ROOT / "engine/results/tiny-training.jsonl").read_text()
+    logs = [read_log(ROOT / f"engine/results/tiny-training-{number}.jsonl") for number in (1, 2)]
     card = (PACKAGED_MODELS["tiny"] / "MODEL_CARD.md").read_text()
-    for text in (*measured_tables(measured), training_table([json.loads(line) for line in log.splitlines()])):
+    for text in (*measured_tables(measured), training_table(logs)):
         assert text in card
     assert set(measured["results"]["families"]) == set(FAMILIES)
     assert all(score["n"] >= 50 for score in measured["results"]["families"].values())

@@ -27,8 +27,11 @@ def index_scores(q_BTJC: Tensor, keys_BWC: Tensor, weights_BTJ: Tensor) -> Tenso
 def select_top_k(scores: Tensor, k: int, visible: Tensor | None = None) -> Tensor:
     """True for the `k` highest of the last dimension among the visible ones (all of them when fewer are visible).
 
-    Equal scores go to the lowest index, whatever the device and the shape: `torch.topk` alone leaves that open.
+    Equal scores go to the lowest index, whatever the device and the shape: `torch.topk` alone leaves that open. With
+    a `k` of 0 nothing is selected.
     """
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     if k >= scores.shape[-1]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from torch.multiprocessing.spawn import spawn
 
-from agentkit_engine.training.train import TrainingConfig
+from agentkit_engine.training.train import TrainingConfig, practice_kinds
 from agentkit_engine.training.worker import work
 
 DEFAULT = TrainingConfig()
@@ -20,8 +20,13 @@ def main(
     start: Annotated[Path | None, typer.Option(help="A model folder to go on from, instead of random weights.")] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = DEFAULT.steps,
     learning_rate: Annotated[float, typer.Option(help="Peak.")] = DEFAULT.learning_rate,
-    copy_steps: Annotated[int, typer.Option(help="First steps, on copying alone.")] = DEFAULT.copy_steps,
-    mixed_steps: Annotated[int, typer.Option(help="Steps after these, half on copying.")] = DEFAULT.mixed_steps,
+    practice: Annotated[str, typer.Option(help="What to practise, by turns.")] = ",".join(DEFAULT.practice),
+    practice_steps: Annotated[int, typer.Option(help="First steps, of practice alone.")] = DEFAULT.practice_steps,
+    mixed_steps: Annotated[int, typer.Option(help="Steps after these, half of practice.")] = DEFAULT.mixed_steps,
+    spread_steps: Annotated[
+        int, typer.Option(help="Steps in which only HCA may carry facts that are spread over a stretch of text.")
+    ] = DEFAULT.spread_steps,
+    renew_hca: Annotated[bool, typer.Option(help="Go on with new HCA compressors.")] = False,
     topk_steps: Annotated[int, typer.Option(help="The step at which selection binds in full.")] = DEFAULT.topk_steps,
     workers: Annotated[int, typer.Option(help="Processes of one thread each that share every step.")] = 2,
 ) -> None:
@@ -31,8 +36,11 @@ def main(
     config = TrainingConfig(
         steps=steps,
         learning_rate=learning_rate,
-        copy_steps=copy_steps,
+        practice=practice_kinds(practice),
+        practice_steps=practice_steps,
         mixed_steps=mixed_steps,
+        spread_steps=spread_steps,
+        renew_hca=renew_hca,
         topk_steps=topk_steps,
     )
     spawn(work, (workers, rendezvous, data, out, config, start), nprocs=workers)  # type: ignore[no-untyped-call]

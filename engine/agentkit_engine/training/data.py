@@ -23,10 +23,22 @@ class Rows:
     mask: Tensor  # uint8 [N], 1 where the assistant wrote the token
     offsets: Tensor  # int64 [R + 1]
     copied: Tensor  # int32 [C]: the ids that names and values are made of
+    spread: Tensor  # uint8 [R], 1 where the fact that the row is about is spread over a stretch of text
 
     @classmethod
-    def pack(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, copied: Sequence[int]) -> Rows:
-        """Build from `(ids, mask)` pairs. Raises ValueError when a pair's lengths differ."""
+    def pack(
+        cls,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        copied: Sequence[int],
+        spread: Sequence[bool] | None = None,
+    ) -> Rows:
+        """Build from `(ids, mask)` pairs; no row's fact is `spread` by default.
+
+        Raises ValueError when a pair's lengths differ, or `spread` has not one value per row.
+        """
+        if spread is not None and len(spread) != len(rows):
+            raise ValueError(f"spread has {len(spread)} values for {len(rows)} rows")
         for index, (ids, mask) in enumerate(rows):
             if len(ids) != len(mask):
                 raise ValueError(f"row {index} has {len(ids)} ids but a mask of {len(mask)}")
@@ -36,6 +48,7 @@ class Rows:
             mask=torch.tensor([m for _, mask in rows for m in mask], dtype=torch.uint8),
             offsets=lengths.cumsum(0),
             copied=torch.tensor(copied, dtype=torch.int32),
+            spread=torch.tensor([False] * len(rows) if spread is None else spread, dtype=torch.uint8),
         )
 
     @classmethod
@@ -43,7 +56,7 @@ class Rows:
         return cls(**load_file(path))
 
     def save(self, path: Path) -> None:
-        save_file({"ids": self.ids, "mask": self.mask, "offsets": self.offsets, "copied": self.copied}, path)
+        save_file({name: getattr(self, name) for name in self.__slots__}, path)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -58,19 +71,23 @@ class Batch:
     mask_BT: Tensor  # float32: 1 written by the assistant, 0 given or padding
     real_BT: Tensor  # bool: not padding
     window: int | None = None  # the sliding window to train it with, if not the model's
+    spread: bool = False  # whether its facts are spread over stretches of text
 
 
 def batches(rows: Rows, *, tokens: int, pad_id: int, seed: int) -> Iterator[Batch]:
     """One epoch of batches of at most `tokens` padded tokens, rows of like length together, order shuffled by `seed`.
 
+    Rows whose facts are spread are in batches of their own.
     Right padding is safe: every layer is causal, and compressed entries that a pad token enters are never visible
     to a real one.
     """
     rng = random.Random(seed)
-    order = sorted(range(len(rows)), key=lambda row: (rows.length(row), rng.random()))
+    order = sorted(range(len(rows)), key=lambda row: (int(rows.spread[row]), rows.length(row), rng.random()))
     groups: list[list[int]] = [[]]
     for row in order:
-        if groups[-1] and (len(groups[-1]) + 1) * rows.length(row) > tokens:
+        group = groups[-1]
+        full = (len(group) + 1) * rows.length(row) > tokens
+        if group and (full or rows.spread[row] != rows.spread[group[0]]):
             groups.append([])
         groups[-1].append(row)
     rng.shuffle(groups)
@@ -88,4 +105,4 @@ def collate(rows: Rows, group: Sequence[int], *, pad_id: int) -> Batch:
         ids[index, : stop - start] = rows.ids[start:stop].long()
         mask[index, : stop - start] = rows.mask[start:stop].float()
         real[index, : stop - start] = True
-    return Batch(ids, mask, real)
+    return Batch(ids, mask, real, spread=bool(rows.spread[group[0]]))

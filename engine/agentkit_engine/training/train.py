@@ -15,15 +15,35 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agentkit_engine.model import Decoder, Trace, indexer_kl
+from agentkit_engine.model import Decoder, Trace, indexer_kl, initialize_
 from agentkit_engine.training.data import Batch, Rows, batches
 from agentkit_engine.training.optimizer import Muon
+
+Practice = Literal["copy", "far-copy", "majority"]
+"""Short made-up rows that bring about what trajectories alone would not for a long time, or never.
+
+copy: Random names said twice. Heads that copy form within sixty such steps.
+far-copy: The same with a sliding window so short that the first saying lies outside, and only heads that read CSA's
+    entries can copy. Within the full window there is no need for them, and a fact from far back was never found.
+majority: Which names were frequent, with next to no window and nothing picked in CSA: only HCA's entries can tell.
+"""
+FAR_COPY_WINDOW = 12
+
+
+def practice_kinds(text: str) -> tuple[Practice, ...]:
+    """The kinds that `text` names, separated by commas. Raises ValueError for another name."""
+    kinds = get_args(Practice)
+    for name in (names := text.split(",")):
+        if name not in kinds:
+            raise ValueError(f"no practice is called {name!r}; expected some of {', '.join(kinds)}, without spaces")
+    return tuple(kinds[kinds.index(name)] for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +52,12 @@ class TrainingConfig:
 
     Attributes:
         steps: Optimiser steps, copying included.
-        copy_steps: First steps, on random names said twice: heads that copy form within sixty such steps (those that
-            read compressed entries within two hundred), and much later, if at all, when trajectories alone have to
-            bring them about.
-        copy_window: The sliding window of every second batch for copying: so short that the first saying lies outside,
-            and only heads that read compressed entries can copy. Within the full window there is no need for them, and
-            without this they did not form at all: a fact from far back was never found.
-        mixed_steps: Steps after these in which two batches of four are still for copying.
+        practice: What practice batches are about, by turns (see `Practice`).
+        practice_steps: First steps, of practice alone.
+        mixed_steps: Steps after these in which two batches of four are still practice.
+        spread_steps: The steps in which CSA picks nothing in rows whose fact is spread over a stretch of text: HCA
+            learns to carry such facts, which CSA would learn sooner, and HCA then never.
+        renew_hca: Whether a model that training goes on from gets new HCA compressors first, see `renew_hca_`.
         batches: Batches of a step, per process. A batch holds rows of one length, and so of few families: a step
             needs several, or the model forgets one family while it learns another.
         batch_tokens: Padded tokens of a batch at most.
@@ -52,9 +71,11 @@ class TrainingConfig:
     """
 
     steps: int = 3000
-    copy_steps: int = 150
-    copy_window: int = 12
+    practice: tuple[Practice, ...] = ("copy", "far-copy", "majority")
+    practice_steps: int = 150
     mixed_steps: int = 500
+    spread_steps: int = 2000
+    renew_hca: bool = False
     batches: int = 3
     batch_tokens: int = 896
     learning_rate: float = 4e-3
@@ -89,15 +110,16 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * fraction * group.get("lr_scale", 1.0)
         loads: dict[int, Tensor] = {}
-        means: dict[str, float] = {}
+        named: dict[str, list[float]] = {}
         for batch in itertools.islice(stream, config.batches):
-            _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)))
+            picks = not batch.spread or step >= config.spread_steps
+            _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)) if picks else 0)
             _set_window(model, batch.window or model.spec.sliding_window)
-            trace = Trace(index_scores=step % config.index_every == 0)
+            trace = Trace(index_scores=picks and step % config.index_every == 0)
             losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
             (sum(losses.values(), torch.zeros(())) / config.batches).backward()  # type: ignore[no-untyped-call]
             for name, loss in losses.items():
-                means[name] = means.get(name, 0.0) + float(loss.detach()) / config.batches
+                named.setdefault("spread" if batch.spread and name == "loss" else name, []).append(float(loss.detach()))
             for layer, counts in trace.expert_counts.items():
                 loads[layer] = loads.get(layer, torch.zeros_like(counts)) + counts
             tokens += int(batch.real_BT.sum())
@@ -114,9 +136,26 @@ def train(
         nudge_router_biases(model, loads, config.bias_rate * fraction)
         if step % 10 == 0 or step == config.steps - 1:
             seconds = time.perf_counter() - started
+            means = {name: sum(losses) / len(losses) for name, losses in named.items()}
             log({"step": step, **means, "grad_norm": float(norm), "tokens": tokens, "written": written, "s": seconds})
         _set_window(model, model.spec.sliding_window)
     _set_topk(model, final_topk)
+
+
+@torch.no_grad()
+def renew_hca_(model: Decoder, generator: torch.Generator) -> None:
+    """Give every HCA layer a new compressor and a new last head, in place.
+
+    In a model that never needed them, no query looks at HCA's entries any more (7e-6 of its attention in the tiny
+    model), so nothing would ever teach them.
+    """
+    fresh = initialize_(Decoder(model.spec), generator)
+    for block, new in zip(model.blocks, fresh.blocks, strict=True):
+        if block.attn.layer.attention == "hca":
+            assert block.attn.compressor is not None and new.attn.compressor is not None
+            block.attn.compressor.load_state_dict(new.attn.compressor.state_dict())
+            block.attn.wq_b.weight[-block.attn.head_dim :] = new.attn.wq_b.weight[-block.attn.head_dim :]
+            block.attn.attn_sink[-1] = 0.0
 
 
 def build_optimizers(model: Decoder, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -161,32 +200,64 @@ def _average(model: Decoder, loads: dict[int, Tensor]) -> None:
 
 
 def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iterator[Batch]:
-    """Batches for copying, then every second one of them, then epoch after epoch."""
+    """Practice, then every second batch of it, then epoch after epoch."""
     epochs = itertools.chain.from_iterable(
         batches(rows, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed + epoch)
         for epoch in itertools.count()
     )
     for index in itertools.count():
         step = index // (world * config.batches)
-        copying = step < config.copy_steps or (step < config.copy_steps + config.mixed_steps and index // 2 % 2)
-        yield _copy_batch(rows.copied, config, index) if copying else next(epochs)
+        practice = step < config.practice_steps or (
+            step < config.practice_steps + config.mixed_steps and index // 2 % 2
+        )
+        yield _practice(rows.copied, config, index) if practice else next(epochs)
 
 
-def _copy_batch(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
-    """Rows of 48 random names and digits, each said twice."""
+def _practice(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
+    """The practice batch of this draw."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
+    kind = config.practice[draw // 2 % len(config.practice)]
+    if kind == "majority":
+        return _majority_batch(copied, config, generator)
+    return _copy_batch(copied, config, generator, FAR_COPY_WINDOW if kind == "far-copy" else None)
+
+
+def _copy_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generator, window: int | None) -> Batch:
+    """Rows of 48 random names and digits, each said twice."""
     half = 48
     picks_BT = torch.randint(len(copied), (config.batch_tokens // (2 * half), half), generator=generator)
     ids_BT = copied.long()[picks_BT].repeat(1, 2)
     mask_BT = torch.ones(ids_BT.shape)
     mask_BT[:, :half] = 0.0
-    window = config.copy_window if draw % 2 else None
     return Batch(ids_BT, mask_BT, torch.ones(ids_BT.shape, dtype=torch.bool), window)
+
+
+def _majority_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generator) -> Batch:
+    """Rows of 128 draws from eight names, one of them four times in ten, then six more draws, each when asked for.
+
+    The first id of `copied` asks. With a window of two a query knows the last four tokens at most, through four
+    layers, so the draw six tokens ago is out of sight; all it can see is the entry of the 128 draws.
+    """
+    stretch, answers, every, names = 128, 6, 6, 8
+    length = stretch + answers * every
+    asks, pool = copied[0].long(), copied[1:].long()
+    rows = max(1, config.batch_tokens // length)
+    chosen_BN = torch.rand(rows, len(pool), generator=generator).argsort(-1)[:, :names]
+    shares_N = torch.tensor([0.4] + [0.6 / (names - 1)] * (names - 1))
+    draws_BT = torch.multinomial(shares_N.expand(rows, -1), length, replacement=True, generator=generator)
+    drawn_BT = pool[chosen_BN.gather(1, draws_BT)]
+    ids_BT = pool[torch.randint(len(pool), (rows, length), generator=generator)]
+    mask_BT = torch.zeros(rows, length)
+    ids_BT[:, :stretch] = drawn_BT[:, :stretch]
+    ids_BT[:, stretch::every] = asks
+    ids_BT[:, stretch + 1 :: every] = drawn_BT[:, stretch + 1 :: every]
+    mask_BT[:, stretch + 1 :: every] = 1.0
+    return Batch(ids_BT, mask_BT, torch.ones(ids_BT.shape, dtype=torch.bool), window=2, spread=True)
 
 
 def _learning_rate(step: int, config: TrainingConfig) -> float:
     """Cosine to a hundredth, warmed up at the start and again where the trajectories begin."""
-    begun = step - config.copy_steps if step >= config.copy_steps else step
+    begun = step - config.practice_steps if step >= config.practice_steps else step
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return min(1.0, (begun + 1) / config.warmup_steps) * (0.01 + 0.99 * cosine)
 

@@ -16,7 +16,7 @@ from agentkit_engine.engine import Engine
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tiny import tiny_spec
-from agentkit_engine.training.train import TrainingConfig, accuracy, train
+from agentkit_engine.training.train import TrainingConfig, accuracy, renew_hca_, train
 from agentkit_engine.weights.export import export_checkpoint
 
 CHECKPOINT_STEPS = 500
@@ -38,6 +38,8 @@ def work(
     model = initialize_(Decoder(tiny_spec(tokenizer.vocab_size)), torch.Generator().manual_seed(config.seed))
     if start is not None:
         model.load_state_dict(Engine.load(start).decoder.state_dict())
+        if config.renew_hca:
+            renew_hca_(model, torch.Generator().manual_seed(config.seed))
     record = (out / f"training{rank or ''}.jsonl").open("w")
 
     def log(entry: dict[str, float]) -> None:

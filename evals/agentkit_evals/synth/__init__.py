@@ -14,6 +14,7 @@ from agentkit_evals.synth.families.compute import Compute
 from agentkit_evals.synth.families.config import Config
 from agentkit_evals.synth.families.ledger import Ledger
 from agentkit_evals.synth.families.logs import Logs
+from agentkit_evals.synth.families.poll import Poll
 from agentkit_evals.synth.families.recover import Recover
 from agentkit_evals.synth.families.rename import Rename
 from agentkit_evals.synth.families.user_tool import UserTool
@@ -23,7 +24,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(Combine(), Bugfix(), Config(), Logs(), Recover(), Compute()),
-        *(Rename(), Chat(), UserTool(), Ledger(), Archive()),
+        *(Rename(), Chat(), UserTool(), Ledger(), Archive(), Poll()),
     )
 }
 

@@ -54,7 +54,11 @@ async def _write_rows(path: Path, seeds: range, split: Split, tokenizer: Tokeniz
     rows = [row async for row in generate(near, seeds, split, tokenizer=tokenizer)]
     rows += [row async for row in generate(far, far_seeds, split, tokenizer=tokenizer)]
     copied = sorted({token for piece in (*SYLLABLES, *string.digits) for token in tokenizer.encode_text(piece)})
-    packed = Rows.pack([(row.ids, row.loss_mask) for row in rows], copied=copied)
+    packed = Rows.pack(
+        [(row.ids, row.loss_mask) for row in rows],
+        copied=copied,
+        spread=[FAMILIES[row.family].spread_fact for row in rows],
+    )
     packed.save(path)
     print(
         f"{path}: {len(packed)} rows, {len(packed.ids)} tokens, {int(packed.mask.sum())} written by the assistant, "

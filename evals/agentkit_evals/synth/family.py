@@ -210,6 +210,7 @@ class Family(ABC):
     phrasings: ClassVar[tuple[Phrasing, ...]]
     needs_tool: ClassVar[bool] = True  # without a tool call no task of the family can be solved
     far_fact: ClassVar[bool] = False  # something needed stands more than 512 tokens back
+    spread_fact: ClassVar[bool] = False  # and it is spread over a stretch of text: no single place holds it
 
     @abstractmethod
     def draft(self, draw: Draw, phrasing: Phrasing) -> Draft:

@@ -102,3 +102,15 @@ async def test_a_user_tool_stands_in_its_task_alone() -> None:
         assert set(arguments) == set(config.parameters["properties"])
         specs = {tool.name: tool.spec["function"] for tool in synth.task.build_tools()}
         assert specs[call.name]["parameters"] == config.parameters
+
+
+async def test_poll_answers_with_the_name_of_most_votes_and_no_line_tells_it() -> None:
+    for synth in some("poll"):
+        messages = await watch(synth)
+        assert turns(messages) == [["read_file"], ["submit"]]
+        ((_, content),) = synth.task.environment.files.items()
+        votes = Counter(line for line in content.splitlines() if line.isalpha())
+        assert len(votes) == 3 and votes.total() >= 64
+        ((winner, most),) = votes.most_common(1)
+        assert 0.59 <= most / votes.total() <= 0.75
+        assert json.loads(messages[-2].calls[0].arguments) == {"answer": winner}  # type: ignore[union-attr]
