@@ -103,9 +103,13 @@ class Grammars:
         """The ids that the form forces next, as the chat encoding would write them.
 
         Left out are ids at the end of the forced text that may become one with what follows: where `" st` is forced,
-        and `" string` is an id, that one may still come.
+        and `" string` is an id, that one may still come. Nothing is forced inside a character, whose last bytes are no
+        text to encode: there the mask goes on byte by byte.
         """
-        *closed, rest = _CONTROL.split(form.compute_ff_bytes())
+        forced = form.compute_ff_bytes()
+        if forced and forced[0] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+            return []
+        *closed, rest = _CONTROL.split(forced)
         ids: list[int] = []
         for text, control in zip(closed[::2], closed[1::2], strict=True):
             ids += [*self.tokenizer.encode_text(text.decode()), int(control)]

@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine import AsyncEngine, Engine, GrammarError, GrammarMissingError, ModelSpec, SamplingParams
@@ -144,6 +144,7 @@ SLOWLY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthC
     st.integers(0, 4),
     st.integers(0, 2**32),
 )
+@example([{"_": {"enum": ["0", "\x80"]}}], 0, 2)  # the first byte of a character is drawn, and its second one forced
 def test_whatever_is_drawn_is_a_call_that_fits(fields: list[dict[str, Any]], required: int, seed: int) -> None:
     tools = [tool(objects(each, required), f"tool_{number}") for number, each in enumerate(fields)]
     check(walk(GRAMMARS.calls(tools, required=True), seed), tools)

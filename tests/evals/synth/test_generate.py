@@ -46,8 +46,8 @@ async def test_what_is_needed_stands_more_than_512_tokens_back(family: str, toke
         pieces = [tokenizer.decode([token]) for token in row.ids]
         starts = list(itertools.accumulate((len(piece) for piece in pieces), initial=0))
         text = "".join(pieces)
-        used = text.rindex(fact)
-        told = text.rindex(f"\n{fact}\n" if FAMILIES[family].spread_fact else fact, 0, used)
+        used = text.rindex(f">{fact}") + 1  # a parameter's value begins with it
+        told = text.rindex(f"\n{fact}\n", 0, used) + 1 if FAMILIES[family].spread_fact else text.rindex(fact, 0, used)
         assert starts.index(used) - starts.index(told) > FAR_TOKENS
 
 
