@@ -150,10 +150,14 @@ def test_whatever_is_drawn_is_a_call_that_fits(fields: list[dict[str, Any]], req
     check(walk(GRAMMARS.calls(tools, required=True), seed), tools)
 
 
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_size=8)
+"""llguidance takes U+007F in JSON only where it is escaped, which RFC 8259 does not ask for."""
+
+
 @SLOWLY
 @given(
     st.dictionaries(NAMES, st.recursive(
-        st.one_of(st.text(max_size=8), st.integers(), st.booleans(), st.none(), st.floats(-1e6, 1e6)),
+        st.one_of(TEXTS, st.integers(), st.booleans(), st.none(), st.floats(-1e6, 1e6)),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=4,
     ), max_size=4),
     st.randoms(use_true_random=False),
