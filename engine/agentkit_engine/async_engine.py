@@ -454,8 +454,7 @@ class AsyncSession(SessionIds):
 
     def _drop(self) -> None:
         """On the thread: give up what was computed."""
-        if self._work.sequence is not None:
-            self._engine.engine.batcher.park(self._work)
+        self._engine.engine.batcher.close(self._work)
 
     def _check_idle(self) -> None:
         if self._in_step:

@@ -180,7 +180,7 @@ class Session(SessionIds):
         """Give up the state. The ids stay readable; everything else is an error from here on. Closing twice is fine."""
         if not self._closed:
             self._closed = True
-            self._batcher.park(self._work)
+            self._batcher.close(self._work)
 
     def __enter__(self) -> Self:
         return self

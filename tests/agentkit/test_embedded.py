@@ -9,7 +9,7 @@ import anyio
 import pytest
 import torch
 
-from agentkit import DEFAULT_SYSTEM, Agent, EmbeddedModel, Limits, Sampling, Trajectory
+from agentkit import DEFAULT_SYSTEM, Agent, EmbeddedModel, Limits, Sampling, Trajectory, tool
 from agentkit.model import Effort
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit_engine import AsyncEngine, AsyncSession, Engine
@@ -117,6 +117,31 @@ async def test_runs_of_a_model_that_was_not_entered(engine: Engine, environment:
         task_group.start_soon(run)
         task_group.start_soon(run)
     assert ids == [ids[0]] * 2
+
+
+async def test_a_session_is_parked_while_its_tools_run(environment: Environment) -> None:
+    """A tool that takes all memory away finds none held, and the run goes on as if it had not."""
+
+    async def run(*, away: bool) -> tuple[list[int], list[int]]:
+        held = []
+        async with AsyncEngine(Engine.load("tiny")) as running:
+            batcher = running.engine.batcher
+
+            @tool
+            async def get_weather(city: str) -> str:
+                """Return the weather of a city."""
+                if away:
+                    await running.call(batcher.cache.clear)
+                held.append(batcher.pools.bytes_held)
+                return "sunny, 21 degrees"
+
+            agent = Agent(EmbeddedModel(running), [get_weather], sampling=Sampling(temperature=0))
+            result = await agent.run("What is the weather in Paris?", environment=environment)
+        return result.trajectory.token_ids, held
+
+    (ids, held), (ids_away, held_away) = await run(away=False), await run(away=True)
+    assert ids == ids_away
+    assert len(held) == 1 and held[0] > 0 and held_away == [0]
 
 
 @pytest.mark.parametrize(

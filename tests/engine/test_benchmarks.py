@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from agentkit_engine.benchmarks import goals, peers
+from agentkit_engine.benchmarks import goals, peers, runtime_goals
 from agentkit_engine.benchmarks.__main__ import main
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.record import Bound, Measurement, Record, make_record, merge_records, table
@@ -153,4 +153,4 @@ def test_held_bytes_counts_shared_storage_once_and_spare_capacity() -> None:
 
 
 def test_bytes_per_token_of_tiny_v4() -> None:
-    assert goals.bytes_per_token(peers.tiny_v4()) == 196
+    assert runtime_goals.bytes_per_token(peers.tiny_v4()) == 196

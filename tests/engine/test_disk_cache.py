@@ -118,7 +118,9 @@ def test_what_memory_had_to_give_up_comes_back_from_disk(decoder: Decoder, tmp_p
         before = [(token.id, token.logprob) for token in session.generate(PARAMS)]
         session.park()
         engine.flush()
+        assert not list(tmp_path.rglob("*.segment"))  # while there is memory nothing is written
         engine.batcher.cache.clear()
+        engine.flush()
         after = [(token.id, token.logprob) for token in session.generate(PARAMS)]
     assert engine.batcher.prefilled == 300
     assert (before + after)[4:] == after and disk(engine).stats.loaded == 1

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from agentkit_engine import Engine, ModelSpec, NonFiniteLogitsError, SamplingParams, SavedSessionError
@@ -155,6 +153,57 @@ def test_a_fork_costs_a_slot_and_a_span(batcher: Batcher) -> None:
     assert batcher.pools.bytes_held == 0
 
 
+def test_a_parked_session_takes_its_own_state_back(batcher: Batcher) -> None:
+    work, _ = run(batcher, some_ids(300, 0))
+    batcher.cache.clear()
+    before = batcher.pools.bytes_held
+    batcher.park(work)
+    assert (len(batcher.cache), work.computed, batcher.pools.bytes_held) == (1, 0, before)
+    work.extend(some_ids(3, 1))
+    batcher.advance([work])
+    assert len(batcher.cache) == 0 and batcher.pools.bytes_held == before
+    assert batcher.prefilled == 303 and work.usage.hit_tokens == 0
+
+
+def test_what_was_parked_and_found_by_another_stays_for_both(batcher: Batcher) -> None:
+    ids = some_ids(300, 0)
+    work, _ = run(batcher, ids)
+    fork = batcher.fork(work)
+    batcher.cache.clear()
+    for each in (work, fork):
+        batcher.park(each)
+    finder, _ = run(batcher, [*ids, 7])
+    for each in (work, fork):
+        each.extend([9])
+        batcher.advance([each])
+        assert torch.equal(torch.as_tensor(each.logits_V), batcher.logits([*ids, 9])[-1])
+    assert batcher.prefilled == 300 + 3 and finder.usage.hit_tokens == 300
+
+
+def test_a_parked_session_that_is_cut_and_goes_another_way_is_not_taken_for_what_it_was(batcher: Batcher) -> None:
+    work, _ = run(batcher, some_ids(300, 0))
+    batcher.cache.clear()
+    batcher.park(work)
+    batcher.truncate(work, 290)
+    work.extend(some_ids(40, 1))
+    batcher.advance([work])
+    assert torch.equal(torch.as_tensor(work.logits_V), batcher.logits(work.ids)[-1])
+
+
+def test_parked_sessions_give_way_when_memory_is_short_and_come_back_the_same(decoder: Decoder) -> None:
+    batcher = Batcher(decoder, state_bytes=1)
+    batcher = Batcher(decoder, state_bytes=4 * batcher.pools.bytes_per_span)
+    ids = some_ids(300, 0)
+    work, _ = run(batcher, ids)
+    batcher.park(work)
+    run(batcher, some_ids(800, 1))  # takes all four spans
+    work.extend([9])
+    while work.logits_V is None:
+        batcher.advance([work])
+    assert torch.equal(torch.as_tensor(work.logits_V), Batcher(decoder, state_bytes=64 << 20).logits([*ids, 9])[-1])
+    assert batcher.prefilled == 800 + 300 + 301
+
+
 def test_long_prompts_leave_checkpoints_on_the_way(batcher: Batcher) -> None:
     ids = some_ids(CHECKPOINT_EVERY + 300, 0)
     run(batcher, ids)
@@ -205,59 +254,6 @@ def test_a_failed_session_leaves_nothing_to_be_found(decoder: Decoder) -> None:
         with pytest.raises(NonFiniteLogitsError):
             next(session.generate())
     assert len(engine.batcher.cache) == 0
-
-
-ACTIONS = ("append", "append", "generate", "generate", "fork", "park", "save", "close", "evict", "checkpoint")
-
-
-@settings(max_examples=15, deadline=None)
-@given(data=st.data())
-def test_whatever_sessions_do_they_say_what_a_fresh_one_says(
-    decoder: Decoder, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    """Random interleavings against one that computes everything from the ids alone."""
-    sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-    spans = data.draw(st.sampled_from([6, 1000]), "spans")
-    engine = Engine(
-        decoder, name="small", dialect="v4-preview", folder=Path("none"), state_bytes=spans * sizes.bytes_per_span
-    )
-    folder = tmp_path_factory.mktemp("saved")
-    sessions = [engine.session()]
-    sessions[0].append(some_ids(data.draw(st.sampled_from([3, 250, 260]), "first"), 0))
-    for step in range(data.draw(st.integers(2, 10), "steps")):
-        session = data.draw(st.sampled_from(sessions), "session")
-        match data.draw(st.sampled_from(ACTIONS), "action"):
-            case "append":
-                session.append(some_ids(data.draw(st.sampled_from([1, 2, 17, 130]), "count"), step % 3))
-            case "generate":
-                sampled = list(session.generate(GREEDY))
-                rows = engine.logits(session.token_ids[:-1])[-len(sampled) :]
-                assert [token.id for token in sampled] == rows.argmax(-1).tolist()
-                chances = [row.log_softmax(0)[token.id].item() for row, token in zip(rows, sampled, strict=True)]
-                assert [token.logprob for token in sampled] == chances
-            case "fork" if len(sessions) < 5:
-                sessions += session.fork(data.draw(st.integers(1, 2), "forks"))
-            case "park":
-                session.park()
-            case "save":
-                session.save(folder / "saved")
-                opened = engine.open(folder / "saved")
-                assert opened.token_ids == session.token_ids
-                sessions[sessions.index(session)] = opened
-                session.close()
-            case "close":
-                session.close()
-                sessions.remove(session)
-                sessions.append(engine.session())
-                sessions[-1].append(session.token_ids)
-            case "evict":
-                engine.batcher.cache.evict()
-            case "checkpoint":
-                session.checkpoint()
-    for session in sessions:
-        session.close()
-    engine.batcher.cache.clear()
-    assert engine.batcher.pools.bytes_held == 0
 
 
 def test_nothing_is_computed_twice_while_there_is_memory(engine: Engine) -> None:

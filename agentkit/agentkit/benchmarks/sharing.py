@@ -24,7 +24,7 @@ from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import long_text
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.runtime import Sequence as Computed
-from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
+from agentkit_engine.runtime.prefix_cache import Checkpoint, IdChain, Keep, PrefixCache
 from agentkit_environments import open_environment
 from agentkit_tools import Tool, tool
 
@@ -42,9 +42,9 @@ class Shape:
 class RecencyCache(PrefixCache):
     """Evicts what was unused for longest, whatever it is worth."""
 
-    def add(self, ids: Sequence[int], chain: IdChain, sequence: Computed, keep: Keep) -> None:
+    def add(self, ids: Sequence[int], chain: IdChain, sequence: Computed, keep: Keep) -> Checkpoint:
         """See `PrefixCache.add`."""
-        super().add(ids, chain, sequence, Keep.TURN)
+        return super().add(ids, chain, sequence, Keep.TURN)
 
     def evict(self, at_most: Keep = Keep.TURN) -> bool:
         """See `PrefixCache.evict`."""

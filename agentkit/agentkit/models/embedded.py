@@ -115,6 +115,10 @@ class EngineTokens:
         """Have the engine keep the state here, once it is computed."""
         await self._session.checkpoint()
 
+    async def park(self) -> None:
+        """Let the engine use the memory until more is asked."""
+        await self._session.park()
+
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
         """Sample on with the model's parameters."""
         async with aclosing(self._session.generate(replace(self._params, max_tokens=max_tokens))) as tokens:

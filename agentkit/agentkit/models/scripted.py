@@ -89,6 +89,9 @@ class ScriptedTokens:
     async def checkpoint(self) -> None:
         """Nothing is computed here, so there is nothing to keep."""
 
+    async def park(self) -> None:
+        """Nor is there memory to give up."""
+
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[ScriptedToken, None]:
         """The ids of the policy's turn; after a forced `</think>`, of what follows its thought."""
         await checkpoint()

@@ -77,6 +77,10 @@ class TokenSession(Protocol):
         """Say that other sessions are likely to begin with the ids so far."""
         ...
 
+    async def park(self) -> None:
+        """Say that nothing is asked for a while, so that others may have the memory."""
+        ...
+
     def generate(self, *, max_tokens: int | None) -> AsyncGenerator[Sampled, None]:
         """Go on, each id in `token_ids` when it is yielded; ends with the stop id or after `max_tokens` sampled ids."""
         ...
@@ -185,6 +189,7 @@ class TokenizedSession:
                     cache_hit_tokens=hits,
                     cache_miss_tokens=misses,
                 )
+        await self._tokens.park()  # what was called runs now
         for event in _model_events(last):
             yield event
         reason: StopReason = "context" if length == room and sampled != limits.max_tokens else "max_tokens"

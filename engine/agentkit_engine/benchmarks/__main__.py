@@ -9,7 +9,7 @@ import typer
 
 import agentkit_engine
 from agentkit_engine.benchmarks.command import chosen_goals, measure
-from agentkit_engine.benchmarks.goals import ELSEWHERE, FULL, GOALS, QUICK
+from agentkit_engine.benchmarks.goals import ELSEWHERE, FULL, GOALS, NIGHTLY, QUICK
 
 RESULTS = Path("engine/results/cpu.json")
 
@@ -28,7 +28,7 @@ def main(
     measure(
         "agentkit_engine",
         GOALS,
-        chosen_goals(only, GOALS, ELSEWHERE),
+        chosen_goals(only, GOALS, ELSEWHERE, NIGHTLY),
         QUICK if quick else FULL,
         quick=quick,
         out=out or (None if quick else RESULTS),

@@ -29,13 +29,16 @@ from agentkit_engine.errors import EngineError
 S = TypeVar("S")
 
 
-def chosen_goals(only: str | None, own: Collection[str], elsewhere: Collection[str]) -> list[str]:
-    """The goals of this room that `only` names, all without it.
+def chosen_goals(
+    only: str | None, own: Collection[str], elsewhere: Collection[str], nightly: Collection[str] = ()
+) -> list[str]:
+    """The goals of this room that `only` names; without it all but the `nightly` ones.
 
     Raises:
         typer.BadParameter: a name that belongs neither here nor elsewhere.
     """
-    names = list(own) if only is None else [name.strip() for name in only.split(",")]
+    by_default = [name for name in own if name not in nightly]
+    names = by_default if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in {*own, *elsewhere}]:
         raise typer.BadParameter(
             f"unknown goal {', '.join(map(repr, unknown))}; there are {', '.join(own)}, "

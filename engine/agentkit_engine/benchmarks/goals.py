@@ -39,7 +39,6 @@ from agentkit_engine.runtime.batcher import TOKEN_BUDGET
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.sampler import SampledToken, SamplingParams, sample
 from agentkit_engine.session import Session
-from agentkit_engine.spec import ModelSpec
 
 GREEDY = SamplingParams(temperature=0)
 TIE = 1e-5
@@ -65,6 +64,7 @@ class Sizes:
         scheduled: Sessions that decode at the same time in a step of the scheduler, and timed steps.
         appended_to: Length of the session to which a turn is appended.
         stored: Turns of a session on disk, tokens fed in each, and tokens after which the peer writes it again.
+        long, nightly: Lengths of the long session in a run of all goals, and of the one at night.
     """
 
     repeats: int
@@ -80,6 +80,8 @@ class Sizes:
     scheduled: tuple[tuple[int, ...], int]
     appended_to: int
     stored: tuple[int, int, int]
+    long: int
+    nightly: int
 
 
 FULL = Sizes(
@@ -96,6 +98,8 @@ FULL = Sizes(
     scheduled=((1, 16, 64, 256), 256),
     appended_to=100_000,
     stored=(100, 320, 10_000),
+    long=65_536,
+    nightly=1_048_576,
 )
 QUICK = Sizes(
     repeats=1,
@@ -111,6 +115,8 @@ QUICK = Sizes(
     scheduled=((1, 3), 2),
     appended_to=600,
     stored=(3, 100, 150),
+    long=1100,
+    nightly=1200,
 )
 
 
@@ -317,7 +323,7 @@ def _restored(engine: Engine, ids: Sequence[int]) -> Iterator[tuple[str, int, Te
         work = Work(ids[:known])
         _next_token(writer, work, ())
         writer.save(work, path, model=engine.fingerprint)
-        writer.park(work)
+        writer.close(work)
         assert writer.disk is not None
         writer.disk.close()
         for how, batcher in (("the prefix cache", writer), ("the disk cache", _copy(engine, cache_dir))):
@@ -380,7 +386,7 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
     engine.batcher.drop(work)
 
     held = _held_while_filling(engine.batcher, ids)
-    formula = bytes_per_token(engine.spec)
+    formula = runtime_goals.bytes_per_token(engine.spec)
     constant = f"constant part {(held[low] - low * formula) / 2**20:.2f} MiB"
     rates = {length: (held[length] - held[low]) / (length - low) for length in held if length > high // 2}
     for what, value in (
@@ -411,15 +417,6 @@ def _held_while_filling(batcher: Batcher, ids: Sequence[int]) -> dict[int, int]:
         held[work.computed] = batcher.pools.bytes_held
     batcher.drop(work)
     return held
-
-
-def bytes_per_token(spec: ModelSpec) -> float:
-    """What the compressed entries of one token need in float32: the only state that grows with length."""
-    return 4 * sum(
-        (spec.head_dim + (spec.index_head_dim if layer.attention == "csa" else 0)) / layer.compress_ratio
-        for layer in spec.layers
-        if layer.compress_ratio
-    )
 
 
 def held_bytes(root: object) -> int:
@@ -512,9 +509,14 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C12": lambda _: grammar_goals.saved(),
     "C15": cold,
     "C16": lambda sizes: runtime_goals.guesses(sizes.guessed),
+    "64K": lambda sizes: runtime_goals.long_session("64K", sizes.long, sizes.repeats),
+    "1M": lambda sizes: runtime_goals.long_session("1M", sizes.nightly, sizes.repeats),
     "tiny": decode_packaged,
 }
 """What `--only` can name, in the order of running."""
+
+NIGHTLY = ("1M",)
+"""The goals that take an hour or more, and are measured only where they are named."""
 
 ELSEWHERE = ("C13", "C14")
 """The goals of `agentkit.benchmarks`, which the engine knows by name only."""

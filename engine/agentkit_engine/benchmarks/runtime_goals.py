@@ -10,21 +10,28 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import random_ids, random_model, tiny_v4
 from agentkit_engine.benchmarks.record import Bound, Measurement
-from agentkit_engine.benchmarks.timing import Median, seconds
+from agentkit_engine.benchmarks.timing import Median, seconds, threads
 from agentkit_engine.chat import Tokenizer, encode_continuation_ids, encode_ids
 from agentkit_engine.engine import Engine
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep
 from agentkit_engine.runtime.state import SPAN
-from agentkit_engine.sampler import SamplingParams
+from agentkit_engine.sampler import SampledToken, SamplingParams
 from agentkit_engine.session import Session
+from agentkit_engine.spec import ModelSpec
 
 APPENDED = 50
 """Ids of one turn."""
 SAID = 4
 """Ids that are sampled in a turn where it matters little how many."""
+SHORT = 1024
+"""Ids of the session that a long one is compared with."""
+DECODED = 16
+"""Ids of a timed run of decoding."""
 
 
 def lookup(length: int, repeats: int) -> Iterator[Measurement]:
@@ -98,13 +105,103 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
         )
 
 
+def long_session(goal: str, length: int, repeats: int) -> Iterator[Measurement]:
+    """A session that grows to `length` tokens: what it holds, what a token costs there, and how fast it comes back.
+
+    It is prefilled, decoded, forked, saved and restored; the fork and the restored session have to say what it says.
+    """
+    with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
+        engine, path = Engine.load(folder), Path(place, "session")
+        engine.batcher.speculate = False  # a token for each forward
+        ids = random_ids(engine.spec, length - DECODED * (repeats + 1) - 1)
+        short, session = engine.session(), engine.session()
+        short.append(ids[:SHORT])
+        _say(short, 1)
+        session.append(ids)
+        prefill_s = seconds("s", lambda: _say(session, 1))
+        added_ms = []
+        for _ in range(repeats):
+            short_s, long_s = (seconds("s", partial(_say, each, DECODED)) for each in (short, session))
+            added_ms.append(1e3 * (long_s - short_s) / DECODED)
+        added = Median.of(added_ms)
+        scan = Median.of([1e3 * seconds("s", partial(_scan, engine, length)) for _ in range(5 * repeats)])
+        short.close()
+        engine.batcher.cache.clear()
+        held = engine.batcher.pools.bytes_held
+        fork = session.fork()[0]
+        session.save(path)
+        said = _say(session, DECODED)
+        again = Engine.load(folder)
+        again.batcher.speculate = False
+        restored_s = Median.of([seconds("s", lambda: again.open(path).close()) for _ in range(repeats)])
+        if any(_say(other, DECODED) != said for other in (fork, again.open(path))):
+            raise OutputsDifferError("the fork or the restored session says something else than the session itself")
+    formula = length * bytes_per_token(engine.spec) + engine.batcher.pools.bytes_per_slot
+    outputs = f"{DECODED} tokens at {length}, from a fork and restored, bit for bit; prefilled in {prefill_s:.0f} s"
+    yield Measurement(
+        goal,
+        f"memory held by a session of {length} tokens over the formula and one slot",
+        held / formula,
+        "x",
+        good=Bound("value", "<=", 1.05),
+        outputs=outputs,
+    )
+    yield Measurement(
+        goal,
+        f"decode at {length} tokens, beyond that at {SHORT}, one thread",
+        added.value,
+        "ms",
+        added.spread,
+        "a bare product of the index keys with a query's heads",
+        scan.value,
+        higher_is_better=False,
+        good=Bound("ratio", ">=", 1 / 1.5),
+        outputs=outputs,
+    )
+    yield Measurement(
+        goal,
+        f"restore a session of {length} tokens, one thread",
+        restored_s.value,
+        "s",
+        restored_s.spread,
+        "its own prefill",
+        prefill_s,
+        higher_is_better=False,
+        good=Bound("ratio", ">=", 100),
+        outputs=outputs,
+    )
+
+
+def bytes_per_token(spec: ModelSpec) -> float:
+    """What the compressed entries of one token need in float32: the only state that grows with length."""
+    return 4 * sum(
+        (spec.head_dim + (spec.index_head_dim if layer.attention == "csa" else 0)) / layer.compress_ratio
+        for layer in spec.layers
+        if layer.compress_ratio
+    )
+
+
+def _say(session: Session, count: int) -> list[SampledToken]:
+    return list(session.generate(SamplingParams(temperature=0, max_tokens=count)))
+
+
+@torch.inference_mode()
+def _scan(engine: Engine, length: int) -> None:
+    """Score every index key of a session of `length` tokens against one query, in each layer."""
+    heads_CJ = torch.ones(engine.spec.index_head_dim, engine.spec.index_n_heads)
+    with threads(1):
+        for state in (layer.indexer for layer in engine.batcher.pools.layers):
+            if state is not None:
+                state.entries.flatten(0, 1)[: length // state.ratio] @ heads_CJ
+
+
 def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
     """C10: what a session of many turns writes to the disk cache, over what its state takes in the end.
 
     The peer writes the whole session to a file again whenever `every` more tokens have come. The second measurement
-    has the state given up after each turn, as when a run ends there and is continued later.
+    has the session closed after each turn, as when a run ends there and is continued later.
     """
-    for how, parked in (("closed at the end", False), ("parked after each", True)):
+    for how, continued in (("parked after each", False), ("closed after each", True)):
         with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
             path, cache_dir = Path(place, "session"), Path(place, "cache")
             engine = Engine.load(folder, cache_dir=cache_dir)
@@ -119,8 +216,11 @@ def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
                     session.save(path)
                     final = path.stat().st_size
                     rewritten += final
-                if parked:
-                    session.park()
+                session.park()
+                if continued:
+                    session.close()
+                    ids, session = session.token_ids, engine.session()
+                    session.append(ids)
             length = len(session)
             session.close()
             engine.flush()
@@ -135,8 +235,8 @@ def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
             f"the whole session written again every {every} tokens and at the end",
             rewritten / final,
             higher_is_better=False,
-            good=None if parked else Bound("value", "<=", 1.5),
-            moonshot=None if parked else Bound("value", "<=", 1.15),
+            good=None if continued else Bound("value", "<=", 1.5),
+            moonshot=None if continued else Bound("value", "<=", 1.15),
             outputs=outputs,
         )
 

@@ -22,7 +22,7 @@ from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.disk_cache import DiskCache
-from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
+from agentkit_engine.runtime.prefix_cache import Checkpoint, IdChain, Keep, PrefixCache
 from agentkit_engine.runtime.runner import Computed, Runner, Segment
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
 from agentkit_engine.speculation import LONGEST, Drafter
@@ -60,6 +60,7 @@ class Work:
         checkpointed: the length at which a checkpoint was last taken or taken up.
         streams_MD: the residual streams of which `logits_V` was made, or what the last id was sampled from.
         jumped: the ids fed last were forced by a grammar, not a prompt.
+        parked: what the state became when it was given up for a while.
     """
 
     def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None, *, priority: int = 0) -> None:
@@ -73,6 +74,7 @@ class Work:
         self.usage = PromptUsage()
         self.checkpointed = 0
         self.jumped = False
+        self.parked: Checkpoint | None = None
         self.drafter = Drafter()
         self.streams_MD: Tensor | None = None
         self._drafted: list[tuple[int, Tensor, Tensor]] = []  # ids that may come next, with logits and streams
@@ -159,6 +161,8 @@ class Work:
         self.logits_V = self.streams_MD = None
         self._marks = [mark for mark in self._marks if mark <= length]
         self._counted, self.checkpointed = min(self._counted, length), min(self.checkpointed, length)
+        if self.parked is not None and self.parked.sequence.length >= length:
+            self.parked = None
 
     def count(self, start: int, end: int, *, hit: bool) -> int:
         """Account for the ids from `start` to `end`, now part of the state; how many of them were fed."""
@@ -322,15 +326,27 @@ class Batcher:
         return work
 
     def park(self, work: Work) -> None:
-        """Give the state up to the prefix cache, where it stays while there is room; the ids stay."""
+        """Give the state up to the prefix cache, where it stays while there is room, and then to disk; the ids stay."""
         self._live.pop(work, None)
         sequence, work.sequence = work.sequence, None
-        if sequence is not None:
-            if sequence.length:
-                self._store(work, sequence)
-                self.cache.add(work.ids, work.chain, sequence, Keep.TURN)
-            else:
-                self.pools.close(sequence)
+        if sequence is None:
+            return
+        if sequence.length == 0:
+            self.pools.close(sequence)
+            return
+        work.parked = parked = self.cache.add(work.ids, work.chain, sequence, Keep.TURN)
+
+        def spill() -> None:
+            if work.parked is parked:  # else its ids may be others by now
+                self._store(work, parked.sequence)
+
+        parked.spill = spill
+
+    def close(self, work: Work) -> None:
+        """Leave the state to the sessions that come, those of later processes included."""
+        self.park(work)
+        if work.parked is not None and work.parked in self.cache:
+            self._store(work, work.parked.sequence)
 
     def drop(self, work: Work) -> None:
         """Free the state; the ids stay, and are computed again when the next ones are. So do logits that are there."""
@@ -388,7 +404,10 @@ class Batcher:
         return Segment(sequence, work.ids[sequence.length : end], draft)
 
     def _enter(self, work: Work) -> Sequence:
-        """A sequence that holds as many of the ids as the cache knows."""
+        """A sequence that holds as many of the ids as the cache knows; where the work was parked, its own."""
+        parked, work.parked = work.parked, None
+        if parked is not None and (own := self.cache.give_back(parked)) is not None:
+            return own
         if self.disk is not None:
             self._fetch(self.disk, work)
         sequence = self.cache.take(work.ids, work.chain)

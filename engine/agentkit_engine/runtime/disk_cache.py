@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 MAGIC = b"AKCACHE1"
 _FRAME = struct.Struct("<8sIQ16s")
 SEGMENT_BYTES = 64 << 20
-"""A segment that has grown beyond this is closed; whole segments are what the budget removes."""
+"""A segment beyond this, or beyond a quarter of the budget, is closed; whole segments are what the budget removes."""
 BACKLOG_BYTES = 256 << 20
 """With this much waiting to be written, further checkpoints are not stored."""
 MAX_HEADER_BYTES = 1 << 20
@@ -217,7 +217,7 @@ class DiskCache:
             self._segment = None
 
     def _write(self, header: dict[str, Any], payload: bytes) -> None:
-        if self._segment is None or self._segment.tell() > SEGMENT_BYTES:
+        if self._segment is None or self._segment.tell() > min(SEGMENT_BYTES, self.budget_bytes // 4):
             if self._segment is not None:
                 self._segment.close()
             self.folder.mkdir(parents=True, exist_ok=True)

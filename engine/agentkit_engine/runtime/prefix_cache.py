@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import IntEnum
@@ -66,13 +66,21 @@ class IdChain:
 
 @dataclass(eq=False, slots=True)
 class Checkpoint:
-    """A frozen sequence, the ids behind its last full span, and when it was last of use."""
+    """A frozen sequence, found by its node and the ids behind its last full span.
+
+    Attributes:
+        used: when it was last of use.
+        shared: whether it was to more than one session.
+        spill: what is done before its state is freed.
+    """
 
     sequence: Sequence
     node: bytes
     tail: tuple[int, ...]
     keep: Keep
-    used: int = 0
+    used: int
+    shared: bool = False
+    spill: Callable[[], None] | None = None
 
 
 class PrefixCache:
@@ -86,6 +94,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return sum(len(found) for found in self._nodes.values())
 
+    def __contains__(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint in self._nodes.get(checkpoint.node, ())
+
     def find(self, ids: Seq[int], chain: IdChain) -> tuple[Checkpoint, int] | None:
         """The checkpoint that saves most of `ids`, and how many of its tokens count.
 
@@ -93,6 +104,8 @@ class PrefixCache:
         """
         best: tuple[Checkpoint, int] | None = None
         for checkpoint in self._on_the_way(ids, chain):
+            if best is not None and best[1] >= checkpoint.sequence.length:
+                continue
             common = _common(ids, len(ids) - 1, checkpoint)
             if checkpoint.sequence.reaches(common) and (best is None or common > best[1]):
                 best = (checkpoint, common)
@@ -110,23 +123,38 @@ class PrefixCache:
         checkpoint, length = found
         sequence = self.pools.fork(checkpoint.sequence)
         sequence.shorten(length)
-        checkpoint.used = next(self._clock)
+        checkpoint.used, checkpoint.shared = next(self._clock), True
         for other in self._on_the_way(ids, chain):
             if other is not checkpoint and other.sequence.length <= length:
                 other.used = next(self._clock)
         return sequence
 
-    def add(self, ids: Seq[int], chain: IdChain, sequence: Sequence, keep: Keep) -> None:
-        """Keep `sequence`, which holds the first `sequence.length` of `ids` and belongs to the cache from now on."""
+    def add(self, ids: Seq[int], chain: IdChain, sequence: Sequence, keep: Keep) -> Checkpoint:
+        """Keep `sequence`, which holds the first `sequence.length` of `ids` and belongs to the cache from now on.
+
+        Returns:
+            The checkpoint of these ids; where there was one already, that one.
+        """
         full, length = sequence.length // SPAN, sequence.length
         node, tail = chain.upto(ids, full)[-1], tuple(ids[full * SPAN : length])
         here = self._nodes.setdefault(node, [])
         same = next((checkpoint for checkpoint in here if checkpoint.tail == tail), None)
         if same is not None:
             self.pools.close(sequence)
-            same.keep, same.used = max(same.keep, keep), next(self._clock)
-            return
+            same.keep, same.used, same.shared = max(same.keep, keep), next(self._clock), True
+            return same
         here.append(Checkpoint(sequence, node, tail, keep, next(self._clock)))
+        return here[-1]
+
+    def give_back(self, checkpoint: Checkpoint) -> Sequence | None:
+        """The sequence of a checkpoint that only its maker had use of; the cache then no longer has it.
+
+        None when it is shared, or was evicted meanwhile.
+        """
+        if checkpoint.shared or checkpoint not in self:
+            return None
+        self._remove(checkpoint)
+        return checkpoint.sequence
 
     def holds(self, ids: Seq[int], chain: IdChain, length: int) -> bool:
         """Whether there is a checkpoint of exactly the first `length` of `ids`."""
@@ -140,16 +168,21 @@ class PrefixCache:
         victim = min(every, key=lambda checkpoint: (checkpoint.keep, checkpoint.used), default=None)
         if victim is None or victim.keep > at_most:
             return False
-        here = self._nodes[victim.node]
-        here.remove(victim)
-        if not here:
-            del self._nodes[victim.node]
+        if victim.spill is not None:
+            victim.spill()
+        self._remove(victim)
         self.pools.close(victim.sequence)
         return True
 
     def clear(self) -> None:
         while self.evict():
             pass
+
+    def _remove(self, checkpoint: Checkpoint) -> None:
+        here = self._nodes[checkpoint.node]
+        here.remove(checkpoint)
+        if not here:
+            del self._nodes[checkpoint.node]
 
     def _on_the_way(self, ids: Seq[int], chain: IdChain) -> Iterator[Checkpoint]:
         """The checkpoints that start with full spans of `ids`, those with most of them first."""
@@ -160,6 +193,8 @@ class PrefixCache:
 def _common(ids: Seq[int], most: int, checkpoint: Checkpoint) -> int:
     """How many ids a checkpoint has in common with the first `most` of `ids`; its full spans are known to agree."""
     start = checkpoint.sequence.length - len(checkpoint.tail)
+    if checkpoint.tail and start < most and checkpoint.tail[0] != ids[start]:
+        return start
     pairs = zip(ids[start : min(most, start + len(checkpoint.tail))], checkpoint.tail, strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return min(start + same, most)

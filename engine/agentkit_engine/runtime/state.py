@@ -101,7 +101,15 @@ class Sequence:
 
     def replace_span(self, index: int, span: int) -> None:
         self.table[index] = span
-        steps = self.table[1 : self.num_spans] - self.table[: self.num_spans - 1]
+        self._look_at_steps()
+
+    def share_spans(self, source: Sequence, count: int) -> None:
+        """Take the first `count` spans of `source`, in place of its own."""
+        self.table, self.num_spans = source.table.clone(), count
+        self._look_at_steps()
+
+    def _look_at_steps(self) -> None:
+        steps = self.table[1 : self.num_spans] - self.table[: max(0, self.num_spans - 1)]
         self.contiguous = bool((steps == 1).all())
 
 
@@ -172,7 +180,7 @@ class Pools:
             tail[fork.slot] = tail[source.slot]
         for span in source.spans[:full]:
             self._holders[span] += 1
-            fork.add_span(span)
+        fork.share_spans(source, full)
         if open_tokens:
             fork.add_span(self._copy_span(int(source.table[full])))
         return fork

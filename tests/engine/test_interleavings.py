@@ -1,0 +1,173 @@
+"""Whatever sessions do, alone and side by side, they say what one says that computes everything from its ids."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import anyio
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, SampledToken, SamplingParams
+from agentkit_engine.model import Decoder
+from agentkit_engine.runtime import Pools
+from agentkit_engine.runtime.runner import Computed, Segment
+from agentkit_engine.sampler import sample
+
+from .conftest import randomize_, small_config
+
+SEED, MOST_TOKENS, MOST_SESSIONS = 5, 4, 5
+ALL_SPANS, FEW_SPANS = 1000, 6
+
+ACTIONS = ("append", "append", "generate", "generate", "cancel", "fork", "park", "save", "close", "checkpoint")
+Step = tuple[str, int, int]
+
+
+def steps(*more: str) -> st.SearchStrategy[list[Step]]:
+    """Actions, each with the number of a session, and an amount of ids which is also the number of another session."""
+    step = st.tuples(st.sampled_from((*ACTIONS, *more)), st.integers(0, 4), st.sampled_from([1, 2, 17, 130]))
+    return st.lists(step, min_size=2, max_size=12)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    spec = ModelSpec.from_config(small_config(0, 4, 128, sliding_window=48, index_topk=8))
+    return randomize_(Decoder(spec), torch.Generator().manual_seed(1)).eval()
+
+
+def some_ids(count: int, seed: int) -> list[int]:
+    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+class World:
+    """An engine and its sessions, and one that computes everything anew.
+
+    Attributes:
+        computed: ids that went through a forward, but for guesses.
+        due: ids that had to: those that a session was told or said, once; and the last one of a session once more
+            whenever its logits may be gone.
+        together: the most sessions that shared a forward.
+    """
+
+    def __init__(self, decoder: Decoder, spans: int, folder: Path) -> None:
+        self.decoder, self.spans, self.folder = decoder, spans, folder
+        self.reference = Engine(decoder, name="small", dialect="v4-preview", folder=folder)
+        self.sessions: list[AsyncSession] = []
+        self.computed = self.due = self.together = self.lives = 0
+
+    async def live(self, todo: Sequence[Step], first: int) -> None:
+        """Take the steps. After "kill" a new engine goes on, with what was on disk in that moment."""
+        told, left = [some_ids(first, 0)], list(todo)
+        while told:
+            told, left = await self._one_life(told, left)
+
+    async def _one_life(self, told: list[list[int]], todo: list[Step]) -> tuple[list[list[int]], list[Step]]:
+        engine = self._engine()
+        async with AsyncEngine(engine) as running:
+            self.sessions = [running.session() for _ in told]
+            for session, ids in zip(self.sessions, told, strict=True):
+                await session.append(ids)
+                self.due += len(ids)
+            for at, (action, number, amount) in enumerate(todo):
+                if action == "kill":
+                    self.lives += 1
+                    shutil.copytree(self.folder / f"disk{self.lives - 1}", self.folder / f"disk{self.lives}")
+                    return [list(session.token_ids) for session in self.sessions], todo[at + 1 :]
+                await self._take(running, action, number % len(self.sessions), amount, at)
+            for session in self.sessions:
+                await session.close()
+            await running.call(engine.batcher.cache.clear)
+            assert await running.call(lambda: engine.batcher.pools.bytes_held) == 0
+        return [], []
+
+    async def _take(self, running: AsyncEngine, action: str, number: int, amount: int, seed: int) -> None:
+        session = self.sessions[number]
+        match action:
+            case "append":
+                await session.append(some_ids(amount, seed % 3))
+                self.due += amount
+            case "generate" | "cancel":
+                params = SamplingParams(temperature=float(seed % 2), seed=SEED, max_tokens=MOST_TOKENS)
+                async with anyio.create_task_group() as task_group:
+                    for each in dict.fromkeys((session, self.sessions[amount % len(self.sessions)])):
+                        task_group.start_soon(self._say, each, params, 2 if action == "cancel" else MOST_TOKENS)
+            case "fork" if len(self.sessions) < MOST_SESSIONS:
+                self.sessions += await session.fork(2)
+            case "park":
+                await session.park()
+            case "save":
+                await session.save(self.folder / "saved")
+                self.sessions[number] = await running.open(self.folder / "saved")
+                assert self.sessions[number].token_ids == session.token_ids
+                await session.close()
+            case "close":
+                await session.close()
+                self.sessions[number] = running.session()
+                await self.sessions[number].append(session.token_ids)
+            case "checkpoint":
+                await session.checkpoint()
+            case "evict":
+                await running.call(running.engine.batcher.cache.evict)
+
+    async def _say(self, session: AsyncSession, params: SamplingParams, count: int) -> None:
+        """Take `count` tokens, which must be those that a session says that was never anything else."""
+        said: list[SampledToken] = []
+        generation = session.generate(params)
+        async for token in generation:
+            said.append(token)
+            if len(said) == count:
+                break
+        await generation.aclose()
+        self.due += len(said) + 2  # the id before the first is computed again, and so may be one that nobody took
+        begin = len(session) - len(said)
+        rows = self.reference.logits(session.token_ids[:-1])[begin - 1 :]
+        past = session.token_ids
+        for place, (row, token) in enumerate(zip(rows, said, strict=True), begin):
+            expected = sample(row, params, seed=SEED, position=place, past=lambda: (past, past))
+            assert (token.id, token.logprob) == (expected.id, expected.logprob)
+
+    def _engine(self) -> Engine:
+        sizes = Pools(self.decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+        engine = Engine(
+            self.decoder, name="small", dialect="v4-preview", folder=self.folder,
+            state_bytes=self.spans * sizes.bytes_per_span, cache_dir=self.folder / f"disk{self.lives}",
+        )  # fmt: skip
+        (self.folder / f"disk{self.lives}").mkdir(exist_ok=True)
+        step = engine.batcher.runner.step
+
+        def watched(segments: Sequence[Segment], *, all_rows: bool = False) -> list[Computed]:
+            self.together = max(self.together, len(segments))
+            self.computed += sum(len(segment.ids) for segment in segments)
+            return step(segments, all_rows=all_rows)
+
+        engine.batcher.runner.step = watched  # type: ignore[method-assign]
+        return engine
+
+
+def test_with_memory_nothing_is_computed_twice(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> None:
+    together = 0
+
+    @settings(max_examples=15, deadline=None)
+    @given(todo=steps(), first=st.sampled_from([3, 250, 260]))
+    def live(todo: list[Step], first: int) -> None:
+        nonlocal together
+        world = World(decoder, ALL_SPANS, tmp_path_factory.mktemp("world"))
+        anyio.run(world.live, todo, first)
+        assert world.computed <= world.due
+        together = max(together, world.together)
+
+    live()
+    assert together >= 2
+
+
+@settings(max_examples=15, deadline=None)
+@given(todo=steps("evict", "kill"), first=st.sampled_from([3, 250, 260]))
+def test_without_memory_and_after_kills_all_is_as_before(
+    decoder: Decoder, tmp_path_factory: pytest.TempPathFactory, todo: list[Step], first: int
+) -> None:
+    anyio.run(World(decoder, FEW_SPANS, tmp_path_factory.mktemp("world")).live, todo, first)
