@@ -59,11 +59,13 @@ class Engine:
         state_bytes: int = STATE_BYTES,
         cache_dir: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        exact: bool = True,
     ) -> None:
         self.decoder = decoder.eval()
         self.lock = threading.Lock()
         self.state_bytes = state_bytes
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
+        self.exact = exact
         self.spec: ModelSpec = decoder.spec
         self.name = name
         self.dialect: Dialect = dialect
@@ -79,6 +81,7 @@ class Engine:
         state_bytes: int = STATE_BYTES,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        exact: bool = True,
     ) -> Engine:
         """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
 
@@ -86,6 +89,9 @@ class Engine:
         held as `dtype`; what the official layout stores as float32 stays float32. `state_bytes` bounds what the
         sessions' state may take; beyond it the state that waited longest is dropped and later computed again. With
         `cache_dir` what sessions computed is also kept on disk, up to `cache_bytes`, for later processes.
+
+        With `exact` a session gives the same bits alone, in any batch, with any chunking and from any cache. Without,
+        it may use all threads and be faster, and a session's last bits depend on what shared its forwards.
 
         Raises:
             ModelNotFoundError: no such name and no such folder; the message lists the names there are.
@@ -109,12 +115,13 @@ class Engine:
             state_bytes=state_bytes,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             cache_bytes=cache_bytes,
+            exact=exact,
         )
 
     @cached_property
     def batcher(self) -> Batcher:
         """What computes for all sessions; packs the weights on first use."""
-        batcher = Batcher(self.decoder, state_bytes=self.state_bytes)
+        batcher = Batcher(self.decoder, state_bytes=self.state_bytes, exact=self.exact)
         if self.cache_dir is not None:
             batcher.disk = DiskCache(
                 self.cache_dir, batcher.pools, model=self.fingerprint, budget_bytes=self.cache_bytes
@@ -208,8 +215,8 @@ class Engine:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which model computed a state: a hash of architecture, names, shapes and a sample of every weight."""
-        digest = hashlib.blake2b(repr(self.spec).encode(), digest_size=16)
+        """What computed a state: a hash of architecture, names, shapes and a sample of every weight, and exactness."""
+        digest = hashlib.blake2b(repr(self.spec).encode() + (b"" if self.exact else b", inexact"), digest_size=16)
         for name, tensor in self.decoder.state_dict().items():
             flat = tensor.detach().flatten()
             some = flat[:: max(1, flat.numel() // 256)].cpu()

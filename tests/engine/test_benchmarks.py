@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from agentkit_engine.benchmarks import goals, peers, runtime_goals
 from agentkit_engine.benchmarks.__main__ import main
+from agentkit_engine.benchmarks.command import chosen_goals
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.record import Bound, Measurement, Record, make_record, merge_records, table
 from agentkit_engine.sampler import SampledToken
@@ -69,6 +70,21 @@ def test_what_the_runtime_saves_is_measured_beside_doing_without(tmp_path: Path)
     stored = next(record for record in records if record["goal"] == "C10")
     assert 0.9 < stored["value"] < 1.2 < stored["peer_value"]  # every span is written once
     assert stored["met"] and "; 2 tokens computed again" in stored["outputs"]
+
+
+def test_long_sessions_and_what_exactness_costs(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "exact,64K,1M", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    records = json.loads(out.read_text())
+    assert [record["goal"] for record in records] == ["1M"] * 3 + ["64K"] * 3 + ["exact"] * 4
+    held, _, restored = records[:3]
+    assert held["value"] == pytest.approx(1, abs=0.3) and restored["ratio"] > 1
+    assert "bit for bit" in held["outputs"]
+
+
+def test_all_goals_are_those_that_do_not_take_a_night() -> None:
+    assert set(goals.GOALS) - set(chosen_goals(None, goals.GOALS, (), goals.NIGHTLY)) == {"1M"}
 
 
 def test_a_goal_of_another_room_is_left_to_it(tmp_path: Path) -> None:

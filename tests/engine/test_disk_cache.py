@@ -126,6 +126,22 @@ def test_what_memory_had_to_give_up_comes_back_from_disk(decoder: Decoder, tmp_p
     assert (before + after)[4:] == after and disk(engine).stats.loaded == 1
 
 
+def test_what_fills_all_memory_is_still_taken_from_disk(decoder: Decoder, tmp_path: Path) -> None:
+    """There is no room for a second one beside it, which others could take up."""
+    ids = some_ids(LENGTH, 1)
+    say(open_engine(decoder, tmp_path), ids)
+    roomy = open_engine(decoder, tmp_path)
+    expected = say(roomy, [*ids, 1])
+    small = Engine(
+        decoder, name="small", dialect="v4-preview", folder=Path("none"), cache_dir=tmp_path,
+        state_bytes=2 * roomy.batcher.pools.bytes_per_span,
+    )  # fmt: skip
+    with small.session() as session:
+        session.append([*ids, 1])
+        assert [(token.id, token.logprob) for token in session.generate(PARAMS)] == expected
+    assert (disk(small).stats.loaded, small.batcher.prefilled) == (1, 1)
+
+
 def check_survives(
     decoder: Decoder, folder: Path, segment: Path, content: bytes, expected: list[tuple[int, float]]
 ) -> Engine:

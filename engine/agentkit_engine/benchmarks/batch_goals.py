@@ -37,7 +37,7 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
     equal = _prefill(batcher, [prompt[:mean] for prompt in prompts])
     cache = peer.new_cache()
     first_BV = peer.prefill_together([prompt[:mean] for prompt in prompts], cache)
-    tokens_TB = _decode(batcher, equal, decoded)
+    tokens_TB = decode(batcher, equal, decoded)
     ids_TB = [[token.id for token in tokens_B] for tokens_B in tokens_TB]
     logits_TBV = [first_BV, *peer.decode_together(ids_TB[:-1], cache)]
     outputs = compare_tokens([t for row in tokens_TB for t in row], [x for rows in logits_TBV for x in rows])
@@ -46,7 +46,7 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
 
     mixed = [prompt[:length] for prompt, length in zip(prompts, lengths, strict=True)]
     works = _prefill(batcher, mixed)
-    _compare_alone(batcher, mixed, _decode(batcher, works, decoded))
+    _compare_alone(batcher, mixed, decode(batcher, works, decoded))
     for clock, num_threads, with_threads in CLOCKS:
         with threads(num_threads):
             runs = [_time_both(batcher, works, peer, cache, decoded, clock) for _ in range(repeats)]
@@ -72,7 +72,7 @@ def _time_both(
 ) -> tuple[float, float]:
     """Seconds of `count` forwards on each side."""
     tokens_TB: list[list[SampledToken]] = []
-    our_s = seconds(clock, lambda: tokens_TB.extend(_decode(batcher, works, count)))
+    our_s = seconds(clock, lambda: tokens_TB.extend(decode(batcher, works, count)))
     ids_TB = [[token.id for token in tokens_B] for tokens_B in tokens_TB]
     return our_s, seconds(clock, lambda: peer.decode_together(ids_TB, cache))
 
@@ -83,7 +83,7 @@ def _prefill(batcher: Batcher, prompts: Sequence[Sequence[int]]) -> list[Work]:
     return works
 
 
-def _decode(batcher: Batcher, works: Sequence[Work], count: int) -> list[list[SampledToken]]:
+def decode(batcher: Batcher, works: Sequence[Work], count: int) -> list[list[SampledToken]]:
     """`count` times a greedy token of each work, and the forward after it."""
     tokens_TB = []
     for _ in range(count):
@@ -106,7 +106,7 @@ def _compare_alone(batcher: Batcher, prompts: Sequence[Sequence[int]], tokens_TB
     for index, prompt in enumerate(prompts):
         batcher.cache.clear()
         (alone,) = _prefill(batcher, [prompt])
-        tokens_T1 = _decode(batcher, [alone], len(tokens_TB))
+        tokens_T1 = decode(batcher, [alone], len(tokens_TB))
         batcher.drop(alone)
         if [tokens_B[0] for tokens_B in tokens_T1] != [tokens_B[index] for tokens_B in tokens_TB]:
             raise OutputsDifferError(f"session {index} of {len(prompts)} says something else than it says alone")

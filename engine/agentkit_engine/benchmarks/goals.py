@@ -273,6 +273,41 @@ def _prefill_both(
     return run
 
 
+def exactness(sizes: Sizes) -> Iterator[Measurement]:
+    """exact: what it costs that results do not depend on the batch; the peer is the same engine without."""
+    with random_model(tiny_v4()) as folder:
+        exact, other = (Engine.load(folder, exact=promise) for promise in (True, False))
+    ids = random_ids(exact.spec, sizes.prefilled[0])
+    away = float((exact.logits(ids) - other.logits(ids)).abs().max())
+    sides: list[tuple[Engine, Work]] = []
+    for engine in (exact, other):
+        engine.batcher.speculate = False
+        sides.append((engine, Work(ids)))
+        _next_token(engine.batcher, sides[-1][1], ())
+    for clock, num_threads, with_threads in CLOCKS:
+        for what, count, run in (
+            (f"prefill of {len(ids)} tokens", len(ids), lambda engine, _: engine.batcher.logits(ids)),
+            (
+                f"decode at {len(ids)} tokens",
+                sizes.decoded,
+                lambda engine, work: batch_goals.decode(engine.batcher, [work], sizes.decoded),
+            ),
+        ):
+            with threads(num_threads):
+                timed = [[seconds(clock, partial(run, *side)) for side in sides] for _ in range(sizes.repeats)]
+            ours, theirs = (Median.of([count / each[side] for each in timed]) for side in (0, 1))
+            yield Measurement(
+                "exact",
+                f"{what}, one session, {with_threads}",
+                ours.value,
+                f"tokens/{clock}",
+                ours.spread,
+                "the same engine with exact=False",
+                theirs.value,
+                outputs=f"logits of {len(ids)} tokens differ by at most {away:.1e}",
+            )
+
+
 def parity(sizes: Sizes) -> Iterator[Measurement]:
     """C4: logits of a random tiny-V4 against the peer's, against other chunkings of the same ids, and restored."""
     with random_model(tiny_v4()) as folder:
@@ -508,6 +543,7 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C11": lambda sizes: grammar_goals.cost(5 * sizes.repeats),
     "C12": lambda _: grammar_goals.saved(),
     "C15": cold,
+    "exact": exactness,
     "C16": lambda sizes: runtime_goals.guesses(sizes.guessed),
     "64K": lambda sizes: runtime_goals.long_session("64K", sizes.long, sizes.repeats),
     "1M": lambda sizes: runtime_goals.long_session("1M", sizes.nightly, sizes.repeats),

@@ -130,7 +130,7 @@ def merge_records(path: Path, goal: str, records: Sequence[Record]) -> None:
 
 def _order(record: Record) -> tuple[str, int]:
     """C2 before C10; within a goal the order of measuring stays, as sorting is stable."""
-    match = re.fullmatch(r"(\D*)(\d*)", record.goal)
+    match = re.match(r"(\D*)(\d*)", record.goal)
     assert match is not None, record.goal
     return match[1], int(match[2] or 0)
 

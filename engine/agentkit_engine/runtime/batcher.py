@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -194,7 +195,7 @@ class Batcher:
         steps: forwards.
     """
 
-    def __init__(self, decoder: Decoder, *, state_bytes: int) -> None:
+    def __init__(self, decoder: Decoder, *, state_bytes: int, exact: bool = True) -> None:
         """`state_bytes` bounds what spans may take, slots come on top; on a CPU memory is taken as it is used."""
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
@@ -202,7 +203,7 @@ class Batcher:
         slots = SLOTS + min(CHECKPOINTS, state_bytes // 4 // sizes.bytes_per_slot)
         self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.cache = PrefixCache(self.pools)
-        self.runner = Runner(decoder, self.pools)
+        self.runner = Runner(decoder, self.pools, exact=exact)
         self.prefilled = self.sampled = self.drafted = self.foreseen = 0
         self.speculate = True
         self.mtp = bool(decoder.mtp)
@@ -408,21 +409,27 @@ class Batcher:
         parked, work.parked = work.parked, None
         if parked is not None and (own := self.cache.give_back(parked)) is not None:
             return own
-        if self.disk is not None:
-            self._fetch(self.disk, work)
-        sequence = self.cache.take(work.ids, work.chain)
+        sequence = self._fetch(work) or self.cache.take(work.ids, work.chain)
         if sequence is None:
             return self.pools.open()
         work.checkpointed = sequence.length
         work.count(0, sequence.length, hit=True)
         return sequence
 
-    def _fetch(self, disk: DiskCache, work: Work) -> None:
-        """Bring a checkpoint from disk into the cache, if one saves more than those that are there."""
+    def _fetch(self, work: Work) -> Sequence | None:
+        """A checkpoint from disk, if one saves more than those in the cache, and a fork of it for others.
+
+        The work gets what was loaded, not the fork: taking the fork could fail for want of memory that it holds itself.
+        """
+        if self.disk is None:
+            return None
         found = self.cache.find(work.ids, work.chain)
-        stored = disk.find(work.ids, work.chain, above=(found[1] if found else 0) + SHORT_PROMPT)
-        if stored is not None and (sequence := disk.load(stored, work.ids, work.chain)) is not None:
-            self.cache.add(work.ids, work.chain, sequence, Keep.TURN)
+        stored = self.disk.find(work.ids, work.chain, above=(found[1] if found else 0) + SHORT_PROMPT)
+        sequence = None if stored is None else self.disk.load(stored, work.ids, work.chain)
+        if sequence is not None:
+            with suppress(OutOfMemoryError):
+                self.cache.add(work.ids, work.chain, self.pools.fork(sequence), Keep.TURN)
+        return sequence
 
     def _store(self, work: Work, sequence: Sequence) -> None:
         if self.disk is not None and sequence.length >= SHORT_PROMPT:

@@ -1,0 +1,95 @@
+"""What exact results rest on is tried out on each machine; and what an engine that is not exact still promises."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
+from agentkit_engine.model import Decoder
+from agentkit_engine.runtime import invariance
+from agentkit_engine.runtime.invariance import least_rows
+
+from .conftest import randomize_, small_config
+
+PARAMS = SamplingParams(temperature=0, max_tokens=6)
+
+
+def products(*, alike_from: int) -> object:
+    """A product that gives a row other bits when there are fewer than `alike_from` rows."""
+
+    class Functional:
+        @staticmethod
+        def linear(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
+            return x_NK @ weight_OK.mT if len(x_NK) >= alike_from else x_NK @ weight_OK.mT + 1e-6
+
+    return Functional
+
+
+@pytest.mark.parametrize(
+    ("alike_from", "at_least", "rows"), [(0, 0, 8), (8, 0, 8), (0, 16, 16), (9, 0, 16), (17, 0, 32)]
+)
+def test_the_fewest_rows_that_do_are_taken(
+    monkeypatch: pytest.MonkeyPatch, alike_from: int, at_least: int, rows: int
+) -> None:
+    monkeypatch.setattr(invariance, "F", products(alike_from=alike_from))
+    assert least_rows([torch.eye(16)], at_least=at_least) == rows
+
+
+def test_a_machine_on_which_nothing_is_exact_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(invariance, "F", products(alike_from=1000))
+    with caplog.at_level(logging.WARNING):
+        assert least_rows([torch.eye(16)]) == 32
+    assert "results depend on the batch" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    spec = ModelSpec.from_config(small_config(0, 4, 128, sliding_window=48, index_topk=8))
+    return randomize_(Decoder(spec), torch.Generator().manual_seed(1)).eval()
+
+
+def engine(decoder: Decoder, *, exact: bool) -> Engine:
+    return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), exact=exact)
+
+
+def some_ids(count: int, seed: int) -> list[int]:
+    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+def test_without_exactness_logits_are_close(decoder: Decoder) -> None:
+    ids = some_ids(600, 0)
+    exact, other = engine(decoder, exact=True), engine(decoder, exact=False)
+    torch.testing.assert_close(other.logits(ids), exact.logits(ids), atol=1e-4, rtol=0)
+    with other.session() as session:
+        session.append(ids)
+        (token,) = session.generate(SamplingParams(temperature=0, max_tokens=1))
+    assert token.logprob == pytest.approx(exact.logits(ids)[-1].log_softmax(0)[token.id].item(), abs=1e-4)
+
+
+def test_without_exactness_forks_and_restored_sessions_say_the_same_bits(decoder: Decoder, tmp_path: Path) -> None:
+    inexact = engine(decoder, exact=False)
+    with inexact.session() as session:
+        session.append(some_ids(300, 1))
+        list(session.generate(PARAMS))
+        fork = session.fork()[0]
+        session.save(tmp_path / "saved")
+        said = list(session.generate(PARAMS))
+        assert list(fork.generate(PARAMS)) == said
+        assert list(engine(decoder, exact=False).open(tmp_path / "saved").generate(PARAMS)) == said
+
+
+def test_an_exact_engine_takes_nothing_from_one_that_is_not(decoder: Decoder, tmp_path: Path) -> None:
+    with engine(decoder, exact=False).session() as session:
+        session.append(some_ids(30, 1))
+        list(session.generate(PARAMS))
+        session.save(tmp_path / "saved")
+    with pytest.raises(SavedSessionError, match="model is"):
+        engine(decoder, exact=True).open(tmp_path / "saved")
