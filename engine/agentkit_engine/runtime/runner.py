@@ -29,7 +29,6 @@ from agentkit_engine.model.block import Block
 from agentkit_engine.model.compressor import Compressor
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.hyper_connections import half_steps, scale_of_output
-from agentkit_engine.model.indexer import select_top_k
 from agentkit_engine.model.moe import MoE, clamped_swiglu
 from agentkit_engine.model.rope import rotate, rotations
 from agentkit_engine.runtime.invariance import least_rows
@@ -45,8 +44,12 @@ COLUMNS = 16
 LANES = 32
 """Element-wise functions are given multiples of this many values: the last few would be computed by scalar code, whose
 exponential is not the vector code's."""
-SCORE_BUDGET = 1 << 23
-"""Most float32 index scores per head held at once (32 MiB); long contexts shrink the query block to stay below it."""
+SCORE_BUDGET = 1 << 21
+"""Most index scores held at once (8 MiB); long contexts shrink the query block to stay below it."""
+SCORE_TILE = 1 << 18
+"""Most index scores of single heads held at once (1 MiB): they never leave the processor's cache."""
+SCORED_ENTRIES = 2048
+"""Entries whose scores are computed together, from the first one on."""
 HCA_TILES = (0, 32, 64, 128, 256, 512)
 """Where the first tiles of HCA entries begin; from the last one on, every tile has its size."""
 
@@ -377,7 +380,7 @@ class _Attention:
         keys_BSC = None
         if most > top_k:
             keys_BSC = _scan(self.state.indexer, num_entries, group)
-        budget = max(1, SCORE_BUDGET // (num_entries * len(group) * self.spec.index_n_heads))
+        budget = max(1, SCORE_BUDGET // (num_entries * len(group)))
         outs = []
         for low in range(0, q_BUHK.shape[1], budget):
             some = slice(low, low + budget)
@@ -580,17 +583,34 @@ def _scan(state: CompressorState, count: int, group: Group) -> Tensor:
 
 
 def _pick(q_BUJC: Tensor, weights_BUJ: Tensor, keys_BSC: Tensor, visible_BU: Tensor, top_k: int, fewest: int) -> Tensor:
-    """The `top_k` best entries of each query in increasing order, [B, U, top_k]; the lowest among equals."""
+    """The `top_k` best entries of each query in increasing order, [B, U, top_k]; the lowest among equals.
+
+    There are more entries than `top_k`. A query that sees no more than that gets those it sees first.
+    """
+    scores_BUS = _index_scores(q_BUJC, weights_BUJ, keys_BSC, fewest)
+    low = int(visible_BU.min())
+    unseen = torch.arange(low, scores_BUS.shape[2]) >= visible_BU.unsqueeze(2)
+    scores_BUS[:, :, low:].masked_fill_(unseen, -torch.inf)
+    values, picks = scores_BUS.topk(top_k + 1, dim=-1)
+    last, next_one = values[:, :, top_k - 1], values[:, :, top_k]
+    picks, tied_BU = picks[:, :, :top_k], (last == next_one) & (last > -torch.inf)
+    if bool(tied_BU.any()):
+        picks[tied_BU] = scores_BUS[tied_BU].sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return picks.sort(dim=-1).values
+
+
+def _index_scores(q_BUJC: Tensor, weights_BUJ: Tensor, keys_BSC: Tensor, fewest: int) -> Tensor:
+    """sum_j weights[j] * relu(q_j · k_s), [B, U, S]; see `model/indexer.py`."""
     batch, tokens, heads, _ = q_BUJC.shape
-    dots = _matmul(q_BUJC.flatten(1, 2), keys_BSC.mT, fewest).view(batch, tokens, heads, -1).relu_()
-    scores_BUS = dots.mul_(weights_BUJ.unsqueeze(3)).sum(2)
-    chosen = select_top_k(scores_BUS, top_k, torch.arange(scores_BUS.shape[2]) < visible_BU.unsqueeze(2))
-    picked = chosen.nonzero()[:, 2]
-    counts = chosen.sum(2).flatten()
-    offsets = torch.arange(len(picked)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    picks = torch.zeros(batch * tokens, top_k, dtype=torch.int64)
-    picks[torch.arange(batch * tokens).repeat_interleave(counts), offsets] = picked
-    return picks.view(batch, tokens, top_k)
+    scores_BUS = torch.empty(batch, tokens, keys_BSC.shape[1])
+    together = max(1, SCORE_TILE // (SCORED_ENTRIES * heads * batch))
+    for queries in (slice(low, low + together) for low in range(0, tokens, together)):
+        q_BXC, weights_X1J = q_BUJC[:, queries].flatten(1, 2), weights_BUJ[:, queries].flatten(0, 1).unsqueeze(1)
+        for entries in (slice(low, low + SCORED_ENTRIES) for low in range(0, keys_BSC.shape[1], SCORED_ENTRIES)):
+            dots_BXS = _matmul(q_BXC, keys_BSC[:, entries].mT, fewest).relu_()
+            some_X1S = torch.bmm(weights_X1J, dots_BXS.reshape(-1, heads, dots_BXS.shape[2]))
+            scores_BUS[:, queries, entries] = some_X1S.view(batch, -1, dots_BXS.shape[2])
+    return scores_BUS
 
 
 def _matmul(a: Tensor, b: Tensor, fewest: int) -> Tensor:
