@@ -135,7 +135,8 @@ class Work:
     def computed_with(self, draft: Seq[int], computed: Computed) -> None:
         """Take what a forward says after the last id and after each drafted one."""
         self.logits_V, self.streams_MD = computed.logits_NV[0], computed.streams_NMD[0]
-        self._drafted = list(zip(draft, computed.logits_NV[1:], computed.streams_NMD[1:], strict=True))
+        if draft:
+            self._drafted = list(zip(draft, computed.logits_NV[1:], computed.streams_NMD[1:], strict=True))
 
     def mark(self) -> None:
         """Have a checkpoint taken at this length, once it is computed."""

@@ -574,7 +574,7 @@ def _scan(state: CompressorState, count: int, group: Group) -> Tensor:
     """The first `count` entries of each sequence, [B, count, C]; without a copy when they lie in a row."""
     spans = -(-count // state.entries_per_span)
     if len(group) == 1 and group.sequences[0].contiguous:
-        first = int(group.sequences[0].table[0])
+        first = group.sequences[0].spans[0]
         if first + spans <= len(state.entries):
             return state.entries[first : first + spans].flatten(0, 1)[None, :count]
     tables = group.tables_BX[:, :spans]

@@ -71,16 +71,15 @@ class Sequence:
         self.length = 0
         self.written = 0
         """The most tokens it ever held: what came after a later cut may have replaced rows of the rings."""
-        self.num_spans = 0
+        self.spans: list[int] = []
         self.table = torch.zeros(4, dtype=torch.int64)
-        """Span ids; the first `num_spans` count."""
+        """The same ids for gathers; the first `num_spans` count."""
         self.contiguous = True
         """Whether the ids are consecutive, so that a long scan needs no gather."""
 
     @property
-    def spans(self) -> list[int]:
-        ids: list[int] = self.table[: self.num_spans].tolist()
-        return ids
+    def num_spans(self) -> int:
+        return len(self.spans)
 
     def reaches(self, length: int) -> bool:
         """Whether it can be shortened to `length`: the rings hold what comes before."""
@@ -94,18 +93,18 @@ class Sequence:
     def add_span(self, span: int) -> None:
         if self.num_spans == len(self.table):
             self.table = torch.cat((self.table, torch.zeros_like(self.table)))
-        if self.num_spans and span != int(self.table[self.num_spans - 1]) + 1:
+        if self.spans and span != self.spans[-1] + 1:
             self.contiguous = False
         self.table[self.num_spans] = span
-        self.num_spans += 1
+        self.spans.append(span)
 
     def replace_span(self, index: int, span: int) -> None:
-        self.table[index] = span
+        self.table[index] = self.spans[index] = span
         self._look_at_steps()
 
     def share_spans(self, source: Sequence, count: int) -> None:
         """Take the first `count` spans of `source`, in place of its own."""
-        self.table, self.num_spans = source.table.clone(), count
+        self.table, self.spans = source.table.clone(), source.spans[:count]
         self._look_at_steps()
 
     def _look_at_steps(self) -> None:
@@ -182,7 +181,7 @@ class Pools:
             self._holders[span] += 1
         fork.share_spans(source, full)
         if open_tokens:
-            fork.add_span(self._copy_span(int(source.table[full])))
+            fork.add_span(self._copy_span(source.spans[full]))
         return fork
 
     def reserve(self, sequence: Sequence, length: int) -> None:
@@ -194,14 +193,14 @@ class Pools:
             OutOfMemoryError: there are not enough free spans.
         """
         written = range(sequence.length // SPAN, sequence.num_spans)
-        shared = [index for index in written if self._holders[int(sequence.table[index])] > 1]
+        shared = [index for index in written if self._holders[sequence.spans[index]] > 1]
         missing = -(-length // SPAN) - sequence.num_spans
         if len(shared) + max(0, missing) > self.free_spans:
             raise OutOfMemoryError(
                 f"{len(shared) + max(0, missing)} more spans needed, {self.free_spans} of {self.spans} are free"
             )
         for index in shared:
-            span = int(sequence.table[index])
+            span = sequence.spans[index]
             sequence.replace_span(index, self._copy_span(span))
             self._release(span)
         for _ in range(missing):
@@ -215,7 +214,7 @@ class Pools:
         self._free_slots.append(sequence.slot)
         for span in reversed(sequence.spans):
             self._release(span)
-        sequence.num_spans = 0
+        sequence.spans.clear()
 
     def _take_slot(self) -> Sequence:
         if not self._free_slots:
