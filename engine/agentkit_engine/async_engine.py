@@ -4,7 +4,8 @@ The thread repeats one thing: take the commands that came in, compute one forwar
 hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is at most one
 forward ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten. A
 generation is admitted, by priority and then in the order they came, once its session fits into memory beside those
-already admitted; so sessions that are at work do not take each other's state away.
+already admitted; so sessions that are at work do not take each other's state away. While a forward runs, a second
+thread computes what the grammars allow after it.
 Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only. The engine itself is used
 under its lock, so that two `AsyncEngine`s over one `Engine` take turns.
 """
@@ -15,7 +16,7 @@ import math
 import queue
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -174,6 +175,10 @@ class AsyncEngine:
     # What follows runs on the model thread.
 
     def _serve(self) -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix="agentkit_engine: masks") as helper:
+            self._serve_with(helper)
+
+    def _serve_with(self, helper: ThreadPoolExecutor) -> None:
         while True:
             self._admit()
             ready = [
@@ -198,7 +203,7 @@ class AsyncEngine:
                     self.engine.flush()
                 return
             with self.engine.lock:
-                outcomes = self._step(ready)
+                outcomes = self._step(ready, helper)
             if outcomes:
                 anyio.from_thread.run_sync(_hand_over, outcomes)
 
@@ -219,12 +224,15 @@ class AsyncEngine:
     def _close(self) -> None:
         self._closing = True
 
-    def _step(self, ready: list[_Generation]) -> list[tuple[_Generation, SampledToken | BaseException]]:
+    def _step(
+        self, ready: list[_Generation], helper: ThreadPoolExecutor
+    ) -> list[tuple[_Generation, SampledToken | BaseException]]:
         """One forward; the outcome of each generation that has one."""
         outcomes: list[tuple[_Generation, SampledToken | BaseException]] = []
         for generation in ready:
             outcomes += self._jump(generation)
         waiting = [g for g in ready if g.work.logits_V is None and not g.done]
+        masks = [helper.submit(g.matcher.mask) for g in waiting if g.matcher is not None]  # `_sample` asks again
         if waiting:
             try:
                 self.engine.batcher.advance([generation.work for generation in waiting])
@@ -234,6 +242,7 @@ class AsyncEngine:
                         self.engine.batcher.advance([generation.work])
                     except BaseException as error:
                         outcomes.append((generation, error))
+        wait(masks)
         for generation in ready:  # right guesses have their logits already
             while generation.work.logits_V is not None and not generation.done:
                 outcomes.append((generation, self._sample(generation, generation.work.logits_V)))

@@ -35,6 +35,7 @@ from agentkit_engine.schema_forms import ANNOTATIONS, DEFINITIONS, Forms, Schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+    from numpy.typing import NDArray
 
 MOST_PARAMETERS = 64
 """A rule of the grammar carries one bit for each parameter of a tool."""
@@ -252,6 +253,7 @@ class Matcher:
         self._end = b""  # the last bytes of the text
         self._form: LLMatcher | None = None
         self._forced: deque[int] | None = None  # what the form forces next; None when not asked yet
+        self._mask: Tensor | None = None  # where the form says it, once asked for
 
     def follow(self, ids: Sequence[int]) -> None:
         """Take in what is new in `ids`, all ids of the session.
@@ -265,6 +267,7 @@ class Matcher:
                 raise GrammarError("a grammar constrains an assistant's turn, and none has begun in this session")
             self._known = begin
         for at in range(self._known, len(ids)):
+            self._mask = None
             self._take(ids[at])
         self._known = len(ids)
 
@@ -278,7 +281,7 @@ class Matcher:
         return self._forced[0] if self._forced else None
 
     def mask(self) -> Tensor | None:
-        """bool [V], True for the ids that may come next; None where all may.
+        """bool [V], True for the ids that may come next; None where all may. Asked again, it is not computed again.
 
         Raises:
             GrammarError: the form is too complex for llguidance's limits.
@@ -287,15 +290,20 @@ class Matcher:
             return self._grammar.free_V
         if self._region is not _Region.FORM or self._form is None:
             return None
+        if self._mask is None:
+            self._mask = torch.from_numpy(self._mask_of(self._form))
+        return self._mask
+
+    def _mask_of(self, form: LLMatcher) -> NDArray[np.bool_]:
         mask_V = np.zeros(self._grammar.vocab_size, dtype=np.bool_)
         if (forced := self.forced()) is not None:
             mask_V[forced] = True
-            return torch.from_numpy(mask_V)
-        bits = np.unpackbits(np.frombuffer(self._form.compute_bitmask(), np.uint8), bitorder="little")
-        if self._form.is_error():
-            raise GrammarError(f"llguidance gave up on the grammar: {self._form.get_error():.500}")
+            return mask_V
+        bits = np.unpackbits(np.frombuffer(form.compute_bitmask(), np.uint8), bitorder="little")
+        if form.is_error():
+            raise GrammarError(f"llguidance gave up on the grammar: {form.get_error():.500}")
         mask_V[: len(bits)] = bits[: self._grammar.vocab_size]
-        return torch.from_numpy(mask_V)
+        return mask_V
 
     @property
     def _at_block(self) -> bool:

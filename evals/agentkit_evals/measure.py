@@ -1,8 +1,9 @@
 """What a model can do, measured for its card: `python -m agentkit_evals.measure --model tiny --per-family 50`.
 
-On the same held-out tasks of every family: the model, the baselines that must fail, and, on the families whose facts
-stand far back, the model with the compressed entries of one attention kind zeroed. Phrasings that were never trained
-on are reported apart. Writes one JSON file, and a run directory with a report for each of these.
+On the same held-out tasks of every family: the model, the model with a grammar if asked for, the baselines that must
+fail, and, on the families whose facts stand far back, the model with the compressed entries of one attention kind
+zeroed. Phrasings that were never trained on are reported apart. Writes one JSON file, and a run directory with a report
+for each of these.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "masked_pairs_seen_in_training": leaks(suite, options.training_seeds),
         "results": session.embedded(engine, suite, "model"),
     }
+    if options.grammar:
+        measured["with_grammar"] = session.embedded(engine, suite, "with a grammar", grammar=True)
     if options.baselines:
         measured["baselines"] = {name: session.scripted(policy, suite, name) for name, policy in BASELINES.items()}
     if options.ablations and far:
@@ -144,12 +147,12 @@ class _Session:
         self.options = options
         self.tokenizer = tokenizer
 
-    def embedded(self, engine: Engine, suite: Suite, name: str) -> dict[str, Any]:
+    def embedded(self, engine: Engine, suite: Suite, name: str, *, grammar: bool = False) -> dict[str, Any]:
         """Run the suite on an engine."""
 
         async def execute() -> RunDirectory:
             async with EmbeddedModel(engine) as model:
-                return await self._run(model, suite, name).execute()
+                return await self._run(model, suite, name, grammar=grammar).execute()
 
         return self._summary(anyio.run(execute), name)
 
@@ -158,7 +161,7 @@ class _Session:
         run = self._run(ScriptedModel(policy, self.tokenizer, name=name), suite, name)
         return self._summary(anyio.run(run.execute), name)
 
-    def _run(self, model: Model, suite: Suite, name: str) -> EvalRun:
+    def _run(self, model: Model, suite: Suite, name: str, *, grammar: bool = False) -> EvalRun:
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         label = "".join(c if c.isalnum() else "-" for c in name)
         return EvalRun(
@@ -169,7 +172,7 @@ class _Session:
             concurrency=self.options.concurrency,
             backend=self.options.env,
             seed=self.options.seed,
-            sampling=model.sampling.override(temperature=self.options.temperature),
+            sampling=model.sampling.override(temperature=self.options.temperature, grammar=grammar),
             listener=_Counter(name, len(suite.cases)),
         )
 
@@ -215,6 +218,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     backends: tuple[Backend, ...] = ("process", "docker", "unsafe-local")
     parser.add_argument("--env", default="process", choices=backends)
     parser.add_argument("--training-seeds", type=int, default=2000, help="training tasks to compare signatures with")
+    parser.add_argument("--grammar", action="store_true", help="measure with a grammar too; needs llguidance")
     parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("evals/results"))

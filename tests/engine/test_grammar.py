@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,9 @@ from agentkit_engine import AsyncEngine, Engine, GrammarError, GrammarMissingErr
 from agentkit_engine.chat import CallReady, StreamParser, Tokenizer, encode_completion_ids, encode_ids, parse
 from agentkit_engine.chat.tokens import ASSISTANT, DSML, THINK, THINK_END
 from agentkit_engine.engine import PACKAGED_MODELS
-from agentkit_engine.grammar import Grammar, Grammars, GrammarWarning
+from agentkit_engine.grammar import Grammar, Grammars, GrammarWarning, Matcher
 from agentkit_engine.model import Decoder
+from agentkit_engine.runtime.runner import Computed, Segment
 from agentkit_engine.schema_forms import whole_text
 
 from .conftest import randomize_, small_config
@@ -433,6 +435,30 @@ async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> Non
                 async for _ in session.generate(one):
                     pass
             assert list(session.token_ids) == [*TURN, *ids]
+
+
+@pytest.mark.anyio
+async def test_a_mask_is_computed_while_the_forward_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    masked, step, mask = threading.Event(), engine.batcher.runner.step, Matcher.mask
+    in_time = []
+
+    def noted_mask(matcher: Matcher) -> torch.Tensor | None:
+        mask_V = mask(matcher)
+        masked.set()
+        return mask_V
+
+    def waiting_step(segments: Sequence[Segment], *, all_rows: bool = False) -> list[Computed]:
+        in_time.append(masked.wait(10))
+        return step(segments, all_rows=all_rows)
+
+    monkeypatch.setattr(Matcher, "mask", noted_mask)
+    monkeypatch.setattr(engine.batcher.runner, "step", waiting_step)
+    engine.batcher.cache.clear()
+    async with AsyncEngine(engine) as running, running.session() as session:
+        await session.append(TURN)
+        async for _ in session.generate(replace(params(engine, 0), max_tokens=1)):
+            pass
+    assert in_time[0]
 
 
 def test_thoughts_come_first(engine: Engine) -> None:

@@ -22,11 +22,12 @@ def test_every_family_baseline_and_ablation_has_its_row() -> None:
     results = {"families": {"config": score(0.5, 4), "archive": score(0.25, 4)}, "all": score(0.375, 8)}
     nop = {"families": {"config": score(0, 4), "archive": score(0, 4)}, "all": score(0, 8)}
     far = {"families": {"archive": score(0, 4)}}
+    guided = {"families": {"config": score(0.75, 4)}, "all": score(0.75, 4)}
     families, baselines, ablations = measured_tables(
-        {"results": results, "baselines": {"nop": nop}, "ablations": {"csa": far}}
+        {"results": results, "with_grammar": guided, "baselines": {"nop": nop}, "ablations": {"csa": far}}
     )
-    assert "| config | 50.0 ± 5.0 | 4 | 50.0 ± 5.0 | 4 | – | 0 |" in families
-    assert "| all | 37.5 ± 5.0 | 8 |" in families
+    assert "| config | 50.0 ± 5.0 | 75.0 ± 5.0 | 4 | 50.0 ± 5.0 | 4 | – | 0 |" in families
+    assert "| archive | 25.0 ± 5.0 | – | 4 |" in families and "| all | 37.5 ± 5.0 | 75.0 ± 5.0 | 8 |" in families
     assert baselines.splitlines()[0] == "| family | nop, % |"
     assert ablations.splitlines()[2:] == ["| archive | 25.0 ± 5.0 | 0.0 ± 5.0 |"]
 

@@ -82,9 +82,11 @@ def test_summary_reports_held_out_phrasings_apart(evaluate: Evaluate, number_tas
 @pytest.mark.skipif(not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the packaged model is not trained")
 def test_a_whole_measurement_of_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--out", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"), "--env", "unsafe-local")
-    main(["--families", "chat", "archive", "--per-family", "1", "--training-seeds", "20", "--no-baselines", *where])
+    which = ["--families", "chat", "archive", "--per-family", "1", "--training-seeds", "20"]
+    main([*which, "--grammar", "--no-baselines", *where])
     measured = json.loads((tmp_path / "results" / "measure-tiny.json").read_text())
     assert measured["results"]["all"]["n"] == 2 and measured["masked_pairs_seen_in_training"] == 0
+    assert measured["with_grammar"]["all"]["n"] == 2
     assert set(measured["ablations"]) == {"csa", "hca"}
     assert set(measured["ablations"]["csa"]["families"]) == {"archive"}
     assert len(list((tmp_path / "runs").glob("*/report.html"))) == 3
