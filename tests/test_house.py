@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from agentkit_engine.benchmarks.record import markdown, read_records
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("agentkit", "engine", "kernels", "environments", "tools", "evals")
 PACKAGES = ("agentkit", *(f"agentkit_{room}" for room in ROOMS[1:]))
@@ -27,6 +29,12 @@ def test_every_package_ships_and_is_typed() -> None:
     assert [package.split("/")[0] for package in packages] == list(ROOMS)
     for package in packages:
         assert (ROOT / package / "py.typed").is_file(), f"{package}/py.typed is missing: mypy would skip the package"
+
+
+@pytest.mark.parametrize("room", ["agentkit", "engine"])
+def test_the_readmes_say_what_was_measured(room: str) -> None:
+    records = read_records(ROOT / room / "results/cpu.json")
+    assert records and markdown(records) in (ROOT / room / "README.md").read_text()
 
 
 def test_import_agentkit_is_light() -> None:

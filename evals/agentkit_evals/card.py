@@ -31,18 +31,20 @@ def measured_tables(measured: dict[str, Any]) -> Iterator[str]:
     """Solve rates by family and phrasing; with a grammar, baselines and ablations where they were measured."""
     results = measured["results"]
     families = {**results["families"], "all": results["all"]}
-    with_grammar = measured.get("with_grammar", {"families": {}, "all": {}})
-    guided = {**with_grammar["families"], "all": with_grammar["all"]}
     parts = ("trained_phrasings", "held_out_phrasings")
-    header = ["family", "solved, %", "with a grammar, %", "n", "phrasings trained on, %", "n"]
     yield table(
-        [*header, "phrasings never trained on, %", "n"],
+        ["family", "solved, %", "n", "phrasings trained on, %", "n", "phrasings never trained on, %", "n"],
         (
-            [name, _percent(score), _percent(guided.get(name, {})), str(score.get("n", 0))]
-            + [cell for part in parts for cell in _cells(score[part])]
+            [name, *_cells(score), *_cells(score[parts[0]]), *_cells(score[parts[1]])]
             for name, score in families.items()
         ),
     )
+    if guided := measured.get("with_grammar"):
+        rows = {**guided["families"], "all": guided["all"]}
+        yield table(
+            ["family", "without a grammar, %", "with one, %"],
+            ([name, _percent(families[name]), _percent(score)] for name, score in rows.items()),
+        )
     if baselines := measured.get("baselines"):
         yield table(
             ["family", *(f"{name}, %" for name in baselines)],

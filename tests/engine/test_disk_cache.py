@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine import Engine, ModelSpec, SamplingParams
@@ -155,6 +155,7 @@ def check_survives(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 400) | st.integers(0, 1 << 32), flip=st.integers(0, 255))
+@example(place=45, flip=1)  # the kind of the frame
 def test_a_file_cut_or_damaged_anywhere_is_never_believed(
     decoder: Decoder,
     segment: Path,

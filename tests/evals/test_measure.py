@@ -89,5 +89,5 @@ def test_a_whole_measurement_of_the_tiny_model(tmp_path: Path, capsys: pytest.Ca
     assert measured["with_grammar"]["all"]["n"] == 2
     assert set(measured["ablations"]) == {"csa", "hca"}
     assert set(measured["ablations"]["csa"]["families"]) == {"archive"}
-    assert len(list((tmp_path / "runs").glob("*/report.html"))) == 3
+    assert len(list((tmp_path / "runs").glob("*/report.html"))) == 4
     assert "held-out phrasings" in capsys.readouterr().out

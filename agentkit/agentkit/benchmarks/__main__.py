@@ -11,13 +11,14 @@ import agentkit
 import agentkit_engine
 from agentkit.benchmarks.goals import FULL, GOALS, QUICK
 from agentkit_engine.benchmarks import goals as engine_goals
-from agentkit_engine.benchmarks.command import chosen_goals, measure
+from agentkit_engine.benchmarks.command import chosen_goals, measure, show
 
 RESULTS = Path("agentkit/results/cpu.json")
 
 
 def main(
     only: Annotated[str | None, typer.Option(help=f"Goals, separated by commas, of {', '.join(GOALS)}.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print the README's table of the last results.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes: shows that it works, not how fast.")] = False,
     out: Annotated[
         Path | None, typer.Option(help=f"File to merge the records into; {RESULTS} unless given or --quick.")
@@ -27,6 +28,9 @@ def main(
 
     A goal that fails is reported and leaves its old records; the others still run, and the exit status is 1.
     """
+    if table:
+        show(RESULTS)
+        return
     measure(
         "agentkit",
         GOALS,

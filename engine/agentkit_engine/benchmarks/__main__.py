@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import agentkit_engine
-from agentkit_engine.benchmarks.command import chosen_goals, measure
+from agentkit_engine.benchmarks.command import chosen_goals, measure, show
 from agentkit_engine.benchmarks.goals import ELSEWHERE, FULL, GOALS, NIGHTLY, QUICK
 
 RESULTS = Path("engine/results/cpu.json")
@@ -16,6 +16,7 @@ RESULTS = Path("engine/results/cpu.json")
 
 def main(
     only: Annotated[str | None, typer.Option(help=f"Goals, separated by commas, of {', '.join(GOALS)}.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print the README's table of the last results.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes: shows that it works, not how fast.")] = False,
     out: Annotated[
         Path | None, typer.Option(help=f"File to merge the records into; {RESULTS} unless given or --quick.")
@@ -25,6 +26,9 @@ def main(
 
     A goal that fails is reported and leaves its old records; the others still run, and the exit status is 1.
     """
+    if table:
+        show(RESULTS)
+        return
     measure(
         "agentkit_engine",
         GOALS,

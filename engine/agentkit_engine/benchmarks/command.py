@@ -21,7 +21,9 @@ from agentkit_engine.benchmarks.record import (
     current_commit,
     describe_machine,
     make_record,
+    markdown,
     merge_records,
+    read_records,
     table,
 )
 from agentkit_engine.errors import EngineError
@@ -46,6 +48,11 @@ def chosen_goals(
             param_hint="--only",
         )
     return [name for name in names if name in own]
+
+
+def show(results: Path) -> None:
+    """Print the README's table of what a results file holds."""
+    print(markdown(read_records(results)))
 
 
 def measure(

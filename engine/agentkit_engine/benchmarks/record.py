@@ -114,14 +114,23 @@ def make_record(measurement: Measurement, *, machine: str, commit: str, command:
     return Record(**fields, ratio=ratio, machine=machine, commit=commit, command=command)
 
 
+def read_records(path: Path) -> list[Record]:
+    """What a results file holds; nothing when there is none.
+
+    Raises:
+        pydantic.ValidationError: the file exists and is not a list of records.
+    """
+    return _RECORDS.validate_json(path.read_bytes()) if path.is_file() else []
+
+
 def merge_records(path: Path, goal: str, records: Sequence[Record]) -> None:
     """Replace the goal's records in the file, which is made when missing, and keep those of the other goals.
 
     Raises:
         pydantic.ValidationError: the file exists and is not a list of records.
     """
-    kept = _RECORDS.validate_json(path.read_bytes()) if path.is_file() else []
-    merged = sorted([record for record in kept if record.goal != goal] + list(records), key=_order)
+    kept = [record for record in read_records(path) if record.goal != goal]
+    merged = sorted([*kept, *records], key=_order)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(_RECORDS.dump_python(merged), indent=2) + "\n", encoding="utf-8")
@@ -150,6 +159,24 @@ def table(records: Iterable[Record]) -> Table:
             _verdict(record.moonshot, record.moonshot_met),
         )
     return rows
+
+
+def markdown(records: Iterable[Record]) -> str:
+    """The table of a README: what was measured, beside whom, and what was aimed at."""
+    lines = ["| goal | what | value | peer | ratio | at least | moonshot |", "|---|---|---|---|---|---|---|"]
+    for record in records:
+        peer = f"{record.peer_value:.4g}: {record.peer}" if record.peer_value is not None else "–"
+        cells = (
+            record.goal,
+            record.what,
+            f"{record.value:.4g} {record.unit}",
+            peer,
+            "–" if record.ratio is None else f"{record.ratio:.2f}",
+            _verdict(record.good, record.met) or "–",
+            _verdict(record.moonshot, record.moonshot_met) or "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _verdict(bound: str | None, met: bool | None) -> str:

@@ -425,6 +425,8 @@ def _frames(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[tuple[dict[str,
             if header["kind"] == "tail":
                 checked |= {"length": int(header["length"]), "written": int(header["written"])}
                 checked |= {"tail": [int(token_id) for token_id in header["tail"]]}
+            elif header["kind"] != "span":
+                raise ValueError(header["kind"])
             bytes.fromhex(checked["key"])
         except (ValueError, KeyError, TypeError):
             scan.readable = False
