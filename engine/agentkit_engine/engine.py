@@ -21,6 +21,7 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.runner import NUMERICS
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
@@ -215,8 +216,8 @@ class Engine:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What computed a state: a hash of architecture, names, shapes and a sample of every weight, and exactness."""
-        digest = hashlib.blake2b(repr(self.spec).encode() + (b"" if self.exact else b", inexact"), digest_size=16)
+        """What computed a state: a hash of how it computes, architecture, names, shapes, and some of every weight."""
+        digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact)).encode(), digest_size=16)
         for name, tensor in self.decoder.state_dict().items():
             flat = tensor.detach().flatten()
             some = flat[:: max(1, flat.numel() // 256)].cpu()

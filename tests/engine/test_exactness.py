@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import agentkit_engine.engine
 from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import invariance
 from agentkit_engine.runtime.invariance import least_rows
+from agentkit_engine.runtime.runner import NUMERICS
 
 from .conftest import randomize_, small_config
 
@@ -84,6 +86,12 @@ def test_without_exactness_forks_and_restored_sessions_say_the_same_bits(decoder
         said = list(session.generate(PARAMS))
         assert list(fork.generate(PARAMS)) == said
         assert list(engine(decoder, exact=False).open(tmp_path / "saved").generate(PARAMS)) == said
+
+
+def test_states_of_other_numerics_are_foreign(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = engine(decoder, exact=True).fingerprint
+    monkeypatch.setattr(agentkit_engine.engine, "NUMERICS", NUMERICS + 1)
+    assert engine(decoder, exact=True).fingerprint != now
 
 
 def test_an_exact_engine_takes_nothing_from_one_that_is_not(decoder: Decoder, tmp_path: Path) -> None:

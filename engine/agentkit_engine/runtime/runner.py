@@ -35,6 +35,8 @@ from agentkit_engine.runtime.invariance import least_rows
 from agentkit_engine.runtime.state import QUERY_BLOCK, CompressorState, Pools, Sequence
 from agentkit_engine.spec import RopeSpec
 
+NUMERICS = 1
+"""Whoever changes a bit of what a forward computes adds one: states on disk are taken up by their equals only."""
 DECODING = 16
 """Sequences that take the same number of tokens, at most this many, are computed side by side."""
 FEW_ROWS = 16
