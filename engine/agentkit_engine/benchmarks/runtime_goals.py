@@ -249,6 +249,7 @@ def _same_from_disk(folder: Path, cache_dir: Path, path: Path, ids: Sequence[int
         opened.append([0])
         tokens = [next(session.generate(SamplingParams(temperature=0))) for session in (cached, opened)]
         computed = cached.usage.miss_tokens
+    engine.flush()
     if tokens[0] != tokens[1]:
         raise OutputsDifferError(f"the session says {tokens[0]} from the disk cache and {tokens[1]} from its file")
     return f"from both the same next token, bit for bit; {computed} tokens computed again from the disk cache"
