@@ -444,6 +444,7 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
 
 def _held_while_filling(batcher: Batcher, ids: Sequence[int]) -> dict[int, int]:
     """The bytes that a sequence holds after each of the engine's steps, by the number of tokens in it."""
+    batcher.cache.clear()
     work, held = Work(), {}
     work.extend(ids)
     while work.pending:

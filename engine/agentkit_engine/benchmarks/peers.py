@@ -25,9 +25,11 @@ from agentkit_engine.weights.export import export_checkpoint
 
 TYPICAL_TOLERANCE = 1e-4
 """Most that log-probabilities of both sides may differ in the median row: float32 summed in another order."""
-WORST_TOLERANCE = 5e-2
-"""The same for the worst row. In a long sequence some index scores tie to the last bit; where the sides then choose
-different entries, the rows that look at them move a little."""
+RARE_TOLERANCE, RARE = 2e-2, 0.02
+"""The same for all rows but this share. In a long sequence some index scores tie to the last bit; where the sides then
+choose different entries, the rows that look at them move a little."""
+WORST_TOLERANCE = 0.5
+"""The same for every row."""
 
 
 def tiny_v4(*, n_routed_experts: int = 16) -> ModelSpec:
@@ -253,11 +255,15 @@ def compare_tokens(ours: Sequence[SampledToken], theirs: Sequence[Tensor]) -> st
     own_R = logprobs_RV.gather(1, ids_R1).squeeze(1)
     away_R = (torch.tensor([token.logprob for token in ours]) - own_R).abs()
     behind_R = logprobs_RV.amax(-1) - own_R
-    typical, worst = float(away_R.median()), max(float(away_R.max()), float(behind_R.max()))
-    found = f"log-probabilities of {len(ours)} tokens: median difference {typical:.1e}, largest {worst:.1e}"
-    if typical > TYPICAL_TOLERANCE or worst > WORST_TOLERANCE:
+    away_R = torch.maximum(away_R, behind_R)
+    typical, rare, worst = (float(away_R.quantile(share)) for share in (0.5, 1 - RARE, 1.0))
+    found = (
+        f"log-probabilities of {len(ours)} tokens: median difference {typical:.1e}, {1 - RARE:.0%} within {rare:.1e}, "
+        f"largest {worst:.1e}"
+    )
+    if typical > TYPICAL_TOLERANCE or rare > RARE_TOLERANCE or worst > WORST_TOLERANCE:
         raise OutputsDifferError(
-            f"{found}; expected at most {TYPICAL_TOLERANCE:.0e} and {WORST_TOLERANCE:.0e}: one side is wrong, so "
-            "nothing was timed; tests/engine/test_parity.py narrows it down"
+            f"{found}; expected at most {TYPICAL_TOLERANCE:.0e}, {RARE_TOLERANCE:.0e} and {WORST_TOLERANCE:.0e}: one "
+            "side is wrong, so nothing was timed; tests/engine/test_parity.py narrows it down"
         )
     return found
