@@ -256,7 +256,7 @@ def compare_tokens(ours: Sequence[SampledToken], theirs: Sequence[Tensor]) -> st
     away_R = (torch.tensor([token.logprob for token in ours]) - own_R).abs()
     behind_R = logprobs_RV.amax(-1) - own_R
     away_R = torch.maximum(away_R, behind_R)
-    typical, rare, worst = (float(away_R.quantile(share)) for share in (0.5, 1 - RARE, 1.0))
+    typical, rare, worst = float(away_R.median()), float(away_R.quantile(1 - RARE)), float(away_R.max())
     found = (
         f"log-probabilities of {len(ours)} tokens: median difference {typical:.1e}, {1 - RARE:.0%} within {rare:.1e}, "
         f"largest {worst:.1e}"
