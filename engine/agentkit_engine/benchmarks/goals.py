@@ -252,6 +252,7 @@ def _prefill_both(
     engine: Engine, peer: Transformers, ids: Sequence[int], lengths: Sequence[int], clock: Clock
 ) -> _Prefill:
     run = _Prefill([], [], [], [])
+    engine.batcher.cache.clear()  # of the run before
     cache = peer.new_cache()
     work = Work()
 
