@@ -89,6 +89,12 @@ def make_random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
     return randomize_(Decoder(spec), torch.Generator().manual_seed(seed)).eval()
 
 
+def some_ids(count: int, seed: int = 1) -> list[int]:
+    """Random ids of `small_config`'s vocabulary."""
+    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
 @pytest.fixture
 def make_config() -> Callable[..., dict[str, Any]]:
     return small_config

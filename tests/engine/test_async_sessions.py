@@ -13,7 +13,7 @@ from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, Sampli
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime.state import Pools
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 pytestmark = pytest.mark.anyio
 PARAMS = SamplingParams(seed=5, max_tokens=4)
@@ -24,11 +24,6 @@ def engine() -> Engine:
     spec = ModelSpec.from_config(small_config(0, 4, 128, sliding_window=48, index_topk=8))
     decoder = randomize_(Decoder(spec), torch.Generator().manual_seed(1))
     return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
-
-
-def some_ids(count: int, seed: int) -> list[int]:
-    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 async def say(session: AsyncSession) -> list[tuple[int, float]]:

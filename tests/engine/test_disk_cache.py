@@ -16,7 +16,7 @@ from agentkit_engine.runtime import disk_cache
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.state import SPAN
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 PARAMS = SamplingParams(seed=1, max_tokens=4)
 LENGTH = SPAN + 40
@@ -36,11 +36,6 @@ def open_engine(decoder: Decoder, folder: Path, *, cache_bytes: int = 1 << 30) -
     return Engine(
         decoder, name="small", dialect="v4-preview", folder=Path("none"), cache_dir=folder, cache_bytes=cache_bytes
     )
-
-
-def some_ids(count: int, seed: int) -> list[int]:
-    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 def disk(engine: Engine) -> DiskCache:

@@ -16,7 +16,7 @@ from agentkit_engine.runtime import invariance
 from agentkit_engine.runtime.invariance import least_rows
 from agentkit_engine.runtime.runner import NUMERICS
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6)
 
@@ -59,11 +59,6 @@ def decoder() -> Decoder:
 
 def engine(decoder: Decoder, *, exact: bool) -> Engine:
     return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), exact=exact)
-
-
-def some_ids(count: int, seed: int) -> list[int]:
-    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 def test_without_exactness_logits_are_close(decoder: Decoder) -> None:

@@ -18,7 +18,7 @@ from agentkit_engine.runtime import Pools
 from agentkit_engine.runtime.runner import Computed, Segment
 from agentkit_engine.sampler import sample
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 SEED, MOST_TOKENS, MOST_SESSIONS = 5, 4, 5
 ALL_SPANS, FEW_SPANS = 1000, 6
@@ -37,11 +37,6 @@ def steps(*more: str) -> st.SearchStrategy[list[Step]]:
 def decoder() -> Decoder:
     spec = ModelSpec.from_config(small_config(0, 4, 128, sliding_window=48, index_topk=8))
     return randomize_(Decoder(spec), torch.Generator().manual_seed(1)).eval()
-
-
-def some_ids(count: int, seed: int) -> list[int]:
-    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 class World:

@@ -16,7 +16,7 @@ from agentkit_engine.runtime.batcher import CHECKPOINT_EVERY, SHORT_PROMPT
 from agentkit_engine.runtime.prefix_cache import IdChain
 from agentkit_engine.runtime.state import SPAN
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 VOCAB = 96
 GREEDY = SamplingParams(temperature=0, max_tokens=3)
@@ -36,11 +36,6 @@ def batcher(decoder: Decoder) -> Batcher:
 @pytest.fixture
 def engine(decoder: Decoder) -> Engine:
     return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
-
-
-def some_ids(count: int, seed: int) -> list[int]:
-    ids: list[int] = torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 def run(batcher: Batcher, ids: Sequence[int], *, mark: int | None = None) -> tuple[Work, Tensor]:

@@ -17,7 +17,7 @@ from agentkit_engine.runtime import Batcher, Pools, Work
 from agentkit_engine.runtime.batcher import SLOTS, TOKEN_BUDGET
 from agentkit_engine.runtime.state import SPAN
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 VOCAB = 96
 SPECS = {
@@ -35,11 +35,6 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 @pytest.fixture(scope="module")
 def batcher(decoder: Decoder) -> Batcher:
     return Batcher(decoder, state_bytes=64 << 20)
-
-
-def some_ids(count: int, seed: int) -> list[int]:
-    ids: list[int] = torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 def test_logits_are_the_twins(decoder: Decoder, batcher: Batcher) -> None:

@@ -36,6 +36,8 @@ from agentkit_engine.runtime import Segment
 from agentkit_engine.runtime.runner import Computed, Group
 from agentkit_engine.sampler import _change, sample, uniform
 
+from .conftest import some_ids
+
 pytestmark = pytest.mark.anyio
 
 VOCAB = 96
@@ -93,11 +95,6 @@ def anyio_backend() -> str:
 def engine() -> Engine:
     decoder = initialize_(Decoder(SPEC), torch.Generator().manual_seed(5), std=0.3)
     return Engine(decoder, name="random", dialect="v4-preview", folder=Path("/nonexistent"))
-
-
-def some_ids(count: int, seed: int = 1) -> list[int]:
-    ids: list[int] = torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 def alone(engine: Engine, ids: Sequence[int], params: SamplingParams) -> list[SampledToken]:

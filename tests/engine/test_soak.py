@@ -21,16 +21,11 @@ from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Pools, Sequence, Work
 from agentkit_engine.runtime.prefix_cache import Checkpoint
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 SESSIONS, TURNS, AT_ONCE, HEADS = 200, 30, 24, 8
 SPANS, DISK_BYTES = 64, 4 << 20
 KINDS = (AsyncSession, Checkpoint, Sequence, Work, _Generation)
-
-
-def some_ids(count: int, seed: int) -> list[int]:
-    ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
 
 
 def objects() -> Counter[type]:

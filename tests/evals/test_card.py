@@ -58,6 +58,10 @@ def test_the_card_of_the_packaged_model_shows_what_was_measured() -> None:
     assert set(measured["results"]["families"]) == set(FAMILIES)
     assert all(score["n"] >= 50 for score in measured["results"]["families"].values())
     assert measured["masked_pairs_seen_in_training"] == 0
+    whole = measured["results"]["families"]
+    for kind, family in (("csa", "archive"), ("csa", "ledger"), ("hca", "poll")):
+        left = measured["ablations"][kind]["families"][family]
+        assert left["mean"] + 2 * left["stderr"] < whole[family]["mean"], f"{family} does not need {kind}"
     mean, stderr = (100 * measured["results"]["all"][key] for key in ("mean", "stderr"))
     assert (
         f"{mean:.1f} % ± {stderr:.1f} of {measured['results']['all']['n']} held-out tasks"
