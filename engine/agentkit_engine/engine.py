@@ -21,7 +21,7 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.disk_cache import DiskCache
-from agentkit_engine.runtime.runner import NUMERICS
+from agentkit_engine.runtime.runner import NUMERICS, can_compile
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
@@ -61,12 +61,14 @@ class Engine:
         cache_dir: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
+        compiled: bool | None = None,
     ) -> None:
         self.decoder = decoder.eval()
         self.lock = threading.Lock()
         self.state_bytes = state_bytes
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
         self.exact = exact
+        self.compiled = can_compile(decoder.embed.weight.device) if compiled is None else compiled
         self.spec: ModelSpec = decoder.spec
         self.name = name
         self.dialect: Dialect = dialect
@@ -83,6 +85,7 @@ class Engine:
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
+        compiled: bool | None = None,
     ) -> Engine:
         """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
 
@@ -93,6 +96,9 @@ class Engine:
 
         With `exact` a session gives the same bits alone, in any batch, with any chunking and from any cache. Without,
         it may use all threads and be faster, and a session's last bits depend on what shared its forwards.
+
+        `compiled` is whether forwards use kernels that Numba compiles for this machine's CPU, which are several times
+        as fast as plain torch; by default they do where it is installed.
 
         Raises:
             ModelNotFoundError: no such name and no such folder; the message lists the names there are.
@@ -117,12 +123,13 @@ class Engine:
             cache_dir=None if cache_dir is None else Path(cache_dir),
             cache_bytes=cache_bytes,
             exact=exact,
+            compiled=compiled,
         )
 
     @cached_property
     def batcher(self) -> Batcher:
         """What computes for all sessions; packs the weights on first use."""
-        batcher = Batcher(self.decoder, state_bytes=self.state_bytes, exact=self.exact)
+        batcher = Batcher(self.decoder, state_bytes=self.state_bytes, exact=self.exact, compiled=self.compiled)
         if self.cache_dir is not None:
             batcher.disk = DiskCache(
                 self.cache_dir, batcher.pools, model=self.fingerprint, budget_bytes=self.cache_bytes
@@ -217,7 +224,7 @@ class Engine:
     @cached_property
     def fingerprint(self) -> str:
         """What computed a state: a hash of how it computes, architecture, names, shapes, and some of every weight."""
-        digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact)).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact, self.compiled)).encode(), digest_size=16)
         for name, tensor in self.decoder.state_dict().items():
             flat = tensor.detach().flatten()
             some = flat[:: max(1, flat.numel() // 256)].cpu()

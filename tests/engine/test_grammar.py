@@ -24,7 +24,7 @@ from agentkit_engine.chat.tokens import ASSISTANT, DSML, THINK, THINK_END
 from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_engine.grammar import Grammar, Grammars, GrammarWarning, Matcher
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime.runner import Computed, Segment
+from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.schema_forms import whole_text
 
 from .conftest import randomize_, small_config

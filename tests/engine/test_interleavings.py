@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, SampledToken, SamplingParams
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Pools
-from agentkit_engine.runtime.runner import Computed, Segment
+from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.sampler import sample
 
 from .conftest import randomize_, small_config, some_ids
@@ -92,9 +93,14 @@ class World:
             case "generate" | "cancel":
                 params = SamplingParams(temperature=float(seed % 2), seed=SEED, max_tokens=MOST_TOKENS)
                 self.uncomputed[number] = self.uncomputed[amount % len(self.sessions)] = 0
+                gate = threading.Event()  # no forward until both have asked for one
                 async with anyio.create_task_group() as task_group:
+                    task_group.start_soon(running.call, gate.wait)
+                    await anyio.wait_all_tasks_blocked()
                     for each in dict.fromkeys((session, self.sessions[amount % len(self.sessions)])):
                         task_group.start_soon(self._say, each, params, 2 if action == "cancel" else MOST_TOKENS)
+                    await anyio.wait_all_tasks_blocked()
+                    gate.set()
             case "fork" if len(self.sessions) < MOST_SESSIONS:
                 self.sessions += await session.fork(2)
                 self.uncomputed += [self.uncomputed[number]] * 2

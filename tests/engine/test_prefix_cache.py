@@ -13,6 +13,7 @@ from agentkit_engine import Engine, ModelSpec, NonFiniteLogitsError, SamplingPar
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Batcher, Pools, Work
 from agentkit_engine.runtime.batcher import CHECKPOINT_EVERY, SHORT_PROMPT
+from agentkit_engine.runtime.compiled import CompiledLayers
 from agentkit_engine.runtime.prefix_cache import IdChain
 from agentkit_engine.runtime.state import SPAN
 
@@ -242,10 +243,11 @@ def test_equal_spans_of_other_prompts_do_not_mix(batcher: Batcher) -> None:
 
 def test_a_failed_session_leaves_nothing_to_be_found(decoder: Decoder) -> None:
     engine = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
-    head = engine.batcher.runner._head
+    layers = engine.batcher.runner.layers
+    assert isinstance(layers, CompiledLayers)
     with engine.session() as session:
         session.append([1, 2, 3])
-        engine.batcher.runner._head = torch.full_like(head, torch.nan)
+        layers.head.array[:] = torch.nan
         with pytest.raises(NonFiniteLogitsError):
             next(session.generate())
     assert len(engine.batcher.cache) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from agentkit_engine import (
 )
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.runtime import Segment
-from agentkit_engine.runtime.runner import Computed, Group
+from agentkit_engine.runtime.compiled import Batch, CompiledLayers
+from agentkit_engine.runtime.segments import Computed
 from agentkit_engine.sampler import _change, sample, uniform
+from agentkit_kernels.cpu import Floats
 
 from .conftest import some_ids
 
@@ -358,13 +361,15 @@ POISON = 66
 @pytest.fixture
 def poisoned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine whose forward raises on an appended (not a sampled) id 66, after the first layer wrote its state."""
-    runner = engine.batcher.runner
-    last, call = runner._layers[-1], type(runner._layers[-1]).__call__
+    layers = engine.batcher.runner.layers
+    assert isinstance(layers, CompiledLayers)
+    last, call = layers.layers[-1], type(layers.layers[-1]).__call__
 
-    def raise_on_poison(layer: Any, streams: Tensor, ids_N: Tensor, groups: list[Group], turns: Any) -> Tensor:
-        if layer is last and any(POISON in ids_N[group.rows] for group in groups if group.tokens > 1):
+    def raise_on_poison(layer: Any, streams_NMD: Floats, batch: Batch) -> Floats:
+        prompts = [batch.ids_N[low:high] for low, high in pairwise(batch.rows_B1) if high - low > 1]
+        if layer is last and any(POISON in ids for ids in prompts):
             raise RuntimeError("poison")
-        return call(layer, streams, ids_N, groups, turns)
+        return call(layer, streams_NMD, batch)
 
     monkeypatch.setattr(type(last), "__call__", raise_on_poison)
     return engine

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agentkit_engine.runtime import Pools, Runner, Segment
-from agentkit_engine.runtime.runner import Computed
+from agentkit_engine.runtime.segments import Computed
 
 
 class NullRunner(Runner):

@@ -9,7 +9,8 @@ the forward (all tokens of all groups, padded), R rows of a window ring, S keys,
 """
 
 from agentkit_engine.runtime.batcher import Batcher, PromptUsage, Work
-from agentkit_engine.runtime.runner import Runner, Segment
+from agentkit_engine.runtime.runner import Runner
+from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.runtime.state import Pools, Sequence
 
-__all__ = ["Batcher", "Pools", "PromptUsage", "Runner", "Segment", "Sequence", "Work"]
+__all__ = ["Batcher", "Computed", "Pools", "PromptUsage", "Runner", "Segment", "Sequence", "Work"]

@@ -24,7 +24,8 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.prefix_cache import Checkpoint, IdChain, Keep, PrefixCache
-from agentkit_engine.runtime.runner import Computed, Runner, Segment
+from agentkit_engine.runtime.runner import Runner
+from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
 from agentkit_engine.speculation import LONGEST, Drafter
 
@@ -196,7 +197,7 @@ class Batcher:
         steps: forwards.
     """
 
-    def __init__(self, decoder: Decoder, *, state_bytes: int, exact: bool = True) -> None:
+    def __init__(self, decoder: Decoder, *, state_bytes: int, exact: bool = True, compiled: bool | None = None) -> None:
         """`state_bytes` bounds what spans may take, slots come on top; on a CPU memory is taken as it is used."""
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
@@ -204,7 +205,7 @@ class Batcher:
         slots = SLOTS + min(CHECKPOINTS, state_bytes // 4 // sizes.bytes_per_slot)
         self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.cache = PrefixCache(self.pools)
-        self.runner = Runner(decoder, self.pools, exact=exact)
+        self.runner = Runner(decoder, self.pools, exact=exact, compiled=compiled)
         self.prefilled = self.sampled = self.drafted = self.foreseen = 0
         self.speculate = True
         self.mtp = bool(decoder.mtp)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = (8, 16, 32)
 """Numbers of rows to try; 8 rows of the four mHC streams are the fewest whose element-wise functions are `LANES`."""
+BLOCKS = (128, 192, 256, 384, 512)
+"""Inputs that libraries are known to sum in one chain, beside all and half of them."""
 OUTPUTS = 4096
 """Of a larger weight, as many outputs are tried: the head of a large vocabulary would take seconds."""
 
@@ -46,3 +49,21 @@ def _holds(weight_OK: Tensor, rows: int) -> bool:
         if not (torch.equal(product, whole_NO[some]) and torch.equal(batched, whole_NO[some])):
             return False
     return True
+
+
+def chain_block(weight_KO: Tensor, rows: int) -> int:
+    """With which block `cpu.multiply` gives the bits that the library gives for `rows` rows and more; 0 with none.
+
+    A library that sums a block of inputs in one chain, and adds the blocks' sums in order, is met; MKL is one.
+    """
+    from agentkit_kernels import cpu
+
+    weight_KO = weight_KO[:, :OUTPUTS].contiguous()
+    inputs, outputs = weight_KO.shape
+    x_NK = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
+    expected, out_NO = torch.mm(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)
+    for block in dict.fromkeys((inputs, inputs // 2, *BLOCKS)):
+        cpu.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO)
+        if np.array_equal(out_NO, expected):
+            return block
+    return 0

@@ -1,0 +1,723 @@
+"""What one forward does between its matrix products, compiled for the CPU by Numba.
+
+A decoding step is some thousand tiny operations, and on a CPU the dispatch of an operation costs more than its
+arithmetic. Each kernel here is one step of the model for all rows of a forward, as loops. Every row is computed by
+itself, with the same instructions and in an order that only its position decides: so its bits cannot depend on the rows
+beside it. The torch twins are in `agentkit_engine.runtime.eager` and `agentkit_engine.model`; formulas and sources are
+quoted there.
+
+Two kinds of arithmetic. `strict` code may fuse a product and a sum, and no more: its sums are chains in the order of
+the loop. `reduced` code may also sum a loop of a row in lanes, which is faster. All in one file: a compiled kernel is
+kept on disk until its own file changes, and would not notice that a function of another file did.
+
+Dimension key: N rows, D hidden size, M residual streams, X outputs of a fused projection, K head size (inputs of a
+product in `multiply`), O outputs, H heads, R rotary size, B sequences, S keys, E experts, A active experts, I expert
+width, J index heads, P picks. Arrays are float32 and C-contiguous unless said otherwise; integers are int64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+QUERY_BLOCK = 128
+"""Rows of a sequence that are written to its window ring together; a ring holds that many beside the window."""
+TOGETHER = 64
+"""Index scores that `choose` takes in before it looks whether there are too many candidates."""
+TILE_FLOATS = 1 << 16
+"""Weights that `multiply` takes all rows through before it goes on (256 KiB: they stay in the processor's cache)."""
+
+
+def _compiled(function: Function, fastmath: set[str]) -> Function:
+    def compiled(cache: bool) -> Function:
+        return cast(Function, numba.njit(cache=cache, nogil=True, error_model="numpy", fastmath=fastmath)(function))
+
+    try:
+        return compiled(cache=True)
+    except RuntimeError:  # no folder that a cache could be written to
+        return compiled(cache=False)
+
+
+def strict(function: Function) -> Function:
+    """Compile on first use; sums keep their order."""
+    return _compiled(function, {"contract"})
+
+
+def reduced(function: Function) -> Function:
+    """Compile on first use; sums over a row's values may be taken in lanes."""
+    return _compiled(function, {"contract", "reassoc"})
+
+
+# --- exp ---------------------------------------------------------------------------------------------------------
+
+_ZERO, _ONE, _TWO, _HALF = np.float32(0.0), np.float32(1.0), np.float32(2.0), np.float32(0.5)
+_LOWEST, _HIGHEST, _LOG2_E = np.float32(-87.0), np.float32(88.0), np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_MINUS_INFINITY = np.float32(-np.inf)
+
+
+@strict
+def exp(x: np.float32) -> np.float32:
+    """e**x to within 2 units of the last place, 0 below -87; without branches, so that loops of it use vectors.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2; 2**n goes into the exponent, e**r is a polynomial (Cephes' `expf`).
+    """
+    bounded = _LOWEST if x < _LOWEST else x
+    bounded = _HIGHEST if bounded > _HIGHEST else bounded
+    n = np.floor(bounded * _LOG2_E + _HALF)
+    r = bounded - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    series = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    power = np.int32((np.int32(n) + 127) << 23).view(np.float32)
+    value: np.float32 = _ZERO if x < _LOWEST else (series * r * r + r + _ONE) * power
+    return value
+
+
+@strict
+def sigmoid(x: np.float32) -> np.float32:
+    value: np.float32 = _ONE / (_ONE + exp(-x))
+    return value
+
+
+# --- products ----------------------------------------------------------------------------------------------------
+
+
+@strict
+def multiply(x_NK: Floats, w_KO: Floats, block: int, out_NO: Floats) -> None:
+    """out = x @ w for a few rows, at the speed at which the weights arrive.
+
+    Each output is a chain of fused multiply-adds over `block` inputs; the chains of further blocks are added to it in
+    order. Libraries compute the same chains for many rows, with a block of their own choice.
+    """
+    inputs, outputs = w_KO.shape
+    tile = max(64, TILE_FLOATS // inputs // 16 * 16)
+    chain = np.empty(tile, np.float32)
+    for first in range(0, outputs, tile):
+        size = min(tile, outputs - first)
+        for n in range(x_NK.shape[0]):
+            out = out_NO[n, first : first + size]
+            for start in range(0, inputs, block):
+                some = chain[:size] if start else out
+                some[:] = _ZERO
+                end = min(start + block, inputs)
+                k = start
+                while k + 4 <= end:
+                    a, b, c, d = x_NK[n, k], x_NK[n, k + 1], x_NK[n, k + 2], x_NK[n, k + 3]
+                    w_a, w_b = w_KO[k, first : first + size], w_KO[k + 1, first : first + size]
+                    w_c, w_d = w_KO[k + 2, first : first + size], w_KO[k + 3, first : first + size]
+                    for o in range(size):
+                        some[o] = (((some[o] + a * w_a[o]) + b * w_b[o]) + c * w_c[o]) + d * w_d[o]
+                    k += 4
+                while k < end:
+                    a, w_a = x_NK[n, k], w_KO[k, first : first + size]
+                    for o in range(size):
+                        some[o] += a * w_a[o]
+                    k += 1
+                if start:
+                    for o in range(size):
+                        out[o] += some[o]
+
+
+# --- norms and rotations -----------------------------------------------------------------------------------------
+
+
+@reduced
+def _inverse_rms(x: Floats, eps: np.float32) -> np.float32:
+    total = _ZERO
+    for i in range(x.shape[0]):
+        total += x[i] * x[i]
+    return _ONE / np.sqrt(total / np.float32(x.shape[0]) + eps)
+
+
+@reduced
+def rms_norm(x_NX: Floats, weight_K: Floats, eps: np.float32, out_NK: Floats) -> None:
+    """RMSNorm of the first K columns."""
+    size = weight_K.shape[0]
+    for n in range(x_NX.shape[0]):
+        scale = _inverse_rms(x_NX[n, :size], eps)
+        for k in range(size):
+            out_NK[n, k] = x_NX[n, k] * scale * weight_K[k]
+
+
+@strict
+def rotations(positions_N: Ints, frequencies: Floats, turns_NR: Floats) -> None:
+    """Cosine and sine of every pair's angle, interleaved; the angle is a float32 product, as in the reference."""
+    for n in range(positions_N.shape[0]):
+        _rotations_at(positions_N[n], frequencies, turns_NR[n])
+
+
+@strict
+def _rotations_at(position: int, frequencies: Floats, turn_R: Floats) -> None:
+    for pair in range(frequencies.shape[0]):
+        angle = np.float32(position) * frequencies[pair]
+        turn_R[2 * pair] = math.cos(angle)
+        turn_R[2 * pair + 1] = math.sin(angle)
+
+
+@strict
+def _rotate(x_K: Floats, turn_R: Floats, direction: np.float32) -> None:
+    """Turn the last R values in place, pair by pair; backwards with direction -1."""
+    first = x_K.shape[0] - turn_R.shape[0]
+    for pair in range(turn_R.shape[0] // 2):
+        cosine, sine = turn_R[2 * pair], turn_R[2 * pair + 1] * direction
+        a, b = x_K[first + 2 * pair], x_K[first + 2 * pair + 1]
+        x_K[first + 2 * pair] = a * cosine - b * sine
+        x_K[first + 2 * pair + 1] = a * sine + b * cosine
+
+
+# --- hyper-connections -------------------------------------------------------------------------------------------
+
+
+@strict
+def embed(ids_N: Ints, embedding_VD: Floats, streams_NMD: Floats) -> None:
+    """Every residual stream begins as the token's embedding."""
+    for n in range(ids_N.shape[0]):
+        for m in range(streams_NMD.shape[1]):
+            streams_NMD[n, m] = embedding_VD[ids_N[n]]
+
+
+@reduced
+def connect(
+    streams_NMD: Floats,
+    raw_NX: Floats,
+    base_X: Floats,
+    scale_X: Floats,
+    norm_D: Floats,
+    norm_eps: np.float32,
+    eps: np.float32,
+    iterations: int,
+    x_ND: Floats,
+    post_NM: Floats,
+    comb_NMM: Floats,
+) -> None:
+    """What a sub-layer reads, normed, and how it will be written back; `raw` is fn · streams.
+
+    The M x M matrix is a softmax over rows + eps, whose columns, then rows and columns in turn, are divided by their
+    sum + eps (Sinkhorn).
+    """
+    rows, size = streams_NMD.shape[:2]
+    flat_NX = streams_NMD.reshape(rows, -1)
+    mix, pre = np.empty(base_X.shape[0], np.float32), np.empty(size, np.float32)
+    for n in range(rows):
+        scale = _inverse_rms(flat_NX[n], norm_eps)
+        for x in range(base_X.shape[0]):
+            mix[x] = raw_NX[n, x] * scale * scale_X[x] + base_X[x]
+        for m in range(size):
+            pre[m] = sigmoid(mix[m]) + eps
+            post_NM[n, m] = _TWO * sigmoid(mix[size + m])
+        comb = comb_NMM[n]
+        for j in range(size):
+            logits = mix[(2 + j) * size : (3 + j) * size]
+            most, total = logits[0], _ZERO
+            for k in range(1, size):
+                most = logits[k] if logits[k] > most else most
+            for k in range(size):
+                comb[j, k] = exp(logits[k] - most)
+                total += comb[j, k]
+            for k in range(size):
+                comb[j, k] = comb[j, k] / total + eps
+        for iteration in range(iterations):
+            if iteration:
+                for j in range(size):
+                    total = eps
+                    for k in range(size):
+                        total += comb[j, k]
+                    for k in range(size):
+                        comb[j, k] /= total
+            for k in range(size):
+                total = eps
+                for j in range(size):
+                    total += comb[j, k]
+                for j in range(size):
+                    comb[j, k] /= total
+        _read(streams_NMD[n], pre, norm_D, norm_eps, x_ND[n])
+
+
+@reduced
+def collapse(
+    streams_NMD: Floats,
+    raw_NM: Floats,
+    base_M: Floats,
+    scale: np.float32,
+    norm_D: Floats,
+    norm_eps: np.float32,
+    eps: np.float32,
+    x_ND: Floats,
+) -> None:
+    """The last reading of the streams, normed for the head."""
+    pre, flat_NX = np.empty(base_M.shape[0], np.float32), streams_NMD.reshape(streams_NMD.shape[0], -1)
+    for n in range(streams_NMD.shape[0]):
+        rms = _inverse_rms(flat_NX[n], norm_eps)
+        for m in range(base_M.shape[0]):
+            pre[m] = sigmoid(raw_NM[n, m] * rms * scale + base_M[m]) + eps
+        _read(streams_NMD[n], pre, norm_D, norm_eps, x_ND[n])
+
+
+@reduced
+def _read(streams_MD: Floats, pre_M: Floats, norm_D: Floats, norm_eps: np.float32, x_D: Floats) -> None:
+    for d in range(x_D.shape[0]):
+        x_D[d] = pre_M[0] * streams_MD[0, d]
+    for m in range(1, pre_M.shape[0]):
+        weight, stream = pre_M[m], streams_MD[m]
+        for d in range(x_D.shape[0]):
+            x_D[d] += weight * stream[d]
+    scale = _inverse_rms(x_D, norm_eps)
+    for d in range(x_D.shape[0]):
+        x_D[d] = x_D[d] * scale * norm_D[d]
+
+
+@reduced
+def write(streams_NMD: Floats, y_ND: Floats, post_NM: Floats, comb_NMM: Floats, out_NMD: Floats) -> None:
+    """out_k = post_k * y + sum_j comb[j, k] * streams_j."""
+    rows, size, dim = streams_NMD.shape
+    for n in range(rows):
+        y = y_ND[n]
+        for k in range(size):
+            out, weight = out_NMD[n, k], post_NM[n, k]
+            for d in range(dim):
+                out[d] = weight * y[d]
+            for j in range(size):
+                weight, stream = comb_NMM[n, j, k], streams_NMD[n, j]
+                for d in range(dim):
+                    out[d] += weight * stream[d]
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+@reduced
+def heads(
+    q_NX: Floats,
+    projected_NX: Floats,
+    column: int,
+    kv_norm_K: Floats,
+    turns_NR: Floats,
+    eps: np.float32,
+    q_NHK: Floats,
+    kv_NK: Floats,
+    q_index_NJC: Floats,
+    weights_NJ: Floats,
+) -> None:
+    """Queries (normed per head, rotated, scaled by K^-0.5), the key-value row (in `projected` from `column` on), and,
+    where J is not 0, the indexer's queries and head weights, which follow them."""
+    rows, num_heads, size = q_NHK.shape
+    _, index_heads, index_size = q_index_NJC.shape
+    scale, at = np.float32(size) ** -_HALF, num_heads * size
+    index_scale = np.float32(max(1, index_heads * index_size)) ** -_HALF
+    for n in range(rows):
+        for h in range(num_heads):
+            q = q_NHK[n, h]
+            q[:] = q_NX[n, h * size : (h + 1) * size]
+            norm = _inverse_rms(q, eps)
+            for k in range(size):
+                q[k] = q[k] * norm
+            _rotate(q, turns_NR[n], _ONE)
+            for k in range(size):
+                q[k] = q[k] * scale
+        kv = projected_NX[n, column : column + size]
+        norm = _inverse_rms(kv, eps)
+        for k in range(size):
+            kv_NK[n, k] = kv[k] * norm * kv_norm_K[k]
+        _rotate(kv_NK[n], turns_NR[n], _ONE)
+        for j in range(index_heads):
+            q_index_NJC[n, j] = q_NX[n, at + j * index_size : at + (j + 1) * index_size]
+            _rotate(q_index_NJC[n, j], turns_NR[n], _ONE)
+            weights_NJ[n, j] = projected_NX[n, column + size + j] * index_scale
+
+
+@reduced
+def attend(
+    q_NHK: Floats,
+    kv_NK: Floats,
+    turns_NR: Floats,
+    rows_B1: Ints,
+    positions_N: Ints,
+    slots_B: Ints,
+    ring_SRK: Floats,
+    window: int,
+    ratio: int,
+    entries_SK: Floats,
+    per_span: int,
+    tables_BX: Ints,
+    picks_NP: Ints,
+    counts_N: Ints,
+    sink_H: Floats,
+    out_NHK: Floats,
+) -> None:
+    """Store the new rows in their rings and attend to the window, the entries and the sink; rotated back.
+
+    Sequence b has the rows from `rows[b]` to `rows[b + 1]`. Where P is 0 a query looks at all entries that are
+    complete at its position (none when `ratio` is 0), otherwise at its `counts` first picks.
+    """
+    num_heads, size = q_NHK.shape[1:]
+    ring, picking, most = ring_SRK.shape[1], picks_NP.shape[1] > 0, 0
+    for n in range(rows_B1[0], rows_B1[-1]):
+        seen = counts_N[n] if picking else ((positions_N[n] + 1) // ratio if ratio else 0)
+        most = max(most, seen)
+    scores = np.empty((num_heads, window + most), np.float32)
+    near_SK, far_SK = np.empty((window + QUERY_BLOCK, size), np.float32), np.empty((most, size), np.float32)
+    for b in range(slots_B.shape[0]):
+        window_SK, filled = ring_SRK[slots_B[b]], 0
+        for low in range(rows_B1[b], rows_B1[b + 1], QUERY_BLOCK):
+            high = min(low + QUERY_BLOCK, rows_B1[b + 1])
+            for n in range(low, high):
+                window_SK[positions_N[n] % ring] = kv_NK[n]
+            begin, end = max(0, positions_N[low] + 1 - window), positions_N[high - 1] + 1
+            for position in range(begin, end):
+                near_SK[position - begin] = window_SK[position % ring]
+            if not picking:
+                count = end // ratio if ratio else 0
+                for entry in range(filled, count):
+                    far_SK[entry] = entries_SK[tables_BX[b, entry // per_span] * per_span + entry % per_span]
+                filled = count
+            for n in range(low, high):
+                position = positions_N[n]
+                count = counts_N[n] if picking else ((position + 1) // ratio if ratio else 0)
+                if picking:
+                    for s in range(count):
+                        entry = picks_NP[n, s]
+                        far_SK[s] = entries_SK[tables_BX[b, entry // per_span] * per_span + entry % per_span]
+                near = near_SK[max(0, position + 1 - window) - begin : position + 1 - begin]
+                _score(q_NHK[n], near, scores, 0)
+                _score(q_NHK[n], far_SK[:count], scores, near.shape[0])
+                for h in range(num_heads):
+                    score, out = scores[h, : near.shape[0] + count], out_NHK[n, h]
+                    highest = sink_H[h]
+                    for s in range(score.shape[0]):
+                        highest = score[s] if score[s] > highest else highest
+                    total = exp(sink_H[h] - highest)
+                    for s in range(score.shape[0]):
+                        score[s] = exp(score[s] - highest)
+                        total += score[s]
+                    out[:] = _ZERO
+                    _add_rows(score, near, out)
+                    _add_rows(score[near.shape[0] :], far_SK[:count], out)
+                    for k in range(size):
+                        out[k] = out[k] / total
+                    _rotate(out, turns_NR[n], -_ONE)
+
+
+@reduced
+def _score(q_HK: Floats, rows_SK: Floats, scores_HS: Floats, at: int) -> None:
+    for s in range(rows_SK.shape[0]):
+        for h in range(q_HK.shape[0]):
+            total = _ZERO
+            for k in range(q_HK.shape[1]):
+                total += q_HK[h, k] * rows_SK[s, k]
+            scores_HS[h, at + s] = total
+
+
+@reduced
+def _add_rows(weights_S: Floats, rows_SK: Floats, out_K: Floats) -> None:
+    """out += weights @ rows, eight rows at a time."""
+    count, size = rows_SK.shape
+    s = 0
+    while s + 8 <= count:
+        w, rows = weights_S[s : s + 8], rows_SK[s : s + 8]
+        a, b, c, d, e, f, g, h = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+        for k in range(size):
+            left = (a * rows[0, k] + b * rows[1, k]) + (c * rows[2, k] + d * rows[3, k])
+            right = (e * rows[4, k] + f * rows[5, k]) + (g * rows[6, k] + h * rows[7, k])
+            out_K[k] += left + right
+        s += 8
+    while s < count:
+        for k in range(size):
+            out_K[k] += weights_S[s] * rows_SK[s, k]
+        s += 1
+
+
+# --- compressed entries ------------------------------------------------------------------------------------------
+
+
+@reduced
+def compress(
+    projected_NX: Floats,
+    column: int,
+    ape: Floats,
+    norm_K: Floats,
+    eps: np.float32,
+    frequencies: Floats,
+    rows_B1: Ints,
+    positions_N: Ints,
+    slots_B: Ints,
+    values_SOX: Floats,
+    scores_SOX: Floats,
+    tables_BX: Ints,
+    per_span: int,
+    entries_SK: Floats,
+) -> None:
+    """Store each token's open row (its values in `projected` from `column` on, then its scores), and pool every window
+    that is complete with it into an entry."""
+    ratio, width = ape.shape
+    kept, size = values_SOX.shape[1], norm_K.shape[0]
+    series = width // size
+    most, total, pooled = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    turn = np.empty(2 * frequencies.shape[0], np.float32)
+    for b in range(slots_B.shape[0]):
+        values, scores = values_SOX[slots_B[b]], scores_SOX[slots_B[b]]
+        for n in range(rows_B1[b], rows_B1[b + 1]):
+            position = positions_N[n]
+            row = position % kept
+            values[row] = projected_NX[n, column : column + width]
+            for x in range(width):
+                scores[row, x] = projected_NX[n, column + width + x] + ape[position % ratio, x]
+            if (position + 1) % ratio:
+                continue
+            first = max(0, position + 1 - series * ratio)
+            most[:] = _MINUS_INFINITY
+            for token in range(first, position + 1):  # a token of the window before counts with its first half
+                half = 0 if token <= position - ratio else width - size
+                score = scores[token % kept, half : half + size]
+                for k in range(size):
+                    most[k] = score[k] if score[k] > most[k] else most[k]
+            total[:], pooled[:] = _ZERO, _ZERO
+            for token in range(first, position + 1):
+                half = 0 if token <= position - ratio else width - size
+                score = scores[token % kept, half : half + size]
+                value = values[token % kept, half : half + size]
+                for k in range(size):
+                    mass = exp(score[k] - most[k])
+                    total[k] += mass
+                    pooled[k] += mass * value[k]
+            for k in range(size):
+                pooled[k] /= total[k]
+            scale = _inverse_rms(pooled, eps)
+            entry = position // ratio
+            out = entries_SK[tables_BX[b, entry // per_span] * per_span + entry % per_span]
+            for k in range(size):
+                out[k] = pooled[k] * scale * norm_K[k]
+            _rotations_at(entry * ratio, frequencies, turn)
+            _rotate(out, turn, _ONE)
+
+
+@strict
+def choose(
+    dots_NJS: Floats,
+    weights_NJ: Floats,
+    first: int,
+    visible_N: Ints,
+    top_k: int,
+    best_NP: Floats,
+    picks_NP: Ints,
+    counts_N: Ints,
+    least_N: Floats,
+) -> None:
+    """Go on choosing each query's entries: `dots` are those of the entries from `first` on.
+
+    An entry's score is sum_j weight_j * relu(q_j · k). Scores above the query's `least` are appended to its candidates,
+    which are cut to the `top_k` best when there are twice as many; `least` is then the lowest of them. `best` and
+    `picks` need room for `2 * top_k + TOGETHER`; `least` begins as -inf, `counts` as 0.
+    """
+    num_heads, entries = dots_NJS.shape[1:]
+    scores, values = np.empty(entries, np.float32), np.empty(best_NP.shape[1], np.float32)
+    for n in range(dots_NJS.shape[0]):
+        seen = min(entries, visible_N[n] - first)
+        if seen <= 0:
+            continue
+        scores[:] = _ZERO
+        for j in range(num_heads):
+            weight, dots = weights_NJ[n, j], dots_NJS[n, j]
+            for s in range(seen):
+                scores[s] += weight * (dots[s] if dots[s] > _ZERO else _ZERO)
+        best, picks, count, least = best_NP[n], picks_NP[n], counts_N[n], least_N[n]
+        for low in range(0, seen, TOGETHER):
+            high, better = min(low + TOGETHER, seen), 0
+            for s in range(low, high):
+                better += 1 if scores[s] > least else 0
+            if not better:
+                continue
+            for s in range(low, high):  # no branch: what is too low is overwritten by the next
+                best[count], picks[count] = scores[s], first + s
+                count += 1 if scores[s] > least else 0
+            if count > 2 * top_k:
+                least = _keep_best(best, picks, count, top_k, values)
+                count = top_k
+        counts_N[n], least_N[n] = count, least
+
+
+@strict
+def finish(top_k: int, best_NP: Floats, picks_NP: Ints, counts_N: Ints) -> None:
+    """Cut each query's candidates to its `top_k` best, in the order of the entries."""
+    values = np.empty(best_NP.shape[1], np.float32)
+    for n in range(best_NP.shape[0]):
+        if counts_N[n] > top_k:
+            _keep_best(best_NP[n], picks_NP[n], counts_N[n], top_k, values)
+            counts_N[n] = top_k
+
+
+@strict
+def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, values: Floats) -> np.float32:
+    """Cut candidates to the `top_k` best, the first among equals, in their order; returns the lowest score kept."""
+    values[:count] = best[:count]
+    least = _largest(values, count, top_k - 1)
+    equals = top_k
+    for s in range(count):
+        equals -= 1 if best[s] > least else 0
+    kept = 0
+    for s in range(count):
+        if best[s] > least or (best[s] == least and equals > 0):
+            equals -= 1 if best[s] == least else 0
+            best[kept], picks[kept] = best[s], picks[s]
+            kept += 1
+    return least
+
+
+@strict
+def _largest(values: Floats, count: int, rank: int) -> np.float32:
+    """The value that `rank` others are not below, by Hoare's quickselect; reorders `values`."""
+    low, high = 0, count - 1
+    while low < high:
+        pivot = values[(low + high) // 2]
+        i, j = low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if rank <= j:
+            high = j
+        elif rank >= i:
+            low = i
+        else:
+            break
+    value: np.float32 = values[rank]
+    return value
+
+
+# --- mixture of experts ------------------------------------------------------------------------------------------
+
+
+@strict
+def route(
+    logits_NE: Floats, bias_E: Floats, scale: np.float32, chosen: bool, experts_NA: Ints, weights_NA: Floats
+) -> None:
+    """Experts and weights of each token: affinities sqrt(softplus(logit)), their sum scaled to `scale`.
+
+    Unless the experts were `chosen` before, those of the highest affinity + bias, among equals the lowest id.
+    """
+    experts, active = bias_E.shape[0], experts_NA.shape[1]
+    affinity, ranks = np.empty(experts, np.float32), np.empty(experts, np.float32)
+    for n in range(logits_NE.shape[0]):
+        for e in range(experts):
+            logit = logits_NE[n, e]
+            affinity[e] = np.sqrt(logit if logit > 20.0 else np.float32(math.log1p(math.exp(logit))))
+            ranks[e] = affinity[e] + bias_E[e]
+        total = _ZERO
+        for a in range(active):
+            if not chosen:
+                best = 0
+                for e in range(1, experts):
+                    best = e if ranks[e] > ranks[best] else best
+                experts_NA[n, a] = best
+                ranks[best] = _MINUS_INFINITY
+            total += affinity[experts_NA[n, a]]
+        for a in range(active):
+            weights_NA[n, a] = affinity[experts_NA[n, a]] / total * scale
+
+
+@strict
+def swiglu(gate_up_NX: Floats, weights_N: Floats, limit: np.float32, out_NI: Floats) -> None:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit) * weight of each row; gate and up lie side by side."""
+    width = out_NI.shape[1]
+    for n in range(gate_up_NX.shape[0]):
+        gate, up, out = gate_up_NX[n, :width], gate_up_NX[n, width:], out_NI[n]
+        weight = weights_N[n]
+        for i in range(width):
+            g = limit if gate[i] > limit else gate[i]
+            u = limit if up[i] > limit else up[i]
+            u = -limit if u < -limit else u
+            out[i] = g / (_ONE + exp(-g)) * u * weight
+
+
+@strict
+def mix_experts(
+    x_ND: Floats,
+    experts_NA: Ints,
+    weights_NA: Floats,
+    w13_EDX: Floats,
+    block13: int,
+    w2_EID: Floats,
+    block2: int,
+    limit: np.float32,
+    shared_ND: Floats,
+    out_ND: Floats,
+) -> None:
+    """The weighted sum of each token's experts and the shared one, for a few tokens: weights are read as they lie."""
+    active, width = experts_NA.shape[1], w2_EID.shape[1]
+    gate_up, hidden = np.empty((1, 2 * width), np.float32), np.empty((1, width), np.float32)
+    down = np.empty((1, out_ND.shape[1]), np.float32)
+    for n in range(experts_NA.shape[0]):
+        out = out_ND[n]
+        for a in range(active):
+            expert = experts_NA[n, a]
+            multiply(x_ND[n : n + 1], w13_EDX[expert], block13, gate_up)
+            swiglu(gate_up, weights_NA[n, a : a + 1], limit, hidden)
+            multiply(hidden, w2_EID[expert], block2, down)
+            for d in range(out.shape[0]):
+                out[d] = out[d] + down[0, d] if a else down[0, d]
+        for d in range(out.shape[0]):
+            out[d] += shared_ND[n, d]
+
+
+@strict
+def sort_by_expert(
+    experts_NA: Ints, weights_NA: Floats, padding: int, counts_E: Ints, rows: Ints, weights: Floats, places_NA: Ints
+) -> int:
+    """Lay the (token, expert) pairs out by expert, each expert's padded to a multiple of `padding` rows (with row 0 and
+    weight 0): the row and the weight of each place, and the place of each pair.
+
+    Returns how many places there are; `counts` are each expert's, padding included.
+    """
+    tokens, active = experts_NA.shape
+    counts_E[:] = 0
+    for n in range(tokens):
+        for a in range(active):
+            counts_E[experts_NA[n, a]] += 1
+    ends = np.empty(counts_E.shape[0], np.int64)
+    end = 0
+    for e in range(counts_E.shape[0]):
+        ends[e] = end
+        counts_E[e] += -counts_E[e] % padding
+        end += counts_E[e]
+    rows[:end], weights[:end] = 0, _ZERO
+    for n in range(tokens):
+        for a in range(active):
+            place = ends[experts_NA[n, a]]
+            ends[experts_NA[n, a]] += 1
+            rows[place], weights[place], places_NA[n, a] = n, weights_NA[n, a], place
+    return end
+
+
+@strict
+def gather(x_ND: Floats, rows: Ints, out: Floats) -> None:
+    """The rows of `x` at `rows`."""
+    for place in range(out.shape[0]):
+        out[place] = x_ND[rows[place]]
+
+
+@strict
+def sum_experts(down: Floats, places_NA: Ints, shared_ND: Floats, out_ND: Floats) -> None:
+    """Each token's experts, in the order of its choice, and then the shared one; the same sums as `mix_experts`."""
+    for n in range(places_NA.shape[0]):
+        out = out_ND[n]
+        for a in range(places_NA.shape[1]):
+            row = down[places_NA[n, a]]
+            for d in range(out.shape[0]):
+                out[d] = out[d] + row[d] if a else row[d]
+        for d in range(out.shape[0]):
+            out[d] += shared_ND[n, d]
