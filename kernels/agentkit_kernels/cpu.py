@@ -137,7 +137,8 @@ def _inverse_rms(x: Floats, eps: np.float32) -> np.float32:
     total = _ZERO
     for i in range(x.shape[0]):
         total += x[i] * x[i]
-    return _ONE / np.sqrt(total / np.float32(x.shape[0]) + eps)
+    value: np.float32 = _ONE / np.sqrt(total / np.float32(x.shape[0]) + eps)
+    return value
 
 
 @reduced
