@@ -129,6 +129,17 @@ def multiply(x_NK: Floats, w_KO: Floats, block: int, out_NO: Floats) -> None:
                         out[o] += some[o]
 
 
+@strict
+def transpose(weight_OK: Floats, column: int, out_KX: Floats) -> None:
+    """Lay a weight's rows out as the columns of `out` from `column` on, 16 x 16 values at a time."""
+    outputs, inputs = weight_OK.shape
+    for first in range(0, outputs, 16):
+        for start in range(0, inputs, 16):
+            for k in range(start, min(start + 16, inputs)):
+                for o in range(first, min(first + 16, outputs)):
+                    out_KX[k, column + o] = weight_OK[o, k]
+
+
 # --- norms and rotations -----------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +14,11 @@ from torch import Tensor
 import agentkit_engine.engine
 from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import invariance
-from agentkit_engine.runtime.invariance import least_rows
+from agentkit_engine.runtime import Pools, Runner, invariance
+from agentkit_engine.runtime.compiled import CompiledLayers
+from agentkit_engine.runtime.invariance import chain_block, least_rows
 from agentkit_engine.runtime.runner import NUMERICS
+from agentkit_kernels import cpu
 
 from .conftest import randomize_, small_config, some_ids
 
@@ -96,3 +100,39 @@ def test_an_exact_engine_takes_nothing_from_one_that_is_not(decoder: Decoder, tm
         session.save(tmp_path / "saved")
     with pytest.raises(SavedSessionError, match="model is"):
         engine(decoder, exact=True).open(tmp_path / "saved")
+
+
+def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(decoder: Decoder) -> None:
+    packed, ids = copy.deepcopy(decoder), some_ids(40, 0)
+    layers = Runner(packed, Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu")), compiled=True).layers
+    assert isinstance(layers, CompiledLayers)
+    storages = {product.weight.untyped_storage().data_ptr() for layer in layers.layers for product in layer.products}
+    for name, parameter in packed.named_parameters():
+        if parameter.dim() > 1 and name.startswith("layers") and not name.endswith(("ape", "wo_a.weight")):
+            assert parameter.untyped_storage().data_ptr() in storages, name
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(torch.tensor([ids])), decoder(torch.tensor([ids])))
+    packed(torch.tensor([ids])).sum().backward()  # they are still parameters
+
+
+def test_a_few_rows_are_multiplied_as_the_library_multiplies_many(decoder: Decoder) -> None:
+    """On this machine: where a library is not met, products are padded, and this says so."""
+    layers = Runner(decoder, Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu")), compiled=True).layers
+    assert isinstance(layers, CompiledLayers)
+    for product in [layers.head, *(product for layer in layers.layers for product in layer.products)]:
+        x_NK = np.random.default_rng(0).standard_normal((40, len(product.weight)), dtype=np.float32)
+        many = product(x_NK)
+        for rows in range(1, 40):
+            assert np.array_equal(product(x_NK[:rows]), many[:rows]), (product.weight.shape, rows)
+
+
+@pytest.mark.parametrize(("inputs", "block"), [(1, 1), (3, 3), (6, 3), (192, 96), (1000, 256), (300, 7)])
+def test_the_chains_of_a_library_are_found(inputs: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
+        out_NO = torch.empty(len(x_NK), weight_KO.shape[1])
+        cpu.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO.numpy())
+        return out_NO
+
+    monkeypatch.setattr(torch, "mm", library)
+    weight_KO = torch.randn(inputs, 9, generator=torch.Generator().manual_seed(0))
+    assert chain_block(weight_KO, 8) == (0 if block == 7 else block)  # nobody sums in sevens: padding it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -242,7 +243,7 @@ def test_equal_spans_of_other_prompts_do_not_mix(batcher: Batcher) -> None:
 
 
 def test_a_failed_session_leaves_nothing_to_be_found(decoder: Decoder) -> None:
-    engine = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
+    engine = Engine(copy.deepcopy(decoder), name="small", dialect="v4-preview", folder=Path("none"))
     layers = engine.batcher.runner.layers
     assert isinstance(layers, CompiledLayers)
     with engine.session() as session:

@@ -20,6 +20,7 @@ import torch
 from agentkit_engine.benchmarks.errors import BenchmarkError
 from agentkit_engine.benchmarks.peers import Transformers, import_transformers
 from agentkit_engine.engine import Engine
+from agentkit_engine.runtime.runner import can_compile
 from agentkit_engine.sampler import SampledToken, SamplingParams
 
 Side = Literal["engine", "transformers"]
@@ -61,6 +62,8 @@ def measure(side: Side, folder: Path) -> ColdStart:
     """Measure in this process, which must be fresh."""
     if side == "transformers":
         import_transformers()
+    else:
+        can_compile(torch.device("cpu"))  # imports the kernels
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = _resident_bytes("VmRSS")
     start = time.perf_counter()

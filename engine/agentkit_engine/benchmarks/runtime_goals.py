@@ -271,6 +271,7 @@ def guesses(turns: int) -> Iterator[Measurement]:
     """C16: the packaged model calls a tool in turn after turn, with guesses and without."""
     engine = Engine.load("tiny")
     rates, said = [], []
+    _calls(engine, 1, [])  # kernels are compiled or loaded
     for speculate in (True, False):
         engine.batcher.speculate = speculate
         engine.batcher.cache.clear()

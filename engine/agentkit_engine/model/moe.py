@@ -36,7 +36,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.n_routed_experts, spec.hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         if self.router == "hash":
-            table = torch.arange(self.active).repeat(spec.vocab_size, 1)
+            table = torch.tensor(range(self.active)).expand(spec.vocab_size, -1).contiguous()
             self.register_buffer("tid2eid", table)
         else:
             self.register_buffer("bias", torch.zeros(spec.n_routed_experts))

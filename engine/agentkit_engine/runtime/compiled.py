@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agentkit_engine.model.attention import Attention
 from agentkit_engine.model.block import Block
@@ -358,9 +358,19 @@ class _Experts:
         self.active, self.count = gate.active, len(experts.w2)
         self.table: Ints | None = gate.tid2eid.numpy() if gate.router == "hash" else None
         self.bias = np.zeros(self.count, np.float32) if gate.router == "hash" else _array(gate.bias)
-        w13_EDX = torch.stack([_packed(w1, w3) for w1, w3 in zip(experts.w1, experts.w3, strict=True)])
-        w2_EID = torch.stack([_packed(w2) for w2 in experts.w2])
+        _, width, dim = experts.w1.shape
+        w13_EDX, w2_EID = torch.empty(self.count, dim, 2 * width), torch.empty(self.count, width, dim)
         self.w13_EDX, self.w2_EID = w13_EDX.numpy(), w2_EID.numpy()
+        for parameter, packed_EKX, column in (
+            (experts.w1, w13_EDX, 0),
+            (experts.w3, w13_EDX, width),
+            (experts.w2, w2_EID, 0),
+        ):
+            outputs = parameter.shape[1]
+            for expert_OK, packed_KX in zip(parameter.detach(), packed_EKX.numpy(), strict=True):
+                cpu.transpose(_array(expert_OK), column, packed_KX)
+            if parameter.dtype == torch.float32:
+                parameter.data = packed_EKX[:, :, column : column + outputs].mT
         self.w13, self.w2 = [Product(weight) for weight in w13_EDX], [Product(weight) for weight in w2_EID]
         self.shared_w13 = Product(_packed(shared.w1.weight, shared.w3.weight))
         self.shared_w2 = Product(_packed(shared.w2.weight))
@@ -460,7 +470,15 @@ def _library_product(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
 
 
 def _packed(*parts_OK: Tensor) -> Tensor:
-    return torch.cat([part.detach().float() for part in parts_OK]).t().contiguous()
+    """Weights side by side as [K, O]. Parameters become views of it, so that memory holds them once."""
+    weight_KO = torch.empty(parts_OK[0].shape[1], sum(len(part_OK) for part_OK in parts_OK))
+    column = 0
+    for part_OK in parts_OK:
+        cpu.transpose(_array(part_OK), column, weight_KO.numpy())
+        if isinstance(part_OK, nn.Parameter) and part_OK.dtype == torch.float32:
+            part_OK.data = weight_KO[:, column : column + len(part_OK)].t()
+        column += len(part_OK)
+    return weight_KO
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -62,7 +62,7 @@ def chain_block(weight_KO: Tensor, rows: int) -> int:
     inputs, outputs = weight_KO.shape
     x_NK = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
     expected, out_NO = torch.mm(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)
-    for block in dict.fromkeys((inputs, inputs // 2, *BLOCKS)):
+    for block in dict.fromkeys((inputs, max(1, inputs // 2), *BLOCKS)):
         cpu.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO)
         if np.array_equal(out_NO, expected):
             return block

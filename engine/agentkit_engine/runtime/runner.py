@@ -56,7 +56,7 @@ def can_compile(device: torch.device) -> bool:
 class Runner:
     """A decoder's layers, packed once in float32 for forwards over `Pools`; not differentiable."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool = True, compiled: bool | None = None) -> None:
         """`compiled` is whether to use compiled kernels; None means where there are any."""
         self.pools, self.exact = pools, exact

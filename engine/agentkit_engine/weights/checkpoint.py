@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from agentkit_engine.chat import Dialect
 from agentkit_engine.errors import CheckpointError
@@ -102,10 +104,13 @@ def load_checkpoint(folder: Path, *, device: torch.device, dtype: torch.dtype) -
 
     decoder = _empty_decoder(spec, expected, device, dtype)
     parameters = decoder.state_dict()
-    for name in sorted(expected, key=lambda name: (stored[name].path, stored[name].start)):
+    for name in sorted(expected, key=lambda name: (str(stored[name].path), stored[name].start)):
         tensor = expected[name]
         target = parameters[tensor.parameter]
-        (target if tensor.expert is None else target[tensor.expert]).copy_(_read_tensor(stored, name, spec))
+        target = target if tensor.expert is None else target[tensor.expert]
+        value = _read_tensor(stored, name, spec, target)
+        if value is not target:
+            target.copy_(value)
     return decoder, _dialect(folder, dspark)
 
 
@@ -235,7 +240,7 @@ def _empty_decoder(
     spec: ModelSpec, expected: Mapping[str, TensorSpec], device: torch.device, dtype: torch.dtype
 ) -> Decoder:
     """A decoder with uninitialised parameters of the right dtypes."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         decoder = Decoder(spec)
     storage_of = {tensor.parameter: tensor.storage for tensor in expected.values()}
     kept = {"f32": torch.float32, "i64": torch.int64}
@@ -247,9 +252,21 @@ def _empty_decoder(
     return decoder
 
 
-def _read_tensor(stored: Mapping[str, StoredTensor], name: str, spec: ModelSpec) -> Tensor:
+class _NoInitialisation(TorchFunctionMode):
+    """Modules draw no first weights. Those of meta tensors would be drawn by code whose import takes a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+def _read_tensor(stored: Mapping[str, StoredTensor], name: str, spec: ModelSpec, target: Tensor) -> Tensor:
+    """The tensor in the dtype it is stored in, or dequantised; `target` itself where it could be read into that."""
     found = stored[name]
-    value = found.read()
+    value = found.read(target)
     if found.dtype == "F8_E4M3":
         value = dequantise_fp8(value, stored[scale_name(name)].read())
     elif found.dtype == "I8":
@@ -262,7 +279,7 @@ def _read_tensor(stored: Mapping[str, StoredTensor], name: str, spec: ModelSpec)
                 tensor=name,
             )
         return value
-    if not bool(torch.isfinite(value).all()):
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(value)):
         raise CheckpointError(found.path, "found NaN or infinity, expected finite weights", tensor=name)
     return value
 

@@ -47,19 +47,23 @@ class StoredTensor:
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
-    def read(self) -> Tensor:
-        """The tensor as stored, on the CPU.
+    def read(self, into: Tensor | None = None) -> Tensor:
+        """The tensor as stored, on the CPU: `into`, if that is a tensor like it without gaps, or a new one.
 
         Raises:
             CheckpointError: the file is shorter than when its header was read.
         """
-        buffer = bytearray(self.size)
-        with self.path.open("rb") as file:
+        dtype = DTYPES[self.dtype]
+        fits = into is not None and into.device.type == "cpu" and into.dtype == dtype and into.is_contiguous()
+        value = into if into is not None and fits else torch.empty(self.shape, dtype=dtype)
+        with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
-            found = file.readinto(buffer)
+            found, bytes_of = 0, value.view(-1).view(torch.uint8).numpy().data
+            while found < self.size and (count := file.readinto(bytes_of[found:])):
+                found += count
         if found != self.size:
             raise CheckpointError(self.path, f"found {found} bytes, expected {self.size}", tensor=self.name)
-        return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
+        return value
 
 
 class _Entry(BaseModel):
