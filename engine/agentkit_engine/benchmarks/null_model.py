@@ -24,9 +24,9 @@ class NullRunner(Runner):
 
     def __init__(self, pools: Pools, *, favourite: int = 0) -> None:
         self.first: tuple[float, list[tuple[int, list[int]]]] | None = None
-        self._logits_1V = torch.zeros(1, pools.spec.vocab_size)
-        self._logits_1V[0, favourite] = 1.0
-        self._streams_1MD = torch.zeros(1, pools.spec.hc_mult, 1)
+        logits_1V = torch.zeros(1, pools.spec.vocab_size)
+        logits_1V[0, favourite] = 1.0
+        self._row = Computed(logits_1V, torch.zeros(1, pools.spec.hc_mult, 1))
         self._favourite = favourite
 
     def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> list[Computed]:
@@ -39,7 +39,11 @@ class NullRunner(Runner):
             sequence.written = max(sequence.written, sequence.length + len(segment))
             sequence.length += len(segment.ids)
             rows = len(segment) if all_rows else 1 + len(segment.draft)
-            computed.append(Computed(self._logits_1V.expand(rows, -1), self._streams_1MD.expand(rows, -1, -1)))
+            if rows == 1:
+                computed.append(self._row)
+                continue
+            logits_NV, streams_NMD = self._row.logits_NV, self._row.streams_NMD
+            computed.append(Computed(logits_NV.expand(rows, -1), streams_NMD.expand(rows, -1, -1)))
         return computed
 
     def foresee(self, streams_BMD: Tensor, ids_B: Sequence[int]) -> list[int]:

@@ -378,7 +378,7 @@ class Batcher:
         streams: list[Tensor] = []
         if self.speculate and self.mtp:
             for work in works:
-                if work.guessable and work.streams_MD is not None and work.drafter.asks():
+                if work.guessable and work.streams_MD is not None and work.drafter.asks(work.ids):
                     asking.append(work)
                     streams.append(work.streams_MD)
         if not asking:

@@ -192,7 +192,10 @@ class Pools:
         Raises:
             OutOfMemoryError: there are not enough free spans.
         """
-        written = range(sequence.length // SPAN, sequence.num_spans)
+        first, spans = sequence.length // SPAN, sequence.spans
+        if first + 1 == len(spans) and length <= len(spans) * SPAN and self._holders[spans[first]] == 1:
+            return  # the open span is its own and has room
+        written = range(first, sequence.num_spans)
         shared = [index for index in written if self._holders[sequence.spans[index]] > 1]
         missing = -(-length // SPAN) - sequence.num_spans
         if len(shared) + max(0, missing) > self.free_spans:
