@@ -227,12 +227,19 @@ class Grammar:
         self.assistant, self.think, self.think_end = map(tokenizer.control_id, (ASSISTANT, THINK, THINK_END))
         self.dsml, self.eos = grammars.dsml, tokenizer.eos_id
         self.token_bytes, self.forced_ids = grammars.token_bytes, grammars.forced_ids
-        self.free_V = torch.ones(self.vocab_size, dtype=torch.bool)
-        self.free_V[[self.dsml, self.eos] if at_once else [self.dsml]] = False
+        self.free_V = torch.zeros(self.vocab_size)
+        self.free_V[[self.dsml, self.eos] if at_once else [self.dsml]] = -torch.inf
 
     def matcher(self) -> Matcher:
         """What follows one session."""
         return Matcher(self)
+
+
+_MASK_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
+)
+_MASK_OF_BYTE = _MASK_OF_BYTE.astype(np.float32)
+"""What eight bits of a bitmask, the lowest first, add to eight logits."""
 
 
 class _Region(Enum):
@@ -254,6 +261,7 @@ class Matcher:
         self._form: LLMatcher | None = None
         self._forced: deque[int] | None = None  # what the form forces next; None when not asked yet
         self._mask: Tensor | None = None  # where the form says it, once asked for
+        self._masks = np.empty((-(-grammar.vocab_size // 8), 8), np.float32)  # memory for it, used again and again
 
     def follow(self, ids: Sequence[int]) -> None:
         """Take in what is new in `ids`, all ids of the session.
@@ -281,7 +289,9 @@ class Matcher:
         return self._forced[0] if self._forced else None
 
     def mask(self) -> Tensor | None:
-        """bool [V], True for the ids that may come next; None where all may. Asked again, it is not computed again.
+        """What to add to the logits, float32 [V]: 0 for the ids that may come next, -inf for others. None: all may.
+
+        Asked again, it is not computed again; it is overwritten by that after further ids.
 
         Raises:
             GrammarError: the form is too complex for llguidance's limits.
@@ -294,15 +304,17 @@ class Matcher:
             self._mask = torch.from_numpy(self._mask_of(self._form))
         return self._mask
 
-    def _mask_of(self, form: LLMatcher) -> NDArray[np.bool_]:
-        mask_V = np.zeros(self._grammar.vocab_size, dtype=np.bool_)
+    def _mask_of(self, form: LLMatcher) -> NDArray[np.float32]:
+        mask_V = self._masks.reshape(-1)[: self._grammar.vocab_size]
         if (forced := self.forced()) is not None:
-            mask_V[forced] = True
+            mask_V[:] = -np.inf
+            mask_V[forced] = 0.0
             return mask_V
-        bits = np.unpackbits(np.frombuffer(form.compute_bitmask(), np.uint8), bitorder="little")
+        bits = np.frombuffer(form.compute_bitmask(), np.uint8)[: len(self._masks)]
         if form.is_error():
             raise GrammarError(f"llguidance gave up on the grammar: {form.get_error():.500}")
-        mask_V[: len(bits)] = bits[: self._grammar.vocab_size]
+        np.take(_MASK_OF_BYTE, bits, axis=0, out=self._masks[: len(bits)], mode="clip")  # the mode that copies once
+        self._masks[len(bits) :] = -np.inf
         return mask_V
 
     @property

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,20 +145,21 @@ def sample(
     """Choose the token at `position` from `logits_V` (float32, any device) by inverting the cumulative distribution.
 
     Ids are ordered by decreasing probability (equal ones by increasing id) when some are left out, by id otherwise.
-    The sums run in float64, so that a large vocabulary's rounding favours no id. `mask_V` (bool) is True for the ids
-    that may be chosen.
+    The sums run in float64, so that a large vocabulary's rounding favours no id. `mask_V` (float32) is 0 for the ids
+    that may be chosen and -inf for all others.
 
     Raises:
         NonFiniteLogitsError: the logits hold NaN or infinity.
         ValueError: `logit_bias` names an id that the vocabulary lacks, or forbids every id that the mask leaves.
     """
     logits_V = logits_V.detach().to("cpu", torch.float32)
-    if not bool(torch.isfinite(logits_V).all()):
+    if not np.isfinite(logits_V.numpy()).all():  # numpy's reductions are ten times as fast as torch's here
         raise NonFiniteLogitsError(f"the logits for position {position} hold NaN or infinity; check weights and dtype")
     changed_V = _change(logits_V, params, past, mask_V)
-    token_id = (
-        int(changed_V.argmax()) if params.temperature == 0 else _invert(changed_V, params, uniform(seed, position))
-    )
+    if params.temperature == 0:
+        token_id = int(changed_V.numpy().argmax())
+    else:
+        token_id = _invert(changed_V, params, uniform(seed, position))
     logprobs_V = torch.log_softmax(logits_V, dim=0)
     top: tuple[tuple[int, float], ...] = ()
     if params.top_logprobs:
@@ -169,7 +171,7 @@ def sample(
 def _change(logits_V: Tensor, params: SamplingParams, past: Past, mask_V: Tensor | None) -> Tensor:
     """The logits after penalties, biases and the mask."""
     if not params.needs_past and not params.logit_bias:
-        return logits_V if mask_V is None else logits_V.masked_fill(~mask_V, -math.inf)
+        return logits_V if mask_V is None else logits_V + mask_V
     changed_V = logits_V.clone()
     if params.needs_past:
         every, sampled = past()
@@ -183,7 +185,7 @@ def _change(logits_V: Tensor, params: SamplingParams, past: Past, mask_V: Tensor
             raise ValueError(f"logit_bias names id {token_id}, outside the vocabulary 0..{len(logits_V) - 1}")
         changed_V[token_id] += bias
     if mask_V is not None:
-        changed_V.masked_fill_(~mask_V, -math.inf)
+        changed_V += mask_V
     if not bool((changed_V > -math.inf).any()):
         left = "of the vocabulary" if mask_V is None else "that the grammar allows"
         raise ValueError(f"logit_bias forbids every id {left}")
