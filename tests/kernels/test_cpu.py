@@ -1,0 +1,224 @@
+"""The CPU kernels against torch twins that they were not written from, on awkward shapes, and row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentkit_engine.model import attention, hyper_connections, moe
+from agentkit_kernels import cpu
+from agentkit_kernels.cpu import Floats, Ints
+
+EPS = np.float32(1e-6)
+sizes = st.integers(1, 9)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def randoms(seed: int, *shape: int) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def close(actual: Floats, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(torch.from_numpy(actual), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_exp_is_within_two_units_of_the_last_place() -> None:
+    xs = np.concatenate([np.linspace(-87, 88, 20_001), np.linspace(-1e-3, 1e-3, 101)]).astype(np.float32)
+    found = np.array([cpu.exp(x) for x in xs])
+    expected = np.exp(xs.astype(np.float64))
+    assert float(np.max(np.abs(found - expected) / np.spacing(expected.astype(np.float32)))) <= 2
+    assert cpu.exp(np.float32(-np.inf)) == cpu.exp(np.float32(-200)) == 0
+    assert np.isnan(cpu.exp(np.float32(np.nan))) and np.isfinite(cpu.exp(np.float32(1000)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 5), inputs=st.integers(1, 70), outputs=st.integers(1, 70), block=st.integers(1, 70))
+def test_products_whatever_the_block(rows: int, inputs: int, outputs: int, block: int) -> None:
+    x, weight = randoms(rows, rows, inputs), randoms(inputs, inputs, outputs)
+    out = np.empty((rows, outputs), np.float32)
+    cpu.multiply(x, weight, block, out)
+    close(out, torch.from_numpy(x) @ torch.from_numpy(weight))
+    one = np.empty((1, outputs), np.float32)
+    for row in range(rows):
+        cpu.multiply(x[row : row + 1], weight, block, one)
+        assert np.array_equal(one[0], out[row])
+
+
+def test_a_wide_product_is_taken_in_tiles() -> None:
+    x, weight = randoms(0, 3, 300), randoms(1, 300, 1111)
+    out = np.empty((3, 1111), np.float32)
+    cpu.multiply(x, weight, 150, out)
+    close(out, torch.from_numpy(x) @ torch.from_numpy(weight), 1e-4)
+
+
+@given(rows=st.integers(1, 40), inputs=st.integers(1, 40), column=st.integers(0, 3))
+def test_transposing(rows: int, inputs: int, column: int) -> None:
+    weight, out = randoms(rows, rows, inputs), np.zeros((inputs, rows + column + 1), np.float32)
+    cpu.transpose(weight, column, out)
+    assert np.array_equal(out[:, column : column + rows], weight.T)
+    assert not out[:, :column].any() and not out[:, column + rows :].any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(1, 6), size=st.integers(1, 5), dim=st.integers(1, 40), iterations=st.integers(1, 20), seed=seeds
+)
+def test_connections(rows: int, size: int, dim: int, iterations: int, seed: int) -> None:
+    maps = (2 + size) * size
+    streams, y = randoms(seed, rows, size, dim), randoms(seed + 1, rows, dim)
+    fn, base, scale = (
+        torch.from_numpy(randoms(seed + i, *shape)) for i, shape in enumerate([(maps, size * dim), (maps,), (3,)])
+    )
+    norm = randoms(seed + 5, dim)
+    x_ND, mixing = hyper_connections.connect(
+        torch.from_numpy(streams), fn, base, scale, norm_eps=1e-6, eps=1e-6, iterations=iterations
+    )
+    raw = (torch.from_numpy(streams).flatten(1) @ fn.T).numpy()
+    scales = scale[hyper_connections.scale_of_output(size, torch.device("cpu"))].numpy()
+    x, post, comb = (np.empty(shape, np.float32) for shape in [(rows, dim), (rows, size), (rows, size, size)])
+    cpu.connect(streams, raw, base.numpy(), scales, norm, EPS, EPS, iterations, x, post, comb)
+    close(post, mixing.post_NM)
+    close(comb, mixing.comb_NMM, 1e-4)
+    close(x, F.rms_norm(x_ND, (dim,), torch.from_numpy(norm), 1e-6), 1e-3)
+    out = np.empty_like(streams)
+    cpu.write(streams, y, post, comb, out)
+    close(out, hyper_connections.write(torch.from_numpy(streams), torch.from_numpy(y), mixing), 1e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    window=st.integers(1, 20), picking=st.booleans(), ratio=st.sampled_from([0, 2, 5]), heads=st.integers(1, 5),
+    chunks=st.lists(st.integers(1, 150), min_size=1, max_size=3), seed=seeds,
+)  # fmt: skip
+def test_attention_sees_the_window_and_the_entries_whatever_the_chunks(
+    window: int, picking: bool, ratio: int, heads: int, chunks: list[int], seed: int
+) -> None:
+    """Against one softmax over all that a query sees; spans lie scattered, and rings are reused."""
+    length, size, per_span, rotary = sum(chunks), 6, 4, 2
+    q, kv = randoms(seed, length, heads, size), randoms(seed + 1, length, size)
+    sink = randoms(seed + 2, heads)
+    entries = randoms(seed + 3, 4 * (length + 4), size)
+    spans = np.random.default_rng(seed).permutation(len(entries) // per_span)[: length // per_span + 1]
+    counts = np.zeros(0, np.int64)
+    picks = np.empty((length, 0), np.int64)
+    if ratio and picking:
+        draws = np.random.default_rng(seed)
+        seen = (np.arange(length) + 1) // ratio
+        counts = np.minimum(seen, 3)
+        picks = np.zeros((length, 3), np.int64)
+        for n in range(length):
+            picks[n, : counts[n]] = np.sort(draws.permutation(seen[n])[: counts[n]])
+    turns = np.tile(np.array([1.0, 0.0], np.float32), (length, rotary // 2))
+    ring = np.zeros((3, window + cpu.QUERY_BLOCK, size), np.float32)
+    out = np.empty_like(q)
+    low = 0
+    for chunk in chunks:
+        some = slice(low, low + chunk)
+        cpu.attend(
+            q[some], kv[some], turns[some], np.array([0, chunk]), np.arange(low, low + chunk), np.array([1]), ring,
+            window, ratio, entries, per_span, spans[None], picks[some], counts[some], sink, out[some],
+        )  # fmt: skip
+        low += chunk
+    for n in range(length):
+        seen_rows = [kv[max(0, n + 1 - window) : n + 1]]
+        if ratio:
+            chosen = picks[n, : counts[n]] if picking else np.arange((n + 1) // ratio)
+            seen_rows.append(entries[spans[chosen // per_span] * per_span + chosen % per_span])
+        rows = torch.from_numpy(np.concatenate(seen_rows))[None]
+        query = torch.from_numpy(q[n])[None, None] * size**0.5  # the twin scales queries itself
+        close(out[n], attention.attend(query, rows, torch.from_numpy(sink))[0, 0])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    heads=st.integers(1, 4), entries=st.integers(1, 700), top_k=st.integers(1, 40), tile=st.integers(1, 300),
+    levels=st.sampled_from([1, 3, 1000]), seed=seeds,
+)  # fmt: skip
+def test_choosing_is_a_stable_sort_whatever_the_tiles(
+    heads: int, entries: int, top_k: int, tile: int, levels: int, seed: int
+) -> None:
+    """With few levels most scores are equal: then the first entries win."""
+    draws = np.random.default_rng(seed)
+    dots = draws.integers(-levels, levels + 1, (2, heads, entries)).astype(np.float32)
+    weights = draws.integers(-2, 3, (2, heads)).astype(np.float32)
+    visible = draws.integers(0, entries + 1, 2)
+    room = 2 * top_k + cpu.TOGETHER
+    best, picks = np.empty((2, room), np.float32), np.empty((2, room), np.int64)
+    counts, least = np.zeros(2, np.int64), np.full(2, -np.inf, np.float32)
+    for first in range(0, entries, tile):
+        some = np.ascontiguousarray(dots[:, :, first : first + tile])
+        cpu.choose(some, weights, first, visible, top_k, best, picks, counts, least)
+    cpu.finish(top_k, best, picks, counts)
+    for n in range(2):
+        scores = np.einsum("j,js->s", weights[n], np.maximum(dots[n], 0))[: visible[n]]
+        expected = np.sort(np.argsort(-scores, kind="stable")[:top_k])
+        assert picks[n, : counts[n]].tolist() == expected.tolist()
+
+
+@settings(deadline=None, max_examples=30)
+@given(tokens=st.integers(1, 30), experts=st.integers(2, 9), padding=st.integers(1, 5), seed=seeds)
+def test_experts_one_by_one_and_sorted_are_the_same_bits(tokens: int, experts: int, padding: int, seed: int) -> None:
+    active, dim, width = 2, 5, 3
+    logits, bias = randoms(seed, tokens, experts), randoms(seed + 1, experts)
+    chosen, weights = np.empty((tokens, active), np.int64), np.empty((tokens, active), np.float32)
+    cpu.route(logits, bias, np.float32(1.5), False, chosen, weights)
+    affinity = F.softplus(torch.from_numpy(logits)).sqrt()
+    expected = (affinity + torch.from_numpy(bias)).sort(dim=-1, descending=True, stable=True).indices[:, :active]
+    assert chosen.tolist() == expected.tolist()
+    parts = affinity.gather(1, expected)
+    close(weights, parts / parts.sum(-1, keepdim=True) * 1.5)
+
+    x, shared = randoms(seed + 2, tokens, dim), randoms(seed + 3, tokens, dim)
+    w13, w2 = randoms(seed + 4, experts, dim, 2 * width), randoms(seed + 5, experts, width, dim)
+    limit, one_by_one = np.float32(1.0), np.empty((tokens, dim), np.float32)
+    cpu.mix_experts(x, chosen, weights, w13, dim, w2, width, limit, shared, one_by_one)
+    twin = torch.from_numpy(shared).clone()
+    for n in range(tokens):
+        for a in range(active):
+            gate, up = (torch.from_numpy(x[n]) @ torch.from_numpy(w13[chosen[n, a]])).chunk(2)
+            hidden = moe.clamped_swiglu(gate, up, 1.0) * weights[n, a]
+            twin[n] += hidden @ torch.from_numpy(w2[chosen[n, a]])
+    close(one_by_one, twin)
+
+    room = tokens * active + experts * padding
+    counts, rows, row_weights = np.empty(experts, np.int64), np.empty(room, np.int64), np.empty(room, np.float32)
+    places: Ints = np.empty_like(chosen)
+    end = cpu.sort_by_expert(chosen, weights, padding, counts, rows, row_weights, places)
+    assert end == counts.sum() and not (counts % padding).any()
+    taken, hidden_rows = np.empty((end, dim), np.float32), np.empty((end, width), np.float32)
+    cpu.gather(x, rows, taken)
+    gate_up, down = np.empty((end, 2 * width), np.float32), np.empty((end, dim), np.float32)
+    bounds = np.cumsum([0, *counts])
+    for expert in range(experts):
+        some = slice(bounds[expert], bounds[expert + 1])
+        cpu.multiply(taken[some], w13[expert], dim, gate_up[some])
+    cpu.swiglu(gate_up, row_weights[:end], limit, hidden_rows)
+    for expert in range(experts):
+        some = slice(bounds[expert], bounds[expert + 1])
+        cpu.multiply(hidden_rows[some], w2[expert], width, down[some])
+    out = np.empty_like(one_by_one)
+    cpu.sum_experts(down, places, shared, out)
+    assert np.array_equal(out, one_by_one)
+
+
+def test_what_is_not_a_number_stays_none() -> None:
+    nan = np.full((1, 4), np.nan, np.float32)
+    out, ones = np.empty((1, 2), np.float32), np.ones(1, np.float32)
+    cpu.swiglu(nan, ones, np.float32(7), out)
+    assert np.isnan(out).all()
+    normed = np.empty((1, 4), np.float32)
+    cpu.rms_norm(nan, np.ones(4, np.float32), EPS, normed)
+    assert np.isnan(normed).all()
+    weights, chosen = np.empty((1, 2), np.float32), np.empty((1, 2), np.int64)
+    cpu.route(nan, np.zeros(4, np.float32), np.float32(1), False, chosen, weights)
+    assert np.isnan(weights).all() and ((chosen >= 0) & (chosen < 4)).all()
+
+
+@pytest.mark.parametrize("kernel", [cpu.multiply, cpu.attend, cpu.choose])
+def test_kernels_are_kept_on_disk(kernel: object) -> None:
+    """A second process loads them: compiling all of them takes ten seconds."""
+    assert type(kernel.stats.cache_path) is str  # type: ignore[attr-defined]
