@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Ints32 = NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 QUERY_BLOCK = 128
@@ -65,6 +66,7 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 _MINUS_INFINITY = np.float32(-np.inf)
+_ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 
 @strict
@@ -532,7 +534,7 @@ def choose(
     `picks` need room for `2 * top_k + TOGETHER`; `least` begins as -inf, `counts` as 0.
     """
     num_heads, entries = dots_NJS.shape[1:]
-    scores, values = np.empty(entries, np.float32), np.empty(best_NP.shape[1], np.float32)
+    scores, keys = np.empty(entries, np.float32), np.empty(best_NP.shape[1], np.int32)
     for n in range(dots_NJS.shape[0]):
         seen = min(entries, visible_N[n] - first)
         if seen <= 0:
@@ -553,7 +555,7 @@ def choose(
                 best[count], picks[count] = scores[s], first + s
                 count += 1 if scores[s] > least else 0
             if count > 2 * top_k:
-                least = _keep_best(best, picks, count, top_k, values)
+                least = _keep_best(best, picks, count, top_k, keys)
                 count = top_k
         counts_N[n], least_N[n] = count, least
 
@@ -561,18 +563,17 @@ def choose(
 @strict
 def finish(top_k: int, best_NP: Floats, picks_NP: Ints, counts_N: Ints) -> None:
     """Cut each query's candidates to its `top_k` best, in the order of the entries."""
-    values = np.empty(best_NP.shape[1], np.float32)
+    keys = np.empty(best_NP.shape[1], np.int32)
     for n in range(best_NP.shape[0]):
         if counts_N[n] > top_k:
-            _keep_best(best_NP[n], picks_NP[n], counts_N[n], top_k, values)
+            _keep_best(best_NP[n], picks_NP[n], counts_N[n], top_k, keys)
             counts_N[n] = top_k
 
 
 @strict
-def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, values: Floats) -> np.float32:
+def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, keys: Ints32) -> np.float32:
     """Cut candidates to the `top_k` best, the first among equals, in their order; returns the lowest score kept."""
-    values[:count] = best[:count]
-    least = _largest(values, count, top_k - 1)
+    least = _largest(best, count, top_k - 1, keys)
     equals = top_k
     for s in range(count):
         equals -= 1 if best[s] > least else 0
@@ -586,28 +587,20 @@ def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, values: Floats
 
 
 @strict
-def _largest(values: Floats, count: int, rank: int) -> np.float32:
-    """The value that `rank` others are not below, by Hoare's quickselect; reorders `values`."""
-    low, high = 0, count - 1
-    while low < high:
-        pivot = values[(low + high) // 2]
-        i, j = low, high
-        while i <= j:
-            while values[i] > pivot:
-                i += 1
-            while values[j] < pivot:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if rank <= j:
-            high = j
-        elif rank >= i:
-            low = i
-        else:
-            break
-    value: np.float32 = values[rank]
+def _largest(best: Floats, count: int, rank: int, keys: Ints32) -> np.float32:
+    """The value that `rank` others are not below, found bit by bit: as integers, numbers are ordered as they are."""
+    for s in range(count):
+        bits = np.float32(best[s]).view(np.int32)
+        keys[s] = bits ^ ((bits >> np.int32(31)) & _ALL_BUT_SIGN)
+    found = -(1 << 31)
+    for bit in range(31, -1, -1):
+        tried, above = np.int32(found + (1 << bit)), np.int32(0)
+        for s in range(count):
+            above += np.int32(keys[s] >= tried)
+        if above > rank:
+            found += 1 << bit
+    bits = np.int32(found)
+    value: np.float32 = np.int32(bits ^ ((bits >> np.int32(31)) & _ALL_BUT_SIGN)).view(np.float32)
     return value
 
 

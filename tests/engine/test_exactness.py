@@ -14,7 +14,8 @@ from torch import Tensor
 import agentkit_engine.engine
 from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Pools, Runner, invariance
+from agentkit_engine.runtime import Batcher, Pools, Runner, invariance
+from agentkit_engine.runtime import products as products_module
 from agentkit_engine.runtime.compiled import CompiledLayers
 from agentkit_engine.runtime.invariance import chain_block, least_rows
 from agentkit_engine.runtime.runner import NUMERICS
@@ -127,12 +128,26 @@ def test_a_few_rows_are_multiplied_as_the_library_multiplies_many(decoder: Decod
 
 
 @pytest.mark.parametrize(("inputs", "block"), [(1, 1), (3, 3), (6, 3), (192, 96), (1000, 256), (300, 7)])
-def test_the_chains_of_a_library_are_found(inputs: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chains_of_a_library_are_found(inputs: int, block: int) -> None:
     def library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
         out_NO = torch.empty(len(x_NK), weight_KO.shape[1])
         cpu.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO.numpy())
         return out_NO
 
-    monkeypatch.setattr(torch, "mm", library)
     weight_KO = torch.randn(inputs, 9, generator=torch.Generator().manual_seed(0))
-    assert chain_block(weight_KO, 8) == (0 if block == 7 else block)  # nobody sums in sevens: padding it is
+    assert chain_block(weight_KO, 8, by=library) == (0 if block == 7 else block)  # nobody sums in sevens: padding it is
+
+
+@pytest.mark.parametrize("few", [0, products_module.FEW_QUERIES])
+def test_other_libraries_and_ways_are_as_exact(decoder: Decoder, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch without oneDNN, and one whose BLAS gives other bits for few queries than oneDNN for many."""
+    ids = some_ids(600, 0)
+    expected = engine(decoder, exact=True).logits(ids)
+    if few:
+        monkeypatch.setattr(products_module, "_ONEDNN", None)
+    monkeypatch.setattr(products_module, "FEW_QUERIES", few)
+    batcher = Batcher(decoder, state_bytes=64 << 20, compiled=True)
+    logits = batcher.logits(ids)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    for chunk in (1, 7, 130):
+        assert torch.equal(batcher.logits(ids, chunk=chunk), logits)

@@ -1,9 +1,7 @@
 """The layers of a decoder on a CPU, of compiled kernels and the library's matrix products.
 
-The same steps as in `eager.py`, on numpy arrays. Nothing is padded and nothing is masked, since a kernel computes each
-row by itself. The products of many rows are the library's. Those of few rows are `cpu.multiply`'s where it gives the
-same bits as the library does for many, which is tried out when a model is packed; elsewhere they are padded to as many
-rows as the library needs.
+The same steps as in `eager.py`, on numpy arrays. Nothing is padded for exactness and nothing is masked, since a kernel
+computes each row by itself, and so do the products (`products.py`).
 
 Dimension key: `runtime/__init__.py`, `agentkit_kernels/cpu.py`.
 """
@@ -16,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agentkit_engine.model.attention import Attention
 from agentkit_engine.model.block import Block
@@ -26,7 +24,7 @@ from agentkit_engine.model.hyper_connections import scale_of_output
 from agentkit_engine.model.moe import MoE
 from agentkit_engine.model.mtp import MTPBlock
 from agentkit_engine.model.rope import frequencies
-from agentkit_engine.runtime.invariance import chain_block, least_rows
+from agentkit_engine.runtime.products import Dots, Product, by_library, packed, padded_rows, settle
 from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.runtime.state import CompressorState, LayerState, Pools, Sequence
 from agentkit_engine.spec import ModelSpec, RopeSpec
@@ -41,28 +39,8 @@ SCORE_TILE = 1 << 18
 """Most index scores of single heads held at once (1 MiB): they never leave the processor's cache."""
 SLOTS_DRAFTING = 256
 """Sequences that the MTP block can guess for at once."""
-COLUMNS = 16
+COLUMNS = 64
 """Index keys are multiplied in multiples of so many."""
-
-
-class Product:
-    """Rows times a weight [K, O], the same bits for any number of rows once `settle` has seen to it."""
-
-    def __init__(self, weight_KO: Tensor) -> None:
-        self.weight = weight_KO
-        self.array: Floats = weight_KO.numpy()
-        self.rows = 1
-        """From so many rows on the library gives a row the same bits whatever the others."""
-        self.block = 0
-        """With which `cpu.multiply` gives those bits too; 0 where none does."""
-
-    def __call__(self, x_NK: Floats) -> Floats:
-        rows = len(x_NK)
-        if rows >= self.rows or not self.block:
-            return _library_product(x_NK, self.weight, self.rows)
-        out_NO = np.empty((rows, self.array.shape[1]), np.float32)
-        cpu.multiply(x_NK, self.array, self.block, out_NO)
-        return out_NO
 
 
 class Batch:
@@ -100,13 +78,15 @@ class CompiledLayers:
         blocks = decoder.blocks[: len(pools.layers)]
         self.layers = [_Layer(block, state) for block, state in zip(blocks, pools.layers, strict=True)]
         self.output = _Output(decoder)
-        self.head = Product(_packed(decoder.head.weight))
+        self.head = Product(packed(decoder.head.weight))
         self.angles = {layer.rope: _angles(layer.rope, spec) for layer in (*spec.layers, *spec.mtp_layers)}
         self.drafts = _Drafts(block) if decoder.mtp and isinstance(block := decoder.mtp[0], MTPBlock) else None
         products = [self.head, *self.output.products, *(p for layer in self.layers for p in layer.products)]
         if self.drafts is not None:
             products += self.drafts.products
         settle(products, exact=exact)
+        for attention in (layer.attention for layer in self.layers if exact and layer.attention.index is not None):
+            attention.dots.settle(spec.index_head_dim, SCORED_ENTRIES)
 
     def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> list[Computed]:
         ids = [token_id for segment in segments for token_id in (*segment.ids, *segment.draft)]
@@ -135,20 +115,6 @@ class CompiledLayers:
         streams_NMD = np.empty((len(ids_N), self.spec.hc_mult, self.spec.hidden_size), np.float32)
         cpu.embed(ids_N, self.embedding, streams_NMD)
         return streams_NMD
-
-
-def settle(products: Seq[Product], *, exact: bool) -> None:
-    """Find out how many rows the library needs, and which products of fewer rows a kernel can do as it would."""
-    if not exact:
-        for product in products:
-            product.rows, product.block = 8, len(product.weight)
-        return
-    rows = least_rows([product.weight.t() for product in products])
-    blocks: dict[torch.Size, int] = {}
-    for product in products:
-        if product.weight.shape not in blocks:
-            blocks[product.weight.shape] = chain_block(product.weight, rows)
-        product.rows, product.block = rows, blocks[product.weight.shape]
 
 
 class _Layer:
@@ -180,7 +146,7 @@ class _Connection:
     """One sub-layer's mHC maps and the norm of what it reads."""
 
     def __init__(self, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, spec: ModelSpec) -> None:
-        self.fn, self.base, self.norm = Product(_packed(fn)), _array(base), _array(norm)
+        self.fn, self.base, self.norm = Product(packed(fn)), _array(base), _array(norm)
         self.scale = _array(scale.float()[scale_of_output(spec.hc_mult, scale.device)])
         self.norm_eps, self.eps = np.float32(spec.rms_norm_eps), np.float32(spec.hc_eps)
         self.iterations = spec.hc_sinkhorn_iters
@@ -202,7 +168,7 @@ class _Output:
 
     def __init__(self, module: Decoder | MTPBlock) -> None:
         spec = module.spec
-        self.fn = Product(_packed(module.hc_head_fn))
+        self.fn = Product(packed(module.hc_head_fn))
         self.base, self.norm = _array(module.hc_head_base), _array(module.norm.weight)
         self.scale = np.float32(module.hc_head_scale.item())
         self.norm_eps, self.eps = np.float32(spec.rms_norm_eps), np.float32(spec.hc_eps)
@@ -231,6 +197,7 @@ class _Attention:
             compressors.append((attention.compressor, state.compressor))
         self.index = state.indexer if attention.indexer is not None else None
         self.index_heads = spec.index_n_heads if self.index is not None else 0
+        self.dots = Dots()
         if attention.indexer is not None and state.indexer is not None:
             compressors.append((attention.indexer.compressor, state.indexer))
             parts.append(attention.indexer.weights_proj)
@@ -240,14 +207,14 @@ class _Attention:
             column = sum(part.out_features for part in parts)
             self.compressors.append(_Compressor(module, of_state, column, spec))
             parts += [module.wkv, module.wgate]
-        self.project = Product(_packed(*(part.weight for part in parts)))
-        self.project_latent = Product(_packed(*(part.weight for part in latent_parts)))
+        self.project = Product(packed(*(part.weight for part in parts)))
+        self.project_latent = Product(packed(*(part.weight for part in latent_parts)))
         self.kv_column = attention.wq_a.out_features
         self.q_norm, self.kv_norm = _array(attention.q_norm.weight), _array(attention.kv_norm.weight)
         self.sink_H = _array(attention.attn_sink)
         wo_a_GOX = attention.wo_a.weight.view(self.groups, -1, attention.wo_a.in_features)
-        self.outputs = [Product(_packed(weight_OX)) for weight_OX in wo_a_GOX]
-        self.output = Product(_packed(attention.wo_b.weight))
+        self.outputs = [Product(packed(weight_OX)) for weight_OX in wo_a_GOX]
+        self.output = Product(packed(attention.wo_b.weight))
         self.ring: Floats = state.window.numpy()
         compressor = state.compressor
         self.entries: Floats = np.zeros((1, self.head_dim), np.float32)
@@ -304,9 +271,8 @@ class _Attention:
                 together = max(1, SCORE_TILE // (len(keys_SC) * self.index_heads))
                 for some in (slice(first, min(first + together, high)) for first in range(low, high, together)):
                     q_XC = q_NJC[some].reshape(-1, q_NJC.shape[2])
-                    dots_NJS = _library_product(q_XC, keys_SC.t(), self.project.rows).reshape(
-                        -1, self.index_heads, len(keys_SC)
-                    )
+                    dots_XS = self.dots(q_XC, keys_SC)
+                    dots_NJS = dots_XS.reshape(-1, self.index_heads, len(keys_SC))
                     cpu.choose(
                         dots_NJS, weights_NJ[some], entry, visible_N[some], self.top_k,
                         best_NP[some], picks_NP[some], counts_N[some], least_N[some],
@@ -353,7 +319,7 @@ class _Experts:
 
     def __init__(self, moe: MoE) -> None:
         gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
-        self.gate = Product(_packed(gate.weight))
+        self.gate = Product(packed(gate.weight))
         self.limit, self.scale = np.float32(experts.limit), np.float32(gate.scale)
         self.active, self.count = gate.active, len(experts.w2)
         self.table: Ints | None = gate.tid2eid.numpy() if gate.router == "hash" else None
@@ -372,8 +338,8 @@ class _Experts:
             if parameter.dtype == torch.float32:
                 parameter.data = packed_EKX[:, :, column : column + outputs].mT
         self.w13, self.w2 = [Product(weight) for weight in w13_EDX], [Product(weight) for weight in w2_EID]
-        self.shared_w13 = Product(_packed(shared.w1.weight, shared.w3.weight))
-        self.shared_w2 = Product(_packed(shared.w2.weight))
+        self.shared_w13 = Product(packed(shared.w1.weight, shared.w3.weight))
+        self.shared_w2 = Product(packed(shared.w2.weight))
 
     @property
     def products(self) -> list[Product]:
@@ -398,7 +364,7 @@ class _Experts:
 
     def _sort(self, x_ND: Floats, experts_NA: Ints, weights_NA: Floats, shared_ND: Floats, out_ND: Floats) -> None:
         """Every expert computes the rows that have chosen it, padded to as many as the library needs."""
-        padding = self.w13[0].rows
+        padding = padded_rows(1, self.w13[0].rows)
         most = experts_NA.size + self.count * (padding - 1)
         counts_E, taken, weights = np.empty(self.count, np.int64), np.empty(most, np.int64), np.empty(most, np.float32)
         places_NA = np.empty_like(experts_NA)
@@ -416,11 +382,9 @@ class _Experts:
 
 
 def _by_expert(rows_XK: Floats, counts: list[int], products: list[Product]) -> Floats:
-    out_XO = np.empty((len(rows_XK), products[0].array.shape[1]), np.float32)
-    rows, outs = torch.split(torch.from_numpy(rows_XK), counts), torch.split(torch.from_numpy(out_XO), counts)
-    for row, out, product in zip(rows, outs, products, strict=True):
-        if len(row):
-            torch.mm(row, product.weight, out=out)
+    rows = torch.split(torch.from_numpy(rows_XK), counts)
+    outs = [by_library(row, product.weight) for row, product in zip(rows, products, strict=True) if len(row)]
+    out_XO: Floats = torch.cat(outs).numpy()
     return out_XO
 
 
@@ -431,7 +395,7 @@ class _Drafts:
         spec = self.spec = block.spec
         self.eps = np.float32(spec.rms_norm_eps)
         self.e_norm, self.h_norm = _array(block.enorm.weight), _array(block.hnorm.weight)
-        self.e_proj, self.h_proj = Product(_packed(block.e_proj.weight)), Product(_packed(block.h_proj.weight))
+        self.e_proj, self.h_proj = Product(packed(block.e_proj.weight)), Product(packed(block.h_proj.weight))
         self.window = torch.zeros(SLOTS_DRAFTING, cpu.QUERY_BLOCK, spec.head_dim)
         self.layer = _Layer(block, LayerState(self.window, None, None))
         self.output = _Output(block)
@@ -457,28 +421,6 @@ def _write(streams_NMD: Floats, y_ND: Floats, post_NM: Floats, comb_NMM: Floats)
     out_NMD = np.empty_like(streams_NMD)
     cpu.write(streams_NMD, y_ND, post_NM, comb_NMM, out_NMD)
     return out_NMD
-
-
-def _library_product(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
-    """The library's product of at least `least` rows."""
-    rows = len(x_NK)
-    if rows < least:
-        x_NK = np.concatenate((x_NK, np.zeros((least - rows, x_NK.shape[1]), np.float32)))
-    out_NO = np.empty((len(x_NK), weight_KO.shape[1]), np.float32)
-    torch.mm(torch.from_numpy(x_NK), weight_KO, out=torch.from_numpy(out_NO))
-    return out_NO[:rows]
-
-
-def _packed(*parts_OK: Tensor) -> Tensor:
-    """Weights side by side as [K, O]. Parameters become views of it, so that memory holds them once."""
-    weight_KO = torch.empty(parts_OK[0].shape[1], sum(len(part_OK) for part_OK in parts_OK))
-    column = 0
-    for part_OK in parts_OK:
-        cpu.transpose(_array(part_OK), column, weight_KO.numpy())
-        if isinstance(part_OK, nn.Parameter) and part_OK.dtype == torch.float32:
-            part_OK.data = weight_KO[:, column : column + len(part_OK)].t()
-        column += len(part_OK)
-    return weight_KO
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -9,7 +9,7 @@ Dimension key: N rows, K inputs, O outputs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,50 +18,59 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
 CANDIDATES = (8, 16, 32)
 """Numbers of rows to try; 8 rows of the four mHC streams are the fewest whose element-wise functions are `LANES`."""
-BLOCKS = (128, 192, 256, 384, 512)
+BLOCKS = (128, 192, 256, 384, 512, 768, 1024)
 """Inputs that libraries are known to sum in one chain, beside all and half of them."""
 OUTPUTS = 4096
 """Of a larger weight, as many outputs are tried: the head of a large vocabulary would take seconds."""
 
 
-def least_rows(weights: Iterable[Tensor], *, at_least: int = 0) -> int:
+def least_rows(weights: Iterable[Tensor], *, at_least: int = 0, by: Sequence[Multiply] | None = None) -> int:
     """The fewest rows from which on all products with `weights`, each [O, K], give each row the same bits.
 
+    Whichever of the functions `by` computes them: by default torch's linear and its batched product.
     Where even the most that are tried do not suffice there is a warning, and results depend on the batch.
     """
     shapes = {weight.shape: weight for weight in weights}
     for rows in CANDIDATES:
-        if rows >= at_least and all(_holds(weight[:OUTPUTS], rows) for weight in shapes.values()):
+        if rows >= at_least and all(
+            _holds(weight[:OUTPUTS], rows, by or (F.linear, _batched)) for weight in shapes.values()
+        ):
             return rows
     logger.warning("matrix products on this machine depend on their number of rows: results depend on the batch")
     return max(CANDIDATES)
 
 
-def _holds(weight_OK: Tensor, rows: int) -> bool:
+def _holds(weight_OK: Tensor, rows: int, by: Sequence[Multiply]) -> bool:
     generator = torch.Generator().manual_seed(0)
     x_NK = torch.randn(132, weight_OK.shape[1], generator=generator).to(weight_OK.device)
-    whole_NO = F.linear(x_NK, weight_OK)
+    whole_NO = by[0](x_NK, weight_OK)
     counts = (rows, rows + 1, rows + 7, 2 * rows, 65, 127)
-    for some in (slice(start, start + count) for count in counts for start in (0, 5)):
-        product, batched = F.linear(x_NK[some], weight_OK), torch.bmm(x_NK[None, some], weight_OK.mT[None])[0]
-        if not (torch.equal(product, whole_NO[some]) and torch.equal(batched, whole_NO[some])):
-            return False
-    return True
+    return all(
+        torch.equal(multiply(x_NK[some], weight_OK), whole_NO[some])
+        for some in (slice(start, start + count) for count in counts for start in (0, 5))
+        for multiply in by
+    )
 
 
-def chain_block(weight_KO: Tensor, rows: int) -> int:
-    """With which block `cpu.multiply` gives the bits that the library gives for `rows` rows and more; 0 with none.
+def _batched(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
+    return torch.bmm(x_NK[None], weight_OK.mT[None])[0]
 
-    A library that sums a block of inputs in one chain, and adds the blocks' sums in order, is met; MKL is one.
+
+def chain_block(weight_KO: Tensor, rows: int, *, by: Multiply) -> int:
+    """With which block `cpu.multiply` gives the bits that `by` gives for `rows` rows and more; 0 with none.
+
+    A library that sums a block of inputs in one chain, and adds the blocks' sums in order, is met: oneDNN and MKL are.
     """
     from agentkit_kernels import cpu
 
     weight_KO = weight_KO[:, :OUTPUTS].contiguous()
     inputs, outputs = weight_KO.shape
     x_NK = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
-    expected, out_NO = torch.mm(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)
+    expected, out_NO = by(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)
     for block in dict.fromkeys((inputs, max(1, inputs // 2), *BLOCKS)):
         cpu.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO)
         if np.array_equal(out_NO, expected):

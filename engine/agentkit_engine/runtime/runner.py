@@ -27,7 +27,7 @@ from agentkit_engine.runtime.state import Pools
 
 logger = logging.getLogger(__name__)
 
-NUMERICS = 2
+NUMERICS = 3
 """Whoever changes a bit of what a forward computes adds one: states on disk are taken up by their equals only."""
 
 

@@ -1,0 +1,130 @@
+"""Matrix products on a CPU of which a row has the same bits, however many rows there are.
+
+Many rows are multiplied by a library: oneDNN, where this torch has it, which is twice as fast as its BLAS on AVX-512.
+For a few rows the call alone costs more than the arithmetic; they are `cpu.multiply`'s where that gives the library's
+bits, which is tried out when a model is packed.
+
+Dimension key: N rows, K inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agentkit_engine.runtime.invariance import chain_block, least_rows
+from agentkit_kernels import cpu
+from agentkit_kernels.cpu import Floats
+
+FEW = 1 << 19
+"""Multiplications up to which a kernel is faster than a call of the library."""
+FEW_QUERIES = 16
+"""Rows up to which the BLAS is faster with keys than oneDNN."""
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.enabled else None
+
+
+def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
+    """x @ weight. The weight may be a transposed view."""
+    if _ONEDNN is None:
+        return torch.mm(x_NK, weight_KO)
+    out_NO: Tensor = _ONEDNN(x_NK, weight_KO.t(), None, "none", [], "")
+    return out_NO
+
+
+def padded_rows(rows: int, least: int) -> int:
+    """How many rows to give the library for `rows`: `least` or more, and few different numbers.
+
+    It compiles each shape once, in half a millisecond.
+    """
+    step = 8 if rows <= 64 else 64
+    return max(-(-rows // step) * step, least)
+
+
+def multiply(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
+    """The library's product, of at least `least` rows."""
+    rows = len(x_NK)
+    if (padded := padded_rows(rows, least)) > rows:
+        x_NK = np.concatenate((x_NK, np.zeros((padded - rows, x_NK.shape[1]), np.float32)))
+    out_NO: Floats = by_library(torch.from_numpy(x_NK), weight_KO).numpy()
+    return out_NO[:rows]
+
+
+class Product:
+    """Rows times a weight [K, O], the same bits for any number of rows once `settle` has seen to it."""
+
+    def __init__(self, weight_KO: Tensor) -> None:
+        self.weight = weight_KO
+        self.array: Floats = weight_KO.numpy()
+        self.rows = 1
+        """From so many rows on the library gives a row the same bits whatever the others."""
+        self.block = 0
+        """With which `cpu.multiply` gives those bits too; 0 where none does."""
+
+    def __call__(self, x_NK: Floats) -> Floats:
+        rows, size = len(x_NK), self.array.size
+        if not self.block or (rows > 1 and rows * size > FEW):
+            return multiply(x_NK, self.weight, self.rows)
+        out_NO = np.empty((rows, self.array.shape[1]), np.float32)
+        cpu.multiply(x_NK, self.array, self.block, out_NO)
+        return out_NO
+
+
+class Dots:
+    """Rows times keys, which are new each time, [S, C]; the same bits for any number of rows once settled."""
+
+    def __init__(self) -> None:
+        self.rows = 1
+        self.few = FEW_QUERIES
+        """Up to so many rows the BLAS is used: its calls cost less."""
+
+    def __call__(self, x_XC: Floats, keys_SC: Tensor) -> Floats:
+        if len(x_XC) > self.few:
+            return multiply(x_XC, keys_SC.t(), self.rows)
+        if len(x_XC) < self.rows:
+            return self(np.pad(x_XC, ((0, self.rows - len(x_XC)), (0, 0))), keys_SC)[: len(x_XC)]
+        dots_XS: Floats = torch.mm(torch.from_numpy(x_XC), keys_SC.t()).numpy()
+        return dots_XS
+
+    def settle(self, size: int, keys: int) -> None:
+        """See from how many rows on the library's products of keys of this size do not depend on the others, and
+        whether the BLAS gives the same bits."""
+        keys_SC = torch.randn(keys, size, generator=torch.Generator().manual_seed(2))
+        self.rows = least_rows([keys_SC], by=[_library_linear])
+        x_XC = torch.randn(FEW_QUERIES, size, generator=torch.Generator().manual_seed(3))
+        products = [multiply(x_XC.numpy(), keys_SC.t(), self.rows)]
+        products += [torch.mm(x_XC[:rows], keys_SC.t()).numpy() for rows in range(self.rows, FEW_QUERIES + 1)]
+        if not all(np.array_equal(product, products[0][: len(product)]) for product in products):
+            self.few = 0
+
+
+def _library_linear(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
+    return by_library(x_NK, weight_OK.t())
+
+
+def settle(products: Seq[Product], *, exact: bool) -> None:
+    """Find out how many rows the library needs, and which of its products a kernel can do as it does."""
+    if not exact:
+        for product in products:
+            product.block = len(product.weight)
+        return
+    rows = least_rows([product.weight.t() for product in products], by=[_library_linear])
+    blocks: dict[torch.Size, int] = {}
+    for product in products:
+        if product.weight.shape not in blocks:
+            blocks[product.weight.shape] = chain_block(product.weight, rows, by=by_library)
+        product.rows, product.block = rows, blocks[product.weight.shape]
+
+
+def packed(*parts_OK: Tensor) -> Tensor:
+    """Weights side by side as [K, O]. Parameters become views of it, so that memory holds them once."""
+    weight_KO = torch.empty(parts_OK[0].shape[1], sum(len(part_OK) for part_OK in parts_OK))
+    column = 0
+    for part_OK in parts_OK:
+        cpu.transpose(part_OK.detach().float().contiguous().numpy(), column, weight_KO.numpy())
+        if isinstance(part_OK, nn.Parameter) and part_OK.dtype == torch.float32:
+            part_OK.data = weight_KO[:, column : column + len(part_OK)].t()
+        column += len(part_OK)
+    return weight_KO
