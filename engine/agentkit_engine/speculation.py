@@ -24,19 +24,10 @@ REACH = 16_384
 """How many ids back a prompt is looked through when a session begins."""
 PATIENCE = 8
 """Where guesses do not pay, this many ids are decoded without one before one is tried again."""
+ROW_COST = BLOCK_COST = 0.2
+"""What a drafted id and asking the MTP block cost, as parts of a forward of one row: on a CPU about that."""
 MEMORY = 0.8
 """What each draft leaves of the weight of those before it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What guesses cost, as parts of a forward of one row: each drafted id, and asking the MTP block.
-
-    With these the packaged model says most tokens a second on a CPU (benchmark C16).
-    """
-
-    row: float = 0.2
-    block: float = 0.2
 
 
 @dataclass(slots=True)
@@ -71,8 +62,7 @@ def best_length(chance: float, cost: float, most: int) -> int:
 class Drafter:
     """Guesses how one session goes on, and learns how far its guesses may go."""
 
-    def __init__(self, costs: Costs | None = None) -> None:
-        self._costs = costs or Costs()
+    def __init__(self) -> None:
         self._after: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in NGRAMS)
         self._indexed = 0
         self._odds = [Odds() for _ in NGRAMS]  # of ids that followed so many last ids
@@ -101,13 +91,10 @@ class Drafter:
         self._index(ids)
         draft, self._kind = [] if first is None else [first], None
         for kind, odds in enumerate(self._odds):
-            if draft:
-                break
-            if self._rests[kind]:
-                self._rests[kind] -= 1
-                continue
-            length = max(1, best_length(odds.chance, self._costs.row, LONGEST))
-            draft, self._kind = self._follow(ids, kind, min(length, most)), kind
+            if not draft and not self._rests[kind]:
+                length = max(1, best_length(odds.chance, ROW_COST, LONGEST))
+                draft, self._kind = self._follow(ids, kind, min(length, most)), kind
+        self._rests = [max(0, rest - 1) for rest in self._rests]
         self._proposed = len(draft)
         return draft
 
@@ -131,12 +118,11 @@ class Drafter:
         tried = min(proposed, accepted + 1)
         if self._kind is None:
             self._block.note(accepted, tried)
-            pays = 1 + self._block.chance > 1 + self._costs.row + self._costs.block
-            self._block_rest = 0 if pays else PATIENCE
+            self._block_rest = 0 if self._block.chance > ROW_COST + BLOCK_COST else PATIENCE
         else:
             odds = self._odds[self._kind]
             odds.note(accepted, tried)
-            self._rests[self._kind] = 0 if best_length(odds.chance, self._costs.row, LONGEST) else PATIENCE
+            self._rests[self._kind] = 0 if best_length(odds.chance, ROW_COST, LONGEST) else PATIENCE
 
     def _index(self, ids: Sequence[int]) -> None:
         """Take in the ids that have a successor. Ids that were cut meanwhile leave wrong guesses, which do no harm."""

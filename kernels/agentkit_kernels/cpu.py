@@ -65,7 +65,7 @@ _LOWEST, _HIGHEST, _LOG2_E = np.float32(-87.0), np.float32(88.0), np.float32(1.4
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-_MINUS_INFINITY = np.float32(-np.inf)
+_INFINITY, _MINUS_INFINITY = np.float32(np.inf), np.float32(-np.inf)
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 
@@ -543,7 +543,9 @@ def choose(
         for j in range(num_heads):
             weight, dots = weights_NJ[n, j], dots_NJS[n, j]
             for s in range(seen):
-                scores[s] += weight * (dots[s] if dots[s] > _ZERO else _ZERO)
+                scores[s] += weight * (_ZERO if dots[s] < _ZERO else dots[s])
+        for s in range(seen):  # what is not a number is chosen, so that the logits show it
+            scores[s] = scores[s] if scores[s] == scores[s] else _INFINITY
         best, picks, count, least = best_NP[n], picks_NP[n], counts_N[n], least_N[n]
         for low in range(0, seen, TOGETHER):
             high, better = min(low + TOGETHER, seen), 0

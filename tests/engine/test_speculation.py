@@ -197,6 +197,16 @@ def test_the_mtp_block_is_asked_less_while_it_is_wrong() -> None:
         drafter.accepted()
 
 
+def test_what_can_be_looked_up_is_tried_again_while_the_mtp_block_is_right() -> None:
+    drafter, ids = Drafter(), list(range(12)) * 4
+    for _ in range(40):  # guesses fail, whoever makes them
+        drafter.propose(ids, 8)
+    for _ in range(PATIENCE + 1):
+        assert drafter.propose(ids, 8, first=ids[-12]) == [ids[-12]]
+        drafter.accepted()
+    assert len(drafter.propose(ids, 8)) >= 1
+
+
 def test_a_model_without_the_block_is_never_asked() -> None:
     engine = make_engine(mtp=False)
     assert not engine.batcher.mtp

@@ -216,6 +216,13 @@ def test_what_is_not_a_number_stays_none() -> None:
     weights, chosen = np.empty((1, 2), np.float32), np.empty((1, 2), np.int64)
     cpu.route(nan, np.zeros(4, np.float32), np.float32(1), False, chosen, weights)
     assert np.isnan(weights).all() and ((chosen >= 0) & (chosen < 4)).all()
+    dots = np.ones((1, 1, 500), np.float32)
+    dots[0, 0, [7, 300]] = np.nan
+    best, picks = np.empty((1, 2 * 3 + cpu.TOGETHER), np.float32), np.empty((1, 2 * 3 + cpu.TOGETHER), np.int64)
+    counts, least = np.zeros(1, np.int64), np.full(1, -np.inf, np.float32)
+    cpu.choose(dots, np.ones((1, 1), np.float32), 0, np.array([500]), 3, best, picks, counts, least)
+    cpu.finish(3, best, picks, counts)
+    assert picks[0, :3].tolist() == [0, 7, 300]
 
 
 @pytest.mark.parametrize("kernel", [cpu.multiply, cpu.attend, cpu.choose])

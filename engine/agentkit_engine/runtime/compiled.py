@@ -37,8 +37,6 @@ SCORED_ENTRIES = 2048
 """Index keys that are multiplied together, from the first one on."""
 SCORE_TILE = 1 << 18
 """Most index scores of single heads held at once (1 MiB): they never leave the processor's cache."""
-SLOTS_DRAFTING = 256
-"""Sequences that the MTP block can guess for at once."""
 COLUMNS = 64
 """Index keys are multiplied in multiples of so many."""
 
@@ -76,7 +74,8 @@ class CompiledLayers:
         spec = self.spec = decoder.spec
         self.embedding = _array(decoder.embed.weight)
         blocks = decoder.blocks[: len(pools.layers)]
-        self.layers = [_Layer(block, state) for block, state in zip(blocks, pools.layers, strict=True)]
+        dots = Dots()
+        self.layers = [_Layer(block, state, dots) for block, state in zip(blocks, pools.layers, strict=True)]
         self.output = _Output(decoder)
         self.head = Product(packed(decoder.head.weight))
         self.angles = {layer.rope: _angles(layer.rope, spec) for layer in (*spec.layers, *spec.mtp_layers)}
@@ -85,8 +84,8 @@ class CompiledLayers:
         if self.drafts is not None:
             products += self.drafts.products
         settle(products, exact=exact)
-        for attention in (layer.attention for layer in self.layers if exact and layer.attention.index is not None):
-            attention.dots.settle(spec.index_head_dim, SCORED_ENTRIES)
+        if exact and any(layer.attention.index is not None for layer in self.layers):
+            dots.settle(spec.index_head_dim, SCORED_ENTRIES, COLUMNS)
 
     def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> list[Computed]:
         ids = [token_id for segment in segments for token_id in (*segment.ids, *segment.draft)]
@@ -105,9 +104,8 @@ class CompiledLayers:
 
     def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         assert self.drafts is not None
-        sequences = [Sequence(slot) for slot in range(len(ids_B))]
-        batch = Batch(ids_B, sequences, [1] * len(ids_B), self.angles)
-        x_BD = self.drafts(streams_BMD.numpy(), self._embed(batch.ids_N), batch)
+        batch = Batch(ids_B, [Sequence(0)] * len(ids_B), [1] * len(ids_B), self.angles)
+        x_BD = self.drafts(streams_BMD.numpy(), self.embedding[batch.ids_N], batch)
         ids: list[int] = self.head(x_BD).argmax(-1).tolist()
         return ids
 
@@ -120,14 +118,14 @@ class CompiledLayers:
 class _Layer:
     """One decoder layer over its state."""
 
-    def __init__(self, block: Block, state: LayerState) -> None:
+    def __init__(self, block: Block, state: LayerState, dots: Dots) -> None:
         self.attn_connection = _Connection(
             block.hc_attn_fn, block.hc_attn_base, block.hc_attn_scale, block.attn_norm.weight, block.spec
         )
         self.ffn_connection = _Connection(
             block.hc_ffn_fn, block.hc_ffn_base, block.hc_ffn_scale, block.ffn_norm.weight, block.spec
         )
-        self.attention = _Attention(block.attn, state, block.spec)
+        self.attention = _Attention(block.attn, state, dots, block.spec)
         self.experts = _Experts(block.ffn)
 
     @property
@@ -187,7 +185,7 @@ class _Output:
 class _Attention:
     """One layer's attention; writes the new tokens' state and reads what their queries may see."""
 
-    def __init__(self, attention: Attention, state: LayerState, spec: ModelSpec) -> None:
+    def __init__(self, attention: Attention, state: LayerState, dots: Dots, spec: ModelSpec) -> None:
         self.layer, self.spec, self.top_k, self.window = attention.layer, spec, spec.index_topk, spec.sliding_window
         self.heads, self.head_dim, self.groups = spec.num_attention_heads, spec.head_dim, spec.o_groups
         self.eps = np.float32(spec.rms_norm_eps)
@@ -197,7 +195,7 @@ class _Attention:
             compressors.append((attention.compressor, state.compressor))
         self.index = state.indexer if attention.indexer is not None else None
         self.index_heads = spec.index_n_heads if self.index is not None else 0
-        self.dots = Dots()
+        self.dots = dots
         if attention.indexer is not None and state.indexer is not None:
             compressors.append((attention.indexer.compressor, state.indexer))
             parts.append(attention.indexer.weights_proj)
@@ -216,6 +214,7 @@ class _Attention:
         self.outputs = [Product(packed(weight_OX)) for weight_OX in wo_a_GOX]
         self.output = Product(packed(attention.wo_b.weight))
         self.ring: Floats = state.window.numpy()
+        assert self.ring.shape[1] >= self.window + cpu.QUERY_BLOCK
         compressor = state.compressor
         self.entries: Floats = np.zeros((1, self.head_dim), np.float32)
         self.per_span = 1
@@ -389,26 +388,29 @@ def _by_expert(rows_XK: Floats, counts: list[int], products: list[Product]) -> F
 
 
 class _Drafts:
-    """The MTP block at the start of a text: it sees the streams before a token, and the token."""
+    """The MTP block at the start of a text: it sees the streams before a token, and the token.
+
+    A token writes the only row of its window and reads no other, so all can share one.
+    """
 
     def __init__(self, block: MTPBlock) -> None:
         spec = self.spec = block.spec
         self.eps = np.float32(spec.rms_norm_eps)
         self.e_norm, self.h_norm = _array(block.enorm.weight), _array(block.hnorm.weight)
         self.e_proj, self.h_proj = Product(packed(block.e_proj.weight)), Product(packed(block.h_proj.weight))
-        self.window = torch.zeros(SLOTS_DRAFTING, cpu.QUERY_BLOCK, spec.head_dim)
-        self.layer = _Layer(block, LayerState(self.window, None, None))
+        ring = torch.zeros(1, spec.sliding_window + cpu.QUERY_BLOCK, spec.head_dim)
+        self.layer = _Layer(block, LayerState(ring, None, None), Dots())
         self.output = _Output(block)
 
     @property
     def products(self) -> list[Product]:
         return [self.e_proj, self.h_proj, *self.layer.products, *self.output.products]
 
-    def __call__(self, streams_BMD: Floats, embedding_BMD: Floats, batch: Batch) -> Floats:
+    def __call__(self, streams_BMD: Floats, embeddings_BD: Floats, batch: Batch) -> Floats:
         """What the head takes, [B, D]."""
         flat = np.ascontiguousarray(streams_BMD.reshape(-1, streams_BMD.shape[2]))
         h = self.h_proj(self._norm(flat, self.h_norm)).reshape(streams_BMD.shape)
-        e = self.e_proj(self._norm(np.ascontiguousarray(embedding_BMD[:, 0]), self.e_norm))
+        e = self.e_proj(self._norm(embeddings_BD, self.e_norm))
         return self.output(self.layer(h + e[:, None], batch))
 
     def _norm(self, x_ND: Floats, weight_D: Floats) -> Floats:

@@ -126,8 +126,8 @@ class EagerLayers:
         self._embed = decoder.embed.weight.float()
         blocks = decoder.blocks[: len(pools.layers)]
         self._layers = [_Layer(block, pools, index, padding) for index, block in enumerate(blocks)]
-        self._norm, self._head = decoder.norm.weight.float(), decoder.head.weight.float()
-        self._hc_fn, self._hc_base = decoder.hc_head_fn.float(), decoder.hc_head_base.float()
+        self._norm, self._head = decoder.norm.weight.float(), _own(decoder.head.weight)
+        self._hc_fn, self._hc_base = _own(decoder.hc_head_fn), decoder.hc_head_base.float()
         self._hc_scale = decoder.hc_head_scale.float()
         self._ropes = {layer.rope for layer in self.spec.layers}
         self._decoder = decoder
@@ -233,9 +233,9 @@ class _Attention:
         self.latent_weight = torch.cat([part.float() for part in latent_parts])
         self.q_norm, self.kv_norm = attention.q_norm.weight.float(), attention.kv_norm.weight.float()
         self.sink_H1 = attention.attn_sink.float().unsqueeze(1)
-        wo_a = attention.wo_a.weight.float()
+        wo_a = _own(attention.wo_a.weight)
         self.wo_a_GXO = wo_a.view(self.groups, -1, wo_a.shape[1]).mT.contiguous()
-        self.wo_b = attention.wo_b.weight.float()
+        self.wo_b = _own(attention.wo_b.weight)
 
     def __call__(self, x_ND: Tensor, groups: list[Group], turns: dict[RopeSpec, Tensor]) -> Tensor:
         turn_NR, eps = turns[self.layer.rope], self.spec.rms_norm_eps
@@ -388,13 +388,13 @@ class _Experts:
     def __init__(self, moe: MoE, padding: Padding) -> None:
         self.padding = padding
         self.gate, self.limit = moe.gate, moe.experts.limit
-        self.gate_weight = moe.gate.weight.float()
+        self.gate_weight = _own(moe.gate.weight)
         self.bias = moe.gate.bias.float() if moe.gate.router == "score" else None
         experts, shared = moe.experts, moe.shared_experts
         self.w13 = torch.cat((experts.w1.float(), experts.w3.float()), dim=1).unbind()
-        self.w2 = experts.w2.float().unbind()
+        self.w2 = _own(experts.w2).unbind()
         self.shared_w13 = torch.cat((shared.w1.weight.float(), shared.w3.weight.float()))
-        self.shared_w2 = shared.w2.weight.float()
+        self.shared_w2 = _own(shared.w2.weight)
 
     def __call__(self, x_ND: Tensor, ids_N: Tensor, count: int) -> Tensor:
         """Only the first `count` rows count: the padding behind them calls no expert but the shared one."""
@@ -454,7 +454,7 @@ class _Connection:
 
     def __init__(self, fn: Tensor, base: Tensor, scale: Tensor, block: Block) -> None:
         spec = block.spec
-        self.fn, self.base = fn.float(), base.float()
+        self.fn, self.base = _own(fn), base.float()
         self.scale = scale.float()[scale_of_output(spec.hc_mult, fn.device)]
         self.size, self.eps, self.norm_eps = spec.hc_mult, spec.hc_eps, spec.rms_norm_eps
         self.steps = half_steps(spec.hc_mult, spec.hc_sinkhorn_iters, spec.hc_eps, fn.device)
@@ -470,6 +470,11 @@ class _Connection:
             matrices.div_(torch.mm(matrices, step, out=sums))
         comb = matrices[:, :-1].reshape(-1, size, size)
         return _read(streams_NMD, pre.sigmoid() + self.eps), (2 * post.sigmoid()).unsqueeze(2), comb
+
+
+def _own(weight: Tensor) -> Tensor:
+    """In float32 and in rows, whatever compiled layers made of it: the library's bits depend on how it lies."""
+    return weight.float().contiguous()
 
 
 def _mix(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:

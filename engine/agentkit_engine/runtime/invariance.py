@@ -46,9 +46,9 @@ def least_rows(weights: Iterable[Tensor], *, at_least: int = 0, by: Sequence[Mul
 
 def _holds(weight_OK: Tensor, rows: int, by: Sequence[Multiply]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x_NK = torch.randn(132, weight_OK.shape[1], generator=generator).to(weight_OK.device)
+    x_NK = torch.randn(581, weight_OK.shape[1], generator=generator).to(weight_OK.device)
     whole_NO = by[0](x_NK, weight_OK)
-    counts = (rows, rows + 1, rows + 7, 2 * rows, 65, 127)
+    counts = (rows, rows + 1, rows + 7, 2 * rows, 65, 127, 128, 512, 576)
     return all(
         torch.equal(multiply(x_NK[some], weight_OK), whole_NO[some])
         for some in (slice(start, start + count) for count in counts for start in (0, 5))

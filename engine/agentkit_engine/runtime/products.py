@@ -9,6 +9,7 @@ Dimension key: N rows, K inputs, O outputs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from agentkit_engine.runtime.invariance import chain_block, least_rows
 from agentkit_kernels import cpu
 from agentkit_kernels.cpu import Floats
+
+logger = logging.getLogger(__name__)
 
 FEW = 1 << 19
 """Multiplications up to which a kernel is faster than a call of the library."""
@@ -35,7 +38,7 @@ def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
 
 
 def padded_rows(rows: int, least: int) -> int:
-    """How many rows to give the library for `rows`: `least` or more, and few different numbers.
+    """How many rows to give the library for `rows`: `least` or more, and not every number.
 
     It compiles each shape once, in half a millisecond.
     """
@@ -88,16 +91,19 @@ class Dots:
         dots_XS: Floats = torch.mm(torch.from_numpy(x_XC), keys_SC.t()).numpy()
         return dots_XS
 
-    def settle(self, size: int, keys: int) -> None:
-        """See from how many rows on the library's products of keys of this size do not depend on the others, and
-        whether the BLAS gives the same bits."""
-        keys_SC = torch.randn(keys, size, generator=torch.Generator().manual_seed(2))
-        self.rows = least_rows([keys_SC], by=[_library_linear])
+    def settle(self, size: int, most: int, step: int) -> None:
+        """See from how many rows on the library's products do not depend on the other rows, and whether the BLAS gives
+        the same bits; with up to `most` keys of this size, a multiple of `step`."""
+        keys_SC = torch.randn(most, size, generator=torch.Generator().manual_seed(2))
+        some = [keys_SC[:count] for count in (step, 2 * step, most // 2, most - step, most)]
+        self.rows = max(least_rows([keys], by=[_library_linear]) for keys in some)
         x_XC = torch.randn(FEW_QUERIES, size, generator=torch.Generator().manual_seed(3))
-        products = [multiply(x_XC.numpy(), keys_SC.t(), self.rows)]
-        products += [torch.mm(x_XC[:rows], keys_SC.t()).numpy() for rows in range(self.rows, FEW_QUERIES + 1)]
-        if not all(np.array_equal(product, products[0][: len(product)]) for product in products):
+        whole = by_library(x_XC, keys_SC.t())
+        products = [torch.mm(x_XC[:rows], keys.t()) for rows in range(self.rows, FEW_QUERIES + 1) for keys in some]
+        if not all(torch.equal(product, whole[: len(product), : product.shape[1]]) for product in products):
             self.few = 0
+        if not all(torch.equal(by_library(x_XC, keys.t()), whole[:, : len(keys)]) for keys in some):
+            logger.warning("index scores on this machine depend on the number of entries: results depend on the chunks")
 
 
 def _library_linear(x_NK: Tensor, weight_OK: Tensor) -> Tensor:

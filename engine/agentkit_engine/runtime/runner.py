@@ -3,8 +3,9 @@
 What computes it is chosen by what there is: compiled kernels on a CPU where Numba is installed (`compiled.py`), plain
 torch elsewhere (`eager.py`). Either way a row's bits do not depend on the rows beside it.
 
-What that costs can be had back: a runner that is not `exact` pads nothing and uses every thread. Then the same bits
-come out of the same forwards only: a session that was forked or restored goes on as the other one does.
+What that costs can be had back: a runner that is not `exact` tries nothing out, and the library may use every thread.
+Then the same bits come out of the same forwards only: a session that was forked or restored goes on as the other one
+does.
 
 Dimension key: `runtime/__init__.py` and `model/__init__.py`.
 """

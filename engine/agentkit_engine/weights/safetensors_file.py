@@ -54,8 +54,9 @@ class StoredTensor:
             CheckpointError: the file is shorter than when its header was read.
         """
         dtype = DTYPES[self.dtype]
-        fits = into is not None and into.device.type == "cpu" and into.dtype == dtype and into.is_contiguous()
-        value = into if into is not None and fits else torch.empty(self.shape, dtype=dtype)
+        value = torch.empty(self.shape, dtype=dtype)
+        if into is not None and into.device.type == "cpu" and into.dtype == dtype and into.is_contiguous():
+            value = into if into.shape == value.shape else value
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             found, bytes_of = 0, value.view(-1).view(torch.uint8).numpy().data
