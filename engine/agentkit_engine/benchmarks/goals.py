@@ -546,7 +546,7 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C12": lambda _: grammar_goals.saved(),
     "C15": cold,
     "exact": exactness,
-    "C16": lambda sizes: runtime_goals.guesses(sizes.guessed),
+    "C16": lambda sizes: runtime_goals.guesses(sizes.guessed, 5 * sizes.repeats),
     "64K": lambda sizes: runtime_goals.long_session("64K", sizes.long, sizes.repeats),
     "1M": lambda sizes: runtime_goals.long_session("1M", sizes.nightly, sizes.repeats),
     "tiny": decode_packaged,
