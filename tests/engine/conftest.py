@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -10,6 +10,23 @@ import torch
 
 from agentkit_engine.model import Decoder
 from agentkit_engine.spec import ModelSpec
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Generator[None, None, None]:
+    """Threads that share tiny products wait for each other longer than they compute, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads() -> Generator[None, None, None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
 
 SMALL_CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v4",

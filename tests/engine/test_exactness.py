@@ -67,6 +67,7 @@ def engine(decoder: Decoder, *, exact: bool) -> Engine:
     return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), exact=exact)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_without_exactness_logits_are_close(decoder: Decoder) -> None:
     ids = some_ids(600, 0)
     exact, other = engine(decoder, exact=True), engine(decoder, exact=False)
@@ -77,6 +78,7 @@ def test_without_exactness_logits_are_close(decoder: Decoder) -> None:
     assert token.logprob == pytest.approx(exact.logits(ids)[-1].log_softmax(0)[token.id].item(), abs=1e-4)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_without_exactness_forks_and_restored_sessions_say_the_same_bits(decoder: Decoder, tmp_path: Path) -> None:
     inexact = engine(decoder, exact=False)
     with inexact.session() as session:
