@@ -25,8 +25,8 @@ REACH = 16_384
 PATIENCE = 8
 """Where guesses do not pay, this many ids are decoded without one before one is tried again."""
 ROW_COST, BLOCK_COST = 0.2, 0.5
-"""What a drafted id and asking the MTP block cost, as parts of a forward of one row: with these guesses save most of the
-packaged model's forwards, and cost no time, on a CPU (benchmark C16)."""
+"""What a drafted id and asking the MTP block cost, as parts of a forward of one row: with these they save forwards of
+the packaged model on a CPU and hardly cost time (benchmark C16)."""
 MEMORY = 0.8
 """What each draft leaves of the weight of those before it."""
 
