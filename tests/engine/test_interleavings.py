@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, SampledToken, SamplingParams
@@ -161,6 +161,7 @@ def test_with_memory_nothing_is_computed_twice(decoder: Decoder, tmp_path_factor
 
     @settings(max_examples=15, deadline=None)
     @given(todo=steps(), first=st.sampled_from([3, 250, 260]))
+    @example(todo=[("fork", 0, 0), ("generate", 0, 1), ("generate", 1, 2)], first=3)  # two that speak together
     def live(todo: list[Step], first: int) -> None:
         nonlocal together
         world = World(decoder, ALL_SPANS, tmp_path_factory.mktemp("world"))
