@@ -193,14 +193,6 @@ def _rotate(x_K: Floats, turn_R: Floats, direction: np.float32) -> None:
 # --- hyper-connections -------------------------------------------------------------------------------------------
 
 
-@strict
-def embed(ids_N: Ints, embedding_VD: Floats, streams_NMD: Floats) -> None:
-    """Every residual stream begins as the token's embedding."""
-    for n in range(ids_N.shape[0]):
-        for m in range(streams_NMD.shape[1]):
-            streams_NMD[n, m] = embedding_VD[ids_N[n]]
-
-
 @reduced
 def connect(
     streams_NMD: Floats,
@@ -708,13 +700,6 @@ def sort_by_expert(
             ends[experts_NA[n, a]] += 1
             rows[place], weights[place], places_NA[n, a] = n, weights_NA[n, a], place
     return end
-
-
-@strict
-def gather(x_ND: Floats, rows: Ints, out: Floats) -> None:
-    """The rows of `x` at `rows`."""
-    for place in range(out.shape[0]):
-        out[place] = x_ND[rows[place]]
 
 
 @strict

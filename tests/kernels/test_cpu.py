@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numba
 import numpy as np
 import pytest
 import torch
@@ -189,8 +192,7 @@ def test_experts_one_by_one_and_sorted_are_the_same_bits(tokens: int, experts: i
     places: Ints = np.empty_like(chosen)
     end = cpu.sort_by_expert(chosen, weights, padding, counts, rows, row_weights, places)
     assert end == counts.sum() and not (counts % padding).any()
-    taken, hidden_rows = np.empty((end, dim), np.float32), np.empty((end, width), np.float32)
-    cpu.gather(x, rows, taken)
+    taken, hidden_rows = x[rows[:end]], np.empty((end, width), np.float32)
     gate_up, down = np.empty((end, 2 * width), np.float32), np.empty((end, dim), np.float32)
     bounds = np.cumsum([0, *counts])
     for expert in range(experts):
@@ -223,6 +225,22 @@ def test_what_is_not_a_number_stays_none() -> None:
     cpu.choose(dots, np.ones((1, 1), np.float32), 0, np.array([500]), 3, best, picks, counts, least)
     cpu.finish(3, best, picks, counts)
     assert picks[0, :3].tolist() == [0, 7, 300]
+
+
+def test_where_no_cache_can_be_written_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+
+    def read_only(*, cache: bool, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(cache=cache, **options)
+
+    monkeypatch.setattr(numba, "njit", read_only)
+
+    def twice(x: np.float32) -> np.float32:
+        return x + x
+
+    assert cpu.strict(twice)(np.float32(4)) == 8
 
 
 @pytest.mark.parametrize("kernel", [cpu.multiply, cpu.attend, cpu.choose])

@@ -45,7 +45,7 @@ class Batch:
     """The rows of one forward: sequences end to end."""
 
     def __init__(
-        self, ids: Iterable[int], sequences: Seq[Sequence], sizes: Seq[int], angles: dict[RopeSpec, Floats]
+        self, ids: Seq[int], sequences: Seq[Sequence], sizes: Seq[int], angles: dict[RopeSpec, Floats]
     ) -> None:
         self.sequences = sequences
         self.ids_N = np.array(ids, np.int64)
@@ -56,7 +56,7 @@ class Batch:
         self.tables_BX = np.zeros((len(sequences), max(sequence.num_spans for sequence in sequences)), np.int64)
         for row, sequence in zip(self.tables_BX, sequences, strict=True):
             row[: sequence.num_spans] = sequence.spans
-        self.turns_NR = {rope: self._turns(frequencies) for rope, frequencies in angles.items()}
+        self.turns_NR = {rope: self._turns(of_rope) for rope, of_rope in angles.items()}
 
     def __len__(self) -> int:
         return len(self.ids_N)
@@ -91,7 +91,7 @@ class CompiledLayers:
         ids = [token_id for segment in segments for token_id in (*segment.ids, *segment.draft)]
         sizes = [len(segment) for segment in segments]
         batch = Batch(ids, [segment.sequence for segment in segments], sizes, self.angles)
-        streams_NMD = self._embed(batch.ids_N)
+        streams_NMD = np.repeat(self.embedding[batch.ids_N][:, None], self.spec.hc_mult, 1)
         for layer in self.layers:
             streams_NMD = layer(streams_NMD, batch)
         counts = [size - first for size, first in zip(sizes, firsts, strict=True)]
@@ -108,11 +108,6 @@ class CompiledLayers:
         x_BD = self.drafts(streams_BMD.numpy(), self.embedding[batch.ids_N], batch)
         ids: list[int] = self.head(x_BD).argmax(-1).tolist()
         return ids
-
-    def _embed(self, ids_N: Ints) -> Floats:
-        streams_NMD = np.empty((len(ids_N), self.spec.hc_mult, self.spec.hidden_size), np.float32)
-        cpu.embed(ids_N, self.embedding, streams_NMD)
-        return streams_NMD
 
 
 class _Layer:
@@ -368,10 +363,8 @@ class _Experts:
         counts_E, taken, weights = np.empty(self.count, np.int64), np.empty(most, np.int64), np.empty(most, np.float32)
         places_NA = np.empty_like(experts_NA)
         places = cpu.sort_by_expert(experts_NA, weights_NA, padding, counts_E, taken, weights, places_NA)
-        x = np.empty((places, x_ND.shape[1]), np.float32)
-        cpu.gather(x_ND, taken, x)
         counts = counts_E.tolist()
-        hidden = self._swiglu(_by_expert(x, counts, self.w13), weights[:places])
+        hidden = self._swiglu(_by_expert(x_ND[taken[:places]], counts, self.w13), weights[:places])
         cpu.sum_experts(_by_expert(hidden, counts, self.w2), places_NA, shared_ND, out_ND)
 
     def _swiglu(self, gate_up_NX: Floats, weights_N: Floats) -> Floats:
