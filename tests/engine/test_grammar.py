@@ -447,7 +447,7 @@ async def test_a_mask_is_computed_while_the_forward_runs(engine: Engine, monkeyp
         masked.set()
         return mask_V
 
-    def waiting_step(segments: Sequence[Segment], *, all_rows: bool = False) -> list[Computed]:
+    def waiting_step(segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
         in_time.append(masked.wait(10))
         return step(segments, all_rows=all_rows)
 

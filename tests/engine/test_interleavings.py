@@ -147,7 +147,7 @@ class World:
         (self.folder / f"disk{self.lives}").mkdir(exist_ok=True)
         step = engine.batcher.runner.step
 
-        def watched(segments: Sequence[Segment], *, all_rows: bool = False) -> list[Computed]:
+        def watched(segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
             self.together = max(self.together, len(segments))
             self.computed += sum(len(segment.ids) for segment in segments)
             return step(segments, all_rows=all_rows)

@@ -92,7 +92,7 @@ def test_nobody_waits_for_a_session_that_has_left(batcher: Batcher) -> None:
 def test_a_closed_session_is_gone_on_with(batcher: Batcher) -> None:
     ids = some_ids(290, 0)
     work, _ = run(batcher, ids)
-    work.extend([5], sampled=True)
+    work.push(5)
     batcher.advance([work])
     batcher.park(work)
     longer = [*ids, 5, *some_ids(20, 1)]

@@ -466,7 +466,7 @@ async def test_cancellation_stops_a_long_prefill_and_frees_the_thread(
     steps = 0
     step = engine.batcher.runner.step
 
-    def counted(segments: Sequence[Segment]) -> list[Computed]:
+    def counted(segments: Sequence[Segment]) -> Computed:
         nonlocal steps
         steps += 1
         return step(segments)

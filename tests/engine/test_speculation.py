@@ -290,3 +290,23 @@ def test_whatever_happens_between_guesses_the_bits_are_the_same(
         outcomes.append(played(batcher, script, params))
     assert outcomes[0] == outcomes[1]
     assert batcher.pools.bytes_held == 0
+
+
+def test_guesses_leave_half_of_a_forward_to_prompts(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 16)
+    batcher.speculate = True
+    talkers, prompt = [Work(REPEATING), Work(REPEATING)], Work(range(1, 100))
+    while waiting := [talker for talker in talkers if talker.logits_V is None]:
+        batcher.advance(waiting)
+    drafted = batcher.drafted
+    for step in range(1, 6):
+        for talker in talkers:
+            while talker.logits_V is not None:
+                talker.push(REPEATING[len(talker.ids) % len(REPEATING)])
+        before = prompt.computed
+        batcher.advance([*talkers, prompt])
+        assert prompt.computed - before >= 7, step
+    assert batcher.drafted > drafted
+    for work in (*talkers, prompt):
+        batcher.drop(work)
+    batcher.cache.clear()

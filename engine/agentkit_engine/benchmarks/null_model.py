@@ -26,25 +26,27 @@ class NullRunner(Runner):
         self.first: tuple[float, list[tuple[int, list[int]]]] | None = None
         logits_1V = torch.zeros(1, pools.spec.vocab_size)
         logits_1V[0, favourite] = 1.0
-        self._row = Computed(logits_1V, torch.zeros(1, pools.spec.hc_mult, 1))
+        self._computed = Computed(logits_1V, torch.zeros(1, pools.spec.hc_mult, 1))
+        self._rows = 1
         self._favourite = favourite
 
-    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> list[Computed]:
+    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
         """See `Runner.step`."""
         if self.first is None:
             self.first = time.perf_counter(), [(each.sequence.length, list(each.ids)) for each in segments]
-        computed = []
+        rows = 0
         for segment in segments:
-            sequence = segment.sequence
-            sequence.written = max(sequence.written, sequence.length + len(segment))
-            sequence.length += len(segment.ids)
-            rows = len(segment) if all_rows else 1 + len(segment.draft)
-            if rows == 1:
-                computed.append(self._row)
-                continue
-            logits_NV, streams_NMD = self._row.logits_NV, self._row.streams_NMD
-            computed.append(Computed(logits_NV.expand(rows, -1), streams_NMD.expand(rows, -1, -1)))
-        return computed
+            sequence, draft = segment.sequence, segment.draft
+            count = len(segment.ids)
+            rows += count + len(draft) if all_rows else 1 + len(draft)
+            sequence.length += count
+            if (written := sequence.length + len(draft)) > sequence.written:
+                sequence.written = written
+        if self._rows < rows:
+            self._rows = rows
+            logits_RV, streams_RMD = self._computed.logits_RV[:1], self._computed.streams_RMD[:1]
+            self._computed = Computed(logits_RV.expand(rows, -1), streams_RMD.expand(rows, -1, -1))
+        return self._computed
 
     def foresee(self, streams_BMD: Tensor, ids_B: Sequence[int]) -> list[int]:
         """See `Runner.foresee`."""

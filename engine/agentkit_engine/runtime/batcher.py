@@ -56,11 +56,9 @@ class Work:
 
     Attributes:
         ids: every id, computed or not.
-        logits_V: the logits after the last id, once everything is computed.
-        usage: of the ids that were fed, not sampled.
         priority: works of a higher one have their prompts computed first, and keep their state longer.
+        last_step: when it last took part in a forward.
         checkpointed: the length at which a checkpoint was last taken or taken up.
-        streams_MD: the residual streams of which `logits_V` was made, or what the last id was sampled from.
         jumped: the ids fed last were forced by a grammar, not a prompt.
         parked: what the state became when it was given up for a while.
     """
@@ -69,20 +67,35 @@ class Work:
         """`fed` has a 1 for each id that was fed, a 0 for each that was sampled; by default all were fed."""
         self.ids: list[int] = list(ids)
         self.priority = priority
-        self.logits_V: Tensor | None = None
         self.sequence: Sequence | None = None
         self.last_step = -1
         self.chain = IdChain()
-        self.usage = PromptUsage()
         self.checkpointed = 0
         self.jumped = False
         self.parked: Checkpoint | None = None
         self.drafter = Drafter()
-        self.streams_MD: Tensor | None = None
-        self._drafted: list[tuple[int, Tensor, Tensor]] = []  # ids that may come next, with logits and streams
+        self._said: Computed | None = None  # what said what follows the last id, or that one itself
+        self._row = 0
+        self._fresh = False  # whether that is what follows the last id
+        self._drafted: Seq[int] = ()  # the ids of the rows after this one
         self._fed = bytearray(b"\1" * len(self.ids) if fed is None else fed)
         self._marks: list[int] = []
-        self._counted = 0
+        self._counted = self._hits = self._misses = 0
+
+    @property
+    def logits_V(self) -> Tensor | None:
+        """The logits after the last id, once everything is computed."""
+        return self._said.logits_RV[self._row] if self._fresh and self._said is not None else None
+
+    @property
+    def streams_MD(self) -> Tensor | None:
+        """The residual streams of which `logits_V` was made, or what the last id was sampled from."""
+        return None if self._said is None else self._said.streams_RMD[self._row]
+
+    @property
+    def usage(self) -> PromptUsage:
+        """Of the ids that were fed, not sampled."""
+        return PromptUsage(self._hits, self._misses)
 
     @property
     def computed(self) -> int:
@@ -102,27 +115,34 @@ class Work:
         """How many ids the next forwards have to take in before there are logits."""
         return len(self.ids) - self.computed
 
-    def extend(self, ids: Seq[int], *, sampled: bool = False) -> None:
-        self.ids += ids
-        self._fed += bytes([not sampled]) * len(ids)
+    def extend(self, ids: Seq[int]) -> None:
+        """Append ids that are fed."""
         if ids:
-            self.jumped = False
-            self.logits_V = None
-            self._drafted = []
-            self.streams_MD = self.streams_MD if sampled else None
+            self.ids += ids
+            self._fed += b"\1" * len(ids)
+            self._said, self._fresh, self._drafted, self.jumped = None, False, (), False
 
     def push(self, token_id: int, *, forced: bool = False) -> None:
         """Append a sampled id, or one that a grammar forced. Where it was drafted, its state and the logits after it
         are there already.
         """
-        drafted = self._drafted
-        self.extend([token_id], sampled=not forced)
+        self.ids.append(token_id)
+        self._fed.append(forced)
         self.jumped = forced
-        if drafted and self.sequence is not None and drafted[0][0] == token_id:
-            self.drafter.accepted()
-            self.sequence.length += 1
-            self.count(self.sequence.length - 1, self.sequence.length, hit=False)
-            (_, self.logits_V, self.streams_MD), self._drafted = drafted[0], drafted[1:]
+        self._fresh = False
+        if not self._drafted:
+            if forced:
+                self._said = None
+            return
+        first, self._drafted = self._drafted[0], self._drafted[1:]
+        if first != token_id or self.sequence is None:
+            self._drafted = ()
+            self._said = None if forced else self._said
+            return
+        self.drafter.accepted()
+        self.sequence.length += 1
+        self.count(self.sequence.length - 1, self.sequence.length, hit=False)
+        self._row, self._fresh = self._row + 1, True
 
     @property
     def guessable(self) -> bool:
@@ -133,15 +153,15 @@ class Work:
         """Guesses at the ids to come, `first` being the MTP block's at the next one, if it was asked."""
         return self.drafter.propose(self.ids, most, first) if self.guessable else []
 
-    def computed_with(self, draft: Seq[int], computed: Computed) -> None:
-        """Take what a forward says after the last id and after each drafted one."""
-        self.logits_V, self.streams_MD = computed.logits_NV[0], computed.streams_NMD[0]
-        if draft:
-            self._drafted = list(zip(draft, computed.logits_NV[1:], computed.streams_NMD[1:], strict=True))
+    def said(self, computed: Computed, row: int, draft: Seq[int]) -> None:
+        """Take what a forward says after the last id, in `row`, and after each drafted one, in the rows behind it."""
+        self._said, self._row, self._fresh, self._drafted = computed, row, True, draft
 
     def mark(self) -> None:
         """Have a checkpoint taken at this length, once it is computed."""
         self._marks.append(len(self.ids))
+        if self.sequence is not None:
+            self.sequence.steady_until = 0
 
     def marked(self, length: int) -> bool:
         return length in self._marks
@@ -159,9 +179,8 @@ class Work:
     def cut(self, length: int) -> None:
         """Forget the ids from `length` on."""
         del self.ids[length:], self._fed[length:]
-        self._drafted = []
         self.chain.cut(length)
-        self.logits_V = self.streams_MD = None
+        self._said, self._fresh, self._drafted = None, False, ()
         self._marks = [mark for mark in self._marks if mark <= length]
         self._counted, self.checkpointed = min(self._counted, length), min(self.checkpointed, length)
         if self.parked is not None and self.parked.sequence.length >= length:
@@ -171,14 +190,16 @@ class Work:
         """Account for the ids from `start` to `end`, now part of the state; how many of them were fed."""
         news = sum(self._fed[max(start, self._counted) : end])
         self._counted = max(self._counted, end)
-        hits, misses = (news, 0) if hit else (0, news)
-        self.usage = PromptUsage(self.usage.hit_tokens + hits, self.usage.miss_tokens + misses)
+        if hit:
+            self._hits += news
+        else:
+            self._misses += news
         return sum(self._fed[start:end])
 
     def fork(self) -> Work:
         """The same ids, without the state."""
         fork = Work(self.ids, self._fed, priority=self.priority)
-        fork.logits_V, fork.streams_MD, fork.chain = self.logits_V, self.streams_MD, self.chain.copy()
+        fork._said, fork._row, fork._fresh, fork.chain = self._said, self._row, self._fresh, self.chain.copy()
         fork._counted, fork.checkpointed = self._counted, self.checkpointed
         return fork
 
@@ -211,25 +232,73 @@ class Batcher:
         self.mtp = bool(decoder.mtp)
         self.disk: DiskCache | None = None
         self.steps = 0
-        self._live: dict[Work, None] = {}  # least recently used first
+        self._live: set[Work] = set()
+        self._positions = decoder.spec.max_position_embeddings - 1  # up to here there is room for a guess
 
     def advance(self, works: Seq[Work]) -> None:
         """One forward over the next ids of `works`, all of which have pending ones.
 
-        Those with a single pending id come first; then prompts, by priority, and then the one that waited longest
-        first, until `TOKEN_BUDGET` is spent. Whoever has nothing pending afterwards has its `logits_V`. A work that
-        begins with what another one is just computing waits, and takes it up in a later step.
+        Those that decode come first; then prompts, by priority, and then the one that waited longest first, until
+        `TOKEN_BUDGET` is spent. Whoever has nothing pending afterwards has its `logits_V`. A work that begins with what
+        another one is just computing waits, and takes it up in a later step.
 
         Raises:
             OutOfMemoryError: not even the first of them fits into the memory that others can give up.
         """
-        turn = sorted(_leaders(works), key=lambda work: (work.pending != 1, -work.priority, work.last_step))
-        firsts = self._foresee(turn)
-        segments: list[Segment] = []
+        firsts = self._foresee(works)
+        chosen, segments, others = self._steady(works, firsts)
+        steady = len(chosen)
+        if others:
+            self._choose(others, firsts, chosen, segments)
+        try:
+            computed = self.runner.step(segments)
+        except BaseException:
+            for work in chosen:
+                self.drop(work)
+            raise
+        self.steps += 1
+        row = 0
+        for work, segment in zip(chosen, segments, strict=True):
+            work.last_step = self.steps
+            if segment.sequence.length == len(work.ids):
+                work.said(computed, row, segment.draft)
+            row += 1
+            if segment.draft:
+                row += len(segment.draft)
+                self.drafted += len(segment.draft)
+                self.foreseen += work in firsts
+        self.sampled += steady
+        if others:
+            for work, segment in zip(chosen[steady:], segments[steady:], strict=True):
+                self._account(work, len(segment.ids))
+
+    def _steady(self, works: Seq[Work], firsts: dict[Work, int]) -> tuple[list[Work], list[Segment], list[Work]]:
+        """Those that take in the id they sampled last, and need no memory for it and leave no checkpoint: what nearly
+        all of them do nearly always. And the others.
+        """
         chosen: list[Work] = []
-        budget = TOKEN_BUDGET
-        for work in turn:
-            if budget == 0:
+        segments: list[Segment] = []
+        others: list[Work] = []
+        spare = (TOKEN_BUDGET - len(works)) // 2 if self.speculate else 0
+        for work in works:
+            sequence, ids = work.sequence, work.ids
+            if sequence is None or not (sequence.length + 1 == len(ids) < sequence.steady_until) or work._fed[-1]:
+                others.append(work)
+                continue
+            draft: Seq[int] = ()
+            if spare > 0:
+                most = min(spare, sequence.steady_until - len(ids), LONGEST)
+                draft = work.drafter.propose(ids, most, firsts.get(work))
+                spare -= len(draft)
+            chosen.append(work)
+            segments.append(Segment(sequence, ids[-1:], draft))
+        return chosen, segments, others
+
+    def _choose(self, works: Seq[Work], firsts: dict[Work, int], chosen: list[Work], segments: list[Segment]) -> None:
+        """Add to `chosen` and `segments` what else goes into this forward."""
+        budget = TOKEN_BUDGET - sum(map(len, segments))
+        for work in sorted(_leaders(works), key=lambda work: (work.pending != 1, -work.priority, work.last_step)):
+            if budget <= 0:
                 break
             try:
                 segment = self._segment(work, budget, keep=chosen, first=firsts.get(work))
@@ -239,28 +308,20 @@ class Batcher:
                 break
             segments.append(segment)
             chosen.append(work)
-            budget -= len(segment.ids) + len(segment.draft)
-        try:
-            computed = self.runner.step(segments)
-        except BaseException:
-            for work in chosen:
-                self.drop(work)
-            raise
-        self.steps += 1
-        for work, segment, rows in zip(chosen, segments, computed, strict=True):
-            work.last_step = self.steps
-            if not work.pending:
-                work.computed_with(segment.draft, rows)
-            end, count = segment.sequence.length, len(segment.ids)
-            fed = work.count(end - count, end, hit=False)
-            self.prefilled += fed
-            self.sampled += count - fed
-            self.drafted += len(segment.draft)
-            self.foreseen += bool(segment.draft) and work in firsts
-            if work.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
-                self._checkpoint(work, Keep.TURN)
-            elif fed and not work.jumped and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
-                self._checkpoint(work, Keep.PROMPT)
+            budget -= len(segment)
+
+    def _account(self, work: Work, count: int) -> None:
+        """Count the last `count` ids of its state, which are new, and leave a checkpoint where one is wanted."""
+        assert work.sequence is not None
+        end = work.sequence.length
+        fed = work.count(end - count, end, hit=False)
+        self.prefilled += fed
+        self.sampled += count - fed
+        if work.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
+            self._checkpoint(work, Keep.TURN)
+        elif fed and not work.jumped and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
+            self._checkpoint(work, Keep.PROMPT)
+        work.sequence.steady_until = min(work.sequence.num_spans * SPAN, work.next_stop(), self._positions)
 
     def fits(self, works: Seq[Work]) -> bool:
         """Whether the state of all these fits into memory at once, with a span more for each."""
@@ -299,7 +360,7 @@ class Batcher:
                 fork.sequence = self._room_for(lambda: self.pools.fork(sequence), keep=[work])
             except OutOfMemoryError:
                 return fork
-            self._live[fork] = None
+            self._live.add(fork)
         return fork
 
     def save(self, work: Work, path: Path, *, model: str) -> None:
@@ -325,12 +386,12 @@ class Batcher:
             saved.restore(self.pools, sequence, tensors)
             sequence.length, sequence.written = min(length, len(ids) - 1), written  # the last id again, for its logits
             work.count(0, length, hit=True)
-            self._live[work] = None
+            self._live.add(work)
         return work
 
     def park(self, work: Work) -> None:
         """Give the state up to the prefix cache, where it stays while there is room, and then to disk; the ids stay."""
-        self._live.pop(work, None)
+        self._live.discard(work)
         sequence, work.sequence = work.sequence, None
         if sequence is None:
             return
@@ -353,7 +414,7 @@ class Batcher:
 
     def drop(self, work: Work) -> None:
         """Free the state; the ids stay, and are computed again when the next ones are. So do logits that are there."""
-        self._live.pop(work, None)
+        self._live.discard(work)
         if work.sequence is not None:
             self.pools.close(work.sequence)
             work.sequence = None
@@ -367,7 +428,7 @@ class Batcher:
             rows = []
             while work.pending:
                 segment = self._segment(work, chunk, keep=[])
-                rows += [computed.logits_NV for computed in self.runner.step([segment], all_rows=True)]
+                rows.append(self.runner.step([segment], all_rows=True).logits_RV)
             return torch.cat(rows)
         finally:
             self.drop(work)
@@ -388,7 +449,7 @@ class Batcher:
 
     def _segment(self, work: Work, budget: int, keep: Seq[Work], first: int | None = None) -> Segment:
         """The work's next ids, at most `budget`, with room for them; others than `keep` may lose their state for it."""
-        self._live.pop(work, None)
+        self._live.discard(work)
         try:
             if work.sequence is None:
                 work.sequence = self._room_for(lambda: self._enter(work), keep)
@@ -403,7 +464,7 @@ class Batcher:
             raise OutOfMemoryError(
                 f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
             ) from error
-        self._live[work] = None
+        self._live.add(work)
         return Segment(sequence, work.ids[sequence.length : end], draft)
 
     def _enter(self, work: Work) -> Sequence:
@@ -469,7 +530,7 @@ class Batcher:
                 others = [other for other in self._live if other not in keep]
                 if not others:
                     raise
-                self.drop(min(others, key=lambda other: other.priority))
+                self.drop(min(others, key=lambda other: (other.priority, other.last_step)))
 
 
 def _leaders(works: Seq[Work]) -> list[Work]:

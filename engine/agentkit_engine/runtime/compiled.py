@@ -87,7 +87,7 @@ class CompiledLayers:
         if exact and any(layer.attention.index is not None for layer in self.layers):
             dots.settle(spec.index_head_dim, SCORED_ENTRIES, COLUMNS)
 
-    def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> list[Computed]:
+    def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> Computed:
         ids = [token_id for segment in segments for token_id in (*segment.ids, *segment.draft)]
         sizes = [len(segment) for segment in segments]
         batch = Batch(ids, [segment.sequence for segment in segments], sizes, self.angles)
@@ -98,9 +98,7 @@ class CompiledLayers:
         if sum(counts) < len(batch):
             ends = zip(batch.rows_B1[1:], counts, strict=True)
             streams_NMD = streams_NMD[np.concatenate([np.arange(end - count, end) for end, count in ends])]
-        logits = torch.split(torch.from_numpy(self.head(self.output(streams_NMD))), counts)
-        streams = torch.split(torch.from_numpy(streams_NMD), counts)
-        return [Computed(*rows) for rows in zip(logits, streams, strict=True)]
+        return Computed(torch.from_numpy(self.head(self.output(streams_NMD))), torch.from_numpy(streams_NMD))
 
     def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         assert self.drafts is not None

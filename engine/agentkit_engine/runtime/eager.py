@@ -142,8 +142,8 @@ class EagerLayers:
         ids: list[int] = logits_B1V[:, 0].argmax(-1).tolist()
         return ids
 
-    def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> list[Computed]:
-        """What each segment's rows from its `firsts` on say."""
+    def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> Computed:
+        """What the segments' rows say, each segment's from its `firsts` on."""
         order = sorted(range(len(segments)), key=lambda index: len(segments[index]))
         groups, rows = [], 0
         for tokens, alike in itertools.groupby(order, key=lambda index: len(segments[index])):
@@ -171,10 +171,7 @@ class EagerLayers:
         streams_NMD = streams_NMD[F.pad(wanted, (0, -count % self._padding.rows))]
         mix = _mix(streams_NMD, self._hc_fn, self.spec.rms_norm_eps) * self._hc_scale + self._hc_base
         x_ND = _rms_norm(_read(streams_NMD, mix.sigmoid() + self.spec.hc_eps), self._norm, self.spec.rms_norm_eps)
-        sizes = [len(segment) - first for segment, first in zip(segments, firsts, strict=True)]
-        logits = torch.split(F.linear(x_ND, self._head)[:count], sizes)
-        streams = torch.split(streams_NMD[:count], sizes)
-        return [Computed(*rows) for rows in zip(logits, streams, strict=True)]
+        return Computed(F.linear(x_ND, self._head)[:count], streams_NMD[:count])
 
 
 class _Layer:

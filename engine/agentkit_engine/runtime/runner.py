@@ -35,8 +35,8 @@ NUMERICS = 3
 class Layers(Protocol):
     """A decoder's packed weights over `Pools`."""
 
-    def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> list[Computed]:
-        """Write the state of the segments' tokens; what each segment's rows from its `firsts` on say."""
+    def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> Computed:
+        """Write the state of the segments' tokens; what their rows say, each segment's from its `firsts` on."""
 
     def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         """See `Runner.foresee`."""
@@ -71,14 +71,14 @@ class Runner:
                 self.layers = EagerLayers(decoder, pools, exact=exact)
 
     @torch.inference_mode()
-    def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> list[Computed]:
+    def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> Computed:
         """Extend every segment's sequence by its ids, which `Pools.reserve` has made room for, its draft included.
 
         An exact runner takes one thread: with several, how a product is divided among them depends on its number of
         rows.
 
         Returns:
-            For each segment its `Computed`; with `all_rows` a row for every id.
+            What the forward says; with `all_rows` a row for every id.
         """
         firsts = [0 if all_rows else len(segment.ids) - 1 for segment in segments]
         with self._threads():

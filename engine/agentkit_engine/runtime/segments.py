@@ -10,7 +10,7 @@ from torch import Tensor
 from agentkit_engine.runtime.state import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Segment:
     """Ids that extend one sequence in the next forward, and guesses at those that follow."""
 
@@ -24,8 +24,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a forward says of a segment: a row for its last id and one for every drafted id."""
+    """What a forward says: of each segment, end to end, a row for its last id and one for every drafted id."""
 
-    logits_NV: Tensor
-    streams_NMD: Tensor
+    logits_RV: Tensor
+    streams_RMD: Tensor
     """The residual streams after the last layer: what the MTP block guesses from."""

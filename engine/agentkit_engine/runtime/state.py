@@ -71,6 +71,8 @@ class Sequence:
         self.length = 0
         self.written = 0
         """The most tokens it ever held: what came after a later cut may have replaced rows of the rings."""
+        self.steady_until = 0
+        """Below this length single ids are added with no thought of memory and checkpoints; whoever owns it says so."""
         self.spans: list[int] = []
         self.table = torch.zeros(4, dtype=torch.int64)
         """The same ids for gathers; the first `num_spans` count."""
@@ -89,6 +91,7 @@ class Sequence:
         """Forget the tokens from `length` on, which it must reach."""
         assert self.reaches(length), (length, self.length, self.written)
         self.length = length
+        self.steady_until = 0  # a span that is written again may be shared
 
     def add_span(self, span: int) -> None:
         if self.num_spans == len(self.table):
