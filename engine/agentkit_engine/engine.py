@@ -21,6 +21,7 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.packing import lay_out
 from agentkit_engine.runtime.runner import NUMERICS, can_compile
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
@@ -113,7 +114,9 @@ class Engine:
                 f'no model "{path_or_name}": it is neither a packaged model ({names}) nor an existing folder; '
                 "give one of those names, or the path of a folder with config.json and safetensors files"
             )
-        decoder, dialect = load_checkpoint(folder, device=torch.device(device), dtype=dtype)
+        device = torch.device(device)
+        compiled = can_compile(device) if compiled is None else compiled
+        decoder, dialect = load_checkpoint(folder, device=device, dtype=dtype, lay_out=lay_out if compiled else None)
         return cls(
             decoder,
             name=folder.resolve().name,

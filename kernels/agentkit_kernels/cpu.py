@@ -38,9 +38,10 @@ TILE_FLOATS = 1 << 16
 """Weights that `multiply` takes all rows through before it goes on (256 KiB: they stay in the processor's cache)."""
 
 
-def _compiled(function: Function, fastmath: set[str]) -> Function:
+def _compiled(function: Function, fastmath: set[str], signature: str | None = None) -> Function:
     def compiled(cache: bool) -> Function:
-        return cast(Function, numba.njit(cache=cache, nogil=True, error_model="numpy", fastmath=fastmath)(function))
+        decorate = numba.njit(signature, cache=cache, nogil=True, error_model="numpy", fastmath=fastmath)
+        return cast(Function, decorate(function))
 
     try:
         return compiled(cache=True)
@@ -51,6 +52,11 @@ def _compiled(function: Function, fastmath: set[str]) -> Function:
 def strict(function: Function) -> Function:
     """Compile on first use; sums keep their order."""
     return _compiled(function, {"contract"})
+
+
+def at_import(signature: str) -> Callable[[Function], Function]:
+    """Like `strict`, but here and now: one is enough to start the compiler, which takes as long as its import."""
+    return lambda function: _compiled(function, {"contract"}, signature)
 
 
 def reduced(function: Function) -> Function:
@@ -69,7 +75,7 @@ _INFINITY, _MINUS_INFINITY = np.float32(np.inf), np.float32(-np.inf)
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 
-@strict
+@at_import("float32(float32)")
 def exp(x: np.float32) -> np.float32:
     """e**x to within 2 units of the last place, 0 below -87; without branches, so that loops of it use vectors.
 
@@ -129,17 +135,6 @@ def multiply(x_NK: Floats, w_KO: Floats, block: int, out_NO: Floats) -> None:
                 if start:
                     for o in range(size):
                         out[o] += some[o]
-
-
-@strict
-def transpose(weight_OK: Floats, column: int, out_KX: Floats) -> None:
-    """Lay a weight's rows out as the columns of `out` from `column` on, 16 x 16 values at a time."""
-    outputs, inputs = weight_OK.shape
-    for first in range(0, outputs, 16):
-        for start in range(0, inputs, 16):
-            for k in range(start, min(start + 16, inputs)):
-                for o in range(first, min(first + 16, outputs)):
-                    out_KX[k, column + o] = weight_OK[o, k]
 
 
 # --- norms and rotations -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +29,7 @@ from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 from agentkit_engine.weights.export import Format, export_checkpoint
 from agentkit_engine.weights.names import checkpoint_tensors
+from agentkit_engine.weights.safetensors_file import read, read_header, runs
 
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -242,7 +246,8 @@ def test_loads_what_transformers_loads(official_folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
     ).float()
-    ours, theirs = engine.decoder.state_dict(), oracle.state_dict()
+    ours = {name: tensor.contiguous() for name, tensor in engine.decoder.state_dict().items()}
+    theirs = oracle.state_dict()
     assert torch.equal(theirs["model.layers.1.self_attn.q_b_proj.weight"], ours["layers.1.attn.wq_b.weight"])
     assert torch.equal(theirs["model.layers.3.mlp.experts.down_proj"], ours["layers.3.ffn.experts.w2"])
     gate_up = torch.cat((ours["layers.3.ffn.experts.w1"], ours["layers.3.ffn.experts.w3"]), dim=1)
@@ -444,6 +449,48 @@ def test_truncated_file_names_the_first_tensor_that_is_cut(broken: Path) -> None
     header.pop("__metadata__", None)
     last = max(header, key=lambda name: header[name]["data_offsets"])
     fails(broken, f"model.safetensors: tensor {last}: truncated", f"found a file of {len(data) - 7} bytes")
+
+
+def test_a_file_that_shrinks_while_it_is_read_names_the_tensor(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(4.0), "b": torch.arange(8.0)}, tmp_path / "x.safetensors")
+    [run] = runs(read_header(tmp_path / "x.safetensors").values(), 1 << 20)
+    os.truncate(tmp_path / "x.safetensors", run[1].end - 12)
+    with pytest.raises(CheckpointError, match="tensor b: found 20 bytes, expected 32"):
+        list(read(run))
+
+
+@given(sizes=st.lists(st.sampled_from([1, 3, 4, 10]), min_size=1, max_size=8), most=st.integers(1, 60))
+def test_runs_hold_every_tensor_once_and_read_it_wherever_it_lies(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], most: int
+) -> None:
+    """Bytes before floats: what follows an odd number of them is not where floats may lie in memory."""
+    path = tmp_path_factory.mktemp("runs") / "x.safetensors"
+    tensors = {
+        f"{index:02}": torch.arange(size, dtype=torch.int8 if index % 2 else torch.float32)
+        for index, size in enumerate(sizes)
+    }
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        dtype = "I8" if tensor.dtype == torch.int8 else "F32"
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(t.numpy().tobytes() for t in tensors.values()))
+    found = runs(read_header(path).values(), most)
+    assert all(len(run) == 1 or run[-1].end - run[0].start <= most for run in found)
+    assert most < 60 or len(found) <= 4
+    values = {tensor.name: value for run in found for tensor, value in zip(run, read(run), strict=True)}
+    assert values.keys() == tensors.keys() and all(torch.equal(values[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_straight_to_where_products_want_them(bf16_folder: Path, dtype: torch.dtype) -> None:
+    engine = Engine.load(bf16_folder, dtype=dtype)
+    before = {name: parameter.data_ptr() for name, parameter in engine.decoder.named_parameters()}
+    engine.logits(range(40))
+    moved = {name for name, parameter in engine.decoder.named_parameters() if parameter.data_ptr() != before[name]}
+    if dtype == torch.float32:
+        assert all(name.endswith(("_fn", "gate.weight", "e_proj.weight", "h_proj.weight")) for name in moved), moved
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100])

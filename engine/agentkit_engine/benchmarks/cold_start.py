@@ -1,7 +1,7 @@
 """From a folder of weights to the first token in a fresh process: seconds and peak memory.
 
-Run as `python -m agentkit_engine.benchmarks.cold_start {engine,transformers} FOLDER`; prints a `ColdStart` as JSON.
-Imports are done before the clock starts and their memory is not counted. Needs Linux (/proc/self).
+Run as `python -m agentkit_engine.benchmarks.cold_start {engine,transformers} FOLDER STARTED`; prints a `ColdStart` as
+JSON. Imports are done before the clock of `first_s` starts, and their memory is not counted. Needs Linux (/proc/self).
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ class ColdStart:
     """What one process saw.
 
     Attributes:
+        process_s: Seconds from the start of the process to the first token, imports included.
         first_s: Seconds from opening the folder to the first token.
         warm_s: Seconds for the same token again, from a new session on the open model.
         peak_bytes: Most resident memory meanwhile, less what was resident before.
         token: The first token.
     """
 
+    process_s: float
     first_s: float
     warm_s: float
     peak_bytes: int
@@ -50,7 +52,7 @@ def run(side: Side, folder: Path) -> ColdStart:
     Raises:
         BenchmarkError: the process failed; with what it said last.
     """
-    command = [sys.executable, "-m", __name__, side, str(folder)]
+    command = [sys.executable, "-m", __name__, side, str(folder), str(time.time())]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
         raise BenchmarkError(f"{' '.join(command)} exited {process.returncode}: {process.stderr[-2000:]}")
@@ -58,8 +60,8 @@ def run(side: Side, folder: Path) -> ColdStart:
     return ColdStart(**fields | {"token": SampledToken(**fields["token"])})
 
 
-def measure(side: Side, folder: Path) -> ColdStart:
-    """Measure in this process, which must be fresh."""
+def measure(side: Side, folder: Path, started: float) -> ColdStart:
+    """Measure in this process, which must be fresh and was started at `started`, in seconds since the epoch."""
     if side == "transformers":
         import_transformers()
     else:
@@ -69,11 +71,11 @@ def measure(side: Side, folder: Path) -> ColdStart:
     start = time.perf_counter()
     first_token = _open_engine(folder) if side == "engine" else _open_transformers(folder)
     token = first_token()
-    opened = time.perf_counter()
+    opened, process_s = time.perf_counter(), time.time() - started
     peak_bytes = _resident_bytes("VmHWM") - before
     warm = time.perf_counter()
     first_token()
-    return ColdStart(opened - start, time.perf_counter() - warm, peak_bytes, token)
+    return ColdStart(process_s, opened - start, time.perf_counter() - warm, peak_bytes, token)
 
 
 def _open_engine(folder: Path) -> Callable[[], SampledToken]:
@@ -105,4 +107,4 @@ def _resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
 
 if __name__ == "__main__":
     side: Side = "engine" if sys.argv[1] == "engine" else "transformers"
-    print(json.dumps(asdict(measure(side, Path(sys.argv[2])))))
+    print(json.dumps(asdict(measure(side, Path(sys.argv[2]), float(sys.argv[3])))))

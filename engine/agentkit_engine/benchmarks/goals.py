@@ -517,6 +517,7 @@ def cold(sizes: Sizes) -> Iterator[Measurement]:
         )
 
     yield measurement("open and first token", "s", lambda run: run.first_s, good=Bound("ratio", ">=", 2))
+    yield measurement("start of the process to the first token, imports included", "s", lambda run: run.process_s)
     yield measurement(
         "open and first token, beyond a warm first token",
         "s",

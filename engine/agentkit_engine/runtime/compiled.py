@@ -24,7 +24,8 @@ from agentkit_engine.model.hyper_connections import scale_of_output
 from agentkit_engine.model.moe import MoE
 from agentkit_engine.model.mtp import MTPBlock
 from agentkit_engine.model.rope import frequencies
-from agentkit_engine.runtime.products import Dots, Product, by_library, packed, padded_rows, settle
+from agentkit_engine.runtime.packing import packed, projections
+from agentkit_engine.runtime.products import Dots, Product, by_library, padded_rows, settle
 from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.runtime.state import CompressorState, LayerState, Pools, Sequence
 from agentkit_engine.spec import ModelSpec, RopeSpec
@@ -182,25 +183,19 @@ class _Attention:
         self.layer, self.spec, self.top_k, self.window = attention.layer, spec, spec.index_topk, spec.sliding_window
         self.heads, self.head_dim, self.groups = spec.num_attention_heads, spec.head_dim, spec.o_groups
         self.eps = np.float32(spec.rms_norm_eps)
-        parts, latent_parts = [attention.wq_a, attention.wkv], [attention.wq_b]
-        compressors: list[tuple[Compressor, CompressorState]] = []
-        if attention.compressor is not None and state.compressor is not None:
-            compressors.append((attention.compressor, state.compressor))
+        parts, latent_parts = projections(attention)
+        self.project, self.project_latent = Product(packed(*parts)), Product(packed(*latent_parts))
         self.index = state.indexer if attention.indexer is not None else None
         self.index_heads = spec.index_n_heads if self.index is not None else 0
         self.dots = dots
-        if attention.indexer is not None and state.indexer is not None:
-            compressors.append((attention.indexer.compressor, state.indexer))
-            parts.append(attention.indexer.weights_proj)
-            latent_parts.append(attention.indexer.wq_b)
-        self.compressors: list[_Compressor] = []
-        for module, of_state in compressors:
-            column = sum(part.out_features for part in parts)
-            self.compressors.append(_Compressor(module, of_state, column, spec))
-            parts += [module.wkv, module.wgate]
-        self.project = Product(packed(*(part.weight for part in parts)))
-        self.project_latent = Product(packed(*(part.weight for part in latent_parts)))
         self.kv_column = attention.wq_a.out_features
+        self.compressors: list[_Compressor] = []
+        column = self.kv_column + attention.wkv.out_features + self.index_heads
+        if attention.compressor is not None and state.compressor is not None:
+            self.compressors.append(_Compressor(attention.compressor, state.compressor, column, spec))
+            column += 2 * attention.compressor.wkv.out_features
+        if attention.indexer is not None and state.indexer is not None:
+            self.compressors.append(_Compressor(attention.indexer.compressor, state.indexer, column, spec))
         self.q_norm, self.kv_norm = _array(attention.q_norm.weight), _array(attention.kv_norm.weight)
         self.sink_H = _array(attention.attn_sink)
         wo_a_GOX = attention.wo_a.weight.view(self.groups, -1, attention.wo_a.in_features)
@@ -316,26 +311,16 @@ class _Experts:
         self.active, self.count = gate.active, len(experts.w2)
         self.table: Ints | None = gate.tid2eid.numpy() if gate.router == "hash" else None
         self.bias = np.zeros(self.count, np.float32) if gate.router == "hash" else _array(gate.bias)
-        _, width, dim = experts.w1.shape
-        w13_EDX, w2_EID = torch.empty(self.count, dim, 2 * width), torch.empty(self.count, width, dim)
+        w13_EDX, w2_EID = packed(experts.w1, experts.w3), packed(experts.w2)
         self.w13_EDX, self.w2_EID = w13_EDX.numpy(), w2_EID.numpy()
-        for parameter, packed_EKX, column in (
-            (experts.w1, w13_EDX, 0),
-            (experts.w3, w13_EDX, width),
-            (experts.w2, w2_EID, 0),
-        ):
-            outputs = parameter.shape[1]
-            for expert_OK, packed_KX in zip(parameter.detach(), packed_EKX.numpy(), strict=True):
-                cpu.transpose(_array(expert_OK), column, packed_KX)
-            if parameter.dtype == torch.float32:
-                parameter.data = packed_EKX[:, :, column : column + outputs].mT
-        self.w13, self.w2 = [Product(weight) for weight in w13_EDX], [Product(weight) for weight in w2_EID]
+        self.w13, self.w2 = Product(w13_EDX[0]), Product(w2_EID[0])  # all experts' products are like these
+        self.all_w13, self.all_w2 = w13_EDX.unbind(), w2_EID.unbind()
         self.shared_w13 = Product(packed(shared.w1.weight, shared.w3.weight))
         self.shared_w2 = Product(packed(shared.w2.weight))
 
     @property
     def products(self) -> list[Product]:
-        return [self.gate, *self.w13, *self.w2, self.shared_w13, self.shared_w2]
+        return [self.gate, self.w13, self.w2, self.shared_w13, self.shared_w2]
 
     def __call__(self, x_ND: Floats, ids_N: Ints) -> Floats:
         rows = len(x_ND)
@@ -344,10 +329,9 @@ class _Experts:
         cpu.route(self.gate(x_ND), self.bias, self.scale, self.table is not None, experts_NA, weights_NA)
         shared_ND = self.shared_w2(self._swiglu(self.shared_w13(x_ND), np.ones(rows, np.float32)))
         out_ND = np.empty_like(x_ND)
-        w13, w2 = self.w13[0], self.w2[0]
-        if experts_NA.size <= ROWS_OF_EXPERT * self.count and w13.block and w2.block:
+        if experts_NA.size <= ROWS_OF_EXPERT * self.count and self.w13.block and self.w2.block:
             cpu.mix_experts(
-                x_ND, experts_NA, weights_NA, self.w13_EDX, w13.block, self.w2_EID, w2.block, self.limit,
+                x_ND, experts_NA, weights_NA, self.w13_EDX, self.w13.block, self.w2_EID, self.w2.block, self.limit,
                 shared_ND, out_ND,
             )  # fmt: skip
         else:
@@ -356,14 +340,14 @@ class _Experts:
 
     def _sort(self, x_ND: Floats, experts_NA: Ints, weights_NA: Floats, shared_ND: Floats, out_ND: Floats) -> None:
         """Every expert computes the rows that have chosen it, padded to as many as the library needs."""
-        padding = padded_rows(1, self.w13[0].rows)
+        padding = padded_rows(1, self.w13.rows)
         most = experts_NA.size + self.count * (padding - 1)
         counts_E, taken, weights = np.empty(self.count, np.int64), np.empty(most, np.int64), np.empty(most, np.float32)
         places_NA = np.empty_like(experts_NA)
         places = cpu.sort_by_expert(experts_NA, weights_NA, padding, counts_E, taken, weights, places_NA)
         counts = counts_E.tolist()
-        hidden = self._swiglu(_by_expert(x_ND[taken[:places]], counts, self.w13), weights[:places])
-        cpu.sum_experts(_by_expert(hidden, counts, self.w2), places_NA, shared_ND, out_ND)
+        hidden = self._swiglu(_by_expert(x_ND[taken[:places]], counts, self.all_w13), weights[:places])
+        cpu.sum_experts(_by_expert(hidden, counts, self.all_w2), places_NA, shared_ND, out_ND)
 
     def _swiglu(self, gate_up_NX: Floats, weights_N: Floats) -> Floats:
         out_NI = np.empty((len(gate_up_NX), gate_up_NX.shape[1] // 2), np.float32)
@@ -371,9 +355,9 @@ class _Experts:
         return out_NI
 
 
-def _by_expert(rows_XK: Floats, counts: list[int], products: list[Product]) -> Floats:
+def _by_expert(rows_XK: Floats, counts: list[int], weights_KO: Seq[Tensor]) -> Floats:
     rows = torch.split(torch.from_numpy(rows_XK), counts)
-    outs = [by_library(row, product.weight) for row, product in zip(rows, products, strict=True) if len(row)]
+    outs = [by_library(row, weight) for row, weight in zip(rows, weights_KO, strict=True) if len(row)]
     out_XO: Floats = torch.cat(outs).numpy()
     return out_XO
 

@@ -19,39 +19,47 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
+Padded = Callable[[int, int], int]
 
 CANDIDATES = (8, 16, 32)
 """Numbers of rows to try; 8 rows of the four mHC streams are the fewest whose element-wise functions are `LANES`."""
 BLOCKS = (128, 192, 256, 384, 512, 768, 1024)
 """Inputs that libraries are known to sum in one chain, beside all and half of them."""
+MOST = 576
+"""Rows with whose products others are compared."""
 OUTPUTS = 4096
 """Of a larger weight, as many outputs are tried: the head of a large vocabulary would take seconds."""
 
 
-def least_rows(weights: Iterable[Tensor], *, at_least: int = 0, by: Sequence[Multiply] | None = None) -> int:
+def least_rows(
+    weights: Iterable[Tensor], *, at_least: int = 0, by: Sequence[Multiply] | None = None, padded: Padded | None = None
+) -> int:
     """The fewest rows from which on all products with `weights`, each [O, K], give each row the same bits.
 
-    Whichever of the functions `by` computes them: by default torch's linear and its batched product.
+    Whichever of the functions `by` computes them: by default torch's linear and its batched product. Where they are
+    only given some numbers of rows, `padded` says which one for how many; no others are tried then.
     Where even the most that are tried do not suffice there is a warning, and results depend on the batch.
     """
     shapes = {weight.shape: weight for weight in weights}
     for rows in CANDIDATES:
         if rows >= at_least and all(
-            _holds(weight[:OUTPUTS], rows, by or (F.linear, _batched)) for weight in shapes.values()
+            _holds(weight[:OUTPUTS], rows, by or (F.linear, _batched), padded) for weight in shapes.values()
         ):
             return rows
     logger.warning("matrix products on this machine depend on their number of rows: results depend on the batch")
     return max(CANDIDATES)
 
 
-def _holds(weight_OK: Tensor, rows: int, by: Sequence[Multiply]) -> bool:
+def _holds(weight_OK: Tensor, rows: int, by: Sequence[Multiply], padded: Padded | None) -> bool:
     generator = torch.Generator().manual_seed(0)
-    x_NK = torch.randn(581, weight_OK.shape[1], generator=generator).to(weight_OK.device)
+    x_NK = torch.randn(MOST, weight_OK.shape[1], generator=generator).to(weight_OK.device)
     whole_NO = by[0](x_NK, weight_OK)
-    counts = (rows, rows + 1, rows + 7, 2 * rows, 65, 127, 128, 512, 576)
+    counts = [rows, rows + 1, rows + 7, 2 * rows, 2 * rows + 17, 65, 127, 128, 512]
+    if padded is not None:
+        counts = [padded(count, rows) for count in counts]
     return all(
         torch.equal(multiply(x_NK[some], weight_OK), whole_NO[some])
-        for some in (slice(start, start + count) for count in counts for start in (0, 5))
+        for some in (slice(start, start + count) for count in dict.fromkeys(counts) for start in (0, 5))
         for multiply in by
     )
 

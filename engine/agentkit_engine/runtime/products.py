@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agentkit_engine.runtime.invariance import chain_block, least_rows
 from agentkit_kernels import cpu
@@ -96,7 +96,7 @@ class Dots:
         the same bits; with up to `most` keys of this size, a multiple of `step`."""
         keys_SC = torch.randn(most, size, generator=torch.Generator().manual_seed(2))
         some = [keys_SC[:count] for count in (step, 2 * step, most // 2, most - step, most)]
-        self.rows = max(least_rows([keys], by=[_library_linear]) for keys in some)
+        self.rows = max(least_rows([keys], by=[_library_linear], padded=padded_rows) for keys in some)
         x_XC = torch.randn(FEW_QUERIES, size, generator=torch.Generator().manual_seed(3))
         whole = by_library(x_XC, keys_SC.t())
         products = [torch.mm(x_XC[:rows], keys.t()) for rows in range(self.rows, FEW_QUERIES + 1) for keys in some]
@@ -116,21 +116,10 @@ def settle(products: Seq[Product], *, exact: bool) -> None:
         for product in products:
             product.block = len(product.weight)
         return
-    rows = least_rows([product.weight.t() for product in products], by=[_library_linear])
+    weights = [product.weight.t() for product in products]
+    rows = least_rows(weights, by=[_library_linear], padded=padded_rows)
     blocks: dict[torch.Size, int] = {}
     for product in products:
         if product.weight.shape not in blocks:
             blocks[product.weight.shape] = chain_block(product.weight, rows, by=by_library)
         product.rows, product.block = rows, blocks[product.weight.shape]
-
-
-def packed(*parts_OK: Tensor) -> Tensor:
-    """Weights side by side as [K, O]. Parameters become views of it, so that memory holds them once."""
-    weight_KO = torch.empty(parts_OK[0].shape[1], sum(len(part_OK) for part_OK in parts_OK))
-    column = 0
-    for part_OK in parts_OK:
-        cpu.transpose(part_OK.detach().float().contiguous().numpy(), column, weight_KO.numpy())
-        if isinstance(part_OK, nn.Parameter) and part_OK.dtype == torch.float32:
-            part_OK.data = weight_KO[:, column : column + len(part_OK)].t()
-        column += len(part_OK)
-    return weight_KO

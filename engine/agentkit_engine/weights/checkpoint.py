@@ -23,7 +23,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +40,17 @@ from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.spec import ConfigError, ModelSpec
 from agentkit_engine.weights.formats import FP4_GROUP, FP8_BLOCK, dequantise_fp4, dequantise_fp8
 from agentkit_engine.weights.names import TensorSpec, checkpoint_tensors, scale_name
-from agentkit_engine.weights.safetensors_file import StoredTensor, describe, read_header
+from agentkit_engine.weights.safetensors_file import StoredTensor, describe, read, read_header, runs
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SIDECAR_FILE = "agentkit.json"
 GENERATION_FILE = "generation_config.json"
+READERS = 2
+"""Threads that read weights: one copies while another waits for the disk or for memory."""
+RUN_BYTES = 1 << 20
+"""Of the tensors that lie one after the other in a file, so much is read at once."""
 
 
 class Sidecar(BaseModel):
@@ -75,12 +80,15 @@ class _Index(BaseModel):
     weight_map: dict[str, str]
 
 
-def load_checkpoint(folder: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, Dialect]:
+def load_checkpoint(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, lay_out: Callable[[Decoder], None] | None = None
+) -> tuple[Decoder, Dialect]:
     """The model in `folder` and the chat dialect it speaks.
 
-    Everything is checked before the first weight is read. Weights are read one by one, so beside the model itself
-    memory holds one tensor, as stored and (with its scale spread out) in float32. What the official layout stores as
-    float32 (mixing, sinks, biases, position embeddings) stays float32 whatever `dtype` is.
+    Everything is checked before the first weight is read. Weights are read a few at a time, so beside the model itself
+    memory holds `READERS` runs of `RUN_BYTES` or of one larger tensor, as stored, and of each run one tensor (with its
+    scale spread out) in float32. What the official layout stores as float32 (mixing, sinks, biases, position
+    embeddings) stays float32 whatever `dtype` is. `lay_out` may give the parameters, empty yet, other places in memory.
     The dialect is the sidecar's, or else `v4-0731` for DSpark checkpoints and `v4-preview` for all others.
 
     Raises:
@@ -102,15 +110,21 @@ def load_checkpoint(folder: Path, *, device: torch.device, dtype: torch.dtype) -
     for name, tensor in expected.items():
         _check_tensor(stored, name, tensor)
 
-    decoder = _empty_decoder(spec, expected, device, dtype)
+    decoder = _empty_decoder(spec, device, dtype)
+    if lay_out is not None:
+        lay_out(decoder)
     parameters = decoder.state_dict()
-    for name in sorted(expected, key=lambda name: (str(stored[name].path), stored[name].start)):
-        tensor = expected[name]
-        target = parameters[tensor.parameter]
-        target = target if tensor.expert is None else target[tensor.expert]
-        value = _read_tensor(stored, name, spec, target)
-        if value is not target:
-            target.copy_(value)
+
+    def read_run(run: Sequence[StoredTensor]) -> None:
+        for found, value in zip(run, read(run), strict=True):
+            tensor = expected[found.name]
+            target = parameters[tensor.parameter]
+            target = target if tensor.expert is None else target[tensor.expert]
+            target.copy_(_checked(found, value, stored, spec))
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="agentkit_engine: weights") as readers:
+        for _ in readers.map(read_run, runs([stored[name] for name in expected], RUN_BYTES)):
+            pass
     return decoder, _dialect(folder, dspark)
 
 
@@ -236,13 +250,11 @@ def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorS
             )
 
 
-def _empty_decoder(
-    spec: ModelSpec, expected: Mapping[str, TensorSpec], device: torch.device, dtype: torch.dtype
-) -> Decoder:
-    """A decoder with uninitialised parameters of the right dtypes."""
+def _empty_decoder(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """A decoder with uninitialised parameters of the right dtypes; those that are float32 in the layout stay so."""
     with torch.device("meta"), _NoInitialisation():
         decoder = Decoder(spec)
-    storage_of = {tensor.parameter: tensor.storage for tensor in expected.values()}
+    storage_of = {tensor.parameter: tensor.storage for tensor in checkpoint_tensors(spec).values()}
     kept = {"f32": torch.float32, "i64": torch.int64}
     empty = {
         name: torch.empty(parameter.shape, dtype=kept.get(storage_of[name], dtype), device=device)
@@ -263,24 +275,21 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read_tensor(stored: Mapping[str, StoredTensor], name: str, spec: ModelSpec, target: Tensor) -> Tensor:
-    """The tensor in the dtype it is stored in, or dequantised; `target` itself where it could be read into that."""
-    found = stored[name]
-    value = found.read(target)
-    if found.dtype == "F8_E4M3":
-        value = dequantise_fp8(value, stored[scale_name(name)].read())
-    elif found.dtype == "I8":
-        value = dequantise_fp4(value, stored[scale_name(name)].read())
+def _checked(found: StoredTensor, value: Tensor, stored: Mapping[str, StoredTensor], spec: ModelSpec) -> Tensor:
+    """A tensor as it was read, dequantised where it is quantised."""
+    if found.dtype in ("F8_E4M3", "I8"):
+        [scale] = read([stored[scale_name(found.name)]])
+        value = (dequantise_fp8 if found.dtype == "F8_E4M3" else dequantise_fp4)(value, scale)
     elif found.dtype == "I64":
         if not 0 <= int(value.min()) <= int(value.max()) < spec.n_routed_experts:
             raise CheckpointError(
                 found.path,
                 f"found expert ids {int(value.min())} to {int(value.max())}, expected 0 to {spec.n_routed_experts - 1}",
-                tensor=name,
+                tensor=found.name,
             )
         return value
     if not all(math.isfinite(extreme) for extreme in torch.aminmax(value)):
-        raise CheckpointError(found.path, "found NaN or infinity, expected finite weights", tensor=name)
+        raise CheckpointError(found.path, "found NaN or infinity, expected finite weights", tensor=found.name)
     return value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -44,27 +45,47 @@ class StoredTensor:
     start: int
     size: int
 
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
-    def read(self, into: Tensor | None = None) -> Tensor:
-        """The tensor as stored, on the CPU: `into`, if that is a tensor like it without gaps, or a new one.
 
-        Raises:
-            CheckpointError: the file is shorter than when its header was read.
-        """
-        dtype = DTYPES[self.dtype]
-        value = torch.empty(self.shape, dtype=dtype)
-        if into is not None and into.device.type == "cpu" and into.dtype == dtype and into.is_contiguous():
-            value = into if into.shape == value.shape else value
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            found, bytes_of = 0, value.view(-1).view(torch.uint8).numpy().data
-            while found < self.size and (count := file.readinto(bytes_of[found:])):
-                found += count
-        if found != self.size:
-            raise CheckpointError(self.path, f"found {found} bytes, expected {self.size}", tensor=self.name)
-        return value
+def runs(tensors: Iterable[StoredTensor], most_bytes: int) -> list[list[StoredTensor]]:
+    """Tensors that lie one after the other in a file, together, up to so many bytes; a larger one by itself."""
+    found: list[list[StoredTensor]] = []
+    for tensor in sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.start)):
+        follows = found and found[-1][0].path == tensor.path and found[-1][-1].end == tensor.start
+        if follows and tensor.end - found[-1][0].start <= most_bytes:
+            found[-1].append(tensor)
+        else:
+            found.append([tensor])
+    return found
+
+
+def read(run: Sequence[StoredTensor]) -> Iterator[Tensor]:
+    """The tensors of a run as stored, on the CPU.
+
+    Raises:
+        CheckpointError: the file is shorter than when its header was read.
+    """
+    start = run[0].start
+    bytes_X = torch.empty(run[-1].end - start, dtype=torch.uint8)
+    with run[0].path.open("rb", buffering=0) as file:
+        file.seek(start)
+        found, memory = 0, bytes_X.numpy().data
+        while found < len(memory) and (count := file.readinto(memory[found:])):
+            found += count
+    for tensor in run:
+        if tensor.end - start > found:
+            held = max(0, found + start - tensor.start)
+            raise CheckpointError(tensor.path, f"found {held} bytes, expected {tensor.size}", tensor=tensor.name)
+        dtype, own_X = DTYPES[tensor.dtype], bytes_X[tensor.start - start : tensor.end - start]
+        if own_X.storage_offset() % dtype.itemsize:  # behind a tensor of smaller items
+            own_X = own_X.clone()
+        yield own_X.view(dtype).view(tensor.shape)
 
 
 class _Entry(BaseModel):
