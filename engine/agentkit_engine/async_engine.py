@@ -30,6 +30,7 @@ from torch import Tensor
 
 from agentkit_engine.engine import Engine
 from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionClosedError
+from agentkit_engine.ids import Ids
 from agentkit_engine.runtime import PromptUsage, Work
 from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
 from agentkit_engine.session import SessionIds
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from agentkit_engine.grammar import Matcher
 
 T = TypeVar("T")
+Outcome = SampledToken | BaseException | None
 
 TOKENS_AHEAD = 2
 """No forward is made for a generation while this many of its tokens are not taken."""
@@ -47,24 +49,28 @@ GIVE_WAY_S = 0.05
 
 @dataclass(slots=True, eq=False)
 class _Generation:
-    """One `generate` call. `inbox` and `news` belong to the event loop, the rest to the thread."""
+    """One `generate` call, or one that only has computed what is pending, with None for an outcome.
+
+    `inbox` and `news` belong to the event loop, the rest to the thread.
+    """
 
     work: Work
     params: SamplingParams
     seed: int
-    matcher: Matcher | None
+    matcher: Matcher | None = None
+    only_computes: bool = False
     admitted: bool = False
     ahead: int = 0
     sampled: int = 0
     done: bool = False
-    inbox: deque[SampledToken | BaseException] = field(default_factory=deque)
+    inbox: deque[Outcome] = field(default_factory=deque)
     news: anyio.Event = field(default_factory=anyio.Event)
 
-    def put(self, outcome: SampledToken | BaseException) -> None:
+    def put(self, outcome: Outcome) -> None:
         self.inbox.append(outcome)
         self.news.set()
 
-    async def get(self) -> SampledToken:
+    async def get(self) -> SampledToken | None:
         while not self.inbox:
             self.news = anyio.Event()
             await self.news.wait()
@@ -116,7 +122,7 @@ class AsyncEngine:
             EngineClosedError: outside the `async with` block.
         """
         self._check_running()
-        session = AsyncSession(self, Work(priority=priority))
+        session = AsyncSession(self, Work(priority=priority), Ids())
         self._sessions.add(session)
         return session
 
@@ -124,7 +130,7 @@ class AsyncEngine:
         """The session that `save` wrote; see `Engine.open`."""
         engine = self.engine
         work = await self.call(lambda: engine.batcher.open(Path(path), model=engine.fingerprint))
-        session = AsyncSession(self, work, tuple(work.ids))
+        session = AsyncSession(self, work, work.ids.fork())
         self._sessions.add(session)
         return session
 
@@ -224,11 +230,9 @@ class AsyncEngine:
     def _close(self) -> None:
         self._closing = True
 
-    def _step(
-        self, ready: list[_Generation], helper: ThreadPoolExecutor
-    ) -> list[tuple[_Generation, SampledToken | BaseException]]:
+    def _step(self, ready: list[_Generation], helper: ThreadPoolExecutor) -> list[tuple[_Generation, Outcome]]:
         """One forward; the outcome of each generation that has one."""
-        outcomes: list[tuple[_Generation, SampledToken | BaseException]] = []
+        outcomes: list[tuple[_Generation, Outcome]] = []
         for generation in ready:
             outcomes += self._jump(generation)
         waiting = [g for g in ready if g.work.logits_V is None and not g.done]
@@ -252,13 +256,14 @@ class AsyncEngine:
                 self._generations.pop(generation, None)
         return outcomes
 
-    def _sample(self, generation: _Generation, logits_V: Tensor) -> SampledToken | BaseException:
+    def _sample(self, generation: _Generation, logits_V: Tensor) -> Outcome:
         work, params = generation.work, generation.params
+        if generation.only_computes:
+            generation.done = True
+            return None
         try:
             mask_V = None if generation.matcher is None else generation.matcher.mask()
-            token = sample(
-                logits_V, params, seed=generation.seed, position=len(work.ids), past=work.past, mask_V=mask_V
-            )
+            token = sample(logits_V, params, seed=generation.seed, position=work.length, past=work.past, mask_V=mask_V)
         except Exception as error:
             self.engine.batcher.drop(work)  # what it computed is not to be found again
             generation.done = True
@@ -268,14 +273,14 @@ class AsyncEngine:
         generation.done = (
             token.id in params.stop_ids
             or generation.sampled == params.max_tokens
-            or len(work.ids) + 1 == self.engine.spec.max_position_embeddings
+            or work.length + 1 == self.engine.spec.max_position_embeddings
         )
         work.push(token.id)
         return token
 
-    def _jump(self, generation: _Generation) -> list[tuple[_Generation, SampledToken | BaseException]]:
+    def _jump(self, generation: _Generation) -> list[tuple[_Generation, Outcome]]:
         """Append the ids that the generation's grammar forces now."""
-        outcomes: list[tuple[_Generation, SampledToken | BaseException]] = []
+        outcomes: list[tuple[_Generation, Outcome]] = []
         work, matcher = generation.work, generation.matcher
         while matcher is not None and not generation.done:
             try:
@@ -288,14 +293,14 @@ class AsyncEngine:
                 break
             generation.ahead += 1
             generation.done = (
-                token_id in generation.params.stop_ids or len(work.ids) + 1 == self.engine.spec.max_position_embeddings
+                token_id in generation.params.stop_ids or work.length + 1 == self.engine.spec.max_position_embeddings
             )
             work.push(token_id, forced=True)
             outcomes.append((generation, SampledToken(token_id, math.nan, forced=True)))
         return outcomes
 
 
-def _hand_over(outcomes: list[tuple[_Generation, SampledToken | BaseException]]) -> None:
+def _hand_over(outcomes: list[tuple[_Generation, Outcome]]) -> None:
     for generation, outcome in outcomes:
         generation.put(outcome)
 
@@ -303,11 +308,11 @@ def _hand_over(outcomes: list[tuple[_Generation, SampledToken | BaseException]])
 class AsyncSession(SessionIds):
     """`Session` for async code; made by `AsyncEngine.session()`, freed by `close()` or `async with`."""
 
-    def __init__(self, engine: AsyncEngine, work: Work | None = None, ids: Iterable[int] = ()) -> None:
-        super().__init__(engine.engine.spec)
+    def __init__(self, engine: AsyncEngine, work: Work, ids: Ids) -> None:
+        """`ids` are those of `work`, which belongs to the model thread."""
+        super().__init__(engine.engine.spec, ids)
         self._engine = engine
-        self._work = work or Work()  # belongs to the model thread
-        self._ids += ids
+        self._work = work
         self._in_step = False
         self._generation: _Generation | None = None
         self._known = len(self._ids)  # how many of the ids the thread's work has, or will have after its commands
@@ -337,11 +342,13 @@ class AsyncSession(SessionIds):
 
         Raises:
             SessionBusyError: a step of this session is running.
-            SessionClosedError, EngineClosedError: as `generate`.
+            OutOfMemoryError, SessionClosedError, EngineClosedError: as `generate`.
         """
-        work, ids, engine = self._settle(), tuple(self._ids), self._engine.engine
+        work, ids, engine = self._settle(), self._ids.fork(), self._engine.engine
+        if len(ids):
+            await self._compute(work)
         works = await self._engine.call(lambda: [engine.batcher.fork(work) for _ in range(n)])
-        forks = [AsyncSession(self._engine, fork, ids) for fork in works]
+        forks = [AsyncSession(self._engine, fork, ids.fork()) for fork in works]
         self._engine._sessions.update(forks)
         return forks
 
@@ -388,6 +395,7 @@ class AsyncSession(SessionIds):
                     raise
                 finally:
                     self._in_step = False
+                assert token is not None
                 self._ids.append(token.id)
                 self._known += 1
                 self._engine._commands.put(lambda taken=generation: _take(taken))  # type: ignore[misc]
@@ -424,13 +432,27 @@ class AsyncSession(SessionIds):
         if self._generation is not None:
             self._stop(self._generation)
         matcher = None if params.grammar is None else params.grammar.matcher()
-        generation = self._generation = _Generation(self._take_in(), params, seed, matcher)
+        generation = _Generation(self._take_in(), params, seed, matcher)
+        self._begin(generation)
+        return generation
 
+    async def _compute(self, work: Work) -> None:
+        """Have the thread compute what is pending."""
+        generation = _Generation(work, SamplingParams(), 0, only_computes=True)
+        self._begin(generation)
+        self._in_step = True
+        try:
+            await generation.get()
+        finally:
+            self._in_step = False
+            self._stop(generation)
+
+    def _begin(self, generation: _Generation) -> None:
         def command() -> None:
             self._engine._generations[generation] = None
 
+        self._generation = generation
         self._engine._commands.put(command)
-        return generation
 
     def _take_in(self) -> Work:
         """Have the thread's work extended by the ids that it does not know."""

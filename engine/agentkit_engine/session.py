@@ -19,6 +19,7 @@ from agentkit_engine.errors import (
     SessionEmptyError,
     TokenIdError,
 )
+from agentkit_engine.ids import Ids
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, PromptUsage, Work
 from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
@@ -45,9 +46,9 @@ def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
 class SessionIds:
     """The append-only ids of a session, and what may be done with them."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, ids: Ids) -> None:
         self._spec = spec
-        self._ids: list[int] = []
+        self._ids = ids
         self._closed = False
 
     @property
@@ -62,7 +63,7 @@ class SessionIds:
         self._check_open()
         ids = check_ids(token_ids, self._spec.vocab_size)
         self._check_room(len(ids))
-        self._ids += ids
+        self._ids.extend(ids)
 
     @property
     def _is_full(self) -> bool:
@@ -94,10 +95,9 @@ class Session(SessionIds):
     """
 
     def __init__(self, engine: Engine, work: Work | None = None) -> None:
-        super().__init__(engine.spec)
         self._engine = engine
         self._work = work or Work()
-        self._ids += self._work.ids
+        super().__init__(engine.spec, self._work.ids.fork())
 
     @property
     def usage(self) -> PromptUsage:
@@ -149,11 +149,16 @@ class Session(SessionIds):
     def fork(self, n: int = 1) -> list[Session]:
         """`n` sessions that go on from here, each on its own; they share the past, and none of it is computed again.
 
+        What was appended and not computed yet is computed now, once for all.
+
         Raises:
+            OutOfMemoryError: the session does not fit into the engine's memory.
             SessionClosedError: the session was closed.
         """
         self._check_open()
         self._take_in()
+        while len(self) and self._work.logits_V is None:
+            self._batcher.advance([self._work])
         works = [self._batcher.fork(self._work) for _ in range(n)]
         return [Session(self._engine, work) for work in works]
 
@@ -224,4 +229,4 @@ class Session(SessionIds):
             raise
 
     def _take_in(self) -> None:
-        self._work.extend(self._ids[len(self._work.ids) :])
+        self._work.extend(self._ids[self._work.length :])

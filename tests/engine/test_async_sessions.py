@@ -9,7 +9,15 @@ import anyio
 import pytest
 import torch
 
-from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, SamplingParams, SessionBusyError
+from agentkit_engine import (
+    AsyncEngine,
+    AsyncSession,
+    Engine,
+    ModelSpec,
+    OutOfMemoryError,
+    SamplingParams,
+    SessionBusyError,
+)
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime.state import Pools
 
@@ -131,6 +139,51 @@ async def test_a_session_at_work_is_not_forked(engine: Engine) -> None:
             with pytest.raises(SessionBusyError):
                 await session.fork()
         await generation.aclose()
+
+
+async def test_what_was_only_appended_is_computed_once_for_all_forks(engine: Engine) -> None:
+    ids = some_ids(300, 11)
+    expected, longer = alone(engine, ids), alone(engine, [*ids, 1])
+    engine.batcher.cache.clear()
+    before = engine.batcher.prefilled
+    async with AsyncEngine(engine) as running, running.session() as session:
+        await session.append(ids)
+        said = [await say(fork) for fork in await session.fork(3)]
+        assert said == [expected] * 3 and await say(session) == expected
+    with engine.session() as alike:
+        alike.append([*ids, 1])
+        forks = alike.fork(2)
+        assert all([(t.id, t.logprob) for t in fork.generate(PARAMS)] == longer for fork in forks)
+    assert engine.batcher.prefilled - before == 301
+    async with AsyncEngine(engine) as running, running.session() as session:
+        [empty] = await session.fork()
+        assert not len(empty)
+
+
+async def test_a_fork_that_is_cancelled_while_it_computes_leaves_the_session_as_it_was(engine: Engine) -> None:
+    ids = some_ids(900, 12)
+    expected = alone(engine, ids)
+    engine.batcher.cache.clear()
+    async with AsyncEngine(engine) as running, running.session() as session:
+        await session.append(ids)
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(session.fork)
+            await anyio.lowlevel.checkpoint()
+            with pytest.raises(SessionBusyError):
+                await session.append([1])
+            task_group.cancel_scope.cancel()
+        assert session.token_ids == tuple(ids)
+        assert await say(session) == expected
+
+
+async def test_forking_what_does_not_fit_is_an_error_and_not_the_end(engine: Engine) -> None:
+    async with AsyncEngine(short_of_memory(engine)) as running, running.session() as session:
+        await session.append(some_ids(5 * 256, 13))
+        with pytest.raises(OutOfMemoryError):
+            await session.fork()
+        async with running.session() as other:
+            await other.append(some_ids(20, 14))
+            assert await say(other) == alone(engine, some_ids(20, 14))
 
 
 async def test_two_threads_over_one_engine_take_turns(engine: Engine) -> None:

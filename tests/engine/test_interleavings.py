@@ -46,8 +46,7 @@ class World:
     Attributes:
         computed: ids that went through a forward, but for guesses.
         due: ids that had to: those that a session was told or said, once; the last one of a session once more whenever
-            its logits may be gone; and what a session was told since it last spoke, in each of its forks.
-        uncomputed: how many ids that is, in order of the sessions.
+            its logits may be gone.
         together: the most sessions that shared a forward.
     """
 
@@ -55,7 +54,6 @@ class World:
         self.decoder, self.spans, self.folder = decoder, spans, folder
         self.reference = Engine(decoder, name="small", dialect="v4-preview", folder=folder)
         self.sessions: list[AsyncSession] = []
-        self.uncomputed: list[int] = []
         self.computed = self.due = self.together = self.lives = 0
 
     async def live(self, todo: Sequence[Step], first: int) -> None:
@@ -67,7 +65,7 @@ class World:
     async def _one_life(self, told: list[list[int]], todo: list[Step]) -> tuple[list[list[int]], list[Step]]:
         engine = self._engine()
         async with AsyncEngine(engine) as running:
-            self.sessions, self.uncomputed = [running.session() for _ in told], [len(ids) for ids in told]
+            self.sessions = [running.session() for _ in told]
             for session, ids in zip(self.sessions, told, strict=True):
                 await session.append(ids)
                 self.due += len(ids)
@@ -89,10 +87,8 @@ class World:
             case "append":
                 await session.append(some_ids(amount, seed % 3))
                 self.due += amount
-                self.uncomputed[number] += amount
             case "generate" | "cancel":
                 params = SamplingParams(temperature=float(seed % 2), seed=SEED, max_tokens=MOST_TOKENS)
-                self.uncomputed[number] = self.uncomputed[amount % len(self.sessions)] = 0
                 gate = threading.Event()  # no forward until both have asked for one
                 async with anyio.create_task_group() as task_group:
                     task_group.start_soon(running.call, gate.wait)
@@ -103,8 +99,7 @@ class World:
                     gate.set()
             case "fork" if len(self.sessions) < MOST_SESSIONS:
                 self.sessions += await session.fork(2)
-                self.uncomputed += [self.uncomputed[number]] * 2
-                self.due += 2 * self.uncomputed[number]
+                self.due += 1  # the id before a generation that was stopped, as above
             case "park":
                 await session.park()
             case "save":

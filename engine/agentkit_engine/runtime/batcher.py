@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from agentkit_engine.errors import OutOfMemoryError
+from agentkit_engine.ids import Ids
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.disk_cache import DiskCache
@@ -56,6 +57,7 @@ class Work:
 
     Attributes:
         ids: every id, computed or not.
+        length: how many they are.
         priority: works of a higher one have their prompts computed first, and keep their state longer.
         last_step: when it last took part in a forward.
         checkpointed: the length at which a checkpoint was last taken or taken up.
@@ -65,7 +67,8 @@ class Work:
 
     def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None, *, priority: int = 0) -> None:
         """`fed` has a 1 for each id that was fed, a 0 for each that was sampled; by default all were fed."""
-        self.ids: list[int] = list(ids)
+        self.ids = ids.fork() if isinstance(ids, Ids) else Ids(ids)
+        self.length = len(self.ids)
         self.priority = priority
         self.sequence: Sequence | None = None
         self.last_step = -1
@@ -108,17 +111,18 @@ class Work:
 
     def past(self) -> tuple[list[int], list[int]]:
         """Every id, and those that were sampled."""
-        return self.ids, [token_id for token_id, fed in zip(self.ids, self._fed, strict=True) if not fed]
+        return list(self.ids), [token_id for token_id, fed in zip(self.ids, self._fed, strict=True) if not fed]
 
     @property
     def pending(self) -> int:
         """How many ids the next forwards have to take in before there are logits."""
-        return len(self.ids) - self.computed
+        return self.length - self.computed
 
     def extend(self, ids: Seq[int]) -> None:
         """Append ids that are fed."""
         if ids:
-            self.ids += ids
+            self.ids.extend(ids)
+            self.length += len(ids)
             self._fed += b"\1" * len(ids)
             self._said, self._fresh, self._drafted, self.jumped = None, False, (), False
 
@@ -127,6 +131,7 @@ class Work:
         are there already.
         """
         self.ids.append(token_id)
+        self.length += 1
         self._fed.append(forced)
         self.jumped = forced
         self._fresh = False
@@ -159,7 +164,7 @@ class Work:
 
     def mark(self) -> None:
         """Have a checkpoint taken at this length, once it is computed."""
-        self._marks.append(len(self.ids))
+        self._marks.append(self.length)
         if self.sequence is not None:
             self.sequence.steady_until = 0
 
@@ -173,12 +178,14 @@ class Work:
 
     def goals(self) -> set[bytes]:
         """What will be found in the cache once this is computed: hashes of the ids up to each mark, and of all ids."""
-        lengths = {mark for mark in self._marks if mark > self.computed} | {len(self.ids)}
+        lengths = {mark for mark in self._marks if mark > self.computed} | {self.length}
         return {self.chain.key(self.ids, length) for length in lengths}
 
     def cut(self, length: int) -> None:
         """Forget the ids from `length` on."""
-        del self.ids[length:], self._fed[length:]
+        self.ids.cut(length)
+        self.length = length
+        del self._fed[length:]
         self.chain.cut(length)
         self._said, self._fresh, self._drafted = None, False, ()
         self._marks = [mark for mark in self._marks if mark <= length]
@@ -260,7 +267,7 @@ class Batcher:
         row = 0
         for work, segment in zip(chosen, segments, strict=True):
             work.last_step = self.steps
-            if segment.sequence.length == len(work.ids):
+            if segment.sequence.length == work.length:
                 work.said(computed, row, segment.draft)
             row += 1
             if segment.draft:
@@ -281,17 +288,17 @@ class Batcher:
         others: list[Work] = []
         spare = (TOKEN_BUDGET - len(works)) // 2 if self.speculate else 0
         for work in works:
-            sequence, ids = work.sequence, work.ids
-            if sequence is None or not (sequence.length + 1 == len(ids) < sequence.steady_until) or work._fed[-1]:
+            sequence, length = work.sequence, work.length
+            if sequence is None or not (sequence.length + 1 == length < sequence.steady_until) or work._fed[-1]:
                 others.append(work)
                 continue
             draft: Seq[int] = ()
             if spare > 0:
-                most = min(spare, sequence.steady_until - len(ids), LONGEST)
-                draft = work.drafter.propose(ids, most, firsts.get(work))
+                most = min(spare, sequence.steady_until - length, LONGEST)
+                draft = work.drafter.propose(work.ids, most, firsts.get(work))
                 spare -= len(draft)
             chosen.append(work)
-            segments.append(Segment(sequence, ids[-1:], draft))
+            segments.append(Segment(sequence, work.ids.last[-1:], draft))
         return chosen, segments, others
 
     def _choose(self, works: Seq[Work], firsts: dict[Work, int], chosen: list[Work], segments: list[Segment]) -> None:
@@ -330,19 +337,19 @@ class Batcher:
         for work in works:
             spans = [] if work.sequence is None else work.sequence.spans
             held.update(spans)
-            missing += max(0, -(-len(work.ids) // SPAN) + 1 - len(spans))
+            missing += max(0, -(-work.length // SPAN) + 1 - len(spans))
         return len(held) + missing <= self.pools.spans and len(works) <= self.pools.slots
 
     def mark(self, work: Work) -> None:
         """Have a checkpoint taken here, now or once it is computed, for sessions that begin with these ids."""
         if work.pending:
             work.mark()
-        elif work.ids:
+        elif work.length:
             self._checkpoint(work, Keep.TURN)
 
     def truncate(self, work: Work, length: int) -> None:
         """Forget the ids from `length` on, and what was computed of them."""
-        if length == len(work.ids):
+        if length == work.length:
             return
         work.cut(length)
         sequence, kept = work.sequence, length - 1  # the last one is computed again: its logits are gone
@@ -365,7 +372,7 @@ class Batcher:
 
     def save(self, work: Work, path: Path, *, model: str) -> None:
         """Write ids and state to a file; see `saved.write`."""
-        saved.write(path, work.ids, work.fed, work.sequence, self.pools, model=model)
+        saved.write(path, list(work.ids), work.fed, work.sequence, self.pools, model=model)
 
     def open(self, path: Path, *, model: str) -> Work:
         """The work that `save` wrote, with its state.
@@ -449,17 +456,22 @@ class Batcher:
 
     def _segment(self, work: Work, budget: int, keep: Seq[Work], first: int | None = None) -> Segment:
         """The work's next ids, at most `budget`, with room for them; others than `keep` may lose their state for it."""
+        if (needed := -(-work.length // SPAN)) > self.pools.spans:
+            self.drop(work)  # before any of it is computed in vain
+            raise OutOfMemoryError(
+                f"{work.length} ids need {needed} spans of memory, and there are {self.pools.spans}; raise state_bytes"
+            )
         self._live.discard(work)
         try:
             if work.sequence is None:
                 work.sequence = self._room_for(lambda: self._enter(work), keep)
             sequence = work.sequence
-            end = min(sequence.length + budget, len(work.ids), work.next_stop())
+            end = min(sequence.length + budget, work.length, work.next_stop())
             room = min(budget - 1, self.pools.spec.max_position_embeddings - end - 1, LONGEST) if self.speculate else 0
             draft = work.draft(room, first) if room > 0 else []
             self._room_for(lambda: self.pools.reserve(sequence, end + len(draft)), keep)
         except OutOfMemoryError as error:
-            length = min(work.computed + budget, len(work.ids))
+            length = min(work.computed + budget, work.length)
             self.drop(work)
             raise OutOfMemoryError(
                 f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +130,7 @@ class Pools:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._unused_spans = spans  # ids up to `spans - _unused_spans` have been used before
         self._free_spans: list[int] = []
-        self._holders: dict[int, int] = {}  # of each span in use, how many sequences hold it
+        self._holders: Counter[int] = Counter()  # of each span in use, how many sequences hold it
         states = [state for layer in self.layers for state in (layer.compressor, layer.indexer) if state is not None]
         self.entries = [state.entries for state in states]
         """All that lies in spans: tensors whose first dimension is the span id."""
@@ -180,8 +181,7 @@ class Pools:
         fork.length, fork.written = source.length, source.written
         for tail in self.tails:
             tail[fork.slot] = tail[source.slot]
-        for span in source.spans[:full]:
-            self._holders[span] += 1
+        self._holders.update(source.spans[:full])
         fork.share_spans(source, full)
         if open_tokens:
             fork.add_span(self._copy_span(source.spans[full]))
