@@ -146,17 +146,19 @@ class DecodeStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._rest = b""  # the beginning of a character
 
     def feed(self, token_id: int) -> str:
         """The characters that this id completes; often one or more, sometimes none yet."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        data = self._rest + self._tokenizer.token_bytes(token_id)
+        text, length = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[length:]
+        return text
 
     def finish(self) -> str:
         """What is left: U+FFFD when the last character was cut, else nothing. The decoder starts afresh."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        rest, self._rest = self._rest, b""
+        return rest.decode("utf-8", errors="replace")
 
 
 def _yields_any(merge: str | list[str], tokens: dict[str, int]) -> bool:

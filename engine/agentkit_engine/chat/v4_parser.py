@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any, Literal
 
 from agentkit_engine.chat.errors import ParseError
 from agentkit_engine.chat.tokenizer import Tokenizer
-from agentkit_engine.chat.tokens import BOS, DSML, EOS, THINK, THINK_END, Control
+from agentkit_engine.chat.tokens import BOS, DSML, EOS, THINK, THINK_END
 
 FinishReason = Literal["stop", "tool_calls", "length"]
 
@@ -82,16 +81,16 @@ class ParseFinished:
 ParseEvent = ReasoningDelta | TextDelta | CallStarted | CallReady | CallMalformed | ParseFinished
 
 
-class _State(Enum):
-    REASONING = auto()
-    CONTENT = auto()
-    BLOCK = auto()  # inside tool_calls, between calls
-    SKIP = auto()  # after a malformed call: until the next call, or the block's end
-    CALL = auto()  # inside an invoke, between parameters
-    VALUE = auto()  # inside a parameter
-    AFTER = auto()  # after the block: white space at the end is dropped
-    DONE = auto()
-
+_State = Literal[
+    "reasoning",
+    "content",
+    "block",  # inside tool_calls, between calls
+    "skip",  # after a malformed call: until the next call, or the block's end
+    "call",  # inside an invoke, between parameters
+    "value",  # inside a parameter
+    "after",  # after the block: white space at the end is dropped
+    "done",
+]
 
 # The end of a text that may yet turn out to belong to a tag: up to two newlines, then `<` or `</`.
 _HELD = re.compile(r"\n{0,2}</?\Z|\n{1,2}\Z")
@@ -108,7 +107,7 @@ class _Tag:
     text: str = ""
 
     def could_be_known(self) -> bool:
-        return any(start.startswith(self.text) or self.text.startswith(start) for start in _TAG_STARTS)
+        return self.text.startswith(_TAG_STARTS) or any(start.startswith(self.text) for start in _TAG_STARTS)
 
 
 @dataclass(slots=True)
@@ -147,7 +146,7 @@ class StreamParser:
         self._decoder = tokenizer.stream() if tokenizer else None
         self._turn = turn
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-        self._state = _State.REASONING if think else _State.CONTENT
+        self._state: _State = "reasoning" if think else "content"
         self._unread = ""  # text fed but not yet split into controls and text (text input only)
         self._text = ""  # plain text not yet given out, in a value: the value so far
         self._tag: _Tag | None = None
@@ -179,72 +178,70 @@ class StreamParser:
             ValueError: Ids were fed to a parser without a tokenizer.
             TokenizerError: An id is not in the vocabulary.
         """
-        for part in self._split(piece) if isinstance(piece, str) else self._decode(piece):
-            self._read(part)
+        if isinstance(piece, str):
+            self._read_spelt(piece)
+        else:
+            self._read_ids(piece)
         return self._take_events()
 
     def finish(self) -> list[ParseEvent]:
         """Say that nothing more comes. Without an EOS before it, the turn counts as cut off ("length")."""
-        if not self._done:
+        if self._state != "done":
             if self._decoder:
-                self._read(self._decoder.finish())
+                self._read_text(self._decoder.finish())
             if "｜" not in self._unread:  # with one it is the beginning of a control token
-                self._read(self._unread)
+                self._read_text(self._unread)
             self._end(cut=True)
         return self._take_events()
 
-    # Input: ids or text become Control tokens and plain text.
+    # Input: ids or text become control tokens and plain text.
 
-    @property
-    def _done(self) -> bool:
-        return self._state is _State.DONE
-
-    def _decode(self, ids: Iterable[int]) -> Iterator[str]:
+    def _read_ids(self, ids: Iterable[int]) -> None:
         if self._tokenizer is None or self._decoder is None:
             raise ValueError("this parser has no tokenizer and reads text only; pass tokenizer= to feed ids")
         for token_id in ids:
             control = self._tokenizer.control_token(token_id)
             if control is None:
-                yield self._decoder.feed(token_id)
+                self._read_text(self._decoder.feed(token_id))
             else:
-                yield self._decoder.finish()
-                yield Control(control)
+                self._read_text(self._decoder.finish())
+                self._read_control(control)
 
-    def _split(self, text: str) -> Iterator[str]:
+    def _read_spelt(self, text: str) -> None:
         self._unread += text
         while match := _SPELT.search(self._unread):
             self._unread, before = self._unread[match.end() :], self._unread[: match.start()]
-            yield before
-            yield Control(match.group())
+            self._read_text(before)
+            self._read_control(match.group())
         keep = _partial_length(self._unread)
         ready, self._unread = self._unread[: len(self._unread) - keep], self._unread[len(self._unread) - keep :]
-        yield ready
+        self._read_text(ready)
 
     # Reading: one state machine over controls and text.
 
-    def _read(self, part: str) -> None:
-        if not part or self._done:
+    def _read_control(self, token: str) -> None:
+        if self._state == "done":
             return
-        if not isinstance(part, Control):
-            self._read_text(part)
-        elif part == EOS:
+        if token == EOS:
             self._end(cut=False)
-        elif part == DSML:
+        elif token == DSML:
             self._start_tag()
-        elif self._state is _State.VALUE or part not in (THINK, THINK_END):
-            self._read_text(part)
-        elif part == THINK_END and self._state is _State.REASONING:
+        elif self._state == "value" or token not in (THINK, THINK_END):
+            self._read_text(token)
+        elif token == THINK_END and self._state == "reasoning":
             self._drop_tag()
             self._give_out(everything=True)
-            self._state = _State.CONTENT
+            self._state = "content"
 
     def _read_text(self, text: str) -> None:
+        if not text or self._state == "done":
+            return
         if self._tag is None:
             self._text += text
             self._give_out()
             return
         self._tag.text += text
-        if self._state is _State.VALUE:
+        if self._state == "value":
             self._end_value()
         elif not self._tag.could_be_known():
             self._drop_tag()
@@ -253,15 +250,15 @@ class StreamParser:
             closing = self._tag.lead == "</"
             self._tag = None
             self._enter(head, closing=closing)
-            self._read(rest)
+            self._read_text(rest)
 
     def _start_tag(self) -> None:
-        if self._state is _State.VALUE and self._tag is not None:
+        if self._state == "value" and self._tag is not None:
             self._text += self._tag.lead + DSML + self._tag.text
             self._tag = None
         self._drop_tag()
         lead = _lead(self._text)
-        if self._state is _State.VALUE and lead != "</":
+        if self._state == "value" and lead != "</":
             self._text += DSML
         elif lead:
             self._text = self._text[: -len(lead)]
@@ -274,12 +271,12 @@ class StreamParser:
             rest = self._tag.text[len(_VALUE_END) :]
             call = self._call
             value, self._text, self._tag = self._text, "", None
-            self._state = _State.CALL
+            self._state = "call"
             if call.key in call.parameters:
                 self._malformed(f"parameter {call.key!r} is given twice")
             else:
                 call.parameters[call.key] = (value, call.string)
-            self._read(rest)
+            self._read_text(rest)
         elif not _VALUE_END.startswith(self._tag.text):
             text = self._tag.lead + DSML + self._tag.text
             self._tag = None
@@ -290,7 +287,7 @@ class StreamParser:
         tag, self._tag = self._tag, None
         if tag is None:
             return
-        if self._state in (_State.BLOCK, _State.CALL):
+        if self._state in ("block", "call"):
             self._malformed("unknown or unfinished tag")
         if tag.could_be_known():  # a control token broke it off, and the text's end may be the start of a tag
             self._text += _lead(tag.text)
@@ -300,39 +297,39 @@ class StreamParser:
     def _enter(self, head: re.Match[str], *, closing: bool) -> None:
         """Act on a complete tag; never called inside a value."""
         kind, name, string = head.groups()
-        if self._state in (_State.REASONING, _State.CONTENT, _State.AFTER):
+        if self._state in ("reasoning", "content", "after"):
             if closing or kind == "parameter":
                 return
-            self._text = re.sub(r"\n{0,2}\Z", "", self._text, count=1)
+            self._text = self._text.removesuffix("\n").removesuffix("\n")
             self._give_out(everything=True)
-            self._state, self._text, self._open_block = _State.BLOCK, "", True
+            self._state, self._text, self._open_block = "block", "", True
         if kind == "tool_calls" and closing:
-            if self._state is _State.CALL:
+            if self._state == "call":
                 self._malformed("the call is not closed")
             self._end_block()
         elif kind == "invoke" and not closing:
-            if self._state is _State.CALL:
+            if self._state == "call":
                 self._malformed("the call is not closed")
-            self._state, self._text, self._open_block = _State.CALL, "", False
+            self._state, self._text, self._open_block = "call", "", False
             if name is None:
                 self._malformed("the call has no name")
                 return
             self._call = _Call(self._index, name, {})
             self._events.append(CallStarted(self._index, name))
             self._index += 1
-        elif kind == "invoke" and self._state is _State.CALL:
+        elif kind == "invoke" and self._state == "call":
             self._end_call()
-        elif kind == "parameter" and not closing and name is not None and self._state is _State.CALL:
+        elif kind == "parameter" and not closing and name is not None and self._state == "call":
             assert self._call is not None
             if self._text.strip():
                 self._malformed(f"text between parameters: {self._text.strip()[:40]!r}")
                 return
             self._call.key, self._call.string = name, string
-            self._state, self._text = _State.VALUE, ""
-        elif self._state is _State.SKIP:
+            self._state, self._text = "value", ""
+        elif self._state == "skip":
             if kind == "invoke":
-                self._state = _State.BLOCK
-        elif not (kind == "tool_calls" and self._state is _State.BLOCK):
+                self._state = "block"
+        elif not (kind == "tool_calls" and self._state == "block"):
             self._malformed(f"unexpected tag {head.group()[:40]!r}")
 
     def _end_call(self) -> None:
@@ -340,7 +337,7 @@ class StreamParser:
         assert call is not None
         if self._text.strip():
             self._malformed(f"text between parameters: {self._text.strip()[:40]!r}")
-            self._state = _State.BLOCK
+            self._state = "block"
             return
         properties = self._schemas.get(call.name, {}).get("properties") or {}
         arguments = ", ".join(
@@ -350,12 +347,12 @@ class StreamParser:
         ready = CallReady(call.index, f"call_{self._turn}_{call.index}", call.name, "{" + arguments + "}")
         self._ready.append(ready)
         self._events.append(ready)
-        self._call, self._text, self._state = None, "", _State.BLOCK
+        self._call, self._text, self._state = None, "", "block"
 
     def _end_block(self) -> None:
         if self._open_block:
             self._malformed("the tool_calls block holds no call")
-        self._text, self._state, self._open_block = "", _State.AFTER, False
+        self._text, self._state, self._open_block = "", "after", False
 
     def _malformed(self, error: str) -> None:
         """Report the call being read, or one that never got a name, and skip to where the next can start."""
@@ -365,16 +362,16 @@ class StreamParser:
             self._events.append(CallMalformed(self._index, None, error))
             self._index += 1
         self._call, self._text, self._tag = None, "", None
-        self._state, self._open_block = _State.SKIP, False
+        self._state, self._open_block = "skip", False
 
     def _end(self, *, cut: bool) -> None:
         """The turn is over: by EOS, or cut off."""
-        call_begun = self._tag is not None and self._tag.lead == "<" and self._state is not _State.SKIP
+        call_begun = self._tag is not None and self._tag.lead == "<" and self._state != "skip"
         if self._call is not None or self._open_block or call_begun:
             self._malformed("the turn ended inside the call")
         if not (cut and self._text == "\n\n<"):
             self._give_out(everything=True)
-        self._state = _State.DONE
+        self._state = "done"
         reason: FinishReason = "length" if cut else "tool_calls" if self._index else "stop"
         self._events.append(ParseFinished(reason))
 
@@ -382,16 +379,16 @@ class StreamParser:
 
     def _give_out(self, *, everything: bool = False) -> None:
         """Emit the text that can no longer belong to a tag."""
-        if self._state is _State.AFTER and self._text.strip() not in ("", "<", "</"):
-            self._state = _State.CONTENT
-        if self._state not in (_State.REASONING, _State.CONTENT):
+        if self._state == "after" and self._text.strip() not in ("", "<", "</"):
+            self._state = "content"
+        if self._state not in ("reasoning", "content"):
             return
         held = None if everything else _HELD.search(self._text)
         cut = held.start() if held else len(self._text)
         text, self._text = self._text[:cut], self._text[cut:]
         if not text:
             return
-        if self._state is _State.REASONING:
+        if self._state == "reasoning":
             self._reasoning.append(text)
             self._events.append(ReasoningDelta(text))
         else:
