@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, fields
 
 import anyio
@@ -60,7 +61,7 @@ class Parallelism:
         self.per_tool = per_tool
         self.total = total
         self.in_all = anyio.Semaphore(total, fast_acquire=True)
-        self._of_tool: dict[str, anyio.Semaphore] = {}
+        self._of_tool = defaultdict[str, anyio.Semaphore](lambda: anyio.Semaphore(per_tool, fast_acquire=True))
 
     def turn(self) -> anyio.Semaphore:
         """A new bound for the calls of one turn."""
@@ -68,4 +69,4 @@ class Parallelism:
 
     def of_tool(self, name: str) -> anyio.Semaphore:
         """The bound that all calls of one tool share."""
-        return self._of_tool.setdefault(name, anyio.Semaphore(self.per_tool, fast_acquire=True))
+        return self._of_tool[name]
