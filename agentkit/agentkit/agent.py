@@ -163,22 +163,16 @@ class Agent:
         limit: LimitName | None = None
         stopped_by = "the run broke off"
         try:
-            with (
-                anyio.CancelScope(deadline=run.deadline) as wall_time,
-                calls.time_limit(run.tool_time_left_s) as tool_time,
-                _one_error(),
-            ):
+            with _one_error():
                 async with anyio.create_task_group() as task_group:
-                    calls.task_group = task_group
+                    calls.open(task_group, deadline=run.deadline, time_left_s=run.tool_time_left_s)
                     limit = await self.ask(run, calls, think=think)
                     if limit is None:
                         await self.act(run, calls)
                     else:
                         task_group.cancel_scope.cancel()
-            if wall_time.cancelled_caught:
-                limit = "wall_time_s"
-            elif tool_time.cancelled_caught:
-                limit = "tool_time_s"
+            if limit is None and task_group.cancel_scope.cancelled_caught:
+                limit = "wall_time_s" if anyio.current_time() >= run.deadline else "tool_time_s"
             stopped_by = f"the run's limit {limit} was reached"
         finally:
             results = calls.results(stopped_by)

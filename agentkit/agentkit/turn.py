@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from math import inf
 
 import anyio
 from anyio.abc import TaskGroup
@@ -36,7 +35,7 @@ class TurnCalls:
         *,
         max_calls: int,
     ) -> None:
-        """Calls that run in `task_group`, which must be set before the first is `ready`.
+        """Calls that run in the task group given to `open`.
 
         Args:
             tools: What can be called.
@@ -60,13 +59,13 @@ class TurnCalls:
         self._running = 0
         self._running_since = 0.0
         self._one_finished = anyio.Event()
-        self._time_scope = anyio.CancelScope()
-        self._time_left_s = inf
 
-    def time_limit(self, seconds: float | None) -> anyio.CancelScope:
-        """The scope to run the turn in: cancelled once calls have been running for `seconds` (None: never)."""
-        self._time_left_s = inf if seconds is None else seconds
-        return self._time_scope
+    def open(self, task_group: TaskGroup, *, deadline: float, time_left_s: float | None) -> None:
+        """Run in `task_group`; it is cancelled at `deadline`, or once calls have been running for `time_left_s`."""
+        task_group.cancel_scope.deadline = deadline
+        self.task_group = task_group
+        self._deadline = deadline
+        self._time_left_s = time_left_s
 
     def ready(self, index: int, call: ToolCall) -> None:
         """Announce the call at place `index`; places come in rising order."""
@@ -118,8 +117,9 @@ class TurnCalls:
     def _begin(self) -> None:
         if self._running == 0:
             self._running_since = time.perf_counter()
-            if self._time_left_s < inf:
-                self._time_scope.deadline = anyio.current_time() + self._time_left_s - self.time_s
+            if self._time_left_s is not None:
+                spent_at = anyio.current_time() + self._time_left_s - self.time_s
+                self.task_group.cancel_scope.deadline = min(self._deadline, spent_at)
         self._running += 1
 
     async def _run(self, index: int, early: bool) -> None:
@@ -131,7 +131,8 @@ class TurnCalls:
         self._running -= 1
         if self._running == 0:
             self.time_s += time.perf_counter() - self._running_since
-            self._time_scope.deadline = inf
+            if self._time_left_s is not None:
+                self.task_group.cancel_scope.deadline = self._deadline
         self._finish(index, result)
 
     def _finish(self, index: int, result: ToolResult) -> None:
