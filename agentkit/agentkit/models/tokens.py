@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol
@@ -154,10 +154,12 @@ class TokenizedSession:
                         length += 1
                         thought += thinking
                         news = parser.feed((last_id,))
-                        if last_id in self._after_thought or any(type(new) is not chat.ReasoningDelta for new in news):
-                            thinking = False
-                        for event in _model_events(news):
-                            yield event
+                        if thinking:
+                            only_thought = all(type(new) is chat.ReasoningDelta for new in news)
+                            thinking = only_thought and last_id not in self._after_thought
+                        for new in news:
+                            if event := _model_event(new):
+                                yield event
                         full = length == room and last_id != self._eos
                         spent = thinking and thought == limits.max_thinking_tokens
                         cut = spent and not full and sampled != limits.max_tokens
@@ -168,30 +170,32 @@ class TokenizedSession:
                     await self._force([self._think_end])
                     thinking = False
                     yield ThoughtCut(thought)
-                    for event in _model_events(parser.feed((self._think_end,))):
-                        yield event
+                    for new in parser.feed((self._think_end,)):
+                        if event := _model_event(new):
+                            yield event
         finally:
-            with anyio.CancelScope(shield=True):
-                self._record_run(run)
-                closing: list[int] = []
-                if last_id != self._eos:
-                    closing = [self._think_end, self._eos] if thinking else [self._eos]
+            self._record_run(run)
+            closing: list[int] = []
+            if last_id != self._eos:
+                closing = [self._think_end, self._eos] if thinking else [self._eos]
+                with anyio.CancelScope(shield=True):
                     await self._force(closing)
-                last = [*parser.feed(closing), *parser.finish()]
-                message = _message(parser.message, think)
-                self.messages.append(message)
-                self._turn += 1
-                hits, misses = self._tokens.cache_usage
-                self.usage = replace(
-                    self.usage,
-                    turns=self.usage.turns + 1,
-                    thinking_tokens=self.usage.thinking_tokens + thought,
-                    cache_hit_tokens=hits,
-                    cache_miss_tokens=misses,
-                )
+            last = [*parser.feed(closing), *parser.finish()]
+            message = _message(parser.message, think)
+            self.messages.append(message)
+            self._turn += 1
+            hits, misses = self._tokens.cache_usage
+            self.usage = replace(
+                self.usage,
+                turns=self.usage.turns + 1,
+                thinking_tokens=self.usage.thinking_tokens + thought,
+                cache_hit_tokens=hits,
+                cache_miss_tokens=misses,
+            )
         await self._tokens.park()  # what was called runs now
-        for event in _model_events(last):
-            yield event
+        for new in last:
+            if event := _model_event(new):
+                yield event
         reason: StopReason = "context" if length == room and sampled != limits.max_tokens else "max_tokens"
         yield Generated(message, "stop" if last_id == self._eos else reason)
 
@@ -292,18 +296,19 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
     return ids
 
 
-def _model_events(parsed: Sequence[chat.ParseEvent]) -> Iterator[ModelEvent]:
-    """The parser's events in the loop's words; that a call has begun, or that parsing ended, is no event here."""
-    for event in parsed:
-        match event:
-            case chat.ReasoningDelta():
-                yield ReasoningDelta(event.text)
-            case chat.TextDelta():
-                yield TextDelta(event.text)
-            case chat.CallReady():
-                yield CallReady(event.index, ToolCall(event.id, event.name, event.arguments_json))
-            case chat.CallMalformed():
-                yield CallMalformed(event.index, event.name, event.error)
+def _model_event(parsed: chat.ParseEvent) -> ModelEvent | None:
+    """The parser's event in the loop's words; that a call has begun, or that parsing ended, is no event here."""
+    match parsed:
+        case chat.ReasoningDelta():
+            return ReasoningDelta(parsed.text)
+        case chat.TextDelta():
+            return TextDelta(parsed.text)
+        case chat.CallReady():
+            return CallReady(parsed.index, ToolCall(parsed.id, parsed.name, parsed.arguments_json))
+        case chat.CallMalformed():
+            return CallMalformed(parsed.index, parsed.name, parsed.error)
+        case _:
+            return None
 
 
 def _message(parsed: dict[str, Any], think: bool) -> AssistantMessage:
