@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Protocol
 
 import anyio
@@ -23,6 +23,7 @@ from agentkit.model import (
     ModelEvent,
     ReasoningDelta,
     Segment,
+    SegmentKind,
     StopReason,
     TextDelta,
     ThoughtCut,
@@ -107,6 +108,7 @@ class TokenizedSession:
         self._tools = [tool.spec for tool in tools]
         self._effort = effort
         self._length = 0
+        self._counts = Counter[SegmentKind]()  # ids of this run, by how they came about
         self._turn = 0
         self._unread: list[Message] = []
         self._eos = tokenizer.eos_id
@@ -185,12 +187,14 @@ class TokenizedSession:
             self.messages.append(message)
             self._turn += 1
             hits, misses = self._tokens.cache_usage
-            self.usage = replace(
-                self.usage,
-                turns=self.usage.turns + 1,
-                thinking_tokens=self.usage.thinking_tokens + thought,
+            self.usage = Usage(
+                prompt_tokens=self._counts["prompt"],
                 cache_hit_tokens=hits,
                 cache_miss_tokens=misses,
+                sampled_tokens=self._counts["sampled"],
+                thinking_tokens=self.usage.thinking_tokens + thought,
+                forced_tokens=self._counts["forced"],
+                turns=self.usage.turns + 1,
             )
         await self._tokens.park()  # what was called runs now
         for new in last:
@@ -241,8 +245,7 @@ class TokenizedSession:
     def _record(self, segment: Segment) -> None:
         self.segments.append(segment)
         self._length += len(segment.ids)
-        field = f"{segment.kind}_tokens"
-        self.usage = replace(self.usage, **{field: getattr(self.usage, field) + len(segment.ids)})
+        self._counts[segment.kind] += len(segment.ids)
 
 
 def prompt_ids(
