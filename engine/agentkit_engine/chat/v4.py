@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 from agentkit_engine.chat.errors import EncodeError
@@ -219,15 +220,12 @@ def _fim(prefix: str, suffix: str) -> list[str]:
 def _to_ids(pieces: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     """Control tokens by id; each run of plain text between two of them tokenised as one string."""
     ids: list[int] = []
-    run: list[str] = []
-    for piece in pieces:
-        if isinstance(piece, Control):
-            ids += tokenizer.encode_text("".join(run))
-            ids.append(tokenizer.control_id(piece))
-            run.clear()
+    for control, run in groupby(pieces, key=lambda piece: isinstance(piece, Control)):
+        if control:
+            ids += map(tokenizer.control_id, run)
         else:
-            run.append(piece)
-    return ids + tokenizer.encode_text("".join(run))
+            ids += tokenizer.encode_text("".join(run))
+    return ids
 
 
 # Turns: what remains of the messages once tool results and neighbouring user texts are one user turn.
@@ -276,12 +274,13 @@ def _merge_turns(messages: Sequence[Message], *, escape: bool) -> list[_Turn]:
     for turn in turns:
         if turn.role == "assistant" and turn.message.get("tool_calls"):
             order = {call.get("id", ""): i for i, call in enumerate(turn.message["tool_calls"])}
-        results = sorted(
-            (block for block in turn.blocks if isinstance(block, _Result)),
-            key=lambda result: order.get(result.call_id or "", 0),
-        )
-        in_order = iter(results)
-        turn.blocks = [next(in_order) if isinstance(block, _Result) else block for block in turn.blocks]
+        if order:
+            results = sorted(
+                (block for block in turn.blocks if isinstance(block, _Result)),
+                key=lambda result: order.get(result.call_id or "", 0),
+            )
+            in_order = iter(results)
+            turn.blocks = [next(in_order) if isinstance(block, _Result) else block for block in turn.blocks]
     return turns
 
 
