@@ -83,7 +83,7 @@ class Trajectory:
         self.times_s: list[float] = []
         self._file: int | None = None
         self._size = 0  # of the good lines in the file, in bytes
-        self._start = time.monotonic()
+        self._start_ns = time.monotonic_ns()
         if path is not None:
             self._open(Path(path), os.O_CREAT | os.O_EXCL)
             self._write(0, 0.0, header)
@@ -120,7 +120,7 @@ class Trajectory:
             self.records.append(line.record)
             self.times_s.append(line.time_s)
             self._size += len(text)
-        self._start = time.monotonic() - (self.times_s[-1] if self.times_s else 0.0)
+        self._start_ns = time.monotonic_ns() - round(1e9 * self.times_s[-1] if self.times_s else 0)
         return self
 
     def append(self, record: Record) -> None:
@@ -129,7 +129,7 @@ class Trajectory:
         Raises:
             TrajectoryWriteError: the file cannot take it. The record stays in memory, later ones are not written.
         """
-        time_s = round(time.monotonic() - self._start, 6)
+        time_s = (time.monotonic_ns() - self._start_ns) // 1000 / 1e6  # whole microseconds
         self.records.append(record)
         self.times_s.append(time_s)
         if self._file is not None:
