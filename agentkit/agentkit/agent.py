@@ -163,14 +163,13 @@ class Agent:
         limit: LimitName | None = None
         stopped_by = "the run broke off"
         try:
-            with _one_error():
-                async with anyio.create_task_group() as task_group:
-                    calls.open(task_group, deadline=run.deadline, time_left_s=run.tool_time_left_s)
-                    limit = await self.ask(run, calls, think=think)
-                    if limit is None:
-                        await self.act(run, calls)
-                    else:
-                        task_group.cancel_scope.cancel()
+            async with anyio.create_task_group() as task_group:
+                calls.open(task_group, deadline=run.deadline, time_left_s=run.tool_time_left_s)
+                limit = await self.ask(run, calls, think=think)
+                if limit is None:
+                    await self.act(run, calls)
+                else:
+                    task_group.cancel_scope.cancel()
             if limit is None and task_group.cancel_scope.cancelled_caught:
                 limit = "wall_time_s" if anyio.current_time() >= run.deadline else "tool_time_s"
             stopped_by = f"the run's limit {limit} was reached"
@@ -269,7 +268,8 @@ class Agent:
     async def _to_the_end(self, run: Run, text: str) -> Outcome:
         """Converse, and leave a complete record however it ends; a run that breaks off leaves no process behind."""
         try:
-            outcome = await self._converse(run, text)
+            with _one_error():
+                outcome = await self._converse(run, text)
         except BaseException as exc:
             cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
             with suppress(TrajectoryWriteError):
