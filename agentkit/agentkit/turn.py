@@ -58,7 +58,7 @@ class TurnCalls:
         self._waiting: list[int] = []
         self._running = 0
         self._running_since = 0.0
-        self._one_finished = anyio.Event()
+        self._idle: anyio.Event | None = None  # while `finish` waits
 
     def open(self, task_group: TaskGroup, *, deadline: float, time_left_s: float | None) -> None:
         """Run in `task_group`; it is cancelled at `deadline`, or once calls have been running for `time_left_s`."""
@@ -134,16 +134,17 @@ class TurnCalls:
             if self._time_left_s is not None:
                 self.task_group.cancel_scope.deadline = self._deadline
         self._finish(index, result)
+        if self._idle is not None and self._running == 0:
+            self._idle.set()
 
     def _finish(self, index: int, result: ToolResult) -> None:
         self._results[index] = result
         self._note(CallFinished(result))
-        self._one_finished.set()
 
     async def _all_finished(self) -> None:
-        while self._running:
-            self._one_finished = anyio.Event()
-            await self._one_finished.wait()
+        if self._running:
+            self._idle = anyio.Event()
+            await self._idle.wait()
 
 
 def _error(call: ToolCall, what: str) -> ToolResult:
