@@ -18,6 +18,7 @@ class StopFilter:
     def __init__(self, stop: Sequence[str]) -> None:
         self.stopped = False
         self._stop = sorted(stop, key=len, reverse=True)
+        self._most_held = len(self._stop[0]) - 1 if stop else 0
         self._held = ""
 
     def feed(self, text: str) -> str:
@@ -30,7 +31,8 @@ class StopFilter:
             self.stopped = True
             shown, self._held = self._held[: min(ends)[1]], ""
             return shown
-        keep = next((n for n in range(len(self._held), 0, -1) if self._may_begin(self._held[-n:])), 0)
+        longest = min(len(self._held), self._most_held)
+        keep = next((n for n in range(longest, 0, -1) if self._may_begin(self._held[-n:])), 0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
 
