@@ -86,19 +86,26 @@ class Grammars:
             raise GrammarError("a call is required, and no tools are given; give at least one")
         return self._cached(json.dumps([tool["function"] for tool in tools]), required)
 
-    def answer(self, schema: Schema = None) -> Grammar:
+    def answer(self, schema: Schema = None, *, tools: Sequence[Mapping[str, Any]] = ()) -> Grammar:
         """An answer that is a JSON value as `schema` says, by default any object; a thought before it is free.
 
+        With `tools` a turn is either that, or at least one call; text beside calls would be no answer, and cannot be.
+
         Raises:
-            GrammarError: no value fits the schema.
+            GrammarError: no value fits the schema, or as `calls`.
         """
         schema = {"type": "object"} if schema is None else schema
         forms = Forms(schema)
         form = forms.json([forms.kept(schema)])
         if form is None:
             raise GrammarError(f"no answer fits the schema {json.dumps(schema):.200}; loosen it")
-        _warn([_sentence(forms.missed, "the answer")])
-        return Grammar(self, self._matcher(f"start: %json {json.dumps(form)}"), at_once=True)
+        unenforced = [_sentence(forms.missed, "the answer")]
+        rules = [f"start: answer{' | block' if tools else ''}", f"answer: %json {json.dumps(form)}"]
+        if tools:
+            block, *others = self._block([tool["function"] for tool in tools], unenforced, opened=False)
+            rules += [f"block: {block}", *others]
+        _warn(unenforced)
+        return Grammar(self, self._matcher("\n".join(rules)), at_once=True)
 
     def forced_ids(self, form: LLMatcher) -> list[int]:
         """The ids that the form forces next, as the chat encoding would write them.
@@ -131,18 +138,19 @@ class Grammars:
 
     def _calls(self, functions: str, required: bool) -> Grammar:
         unenforced: list[str] = []
-        tools = [self._tool(index, function, unenforced) for index, function in enumerate(json.loads(functions))]
+        block, *rules = self._block(json.loads(functions), unenforced, opened=not required)
         _warn(unenforced)
-        if not tools:
+        if not rules:
             return Grammar(self, None, at_once=False)
+        return Grammar(self, self._matcher("\n".join([f"start: {block}", *rules])), at_once=required)
+
+    def _block(self, functions: Sequence[Mapping[str, Any]], unenforced: list[str], *, opened: bool) -> list[str]:
+        """What a block of calls is made of, then the rules which that names; `opened`: its first marker has been."""
+        tools = [self._tool(index, function, unenforced) for index, function in enumerate(functions)]
         marker = f"<[{self.dsml}]>"
-        opening = f'"\\n\\n<" {marker} ' if required else ""
-        rules = [
-            f'start: {opening}"tool_calls>\\n" call+ "</" {marker} "tool_calls>"',
-            f'call: "<" {marker} "invoke name=\\"" ({" | ".join(f"tool_{index}" for index in range(len(tools)))})',
-            *tools,
-        ]
-        return Grammar(self, self._matcher("\n".join(rules)), at_once=required)
+        opening = "" if opened else f'"\\n\\n<" {marker} '
+        call = f'call: "<" {marker} "invoke name=\\"" ({" | ".join(f"tool_{index}" for index in range(len(tools)))})'
+        return [f'{opening}"tool_calls>\\n" call+ "</" {marker} "tool_calls>"', *([call, *tools] if tools else ())]
 
     def _tool(self, index: int, function: Mapping[str, Any], unenforced: list[str]) -> str:
         """The rules of one tool: its parameters in any order, each at most once, none missing that is required."""
@@ -228,7 +236,8 @@ class Grammar:
         self.dsml, self.eos = grammars.dsml, tokenizer.eos_id
         self.token_bytes, self.forced_ids = grammars.token_bytes, grammars.forced_ids
         self.free_V = torch.zeros(self.vocab_size)
-        self.free_V[[self.dsml, self.eos] if at_once else [self.dsml]] = -torch.inf
+        # a thought must not end the turn before its form, nor seem to begin another one
+        self.free_V[[self.dsml, self.eos, self.assistant] if at_once else [self.dsml]] = -torch.inf
 
     def matcher(self) -> Matcher:
         """What follows one session."""

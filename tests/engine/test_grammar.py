@@ -331,7 +331,7 @@ def test_a_required_call_and_an_answer_begin_after_the_thought() -> None:
         matcher.follow(THINKING_TURN)
         mask_V = matcher.mask()
         assert mask_V is not None
-        assert (mask_V != 0).nonzero().flatten().tolist() == sorted([EOS, MARKER])
+        assert (mask_V != 0).nonzero().flatten().tolist() == sorted([EOS, MARKER, TOKENIZER.control_id(ASSISTANT)])
         matcher.follow([*THINKING_TURN, TOKENIZER.control_id(THINK_END)])
         mask_V = matcher.mask()
         assert mask_V is not None and int((mask_V == 0).sum()) < 10
@@ -350,6 +350,32 @@ def test_an_answer_is_json(seed: int) -> None:
         GRAMMARS.answer({"enum": []})
     with pytest.warns(GrammarWarning, match="uniqueItems of the answer"):
         GRAMMARS.answer({"type": "array", "uniqueItems": True})
+
+
+def test_with_tools_a_turn_is_calls_or_an_answer() -> None:
+    schema = objects({"a": {"type": "integer"}}, 1)
+    tools = [with_value({"type": "string", "maxLength": 4})]
+    grammar = GRAMMARS.answer(schema, tools=tools)
+    assert accepts(grammar, call_ids({"v": "abc"})) and accepts(grammar, [*TOKENIZER.encode_text('{"a": 7}'), EOS])
+    for text in ("Yes.", '{"a": "7"}', "{}"):
+        assert not accepts(grammar, [*TOKENIZER.encode_text(text), EOS])
+    assert not accepts(grammar, call_ids({"v": 7}))
+    assert not accepts(grammar, [*TOKENIZER.encode_text("Text."), *call_ids({"v": "abc"})])
+    assert not accepts(grammar, [*TOKENIZER.encode_text('{"a": 7}'), *call_ids({"v": "abc"})])
+    assert not accepts(grammar, [EOS])
+    answered = 0
+    for seed in range(12):
+        ids = walk(grammar, seed)
+        if MARKER in ids:
+            check(ids, tools)
+        else:
+            jsonschema.validate(json.loads(TOKENIZER.decode(ids[:-1])), schema)
+            answered += 1
+    assert 0 < answered < 12
+    with pytest.raises(GrammarError, match="no answer fits the schema"):
+        GRAMMARS.answer({"enum": []}, tools=tools)
+    with pytest.warns(GrammarWarning, match="uniqueItems of the answer; minProperties of g"):
+        GRAMMARS.answer({"type": "array", "uniqueItems": True}, tools=[tool({"minProperties": 1}, "g")])
 
 
 def test_ids_that_do_not_fit_are_refused() -> None:
