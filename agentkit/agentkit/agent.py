@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import Any, Final
 
 import anyio
 
+from agentkit.answer import check_answer_schema, misfit
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
-from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, TurnFinished, TurnStarted
+from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
 from agentkit.limits import Limits, Parallelism
 from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import CallMalformed, CallReady, Effort, Generated, Model, ReasoningDelta, Sampling, TextDelta
@@ -43,6 +44,7 @@ class Agent:
         thinking: Thinking | ThinkingPolicy = "auto",
         effort: Effort = "high",
         sampling: Sampling | None = None,
+        answer_schema: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         parallelism: Parallelism | None = None,
     ) -> None:
@@ -50,30 +52,37 @@ class Agent:
 
         Args:
             model: A model, or what `EmbeddedModel` takes: `"tiny"` or a checkpoint folder.
-            tools: What the model may call, in prompt order; the built-in tools by default.
+            tools: What the model may call, in prompt order; the built-in tools by default, with an answer's schema
+                without `submit`, whose text no schema binds.
             system: The system prompt; `DEFAULT_SYSTEM` by default, none when empty.
             thinking: Which turns think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
             effort: How hard it thinks, for the whole session; "none" never thinks.
             sampling: How tokens are drawn; as the model's own folder says by default.
+            answer_schema: A JSON schema that the answer fits, as JSON; the model is told it, and held to it.
             limits: The budget of each run.
             parallelism: How many calls run at the same time. An agent that runs inside a call of another agent needs
                 bounds of its own.
 
         Raises:
-            ValueError: two tools have the same name, or no thinking policy has that name.
+            ValueError: two tools have the same name, no thinking policy has that name, or `answer_schema` is no schema.
             EngineError: as `EmbeddedModel`.
         """
         self.model = EmbeddedModel(model) if isinstance(model, str | Path) else model
+        self.sampling = (sampling or self.model.sampling).override(answer_schema=answer_schema)
+        self.answer_schema = self.sampling.answer_schema
+        if self.answer_schema is not None:
+            check_answer_schema(self.answer_schema)
+        if tools is None:
+            tools = [tool for tool in BUILTINS.values() if self.answer_schema is None or tool.name != "submit"]
         self.tools: dict[str, Tool] = {}
-        for tool in BUILTINS.values() if tools is None else tools:
+        for tool in tools:
             if tool.name in self.tools:
                 raise ValueError(f'two tools are called "{tool.name}"; the model needs to tell them apart')
             self.tools[tool.name] = tool
         self.system = DEFAULT_SYSTEM if system is None else system
         self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
         self.effort: Effort = effort
-        self.sampling = sampling or self.model.sampling
         self.limits = limits or Limits()
         self.parallelism = parallelism or Parallelism()
         self._thinks = thinking_policy(thinking, effort)
@@ -136,20 +145,25 @@ class Agent:
     async def _converse(self, run: Run, text: str) -> Outcome:
         """The loop: turn after turn, until the model submits or answers, or a limit is reached."""
         news: list[Message] = [UserMessage(text)]
-        if self.system and not run.session.messages:
-            news.insert(0, SystemMessage(self.system))
+        if (self.system or self.answer_schema is not None) and not run.session.messages:
+            news.insert(0, SystemMessage(self.system, self.answer_schema))
         await self.observe(run, news)
         while (limit := run.spent_limit) is None:
             results, limit = await self._turn(run, news)
             if submitted := next((result for result in results if result.final), None):
-                return run.outcome("submitted", submitted.content)
+                return self._conclude(run, "submitted", submitted.content)
             if limit is not None:
                 break
             if not results:
-                return run.outcome("answered", run.session.messages[-1].content)
+                return self._conclude(run, "answered", run.session.messages[-1].content)
             news = [ToolMessage.of(result) for result in results]
         run.note(LimitReached(limit))
         return run.outcome("limit", limit=limit)
+
+    def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
+        """How a run ends that came to an answer: one that does not fit the schema is none."""
+        problem = None if self.answer_schema is None else misfit(answer, self.answer_schema)
+        return run.outcome(status, answer) if problem is None else run.outcome("invalid_answer", error=problem)
 
     async def _turn(self, run: Run, news: list[Message]) -> tuple[list[ToolResult], LimitName | None]:
         """Ask, act, observe.

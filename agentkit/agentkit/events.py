@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 LimitName = Literal["max_turns", "max_tokens", "max_tokens_per_turn", "wall_time_s", "tool_time_s", "context"]
 """A limit that ends a run: a field of `Limits`, or the model's context window."""
 
-Status = Literal["submitted", "answered", "limit", "cancelled", "error"]
-"""How a run ended: by `submit`, by a turn without calls, by a limit, from outside, or by the machine's failure."""
+Status = Literal["submitted", "answered", "invalid_answer", "limit", "cancelled", "error"]
+"""How a run ended: by `submit`, by a turn without calls, by either with what does not fit the schema of the answer, by
+a limit, from outside, or by the machine's failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,10 @@ class LimitReached:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. `answer` is what `submit` was given, else the final text; `error` is the machine's failure."""
+    """How a run ended. `answer` is what `submit` was given, else the final text.
+
+    `error` is the machine's failure, or why an answer is invalid, which then is not in `answer`.
+    """
 
     status: Status
     answer: str | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -16,9 +16,10 @@ STRICT: Final = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, slots=True)
 class SystemMessage:
-    """The standing instructions, first in the conversation."""
+    """The standing instructions, first in the conversation, and the JSON schema that the answer has to fit, if any."""
 
     content: str
+    answer_schema: Mapping[str, Any] | None = None
     role: Literal["system"] = "system"
     __pydantic_config__ = STRICT
 
@@ -78,6 +79,8 @@ def to_openai(message: Message) -> dict[str, Any]:
             return shaped
         case ToolMessage():
             return {"role": "tool", "tool_call_id": message.call_id, "content": message.content}
+        case SystemMessage(answer_schema=schema) if schema is not None:
+            return {"role": "system", "content": message.content, "response_format": schema}
         case _:
             return {"role": message.role, "content": message.content}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from agentkit.messages import STRICT, AssistantMessage, Message
 from agentkit_tools import Tool, ToolCall
@@ -26,18 +26,25 @@ StopReason = Literal["stop", "max_tokens", "context"]
 class Sampling:
     """How ids are drawn. With a seed a session repeats itself exactly; without one it is different every time.
 
-    With `grammar`, calls can only name real tools and parameters, with values that fit their schemas. It needs
-    llguidance, the extra `grammar`.
+    With `grammar`, calls can only name real tools and parameters, with values that fit their schemas. With
+    `answer_schema`, a turn is either such calls or a JSON value that fits it. Both need llguidance, the extra
+    `grammar`.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
     grammar: bool = False
+    answer_schema: Mapping[str, Any] | None = None
     __pydantic_config__ = STRICT
 
     def override(
-        self, *, temperature: float | None = None, seed: int | None = None, grammar: bool | None = None
+        self,
+        *,
+        temperature: float | None = None,
+        seed: int | None = None,
+        grammar: bool | None = None,
+        answer_schema: Mapping[str, Any] | None = None,
     ) -> Self:
         """The same, but for what is given."""
         return replace(
@@ -45,6 +52,7 @@ class Sampling:
             temperature=self.temperature if temperature is None else temperature,
             seed=self.seed if seed is None else seed,
             grammar=self.grammar if grammar is None else grammar,
+            answer_schema=self.answer_schema if answer_schema is None else answer_schema,
         )
 
 

@@ -30,13 +30,21 @@ class RunResult:
 
     @property
     def status(self) -> Status:
-        """ "submitted" by `submit`, "answered" by a turn without calls, or stopped by a "limit"."""
+        """ "submitted" by `submit`, "answered" by a turn without calls, or stopped by a "limit".
+
+        With an `answer_schema` the first two mean that the answer fits; one that does not is an "invalid_answer".
+        """
         return self.outcome.status
 
     @property
     def answer(self) -> str | None:
-        """What `submit` was given, else the text of the last turn; None when a limit came first."""
+        """What `submit` was given, else the text of the last turn; None when a limit came first, or it is invalid."""
         return self.outcome.answer
+
+    @property
+    def error(self) -> str | None:
+        """What is wrong with an invalid answer, and where."""
+        return self.outcome.error
 
     @property
     def limit(self) -> LimitName | None:

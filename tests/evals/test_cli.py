@@ -136,6 +136,24 @@ def test_a_grammar_is_on_when_asked_for(
         assert "pip install" in agentkit(*command, "--grammar", code=2).output
 
 
+def test_an_answer_has_the_schema_that_is_given(suite: Path, untrained: Path, tmp_path: Path) -> None:
+    schema, record = tmp_path / "schema.json", tmp_path / "run.jsonl"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    (tmp_path / "alone.yaml").write_text(TASK.format(id="alone") + "tools: [submit]\n")
+    options = ("-m", untrained, "--env", "unsafe-local", "--answer-schema", schema)
+    found = as_json("run", tmp_path / "alone.yaml", *options, "--trajectory", record)
+    assert json.loads(found["answer"]) in ("yes", "no") and (found["status"], found["error"]) == ("answered", None)
+    header = Trajectory.load(record).header
+    assert (header.sampling.answer_schema, header.tools) == ({"enum": ["yes", "no"]}, ())
+    schema.write_text('{"type": "string", "minLength": 900}')
+    found = as_json("run", tmp_path / "alone.yaml", *options, code=1)
+    assert (found["status"], found["answer"]) == ("limit", None)
+    for text, problem in (("{", "schema.json: Expecting"), ("[]", "expected a JSON schema"), ('{"type": 1}', "$.type")):
+        schema.write_text(text)
+        assert problem in agentkit("run", tmp_path / "alone.yaml", *options, code=2).output
+    assert "does not exist" in agentkit("run", "Hello", *options[:-1], tmp_path / "none.json", code=2).output
+
+
 def test_demo_without_flags(untrained: Path, tmp_path: Path) -> None:
     """All of it, on a model whose context is too short for any prompt, so that every trial ends at once."""
     model = tmp_path / "blind"

@@ -176,25 +176,29 @@ def check_schema(schema: Mapping[str, Any], *, name: str) -> None:
     Raises:
         ToolDefinitionError: naming the tool and the place in the schema.
     """
+    problem = schema_problem(schema)
+    if problem is None and schema.get("type") != "object":
+        problem = f'$.type: given {json.dumps(schema.get("type"))}, expected "object"'
+    if problem is not None:
+        raise ToolDefinitionError(f"tool {name!r}, parameters: {problem}")
+
+
+def schema_problem(schema: Mapping[str, Any]) -> str | None:
+    """Why `schema` is not a JSON schema (2020-12) that refers to itself only; None when it is one."""
     try:
         json.dumps(schema)
         jsonschema.Draft202012Validator.check_schema(schema)
     except (TypeError, ValueError) as error:  # as with an unquoted date in YAML
-        raise ToolDefinitionError(f"tool {name!r}, parameters: not JSON: {error}; quote it if it is text") from error
+        return f"not JSON: {error}; quote it if it is text"
     except jsonschema.SchemaError as error:
-        place = _path(error.absolute_path)
-        raise ToolDefinitionError(f"tool {name!r}, parameters: {place}: {error.message}") from error
-    if schema.get("type") != "object":
-        given = json.dumps(schema.get("type"))
-        raise ToolDefinitionError(f'tool {name!r}, parameters: $.type: given {given}, expected "object"')
+        return f"{_path(error.absolute_path)}: {error.message}"
     resolver = _resolver(schema)
     for reference in _references(schema):
         try:
             resolver.lookup(reference)
-        except referencing.exceptions.Unresolvable as error:
-            raise ToolDefinitionError(
-                f"tool {name!r}, parameters: given $ref {reference!r}, expected a place in this schema, as #/$defs/x"
-            ) from error
+        except referencing.exceptions.Unresolvable:
+            return f"given $ref {reference!r}, expected a place in this schema, as #/$defs/x"
+    return None
 
 
 def _resolver(schema: Mapping[str, Any]) -> Any:

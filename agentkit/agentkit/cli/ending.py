@@ -1,7 +1,7 @@
 """How a command ends: an exit code that means the same everywhere, and an error a person can act on.
 
 0   it ran, and met the threshold when one was given
-1   it ran, and the mean reward is below the threshold
+1   it ran, and the mean reward is below the threshold, or no answer fits the schema that was given
 2   usage: a flag, a file, a model or a family that is wrong
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk that failed
 130 Ctrl-C

@@ -42,6 +42,15 @@ def command(
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
     grammar: GrammarFlag = False,
+    answer_schema: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="A JSON schema: the answer is JSON that fits it, else the exit code is 1; there is no `submit` then. "
+            "Needs llguidance.",
+        ),
+    ] = None,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Turns of the model at most.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens sampled at most.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds at most.")] = None,
@@ -60,8 +69,12 @@ def command(
     bounds = {"max_turns": max_turns, "max_tokens": max_tokens, "timeout_s": timeout}
     given = {name: value for name, value in bounds.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
+    schema = None
+    if answer_schema is not None:
+        schema = _read_schema(answer_schema)
+        task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
     embedded = EmbeddedModel(model, cache_dir=cache_dir)
-    sampling = embedded.sampling.override(temperature=temperature, seed=seed, grammar=grammar)
+    sampling = embedded.sampling.override(temperature=temperature, seed=seed, grammar=grammar, answer_schema=schema)
     agent = agent_for(task, embedded, sampling)
     console = Console(quiet=as_json, highlight=False)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, console)
@@ -79,6 +92,18 @@ def _names_task_file(what: str) -> bool:
     else:
         return False
     raise typer.BadParameter(f"{what} is no task file: {hint}. Or say what to do, in words", param_hint="TASK")
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    """The JSON schema in a file. Raises BadParameter for what is none."""
+    from agentkit.answer import check_answer_schema
+
+    try:
+        schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_answer_schema(schema)
+    except (OSError, ValueError) as exc:
+        raise typer.BadParameter(f"{path}: {exc}", param_hint="--answer-schema") from exc
+    return schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +169,8 @@ class Job:
 def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
     """Run the job, say how it ended, and change the user's folder when that is accepted: by `apply`, or when asked.
 
+    Where the answer has a schema, an end without one that fits is BELOW_THRESHOLD.
+
     Raises:
         SandboxError, TaskSetupError, VerifierError, EngineError: as `Job.run`.
     """
@@ -160,7 +187,8 @@ def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
         typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
     else:
         _print_end(job.console, done, job.workdir, applied=applied, refused=refused)
-    return ExitCode.OK
+    missing = job.agent.answer_schema is not None and done.result.answer is None
+    return ExitCode.BELOW_THRESHOLD if missing else ExitCode.OK
 
 
 def _say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
@@ -199,6 +227,8 @@ def _print_diff(console: Console, changes: list[Change]) -> None:
 def _print_end(console: Console, done: Done, workdir: Path | None, *, applied: bool, refused: list[str]) -> None:
     usage = done.result.usage
     _say(console, f"\nanswer   {done.result.answer or '(none)'}", "bold")
+    if done.result.error:
+        _say(console, done.result.error, "yellow")
     if done.verdict is not None:
         console.print(f"reward   {done.verdict.reward:g}")
     console.print(
@@ -223,6 +253,7 @@ def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]
         "status": done.result.status,
         "answer": done.result.answer,
         "limit": done.result.limit,
+        "error": done.result.error,
         "reward": done.verdict.reward if done.verdict else None,
         "backend": done.backend,
         "usage": asdict(done.result.usage),

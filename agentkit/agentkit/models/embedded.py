@@ -15,6 +15,7 @@ from agentkit_tools import Tool
 
 if TYPE_CHECKING:
     from agentkit_engine import AsyncEngine, AsyncSession, Engine, SampledToken, SamplingParams
+    from agentkit_engine.grammar import Grammar
 
 
 class EmbeddedModel:
@@ -63,8 +64,8 @@ class EmbeddedModel:
         """See `Model.open`.
 
         Raises:
-            GrammarMissingError: `sampling` asks for a grammar, and llguidance is not installed.
-            GrammarError: no grammar can be made of the tools.
+            GrammarMissingError: `sampling` needs a grammar, and llguidance is not installed.
+            GrammarError: no grammar can be made of the tools, or no value fits the answer's schema.
         """
         from agentkit_engine import AsyncEngine
 
@@ -74,7 +75,7 @@ class EmbeddedModel:
             top_p=sampling.top_p,
             seed=sampling.seed,
             stop_ids=frozenset((self.tokenizer.eos_id,)),
-            grammar=self.engine.grammars.calls([tool.spec for tool in tools]) if sampling.grammar else None,
+            grammar=self._grammar(tools, sampling),
         )
         async with AsyncExitStack() as stack:
             running = self._running
@@ -86,6 +87,12 @@ class EmbeddedModel:
             if history is not None:
                 await session.restore(history)
             yield session
+
+    def _grammar(self, tools: Sequence[Tool], sampling: Sampling) -> Grammar | None:
+        specs = [tool.spec for tool in tools]
+        if sampling.answer_schema is not None:
+            return self.engine.grammars.answer(sampling.answer_schema, tools=specs)
+        return self.engine.grammars.calls(specs) if sampling.grammar else None
 
 
 class EngineTokens:
