@@ -20,12 +20,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
 import anyio.abc
-import anyio.from_thread
 import anyio.to_thread
+from anyio.lowlevel import current_token
 from torch import Tensor
 
 from agentkit_engine.engine import Engine
@@ -93,6 +93,7 @@ class AsyncEngine:
         self._sessions: set[AsyncSession] = set()
         self._generations: dict[_Generation, None] = {}
         self._task_group: anyio.abc.TaskGroup | None = None
+        self._soon: Callable[..., object]  # has the event loop call a function, and does not wait for it
         self._closing = False
 
     async def __aenter__(self) -> Self:
@@ -101,6 +102,7 @@ class AsyncEngine:
         task_group = anyio.create_task_group()
         await task_group.__aenter__()
         self._closing = False
+        self._soon = _call_soon()
         task_group.start_soon(self._run_model_thread, name="agentkit_engine: model thread")
         self._task_group = task_group
         return self
@@ -158,7 +160,7 @@ class AsyncEngine:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
-            anyio.from_thread.run_sync(finished.set)
+            self._soon(finished.set)
 
         self._commands.put(command)
         try:
@@ -203,6 +205,8 @@ class AsyncEngine:
             else:
                 with self.engine.lock:
                     command()
+                    for _ in range(self._commands.qsize()):
+                        self._commands.get_nowait()()
                 continue
             if self._closing:
                 with self.engine.lock:
@@ -211,7 +215,7 @@ class AsyncEngine:
             with self.engine.lock:
                 outcomes = self._step(ready, helper)
             if outcomes:
-                anyio.from_thread.run_sync(_hand_over, outcomes)
+                self._soon(_hand_over, outcomes)
 
     def _waiting(self) -> list[_Generation]:
         """Who is not admitted yet, those that are next first."""
@@ -246,7 +250,8 @@ class AsyncEngine:
                         self.engine.batcher.advance([generation.work])
                     except BaseException as error:
                         outcomes.append((generation, error))
-        wait(masks)
+        if masks:
+            wait(masks)
         for generation in ready:  # right guesses have their logits already
             while generation.work.logits_V is not None and not generation.done:
                 outcomes.append((generation, self._sample(generation, generation.work.logits_V)))
@@ -298,6 +303,13 @@ class AsyncEngine:
             work.push(token_id, forced=True)
             outcomes.append((generation, SampledToken(token_id, math.nan, forced=True)))
         return outcomes
+
+
+def _call_soon() -> Callable[..., object]:
+    """What asyncio's loop, or trio's, has for other threads; `anyio.from_thread` would wait for an answer."""
+    loop: Any = current_token().native_token
+    soon: Callable[..., object] = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
+    return soon
 
 
 def _hand_over(outcomes: list[tuple[_Generation, Outcome]]) -> None:
@@ -386,7 +398,8 @@ class AsyncSession(SessionIds):
                 self._engine._check_running()
                 if generation is None or generation is not self._generation or self._known != len(self._ids):
                     left = None if params.max_tokens is None else params.max_tokens - count
-                    generation = self._start(replace(params, max_tokens=left), seed)
+                    rest = params if left == params.max_tokens else replace(params, max_tokens=left)
+                    generation = self._start(rest, seed)
                 self._in_step = True
                 try:
                     token = await generation.get()

@@ -147,7 +147,7 @@ class Engine:
             TokenizerMissingError: the folder holds no tokenizer.json.
             CheckpointError: that file is not a usable tokenizer.
         """
-        if not (self.folder / "tokenizer.json").is_file():
+        if not self._has_tokenizer:
             raise TokenizerMissingError(
                 f'{self.folder} holds no tokenizer.json, so model "{self.name}" takes token ids only; '
                 "put the model's tokenizer.json there to work with text"
@@ -220,9 +220,13 @@ class Engine:
         Raises:
             TokenizerMissingError: there are stop texts, and the model has no tokenizer to find them with.
         """
-        if not params.stop and not (self.folder / "tokenizer.json").is_file():
+        if not params.stop and not self._has_tokenizer:
             return Reader(None, params)
         return Reader(self.tokenizer, params)
+
+    @cached_property
+    def _has_tokenizer(self) -> bool:
+        return (self.folder / "tokenizer.json").is_file()
 
     @cached_property
     def fingerprint(self) -> str:
