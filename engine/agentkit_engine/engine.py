@@ -22,7 +22,7 @@ from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.packing import lay_out
-from agentkit_engine.runtime.runner import NUMERICS, can_compile
+from agentkit_engine.runtime.runner import NUMERICS, can_compile, machine
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
@@ -135,7 +135,7 @@ class Engine:
         batcher = Batcher(self.decoder, state_bytes=self.state_bytes, exact=self.exact, compiled=self.compiled)
         if self.cache_dir is not None:
             batcher.disk = DiskCache(
-                self.cache_dir, batcher.pools, model=self.fingerprint, budget_bytes=self.cache_bytes
+                self.cache_dir, batcher.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
             )
         return batcher
 
@@ -237,3 +237,8 @@ class Engine:
             some = flat[:: max(1, flat.numel() // 256)].cpu()
             digest.update(repr((name, tuple(tensor.shape), some.tolist())).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def fingerprint_here(self) -> str:
+        """The same together with this machine: elsewhere, last bits may be others."""
+        return hashlib.blake2b(repr((self.fingerprint, machine())).encode(), digest_size=16).hexdigest()

@@ -106,6 +106,31 @@ def test_an_exact_engine_takes_nothing_from_one_that_is_not(decoder: Decoder, tm
         engine(decoder, exact=True).open(tmp_path / "saved")
 
 
+def test_what_another_machine_kept_on_disk_is_left_alone_and_what_a_user_saved_there_is_not(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine_here() -> Engine:
+        folder = tmp_path / "cache"
+        return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), cache_dir=folder)
+
+    ids = some_ids(60, 1)
+
+    def found_by(engine: Engine) -> int:
+        with engine.session() as session:
+            session.append(ids)
+            ids.extend(token.id for token in session.generate(PARAMS))
+            session.save(tmp_path / "saved")
+        engine.flush()
+        return session.usage.hit_tokens
+
+    assert [found_by(engine_here()), found_by(engine_here())] == [0, 65]
+    monkeypatch.setattr(agentkit_engine.engine, "machine", lambda: ("another",))
+    assert [found_by(engine_here()), found_by(engine_here())] == [0, 77]
+    monkeypatch.undo()
+    with engine_here().open(tmp_path / "saved") as session:
+        assert session.token_ids == tuple(ids)
+
+
 def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(decoder: Decoder) -> None:
     packed, ids = copy.deepcopy(decoder), some_ids(40, 0)
     layers = Runner(packed, Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu")), compiled=True).layers

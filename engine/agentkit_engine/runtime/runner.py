@@ -13,9 +13,10 @@ Dimension key: `runtime/__init__.py` and `model/__init__.py`.
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -52,6 +53,17 @@ def can_compile(device: torch.device) -> bool:
         logger.warning("forwards will be slow: the compiled kernels cannot be loaded: %s", error)
         return False
     return True
+
+
+def machine() -> tuple[str, ...]:
+    """What the last bits depend on beside the model: libraries, and the processor for which they choose their code."""
+    found = [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with suppress(ImportError):
+        import llvmlite.binding
+        import numba
+
+        found += [numba.__version__, llvmlite.binding.get_host_cpu_name()]
+    return tuple(found)
 
 
 class Runner:
