@@ -23,9 +23,13 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.extending import overload
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Halves = NDArray[np.uint16]
+"""bfloat16, which numpy lacks."""
+Weights = Floats | Halves
 Ints = NDArray[np.int64]
 Ints32 = NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -34,8 +38,8 @@ QUERY_BLOCK = 128
 """Rows of a sequence that are written to its window ring together; a ring holds that many beside the window."""
 TOGETHER = 64
 """Index scores that `choose` takes in before it looks whether there are too many candidates."""
-TILE_FLOATS = 1 << 16
-"""Weights that `multiply` takes all rows through before it goes on (256 KiB: they stay in the processor's cache)."""
+OUTPUTS_TOGETHER, INPUTS_TOGETHER = 4096, 16
+"""Weights that `multiply` takes all rows through before it goes on (256 KiB in float32: the cache holds them)."""
 
 
 def _compiled(function: Function, fastmath: set[str], signature: str | None = None) -> Function:
@@ -101,40 +105,62 @@ def sigmoid(x: np.float32) -> np.float32:
 # --- products ----------------------------------------------------------------------------------------------------
 
 
+def _wide(weight: Any) -> np.float32:
+    """A weight as float32: bfloat16 is its upper half, so products with either are the same bits."""
+    raise NotImplementedError("exists in kernels only, for each type of weights")
+
+
+@overload(_wide, inline="always")
+def _wide_of(weight: Any) -> Callable[[Any], Any]:
+    def as_it_is(weight: Any) -> Any:
+        return weight
+
+    def upper_half(weight: Any) -> Any:
+        return np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+
+    return as_it_is if isinstance(weight, numba.types.Float) else upper_half
+
+
 @strict
-def multiply(x_NK: Floats, w_KO: Floats, block: int, out_NO: Floats) -> None:
+def multiply(x_NK: Floats, w_KO: Weights, block: int, out_NO: Floats) -> None:
     """out = x @ w for a few rows, at the speed at which the weights arrive.
 
     Each output is a chain of fused multiply-adds over `block` inputs; the chains of further blocks are added to it in
-    order. Libraries compute the same chains for many rows, with a block of their own choice.
+    order. Libraries compute the same chains for many rows, with a block of their own choice. Weights are read along
+    their rows, and a few at a time, through which all rows are taken while the cache has them.
     """
-    inputs, outputs = w_KO.shape
-    tile = max(64, TILE_FLOATS // inputs // 16 * 16)
-    chain = np.empty(tile, np.float32)
-    for first in range(0, outputs, tile):
-        size = min(tile, outputs - first)
-        for n in range(x_NK.shape[0]):
-            out = out_NO[n, first : first + size]
-            for start in range(0, inputs, block):
-                some = chain[:size] if start else out
-                some[:] = _ZERO
-                end = min(start + block, inputs)
-                k = start
-                while k + 4 <= end:
-                    a, b, c, d = x_NK[n, k], x_NK[n, k + 1], x_NK[n, k + 2], x_NK[n, k + 3]
-                    w_a, w_b = w_KO[k, first : first + size], w_KO[k + 1, first : first + size]
-                    w_c, w_d = w_KO[k + 2, first : first + size], w_KO[k + 3, first : first + size]
+    rows, inputs = x_NK.shape
+    outputs = w_KO.shape[1]
+    chains_NT = np.empty((rows if block < inputs else 0, min(outputs, OUTPUTS_TOGETHER)), np.float32)
+    for first in range(0, outputs, OUTPUTS_TOGETHER):
+        size = min(OUTPUTS_TOGETHER, outputs - first)
+        for start in range(0, inputs, block):
+            end = min(start + block, inputs)
+            for low in range(start, end, INPUTS_TOGETHER):
+                high = min(low + INPUTS_TOGETHER, end)
+                for n in range(rows):
+                    some = chains_NT[n, :size] if start else out_NO[n, first : first + size]
+                    if low == start:
+                        some[:] = _ZERO
+                    k = low
+                    while k + 4 <= high:
+                        a, b, c, d = x_NK[n, k], x_NK[n, k + 1], x_NK[n, k + 2], x_NK[n, k + 3]
+                        w_a, w_b = w_KO[k, first : first + size], w_KO[k + 1, first : first + size]
+                        w_c, w_d = w_KO[k + 2, first : first + size], w_KO[k + 3, first : first + size]
+                        for o in range(size):
+                            two = (some[o] + a * _wide(w_a[o])) + b * _wide(w_b[o])
+                            some[o] = (two + c * _wide(w_c[o])) + d * _wide(w_d[o])
+                        k += 4
+                    while k < high:
+                        a, w_a = x_NK[n, k], w_KO[k, first : first + size]
+                        for o in range(size):
+                            some[o] += a * _wide(w_a[o])
+                        k += 1
+            if start:
+                for n in range(rows):
+                    out = out_NO[n, first : first + size]
                     for o in range(size):
-                        some[o] = (((some[o] + a * w_a[o]) + b * w_b[o]) + c * w_c[o]) + d * w_d[o]
-                    k += 4
-                while k < end:
-                    a, w_a = x_NK[n, k], w_KO[k, first : first + size]
-                    for o in range(size):
-                        some[o] += a * w_a[o]
-                    k += 1
-                if start:
-                    for o in range(size):
-                        out[o] += some[o]
+                        out[o] += chains_NT[n, o]
 
 
 # --- norms and rotations -----------------------------------------------------------------------------------------
@@ -643,9 +669,9 @@ def mix_experts(
     x_ND: Floats,
     experts_NA: Ints,
     weights_NA: Floats,
-    w13_EDX: Floats,
+    w13_EDX: Weights,
     block13: int,
-    w2_EID: Floats,
+    w2_EID: Weights,
     block2: int,
     limit: np.float32,
     shared_ND: Floats,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from agentkit_engine.model.moe import MoE
 from agentkit_engine.model.mtp import MTPBlock
 from agentkit_engine.model.rope import frequencies
 from agentkit_engine.runtime.packing import packed, projections
-from agentkit_engine.runtime.products import Dots, Product, by_library, padded_rows, settle
+from agentkit_engine.runtime.products import Dots, Product, as_array, by_library, padded_rows, settle
 from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.runtime.state import CompressorState, LayerState, Pools, Sequence
 from agentkit_engine.spec import ModelSpec, RopeSpec
@@ -69,11 +70,11 @@ class Batch:
 
 
 class CompiledLayers:
-    """A decoder's weights, packed once in float32; see `runner.Layers`."""
+    """A decoder's weights, packed once; see `runner.Layers`."""
 
     def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool) -> None:
         spec = self.spec = decoder.spec
-        self.embedding = _array(decoder.embed.weight)
+        self.embedding = as_array(decoder.embed.weight.detach())
         blocks = decoder.blocks[: len(pools.layers)]
         dots = Dots()
         self.layers = [_Layer(block, state, dots) for block, state in zip(blocks, pools.layers, strict=True)]
@@ -92,7 +93,7 @@ class CompiledLayers:
         ids = [token_id for segment in segments for token_id in (*segment.ids, *segment.draft)]
         sizes = [len(segment) for segment in segments]
         batch = Batch(ids, [segment.sequence for segment in segments], sizes, self.angles)
-        streams_NMD = np.repeat(self.embedding[batch.ids_N][:, None], self.spec.hc_mult, 1)
+        streams_NMD = np.repeat(self._embedded(batch)[:, None], self.spec.hc_mult, 1)
         for layer in self.layers:
             streams_NMD = layer(streams_NMD, batch)
         counts = [size - first for size, first in zip(sizes, firsts, strict=True)]
@@ -104,9 +105,15 @@ class CompiledLayers:
     def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         assert self.drafts is not None
         batch = Batch(ids_B, [Sequence(0)] * len(ids_B), [1] * len(ids_B), self.angles)
-        x_BD = self.drafts(streams_BMD.numpy(), self.embedding[batch.ids_N], batch)
+        x_BD = self.drafts(streams_BMD.numpy(), self._embedded(batch), batch)
         ids: list[int] = self.head(x_BD).argmax(-1).tolist()
         return ids
+
+    def _embedded(self, batch: Batch) -> Floats:
+        rows_ND = self.embedding[batch.ids_N]
+        if rows_ND.dtype == np.uint16:
+            rows_ND = (rows_ND.astype(np.uint32) << 16).view(np.float32)
+        return cast(Floats, rows_ND)
 
 
 class _Layer:
@@ -312,7 +319,7 @@ class _Experts:
         self.table: Ints | None = gate.tid2eid.numpy() if gate.router == "hash" else None
         self.bias = np.zeros(self.count, np.float32) if gate.router == "hash" else _array(gate.bias)
         w13_EDX, w2_EID = packed(experts.w1, experts.w3), packed(experts.w2)
-        self.w13_EDX, self.w2_EID = w13_EDX.numpy(), w2_EID.numpy()
+        self.w13_EDX, self.w2_EID = as_array(w13_EDX), as_array(w2_EID)
         self.w13, self.w2 = Product(w13_EDX[0]), Product(w2_EID[0])  # all experts' products are like these
         self.all_w13, self.all_w2 = w13_EDX.unbind(), w2_EID.unbind()
         self.shared_w13 = Product(packed(shared.w1.weight, shared.w3.weight))

@@ -75,7 +75,7 @@ def chain_block(weight_KO: Tensor, rows: int, *, by: Multiply) -> int:
     """
     from agentkit_kernels import cpu
 
-    weight_KO = weight_KO[:, :OUTPUTS].contiguous()
+    weight_KO = weight_KO[:, :OUTPUTS].float().contiguous()
     inputs, outputs = weight_KO.shape
     x_NK = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
     expected, out_NO = by(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)

@@ -18,13 +18,16 @@ from agentkit_engine.model.decoder import Decoder
 
 
 def packed(*parts_OK: Tensor) -> Tensor:
-    """Weights side by side, float32 [K, X], or [E, K, X] of weights [E, O, K]; parameters become views of it."""
+    """Weights side by side, [K, X], or [E, K, X] of weights [E, O, K]; parameters become views of it.
+
+    They are bfloat16 where all parts are, else float32.
+    """
     if (whole_KX := _whole(parts_OK)) is not None:
         return whole_KX
     whole_KX, places_OK = _side_by_side(parts_OK)
     for part_OK, place_OK in zip(parts_OK, places_OK, strict=True):
         place_OK.copy_(part_OK.detach())
-        if isinstance(part_OK, nn.Parameter) and part_OK.dtype == torch.float32:
+        if isinstance(part_OK, nn.Parameter) and part_OK.dtype == whole_KX.dtype:
             part_OK.data = place_OK
     return whole_KX
 
@@ -32,8 +35,8 @@ def packed(*parts_OK: Tensor) -> Tensor:
 def lay_out(decoder: Decoder) -> None:
     """Give the large weights of a decoder, which hold nothing yet, the places where `packed` leaves them."""
     for parts_OK in _groups(decoder):
-        if all(part_OK.dtype == torch.float32 for part_OK in parts_OK):
-            for part_OK, place_OK in zip(parts_OK, _side_by_side(parts_OK)[1], strict=True):
+        for part_OK, place_OK in zip(parts_OK, _side_by_side(parts_OK)[1], strict=True):
+            if part_OK.dtype == place_OK.dtype:
                 part_OK.data = place_OK
 
 
@@ -64,7 +67,8 @@ def _side_by_side(parts_OK: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Memory for weights, and where each of them lies in it, [.., O, K]."""
     *experts, _, inputs = parts_OK[0].shape
     outputs = [part_OK.shape[-2] for part_OK in parts_OK]
-    whole_KX = torch.empty(*experts, inputs, sum(outputs))
+    dtype = torch.bfloat16 if all(part_OK.dtype == torch.bfloat16 for part_OK in parts_OK) else torch.float32
+    whole_KX = torch.empty(*experts, inputs, sum(outputs), dtype=dtype)
     return whole_KX, [columns_KO.mT for columns_KO in torch.split(whole_KX, outputs, -1)]
 
 
@@ -73,9 +77,9 @@ def _whole(parts_OK: Sequence[Tensor]) -> Tensor | None:
     *experts, _, inputs = parts_OK[0].shape
     width = sum(part_OK.shape[-2] for part_OK in parts_OK)
     strides = (*[inputs * width for _ in experts], width, 1)
-    place = parts_OK[0].data_ptr()
+    place, dtype = parts_OK[0].data_ptr(), parts_OK[0].dtype
     for part_OK in parts_OK:
-        if part_OK.dtype != torch.float32 or part_OK.mT.stride() != strides or part_OK.data_ptr() != place:
+        if part_OK.dtype != dtype or part_OK.mT.stride() != strides or part_OK.data_ptr() != place:
             return None
-        place += 4 * part_OK.shape[-2]
+        place += part_OK.itemsize * part_OK.shape[-2]
     return parts_OK[0].detach().as_strided((*experts, inputs, width), strides)

@@ -1,5 +1,8 @@
 """Matrix products on a CPU of which a row has the same bits, however many rows there are.
 
+Weights are float32 or bfloat16, whose products are computed in float32 too: what is held in half the memory gives the
+same bits as if it had been made float32 when it was loaded.
+
 Many rows are multiplied by a library: oneDNN, where this torch has it, which is twice as fast as its BLAS on AVX-512.
 For a few rows the call alone costs more than the arithmetic; they are `cpu.multiply`'s where that gives the library's
 bits, which is tried out when a model is packed.
@@ -10,6 +13,7 @@ Dimension key: N rows, K inputs, O outputs.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -18,23 +22,35 @@ from torch import Tensor
 
 from agentkit_engine.runtime.invariance import chain_block, least_rows
 from agentkit_kernels import cpu
-from agentkit_kernels.cpu import Floats
+from agentkit_kernels.cpu import Floats, Weights
 
 logger = logging.getLogger(__name__)
 
-FEW = 1 << 19
-"""Multiplications up to which a kernel is faster than a call of the library."""
+FEW, FEW_OF_BF16 = 12, 32
+"""Rows up to which a kernel is faster than the library, which takes float32 weights only."""
 FEW_QUERIES = 16
 """Rows up to which the BLAS is faster with keys than oneDNN."""
+_local = threading.local()
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.enabled else None
 
 
 def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
     """x @ weight. The weight may be a transposed view."""
+    if weight_KO.dtype != torch.float32:
+        weight_KO = _widened(weight_KO)
     if _ONEDNN is None:
         return torch.mm(x_NK, weight_KO)
     out_NO: Tensor = _ONEDNN(x_NK, weight_KO.t(), None, "none", [], "")
     return out_NO
+
+
+def _widened(weight_KO: Tensor) -> Tensor:
+    """The weight in float32, where the thread's next one will be: to copy costs less than fresh memory."""
+    memory = getattr(_local, "memory", None)
+    if memory is None or memory.numel() < weight_KO.numel():
+        memory = _local.memory = torch.empty(weight_KO.numel())
+    wide_KO: Tensor = memory[: weight_KO.numel()].view(weight_KO.shape)
+    return wide_KO.copy_(weight_KO)
 
 
 def padded_rows(rows: int, least: int) -> int:
@@ -55,20 +71,27 @@ def multiply(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
     return out_NO[:rows]
 
 
+def as_array(weight: Tensor) -> Weights:
+    """A float32 or bfloat16 weight, which numpy has no name for, as kernels take it."""
+    array: Weights = (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight).numpy()
+    return array
+
+
 class Product:
     """Rows times a weight [K, O], the same bits for any number of rows once `settle` has seen to it."""
 
     def __init__(self, weight_KO: Tensor) -> None:
         self.weight = weight_KO
-        self.array: Floats = weight_KO.numpy()
+        self.array = as_array(weight_KO)
+        self.few = FEW if weight_KO.dtype == torch.float32 else FEW_OF_BF16
         self.rows = 1
         """From so many rows on the library gives a row the same bits whatever the others."""
         self.block = 0
         """With which `cpu.multiply` gives those bits too; 0 where none does."""
 
     def __call__(self, x_NK: Floats) -> Floats:
-        rows, size = len(x_NK), self.array.size
-        if not self.block or (rows > 1 and rows * size > FEW):
+        rows = len(x_NK)
+        if not self.block or rows > self.few:
             return multiply(x_NK, self.weight, self.rows)
         out_NO = np.empty((rows, self.array.shape[1]), np.float32)
         cpu.multiply(x_NK, self.array, self.block, out_NO)
