@@ -81,7 +81,7 @@ class Engine:
         path_or_name: str | Path,
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         state_bytes: int = STATE_BYTES,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -91,9 +91,10 @@ class Engine:
         """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
 
         A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. Weights are
-        held as `dtype`; what the official layout stores as float32 stays float32. `state_bytes` bounds what the
-        sessions' state may take; beyond it the state that waited longest is dropped and later computed again. With
-        `cache_dir` what sessions computed is also kept on disk, up to `cache_bytes`, for later processes.
+        held as `dtype`; what the official layout stores as float32 stays float32. By default they are bfloat16 where
+        that holds all that is stored and kernels widen it, else float32: the same bits come out. `state_bytes` bounds
+        what the sessions' state may take; beyond it the state that waited longest is dropped and later computed again.
+        With `cache_dir` what sessions computed is also kept on disk, up to `cache_bytes`, for later processes.
 
         With `exact` a session gives the same bits alone, in any batch, with any chunking and from any cache. Without,
         it may use all threads and be faster, and a session's last bits depend on what shared its forwards.
@@ -116,6 +117,8 @@ class Engine:
             )
         device = torch.device(device)
         compiled = can_compile(device) if compiled is None else compiled
+        if dtype is None and not compiled:
+            dtype = torch.float32  # plain torch layers would hold them in both
         decoder, dialect = load_checkpoint(folder, device=device, dtype=dtype, lay_out=lay_out if compiled else None)
         return cls(
             decoder,

@@ -489,8 +489,37 @@ def test_weights_are_read_straight_to_where_products_want_them(bf16_folder: Path
     before = {name: parameter.data_ptr() for name, parameter in engine.decoder.named_parameters()}
     engine.logits(range(40))
     moved = {name for name, parameter in engine.decoder.named_parameters() if parameter.data_ptr() != before[name]}
-    if dtype == torch.float32:
-        assert all(name.endswith(("_fn", "gate.weight", "e_proj.weight", "h_proj.weight")) for name in moved), moved
+    assert moved and all(name.endswith(("_fn", "gate.weight", "e_proj.weight", "h_proj.weight")) for name in moved)
+
+
+@pytest.mark.parametrize("format", ["bf16", "official"])
+def test_bfloat16_is_held_where_it_says_all_that_is_stored_and_gives_the_same_bits(
+    decoder: Decoder, tmp_path: Path, format: Format
+) -> None:
+    export_checkpoint(decoder, tmp_path, format=format)
+    half, whole = Engine.load(tmp_path), Engine.load(tmp_path, dtype=torch.float32)
+    dtypes = {name: parameter.dtype for name, parameter in half.decoder.named_parameters()}
+    assert dtypes["layers.3.ffn.experts.w1"] == dtypes["layers.1.attn.wq_b.weight"] == torch.bfloat16
+    assert dtypes["embed.weight"] == torch.bfloat16 and dtypes["layers.1.hc_attn_fn"] == torch.float32
+    assert_same_state(half.decoder, whole.decoder)
+    ids = torch.randint(0, 96, (300,), generator=torch.Generator().manual_seed(4)).tolist()
+    assert torch.equal(half.logits(ids), whole.logits(ids))
+    assert half.fingerprint == whole.fingerprint  # so they take up each other's states
+    greedy = SamplingParams(temperature=0, max_tokens=9)
+    with half.session() as a, whole.session() as b:
+        for session in (a, b):
+            session.append(ids[:40])
+        assert list(a.generate(greedy)) == list(b.generate(greedy))
+
+
+def test_float32_is_held_where_it_is_stored_or_where_layers_are_plain_torch(broken: Path, bf16_folder: Path) -> None:
+    assert Engine.load(bf16_folder, compiled=False).decoder.head.weight.dtype == torch.float32
+    change(broken, head__weight=torch.randn(96, 256))
+    decoder = Engine.load(broken).decoder
+    assert (decoder.head.weight.dtype, decoder.embed.weight.dtype) == (torch.float32, torch.bfloat16)
+    weight = torch.randn(64, 256).to(torch.float8_e4m3fn)
+    change(broken, layers__0__attn__wq_a__weight=weight, layers__0__attn__wq_a__scale=torch.full((1, 2), 0.3))
+    assert Engine.load(broken).decoder.blocks[0].attn.wq_a.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100])

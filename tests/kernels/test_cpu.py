@@ -51,11 +51,15 @@ def test_products_whatever_the_block(rows: int, inputs: int, outputs: int, block
         assert np.array_equal(one[0], out[row])
 
 
-def test_a_wide_product_is_taken_in_tiles() -> None:
-    x, weight = randoms(0, 3, 300), randoms(1, 300, 1111)
-    out = np.empty((3, 1111), np.float32)
-    cpu.multiply(x, weight, 150, out)
-    close(out, torch.from_numpy(x) @ torch.from_numpy(weight), 1e-4)
+@pytest.mark.parametrize(("inputs", "block"), [(150, 150), (150, 75), (37, 10), (3, 7)])
+def test_a_wide_product_is_taken_in_tiles_and_bfloat16_as_what_it_stands_for(inputs: int, block: int) -> None:
+    outputs = 2 * cpu.OUTPUTS_TOGETHER + 17
+    x, weight = randoms(0, 3, inputs), torch.from_numpy(randoms(1, inputs, outputs)).bfloat16()
+    out, half = np.empty((3, outputs), np.float32), np.empty((3, outputs), np.float32)
+    cpu.multiply(x, weight.float().numpy(), block, out)
+    close(out, torch.from_numpy(x) @ weight.float(), 1e-4)
+    cpu.multiply(x, weight.view(torch.uint16).numpy(), block, half)
+    assert np.array_equal(out, half)
 
 
 @settings(deadline=None, max_examples=30)

@@ -81,14 +81,16 @@ class _Index(BaseModel):
 
 
 def load_checkpoint(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, lay_out: Callable[[Decoder], None] | None = None
+    folder: Path, *, device: torch.device, dtype: torch.dtype | None, lay_out: Callable[[Decoder], None] | None = None
 ) -> tuple[Decoder, Dialect]:
     """The model in `folder` and the chat dialect it speaks.
 
     Everything is checked before the first weight is read. Weights are read a few at a time, so beside the model itself
     memory holds `READERS` runs of `RUN_BYTES` or of one larger tensor, as stored, and of each run one tensor (with its
     scale spread out) in float32. What the official layout stores as float32 (mixing, sinks, biases, position
-    embeddings) stays float32 whatever `dtype` is. `lay_out` may give the parameters, empty yet, other places in memory.
+    embeddings) stays float32 whatever `dtype` is. Without one, a weight is bfloat16 where that holds all that is stored
+    (bf16, and FP8 and FP4 whose scales are powers of two), else float32. `lay_out` may give the parameters, empty yet,
+    other places in memory.
     The dialect is the sidecar's, or else `v4-0731` for DSpark checkpoints and `v4-preview` for all others.
 
     Raises:
@@ -110,7 +112,7 @@ def load_checkpoint(
     for name, tensor in expected.items():
         _check_tensor(stored, name, tensor)
 
-    decoder = _empty_decoder(spec, device, dtype)
+    decoder = _empty_decoder(spec, device, dtype or _bf16_where_it_suffices(stored, expected))
     if lay_out is not None:
         lay_out(decoder)
     parameters = decoder.state_dict()
@@ -250,14 +252,32 @@ def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorS
             )
 
 
-def _empty_decoder(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """A decoder with uninitialised parameters of the right dtypes; those that are float32 in the layout stay so."""
+def _bf16_where_it_suffices(
+    stored: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec]
+) -> dict[str, torch.dtype]:
+    """For each parameter bfloat16 where it holds what the files have of it bit for bit, else float32."""
+    dtypes: dict[str, torch.dtype] = {}
+    for name, tensor in expected.items():
+        found, scale = stored[name].dtype, stored.get(scale_name(name))
+        suffices = found == "BF16" or (found in ("F8_E4M3", "I8") and scale is not None and scale.dtype == "F8_E8M0")
+        if not suffices:
+            dtypes[tensor.parameter] = torch.float32
+        dtypes.setdefault(tensor.parameter, torch.bfloat16)
+    return dtypes
+
+
+def _empty_decoder(spec: ModelSpec, device: torch.device, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Decoder:
+    """A decoder with uninitialised parameters of the right dtypes; what is float32 in the layout stays so."""
     with torch.device("meta"), _NoInitialisation():
         decoder = Decoder(spec)
     storage_of = {tensor.parameter: tensor.storage for tensor in checkpoint_tensors(spec).values()}
     kept = {"f32": torch.float32, "i64": torch.int64}
     empty = {
-        name: torch.empty(parameter.shape, dtype=kept.get(storage_of[name], dtype), device=device)
+        name: torch.empty(
+            parameter.shape,
+            dtype=kept.get(storage_of[name]) or (dtype if isinstance(dtype, torch.dtype) else dtype[name]),
+            device=device,
+        )
         for name, parameter in decoder.state_dict().items()
     }
     decoder.load_state_dict(empty, assign=True)
