@@ -278,10 +278,27 @@ def exactness(sizes: Sizes) -> Iterator[Measurement]:
     """exact: what it costs that results do not depend on the batch; the peer is the same engine without."""
     with random_model(tiny_v4()) as folder:
         exact, other = (Engine.load(folder, exact=promise) for promise in (True, False))
-    ids = random_ids(exact.spec, sizes.prefilled[0])
-    away = float((exact.logits(ids) - other.logits(ids)).abs().max())
+    yield from _beside("exact", exact, other, "the same engine with exact=False", sizes)
+
+
+def bfloat16(sizes: Sizes) -> Iterator[Measurement]:
+    """bf16: weights held in half the memory; the peer is the same engine with the same weights held as float32."""
+    with random_model(tiny_v4(), format="bf16") as folder:
+        half, whole = Engine.load(folder), Engine.load(folder, dtype=torch.float32)
+    peer = "the same weights held as float32"
+    yield from _beside("bf16", half, whole, peer, sizes)
+    ours, theirs = (
+        held_bytes([engine.decoder.state_dict(), engine.batcher.runner.layers]) / 1e6 for engine in (half, whole)
+    )
+    yield Measurement("bf16", "memory of the weights", ours, "MB", None, peer, theirs, higher_is_better=False)
+
+
+def _beside(goal: str, ours: Engine, theirs: Engine, peer: str, sizes: Sizes) -> Iterator[Measurement]:
+    """Prefill and decode of two engines that should say the same."""
+    ids = random_ids(ours.spec, sizes.prefilled[0])
+    away = float((ours.logits(ids) - theirs.logits(ids)).abs().max())
     sides: list[tuple[Engine, Work]] = []
-    for engine in (exact, other):
+    for engine in (ours, theirs):
         engine.batcher.speculate = False
         sides.append((engine, Work(ids)))
         _next_token(engine.batcher, sides[-1][1], ())
@@ -296,15 +313,15 @@ def exactness(sizes: Sizes) -> Iterator[Measurement]:
         ):
             with threads(num_threads):
                 timed = [[seconds(clock, partial(run, *side)) for side in sides] for _ in range(sizes.repeats)]
-            ours, theirs = (Median.of([count / each[side] for each in timed]) for side in (0, 1))
+            rate, peer_rate = (Median.of([count / each[side] for each in timed]) for side in (0, 1))
             yield Measurement(
-                "exact",
+                goal,
                 f"{what}, one session, {with_threads}",
-                ours.value,
+                rate.value,
                 f"tokens/{clock}",
-                ours.spread,
-                "the same engine with exact=False",
-                theirs.value,
+                rate.spread,
+                peer,
+                peer_rate.value,
                 outputs=f"logits of {len(ids)} tokens differ by at most {away:.1e}",
             )
 
@@ -547,6 +564,7 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C12": lambda _: grammar_goals.saved(),
     "C15": cold,
     "exact": exactness,
+    "bf16": bfloat16,
     "C16": lambda sizes: runtime_goals.guesses(sizes.guessed, 5 * sizes.repeats),
     "64K": lambda sizes: runtime_goals.long_session("64K", sizes.long, sizes.repeats),
     "1M": lambda sizes: runtime_goals.long_session("1M", sizes.nightly, sizes.repeats),

@@ -21,7 +21,7 @@ from agentkit_engine.chat import Tokenizer
 from agentkit_engine.model import Decoder
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.spec import ModelSpec
-from agentkit_engine.weights.export import export_checkpoint
+from agentkit_engine.weights.export import Format, export_checkpoint
 
 TYPICAL_TOLERANCE = 1e-4
 """Most that log-probabilities of both sides may differ in the median row: float32 summed in another order."""
@@ -99,10 +99,10 @@ def random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
 
 
 @contextmanager
-def random_model(spec: ModelSpec) -> Iterator[Path]:
-    """A folder with a random model in float32 shards of at most 32 MiB; it is gone after the block."""
+def random_model(spec: ModelSpec, *, format: Format = "fp32") -> Iterator[Path]:
+    """A folder with a random model in shards of at most 32 MiB; it is gone after the block."""
     with tempfile.TemporaryDirectory(prefix="agentkit-benchmarks-") as folder:
-        export_checkpoint(random_decoder(spec), Path(folder), format="fp32", max_shard_bytes=32 << 20)
+        export_checkpoint(random_decoder(spec), Path(folder), format=format, max_shard_bytes=32 << 20)
         yield Path(folder)
 
 
