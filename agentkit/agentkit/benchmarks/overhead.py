@@ -1,35 +1,40 @@
 """C13: what the loop costs where model and tool cost nothing.
 
 Each turn the model calls a tool that does nothing, and reads its result. First a script is the model, so that only the
-loop is left: append, parse, dispatch, record, resume. Then a session of the engine takes part, with its thread, its
-scheduler and its sampler, and forwards that compute nothing.
+loop is left: append, parse, dispatch, record, resume. Then the embedded model stands in for it, with its thread,
+its scheduler and its sampler, and forwards that compute nothing and find the same ids likeliest.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
 import anyio
+import torch
 
 from agentkit.agent import Agent
-from agentkit.benchmarks.steered import SteeredModel
 from agentkit.limits import Limits
 from agentkit.messages import AssistantMessage, to_openai_all
 from agentkit.model import Model
+from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.scripted import Policy, ScriptedModel
 from agentkit.trajectory import Trajectory
-from agentkit_engine import AsyncEngine, Engine
+from agentkit_engine import Engine
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.null_model import NullRunner
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median
 from agentkit_engine.chat import Tokenizer, encode_completion_ids, encode_ids
+from agentkit_engine.runtime import Computed, Pools, Segment
 from agentkit_environments import open_environment
 from agentkit_tools import tool
+
+CERTAIN = 1e9
+"""Far above any logit, and finite in float32."""
 
 
 @tool(read_only=True)
@@ -59,14 +64,14 @@ def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
         moonshot=Bound("value", "<=", 100),
         outputs="the tokens rendered again are those of the session",
     )
-    through = [anyio.run(_converse_in_engine, turns) for _ in range(repeats)]
+    through = [anyio.run(_converse_in_engine, turns, record.token_ids) for _ in range(repeats)]
     if any(run.record.token_ids != record.token_ids for run in through):
         raise OutputsDifferError("the run through a session of the engine has other tokens than the scripted one")
     outputs = "the same tokens as with the script alone"
     in_engine = Median.of([run.us_per_turn for run in through])
     yield Measurement(
         "C13",
-        f"the same through a session of the engine whose forwards cost nothing, {a_turn}",
+        f"the same with the embedded model, whose forwards cost nothing, {a_turn}",
         in_engine.value,
         "us/turn",
         in_engine.spread,
@@ -104,12 +109,30 @@ async def _converse(model: Model, turns: int) -> _Run:
     return _Run(result.trajectory, 1e6 * elapsed_s / turns)
 
 
-async def _converse_in_engine(turns: int) -> _Run:
+async def _converse_in_engine(turns: int, ids: Sequence[int]) -> _Run:
     engine = Engine.load("tiny")
-    engine.batcher.runner = NullRunner(engine.batcher.pools)
-    async with AsyncEngine(engine) as running:
-        run = await _converse(SteeredModel(running, _calls(turns, engine.tokenizer)), turns)
+    engine.batcher.runner = _ToldRunner(engine.batcher.pools, ids)
+    async with EmbeddedModel(engine) as model:
+        run = await _converse(model, turns)
     return replace(run, prefilled=engine.batcher.prefilled)
+
+
+class _ToldRunner(NullRunner):
+    """Forwards after which the next of `ids` is as good as certain."""
+
+    def __init__(self, pools: Pools, ids: Sequence[int]) -> None:
+        super().__init__(pools)
+        self._ids = ids
+
+    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
+        """See `Runner.step`; there is one session."""
+        computed = super().step(segments, all_rows=all_rows)
+        [segment] = segments
+        length, rows = segment.sequence.length, 1 + len(segment.draft)
+        logits_RV = torch.zeros(rows, computed.logits_RV.shape[1])
+        wanted = self._ids[length : length + rows]
+        logits_RV[range(len(wanted)), wanted] = CERTAIN
+        return Computed(logits_RV, computed.streams_RMD)
 
 
 def _calls(turns: int, tokenizer: Tokenizer) -> Policy:
