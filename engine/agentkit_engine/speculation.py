@@ -127,8 +127,11 @@ class Drafter:
 
     def _index(self, ids: Sequence[int]) -> None:
         """Take in the ids that have a successor. Ids that were cut meanwhile leave wrong guesses, which do no harm."""
-        for end in range(max(self._indexed, len(ids) - REACH, 1), len(ids)):
+        first = max(self._indexed, len(ids) - REACH, 1)
+        begin = max(0, first - max(NGRAMS))
+        recent = ids[begin:]
+        for end in range(first, len(ids)):
             for n, after in zip(NGRAMS, self._after, strict=True):
                 if end >= n:
-                    after[tuple(ids[end - n : end])] = end
+                    after[tuple(recent[end - n - begin : end - begin])] = end
         self._indexed = len(ids)
