@@ -4,7 +4,8 @@ The thread repeats one thing: take the commands that came in, compute one forwar
 hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is at most one
 forward ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten. A
 generation is admitted, by priority and then in the order they came, once its session fits into memory beside those
-already admitted; so sessions that are at work do not take each other's state away. While a forward runs, a second
+already admitted, and again when its state had to give way to a higher priority; so sessions that are at work do not
+take each other's state away in turns. While a forward runs, a second
 thread computes what the grammars allow after it.
 Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only. The engine itself is used
 under its lock, so that two `AsyncEngine`s over one `Engine` take turns.
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -89,7 +91,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._sessions: set[AsyncSession] = set()
         self._generations: dict[_Generation, None] = {}
         self._task_group: anyio.abc.TaskGroup | None = None
@@ -131,7 +133,8 @@ class AsyncEngine:
     async def open(self, path: str | Path) -> AsyncSession:
         """The session that `save` wrote; see `Engine.open`."""
         engine = self.engine
-        work = await self.call(lambda: engine.batcher.open(Path(path), model=engine.fingerprint))
+        batcher = engine.batcher
+        work = await self.call(lambda: batcher.open(Path(path), model=engine.fingerprint), undo=batcher.drop)
         session = AsyncSession(self, work, work.ids.fork())
         self._sessions.add(session)
         return session
@@ -141,10 +144,11 @@ class AsyncEngine:
         ids = list(token_ids)
         return await self.call(lambda: self.engine.logits(ids))
 
-    async def call(self, function: Callable[[], T]) -> T:
+    async def call(self, function: Callable[[], T], *, undo: Callable[[T], object] | None = None) -> T:
         """Run `function` on the model thread, between two forwards.
 
-        When the caller is cancelled a function that has not begun never runs, and one that is running is awaited.
+        When the caller is cancelled a function that has not begun never runs, and one that is running is awaited; then
+        nobody gets what it returned but `undo`, which runs there too.
 
         Raises:
             EngineClosedError: outside the `async with` block.
@@ -169,6 +173,8 @@ class AsyncEngine:
             if not future.cancel():
                 with anyio.CancelScope(shield=True):
                     await finished.wait()
+                if undo is not None and future.exception() is None:
+                    self._commands.put(partial(undo, future.result()))
             raise
         return future.result()
 
@@ -225,8 +231,9 @@ class AsyncEngine:
     def _admit(self) -> None:
         """Let in who fits beside those that are in. One that does not fit waits, and so does whoever comes after it."""
         inside = [generation.work for generation in self._generations if generation.admitted]
-        for generation in self._waiting():
-            if inside and not self.engine.batcher.fits([*inside, generation.work]):
+        batcher = self.engine.batcher
+        for generation in self._waiting():  # one that never fits is let in, to be told so
+            if inside and not batcher.too_long(generation.work) and not batcher.fits([*inside, generation.work]):
                 return
             generation.admitted = True
             inside.append(generation.work)
@@ -240,6 +247,7 @@ class AsyncEngine:
         for generation in ready:
             outcomes += self._jump(generation)
         waiting = [g for g in ready if g.work.logits_V is None and not g.done]
+        held = [g for g in self._generations if g.work.sequence is not None]
         masks = [helper.submit(g.matcher.mask) for g in waiting if g.matcher is not None]  # `_sample` asks again
         if waiting:
             try:
@@ -250,6 +258,9 @@ class AsyncEngine:
                         self.engine.batcher.advance([generation.work])
                     except BaseException as error:
                         outcomes.append((generation, error))
+        for generation in held:
+            if generation.work.sequence is None:  # others took its memory: it waits until it fits beside them
+                generation.admitted = False
         if masks:
             wait(masks)
         for generation in ready:  # right guesses have their logits already
@@ -359,7 +370,12 @@ class AsyncSession(SessionIds):
         work, ids, engine = self._settle(), self._ids.fork(), self._engine.engine
         if len(ids):
             await self._compute(work)
-        works = await self._engine.call(lambda: [engine.batcher.fork(work) for _ in range(n)])
+
+        def drop(forks: list[Work]) -> None:
+            for fork in forks:
+                engine.batcher.drop(fork)
+
+        works = await self._engine.call(lambda: [engine.batcher.fork(work) for _ in range(n)], undo=drop)
         forks = [AsyncSession(self._engine, fork, ids.fork()) for fork in works]
         self._engine._sessions.update(forks)
         return forks
@@ -450,11 +466,13 @@ class AsyncSession(SessionIds):
         return generation
 
     async def _compute(self, work: Work) -> None:
-        """Have the thread compute what is pending."""
+        """Have the thread compute what is pending, and what is missing of the state."""
         generation = _Generation(work, SamplingParams(), 0, only_computes=True)
-        self._begin(generation)
         self._in_step = True
         try:
+            await self._engine.call(lambda: self._engine.engine.batcher.resume(work))
+            self._check_open()
+            self._begin(generation)
             await generation.get()
         finally:
             self._in_step = False

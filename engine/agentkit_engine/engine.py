@@ -244,4 +244,6 @@ class Engine:
     @cached_property
     def fingerprint_here(self) -> str:
         """The same together with this machine: elsewhere, last bits may be others."""
-        return hashlib.blake2b(repr((self.fingerprint, machine())).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            repr((self.fingerprint, machine(self.decoder.embed.weight.device))).encode(), digest_size=16
+        ).hexdigest()

@@ -47,6 +47,8 @@ class Ids(Sequence[int]):
         if step != 1:
             return list(self)[index]
         first = start // BLOCK
+        if start < stop <= (first + 1) * BLOCK:
+            return self._full[first][start - first * BLOCK : stop - first * BLOCK]
         blocks = (*self._full[first : max(0, stop - 1) // BLOCK + 1], self.last)
         some = itertools.chain(*blocks)
         return list(itertools.islice(some, start - first * BLOCK, max(start, stop) - first * BLOCK))

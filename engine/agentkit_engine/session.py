@@ -157,7 +157,8 @@ class Session(SessionIds):
         """
         self._check_open()
         self._take_in()
-        while len(self) and self._work.logits_V is None:
+        self._batcher.resume(self._work)
+        while self._work.pending:
             self._batcher.advance([self._work])
         works = [self._batcher.fork(self._work) for _ in range(n)]
         return [Session(self._engine, work) for work in works]

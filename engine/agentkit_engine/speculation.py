@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LONGEST = 8
 """Ids of a draft at most."""
 NGRAMS = (4, 2)
 """How many last ids must have occurred before, tried in this order."""
 REACH = 16_384
-"""How many ids back a prompt is looked through when a session begins."""
+"""How many ids back a text is looked through at least, and twice as many at most."""
 PATIENCE = 8
 """Where guesses do not pay, this many ids are decoded without one before one is tried again."""
 ROW_COST, BLOCK_COST = 0.2, 0.5
@@ -64,13 +64,25 @@ class Drafter:
     """Guesses how one session goes on, and learns how far its guesses may go."""
 
     def __init__(self) -> None:
-        self._after: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in NGRAMS)
-        self._indexed = 0
+        self._after: tuple[dict[int, int], ...] = tuple({} for _ in NGRAMS)  # by hash: a wrong guess does no harm
+        self._since = self._indexed = 0  # from which id on, and up to which, the tables know what followed
         self._odds = [Odds() for _ in NGRAMS]  # of ids that followed so many last ids
         self._rests = [0 for _ in NGRAMS]
         self._block, self._block_rest = Odds(), 0
         self._kind: int | None = None  # of which n-gram the last draft was; None for one of the MTP block
         self._proposed = self._accepted = 0
+
+    def fork(self, ids: Sequence[int]) -> Drafter:
+        """One that knows as much, for a session with the same `ids`."""
+        self._index(ids)
+        fork = Drafter()
+        fork._after, fork._since, fork._indexed = (
+            tuple(after.copy() for after in self._after),
+            self._since,
+            self._indexed,
+        )
+        fork._odds, fork._block = [replace(odds) for odds in self._odds], replace(self._block)
+        return fork
 
     def asks(self, ids: Sequence[int]) -> bool:
         """Whether to ask the MTP block for the next id: nothing better is at hand, and its guesses pay."""
@@ -105,7 +117,7 @@ class Drafter:
 
     def _follow(self, ids: Sequence[int], kind: int, count: int) -> list[int]:
         """The `count` ids that followed the last time when `ids` ended alike; none if they never did."""
-        at = self._after[kind].get(tuple(ids[-NGRAMS[kind] :]), len(ids))
+        at = self._after[kind].get(hash(tuple(ids[-NGRAMS[kind] :])), len(ids))
         if at == len(ids):
             return []
         return list(itertools.islice(itertools.cycle(ids[at : at + count]), count))  # up to here: it is what repeats
@@ -127,11 +139,14 @@ class Drafter:
 
     def _index(self, ids: Sequence[int]) -> None:
         """Take in the ids that have a successor. Ids that were cut meanwhile leave wrong guesses, which do no harm."""
-        first = max(self._indexed, len(ids) - REACH, 1)
+        if len(ids) - self._since > 2 * REACH:  # else they would grow with the session
+            self._after, self._since = tuple({} for _ in NGRAMS), len(ids) - REACH
+            self._indexed = self._since
+        first = max(self._indexed, 1)
         begin = max(0, first - max(NGRAMS))
         recent = ids[begin:]
         for end in range(first, len(ids)):
             for n, after in zip(NGRAMS, self._after, strict=True):
                 if end >= n:
-                    after[tuple(recent[end - n - begin : end - begin])] = end
+                    after[hash(tuple(recent[end - n - begin : end - begin]))] = end
         self._indexed = len(ids)

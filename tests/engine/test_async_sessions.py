@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from agentkit_engine import (
     SessionBusyError,
 )
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime.state import Pools
+from agentkit_engine.runtime import Work
+from agentkit_engine.runtime.state import SPAN, Pools
 
 from .conftest import randomize_, small_config, some_ids
 
@@ -44,10 +46,10 @@ def alone(engine: Engine, ids: Sequence[int]) -> list[tuple[int, float]]:
         return [(token.id, token.logprob) for token in session.generate(PARAMS)]
 
 
-def short_of_memory(engine: Engine) -> Engine:
-    """The same model with room for four spans."""
+def short_of_memory(engine: Engine, spans: int = 4) -> Engine:
+    """The same model with room for a few spans."""
     sizes = Pools(engine.spec, slots=1, spans=1, device=torch.device("meta"))
-    room = 4 * sizes.bytes_per_span
+    room = spans * sizes.bytes_per_span
     return Engine(engine.decoder, name="small", dialect="v4-preview", folder=Path("none"), state_bytes=room)
 
 
@@ -154,6 +156,8 @@ async def test_what_was_only_appended_is_computed_once_for_all_forks(engine: Eng
         alike.append([*ids, 1])
         forks = alike.fork(2)
         assert all([(t.id, t.logprob) for t in fork.generate(PARAMS)] == longer for fork in forks)
+        for fork in forks:
+            fork.close()
     assert engine.batcher.prefilled - before == 301
     async with AsyncEngine(engine) as running, running.session() as session:
         [empty] = await session.fork()
@@ -184,6 +188,84 @@ async def test_forking_what_does_not_fit_is_an_error_and_not_the_end(engine: Eng
         async with running.session() as other:
             await other.append(some_ids(20, 14))
             assert await say(other) == alone(engine, some_ids(20, 14))
+
+
+async def test_one_that_never_fits_is_told_so_at_once_and_holds_up_nobody(engine: Engine) -> None:
+    expected = alone(engine, some_ids(20, 14))
+    async with AsyncEngine(short_of_memory(engine)) as running, anyio.create_task_group() as task_group:
+        busy, ended = running.session(), False
+
+        async def talk() -> None:
+            nonlocal ended
+            await busy.append(some_ids(20, 15))
+            async for _ in busy.generate(SamplingParams(seed=1, max_tokens=900)):
+                pass
+            ended = True
+
+        task_group.start_soon(talk)
+        while len(busy) < 22:
+            await anyio.lowlevel.checkpoint()
+        async with running.session() as long, running.session() as other:
+            await long.append(some_ids(5 * SPAN, 16))
+            with pytest.raises(OutOfMemoryError, match="1280 ids need 5 spans of memory, and there are 4"):
+                await say(long)
+            await other.append(some_ids(20, 14))
+            assert await say(other) == expected
+        assert not ended
+        task_group.cancel_scope.cancel()
+
+
+async def test_who_had_to_give_way_waits_until_it_fits_and_computes_once_more_only(engine: Engine) -> None:
+    """Together they outgrow memory while they decode."""
+    prompts, many = {5: some_ids(700, 5), 0: some_ids(300, 0)}, SamplingParams(seed=5, max_tokens=400)
+    expected: dict[int, list[int]] = {}
+    for priority, ids in prompts.items():
+        with engine.session() as session:
+            session.append(ids)
+            expected[priority] = [token.id for token in session.generate(many)]
+    scarce, said = short_of_memory(engine, spans=7), dict[int, list[int]]()
+    scarce.batcher.speculate = False
+    async with AsyncEngine(scarce) as running:
+
+        async def speak(priority: int) -> None:
+            async with running.session(priority=priority) as session:
+                await session.append(prompts[priority])
+                said[priority] = [token.id async for token in session.generate(many)]
+
+        async with anyio.create_task_group() as task_group:
+            for priority in prompts:
+                task_group.start_soon(speak, priority)
+    assert said == expected
+    assert 1000 + 300 <= scarce.batcher.prefilled <= 1000 + 2 * 300
+
+
+async def test_forks_that_nobody_gets_hold_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, begun, go_on = engine.batcher.fork, threading.Event(), threading.Event()
+
+    def slow_fork(work: Work) -> Work:
+        begun.set()
+        go_on.wait(10)
+        return fork(work)
+
+    async with AsyncEngine(engine) as running:
+        session = running.session()
+        await session.append(some_ids(30, 17))
+        await say(session)
+        monkeypatch.setattr(engine.batcher, "fork", slow_fork)
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(session.fork, 3)
+            assert await anyio.to_thread.run_sync(begun.wait, 10)
+            task_group.cancel_scope.cancel()
+            go_on.set()
+    engine.batcher.cache.clear()
+    assert engine.batcher.pools.bytes_held == 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
+async def test_both_event_loops_will_do(engine: Engine, anyio_backend: str) -> None:
+    async with AsyncEngine(engine) as running, running.session() as session:
+        await session.append(some_ids(20, 18))
+        assert await say((await session.fork())[0]) == await say(session) == alone(engine, some_ids(20, 18))
 
 
 async def test_two_threads_over_one_engine_take_turns(engine: Engine) -> None:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from agentkit_engine.runtime import Batcher, Pools, Runner, invariance
 from agentkit_engine.runtime import products as products_module
 from agentkit_engine.runtime.compiled import CompiledLayers
 from agentkit_engine.runtime.invariance import chain_block, least_rows
-from agentkit_engine.runtime.runner import NUMERICS
+from agentkit_engine.runtime.runner import NUMERICS, machine
 from agentkit_kernels import cpu
 
 from .conftest import make_random_decoder, randomize_, small_config, some_ids
@@ -124,11 +125,26 @@ def test_what_another_machine_kept_on_disk_is_left_alone_and_what_a_user_saved_t
         return session.usage.hit_tokens
 
     assert [found_by(engine_here()), found_by(engine_here())] == [0, 65]
-    monkeypatch.setattr(agentkit_engine.engine, "machine", lambda: ("another",))
+    monkeypatch.setattr(agentkit_engine.engine, "machine", lambda device: (device.type, "another"))
     assert [found_by(engine_here()), found_by(engine_here())] == [0, 77]
     monkeypatch.undo()
     with engine_here().open(tmp_path / "saved") as session:
         assert session.token_ids == tuple(ids)
+
+
+def test_a_machine_is_its_device_its_processor_and_its_libraries() -> None:
+    here = machine(torch.device("cpu"))
+    assert {torch.__version__, numba.__version__, "cpu"} < set(here)
+    assert here != machine(torch.device("meta"))
+
+
+def test_bfloat16_is_widened_for_the_library_inside_and_outside_of_inference() -> None:
+    """In one thread, memory that was got inside is used outside by the next engine."""
+    x_NK, weight_KO = torch.randn(64, 48), torch.randn(48, 7000).bfloat16()
+    with torch.inference_mode():
+        inside = products_module.by_library(x_NK, weight_KO)
+    assert torch.equal(products_module.by_library(x_NK, weight_KO), inside)
+    assert torch.equal(products_module.by_library(x_NK, weight_KO.float()), inside)
 
 
 def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(decoder: Decoder) -> None:

@@ -483,6 +483,13 @@ def test_runs_hold_every_tensor_once_and_read_it_wherever_it_lies(
     assert values.keys() == tensors.keys() and all(torch.equal(values[name], tensors[name]) for name in tensors)
 
 
+def test_whatever_dtype_is_asked_for_forwards_take_it(bf16_folder: Path) -> None:
+    ids = list(range(40))
+    expected = Engine.load(bf16_folder).logits(ids)
+    for dtype in (torch.float16, torch.float64):
+        torch.testing.assert_close(Engine.load(bf16_folder, dtype=dtype).logits(ids), expected, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_read_straight_to_where_products_want_them(bf16_folder: Path, dtype: torch.dtype) -> None:
     engine = Engine.load(bf16_folder, dtype=dtype)

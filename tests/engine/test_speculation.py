@@ -292,6 +292,20 @@ def test_whatever_happens_between_guesses_the_bits_are_the_same(
     assert batcher.pools.bytes_held == 0
 
 
+def test_what_is_known_of_a_text_does_not_grow_with_it_and_forks_know_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentkit_engine.speculation.REACH", 50)
+    drafter, ids = Drafter(), list[int]()
+    for token_id in range(1000):
+        ids += [token_id, 5, 6, 7, 8, 9][: 1 if token_id % 10 else 6]
+        drafter.propose(ids, 1)
+        assert all(len(after) <= 100 for after in drafter._after)
+    ids += [5, 6, 7]
+    fork = drafter.fork(ids)
+    assert fork.propose(ids, 1) == drafter.propose(ids, 1) == [8]
+    fork.propose([*ids, 8, 1, 2, 3, 4, 5, 5], 1)
+    assert drafter.propose([*ids, 8], 1) == [9]
+
+
 def test_guesses_leave_half_of_a_forward_to_prompts(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 16)
     batcher.speculate = True

@@ -124,7 +124,8 @@ class Work:
             self.ids.extend(ids)
             self.length += len(ids)
             self._fed += b"\1" * len(ids)
-            self._said, self._fresh, self._drafted, self.jumped = None, False, (), False
+            self.jumped = False
+            self.forget()
 
     def push(self, token_id: int, *, forced: bool = False) -> None:
         """Append a sampled id, or one that a grammar forced. Where it was drafted, its state and the logits after it
@@ -187,7 +188,7 @@ class Work:
         self.length = length
         del self._fed[length:]
         self.chain.cut(length)
-        self._said, self._fresh, self._drafted = None, False, ()
+        self.forget()
         self._marks = [mark for mark in self._marks if mark <= length]
         self._counted, self.checkpointed = min(self._counted, length), min(self.checkpointed, length)
         if self.parked is not None and self.parked.sequence.length >= length:
@@ -208,7 +209,18 @@ class Work:
         fork = Work(self.ids, self._fed, priority=self.priority)
         fork._said, fork._row, fork._fresh, fork.chain = self._said, self._row, self._fresh, self.chain.copy()
         fork._counted, fork.checkpointed = self._counted, self.checkpointed
+        fork.drafter = self.drafter.fork(self.ids)
         return fork
+
+    def forget(self) -> None:
+        """Hold nothing of the last forward."""
+        self._said, self._fresh, self._drafted = None, False, ()
+
+    def let_go(self) -> None:
+        """Hold no more of the last forward than goes on without a state."""
+        if self._said is not None:
+            self._said, self._row = self._said.only(self._row) if self._fresh else None, 0
+        self._drafted = ()
 
 
 class Batcher:
@@ -239,7 +251,7 @@ class Batcher:
         self.mtp = bool(decoder.mtp)
         self.disk: DiskCache | None = None
         self.steps = 0
-        self._live: set[Work] = set()
+        self._live: dict[Work, None] = {}
         self._positions = decoder.spec.max_position_embeddings - 1  # up to here there is room for a guess
 
     def advance(self, works: Seq[Work]) -> None:
@@ -257,6 +269,9 @@ class Batcher:
         steady = len(chosen)
         if others:
             self._choose(others, firsts, chosen, segments)
+            steady = sum(work.sequence is not None for work in chosen[:steady])
+            segments = [segment for work, segment in zip(chosen, segments, strict=True) if work.sequence is not None]
+            chosen = [work for work in chosen if work.sequence is not None]  # not those that had to give way
         try:
             computed = self.runner.step(segments)
         except BaseException:
@@ -302,13 +317,16 @@ class Batcher:
         return chosen, segments, others
 
     def _choose(self, works: Seq[Work], firsts: dict[Work, int], chosen: list[Work], segments: list[Segment]) -> None:
-        """Add to `chosen` and `segments` what else goes into this forward."""
+        """Add to `chosen` and `segments` what else goes into this forward; lower priorities may have to give way."""
+        for work in works:
+            self._check_length(work)
         budget = TOKEN_BUDGET - sum(map(len, segments))
         for work in sorted(_leaders(works), key=lambda work: (work.pending != 1, -work.priority, work.last_step)):
             if budget <= 0:
                 break
             try:
-                segment = self._segment(work, budget, keep=chosen, first=firsts.get(work))
+                keep = [other for other in chosen if other.priority >= work.priority]
+                segment = self._segment(work, budget, keep, first=firsts.get(work))
             except OutOfMemoryError:
                 if not chosen:
                     raise
@@ -328,7 +346,20 @@ class Batcher:
             self._checkpoint(work, Keep.TURN)
         elif fed and not work.jumped and not work.pending and end - work.checkpointed >= SHORT_PROMPT:
             self._checkpoint(work, Keep.PROMPT)
-        work.sequence.steady_until = min(work.sequence.num_spans * SPAN, work.next_stop(), self._positions)
+        work.sequence.steady_until = min(work.sequence.num_spans * SPAN, self._positions)
+
+    def too_long(self, work: Work) -> bool:
+        """Whether its state would not even fit into memory alone."""
+        return -(-work.length // SPAN) > self.pools.spans
+
+    def _check_length(self, work: Work) -> None:
+        """Refuse what is too long before any of it is computed in vain."""
+        if self.too_long(work):
+            self.drop(work)
+            raise OutOfMemoryError(
+                f"{work.length} ids need {-(-work.length // SPAN)} spans of memory, and there are {self.pools.spans}; "
+                "raise state_bytes"
+            )
 
     def fits(self, works: Seq[Work]) -> bool:
         """Whether the state of all these fits into memory at once, with a span more for each."""
@@ -367,8 +398,20 @@ class Batcher:
                 fork.sequence = self._room_for(lambda: self.pools.fork(sequence), keep=[work])
             except OutOfMemoryError:
                 return fork
-            self._live.add(fork)
+            self._live[fork], fork.last_step = None, self.steps
         return fork
+
+    def resume(self, work: Work) -> None:
+        """Have a state again, if only of some of the ids: then what follows them is pending, whatever was said of it.
+
+        Raises:
+            OutOfMemoryError: there is no room for it.
+        """
+        if work.sequence is None and work.length:
+            work.sequence = self._room_for(lambda: self._enter(work), keep=[])
+            self._live[work], work.last_step = None, self.steps
+            if work.pending:
+                work.forget()
 
     def save(self, work: Work, path: Path, *, model: str) -> None:
         """Write ids and state to a file; see `saved.write`."""
@@ -393,12 +436,13 @@ class Batcher:
             saved.restore(self.pools, sequence, tensors)
             sequence.length, sequence.written = min(length, len(ids) - 1), written  # the last id again, for its logits
             work.count(0, length, hit=True)
-            self._live.add(work)
+            self._live[work], work.last_step = None, self.steps
         return work
 
     def park(self, work: Work) -> None:
         """Give the state up to the prefix cache, where it stays while there is room, and then to disk; the ids stay."""
-        self._live.discard(work)
+        self._live.pop(work, None)
+        work.let_go()
         sequence, work.sequence = work.sequence, None
         if sequence is None:
             return
@@ -421,15 +465,15 @@ class Batcher:
 
     def drop(self, work: Work) -> None:
         """Free the state; the ids stay, and are computed again when the next ones are. So do logits that are there."""
-        self._live.discard(work)
+        self._live.pop(work, None)
         if work.sequence is not None:
             self.pools.close(work.sequence)
             work.sequence = None
 
     def logits(self, ids: Seq[int], *, chunk: int = TOKEN_BUDGET) -> Tensor:
         """The logits after every id, float32 [T, V], computed from scratch, `chunk` ids at a time."""
-        work = Work()
-        work.extend(ids)
+        work = Work(ids)
+        self._check_length(work)
         try:
             work.sequence = self._room_for(self.pools.open, keep=[])
             rows = []
@@ -456,12 +500,7 @@ class Batcher:
 
     def _segment(self, work: Work, budget: int, keep: Seq[Work], first: int | None = None) -> Segment:
         """The work's next ids, at most `budget`, with room for them; others than `keep` may lose their state for it."""
-        if (needed := -(-work.length // SPAN)) > self.pools.spans:
-            self.drop(work)  # before any of it is computed in vain
-            raise OutOfMemoryError(
-                f"{work.length} ids need {needed} spans of memory, and there are {self.pools.spans}; raise state_bytes"
-            )
-        self._live.discard(work)
+        self._live.pop(work, None)
         try:
             if work.sequence is None:
                 work.sequence = self._room_for(lambda: self._enter(work), keep)
@@ -476,7 +515,7 @@ class Batcher:
             raise OutOfMemoryError(
                 f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
             ) from error
-        self._live.add(work)
+        self._live[work] = None
         return Segment(sequence, work.ids[sequence.length : end], draft)
 
     def _enter(self, work: Work) -> Sequence:

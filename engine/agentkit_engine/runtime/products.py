@@ -46,9 +46,10 @@ def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
 
 def _widened(weight_KO: Tensor) -> Tensor:
     """The weight in float32, where the thread's next one will be: to copy costs less than fresh memory."""
-    memory = getattr(_local, "memory", None)
-    if memory is None or memory.numel() < weight_KO.numel():
-        memory = _local.memory = torch.empty(weight_KO.numel())
+    with torch.inference_mode(False):  # whoever comes next may not be in it
+        memory = getattr(_local, "memory", None)
+        if memory is None or memory.numel() < weight_KO.numel():
+            memory = _local.memory = torch.empty(weight_KO.numel())
     wide_KO: Tensor = memory[: weight_KO.numel()].view(weight_KO.shape)
     return wide_KO.copy_(weight_KO)
 
@@ -72,8 +73,8 @@ def multiply(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
 
 
 def as_array(weight: Tensor) -> Weights:
-    """A float32 or bfloat16 weight, which numpy has no name for, as kernels take it."""
-    array: Weights = (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight).numpy()
+    """A weight as kernels take it: bfloat16, which numpy has no name for, or float32."""
+    array: Weights = (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight.float()).numpy()
     return array
 
 

@@ -55,9 +55,11 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def machine() -> tuple[str, ...]:
+def machine(device: torch.device) -> tuple[str, ...]:
     """What the last bits depend on beside the model: libraries, and the processor for which they choose their code."""
-    found = [torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    found = [torch.__version__, device.type, platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    if device.type == "cuda":
+        found += [str(torch.version.cuda), torch.cuda.get_device_name(device)]
     with suppress(ImportError):
         import llvmlite.binding
         import numba
@@ -67,7 +69,7 @@ def machine() -> tuple[str, ...]:
 
 
 class Runner:
-    """A decoder's layers, packed once in float32 for forwards over `Pools`; not differentiable."""
+    """A decoder's layers, packed once for forwards over `Pools`; not differentiable."""
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool = True, compiled: bool | None = None) -> None:

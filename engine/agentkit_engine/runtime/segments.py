@@ -29,3 +29,7 @@ class Computed:
     logits_RV: Tensor
     streams_RMD: Tensor
     """The residual streams after the last layer: what the MTP block guesses from."""
+
+    def only(self, row: int) -> Computed:
+        """One row, in memory of its own."""
+        return Computed(self.logits_RV[row : row + 1].clone(), self.streams_RMD[row : row + 1].clone())

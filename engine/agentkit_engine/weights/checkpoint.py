@@ -118,14 +118,18 @@ def load_checkpoint(
     parameters = decoder.state_dict()
 
     def read_run(run: Sequence[StoredTensor]) -> None:
-        for found, value in zip(run, read(run), strict=True):
-            tensor = expected[found.name]
+        values = {found.name: value for found, value in zip(run, read(run), strict=True)}
+        for name in [name for name in values if name in expected]:
+            scale = stored.get(scale_name(name))
+            if scale is not None and scale.name not in values:
+                [values[scale.name]] = read([scale])
+            tensor = expected[name]
             target = parameters[tensor.parameter]
             target = target if tensor.expert is None else target[tensor.expert]
-            target.copy_(_checked(found, value, stored, spec))
+            target.copy_(_checked(stored[name], values[name], values.get(scale_name(name)), spec))
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="agentkit_engine: weights") as readers:
-        for _ in readers.map(read_run, runs([stored[name] for name in expected], RUN_BYTES)):
+        for _ in readers.map(read_run, runs(stored.values(), RUN_BYTES)):
             pass
     return decoder, _dialect(folder, dspark)
 
@@ -295,10 +299,9 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _checked(found: StoredTensor, value: Tensor, stored: Mapping[str, StoredTensor], spec: ModelSpec) -> Tensor:
+def _checked(found: StoredTensor, value: Tensor, scale: Tensor | None, spec: ModelSpec) -> Tensor:
     """A tensor as it was read, dequantised where it is quantised."""
-    if found.dtype in ("F8_E4M3", "I8"):
-        [scale] = read([stored[scale_name(found.name)]])
+    if scale is not None:
         value = (dequantise_fp8 if found.dtype == "F8_E4M3" else dequantise_fp4)(value, scale)
     elif found.dtype == "I64":
         if not 0 <= int(value.min()) <= int(value.max()) < spec.n_routed_experts:

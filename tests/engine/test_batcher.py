@@ -1,0 +1,148 @@
+"""Who gets memory, who gives way, and what a session that only decodes must not miss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentkit_engine import Engine, ModelSpec, SamplingParams
+from agentkit_engine.model import Decoder
+from agentkit_engine.runtime import Batcher, Computed, Pools, Segment, Work
+from agentkit_engine.runtime.state import SPAN
+
+from .conftest import randomize_, small_config, some_ids
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    spec = ModelSpec.from_config(small_config(0, 4, 128, sliding_window=48, index_topk=8))
+    return randomize_(Decoder(spec), torch.Generator().manual_seed(1)).eval()
+
+
+def batcher_of(decoder: Decoder, spans: int) -> Batcher:
+    sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+    batcher = Batcher(decoder, state_bytes=spans * sizes.bytes_per_span)
+    batcher.speculate = False
+    return batcher
+
+
+def computed(batcher: Batcher, ids: Sequence[int], *, priority: int = 0) -> Work:
+    work = Work(ids, priority=priority)
+    while work.logits_V is None:
+        batcher.advance([work])
+    return work
+
+
+def test_who_decodes_gives_way_to_a_higher_priority_that_needs_a_span(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 4)
+    high, low = computed(batcher, some_ids(250, 1), priority=5), computed(batcher, some_ids(2 * SPAN + 4, 2))
+    batcher.cache.clear()
+    for step in range(300):
+        for work in (high, low):
+            if work.logits_V is not None:
+                work.push(3 + step % 50)
+        batcher.advance([work for work in (high, low) if work.pending])
+        assert high.logits_V is not None, step
+    assert low.length < 2 * SPAN + 4 + 300  # it did have to wait
+    batcher.drop(high)
+    while low.logits_V is None:
+        batcher.advance([low])
+    assert torch.equal(low.logits_V, batcher.logits(list(low.ids))[-1])
+
+
+def test_a_checkpoint_between_two_tokens_of_a_session_that_only_decodes_is_taken(decoder: Decoder) -> None:
+    engine = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
+    with engine.session() as session:
+        session.append(some_ids(40, 0))
+        said = session.generate(SamplingParams(temperature=0, max_tokens=20))
+        for _ in range(5):
+            next(said)
+        session.checkpoint()
+        length = len(session)
+        for _ in range(5):
+            next(said)
+        work = session._work
+        assert engine.batcher.cache.holds(work.ids, work.chain, length)
+
+
+def test_decoding_on_from_a_cut_leaves_alone_what_a_fork_shares(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 100)
+    work = computed(batcher, some_ids(SPAN - 6, 0))
+    for token_id in range(3, 15):  # past the end of the span
+        work.push(token_id)
+        batcher.advance([work])
+    fork = batcher.fork(work)
+    batcher.truncate(work, SPAN - 2)
+    batcher.advance([work])
+    for token_id in range(60, 75):
+        work.push(token_id)
+        batcher.advance([work])
+    fork.push(7)
+    batcher.advance([fork])
+    assert torch.equal(torch.as_tensor(fork.logits_V), batcher.logits(list(fork.ids))[-1])
+
+
+def test_guesses_stay_within_the_models_positions(decoder: Decoder) -> None:
+    spec = ModelSpec.from_config(small_config(0, 4, max_position_embeddings=70))
+    batcher = batcher_of(randomize_(Decoder(spec), torch.Generator().manual_seed(1)).eval(), 10)
+    batcher.speculate, step = True, batcher.runner.step
+    ends, drafted = [], []
+
+    def watched(segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
+        ends.append(max(segment.sequence.length + len(segment) for segment in segments))
+        drafted.append(len(segments[0].draft))
+        return step(segments, all_rows=all_rows)
+
+    batcher.runner.step = watched  # type: ignore[method-assign]
+    work = computed(batcher, [5, 6, 7, 8] * 14)
+    while work.length < 70:
+        work.push([5, 6, 7, 8][work.length % 4])
+        if work.logits_V is None:
+            batcher.advance([work])
+    assert max(ends) <= 70 and max(drafted) > 1
+
+
+def test_new_forks_are_not_the_first_to_lose_their_state(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 400)
+    idle = [computed(batcher, some_ids(3, seed)) for seed in range(batcher.pools.slots - 3)]
+    parent = computed(batcher, some_ids(20, 99))
+    batcher.cache.clear()
+    forks = [batcher.fork(parent) for _ in range(6)]
+    assert all(fork.sequence is not None for fork in forks)
+    lost = [work.sequence is None for work in idle]
+    assert sum(lost) == 4 and all(lost[:4])  # those that waited longest
+
+
+def test_forks_of_a_session_that_lost_its_state_share_one_computation(decoder: Decoder) -> None:
+    engine = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
+    with engine.session() as session:
+        session.append(some_ids(300, 0))
+        session.fork(0)
+        engine.batcher.drop(session._work)  # as when memory is short
+        engine.batcher.cache.clear()
+        before = engine.batcher.prefilled
+        for seed, fork in enumerate(session.fork(3)):
+            list(fork.generate(SamplingParams(temperature=1, seed=seed, max_tokens=2)))
+        assert engine.batcher.prefilled - before == 300
+        session.park()
+        list(session.fork()[0].generate(SamplingParams(max_tokens=2)))
+        assert engine.batcher.prefilled - before == 300
+
+
+def test_a_session_without_state_keeps_no_more_than_its_own_logits(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 100)
+    works = [Work(some_ids(10, seed)) for seed in range(4)]
+    batcher.advance(works)
+    for work in works:
+        logits_V = work.logits_V
+        assert logits_V is not None and logits_V.untyped_storage().nbytes() == 4 * logits_V.nbytes
+        batcher.park(work)
+        kept_V = work.logits_V
+        assert kept_V is not None and torch.equal(kept_V, logits_V)
+        assert kept_V.untyped_storage().nbytes() == kept_V.nbytes
+    works[0].push(1)
+    batcher.park(works[0])
+    assert works[0].logits_V is works[0].streams_MD is None
