@@ -38,6 +38,8 @@ QUERY_BLOCK = 128
 """Rows of a sequence that are written to its window ring together; a ring holds that many beside the window."""
 TOGETHER = 64
 """Index scores that `choose` takes in before it looks whether there are too many candidates."""
+LINE = 16
+"""Floats of a cache line."""
 OUTPUTS_TOGETHER, INPUTS_TOGETHER = 4096, 16
 """Weights that `multiply` takes all rows through before it goes on (256 KiB in float32: the cache holds them)."""
 
@@ -66,6 +68,14 @@ def at_import(signature: str) -> Callable[[Function], Function]:
 def reduced(function: Function) -> Function:
     """Compile on first use; sums over a row's values may be taken in lanes."""
     return _compiled(function, {"contract", "reassoc"})
+
+
+@strict
+def _lines(rows: int, size: int) -> Floats:
+    """Memory that begins with a cache line: of vectors that lie across two, half as many are read in the same time."""
+    flat = np.empty(rows * size + LINE, np.float32)
+    start = -(flat.ctypes.data // 4) % LINE
+    return flat[start : start + rows * size].reshape(rows, size)
 
 
 # --- exp ---------------------------------------------------------------------------------------------------------
@@ -392,29 +402,30 @@ def attend(
     for n in range(rows_B1[0], rows_B1[-1]):
         seen = counts_N[n] if picking else ((positions_N[n] + 1) // ratio if ratio else 0)
         most = max(most, seen)
-    scores = np.empty((num_heads, window + most), np.float32)
-    near_SK, far_SK = np.empty((window + QUERY_BLOCK, size), np.float32), np.empty((most, size), np.float32)
+    scores = _lines(num_heads, -(-(window + most) // LINE) * LINE)
+    near_SK, far_SK = _lines(window + QUERY_BLOCK, size), _lines(most, size)
     for b in range(slots_B.shape[0]):
         window_SK, filled = ring_SRK[slots_B[b]], 0
         for low in range(rows_B1[b], rows_B1[b + 1], QUERY_BLOCK):
             high = min(low + QUERY_BLOCK, rows_B1[b + 1])
             for n in range(low, high):
-                window_SK[positions_N[n] % ring] = kv_NK[n]
+                _copy(kv_NK, n, window_SK, positions_N[n] % ring)
             begin, end = max(0, positions_N[low] + 1 - window), positions_N[high - 1] + 1
             for position in range(begin, end):
-                near_SK[position - begin] = window_SK[position % ring]
+                _copy(window_SK, position % ring, near_SK, position - begin)
             if not picking:
                 count = end // ratio if ratio else 0
                 for entry in range(filled, count):
-                    far_SK[entry] = entries_SK[tables_BX[b, entry // per_span] * per_span + entry % per_span]
+                    span = entry // per_span
+                    _copy(entries_SK, (tables_BX[b, span] - span) * per_span + entry, far_SK, entry)
                 filled = count
             for n in range(low, high):
                 position = positions_N[n]
                 count = counts_N[n] if picking else ((position + 1) // ratio if ratio else 0)
                 if picking:
                     for s in range(count):
-                        entry = picks_NP[n, s]
-                        far_SK[s] = entries_SK[tables_BX[b, entry // per_span] * per_span + entry % per_span]
+                        span = picks_NP[n, s] // per_span
+                        _copy(entries_SK, (tables_BX[b, span] - span) * per_span + picks_NP[n, s], far_SK, s)
                 near = near_SK[max(0, position + 1 - window) - begin : position + 1 - begin]
                 _score(q_NHK[n], near, scores, 0)
                 _score(q_NHK[n], far_SK[:count], scores, near.shape[0])
@@ -433,6 +444,13 @@ def attend(
                     for k in range(size):
                         out[k] = out[k] / total
                     _rotate(out, turns_NR[n], -_ONE)
+
+
+@strict
+def _copy(rows_SK: Floats, row: int, to_SK: Floats, place: int) -> None:
+    """A loop, where assigning a slice would ask about shapes for longer than it copies."""
+    for k in range(rows_SK.shape[1]):
+        to_SK[place, k] = rows_SK[row, k]
 
 
 @reduced

@@ -26,7 +26,7 @@ from agentkit_engine.model.moe import MoE
 from agentkit_engine.model.mtp import MTPBlock
 from agentkit_engine.model.rope import frequencies
 from agentkit_engine.runtime.packing import packed, projections
-from agentkit_engine.runtime.products import Dots, Product, as_array, by_library, padded_rows, settle
+from agentkit_engine.runtime.products import Dots, Product, as_array, by_library, empty, padded_rows, settle
 from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.runtime.state import CompressorState, LayerState, Pools, Sequence
 from agentkit_engine.spec import ModelSpec, RopeSpec
@@ -64,7 +64,7 @@ class Batch:
         return len(self.ids_N)
 
     def _turns(self, angles: Floats) -> Floats:
-        turns_NR = np.empty((len(self), 2 * len(angles)), np.float32)
+        turns_NR = empty(len(self), 2 * len(angles))
         cpu.rotations(self.positions_N, angles, turns_NR)
         return turns_NR
 
@@ -152,8 +152,8 @@ class _Connection:
 
     def __call__(self, streams_NMD: Floats) -> tuple[Floats, Floats, Floats]:
         rows, size, dim = streams_NMD.shape
-        x_ND = np.empty((rows, dim), np.float32)
-        post_NM, comb_NMM = np.empty((rows, size), np.float32), np.empty((rows, size, size), np.float32)
+        x_ND = empty(rows, dim)
+        post_NM, comb_NMM = empty(rows, size), empty(rows, size, size)
         raw_NX = self.fn(streams_NMD.reshape(rows, -1))
         cpu.connect(
             streams_NMD, raw_NX, self.base, self.scale, self.norm, self.norm_eps, self.eps, self.iterations,
@@ -177,7 +177,7 @@ class _Output:
         return [self.fn]
 
     def __call__(self, streams_NMD: Floats) -> Floats:
-        x_ND = np.empty((len(streams_NMD), streams_NMD.shape[2]), np.float32)
+        x_ND = empty(len(streams_NMD), streams_NMD.shape[2])
         raw_NM = self.fn(streams_NMD.reshape(len(streams_NMD), -1))
         cpu.collapse(streams_NMD, raw_NM, self.base, self.scale, self.norm, self.norm_eps, self.eps, x_ND)
         return x_ND
@@ -224,11 +224,11 @@ class _Attention:
         rows, heads, size = len(x_ND), self.heads, self.head_dim
         turns_NR = batch.turns_NR[self.layer.rope]
         projected_NX = self.project(x_ND)
-        latent_NQ = np.empty((rows, len(self.q_norm)), np.float32)
+        latent_NQ = empty(rows, len(self.q_norm))
         cpu.rms_norm(projected_NX, self.q_norm, self.eps, latent_NQ)
-        q_NHK, kv_NK = np.empty((rows, heads, size), np.float32), np.empty((rows, size), np.float32)
-        q_index_NJC = np.empty((rows, self.index_heads, self.spec.index_head_dim), np.float32)
-        weights_NJ = np.empty((rows, self.index_heads), np.float32)
+        q_NHK, kv_NK = empty(rows, heads, size), empty(rows, size)
+        q_index_NJC = empty(rows, self.index_heads, self.spec.index_head_dim)
+        weights_NJ = empty(rows, self.index_heads)
         cpu.heads(
             self.project_latent(latent_NQ), projected_NX, self.kv_column, self.kv_norm, turns_NR, self.eps,
             q_NHK, kv_NK, q_index_NJC, weights_NJ,
@@ -239,7 +239,7 @@ class _Attention:
             picks_NP, counts_N = np.empty((rows, 0), np.int64), np.empty(0, np.int64)
         else:
             picks_NP, counts_N = self._pick(self.index, q_index_NJC, weights_NJ, batch)
-        out_NHK = np.empty((rows, heads, size), np.float32)
+        out_NHK = empty(rows, heads, size)
         cpu.attend(
             q_NHK, kv_NK, turns_NR, batch.rows_B1, batch.positions_N, batch.slots_B, self.ring, self.window,
             self.layer.compress_ratio, self.entries, self.per_span, batch.tables_BX, picks_NP, counts_N, self.sink_H,
@@ -253,7 +253,7 @@ class _Attention:
         visible_N = (batch.positions_N + 1) // index.ratio
         counts_N = np.minimum(visible_N, self.top_k)
         room = 2 * self.top_k + cpu.TOGETHER
-        picks_NP, best_NP = np.empty((len(batch), room), np.int64), np.empty((len(batch), room), np.float32)
+        picks_NP, best_NP = np.empty((len(batch), room), np.int64), empty(len(batch), room)
         least_N = np.full(len(batch), -np.inf, np.float32)
         for sequence, (low, high) in zip(batch.sequences, pairwise(batch.rows_B1.tolist()), strict=True):
             most = int(visible_N[high - 1])
@@ -331,11 +331,11 @@ class _Experts:
 
     def __call__(self, x_ND: Floats, ids_N: Ints) -> Floats:
         rows = len(x_ND)
-        weights_NA = np.empty((rows, self.active), np.float32)
+        weights_NA = empty(rows, self.active)
         experts_NA = np.empty((rows, self.active), np.int64) if self.table is None else self.table[ids_N]
         cpu.route(self.gate(x_ND), self.bias, self.scale, self.table is not None, experts_NA, weights_NA)
         shared_ND = self.shared_w2(self._swiglu(self.shared_w13(x_ND), np.ones(rows, np.float32)))
-        out_ND = np.empty_like(x_ND)
+        out_ND = empty(*x_ND.shape)
         if experts_NA.size <= ROWS_OF_EXPERT * self.count and self.w13.block and self.w2.block:
             cpu.mix_experts(
                 x_ND, experts_NA, weights_NA, self.w13_EDX, self.w13.block, self.w2_EID, self.w2.block, self.limit,
@@ -357,7 +357,7 @@ class _Experts:
         cpu.sum_experts(_by_expert(hidden, counts, self.all_w2), places_NA, shared_ND, out_ND)
 
     def _swiglu(self, gate_up_NX: Floats, weights_N: Floats) -> Floats:
-        out_NI = np.empty((len(gate_up_NX), gate_up_NX.shape[1] // 2), np.float32)
+        out_NI = empty(len(gate_up_NX), gate_up_NX.shape[1] // 2)
         cpu.swiglu(gate_up_NX, weights_N, self.limit, out_NI)
         return out_NI
 
@@ -396,13 +396,13 @@ class _Drafts:
         return self.output(self.layer(h + e[:, None], batch))
 
     def _norm(self, x_ND: Floats, weight_D: Floats) -> Floats:
-        out_ND = np.empty_like(x_ND)
+        out_ND = empty(*x_ND.shape)
         cpu.rms_norm(x_ND, weight_D, self.eps, out_ND)
         return out_ND
 
 
 def _write(streams_NMD: Floats, y_ND: Floats, post_NM: Floats, comb_NMM: Floats) -> Floats:
-    out_NMD = np.empty_like(streams_NMD)
+    out_NMD = empty(*streams_NMD.shape)
     cpu.write(streams_NMD, y_ND, post_NM, comb_NMM, out_NMD)
     return out_NMD
 

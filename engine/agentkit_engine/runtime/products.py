@@ -34,6 +34,14 @@ _local = threading.local()
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.enabled else None
 
 
+def empty(rows: int, *shape: int) -> Floats:
+    """float32 [rows, ..]; for many rows, memory that begins with a cache line, so that few vectors lie across two."""
+    if rows <= FEW_OF_BF16:
+        return np.empty((rows, *shape), np.float32)
+    array: Floats = torch.empty(rows, *shape).numpy()
+    return array
+
+
 def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
     """x @ weight. The weight may be a transposed view."""
     if weight_KO.dtype != torch.float32:
