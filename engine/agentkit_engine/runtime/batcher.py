@@ -159,10 +159,6 @@ class Work:
         """Guesses at the ids to come, `first` being the MTP block's at the next one, if it was asked."""
         return self.drafter.propose(self.ids, most, first) if self.guessable else []
 
-    def said(self, computed: Computed, row: int, draft: Seq[int]) -> None:
-        """Take what a forward says after the last id, in `row`, and after each drafted one, in the rows behind it."""
-        self._said, self._row, self._fresh, self._drafted = computed, row, True, draft
-
     def mark(self) -> None:
         """Have a checkpoint taken at this length, once it is computed."""
         self._marks.append(self.length)
@@ -269,9 +265,10 @@ class Batcher:
         steady = len(chosen)
         if others:
             self._choose(others, firsts, chosen, segments)
-            steady = sum(work.sequence is not None for work in chosen[:steady])
-            segments = [segment for work, segment in zip(chosen, segments, strict=True) if work.sequence is not None]
-            chosen = [work for work in chosen if work.sequence is not None]  # not those that had to give way
+            if any(work.sequence is None for work in chosen):  # they had to give way
+                steady = sum(work.sequence is not None for work in chosen[:steady])
+                kept = [pair for pair in zip(chosen, segments, strict=True) if pair[0].sequence is not None]
+                chosen, segments = [work for work, _ in kept], [segment for _, segment in kept]
         try:
             computed = self.runner.step(segments)
         except BaseException:
@@ -282,12 +279,13 @@ class Batcher:
         row = 0
         for work, segment in zip(chosen, segments, strict=True):
             work.last_step = self.steps
+            draft = segment.draft
             if segment.sequence.length == work.length:
-                work.said(computed, row, segment.draft)
+                work._said, work._row, work._fresh, work._drafted = computed, row, True, draft
             row += 1
-            if segment.draft:
-                row += len(segment.draft)
-                self.drafted += len(segment.draft)
+            if draft:
+                row += len(draft)
+                self.drafted += len(draft)
                 self.foreseen += work in firsts
         self.sampled += steady
         if others:
@@ -304,7 +302,7 @@ class Batcher:
         spare = (TOKEN_BUDGET - len(works)) // 2 if self.speculate else 0
         for work in works:
             sequence, length = work.sequence, work.length
-            if sequence is None or not (sequence.length + 1 == length < sequence.steady_until) or work._fed[-1]:
+            if sequence is None or not (sequence.length + 1 == length <= sequence.steady_until) or work._fed[-1]:
                 others.append(work)
                 continue
             draft: Seq[int] = ()
@@ -313,7 +311,7 @@ class Batcher:
                 draft = work.drafter.propose(work.ids, most, firsts.get(work))
                 spare -= len(draft)
             chosen.append(work)
-            segments.append(Segment(sequence, work.ids.last[-1:], draft))
+            segments.append(Segment(sequence, (work.ids.last[-1],), draft))
         return chosen, segments, others
 
     def _choose(self, works: Seq[Work], firsts: dict[Work, int], chosen: list[Work], segments: list[Segment]) -> None:

@@ -73,7 +73,7 @@ class Sequence:
         self.written = 0
         """The most tokens it ever held: what came after a later cut may have replaced rows of the rings."""
         self.steady_until = 0
-        """Below this length single ids are added with no thought of memory and checkpoints; whoever owns it says so."""
+        """Up to this length single ids are added with no thought of memory and checkpoints; whoever owns it says so."""
         self.spans: list[int] = []
         self.table = torch.zeros(4, dtype=torch.int64)
         """The same ids for gathers; the first `num_spans` count."""
