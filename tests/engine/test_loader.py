@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -637,3 +638,18 @@ def test_an_unfit_generation_config_is_refused_by_name(tmp_path: Path, text: str
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_sampling(tmp_path)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_after_loading_as_before(broken: Path, enabled: bool) -> None:
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        Engine.load(broken)
+        assert gc.isenabled() == enabled
+        (broken / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError):
+            Engine.load(broken)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
