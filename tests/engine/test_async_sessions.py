@@ -261,13 +261,6 @@ async def test_forks_that_nobody_gets_hold_nothing(engine: Engine, monkeypatch: 
     assert engine.batcher.pools.bytes_held == 0
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"], indirect=True)
-async def test_both_event_loops_will_do(engine: Engine, anyio_backend: str) -> None:
-    async with AsyncEngine(engine) as running, running.session() as session:
-        await session.append(some_ids(20, 18))
-        assert await say((await session.fork())[0]) == await say(session) == alone(engine, some_ids(20, 18))
-
-
 async def test_two_threads_over_one_engine_take_turns(engine: Engine) -> None:
     prompts = [some_ids(200, seed) for seed in range(6)]
     expected = [alone(engine, ids) for ids in prompts]
