@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -259,6 +261,15 @@ async def test_forks_that_nobody_gets_hold_nothing(engine: Engine, monkeypatch: 
             go_on.set()
     engine.batcher.cache.clear()
     assert engine.batcher.pools.bytes_held == 0
+
+
+async def test_another_event_loop_will_do(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What trio has for other threads has another name."""
+    token = SimpleNamespace(native_token=SimpleNamespace(run_sync_soon=asyncio.get_running_loop().call_soon_threadsafe))
+    monkeypatch.setattr("agentkit_engine.async_engine.current_token", lambda: token)
+    async with AsyncEngine(engine) as running, running.session() as session:
+        await session.append(some_ids(20, 18))
+        assert await say(session) == alone(engine, some_ids(20, 18))
 
 
 async def test_two_threads_over_one_engine_take_turns(engine: Engine) -> None:

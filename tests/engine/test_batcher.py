@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import anyio
 import pytest
 import torch
 
-from agentkit_engine import AsyncEngine, Engine, ModelSpec, SamplingParams
+from agentkit_engine import Engine, ModelSpec, SamplingParams
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Batcher, Computed, Pools, Segment, Work
 from agentkit_engine.runtime.state import SPAN
@@ -147,20 +146,3 @@ def test_a_session_without_state_keeps_no_more_than_its_own_logits(decoder: Deco
     works[0].push(1)
     batcher.park(works[0])
     assert works[0].logits_V is works[0].streams_MD is None
-
-
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_both_event_loops_will_do(decoder: Decoder, backend: str) -> None:
-    engine = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
-    greedy = SamplingParams(temperature=0, max_tokens=4)
-
-    async def say() -> list[list[int]]:
-        async with AsyncEngine(engine) as running, running.session() as session:
-            await session.append(some_ids(20, 18))
-            both = [(await session.fork())[0], session]
-            return [[token.id async for token in each.generate(greedy)] for each in both]
-
-    with engine.session() as alone:
-        alone.append(some_ids(20, 18))
-        expected = [token.id for token in alone.generate(greedy)]
-    assert anyio.run(say, backend=backend) == [expected, expected]
