@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -14,11 +15,12 @@ from agentkit_engine import AsyncEngine, Engine, ModelSpec, SamplingParams
 from agentkit_engine.chat import encode_ids
 from agentkit_engine.model import Decoder
 from agentkit_engine.model.mtp import MTPBlock
-from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.runtime import Batcher, Computed, Segment, Work
+from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampler import sample
 from agentkit_engine.speculation import LONGEST, PATIENCE, Drafter, best_length
 
-from .conftest import randomize_, small_config
+from .conftest import randomize_, small_config, some_ids
 
 
 @torch.no_grad()
@@ -324,3 +326,27 @@ def test_guesses_leave_half_of_a_forward_to_prompts(batcher: Batcher, monkeypatc
     for work in (*talkers, prompt):
         batcher.drop(work)
     batcher.cache.clear()
+
+
+def test_guesses_stay_within_the_spans_that_are_there(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the last id of a span too, and those of the block, which is always asked here."""
+    monkeypatch.setattr(Drafter, "asks", lambda drafter, ids: True)
+    batcher.speculate, step = True, batcher.runner.step
+    ends = []
+
+    def watched(segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
+        for segment in segments:
+            ends.append(segment.sequence.length + len(segment))
+            assert ends[-1] <= segment.sequence.num_spans * SPAN
+        return step(segments, all_rows=all_rows)
+
+    monkeypatch.setattr(batcher.runner, "step", watched)
+    for length in range(SPAN - 12, SPAN - 4):
+        work = Work(some_ids(length, 3))
+        while work.length < SPAN + 4:
+            while work.logits_V is None:
+                batcher.advance([work])
+            work.push(int(work.logits_V.argmax()))
+        batcher.drop(work)
+    batcher.cache.clear()
+    assert max(ends) > SPAN

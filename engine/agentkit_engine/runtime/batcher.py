@@ -306,7 +306,7 @@ class Batcher:
                 others.append(work)
                 continue
             draft: Seq[int] = ()
-            if spare > 0:
+            if spare > 0 and length < sequence.steady_until:
                 most = min(spare, sequence.steady_until - length, LONGEST)
                 draft = work.drafter.propose(work.ids, most, firsts.get(work))
                 spare -= len(draft)
@@ -326,7 +326,7 @@ class Batcher:
                 keep = [other for other in chosen if other.priority >= work.priority]
                 segment = self._segment(work, budget, keep, first=firsts.get(work))
             except OutOfMemoryError:
-                if not chosen:
+                if all(other.sequence is None for other in chosen):
                     raise
                 break
             segments.append(segment)
