@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
+import torch
 
-from agentkit import AssistantMessage, AssistantTurn, Message, ScriptedModel
+from agentkit import AssistantMessage, AssistantTurn, EmbeddedModel, Message, ScriptedModel, tool
 from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
 from agentkit_environments import Environment, open_environment
 
@@ -45,6 +46,20 @@ def byte_tokenizer_json() -> str:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_json(byte_tokenizer_json())
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Return the weather of a city."""
+    return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[EmbeddedModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield EmbeddedModel("tiny")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

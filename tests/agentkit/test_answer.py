@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import torch
 
 from agentkit import (
     DEFAULT_SYSTEM,
@@ -23,13 +22,14 @@ from agentkit import (
     ScriptedModel,
     SystemMessage,
     Trajectory,
-    tool,
 )
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit_engine import GrammarMissingError
 from agentkit_engine.grammar import GrammarWarning
 from agentkit_environments import Environment
 from agentkit_tools import BUILTINS
+
+from .conftest import get_weather
 
 pytestmark = pytest.mark.anyio
 Script = Callable[..., ScriptedModel]
@@ -40,20 +40,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 NESTED = {"$defs": {"n": {"anyOf": [{"type": "null"}, {"items": {"$ref": "#/$defs/n"}}]}}, "$ref": "#/$defs/n"}
-
-
-@tool
-def get_weather(city: str) -> str:
-    """Return the weather of a city."""
-    return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Iterator[EmbeddedModel]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield EmbeddedModel("tiny")
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("tools", [[], [get_weather]], ids=["alone", "with a tool"])

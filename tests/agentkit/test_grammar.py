@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
 
 import jsonschema
 import pytest
-import torch
 
-from agentkit import Agent, EmbeddedModel, Limits, Sampling, Trajectory, tool
+from agentkit import Agent, EmbeddedModel, Limits, Sampling, Trajectory
 from agentkit.events import CallFinished
 from agentkit.model import CallMalformed, CallReady
 from agentkit.models.tokens import rebuild_token_ids
@@ -19,22 +17,10 @@ from agentkit_engine import GrammarMissingError
 from agentkit_environments import Environment
 from agentkit_tools import BUILTINS
 
+from .conftest import get_weather
+
 pytestmark = pytest.mark.anyio
 WITH_GRAMMAR = Sampling(temperature=0, grammar=True)
-
-
-@tool
-def get_weather(city: str) -> str:
-    """Return the weather of a city."""
-    return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Iterator[EmbeddedModel]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield EmbeddedModel("tiny")
-    torch.set_num_threads(threads)
 
 
 async def ask(model: EmbeddedModel, sampling: Sampling, environment: Environment, *, tokens: int = 300) -> Trajectory:
