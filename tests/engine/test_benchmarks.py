@@ -97,8 +97,10 @@ def test_what_a_grammar_costs_and_saves(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     result = run("--quick", "--only", "C11,C12", "--out", str(out))
     assert result.exit_code == 0, result.output
-    cost, *saved = json.loads(out.read_text())
-    assert cost["goal"] == "C11" and "a vocabulary of 129280" in cost["what"] and cost["value"] > 0
+    alone, together, *saved = json.loads(out.read_text())
+    for cost, sessions in ((alone, 1), (together, 32)):
+        assert cost["goal"] == "C11" and "a vocabulary of 129280" in cost["what"] and cost["value"] > 0
+        assert f"{sessions} sessions" in cost["what"]
     assert [record["goal"] for record in saved] == ["C12", "C12"]
     assert all(record["met"] for record in saved)
 

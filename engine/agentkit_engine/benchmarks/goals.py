@@ -59,6 +59,7 @@ class Sizes:
         grown_from: Where growth of memory is measured from; a multiple of `TOKEN_BUDGET`, like the next two.
         grown_to: And how far.
         grown_to_peer: The same for the peer, which is slower.
+        looked_up: Lengths of the prompts that are looked for in the prefix cache.
         cold_experts: Routed experts of the model that is opened cold; 256 make it 600 MB.
         guessed: Calls in a session that guesses.
         scheduled: Sessions that decode at the same time in a step of the scheduler, and timed steps.
@@ -75,6 +76,7 @@ class Sizes:
     grown_from: int
     grown_to: int
     grown_to_peer: int
+    looked_up: tuple[int, ...]
     cold_experts: int
     guessed: int
     scheduled: tuple[tuple[int, ...], int]
@@ -93,6 +95,7 @@ FULL = Sizes(
     grown_from=1024,
     grown_to=131_072,
     grown_to_peer=8192,
+    looked_up=(32_768, 131_072, 1_048_576),
     cold_experts=256,
     guessed=6,
     scheduled=((1, 16, 64, 256), 256),
@@ -110,6 +113,7 @@ QUICK = Sizes(
     grown_from=512,
     grown_to=1024,
     grown_to_peer=1024,
+    looked_up=(512, 1024),
     cold_experts=16,
     guessed=2,
     scheduled=((1, 3), 2),
@@ -556,7 +560,7 @@ GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "C4": parity,
     "C5": memory,
     "C6": lambda sizes: scheduler_goals.step(*sizes.scheduled, sizes.repeats),
-    "C7": lambda sizes: runtime_goals.lookup(sizes.grown_to, 5 * sizes.repeats),
+    "C7": lambda sizes: runtime_goals.lookup(sizes.looked_up, 5 * sizes.repeats),
     "C8": lambda sizes: scheduler_goals.append(sizes.appended_to, 5 * sizes.repeats),
     "C9": lambda sizes: runtime_goals.restore(sizes.prefilled[-1], sizes.repeats),
     "C10": lambda sizes: runtime_goals.amplification(*sizes.stored),
