@@ -13,6 +13,7 @@ from agentkit_environments.environment import (
 )
 from agentkit_environments.errors import (
     FileTooLargeError,
+    HostFailureError,
     SandboxError,
     SandboxLostError,
     SandboxUnavailableError,
@@ -30,6 +31,7 @@ __all__ = [
     "EnvironmentSpec",
     "ExecResult",
     "FileTooLargeError",
+    "HostFailureError",
     "Limits",
     "SandboxError",
     "SandboxLostError",

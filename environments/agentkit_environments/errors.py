@@ -7,6 +7,7 @@ a command had printed it.
     SandboxError                    base of the tree
       SandboxUnavailableError       no sandbox can be opened here: what was tried, why it failed, what to do
       SandboxLostError              the sandbox died, was closed, or stopped answering
+        HostFailureError            ... because the host or its engine failed, by evidence from outside the sandbox
       FileTooLargeError             a file is larger than the caller's bound
       UnsafePathError               a path that no sandbox should be asked for (empty, NUL byte, too deep in links)
       UnsafeArchiveError            an archive with absolute names, `..`, devices, escaping links, or too much in it
@@ -25,6 +26,13 @@ class SandboxUnavailableError(SandboxError):
 
 class SandboxLostError(SandboxError):
     """The sandbox died, was closed, or stopped answering; nothing it held can be had any more."""
+
+
+class HostFailureError(SandboxLostError):
+    """The sandbox is lost and evidence from outside it blames the host: the engine is gone, or memory ran out.
+
+    A plain `SandboxLostError` carries no such evidence, so what ran inside may have caused it.
+    """
 
 
 class FileTooLargeError(SandboxError):
