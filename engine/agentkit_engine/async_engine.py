@@ -18,6 +18,7 @@ import queue
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from agentkit_engine.engine import Engine
 from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionClosedError
 from agentkit_engine.ids import Ids
 from agentkit_engine.runtime import PromptUsage, Work
+from agentkit_engine.runtime.threads import one_thread
 from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
 from agentkit_engine.session import SessionIds
 
@@ -189,17 +191,19 @@ class AsyncEngine:
     # What follows runs on the model thread.
 
     def _serve(self) -> None:
-        with ThreadPoolExecutor(1, thread_name_prefix="agentkit_engine: masks") as helper:
+        masks = ThreadPoolExecutor(1, thread_name_prefix="agentkit_engine: masks")
+        with one_thread() if self.engine.exact else nullcontext(), masks as helper:
             self._serve_with(helper)
 
     def _serve_with(self, helper: ThreadPoolExecutor) -> None:
         while True:
-            self._admit()
-            ready = [
-                generation
-                for generation in self._generations
-                if generation.admitted and (generation.ahead < TOKENS_AHEAD or generation.work.logits_V is not None)
-            ]
+            with self.engine.lock:  # another AsyncEngine over the same engine may take this one's memory
+                self._admit()
+                ready = [
+                    generation
+                    for generation in self._generations
+                    if generation.admitted and (generation.ahead < TOKENS_AHEAD or generation.work.logits_V is not None)
+                ]
             idle = not ready and not self._closing
             waiting = self._waiting() if idle else []
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -326,3 +326,25 @@ async def test_a_consumer_that_waits_for_who_does_not_fit_gives_way(engine: Engi
                 assert await say(inner) == alone(engine, some_ids(300, 1))
             said.append((token.id, token.logprob))
     assert said == alone(engine, some_ids(300, 0))
+
+
+async def test_admission_looks_at_the_batcher_under_the_engines_lock(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, held = short_of_memory(engine), []
+    for name in ("fits", "too_long"):
+        look = getattr(small.batcher, name)
+
+        def noted(*args: object, look: Callable[..., bool] = look) -> bool:
+            held.append(small.lock.locked())
+            return look(*args)
+
+        monkeypatch.setattr(small.batcher, name, noted)
+    async with AsyncEngine(small) as running, running.session() as first, running.session() as second:
+        for session in (first, second):
+            await session.append(some_ids(20, 1))
+        async with anyio.create_task_group() as task_group:
+            for session in (first, second):
+                task_group.start_soon(say, session)
+    assert held
+    assert all(held)

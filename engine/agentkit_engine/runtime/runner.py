@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from contextlib import nullcontext, suppress
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime.eager import EagerLayers
 from agentkit_engine.runtime.segments import Computed, Segment
 from agentkit_engine.runtime.state import Pools
+from agentkit_engine.runtime.threads import OneThread
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 NUMERICS = 3
@@ -71,57 +73,47 @@ def machine(device: torch.device) -> tuple[str, ...]:
 class Runner:
     """A decoder's layers, packed once for forwards over `Pools`; not differentiable."""
 
-    @torch.no_grad()
     def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool = True, compiled: bool | None = None) -> None:
         """`compiled` is whether to use compiled kernels; None means where there are any."""
         self.pools, self.exact = pools, exact
-        with self._threads():
-            self.layers: Layers
-            if can_compile(pools.device) if compiled is None else compiled:
+        self._on_one_thread = OneThread()
+        self.layers: Layers = self._compute(lambda: self._packed(decoder, compiled))
+
+    def _packed(self, decoder: Decoder, compiled: bool | None) -> Layers:
+        with torch.inference_mode(False), torch.no_grad():  # a decoder that was packed can still be trained
+            if can_compile(self.pools.device) if compiled is None else compiled:
                 from agentkit_engine.runtime.compiled import CompiledLayers
 
-                self.layers = CompiledLayers(decoder, pools, exact=exact)
-            else:
-                self.layers = EagerLayers(decoder, pools, exact=exact)
+                return CompiledLayers(decoder, self.pools, exact=self.exact)
+            return EagerLayers(decoder, self.pools, exact=self.exact)
 
-    @torch.inference_mode()
     def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> Computed:
         """Extend every segment's sequence by its ids, which `Pools.reserve` has made room for, its draft included.
 
-        An exact runner takes one thread: with several, how a product is divided among them depends on its number of
-        rows.
+        An exact runner computes with one torch thread: with several, how a product is divided among them depends on
+        its number of rows.
 
         Returns:
-            What the forward says; with `all_rows` a row for every id.
+            The logits and streams of each segment's last id and draft; with `all_rows` a row for every id.
         """
         firsts = [0 if all_rows else len(segment.ids) - 1 for segment in segments]
-        with self._threads():
-            computed = self.layers(segments, firsts)
+        computed = self._compute(lambda: self.layers(segments, firsts))
         for segment in segments:
             segment.sequence.written = max(segment.sequence.written, segment.sequence.length + len(segment))
             segment.sequence.length += len(segment.ids)
         return computed
 
-    @torch.inference_mode()
     def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
-        """What the MTP block takes for the ids after `ids`; `streams` are those of the ids before them.
+        """Return the MTP block's guess at the id after each of `ids`; `streams` are those of the ids before them.
 
-        The block looks at no earlier position, as at the start of a text: so there is nothing to keep for it between
-        forwards, to roll back, to fork or to save. Whether a guess is right is up to the next forward anyhow.
+        The block sees no earlier position, as at the start of a text, so it has no state to keep between forwards, to
+        roll back, to fork or to save. The next forward checks each guess.
         """
-        with self._threads():
-            return self.layers.foresee(streams_BMD, ids_B)
+        return self._compute(lambda: self.layers.foresee(streams_BMD, ids_B))
 
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        threads = torch.get_num_threads()
-        if self.exact:
-            torch.set_num_threads(1)
-        try:
-            if self.pools.device.type == "cpu":
-                yield
-            else:
-                with self.pools.device:  # where tensors made on the way are to lie
-                    yield
-        finally:
-            torch.set_num_threads(threads)
+    def _compute(self, function: Callable[[], T]) -> T:
+        def here() -> T:
+            with torch.inference_mode(), nullcontext() if self.pools.device.type == "cpu" else self.pools.device:
+                return function()
+
+        return self._on_one_thread(here) if self.exact else here()
