@@ -146,3 +146,28 @@ def test_a_session_without_state_keeps_no_more_than_its_own_logits(decoder: Deco
     works[0].push(1)
     batcher.park(works[0])
     assert works[0].logits_V is works[0].streams_MD is None
+
+
+@pytest.mark.parametrize("ahead", [6, 9, 12])
+@pytest.mark.parametrize("back", [2, 5, 8, 11])
+@pytest.mark.parametrize("length", [130, 251, 300])
+def test_a_fork_of_a_session_that_was_shortened_can_be_shortened_too(
+    decoder: Decoder, ahead: int, back: int, length: int
+) -> None:
+    """The rings hold rows of ids that were cut. A fork has to know, or it takes them for rows of its own."""
+    batcher = batcher_of(decoder, 100)
+    ids = some_ids(length, length)
+    work = computed(batcher, ids)
+    for token_id in some_ids(ahead, ahead):
+        work.push(token_id)
+        batcher.advance([work])
+    batcher.truncate(work, length)
+    fork = batcher.fork(work)
+    batcher.truncate(fork, length - back)
+    batcher.cache.clear()
+    fork.extend(some_ids(12, 7))  # completes entries that pool rows from before the cut
+    rows = []
+    while fork.pending:
+        batcher.advance([fork])
+        rows.append(fork.logits_V)
+    assert torch.equal(torch.as_tensor(rows[-1]), batcher.logits(list(fork.ids))[-1])

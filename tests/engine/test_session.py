@@ -153,6 +153,13 @@ def test_what_is_left_out_is_what_the_definitions_leave_out(
         assert abs(count / draws - probability) <= 6 * spread + 1e-9 + 2 / draws
 
 
+@pytest.mark.parametrize(("ids", "top_p", "kept"), [(2, 0.5, 1), (4, 0.25, 1), (4, 0.5, 2), (4, 0.75, 3), (4, 1.0, 4)])
+def test_top_p_keeps_no_more_ids_than_reach_the_mass_exactly(ids: int, top_p: float, kept: int) -> None:
+    params = SamplingParams(top_p=top_p)
+    drawn = {sample(torch.zeros(ids), params, seed=seed, position=0).id for seed in range(200)}
+    assert drawn == set(range(kept))
+
+
 def test_greedy_takes_the_lowest_of_equal_maxima_and_ignores_top_p() -> None:
     params = SamplingParams(temperature=0, top_p=0.01)
     assert sample(torch.tensor([1.0, 3.0, 3.0]), params, seed=0, position=0).id == 1

@@ -350,3 +350,15 @@ def test_guesses_stay_within_the_spans_that_are_there(batcher: Batcher, monkeypa
         batcher.drop(work)
     batcher.cache.clear()
     assert max(ends) > SPAN
+
+
+def test_only_the_ids_up_to_the_first_wrong_one_count_as_tried() -> None:
+    """Three right ids in a draft of seven are three of four tried, after three of three: the next draft has four."""
+    drafter, ids, lengths = Drafter(), list(range(20)) * 2, []
+    for new in range(3):
+        draft = drafter.propose(ids, LONGEST)
+        lengths.append(len(draft))
+        for _ in draft[:3]:
+            drafter.accepted()
+        ids += [*draft[:3], 1000 + new, *range(20)]
+    assert lengths == [3, 7, 4]

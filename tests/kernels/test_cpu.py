@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine.model import attention, hyper_connections, moe
+from agentkit_engine.model.rope import rotate
 from agentkit_kernels import cpu
 from agentkit_kernels.cpu import Floats, Ints
 
@@ -97,7 +98,7 @@ def test_attention_sees_the_window_and_the_entries_whatever_the_chunks(
     window: int, picking: bool, ratio: int, heads: int, chunks: list[int], seed: int
 ) -> None:
     """Against one softmax over all that a query sees; spans lie scattered, and rings are reused."""
-    length, size, per_span, rotary = sum(chunks), 6, 4, 2
+    length, size, per_span, rotary = sum(chunks), 6, 4, 4
     q, kv = randoms(seed, length, heads, size), randoms(seed + 1, length, size)
     sink = randoms(seed + 2, heads)
     entries = randoms(seed + 3, 4 * (length + 4), size)
@@ -111,7 +112,8 @@ def test_attention_sees_the_window_and_the_entries_whatever_the_chunks(
         picks = np.zeros((length, 3), np.int64)
         for n in range(length):
             picks[n, : counts[n]] = np.sort(draws.permutation(seen[n])[: counts[n]])
-    turns = np.tile(np.array([1.0, 0.0], np.float32), (length, rotary // 2))
+    turns = np.empty((length, rotary), np.float32)
+    cpu.rotations(np.arange(length), np.array([0.7, 0.01], np.float32), turns)
     ring = np.zeros((3, window + cpu.QUERY_BLOCK, size), np.float32)
     out = np.empty_like(q)
     low = 0
@@ -129,7 +131,9 @@ def test_attention_sees_the_window_and_the_entries_whatever_the_chunks(
             seen_rows.append(entries[spans[chosen // per_span] * per_span + chosen % per_span])
         rows = torch.from_numpy(np.concatenate(seen_rows))[None]
         query = torch.from_numpy(q[n])[None, None] * size**0.5  # the twin scales queries itself
-        close(out[n], attention.attend(query, rows, torch.from_numpy(sink))[0, 0])
+        expected = attention.attend(query, rows, torch.from_numpy(sink))
+        turned_back = torch.view_as_complex(torch.from_numpy(turns[n]).view(1, -1, 2)).conj()
+        close(out[n], rotate(expected, turned_back)[0, 0])
 
 
 @settings(deadline=None, max_examples=60)
