@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from agentkit_engine.errors import (
     CheckpointError,
     ContextLengthError,
+    DeviceUnavailableError,
     EngineClosedError,
     EngineError,
     GrammarError,
@@ -60,6 +61,7 @@ __all__ = [
     "AsyncSession",
     "CheckpointError",
     "ContextLengthError",
+    "DeviceUnavailableError",
     "Engine",
     "EngineClosedError",
     "EngineError",

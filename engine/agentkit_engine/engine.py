@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from agentkit_engine.arguments import check_bytes, check_device, check_dtype, check_model
 from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.model.decoder import Decoder
@@ -83,7 +84,7 @@ class Engine:
         path_or_name: str | Path,
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         state_bytes: int = STATE_BYTES,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -92,11 +93,12 @@ class Engine:
     ) -> Engine:
         """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
 
-        A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. Weights are
-        held as `dtype`; what the official layout stores as float32 stays float32. By default they are bfloat16 where
-        that holds all that is stored and kernels widen it, else float32: the same bits come out. `state_bytes` bounds
-        what the sessions' state may take; beyond it the state that waited longest is dropped and later computed again.
-        With `cache_dir` what sessions computed is also kept on disk, up to `cache_bytes`, for later processes.
+        A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. `device` is
+        `"cpu"` or a GPU. Weights are held as `dtype` (`"float32"`, `"bfloat16"`, `"float16"` or torch's own); what the
+        official layout stores as float32 stays float32. By default they are bfloat16 where that holds all that is
+        stored and kernels widen it, else float32: the same bits come out. `state_bytes` bounds the state of all
+        sessions; beyond it the state that waited longest is dropped, and computed again when it is needed. With
+        `cache_dir` computed state is also kept on disk, up to `cache_bytes`, for later processes.
 
         With `exact` a session gives the same bits alone, in any batch, with any chunking and from any cache. Without,
         it may use all threads and be faster, and a session's last bits depend on what shared its forwards.
@@ -105,9 +107,13 @@ class Engine:
         as fast as plain torch; by default they do where it is installed.
 
         Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range.
             ModelNotFoundError: no such name and no such folder; the message lists the names there are.
+            DeviceUnavailableError: a GPU is asked for that is not there.
             CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
         """
+        path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
+        state_bytes, cache_bytes = check_bytes("state_bytes", state_bytes), check_bytes("cache_bytes", cache_bytes)
         packaged = {name: folder for name, folder in PACKAGED_MODELS.items() if (folder / "config.json").is_file()}
         folder = packaged.get(path_or_name) if isinstance(path_or_name, str) else None
         folder = folder or Path(path_or_name)
@@ -117,13 +123,14 @@ class Engine:
                 f'no model "{path_or_name}": it is neither a packaged model ({names}) nor an existing folder; '
                 "give one of those names, or the path of a folder with config.json and safetensors files"
             )
-        device = torch.device(device)
+        if compiled and device.type != "cpu":
+            raise ValueError(f"compiled=True needs a CPU: its kernels do not run on device={str(device)!r}")
         compiled = can_compile(device) if compiled is None else compiled
-        if dtype is None and not compiled:
-            dtype = torch.float32  # plain torch layers would hold them in both
+        if held_as is None and not compiled:
+            held_as = torch.float32  # plain torch layers would hold them in both
         with _no_collection():
             decoder, dialect = load_checkpoint(
-                folder, device=device, dtype=dtype, lay_out=lay_out if compiled else None
+                folder, device=device, dtype=held_as, lay_out=lay_out if compiled else None
             )
         return cls(
             decoder,
@@ -146,6 +153,18 @@ class Engine:
                 self.cache_dir, batcher.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
             )
         return batcher
+
+    def warm_up(self) -> None:
+        """Pack the weights, and compile the CPU kernels if no earlier process did: then a first token takes no longer
+        than later ones.
+
+        Compiling takes some ten seconds, once per machine and kind of layer; a warning in the log announces it.
+        """
+        batcher = self.batcher
+        if self.compiled:
+            from agentkit_engine.runtime.warm_up import warm_up
+
+            warm_up(batcher.runner, self.decoder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 EngineError
 ├── ModelNotFoundError        no packaged model and no folder has that name
+├── DeviceUnavailableError    a GPU is asked for that this machine or this torch does not have
 ├── CheckpointError           a model folder is not what its layout promises; names file, tensor, found, expected
 ├── TokenizerMissingError     the model folder holds no tokenizer.json
 ├── EngineClosedError         an AsyncEngine was used outside its `async with` block
@@ -31,6 +32,10 @@ class EngineError(Exception):
 
 class ModelNotFoundError(EngineError):
     """Neither a packaged model nor a folder with that name exists."""
+
+
+class DeviceUnavailableError(EngineError):
+    """The device that a model is to be loaded on is not there; the message says what is, and what to do."""
 
 
 class CheckpointError(EngineError):

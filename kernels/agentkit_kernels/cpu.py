@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -68,6 +69,12 @@ def at_import(signature: str) -> Callable[[Function], Function]:
 def reduced(function: Function) -> Function:
     """Compile on first use; sums over a row's values may be taken in lanes."""
     return _compiled(function, {"contract", "reassoc"})
+
+
+def cache_folder() -> Path | None:
+    """The folder in which Numba keeps these kernels; None where it has none it may write to."""
+    path: str | None = attend.stats.cache_path  # type: ignore[attr-defined]
+    return None if path is None else Path(path)
 
 
 @strict

@@ -39,6 +39,7 @@ class EmbeddedModel:
             self.engine: Engine = engine.engine
         else:
             self.engine = engine if isinstance(engine, Engine) else Engine.load(engine, cache_dir=cache_dir)
+            self.engine.warm_up()
         self.name = self.engine.name
         self.tokenizer = self.engine.tokenizer
         self.sampling = Sampling(temperature=self.engine.sampling.temperature, top_p=self.engine.sampling.top_p)

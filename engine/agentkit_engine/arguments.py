@@ -1,0 +1,79 @@
+"""Checks of what a caller passes to `Engine.load`: each error says what was given, what is possible and what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from agentkit_engine.errors import DeviceUnavailableError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes that weights can be held as, by the names that `dtype` takes."""
+
+
+def check_model(model: object) -> str | Path:
+    """Return a model's name or path.
+
+    Raises:
+        TypeError: neither text nor a path.
+    """
+    if isinstance(model, str):
+        return model
+    if isinstance(model, os.PathLike):
+        return Path(model)
+    raise TypeError(f'a model is named by text ("tiny") or by the path of its folder, got {model!r}')
+
+
+def check_device(device: object) -> torch.device:
+    """Return the device, which this machine has.
+
+    Raises:
+        TypeError: neither text nor a `torch.device`.
+        ValueError: torch knows no such device, or the engine does not run on its kind.
+        DeviceUnavailableError: it is a GPU that this torch does not see.
+    """
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f'device must be text such as "cpu" or "cuda:0", or a torch.device, got {device!r}')
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}') from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f'the engine runs on "cpu" and "cuda", got device={str(found)!r}')
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise DeviceUnavailableError(
+            f"device={str(found)!r} is not there: torch {torch.__version__} sees {count} GPUs; "
+            'use device="cpu", or install a GPU driver and a CUDA build of torch'
+        )
+    return found
+
+
+def check_dtype(dtype: object) -> torch.dtype | None:
+    """Return the dtype that weights are to be held as; None leaves it to what is stored.
+
+    Raises:
+        TypeError: neither text, nor a `torch.dtype`, nor None.
+        ValueError: weights cannot be held as it.
+    """
+    if dtype is not None and not isinstance(dtype, str | torch.dtype):
+        raise TypeError(f'dtype must be text such as "bfloat16", a torch.dtype or None, got {dtype!r}')
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {str(dtype)!r}")
+    return found
+
+
+def check_bytes(name: str, value: object) -> int:
+    """Return a number of bytes.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: below 1.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number of bytes, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1 byte, got {value}")
+    return value

@@ -1,0 +1,63 @@
+"""Wrong arguments of `Engine.load` are refused before anything is read, and the message has the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agentkit_engine import DeviceUnavailableError, Engine
+from agentkit_engine.arguments import check_dtype
+
+NO_GPU = torch.cuda.device_count() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtype": "fp32"}, ValueError, "one of float32, bfloat16, float16 or None, got 'fp32'"),
+        ({"dtype": torch.int8}, ValueError, "got 'torch.int8'"),
+        ({"dtype": 32}, TypeError, "dtype must be text"),
+        ({"device": "gpu"}, ValueError, 'device must be "cpu", "cuda" or "cuda:N", got \'gpu\''),
+        ({"device": "meta"}, ValueError, 'runs on "cpu" and "cuda", got device=\'meta\''),
+        ({"device": 0}, TypeError, "device must be text"),
+        ({"device": None}, TypeError, "device must be text"),
+        ({"device": "cuda:7777"}, Exception, "sees"),
+        ({"state_bytes": 0}, ValueError, "state_bytes must be at least 1 byte, got 0"),
+        ({"state_bytes": 1e9}, TypeError, "state_bytes must be a whole number"),
+        ({"cache_bytes": True}, TypeError, "cache_bytes must be a whole number"),
+        ({"cache_bytes": -1}, ValueError, "cache_bytes must be at least 1 byte"),
+    ],
+)
+def test_a_wrong_argument_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        Engine.load("tiny", **arguments)
+
+
+@pytest.mark.parametrize("model", [None, 7, ["tiny"], b"tiny"])
+def test_a_model_is_a_name_or_a_path(model: Any) -> None:
+    with pytest.raises(TypeError, match="named by text"):
+        Engine.load(model)
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_a_gpu_that_is_not_there(device: str | torch.device) -> None:
+    with pytest.raises(DeviceUnavailableError, match=r"sees 0 GPUs; use device=\"cpu\""):
+        Engine.load("tiny", device=device)
+
+
+def test_dtypes_have_names() -> None:
+    assert check_dtype("float32") is check_dtype("torch.float32") is check_dtype(torch.float32) is torch.float32
+    assert check_dtype(None) is None
+    assert Engine.load("tiny", dtype="float32").decoder.embed.weight.dtype == torch.float32
+
+
+def test_any_path_will_do(tmp_path: Path) -> None:
+    class Somewhere:
+        def __fspath__(self) -> str:
+            return str(Path(__file__).parents[2] / "engine" / "agentkit_engine" / "tiny")
+
+    assert Engine.load(Somewhere()).name == "tiny"  # type: ignore[arg-type]
