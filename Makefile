@@ -1,5 +1,5 @@
-# Five verbs. Each makes its own .venv when missing and installs what it needs.
-.PHONY: setup check test bench demo clean
+# Each target makes its own .venv when it is missing, and installs what it needs.
+.PHONY: setup check test hostile bench demo clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
@@ -33,6 +33,10 @@ check: .venv/.dev
 
 test: .venv/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+# pytest exits with 5 where no test is selected, for one with ARGS.
+hostile: .venv/.test
+	$(BIN)/python -m pytest -m hostile $(ARGS) || test $$? -eq 5
 
 bench: .venv/.test
 	@failed=0; for room in agentkit_engine agentkit; do \
