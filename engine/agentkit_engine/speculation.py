@@ -26,7 +26,7 @@ PATIENCE = 8
 """Where guesses do not pay, this many ids are decoded without one before one is tried again."""
 ROW_COST, BLOCK_COST = 0.2, 0.5
 """What a drafted id and asking the MTP block cost, as parts of a forward of one row: with these they save forwards of
-the packaged model on a CPU and hardly cost time (benchmark C16)."""
+the packaged model on a CPU and hardly cost time (benchmark `speculation`)."""
 MEMORY = 0.8
 """What each draft leaves of the weight of those before it."""
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from agentkit import Message, Segment
 from agentkit.benchmarks.__main__ import main
-from agentkit.benchmarks.goals import GOALS
+from agentkit.benchmarks.registry import BENCHMARKS
 from agentkit.benchmarks.sharing import Counts
-from agentkit_engine.benchmarks.goals import ELSEWHERE
+from agentkit_engine.benchmarks.registry import ELSEWHERE
 
 
 def run(*arguments: str) -> Any:
@@ -26,30 +26,30 @@ def run(*arguments: str) -> Any:
 
 def test_the_loop_and_what_trajectories_share_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "results" / "cpu.json"
-    result = run("--quick", "--only", "C1,C13,C14", "--out", str(out))
+    result = run("--quick", "--only", "decode,turn-overhead,shared-prefill", "--out", str(out))
     assert result.exit_code == 0, result.output
     records = json.loads(out.read_text())
-    assert [record["goal"] for record in records] == ["C13"] * 3 + ["C14"] * 3
+    assert [record["benchmark"] for record in records] == ["shared-prefill"] * 3 + ["turn-overhead"] * 3
     assert all(record["outputs"] for record in records)
-    scripted, through, again = records[:3]
-    assert (scripted["unit"], scripted["good"], scripted["moonshot"]) == ("us/turn", "value <= 500", "value <= 100")
+    scripted, through, again = records[3:]
+    assert (scripted["unit"], scripted["target"], scripted["stretch"]) == ("us/turn", "value <= 500", "value <= 100")
     assert scripted["ratio"] and through["value"] > 0
-    assert (again["value"], again["met"], again["moonshot_met"]) == (0, True, True)
-    prefilled, without, rate = records[3:]
+    assert (again["value"], again["met"], again["stretch_met"]) == (0, True, True)
+    prefilled, without, rate = records[:3]
     assert 1 <= prefilled["value"] <= 1.02 < without["peer_value"]
     assert rate["peer_value"] <= rate["value"] < 100
-    assert prefilled["command"] == "python -m agentkit.benchmarks --only C14 --quick"
+    assert prefilled["command"] == "python -m agentkit.benchmarks --only shared-prefill --quick"
 
 
 def test_a_name_that_no_room_knows_is_an_error() -> None:
-    result = run("--only", "C14,C99")
+    result = run("--only", "shared-prefill,C99")
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())
-    assert "unknown goal 'C99'; there are C13, C14, and elsewhere C1," in message
+    assert "unknown benchmark 'C99'; there are turn-overhead, shared-prefill, and elsewhere decode," in message
 
 
-def test_the_engine_knows_which_goals_are_measured_here() -> None:
-    assert tuple(GOALS) == ELSEWHERE
+def test_the_engine_knows_which_benchmarks_are_measured_here() -> None:
+    assert tuple(BENCHMARKS) == ELSEWHERE
 
 
 @dataclass

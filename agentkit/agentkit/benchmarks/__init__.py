@@ -1,5 +1,5 @@
 """What the loop costs and what it saves: `python -m agentkit.benchmarks`.
 
-`goals.py` says what is measured, `steered.py` is a model that computes every token and says what a script says. The
+`registry.py` says what is measured, `steered.py` is a model that computes every token and says what a script says. The
 frame (records, clocks, the command) is `agentkit_engine.benchmarks`.
 """

@@ -9,32 +9,32 @@ import typer
 
 import agentkit
 import agentkit_engine
-from agentkit.benchmarks.goals import FULL, GOALS, QUICK
-from agentkit_engine.benchmarks import goals as engine_goals
-from agentkit_engine.benchmarks.command import chosen_goals, measure, show
+from agentkit.benchmarks.registry import BENCHMARKS, FULL, QUICK
+from agentkit_engine.benchmarks import registry as engine_registry
+from agentkit_engine.benchmarks.command import chosen_benchmarks, measure, show
 
 RESULTS = Path("agentkit/results/cpu.json")
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help=f"Goals, separated by commas, of {', '.join(GOALS)}.")] = None,
-    table: Annotated[bool, typer.Option("--table", help="Print the README's table of the last results.")] = False,
+    only: Annotated[str | None, typer.Option(help=f"Benchmarks, with commas between: {', '.join(BENCHMARKS)}.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print the last results as a Markdown table.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes: shows that it works, not how fast.")] = False,
     out: Annotated[
         Path | None, typer.Option(help=f"File to merge the records into; {RESULTS} unless given or --quick.")
     ] = None,
 ) -> None:
-    """Measure the loop beside its peers; each goal's new records replace its old ones in the results file.
+    """Measure the loop beside its peers; each benchmark's new records replace its old ones in the results file.
 
-    A goal that fails is reported and leaves its old records; the others still run, and the exit status is 1.
+    A benchmark that fails is reported and leaves its old records; the others still run, and the exit status is 1.
     """
     if table:
         show(RESULTS)
         return
     measure(
         "agentkit",
-        GOALS,
-        chosen_goals(only, GOALS, engine_goals.GOALS),
+        BENCHMARKS,
+        chosen_benchmarks(only, BENCHMARKS, engine_registry.BENCHMARKS),
         QUICK if quick else FULL,
         quick=quick,
         out=out or (None if quick else RESULTS),

@@ -1,4 +1,4 @@
-"""C13: what the loop costs where model and tool cost nothing.
+"""turn-overhead: what the loop costs where model and tool cost nothing.
 
 Each turn the model calls a tool that does nothing, and reads its result. First a script is the model, so that only the
 loop is left: append, parse, dispatch, record, resume. Then the embedded model stands in for it, with its thread,
@@ -44,7 +44,7 @@ async def nothing() -> str:
 
 
 def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
-    """C13; the peer renders the whole conversation again each turn, and is timed in `rendered` of them."""
+    """turn-overhead; the peer renders the whole conversation again each turn, and is timed in `rendered` of them."""
     tokenizer = Engine.load("tiny").tokenizer
     anyio.run(_converse, ScriptedModel(_calls(2, tokenizer), tokenizer), 2)  # what is only done once in a process
     runs = [anyio.run(_converse, ScriptedModel(_calls(turns, tokenizer), tokenizer), turns) for _ in range(repeats)]
@@ -52,7 +52,7 @@ def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
     ours = Median.of([run.us_per_turn for run in runs])
     a_turn = f"{len(record.token_ids) / turns:.0f} tokens a turn"
     yield Measurement(
-        "C13",
+        "turn-overhead",
         f"loop overhead, {turns} turns with a null tool and a scripted model, {a_turn}",
         ours.value,
         "us/turn",
@@ -60,8 +60,8 @@ def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
         f"rendering the conversation to tokens again each turn and nothing else, mean of {rendered} turns",
         _rendering_us(record, rendered, tokenizer),
         higher_is_better=False,
-        good=Bound("value", "<=", 500),
-        moonshot=Bound("value", "<=", 100),
+        target=Bound("value", "<=", 500),
+        stretch=Bound("value", "<=", 100),
         outputs="the tokens rendered again are those of the session",
     )
     through = [anyio.run(_converse_in_engine, turns, record.token_ids) for _ in range(repeats)]
@@ -70,7 +70,7 @@ def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
     outputs = "the same tokens as with the script alone"
     in_engine = Median.of([run.us_per_turn for run in through])
     yield Measurement(
-        "C13",
+        "turn-overhead",
         f"the same with the embedded model, whose forwards cost nothing, {a_turn}",
         in_engine.value,
         "us/turn",
@@ -79,12 +79,12 @@ def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
     )
     fed = record.loss_mask.count(0)
     yield Measurement(
-        "C13",
+        "turn-overhead",
         f"tokens prefilled again in {turns} turns through the engine, {fed} fed",
         max(run.prefilled for run in through) - fed,
         "tokens",
-        good=Bound("value", "<=", 0),
-        moonshot=Bound("value", "<=", 0),
+        target=Bound("value", "<=", 0),
+        stretch=Bound("value", "<=", 0),
         outputs=outputs,
     )
 

@@ -1,4 +1,4 @@
-"""C14: many trajectories that begin alike. How many of their tokens are prefilled more than once?
+"""shared-prefill: many trajectories that begin alike. How many of their tokens are prefilled more than once?
 
 The runs go through `Agent.run` and the whole engine, a few at the same time, as an evaluation would make them; the
 model computes everything and is told what to say. The peer is the same engine with a cache that forgets by recency
@@ -81,7 +81,7 @@ class Counts:
 
 
 def sharing(shape: Shape) -> Iterator[Measurement]:
-    """C14."""
+    """shared-prefill."""
     ours, prefilled = anyio.run(_run_all, shape, False)
     theirs, prefilled_by_recency = anyio.run(_run_all, shape, True)
     if [(record.token_ids, record.logprobs) for record in ours] != [
@@ -96,19 +96,19 @@ def sharing(shape: Shape) -> Iterator[Measurement]:
     same = f"both the same {sum(len(record.token_ids) for record in ours)} tokens and log-probabilities, bit for bit"
     by_recency = "the same engine, its cache by recency alone"
     yield Measurement(
-        "C14",
+        "shared-prefill",
         f"tokens prefilled ÷ unique, {runs}",
         prefilled / counts.unique,
         "x",
         peer=by_recency,
         peer_value=prefilled_by_recency / counts.unique,
         higher_is_better=False,
-        good=Bound("value", "<=", 1.2),
-        moonshot=Bound("value", "<=", 1.02),
+        target=Bound("value", "<=", 1.2),
+        stretch=Bound("value", "<=", 1.02),
         outputs=same,
     )
     yield Measurement(
-        "C14",
+        "shared-prefill",
         f"the same beside no cache, {runs}",
         prefilled / counts.unique,
         "x",
@@ -118,13 +118,13 @@ def sharing(shape: Shape) -> Iterator[Measurement]:
         outputs=f"{counts.unique} unique of {counts.prompts} prompt tokens",
     )
     yield Measurement(
-        "C14",
+        "shared-prefill",
         f"hit rate: prompt tokens that need no prefill, {runs}",
         100 * (1 - prefilled / counts.prompts),
         "%",
         peer=by_recency,
         peer_value=100 * (1 - prefilled_by_recency / counts.prompts),
-        good=Bound("value", ">=", 98),
+        target=Bound("value", ">=", 98),
         outputs=same,
     )
 

@@ -37,8 +37,10 @@ class EmbeddedModel:
         self._running = engine if isinstance(engine, AsyncEngine) else None
         if isinstance(engine, AsyncEngine):
             self.engine: Engine = engine.engine
+        elif isinstance(engine, Engine):
+            self.engine = engine
         else:
-            self.engine = engine if isinstance(engine, Engine) else Engine.load(engine, cache_dir=cache_dir)
+            self.engine = Engine.load(engine, cache_dir=cache_dir)
             self.engine.warm_up()
         self.name = self.engine.name
         self.tokenizer = self.engine.tokenizer

@@ -1,7 +1,7 @@
-"""What `python -m agentkit_engine.benchmarks` and `python -m agentkit.benchmarks` share: from flags to records.
+"""The command line of `python -m agentkit_engine.benchmarks` and `python -m agentkit.benchmarks`.
 
-Each room measures goals of its own. `make bench ONLY=...` hands the same names to all of them, so a name that belongs
-elsewhere is skipped, and one that nobody knows is an error.
+Each room has benchmarks of its own. `make bench ONLY=...` passes the same names to all rooms, so a room skips the names
+of another one, and a name that no room has is an error.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from agentkit_engine.errors import EngineError
 S = TypeVar("S")
 
 
-def chosen_goals(
+def chosen_benchmarks(
     only: str | None, own: Collection[str], elsewhere: Collection[str], nightly: Collection[str] = ()
 ) -> list[str]:
-    """The goals of this room that `only` names; without it all but the `nightly` ones.
+    """The benchmarks of this room that `only` names; without it all but the `nightly` ones.
 
     Raises:
         typer.BadParameter: a name that belongs neither here nor elsewhere.
@@ -43,7 +43,7 @@ def chosen_goals(
     names = by_default if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in {*own, *elsewhere}]:
         raise typer.BadParameter(
-            f"unknown goal {', '.join(map(repr, unknown))}; there are {', '.join(own)}, "
+            f"unknown benchmark {', '.join(map(repr, unknown))}; there are {', '.join(own)}, "
             f"and elsewhere {', '.join(elsewhere)}",
             param_hint="--only",
         )
@@ -51,13 +51,13 @@ def chosen_goals(
 
 
 def show(results: Path) -> None:
-    """Print the README's table of what a results file holds."""
+    """Print a results file as a Markdown table."""
     print(markdown(read_records(results)))
 
 
 def measure(
     package: str,
-    goals: Mapping[str, Callable[[S], Iterator[Measurement]]],
+    benchmarks: Mapping[str, Callable[[S], Iterator[Measurement]]],
     names: Collection[str],
     sizes: S,
     *,
@@ -65,13 +65,13 @@ def measure(
     out: Path | None,
     rooms: Collection[Path],
 ) -> None:
-    """Measure the goals called `names`, print a table, and merge the records into `out`.
+    """Measure the benchmarks called `names`, print a table, and merge the records into `out`.
 
-    A goal that fails is reported and leaves its old records; the others still run, and the exit status is 1. `rooms`
-    are the folders of the code that is measured.
+    A benchmark that fails is reported and leaves its old records; the others still run, and the exit status is 1.
+    `rooms` are the folders of the code that is measured.
 
     Raises:
-        typer.Exit: with status 1, a goal failed.
+        typer.Exit: with status 1, a benchmark failed.
     """
     if not names:
         return
@@ -79,18 +79,18 @@ def measure(
     console = Console() if sys.stdout.isatty() else Console(width=160)
     records: list[Record] = []
     failed = False
-    for goal in names:
-        console.print(f"{goal} ...")
-        command = f"python -m {package}.benchmarks --only {goal}{' --quick' if quick else ''}"
+    for benchmark in names:
+        console.print(f"{benchmark} ...")
+        command = f"python -m {package}.benchmarks --only {benchmark}{' --quick' if quick else ''}"
         try:
-            measured = list(goals[goal](sizes))
+            measured = list(benchmarks[benchmark](sizes))
         except (BenchmarkError, EngineError) as error:
             failed = True
-            console.print(f"{goal} failed: {error}", style="red", markup=False, soft_wrap=True)
+            console.print(f"{benchmark} failed: {error}", style="red", markup=False, soft_wrap=True)
             continue
         news = [make_record(each, machine=machine, commit=commit, command=command) for each in measured]
         if out is not None:
-            merge_records(out, goal, news)
+            merge_records(out, benchmark, news)
         records += news
     console.print(table(records))
     if failed:

@@ -41,19 +41,19 @@ class Measurement:
     """One number, its peer's, and what was aimed at.
 
     Attributes:
-        goal: `C1` and so on, or `tiny`.
-        what: What was measured, unique within the goal.
+        benchmark: its name in `registry.BENCHMARKS`, such as `decode`.
+        what: What was measured, unique within the benchmark.
         value: The median over repeats, in `unit`.
         spread: (max - min) / median over the repeats; None for what does not vary.
         peer: Who else was measured in the same run, and how it was set up; None when there is nobody.
         peer_value: The peer's median, in the same unit.
         higher_is_better: Which way the ratio points.
-        good: The least to reach; None when nothing was promised.
-        moonshot: What to aim at.
+        target: The least to reach; None when nothing was promised.
+        stretch: What to aim at.
         outputs: How both sides' outputs were compared and how far they lay apart.
     """
 
-    goal: str
+    benchmark: str
     what: str
     value: float
     unit: str
@@ -61,8 +61,8 @@ class Measurement:
     peer: str | None = None
     peer_value: float | None = None
     higher_is_better: bool = True
-    good: Bound | None = None
-    moonshot: Bound | None = None
+    target: Bound | None = None
+    stretch: Bound | None = None
     outputs: str | None = None
 
     @property
@@ -76,12 +76,12 @@ class Measurement:
 class Record(BaseModel):
     """A measurement as the results file keeps it; the fields are those of `Measurement`, and where it comes from.
 
-    `good` and `moonshot` read like `ratio >= 2`; `met` and `moonshot_met` are None where there is no such bound.
+    `target` and `stretch` read like `ratio >= 2`; `met` and `stretch_met` are None where there is no such bound.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    goal: str
+    benchmark: str
     what: str
     value: float
     unit: str
@@ -89,10 +89,10 @@ class Record(BaseModel):
     peer: str | None
     peer_value: float | None
     ratio: float | None
-    good: str | None
-    moonshot: str | None
+    target: str | None
+    stretch: str | None
     met: bool | None
-    moonshot_met: bool | None
+    stretch_met: bool | None
     outputs: str | None
     machine: str
     commit: str
@@ -107,7 +107,7 @@ def make_record(measurement: Measurement, *, machine: str, commit: str, command:
     fields = asdict(measurement)
     del fields["higher_is_better"]
     value, ratio = measurement.value, measurement.ratio
-    for name, met in (("good", "met"), ("moonshot", "moonshot_met")):
+    for name, met in (("target", "met"), ("stretch", "stretch_met")):
         bound: Bound | None = getattr(measurement, name)
         fields[name] = bound and str(bound)
         fields[met] = bound and bound.holds(value, ratio)
@@ -123,57 +123,50 @@ def read_records(path: Path) -> list[Record]:
     return _RECORDS.validate_json(path.read_bytes()) if path.is_file() else []
 
 
-def merge_records(path: Path, goal: str, records: Sequence[Record]) -> None:
-    """Replace the goal's records in the file, which is made when missing, and keep those of the other goals.
+def merge_records(path: Path, benchmark: str, records: Sequence[Record]) -> None:
+    """Replace the benchmark's records in the file, which is made when missing, and keep those of the other benchmarks.
 
     Raises:
         pydantic.ValidationError: the file exists and is not a list of records.
     """
-    kept = [record for record in read_records(path) if record.goal != goal]
-    merged = sorted([*kept, *records], key=_order)
+    kept = [record for record in read_records(path) if record.benchmark != benchmark]
+    merged = sorted([*kept, *records], key=lambda record: record.benchmark)  # stable: the order of measuring stays
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(_RECORDS.dump_python(merged), indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
-def _order(record: Record) -> tuple[str, int]:
-    """C2 before C10; within a goal the order of measuring stays, as sorting is stable."""
-    match = re.match(r"(\D*)(\d*)", record.goal)
-    assert match is not None, record.goal
-    return match[1], int(match[2] or 0)
-
-
 def table(records: Iterable[Record]) -> Table:
     """What a terminal has room for: one line per record, without peers' settings and comparisons."""
-    rows = Table("goal", "what", "value", "spread", "peer", "ratio", "good", "moonshot", highlight=False)
+    rows = Table("benchmark", "what", "value", "spread", "peer", "ratio", "target", "stretch", highlight=False)
     for record in records:
         rows.add_row(
-            record.goal,
+            record.benchmark,
             record.what,
             f"{record.value:.4g} {record.unit}",
             "" if record.spread is None else f"{record.spread:.0%}",
             "" if record.peer_value is None else f"{record.peer_value:.4g}",
             "" if record.ratio is None else f"{record.ratio:.2f}",
-            _verdict(record.good, record.met),
-            _verdict(record.moonshot, record.moonshot_met),
+            _verdict(record.target, record.met),
+            _verdict(record.stretch, record.stretch_met),
         )
     return rows
 
 
 def markdown(records: Iterable[Record]) -> str:
     """The table of a README: what was measured, beside whom, and what was aimed at."""
-    lines = ["| goal | what | value | peer | ratio | at least | moonshot |", "|---|---|---|---|---|---|---|"]
+    lines = ["| benchmark | what | value | peer | ratio | at least | stretch |", "|---|---|---|---|---|---|---|"]
     for record in records:
         peer = f"{record.peer_value:.4g}: {record.peer}" if record.peer_value is not None else "–"
         cells = (
-            record.goal,
+            record.benchmark,
             record.what,
             f"{record.value:.4g} {record.unit}",
             peer,
             "–" if record.ratio is None else f"{record.ratio:.2f}",
-            _verdict(record.good, record.met) or "–",
-            _verdict(record.moonshot, record.moonshot_met) or "–",
+            _verdict(record.target, record.met) or "–",
+            _verdict(record.stretch, record.stretch_met) or "–",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

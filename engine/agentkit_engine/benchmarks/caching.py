@@ -1,6 +1,6 @@
 """What the runtime saves: prefix lookups, sessions in files, a cache on disk, guesses. The peer is the same without.
 
-The same contract as in `goals.py`: one function per goal, outputs compared in the same run.
+The same contract as in `registry.py`: one function per benchmark, outputs compared in the same run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ APPENDED = 50
 """Ids of one turn."""
 RESIDENT = 1000
 """Sessions that have left a checkpoint."""
-MOONSHOT_LENGTH = 131_072
-"""The prompt for which C7 has a bound in milliseconds."""
+STRETCH_LENGTH = 131_072
+"""The prompt for which prefix-lookup has a bound in milliseconds."""
 SAID = 4
 """Ids that are sampled in a turn where it matters little how many."""
 SHORT = 1024
@@ -40,7 +40,7 @@ DECODED = 16
 
 
 def lookup(lengths: Sequence[int], repeats: int) -> Iterator[Measurement]:
-    """C7: find what is known of a long session after one more turn; the hashes of its past are kept."""
+    """prefix-lookup: find what is known of a long session after one more turn; the hashes of its past are kept."""
     spec = tiny_v4()
     cache = PrefixCache(Pools(spec, slots=1, spans=1, device=torch.device("meta")))
     for number in range(RESIDENT):
@@ -60,7 +60,7 @@ def lookup(lengths: Sequence[int], repeats: int) -> Iterator[Measurement]:
         peers = [partial(cache.find, longer, IdChain()) for _ in range(repeats)]
         peer = Median.of([1e3 * seconds("s", hash_and_find) for hash_and_find in peers])
         yield Measurement(
-            "C7",
+            "prefix-lookup",
             f"prefix lookup, {length} ids and {APPENDED} more, {RESIDENT} checkpoints resident",
             ours.value,
             "ms",
@@ -68,14 +68,14 @@ def lookup(lengths: Sequence[int], repeats: int) -> Iterator[Measurement]:
             "the same, hashing every id again",
             peer.value,
             higher_is_better=False,
-            good=Bound("ratio", ">=", 1),
-            moonshot=Bound("value", "<=", 0.3) if length <= MOONSHOT_LENGTH else None,
+            target=Bound("ratio", ">=", 1),
+            stretch=Bound("value", "<=", 0.3) if length <= STRETCH_LENGTH else None,
             outputs="both find the session's checkpoint",
         )
 
 
 def restore(length: int, repeats: int) -> Iterator[Measurement]:
-    """C9: go on with a long session out of a file, or compute it again; the next token is compared."""
+    """restore: go on with a long session out of a file, or compute it again; the next token is compared."""
     with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
         engine = Engine.load(folder)
         path = Path(place, "session")
@@ -101,7 +101,7 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
         opened.close()
         restored = Median.of([seconds("s", lambda: engine.open(path).close()) for _ in range(5 * repeats)])
         yield Measurement(
-            "C9",
+            "restore",
             f"restore a session of {length} tokens ({size / 1e6:.1f} MB in the page cache), one thread",
             restored.value,
             "s",
@@ -109,13 +109,13 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
             "its own prefill",
             recomputed.value,
             higher_is_better=False,
-            good=Bound("ratio", ">=", 30),
-            moonshot=Bound("ratio", ">=", 200),
+            target=Bound("ratio", ">=", 30),
+            stretch=Bound("ratio", ">=", 200),
             outputs="the next token and its log-probability, bit for bit",
         )
 
 
-def long_session(goal: str, length: int, repeats: int) -> Iterator[Measurement]:
+def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurement]:
     """A session that grows to `length` tokens: what it holds, what a token costs there, and how fast it comes back.
 
     It is prefilled, decoded, forked, saved and restored; the fork and the restored session have to say what it says.
@@ -149,15 +149,15 @@ def long_session(goal: str, length: int, repeats: int) -> Iterator[Measurement]:
     formula = length * bytes_per_token(engine.spec) + engine.batcher.pools.bytes_per_slot
     outputs = f"{DECODED} tokens at {length}, from a fork and restored, bit for bit; prefilled in {prefill_s:.0f} s"
     yield Measurement(
-        goal,
+        benchmark,
         f"memory held by a session of {length} tokens over the formula and one slot",
         held / formula,
         "x",
-        good=Bound("value", "<=", 1.05),
+        target=Bound("value", "<=", 1.05),
         outputs=outputs,
     )
     yield Measurement(
-        goal,
+        benchmark,
         f"decode at {length} tokens, beyond that at {SHORT}, one thread",
         added.value,
         "ms",
@@ -165,11 +165,11 @@ def long_session(goal: str, length: int, repeats: int) -> Iterator[Measurement]:
         "a bare product of the index keys with a query's heads",
         scan.value,
         higher_is_better=False,
-        good=Bound("ratio", ">=", 1 / 1.5),
+        target=Bound("ratio", ">=", 1 / 1.5),
         outputs=outputs,
     )
     yield Measurement(
-        goal,
+        benchmark,
         f"restore a session of {length} tokens, one thread",
         restored_s.value,
         "s",
@@ -177,7 +177,7 @@ def long_session(goal: str, length: int, repeats: int) -> Iterator[Measurement]:
         "its own prefill",
         prefill_s,
         higher_is_better=False,
-        good=Bound("ratio", ">=", 100),
+        target=Bound("ratio", ">=", 100),
         outputs=outputs,
     )
 
@@ -206,7 +206,7 @@ def _scan(engine: Engine, length: int) -> None:
 
 
 def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
-    """C10: what a session of many turns writes to the disk cache, over what its state takes in the end.
+    """disk-writes: what a session of many turns writes to the disk cache, over what its state takes in the end.
 
     The peer writes the whole session to a file again whenever `every` more tokens have come. The second measurement
     has the session closed after each turn, as when a run ends there and is continued later.
@@ -237,7 +237,7 @@ def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
             written = sum(file.stat().st_size for file in cache_dir.rglob("*.segment"))
             outputs = _same_from_disk(folder, cache_dir, path, session.token_ids)
         yield Measurement(
-            "C10",
+            "disk-writes",
             f"bytes written ÷ final, a session of {turns} turns, {how}, {length} tokens, {final / 1e6:.1f} MB at last",
             written / final,
             "x",
@@ -245,8 +245,8 @@ def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
             f"the whole session written again every {every} tokens and at the end",
             rewritten / final,
             higher_is_better=False,
-            good=None if continued else Bound("value", "<=", 1.5),
-            moonshot=None if continued else Bound("value", "<=", 1.15),
+            target=None if continued else Bound("value", "<=", 1.5),
+            stretch=None if continued else Bound("value", "<=", 1.15),
             outputs=outputs,
         )
 
@@ -278,7 +278,7 @@ NAMES = ("Anna", "Boris", "Clara", "Dora", "Emil", "Frida")
 
 
 def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
-    """C16: the packaged model calls a tool in turn after turn, with guesses and without."""
+    """speculation: the packaged model calls a tool in turn after turn, with guesses and without."""
     engine = Engine.load("tiny")
     said: list[list[tuple[int, float]]] = [[], []]
     per_forward, rates = [0.0, 0.0], [list[float](), list[float]()]
@@ -296,19 +296,19 @@ def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
     outputs = f"the same {len(said[0])} tokens and log-probabilities, bit for bit"
     doing = f"tiny calls one tool {turns} times in a session, greedy, one thread"
     yield Measurement(
-        "C16",
+        "speculation",
         f"sampled tokens per forward, {doing}",
         per_forward[0],
         "tokens",
         None,
         "the same without guesses",
         per_forward[1],
-        good=Bound("value", ">=", 1.5),
-        moonshot=Bound("value", ">=", 2.5),
+        target=Bound("value", ">=", 1.5),
+        stretch=Bound("value", ">=", 2.5),
         outputs=outputs,
     )
     yield Measurement(
-        "C16",
+        "speculation",
         f"sampled tokens, {doing}",
         medians[0].value,
         "tokens/s",

@@ -1,8 +1,7 @@
-"""What is measured: one function per goal, which yields its measurements.
+"""The engine's benchmarks: one function each, which yields its measurements.
 
-A goal first lets engine and peer compute the same thing and compares, then (or while) it times both, in turns. Speeds
-are read twice: tokens per CPU-second with one thread, which is what the bounds are about, and tokens per second with
-two.
+A benchmark first compares what engine and peer compute, then (or meanwhile) times both in turns. Speeds are reported
+twice: tokens per CPU-second with one thread, to which the targets refer, and tokens per second with two threads.
 
 Dimension key: 1 one sequence, B batch, T tokens, W compressed entries.
 """
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import batch_goals, cold_start, grammar_goals, runtime_goals, scheduler_goals
+from agentkit_engine.benchmarks import batching, caching, cold_start, grammars, scheduling
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
@@ -65,7 +64,7 @@ class Sizes:
         scheduled: Sessions that decode at the same time in a step of the scheduler, and timed steps.
         appended_to: Length of the session to which a turn is appended.
         stored: Turns of a session on disk, tokens fed in each, and tokens after which the peer writes it again.
-        long, nightly: Lengths of the long session in a run of all goals, and of the one at night.
+        long, nightly: Lengths of the long session in a run of all benchmarks, and of the one at night.
     """
 
     repeats: int
@@ -125,11 +124,11 @@ QUICK = Sizes(
 
 
 def decode(sizes: Sizes) -> Iterator[Measurement]:
-    """C1: one session of a random tiny-V4 generating greedily."""
-    good, moonshot = Bound("ratio", ">=", 2), Bound("ratio", ">=", 5)
+    """decode: one session of a random tiny-V4 generating greedily."""
+    target, stretch = Bound("ratio", ">=", 2), Bound("ratio", ">=", 5)
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
-    yield from _decode("C1", engine, peer, sizes, good, moonshot)
+    yield from _decode("decode", engine, peer, sizes, target, stretch)
 
 
 def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
@@ -139,13 +138,13 @@ def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
         ModelNotFoundError: no model is packaged.
     """
     engine = Engine.load("tiny")
-    yield from _decode("tiny", engine, Transformers(engine.folder), sizes, None, None)
+    yield from _decode("decode-tiny", engine, Transformers(engine.folder), sizes, None, None)
 
 
 def _decode(
-    goal: str, engine: Engine, peer: Transformers, sizes: Sizes, good: Bound | None, moonshot: Bound | None
+    benchmark: str, engine: Engine, peer: Transformers, sizes: Sizes, target: Bound | None, stretch: Bound | None
 ) -> Iterator[Measurement]:
-    engine.batcher.speculate = False  # one token a forward on both sides; what guesses save is C16
+    engine.batcher.speculate = False  # one token per forward on both sides; `speculation` measures drafts
     ids = random_ids(engine.spec, max(sizes.contexts))
     peer.tune_decode(ids[: sizes.decoded])
     for context in sizes.contexts:
@@ -161,15 +160,15 @@ def _decode(
                     runs = [_decode_both(session, peer, cache, sizes.decoded, clock) for _ in range(sizes.repeats)]
                 ours = Median.of([sizes.decoded / run.our_s for run in runs])
                 yield Measurement(
-                    goal,
+                    benchmark,
                     f"decode, one session at {context} tokens, {with_threads}",
                     ours.value,
                     f"tokens/{clock}",
                     ours.spread,
                     f"{peer}, {peer.decode_experts} experts",
                     median(sizes.decoded / run.their_s for run in runs),
-                    good=good if clock == "CPU-s" else None,
-                    moonshot=moonshot if clock == "CPU-s" else None,
+                    target=target if clock == "CPU-s" else None,
+                    stretch=stretch if clock == "CPU-s" else None,
                     outputs=outputs,
                 )
 
@@ -200,7 +199,7 @@ def _generate(session: Session, count: int) -> list[SampledToken]:
 
 
 def prefill(sizes: Sizes) -> Iterator[Measurement]:
-    """C3: a long prompt of a random tiny-V4, and how its cost per token grows."""
+    """prefill: a long prompt of a random tiny-V4, and how its cost per token grows."""
     first, *_, last = sizes.prefilled
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
@@ -216,20 +215,20 @@ def prefill(sizes: Sizes) -> Iterator[Measurement]:
         bounded = clock == "CPU-s"
         for length, our_rate, their_rate in list(zip(sizes.prefilled, ours, theirs, strict=True))[1:]:
             yield Measurement(
-                "C3",
+                "prefill",
                 f"prefill of {length} tokens, {with_threads}",
                 our_rate.value,
                 f"tokens/{clock}",
                 our_rate.spread,
                 setup,
                 their_rate.value,
-                good=Bound("ratio", ">=", 4) if bounded else None,
-                moonshot=Bound("ratio", ">=", 15) if bounded else None,
+                target=Bound("ratio", ">=", 4) if bounded else None,
+                stretch=Bound("ratio", ">=", 15) if bounded else None,
                 outputs=outputs,
             )
         if bounded:
             yield Measurement(
-                "C3",
+                "prefill",
                 f"cost per token of prefilling {last} tokens over that of {first}",
                 ours[0].value / ours[-1].value,
                 "x",
@@ -237,7 +236,7 @@ def prefill(sizes: Sizes) -> Iterator[Measurement]:
                 setup,
                 theirs[0].value / theirs[-1].value,
                 higher_is_better=False,
-                moonshot=Bound("value", "<=", 1.3),
+                stretch=Bound("value", "<=", 1.3),
                 outputs=outputs,
             )
 
@@ -297,7 +296,7 @@ def bfloat16(sizes: Sizes) -> Iterator[Measurement]:
     yield Measurement("bf16", "memory of the weights", ours, "MB", None, peer, theirs, higher_is_better=False)
 
 
-def _beside(goal: str, ours: Engine, theirs: Engine, peer: str, sizes: Sizes) -> Iterator[Measurement]:
+def _beside(benchmark: str, ours: Engine, theirs: Engine, peer: str, sizes: Sizes) -> Iterator[Measurement]:
     """Prefill and decode of two engines that should say the same."""
     ids = random_ids(ours.spec, sizes.prefilled[0])
     away = float((ours.logits(ids) - theirs.logits(ids)).abs().max())
@@ -312,14 +311,14 @@ def _beside(goal: str, ours: Engine, theirs: Engine, peer: str, sizes: Sizes) ->
             (
                 f"decode at {len(ids)} tokens",
                 sizes.decoded,
-                lambda engine, work: batch_goals.decode(engine.batcher, [work], sizes.decoded),
+                lambda engine, work: batching.decode(engine.batcher, [work], sizes.decoded),
             ),
         ):
             with threads(num_threads):
                 timed = [[seconds(clock, partial(run, *side)) for side in sides] for _ in range(sizes.repeats)]
             rate, peer_rate = (Median.of([count / each[side] for each in timed]) for side in (0, 1))
             yield Measurement(
-                goal,
+                benchmark,
                 f"{what}, one session, {with_threads}",
                 rate.value,
                 f"tokens/{clock}",
@@ -331,7 +330,7 @@ def _beside(goal: str, ours: Engine, theirs: Engine, peer: str, sizes: Sizes) ->
 
 
 def parity(sizes: Sizes) -> Iterator[Measurement]:
-    """C4: logits of a random tiny-V4 against the peer's, against other chunkings of the same ids, and restored."""
+    """parity: logits of a random tiny-V4 against the peer's, against other chunkings of the same ids, and restored."""
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
     ids = random_ids(engine.spec, sizes.compared)
@@ -340,33 +339,33 @@ def parity(sizes: Sizes) -> Iterator[Measurement]:
     rows = f"{end} of {len(ids)} rows: up to the first choice between index scores closer than {TIE:.0e}"
     away = (whole - peer.logits(ids)).abs().amax(-1)
     yield Measurement(
-        "C4",
+        "parity",
         f"logits of {len(ids)} tokens, largest difference from the peer",
         float(away[:end].max()),
         "logit",
         peer=str(peer),
-        good=Bound("value", "<=", 1e-4),
+        target=Bound("value", "<=", 1e-4),
         outputs=f"{rows}; {float((away <= 1e-4).float().mean()):.1%} of all rows lie within 1e-4",
     )
     for chunk in CHUNKS:
         chunked = engine.batcher.logits(ids, chunk=chunk)
         yield Measurement(
-            "C4",
+            "parity",
             f"logits in chunks of {chunk}, largest difference from one chunk",
             float((chunked - whole).abs().max()),
             "logit",
-            good=Bound("value", "<=", 0),
-            moonshot=Bound("value", "<=", 0),
+            target=Bound("value", "<=", 0),
+            stretch=Bound("value", "<=", 0),
             outputs=f"all {len(ids)} rows",
         )
     for how, hit, logits_V in _restored(engine, ids):
         yield Measurement(
-            "C4",
+            "parity",
             f"logits after a state from {how}, largest difference from one chunk",
             float((logits_V - whole[-1]).abs().max()),
             "logit",
-            good=Bound("value", "<=", 0),
-            moonshot=Bound("value", "<=", 0),
+            target=Bound("value", "<=", 0),
+            stretch=Bound("value", "<=", 0),
             outputs=f"the last row; {hit} of {len(ids)} tokens were not computed again",
         )
 
@@ -425,7 +424,7 @@ def _next_token(batcher: Batcher, work: Work, ids: Sequence[int]) -> SampledToke
 
 
 def memory(sizes: Sizes) -> Iterator[Measurement]:
-    """C5: bytes that one more token of a long sequence costs, from what the cache's tensors really occupy."""
+    """memory: bytes that one more token of a long sequence costs, from what the cache's tensors really occupy."""
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
     peer.chunk = TOKEN_BUDGET  # so that neither side's window rows lie in a larger block at the end than at the start
@@ -443,7 +442,7 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
     engine.batcher.drop(work)
 
     held = _held_while_filling(engine.batcher, ids)
-    formula = runtime_goals.bytes_per_token(engine.spec)
+    formula = caching.bytes_per_token(engine.spec)
     constant = f"constant part {(held[low] - low * formula) / 2**20:.2f} MiB"
     rates = {length: (held[length] - held[low]) / (length - low) for length in held if length > high // 2}
     for what, value in (
@@ -451,15 +450,15 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
         (f"the same at worst, up to any length in {high // 2 + 1}..{high}", max(rates.values())),
     ):
         yield Measurement(
-            "C5",
+            "memory",
             what,
             value,
             "B/token",
             peer=f"{peer}, up to {peer_high} tokens",
             peer_value=their_rate,
             higher_is_better=False,
-            good=Bound("value", "<=", 1.1 * formula),
-            moonshot=Bound("value", "<=", 1.02 * formula),
+            target=Bound("value", "<=", 1.1 * formula),
+            stretch=Bound("value", "<=", 1.02 * formula),
             outputs=f"formula {formula:g} B/token, {constant}; {outputs}",
         )
 
@@ -500,7 +499,7 @@ def held_bytes(root: object) -> int:
 
 
 def cold(sizes: Sizes) -> Iterator[Measurement]:
-    """C15: open a sharded checkpoint and say the first token, each time in a new process."""
+    """cold-start: open a sharded checkpoint and say the first token, each time in a new process."""
     library = import_transformers()
     peer = f"transformers {library.__version__}, from_pretrained"
     with random_model(tiny_v4(n_routed_experts=sizes.cold_experts)) as folder:
@@ -518,13 +517,13 @@ def cold(sizes: Sizes) -> Iterator[Measurement]:
         what: str,
         unit: str,
         number: Callable[[cold_start.ColdStart], float],
-        good: Bound | None = None,
-        moonshot: Bound | None = None,
+        target: Bound | None = None,
+        stretch: Bound | None = None,
     ) -> Measurement:
         ours = Median.of([number(run) for run, _ in runs])
         theirs = median(number(run) for _, run in runs)
         return Measurement(
-            "C15",
+            "cold-start",
             f"{what}, {size}",
             ours.value,
             unit,
@@ -532,52 +531,52 @@ def cold(sizes: Sizes) -> Iterator[Measurement]:
             peer,
             theirs,
             higher_is_better=False,
-            good=good,
-            moonshot=moonshot,
+            target=target,
+            stretch=stretch,
             outputs=outputs,
         )
 
-    yield measurement("open and first token", "s", lambda run: run.first_s, good=Bound("ratio", ">=", 2))
+    yield measurement("open and first token", "s", lambda run: run.first_s, target=Bound("ratio", ">=", 2))
     yield measurement("start of the process to the first token, imports included", "s", lambda run: run.process_s)
     yield measurement(
         "open and first token, beyond a warm first token",
         "s",
         lambda run: run.first_s - run.warm_s,
-        moonshot=Bound("value", "<=", 0.2),
+        stretch=Bound("value", "<=", 0.2),
     )
     yield measurement(
         "peak memory over weights",
         "x",
         lambda run: run.peak_bytes / weights,
-        moonshot=Bound("value", "<=", 1.05),
+        stretch=Bound("value", "<=", 1.05),
     )
 
 
-GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
-    "C1": decode,
-    "C2": lambda sizes: batch_goals.decode_together(sizes.prefilled[0], sizes.decoded, sizes.repeats),
-    "C3": prefill,
-    "C4": parity,
-    "C5": memory,
-    "C6": lambda sizes: scheduler_goals.step(*sizes.scheduled, sizes.repeats),
-    "C7": lambda sizes: runtime_goals.lookup(sizes.looked_up, 5 * sizes.repeats),
-    "C8": lambda sizes: scheduler_goals.append(sizes.appended_to, 5 * sizes.repeats),
-    "C9": lambda sizes: runtime_goals.restore(sizes.prefilled[-1], sizes.repeats),
-    "C10": lambda sizes: runtime_goals.amplification(*sizes.stored),
-    "C11": lambda sizes: grammar_goals.cost(5 * sizes.repeats),
-    "C12": lambda _: grammar_goals.saved(),
-    "C15": cold,
+BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
+    "decode": decode,
+    "batch-decode": lambda sizes: batching.decode_together(sizes.prefilled[0], sizes.decoded, sizes.repeats),
+    "prefill": prefill,
+    "parity": parity,
+    "memory": memory,
+    "scheduler": lambda sizes: scheduling.step(*sizes.scheduled, sizes.repeats),
+    "prefix-lookup": lambda sizes: caching.lookup(sizes.looked_up, 5 * sizes.repeats),
+    "append-turn": lambda sizes: scheduling.append(sizes.appended_to, 5 * sizes.repeats),
+    "restore": lambda sizes: caching.restore(sizes.prefilled[-1], sizes.repeats),
+    "disk-writes": lambda sizes: caching.amplification(*sizes.stored),
+    "grammar-cost": lambda sizes: grammars.cost(5 * sizes.repeats),
+    "forced-tokens": lambda _: grammars.saved(),
+    "cold-start": cold,
     "exact": exactness,
     "bf16": bfloat16,
-    "C16": lambda sizes: runtime_goals.guesses(sizes.guessed, 5 * sizes.repeats),
-    "64K": lambda sizes: runtime_goals.long_session("64K", sizes.long, sizes.repeats),
-    "1M": lambda sizes: runtime_goals.long_session("1M", sizes.nightly, sizes.repeats),
-    "tiny": decode_packaged,
+    "speculation": lambda sizes: caching.guesses(sizes.guessed, 5 * sizes.repeats),
+    "context-64k": lambda sizes: caching.long_session("context-64k", sizes.long, sizes.repeats),
+    "context-1m": lambda sizes: caching.long_session("context-1m", sizes.nightly, sizes.repeats),
+    "decode-tiny": decode_packaged,
 }
 """What `--only` can name, in the order of running."""
 
-NIGHTLY = ("1M",)
-"""The goals that take an hour or more, and are measured only where they are named."""
+NIGHTLY = ("context-1m",)
+"""The benchmarks that take an hour or more, and are measured only where they are named."""
 
-ELSEWHERE = ("C13", "C14")
-"""The goals of `agentkit.benchmarks`, which the engine knows by name only."""
+ELSEWHERE = ("turn-overhead", "shared-prefill")
+"""The benchmarks of `agentkit.benchmarks`, which the engine knows by name only."""

@@ -1,6 +1,6 @@
 """Several sessions that decode at the same time: continuous batching of mixed lengths beside the peer's best case.
 
-The same contract as in `goals.py`.
+The same contract as in `registry.py`.
 
 Dimension key: B batch, T tokens, V vocabulary.
 """
@@ -23,11 +23,11 @@ BATCH = 8
 
 
 def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measurement]:
-    """C2: eight sessions of eight lengths; the peer has eight sequences of their mean length."""
+    """batch-decode: eight sessions of eight lengths; the peer has eight sequences of their mean length."""
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
     batcher = engine.batcher
-    batcher.speculate = False  # one token a forward on both sides; what guesses save is C16
+    batcher.speculate = False  # one token per forward on both sides; `speculation` measures drafts
     lengths = [longest * (index + 1) // BATCH for index in range(BATCH)]
     mean = sum(lengths) // BATCH
     prompts = [random_ids(engine.spec, longest, seed=index + 1) for index in range(BATCH)]
@@ -54,15 +54,15 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
         theirs = Median.of([BATCH * decoded / their_s for _, their_s in runs])
         bounded = clock == "s"
         yield Measurement(
-            "C2",
+            "batch-decode",
             f"decode, {BATCH} sessions at {lengths[0]} to {lengths[-1]} tokens, {with_threads}",
             ours.value,
             f"tokens/{clock}",
             ours.spread,
             f"{peer}, one batch of {BATCH} equal sequences at {mean} tokens, {peer.decode_experts} experts",
             theirs.value,
-            good=Bound("ratio", ">=", 1) if bounded else None,
-            moonshot=Bound("ratio", ">=", 2) if bounded else None,
+            target=Bound("ratio", ">=", 1) if bounded else None,
+            stretch=Bound("ratio", ">=", 2) if bounded else None,
             outputs=f"at {mean} tokens each: {outputs}; mixed: bit for bit what each says alone",
         )
 

@@ -1,4 +1,4 @@
-"""What is measured: one function per goal, which yields its measurements."""
+"""What is measured: one function per benchmark, which yields its measurements."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ QUICK = Sizes(
     sharing=Shape(trajectories=3, at_once=2, turns=3, head=300),
 )
 
-GOALS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
-    "C13": lambda sizes: overhead(sizes.turns, sizes.rendered, sizes.repeats),
-    "C14": lambda sizes: sharing(sizes.sharing),
+BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
+    "turn-overhead": lambda sizes: overhead(sizes.turns, sizes.rendered, sizes.repeats),
+    "shared-prefill": lambda sizes: sharing(sizes.sharing),
 }
 """What `--only` can name, in the order of running."""

@@ -1,6 +1,6 @@
 """What a grammar costs and saves in a turn of three calls. The turn is replayed, so that no model has a part in it.
 
-The same contract as in `goals.py`: one function per goal, outputs compared in the same run.
+The same contract as in `registry.py`: one function per benchmark, outputs compared in the same run.
 
 Dimension key: V vocabulary.
 """
@@ -80,7 +80,7 @@ TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
 
 
 def cost(repeats: int) -> Iterator[Measurement]:
-    """C11: what a step pays for each session's grammar, the mask's application to the logits included."""
+    """grammar-cost: what a step pays for each session's grammar, the mask's application to the logits included."""
     tokenizer, origin = _tokenizers()[-1]
     grammar, ids = _grammar(tokenizer), _turn(tokenizer)
     begin = ids.index(grammar.dsml) + 1
@@ -106,7 +106,7 @@ def cost(repeats: int) -> Iterator[Measurement]:
                 for side in (_masked, _masked_alone)
             )
             yield Measurement(
-                "C11",
+                "grammar-cost",
                 f"added by the grammar per token of a block of 3 calls, {count} ids of {origin}, {sessions} sessions, "
                 "one thread",
                 measured.value,
@@ -115,14 +115,14 @@ def cost(repeats: int) -> Iterator[Measurement]:
                 "llguidance alone: a mask for every id, unpacked and applied by torch",
                 peer.value,
                 higher_is_better=False,
-                good=Bound("value", "<=", 60),
-                moonshot=Bound("value", "<=", 15),
+                target=Bound("value", "<=", 60),
+                stretch=Bound("value", "<=", 15),
                 outputs=f"the same masked logits at the {len(chosen)} ids that are not forced",
             )
 
 
 def saved() -> Iterator[Measurement]:
-    """C12: the ids of a turn of three calls that are not forced: each of the others needs no step of its own."""
+    """forced-tokens: forwards for a turn of three calls, in which the ids that the grammar forces need none."""
     for tokenizer, origin in _tokenizers():
         ids = _turn(tokenizer)
         matcher = _grammar(tokenizer).matcher()
@@ -135,7 +135,7 @@ def saved() -> Iterator[Measurement]:
             steps += forced is None
             said.append(token_id)
         yield Measurement(
-            "C12",
+            "forced-tokens",
             f"steps of a turn of 3 calls, ids of {origin}",
             steps,
             "steps",
@@ -143,8 +143,8 @@ def saved() -> Iterator[Measurement]:
             "one step for each id",
             len(ids) - 2,
             higher_is_better=False,
-            good=Bound("ratio", ">=", 1 / 0.75),
-            moonshot=Bound("ratio", ">=", 1 / 0.6),
+            target=Bound("ratio", ">=", 1 / 0.75),
+            stretch=Bound("ratio", ">=", 1 / 0.6),
             outputs=f"{1 - steps / (len(ids) - 2):.0%} of the steps saved; the ids are those of the chat encoding",
         )
 

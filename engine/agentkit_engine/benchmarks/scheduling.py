@@ -1,6 +1,6 @@
 """What the engine does around its forwards: a step of the scheduler, and a turn that is appended to a long session.
 
-The same contract as in `goals.py`. The model computes nothing here (`null_model.py`), so that nothing else is left.
+The same contract as in `registry.py`. The model computes nothing here (`null_model.py`), so that nothing else is left.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampler import SamplingParams
 
 UNIFORM_US = {1: 1.2, 16: 8.6, 64: 31.0, 256: 121.0}
-"""Microseconds per step of nano-vllm's scheduler, which has one kind of page, by batch: what the goal was set with.
-They come from an earlier run on two cores; nano-vllm is no package that could be installed for this one."""
+"""Microseconds per step of nano-vllm's scheduler, by batch size; the targets derive from these. They come from an
+earlier run on two cores, because nano-vllm is not on PyPI."""
 
 
 class PageScheduler:
@@ -59,7 +59,7 @@ class PageScheduler:
 
 
 def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measurement]:
-    """C6: one step of sessions that all decode: who takes part, in which memory, and what became of it."""
+    """scheduler: one step of sessions that all decode: who takes part, in which memory, and what became of it."""
     decoder = random_decoder(tiny_v4())
     for batch in batches:
         batcher = Batcher(decoder, state_bytes=STATE_BYTES)
@@ -68,7 +68,7 @@ def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measureme
         ours_us, theirs_us = _step_both(batcher, peer, steps, repeats)
         published = UNIFORM_US.get(batch)
         yield Measurement(
-            "C6",
+            "scheduler",
             f"scheduler step, {batch} sessions decoding, null model",
             ours_us.value,
             "us/step",
@@ -76,8 +76,8 @@ def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measureme
             "one kind of page: queue, free list and block tables, nothing shared, no checkpoints",
             theirs_us.value,
             higher_is_better=False,
-            good=Bound("value", "<=", 2 * published) if published else None,
-            moonshot=Bound("value", "<=", min(published, batch)) if published else None,
+            target=Bound("value", "<=", 2 * published) if published else None,
+            stretch=Bound("value", "<=", min(published, batch)) if published else None,
             outputs="the same positions in a step, the same number of pages afterwards",
         )
 
@@ -112,11 +112,11 @@ def _step_both(batcher: Batcher, peer: PageScheduler, steps: int, repeats: int) 
 
 
 def append(length: int, repeats: int) -> Iterator[Measurement]:
-    """C8: from a new message to the first forward that has its tokens, in a long session of the packaged model."""
+    """append-turn: the time from a new message to the first forward with its tokens, in a long session of `tiny`."""
     tokens, ours_ms, theirs_ms = anyio.run(_append, length, repeats)
     ours, theirs = Median.of(ours_ms), Median.of(theirs_ms)
     yield Measurement(
-        "C8",
+        "append-turn",
         f"turn appended to a session of {tokens} tokens, from message to first scheduled chunk",
         ours.value,
         "ms",
@@ -124,8 +124,8 @@ def append(length: int, repeats: int) -> Iterator[Measurement]:
         "the whole conversation encoded again and found in the prefix cache by its ids",
         theirs.value,
         higher_is_better=False,
-        good=Bound("value", "<=", 5),
-        moonshot=Bound("value", "<=", 0.5),
+        target=Bound("value", "<=", 5),
+        stretch=Bound("value", "<=", 0.5),
         outputs="the same tokens, and the same of them in the chunk",
     )
 
