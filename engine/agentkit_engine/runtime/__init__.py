@@ -1,11 +1,10 @@
-"""The engine's fast path: many sequences, one forward, state in pools.
+"""The engine's fast path: one forward for many sequences, with their state in pools.
 
-`model/` is the readable twin that trains and that is compared with transformers; this folder computes the same logits
-for a ragged batch of live sequences, and in a way that does not depend on the batch: whatever shares the forward with
-a token, and however its prompt was cut into chunks, its logits are the same bits. `runner.py` chooses between the
-layers of `compiled.py` and those of `eager.py`.
+`model/` is the readable twin, which trains and is compared with transformers. This folder computes the same logits for
+a ragged batch of live sequences. A token's logits have the same bits whatever shares the forward, and however its
+prompt was cut into chunks. `runner.py` chooses between the layers of `compiled.py` and those of `eager.py`.
 
-Dimension key, beside that of `model/__init__.py`: B sequences of a group, T tokens of each in this forward, N rows of
+Dimension key, besides that of `model/__init__.py`: B sequences of a group, T tokens of each in this forward, N rows of
 the forward (all tokens of all groups, padded), R rows of a window ring, S keys, U tokens of a query block.
 """
 

@@ -1,8 +1,8 @@
-"""Continuous batching: which sequences take part in the next forward, with how many tokens, in which memory.
+"""Continuous batching: choose the sequences, token counts and memory of the next forward.
 
-A `Work` is the computation of one session: its ids, and the state computed from them so far. State is only ever
-derived from ids, so it can be dropped whenever memory is short and computed again; because forwards are the same bits
-whatever their batch, nobody can tell. For the same reason a work may take up what another one left in the prefix cache.
+A `Work` is the computation of one session: its ids and the state computed from them so far. State derives from ids
+alone, so the batcher may drop it when memory is short and compute it again later. Forwards give the same bits in any
+batch, so the session cannot tell. For the same reason a work may start from another work's state in the prefix cache.
 
 Dimension key: `runtime/__init__.py`.
 """
@@ -33,40 +33,40 @@ from agentkit_engine.speculation import LONGEST, Drafter
 T = TypeVar("T")
 
 TOKEN_BUDGET = 512
-"""Most tokens of one forward: what a decoding session may have to wait for another's prompt."""
+"""Maximum tokens per forward; bounds how long a decoding session waits for another session's prompt."""
 SLOTS = 64
-"""Sequences that can be live at once at least; a session that finds no slot takes that of whoever waited longest."""
+"""Minimum number of live sequences. When no slot is free, the least recently used session loses its slot."""
 CHECKPOINTS = 192
-"""Slots beyond these, for checkpoints, as far as a quarter of the memory for spans would hold them."""
+"""Additional slots for checkpoints, limited to a quarter of the memory for spans."""
 CHECKPOINT_EVERY = 8192
-"""Tokens of a long prompt between two checkpoints."""
+"""Tokens between two checkpoints within a long prompt."""
 SHORT_PROMPT = 16
-"""The end of a prompt gets no checkpoint this close behind another: to compute the tokens between costs less."""
+"""Minimum tokens between two prompt-end checkpoints; computing fewer than this costs less than keeping a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptUsage:
-    """What became of the ids that were fed, once each: found in the prefix cache, or computed."""
+    """Prompt tokens found in the prefix cache and prompt tokens computed; each token counts once."""
 
     hit_tokens: int = 0
     miss_tokens: int = 0
 
 
 class Work:
-    """One session's ids and what is computed of them.
+    """The ids of one session and the state computed from them.
 
     Attributes:
-        ids: every id, computed or not.
-        length: how many they are.
-        priority: works of a higher one have their prompts computed first, and keep their state longer.
-        last_step: when it last took part in a forward.
-        checkpointed: the length at which a checkpoint was last taken or taken up.
-        jumped: the ids fed last were forced by a grammar, not a prompt.
-        parked: what the state became when it was given up for a while.
+        ids: all ids, computed or not.
+        length: number of ids.
+        priority: works with a higher priority are prefilled first and keep their state longer.
+        last_step: the step in which the work last took part in a forward.
+        checkpointed: the length at which a checkpoint was last taken or resumed from.
+        jumped: whether a grammar forced the ids that were fed last.
+        parked: the checkpoint that holds the state while the session is parked.
     """
 
     def __init__(self, ids: Seq[int] = (), fed: Seq[int] | None = None, *, priority: int = 0) -> None:
-        """`fed` has a 1 for each id that was fed, a 0 for each that was sampled; by default all were fed."""
+        """`fed` holds 1 for each id that was fed and 0 for each that was sampled; by default all ids were fed."""
         self.ids = ids.fork() if isinstance(ids, Ids) else Ids(ids)
         self.length = len(self.ids)
         self.priority = priority
@@ -77,27 +77,27 @@ class Work:
         self.jumped = False
         self.parked: Checkpoint | None = None
         self.drafter = Drafter()
-        self._said: Computed | None = None  # what said what follows the last id, or that one itself
+        self._said: Computed | None = None  # output of the forward that computed the last id, or sampled it
         self._row = 0
-        self._fresh = False  # whether that is what follows the last id
-        self._drafted: Seq[int] = ()  # the ids of the rows after this one
+        self._fresh = False  # whether that row holds the logits after the last id
+        self._drafted: Seq[int] = ()  # draft ids of the rows after this one
         self._fed = bytearray(b"\1" * len(self.ids) if fed is None else fed)
         self._marks: list[int] = []
         self._counted = self._hits = self._misses = 0
 
     @property
     def logits_V(self) -> Tensor | None:
-        """The logits after the last id, once everything is computed."""
+        """Logits after the last id; None while ids are pending."""
         return self._said.logits_RV[self._row] if self._fresh and self._said is not None else None
 
     @property
     def streams_MD(self) -> Tensor | None:
-        """The residual streams of which `logits_V` was made, or what the last id was sampled from."""
+        """Residual streams behind `logits_V`, or those from which the last id was sampled."""
         return None if self._said is None else self._said.streams_RMD[self._row]
 
     @property
     def usage(self) -> PromptUsage:
-        """Of the ids that were fed, not sampled."""
+        """Cache hits and misses among the ids that were fed."""
         return PromptUsage(self._hits, self._misses)
 
     @property
@@ -106,16 +106,16 @@ class Work:
 
     @property
     def fed(self) -> bytes:
-        """For each id a 1 when it was fed, a 0 when it was sampled."""
+        """1 for each id that was fed, 0 for each that was sampled."""
         return bytes(self._fed)
 
     def past(self) -> tuple[list[int], list[int]]:
-        """Every id, and those that were sampled."""
+        """All ids, and the sampled ones among them."""
         return list(self.ids), [token_id for token_id, fed in zip(self.ids, self._fed, strict=True) if not fed]
 
     @property
     def pending(self) -> int:
-        """How many ids the next forwards have to take in before there are logits."""
+        """Number of ids that still have to be computed before there are logits."""
         return self.length - self.computed
 
     def extend(self, ids: Seq[int]) -> None:
@@ -128,8 +128,8 @@ class Work:
             self.forget()
 
     def push(self, token_id: int, *, forced: bool = False) -> None:
-        """Append a sampled id, or one that a grammar forced. Where it was drafted, its state and the logits after it
-        are there already.
+        """Append an id that was sampled or that a grammar forced. If it was the next draft id, its state and the logits
+        after it are already computed.
         """
         self.ids.append(token_id)
         self.length += 1
@@ -152,15 +152,15 @@ class Work:
 
     @property
     def guessable(self) -> bool:
-        """Whether the last id was sampled and is all that is pending."""
+        """Whether a single id is pending and that id was sampled."""
         return self.pending == 1 and not self._fed[-1]
 
     def draft(self, most: int, first: int | None = None) -> list[int]:
-        """Guesses at the ids to come, `first` being the MTP block's at the next one, if it was asked."""
+        """Draft up to `most` ids; `first` is the MTP block's guess at the next id, if it was asked."""
         return self.drafter.propose(self.ids, most, first) if self.guessable else []
 
     def mark(self) -> None:
-        """Have a checkpoint taken at this length, once it is computed."""
+        """Request a checkpoint at the current length, once it is computed."""
         self._marks.append(self.length)
         if self.sequence is not None:
             self.sequence.steady_until = 0
@@ -169,17 +169,17 @@ class Work:
         return length in self._marks
 
     def next_stop(self) -> int:
-        """Where the next forward has to end at the latest, so that a checkpoint can be taken there."""
+        """The length at which the next forward has to end at the latest, so that a checkpoint can be taken there."""
         long = (self.computed // CHECKPOINT_EVERY + 1) * CHECKPOINT_EVERY
         return min((mark for mark in self._marks if mark > self.computed), default=long)
 
     def goals(self) -> set[bytes]:
-        """What will be found in the cache once this is computed: hashes of the ids up to each mark, and of all ids."""
+        """Hashes under which the cache will find this work once it is computed: one per mark, and one for all ids."""
         lengths = {mark for mark in self._marks if mark > self.computed} | {self.length}
         return {self.chain.key(self.ids, length) for length in lengths}
 
     def cut(self, length: int) -> None:
-        """Forget the ids from `length` on."""
+        """Remove the ids from `length` on."""
         self.ids.cut(length)
         self.length = length
         del self._fed[length:]
@@ -191,7 +191,7 @@ class Work:
             self.parked = None
 
     def count(self, start: int, end: int, *, hit: bool) -> int:
-        """Account for the ids from `start` to `end`, now part of the state; how many of them were fed."""
+        """Count the ids from `start` to `end`, which are now part of the state; return how many of them were fed."""
         news = sum(self._fed[max(start, self._counted) : end])
         self._counted = max(self._counted, end)
         if hit:
@@ -201,7 +201,7 @@ class Work:
         return sum(self._fed[start:end])
 
     def fork(self) -> Work:
-        """The same ids, without the state."""
+        """Return a work with the same ids and no state."""
         fork = Work(self.ids, self._fed, priority=self.priority)
         fork._said, fork._row, fork._fresh, fork.chain = self._said, self._row, self._fresh, self.chain.copy()
         fork._counted, fork.checkpointed = self._counted, self.checkpointed
@@ -209,32 +209,32 @@ class Work:
         return fork
 
     def forget(self) -> None:
-        """Hold nothing of the last forward."""
+        """Discard the output of the last forward."""
         self._said, self._fresh, self._drafted = None, False, ()
 
     def let_go(self) -> None:
-        """Hold no more of the last forward than goes on without a state."""
+        """Keep only this work's row of the last forward, and free the rest of the batch."""
         if self._said is not None:
             self._said, self._row = self._said.only(self._row) if self._fresh else None, 0
         self._drafted = ()
 
 
 class Batcher:
-    """Owns the pools and runs the forwards of one model. One thread at a time.
+    """Owns the pools and runs the forwards of one model. Not thread-safe.
 
     Attributes:
-        prefilled: ids that were fed and went through a forward, each time they did.
-        sampled: ids that were sampled and went through a forward.
-        drafted: ids that were guessed and went through a forward; those that were right count as neither.
-        foreseen: of these, ids that the MTP block guessed.
-        speculate: whether to guess.
-        mtp: whether the model's MTP block guesses too; never where there is none.
-        disk: where checkpoints that are worth keeping are also stored and looked for, if anywhere.
-        steps: forwards.
+        prefilled: ids that were fed and computed, counted each time.
+        sampled: ids that were sampled and computed.
+        drafted: draft ids that were computed; accepted ones count neither as prefilled nor as sampled.
+        foreseen: draft ids that came from the MTP block.
+        speculate: whether to draft.
+        mtp: whether the model's MTP block drafts too; always False for a model without one.
+        disk: the disk cache for checkpoints, if there is one.
+        steps: number of forwards.
     """
 
     def __init__(self, decoder: Decoder, *, state_bytes: int, exact: bool = True, compiled: bool | None = None) -> None:
-        """`state_bytes` bounds what spans may take, slots come on top; on a CPU memory is taken as it is used."""
+        """`state_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used."""
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
         spans = max(1, min(state_bytes // max(1, sizes.bytes_per_span), 1 << 20))
@@ -248,24 +248,24 @@ class Batcher:
         self.disk: DiskCache | None = None
         self.steps = 0
         self._live: dict[Work, None] = {}
-        self._positions = decoder.spec.max_position_embeddings - 1  # up to here there is room for a guess
+        self._positions = decoder.spec.max_position_embeddings - 1  # the longest length that leaves room for a draft id
 
     def advance(self, works: Seq[Work]) -> None:
-        """One forward over the next ids of `works`, all of which have pending ones.
+        """Run one forward over the next ids of `works`, all of which have pending ids.
 
-        Those that decode come first; then prompts, by priority, and then the one that waited longest first, until
-        `TOKEN_BUDGET` is spent. Whoever has nothing pending afterwards has its `logits_V`. A work that begins with what
-        another one is just computing waits, and takes it up in a later step.
+        Decoding works come first, then prompts by priority, and among equals the one that waited longest, until
+        `TOKEN_BUDGET` is spent. A work with nothing pending afterwards has `logits_V`. A work whose prefix another work
+        is computing in this forward waits, and resumes from that state in a later step.
 
         Raises:
-            OutOfMemoryError: not even the first of them fits into the memory that others can give up.
+            OutOfMemoryError: not even the first work fits, after all others gave up their memory.
         """
         firsts = self._foresee(works)
         chosen, segments, others = self._steady(works, firsts)
         steady = len(chosen)
         if others:
             self._choose(others, firsts, chosen, segments)
-            if any(work.sequence is None for work in chosen):  # they had to give way
+            if any(work.sequence is None for work in chosen):  # they were preempted
                 steady = sum(work.sequence is not None for work in chosen[:steady])
                 kept = [pair for pair in zip(chosen, segments, strict=True) if pair[0].sequence is not None]
                 chosen, segments = [work for work, _ in kept], [segment for _, segment in kept]
@@ -293,8 +293,11 @@ class Batcher:
                 self._account(work, len(segment.ids))
 
     def _steady(self, works: Seq[Work], firsts: dict[Work, int]) -> tuple[list[Work], list[Segment], list[Work]]:
-        """Those that take in the id they sampled last, and need no memory for it and leave no checkpoint: what nearly
-        all of them do nearly always. And the others.
+        """Split off the works that add the id they sampled last and need neither memory nor a checkpoint for it. Nearly
+        all works are of this kind nearly always.
+
+        Returns:
+            These works, their segments, and the remaining works.
         """
         chosen: list[Work] = []
         segments: list[Segment] = []
@@ -315,7 +318,7 @@ class Batcher:
         return chosen, segments, others
 
     def _choose(self, works: Seq[Work], firsts: dict[Work, int], chosen: list[Work], segments: list[Segment]) -> None:
-        """Add to `chosen` and `segments` what else goes into this forward; lower priorities may have to give way."""
+        """Add the other works of this forward to `chosen` and `segments`; lower priorities may be preempted."""
         for work in works:
             self._check_length(work)
         budget = TOKEN_BUDGET - sum(map(len, segments))
@@ -334,7 +337,7 @@ class Batcher:
             budget -= len(segment)
 
     def _account(self, work: Work, count: int) -> None:
-        """Count the last `count` ids of its state, which are new, and leave a checkpoint where one is wanted."""
+        """Account for the last `count` ids of the state, which are new, and take a checkpoint where one is due."""
         assert work.sequence is not None
         end = work.sequence.length
         fed = work.count(end - count, end, hit=False)
@@ -347,20 +350,20 @@ class Batcher:
         work.sequence.steady_until = min(work.sequence.num_spans * SPAN, self._positions)
 
     def too_long(self, work: Work) -> bool:
-        """Whether its state would not even fit into memory alone."""
+        """Whether the state exceeds the memory even with no other work in it."""
         return -(-work.length // SPAN) > self.pools.spans
 
     def _check_length(self, work: Work) -> None:
-        """Refuse what is too long before any of it is computed in vain."""
+        """Refuse a work that can never fit, before any of it is computed."""
         if self.too_long(work):
             self.drop(work)
             raise OutOfMemoryError(
-                f"{work.length} ids need {-(-work.length // SPAN)} spans of memory, and there are {self.pools.spans}; "
+                f"{work.length} ids need {-(-work.length // SPAN)} spans of memory, but there are {self.pools.spans}; "
                 "raise state_bytes"
             )
 
     def fits(self, works: Seq[Work]) -> bool:
-        """Whether the state of all these fits into memory at once, with a span more for each."""
+        """Whether the states of all `works`, with one more span each, fit into memory at once."""
         held: set[int] = set()
         missing = 0
         for work in works:
@@ -370,18 +373,18 @@ class Batcher:
         return len(held) + missing <= self.pools.spans and len(works) <= self.pools.slots
 
     def mark(self, work: Work) -> None:
-        """Have a checkpoint taken here, now or once it is computed, for sessions that begin with these ids."""
+        """Take a checkpoint here, now or as soon as it is computed, for sessions that share this prefix."""
         if work.pending:
             work.mark()
         elif work.length:
             self._checkpoint(work, Keep.TURN)
 
     def truncate(self, work: Work, length: int) -> None:
-        """Forget the ids from `length` on, and what was computed of them."""
+        """Remove the ids from `length` on, and the state computed from them."""
         if length == work.length:
             return
         work.cut(length)
-        sequence, kept = work.sequence, length - 1  # the last one is computed again: its logits are gone
+        sequence, kept = work.sequence, length - 1  # the last id is computed again, because its logits were discarded
         if sequence is not None and sequence.length > kept:
             if kept >= 0 and sequence.reaches(kept):
                 sequence.shorten(kept)
@@ -389,7 +392,7 @@ class Batcher:
                 self.drop(work)
 
     def fork(self, work: Work) -> Work:
-        """A second work with the same ids, sharing the state as far as there is room for a fork of it."""
+        """Return a work with the same ids that shares the state, if there is memory for the fork."""
         fork, sequence = work.fork(), work.sequence
         if sequence is not None:
             try:
@@ -400,10 +403,10 @@ class Batcher:
         return fork
 
     def resume(self, work: Work) -> None:
-        """Have a state again, if only of some of the ids: then what follows them is pending, whatever was said of it.
+        """Restore a state for at least a part of the ids; the ids after that part become pending.
 
         Raises:
-            OutOfMemoryError: there is no room for it.
+            OutOfMemoryError: there is no memory for the state.
         """
         if work.sequence is None and work.length:
             work.sequence = self._room_for(lambda: self._enter(work), keep=[])
@@ -416,11 +419,11 @@ class Batcher:
         saved.write(path, list(work.ids), work.fed, work.sequence, self.pools, model=model)
 
     def open(self, path: Path, *, model: str) -> Work:
-        """The work that `save` wrote, with its state.
+        """Read the work that `save` wrote, with its state.
 
         Raises:
             SavedSessionError, OSError: see `saved.read`.
-            OutOfMemoryError: the state does not fit into the memory that others can give up.
+            OutOfMemoryError: the state does not fit, after all others gave up their memory.
         """
         ids, fed, tensors, length, written = saved.read(path, model=model, layout=saved.layout(self.pools))
         work = Work(ids, fed)
@@ -432,13 +435,14 @@ class Batcher:
                 self.drop(work)
                 raise
             saved.restore(self.pools, sequence, tensors)
-            sequence.length, sequence.written = min(length, len(ids) - 1), written  # the last id again, for its logits
+            # the last id is computed again for its logits
+            sequence.length, sequence.written = min(length, len(ids) - 1), written
             work.count(0, length, hit=True)
             self._live[work], work.last_step = None, self.steps
         return work
 
     def park(self, work: Work) -> None:
-        """Give the state up to the prefix cache, where it stays while there is room, and then to disk; the ids stay."""
+        """Move the state to the prefix cache, which may evict it to disk; the ids stay."""
         self._live.pop(work, None)
         work.let_go()
         sequence, work.sequence = work.sequence, None
@@ -450,26 +454,26 @@ class Batcher:
         work.parked = parked = self.cache.add(work.ids, work.chain, sequence, Keep.TURN)
 
         def spill() -> None:
-            if work.parked is parked:  # else its ids may be others by now
+            if work.parked is parked:  # otherwise the ids may have changed since
                 self._store(work, parked.sequence)
 
         parked.spill = spill
 
     def close(self, work: Work) -> None:
-        """Leave the state to the sessions that come, those of later processes included."""
+        """Leave the state to later sessions, including those of later processes."""
         self.park(work)
         if work.parked is not None and work.parked in self.cache:
             self._store(work, work.parked.sequence)
 
     def drop(self, work: Work) -> None:
-        """Free the state; the ids stay, and are computed again when the next ones are. So do logits that are there."""
+        """Free the state. The ids stay and are recomputed with the next forward; logits that exist stay too."""
         self._live.pop(work, None)
         if work.sequence is not None:
             self.pools.close(work.sequence)
             work.sequence = None
 
     def logits(self, ids: Seq[int], *, chunk: int = TOKEN_BUDGET) -> Tensor:
-        """The logits after every id, float32 [T, V], computed from scratch, `chunk` ids at a time."""
+        """Compute the logits after every id from scratch, `chunk` ids at a time: float32 [T, V]."""
         work = Work(ids)
         self._check_length(work)
         try:
@@ -483,7 +487,7 @@ class Batcher:
             self.drop(work)
 
     def _foresee(self, works: Seq[Work]) -> dict[Work, int]:
-        """The MTP block's guesses, in one pass for all of `works` whose guesses it may begin."""
+        """Ask the MTP block once for its guesses at the next id of all works that may draft from it."""
         asking: list[Work] = []
         streams: list[Tensor] = []
         if self.speculate and self.mtp:
@@ -497,7 +501,10 @@ class Batcher:
         return dict(zip(asking, guesses, strict=True))
 
     def _segment(self, work: Work, budget: int, keep: Seq[Work], first: int | None = None) -> Segment:
-        """The work's next ids, at most `budget`, with room for them; others than `keep` may lose their state for it."""
+        """Return the segment of the work's next ids, at most `budget`, with memory reserved for them.
+
+        Works other than those in `keep` may be preempted for it.
+        """
         self._live.pop(work, None)
         try:
             if work.sequence is None:
@@ -517,7 +524,8 @@ class Batcher:
         return Segment(sequence, work.ids[sequence.length : end], draft)
 
     def _enter(self, work: Work) -> Sequence:
-        """A sequence that holds as many of the ids as the cache knows; where the work was parked, its own."""
+        """Return a sequence with the longest prefix of the ids that the caches hold; a parked work gets its own
+        back."""
         parked, work.parked = work.parked, None
         if parked is not None and (own := self.cache.give_back(parked)) is not None:
             return own
@@ -529,9 +537,9 @@ class Batcher:
         return sequence
 
     def _fetch(self, work: Work) -> Sequence | None:
-        """A checkpoint from disk, if one saves more than those in the cache, and a fork of it for others.
+        """Load a checkpoint from disk, if it saves more than those in memory, and leave a fork of it in the cache.
 
-        The work gets what was loaded, not the fork: taking the fork could fail for want of memory that it holds itself.
+        The work gets the loaded sequence and the cache gets the fork, because the fork may fail for lack of memory.
         """
         if self.disk is None:
             return None
@@ -548,7 +556,8 @@ class Batcher:
             self.disk.store(work.ids, work.chain, sequence)
 
     def _checkpoint(self, work: Work, keep: Keep) -> None:
-        """Leave a checkpoint of the work's state, if there is room but for what is worth less."""
+        """Take a checkpoint of the work's state, if evicting checkpoints of at most the same worth makes room for
+        it."""
         assert work.sequence is not None
         work.checkpointed = work.sequence.length
         if self.cache.holds(work.ids, work.chain, work.sequence.length):
@@ -566,9 +575,9 @@ class Batcher:
                 return
 
     def _room_for(self, take: Callable[[], T], keep: Seq[Work]) -> T:
-        """What `take` gives, once there is memory for it: first checkpoints go, then the state of works but `keep`.
+        """Call `take` until it finds memory; evict checkpoints first, then preempt works other than those in `keep`.
 
-        Of these, those of the lowest priority go first, and among equals the one that was not computed for longest.
+        Works with the lowest priority are preempted first, and among equals the least recently computed one.
         """
         while True:
             try:
@@ -583,7 +592,7 @@ class Batcher:
 
 
 def _leaders(works: Seq[Work]) -> list[Work]:
-    """The works but those not yet begun whose goal is also another one's."""
+    """Drop the works that have not begun and share a prefix with another work, which will compute it for them."""
     goals: set[bytes] = set()
     leaders = []
     for work in sorted(works, key=lambda work: work.computed == 0):

@@ -1,7 +1,7 @@
-"""The layers of a decoder on a CPU, of compiled kernels and the library's matrix products.
+"""The layers of a decoder on a CPU: compiled kernels, and the library's matrix products.
 
-The same steps as in `eager.py`, on numpy arrays. Nothing is padded for exactness and nothing is masked, since a kernel
-computes each row by itself, and so do the products (`products.py`).
+The steps are those of `eager.py`, on numpy arrays. Nothing is padded or masked for exactness, because the kernels and
+the products (`products.py`) compute each row by itself.
 
 Dimension key: `runtime/__init__.py`, `agentkit_kernels/cpu.py`.
 """
@@ -34,17 +34,17 @@ from agentkit_kernels import cpu
 from agentkit_kernels.cpu import Floats, Ints
 
 ROWS_OF_EXPERT = 6
-"""With fewer rows for each expert on average, tokens are taken through their experts one by one."""
+"""With fewer rows per expert than this on average, tokens go through their experts one at a time."""
 SCORED_ENTRIES = 2048
-"""Index keys that are multiplied together, from the first one on."""
+"""Index keys per product; tiles start at the first key."""
 SCORE_TILE = 1 << 18
-"""Most index scores of single heads held at once (1 MiB): they never leave the processor's cache."""
+"""Maximum number of per-head index scores held at once (1 MiB), so that they stay in the processor's cache."""
 COLUMNS = 64
-"""Index keys are multiplied in multiples of so many."""
+"""The number of index keys in a product is a multiple of this."""
 
 
 class Batch:
-    """The rows of one forward: sequences end to end."""
+    """The rows of one forward: all sequences, end to end."""
 
     def __init__(
         self, ids: Seq[int], sequences: Seq[Sequence], sizes: Seq[int], angles: dict[RopeSpec, Floats]
@@ -142,7 +142,7 @@ class _Layer:
 
 
 class _Connection:
-    """One sub-layer's mHC maps and the norm of what it reads."""
+    """The mHC maps of one sub-layer, and the norm of its input."""
 
     def __init__(self, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, spec: ModelSpec) -> None:
         self.fn, self.base, self.norm = Product(packed(fn)), _array(base), _array(norm)
@@ -163,7 +163,7 @@ class _Connection:
 
 
 class _Output:
-    """The last reading of the streams; a decoder's own, or its MTP block's."""
+    """The final collapse of the residual streams, of a decoder or of its MTP block."""
 
     def __init__(self, module: Decoder | MTPBlock) -> None:
         spec = module.spec
@@ -184,7 +184,7 @@ class _Output:
 
 
 class _Attention:
-    """One layer's attention; writes the new tokens' state and reads what their queries may see."""
+    """One layer's attention: writes the new tokens' state and attends to the visible rows."""
 
     def __init__(self, attention: Attention, state: LayerState, dots: Dots, spec: ModelSpec) -> None:
         self.layer, self.spec, self.top_k, self.window = attention.layer, spec, spec.index_topk, spec.sliding_window
@@ -249,7 +249,7 @@ class _Attention:
         return self.output(np.concatenate([product(x) for product, x in zip(self.outputs, out_GNX, strict=True)], 1))
 
     def _pick(self, index: CompressorState, q_NJC: Floats, weights_NJ: Floats, batch: Batch) -> tuple[Ints, Ints]:
-        """Each query's top-k entries in increasing order, and how many it has."""
+        """Return each query's top-k entries in increasing order, and how many there are."""
         visible_N = (batch.positions_N + 1) // index.ratio
         counts_N = np.minimum(visible_N, self.top_k)
         room = 2 * self.top_k + cpu.TOGETHER
@@ -276,9 +276,9 @@ class _Attention:
 
 
 def _tiles(index: CompressorState, sequence: Sequence, count: int) -> Iterable[tuple[int, Tensor]]:
-    """The first `count` index keys of a sequence, a tile at a time: its first entry's number and the keys [S, C].
+    """Yield the first `count` index keys of a sequence in tiles: the number of the first entry, and the keys [S, C].
 
-    No copies where spans lie in a row. Behind the last key there may be others, up to a multiple of `COLUMNS`.
+    Consecutive spans are not copied. The last tile may hold further keys, up to a multiple of `COLUMNS`.
     """
     per_span = index.entries_per_span
     spans_of_tile = SCORED_ENTRIES // per_span
@@ -293,7 +293,7 @@ def _tiles(index: CompressorState, sequence: Sequence, count: int) -> Iterable[t
 
 
 class _Compressor:
-    """Writes open rows, and every entry they complete."""
+    """Writes open rows, and every entry that they complete."""
 
     def __init__(self, module: Compressor, state: CompressorState, column: int, spec: ModelSpec) -> None:
         self.column, self.eps = column, np.float32(spec.rms_norm_eps)
@@ -320,7 +320,7 @@ class _Experts:
         self.bias = np.zeros(self.count, np.float32) if gate.router == "hash" else _array(gate.bias)
         w13_EDX, w2_EID = packed(experts.w1, experts.w3), packed(experts.w2)
         self.w13_EDX, self.w2_EID = as_array(w13_EDX), as_array(w2_EID)
-        self.w13, self.w2 = Product(w13_EDX[0]), Product(w2_EID[0])  # all experts' products are like these
+        self.w13, self.w2 = Product(w13_EDX[0]), Product(w2_EID[0])  # all experts have the same shapes
         self.all_w13, self.all_w2 = w13_EDX.unbind(), w2_EID.unbind()
         self.shared_w13 = Product(packed(shared.w1.weight, shared.w3.weight))
         self.shared_w2 = Product(packed(shared.w2.weight))
@@ -346,7 +346,7 @@ class _Experts:
         return out_ND
 
     def _sort(self, x_ND: Floats, experts_NA: Ints, weights_NA: Floats, shared_ND: Floats, out_ND: Floats) -> None:
-        """Every expert computes the rows that have chosen it, padded to as many as the library needs."""
+        """Compute each expert on the rows routed to it, padded to the row count that the library needs."""
         padding = padded_rows(1, self.w13.rows)
         most = experts_NA.size + self.count * (padding - 1)
         counts_E, taken, weights = np.empty(self.count, np.int64), np.empty(most, np.int64), np.empty(most, np.float32)
@@ -370,9 +370,9 @@ def _by_expert(rows_XK: Floats, counts: list[int], weights_KO: Seq[Tensor]) -> F
 
 
 class _Drafts:
-    """The MTP block at the start of a text: it sees the streams before a token, and the token.
+    """The MTP block at the start of a text: its input is the streams before a token, and the token.
 
-    A token writes the only row of its window and reads no other, so all can share one.
+    A token writes the only row of its window and reads no other row, so all tokens can share one window.
     """
 
     def __init__(self, block: MTPBlock) -> None:
@@ -389,7 +389,7 @@ class _Drafts:
         return [self.e_proj, self.h_proj, *self.layer.products, *self.output.products]
 
     def __call__(self, streams_BMD: Floats, embeddings_BD: Floats, batch: Batch) -> Floats:
-        """What the head takes, [B, D]."""
+        """Return the input of the head, [B, D]."""
         flat = np.ascontiguousarray(streams_BMD.reshape(-1, streams_BMD.shape[2]))
         h = self.h_proj(self._norm(flat, self.h_norm)).reshape(streams_BMD.shape)
         e = self.e_proj(self._norm(embeddings_BD, self.e_norm))

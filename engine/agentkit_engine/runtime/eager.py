@@ -1,9 +1,10 @@
-"""The layers of a decoder in plain torch, for any device: the twin of `compiled.py`, and what runs where that cannot.
+"""The layers of a decoder in plain torch, on any device: the twin of `compiled.py`, and the fallback where it cannot
+run.
 
-Rows of all sequences are laid end to end and padded: matrix products of one thread give a row the same bits whatever
-its neighbours, once there are enough of them (`invariance.py`). Attention works on shapes that depend on a token's
-position alone: the window is a ring of fixed size, read in ring order; CSA gathers exactly top-k entries; HCA takes
-its entries in fixed tiles. A key that a query must not see has weight 0.0, which changes no sum.
+The rows of all sequences are laid end to end and padded: with enough rows and one thread, a matrix product gives a row
+the same bits whatever its neighbours (`invariance.py`). The shapes in attention depend only on a token's position: the
+window is a ring of fixed size, read in ring order; CSA gathers exactly top-k entries; HCA reads its entries in fixed
+tiles. A key that a query must not see has weight 0.0, which changes no sum.
 
 Dimension key: `runtime/__init__.py` and `model/__init__.py`.
 """
@@ -32,37 +33,37 @@ from agentkit_engine.runtime.state import QUERY_BLOCK, CompressorState, Pools
 from agentkit_engine.spec import RopeSpec
 
 DECODING = 16
-"""Sequences that take the same number of tokens, at most this many, are computed side by side."""
+"""Maximum number of sequences with equally many tokens that are computed side by side."""
 FEW_ROWS = 16
-"""Up to so many rows of a forward, every expert in use computes all of them."""
+"""Up to this many rows, every expert in use computes all rows of the forward."""
 COLUMNS = 16
-"""Index scores of a query are computed for a multiple of so many entries."""
+"""The number of index scores per query is a multiple of this."""
 LANES = 32
-"""Element-wise functions are given multiples of this many values: the last few would be computed by scalar code, whose
-exponential is not the vector code's."""
+"""Element-wise functions get a multiple of this many values. Scalar code would compute the last few, and its
+exponential differs from the vector code's."""
 SCORE_BUDGET = 1 << 21
-"""Most index scores held at once (8 MiB); long contexts shrink the query block to stay below it."""
+"""Maximum number of index scores held at once (8 MiB); long contexts shrink the query block accordingly."""
 SCORE_TILE = 1 << 18
-"""Most index scores of single heads held at once (1 MiB): they never leave the processor's cache."""
+"""Maximum number of per-head index scores held at once (1 MiB), so that they stay in the processor's cache."""
 SCORED_ENTRIES = 2048
-"""Entries whose scores are computed together, from the first one on."""
+"""Entries per tile of index scores; tiles start at the first entry."""
 HCA_TILES = (0, 32, 64, 128, 256, 512)
-"""Where the first tiles of HCA entries begin; from the last one on, every tile has its size."""
+"""Starts of the first tiles of HCA entries; from the last start on, every tile has that size."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueryBlock:
-    """Tokens [low, high) of a group: their positions, and what of the ring they may see."""
+    """Tokens [low, high) of a group: their positions, and a mask over the ring rows."""
 
     low: int
     high: int
     positions_BU: Tensor
-    rows_BU: Tensor  # the ring rows they are written to
+    rows_BU: Tensor  # ring rows that the tokens are written to
     bias_BURx: Tensor  # [B, U, 1, R]: 0 or -inf
 
 
 class Group:
-    """Sequences that all take the same number of tokens: decoding ones, or one that is prefilled."""
+    """Sequences with the same number of new tokens: several that decode, or one that is prefilled."""
 
     def __init__(self, segments: Seq[Segment], first_row: int, pools: Pools) -> None:
         self.sequences = [segment.sequence for segment in segments]
@@ -78,12 +79,12 @@ class Group:
         return len(self.sequences)
 
     def take(self, rows: Tensor) -> Tensor:
-        """This group's part of the forward's rows: a view [B, T, ...]."""
+        """Return this group's part of the forward's rows, a view [B, T, ...]."""
         return rows[self.rows].view(len(self), self.tokens, *rows.shape[1:])
 
     @cached_property
     def tables_BX(self) -> Tensor:
-        """Span ids, [B, most spans]; a missing one is 0, the span that stays zero."""
+        """Span ids, [B, most spans]; missing ones are 0, the span that stays zero."""
         most = max(sequence.num_spans for sequence in self.sequences)
         tables = torch.zeros(len(self), most, dtype=torch.int64)
         for row, sequence in zip(tables, self.sequences, strict=True):
@@ -91,7 +92,7 @@ class Group:
         return tables
 
     def addresses(self, indices: Tensor, per_span: int) -> Tensor:
-        """Flat pool rows of each sequence's entries `indices` [B, ...]."""
+        """Return the flat pool rows of each sequence's entries `indices` [B, ...]."""
         spans = self.tables_BX.gather(1, (indices // per_span).flatten(1)).view(indices.shape)
         return spans * per_span + indices % per_span
 
@@ -112,13 +113,13 @@ class Group:
 
 @dataclass(slots=True)
 class Padding:
-    """Matrix products are made of a multiple of so many rows."""
+    """The number of rows in a matrix product is a multiple of this padding."""
 
     rows: int = 1
 
 
 class EagerLayers:
-    """A decoder's weights, packed once in float32; not differentiable."""
+    """A decoder's weights, packed once in float32. Not differentiable."""
 
     def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool) -> None:
         self.spec, self.pools = decoder.spec, pools
@@ -143,7 +144,7 @@ class EagerLayers:
         return ids
 
     def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> Computed:
-        """What the segments' rows say, each segment's from its `firsts` on."""
+        """Run the forward; return the output rows of each segment from its `firsts` on."""
         order = sorted(range(len(segments)), key=lambda index: len(segments[index]))
         groups, rows = [], 0
         for tokens, alike in itertools.groupby(order, key=lambda index: len(segments[index])):
@@ -187,7 +188,7 @@ class _Layer:
         self.experts = _Experts(block.ffn, padding)
 
     def weights(self) -> list[Tensor]:
-        """What rows are multiplied with, [out, in]; all experts are alike."""
+        """The weights of the layer's products, [out, in]; one stands for all experts, which have the same shape."""
         attention, experts = self.attention, self.experts
         return [
             self.attn_connection.fn, self.ffn_connection.fn, attention.in_weight, attention.latent_weight,
@@ -207,7 +208,7 @@ class _Layer:
 
 
 class _Attention:
-    """One layer's attention; writes the new tokens' state and reads what their queries may see."""
+    """One layer's attention: writes the new tokens' state and attends to the visible rows."""
 
     def __init__(self, attention: Attention, pools: Pools, index: int, padding: Padding) -> None:
         spec, self.padding = pools.spec, padding
@@ -280,7 +281,7 @@ class _Attention:
             out_BTHK[:, span] = attend(q_BUHK, parts, self.sink_H1, self.padding.rows)
 
     def _hca_parts(self, visible_BU: Tensor, most: int, group: Group) -> list[tuple[Tensor, Tensor]]:
-        """All visible entries, in tiles whose bounds are the same for every query."""
+        """Return all visible entries, in tiles whose bounds are the same for every query."""
         assert self.state.compressor is not None
         entries, parts, low = self.state.compressor.entries, [], 0
         while low < most:
@@ -303,7 +304,8 @@ class _Attention:
         visible_BU: Tensor,
         group: Group,
     ) -> Tensor:
-        """Window and the top-k entries of each query, gathered; as many queries at once as `SCORE_BUDGET` allows."""
+        """Attend to the window and each query's gathered top-k entries, with as many queries at once as
+        `SCORE_BUDGET` allows."""
         assert self.state.compressor is not None
         assert self.state.indexer is not None
         top_k, most = self.spec.index_topk, int(visible_BU.max())
@@ -332,7 +334,7 @@ class _Attention:
 
 
 class _Compressor:
-    """Writes open rows, and every entry they complete."""
+    """Writes open rows, and every entry that they complete."""
 
     def __init__(self, module: Compressor, state: CompressorState, padding: Padding) -> None:
         self.module, self.state, self.padding = module, state, padding
@@ -352,7 +354,7 @@ class _Compressor:
         self.state.scores[group.slots_B[:, None], rows_BT] = scores_BTX[:, recent]
 
     def _emit(self, values: Tensor, scores: Tensor, count: int, done: list[int], group: Group) -> None:
-        """Pool the `count` windows that end inside these rows of each of the sequences `done`."""
+        """Pool the `count` windows that end within these rows, for each of the sequences `done`."""
         ratio, kept = self.state.ratio, self.state.values.shape[1]
         slots_B1 = group.slots_B[done].unsqueeze(1)
         starts_B1 = torch.tensor([group.starts[index] for index in done]).unsqueeze(1)
@@ -394,7 +396,7 @@ class _Experts:
         self.shared_w2 = _own(shared.w2.weight)
 
     def __call__(self, x_ND: Tensor, ids_N: Tensor, count: int) -> Tensor:
-        """Only the first `count` rows count: the padding behind them calls no expert but the shared one."""
+        """Compute the first `count` rows; the padding behind them goes through the shared expert only."""
         affinity_NE = F.softplus(F.linear(x_ND, self.gate_weight)).sqrt()
         if self.bias is None:
             experts_NA = self.gate.tid2eid[ids_N]
@@ -408,7 +410,7 @@ class _Experts:
         return routed + F.linear(self._swiglu(F.linear(x_ND, self.shared_w13)), self.shared_w2)
 
     def _few_rows(self, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """Every expert that one of the rows has chosen computes all of them: nothing to sort, nothing to gather."""
+        """Compute all rows on every expert that any row chose, which needs neither sorting nor gathering."""
         used = sorted(set(experts_NA.flatten().tolist()))
         place_E = torch.zeros(len(self.w2), dtype=torch.int64)
         place_E[used] = torch.arange(len(used))
@@ -421,7 +423,7 @@ class _Experts:
         return down_UND[places_NA, rows_N1].sum(1)
 
     def _many_rows(self, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """Every expert computes the rows that have chosen it, padded as all products are."""
+        """Compute each expert on the rows routed to it, padded like all products."""
         order = experts_NA.flatten().argsort(stable=True)
         counts: list[int] = torch.bincount(experts_NA.flatten(), minlength=len(self.w2)).tolist()
         padded, places, at, place = [], [], 0, 0
@@ -447,7 +449,7 @@ class _Experts:
 
 
 class _Connection:
-    """One sub-layer's mHC maps."""
+    """The mHC maps of one sub-layer."""
 
     def __init__(self, fn: Tensor, base: Tensor, scale: Tensor, block: Block) -> None:
         spec = block.spec
@@ -457,7 +459,8 @@ class _Connection:
         self.steps = half_steps(spec.hc_mult, spec.hc_sinkhorn_iters, spec.hc_eps, fn.device)
 
     def __call__(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the sub-layer reads [N, D], the weights of its output [N, M, 1], how streams mix [N, M, M]."""
+        """Return the sub-layer's input [N, D], the weights of its output [N, M, 1] and the mixing of the streams [N,
+        M, M]."""
         size = self.size
         mix = torch.addcmul(self.base, _mix(streams_NMD, self.fn, self.norm_eps), self.scale)
         pre, post, comb = torch.split(mix, [size, size, size * size], dim=-1)
@@ -470,7 +473,8 @@ class _Connection:
 
 
 def _own(weight: Tensor) -> Tensor:
-    """In float32 and in rows, whatever compiled layers made of it: the library's bits depend on how it lies."""
+    """Return the weight as contiguous float32, however compiled layers stored it: the library's bits depend on the
+    layout."""
     return weight.float().contiguous()
 
 
@@ -492,14 +496,15 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x²) + eps) over the last dimension, which stays; `F.rms_norm` takes three times as long."""
+    """Return 1 / sqrt(mean(x²) + eps) over the last dimension, which is kept. `F.rms_norm` takes three times as
+    long."""
     size = x.shape[-1]
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().mul_(1 / size).add_(eps).rsqrt_()
 
 
 def _rows_of(pool: Tensor, group: Group) -> Tensor:
-    """Each sequence's slot of a pool, [B, ...]; without a copy when there is one."""
+    """Return each sequence's slot of a pool, [B, ...]; a single slot is not copied."""
     if len(group) == 1:
         slot = group.sequences[0].slot
         return pool[slot : slot + 1]
@@ -507,7 +512,7 @@ def _rows_of(pool: Tensor, group: Group) -> Tensor:
 
 
 def _scan(state: CompressorState, count: int, group: Group) -> Tensor:
-    """The first `count` entries of each sequence, [B, count, C]; without a copy when they lie in a row."""
+    """Return the first `count` entries of each sequence, [B, count, C]; consecutive spans are not copied."""
     spans = -(-count // state.entries_per_span)
     if len(group) == 1 and group.sequences[0].contiguous:
         first = group.sequences[0].spans[0]
@@ -519,9 +524,9 @@ def _scan(state: CompressorState, count: int, group: Group) -> Tensor:
 
 
 def _pick(q_BUJC: Tensor, weights_BUJ: Tensor, keys_BSC: Tensor, visible_BU: Tensor, top_k: int, fewest: int) -> Tensor:
-    """The `top_k` best entries of each query in increasing order, [B, U, top_k]; the lowest among equals.
+    """Return each query's `top_k` best entries in increasing order, [B, U, top_k]; ties go to the lowest entry.
 
-    There are more entries than `top_k`. A query that sees no more than that gets those it sees first.
+    There are more entries than `top_k`. A query that sees fewer gets its first `top_k`, masked later.
     """
     scores_BUS = _index_scores(q_BUJC, weights_BUJ, keys_BSC, fewest)
     low = int(visible_BU.min())
@@ -560,9 +565,8 @@ def _matmul(a: Tensor, b: Tensor, fewest: int) -> Tensor:
 def attend(q_BUHK: Tensor, parts: list[tuple[Tensor, Tensor]], sink_H1: Tensor, fewest: int) -> Tensor:
     """Softmax attention over several sets of rows and a sink, [B, U, H, K].
 
-    Each part is (rows, bias): rows [B, S, K] that all queries share or [B, U, S, K] of each query, and a bias
-    [B, U, 1, S] of 0 or -inf. Parts are summed one after the other, so a part that a query sees nothing of changes
-    nothing.
+    Each part is (rows, bias): rows [B, S, K] shared by all queries or [B, U, S, K] per query, and a bias [B, U, 1, S]
+    of 0 or -inf. The parts are summed in order, so a part that is masked entirely changes nothing.
     """
     batch, tokens, heads, _ = q_BUHK.shape
     scores, most = [], sink_H1.expand(batch, tokens, heads, 1)

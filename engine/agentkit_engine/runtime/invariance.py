@@ -1,7 +1,7 @@
-"""How many rows a matrix product needs on this machine, so that a row's bits do not depend on the rows beside it.
+"""Find the number of rows from which a matrix product gives each row the same bits, whatever rows stand beside it.
 
-A library takes other kernels for few rows than for many, with other orders of summation. No library promises from where
-on that ends, so it is tried out, with the shapes of the model's own weights, when a model is packed.
+A library uses different kernels, with different orders of summation, for few rows and for many. No library documents
+where that ends, so it is probed with the shapes of the model's own weights when a model is packed.
 
 Dimension key: N rows, K inputs, O outputs.
 """
@@ -22,23 +22,23 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 Padded = Callable[[int, int], int]
 
 CANDIDATES = (8, 16, 32)
-"""Numbers of rows to try; 8 rows of the four mHC streams are the fewest whose element-wise functions are `LANES`."""
+"""Row counts to try. 8 rows of the four mHC streams are the fewest whose element-wise functions fill `LANES`."""
 BLOCKS = (128, 192, 256, 384, 512, 768, 1024)
-"""Inputs that libraries are known to sum in one chain, beside all and half of them."""
+"""Block sizes that libraries are known to sum in one chain, besides all inputs and half of them."""
 MOST = 512
-"""Rows with whose products others are compared: those of a full forward."""
+"""Row count of the product that others are compared with: a full forward."""
 OUTPUTS = 4096
-"""Of a larger weight, as many outputs are tried: the head of a large vocabulary would take seconds."""
+"""Maximum number of outputs to probe; the head of a large vocabulary would take seconds."""
 
 
 def least_rows(
     weights: Iterable[Tensor], *, at_least: int = 0, by: Sequence[Multiply] | None = None, padded: Padded | None = None
 ) -> int:
-    """The fewest rows from which on all products with `weights`, each [O, K], give each row the same bits.
+    """Return the smallest row count from which all products with `weights`, each [O, K], give each row the same bits.
 
-    Whichever of the functions `by` computes them: by default torch's linear and its batched product. Where they are
-    only given some numbers of rows, `padded` says which one for how many; no others are tried then.
-    Where even the most that are tried do not suffice there is a warning, and results depend on the batch.
+    `by` lists the functions that compute the products; by default torch's linear and its batched product. If they
+    only ever get certain row counts, `padded` maps a row count to the one they get, and no others are tried. If even
+    the largest candidate does not suffice, a warning says that results depend on the batch.
     """
     shapes = {weight.shape: weight for weight in weights}
     for rows in CANDIDATES:
@@ -68,9 +68,9 @@ def _batched(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
 
 
 def chain_block(weight_KO: Tensor, rows: int, *, by: Multiply) -> int:
-    """With which block `cpu.multiply` gives the bits that `by` gives for `rows` rows and more; 0 with none.
+    """Return the block size with which `cpu.multiply` gives the same bits as `by` for `rows` rows and more; 0 if none.
 
-    A library that sums a block of inputs in one chain, and adds the blocks' sums in order, is met: oneDNN and MKL are.
+    This covers libraries that sum each block of inputs in one chain and add the blocks in order, as oneDNN and MKL do.
     """
     from agentkit_kernels import cpu
 

@@ -1,9 +1,9 @@
-"""How weights lie in memory for products on a CPU: inputs first, and side by side what is multiplied together.
+"""Memory layout of weights for products on a CPU: inputs first, and weights that share an input side by side.
 
-A decoder's parameters are views of that, so that memory holds weights once. Those of a checkpoint are read straight to
-their places (`lay_out`); those of a decoder that was made otherwise are moved when they are packed.
+A decoder's parameters become views of the packed weights, so memory holds each weight once. A checkpoint's weights are
+read straight into place (`lay_out`); those of any other decoder are moved when they are packed.
 
-Dimension key: E experts, K inputs, O outputs of one parameter, X outputs of all that lie side by side.
+Dimension key: E experts, K inputs, O outputs of one parameter, X outputs of all parameters side by side.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from agentkit_engine.model.decoder import Decoder
 
 
 def packed(*parts_OK: Tensor) -> Tensor:
-    """Weights side by side, [K, X], or [E, K, X] of weights [E, O, K]; parameters become views of it.
+    """Pack weights side by side: [K, X], or [E, K, X] for weights [E, O, K]. Parameters become views of the result.
 
-    They are bfloat16 where all parts are, else float32.
+    The result is bfloat16 if all parts are, else float32.
     """
     if (whole_KX := _whole(parts_OK)) is not None:
         return whole_KX
@@ -33,7 +33,7 @@ def packed(*parts_OK: Tensor) -> Tensor:
 
 
 def lay_out(decoder: Decoder) -> None:
-    """Give the large weights of a decoder, which hold nothing yet, the places where `packed` leaves them."""
+    """Allocate the large weights of an empty decoder where `packed` expects them."""
     for parts_OK in _groups(decoder):
         for part_OK, place_OK in zip(parts_OK, _side_by_side(parts_OK)[1], strict=True):
             if part_OK.dtype == place_OK.dtype:
@@ -41,7 +41,7 @@ def lay_out(decoder: Decoder) -> None:
 
 
 def projections(attention: Attention) -> tuple[list[Tensor], list[Tensor]]:
-    """What is multiplied with a layer's input, and what with the latent query."""
+    """Return the weights that multiply a layer's input, and those that multiply the latent query."""
     parts, latent = [attention.wq_a, attention.wkv], [attention.wq_b]
     compressors = [attention.compressor] if attention.compressor is not None else []
     if attention.indexer is not None:
@@ -64,7 +64,7 @@ def _groups(decoder: Decoder) -> Iterator[Sequence[Tensor]]:
 
 
 def _side_by_side(parts_OK: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Memory for weights, and where each of them lies in it, [.., O, K]."""
+    """Allocate memory for weights, and return it with each weight's place in it, [.., O, K]."""
     *experts, _, inputs = parts_OK[0].shape
     outputs = [part_OK.shape[-2] for part_OK in parts_OK]
     dtype = torch.bfloat16 if all(part_OK.dtype == torch.bfloat16 for part_OK in parts_OK) else torch.float32
@@ -73,7 +73,7 @@ def _side_by_side(parts_OK: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _whole(parts_OK: Sequence[Tensor]) -> Tensor | None:
-    """The [.., K, X] that these are views of, where they are all of it."""
+    """Return the [.., K, X] tensor of which the parts are views, if they fill all of it."""
     *experts, _, inputs = parts_OK[0].shape
     width = sum(part_OK.shape[-2] for part_OK in parts_OK)
     strides = (*[inputs * width for _ in experts], width, 1)

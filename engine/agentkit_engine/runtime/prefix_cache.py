@@ -1,13 +1,13 @@
-"""Checkpoints by the ids they were computed from, so that no session computes what another one has.
+"""Prefix cache: checkpoints, found by the ids they were computed from.
 
-A checkpoint is a frozen sequence (`state.py`): a fork that nobody extends. It is found by its ids: the chain of hashes
-of their full spans leads to a node, where the ids behind the last full span tell checkpoints apart. A session may take
-one up that is a few ids longer than what they have in common, as far as the rings reach back.
+A checkpoint is a frozen sequence (`state.py`): a fork that is never extended. The chain of hashes of its full spans
+leads to a node; within a node, the ids after the last full span tell checkpoints apart. A session may also resume from
+a checkpoint that is a few ids longer than their common prefix, as far as the rings reach back.
 
-What goes first when memory is short: checkpoints that only save part of a turn, least recently used first; then turn
-ends, heads and the checkpoints of long prompts, least recently used first. Taking up a checkpoint also counts as use of
-those that lie on the way to it, and for more: so the end of a branch goes before what it shares with others. Sessions
-at work hold their own sequences, and no eviction touches those.
+Eviction starts with the checkpoints that save only part of a turn, least recently used first. The ends of turns, shared
+prefixes and the checkpoints of long prompts follow, also least recently used first. Resuming from a checkpoint counts
+as a use of all shorter ones on its path, so the end of a branch is evicted before the prefix it shares with others.
+Live sessions hold their own sequences, which eviction never touches.
 
 Dimension key: `runtime/__init__.py`.
 """
@@ -26,22 +26,22 @@ from agentkit_engine.runtime.state import SPAN, Pools, Sequence
 
 
 class Keep(IntEnum):
-    """How long a checkpoint is worth keeping: lower ones are evicted first."""
+    """Value of a checkpoint; lower values are evicted first."""
 
     PROMPT = 0
-    """The end of a prompt inside a turn: saves one prompt when it is asked again."""
+    """The end of a prompt within a turn: saves one prompt if it is sent again."""
     TURN = 1
-    """The end of a turn, a head that others share, or one of the checkpoints of a long prompt."""
+    """The end of a turn, a prefix that other sessions share, or a checkpoint of a long prompt."""
 
 
 class IdChain:
-    """The hash of every full span of a growing list of ids, each chained to the one before; computed once."""
+    """Chained hashes of the full spans of a growing list of ids; each is computed once."""
 
     def __init__(self) -> None:
         self._hashes: list[bytes] = [b""]
 
     def upto(self, ids: Seq[int], spans: int) -> list[bytes]:
-        """The hashes of the first 0, 1, ... `spans` full spans of `ids`."""
+        """Hashes of the first 0, 1, ... `spans` full spans of `ids`."""
         while len(self._hashes) <= spans:
             start = (len(self._hashes) - 1) * SPAN
             block = array("I", ids[start : start + SPAN]).tobytes()
@@ -49,13 +49,13 @@ class IdChain:
         return self._hashes[: spans + 1]
 
     def key(self, ids: Seq[int], length: int) -> bytes:
-        """A hash of the first `length` of `ids`."""
+        """Hash of the first `length` ids."""
         full = length // SPAN
         tail = array("I", ids[full * SPAN : length]).tobytes()
         return hashlib.blake2b(self.upto(ids, full)[-1] + tail, digest_size=16).digest()
 
     def cut(self, length: int) -> None:
-        """Forget what covers ids from `length` on."""
+        """Discard the hashes that cover ids from `length` on."""
         del self._hashes[length // SPAN + 1 :]
 
     def copy(self) -> IdChain:
@@ -66,12 +66,12 @@ class IdChain:
 
 @dataclass(eq=False, slots=True)
 class Checkpoint:
-    """A frozen sequence, found by its node and the ids behind its last full span.
+    """A frozen sequence, found by its node and the ids after its last full span.
 
     Attributes:
-        used: when it was last of use.
-        shared: whether it was to more than one session.
-        spill: what is done before its state is freed.
+        used: clock value of the last use.
+        shared: whether more than one session used it.
+        spill: called before its state is freed.
     """
 
     sequence: Sequence
@@ -98,9 +98,9 @@ class PrefixCache:
         return checkpoint in self._nodes.get(checkpoint.node, ())
 
     def find(self, ids: Seq[int], chain: IdChain) -> tuple[Checkpoint, int] | None:
-        """The checkpoint that saves most of `ids`, and how many of its tokens count.
+        """Return the checkpoint that saves the most of `ids`, and how many of its tokens are usable.
 
-        Never all of `ids`: the last one is computed for its logits.
+        At least the last id is always computed, for its logits.
         """
         best: tuple[Checkpoint, int] | None = None
         for checkpoint in self._on_the_way(ids, chain):
@@ -112,10 +112,10 @@ class PrefixCache:
         return best if best is not None and best[1] > 0 else None
 
     def take(self, ids: Seq[int], chain: IdChain) -> Sequence | None:
-        """A sequence of its own that starts with as many of `ids` as any checkpoint has, if one has any.
+        """Return a new sequence with the longest prefix of `ids` that a checkpoint holds; None if there is none.
 
         Raises:
-            OutOfMemoryError: there is no room for the fork.
+            OutOfMemoryError: there is no memory for the fork.
         """
         found = self.find(ids, chain)
         if found is None:
@@ -130,10 +130,10 @@ class PrefixCache:
         return sequence
 
     def add(self, ids: Seq[int], chain: IdChain, sequence: Sequence, keep: Keep) -> Checkpoint:
-        """Keep `sequence`, which holds the first `sequence.length` of `ids` and belongs to the cache from now on.
+        """Keep `sequence`, which holds the first `sequence.length` of `ids`; the cache owns it from now on.
 
         Returns:
-            The checkpoint of these ids; where there was one already, that one.
+            The checkpoint of these ids, which may have existed before.
         """
         full, length = sequence.length // SPAN, sequence.length
         node, tail = chain.upto(ids, full)[-1], tuple(ids[full * SPAN : length])
@@ -147,9 +147,9 @@ class PrefixCache:
         return here[-1]
 
     def give_back(self, checkpoint: Checkpoint) -> Sequence | None:
-        """The sequence of a checkpoint that only its maker had use of; the cache then no longer has it.
+        """Remove a checkpoint that only its owner used, and return its sequence.
 
-        None when it is shared, or was evicted meanwhile.
+        Returns None if the checkpoint is shared or was evicted.
         """
         if checkpoint.shared or checkpoint not in self:
             return None
@@ -157,13 +157,13 @@ class PrefixCache:
         return checkpoint.sequence
 
     def holds(self, ids: Seq[int], chain: IdChain, length: int) -> bool:
-        """Whether there is a checkpoint of exactly the first `length` of `ids`."""
+        """Whether there is a checkpoint of exactly the first `length` ids."""
         full = length // SPAN
         here = self._nodes.get(chain.upto(ids, full)[-1], ())
         return any(checkpoint.tail == tuple(ids[full * SPAN : length]) for checkpoint in here)
 
     def evict(self, at_most: Keep = Keep.TURN) -> bool:
-        """Free the checkpoint that is worth least; False when none is worth `at_most` or less."""
+        """Free the checkpoint with the lowest value; return False if none has a value of `at_most` or less."""
         every = itertools.chain.from_iterable(self._nodes.values())
         victim = min(every, key=lambda checkpoint: (checkpoint.keep, checkpoint.used), default=None)
         if victim is None or victim.keep > at_most:
@@ -185,13 +185,13 @@ class PrefixCache:
             del self._nodes[checkpoint.node]
 
     def _on_the_way(self, ids: Seq[int], chain: IdChain) -> Iterator[Checkpoint]:
-        """The checkpoints that start with full spans of `ids`, those with most of them first."""
+        """Yield the checkpoints that begin with full spans of `ids`, longest prefix first."""
         for node in reversed(chain.upto(ids, len(ids) // SPAN)):
             yield from self._nodes.get(node, ())
 
 
 def _common(ids: Seq[int], most: int, checkpoint: Checkpoint) -> int:
-    """How many ids a checkpoint has in common with the first `most` of `ids`; its full spans are known to agree."""
+    """Length of the common prefix of a checkpoint and the first `most` ids; their full spans are known to agree."""
     start = checkpoint.sequence.length - len(checkpoint.tail)
     if checkpoint.tail and start < most and checkpoint.tail[0] != ids[start]:
         return start

@@ -1,11 +1,11 @@
-"""Matrix products on a CPU of which a row has the same bits, however many rows there are.
+"""Matrix products on a CPU in which a row has the same bits for any number of rows.
 
-Weights are float32 or bfloat16, whose products are computed in float32 too: what is held in half the memory gives the
-same bits as if it had been made float32 when it was loaded.
+Weights are float32 or bfloat16; products of both are computed in float32. So bfloat16 weights take half the memory and
+give the same bits as if they had been widened to float32 when they were loaded.
 
-Many rows are multiplied by a library: oneDNN, where this torch has it, which is twice as fast as its BLAS on AVX-512.
-For a few rows the call alone costs more than the arithmetic; they are `cpu.multiply`'s where that gives the library's
-bits, which is tried out when a model is packed.
+A library multiplies many rows: oneDNN where this torch has it, which on AVX-512 is twice as fast as torch's BLAS. For a
+few rows the call alone costs more than the arithmetic; `cpu.multiply` computes them if it gives the library's bits,
+which is probed when a model is packed.
 
 Dimension key: N rows, K inputs, O outputs.
 """
@@ -27,15 +27,15 @@ from agentkit_kernels.cpu import Floats, Weights
 logger = logging.getLogger(__name__)
 
 FEW, FEW_OF_BF16 = 12, 32
-"""Rows up to which a kernel is faster than the library, which takes float32 weights only."""
+"""Row counts up to which the kernel is faster than the library, which takes float32 weights only."""
 FEW_QUERIES = 16
-"""Rows up to which the BLAS is faster with keys than oneDNN."""
+"""Row count up to which the BLAS multiplies keys faster than oneDNN."""
 _local = threading.local()
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.enabled else None
 
 
 def empty(rows: int, *shape: int) -> Floats:
-    """float32 [rows, ..]; for many rows, memory that begins with a cache line, so that few vectors lie across two."""
+    """Allocate float32 [rows, ..]. For many rows it is aligned to cache lines, so that few vectors cross two."""
     if rows <= FEW_OF_BF16:
         return np.empty((rows, *shape), np.float32)
     array: Floats = torch.empty(rows, *shape).numpy()
@@ -53,8 +53,9 @@ def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
 
 
 def _widened(weight_KO: Tensor) -> Tensor:
-    """The weight in float32, where the thread's next one will be: to copy costs less than fresh memory."""
-    with torch.inference_mode(False):  # whoever comes next may not be in it
+    """Return the weight in float32, in memory that the thread's next call reuses: copying costs less than fresh
+    memory."""
+    with torch.inference_mode(False):  # later users of this memory may not be in inference mode
         memory = getattr(_local, "memory", None)
         if memory is None or memory.numel() < weight_KO.numel():
             memory = _local.memory = torch.empty(weight_KO.numel())
@@ -63,16 +64,16 @@ def _widened(weight_KO: Tensor) -> Tensor:
 
 
 def padded_rows(rows: int, least: int) -> int:
-    """How many rows to give the library for `rows`: `least` or more, and not every number.
+    """Return the row count to give the library for `rows`: at least `least`, and one of few values.
 
-    It compiles each shape once, in half a millisecond.
+    The library compiles each shape once, which takes half a millisecond.
     """
     step = 8 if rows <= 64 else 64
     return max(-(-rows // step) * step, least)
 
 
 def multiply(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
-    """The library's product, of at least `least` rows."""
+    """Multiply with the library, padding to at least `least` rows."""
     rows = len(x_NK)
     if (padded := padded_rows(rows, least)) > rows:
         x_NK = np.concatenate((x_NK, np.zeros((padded - rows, x_NK.shape[1]), np.float32)))
@@ -81,22 +82,22 @@ def multiply(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
 
 
 def as_array(weight: Tensor) -> Weights:
-    """A weight as kernels take it: bfloat16, which numpy has no name for, or float32."""
+    """Return a weight as the kernels take it: float32, or bfloat16 as uint16, because numpy has no bfloat16."""
     array: Weights = (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight.float()).numpy()
     return array
 
 
 class Product:
-    """Rows times a weight [K, O], the same bits for any number of rows once `settle` has seen to it."""
+    """The product of rows with a weight [K, O]; after `settle`, with the same bits for any number of rows."""
 
     def __init__(self, weight_KO: Tensor) -> None:
         self.weight = weight_KO
         self.array = as_array(weight_KO)
         self.few = FEW if weight_KO.dtype == torch.float32 else FEW_OF_BF16
         self.rows = 1
-        """From so many rows on the library gives a row the same bits whatever the others."""
+        """From this row count on, the library gives a row the same bits whatever the other rows."""
         self.block = 0
-        """With which `cpu.multiply` gives those bits too; 0 where none does."""
+        """The block size with which `cpu.multiply` gives those bits too; 0 if none does."""
 
     def __call__(self, x_NK: Floats) -> Floats:
         rows = len(x_NK)
@@ -108,12 +109,13 @@ class Product:
 
 
 class Dots:
-    """Rows times keys, which are new each time, [S, C]; the same bits for any number of rows once settled."""
+    """The product of rows with keys [S, C], which differ in each call; after `settle`, with the same bits for any
+    number of rows."""
 
     def __init__(self) -> None:
         self.rows = 1
         self.few = FEW_QUERIES
-        """Up to so many rows the BLAS is used: its calls cost less."""
+        """Up to this row count the BLAS is used, whose calls cost less."""
 
     def __call__(self, x_XC: Floats, keys_SC: Tensor) -> Floats:
         if len(x_XC) > self.few:
@@ -124,8 +126,8 @@ class Dots:
         return dots_XS
 
     def settle(self, size: int, most: int, step: int) -> None:
-        """See from how many rows on the library's products do not depend on the other rows, and whether the BLAS gives
-        the same bits; with up to `most` keys of this size, a multiple of `step`."""
+        """Probe the row count from which the library's products do not depend on the other rows, and whether the
+        BLAS gives the same bits, with up to `most` keys of this size, a multiple of `step`."""
         keys_SC = torch.randn(most, size, generator=torch.Generator().manual_seed(2))
         some = [keys_SC[:count] for count in (step, most - step, most)]
         self.rows = max(least_rows([keys], by=[_library_linear], padded=padded_rows) for keys in some)
@@ -143,7 +145,7 @@ def _library_linear(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
 
 
 def settle(products: Seq[Product], *, exact: bool) -> None:
-    """Find out how many rows the library needs, and which of its products a kernel can do as it does."""
+    """Probe the row count that the library needs, and the products that a kernel can compute with the same bits."""
     if not exact:
         for product in products:
             product.block = len(product.weight)

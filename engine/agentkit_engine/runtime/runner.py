@@ -1,11 +1,10 @@
-"""One forward for a ragged batch of live sequences, the same bits whatever the batch.
+"""One forward for a ragged batch of live sequences, with the same bits in any batch.
 
-What computes it is chosen by what there is: compiled kernels on a CPU where Numba is installed (`compiled.py`), plain
-torch elsewhere (`eager.py`). Either way a row's bits do not depend on the rows beside it.
+`compiled.py` runs it on a CPU with Numba, `eager.py` in plain torch everywhere else. In both, a row's bits do not
+depend on its neighbours.
 
-What that costs can be had back: a runner that is not `exact` tries nothing out, and the library may use every thread.
-Then the same bits come out of the same forwards only: a session that was forked or restored goes on as the other one
-does.
+With `exact=False` the runner skips the probing of matrix products and lets the library use all threads. The bits then
+depend on the batch; only forks and restored sessions, which see the same forwards, still agree.
 
 Dimension key: `runtime/__init__.py` and `model/__init__.py`.
 """
@@ -32,21 +31,22 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 NUMERICS = 3
-"""Whoever changes a bit of what a forward computes adds one: states on disk are taken up by their equals only."""
+"""Version of the numerics. Increment it with every change to a bit of a forward's output: stored states of another
+version are not used."""
 
 
 class Layers(Protocol):
     """A decoder's packed weights over `Pools`."""
 
     def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> Computed:
-        """Write the state of the segments' tokens; what their rows say, each segment's from its `firsts` on."""
+        """Write the state of the segments' tokens and return the output rows, of each segment from its `firsts` on."""
 
     def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         """See `Runner.foresee`."""
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether there are compiled kernels for this device; where not, plain torch computes."""
+    """Whether this device has compiled kernels; plain torch computes on all others."""
     if device.type != "cpu":
         return False
     try:
@@ -58,7 +58,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def machine(device: torch.device) -> tuple[str, ...]:
-    """What the last bits depend on beside the model: libraries, and the processor for which they choose their code."""
+    """The libraries and the processor, on which the last bits of a result depend besides the model."""
     found = [torch.__version__, device.type, platform.machine(), torch.backends.cpu.get_cpu_capability()]
     if device.type == "cuda":
         found += [str(torch.version.cuda), torch.cuda.get_device_name(device)]
@@ -71,16 +71,16 @@ def machine(device: torch.device) -> tuple[str, ...]:
 
 
 class Runner:
-    """A decoder's layers, packed once for forwards over `Pools`; not differentiable."""
+    """A decoder's layers, packed once for forwards over `Pools`. Not differentiable."""
 
     def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool = True, compiled: bool | None = None) -> None:
-        """`compiled` is whether to use compiled kernels; None means where there are any."""
+        """`compiled` selects compiled kernels; None selects them where they exist."""
         self.pools, self.exact = pools, exact
         self._on_one_thread = OneThread()
         self.layers: Layers = self._compute(lambda: self._packed(decoder, compiled))
 
     def _packed(self, decoder: Decoder, compiled: bool | None) -> Layers:
-        with torch.inference_mode(False), torch.no_grad():  # a decoder that was packed can still be trained
+        with torch.inference_mode(False), torch.no_grad():  # a packed decoder can still be trained
             if can_compile(self.pools.device) if compiled is None else compiled:
                 from agentkit_engine.runtime.compiled import CompiledLayers
 
@@ -88,13 +88,12 @@ class Runner:
             return EagerLayers(decoder, self.pools, exact=self.exact)
 
     def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> Computed:
-        """Extend every segment's sequence by its ids, which `Pools.reserve` has made room for, its draft included.
+        """Extend every segment's sequence by its ids and draft, for which `Pools.reserve` has made room.
 
-        An exact runner computes with one torch thread: with several, how a product is divided among them depends on
-        its number of rows.
+        An exact runner uses one torch thread, because with several the library divides a product by its number of rows.
 
         Returns:
-            The logits and streams of each segment's last id and draft; with `all_rows` a row for every id.
+            Logits and streams of each segment's last id and draft; with `all_rows` a row for every id.
         """
         firsts = [0 if all_rows else len(segment.ids) - 1 for segment in segments]
         computed = self._compute(lambda: self.layers(segments, firsts))

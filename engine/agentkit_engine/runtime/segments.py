@@ -1,4 +1,4 @@
-"""What a forward is asked for and what it says. Dimension key: `runtime/__init__.py`."""
+"""Input and output of a forward. Dimension key: `runtime/__init__.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agentkit_engine.runtime.state import Sequence
 
 @dataclass(slots=True)
 class Segment:
-    """Ids that extend one sequence in the next forward, and guesses at those that follow."""
+    """Ids, and draft ids after them, that extend one sequence in the next forward."""
 
     sequence: Sequence
     ids: Seq[int]
@@ -24,12 +24,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a forward says: of each segment, end to end, a row for its last id and one for every drafted id."""
+    """Output of a forward: for each segment in turn, a row for its last id and one for each draft id."""
 
     logits_RV: Tensor
     streams_RMD: Tensor
-    """The residual streams after the last layer: what the MTP block guesses from."""
+    """Residual streams after the last layer, the input of the MTP block."""
 
     def only(self, row: int) -> Computed:
-        """One row, in memory of its own."""
+        """Return a copy of a single row."""
         return Computed(self.logits_RV[row : row + 1].clone(), self.streams_RMD[row : row + 1].clone())

@@ -1,14 +1,14 @@
-"""What live sequences leave behind for their next tokens, in pools that are allocated once.
+"""The state of live sequences, in pools that are allocated once.
 
-*Spans* hold what grows with length: the compressed entries and index keys of 256 consecutive tokens, in every layer,
-under one id. *Tail slots* hold what does not grow: the ring of window rows and the compressors' open rows. A span or
-slot that was never held costs address space only: the operating system gives memory to pages that are written.
+*Spans* hold state that grows with length: the compressed entries and index keys of 256 consecutive tokens, in every
+layer, under one id. *Tail slots* hold state of constant size: the ring of window rows and the compressors' open rows.
+An unused span or slot costs address space only, because the operating system allocates pages when they are written.
 
-Sequences with a common past share its spans, and whoever writes into a shared one gets a copy first. So a fork costs a
-slot and at most one span, whatever its length; and a checkpoint is nothing but a fork that nobody extends.
+Sequences with a common prefix share its spans; writing to a shared span copies it first. A fork therefore costs a slot
+and at most one span at any length, and a checkpoint is simply a fork that is never extended.
 
-A masked row counts 0.0 times what it holds, which is NaN where that is NaN. So a sequence never reads what another has
-written: slots and spans are cleared when they are given out, and missing spans are read as span 0, which nobody gets.
+A masked row is multiplied by 0.0, which gives NaN where the row holds NaN. So a sequence must never read rows of
+another: slots and spans are cleared when they are allocated, and missing spans read as span 0, which stays zero.
 
 Dimension key: `runtime/__init__.py`.
 """
@@ -27,25 +27,26 @@ from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.spec import LayerSpec, ModelSpec
 
 SPAN = 256
-"""Tokens per span: a multiple of every compression ratio."""
+"""Tokens per span; a multiple of every compression ratio."""
 ROLLBACK = 12
-"""Tokens that a sequence can be shortened by, less one that is computed again: the rings still hold what is needed."""
+"""Maximum number of tokens by which a sequence can be shortened; the rings keep this many rows more than they need. One
+of the remaining tokens is computed again for its logits."""
 QUERY_BLOCK = 128
-"""Tokens of one sequence whose attention is computed together; blocks start at multiples of it."""
+"""Tokens of one sequence whose attention is computed together; blocks start at multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompressorState:
-    """One compressor's entries, by span, and its open rows, by slot (token t is row t mod O).
+    """One compressor's entries, by span, and its open rows, by slot: token t is in row t mod O.
 
-    O is the rows that the next entry may pool (8 for CSA, whose entries pool two windows of 4, and 128 for HCA), and
-    `ROLLBACK` more.
+    O is the number of rows that the next entry may pool, plus `ROLLBACK`: 8 for CSA, which pools two windows of 4, and
+    128 for HCA.
     """
 
     ratio: int
     entries: Tensor  # [spans + 1, SPAN // ratio, K]
     values: Tensor  # [slots, O, K or 2K]
-    scores: Tensor  # like values; ape added
+    scores: Tensor  # the same shape as `values`; includes `ape`
 
     @property
     def entries_per_span(self) -> int:
@@ -62,34 +63,35 @@ class LayerState:
 
 
 class Sequence:
-    """A tail slot, the spans of a past, and how many tokens they account for.
+    """A tail slot, a list of spans, and the number of tokens they hold.
 
-    Made by `Pools.open` and `Pools.fork`, given back with `Pools.close`.
+    Made by `Pools.open` and `Pools.fork`, and returned with `Pools.close`.
     """
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.length = 0
         self.written = 0
-        """The most tokens it ever held: what came after a later cut may have replaced rows of the rings."""
+        """The largest length so far: tokens that were cut since may have overwritten rows of the rings."""
         self.steady_until = 0
-        """Up to this length single ids are added with no thought of memory and checkpoints; whoever owns it says so."""
+        """Up to this length the batcher adds single ids without checking memory and checkpoints; the batcher sets
+        it."""
         self.spans: list[int] = []
         self.table = torch.zeros(4, dtype=torch.int64)
-        """The same ids for gathers; the first `num_spans` count."""
+        """The span ids as a tensor, for gathers; the first `num_spans` are valid."""
         self.contiguous = True
-        """Whether the ids are consecutive, so that a long scan needs no gather."""
+        """Whether the span ids are consecutive, so that a long scan needs no gather."""
 
     @property
     def num_spans(self) -> int:
         return len(self.spans)
 
     def reaches(self, length: int) -> bool:
-        """Whether it can be shortened to `length`: the rings hold what comes before."""
+        """Whether the sequence can be shortened to `length`: the rings still hold the rows before it."""
         return length <= self.length and self.written - length <= ROLLBACK
 
     def shorten(self, length: int) -> None:
-        """Forget the tokens from `length` on, which it must reach."""
+        """Remove the tokens from `length` on; `reaches(length)` must hold."""
         assert self.reaches(length), (length, self.length, self.written)
         self.length = length
         self.steady_until = 0  # a span that is written again may be shared
@@ -107,7 +109,7 @@ class Sequence:
         self._look_at_steps()
 
     def share_spans(self, source: Sequence, count: int) -> None:
-        """Take the first `count` spans of `source`, in place of its own."""
+        """Replace the spans by the first `count` spans of `source`."""
         self.table, self.spans = source.table.clone(), source.spans[:count]
         self._look_at_steps()
 
@@ -117,9 +119,9 @@ class Sequence:
 
 
 class Pools:
-    """All state of one model, for at most `slots` sequences and `spans` spans.
+    """The state of one model, for at most `slots` sequences and `spans` spans.
 
-    `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is what sequences hold of them, shared spans once.
+    `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is the memory in use, with shared spans counted once.
     """
 
     def __init__(self, spec: ModelSpec, *, slots: int, spans: int, device: torch.device) -> None:
@@ -128,14 +130,14 @@ class Pools:
         self.ring = -(-spec.sliding_window // 32) * 32 + QUERY_BLOCK
         self.layers = [self._layer(layer) for layer in spec.layers]
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._unused_spans = spans  # ids up to `spans - _unused_spans` have been used before
+        self._unused_spans = spans  # span ids up to `spans - _unused_spans` have been used before
         self._free_spans: list[int] = []
-        self._holders: Counter[int] = Counter()  # of each span in use, how many sequences hold it
+        self._holders: Counter[int] = Counter()  # number of sequences that hold each span in use
         states = [state for layer in self.layers for state in (layer.compressor, layer.indexer) if state is not None]
         self.entries = [state.entries for state in states]
-        """All that lies in spans: tensors whose first dimension is the span id."""
+        """The tensors stored by span: their first dimension is the span id."""
         self.tails = [layer.window for layer in self.layers] + [t for s in states for t in (s.values, s.scores)]
-        """All that lies in slots: tensors whose first dimension is the slot."""
+        """The tensors stored by slot: their first dimension is the slot."""
         self.bytes_per_span = sum(tensor[0].nbytes for tensor in self.entries)
         self.bytes_per_slot = sum(tensor[0].nbytes for tensor in self.tails)
 
@@ -154,7 +156,7 @@ class Pools:
         ) * self.bytes_per_span
 
     def open(self) -> Sequence:
-        """An empty sequence.
+        """Return an empty sequence.
 
         Raises:
             OutOfMemoryError: every slot is taken.
@@ -163,16 +165,16 @@ class Pools:
         for layer in self.layers:
             layer.window[sequence.slot] = 0.0
             for state in (layer.compressor, layer.indexer):
-                if state is not None:  # the rows before a sequence's first have weight 0 in its first entry
+                if state is not None:  # rows before the first token get weight 0 in the first entry
                     state.values[sequence.slot] = 0.0
                     state.scores[sequence.slot] = -torch.inf
         return sequence
 
     def fork(self, source: Sequence) -> Sequence:
-        """A second sequence with the same past, at the cost of one slot and at most one span.
+        """Return a second sequence with the same past, at the cost of one slot and at most one span.
 
         Raises:
-            OutOfMemoryError: there is no free slot, or no free span for the open one.
+            OutOfMemoryError: there is no free slot, or no free span for a copy of the open one.
         """
         full, open_tokens = divmod(source.length, SPAN)
         if open_tokens and not self.free_spans:
@@ -188,16 +190,16 @@ class Pools:
         return fork
 
     def reserve(self, sequence: Sequence, length: int) -> None:
-        """Give `sequence` the spans it needs to hold `length` tokens, none of them shared where it will write.
+        """Allocate the spans that `sequence` needs for `length` tokens, and copy shared spans that it will write to.
 
-        All or none.
+        Either all are allocated or none.
 
         Raises:
             OutOfMemoryError: there are not enough free spans.
         """
         first, spans = sequence.length // SPAN, sequence.spans
         if first + 1 == len(spans) and length <= len(spans) * SPAN and self._holders[spans[first]] == 1:
-            return  # the open span is its own and has room
+            return  # the open span is not shared and has room
         written = range(first, sequence.num_spans)
         shared = [index for index in written if self._holders[sequence.spans[index]] > 1]
         missing = -(-length // SPAN) - sequence.num_spans
@@ -216,7 +218,7 @@ class Pools:
             sequence.add_span(span)
 
     def close(self, sequence: Sequence) -> None:
-        """Give back the slot and the spans."""
+        """Free the slot and the spans."""
         self._free_slots.append(sequence.slot)
         for span in reversed(sequence.spans):
             self._release(span)
@@ -268,7 +270,7 @@ class Pools:
         )
 
     def _zeros(self, *shape: int) -> Tensor:
-        """float32 zeros; on the CPU they take memory page by page, as they are written."""
+        """Return float32 zeros; on a CPU each page is allocated when it is first written."""
         if self.device.type != "cpu":
             return torch.zeros(shape, device=self.device)
         return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).view(shape)
