@@ -1,1 +1,1 @@
-"""Triton kernels for the engine. None yet: the engine runs on its plain-torch operations."""
+"""Kernels for the engine's forward: loops for CPUs in `cpu.py`. There are no Triton kernels yet."""

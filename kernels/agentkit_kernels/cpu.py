@@ -1,14 +1,13 @@
-"""What one forward does between its matrix products, compiled for the CPU by Numba.
+"""CPU kernels for everything in a forward except its matrix products, compiled by Numba.
 
-A decoding step is some thousand tiny operations, and on a CPU the dispatch of an operation costs more than its
-arithmetic. Each kernel here is one step of the model for all rows of a forward, as loops. Every row is computed by
-itself, with the same instructions and in an order that only its position decides: so its bits cannot depend on the rows
-beside it. The torch twins are in `agentkit_engine.runtime.eager` and `agentkit_engine.model`; formulas and sources are
-quoted there.
+A decoding step consists of some thousand tiny operations, and dispatching one in torch costs more than its arithmetic.
+Each kernel here is one step of the model, as loops over all rows of a forward. It computes every row by itself, with
+the same instructions, in an order that depends on the row's position only, so its bits cannot depend on the rows beside
+it. The torch twins are in `agentkit_engine.runtime.eager` and `agentkit_engine.model`, with formulas and sources.
 
-Two kinds of arithmetic. `strict` code may fuse a product and a sum, and no more: its sums are chains in the order of
-the loop. `reduced` code may also sum a loop of a row in lanes, which is faster. All in one file: a compiled kernel is
-kept on disk until its own file changes, and would not notice that a function of another file did.
+There are two kinds of arithmetic. `strict` code may fuse a product and a sum and nothing else: its sums are chains in
+loop order. `reduced` code may also sum a row in lanes, which is faster. All kernels are in one file because Numba
+recompiles a cached kernel when its own file changes, and does not notice changes in another file.
 
 Dimension key: N rows, D hidden size, M residual streams, X outputs of a fused projection, K head size (inputs of a
 product in `multiply`), O outputs, H heads, R rotary size, B sequences, S keys, E experts, A active experts, I expert
@@ -29,20 +28,21 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Halves = NDArray[np.uint16]
-"""bfloat16, which numpy lacks."""
+"""bfloat16 as uint16, because numpy has no bfloat16."""
 Weights = Floats | Halves
 Ints = NDArray[np.int64]
 Ints32 = NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 QUERY_BLOCK = 128
-"""Rows of a sequence that are written to its window ring together; a ring holds that many beside the window."""
+"""Rows of a sequence that are written to its window ring together; a ring has this many rows more than the window."""
 TOGETHER = 64
-"""Index scores that `choose` takes in before it looks whether there are too many candidates."""
+"""Index scores that `choose` reads between two checks for too many candidates."""
 LINE = 16
-"""Floats of a cache line."""
+"""Floats per cache line."""
 OUTPUTS_TOGETHER, INPUTS_TOGETHER = 4096, 16
-"""Weights that `multiply` takes all rows through before it goes on (256 KiB in float32: the cache holds them)."""
+"""Tile of weights that `multiply` applies to all rows before it goes on (256 KiB in float32, so that it stays in the
+cache)."""
 
 
 def _compiled(function: Function, fastmath: set[str], signature: str | None = None) -> Function:
@@ -52,7 +52,7 @@ def _compiled(function: Function, fastmath: set[str], signature: str | None = No
 
     try:
         return compiled(cache=True)
-    except RuntimeError:  # no folder that a cache could be written to
+    except RuntimeError:  # there is no writable folder for a cache
         return compiled(cache=False)
 
 
@@ -62,24 +62,25 @@ def strict(function: Function) -> Function:
 
 
 def at_import(signature: str) -> Callable[[Function], Function]:
-    """Like `strict`, but here and now: one is enough to start the compiler, which takes as long as its import."""
+    """Like `strict`, but compile eagerly, at import. One such kernel starts the compiler, which takes as long as its
+    import."""
     return lambda function: _compiled(function, {"contract"}, signature)
 
 
 def reduced(function: Function) -> Function:
-    """Compile on first use; sums over a row's values may be taken in lanes."""
+    """Compile on first use; sums over a row may be computed in lanes."""
     return _compiled(function, {"contract", "reassoc"})
 
 
 def cache_folder() -> Path | None:
-    """The folder in which Numba keeps these kernels; None where it has none it may write to."""
+    """Return the folder in which Numba caches these kernels; None without a writable one."""
     path: str | None = attend.stats.cache_path  # type: ignore[attr-defined]
     return None if path is None else Path(path)
 
 
 @strict
 def _lines(rows: int, size: int) -> Floats:
-    """Memory that begins with a cache line: of vectors that lie across two, half as many are read in the same time."""
+    """Allocate memory aligned to cache lines: reading vectors that cross two lines takes twice as long."""
     flat = np.empty(rows * size + LINE, np.float32)
     start = -(flat.ctypes.data // 4) % LINE
     return flat[start : start + rows * size].reshape(rows, size)
@@ -98,7 +99,7 @@ _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 @at_import("float32(float32)")
 def exp(x: np.float32) -> np.float32:
-    """e**x to within 2 units of the last place, 0 below -87; without branches, so that loops of it use vectors.
+    """e**x to within 2 units in the last place, 0 below -87; free of branches, so that loops over it vectorise.
 
     x = n ln 2 + r with |r| <= ln 2 / 2; 2**n goes into the exponent, e**r is a polynomial (Cephes' `expf`).
     """
@@ -123,7 +124,8 @@ def sigmoid(x: np.float32) -> np.float32:
 
 
 def _wide(weight: Any) -> np.float32:
-    """A weight as float32: bfloat16 is its upper half, so products with either are the same bits."""
+    """Return a weight as float32. bfloat16 is the upper half of a float32, so products with either have the same
+    bits."""
     raise NotImplementedError("exists in kernels only, for each type of weights")
 
 
@@ -140,11 +142,11 @@ def _wide_of(weight: Any) -> Callable[[Any], Any]:
 
 @strict
 def multiply(x_NK: Floats, w_KO: Weights, block: int, out_NO: Floats) -> None:
-    """out = x @ w for a few rows, at the speed at which the weights arrive.
+    """out = x @ w for a few rows, at the speed of reading the weights.
 
-    Each output is a chain of fused multiply-adds over `block` inputs; the chains of further blocks are added to it in
-    order. Libraries compute the same chains for many rows, with a block of their own choice. Weights are read along
-    their rows, and a few at a time, through which all rows are taken while the cache has them.
+    Each output is a chain of fused multiply-adds over `block` inputs, to which the chains of further blocks are added
+    in order. Libraries compute the same chains for many rows, with a block size of their own. Weights are read along
+    their rows, in tiles that all rows use while the cache holds them.
     """
     rows, inputs = x_NK.shape
     outputs = w_KO.shape[1]
@@ -219,7 +221,7 @@ def _rotations_at(position: int, frequencies: Floats, turn_R: Floats) -> None:
 
 @strict
 def _rotate(x_K: Floats, turn_R: Floats, direction: np.float32) -> None:
-    """Turn the last R values in place, pair by pair; backwards with direction -1."""
+    """Rotate the last R values in place, pair by pair; direction -1 is the inverse rotation."""
     first = x_K.shape[0] - turn_R.shape[0]
     for pair in range(turn_R.shape[0] // 2):
         cosine, sine = turn_R[2 * pair], turn_R[2 * pair + 1] * direction
@@ -245,7 +247,7 @@ def connect(
     post_NM: Floats,
     comb_NMM: Floats,
 ) -> None:
-    """What a sub-layer reads, normed, and how it will be written back; `raw` is fn · streams.
+    """Compute the normed input of a sub-layer, and the maps for writing its output back; `raw` is fn · streams.
 
     The M x M matrix is a softmax over rows + eps, whose columns, then rows and columns in turn, are divided by their
     sum + eps (Sinkhorn).
@@ -299,7 +301,7 @@ def collapse(
     eps: np.float32,
     x_ND: Floats,
 ) -> None:
-    """The last reading of the streams, normed for the head."""
+    """Collapse the streams into the normed input of the head."""
     pre, flat_NX = np.empty(base_M.shape[0], np.float32), streams_NMD.reshape(streams_NMD.shape[0], -1)
     for n in range(streams_NMD.shape[0]):
         rms = _inverse_rms(flat_NX[n], norm_eps)
@@ -353,8 +355,8 @@ def heads(
     q_index_NJC: Floats,
     weights_NJ: Floats,
 ) -> None:
-    """Queries (normed per head, rotated, scaled by K^-0.5), the key-value row (in `projected` from `column` on), and,
-    where J is not 0, the indexer's queries and head weights, which follow them."""
+    """Compute the queries (normed per head, rotated, scaled by K^-0.5), the key-value row (from column `column` of
+    `projected`), and, unless J is 0, the indexer's queries and head weights, which follow them."""
     rows, num_heads, size = q_NHK.shape
     _, index_heads, index_size = q_index_NJC.shape
     scale, at = np.float32(size) ** -_HALF, num_heads * size
@@ -399,10 +401,10 @@ def attend(
     sink_H: Floats,
     out_NHK: Floats,
 ) -> None:
-    """Store the new rows in their rings and attend to the window, the entries and the sink; rotated back.
+    """Store the new rows in their rings, attend to the window, the entries and the sink, and rotate the result back.
 
-    Sequence b has the rows from `rows[b]` to `rows[b + 1]`. Where P is 0 a query looks at all entries that are
-    complete at its position (none when `ratio` is 0), otherwise at its `counts` first picks.
+    Sequence b has the rows from `rows[b]` to `rows[b + 1]`. If P is 0, a query attends to all entries that are
+    complete at its position (none if `ratio` is 0), otherwise to its first `counts` picks.
     """
     num_heads, size = q_NHK.shape[1:]
     ring, picking, most = ring_SRK.shape[1], picks_NP.shape[1] > 0, 0
@@ -455,7 +457,7 @@ def attend(
 
 @strict
 def _copy(rows_SK: Floats, row: int, to_SK: Floats, place: int) -> None:
-    """A loop, where assigning a slice would ask about shapes for longer than it copies."""
+    """Copy a row in a loop; assigning a slice would spend longer on checking shapes."""
     for k in range(rows_SK.shape[1]):
         to_SK[place, k] = rows_SK[row, k]
 
@@ -509,8 +511,8 @@ def compress(
     per_span: int,
     entries_SK: Floats,
 ) -> None:
-    """Store each token's open row (its values in `projected` from `column` on, then its scores), and pool every window
-    that is complete with it into an entry."""
+    """Store each token's open row (values from column `column` of `projected`, then scores), and pool every window
+    that it completes into an entry."""
     ratio, width = ape.shape
     kept, size = values_SOX.shape[1], norm_K.shape[0]
     series = width // size
@@ -528,7 +530,7 @@ def compress(
                 continue
             first = max(0, position + 1 - series * ratio)
             most[:] = _MINUS_INFINITY
-            for token in range(first, position + 1):  # a token of the window before counts with its first half
+            for token in range(first, position + 1):  # tokens of the previous window contribute their first half
                 half = 0 if token <= position - ratio else width - size
                 score = scores[token % kept, half : half + size]
                 for k in range(size):
@@ -565,11 +567,11 @@ def choose(
     counts_N: Ints,
     least_N: Floats,
 ) -> None:
-    """Go on choosing each query's entries: `dots` are those of the entries from `first` on.
+    """Continue the choice of each query's entries; `dots` are those of the entries from `first` on.
 
-    An entry's score is sum_j weight_j * relu(q_j · k). Scores above the query's `least` are appended to its candidates,
-    which are cut to the `top_k` best when there are twice as many; `least` is then the lowest of them. `best` and
-    `picks` need room for `2 * top_k + TOGETHER`; `least` begins as -inf, `counts` as 0.
+    The score of an entry is sum_j weight_j * relu(q_j · k). Scores above the query's `least` are appended to its
+    candidates, which are cut to the best `top_k` when there are twice as many; `least` is then the lowest of them.
+    `best` and `picks` need room for `2 * top_k + TOGETHER`; `least` starts at -inf, `counts` at 0.
     """
     num_heads, entries = dots_NJS.shape[1:]
     scores, keys = np.empty(entries, np.float32), np.empty(best_NP.shape[1], np.int32)
@@ -582,7 +584,7 @@ def choose(
             weight, dots = weights_NJ[n, j], dots_NJS[n, j]
             for s in range(seen):
                 scores[s] += weight * (_ZERO if dots[s] < _ZERO else dots[s])
-        for s in range(seen):  # what is not a number is chosen, so that the logits show it
+        for s in range(seen):  # NaN is chosen, so that the logits show it
             scores[s] = scores[s] if scores[s] == scores[s] else _INFINITY
         best, picks, count, least = best_NP[n], picks_NP[n], counts_N[n], least_N[n]
         for low in range(0, seen, TOGETHER):
@@ -591,7 +593,7 @@ def choose(
                 better += 1 if scores[s] > least else 0
             if not better:
                 continue
-            for s in range(low, high):  # no branch: what is too low is overwritten by the next
+            for s in range(low, high):  # no branch: the next candidate overwrites a score that is too low
                 best[count], picks[count] = scores[s], first + s
                 count += 1 if scores[s] > least else 0
             if count > 2 * top_k:
@@ -602,7 +604,7 @@ def choose(
 
 @strict
 def finish(top_k: int, best_NP: Floats, picks_NP: Ints, counts_N: Ints) -> None:
-    """Cut each query's candidates to its `top_k` best, in the order of the entries."""
+    """Cut each query's candidates to its best `top_k`, in the order of the entries."""
     keys = np.empty(best_NP.shape[1], np.int32)
     for n in range(best_NP.shape[0]):
         if counts_N[n] > top_k:
@@ -612,7 +614,7 @@ def finish(top_k: int, best_NP: Floats, picks_NP: Ints, counts_N: Ints) -> None:
 
 @strict
 def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, keys: Ints32) -> np.float32:
-    """Cut candidates to the `top_k` best, the first among equals, in their order; returns the lowest score kept."""
+    """Cut candidates to the best `top_k` in their order, the first among equals; return the lowest score kept."""
     least = _largest(best, count, top_k - 1, keys)
     equals = top_k
     for s in range(count):
@@ -628,7 +630,7 @@ def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, keys: Ints32) 
 
 @strict
 def _largest(best: Floats, count: int, rank: int, keys: Ints32) -> np.float32:
-    """The value that `rank` others are not below, found bit by bit: as integers, numbers are ordered as they are."""
+    """Return the value of the given rank, found bit by bit: read as integers, floats keep their order."""
     for s in range(count):
         bits = np.float32(best[s]).view(np.int32)
         keys[s] = bits ^ ((bits >> np.int32(31)) & _ALL_BUT_SIGN)
@@ -651,9 +653,9 @@ def _largest(best: Floats, count: int, rank: int, keys: Ints32) -> np.float32:
 def route(
     logits_NE: Floats, bias_E: Floats, scale: np.float32, chosen: bool, experts_NA: Ints, weights_NA: Floats
 ) -> None:
-    """Experts and weights of each token: affinities sqrt(softplus(logit)), their sum scaled to `scale`.
+    """Compute the experts and weights of each token: affinities sqrt(softplus(logit)), scaled to sum to `scale`.
 
-    Unless the experts were `chosen` before, those of the highest affinity + bias, among equals the lowest id.
+    Unless the experts were `chosen` before, take those with the highest affinity + bias; ties go to the lowest id.
     """
     experts, active = bias_E.shape[0], experts_NA.shape[1]
     affinity, ranks = np.empty(experts, np.float32), np.empty(experts, np.float32)
@@ -702,7 +704,7 @@ def mix_experts(
     shared_ND: Floats,
     out_ND: Floats,
 ) -> None:
-    """The weighted sum of each token's experts and the shared one, for a few tokens: weights are read as they lie."""
+    """Sum each token's weighted experts and the shared expert, for a few tokens, without copying weights."""
     active, width = experts_NA.shape[1], w2_EID.shape[1]
     gate_up, hidden = np.empty((1, 2 * width), np.float32), np.empty((1, width), np.float32)
     down = np.empty((1, out_ND.shape[1]), np.float32)
@@ -723,10 +725,10 @@ def mix_experts(
 def sort_by_expert(
     experts_NA: Ints, weights_NA: Floats, padding: int, counts_E: Ints, rows: Ints, weights: Floats, places_NA: Ints
 ) -> int:
-    """Lay the (token, expert) pairs out by expert, each expert's padded to a multiple of `padding` rows (with row 0 and
-    weight 0): the row and the weight of each place, and the place of each pair.
+    """Sort the (token, expert) pairs by expert, and pad each expert's to a multiple of `padding` rows (with row 0 and
+    weight 0). Fills in the row and the weight of each place, and the place of each pair.
 
-    Returns how many places there are; `counts` are each expert's, padding included.
+    Returns the number of places; `counts` holds each expert's, padding included.
     """
     tokens, active = experts_NA.shape
     counts_E[:] = 0
@@ -750,7 +752,7 @@ def sort_by_expert(
 
 @strict
 def sum_experts(down: Floats, places_NA: Ints, shared_ND: Floats, out_ND: Floats) -> None:
-    """Each token's experts, in the order of its choice, and then the shared one; the same sums as `mix_experts`."""
+    """Sum each token's experts, in the order of its choice, and then the shared one; the same sums as `mix_experts`."""
     for n in range(places_NA.shape[0]):
         out = out_ND[n]
         for a in range(places_NA.shape[1]):
