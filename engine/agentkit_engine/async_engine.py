@@ -1,14 +1,17 @@
-"""AsyncEngine: the one boundary between anyio code and the thread that owns the model.
+"""AsyncEngine: the only boundary between anyio code and the thread that owns the model.
 
-The thread repeats one thing: take the commands that came in, compute one forward for every generation that may go on,
-hand over the tokens that came of it. Sessions join and leave between any two forwards. A generation is at most one
-forward ahead of its consumer, so a slow consumer holds up nobody, and a token that nobody took is forgotten. A
-generation is admitted, by priority and then in the order they came, once its session fits into memory beside those
-already admitted, and again when its state had to give way to a higher priority; so sessions that are at work do not
-take each other's state away in turns. While a forward runs, a second
-thread computes what the grammars allow after it.
-Whatever belongs to the thread (`Work`, `_Generation.ahead`) is changed by commands only. The engine itself is used
-under its lock, so that two `AsyncEngine`s over one `Engine` take turns.
+The model thread repeats three steps: it runs the queued commands, computes one forward for all admitted generations,
+and hands the new tokens to their consumers. Sessions join and leave between any two forwards. A generation runs at most
+one forward ahead of its consumer, so a slow consumer delays nobody, and a token that its consumer never took is
+discarded.
+
+A generation is admitted, by priority and then in order of arrival, once its session fits into memory beside those
+already admitted. When a higher priority preempts it, it has to be admitted again. So sessions never evict each other in
+turns.
+
+While a forward runs, a second thread computes the grammar masks for the next tokens. Only commands change the state
+that belongs to the model thread (`Work`, `_Generation.ahead`). The thread uses the engine under its lock, so that
+several `AsyncEngine`s over one `Engine` take turns.
 """
 
 from __future__ import annotations
@@ -46,16 +49,16 @@ T = TypeVar("T")
 Outcome = SampledToken | BaseException | None
 
 TOKENS_AHEAD = 2
-"""No forward is made for a generation while this many of its tokens are not taken."""
+"""A generation with this many tokens that its consumer has not taken gets no further forward."""
 GIVE_WAY_S = 0.05
-"""How long the thread stands idle for consumers of admitted generations before it lets in one that does not fit."""
+"""Seconds for which the thread waits for consumers before it admits a generation that does not fit."""
 
 
 @dataclass(slots=True, eq=False)
 class _Generation:
-    """One `generate` call, or one that only has computed what is pending, with None for an outcome.
+    """One `generate` call, or (`only_computes`) a request to compute pending ids, whose outcome is None.
 
-    `inbox` and `news` belong to the event loop, the rest to the thread.
+    `inbox` and `news` belong to the event loop, all other fields to the model thread.
     """
 
     work: Work
@@ -87,8 +90,8 @@ class _Generation:
 class AsyncEngine:
     """Runs an `Engine` for async code: `async with AsyncEngine(Engine.load("tiny")) as engine: ...`.
 
-    The thread starts with the block and ends with it. Leaving the block closes the sessions, lets the step in progress
-    finish and gives up all state. While the block lasts nothing but another `AsyncEngine` may use the wrapped engine.
+    The model thread starts and ends with the block. Leaving the block closes the sessions, finishes the current step
+    and frees all state. Within the block, only other `AsyncEngine`s may use the wrapped engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -97,7 +100,7 @@ class AsyncEngine:
         self._sessions: set[AsyncSession] = set()
         self._generations: dict[_Generation, None] = {}
         self._task_group: anyio.abc.TaskGroup | None = None
-        self._soon: Callable[..., object]  # has the event loop call a function, and does not wait for it
+        self._soon: Callable[..., object]  # schedules a function on the event loop without waiting for it
         self._closing = False
 
     async def __aenter__(self) -> Self:
@@ -119,10 +122,11 @@ class AsyncEngine:
         for session in list(self._sessions):
             await session.close()
         self._commands.put(self._close)
-        await task_group.__aexit__(None, None, None)  # without `exc`: an error of the block is not to be wrapped
+        # without `exc`, which the task group would wrap in an ExceptionGroup
+        await task_group.__aexit__(None, None, None)
 
     def session(self, *, priority: int = 0) -> AsyncSession:
-        """A new, empty session. Those of a higher priority are admitted and have their prompts computed first.
+        """Return a new, empty session. Sessions with a higher priority are admitted and prefilled first.
 
         Raises:
             EngineClosedError: outside the `async with` block.
@@ -133,7 +137,7 @@ class AsyncEngine:
         return session
 
     async def open(self, path: str | Path) -> AsyncSession:
-        """The session that `save` wrote; see `Engine.open`."""
+        """Open the session that `save` wrote; see `Engine.open`."""
         engine = self.engine
         batcher = engine.batcher
         work = await self.call(lambda: batcher.open(Path(path), model=engine.fingerprint), undo=batcher.drop)
@@ -142,15 +146,15 @@ class AsyncEngine:
         return session
 
     async def logits(self, token_ids: Iterable[int]) -> Tensor:
-        """`Engine.logits`, on the model thread: float32 [T, vocab]."""
+        """Run `Engine.logits` on the model thread: float32 [T, vocab]."""
         ids = list(token_ids)
         return await self.call(lambda: self.engine.logits(ids))
 
     async def call(self, function: Callable[[], T], *, undo: Callable[[T], object] | None = None) -> T:
         """Run `function` on the model thread, between two forwards.
 
-        When the caller is cancelled a function that has not begun never runs, and one that is running is awaited; then
-        nobody gets what it returned but `undo`, which runs there too.
+        If the caller is cancelled, a function that has not started never runs. One that is running is awaited, and its
+        result goes to `undo` on the same thread.
 
         Raises:
             EngineClosedError: outside the `async with` block.
@@ -188,7 +192,7 @@ class AsyncEngine:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self._serve, limiter=anyio.CapacityLimiter(1))
 
-    # What follows runs on the model thread.
+    # The methods below run on the model thread.
 
     def _serve(self) -> None:
         masks = ThreadPoolExecutor(1, thread_name_prefix="agentkit_engine: masks")
@@ -197,7 +201,7 @@ class AsyncEngine:
 
     def _serve_with(self, helper: ThreadPoolExecutor) -> None:
         while True:
-            with self.engine.lock:  # another AsyncEngine over the same engine may take this one's memory
+            with self.engine.lock:  # another AsyncEngine over the same engine may preempt these sessions
                 self._admit()
                 ready = [
                     generation
@@ -209,7 +213,7 @@ class AsyncEngine:
             try:
                 command = self._commands.get(block=idle, timeout=GIVE_WAY_S if waiting else None)
             except queue.Empty:
-                if waiting:  # whoever holds the memory may itself wait for one of these
+                if waiting:  # the consumer of an admitted generation may be waiting for this one
                     waiting[0].admitted = True
                     continue
             else:
@@ -228,15 +232,15 @@ class AsyncEngine:
                 self._soon(_hand_over, outcomes)
 
     def _waiting(self) -> list[_Generation]:
-        """Who is not admitted yet, those that are next first."""
+        """Generations that are not admitted yet, in order of admission."""
         waiting = [generation for generation in self._generations if not generation.admitted]
         return sorted(waiting, key=lambda generation: -generation.work.priority)
 
     def _admit(self) -> None:
-        """Let in who fits beside those that are in. One that does not fit waits, and so does whoever comes after it."""
+        """Admit the generations that fit beside the admitted ones, in order, up to the first that does not fit."""
         inside = [generation.work for generation in self._generations if generation.admitted]
         batcher = self.engine.batcher
-        for generation in self._waiting():  # one that never fits is let in, to be told so
+        for generation in self._waiting():  # one that can never fit is admitted, and fails with its error
             if inside and not batcher.too_long(generation.work) and not batcher.fits([*inside, generation.work]):
                 return
             generation.admitted = True
@@ -246,28 +250,29 @@ class AsyncEngine:
         self._closing = True
 
     def _step(self, ready: list[_Generation], helper: ThreadPoolExecutor) -> list[tuple[_Generation, Outcome]]:
-        """One forward; the outcome of each generation that has one."""
+        """Run one forward; return the outcomes of the generations that have one."""
         outcomes: list[tuple[_Generation, Outcome]] = []
         for generation in ready:
             outcomes += self._jump(generation)
         waiting = [g for g in ready if g.work.logits_V is None and not g.done]
         held = [g for g in self._generations if g.work.sequence is not None]
-        masks = [helper.submit(g.matcher.mask) for g in waiting if g.matcher is not None]  # `_sample` asks again
+        # `_sample` reads the cached mask
+        masks = [helper.submit(g.matcher.mask) for g in waiting if g.matcher is not None]
         if waiting:
             try:
                 self.engine.batcher.advance([generation.work for generation in waiting])
             except BaseException:
-                for generation in waiting:  # one of them is to blame: the others go on
+                for generation in waiting:  # one of them caused the failure; the others continue
                     try:
                         self.engine.batcher.advance([generation.work])
                     except BaseException as error:
                         outcomes.append((generation, error))
         for generation in held:
-            if generation.work.sequence is None:  # others took its memory: it waits until it fits beside them
+            if generation.work.sequence is None:  # it was preempted, and waits until it fits again
                 generation.admitted = False
         if masks:
             wait(masks)
-        for generation in ready:  # right guesses have their logits already
+        for generation in ready:  # accepted drafts already have their logits
             while generation.work.logits_V is not None and not generation.done:
                 outcomes.append((generation, self._sample(generation, generation.work.logits_V)))
                 outcomes += self._jump(generation)
@@ -285,7 +290,7 @@ class AsyncEngine:
             mask_V = None if generation.matcher is None else generation.matcher.mask()
             token = sample(logits_V, params, seed=generation.seed, position=work.length, past=work.past, mask_V=mask_V)
         except Exception as error:
-            self.engine.batcher.drop(work)  # what it computed is not to be found again
+            self.engine.batcher.drop(work)  # so that no cache keeps what it computed
             generation.done = True
             return error
         generation.sampled += 1
@@ -299,7 +304,7 @@ class AsyncEngine:
         return token
 
     def _jump(self, generation: _Generation) -> list[tuple[_Generation, Outcome]]:
-        """Append the ids that the generation's grammar forces now."""
+        """Append the ids that the generation's grammar forces at this point."""
         outcomes: list[tuple[_Generation, Outcome]] = []
         work, matcher = generation.work, generation.matcher
         while matcher is not None and not generation.done:
@@ -321,7 +326,8 @@ class AsyncEngine:
 
 
 def _call_soon() -> Callable[..., object]:
-    """What asyncio's loop, or trio's, has for other threads; `anyio.from_thread` would wait for an answer."""
+    """Return the call_soon function of asyncio or trio for other threads; `anyio.from_thread` would wait for the
+    result."""
     loop: Any = current_token().native_token
     soon: Callable[..., object] = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
     return soon
@@ -336,36 +342,36 @@ class AsyncSession(SessionIds):
     """`Session` for async code; made by `AsyncEngine.session()`, freed by `close()` or `async with`."""
 
     def __init__(self, engine: AsyncEngine, work: Work, ids: Ids) -> None:
-        """`ids` are those of `work`, which belongs to the model thread."""
+        """`ids` are the ids of `work`, which belongs to the model thread."""
         super().__init__(engine.engine.spec, ids)
         self._engine = engine
         self._work = work
         self._in_step = False
         self._generation: _Generation | None = None
-        self._known = len(self._ids)  # how many of the ids the thread's work has, or will have after its commands
+        self._known = len(self._ids)  # number of ids that the thread's work has, or will have after the queued commands
 
     @property
     def usage(self) -> PromptUsage:
-        """How many of the ids that were fed came from the prefix cache, and how many had to be computed."""
+        """Prompt tokens found in the prefix cache, and prompt tokens computed."""
         return self._work.usage
 
     async def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; see `Session.append`.
 
         Raises:
-            SessionBusyError: another task's step of this session is running.
+            SessionBusyError: a step of this session is running for another task.
             TokenIdError, ContextLengthError, SessionClosedError: as `Session.append`.
         """
         self._check_idle()
         self._append(token_ids)
 
     async def checkpoint(self) -> None:
-        """Keep the state at this length, once it is computed, for other sessions; see `Session.checkpoint`."""
+        """Keep the state at this length for other sessions, once it is computed; see `Session.checkpoint`."""
         work = self._settle()
         self._engine._commands.put(lambda: self._engine.engine.batcher.mark(work))
 
     async def fork(self, n: int = 1) -> list[AsyncSession]:
-        """`n` sessions that go on from here; see `Session.fork`.
+        """Return `n` sessions that continue from here; see `Session.fork`.
 
         Raises:
             SessionBusyError: a step of this session is running.
@@ -385,7 +391,7 @@ class AsyncSession(SessionIds):
         return forks
 
     async def park(self) -> None:
-        """Say that nothing is asked for a while (a tool runs); see `Session.park`."""
+        """Let the engine evict this session first, for example while a tool runs; see `Session.park`."""
         work = self._settle()
         self._engine._commands.put(lambda: self._engine.engine.batcher.park(work))
 
@@ -395,10 +401,10 @@ class AsyncSession(SessionIds):
         await self._engine.call(lambda: engine.batcher.save(work, Path(path), model=engine.fingerprint))
 
     async def generate(self, params: SamplingParams | None = None) -> AsyncGenerator[SampledToken, None]:
-        """Sample on, one token at a time; see `Session.generate`.
+        """Generate tokens one at a time; see `Session.generate`.
 
-        A consumer that is cancelled or stops asking leaves no id behind that it has not seen; a later `generate` with
-        the same seed goes on where it stopped.
+        If the consumer is cancelled or stops iterating, the session keeps exactly the ids that it has seen; a later
+        `generate` with the same seed continues where it stopped.
 
         Raises:
             SessionBusyError: two tasks generate on this session at once.
@@ -442,7 +448,7 @@ class AsyncSession(SessionIds):
                 self._stop(generation)
 
     async def close(self) -> None:
-        """Free the state, after the step in progress if there is one. Closing twice is fine."""
+        """Free the state, after the current step. Closing twice is harmless."""
         if self._closed:
             return
         self._closed = True
@@ -461,7 +467,7 @@ class AsyncSession(SessionIds):
         await self.close()
 
     def _start(self, params: SamplingParams, seed: int) -> _Generation:
-        """Have the thread take in the ids it does not know, and sample on."""
+        """Send new ids to the model thread, and start a generation there."""
         if self._generation is not None:
             self._stop(self._generation)
         matcher = None if params.grammar is None else params.grammar.matcher()
@@ -470,7 +476,7 @@ class AsyncSession(SessionIds):
         return generation
 
     async def _compute(self, work: Work) -> None:
-        """Have the thread compute what is pending, and what is missing of the state."""
+        """Have the model thread restore the state and compute all pending ids."""
         generation = _Generation(work, SamplingParams(), 0, only_computes=True)
         self._in_step = True
         try:
@@ -490,14 +496,14 @@ class AsyncSession(SessionIds):
         self._engine._commands.put(command)
 
     def _take_in(self) -> Work:
-        """Have the thread's work extended by the ids that it does not know."""
+        """Queue a command that appends the new ids to the thread's work."""
         work, news, self._known = self._work, self._ids[self._known :], len(self._ids)
         if news:
             self._engine._commands.put(lambda: work.extend(news))
         return work
 
     def _settle(self) -> Work:
-        """Have the thread's work end with the ids of this session, nothing sampled ahead."""
+        """Stop the generation and make the thread's work end with the ids of this session."""
         self._check_idle()
         self._check_open()
         self._engine._check_running()
@@ -506,7 +512,7 @@ class AsyncSession(SessionIds):
         return self._take_in()
 
     def _stop(self, generation: _Generation) -> None:
-        """Have the thread end a generation and forget what was not taken of it."""
+        """Queue a command that ends a generation and discards its tokens that were not taken."""
         if generation is not self._generation:
             return
         self._generation = None
@@ -519,7 +525,7 @@ class AsyncSession(SessionIds):
         self._engine._commands.put(command)
 
     def _drop(self) -> None:
-        """On the thread: give up what was computed."""
+        """Free the state; runs on the model thread."""
         self._engine.engine.batcher.close(self._work)
 
     def _check_idle(self) -> None:

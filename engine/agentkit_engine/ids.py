@@ -1,4 +1,4 @@
-"""A growing list of token ids whose forks share what is behind them."""
+"""A growing list of token ids whose forks share their common prefix."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 BLOCK = 4096
-"""Ids of a full block, which is never changed again and so may be shared."""
+"""Ids per full block. A full block never changes, so forks can share it."""
 
 
 class Ids(Sequence[int]):
-    """Ids in blocks: a fork copies the last few thousand, and one reference for every 4,096 before them.
+    """Ids in blocks. A fork copies the last block, and a reference to each full one.
 
     Attributes:
-        last: the last 1 to `BLOCK` ids, for those who only look there.
+        last: the last 1 to `BLOCK` ids, for fast access.
     """
 
     __slots__ = ("_full", "last")
@@ -66,7 +66,7 @@ class Ids(Sequence[int]):
         self.last = some[full:]
 
     def cut(self, length: int) -> None:
-        """Forget the ids from `length` on."""
+        """Remove the ids from `length` on."""
         full = max(0, length - 1) // BLOCK
         if full < len(self._full):
             self.last = self._full[full].copy()

@@ -1,4 +1,4 @@
-"""From sampled ids to the text that may be shown: whole characters, and nothing of a text that ends the generation."""
+"""Text of sampled ids, for display: whole characters only, and nothing of a stop text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from agentkit_engine.sampler import SampledToken, SamplingParams
 
 
 class StopFilter:
-    """Text up to the first stop text, however it comes in pieces; what may begin one is held back until that is clear.
+    """Passes text on up to the first stop text, and holds back what may be the beginning of one.
 
-    The first is the one that ends first; of those that end together, the longest.
+    The first stop text is the one that ends first; among those that end together, the longest.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ class StopFilter:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """What can be shown now. Once `stopped` there is nothing more."""
+        """Return the text that can be shown now; nothing once `stopped`."""
         if self.stopped:
             return ""
         self._held += text
@@ -37,7 +37,7 @@ class StopFilter:
         return shown
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return the text that was held back, when nothing follows it."""
         held, self._held = self._held, ""
         return held
 
@@ -46,10 +46,10 @@ class StopFilter:
 
 
 class Reader:
-    """Gives the tokens of one generation their text, and says when a stop string ends it."""
+    """Adds text to the tokens of one generation, and detects stop texts."""
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
-        """Without a `tokenizer` no token has a text; stop texts then need one, which is for the caller to check."""
+        """Without a `tokenizer` tokens have no text; stop texts require one, which the caller checks."""
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._filter = StopFilter(params.stop)
         self._stop_ids = params.stop_ids
@@ -60,7 +60,8 @@ class Reader:
         return self._filter.stopped
 
     def read(self, token: SampledToken, *, last: bool) -> SampledToken:
-        """The token with its text. The `last` of a generation brings what was held back; a stop id has no own text."""
+        """Return the token with its text. The `last` token includes the text held back; a stop id has no text of its
+        own."""
         if self._stream is None:
             return token
         text = "" if token.id in self._stop_ids else self._filter.feed(self._stream.feed(token.id))

@@ -1,7 +1,7 @@
-"""A session: an append-only list of token ids and the state that was computed from them.
+"""A session: an append-only list of token ids, and the state computed from them.
 
-The state may lag behind (appended ids, and the id sampled last, are computed by the next step) and it may be thrown
-away (when memory is short, or after a step that failed) without changing what the session means.
+The state may lag behind: the next step computes appended ids and the id sampled last. It may also be dropped, when
+memory is short or after a failed step, without changing the session.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
-    """The ids as a list of int.
+    """Return the ids as a list of int.
 
     Raises:
         TokenIdError: an id is not in `range(vocab_size)`.
@@ -44,7 +44,7 @@ def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
 
 
 class SessionIds:
-    """The append-only ids of a session, and what may be done with them."""
+    """The append-only ids of a session, and the checks on them."""
 
     def __init__(self, spec: ModelSpec, ids: Ids) -> None:
         self._spec = spec
@@ -53,7 +53,7 @@ class SessionIds:
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """Every id so far, prompt and sampled alike, as a tuple: byte for byte what the model saw and said."""
+        """All ids, prompt and sampled, as a tuple."""
         return tuple(self._ids)
 
     def __len__(self) -> int:
@@ -90,8 +90,8 @@ class SessionIds:
 class Session(SessionIds):
     """One conversation with a model; made by `Engine.session()`, freed by `close()` or `with`.
 
-    A session belongs to one thread, and computes alone; sessions that are to share forwards are made by
-    `AsyncEngine.session()`.
+    A session belongs to one thread and has forwards of its own. `AsyncEngine.session()` makes sessions that share
+    forwards.
     """
 
     def __init__(self, engine: Engine, work: Work | None = None) -> None:
@@ -101,7 +101,7 @@ class Session(SessionIds):
 
     @property
     def usage(self) -> PromptUsage:
-        """How many of the ids that were fed came from the prefix cache, and how many had to be computed."""
+        """Prompt tokens found in the prefix cache, and prompt tokens computed."""
         return self._work.usage
 
     @property
@@ -113,43 +113,43 @@ class Session(SessionIds):
 
         Raises:
             TokenIdError: an id is outside the vocabulary.
-            ContextLengthError: the model has fewer positions than ids there would be.
+            ContextLengthError: the ids would exceed the model's positions.
             SessionClosedError: the session was closed.
         """
         self._append(token_ids)
 
     def generate(self, params: SamplingParams | None = None) -> Iterator[SampledToken]:
-        """Sample on, one token at a time, until a stop id or text, `max_tokens`, or the caller stops asking.
+        """Generate tokens one at a time, until a stop id or text, `max_tokens`, or until the caller stops iterating.
 
-        Each id is in `token_ids` when it is yielded. Ids appended between two tokens are taken up by the next one.
+        Each id is in `token_ids` when it is yielded. Ids may be appended between two tokens.
 
         Raises:
             SessionEmptyError: nothing was appended yet.
             ContextLengthError: the last position is taken and neither a stop id nor `max_tokens` came first.
             NonFiniteLogitsError: the model computed NaN or infinity.
-            GrammarError: ids do not fit `params.grammar`, or no assistant's turn has begun that it could constrain.
+            GrammarError: ids do not fit `params.grammar`, or there is no assistant turn that it could constrain.
             OutOfMemoryError: the session does not fit into the engine's memory.
             SessionClosedError: the session was closed.
-            TokenizerMissingError: there are stop texts, and the model has no tokenizer to find them with.
+            TokenizerMissingError: stop texts need a tokenizer, and the model has none.
         """
         self._check_can_generate()
         params = params or SamplingParams()
         return self._generate(params, self._engine.reader(params))
 
     def checkpoint(self) -> None:
-        """Keep the state at this length, once it is computed, for other sessions that begin with the same ids.
+        """Keep the state at this length, once it is computed, for other sessions with the same prefix.
 
-        Ends of prompts and closed sessions are kept anyhow. This is for what many have in common: an agent's system
-        prompt and tools, say.
+        Ends of prompts and closed sessions are kept without being asked. Call this for a prefix that many sessions
+        share, such as an agent's system prompt and tools.
         """
         self._check_open()
         self._take_in()
         self._batcher.mark(self._work)
 
     def fork(self, n: int = 1) -> list[Session]:
-        """`n` sessions that go on from here, each on its own; they share the past, and none of it is computed again.
+        """Return `n` independent sessions that continue from here and share the state so far.
 
-        What was appended and not computed yet is computed now, once for all.
+        Pending ids are computed first, once for all forks.
 
         Raises:
             OutOfMemoryError: the session does not fit into the engine's memory.
@@ -164,15 +164,15 @@ class Session(SessionIds):
         return [Session(self._engine, work) for work in works]
 
     def park(self) -> None:
-        """Say that nothing is asked for a while: others may have the memory if they need it.
+        """Let the engine evict this session first, for example while a tool runs.
 
-        The session goes on where it stopped; what was given away meanwhile is computed again.
+        The session continues where it stopped; evicted state is computed again.
         """
         self._check_open()
         self._batcher.park(self._work)
 
     def save(self, path: str | Path) -> None:
-        """Write the session to a file, from which `Engine.open` goes on without computing anything again.
+        """Write the session to a file. `Engine.open` continues from it without recomputation.
 
         Raises:
             SessionClosedError: the session was closed.
@@ -183,7 +183,7 @@ class Session(SessionIds):
         self._batcher.save(self._work, Path(path), model=self._engine.fingerprint)
 
     def close(self) -> None:
-        """Give up the state. The ids stay readable; everything else is an error from here on. Closing twice is fine."""
+        """Free the state. The ids stay readable; every other use raises from now on. Closing twice is harmless."""
         if not self._closed:
             self._closed = True
             self._batcher.close(self._work)

@@ -1,13 +1,12 @@
-"""Drafts for speculative decoding: guesses at the next ids, checked by the forward that computes the current one.
+"""Drafts for speculative decoding: guesses at the next ids, which the forward of the current id verifies.
 
-Agents copy: names from a file into a call, a call's frame from the one before. So the ids that followed the last time
-when the same few ids stood at the end are a good guess (prompt lookup; Saxena 2023, "Prompt lookup decoding"). The MTP
-block of a model that has one guesses the next id where there is nothing to look up. The id at a position is a function
-of logits, seed and position alone, and logits do not depend on what shares a forward: so what is sampled is bit for bit
-what it is without drafts.
+Agents repeat themselves: names from a file in a call, the frame of one call in the next. So the ids that followed the
+last occurrence of the same n-gram are a good draft (prompt lookup; Saxena 2023, "Prompt lookup decoding"). Where there
+is no occurrence, a model's MTP block guesses the next id. The id at a position depends on logits, seed and position
+only, and logits do not depend on the batch, so the sampled ids are bit for bit the same with and without drafts.
 
-A draft costs rows in a forward that is made anyway: next to nothing where the weights are what takes time, a good part
-of a forward where arithmetic is. So it is as long as makes the most of the time, by how often guesses were right.
+A draft adds rows to a forward. They cost next to nothing where reading the weights dominates, and much where arithmetic
+does. The draft length therefore maximises ids per time, given how often recent drafts were accepted.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 LONGEST = 8
-"""Ids of a draft at most."""
+"""Maximum number of ids in a draft."""
 NGRAMS = (4, 2)
-"""How many last ids must have occurred before, tried in this order."""
+"""Lengths of the n-grams to look up, in this order."""
 REACH = 16_384
-"""How many ids back a text is looked through at least, and twice as many at most."""
+"""Minimum number of ids that the lookup covers; the maximum is twice as many."""
 PATIENCE = 8
-"""Where guesses do not pay, this many ids are decoded without one before one is tried again."""
+"""Number of ids decoded without a draft, after drafts stopped paying, before the next attempt."""
 ROW_COST, BLOCK_COST = 0.2, 0.5
-"""What a drafted id and asking the MTP block cost, as parts of a forward of one row: with these they save forwards of
-the packaged model on a CPU and hardly cost time (benchmark `speculation`)."""
+"""Cost of a draft id and of asking the MTP block, in forwards of one row. With these values drafts save forwards of the
+packaged model on a CPU and hardly cost time (benchmark `speculation`)."""
 MEMORY = 0.8
-"""What each draft leaves of the weight of those before it."""
+"""Factor by which each draft reduces the weight of earlier ones."""
 
 
 @dataclass(slots=True)
 class Odds:
-    """How often guesses of one kind were right, the latest counting most."""
+    """Acceptance rate of one kind of draft; recent drafts count most."""
 
     right: float = 1.5
     tried: float = 2.0
@@ -47,9 +46,9 @@ class Odds:
 
 
 def best_length(chance: float, cost: float, most: int) -> int:
-    """The draft length that gives most ids for the time, 0 if none does; `cost` is that of a row.
+    """Return the draft length with the most ids per time, or 0 if no draft pays; `cost` is the cost of a row.
 
-    A draft of k ids gives 1 + p + ... + p^k ids for the time of 1 + k * cost forwards.
+    A draft of k ids gives 1 + p + ... + p^k ids in the time of 1 + k * cost forwards.
     """
     best, best_rate, ids, power = 0, 1.0, 1.0, 1.0
     for length in range(1, most + 1):
@@ -61,19 +60,20 @@ def best_length(chance: float, cost: float, most: int) -> int:
 
 
 class Drafter:
-    """Guesses how one session goes on, and learns how far its guesses may go."""
+    """Drafts the next ids of one session, and adapts the length of its drafts."""
 
     def __init__(self) -> None:
-        self._after: tuple[dict[int, int], ...] = tuple({} for _ in NGRAMS)  # by hash: a wrong guess does no harm
-        self._since = self._indexed = 0  # from which id on, and up to which, the tables know what followed
-        self._odds = [Odds() for _ in NGRAMS]  # of ids that followed so many last ids
+        # keyed by hash: a collision only causes a wrong guess
+        self._after: tuple[dict[int, int], ...] = tuple({} for _ in NGRAMS)
+        self._since = self._indexed = 0  # range of ids that the tables cover
+        self._odds = [Odds() for _ in NGRAMS]  # one per n-gram length
         self._rests = [0 for _ in NGRAMS]
         self._block, self._block_rest = Odds(), 0
-        self._kind: int | None = None  # of which n-gram the last draft was; None for one of the MTP block
+        self._kind: int | None = None  # index of the last draft's n-gram length; None for the MTP block
         self._proposed = self._accepted = 0
 
     def fork(self, ids: Sequence[int]) -> Drafter:
-        """One that knows as much, for a session with the same `ids`."""
+        """Return a drafter with the same tables and rates, for a session with the same `ids`."""
         self._index(ids)
         fork = Drafter()
         fork._after, fork._since, fork._indexed = (
@@ -85,7 +85,7 @@ class Drafter:
         return fork
 
     def asks(self, ids: Sequence[int]) -> bool:
-        """Whether to ask the MTP block for the next id: nothing better is at hand, and its guesses pay."""
+        """Whether to ask the MTP block for the next id: no n-gram matches, and its guesses pay."""
         self._learn()
         self._index(ids)
         if any(not rest and self._follow(ids, kind, 1) for kind, rest in enumerate(self._rests)):
@@ -96,9 +96,9 @@ class Drafter:
         return True
 
     def propose(self, ids: Sequence[int], most: int, first: int | None = None) -> list[int]:
-        """Up to `most` (at least 1) ids that may follow; `first` alone where that is given.
+        """Return up to `most` (at least 1) ids that may follow; only `first` where it is given.
 
-        There are none when nothing like the end occurred before, or guesses do not pay.
+        Returns no ids if no n-gram matches or drafts do not pay.
         """
         self._learn()
         self._index(ids)
@@ -112,18 +112,19 @@ class Drafter:
         return draft
 
     def accepted(self) -> None:
-        """The next id of the draft was right."""
+        """Count the next id of the draft as accepted."""
         self._accepted += 1
 
     def _follow(self, ids: Sequence[int], kind: int, count: int) -> list[int]:
-        """The `count` ids that followed the last time when `ids` ended alike; none if they never did."""
+        """Return the `count` ids after the last occurrence of the current n-gram; none without an occurrence."""
         at = self._after[kind].get(hash(tuple(ids[-NGRAMS[kind] :])), len(ids))
         if at == len(ids):
             return []
-        return list(itertools.islice(itertools.cycle(ids[at : at + count]), count))  # up to here: it is what repeats
+        # the ids between the two occurrences repeat
+        return list(itertools.islice(itertools.cycle(ids[at : at + count]), count))
 
     def _learn(self) -> None:
-        """What the last draft tells: ids up to the first wrong one were tried, and no more."""
+        """Update the rates: the last draft's ids up to the first wrong one were tried, the rest were not."""
         proposed, accepted = self._proposed, self._accepted
         self._proposed = self._accepted = 0
         if not proposed:
@@ -138,8 +139,8 @@ class Drafter:
             self._rests[self._kind] = 0 if best_length(odds.chance, ROW_COST, LONGEST) else PATIENCE
 
     def _index(self, ids: Sequence[int]) -> None:
-        """Take in the ids that have a successor. Ids that were cut meanwhile leave wrong guesses, which do no harm."""
-        if len(ids) - self._since > 2 * REACH:  # else they would grow with the session
+        """Index the ids that have a successor. Ids that were cut since only cause wrong guesses."""
+        if len(ids) - self._since > 2 * REACH:  # keeps the tables bounded
             self._after, self._since = tuple({} for _ in NGRAMS), len(ids) - REACH
             self._indexed = self._since
         first = max(self._indexed, 1)
