@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import cosmic_ray.plugins
@@ -58,9 +59,15 @@ class Covered:
     seconds: dict[str, float]
 
     def tests(self, file: Path, lines: Iterable[int]) -> list[str]:
-        """The tests that execute one of the lines, the fastest first, up to `TEST_SECONDS`."""
+        """Return the tests that execute one of the lines, fastest first, up to `TEST_SECONDS`.
+
+        Lines that run at import, before any test, get the tests of the whole file.
+        """
         contexts = self.data.contexts_by_lineno(str(file))
-        names = {context.partition("|")[0] for line in lines for context in contexts.get(line, []) if context}
+        executed = [context for line in lines for context in contexts.get(line, [])]
+        if executed and not any(executed):
+            executed = [context for every in contexts.values() for context in every]
+        names = {context.partition("|")[0] for context in executed if context}
         chosen: list[str] = []
         total = 0.0
         for name in sorted(names & self.seconds.keys(), key=lambda name: self.seconds[name]):
@@ -94,8 +101,8 @@ def cover(folder: Path, tests: list[str]) -> Covered:
     return Covered(data, seconds)
 
 
-def draw(files: list[Path], count: int, seed: int) -> list[MutationSpec]:
-    """`count` mutants, as many of each line as of any other."""
+def draw(files: list[Path], seed: int) -> Iterator[MutationSpec]:
+    """Yield mutants in random order, at most one per line."""
     with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/mutants.sqlite", WorkDB.Mode.create) as database:
         init(files, database, {})
         mutants = [mutation for item in database.work_items for mutation in item.mutations]
@@ -104,16 +111,18 @@ def draw(files: list[Path], count: int, seed: int) -> list[MutationSpec]:
         if not any(name in mutant.operator_name for name in NEEDLESS):
             lines.setdefault((mutant.module_path, mutant.start_pos[0]), []).append(mutant)
     choice = random.Random(seed)
-    chosen = choice.sample(sorted(lines), min(count, len(lines)))
-    return [choice.choice(lines[line]) for line in chosen]
+    for line in choice.sample(sorted(lines), len(lines)):
+        yield choice.choice(lines[line])
 
 
-def try_out(mutant: MutationSpec, covered: Covered) -> dict[str, object]:
-    """Run the mutant's tests: "killed" when one fails or hangs, "survived", or "not covered"."""
+def try_out(mutant: MutationSpec, covered: Covered) -> dict[str, object] | None:
+    """Run the mutant's tests: "killed" when one fails or hangs, "survived", or "not covered"; None if it is no code."""
     file = mutant.module_path.resolve()
     tests = covered.tests(file, range(mutant.start_pos[0], mutant.end_pos[0] + 1))
     operator = cosmic_ray.plugins.get_operator(mutant.operator_name)(**mutant.operator_args)
     with use_mutation(file, operator, mutant.occurrence) as (before, after):
+        if after is None or not _is_code(after):
+            return None
         said = {
             "file": str(file.relative_to(ROOT)),
             "line": mutant.start_pos[0],
@@ -132,8 +141,16 @@ def try_out(mutant: MutationSpec, covered: Covered) -> dict[str, object]:
         return {**said, "outcome": "killed" if done.returncode else "survived"}
 
 
-def _line(source: str | None, number: int) -> str:
-    return "" if source is None else source.splitlines()[number - 1].strip()
+def _is_code(source: str) -> bool:
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def _line(source: str, number: int) -> str:
+    return source.splitlines()[number - 1].strip()
 
 
 def main() -> None:
@@ -153,8 +170,8 @@ def main() -> None:
     files = sorted(file for pattern in arguments.files for file in ROOT.glob(pattern))
     with tempfile.TemporaryDirectory() as folder, RESULTS.open("w") as results:
         covered = cover(Path(folder), arguments.tests)
-        for number, mutant in enumerate(draw(files, arguments.count, arguments.seed), start=1):
-            said = try_out(mutant, covered)
+        tried = filter(None, (try_out(mutant, covered) for mutant in draw(files, arguments.seed)))
+        for number, said in enumerate(islice(tried, arguments.count), start=1):
             print(number, said["outcome"], f"{said['file']}:{said['line']}", said["after"], flush=True)
             results.write(json.dumps(said) + "\n")
             results.flush()
