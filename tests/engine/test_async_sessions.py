@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import anyio
 import pytest
 import torch
+from anyio.lowlevel import checkpoint
 
 from agentkit_engine import (
     AsyncEngine,
     AsyncSession,
+    ContextLengthError,
     Engine,
     ModelSpec,
     OutOfMemoryError,
@@ -25,7 +27,7 @@ from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Work
 from agentkit_engine.runtime.state import SPAN, Pools
 
-from .conftest import randomize_, small_config, some_ids
+from .conftest import make_random_decoder, randomize_, small_config, some_ids
 
 pytestmark = pytest.mark.anyio
 PARAMS = SamplingParams(seed=5, max_tokens=4)
@@ -348,3 +350,25 @@ async def test_admission_looks_at_the_batcher_under_the_engines_lock(
                 task_group.start_soon(say, session)
     assert held
     assert all(held)
+
+
+async def test_a_generation_ends_at_the_last_position_and_computes_nothing_beyond(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_random_decoder(ModelSpec.from_config(small_config(0, 4, max_position_embeddings=70)))
+    short = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
+    lengths, advance = [], short.batcher.advance
+
+    def noted(works: Sequence[Work]) -> None:
+        lengths.extend(work.length for work in works)
+        advance(works)
+
+    monkeypatch.setattr(short.batcher, "advance", noted)
+    async with AsyncEngine(short) as running, running.session() as session:
+        await session.append(some_ids(60))
+        with pytest.raises(ContextLengthError):
+            async for _ in session.generate(SamplingParams(seed=1)):
+                for _ in range(2000):  # the model thread may go on meanwhile
+                    await checkpoint()
+        assert len(session) == 70
+    assert max(lengths) < 70  # the id at the last position is sampled and never computed
