@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import select
+import subprocess
 import sys
 import tempfile
 import time
@@ -80,19 +81,10 @@ class LocalEnvironment(Environment):
             except OSError as error:
                 raise self._in_sandbox(error, request.cwd) from error
             try:
-                running = executor.Command(
-                    argv,
-                    stdin=stdin,
-                    cwd=directory,
-                    env=env,
-                    timeout_s=request.timeout_s,
-                    max_output_bytes=request.max_output_bytes,
-                )
+                running = _start(argv, stdin, directory, env, request)
             except OSError as error:
-                failure = executor.start_failure(error, argv)
-                if failure is None:
-                    raise
-                return ExecResult(failure[0], "", self._to_sandbox(failure[1].encode()), False, False, 0.0)
+                exit_code, message = executor.start_failure(error, argv)
+                return ExecResult(exit_code, "", self._to_sandbox(os.fsencode(message)), False, False, 0.0)
             try:
                 _run_to_end(running, cancel_fd)
             except TimeoutError as error:
@@ -164,6 +156,44 @@ class LocalEnvironment(Environment):
     def _in_sandbox(self, error: OSError, path: str) -> OSError:
         name = self._to_sandbox(os.fsencode(error.filename)) if error.filename else path
         return OSError(error.errno, error.strerror, name)
+
+
+def _start(
+    argv: list[str], stdin: bytes, directory: str, env: dict[str, str], request: ExecRequest
+) -> executor.Command:
+    """Start a command in a session of its own. Raises OSError when it cannot be started."""
+    cookie = secrets.token_hex(12)
+    ends: list[int] = []
+    near: list[int] = []
+    try:
+        for _ in range(3):
+            ends += os.pipe2(os.O_CLOEXEC)
+        near = [ends[1], ends[2], ends[4]]
+        process = subprocess.Popen(
+            argv,
+            stdin=ends[0] if stdin else subprocess.DEVNULL,
+            stdout=ends[3],
+            stderr=ends[5],
+            cwd=directory,
+            env={**env, executor.COOKIE: cookie},
+            start_new_session=True,
+        )
+    except BaseException:
+        for fd in near:
+            os.close(fd)
+        raise
+    finally:
+        for fd in set(ends) - set(near):
+            os.close(fd)
+    process.returncode = 0  # the command waits for the process; this object must not
+    return executor.Command(
+        process.pid,
+        pipes=near,
+        stdin=[stdin],
+        cookie=cookie,
+        timeout_s=request.timeout_s,
+        max_output_bytes=request.max_output_bytes,
+    )
 
 
 def _run_to_end(command: executor.Command, cancel_fd: int) -> None:
