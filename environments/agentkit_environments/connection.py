@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import signal
+import os
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import IO, Any
@@ -17,9 +18,8 @@ from agentkit_environments.executor import FRAME
 SEND_TIMEOUT_S = 30.0
 CANCEL_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
+MAX_HEADER_BYTES = 8 << 20
 READY = 0
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
-"""How a launcher ends whose executor was killed with SIGKILL."""
 
 Reply = tuple[dict[str, Any], bytes]
 
@@ -37,7 +37,7 @@ class Connection:
         Args:
             process: The executor, or the launcher that ends with it.
             stderr: The file that its standard error goes to; closed by this object.
-            host_failure: Returns evidence that the host failed, asked when the process has died of a signal.
+            host_failure: Returns evidence that the host failed, asked when the process has ended by itself.
         """
         self._process, self._stderr, self._host_failure = process, stderr, host_failure
         self._ids = count(READY + 1)
@@ -62,7 +62,7 @@ class Connection:
 
         Raises:
             SandboxLostError: If the executor is gone or hangs.
-            OSError: What the operation itself met inside the sandbox.
+            OSError: What the operation itself met inside the sandbox; E2BIG for too large `fields`.
         """
         request_id = next(self._ids)
         self._waiting[request_id] = anyio.Event()
@@ -106,6 +106,8 @@ class Connection:
     async def _send(self, header: dict[str, Any], body: bytes) -> None:
         assert self._process.stdin is not None
         encoded = json.dumps(header).encode()
+        if len(encoded) > MAX_HEADER_BYTES:  # no kernel takes a path or an argument list of this size
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         async with self._sending:
             if self._lost is not None:
                 raise self._gone()
@@ -182,7 +184,7 @@ class Connection:
             self._stderr.seek(max(0, self._stderr.tell() - 2000))
             said = self._stderr.read().decode("utf-8", "replace").strip()
             reason = f"its process ended with status {self._process.returncode}" + (f": {said}" if said else "")
-            failure = self._host_failure() if self._process.returncode in KILLED else None
+            failure = self._host_failure()
             if failure is not None:
                 self._error, reason = HostFailureError, f"{failure}; {reason}"
             self._lose(reason)

@@ -18,6 +18,7 @@ What it does not isolate: the kernel is the host's.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -47,6 +48,7 @@ from agentkit_environments.environment import (
     input_bytes,
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.executor import start_failure
 from agentkit_environments.seccomp import AUDIT_ARCH, SYSV_IPC, UNACCOUNTED, seccomp_program
 
 Launcher = Literal["bwrap", "unshare"]
@@ -356,7 +358,13 @@ class ProcessEnvironment(Environment):
         }
         stdin = self._fitting(input_bytes(request.stdin))
         answer_s = None if request.timeout_s is None else request.timeout_s + HANG_TIMEOUT_S
-        header, body = await self._connection.request("exec", fields, stdin, answer_s)
+        try:
+            header, body = await self._connection.request("exec", fields, stdin, answer_s)
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            exit_code, message = start_failure(error, request.argv)
+            return ExecResult(exit_code, "", message, False, False, 0.0)
         return ExecResult(
             exit_code=header["exit_code"],
             stdout=body[: header["stdout"]].decode("utf-8", "replace"),
