@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 
 from agentkit_environments.environment import Limits
-from agentkit_environments.owner import start_ticks
+from agentkit_environments.owner import is_orphan, owner_token
 
 PREFIX = "agentkit-process-"
 CPU_PERIOD_US = 100_000
@@ -95,7 +95,7 @@ class CommandGroup:
         if not os.access(hierarchy.parent, os.W_OK):
             return
         remove_orphans(hierarchy.parent)
-        path = hierarchy.parent / f"{PREFIX}{_owner()}-{secrets.token_hex(6)}"
+        path = hierarchy.parent / _name(owner_token(), secrets.token_hex(6))
         try:
             if is_v2:
                 for controller in ("memory", "pids", "cpu"):
@@ -157,12 +157,11 @@ def remove_orphans(parent: Path) -> int:
         names = [name for name in os.listdir(parent) if name.startswith(PREFIX)]
     except OSError:
         return 0
-    own_namespace = _owner().split("-")[0]
     count = 0
     for name in names:
-        namespace, pid, start = [*name.removeprefix(PREFIX).split("-"), "", ""][:3]
-        if namespace == own_namespace and pid.isdecimal() and start_ticks(int(pid)) != start:
-            count += _remove(parent / name)
+        with contextlib.suppress(ValueError):  # a name that is not of our making
+            if is_orphan(name.removeprefix(PREFIX).rpartition("-")[0].replace("~", "/")):
+                count += _remove(parent / name)
     return count
 
 
@@ -171,8 +170,8 @@ def reap_groups() -> int:
     return sum(remove_orphans(parent) for parent in {hierarchy.parent for hierarchy in hierarchies()})
 
 
-def _owner() -> str:
-    return f"{os.stat('/proc/self/ns/pid').st_ino}-{os.getpid()}-{start_ticks(os.getpid())}"
+def _name(token: str, unique: str) -> str:
+    return f"{PREFIX}{token.replace('/', '~')}-{unique}"
 
 
 def _remove(path: Path) -> bool:

@@ -24,6 +24,8 @@ PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 22, 2
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 SECCOMP_MODE_FILTER = 2
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
+HIDDEN = ("/proc/keys", "/proc/key-users")
+"""These show every key of the same user of the host."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -90,6 +92,8 @@ def main() -> None:
     # The kernel lets uid 1000 write some of these without any capability.
     mount("/proc/sys", "/proc/sys", "", MS_BIND)
     mount("none", "/proc/sys", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    for path in filter(os.path.exists, HIDDEN):
+        mount("/dev/null", path, "", MS_BIND)
     drop_capabilities()
     check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl dumpable")
     install_filter(bytes.fromhex(settings["filter" if has_ipc_limits else "filter_without_ipc"]))

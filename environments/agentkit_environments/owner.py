@@ -8,13 +8,13 @@ from pathlib import Path
 
 def owner_token() -> str:
     """Return `machine/pid/start` for this process; the machine part is this boot and this PID namespace."""
-    return f"{_machine()}/{os.getpid()}/{start_ticks(os.getpid())}"
+    return f"{_machine()}/{os.getpid()}/{_start_ticks(os.getpid())}"
 
 
 def is_orphan(token: str) -> bool:
     """Whether the process of `token` was of this machine and is gone; a token of elsewhere is never an orphan here."""
     machine, pid, start = token.split("/")
-    return machine == _machine() and start_ticks(int(pid)) != start
+    return machine == _machine() and _start_ticks(int(pid)) != start
 
 
 def _machine() -> str:
@@ -22,7 +22,7 @@ def _machine() -> str:
     return f"{boot_id}-{os.stat('/proc/self/ns/pid').st_ino}"
 
 
-def start_ticks(pid: int) -> str:
+def _start_ticks(pid: int) -> str:
     """Return the process's start time in clock ticks since boot, or an empty string when there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from agentkit_environments import Limits
 from agentkit_environments.cgroups import PREFIX, CommandGroup, Hierarchy, hierarchies, reap_groups, remove_orphans
+from agentkit_environments.owner import owner_token
 
 LIMITS = Limits(memory_mib=100, processes=20, cpus=0.5)
 V2 = frozenset([""])
@@ -125,13 +125,14 @@ def test_version_1_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_only_groups_of_dead_harnesses_of_this_machine_are_removed(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    namespace = os.stat("/proc/self/ns/pid").st_ino
+    machine, pid, start = owner_token().split("/")
     names = {
-        f"{PREFIX}{namespace}-{dead.pid}-1-aa": False,
-        f"{PREFIX}{namespace}-{os.getpid()}-1-bb": False,  # the same number, but another process
-        f"{PREFIX}{namespace + 1}-{dead.pid}-1-cc": True,
+        f"{PREFIX}{machine}~{dead.pid}~1-aa": False,
+        f"{PREFIX}{machine}~{pid}~{start}1-bb": False,  # the same number, but another process
+        f"{PREFIX}{machine}~{pid}~{start}-cc": True,
+        f"{PREFIX}elsewhere~{dead.pid}~1-dd": True,
         f"{PREFIX}x": True,
-        f"{PREFIX}{namespace}-abc-1-dd": True,
+        f"{PREFIX}{machine}~abc~1-ee": True,
         "somebody-elses": True,
     }
     for name in names:
