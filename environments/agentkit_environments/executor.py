@@ -301,6 +301,8 @@ def write_file(path: str, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     try:
         _require_regular(fd, path)
+        if os.fstat(fd).st_dev == os.stat("/proc").st_dev:  # some files there tune the executor itself
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
         os.ftruncate(fd, 0)
         view = memoryview(data)
         while view:
@@ -708,13 +710,13 @@ class Executor:
         failure = command.failure.value()
         if failure:
             stage, number = json.loads(failure)
-            error = OSError(number, os.strerror(number), request["cwd"] if stage == "cwd" else None)
-            if stage == "exec":
+            error = OSError(number, os.strerror(number), request["cwd"])
+            if stage != "cwd":
                 self._reply_failure(request, *start_failure(error, request["argv"]))
-            elif stage == "cwd" and number not in (errno.ENOENT, errno.ENOTDIR):
-                self._reply_failure(request, 126, f"cannot start in {request['cwd']}: {error.strerror}\n")
-            else:
+            elif number in (errno.ENOENT, errno.ENOTDIR):
                 self._reply({"id": request["id"], **_error_header(error)})
+            else:
+                self._reply_failure(request, 126, f"cannot start in {request['cwd']}: {error.strerror}\n")
             return
         stdout, stderr = command.stdout.pieces(), command.stderr.pieces()
         truncated = command.stdout.truncated or command.stderr.truncated

@@ -2,7 +2,8 @@
 
 A denylist of what no command of an agent needs and what has a history of kernel exploits, or reaches past namespaces:
 keyrings, io_uring, perf, userfaultfd, fanotify, bpf, reading other processes' memory, mounts, namespaces, kernel
-modules, uncommon sockets. Calls that are newer than this table, 32-bit calls and x32 calls do not exist (ENOSYS).
+modules, uncommon sockets, and changing the executor's priority or limits. Calls that are newer than this table, 32-bit
+calls and x32 calls do not exist (ENOSYS).
 
 The program is generated here and installed by `confine.py`, before the first command. A filter sees registers only: it
 cannot follow pointers, which is why `clone3` (flags in memory) does not exist either; C libraries fall back to `clone`.
@@ -106,6 +107,20 @@ UNACCOUNTED: dict[str, tuple[int | None, int | None]] = {"memfd_create": (319, 2
 SYSV_IPC: dict[str, tuple[int | None, int | None]] = {"shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190)}
 """ENOSYS where neither a cgroup nor a sysctl of the IPC namespace bounds them."""
 
+INIT = 1
+"""The executor's process id. It is of the same user as the commands, who could starve it of time or descriptors."""
+
+ON_INIT: dict[str, tuple[tuple[int, int], dict[int, int]]] = {
+    "sched_setscheduler": ((144, 119), {0: INIT}),
+    "sched_setparam": ((142, 118), {0: INIT}),
+    "sched_setattr": ((314, 274), {0: INIT}),
+    "sched_setaffinity": ((203, 122), {0: INIT}),
+    "prlimit64": ((302, 261), {0: INIT}),
+    "setpriority": ((141, 140), {0: 2, 1: INIT}),
+    "ioprio_set": ((251, 30), {0: 3, 1: INIT}),
+}
+"""These fail with EPERM when an argument has that value: the executor, or every process of the user (2 and 3)."""
+
 CLONE, SOCKET, SOCKETPAIR = (56, 220), (41, 198), (53, 199)
 
 
@@ -128,6 +143,10 @@ def seccomp_program(machine: str, missing: Iterable[str] = ()) -> bytes:
     for number, error in denials:
         if number is not None:
             program += [_op(EQUAL, number, 0, 1), _fail(error)]
+    for numbers, values in ON_INIT.values():
+        checks = [_argument(index) + _op(EQUAL, value, 0, 1) + _fail(errno.EPERM) for index, value in values.items()]
+        block = b"".join([*checks, _op(RETURN, ALLOW)])
+        program += [_op(EQUAL, numbers[column], 0, len(block) // 8), block]
     clone = [_argument(0), _op(ANY_BIT, NEW_NAMESPACE, 0, 1), _fail(errno.EPERM), _op(RETURN, ALLOW)]
     program += [_op(EQUAL, CLONE[column], 0, len(clone)), *clone]
     for call in (SOCKET, SOCKETPAIR):

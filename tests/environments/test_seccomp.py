@@ -21,6 +21,7 @@ from agentkit_environments.seccomp import (
     LOAD,
     MASK,
     MISSING,
+    ON_INIT,
     RETURN,
     SOCKET,
     SOCKETPAIR,
@@ -83,6 +84,19 @@ def test_a_process_may_be_cloned_but_not_into_a_new_namespace(column: int) -> No
         assert run(program, CLONE[column], (flags,), arch) == 0
     for namespace in (0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000):
         assert run(program, CLONE[column], (fork | namespace,), arch) == errno.EPERM
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_the_executor_is_out_of_reach_of_schedulers_and_limits(column: int) -> None:
+    arch, program = AUDIT_ARCH[MACHINES[column]], seccomp_program(MACHINES[column])
+    for numbers, values in ON_INIT.values():
+        for index, value in values.items():
+            arguments = [0] * 6
+            for bad in (value, value | 1 << 32):  # the kernel reads 32 bits
+                arguments[index] = bad
+                assert run(program, numbers[column], tuple(arguments), arch) == errno.EPERM
+            arguments[index] = 77
+            assert run(program, numbers[column], tuple(arguments), arch) == 0
 
 
 @pytest.mark.parametrize("column", [0, 1])

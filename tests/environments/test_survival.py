@@ -200,6 +200,68 @@ async def test_a_fork_bomb_leaves_room_for_the_next_command(launcher: Launcher) 
         assert await is_alive(env)
 
 
+STARVE = """
+import ctypes, os, resource, signal
+libc = ctypes.CDLL(None, use_errno=True)
+limits = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+attempts = [
+    *[lambda number=number: resource.prlimit(1, number, (0, 0)) for number in limits],
+    lambda: os.setpriority(os.PRIO_PROCESS, 1, 19),
+    lambda: os.setpriority(os.PRIO_PGRP, 1, 19),
+    lambda: os.setpriority(os.PRIO_USER, 0, 19),
+    lambda: os.setpriority(os.PRIO_USER, os.getuid(), 19),
+    lambda: os.sched_setaffinity(1, [0]),
+    lambda: os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0)),
+    lambda: os.sched_setscheduler(1, os.SCHED_BATCH, os.sched_param(0)),
+    lambda: os.sched_setparam(1, os.sched_param(0)),
+]
+for attempt in attempts:
+    try:
+        attempt()
+        print("it worked:", attempts.index(attempt))
+    except PermissionError:
+        pass
+os.sched_setaffinity(0, os.sched_getaffinity(0)); os.nice(1); resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+"""
+
+
+async def test_the_executor_can_be_starved_of_neither_time_nor_descriptors(env: Environment) -> None:
+    assert await python(env, STARVE) == ""
+    assert await is_alive(env)
+
+
+async def test_the_executor_is_not_tuned_through_proc(env: Environment) -> None:
+    for path in ("/proc/1/timerslack_ns", "/proc/self/timerslack_ns", "/proc/self/comm", "/proc/self/oom_score_adj"):
+        with pytest.raises(OSError, match=r"Permission denied|Read-only"):
+            await env.write_file(path, "999")
+    await env.exec("ln -s /proc/1/timerslack_ns slack")
+    with pytest.raises(OSError, match=r"Permission denied|Read-only"):
+        await env.write_file("slack", "999")
+
+
+async def test_the_limits_of_the_next_command_can_be_lowered_but_it_fails_as_a_value(env: Environment) -> None:
+    code = """
+import os, resource
+for name in os.listdir("/proc"):
+    if name.isdecimal() and name not in ("1", str(os.getpid())):
+        resource.prlimit(int(name), resource.RLIMIT_NOFILE, (4, 4))
+"""
+    await python(env, code)
+    assert (await env.exec("true")).exit_code in (0, 126)
+    assert await is_alive(env)
+
+
+async def test_a_flood_of_signals_does_not_keep_the_executor_busy(env: Environment) -> None:
+    flood = "import os, signal\nwhile True:\n    for number in (17, 2): os.kill(1, number)"
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(env.exec, ["python3", "-c", flood])
+        for _ in range(5):
+            assert await is_alive(env)
+        tasks.cancel_scope.cancel()
+    assert await is_alive(env)
+
+
 # Memory
 
 
