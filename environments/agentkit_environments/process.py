@@ -49,11 +49,13 @@ from agentkit_environments.environment import (
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
 from agentkit_environments.executor import start_failure
-from agentkit_environments.seccomp import AUDIT_ARCH, SYSV_IPC, UNACCOUNTED, seccomp_program
+from agentkit_environments.seccomp import AUDIT_ARCH, INOTIFY, SYSV_IPC, UNACCOUNTED, seccomp_program
 
-Launcher = Literal["bwrap", "unshare"]
+Launcher = Literal["bwrap", "unshare", "bwrap-plain"]
 
-LAUNCHERS: tuple[Launcher, ...] = ("bwrap", "unshare")
+LAUNCHERS: tuple[Launcher, ...] = ("bwrap", "unshare", "bwrap-plain")
+"""In the order of preference. `bwrap-plain` is for machines whose policy (AppArmor's, on some) takes all capabilities
+from what bubblewrap starts: the numbers of files are not bounded there, and there is no inotify."""
 START_TIMEOUT_S = 20.0
 FILE_TIMEOUT_S = 60.0
 HANG_TIMEOUT_S = 10.0
@@ -82,6 +84,8 @@ FILES = {
     "/etc/hosts": "127.0.0.1 localhost sandbox\n::1 localhost sandbox\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\nservices: files\nprotocols: files\n",
 }
+HIDDEN = ("/proc/keys", "/proc/key-users")
+"""These show every key of the same user of the host."""
 NAMESPACE_LIMITS: dict[str, int | str] = {
     **{f"user/max_{kind}_namespaces": 0 for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")},
     "user/max_inotify_instances": 16,
@@ -114,13 +118,13 @@ class Layout:
     """(path, target)."""
     files: list[tuple[str, str]]
     """(path, text) of files that are written, read-only afterwards."""
-    directories: list[str]
-    """Where `confine.py` mounts what can be written."""
+    tmpfs: list[tuple[str, str, int]]
+    """(path, mode, bytes) of the directories that can be written."""
     prefix: str
     python: str
 
     @classmethod
-    def of(cls, spec: EnvironmentSpec, group: CommandGroup) -> Self:
+    def of(cls, spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup) -> Self:
         prefix = os.path.realpath(sys.base_prefix)
         python = os.path.realpath(f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}")
         if prefix in ("/", "/home", "/root") or not python.startswith(prefix + "/"):
@@ -134,7 +138,9 @@ class Layout:
         if not prefix.startswith("/usr"):
             binds.append(prefix)
         binds += [path for path in (f"/etc/{name}" for name in ETC) if os.path.exists(path)]
-        settings = _settings(spec, group)
+        disk_bytes = spec.limits.disk_mib << 20
+        tmpfs = [("/dev/shm", "1777", SHM_BYTES), ("/tmp", "1777", disk_bytes), (spec.workdir, "0755", disk_bytes)]
+        settings = _settings(spec, launcher, group, tmpfs)
         return cls(
             binds=binds,
             symlinks=symlinks,
@@ -144,7 +150,7 @@ class Layout:
                 (SETTINGS, json.dumps(settings)),
                 *((path, text.format(workdir=spec.workdir)) for path, text in FILES.items()),
             ],
-            directories=[path for path, _ in settings["tmpfs"]],
+            tmpfs=tmpfs,
             prefix=prefix,
             python=python,
         )
@@ -159,22 +165,38 @@ def launch_argv(layout: Layout, launcher: Launcher, file_fds: Mapping[str, int])
         file_fds: For bubblewrap, a descriptor for each of `Layout.files` that its text can be read from.
     """
     executor = [layout.python, "-I", "-S", CONFINE]
-    build = _bwrap_argv if launcher == "bwrap" else _unshare_argv
+    build = {"bwrap": _bwrap_argv, "bwrap-plain": _bwrap_plain_argv, "unshare": _unshare_argv}[launcher]
     uid = str(secrets.choice(HOST_UIDS)) if os.geteuid() == 0 else "-"
     enter = [layout.python, "-I", "-S", str(Path(__file__).with_name("enter.py"))]
     return [*enter, str(os.getpid()), uid, layout.prefix, *build(layout, executor, file_fds)]
 
 
 def _bwrap_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
-    argv = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--as-pid-1"]
     # `confine.py` drops the capabilities again, and forbids further user namespaces, before the first command runs.
-    argv += ["--new-session", "--clearenv", "--hostname", "sandbox", "--cap-add", "ALL"]
+    writable = [argument for path, _, _ in layout.tmpfs for argument in ("--dir", path)]
+    return _bwrap_with(["--cap-add", "ALL"], writable, layout, executor, file_fds)
+
+
+def _bwrap_plain_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
+    writable = [
+        argument
+        for path, mode, size_bytes in layout.tmpfs
+        for argument in ("--perms", mode, "--size", str(size_bytes), "--tmpfs", path)
+    ]
+    for path in filter(os.path.exists, HIDDEN):
+        writable += ["--ro-bind", "/dev/null", path]
+    return _bwrap_with(["--cap-drop", "ALL", "--disable-userns"], writable, layout, executor, file_fds)
+
+
+def _bwrap_with(
+    privileges: list[str], writable: list[str], layout: Layout, executor: list[str], file_fds: Mapping[str, int]
+) -> list[str]:
+    argv = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--as-pid-1"]
+    argv += ["--new-session", "--clearenv", "--hostname", "sandbox", *privileges]
     argv += ["--uid", str(USER_ID), "--gid", str(USER_ID)]
     for path in layout.binds:
         argv += ["--ro-bind", path, path]
-    argv += ["--proc", "/proc", "--dev", "/dev"]
-    for path in layout.directories:
-        argv += ["--dir", path]
+    argv += ["--proc", "/proc", "--dev", "/dev", *writable]
     for path, _ in layout.files:
         argv += ["--perms", "0644", "--file", str(file_fds[path]), path]
     for path, target in layout.symlinks:
@@ -189,30 +211,34 @@ def _unshare_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, in
         "binds": layout.binds,
         "symlinks": layout.symlinks,
         "files": layout.files,
-        "directories": layout.directories,
+        "directories": [path for path, _, _ in layout.tmpfs],
         "hostname": "sandbox",
         "argv": executor,
     }
     return [*argv, layout.python, "-I", "-S", "-c", _source("build_root.py"), json.dumps(root)]
 
 
-def _settings(spec: EnvironmentSpec, group: CommandGroup) -> dict[str, Any]:
+def _settings(
+    spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup, tmpfs: list[tuple[str, str, int]]
+) -> dict[str, Any]:
     """Return what `confine.py` and the executor must know."""
     limits = spec.limits
-    disk_bytes, disk_inodes = limits.disk_mib << 20, limits.disk_mib * INODES_PER_MIB
-    missing = () if group.bounds_memory else tuple(UNACCOUNTED)
-    missing_ipc = () if group.bounds_memory else (*UNACCOUNTED, *SYSV_IPC)
+    memory = () if group.bounds_memory else tuple(UNACCOUNTED)
+    ipc = () if group.bounds_memory else tuple(SYSV_IPC)
     return {
         "workdir": spec.workdir,
+        "has_capabilities": launcher != "bwrap-plain",
         "tmpfs": [
-            ("/dev/shm", f"mode=1777,size={SHM_BYTES},nr_inodes={SHM_BYTES // (1 << 20) * INODES_PER_MIB}"),
-            ("/tmp", f"mode=1777,size={disk_bytes},nr_inodes={disk_inodes}"),
-            (spec.workdir, f"mode=0755,size={disk_bytes},nr_inodes={disk_inodes}"),
+            (path, f"mode={mode},size={size},nr_inodes={(size >> 20) * INODES_PER_MIB}") for path, mode, size in tmpfs
         ],
+        "hidden": HIDDEN,
         "namespace_limits": NAMESPACE_LIMITS,
         "ipc_limits": IPC_LIMITS,
-        "filter": _filter(missing),
-        "filter_without_ipc": _filter(missing_ipc),
+        "filters": {
+            "": _filter(memory),
+            "ipc": _filter((*memory, *ipc)),
+            "ipc inotify": _filter((*memory, *ipc, *INOTIFY)),
+        },
         "rlimits": _rlimits(limits),
         "executor_rlimits": {
             **_rlimits(limits),
@@ -261,13 +287,14 @@ def launcher_failure(launcher: Launcher) -> str | None:
     """
     if sys.platform != "linux":
         return "namespaces are a Linux feature"
-    return _trial_failure(launcher) if shutil.which(launcher) else f"{launcher} is not installed"
+    program = "unshare" if launcher == "unshare" else "bwrap"
+    return _trial_failure(launcher) if shutil.which(program) else f"{program} is not installed"
 
 
 @functools.cache
 def _trial_failure(launcher: Launcher) -> str | None:
     try:
-        layout = Layout.of(EnvironmentSpec(), CommandGroup())
+        layout = Layout.of(EnvironmentSpec(), launcher, CommandGroup())
     except SandboxUnavailableError as error:
         return f"{launcher}: {error}"
     with _Files(layout) as files:
@@ -402,7 +429,7 @@ async def _launch(spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the connection closes it)
     connection: Connection | None = None
     try:
-        layout = Layout.of(spec, group)
+        layout = Layout.of(spec, launcher, group)
         with _Files(layout) as files:
             process = await anyio.open_process(
                 launch_argv(layout, launcher, files.fds),

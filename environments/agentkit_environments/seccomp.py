@@ -104,6 +104,9 @@ MISSING: dict[str, tuple[int | None, int | None]] = {
 UNACCOUNTED: dict[str, tuple[int | None, int | None]] = {"memfd_create": (319, 279)}
 """ENOSYS where no cgroup bounds the sandbox's memory: no limit of a process counts these bytes."""
 
+INOTIFY: dict[str, tuple[int | None, int | None]] = {"inotify_init": (253, None), "inotify_init1": (294, 26)}
+"""ENOSYS where no limit of the user namespace keeps the sandbox from using up all that its user may have."""
+
 SYSV_IPC: dict[str, tuple[int | None, int | None]] = {"shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190)}
 """ENOSYS where neither a cgroup nor a sysctl of the IPC namespace bounds them."""
 
@@ -129,10 +132,10 @@ def seccomp_program(machine: str, missing: Iterable[str] = ()) -> bytes:
 
     Args:
         machine: One of `AUDIT_ARCH`, as `platform.machine` names it.
-        missing: Names of `UNACCOUNTED` and `SYSV_IPC` that shall fail with ENOSYS too.
+        missing: Names of `UNACCOUNTED`, `SYSV_IPC` and `INOTIFY` that shall fail with ENOSYS too.
     """
     column = ("x86_64", "aarch64").index(machine)
-    optional = UNACCOUNTED | SYSV_IPC
+    optional = UNACCOUNTED | SYSV_IPC | INOTIFY
     denials = [(numbers[column], errno.EPERM) for numbers in FORBIDDEN.values()]
     denials += [(numbers[column], errno.ENOSYS) for numbers in MISSING.values()]
     denials += [(optional[name][column], errno.ENOSYS) for name in missing]

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
 PREFIX = os.path.realpath(sys.base_prefix)
 
 
-@pytest.fixture(scope="module", params=["bwrap", "unshare"])
+@pytest.fixture(scope="module", params=["bwrap", "unshare", pytest.param("bwrap-plain", marks=pytest.mark.hostile)])
 def launcher(request: pytest.FixtureRequest) -> Launcher:
     chosen: Launcher = request.param
     reason = launcher_failure(chosen)

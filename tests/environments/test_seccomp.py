@@ -18,6 +18,7 @@ from agentkit_environments.seccomp import (
     ERRNO,
     FIRST_UNKNOWN_CALL,
     FORBIDDEN,
+    INOTIFY,
     LOAD,
     MASK,
     MISSING,
@@ -121,8 +122,8 @@ def test_only_common_sockets_can_be_made(column: int, call: tuple[int, int]) -> 
 
 
 def test_without_a_cgroup_more_is_missing() -> None:
-    for names in (tuple(UNACCOUNTED), (*UNACCOUNTED, *SYSV_IPC)):
+    for names in (tuple(UNACCOUNTED), (*UNACCOUNTED, *SYSV_IPC), tuple(INOTIFY)):
         program = seccomp_program("x86_64", names)
-        for name, (number, _) in (UNACCOUNTED | SYSV_IPC).items():
+        for name, (number, _) in (UNACCOUNTED | SYSV_IPC | INOTIFY).items():
             assert number is not None
             assert run(program, number) == (errno.ENOSYS if name in names else 0)
