@@ -417,11 +417,9 @@ class ProcessEnvironment(Environment):
             await anyio.to_thread.run_sync(self._group.remove)
 
     def _fitting(self, data: bytes) -> bytes:
-        """Refuse what the executor, which lives under the sandbox's own memory limit, could not hold."""
-        if len(data) > self.spec.limits.memory_mib << 18:
-            raise ValueError(
-                f"{len(data)} bytes are more than a quarter of limits.memory_mib = {self.spec.limits.memory_mib}"
-            )
+        """Refuse what the executor could not hold, twice."""
+        if len(data) > EXECUTOR_BYTES >> 2:
+            raise ValueError(f"{len(data)} bytes are more than the {EXECUTOR_BYTES >> 2} that a process sandbox takes")
         return data
 
 
