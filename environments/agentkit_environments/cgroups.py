@@ -77,6 +77,7 @@ class CommandGroup:
         self.directories: list[Path] = []
         self.procs_fds: list[int] = []
         self.bounds_memory = False
+        self._events: Path | None = None
         self._own_events: Path | None = None
         self._kills_before = 0
 
@@ -122,8 +123,13 @@ class CommandGroup:
             return
         if memory:
             self.bounds_memory = True
-            self._own_events = hierarchy.own / ("memory.events.local" if is_v2 else "memory.oom_control")
+            events = "memory.events.local" if is_v2 else "memory.oom_control"
+            self._events, self._own_events = path / events, hierarchy.own / events
             self._kills_before = _oom_kills(self._own_events)
+
+    def kills(self) -> int:
+        """Return how many processes the kernel has killed because the commands' memory was used up."""
+        return 0 if self._events is None else _oom_kills(self._events)
 
     def host_failure(self) -> str | None:
         """Return evidence that the host ran out of memory since the group was made, or None.

@@ -25,6 +25,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,7 @@ from what bubblewrap starts: the numbers of files are not bounded there, and the
 START_TIMEOUT_S = 20.0
 FILE_TIMEOUT_S = 60.0
 HANG_TIMEOUT_S = 10.0
+KILLED = 128 + signal.SIGKILL
 USER_ID = 1000
 SHM_BYTES = 64 << 20
 INODES_PER_MIB = 256
@@ -385,6 +387,7 @@ class ProcessEnvironment(Environment):
         }
         stdin = self._fitting(input_bytes(request.stdin))
         answer_s = None if request.timeout_s is None else request.timeout_s + HANG_TIMEOUT_S
+        kills_before = self._group.kills()
         try:
             header, body = await self._connection.request("exec", fields, stdin, answer_s)
         except OSError as error:
@@ -392,10 +395,14 @@ class ProcessEnvironment(Environment):
                 raise
             exit_code, message = start_failure(error, request.argv)
             return ExecResult(exit_code, "", message, False, False, 0.0)
+        stderr = body[header["stdout"] :].decode("utf-8", "replace")
+        if header["exit_code"] == KILLED and not header["timed_out"] and self._group.kills() > kills_before:
+            memory_mib = self.spec.limits.memory_mib
+            stderr += f"killed: the sandbox's {memory_mib} MiB of memory, which its files share, were used up\n"
         return ExecResult(
             exit_code=header["exit_code"],
             stdout=body[: header["stdout"]].decode("utf-8", "replace"),
-            stderr=body[header["stdout"] :].decode("utf-8", "replace"),
+            stderr=stderr,
             truncated=header["truncated"],
             timed_out=header["timed_out"],
             duration_s=header["duration_s"],

@@ -351,6 +351,10 @@ async def test_commands_that_use_too_much_memory_together_are_killed(launcher: L
     async with await ProcessEnvironment.open(SMALL, "hog", launcher=launcher) as env:
         assert await python(env, HOG) == "[-9, -9, -9]"
         await env.kill_all()
+        files = "head -c 60M /dev/zero > f; head -c 50M /dev/zero > /tmp/f"
+        alone = await env.exec(f"{files}; exec python3 -c 'b\"x\" * (60 << 20)'")
+        assert alone.exit_code == 137
+        assert "128 MiB of memory" in alone.stderr
         result = await env.exec("for file in a /tmp/a /dev/shm/a; do head -c 60M /dev/zero > $file; done")
         assert result.exit_code in (1, 137)
         with suppress(OSError):
