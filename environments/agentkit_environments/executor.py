@@ -1,8 +1,9 @@
 """The executor: the one process that runs commands and touches files on a sandbox's behalf.
 
 Inside a process sandbox it is PID 1 of the sandbox's PID namespace, started once per environment, and speaks frames
-over its standard input and output (`connection.py` is the other end). This one file of the package is put into the
-sandbox, so it imports nothing but the standard library. `LocalEnvironment` calls the same functions in the harness.
+over its standard input and output (`connection.py` is the other end). The package is not in the sandbox, so this file
+imports nothing but the standard library; `confine.py` gets it compiled. `LocalEnvironment` calls the same functions in
+the harness.
 
 What the sandboxed commands cannot do to it:
 - kill or stop it: the kernel drops signals that a PID namespace sends to its own init without a handler;

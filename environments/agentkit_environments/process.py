@@ -18,9 +18,11 @@ What it does not isolate: the kernel is the host's.
 
 from __future__ import annotations
 
+import base64
 import errno
 import functools
 import json
+import marshal
 import os
 import platform
 import secrets
@@ -72,7 +74,6 @@ HOST_UIDS = range(0x6000_0000, 0x7000_0000)
 
 BIN = "/opt/agentkit/bin"
 CONFINE = "/opt/agentkit/confine.py"
-EXECUTOR = "/opt/agentkit/executor.py"
 SETTINGS = "/opt/agentkit/settings.json"
 RUNTIME_ALIASES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 ETC = (
@@ -148,7 +149,6 @@ class Layout:
             symlinks=symlinks,
             files=[
                 (CONFINE, _source("confine.py")),
-                (EXECUTOR, _source("executor.py")),
                 (SETTINGS, json.dumps(settings)),
                 *((path, text.format(workdir=spec.workdir)) for path, text in FILES.items()),
             ],
@@ -234,6 +234,7 @@ def _settings(
             (path, f"mode={mode},size={size},nr_inodes={(size >> 20) * INODES_PER_MIB}") for path, mode, size in tmpfs
         ],
         "hidden": HIDDEN,
+        "executor": _compiled("executor.py"),
         "namespace_limits": NAMESPACE_LIMITS,
         "ipc_limits": IPC_LIMITS,
         "filters": {
@@ -275,6 +276,11 @@ def _rlimits(limits: Limits) -> dict[str, int]:
         "RLIMIT_MSGQUEUE": 800 << 10,
         "RLIMIT_SIGPENDING": 4096,
     }
+
+
+@functools.cache
+def _compiled(name: str) -> str:
+    return base64.b64encode(marshal.dumps(compile(_source(name), name, "exec"))).decode()
 
 
 @functools.cache
