@@ -10,6 +10,7 @@ EngineError
 ├── GrammarError              a grammar cannot be made, or ids do not fit it
 ├── OutOfMemoryError          the memory for sequences is used up by those at work
 ├── SavedSessionError         a file is no saved session, or one of another model, or damaged
+├── CacheFolderError          a cache folder or its key could be changed by others, or has no usable key
 └── SessionError
     ├── SessionClosedError    used after close()
     ├── SessionBusyError      two tasks drive one session at the same moment
@@ -78,6 +79,10 @@ class SavedSessionError(EngineError):
     def __init__(self, path: Path, problem: str) -> None:
         self.path = path
         super().__init__(f"{path}: {problem}")
+
+
+class CacheFolderError(EngineError):
+    """A cache folder cannot be trusted, or its key cannot be used; names the file, its owner and mode, and a remedy."""
 
 
 class SessionError(EngineError):
