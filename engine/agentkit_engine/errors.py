@@ -50,7 +50,8 @@ class CheckpointError(EngineError):
     def __init__(self, path: Path, problem: str, *, tensor: str | None = None) -> None:
         self.path = path
         self.tensor = tensor
-        super().__init__(f"{path}: {problem}" if tensor is None else f"{path}: tensor {tensor}: {problem}")
+        shown = "" if tensor is None else f"tensor {tensor!r}: ".replace("'", "")[:200]  # the name is from the file
+        super().__init__(f"{path}: {shown}{problem}")
 
 
 class TokenizerMissingError(EngineError):

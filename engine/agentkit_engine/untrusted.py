@@ -12,10 +12,12 @@ import math
 import os
 import reprlib
 import stat
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 MAX_VALUES = 500_000
 """Default bound on the values of one JSON text. Python needs about 200 bytes for each."""
@@ -30,9 +32,9 @@ _KINDS = {
 }
 
 
-def open_regular(path: str | Path, *, follow: bool = True, dir_fd: int | None = None) -> BinaryIO:
+def open_regular(path: str | Path, *, follow: bool = True, dir_fd: int | None = None) -> FileIO:
     """Open a regular file for reading, without a buffer. Raises as `open_fd`."""
-    return open(open_fd(path, os.O_RDONLY, follow=follow, dir_fd=dir_fd), "rb", buffering=0)
+    return FileIO(open_fd(path, os.O_RDONLY, follow=follow, dir_fd=dir_fd))
 
 
 def open_fd(path: str | Path, flags: int, *, follow: bool = True, dir_fd: int | None = None) -> int:
@@ -107,12 +109,14 @@ def check_values(data: bytes, max_values: int = MAX_VALUES) -> None:
 def describe(error: ValidationError, most: int = 3) -> str:
     """The first few problems of a validation in one line of bounded length."""
     problems = error.errors(include_url=False)
-    shown = [
-        f"{shorten('.'.join(map(str, item['loc'])), 120, quote=False)}: found {shorten(item['input'])}, "
-        f"{shorten(item['msg'], 200, quote=False)}"
-        for item in problems[:most]
-    ]
-    return "; ".join(shown) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+    shown = "; ".join(_problem(item) for item in problems[:most])
+    return shown + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+
+
+def _problem(item: ErrorDetails) -> str:
+    where = shorten(".".join(map(str, item["loc"])), 120, quote=False)
+    found = "" if item["type"] == "json_invalid" else f"found {shorten(item['input'])}, "
+    return f"{where}{': ' if where else ''}{found}{shorten(item['msg'], 200, quote=False)}"
 
 
 def shorten(value: object, most: int = 60, *, quote: bool = True) -> str:

@@ -9,7 +9,7 @@ A suite is a folder of task files, one task file, a suite file, or `synth`, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +17,9 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
+from agentkit.errors import TaskFileError
 from agentkit.models.scripted import Policy
-from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, load_yaml
+from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, load_yaml, read_yaml
 from agentkit_evals.errors import SuiteError
 from agentkit_evals.synth import FAMILIES, sample
 
@@ -63,8 +64,8 @@ class SynthSelection(Strict):
     """Which generated tasks. `families` empty means all; `seed` None leaves the choice to the run."""
 
     families: list[str] = Field(default_factory=list)
-    per_family: int = Field(default=3, ge=1)
-    seed: int | None = Field(default=None, ge=0)
+    per_family: int = Field(default=3, ge=1, le=10_000)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 31)
     split: Split = "heldout"
 
 
@@ -137,8 +138,9 @@ def _case(task: Task, family: str) -> Case:
 def _is_suite_file(path: Path) -> bool:
     """Whether a YAML file speaks of tasks rather than of one task; a broken one is left for the task reader."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        root, _ = read_yaml(path)
+    except TaskFileError:
         return False
-    keys: Sequence[str] = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    return "instruction" not in keys and bool({"tasks", "synth"} & set(keys))
+    nodes = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    keys = {key.value for key in nodes if isinstance(key, yaml.ScalarNode)}
+    return "instruction" not in keys and bool({"tasks", "synth"} & keys)

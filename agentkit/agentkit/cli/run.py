@@ -97,11 +97,14 @@ def _names_task_file(what: str) -> bool:
 def _read_schema(path: Path) -> dict[str, Any]:
     """The JSON schema in a file. Raises BadParameter for what is none."""
     from agentkit.answer import check_answer_schema
+    from agentkit_engine.untrusted import parse_json, read_regular
 
     try:
-        schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema: dict[str, Any] = parse_json(read_regular(path, max_bytes=1 << 20), max_values=20_000)
         check_answer_schema(schema)
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
+        raise typer.BadParameter(f"{path}: cannot be read: {exc.strerror}", param_hint="--answer-schema") from exc
+    except ValueError as exc:
         raise typer.BadParameter(f"{path}: {exc}", param_hint="--answer-schema") from exc
     return schema
 
