@@ -328,16 +328,16 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        before = self._nodes
+        mark, before = event.start_mark, self._nodes
         self._depth, self._nodes = self._depth + 1, self._nodes + 1
-        self._check_size(event.start_mark)
+        self._check_size(mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is not None and isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise _error(f"*{event.anchor} is inside what it stands for", event.start_mark)
+                raise _error(f"*{event.anchor} is inside what it stands for", mark)
             self._nodes += self._sizes[id(node)]
-            self._check_size(event.start_mark)
+            self._check_size(mark)
         elif node is not None:
             self._sizes[id(node)] = self._nodes - before
         return node

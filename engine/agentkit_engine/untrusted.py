@@ -120,15 +120,17 @@ def _problem(item: ErrorDetails) -> str:
 
 
 def shorten(value: object, most: int = 60, *, quote: bool = True) -> str:
-    """`repr(value)`, or with `quote=False` the printable text itself, cut to about `most` characters a part."""
+    """`repr(value)`, cut to about `most` characters a part; with `quote=False` a text itself, its controls escaped."""
+    if isinstance(value, str) and not quote:
+        shown = value if len(value) <= most else f"{value[: most // 2]}...{value[-(most // 2) :]}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
     short = reprlib.Repr()
     short.maxstring = short.maxlong = short.maxother = most
     short.maxlevel = 3
     try:
-        text = short.repr(value)
+        return short.repr(value)
     except ValueError:  # an integer of thousands of digits
         return f"a huge {type(value).__name__}"
-    return text if quote or not isinstance(value, str) else text[1:-1]
 
 
 def _check_regular(status: os.stat_result, path: str | Path) -> None:

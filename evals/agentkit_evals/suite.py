@@ -103,6 +103,8 @@ def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
     """Generated tasks: `per_family` of each family from consecutive seeds. Raises SuiteError for an unknown family."""
     if unknown := [name for name in selection.families if name not in FAMILIES]:
         raise SuiteError(f"unknown families {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    if twice := [name for name in FAMILIES if selection.families.count(name) > 1]:
+        raise SuiteError(f"family {twice[0]} is named twice; its tasks would have the same ids")
     first = (seed if selection.seed is None else selection.seed) * selection.per_family
     cases: list[Case] = []
     for family in selection.families or FAMILIES:
