@@ -55,7 +55,7 @@ async def searching(request: pytest.FixtureRequest, anyio_backend: str) -> Async
 
 async def search(environment: Environment, **arguments: Any) -> str:
     call = ToolCall("c", "search", json.dumps(arguments))
-    result = await BUILTINS["search"](call, ToolContext(environment))
+    result = await BUILTINS["search"].call(call, ToolContext(environment))
     assert result.is_error == result.content.startswith("Error: ")
     return result.content
 
@@ -132,5 +132,5 @@ async def test_too_many_matches_are_bounded_and_said(searching: Environment) -> 
 async def test_timeout(searching: Environment) -> None:
     await searching.exec(["/usr/bin/mkfifo", "pipe"])
     call = ToolCall("c", "search", '{"pattern": "two", "path": "pipe"}')
-    result = await BUILTINS["search"](call, ToolContext(searching, timeout_s=0.3))
+    result = await BUILTINS["search"].call(call, ToolContext(searching, timeout_s=0.3))
     assert result.content == "Error: search timed out after 0.3 s"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from agentkit_tools.errors import ToolError
 from agentkit_tools.files import file_errors
-from agentkit_tools.tool import ToolContext, tool
+from agentkit_tools.function import tool
+from agentkit_tools.tool import ToolContext
 
 
 @tool(description="Replace a text that occurs exactly once in a file.")

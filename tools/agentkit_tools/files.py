@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from agentkit_environments import FileTooLargeError, UnsafePathError
 from agentkit_tools.errors import ToolError
-from agentkit_tools.tool import ToolContext, refuse_nul, tool
+from agentkit_tools.function import tool
+from agentkit_tools.tool import ToolContext, refuse_nul
 
 NO_DIRECTORY, NOT_A_DIRECTORY = 44, 45  # exit codes of LIST_DIR, above those of ls
 LIST_DIR = f"""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from agentkit_tools.function import tool
 from agentkit_tools.shell import run_command
-from agentkit_tools.tool import ToolContext, ToolOutput, tool
+from agentkit_tools.tool import ToolContext, ToolOutput
 
 
 @tool(description="Run a Python script and return what it prints.")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 
 from agentkit_tools.errors import ToolError
-from agentkit_tools.tool import ToolContext, refuse_nul, tool
+from agentkit_tools.function import tool
+from agentkit_tools.tool import ToolContext, refuse_nul
 
 MAX_LINE_CHARS = 500
 MAX_FOUND_BYTES = 4 << 20

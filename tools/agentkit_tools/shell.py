@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from agentkit_environments import ExecResult
 from agentkit_tools.errors import ToolError
-from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul, tool
+from agentkit_tools.function import tool
+from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul
 
 MAX_COMMAND_BYTES = 131_071  # Linux's MAX_ARG_STRLEN, less the closing NUL
 BASH_OR_SH = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1"; else exec /bin/sh -c "$1"; fi'

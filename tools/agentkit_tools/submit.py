@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from agentkit_tools.tool import ToolOutput, tool
+from agentkit_tools.function import tool
+from agentkit_tools.tool import ToolOutput
 
 
 @tool(description="Submit the final answer.", barrier=True)
