@@ -43,9 +43,9 @@ def value_text(value: Any) -> str:
         return _well_formed(str.__str__(value))
     if isinstance(value, bytes | bytearray | memoryview):
         return _bytes_text(value)
-    kind = _unfinished(value)
-    if kind is not None:
-        raise ToolError(kind)
+    if unfinished := _unfinished(value):
+        kind, remedy = unfinished
+        raise ToolError(f"the tool returned {kind} ({type(value).__name__}); {remedy}")
     try:
         return _well_formed(json.dumps(value, ensure_ascii=False))
     except Exception:  # not plain JSON: too deep, circular, or with other types inside
@@ -142,8 +142,8 @@ def _plain(value: Any, above: tuple[int, ...]) -> Any:
         return _safely(lambda: int(str(value)), f"<integer of {value.bit_length()} bits>")  # str() has a limit
     if isinstance(value, bytes | bytearray | memoryview):
         return _bytes_text(value)
-    if (kind := _unfinished(value)) is not None:
-        return f"<{kind.partition(';')[0]}>"
+    if unfinished := _unfinished(value):
+        return f"<{unfinished[0]}>"
     if id(value) in above:
         return "<circular reference>"
     if len(above) == MAX_DEPTH:
@@ -202,28 +202,34 @@ def _is_described(value: Any) -> bool:
 
 def _description(value: Any) -> str:
     """The object's own words; only its type where it has none, as `<Database object>`: an address says nothing."""
+    if isinstance(value, BaseException):
+        return error_text(value)
     kind: Any = type(value)
     if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__:
         return f"<{type(value).__name__} object>"
     return _well_formed(str(value))
 
 
-def _unfinished(value: Any) -> str | None:
-    """What to say of an object that stands for values to come; None for all others."""
-    for test, kind, remedy in (
+def _unfinished(value: Any) -> tuple[str, str] | None:
+    """The kind of an object that stands for values to come, and what to return instead; None for all others."""
+    if inspect.iscoroutine(value):
+        value.close()  # nobody is going to await it, which would warn
+    kinds = (
         (inspect.isasyncgen, "an async generator", "collect its items and return a list"),
         (inspect.isgenerator, "a generator", "return a list of its items"),
-        (inspect.isawaitable, "something that was never awaited", "await it and return its result"),
-    ):
-        if test(value):
-            if inspect.iscoroutine(value):
-                value.close()
-            return f"the tool returned {kind}; {remedy}"
-    if isinstance(value, collections.abc.AsyncIterator):
-        return "the tool returned an async iterator; collect its items and return a list"
-    if isinstance(value, collections.abc.Iterator):
-        return f"the tool returned an iterator ({type(value).__name__}); return a list of its items"
-    return None
+        (inspect.isawaitable, "an awaitable that was not awaited", "await it and return its result"),
+        (_is_async_iterator, "an async iterator", "collect its items and return a list"),
+        (_is_iterator, "an iterator", "return a list of its items"),
+    )
+    return next(((kind, remedy) for is_kind, kind, remedy in kinds if is_kind(value)), None)
+
+
+def _is_async_iterator(value: Any) -> bool:
+    return isinstance(value, collections.abc.AsyncIterator)
+
+
+def _is_iterator(value: Any) -> bool:
+    return isinstance(value, collections.abc.Iterator)
 
 
 def _bytes_text(value: bytes | bytearray | memoryview) -> str:
