@@ -24,8 +24,8 @@ from agentkit.trajectory import Header, Trajectory
 from agentkit.turn import TurnCalls
 from agentkit_environments import Environment, SandboxError, open_environment
 from agentkit_tools import BUILTINS, Tool, ToolContext, ToolResult, as_tool
+from agentkit_tools.model_texts import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 
-DEFAULT_SYSTEM: Final = "You are agentkit, an agent that solves tasks with tools."
 KILL_TIMEOUT_S: Final = 0.8
 
 

@@ -13,6 +13,7 @@ from agentkit.events import CallFinished, CallStarted
 from agentkit.limits import Parallelism
 from agentkit.model import CallMalformed
 from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, unknown_tool
+from agentkit_tools.model_texts import ERROR
 
 
 class TurnCalls:
@@ -152,4 +153,4 @@ class TurnCalls:
 
 
 def _error(call: ToolCall, what: str) -> ToolResult:
-    return ToolResult(call.id, call.name, f"Error: {what}", is_error=True)
+    return ToolResult(call.id, call.name, ERROR.format(message=what), is_error=True)

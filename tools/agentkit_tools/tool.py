@@ -19,6 +19,7 @@ import anyio
 
 from agentkit_environments import Environment
 from agentkit_tools.errors import ToolDefinitionError, ToolError
+from agentkit_tools.model_texts import ERROR
 from agentkit_tools.results import belongs_to_the_loop, error_text, value_text
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -150,13 +151,13 @@ class Tool(ABC):
 
 
 def _failed(error: BaseException) -> tuple[ToolOutput, str]:
-    return ToolOutput("", is_error=True), f"Error: {error_text(error)}"
+    return ToolOutput("", is_error=True), ERROR.format(message=error_text(error))
 
 
 def unknown_tool(call: ToolCall, available: Iterable[str]) -> ToolResult:
     """The result of a call to a tool that does not exist; it names those that do."""
     names = ", ".join(available) or "none"
-    content = f"Error: unknown tool {json.dumps(call.name, ensure_ascii=False)}; available: {names}"
+    content = ERROR.format(message=f"unknown tool {json.dumps(call.name, ensure_ascii=False)}; available: {names}")
     return ToolResult(call.id, call.name, content, is_error=True)
 
 
