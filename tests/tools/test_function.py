@@ -19,6 +19,8 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
+import anyio
+import anyio.lowlevel
 import pytest
 from pydantic import BaseModel, Field
 
@@ -121,6 +123,9 @@ def test_arguments_that_a_partial_fixes_are_not_shown() -> None:
     assert "hidden" not in json.dumps(made.spec)
     with pytest.raises(ArgumentsError, match=r"\$\.secret: unknown parameter"):
         made.parse('{"url": "u", "secret": "mine"}')
+
+    behind = as_tool(logged(functools.partial(fetch, secret="hidden")))
+    assert behind.spec == made.spec
 
 
 def test_tools_pass_through() -> None:
@@ -491,3 +496,35 @@ async def test_an_output_from_behind_a_wrapper_keeps_its_flags(context: ToolCont
 
     result = await as_tool(logged(says)).call(ToolCall("c", "says", ""), context)
     assert (result.content, result.is_error) == ("odd", True)
+
+
+def test_options_are_checked_at_once() -> None:
+    for options in ({"name": "a b"}, {"name": 3}, {"description": 3}):
+        with pytest.raises(ToolDefinitionError, match="expected"):
+            tool(**options)(add)
+    with pytest.raises(ToolDefinitionError, match=r"to name a tool, write tool\(name='sum'\)"):
+        tool("sum")  # type: ignore[call-overload]
+    assert tool()(add).name == "add"
+
+
+async def test_a_large_result_is_written_beside_the_event_loop(context: ToolContext) -> None:
+    """The loop goes on while an async tool's result becomes text."""
+    turns = 0
+
+    async def large() -> list[list[int]]:
+        return [[1, 2, 3]] * 300_000
+
+    async with anyio.create_task_group() as task_group:
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await anyio.lowlevel.checkpoint()
+                turns += 1
+
+        task_group.start_soon(count)
+        content = await run(large, context)
+        task_group.cancel_scope.cancel()
+    assert content.startswith("[[1, 2, 3], ")
+    assert " bytes cut ...]" in content
+    assert turns > 10

@@ -16,6 +16,7 @@ from agentkit_tools.workers import run_in_thread
 
 P = ParamSpec("P")
 R = TypeVar("R")
+SMALL = 64  # items
 
 
 class FunctionTool(Tool, Generic[P, R]):
@@ -81,8 +82,14 @@ def _output(value: Any) -> ToolOutput:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether the text of `value` takes no time to write."""
-    return value is None or isinstance(value, ToolOutput | str | bool | int | float)
+    """Whether the text of `value` takes no time to write, so that no thread is needed."""
+    if isinstance(value, dict | list | tuple) and len(value) <= SMALL:
+        return all(_is_simple(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, ToolOutput) or _is_simple(value)
+
+
+def _is_simple(value: Any) -> bool:
+    return value is None or isinstance(value, str | bool | int | float)
 
 
 def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
@@ -100,7 +107,8 @@ def _function_below(fn: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isclass(fn):
         raise ToolDefinitionError(f"given the class {fn.__name__}, expected a function; write one that calls it")
     if not callable(fn):
-        raise ToolDefinitionError(f"given {fn!r}, expected a function")
+        hint = f"; to name a tool, write tool(name={fn!r})" if isinstance(fn, str) else ""
+        raise ToolDefinitionError(f"given {fn!r}, expected a function{hint}")
     try:
         base: Callable[..., Any] = underlying(fn)
     except ValueError as error:  # decorators that wrap each other in a circle

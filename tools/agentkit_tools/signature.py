@@ -57,7 +57,7 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
     names: list[str] = []
     injected: list[str] = []
     defaults: dict[str, Callable[[], Any]] = {}
-    fixed = fn.keywords if isinstance(fn, functools.partial) else {}
+    fixed = _fixed_names(fn)
     for parameter in _parameters(fn, name):
         if parameter.name in fixed:
             continue
@@ -94,6 +94,18 @@ def underlying(fn: Any) -> Any:
         fn = inner
 
 
+def _fixed_names(fn: Any) -> set[str]:
+    """The keyword arguments that partials fix, those below decorators too; their values may be secrets."""
+    names: set[str] = set()
+    while isinstance(fn, functools.partial) or hasattr(fn, "__wrapped__"):
+        if isinstance(fn, functools.partial):
+            names |= fn.keywords.keys()
+            fn = fn.func
+        else:
+            fn = fn.__wrapped__
+    return names
+
+
 def _parameters(fn: Callable[..., Any], name: str) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(fn).parameters.values())
@@ -114,7 +126,7 @@ def _local_names(fn: Callable[..., Any]) -> dict[str, Any]:
     while frame is not None:
         outer = frame.f_code.co_qualname + "."
         if frame.f_globals is getattr(fn, "__globals__", None) and qualname.startswith(outer):
-            names = frame.f_locals | names
+            names = dict(frame.f_locals) | names
         frame = frame.f_back
     closure: tuple[types.CellType, ...] = getattr(fn, "__closure__", None) or ()
     for variable, cell in zip(fn.__code__.co_freevars if closure else (), closure, strict=True):

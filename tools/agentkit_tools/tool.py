@@ -99,8 +99,13 @@ class Tool(ABC):
         read_only: bool = False,
         barrier: bool = False,
     ) -> None:
-        if not NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ToolDefinitionError(f"tool name {name!r}: expected 1 to 64 letters, digits, '_' or '-'")
+        if not isinstance(description, str) or not isinstance(parameters, Mapping):
+            raise ToolDefinitionError(
+                f"tool {name!r}: given description {description!r} and parameters {parameters!r}, "
+                "expected a text and a JSON schema"
+            )
         self.name = name
         self.description = description
         self.parameters = dict(parameters)
