@@ -38,7 +38,7 @@ def test_hardening_is_what_the_engine_applies(client: docker.DockerClient, anyio
     described, status = anyio.run(inspect)
     host, config = described["HostConfig"], described["Config"]
     assert host["CapDrop"] == ["ALL"]
-    assert not host["CapAdd"]
+    assert host["CapAdd"] == ["KILL"]  # for root, as whom only the keeper runs; not for commands, see below
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert host["NetworkMode"] == "none"
     assert host["ReadonlyRootfs"]
@@ -46,14 +46,15 @@ def test_hardening_is_what_the_engine_applies(client: docker.DockerClient, anyio
     assert host["AutoRemove"]
     assert not host["Privileged"]
     assert host["PidsLimit"] == 50
-    assert host["Memory"] == host["MemorySwap"] == 120 << 20
+    assert host["Memory"] == host["MemorySwap"] == (100 + 2 * 20 + 64) << 20
     assert host["NanoCpus"] == 500_000_000
     assert {limit["Name"]: limit["Hard"] for limit in host["Ulimits"]} == {"nofile": 64, "fsize": 10 << 20, "core": 0}
-    assert config["User"] == "65534:65534"
+    assert config["User"] == "0:0"
     assert set(config["Labels"]) >= {"agentkit.run", "agentkit.owner"}
     assert {mount["Destination"] for mount in described["Mounts"]} == {"/workspace", "/tmp"}
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    assert {fields[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert {fields[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
+    assert fields["CapBnd"] == f"{1 << 5:016x}"
     assert fields["NoNewPrivs"] == "1"
     assert fields["Seccomp"] == "2"
     assert fields["Uid"].split() == ["1000"] * 4
