@@ -34,6 +34,7 @@ PHRASES = {
     "no space left": errno.ENOSPC,
     "not a directory": errno.ENOTDIR,
     "no such file": errno.ENOENT,
+    "directory nonexistent": errno.ENOENT,  # a shell of Debian's, of what it cannot create
     "file too large": errno.EFBIG,
     "name too long": errno.ENAMETOOLONG,
     "is a directory": errno.EISDIR,
@@ -69,7 +70,7 @@ WRITE = (
     CHECK
     + rf"""
 umask 022
-mkdir -p "${{1%/*}}/" || exit {ERRNO_BASE}
+mkdir -p "${{1%/*}}/" || exit 1
 [ -d "$1" ] && fail {errno.EISDIR}
 [ -p "$1" ] && fail {errno.ENXIO}
 check "$1"
@@ -128,17 +129,18 @@ class Files:
                 raise OSError(errno.ETIMEDOUT, f"not done within {SCRIPT_TIMEOUT_S:g} s", path)
         if code == 0:
             return stream.stdout.value()
-        said = (stream.stderr.value() + stream.stdout.value()[:1000]).decode("utf-8", "replace").strip()
-        for phrase, number in PHRASES.items():
-            if phrase in said.lower():
-                # Of `mkdir -p`, which has no other use for it: a file stands where a directory is needed.
-                raise os_error(errno.ENOTDIR if number == errno.EEXIST else number, path)
-        if code > ERRNO_BASE and code - ERRNO_BASE in errno.errorcode and not said:
+        if ERRNO_BASE < code < KILLED - 1 and code - ERRNO_BASE in errno.errorcode:
             number = code - ERRNO_BASE
             raise OSError(number, "not a regular file" if number == errno.EINVAL else os.strerror(number), path)
         if code == KILLED:
             self._container.require_running()
             raise OSError(errno.EINTR, "the helper that reads and writes files was killed in the container", path)
+        said = (stream.stderr.value() or stream.stdout.value()[:1000]).decode("utf-8", "replace").strip()
+        reason = said.lower().rpartition(": ")[2]  # behind the path, which may hold any of the phrases
+        for phrase, number in PHRASES.items():
+            if phrase in reason:
+                # EEXIST is of `mkdir -p`, which has no other use for it: a file stands where a directory is needed.
+                raise os_error(errno.ENOTDIR if number == errno.EEXIST else number, path)
         raise OSError(errno.EIO, f"the helper that reads and writes files exited with {code}: {said}", path)
 
     def export_dir(self, path: str) -> bytes:
