@@ -7,11 +7,9 @@ variables, and back in output. What a file *contains* is left alone. Limits othe
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
-import secrets
 import select
 import subprocess
 import sys
@@ -32,10 +30,9 @@ from agentkit_environments.environment import (
     input_bytes,
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
-from agentkit_environments.owner import is_orphan, owner_token
+from agentkit_environments.leftovers import OWNER_FILE, PREFIX, remove_tree
+from agentkit_environments.owner import owner_token
 from agentkit_environments.threads import run_cancellable
-
-PREFIX = "agentkit-local-"
 
 
 class LocalEnvironment(Environment):
@@ -48,7 +45,7 @@ class LocalEnvironment(Environment):
             raise SandboxUnavailableError(f"image {spec.image!r} needs the docker backend, not unsafe-local")
         self.spec, self.run_id = spec, run_id
         self._root = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-        (self._root / "owner").write_text(f"{owner_token()}\n{run_id}\n")
+        (self._root / OWNER_FILE).write_text(f"{owner_token()}\n{run_id}\n")
         self._directories = {spec.workdir: str(self._root / "work"), "/tmp": str(self._root / "tmp")}
         for directory in self._directories.values():
             os.mkdir(directory)
@@ -122,7 +119,7 @@ class LocalEnvironment(Environment):
         with anyio.CancelScope(shield=True):
             if self._has_run:
                 await anyio.to_thread.run_sync(self._kill, limiter=self._limiter)
-            _remove(self._root)
+            remove_tree(self._root)
 
     def _kill(self) -> None:
         try:
@@ -222,40 +219,3 @@ def _run_to_end(command: executor.Command, cancel_fd: int) -> None:
                     del pipes[fd]
     finally:
         os.close(exited_fd)
-
-
-def reap_local(run_id: str | None) -> int:
-    """Remove the directories and processes of `run_id`, or of every harness that is gone; return how many."""
-    count = 0
-    for root in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
-        try:
-            owner, run = (root / "owner").read_text().splitlines()
-        except (OSError, ValueError):
-            continue
-        if run == run_id if run_id is not None else is_orphan(owner):
-            executor.kill_processes(cookie=root.name)
-            _remove(root)
-            count += 1
-    return count
-
-
-def _remove(root: Path) -> None:
-    """Remove a tree of any depth, also where a command has taken permissions away from its directories.
-
-    Directories are moved up to `root` instead of being entered, so neither the stack nor a path grows with the depth.
-    """
-    with contextlib.suppress(FileNotFoundError):  # somebody has reaped it
-        os.chmod(root, 0o700)
-        pending = [str(root)]
-        while pending:
-            directory = pending.pop()
-            for entry in list(os.scandir(directory)):
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-                    pending.append(f"{root}/{secrets.token_hex(8)}")
-                    os.rename(entry.path, pending[-1])
-                else:
-                    os.unlink(entry.path)
-            if directory != str(root):
-                os.rmdir(directory)
-        os.rmdir(root)

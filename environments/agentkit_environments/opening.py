@@ -10,7 +10,8 @@ import anyio.to_thread
 from agentkit_environments.cgroups import reap_groups
 from agentkit_environments.environment import Environment, EnvironmentSpec
 from agentkit_environments.errors import SandboxUnavailableError
-from agentkit_environments.local import LocalEnvironment, reap_local
+from agentkit_environments.leftovers import reap_local
+from agentkit_environments.local import LocalEnvironment
 from agentkit_environments.process import ProcessEnvironment, process_failure
 
 DEFAULT_SPEC = EnvironmentSpec()
