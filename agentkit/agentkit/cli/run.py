@@ -116,6 +116,8 @@ class Done:
     result: RunResult
     backend: str
     changes: list[Change]
+    left_out: list[str]
+    """A line for each entry of the folder that did not travel, there or back."""
     verdict: Verdict | None
 
 
@@ -141,7 +143,7 @@ class Job:
         from agentkit_evals.verify import backend_for, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
-        before = folder.read_folder(self.workdir) if self.workdir else {}
+        before = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
         async with await open_environment(spec, backend=where) as environment:
             result = await self._run_in(environment, before)
             await environment.kill_all()
@@ -149,8 +151,8 @@ class Job:
         verdict = None
         if self.task.verifier is not None:
             verdict = await verify(self.task, archive=archive, answer=result.answer, backend=where)
-        changed = folder.changes(before, folder.unpack(archive)) if self.workdir else []
-        return Done(result, environment.backend, changed, verdict)
+        changed, left_out = folder.compare(self.workdir, before, archive) if self.workdir else ([], [])
+        return Done(result, environment.backend, changed, left_out, verdict)
 
     async def _run_in(self, environment: Environment, files: dict[str, File]) -> RunResult:
         from agentkit.cli import workdir as folder
@@ -186,12 +188,13 @@ def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
         _print_diff(job.console, done.changes)
         applied = apply or (not as_json and sys.stdin.isatty() and typer.confirm("Apply these changes?", default=False))
         refused = apply_changes(job.workdir, done.changes) if applied else []
+        applied = applied and not refused
     if as_json:
         typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
     else:
         _print_end(job.console, done, job.workdir, applied=applied, refused=refused)
     missing = job.agent.answer_schema is not None and done.result.answer is None
-    return ExitCode.BELOW_THRESHOLD if missing else ExitCode.OK
+    return ExitCode.BELOW_THRESHOLD if missing or refused else ExitCode.OK
 
 
 def _say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
@@ -244,11 +247,15 @@ def _print_end(console: Console, done: Done, workdir: Path | None, *, applied: b
     if not done.changes:
         console.print("No file was changed.")
     elif applied:
-        console.print(f"Applied {len(done.changes) - len(refused)} of {len(done.changes)} changes to {workdir}.")
+        _say(console, f"Applied {len(done.changes)} changes to {workdir}.")
+    elif refused:
+        _say(console, f"Nothing was applied; {workdir} is as it was:", "yellow")
     else:
-        console.print(f"{workdir} is as it was; `--apply` accepts the changes above.")
+        _say(console, f"{workdir} is as it was; `--apply` accepts the changes above.")
     for sentence in refused:
-        _say(console, f"Left alone: {sentence}", "yellow")
+        _say(console, f"  {sentence}", "yellow")
+    for line in done.left_out:
+        _say(console, f"Left out: {line}", "dim")
 
 
 def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]:
@@ -265,5 +272,6 @@ def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]
         ],
         "applied": applied,
         "refused": refused,
+        "left_out": done.left_out,
         "trajectory": str(done.result.trajectory.path) if done.result.trajectory.path else None,
     }
