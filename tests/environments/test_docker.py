@@ -61,6 +61,31 @@ def test_hardening_is_what_the_engine_applies(client: docker.DockerClient, anyio
     assert status.splitlines()[-1] == "lo"
 
 
+SYSTEM_CALLS = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+for name, *arguments in [
+    ("mount", b"none", b"/tmp", b"tmpfs", 0, None), ("unshare", 0x10000000), ("setns", 0, 0), ("chroot", b"/"),
+    ("ptrace", 16, 1, 0, 0), ("fanotify_init", 0, 0), ("swapon", b"x", 0), ("reboot", 0), ("acct", b"/tmp/x"),
+    ("init_module", None, 0, b""), ("open_by_handle_at", 0, None, 0), ("process_vm_readv", 1, None, 0, None, 0, 0),
+]:
+    ctypes.set_errno(0)
+    if getattr(libc, name)(*arguments) != -1 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS):
+        print(name, ctypes.get_errno())
+numbers = {"x86_64": (248, 249, 250, 321, 298, 323), "aarch64": (217, 218, 219, 280, 241, 282)}
+for number in numbers[__import__("platform").machine()]:  # add_key, request_key, keyctl, bpf, perf, userfaultfd
+    ctypes.set_errno(0)
+    if libc.syscall(number, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS):
+        print(number, ctypes.get_errno())
+"""
+
+
+async def test_the_engine_filters_system_calls(client: docker.DockerClient) -> None:
+    async with await open_environment(backend="docker") as env:
+        result = await env.exec(["python3", "-c", SYSTEM_CALLS])
+    assert (result.stdout, result.stderr) == ("", "")
+
+
 async def test_containers_and_volumes_are_gone_after_close(client: docker.DockerClient) -> None:
     volumes = {volume.name for volume in client.volumes.list()}
     async with await open_environment(backend="docker", run_id="gone") as env:
