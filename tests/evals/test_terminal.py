@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from agentkit.cli.terminal import visible, visible_line
+from agentkit.cli import app
+from agentkit.cli.terminal import show_traceback, visible, visible_line
 
 BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 ANY_TEXT = st.text(st.characters(categories=None))
@@ -42,3 +46,46 @@ def test_ordinary_text_is_as_it_was(text: str) -> None:
 def test_what_is_different_looks_different() -> None:
     hidden = ["", *map(chr, range(0x80, 0xA0)), *BIDI, "\u200b", "\u2028", "\ud800", "\udc80"]
     assert len({visible_line(f"a{letter}b") for letter in hidden}) == len(hidden)
+
+
+ESCAPE = "\x1b]0;owned\x07\u202e\x9b2J"
+TASK = """\
+id: x
+instruction: Hi.
+environment: {setup: ["printf 'said \\\\033]0;owned\\\\007' >&2; exit 3"]}
+verifier: {command: "false"}
+solution: {command: "true"}
+"""
+
+
+def steers(shown: str) -> bool:
+    return bool(set(shown) & {"\x1b", "\x07", "\x9b", "\u202e"})
+
+
+def test_errors_are_shown_without_their_escapes(tmp_path: Path) -> None:
+    (tmp_path / "setup.yaml").write_text(TASK)
+    (tmp_path / "keys.yaml").write_text(f'id: x\ninstruction: Hi.\n"{ascii(ESCAPE)[1:-1]}": 1\n')
+    (tmp_path / f"name{ESCAPE}.yaml").write_text("id: x\n")
+    (tmp_path / "schema.json").write_text(json.dumps({"type": ESCAPE}))
+    for arguments in (
+        ["check", str(tmp_path / "setup.yaml"), "--env", "unsafe-local"],
+        ["check", str(tmp_path / "keys.yaml")],
+        ["check", str(tmp_path / f"name{ESCAPE}.yaml")],
+        ["run", str(tmp_path / f"name{ESCAPE}.yaml")],
+        ["run", "x", "--answer-schema", str(tmp_path / "schema.json")],
+        ["eval", str(tmp_path / f"missing{ESCAPE}")],
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code in (1, 2, 3), (arguments, result.output)
+        assert result.output
+        assert not steers(result.output), (arguments, result.output)
+
+
+def test_a_traceback_is_shown_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ValueError(ESCAPE)
+    except ValueError as error:
+        show_traceback(type(error), error, error.__traceback__)
+    shown = capsys.readouterr().err
+    assert "ValueError: ␛]0;owned␇<U+202E><U+009B>2J" in shown and "test_terminal.py" in shown
+    assert not steers(shown)

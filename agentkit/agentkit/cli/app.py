@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from agentkit.cli import cache, check, demo, doctor, run, view
 from agentkit.cli import eval as eval_
 from agentkit.cli.ending import ends_well
+from agentkit.cli.terminal import show_traceback
 
 app = typer.Typer(
     name="agentkit",
@@ -44,4 +46,5 @@ def _root(
 
 def main() -> None:
     """The entry point of the `agentkit` script."""
+    sys.excepthook = show_traceback
     app()

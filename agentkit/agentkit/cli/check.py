@@ -10,6 +10,7 @@ import typer
 
 from agentkit.cli.ending import ExitCode
 from agentkit.cli.options import EnvFlag, JsonFlag
+from agentkit.cli.terminal import visible
 
 
 def command(
@@ -30,9 +31,9 @@ def command(
             checked = await selfcheck(case.task, backend=env.value if env else None)
             problems[case.task.id] = checked.problems
             if not as_json:
-                typer.echo(f"{'✗' if checked.problems else '✓'} {case.task.id}")
+                typer.echo(f"{'✗' if checked.problems else '✓'} {visible(case.task.id)}")
                 for problem in checked.problems:
-                    typer.echo(f"    {problem}")
+                    typer.echo(f"    {visible(problem)}")
 
     anyio.run(probe_all)
     failed = sum(bool(found) for found in problems.values())

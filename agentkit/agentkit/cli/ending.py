@@ -17,6 +17,8 @@ from typing import ParamSpec
 
 import typer
 
+from agentkit.cli.terminal import visible
+
 P = ParamSpec("P")
 
 
@@ -43,6 +45,9 @@ def ends_well(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             typer.echo("Interrupted.", err=True)
             code = ExitCode.INTERRUPTED
+        except typer.BadParameter as exc:
+            exc.message = visible(exc.message)  # it may quote a file
+            raise
         except Exception as exc:
             from agentkit.errors import first_cause
 
@@ -51,7 +56,7 @@ def ends_well(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
             if found is None:
                 raise
             typer.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(str(cause), err=True)
+            typer.echo(visible(str(cause)), err=True)
             code = found
         sys.stdout.flush()
         raise typer.Exit(code)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from traceback import format_exception
+from types import TracebackType
+
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
 # C1 controls, bidi controls, line and paragraph separators, halves of surrogate pairs, tag characters.
 _HIDDEN = (
@@ -30,3 +34,8 @@ def visible_line(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() or letter == "\t" else f"<U+{ord(letter):04X}>" for letter in text)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print an exception that nobody caught: `sys.excepthook` for text that may quote anything."""
+    sys.stderr.write(visible("".join(format_exception(kind, error, traceback))))
