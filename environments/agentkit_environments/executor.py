@@ -698,7 +698,13 @@ class Executor:
                 self._spare.close()
                 self._spare = None
             if pid in self._commands:
-                self._end(*self._commands.pop(pid), status)
+                request, command = self._commands.pop(pid)
+                try:
+                    self._end(request, command, status)
+                except BrokenPipeError:
+                    raise
+                except Exception as error:
+                    self._reply({"id": request["id"], **_error_header(error.with_traceback(None))})
 
     def _end(self, request: dict[str, Any], command: Command, status: int) -> None:
         """Reply to the request of a command whose process has ended."""

@@ -75,6 +75,8 @@ class LocalEnvironment(Environment):
         def run(cancel_fd: int) -> ExecResult:
             try:
                 executor.require_directory(directory)
+            except PermissionError:
+                pass  # the command meets it again, and fails
             except OSError as error:
                 raise self._in_sandbox(error, request.cwd) from error
             try:
