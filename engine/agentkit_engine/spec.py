@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agentkit_engine.untrusted import shorten
 
@@ -190,6 +190,7 @@ Count = Annotated[int, Field(gt=0, le=1 << 14)]
 Small = Annotated[int, Field(gt=0, le=1 << 10)]
 Positions = Annotated[int, Field(gt=0, le=1 << 26)]
 Theta = Annotated[float, Field(gt=1, le=1e12)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -228,14 +229,14 @@ class _ConfigFile(BaseModel):
     index_topk: Count
     hc_mult: Small
     hc_sinkhorn_iters: Small
-    hc_eps: PositiveFloat
+    hc_eps: Epsilon
     n_routed_experts: Count
     n_shared_experts: Literal[1] = 1
     num_experts_per_tok: Count
     moe_intermediate_size: Width
-    routed_scaling_factor: PositiveFloat
-    swiglu_limit: PositiveFloat
-    rms_norm_eps: PositiveFloat
+    routed_scaling_factor: Ratio
+    swiglu_limit: Ratio
+    rms_norm_eps: Epsilon
     rope_theta: Theta
     compress_rope_theta: Theta
     rope_scaling: _RopeScaling

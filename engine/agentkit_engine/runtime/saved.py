@@ -148,5 +148,5 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(repr(sorted(metadata.items())).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(repr((name, tuple(tensors[name].shape))).encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
