@@ -275,7 +275,7 @@ class Agent:
             if environment is None:
                 files = None
                 with suppress(SandboxError, OSError):  # what cannot be kept matters to `continue_` alone, which says so
-                    files = await here.export_dir(here.spec.workdir)
+                    files = (await here.export_dir(here.spec.workdir)).data
         result = RunResult(outcome, trajectory, self._continuation(trajectory, environment, files))
         emit(RunFinished(result))
         return result
