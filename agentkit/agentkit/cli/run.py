@@ -140,6 +140,7 @@ class Job:
         """
         from agentkit.cli import workdir as folder
         from agentkit_environments import open_environment
+        from agentkit_evals.selfcheck import StartChecks
         from agentkit_evals.verify import backend_for, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
@@ -147,11 +148,14 @@ class Job:
         async with await open_environment(spec, backend=where) as environment:
             result = await self._run_in(environment, before)
             await environment.kill_all()
-            archive = await environment.export_dir(spec.workdir)
+            exported = await environment.export_dir(spec.workdir)
         verdict = None
         if self.task.verifier is not None:
-            verdict = await verify(self.task, archive=archive, answer=result.answer, backend=where)
-        changed, left_out = folder.compare(self.workdir, before, archive) if self.workdir else ([], [])
+            verdict = await verify(self.task, archive=exported.data, answer=result.answer, backend=where)
+            await StartChecks().require(self.task, verdict, backend=where)
+        changed, left_out = (
+            folder.compare(self.workdir, before, exported.data, exported.dropped) if self.workdir else ([], [])
+        )
         return Done(result, environment.backend, changed, left_out, verdict)
 
     async def _run_in(self, environment: Environment, files: dict[str, File]) -> RunResult:
