@@ -31,6 +31,8 @@ from agentkit_evals.suite import Case, Suite
 from agentkit_evals.verify import Backend, Verdict, backend_for, opened, verify
 
 MAX_DROPS_SHOWN = 20
+MAX_ANSWER_CHARS = 1_000_000
+"""Of an answer in a trial's record, so that the record can be read back; the verifier gets all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ class _Trial:
             status=self.status,
             failure=failure,
             reward=reward,
-            answer=self.answer,
+            answer=self.answer if self.answer is None else self.answer[:MAX_ANSWER_CHARS],
             error=error,
             verifier_output="\n".join(filter(None, [self.verifier_output, *self._left_out()])),
             dropped=list(self.dropped),

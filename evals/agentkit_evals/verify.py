@@ -44,6 +44,11 @@ MAX_REWARD = 1e6
 """Largest reward, either way; sums and squares of what is larger overflow."""
 
 
+KILL_REST = 'sh -c "$0"; status=$?; kill -KILL -1 2>/dev/null; exit "$status"'
+"""Runs a command, and kills what it has left running the moment it ends: `kill_all` comes a round trip later, which is
+time enough for a process of the agent's to rewrite the reward."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the verifier said. A verifier that ran out of time gives 0: what it ran was the agent's work."""
@@ -60,6 +65,11 @@ class Verdict:
     def started(self) -> bool:
         """Whether the verifier's command ran: exit statuses 126 and 127 are a shell's for one that did not."""
         return self.timed_out or self.exit_code not in (None, 126, 127)
+
+
+def broken(error: str) -> Verdict:
+    """The verdict on an agent whose work cannot be scored, through no fault of the machine's."""
+    return Verdict(0.0, "exit", None, "", False, 0.0, error)
 
 
 def backend_for(task: Task, override: Backend | None = None) -> Backend:
@@ -107,7 +117,7 @@ async def verify(
         except Exception as exc:
             if blame(exc, "scoring") == "infrastructure":
                 raise
-            return Verdict(0.0, "exit", None, "", False, 0.0, f"the verifier could not do its work: {describe(exc)}")
+            return broken(f"the verifier could not do its work: {describe(exc)}")
 
 
 async def _run_verifier(verifier: VerifierConfig, environment: Environment, answer: str) -> Verdict:
@@ -117,8 +127,9 @@ async def _run_verifier(verifier: VerifierConfig, environment: Environment, answ
         await environment.write_file(f"{place}/files/{path}", text)
     await environment.exec(["mkdir", "-p", f"{place}/files", f"{place}/reward", f"{place}/home"])
     fits = len(answer.encode()) <= MAX_ENV_ANSWER_BYTES and "\0" not in answer
+    alone = environment.backend != "unsafe-local"  # elsewhere -1 is every process of this machine's user
     result = await environment.exec(
-        verifier.command,
+        ["/bin/sh", "-c", KILL_REST, verifier.command] if alone else verifier.command,
         env={
             "AGENTKIT_ANSWER": answer if fits else "",
             "AGENTKIT_ANSWER_FILE": f"{place}/answer.txt",

@@ -6,7 +6,6 @@ import io
 import os
 import stat
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -137,7 +136,7 @@ async def test_paths_too_long_or_too_deep_are_left_out(env: Environment, count: 
 
 async def test_names_that_are_not_utf8_survive(env: Environment) -> None:
     strange = [b"\xff", b"\xc3", b"a\n\x1b", b"\xfe" * 255]
-    code = f"import os\nfor name in {strange}: open(name, 'w')\nos.symlink({strange[0]}, b'l')"
+    code = f"import os\nfor name in {strange}: open(name, 'w')\nos.symlink({strange[0]!r}, b'l')"
     exported = await made(env, "true")
     assert (await env.exec(["python3", "-c", code], cwd="made")).exit_code == 0
     exported = await env.export_dir("made")
@@ -145,7 +144,7 @@ async def test_names_that_are_not_utf8_survive(env: Environment) -> None:
     look = await env.exec(
         ["python3", "-c", "import os; print(sorted(os.listdir(b'.')), os.readlink(b'l'))"], cwd="bytes"
     )
-    assert look.stdout.strip() == f"{sorted([*strange, b'l', b'ok'])} {strange[0]}"
+    assert look.stdout.strip() == f"{sorted([*strange, b'l', b'ok'])} {strange[0]!r}"
 
 
 async def test_too_much_is_counted_before_it_is_packed(env: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,21 +288,29 @@ trees: st.SearchStrategy[Tree] = st.lists(
 )
 
 
+def make(root: Path, kind: str, place: Path, target: str) -> None:
+    match kind:
+        case "dir":
+            place.mkdir()
+        case "file":
+            place.write_text(target)
+        case "link":
+            place.symlink_to(target or "x")
+        case "hard":
+            place.hardlink_to(root / (target or "a"))
+        case "pipe":
+            os.mkfifo(place)
+        case "locked":
+            place.chmod(0)
+
+
 def build(root: Path, tree: Tree) -> None:
     for kind, path, target in tree:
         place = root / path
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            makers: dict[str, Callable[[], object]] = {
-                "dir": lambda place=place: place.mkdir(),
-                "file": lambda place=place, target=target: place.write_text(target),
-                "link": lambda place=place, target=target: place.symlink_to(target or "x"),
-                "hard": lambda place=place, target=target: place.hardlink_to(root / (target or "a")),
-                "pipe": lambda place=place: os.mkfifo(place),
-                "locked": lambda place=place: place.chmod(0),
-            }
             if (kind == "locked") == os.path.lexists(place):
-                makers[kind]()
+                make(root, kind, place, target)
         except (OSError, ValueError):
             continue
 

@@ -140,15 +140,22 @@ class Job:
         """
         from agentkit.cli import workdir as folder
         from agentkit_environments import open_environment
+        from agentkit_evals.blame import blame, describe
         from agentkit_evals.selfcheck import StartChecks
-        from agentkit_evals.verify import backend_for, verify
+        from agentkit_evals.verify import backend_for, broken, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
         before = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
         async with await open_environment(spec, backend=where) as environment:
             result = await self._run_in(environment, before)
-            await environment.kill_all()
-            exported = await environment.export_dir(spec.workdir)
+            try:
+                await environment.kill_all()
+                exported = await environment.export_dir(spec.workdir)
+            except Exception as exc:
+                if blame(exc, "scoring") == "infrastructure":
+                    raise
+                lost = describe(exc)
+                return Done(result, environment.backend, [], [lost], broken(lost) if self.task.verifier else None)
         verdict = None
         if self.task.verifier is not None:
             verdict = await verify(self.task, archive=exported.data, answer=result.answer, backend=where)
@@ -241,6 +248,8 @@ def _print_end(console: Console, done: Done, workdir: Path | None, *, applied: b
         _say(console, done.result.error, "yellow")
     if done.verdict is not None:
         console.print(f"reward   {done.verdict.reward:g}")
+        if done.verdict.error:
+            _say(console, done.verdict.error, "yellow")
     console.print(
         f"{done.result.status} after {usage.turns} turns, {usage.calls} calls, {usage.sampled_tokens} tokens "
         f"({usage.forced_tokens} forced), {usage.wall_time_s:.1f} s, in a {done.backend} sandbox",
