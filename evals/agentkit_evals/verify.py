@@ -44,7 +44,7 @@ MAX_REWARD = 1e6
 """Largest reward, either way; sums and squares of what is larger overflow."""
 
 
-KILL_REST = 'sh -c "$0"; status=$?; kill -KILL -1 2>/dev/null; exit "$status"'
+KILL_REST = '/bin/sh -c "$0"; status=$?; kill -KILL -1 2>/dev/null; exit "$status"'
 """Runs a command, and kills what it has left running the moment it ends: `kill_all` comes a round trip later, which is
 time enough for a process of the agent's to rewrite the reward."""
 

@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 
 from agentkit.models.scripted import Policy
 from agentkit.task import Task
-from agentkit_environments import HostFailureError, SandboxLostError, SandboxUnavailableError, available_backends
+from agentkit_environments import (
+    Environment,
+    HostFailureError,
+    SandboxLostError,
+    SandboxUnavailableError,
+    available_backends,
+)
 from agentkit_evals import selfcheck as selfcheck_module
 from agentkit_evals.blame import Phase, blame
 from agentkit_evals.record import RunDirectory, TrialRecord
@@ -188,8 +195,20 @@ if os.fork() == 0:
 
 @pytest.mark.parametrize("how", ["plain", "exits"])
 def test_a_daemon_cannot_rewrite_the_reward(
-    evaluate: Evaluate, number_task: MakeTask, script: MakeScript, backend: Backend, how: str
+    evaluate: Evaluate,
+    number_task: MakeTask,
+    script: MakeScript,
+    backend: Backend,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    read_file = Environment.read_file
+
+    async def late(self: Environment, path: str, **options: Any) -> bytes:
+        await anyio.sleep(0.3)  # a daemon that is still alive has all the time it needs
+        return await read_file(self, path, **options)
+
+    monkeypatch.setattr(Environment, "read_file", late)
     command = 'python3 run.py >/dev/null 2>&1; echo 0.25 > "$AGENTKIT_REWARD_DIR/reward.txt"'
     task = number_task(verifier={"command": command + ("; exit 0" if how == "exits" else ""), "timeout_s": 20.0})
     trial = trial_of(evaluate, task, script, f"cat > run.py <<'END'\n{DAEMON}END", backend)
@@ -256,7 +275,10 @@ def test_the_rule_of_blame(exc: BaseException, phase: Phase, expected: str) -> N
         ("import_dir", OSError(28, "No space left on device"), "model"),
         ("import_dir", SandboxLostError("gone"), "model"),
         ("import_dir", HostFailureError("the engine is gone"), "infrastructure"),
-        ("read_file", HostFailureError("the engine is gone"), "infrastructure"),
+        ("read_file", HostFailureError("the engine is gone"), "infrastructure"),  # while the agent runs
+        ("read_file", SandboxLostError("gone"), "model"),
+        ("exec", SandboxLostError("gone"), "model"),
+        ("exec", HostFailureError("the engine is gone"), "infrastructure"),
         ("close", OSError(5, "the connection was closed"), None),
         ("close", SandboxLostError("gone"), None),
     ],
@@ -283,11 +305,8 @@ def test_what_breaks_after_the_agent_has_started(
     reads = {"verifier": {"command": 'test "$AGENTKIT_ANSWER" = 42', "timeout_s": 20.0}, "solution": None}
     trial = evaluate((number_task(**reads), solves)).trials[0]
     expected = {None: 1.0, "model": 0.0, "infrastructure": None}[failure]
-    if method == "read_file":  # the scripted agent reads too, and is told
-        assert trial.failure in ("infrastructure", "model")
-    else:
-        assert (trial.failure, trial.reward) == (failure, expected), trial.error
-        assert failure is None or str(error) in str(trial.error)
+    assert (trial.failure, trial.reward) == (failure, expected), trial.error
+    assert failure is None or str(error) in str(trial.error)
 
 
 HOSTILE_CALLS: list[tuple[str, dict[str, Any]]] = [
