@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from agentkit_tools import ArgumentsError, CommandTool, ToolCall, ToolContext, ToolDefinitionError, tool
+from agentkit_tools import ArgumentsError, CommandTool, ToolCall, ToolContext, ToolDefinitionError, ToolResult, tool
 from agentkit_tools.patterns import PatternTooSlowError, is_pattern, search
 from agentkit_tools.schema import problems
 from agentkit_tools.validation import CannotCheckError, SchemaProblemError, Validator
@@ -281,19 +281,18 @@ async def test_a_slow_check_holds_up_nobody(context: ToolContext) -> None:
     """While one call's arguments are checked the loop goes on, and the model reads why the check was given up."""
     schema = {"type": "object", "properties": {"v": {"type": "string", "pattern": r"^(?=(\w+\s?)+$)"}}}
     slow = CommandTool("slow", "", schema, "true")
-    result = None
+    results: list[ToolResult] = []
     ticks = 0
 
     async def call() -> None:
-        nonlocal result
-        result = await slow(ToolCall("1", "slow", json.dumps({"v": "a" * 40 + "!"})), context)
+        results.append(await slow(ToolCall("1", "slow", json.dumps({"v": "a" * 40 + "!"})), context))
 
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(call)
-        while result is None:
+        while not results:
             await anyio.sleep(0.01)
             ticks += 1
-    assert result.is_error and "cannot be checked: it takes longer than 2 s" in result.content
+    assert results[0].is_error and "cannot be checked: it takes longer than 2 s" in results[0].content
     assert ticks > 20
 
 

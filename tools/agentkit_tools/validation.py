@@ -207,9 +207,9 @@ class Validator:
                     waiting.append((found.contents, found.resolver, (*place, keyword)))
             self._check_patterns(schema, place)
             waiting += [(part, resolver, (*place, *keys)) for keys, part in parts(schema)]
-        if (place := self._endless(seen)) is not None:
+        if (endless := self._endless(seen)) is not None:
             raise SchemaProblemError(
-                f"{path_text(place)}: no finite value fits, because the schema leads back to itself; "
+                f"{path_text(endless)}: no finite value fits, because the schema leads back to itself; "
                 'give the recursion an end, as {"anyOf": [..., {"type": "null"}]}'
             )
 
