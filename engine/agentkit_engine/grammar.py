@@ -39,7 +39,7 @@ from torch import Tensor
 from agentkit_engine.chat import Tokenizer, TokenizerError
 from agentkit_engine.chat.tokens import ASSISTANT, DSML, THINK, THINK_END
 from agentkit_engine.errors import GrammarError, GrammarMissingError
-from agentkit_engine.schema_forms import ANNOTATIONS, Conjunction, Forms, finds, lark, whole_text
+from agentkit_engine.schema_forms import ANNOTATIONS, ANY_TEXT, Conjunction, Forms, finds, lark, whole_text
 from agentkit_engine.schema_types import Schema, accepted_types
 
 if TYPE_CHECKING:
@@ -124,7 +124,9 @@ class Grammars:
         unenforced, loose = [_sentence(forms.missed, "the answer")], list[str]()
         rules = [f"start: answer{' | block' if tools else ''}", f"answer: %json {json.dumps(form)}"]
         if tools:
-            block, *others = self._block([tool["function"] for tool in tools], unenforced, loose, opened=False)
+            block, *others = self._block(
+                [tool["function"] for tool in tools], unenforced, loose, opened=False, each_alone=True
+            )
             rules += [f"block: {block}", *others]
         matcher = self._matcher("\n".join(rules))
         grammar = Grammar(self, matcher, at_once=True, unenforced=tuple(unenforced), loose=tuple(loose))
@@ -162,23 +164,38 @@ class Grammars:
 
     def _calls(self, functions: str, required: bool) -> Grammar:
         tools: list[Mapping[str, Any]] = json.loads(functions)
-        unenforced, loose = list[str](), list[str]()
         try:
-            block, *rules = self._block(tools, unenforced, loose, opened=not required)
-            if not rules and required:
-                raise GrammarError("a call is required, and none of the tools can be called; give another one")
-            matcher = self._matcher("\n".join([f"start: {block}", *rules])) if rules else None
+            try:
+                return self._calls_of(tools, required, each_alone=False)
+            except GrammarError:  # find out which tool it is
+                return self._calls_of(tools, required, each_alone=True)
         except GrammarError as error:
             if required:
                 raise
             told = (f"calls are not held to a grammar: {error}",)
             return Grammar(self, None, at_once=False, calls_are_free=True, loose=told)
+
+    def _calls_of(self, tools: Sequence[Mapping[str, Any]], required: bool, *, each_alone: bool) -> Grammar:
+        unenforced, loose = list[str](), list[str]()
+        block, *rules = self._block(tools, unenforced, loose, opened=not required, each_alone=each_alone)
+        if not rules and required:
+            raise GrammarError("a call is required, and none of the tools can be called; give another one")
+        matcher = self._matcher("\n".join([f"start: {block}", *rules])) if rules else None
         return Grammar(self, matcher, at_once=required, unenforced=tuple(unenforced), loose=tuple(loose))
 
     def _block(
-        self, functions: Sequence[Mapping[str, Any]], unenforced: list[str], loose: list[str], *, opened: bool
+        self,
+        functions: Sequence[Mapping[str, Any]],
+        unenforced: list[str],
+        loose: list[str],
+        *,
+        opened: bool,
+        each_alone: bool,
     ) -> list[str]:
-        """What a block of calls is made of, then the rules which that names; `opened`: its first marker has been."""
+        """What a block of calls is made of, then the rules which that names.
+
+        `opened`: its first marker has been. `each_alone`: try whether llguidance takes each tool.
+        """
         tools = {}
         for index, function in enumerate(functions):
             if re.search('["<>]', function["name"]):
@@ -187,7 +204,8 @@ class Grammars:
             try:
                 missed: list[str] = []
                 rules = self._tool(index, function, missed)
-                self._matcher(f"start: tool_{index}\n{rules}")
+                if each_alone:
+                    self._matcher(f"start: tool_{index}\n{rules}")
                 unenforced += missed
             except Exception as error:  # whatever stands in a schema, a run is not lost to it
                 loose.append(
@@ -341,6 +359,8 @@ class Grammars:
 
     def _matches_some(self, terminal: str) -> bool:
         """Whether there is a text that the terminal matches: a pattern and a length may exclude each other."""
+        if terminal == ANY_TEXT:
+            return True
         matcher = self._matcher(f"start: TEXT\nTEXT: {terminal}")
         matcher.compute_bitmask()  # a dead end is seen when the next ids are asked for
         return matcher.is_accepting() or not matcher.is_stopped()

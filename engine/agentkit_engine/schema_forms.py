@@ -42,7 +42,9 @@ NOT_OF_STRINGS = frozenset(
     "uniqueItems".split()
 )
 """Keywords that say nothing about a string."""
-MAX_ALTERNATIVES = 32
+ANY_TEXT = "/(?s:.*)/"
+"""The terminal of a string that nothing is asked of."""
+MAX_ALTERNATIVES = 64
 """Alternatives that one schema is written out as; unions beyond it are left out."""
 LARGEST_BOUND = 2.0**53
 """llguidance computes bounds of integers as float64, cut to 64 bits."""
@@ -245,7 +247,7 @@ class Forms:
             for key in schema.keys() & {"pattern", "format"}:
                 terms += [f"/{lark(part['pattern'])}/" for part in self._pattern(key, schema[key])]
             self.missed |= schema.keys() - ANNOTATIONS - NOT_OF_STRINGS - enforced
-        return " & ".join(dict.fromkeys(terms)) or "/(?s:.*)/"
+        return " & ".join(dict.fromkeys(terms)) or ANY_TEXT
 
     def _split(self, conjunction: Conjunction) -> tuple[list[str], Schema | None]:
         types = frozenset.intersection(_ALL, *(accepted_types(schema, self.root) for schema in conjunction))
