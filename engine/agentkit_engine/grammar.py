@@ -52,6 +52,8 @@ MOST_PATTERNS = 3
 """Patterns of `patternProperties` at the top of a tool's parameters whose overlaps are told apart."""
 _ANY_NAME = '/[^"<>]*/'
 """A parameter's name as the call format can carry it."""
+MOST_ITEMS = 10_000
+"""Ways to read on that llguidance keeps at one place, as for a tool of thousands of parameters; by default 2,000."""
 _BEFORE_BLOCK = b"\n\n<"
 _CONTROL = re.compile(rb"\xff\[(\d+)\]")
 """A control token among the bytes that llguidance says are forced."""
@@ -367,7 +369,8 @@ class Grammars:
 
     def _matcher(self, lark: str) -> LLMatcher:
         lark = f'%llguidance {{"no_forcing": true}}\n{lark}'  # `forced_ids` sees to it, in this tokenizer's own ids
-        matcher = self._llguidance.LLMatcher(self._vocabulary, lark, log_level=0)
+        limits = self._llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
+        matcher = self._llguidance.LLMatcher(self._vocabulary, lark, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(f"llguidance does not take the grammar: {matcher.get_error():.500}")
         return matcher
@@ -568,7 +571,7 @@ class Matcher:
         form, forced = self._form, self._forced
         assert form is not None
         if not (token_id == self._grammar.eos if form.is_stopped() else form.consume_token(token_id)):
-            if self._is_stuck():
+            if self._is_stuck(token_id):
                 self._give_up(form)
                 return
             raise GrammarError(
@@ -582,12 +585,16 @@ class Matcher:
         if token_id == self._grammar.eos:
             self._region, self._form, self._forced = _Region.OUTSIDE, None, None
 
-    def _is_stuck(self) -> bool:
-        """Whether no id may follow what the form has read, so that the turn went on without it."""
+    def _is_stuck(self, token_id: int) -> bool:
+        """Whether the form, not the id, is to blame for a refusal: no id may follow what it has read, so that the turn
+        went on without it, or this one may and is too complex for llguidance's limits.
+        """
         assert self._grammar.form is not None
         form = self._grammar.form.deep_copy()
-        fine = form.consume_tokens(self._form_ids) and any(form.compute_bitmask())
-        return form.is_error() or not fine
+        if not form.consume_tokens(self._form_ids):
+            return True
+        bits = np.frombuffer(form.compute_bitmask(), np.uint8)
+        return form.is_error() or not bits.any() or bool(bits[token_id // 8] >> token_id % 8 & 1)
 
     def _begin_form(self) -> None:
         assert self._grammar.form is not None

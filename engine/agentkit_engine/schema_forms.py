@@ -127,6 +127,7 @@ class Forms:
         """`root` is what `$ref` points into."""
         self.root: Mapping[str, Any] = root if isinstance(root, Mapping) else {}
         self.missed: set[str] = set()
+        self._known: dict[int, list[Conjunction]] = {}
         self._names: dict[int, str] = {}  # of the targets of references
         self._targets: list[Mapping[str, Any]] = []
 
@@ -136,7 +137,11 @@ class Forms:
             return [] if schema is False else [()]
         if id(schema) in inside:  # a reference that leads back here adds nothing
             return []
-        inside = (*inside, id(schema))
+        if id(schema) not in self._known:
+            self._known[id(schema)] = self._written_out(schema, (*inside, id(schema)))
+        return self._known[id(schema)]
+
+    def _written_out(self, schema: Mapping[str, Any], inside: tuple[int, ...]) -> list[Conjunction]:
         plain = {key: value for key, value in schema.items() if key not in _COMBINING}
         factors: list[list[Conjunction]] = []
         for key in ("$ref", "$dynamicRef"):
@@ -159,7 +164,9 @@ class Forms:
             factors.pop()
             self.missed.update(key for key in ("allOf", "anyOf", "oneOf") if key in schema)
         start: Conjunction = (plain,) if plain.keys() - ANNOTATIONS else ()
-        return [start + tuple(itertools.chain.from_iterable(choice)) for choice in itertools.product(*factors)]
+        every = [start + tuple(itertools.chain.from_iterable(choice)) for choice in itertools.product(*factors)]
+        short = [tuple({id(part): part for part in conjunction}.values()) for conjunction in every]
+        return list({tuple(map(id, conjunction)): conjunction for conjunction in short}.values())
 
     def split(self, schema: Schema) -> tuple[list[str], list[Schema]]:
         """What a parameter may be: raw text, as terminals of Lark, and JSON other than a string, as schemas."""

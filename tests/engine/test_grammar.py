@@ -576,6 +576,37 @@ async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> Non
             assert list(session.token_ids) == [*TURN, *ids]
 
 
+@pytest.mark.parametrize("count", [1000, 6000])
+def test_a_form_beyond_the_limits_of_the_library_frees_the_turn(count: int) -> None:
+    """Thousands of parameters are held to their schemas, or left free with a warning; nothing is raised."""
+    properties = {f"p{n}": {"type": "integer"} for n in range(count)}
+    grammar = GRAMMARS.calls([tool({"type": "object", "properties": properties})], tell_keywords=False)
+    ids = [*TURN, *call_ids({"p7": 1})]
+    matcher = grammar.matcher()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in range(len(TURN), len(ids) + 1):
+            matcher.follow(ids[:length])
+            mask_V = matcher.mask()
+            assert mask_V is None or length == len(ids) or mask_V[ids[length]] == 0
+    assert all("llguidance gave up on it" in str(warning.message) for warning in caught)
+
+
+def bomb(key: str, levels: int) -> dict[str, Any]:
+    """References that double at each level: 2^levels when written out."""
+    definitions: dict[str, Any] = {f"d{n}": {key: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(levels)}
+    definitions[f"d{levels}"] = {"type": "integer"}
+    return {"type": "object", "properties": {"v": {"$ref": "#/$defs/d0"}}, "$defs": definitions}
+
+
+@pytest.mark.parametrize("key", ["anyOf", "oneOf", "allOf"])
+def test_references_that_double_are_not_written_out(key: str) -> None:
+    start = time.monotonic()
+    grammar = GRAMMARS.calls([tool(bomb(key, 40))], tell_keywords=False)
+    assert accepts(grammar, call_ids({"v": 3})) and not accepts(grammar, call_ids({"v": None}))
+    assert time.monotonic() - start < 10
+
+
 @pytest.mark.anyio
 async def test_a_run_is_not_lost_to_a_dead_end(engine: Engine) -> None:
     """Neither in a session nor on the model thread, whether or not guesses are made."""
