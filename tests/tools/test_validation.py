@@ -167,6 +167,15 @@ NODE = {
 }
 
 
+DOUBLED = {
+    "$defs": {
+        **{f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2, "unevaluatedProperties": False} for n in range(25)},
+        "d25": {"properties": {"a": {}}},
+    },
+    "$ref": "#/$defs/d0",
+}
+
+
 def chain(depth: int, last: Any) -> Any:
     value = last
     for _ in range(depth):
@@ -187,8 +196,10 @@ def chain(depth: int, last: Any) -> Any:
         ({"patternProperties": {"^(a+)+$": {"type": "null"}}}, {"a" * 40 + "!": 1}, True),
         ({"anyOf": [{"$ref": "#"}, {"type": "integer"}]}, 3, True),
         ({"anyOf": [{"$ref": "#"}, {"type": "integer"}]}, "x", False),
+        (DOUBLED, {"a": 1}, True),
+        (DOUBLED, {"b": 1}, False),
     ],
-    ids=range(10),
+    ids=range(12),
 )  # fmt: skip
 def test_hostile_schemas_are_decided_soon(schema: Any, value: Any, fits: bool) -> None:
     start = time.monotonic()

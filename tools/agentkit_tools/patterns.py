@@ -65,9 +65,10 @@ def search(pattern: str, text: str, *, deadline: float) -> bool:
     if linear is not None and _size(pattern) * len(text) <= MAX_STEPS:
         return linear(text)
     translated = _python(pattern)
-    if translated is None:
+    found = None if translated is None else _Worker.search(translated, text, deadline)
+    if found is None:
         raise PatternTooSlowError(f"pattern {pattern!r:.60} on a text of {len(text)} characters")
-    return _Worker.search(translated, text, deadline)
+    return found
 
 
 def needs_worker(pattern: str, text: str) -> bool:
@@ -144,7 +145,8 @@ class _Worker:
         )
 
     @classmethod
-    def search(cls, pattern: str, text: str, deadline: float) -> bool:
+    def search(cls, pattern: str, text: str, deadline: float) -> bool | None:
+        """Whether the pattern is found; None when the deadline passed."""
         try:
             worker = cls.idle.popleft()
         except IndexError:
@@ -154,10 +156,13 @@ class _Worker:
         except BaseException:
             worker._kill()
             raise
-        cls.idle.append(worker)
+        if found is None:
+            worker._kill()
+        else:
+            cls.idle.append(worker)
         return found
 
-    def _ask(self, pattern: str, text: str, deadline: float) -> bool:
+    def _ask(self, pattern: str, text: str, deadline: float) -> bool | None:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         with selectors.DefaultSelector() as selector:
@@ -169,9 +174,7 @@ class _Worker:
                 answer = stdout.readline() if answered else b""
             except OSError:
                 answer = b""
-        if answer not in (b"0\n", b"1\n"):
-            raise PatternTooSlowError(f"pattern {pattern!r:.60} on a text of {len(text)} characters")
-        return answer == b"1\n"
+        return {b"0\n": False, b"1\n": True}.get(answer)
 
     def _kill(self) -> None:
         self._process.kill()

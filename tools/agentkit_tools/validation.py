@@ -267,8 +267,9 @@ class _Run:
         self._steps = 0
         self._known: dict[tuple[int, int], bool] = {}
         self._active: set[tuple[int, int]] = set()
+        self._looked_at: dict[tuple[int, int], set[Any]] = {}
         self._meant: dict[tuple[int, int], list[Problem]] = {}
-        self._kept: list[Any] = []  # values made on the way: their ids must stay theirs
+        self._kept: list[Any] = []  # what was made on the way: its id must stay its own
 
     def valid(self, schema: Any, value: Any) -> bool:
         """Whether `value` fits; the answer is remembered."""
@@ -486,7 +487,7 @@ class _Run:
             if id(schema) in self._validator.targets:
                 without["allOf"] = [*without.get("allOf", ()), self._validator.targets[id(schema)]]
                 without = {key: part for key, part in without.items() if key not in _REFERENCES}
-            known = self._evaluated(without, value, 0)
+            known = self._evaluated(without, value)
             extra = [(key, item) for key, item in entries if key not in known]
             if asked is False and extra:
                 yield Problem((), keyword, {str(key): item for key, item in extra}, schema)
@@ -494,11 +495,19 @@ class _Run:
                 for key, item in extra:
                     yield from self._part(asked, item, key)
 
-    def _evaluated(self, schema: Any, value: Any, depth: int) -> set[Any]:
+    def _evaluated(self, schema: Any, value: Any) -> set[Any]:
         """The keys or indexes of `value` that a keyword of `schema` has looked at."""
+        key = (id(schema), id(value))
+        if key not in self._looked_at:
+            self._looked_at[key] = set()  # what a reference that leads back here adds
+            self._kept.append(schema)
+            self._looked_at[key] = self._evaluated_by(schema, value)
+        return self._looked_at[key]
+
+    def _evaluated_by(self, schema: Any, value: Any) -> set[Any]:
         self._step()
         found: set[Any] = set()
-        if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
+        if not isinstance(schema, Mapping):
             return found
         if isinstance(value, dict):
             found |= schema.get("properties", {}).keys() & value.keys()
@@ -514,7 +523,7 @@ class _Run:
             if "contains" in schema:
                 found |= {index for index, item in enumerate(value) if self.valid(schema["contains"], item)}
         for part in self._in_place(schema, value):
-            found |= self._evaluated(part, value, depth + 1)
+            found |= self._evaluated(part, value)
         return found
 
     def _in_place(self, schema: Mapping[str, Any], value: Any) -> Iterator[Any]:
