@@ -296,7 +296,7 @@ async def test_a_slow_check_holds_up_nobody(context: ToolContext) -> None:
     ticks = 0
 
     async def call() -> None:
-        results.append(await slow(ToolCall("1", "slow", json.dumps({"v": "a" * 40 + "!"})), context))
+        results.append(await slow.call(ToolCall("1", "slow", json.dumps({"v": "a" * 40 + "!"})), context))
 
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(call)
@@ -311,8 +311,8 @@ async def test_a_slow_check_holds_up_nobody(context: ToolContext) -> None:
 async def test_a_long_check_moves_to_a_thread_and_comes_to_the_same_end(context: ToolContext) -> None:
     schema = {"type": "object", "properties": {"v": {"type": "array", "items": {"type": "integer"}}}}
     counted = CommandTool("counted", "", schema, "true")
-    good = await counted(ToolCall("1", "counted", json.dumps({"v": [1] * 50_000})), context)
-    bad = await counted(ToolCall("2", "counted", json.dumps({"v": [1] * 50_000 + ["x"]})), context)
+    good = await counted.call(ToolCall("1", "counted", json.dumps({"v": [1] * 50_000})), context)
+    bad = await counted.call(ToolCall("2", "counted", json.dumps({"v": [1] * 50_000 + ["x"]})), context)
     assert not good.is_error
     assert bad.content == 'Error: invalid arguments for counted: $.v[50000]: given "x" (string), expected integer'
 
