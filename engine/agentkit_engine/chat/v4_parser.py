@@ -1,15 +1,28 @@
 """DeepSeek-V4's completions: from sampled ids, or text, to reasoning, content and tool calls.
 
 `StreamParser` reads a completion as it is sampled. Fed with ids it knows control tokens by id, so text that only spells
-`</think>` or `｜DSML｜` stays text; fed with text it goes by the spelling. It is lenient, as serving a model demands:
+`</think>` or `｜DSML｜` stays text; fed with text it goes by the spelling. Its work is linear in what it is fed.
+
+A block of calls is an action only where the chat format has one: the turn ends right after it.
+
+- A block that opens the answer (after `</think>`, or at the start of a turn that does not think) gives `CallReady` at
+  each `</｜DSML｜invoke>`. When text follows the block all the same, `CallsWithdrawn` takes those calls back.
+- A block after text, or inside a thought, gives nothing before the turn has ended right after it.
+- A block that something else follows is a quotation or a rehearsal, and stays text or reasoning, byte for byte.
+- Where there are no tools there are no calls either, and every marker stays text.
+
+Otherwise it is lenient, as serving a model demands:
 
 - the end-of-sentence token may be missing (length stop); what comes after it is ignored;
-- a tool block need not follow an empty line, may lack its `tool_calls` wrapper, and ends the reasoning when it starts
-  before `</think>`;
+- a tool block need not follow an empty line, may lack its `tool_calls` wrapper or misspell it (`function_calls`), may
+  lack its end, and may stand before `</think>`; a thought that was cut inside a tag goes on after `</think>`;
+- tags may have more white space, other quotes, and attributes in any order;
 - a call that is cut off or breaks the grammar is reported as `CallMalformed`, and its DSML never reaches the content;
 - inside a parameter value only `</｜DSML｜parameter>` means anything, every other marker is text;
 - `string="false"` on what is not JSON falls back to a string; where the schema of a parameter, references and unions
   included, cannot accept what the attribute says and can accept the other reading, the other one is taken;
+- arguments that are wrapped once more, as one parameter `arguments` or as a JSON body of the invoke, are unwrapped
+  where only then they fit the tool's schema;
 - `<think>`, `</think>` and `｜DSML｜` where they mean nothing are dropped; other control tokens stay as text.
 
 `parse(..., strict=True)` is the grammar of DeepSeek's own parser, with an error for each departure from it.
@@ -20,7 +33,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from agentkit_engine.chat.errors import ParseError
@@ -55,7 +68,7 @@ class CallStarted:
 
 @dataclass(frozen=True, slots=True)
 class CallReady:
-    """The call's `</｜DSML｜invoke>` has closed. `arguments_json` is JSON text of an object."""
+    """A complete call. `arguments_json` is JSON text of an object."""
 
     index: int
     id: str
@@ -73,31 +86,69 @@ class CallMalformed:
 
 
 @dataclass(frozen=True, slots=True)
+class CallsWithdrawn:
+    """Text follows the block that opened the answer, so its calls, from index `first` on, were none."""
+
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
 class ParseFinished:
     """The turn is over: "stop" and "tool_calls" (any call, malformed or not) ended with EOS, "length" did not."""
 
     reason: FinishReason
 
 
-ParseEvent = ReasoningDelta | TextDelta | CallStarted | CallReady | CallMalformed | ParseFinished
-
+ParseEvent = ReasoningDelta | TextDelta | CallStarted | CallReady | CallMalformed | CallsWithdrawn | ParseFinished
 
 _State = Literal[
-    "reasoning",
-    "content",
-    "block",  # inside tool_calls, between calls
+    "between",  # in a block, between calls, or after its end
     "skip",  # after a malformed call: until the next call, or the block's end
     "call",  # inside an invoke, between parameters
     "value",  # inside a parameter
-    "after",  # after the block: white space at the end is dropped
-    "done",
 ]
+_Kind = Literal["wrapper", "invoke", "parameter"]
 
-# The end of a text that may yet turn out to belong to a tag: up to two newlines, then `<` or `</`.
+MAX_TAG = 1024
+"""Characters after a marker within which its tag must end; the longest names are far shorter."""
 _HELD = re.compile(r"\n{0,2}</?\Z|\n{1,2}\Z")
-_TAG_STARTS = ("tool_calls>", 'invoke name="', 'parameter name="', "invoke>", "parameter>")
-_TAG_HEAD = re.compile(r'(tool_calls|invoke|parameter)(?: name="([^"]*)")?(?: string="(true|false)")?[^>"]*>')
-_VALUE_END = "parameter>"
+"""The end of a text that may yet turn out to belong to a tag: up to two newlines, then `<` or `</`."""
+_LEADS = ("", "<", "</")
+_TAG_NAME = re.compile(r"\s*+([A-Za-z][\w:-]*+)?")
+_TAG_END = re.compile(r"""(?:[^>"']++|"[^"]*+"|'[^']*+')*+>""")
+_ATTRIBUTE = re.compile(r"""([A-Za-z]\w*+)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s>"'/]++))""")
+_WRAPPER = re.compile(r"\w*(?:tool|function|call|invo)[\w:-]*", re.IGNORECASE)
+"""`tool_calls`, and what models write instead of it."""
+_PARAMETER_TAGS = ("parameter", "param", "argument", "arg")
+_WRAPPING_KEYS = ("arguments", "input", "parameters")
+"""Names of a parameter that holds all arguments, where the tool has no such parameter."""
+
+
+class _Pieces:
+    """A text that grows at its end, and of which the last characters may be taken off again."""
+
+    __slots__ = ("_pieces", "tail")
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self.tail = ""
+        """The last two characters."""
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+        self.tail = (self.tail + text[-2:])[-2:]
+
+    def chop(self, count: int) -> None:
+        """Take off the last `count` characters."""
+        while count:
+            last = self._pieces.pop()
+            if len(last) > count:
+                self._pieces.append(last[:-count])
+            count = max(0, count - len(last))
+        self.tail = ""
+
+    def __str__(self) -> str:
+        return "".join(self._pieces)
 
 
 @dataclass(slots=True)
@@ -105,10 +156,22 @@ class _Tag:
     """A DSML tag being read: `lead` is the `<` or `</` before the marker, `text` what has come after it."""
 
     lead: str
+    place: int
+    """Of the marker, in the parser's `_raw`."""
     text: str = ""
 
-    def could_be_known(self) -> bool:
-        return self.text.startswith(_TAG_STARTS) or any(start.startswith(self.text) for start in _TAG_STARTS)
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A complete tag."""
+
+    kind: _Kind
+    word: str
+    attributes: dict[str, str]
+    text: str
+    closing: bool
+    empty: bool
+    """It ends in `/>`."""
 
 
 @dataclass(slots=True)
@@ -117,9 +180,43 @@ class _Call:
 
     index: int
     name: str
-    parameters: dict[str, tuple[str, str | None]]
+    word: str
+    parameters: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     key: str = ""
     string: str | None = None
+    value_word: str = "parameter"
+
+
+@dataclass(slots=True)
+class _Block:
+    """The block being read. It counts, or all of it is text: that is known when the turn ends or goes on after it."""
+
+    at_once: bool
+    """Its events are given out as they come; else `events` holds them back."""
+    first: int
+    first_ready: int
+    state: _State = "between"
+    wrapped: bool = False
+    misspelt: bool = False
+    closed: bool = False
+    outcomes: int = 0
+    made_in_thought: int = 0
+    """Outcomes before `</think>`."""
+    begun_in_thought: int = 0
+    """Index of the first call that began after `</think>`."""
+    call: _Call | None = None
+    text: _Pieces = field(default_factory=_Pieces)
+    ink: str = ""
+    """The first characters of `text` that are no white space, outside a value."""
+    events: list[ParseEvent] = field(default_factory=list)
+
+    def clear_text(self) -> None:
+        self.text, self.ink = _Pieces(), ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the turn may end here."""
+        return self.closed or (self.state == "between" and self.outcomes > 0 and self.ink in _LEADS)
 
 
 class StreamParser:
@@ -131,7 +228,9 @@ class StreamParser:
         think: Whether the prompt ended with `<think>` (else with `</think>`).
         tokenizer: Needed to feed ids; None to feed text.
         turn: Number of the turn, for the call ids `call_{turn}_{index}`.
-        tools: OpenAI tool dicts whose schemas settle values of unclear type.
+        tools: OpenAI tool dicts whose schemas settle values of unclear type; calls of other names are read too.
+        calls: Whether there are tools to call at all; without, every marker is text.
+        ends_after_block: A grammar lets nothing follow a block, so any block in the answer gives its calls at once.
     """
 
     def __init__(
@@ -141,19 +240,28 @@ class StreamParser:
         tokenizer: Tokenizer | None = None,
         turn: int = 0,
         tools: Sequence[Mapping[str, Any]] = (),
+        calls: bool = True,
+        ends_after_block: bool = False,
     ) -> None:
         self._think = think
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream() if tokenizer else None
         self._turn = turn
+        self._reads_calls = calls
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-        self._state: _State = "reasoning" if think else "content"
+        self._ends_after_block = ends_after_block
+        self._mode: Literal["reasoning", "content", "done"] = "reasoning" if think else "content"
         self._unread = ""  # text fed but not yet split into controls and text (text input only)
-        self._text = ""  # plain text not yet given out, in a value: the value so far
+        self._held = ""  # the end of the text, which may turn out to belong to a tag
+        self._carried = ""  # the same of a thought that has just ended: its tag may go on after `</think>`
+        self._said = False  # the answer has text
         self._tag: _Tag | None = None
-        self._call: _Call | None = None
+        self._block: _Block | None = None
+        self._before = ""  # of the tag or block being read: newlines and lead before its first marker
+        self._raw: list[str] = []  # and everything from that marker on, each marker a piece of its own
+        self._think_end: int | None = None  # the place in `_raw` where the thought ended
         self._index = 0  # of the next call
-        self._open_block = False  # a block was opened and has not yet shown a call
+        self._failed = False  # a call was malformed
         self._events: list[ParseEvent] = []
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -172,6 +280,11 @@ class StreamParser:
             ]
         return message
 
+    @property
+    def in_block(self) -> bool:
+        """Whether a block of calls is being read."""
+        return self._block is not None
+
     def feed(self, piece: str | Iterable[int]) -> list[ParseEvent]:
         """Read more of the completion, as ids or as text, and return what it shows.
 
@@ -185,14 +298,17 @@ class StreamParser:
             self._read_ids(piece)
         return self._take_events()
 
-    def finish(self) -> list[ParseEvent]:
-        """Say that nothing more comes. Without an EOS before it, the turn counts as cut off ("length")."""
-        if self._state != "done":
+    def finish(self, *, stopped: bool = False) -> list[ParseEvent]:
+        """Say that nothing more comes. Without an EOS before it, the turn counts as cut off ("length").
+
+        With `stopped` it was not the model that ended the turn, so a block at the end of a thought is no call.
+        """
+        if self._mode != "done":
             if self._decoder:
                 self._read_text(self._decoder.finish())
             if "｜" not in self._unread:  # with one it is the beginning of a control token
                 self._read_text(self._unread)
-            self._end(cut=True)
+            self._end(cut=True, stopped=stopped)
         return self._take_events()
 
     # Input: ids or text become control tokens and plain text.
@@ -209,192 +325,404 @@ class StreamParser:
                 self._read_control(control)
 
     def _read_spelt(self, text: str) -> None:
-        self._unread += text
-        while match := _SPELT.search(self._unread):
-            self._unread, before = self._unread[match.end() :], self._unread[: match.start()]
-            self._read_text(before)
+        text = self._unread + text
+        at = 0
+        for match in _SPELT.finditer(text):
+            self._read_text(text[at : match.start()])
             self._read_control(match.group())
-        keep = _partial_length(self._unread)
-        ready, self._unread = self._unread[: len(self._unread) - keep], self._unread[len(self._unread) - keep :]
-        self._read_text(ready)
+            at = match.end()
+        end = len(text) - _partial_length(text[at:][-_LONGEST_SPELT:])
+        self._read_text(text[at:end])
+        self._unread = text[end:]
 
     # Reading: one state machine over controls and text.
 
     def _read_control(self, token: str) -> None:
-        if self._state == "done":
+        if self._mode == "done":
             return
+        in_value = self._block is not None and self._block.state == "value"
         if token == EOS:
-            self._end(cut=False)
-        elif token == DSML:
-            self._start_tag()
-        elif self._state == "value" or token not in (THINK, THINK_END):
+            self._end(cut=False, stopped=False)
+        elif token == DSML and self._reads_calls:
+            self._read_marker()
+        elif token == THINK_END and self._mode == "reasoning":
+            self._end_thought()
+        elif in_value or token not in (THINK, THINK_END):
             self._read_text(token)
-        elif token == THINK_END and self._state == "reasoning":
-            self._drop_tag()
-            self._give_out(everything=True)
-            self._state = "content"
 
     def _read_text(self, text: str) -> None:
-        if not text or self._state == "done":
+        if not text or self._mode == "done":
             return
-        if self._tag is None:
-            self._text += text
-            self._give_out()
-            return
-        self._tag.text += text
-        if self._state == "value":
-            self._end_value()
-        elif not self._tag.could_be_known():
-            self._drop_tag()
-        elif head := _TAG_HEAD.match(self._tag.text):
-            rest = self._tag.text[head.end() :]
-            closing = self._tag.lead == "</"
-            self._tag = None
-            self._enter(head, closing=closing)
-            self._read_text(rest)
-
-    def _start_tag(self) -> None:
-        if self._state == "value" and self._tag is not None:
-            self._text += self._tag.lead + DSML + self._tag.text
-            self._tag = None
-        self._drop_tag()
-        lead = _lead(self._text)
-        if self._state == "value" and lead != "</":
-            self._text += DSML
-        elif lead:
-            self._text = self._text[: -len(lead)]
-            self._tag = _Tag(lead)
-
-    def _end_value(self) -> None:
-        """In a value: the tag either is the parameter's end or was part of the value."""
-        assert self._tag is not None and self._call is not None
-        if self._tag.text.startswith(_VALUE_END):
-            rest = self._tag.text[len(_VALUE_END) :]
-            call = self._call
-            value, self._text, self._tag = self._text, "", None
-            self._state = "call"
-            if call.key in call.parameters:
-                self._malformed(f"parameter {call.key!r} is given twice")
-            else:
-                call.parameters[call.key] = (value, call.string)
-            self._read_text(rest)
-        elif not _VALUE_END.startswith(self._tag.text):
-            text = self._tag.lead + DSML + self._tag.text
-            self._tag = None
-            self._read_text(text)
-
-    def _drop_tag(self) -> None:
-        """The tag being read is none: in a block the call is malformed, elsewhere the marker goes and text stays."""
-        tag, self._tag = self._tag, None
-        if tag is None:
-            return
-        if self._state in ("block", "call"):
-            self._malformed("unknown or unfinished tag")
-        if tag.could_be_known():  # a control token broke it off, and the text's end may be the start of a tag
-            self._text += _lead(tag.text)
+        if self._tag is None and self._block is None:
+            self._give(text)
         else:
-            self._read_text(tag.lead + tag.text)
+            self._raw.append(text)
+            self._consume(text)
 
-    def _enter(self, head: re.Match[str], *, closing: bool) -> None:
-        """Act on a complete tag; never called inside a value."""
-        kind, name, string = head.groups()
-        if self._state in ("reasoning", "content", "after"):
-            if closing or kind == "parameter":
-                return
-            self._text = self._text.removesuffix("\n").removesuffix("\n")
-            self._give_out(everything=True)
-            self._state, self._text, self._open_block = "block", "", True
-        if kind == "tool_calls" and closing:
-            if self._state == "call":
-                self._malformed("the call is not closed")
-            self._end_block()
-        elif kind == "invoke" and not closing:
-            if self._state == "call":
-                self._malformed("the call is not closed")
-            self._state, self._text, self._open_block = "call", "", False
-            if name is None:
-                self._malformed("the call has no name")
-                return
-            self._call = _Call(self._index, name, {})
-            self._events.append(CallStarted(self._index, name))
-            self._index += 1
-        elif kind == "invoke" and self._state == "call":
-            self._end_call()
-        elif kind == "parameter" and not closing and name is not None and self._state == "call":
-            assert self._call is not None
-            if self._text.strip():
-                self._malformed(f"text between parameters: {self._text.strip()[:40]!r}")
-                return
-            self._call.key, self._call.string = name, string
-            self._state, self._text = "value", ""
-        elif self._state == "skip":
-            if kind == "invoke":
-                self._state = "block"
-        elif not (kind == "tool_calls" and self._state == "block"):
-            self._malformed(f"unexpected tag {head.group()[:40]!r}")
+    def _consume(self, text: str) -> None:
+        """Read text, which `_raw` has already, inside a tag or a block."""
+        if self._tag is not None:
+            self._read_tag(self._tag, text)
+        elif text and self._block is not None:
+            block = self._block
+            block.text.add(text)
+            if block.state != "value" and len(block.ink) < 3:
+                block.ink = (block.ink + text).strip()
+            if block.state == "between" and block.ink not in _LEADS:
+                if block.closed:
+                    self._take_back()
+                elif block.misspelt and not block.outcomes:
+                    self._take_back(markers=False)  # a stray tag
 
-    def _end_call(self) -> None:
-        call = self._call
-        assert call is not None
-        if self._text.strip():
-            self._malformed(f"text between parameters: {self._text.strip()[:40]!r}")
-            self._state = "block"
+    def _read_marker(self) -> None:
+        block, tag = self._block, self._tag
+        if tag is not None and not tag.text and not (block and block.state == "value"):
+            return  # the marker twice
+        if tag is not None:
+            self._break_tag(tag)
+            block = self._block
+        if block is None:
+            if self._held:
+                self._emit_carried()
+            held = self._carried or self._held
+            lead = _lead(held)
+            if not lead:
+                return
+            if self._carried:  # a thought that was cut before the marker
+                self._before, self._carried = held, ""
+                self._think_end = 0
+            else:
+                self._before, self._held = lead, held[: -len(lead)]
+            self._raw = [DSML]
+            self._tag = _Tag(lead, 0)
             return
-        schema = self._schemas.get(call.name, {})
-        arguments = ", ".join(
-            f"{_dumps(key)}: {_value_json(value, string, _parameter(schema, key), schema)}"
-            for key, (value, string) in call.parameters.items()
-        )
-        ready = CallReady(call.index, f"call_{self._turn}_{call.index}", call.name, "{" + arguments + "}")
-        self._ready.append(ready)
-        self._events.append(ready)
-        self._call, self._text, self._state = None, "", "block"
+        self._raw.append(DSML)
+        lead = _lead(block.text.tail)
+        if lead and (block.state != "value" or lead == "</" or self._think_end is not None):
+            block.text.chop(len(lead))
+            block.ink = "" if block.ink in _LEADS else block.ink
+            self._tag = _Tag(lead, len(self._raw) - 1)
+        elif block.state == "value":
+            block.text.add(DSML)
 
-    def _end_block(self) -> None:
-        if self._open_block:
-            self._malformed("the tool_calls block holds no call")
-        self._text, self._state, self._open_block = "", "after", False
+    def _read_tag(self, tag: _Tag, text: str) -> None:
+        tag.text += text
+        block = self._block
+        if block is not None and block.state == "value":
+            self._read_value_tag(block, tag, text)
+            return
+        head = _parse_tag(tag, ended=">" in text)
+        if head is None and len(tag.text) < MAX_TAG and _may_be_tag(tag.text):
+            return
+        self._tag = None
+        if head is None:
+            self._fail_tag(tag)
+            return
+        rest = tag.text[len(head.text) :]
+        self._enter(head, tag)
+        if self._block is not None:
+            self._consume(rest)
+        elif block is None:  # else all of it was taken back, the rest included
+            self._read_text(rest)
+
+    def _read_value_tag(self, block: _Block, tag: _Tag, text: str) -> None:
+        """In a value: the tag either is the parameter's end or was part of the value."""
+        call = block.call
+        assert call is not None
+        if self._think_end is not None and tag.lead == "<":  # does the answer begin its own block?
+            head = _parse_tag(tag, ended=">" in text)
+            if head is None and len(tag.text) < MAX_TAG and _may_be_tag(tag.text):
+                return
+            if head is not None and self._begins_anew(head, block):
+                self._tag = None
+                self._enter(head, tag)
+                self._consume(tag.text[len(head.text) :])
+                return
+            found: bool | None = False
+            rest = ""
+        else:
+            found, rest = _value_end(tag.text, call.value_word)
+            if found is None and len(tag.text) < MAX_TAG:
+                return
+        self._tag = None
+        if not found:
+            block.text.add(tag.lead + DSML + tag.text)
+            return
+        value = str(block.text)
+        block.clear_text()
+        block.state = "call"
+        if call.key in call.parameters:
+            self._malformed(f"parameter {call.key!r} is given twice")
+        else:
+            call.parameters[call.key] = (value, call.string)
+        self._consume(rest)
+
+    def _break_tag(self, tag: _Tag) -> None:
+        """A control token breaks off the tag being read; the end of its text may be the start of the next one."""
+        self._tag = None
+        block = self._block
+        if block is None:
+            self._give_back(_lead(tag.text), whole=False)
+        elif block.state == "value":
+            block.text.add(tag.lead + DSML + tag.text)
+        else:
+            if block.state in ("between", "call"):
+                self._malformed("unknown or unfinished tag")
+            if lead := _lead(tag.text):
+                block.text.add(lead)
+
+    def _fail_tag(self, tag: _Tag) -> None:
+        """The tag being read is none: in a block the call is malformed, elsewhere the marker goes and text stays."""
+        block = self._block
+        if block is None:
+            self._give_back(tag.text)
+        elif block.closed:
+            self._take_back()
+        elif block.state in ("between", "call"):
+            self._malformed("unknown or unfinished tag")
+            block.text.add(tag.text)  # its end may be the start of the next tag
+
+    def _give_back(self, text: str, *, whole: bool = True) -> None:
+        """Outside a block: a tag is none, and `text` of it stays; the `whole` of it does, but for the marker."""
+        before, think_end, raw = self._before, self._think_end, self._raw
+        self._before, self._think_end, self._raw = "", None, []
+        if not whole or think_end is None:
+            self._give(before + text if whole else text)
+            return
+        self._emit("reasoning", before + "".join(piece for piece in raw[:think_end] if piece is not DSML))
+        self._give("".join(piece for piece in raw[think_end:] if piece is not DSML))
+
+    def _begins_anew(self, head: _Head, block: _Block) -> bool:
+        """Whether a tag after `</think>` opens a block of its own, beside the one that stands open in the thought."""
+        if self._think_end is None or head.closing or head.kind == "parameter":
+            return False
+        cut_call = block.call is not None and block.call.index < block.begun_in_thought
+        return head.kind == "wrapper" or block.made_in_thought > 0 or cut_call
+
+    def _enter(self, head: _Head, tag: _Tag) -> None:
+        """Act on a complete tag."""
+        block = self._block
+        if block is not None and self._begins_anew(head, block):
+            fresh = self._raw[tag.place :]
+            self._take_back(upto=tag.place)
+            self._before, self._held = tag.lead, self._held.removesuffix(tag.lead)
+            self._raw, block = fresh, None
+        if block is None:
+            if head.closing or head.kind == "parameter":  # it means nothing here
+                self._give_back("", whole=False)
+                return
+            block = self._open_block()
+        if head.kind == "invoke" and not head.closing:
+            self._open_call(block, head)
+        elif block.state == "call" and head.closing and (head.kind == "invoke" or head.word == _word(block)):
+            self._end_call(block)
+        elif head.kind == "wrapper" and head.closing:
+            if block.state == "call":
+                self._malformed("the call is not closed")
+            elif not block.outcomes:
+                self._malformed("the tool_calls block holds no call")
+            block.clear_text()
+            block.state, block.wrapped, block.closed = "between", False, True
+        elif head.kind == "parameter" and not head.closing and "name" in head.attributes and block.state == "call":
+            self._open_value(block, head)
+        elif head.kind == "wrapper" and block.state == "between":
+            block.wrapped, block.closed = True, False
+            block.misspelt = head.word != "tool_calls"
+            block.clear_text()
+        elif block.state == "skip":
+            if head.kind == "invoke":
+                self._after_call(block)
+        elif block.closed and not head.closing:
+            self._take_back()
+        elif not block.closed:
+            self._malformed(f"unexpected tag {head.text[:40]!r}")
+
+    def _open_block(self) -> _Block:
+        newlines = _newlines(self._held)
+        self._held = self._held[: len(self._held) - len(newlines)]
+        self._before = newlines + self._before
+        self._flush()
+        opens = self._mode == "content" and self._think_end is None and (not self._said or self._ends_after_block)
+        self._block = _Block(opens, self._index, len(self._ready))
+        return self._block
+
+    def _open_call(self, block: _Block, head: _Head) -> None:
+        if block.state == "call":
+            self._malformed("the call is not closed")
+        block.state, block.closed = "call", False
+        block.clear_text()
+        name = head.attributes.get("name")
+        if name is None:
+            self._malformed("the call has no name")
+            return
+        block.call = _Call(self._index, name, head.word)
+        self._note(block, CallStarted(self._index, name))
+        self._index += 1
+        if head.empty:
+            self._end_call(block)
+
+    def _open_value(self, block: _Block, head: _Head) -> None:
+        assert block.call is not None
+        if block.ink:
+            self._malformed(f"text between parameters: {str(block.text).strip()[:40]!r}")
+            return
+        block.call.key, block.call.value_word = head.attributes["name"], head.word
+        string = head.attributes.get("string", "").lower()
+        block.call.string = string if string in ("true", "false") else None
+        block.clear_text()
+        block.state = "value"
+
+    def _end_call(self, block: _Block) -> None:
+        call = block.call
+        assert call is not None
+        schema = self._schemas.get(call.name)
+        text = str(block.text).strip()
+        if text:
+            arguments = None if call.parameters else _from_body(text, schema)
+            if arguments is None:
+                self._malformed(f"text between parameters: {text[:40]!r}")
+                self._after_call(block)
+                return
+        else:
+            arguments = _arguments(call.parameters, schema)
+        ready = CallReady(call.index, f"call_{self._turn}_{call.index}", call.name, arguments)
+        self._ready.append(ready)
+        self._note(block, ready)
+        block.call = None
+        block.outcomes += 1
+        self._after_call(block)
+
+    def _after_call(self, block: _Block) -> None:
+        block.state, block.closed = "between", not block.wrapped
+        block.clear_text()
 
     def _malformed(self, error: str) -> None:
         """Report the call being read, or one that never got a name, and skip to where the next can start."""
-        if self._call is not None:
-            self._events.append(CallMalformed(self._call.index, self._call.name, error))
+        block = self._block
+        assert block is not None
+        if block.call is not None:
+            event = CallMalformed(block.call.index, block.call.name, error)
         else:
-            self._events.append(CallMalformed(self._index, None, error))
+            event = CallMalformed(self._index, None, error)
             self._index += 1
-        self._call, self._text, self._tag = None, "", None
-        self._state, self._open_block = "skip", False
+        self._note(block, event)
+        block.call = None
+        block.outcomes += 1
+        block.clear_text()
+        block.state = "skip"
 
-    def _end(self, *, cut: bool) -> None:
+    def _note(self, block: _Block, event: ParseEvent) -> None:
+        (self._events if block.at_once else block.events).append(event)
+        self._failed = self._failed or (block.at_once and isinstance(event, CallMalformed))
+
+    # The end of a thought, of a block and of the turn.
+
+    def _end_thought(self) -> None:
+        """`</think>`: a tag or a block that it breaks off may go on in the answer."""
+        if self._tag is None and self._block is None:
+            if self._held.endswith("<"):
+                newlines = _newlines(self._held[:-1])
+                self._carried = newlines + "<"
+                self._held = self._held[: -len(self._carried)]
+            self._flush()
+        else:
+            self._think_end = len(self._raw)
+            if self._block is None:
+                newlines = _newlines(self._held)
+                self._held = self._held[: len(self._held) - len(newlines)]
+                self._before = newlines + self._before
+                self._flush()
+            else:
+                self._block.made_in_thought, self._block.begun_in_thought = self._block.outcomes, self._index
+        self._mode = "content"
+
+    def _take_back(self, *, upto: int | None = None, markers: bool = True) -> None:
+        """The block is no call after all, but text: what came before `</think>` in the thought, the rest here."""
+        block, before, think_end = self._block, self._before, self._think_end
+        raw = self._raw[:upto]
+        if not markers:
+            raw = ["" if piece is DSML else piece for piece in raw]
+        self._block, self._tag, self._before, self._raw, self._think_end = None, None, "", [], None
+        if block is not None:
+            del self._ready[block.first_ready :]
+            if not block.at_once:
+                self._index = block.first
+            elif self._index > block.first:
+                self._failed = False
+                self._events.append(CallsWithdrawn(block.first))
+        if think_end is None:
+            self._give(before + "".join(raw))
+        else:
+            self._emit("reasoning", before + "".join(raw[:think_end]))
+            self._give("".join(raw[think_end:]))
+
+    def _end(self, *, cut: bool, stopped: bool) -> None:
         """The turn is over: by EOS, or cut off."""
-        call_begun = self._tag is not None and self._tag.lead == "<" and self._state != "skip"
-        if self._call is not None or self._open_block or call_begun:
+        block, tag = self._block, self._tag
+        if block is None and tag is not None:
+            if self._mode == "content" and self._think_end is None and tag.lead == "<":
+                block = self._open_block()
+            else:
+                self._tag = None
+                self._give_back(tag.text)
+        if block is not None:
+            self._end_block(block, tag, stopped=stopped)
+        self._emit_carried()
+        if not (cut and self._held == "\n\n<"):
+            self._flush()
+        self._mode = "done"
+        calls = bool(self._ready or self._failed)
+        self._events.append(ParseFinished("length" if cut else "tool_calls" if calls else "stop"))
+
+    def _end_block(self, block: _Block, tag: _Tag | None, *, stopped: bool) -> None:
+        """The turn is over in or after a block: its calls count, or it is text."""
+        begun = tag is not None and tag.lead == "<" and block.state != "skip"
+        complete = block.complete and not begun
+        if self._mode == "reasoning":
+            counts = complete and not stopped
+        elif self._think_end is not None:
+            counts = complete or any(piece is DSML for piece in self._raw[self._think_end :])
+        else:  # text after the last call of a block that has no end
+            counts = not (block.state == "between" and block.outcomes and block.ink not in _LEADS)
+        if not counts:
+            self._take_back()
+            return
+        if block.call is not None or begun or not block.outcomes:
             self._malformed("the turn ended inside the call")
-        if not (cut and self._text == "\n\n<"):
-            self._give_out(everything=True)
-        self._state = "done"
-        reason: FinishReason = "length" if cut else "tool_calls" if self._index else "stop"
-        self._events.append(ParseFinished(reason))
+        self._events += block.events
+        self._failed = self._failed or any(isinstance(event, CallMalformed) for event in block.events)
+        self._block = self._tag = None
 
     # Output
 
-    def _give_out(self, *, everything: bool = False) -> None:
-        """Emit the text that can no longer belong to a tag."""
-        if self._state == "after" and self._text.strip() not in ("", "<", "</"):
-            self._state = "content"
-        if self._state not in ("reasoning", "content"):
-            return
-        held = None if everything else _HELD.search(self._text)
-        cut = held.start() if held else len(self._text)
-        text, self._text = self._text[:cut], self._text[cut:]
+    def _give(self, text: str) -> None:
+        """Give out text, but for its end when that can still belong to a tag."""
+        text = self._held + text
+        held = _HELD.search(text, max(0, len(text) - 4))
+        cut = held.start() if held else len(text)
+        self._held = text[cut:]
+        self._emit(self._mode, text[:cut])
+
+    def _flush(self) -> None:
+        """Give out what was held back."""
+        held, self._held = self._held, ""
+        self._emit(self._mode, held)
+
+    def _emit(self, mode: str, text: str) -> None:
         if not text:
             return
-        if self._state == "reasoning":
+        self._emit_carried()
+        if mode == "reasoning":
             self._reasoning.append(text)
             self._events.append(ReasoningDelta(text))
         else:
+            self._said = self._said or not text.isspace()
             self._content.append(text)
             self._events.append(TextDelta(text))
+
+    def _emit_carried(self) -> None:
+        carried, self._carried = self._carried, ""
+        self._emit("reasoning", carried)
 
     def _take_events(self) -> list[ParseEvent]:
         events, self._events = self._events, []
@@ -406,20 +734,134 @@ def _lead(text: str) -> str:
     return "</" if text.endswith("</") else "<" if text.endswith("<") else ""
 
 
-_SPELT = re.compile("|".join(map(re.escape, (THINK, THINK_END, DSML, EOS))))
+def _newlines(text: str) -> str:
+    """The newlines at the end of `text` that belong to a block, two at most."""
+    return text[-2:] if text.endswith("\n\n") else text[-1:] if text.endswith("\n") else ""
+
+
+def _word(block: _Block) -> str:
+    return "" if block.call is None else block.call.word
+
+
+def _kind(word: str) -> _Kind | None:
+    if word == "invoke":
+        return "invoke"
+    if word in _PARAMETER_TAGS:
+        return "parameter"
+    return "wrapper" if _WRAPPER.fullmatch(word) else None
+
+
+def _may_be_tag(text: str) -> bool:
+    """Whether more text can make `text`, which stands after a marker and has no end yet, a tag."""
+    name = _TAG_NAME.match(text)
+    assert name is not None
+    if name.end() == len(text):
+        return True  # the name may go on
+    return name[1] is not None and _kind(name[1]) is not None
+
+
+def _parse_tag(tag: _Tag, *, ended: bool) -> _Head | None:
+    """The tag that stands after a marker; None when it has no end, or is none. `ended`: there is a new `>`."""
+    if not ended:
+        return None
+    name = _TAG_NAME.match(tag.text)
+    assert name is not None
+    word = name[1]
+    kind = _kind(word) if word else None
+    end = _TAG_END.match(tag.text, name.end(), MAX_TAG) if kind else None
+    if kind is None or end is None:
+        return None
+    attributes = {
+        found[1].lower(): next(value for value in found.groups()[1:] if value is not None)
+        for found in _ATTRIBUTE.finditer(tag.text, name.end(), end.end())
+    }
+    if kind == "wrapper" and word != "tool_calls" and "name" in attributes:
+        kind = "invoke"
+    text = tag.text[: end.end()]
+    return _Head(kind, word, attributes, text, closing=tag.lead == "</", empty=text.endswith("/>"))
+
+
+def _value_end(text: str, word: str) -> tuple[bool | None, str]:
+    """Whether `text`, after `</` and a marker, ends the parameter, None when it is too short to say; what follows."""
+    text = text.lstrip()
+    if not text.startswith(word):
+        return (None if word.startswith(text) else False), ""
+    rest = text[len(word) :].lstrip()
+    return (None, "") if not rest else (rest[0] == ">", rest[1:])
+
+
+_SPELT_TOKENS = (THINK, THINK_END, DSML, EOS)
+_SPELT = re.compile("|".join(map(re.escape, _SPELT_TOKENS)))
+_LONGEST_SPELT = max(map(len, _SPELT_TOKENS))
 
 
 def _partial_length(text: str) -> int:
     """Length of the longest end of `text` that begins one of the spelt control tokens."""
-    longest = min(len(text), max(map(len, (THINK, THINK_END, DSML, EOS))) - 1)
-    for length in range(longest, 0, -1):
-        if any(token.startswith(text[-length:]) for token in (THINK, THINK_END, DSML, EOS)):
+    for length in range(min(len(text), _LONGEST_SPELT - 1), 0, -1):
+        if any(token.startswith(text[-length:]) for token in _SPELT_TOKENS):
             return length
     return 0
 
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _arguments(parameters: Mapping[str, tuple[str, str | None]], schema: Any) -> str:
+    """JSON text of a call's arguments; unwrapped where one parameter holds them all and only then they fit."""
+    properties = (schema or {}).get("properties") or {}
+    values = {
+        key: _value_json(value, string, _parameter(schema, key), schema) for key, (value, string) in parameters.items()
+    }
+    if schema is not None and len(values) == 1:
+        [(key, value)] = values.items()
+        if key not in properties and not schema.get("additionalProperties"):
+            unwrapped = _unwrapped(key, _loads(value), schema)
+            if unwrapped is not None:
+                return _dumps(unwrapped)
+    return "{" + ", ".join(f"{_dumps(key)}: {value}" for key, value in values.items()) + "}"
+
+
+def _unwrapped(key: str, value: Any, schema: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments inside the one parameter `key`, if they fit: an object, its JSON text, or a lone value."""
+    inner = _loads(value) if isinstance(value, str) else value
+    if isinstance(inner, dict) and _fits(inner, schema):
+        return inner
+    needed = schema.get("required") or list(schema.get("properties") or {})
+    if key in _WRAPPING_KEYS and len(needed) == 1 and _fits({needed[0]: value}, schema):
+        return {needed[0]: value}
+    return None
+
+
+def _from_body(text: str, schema: Any) -> str | None:
+    """JSON text of the arguments that an invoke has as its text, if they fit the tool's schema."""
+    body = _loads(text)
+    if schema is None or not isinstance(body, dict):
+        return None
+    if _fits(body, schema):
+        return text
+    for key in _WRAPPING_KEYS:
+        inner = body.get(key)
+        inner = _loads(inner) if isinstance(inner, str) else inner
+        if isinstance(inner, dict) and body.keys() <= {key, "name"} and _fits(inner, schema):
+            return _dumps(inner)
+    return None
+
+
+def _fits(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+    """Whether the arguments have the parameters of the schema, with values of the types that it names."""
+    properties = schema.get("properties") or {}
+    if not arguments.keys() >= set(schema.get("required") or ()):
+        return False
+    if not (arguments.keys() <= properties.keys() or schema.get("additionalProperties")):
+        return False
+    return all(could_accept(_parameter(schema, key), schema, value) for key, value in arguments.items())
+
+
+def _loads(text: str) -> Any:
+    """The value of a JSON text, or None when it is not JSON (NaN and Infinity are not)."""
+    is_json, value = read_json(text)
+    return value if is_json else None
 
 
 def _value_json(value: str, string: str | None, schema: Any, root: Any) -> str:

@@ -15,6 +15,7 @@ from agentkit_engine.chat import (
     CallMalformed,
     CallReady,
     CallStarted,
+    CallsWithdrawn,
     ParseError,
     ParseEvent,
     ParseFinished,
@@ -110,7 +111,7 @@ def test_ids_cut_anywhere_give_the_same_events(tokenizer: Tokenizer) -> None:
 def test_a_call_is_ready_the_moment_its_invoke_closes(v4: Tokenizer) -> None:
     parser = StreamParser(True, tokenizer=v4)
     fed = ""
-    for token_id in v4.encode(TURN):
+    for token_id in v4.encode(f"I look.\n</think>{CALLS}{E}"):
         fed += v4.decode([token_id])
         if any(isinstance(event, CallReady) for event in parser.feed([token_id])):
             break
@@ -156,7 +157,7 @@ soup = st.lists(
 
 @settings(deadline=None, max_examples=300)
 @given(pieces=soup, think=st.booleans(), cuts=st.lists(st.integers(0, 400), max_size=6))
-def test_any_text_however_cut_gives_the_same_events_and_shows_no_dsml(
+def test_any_text_however_cut_gives_the_same_events(
     tiny: Tokenizer, pieces: list[str], think: bool, cuts: list[int]
 ) -> None:
     text = "".join(pieces)
@@ -166,13 +167,15 @@ def test_any_text_however_cut_gives_the_same_events_and_shows_no_dsml(
     assert run([text[i:j] for i, j in pairwise(bounds)], think)[0] == whole
     ids = tiny.encode(text)
     assert run([ids], think, tokenizer=tiny)[0] == run([[i] for i in ids], think, tokenizer=tiny)[0] == whole
-    assert D not in shown_text(whole)
     assert isinstance(whole[-1], ParseFinished)
     assert sum(isinstance(event, ParseFinished) for event in whole) == 1
     assert all(isinstance(json.loads(e.arguments_json), dict) for e in whole if isinstance(e, CallReady))
+    withdrawn = max((event.first for event in whole if isinstance(event, CallsWithdrawn)), default=-1)
+    last = max((i for i, event in enumerate(whole) if isinstance(event, CallsWithdrawn)), default=-1)
     ends = [event.index for event in whole if isinstance(event, CallReady | CallMalformed)]
-    assert ends == list(range(len(ends)))
-    assert len(parser.message.get("tool_calls", [])) == sum(isinstance(event, CallReady) for event in whole)
+    assert ends == sorted(set(ends)) and (withdrawn >= 0 or ends == list(range(len(ends))))
+    counted = [event.id for event in whole[last + 1 :] if isinstance(event, CallReady)]
+    assert [each["id"] for each in parser.message.get("tool_calls", [])] == counted
 
 
 # Truncation
@@ -259,10 +262,11 @@ def test_blocks_in_unusual_places(text: str, before: list[ParseEvent]) -> None:
     assert run([text])[0] == before + F_EVENTS
 
 
-def test_text_after_a_block_is_kept() -> None:
-    events, parser = run([f"</think><{D}tool_calls>\n{F}</{D}tool_calls>\n\nand so{E}"])
-    assert events == [*F_EVENTS[:2], TextDelta("\n\nand so"), F_EVENTS[2]]
-    assert len(parser.message["tool_calls"]) == 1
+def test_text_after_a_block_that_opens_the_answer_withdraws_its_calls() -> None:
+    text = f"<{D}tool_calls>\n{F}</{D}tool_calls>\n\nand so"
+    events, parser = run([f"</think>{text}{E}"])
+    assert events == [*F_EVENTS[:2], CallsWithdrawn(0), TextDelta(text), ParseFinished("stop")]
+    assert parser.message == {"role": "assistant", "content": text, "reasoning_content": ""}
 
 
 @pytest.mark.parametrize(
