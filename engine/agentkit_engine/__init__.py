@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from agentkit_engine.async_engine import AsyncEngine, AsyncSession
     from agentkit_engine.engine import Engine
     from agentkit_engine.runtime import PromptUsage
-    from agentkit_engine.sampler import SampledToken, SamplingParams
+    from agentkit_engine.sampler import SampledToken
+    from agentkit_engine.sampling_params import SamplingParams
     from agentkit_engine.session import Session
     from agentkit_engine.spec import LayerSpec, ModelSpec
 
@@ -53,7 +54,7 @@ _MODULE_OF = {
     "ModelSpec": "spec",
     "PromptUsage": "runtime",
     "SampledToken": "sampler",
-    "SamplingParams": "sampler",
+    "SamplingParams": "sampling_params",
     "Session": "session",
 }
 

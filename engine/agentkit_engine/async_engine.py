@@ -39,11 +39,12 @@ from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionC
 from agentkit_engine.ids import Ids
 from agentkit_engine.runtime import PromptUsage, Work
 from agentkit_engine.runtime.threads import one_thread
-from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
+from agentkit_engine.sampler import SampledToken, fresh_seed, sample
+from agentkit_engine.sampling_params import SamplingParams, check_grammar
 from agentkit_engine.session import SessionIds
 
 if TYPE_CHECKING:
-    from agentkit_engine.grammar import Matcher
+    from agentkit_engine.grammar import Grammar, Matcher
 
 T = TypeVar("T")
 Outcome = SampledToken | BaseException | None
@@ -400,7 +401,9 @@ class AsyncSession(SessionIds):
         work, engine = self._settle(), self._engine.engine
         await self._engine.call(lambda: engine.batcher.save(work, Path(path), model=engine.fingerprint))
 
-    async def generate(self, params: SamplingParams | None = None) -> AsyncGenerator[SampledToken, None]:
+    async def generate(
+        self, params: SamplingParams | None = None, *, grammar: Grammar | None = None
+    ) -> AsyncGenerator[SampledToken, None]:
         """Generate tokens one at a time; see `Session.generate`.
 
         If the consumer is cancelled or stops iterating, the session keeps exactly the ids that it has seen; a later
@@ -413,6 +416,7 @@ class AsyncSession(SessionIds):
                 SessionClosedError, TokenizerMissingError: as `Session.generate`.
         """
         params = params or SamplingParams()
+        check_grammar(params, grammar)
         reader = self._engine.engine.reader(params)
         seed = fresh_seed() if params.seed is None else params.seed
         count = 0
@@ -425,7 +429,7 @@ class AsyncSession(SessionIds):
                 if generation is None or generation is not self._generation or self._known != len(self._ids):
                     left = None if params.max_tokens is None else params.max_tokens - count
                     rest = params if left == params.max_tokens else replace(params, max_tokens=left)
-                    generation = self._start(rest, seed)
+                    generation = self._start(rest, seed, grammar)
                 self._in_step = True
                 try:
                     token = await generation.get()
@@ -466,11 +470,11 @@ class AsyncSession(SessionIds):
     ) -> None:
         await self.close()
 
-    def _start(self, params: SamplingParams, seed: int) -> _Generation:
+    def _start(self, params: SamplingParams, seed: int, grammar: Grammar | None) -> _Generation:
         """Send new ids to the model thread, and start a generation there."""
         if self._generation is not None:
             self._stop(self._generation)
-        matcher = None if params.grammar is None else params.grammar.matcher()
+        matcher = None if grammar is None else grammar.matcher()
         generation = _Generation(self._take_in(), params, seed, matcher)
         self._begin(generation)
         return generation

@@ -26,7 +26,7 @@ from agentkit_engine.runtime import Batcher, Work, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.packing import lay_out
 from agentkit_engine.runtime.runner import NUMERICS, can_compile, machine
-from agentkit_engine.sampler import SamplingParams
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session, check_ids
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
@@ -198,7 +198,7 @@ class Engine:
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Makes what `SamplingParams.grammar` takes; reads the vocabulary in on first use.
+        """Makes the grammars that `generate` takes; reads the vocabulary in on first use.
 
         Raises:
             GrammarMissingError: llguidance is not installed.

@@ -411,7 +411,7 @@ class _Values:
 
 
 class Grammar:
-    """What a turn may look like; for `SamplingParams.grammar`. It holds no state, so sessions can share it."""
+    """What a turn may look like; for `generate(grammar=...)`. It holds no state, so sessions can share it."""
 
     def __init__(
         self,

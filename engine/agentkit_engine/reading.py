@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from agentkit_engine.chat import Tokenizer
-from agentkit_engine.sampler import SampledToken, SamplingParams
+from agentkit_engine.sampler import SampledToken
+from agentkit_engine.sampling_params import SamplingParams
 
 
 class StopFilter:

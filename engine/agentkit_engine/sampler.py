@@ -11,90 +11,15 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agentkit_engine.errors import NonFiniteLogitsError
-
-if TYPE_CHECKING:
-    from agentkit_engine.grammar import Grammar
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next tokens are chosen and when to stop. The defaults are those of the V4 model card.
-
-    Penalties and biases change the logits first, then the temperature divides them, then `top_k`, `top_p` and `min_p`
-    each leave out ids, in this order, as in vLLM.
-
-    Attributes:
-        temperature: divides the logits; 0 is greedy (the lowest id among equal maxima), which leaves out no more.
-        top_p: sample among the fewest most likely ids whose probability reaches this mass.
-        top_k: sample among the this many most likely ids; `None` for all.
-        min_p: sample among the ids at least this fraction as likely as the most likely one.
-        repetition_penalty: above 1, ids that occurred, fed or sampled, become less likely: a positive logit is
-            divided by it, a negative one multiplied (Keskar et al. 2019, arXiv:1909.05858).
-        presence_penalty: taken from the logit of each id that was sampled.
-        frequency_penalty: taken from the logit of each id once for each time that it was sampled.
-        logit_bias: added to the logits of these ids; `-inf` forbids one.
-        seed: the same seed on the same ids gives the same tokens; `None` draws a fresh one for each `generate` call.
-        max_tokens: stop after this many sampled ids; `None` goes on until a stop id or the end of the context.
-        stop_ids: sampling one of these ends the generation; the id itself is yielded and kept in the session.
-        stop: texts; the token that completes one in what was sampled ends the generation and is kept in the session. In
-            the text of the tokens neither it nor what follows it is shown.
-        top_logprobs: tell this many most likely ids with each token.
-        grammar: leaves out the ids that it forbids, last of all changes to the logits; of `Engine.grammars`.
-
-    Raises:
-        ValueError: a value is outside its range.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop_ids: frozenset[int] = field(default_factory=frozenset)
-    stop: tuple[str, ...] = ()
-    top_logprobs: int = 0
-    grammar: Grammar | None = None
-
-    def __post_init__(self) -> None:
-        _check("temperature", self.temperature, "a finite number >= 0", self.temperature >= 0)
-        _check("top_p", self.top_p, "in (0, 1]", 0 < self.top_p <= 1)
-        _check("min_p", self.min_p, "in [0, 1]", 0 <= self.min_p <= 1)
-        _check("repetition_penalty", self.repetition_penalty, "a finite number > 0", self.repetition_penalty > 0)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(name, getattr(self, name), "a finite number", True)
-        for name in ("top_k", "max_tokens"):
-            number = 1 if getattr(self, name) is None else getattr(self, name)
-            _check(name, number, "at least 1 or None", number >= 1)
-        _check("top_logprobs", self.top_logprobs, "at least 0", self.top_logprobs >= 0)
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
-        for token_id, bias in self.logit_bias.items():
-            if token_id < 0 or math.isnan(bias) or bias == math.inf:
-                raise ValueError(f"logit_bias must map ids >= 0 to numbers below infinity, got {token_id}: {bias}")
-
-    @property
-    def needs_past(self) -> bool:
-        """Whether the logits depend on which ids came before."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-
-
-def _check(name: str, value: float, expected: str, fine: bool) -> None:
-    if not (math.isfinite(value) and fine):
-        raise ValueError(f"{name} must be {expected}, got {value}")
+from agentkit_engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

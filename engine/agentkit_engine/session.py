@@ -22,12 +22,13 @@ from agentkit_engine.errors import (
 from agentkit_engine.ids import Ids
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, PromptUsage, Work
-from agentkit_engine.sampler import SampledToken, SamplingParams, fresh_seed, sample
+from agentkit_engine.sampler import SampledToken, fresh_seed, sample
+from agentkit_engine.sampling_params import SamplingParams, check_grammar
 from agentkit_engine.spec import ModelSpec
 
 if TYPE_CHECKING:
     from agentkit_engine.engine import Engine
-    from agentkit_engine.grammar import Matcher
+    from agentkit_engine.grammar import Grammar, Matcher
 
 
 def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -118,8 +119,12 @@ class Session(SessionIds):
         """
         self._append(token_ids)
 
-    def generate(self, params: SamplingParams | None = None) -> Iterator[SampledToken]:
+    def generate(
+        self, params: SamplingParams | None = None, *, grammar: Grammar | None = None
+    ) -> Iterator[SampledToken]:
         """Generate tokens one at a time, until a stop id or text, `max_tokens`, or until the caller stops iterating.
+
+        With `grammar`, one of `Engine.grammars`, ids that it forbids are left out, last of all changes to the logits.
 
         Each id is in `token_ids` when it is yielded. Ids may be appended between two tokens.
 
@@ -127,14 +132,15 @@ class Session(SessionIds):
             SessionEmptyError: nothing was appended yet.
             ContextLengthError: the last position is taken and neither a stop id nor `max_tokens` came first.
             NonFiniteLogitsError: the model computed NaN or infinity.
-            GrammarError: ids do not fit `params.grammar`, or there is no assistant turn that it could constrain.
+            GrammarError: ids do not fit `grammar`, or there is no assistant turn that it could constrain.
             OutOfMemoryError: the session does not fit into the engine's memory.
             SessionClosedError: the session was closed.
             TokenizerMissingError: stop texts need a tokenizer, and the model has none.
         """
         self._check_can_generate()
         params = params or SamplingParams()
-        return self._generate(params, self._engine.reader(params))
+        check_grammar(params, grammar)
+        return self._generate(params, self._engine.reader(params), grammar)
 
     def checkpoint(self) -> None:
         """Keep the state at this length, once it is computed, for other sessions with the same prefix.
@@ -196,9 +202,9 @@ class Session(SessionIds):
     ) -> None:
         self.close()
 
-    def _generate(self, params: SamplingParams, reader: Reader) -> Iterator[SampledToken]:
+    def _generate(self, params: SamplingParams, reader: Reader, grammar: Grammar | None) -> Iterator[SampledToken]:
         seed = fresh_seed() if params.seed is None else params.seed
-        matcher = None if params.grammar is None else params.grammar.matcher()
+        matcher = None if grammar is None else grammar.matcher()
         count = 0
         while True:
             self._check_can_generate()

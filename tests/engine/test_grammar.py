@@ -535,9 +535,12 @@ def engine() -> Iterator[Engine]:
     torch.set_num_threads(threads)
 
 
+def required(engine: Engine) -> Grammar:
+    return engine.grammars.calls(TOOLS, required=True)
+
+
 def params(engine: Engine, seed: int) -> SamplingParams:
-    grammar = engine.grammars.calls(TOOLS, required=True)
-    return SamplingParams(seed=seed, grammar=grammar, logit_bias=CLOSING, max_tokens=400, stop_ids=frozenset([EOS]))
+    return SamplingParams(seed=seed, logit_bias=CLOSING, max_tokens=400, stop_ids=frozenset([EOS]))
 
 
 @pytest.mark.anyio
@@ -551,7 +554,7 @@ async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> Non
         before = engine.batcher.steps
         with engine.session() as session:
             session.append(TURN)
-            runs.append(list(session.generate(params(engine, seed))))
+            runs.append(list(session.generate(params(engine, seed), grammar=required(engine))))
             fed = session.usage.hit_tokens + session.usage.miss_tokens
     ids = [token.id for token in runs[0]]
     sampled = [token for token in runs[0] if not token.forced]
@@ -566,12 +569,14 @@ async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> Non
     async with AsyncEngine(engine) as running:
         async with running.session() as session:
             await session.append(TURN)
-            assert [token async for token in session.generate(params(engine, seed))] == runs[0]
+            assert [token async for token in session.generate(params(engine, seed), grammar=required(engine))] == runs[
+                0
+            ]
         async with running.session() as session:
             await session.append(TURN)
             one = replace(params(engine, seed), max_tokens=1)
             while session.token_ids[-1] != EOS:
-                async for _ in session.generate(one):
+                async for _ in session.generate(one, grammar=required(engine)):
                     pass
             assert list(session.token_ids) == [*TURN, *ids]
 
@@ -640,7 +645,7 @@ async def test_a_mask_is_computed_while_the_forward_runs(engine: Engine, monkeyp
     engine.batcher.cache.clear()
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(TURN)
-        async for _ in session.generate(replace(params(engine, 0), max_tokens=1)):
+        async for _ in session.generate(replace(params(engine, 0), max_tokens=1), grammar=required(engine)):
             pass
     assert in_time[0]
 
@@ -650,7 +655,10 @@ def test_thoughts_come_first(engine: Engine) -> None:
     bias = CLOSING | {end: 12.0}
     with engine.session() as session:
         session.append(THINKING_TURN)
-        ids = [token.id for token in session.generate(replace(params(engine, 3), logit_bias=bias))]
+        ids = [
+            token.id
+            for token in session.generate(replace(params(engine, 3), logit_bias=bias), grammar=required(engine))
+        ]
     assert end in ids[:-1]
     check(ids[ids.index(end) + 1 :], TOOLS)
 
@@ -658,7 +666,7 @@ def test_thoughts_come_first(engine: Engine) -> None:
 def test_ids_between_two_tokens_are_checked(engine: Engine) -> None:
     with engine.session() as session:
         session.append(TURN)
-        tokens = session.generate(params(engine, 0))
+        tokens = session.generate(params(engine, 0), grammar=required(engine))
         next(tokens)
         session.append(TOKENIZER.encode_text("Hello"))
         with pytest.raises(GrammarError, match="forbids it"):
@@ -670,7 +678,7 @@ def test_a_bias_against_all_that_is_allowed_is_an_error(engine: Engine) -> None:
         session.append(TURN)
         forbidding = dict.fromkeys(range(TOKENIZER.vocab_size), -math.inf)
         with pytest.raises(ValueError, match="logit_bias forbids every id that the grammar allows"):
-            list(session.generate(replace(params(engine, 0), logit_bias=forbidding)))
+            list(session.generate(replace(params(engine, 0), logit_bias=forbidding), grammar=required(engine)))
 
 
 @pytest.mark.parametrize("think", [True, False])
@@ -685,6 +693,6 @@ def test_the_packaged_model_says_the_same_where_it_kept_to_the_form(think: bool)
     for grammar in (None, engine.grammars.calls(tools)):
         with engine.session() as session:
             session.append(prompt)
-            said.append([token.id for token in session.generate(replace(greedy, grammar=grammar))])
+            said.append([token.id for token in session.generate(greedy, grammar=grammar)])
     assert said[1] == said[0]
     assert engine.tokenizer.control_id(DSML) in said[0]

@@ -16,7 +16,8 @@ from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
 from agentkit_engine.engine import Engine
 from agentkit_engine.runtime import Batcher, Work
-from agentkit_engine.sampler import SampledToken, SamplingParams, sample
+from agentkit_engine.sampler import SampledToken, sample
+from agentkit_engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 BATCH = 8

@@ -21,7 +21,8 @@ from agentkit_engine.engine import Engine
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
 from agentkit_engine.runtime.state import Pools
 from agentkit_engine.runtime.state import Sequence as CachedSequence
-from agentkit_engine.sampler import SampledToken, SamplingParams
+from agentkit_engine.sampler import SampledToken
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session
 from agentkit_engine.spec import ModelSpec
 

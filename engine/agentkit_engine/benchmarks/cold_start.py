@@ -21,7 +21,8 @@ from agentkit_engine.benchmarks.errors import BenchmarkError
 from agentkit_engine.benchmarks.peers import Transformers, import_transformers
 from agentkit_engine.engine import Engine
 from agentkit_engine.runtime.runner import can_compile
-from agentkit_engine.sampler import SampledToken, SamplingParams
+from agentkit_engine.sampler import SampledToken
+from agentkit_engine.sampling_params import SamplingParams
 
 Side = Literal["engine", "transformers"]
 PROMPT = list(range(2, 18))

@@ -36,7 +36,8 @@ from agentkit_engine.model import Decoder, Trace
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.batcher import TOKEN_BUDGET
 from agentkit_engine.runtime.disk_cache import DiskCache
-from agentkit_engine.sampler import SampledToken, SamplingParams, sample
+from agentkit_engine.sampler import SampledToken, sample
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session
 
 GREEDY = SamplingParams(temperature=0)

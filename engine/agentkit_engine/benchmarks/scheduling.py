@@ -22,7 +22,7 @@ from agentkit_engine.chat import encode_continuation_ids, encode_ids
 from agentkit_engine.engine import STATE_BYTES, Engine
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.state import SPAN
-from agentkit_engine.sampler import SamplingParams
+from agentkit_engine.sampling_params import SamplingParams
 
 UNIFORM_US = {1: 1.2, 16: 8.6, 64: 31.0, 256: 121.0}
 """Microseconds per step of nano-vllm's scheduler, by batch size; the targets derive from these. They come from an

@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 from agentkit_engine.chat import Dialect
 from agentkit_engine.errors import CheckpointError
 from agentkit_engine.model.decoder import Decoder
-from agentkit_engine.sampler import SamplingParams
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.spec import ConfigError, ModelSpec
 from agentkit_engine.untrusted import describe, parse_json, read_regular, shorten
 from agentkit_engine.weights.formats import FP4_GROUP, FP8_BLOCK, dequantise_fp4, dequantise_fp8

@@ -1,0 +1,185 @@
+"""`SamplingParams`: how tokens are drawn and when a generation stops. This module needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import ConfigDict, PlainSerializer
+
+GrammarMode = Literal["auto"] | bool
+
+
+def _spell_infinity(bias: Mapping[int, float]) -> dict[int, float | str]:
+    """JSON has no infinity: pydantic reads this text back as -inf, where its own default would write null."""
+    return {token_id: value if math.isfinite(value) else "-Infinity" for token_id, value in bias.items()}
+
+
+LogitBias = Annotated[Mapping[int, float], PlainSerializer(_spell_infinity, when_used="json")]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next tokens are chosen and when to stop. The defaults are those of the V4 model card.
+
+    Penalties and biases change the logits first, then the temperature divides them, then `top_k`, `top_p` and `min_p`
+    each leave out ids, in this order, as in vLLM.
+
+    A `SamplingParams` is complete: a field that is not given has the default below, whatever the checkpoint's folder
+    says. To change some fields of a model's own sampling, use `model.sampling.override(temperature=0, top_k=20)`.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy (the lowest id among equal maxima), which leaves out no more.
+        top_p: sample among the fewest most likely ids whose probability reaches this mass.
+        top_k: sample among the this many most likely ids; `None` for all.
+        min_p: sample among the ids at least this fraction as likely as the most likely one.
+        repetition_penalty: above 1, ids that occurred, fed or sampled, become less likely: a positive logit is
+            divided by it, a negative one multiplied (Keskar et al. 2019, arXiv:1909.05858).
+        presence_penalty: taken from the logit of each id that was sampled.
+        frequency_penalty: taken from the logit of each id once for each time that it was sampled.
+        logit_bias: added to the logits of these ids; `-inf` forbids one.
+        seed: the same seed on the same ids gives the same tokens; `None` draws a fresh one for each generation.
+        max_tokens: stop after this many sampled ids; `None` goes on until a stop id or the end of the context. In an
+            agent it bounds one turn, as `Limits.max_tokens_per_turn` does.
+        stop_ids: sampling one of these ends the generation; the id itself is yielded and kept in the session. An agent
+            adds the end of sentence.
+        stop: texts; the token that completes one in what was sampled ends the generation and is kept in the session.
+            `SampledToken.text` shows neither the stop text nor what follows it; an agent's message keeps it, because a
+            message is what the session holds.
+        top_logprobs: report this many most likely ids with each token.
+        grammar: whether an agent's calls are held to the schemas of its tools. "auto" does so where there are tools and
+            a grammar can be built for them, and records why where not; True raises where it cannot.
+        answer_schema: a JSON schema; a turn of an agent is then either calls or a JSON value that fits it.
+
+    `grammar` and `answer_schema` need the tools and the chat format, so they belong to a `Model`. `generate` of an
+    engine's session takes the grammar that `Engine.grammars` made as an argument of its own.
+
+    Raises:
+        TypeError: a value has the wrong type (a bool is no number).
+        ValueError: a value is outside its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: LogitBias = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
+    grammar: GrammarMode = "auto"
+    answer_schema: Mapping[str, Any] | None = None
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        for name, (expected, fits) in _NUMBERS.items():
+            self._set(name, _number(name, getattr(self, name), expected, fits))
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name == "top_logprobs":
+                self._set(name, _integer(name, value, least))
+        bias = _mapping("logit_bias", self.logit_bias)
+        biases = {_integer("an id in logit_bias", key, 0): _bias(key, value) for key, value in bias.items()}
+        self._set("logit_bias", biases)
+        self._set(
+            "stop_ids", frozenset(_integer("an id in stop_ids", id, 0) for id in _items("stop_ids", self.stop_ids))
+        )
+        self._set("stop", tuple(_text(text) for text in _items("stop", self.stop)))
+        if not (isinstance(self.grammar, bool) or self.grammar == "auto"):
+            raise ValueError(f'grammar must be "auto", True or False, got {self.grammar!r}')
+        if self.answer_schema is not None:
+            _mapping("answer_schema", self.answer_schema)
+
+    def override(self, **changes: Any) -> Self:
+        """The same, with these fields changed; None leaves a field as it is.
+
+        Raises:
+            TypeError, ValueError: as for `SamplingParams`; a TypeError too for a field that does not exist.
+        """
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether the logits depend on which ids came before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # normalises a frozen instance: 0 becomes 0.0, a list a tuple
+
+
+def check_grammar(params: SamplingParams, grammar: object | None) -> None:
+    """Refuse parameters that ask an engine's session, which knows no tools, for a grammar without giving one.
+
+    Raises:
+        ValueError: they do.
+    """
+    if grammar is None and (params.grammar is True or params.answer_schema is not None):
+        raise ValueError(
+            "grammar=True and answer_schema are for agents, whose tools are known; here pass a grammar that was made, "
+            "such as generate(params, grammar=engine.grammars.calls(tools))"
+        )
+
+
+_NUMBERS: Final[dict[str, tuple[str, Callable[[float], bool]]]] = {
+    "temperature": ("a finite number >= 0", lambda x: x >= 0),
+    "top_p": ("a number in (0, 1]", lambda x: 0 < x <= 1),
+    "min_p": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "repetition_penalty": ("a finite number > 0", lambda x: x > 0),
+    "presence_penalty": ("a finite number", lambda x: True),
+    "frequency_penalty": ("a finite number", lambda x: True),
+}
+_INTEGERS: Final[dict[str, int | None]] = {"top_k": 1, "seed": None, "max_tokens": 1, "top_logprobs": 0}
+"""The least value of each."""
+
+
+def _number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if not (math.isfinite(value) and fits(float(value))):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: object, least: int | None) -> int:
+    expected = "an integer" if least is None else f"an integer >= {least}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return int(value)
+
+
+def _bias(token_id: int, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"logit_bias must map ids to numbers, got {token_id}: {value!r}")
+    if math.isnan(value) or value == math.inf:
+        raise ValueError(f"logit_bias must map ids to numbers below infinity, got {token_id}: {value!r}")
+    return float(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"stop must be a tuple of texts that are not empty, got {value!r} in it")
+    if not value:
+        raise ValueError("stop must be a tuple of texts that are not empty, got '' in it")
+    return value
+
+
+def _mapping(name: str, value: object) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping, got {value!r}")
+    return value
+
+
+def _items(name: str, value: object) -> Iterable[Any]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a collection, such as a tuple; got {value!r}")
+    return value
