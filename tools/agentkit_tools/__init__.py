@@ -17,6 +17,7 @@ from agentkit_tools.tool import (
     ToolContext,
     ToolOutput,
     ToolResult,
+    as_tool,
     cut,
     unknown_tool,
 )
