@@ -40,7 +40,6 @@ from agentkit.model import (
     Model,
     ModelSession,
     ReasoningDelta,
-    Sampling,
     Segment,
     TextDelta,
     ThoughtCut,
@@ -50,6 +49,7 @@ from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.scripted import AssistantTurn, ScriptedModel
 from agentkit.result import RunResult
 from agentkit.trajectory import Header, Trajectory
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, tool
 
 __all__ = [
@@ -77,7 +77,7 @@ __all__ = [
     "ReasoningDelta",
     "RunFinished",
     "RunResult",
-    "Sampling",
+    "SamplingParams",
     "ScriptedModel",
     "Segment",
     "SystemMessage",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any, Final
@@ -11,17 +12,28 @@ from typing import Any, Final
 import anyio
 
 from agentkit.answer import check_answer_schema, misfit
+from agentkit.checks import check_model, check_type, run_blocking
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
 from agentkit.limits import Limits, Parallelism
 from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
-from agentkit.model import CallMalformed, CallReady, Effort, Generated, Model, ReasoningDelta, Sampling, TextDelta
+from agentkit.model import (
+    CallMalformed,
+    CallReady,
+    CallsWithdrawn,
+    Effort,
+    Generated,
+    Model,
+    ReasoningDelta,
+    TextDelta,
+)
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.result import Continue, RunResult
 from agentkit.run import Run
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
 from agentkit.trajectory import Header, Trajectory
 from agentkit.turn import TurnCalls
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import Environment, SandboxError, open_environment
 from agentkit_tools import BUILTINS, Tool, ToolContext, ToolResult, as_tool
 from agentkit_tools.model_texts import DEFAULT_SYSTEM as DEFAULT_SYSTEM
@@ -43,7 +55,7 @@ class Agent:
         system: str | None = None,
         thinking: Thinking | ThinkingPolicy = "auto",
         effort: Effort = "high",
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         answer_schema: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         parallelism: Parallelism | None = None,
@@ -52,30 +64,41 @@ class Agent:
 
         Args:
             model: A model, or what `EmbeddedModel` takes: `"tiny"` or a checkpoint folder.
-            tools: What the model may call, in prompt order: tools, and functions as `@tool` takes them; the built-in
-                tools by default, with an answer's schema without `submit`, whose text no schema binds.
+            tools: What the model may call, in prompt order: tools, or plain functions with typed parameters. By default
+                the built-in tools, with an answer's schema without `submit`, whose text no schema binds.
             system: The system prompt; `DEFAULT_SYSTEM` by default, none when empty.
             thinking: Which turns think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
             effort: How hard it thinks, for the whole session; "none" never thinks.
-            sampling: How tokens are drawn; as the model's own folder says by default.
+            sampling: How tokens are drawn, in full; by default `model.sampling`, which is what the model's own folder
+                says. `model.sampling.override(temperature=0)` changes a part of that.
             answer_schema: A JSON schema that the answer fits, as JSON; the model is told it, and held to it.
             limits: The budget of each run.
             parallelism: How many calls run at the same time. An agent that runs inside a call of another agent needs
                 bounds of its own.
 
         Raises:
+            TypeError: an argument is of the wrong type.
             ToolDefinitionError: a function that cannot be a tool; the message says what to change.
-            ValueError: two tools have the same name, no thinking policy has that name, or `answer_schema` is no schema.
+            ValueError: two tools have the same name, no thinking policy or effort has that name, or `answer_schema` is
+                no schema.
             EngineError: as `EmbeddedModel`.
         """
-        self.model = EmbeddedModel(model) if isinstance(model, str | Path) else model
+        check_type("Agent(sampling=...)", sampling, SamplingParams | None, "a SamplingParams or None")
+        check_type("Agent(limits=...)", limits, Limits | None, "a Limits or None")
+        check_type("Agent(parallelism=...)", parallelism, Parallelism | None, "a Parallelism or None")
+        check_type("Agent(system=...)", system, str | None, "a text or None")
+        self._thinks = thinking_policy(thinking, effort)
+        if answer_schema is not None:
+            check_answer_schema(answer_schema)
+        elif sampling is not None and sampling.answer_schema is not None:
+            check_answer_schema(sampling.answer_schema)
+        self.model = EmbeddedModel(model) if isinstance(model, str | Path) else check_model(model)
         self.sampling = (sampling or self.model.sampling).override(answer_schema=answer_schema)
         self.answer_schema = self.sampling.answer_schema
-        if self.answer_schema is not None:
-            check_answer_schema(self.answer_schema)
         if tools is None:
             tools = [tool for tool in BUILTINS.values() if self.answer_schema is None or tool.name != "submit"]
+        check_type("Agent(tools=...)", tools, list | tuple, "a list of tools or functions")
         self.tools: dict[str, Tool] = {}
         for tool in map(as_tool, tools):
             if tool.name in self.tools:
@@ -86,7 +109,9 @@ class Agent:
         self.effort: Effort = effort
         self.limits = limits or Limits()
         self.parallelism = parallelism or Parallelism()
-        self._thinks = thinking_policy(thinking, effort)
+        if self.sampling.max_tokens is not None:
+            bounds = (self.sampling.max_tokens, self.limits.max_tokens_per_turn or self.sampling.max_tokens)
+            self.limits = replace(self.limits, max_tokens_per_turn=min(bounds))
 
     async def run(
         self,
@@ -115,8 +140,14 @@ class Agent:
     def run_sync(
         self, task: str, *, trajectory: str | Path | None = None, metadata: dict[str, Any] | None = None
     ) -> RunResult:
-        """`run` for code that is not async, in a sandbox of its own."""
-        return anyio.run(lambda: self.run(task, trajectory=trajectory, metadata=metadata))
+        """`run` for code that is not async, in a sandbox of its own.
+
+        Raises:
+            RunningLoopError: an event loop runs already, as in a notebook; there, `await agent.run(...)`.
+        """
+        return run_blocking(
+            lambda: self.run(task, trajectory=trajectory, metadata=metadata), instead="await agent.run(...)"
+        )
 
     async def stream(
         self,
@@ -162,7 +193,9 @@ class Agent:
         return run.outcome("limit", limit=limit)
 
     async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
-        """How a run ends that came to an answer: one that does not fit the schema is none."""
+        """How a run ends that came to an answer: silence is none, and neither is one that does not fit the schema."""
+        if status == "answered" and not answer.strip():
+            return run.outcome("no_answer", error="the last turn has no text, outside its thought, and no call")
         problem = None if self.answer_schema is None else await misfit(answer, self.answer_schema)
         return run.outcome(status, answer) if problem is None else run.outcome("invalid_answer", error=problem)
 
@@ -219,6 +252,8 @@ class Agent:
                         calls.ready(event.index, event.call)
                     elif isinstance(event, CallMalformed):
                         calls.malformed(event, f"call_{run.turn}_{event.index}")
+                    elif isinstance(event, CallsWithdrawn):
+                        calls.withdraw()
         except ContextFullError:
             return "context"
         finally:
@@ -262,6 +297,7 @@ class Agent:
                     effort=self.effort,
                     thinking=self.thinking,
                     sampling=self.sampling,
+                    grammar_off=session.grammar_off,
                     tools=tuple(tool.spec for tool in tools),
                     metadata=metadata or {},
                 )

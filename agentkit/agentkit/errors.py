@@ -11,6 +11,7 @@ What the model did wrong is never one of these: it becomes a tool result that th
         TaskError                   a task cannot be used as it stands
             TaskFileError           a task or suite file that is wrong, with file and line
             TaskSetupError          a setup command of the task failed
+        RunningLoopError            a blocking call inside a running event loop, as in a notebook
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class TaskFileError(TaskError):
 
 class TaskSetupError(TaskError):
     """A setup command of the task failed in a working sandbox; names the command and has its output."""
+
+
+class RunningLoopError(AgentkitError, RuntimeError):
+    """`run_sync` or `continue_sync` where an event loop is running; names what to await instead."""
 
 
 def first_cause(exc: BaseException) -> BaseException:

@@ -6,18 +6,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from agentkit.messages import STRICT, Message
-from agentkit.model import CallMalformed, CallReady, ReasoningDelta, Segment, TextDelta, ThoughtCut, Usage
+from agentkit.model import (
+    CallMalformed,
+    CallReady,
+    CallsWithdrawn,
+    ReasoningDelta,
+    Segment,
+    TextDelta,
+    ThoughtCut,
+    Usage,
+)
 from agentkit_tools import ToolCall, ToolResult
 
 if TYPE_CHECKING:
     from agentkit.result import RunResult
 
-LimitName = Literal["max_turns", "max_tokens", "max_tokens_per_turn", "wall_time_s", "tool_time_s", "context"]
-"""A limit that ends a run: a field of `Limits`, or the model's context window."""
+LimitName = Literal[
+    "max_turns", "max_tokens", "max_tokens_per_turn", "wall_time_s", "tool_time_s", "context", "repetition"
+]
+"""A limit that ends a run: a field of `Limits` ("repetition" is `max_repeated_tokens`), or the context window."""
 
-Status = Literal["submitted", "answered", "invalid_answer", "limit", "cancelled", "error"]
-"""How a run ended: by `submit`, by a turn without calls, by either with what does not fit the schema of the answer, by
-a limit, from outside, or by the machine's failure."""
+Status = Literal["submitted", "answered", "no_answer", "invalid_answer", "limit", "cancelled", "error"]
+"""How a run ended: by `submit`, by a turn with text and without calls, by a turn with neither (it ended inside its
+thought, or said nothing), by an answer that does not fit its schema, by a limit, from outside, or by the machine's
+failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +93,7 @@ class LimitReached:
 class Outcome:
     """How a run ended. `answer` is what `submit` was given, else the final text.
 
-    `error` is the machine's failure, or why an answer is invalid, which then is not in `answer`.
+    `error` is the machine's failure, or why there is no answer or an invalid one, which then is not in `answer`.
     """
 
     status: Status
@@ -108,6 +120,7 @@ Record = (
     | ThoughtCut
     | CallReady
     | CallMalformed
+    | CallsWithdrawn
     | CallStarted
     | CallFinished
     | TurnFinished

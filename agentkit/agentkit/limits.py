@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 
 import anyio
 
+from agentkit.checks import check_positive
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -34,12 +36,16 @@ class Limits:
     """Seconds one call may run; a call that exceeds it gets an error result, its siblings keep theirs."""
     max_calls_per_turn: int = 128
     """Calls of one turn that are run; those beyond get an error result."""
+    max_repeated_tokens: int | None = 2048
+    """Tokens at the end of one turn that only repeat: copies of a block of at most 256 tokens, nothing but digits, or
+    nothing but white space. Inside a block of calls it takes four times as many, because what is written to a file may
+    well repeat. Looked at every 64 tokens; the run's limit is then called "repetition"."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value <= 0:
-                raise ValueError(f"Limits.{field.name} must be positive or None, got {value!r}")
+            seconds = field.name.endswith("_s")
+            none = field.name not in ("call_timeout_s", "max_calls_per_turn")
+            check_positive(f"Limits.{field.name}", getattr(self, field.name), whole=not seconds, none=none)
 
 
 class Parallelism:
@@ -52,11 +58,10 @@ class Parallelism:
         """Each a number of calls.
 
         Raises:
-            ValueError: a bound is below 1.
+            TypeError, ValueError: a bound is no whole number of at least 1.
         """
         for name, value in (("per_turn", per_turn), ("per_tool", per_tool), ("total", total)):
-            if value < 1:
-                raise ValueError(f"Parallelism({name}=...) must be at least 1, got {value!r}")
+            check_positive(f"Parallelism({name}=...)", value, whole=True)
         self.per_turn = per_turn
         self.per_tool = per_tool
         self.total = total

@@ -2,68 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Protocol, Self
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal, Protocol, get_args
 
 from pydantic import FailFast
 
 from agentkit.messages import STRICT, AssistantMessage, Message
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import Tool, ToolCall
 
 Effort = Literal["none", "low", "high", "max"]
 """How hard the model thinks, fixed for a session: the level is text at the very start of the prompt."""
+
+EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)
 
 Dialect = Literal["v4-preview", "v4-0731"]
 """Which table of effort texts the checkpoint was trained with."""
 
 SegmentKind = Literal["prompt", "sampled", "forced"]
 
-StopReason = Literal["stop", "max_tokens", "context"]
-"""Why generation ended: the model closed its turn, or the token limit or the end of the context was reached."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How ids are drawn. With a seed a session repeats itself exactly; without one it is different every time.
-
-    With `grammar`, calls can only name real tools and parameters, with values that fit their schemas. With
-    `answer_schema`, a turn is either such calls or a JSON value that fits it. Both need llguidance, the extra
-    `grammar`.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    grammar: bool = False
-    answer_schema: Mapping[str, Any] | None = None
-    __pydantic_config__ = STRICT
-
-    def override(
-        self,
-        *,
-        temperature: float | None = None,
-        seed: int | None = None,
-        grammar: bool | None = None,
-        answer_schema: Mapping[str, Any] | None = None,
-    ) -> Self:
-        """The same, but for what is given."""
-        return replace(
-            self,
-            temperature=self.temperature if temperature is None else temperature,
-            seed=self.seed if seed is None else seed,
-            grammar=self.grammar if grammar is None else grammar,
-            answer_schema=self.answer_schema if answer_schema is None else answer_schema,
-        )
+StopReason = Literal["stop", "max_tokens", "context", "repetition"]
+"""Why generation ended: the model closed its turn, the token limit or the end of the context was reached, or the turn
+only repeated itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationLimits:
-    """Bounds of one turn, in sampled tokens; None means no bound. `max_thinking_tokens` closes the thought only."""
+    """Bounds of one turn, in tokens; None means no bound. `max_thinking_tokens` closes the thought only."""
 
     max_tokens: int | None = None
     max_thinking_tokens: int | None = None
+    max_repeated_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +43,14 @@ class Segment:
 
     "prompt" ids were fed, "sampled" ids were drawn by the model, "forced" ids close a turn or a thought that was
     stopped, or are those where a grammar allowed no other. Each sampled id carries its log-probability: the log-softmax
-    of the raw logits, at temperature 1.
+    of the raw logits, at temperature 1. `top_logprobs` holds the most likely ids at each place where
+    `SamplingParams.top_logprobs` asks for them.
     """
 
     kind: SegmentKind
     ids: Annotated[tuple[int, ...], FailFast()]
     logprobs: Annotated[tuple[float, ...], FailFast()] = ()
+    top_logprobs: Annotated[tuple[tuple[tuple[int, float], ...], ...], FailFast()] = ()
     type: Literal["segment"] = "segment"
     __pydantic_config__ = STRICT
 
@@ -137,7 +110,11 @@ class ThoughtCut:
 
 @dataclass(frozen=True, slots=True)
 class CallReady:
-    """A call is complete: its closing tag was just sampled. `index` is its place in the turn."""
+    """A call is complete. `index` is its place in the turn.
+
+    In a block that opens the answer a call is ready when its closing tag was sampled; in any other block when the turn
+    has ended right after it, because until then it may be a quotation.
+    """
 
     index: int
     call: ToolCall
@@ -157,6 +134,15 @@ class CallMalformed:
 
 
 @dataclass(frozen=True, slots=True)
+class CallsWithdrawn:
+    """The model went on with text after the block that opened its answer: its calls, from `first` on, were none."""
+
+    first: int
+    type: Literal["calls_withdrawn"] = "calls_withdrawn"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """Generation is over: what was said, and why it ended. Always the last event of a generation."""
 
@@ -164,7 +150,7 @@ class Generated:
     reason: StopReason
 
 
-ModelEvent = ReasoningDelta | TextDelta | ThoughtCut | CallReady | CallMalformed | Generated
+ModelEvent = ReasoningDelta | TextDelta | ThoughtCut | CallReady | CallMalformed | CallsWithdrawn | Generated
 
 
 class History(Protocol):
@@ -194,6 +180,11 @@ class ModelSession(History, Protocol):
         ...
 
     @property
+    def grammar_off(self) -> str | None:
+        """Why calls are not held to the schemas of the tools; None when they are."""
+        ...
+
+    @property
     def usage(self) -> Usage:
         """Token counts of the session so far."""
         ...
@@ -216,12 +207,12 @@ class Model(Protocol):
         ...
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """How it is meant to be sampled; an agent's default."""
         ...
 
     def open(
-        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AbstractAsyncContextManager[ModelSession]:
         """A session; with `history`, one that stands where that conversation ends."""
         ...

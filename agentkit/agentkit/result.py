@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-import anyio
-
+from agentkit.checks import run_blocking
 from agentkit.events import LimitName, Outcome, Status
 from agentkit.model import Usage
 from agentkit.trajectory import Trajectory
@@ -30,20 +29,24 @@ class RunResult:
 
     @property
     def status(self) -> Status:
-        """ "submitted" by `submit`, "answered" by a turn without calls, or stopped by a "limit".
+        """How the run ended.
 
-        With an `answer_schema` the first two mean that the answer fits; one that does not is an "invalid_answer".
+        - "submitted": the model called `submit`.
+        - "answered": a turn had text and no calls.
+        - "no_answer": a turn had neither: it ended inside its thought, or said nothing but white space.
+        - "invalid_answer": the answer, by either way, does not fit the agent's `answer_schema`.
+        - "limit": a limit stopped it; `limit` says which.
         """
         return self.outcome.status
 
     @property
     def answer(self) -> str | None:
-        """What `submit` was given, else the text of the last turn; None when a limit came first, or it is invalid."""
+        """What `submit` was given, else the text of the last turn; None with any other status."""
         return self.outcome.answer
 
     @property
     def error(self) -> str | None:
-        """What is wrong with an invalid answer, and where."""
+        """Why there is no answer, or what is wrong with an invalid one, and where."""
         return self.outcome.error
 
     @property
@@ -69,5 +72,9 @@ class RunResult:
         return await self._continue(text, environment)
 
     def continue_sync(self, text: str) -> RunResult:
-        """`continue_` for code that is not async, after `run_sync`."""
-        return anyio.run(self.continue_, text)
+        """`continue_` for code that is not async, after `run_sync`.
+
+        Raises:
+            RunningLoopError: an event loop runs already, as in a notebook; there, `await result.continue_(...)`.
+        """
+        return run_blocking(lambda: self.continue_(text), instead="await result.continue_(...)")

@@ -109,7 +109,11 @@ class Run:
         if limits.max_thinking_tokens is not None:
             thought.append(max(0, limits.max_thinking_tokens - usage.thinking_tokens))
         sampled = [bound for bound in (limits.max_tokens_per_turn, self._tokens_left) if bound is not None]
-        return GenerationLimits(max_tokens=min(sampled, default=None), max_thinking_tokens=min(thought, default=None))
+        return GenerationLimits(
+            max_tokens=min(sampled, default=None),
+            max_thinking_tokens=min(thought, default=None),
+            max_repeated_tokens=limits.max_repeated_tokens,
+        )
 
     def limit_of(self, reason: StopReason) -> LimitName | None:
         """The limit that ended a generation, if one did."""

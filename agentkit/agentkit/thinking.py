@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from agentkit.messages import Message, ToolMessage, UserMessage
-from agentkit.model import Effort
+from agentkit.model import EFFORTS, Effort
 
 Thinking = Literal["always", "never", "auto"]
 
@@ -36,12 +36,12 @@ def thinking_policy(thinking: Thinking | ThinkingPolicy, effort: Effort) -> Thin
     """The policy of that name, or the caller's own; effort "none" never thinks.
 
     Raises:
-        ValueError: no policy has that name.
+        ValueError: no policy or effort has that name.
     """
+    if effort not in EFFORTS:
+        raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
+    if not callable(thinking) and not (isinstance(thinking, str) and thinking in POLICIES):
+        raise ValueError(f"thinking must be one of {', '.join(POLICIES)} or a function, got {thinking!r}")
     if effort == "none":
         return never
-    if callable(thinking):
-        return thinking
-    if thinking not in POLICIES:
-        raise ValueError(f"thinking must be one of {', '.join(POLICIES)} or a function, got {thinking!r}")
-    return POLICIES[thinking]
+    return thinking if callable(thinking) else POLICIES[thinking]

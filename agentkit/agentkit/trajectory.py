@@ -25,12 +25,13 @@ from pydantic_core import PydanticSerializationError
 from agentkit.errors import TrajectoryCorruptError, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
 from agentkit.events import CallFinished, MessageAdded, Outcome, Record
 from agentkit.messages import STRICT, Message
-from agentkit.model import Dialect, Effort, Sampling, Segment
+from agentkit.model import Dialect, Effort, Segment
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_fd, open_regular, parse_json, shorten
 from agentkit_tools import ToolResult
 
 FORMAT: Final = "agentkit.trajectory"
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_FILE_BYTES: Final = 256 << 20
 MAX_LINE_BYTES: Final = 32 << 20
 """A line holds one message, or the ids of one turn at up to 40 bytes for an id with its log-probability."""
@@ -46,15 +47,18 @@ class Header:
     model: str
     dialect: Dialect | None
     effort: Effort
-    sampling: Sampling
+    sampling: SamplingParams
+    """As it was in force: what the checkpoint's folder says, and what the caller changed."""
     tools: Annotated[tuple[dict[str, Any], ...], FailFast()]
     """The OpenAI dicts of the tools, in prompt order."""
     thinking: str
+    grammar_off: str | None = None
+    """Why calls were not held to the schemas of the tools; None when they were."""
     metadata: dict[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid4().hex)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     format: Literal["agentkit.trajectory"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     type: Literal["header"] = "header"
     __pydantic_config__ = STRICT
 

@@ -19,9 +19,9 @@ from agentkit_tools.model_texts import ERROR
 class TurnCalls:
     """Runs the calls of one turn side by side; their results keep the order of the calls.
 
-    A call is announced with `ready` while the model is still generating. When it and all calls before it only read, it
-    starts at once; otherwise it waits for `finish`. A barrier runs alone: what stands before it finishes first, and
-    nothing after it starts before it ends.
+    A call is announced with `ready`, mostly while the model is still generating. When it and all calls before it only
+    read, it starts at once; otherwise it waits for `finish`. A barrier runs alone: what stands before it finishes
+    first, and nothing after it starts before it ends.
 
     Whatever a call does wrong is its own result, so no sibling loses its place. Only the machine's failure
     (`SandboxError`) stops them all, through the task group.
@@ -58,6 +58,7 @@ class TurnCalls:
         self._results: dict[int, ToolResult] = {}
         self._waiting: list[int] = []
         self._pending = 0  # dispatched and not finished, be it running or waiting for its turn
+        self._scopes: dict[int, anyio.CancelScope] = {}  # of the calls that run
         self._running = 0
         self._running_since = 0.0
         self._idle: anyio.Event | None = None  # while `finish` waits
@@ -87,6 +88,14 @@ class TurnCalls:
         call = ToolCall(call_id, event.name or "", "")
         self._calls[event.index] = call
         self._finish(event.index, _error(call, f"malformed call: {event.error}; write it again"))
+
+    def withdraw(self) -> None:
+        """Forget all calls so far: the text they stood in was no action. Those that read already are stopped."""
+        for scope in self._scopes.values():
+            scope.cancel()
+        self._calls.clear()
+        self._results.clear()
+        self._waiting.clear()
 
     async def finish(self) -> None:
         """Run what has not been started yet, and wait for everything."""
@@ -126,19 +135,26 @@ class TurnCalls:
         self._running += 1
 
     async def _run(self, index: int, early: bool) -> None:
-        call = self._calls[index]
-        async with self._in_turn, self._parallelism.of_tool(call.name), self._parallelism.in_all:
-            self._begin()
-            self._note(CallStarted(call, early))
-            result = await self._tools[call.name].call(call, self._context)
-            await checkpoint_if_cancelled()  # what a command says that was killed just now is not its result
+        call = self._calls.get(index)
+        result: ToolResult | None = None
+        began = False
+        if call is not None:  # else it was withdrawn before it began
+            with anyio.CancelScope() as self._scopes[index]:
+                async with self._in_turn, self._parallelism.of_tool(call.name), self._parallelism.in_all:
+                    self._begin()
+                    began = True
+                    self._note(CallStarted(call, early))
+                    result = await self._tools[call.name].call(call, self._context)
+                    await checkpoint_if_cancelled()  # what a command says that was killed just now is not its result
+        if began:
             self._running -= 1
             if self._running == 0:
                 self.time_s += time.perf_counter() - self._running_since
                 if self._time_left_s is not None:
                     self.task_group.cancel_scope.deadline = self._deadline
         self._pending -= 1
-        self._finish(index, result)
+        if result is not None and index in self._calls:
+            self._finish(index, result)
         if self._idle is not None and self._pending == 0:
             self._idle.set()
 

@@ -27,10 +27,11 @@ from agentkit.events import Status
 from agentkit.model import Usage
 from agentkit.task import Strict, Task
 from agentkit.trajectory import Trajectory
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_regular, parse_json, read_regular, shorten
 from agentkit_evals.errors import RunDirectoryError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_LOCK_BYTES = 64 << 20
 MAX_TRIALS_BYTES = 1 << 30
 MAX_TRIAL_BYTES = 16 << 20
@@ -66,9 +67,7 @@ class RunLock(Strict):
     epochs: int = Field(ge=1, le=1 << 20)
     concurrency: int
     seed: int
-    temperature: float
-    top_p: float
-    grammar: bool = False
+    sampling: SamplingParams  # of every trial, but for the seed, which each trial derives from `seed`
     tasks: list[Task]
     families: dict[str, str] = Field(default_factory=dict)  # task id -> what reports group it by
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

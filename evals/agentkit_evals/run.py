@@ -18,9 +18,10 @@ from agentkit.agent import Agent
 from agentkit.errors import TaskSetupError, TrajectoryError, first_cause
 from agentkit.events import CallStarted, RunFinished, Status, TurnStarted
 from agentkit.limits import Limits
-from agentkit.model import Model, Sampling, Usage
+from agentkit.model import Model, Usage
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import Environment
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
@@ -84,7 +85,7 @@ class EvalRun:
     concurrency: int = 2
     backend: Backend | None = None
     seed: int = 0
-    sampling: Sampling | None = None
+    sampling: SamplingParams | None = None
     listener: Callable[[Update], None] = field(default=lambda update: None)
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
     start_checks: StartChecks = field(default_factory=StartChecks)
@@ -94,9 +95,9 @@ class EvalRun:
             raise ValueError(f"epochs and concurrency must be at least 1, got {self.epochs} and {self.concurrency}")
 
     @property
-    def resolved_sampling(self) -> Sampling:
+    def resolved_sampling(self) -> SamplingParams:
         """What trials sample with, but for the seed."""
-        return self.sampling or (Sampling() if callable(self.model) else self.model.sampling)
+        return self.sampling or (SamplingParams() if callable(self.model) else self.model.sampling)
 
     async def execute(self) -> RunDirectory:
         """Run every trial and read the finished run back.
@@ -130,9 +131,7 @@ class EvalRun:
             epochs=self.epochs,
             concurrency=self.concurrency,
             seed=self.seed,
-            temperature=self.resolved_sampling.temperature,
-            top_p=self.resolved_sampling.top_p,
-            grammar=self.resolved_sampling.grammar,
+            sampling=self.resolved_sampling,
             tasks=[case.task for case in self.suite.cases],
             families={case.task.id: case.family for case in self.suite.cases},
         )
@@ -286,7 +285,7 @@ class _Trial:
             self.seconds[part] = round(self.seconds[part] + time.perf_counter() - start, 4)
 
 
-def agent_for(task: Task, model: Model, sampling: Sampling) -> Agent:
+def agent_for(task: Task, model: Model, sampling: SamplingParams) -> Agent:
     """The agent that a task asks for."""
     return Agent(
         model,

@@ -18,7 +18,7 @@ from agentkit import (
     AssistantTurn,
     EmbeddedModel,
     Limits,
-    Sampling,
+    SamplingParams,
     ScriptedModel,
     SystemMessage,
     Trajectory,
@@ -47,7 +47,7 @@ async def test_a_model_is_held_to_the_schema(tiny: EmbeddedModel, environment: E
     calls = 0
     for seed, temperature in enumerate((0.0, 0.5, 1.6, 1.6, 1.6)):
         limits = Limits(max_turns=6, max_tokens=400, max_thinking_tokens_per_turn=20)
-        sampling = Sampling(temperature, seed=seed)
+        sampling = SamplingParams(temperature, seed=seed)
         agent = Agent(tiny, tools, sampling=sampling, answer_schema=SCHEMA, limits=limits)
         result = await agent.run("What is the weather in Oslo?", environment=environment)
         calls += result.usage.calls
@@ -87,7 +87,7 @@ async def test_an_answer_that_a_limit_cuts_is_none(tiny: EmbeddedModel, environm
     ("schema", "text", "problem"),
     [
         (SCHEMA, "It is snowy.", "not valid JSON"),
-        (SCHEMA, "", "not valid JSON"),
+        (SCHEMA, "{", "not valid JSON"),
         (SCHEMA, '{"sky": "snowy", "degrees": NaN}', "not valid JSON"),
         (SCHEMA, '{"sky": "snowy"}', r"\$\.degrees: missing, expected integer"),
         (SCHEMA, '{"sky": "dark", "degrees": 1}', r'\$\.sky: given "dark" .*expected one of "sunny", "snowy"'),
@@ -122,7 +122,7 @@ async def test_the_model_can_be_told_to_try_again(script: Script, environment: E
 def test_submit_is_no_default_where_the_answer_has_a_schema(script: Script) -> None:
     model = script(AssistantTurn())
     assert [*Agent(model, answer_schema=SCHEMA).tools] == [name for name in BUILTINS if name != "submit"]
-    assert [*Agent(model, sampling=Sampling(answer_schema=SCHEMA)).tools] == [*BUILTINS][:-1]
+    assert [*Agent(model, sampling=SamplingParams(answer_schema=SCHEMA)).tools] == [*BUILTINS][:-1]
     assert [*Agent(model).tools] == [*BUILTINS]
 
 
@@ -141,7 +141,7 @@ async def test_without_a_schema_any_text_is_an_answer(script: Script, environmen
         ({"const": {1, 2}}, "answer_schema: not JSON"),
         ({"$ref": "https://example.com/schema.json"}, r"given \$ref .*expected a place in this schema"),
         (["object"], "given \\['object'\\]; expected a JSON schema"),
-        (Sampling, "model_json_schema"),
+        (SamplingParams, "model_json_schema"),
     ],
 )
 def test_what_is_no_schema_is_refused(script: Script, schema: Any, problem: str) -> None:

@@ -9,7 +9,7 @@ import anyio
 import pytest
 import torch
 
-from agentkit import DEFAULT_SYSTEM, Agent, EmbeddedModel, Limits, Sampling, Trajectory, tool
+from agentkit import DEFAULT_SYSTEM, Agent, EmbeddedModel, Limits, SamplingParams, Trajectory, tool
 from agentkit.model import Effort
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit_engine import AsyncEngine, AsyncSession, Engine
@@ -81,7 +81,7 @@ async def test_the_record_is_the_session(engine: Engine, environment: Environmen
         agent = Agent(
             EmbeddedModel(watched),
             [],
-            sampling=Sampling(seed=seed),
+            sampling=SamplingParams(seed=seed),
             limits=Limits(max_tokens=40, max_thinking_tokens_per_turn=12),
         )
         path = tmp_path / "t.jsonl"
@@ -97,7 +97,7 @@ async def test_a_seed_repeats_a_run_and_runs_share_the_model(engine: Engine, env
     async with EmbeddedModel(engine) as model:
 
         async def run() -> None:
-            agent = Agent(model, [], sampling=Sampling(seed=7), limits=Limits(max_tokens=12))
+            agent = Agent(model, [], sampling=SamplingParams(seed=7), limits=Limits(max_tokens=12))
             ids.append((await agent.run("Say something.", environment=environment)).trajectory.token_ids)
 
         async with anyio.create_task_group() as task_group:
@@ -108,7 +108,7 @@ async def test_a_seed_repeats_a_run_and_runs_share_the_model(engine: Engine, env
 
 async def test_runs_of_a_model_that_was_not_entered(engine: Engine, environment: Environment) -> None:
     ids: list[list[int]] = []
-    agent = Agent(EmbeddedModel(engine), [], sampling=Sampling(seed=7), limits=Limits(max_tokens=12))
+    agent = Agent(EmbeddedModel(engine), [], sampling=SamplingParams(seed=7), limits=Limits(max_tokens=12))
 
     async def run() -> None:
         ids.append((await agent.run("Say something.", environment=environment)).trajectory.token_ids)
@@ -135,7 +135,7 @@ async def test_a_session_is_parked_while_its_tools_run(environment: Environment)
                 held.append(batcher.pools.bytes_held)
                 return "sunny, 21 degrees"
 
-            agent = Agent(EmbeddedModel(running), [get_weather], sampling=Sampling(temperature=0))
+            agent = Agent(EmbeddedModel(running), [get_weather], sampling=SamplingParams(temperature=0))
             result = await agent.run("What is the weather in Paris?", environment=environment)
         return result.trajectory.token_ids, held
 
@@ -179,7 +179,7 @@ async def test_an_effort_that_the_dialect_lacks_is_refused(engine: Engine, envir
 
 
 async def test_a_full_context_ends_the_run(engine: Engine, environment: Environment) -> None:
-    agent = Agent(EmbeddedModel(engine), [], sampling=Sampling(seed=1), system="", thinking="always")
+    agent = Agent(EmbeddedModel(engine), [], sampling=SamplingParams(seed=1), system="", thinking="always")
     prompt = "x" * (MAX_LENGTH - 20)
     result = await agent.run(prompt, environment=environment)
     if result.status == "limit":
@@ -195,7 +195,7 @@ async def test_cancelling_stops_generation_and_leaves_a_whole_record(
     """Cancelled between two tokens, at the tenth event."""
     path = tmp_path / "t.jsonl"
     async with WatchedEngine(engine) as watched:
-        agent = Agent(EmbeddedModel(watched), [], sampling=Sampling(seed=3), thinking="always")
+        agent = Agent(EmbeddedModel(watched), [], sampling=SamplingParams(seed=3), thinking="always")
         with anyio.CancelScope() as scope:
             stream = agent.stream("Say something.", environment=environment, trajectory=path)
             count = 0

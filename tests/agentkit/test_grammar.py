@@ -13,7 +13,7 @@ import anyio.to_thread
 import jsonschema
 import pytest
 
-from agentkit import Agent, EmbeddedModel, Limits, Sampling, Trajectory
+from agentkit import Agent, EmbeddedModel, Limits, SamplingParams, Trajectory
 from agentkit.events import CallFinished
 from agentkit.model import CallMalformed, CallReady
 from agentkit.models.grammars import grammar_for
@@ -26,10 +26,12 @@ from agentkit_tools import BUILTINS, CommandTool
 from .conftest import get_weather
 
 pytestmark = pytest.mark.anyio
-WITH_GRAMMAR = Sampling(temperature=0, grammar=True)
+WITH_GRAMMAR = SamplingParams(temperature=0, grammar=True)
 
 
-async def ask(model: EmbeddedModel, sampling: Sampling, environment: Environment, *, tokens: int = 300) -> Trajectory:
+async def ask(
+    model: EmbeddedModel, sampling: SamplingParams, environment: Environment, *, tokens: int = 300
+) -> Trajectory:
     agent = Agent(model, [get_weather], sampling=sampling, limits=Limits(max_tokens=tokens))
     return (await agent.run("What is the weather in Oslo?", environment=environment)).trajectory
 
@@ -53,11 +55,8 @@ async def test_forced_ids_are_recorded_as_forced(tiny: EmbeddedModel, environmen
             assert recorded == pytest.approx(logprobs[place - 1, trajectory.token_ids[place]].item(), abs=1e-4)
 
 
-async def test_it_is_off_unless_asked_for_and_changes_nothing_that_was_right(
-    tiny: EmbeddedModel, environment: Environment
-) -> None:
-    assert not tiny.sampling.grammar
-    without = await ask(tiny, Sampling(temperature=0), environment)
+async def test_it_changes_nothing_that_was_right(tiny: EmbeddedModel, environment: Environment) -> None:
+    without = await ask(tiny, SamplingParams(temperature=0, grammar=False), environment)
     assert {segment.kind for segment in without.segments} == {"prompt", "sampled"}
     assert (await ask(tiny, WITH_GRAMMAR, environment)).token_ids == without.token_ids
 
@@ -74,7 +73,7 @@ async def test_a_limit_counts_what_was_sampled(tiny: EmbeddedModel, environment:
 async def test_wild_sampling_never_makes_a_bad_call(tiny: EmbeddedModel, environment: Environment) -> None:
     calls = 0
     for seed in range(6):
-        trajectory = await ask(tiny, Sampling(temperature=1.6, seed=seed, grammar=True), environment, tokens=120)
+        trajectory = await ask(tiny, SamplingParams(temperature=1.6, seed=seed, grammar=True), environment, tokens=120)
         schema = get_weather.spec["function"]["parameters"]
         for record in trajectory.records:
             if isinstance(record, CallReady):

@@ -21,7 +21,7 @@ from agentkit import (
     CallFinished,
     Header,
     MessageAdded,
-    Sampling,
+    SamplingParams,
     ScriptedModel,
     Segment,
     ToolCall,
@@ -131,11 +131,11 @@ def test_damage_in_the_middle_is_named(recorded: Trajectory, tmp_path: Path) -> 
 
 def test_another_version_is_refused_by_name(recorded: Trajectory, tmp_path: Path) -> None:
     assert recorded.path is not None
-    header = recorded.path.read_bytes().splitlines()[0].replace(b'"version":1', b'"version":0')
+    header = recorded.path.read_bytes().splitlines()[0].replace(b'"version":2', b'"version":1')
     body = header[: header.rindex(b',"crc32"')]
     path = tmp_path / "old.jsonl"
     path.write_bytes(body + b',"crc32":"%08x"}\n' % zlib.crc32(body))
-    with pytest.raises(TrajectoryFormatError, match="format version 0; this agentkit reads version 1"):
+    with pytest.raises(TrajectoryFormatError, match="format version 1; this agentkit reads version 2"):
         Trajectory.load(path)
 
 
@@ -151,7 +151,13 @@ def test_what_is_no_trajectory_is_refused(tmp_path: Path) -> None:
 
 def header() -> Header:
     return Header(
-        model="m", dialect="v4-preview", effort="high", sampling=Sampling(), tools=(), thinking="auto", metadata={}
+        model="m",
+        dialect="v4-preview",
+        effort="high",
+        sampling=SamplingParams(),
+        tools=(),
+        thinking="auto",
+        metadata={},
     )
 
 

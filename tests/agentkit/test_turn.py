@@ -19,13 +19,16 @@ from agentkit import (
     ScriptedModel,
     Tool,
     ToolMessage,
+    ToolResult,
     Trajectory,
     tool,
 )
-from agentkit.model import Effort, History, ModelSession, Sampling
+from agentkit.model import Effort, History, ModelSession
 from agentkit.models.scripted import Policy, ScriptedToken, ScriptedTokens
 from agentkit.models.tokens import TokenizedSession
+from agentkit.turn import TurnCalls
 from agentkit_engine.chat import Tokenizer
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import Environment
 
 pytestmark = pytest.mark.anyio
@@ -165,7 +168,7 @@ class GatedModel(ScriptedModel):
 
     @asynccontextmanager
     async def open(
-        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
         gate, (_, tokenizer) = self.gate, self.parts
 
@@ -214,6 +217,95 @@ async def test_reading_starts_while_the_model_still_generates(environment: Envir
     assert [start.early for start in starts] == [True, True, False, False]
     finished = [record for record in result.trajectory.records if isinstance(record, CallFinished)]
     assert len(finished) == 4
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_a_barrier_that_only_reads_does_not_start_early(
+    environment: Environment, tokenizer: Tokenizer, before: int
+) -> None:
+    """It waits for the turn's end like any barrier, and what stands after it waits too."""
+    log: list[str] = []
+    gate = anyio.Event()
+
+    @tool(read_only=True)
+    async def read(n: int) -> str:
+        """Read."""
+        log.append(f"read {n}")
+        return "ok"
+
+    @tool(read_only=True, barrier=True)
+    async def alone() -> str:
+        """Alone."""
+        log.append("alone")
+        return "ok"
+
+    calls: list[tuple[str, dict[str, object]]] = [("read", {"n": n}) for n in range(before)]
+    calls += [("alone", {}), ("read", {"n": before}), ("alone", {})]
+
+    def policy(messages: object, think: bool) -> AssistantTurn:
+        return DONE if gate.is_set() else AssistantTurn(None, "", calls)
+
+    async def open_gate() -> None:
+        for _ in range(50):  # long enough for anything that would start early
+            await anyio.lowlevel.checkpoint()
+        log.append("the turn ends")
+        gate.set()
+
+    agent = Agent(GatedModel(policy, tokenizer, gate), [read, alone])
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(open_gate)
+            result = await agent.run("Q", environment=environment)
+    early = [f"read {n}" for n in range(before)]
+    assert log == [*early, "the turn ends", "alone", f"read {before}", "alone"]
+    starts = [record.early for record in result.trajectory.records if isinstance(record, CallStarted)]
+    assert starts == [True] * before + [False] * 3
+
+
+async def test_tool_time_that_was_spent_in_earlier_turns_counts(script: Script, environment: Environment) -> None:
+    """Each turn stays below the limit; two of them together do not, and the third is never asked for."""
+
+    @tool
+    async def work() -> str:
+        """Work."""
+        await anyio.sleep(0.2)
+        return "ok"
+
+    @tool
+    async def wait() -> str:
+        """Wait."""
+        await anyio.sleep_forever()
+        return ""
+
+    limits = Limits(tool_time_s=0.35, max_turns=5)
+    model = script(AssistantTurn(None, "", [("work", {})]))
+    result = await Agent(model, [work], limits=limits).run("Q", environment=environment)
+    assert (result.limit, result.usage.turns) == ("tool_time_s", 2)
+    model = script(AssistantTurn(None, "", [("work", {})]), AssistantTurn(None, "", [("wait", {})]))
+    with anyio.fail_after(30):
+        result = await Agent(model, [work, wait], limits=limits).run("Q", environment=environment)
+    assert (result.limit, result.usage.turns) == ("tool_time_s", 2)
+
+
+async def test_a_spent_tool_time_forbids_the_next_turn(
+    script: Script, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by the clock of the calls, whatever this machine took: the run stops between two turns."""
+
+    @tool
+    async def work() -> str:
+        """Work."""
+        return "ok"
+
+    def finished(self: TurnCalls, stopped: str) -> list[ToolResult]:
+        self.time_s = 3.0
+        return results_of(self, stopped)
+
+    results_of = TurnCalls.results
+    monkeypatch.setattr(TurnCalls, "results", finished)
+    model = script(AssistantTurn(None, "", [("work", {})]))
+    result = await Agent(model, [work], limits=Limits(tool_time_s=6, max_turns=9)).run("Q", environment=environment)
+    assert (result.limit, result.usage.turns, result.usage.tool_time_s) == ("tool_time_s", 2, 6.0)
 
 
 async def test_wall_time_in_generation_stops_early_calls_too(environment: Environment, tokenizer: Tokenizer) -> None:

@@ -24,11 +24,11 @@ from agentkit.agent import Agent
 from agentkit.cli import app
 from agentkit.cli.progress import LiveProgress
 from agentkit.cli.run import Job
-from agentkit.model import Sampling
 from agentkit.models.scripted import Policy, ScriptedModel
 from agentkit.task import EnvironmentConfig, Task
 from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import available_backends
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.run import TrialActed, TrialStarted
@@ -114,23 +114,25 @@ def test_sampling_is_the_models_own_unless_told_otherwise(suite: Path, untrained
     for temperature, expected in ((None, 0.25), ("0", 0.0)):
         more = () if temperature is None else ("--temperature", temperature)
         lock = RunDirectory.open(as_json("eval", suite, "--limit", "1", *options, *more)["run"]).lock
-        assert (lock.temperature, lock.top_p) == (expected, 0.5)
+        assert (lock.sampling.temperature, lock.sampling.top_p) == (expected, 0.5)
         record = tmp_path / f"{expected}.jsonl"
         as_json("run", suite / "first.yaml", "--trajectory", record, "--seed", "3", *options, *more)
-        assert Trajectory.load(record).header.sampling == Sampling(expected, 0.5, 3)
+        assert Trajectory.load(record).header.sampling == SamplingParams(expected, 0.5, seed=3)
 
 
 def test_a_grammar_is_on_when_asked_for(
     suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = (suite, "--limit", "1", "-m", untrained, "--env", "unsafe-local")
-    assert not RunDirectory.open(as_json("eval", *options)["run"]).lock.grammar
+    assert RunDirectory.open(as_json("eval", *options)["run"]).lock.sampling.grammar == "auto"
+    assert RunDirectory.open(as_json("eval", *options, "--no-grammar")["run"]).lock.sampling.grammar is False
     run = RunDirectory.open(as_json("eval", *options, "--grammar")["run"])
     trajectory = run.trajectory(run.trials[0])
-    assert run.lock.grammar and trajectory is not None and trajectory.header.sampling.grammar
+    assert run.lock.sampling.grammar is True and trajectory is not None
+    assert trajectory.header.sampling.grammar is True and trajectory.header.grammar_off is None
     record = tmp_path / "run.jsonl"
     as_json("run", suite / "first.yaml", *options[3:], "--grammar", "--trajectory", record)
-    assert Trajectory.load(record).header.sampling.grammar
+    assert Trajectory.load(record).header.sampling.grammar is True
     monkeypatch.setitem(sys.modules, "llguidance", None)
     for command in (("eval", *options), ("run", suite / "first.yaml", *options[3:])):
         assert "pip install" in agentkit(*command, "--grammar", code=2).output

@@ -246,7 +246,7 @@ def test_directories_that_are_no_run_are_refused_by_name(
     lock = run.path / "run.json"
     text = lock.read_text()
     for broken, message in (
-        (text.replace('"version": 1', '"version": 2'), "has run format 2; this agentkit reads 1"),
+        (text.replace('"version": 2', '"version": 1'), "has run format 1; this agentkit reads 2"),
         (text.replace('"epochs": 1', '"epochs": "x"'), "is damaged: "),
         (text[:-5], "cannot be read: "),
         ("[]", "is not the run.json of a run"),

@@ -205,8 +205,3 @@ def cut(text: str, max_bytes: int) -> str:
     middle = data[len(head.encode()) : len(data) - len(tail.encode())]
     count = len(middle) + sum(int(notice[1]) - len(notice[0]) for notice in CUT_NOTICE.finditer(middle))
     return f"{head}\n[... {count} bytes cut ...]\n{tail}"
-
-
-def as_tool(function_or_tool: Tool | Callable[..., Any]) -> Tool:
-    """Return a tool as it is, and a plain function as the tool that `@tool` makes of it."""
-    return function_or_tool if isinstance(function_or_tool, Tool) else tool(function_or_tool)

@@ -100,7 +100,8 @@ class _Run:
 
 async def _converse(model: Model, turns: int) -> _Run:
     async with await open_environment(backend="unsafe-local") as environment:
-        agent = Agent(model, [nothing], effort="none", limits=Limits(max_turns=None))
+        sampling = model.sampling.override(grammar=False)  # ids that a grammar forces would be fed, not sampled
+        agent = Agent(model, [nothing], effort="none", sampling=sampling, limits=Limits(max_turns=None))
         start = time.perf_counter()
         result = await agent.run("Do nothing, often.", environment=environment)
         elapsed_s = time.perf_counter() - start

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
-from agentkit.model import Effort, History, ModelSession, Sampling
+from agentkit.model import Effort, History, ModelSession
 from agentkit.models.embedded import EngineTokens
 from agentkit.models.scripted import Policy, ScriptedTokens
 from agentkit.models.tokens import TokenizedSession
@@ -25,13 +25,13 @@ class SteeredModel:
 
     def __init__(self, running: AsyncEngine, policy: Policy) -> None:
         self.name = f"{running.engine.name}, steered"
-        self.sampling = Sampling(temperature=0)
+        self.sampling = SamplingParams(temperature=0)
         self._running = running
         self._policy = policy
 
     @asynccontextmanager
     async def open(
-        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
         """See `Model.open`; sampling makes no difference to a script."""
         engine = self._running.engine

@@ -53,6 +53,7 @@ def command(
         backend=env.value,
         seed=chosen,
         temperature=temperature,
+        grammar=False,  # the headline solve rates are those of the model alone
         console=console,
     )
     result = evaluation.as_json(finished)

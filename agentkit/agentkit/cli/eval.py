@@ -35,7 +35,7 @@ def command(
     ] = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
-    grammar: GrammarFlag = False,
+    grammar: GrammarFlag = None,
     env: EnvFlag = None,
     out: OutFlag = None,
     cache_dir: CacheFlag = None,

@@ -39,7 +39,7 @@ def evaluate(
     temperature: float | None,
     console: Console,
     cache_dir: Path | None = None,
-    grammar: bool = False,
+    grammar: bool | None = None,
 ) -> Finished:
     """Run a suite on an embedded model with live progress on `console`, and write the report, after Ctrl-C too.
 

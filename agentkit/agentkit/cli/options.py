@@ -37,8 +37,11 @@ TemperatureFlag = Annotated[
     ),
 ]
 GrammarFlag = Annotated[
-    bool,
-    typer.Option("--grammar", help="Calls name real tools and parameters, with values that fit. Needs llguidance."),
+    bool | None,
+    typer.Option(
+        "--grammar/--no-grammar",
+        help="Hold calls to the schemas of the tools. By default where a grammar can be built; --grammar insists.",
+    ),
 ]
 CacheFlag = Annotated[
     Path | None,

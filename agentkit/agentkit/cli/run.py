@@ -41,7 +41,7 @@ def command(
     env: EnvFlag = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
-    grammar: GrammarFlag = False,
+    grammar: GrammarFlag = None,
     answer_schema: Annotated[
         Path | None,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
@@ -9,13 +10,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from agentkit.model import Effort, History, ModelSession, Sampling
+from agentkit.checks import check_type
+from agentkit.model import Effort, History, ModelSession
 from agentkit.models.grammars import grammar_for
 from agentkit.models.tokens import TokenizedSession
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import Tool
 
 if TYPE_CHECKING:
-    from agentkit_engine import AsyncEngine, AsyncSession, Engine, SampledToken, SamplingParams
+    import torch
+
+    from agentkit_engine import AsyncEngine, AsyncSession, Engine, SampledToken
+    from agentkit_engine.grammar import Grammar
 
 
 class EmbeddedModel:
@@ -25,26 +31,39 @@ class EmbeddedModel:
     that was not entered runs a thread of its own for each session.
     """
 
-    def __init__(self, engine: AsyncEngine | Engine | str | Path, *, cache_dir: Path | None = None) -> None:
-        """Load the engine, if it is not one yet; then `cache_dir` is where it keeps what it computed, on disk.
+    def __init__(
+        self,
+        engine: AsyncEngine | Engine | str | Path,
+        *,
+        cache_dir: str | Path | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Take an engine, or load one: then `device` says where, and `cache_dir` is where it keeps what it computed.
 
         Raises:
-            ModelNotFoundError, CheckpointError: as `Engine.load`.
+            TypeError: `engine` is no engine, name or folder; or it is an engine, and `cache_dir` or `device` is given.
+            ModelNotFoundError, CheckpointError and others: as `Engine.load`.
             TokenizerMissingError: the model's folder has no tokenizer.
         """
         from agentkit_engine import AsyncEngine, Engine
 
+        expected = '"tiny", a checkpoint folder, an Engine or an AsyncEngine'
+        check_type("EmbeddedModel(engine)", engine, AsyncEngine | Engine | str | Path, expected)
+        check_type("EmbeddedModel(cache_dir=...)", cache_dir, str | Path | None, "a folder or None")
+        if isinstance(engine, AsyncEngine | Engine) and (cache_dir, device) != (None, None):
+            raise TypeError("EmbeddedModel loads no engine here; give cache_dir and device to Engine.load")
         self._running = engine if isinstance(engine, AsyncEngine) else None
+        self.engine: Engine
         if isinstance(engine, AsyncEngine):
-            self.engine: Engine = engine.engine
+            self.engine = engine.engine
         elif isinstance(engine, Engine):
             self.engine = engine
         else:
-            self.engine = Engine.load(engine, cache_dir=cache_dir)
+            self.engine = Engine.load(engine, cache_dir=cache_dir, device="cpu" if device is None else device)
             self.engine.warm_up()
         self.name = self.engine.name
         self.tokenizer = self.engine.tokenizer
-        self.sampling = Sampling(temperature=self.engine.sampling.temperature, top_p=self.engine.sampling.top_p)
+        self.sampling = self.engine.sampling
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -62,7 +81,7 @@ class EmbeddedModel:
 
     @asynccontextmanager
     async def open(
-        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
         """See `Model.open`.
 
@@ -71,22 +90,23 @@ class EmbeddedModel:
         """
         from agentkit_engine import AsyncEngine
 
-        grammar, _ = await grammar_for(self.engine, tools, sampling)
-        params = replace(
-            self.engine.sampling,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop_ids=frozenset((self.tokenizer.eos_id,)),
-            grammar=grammar,
-        )
+        params = replace(sampling, stop_ids=sampling.stop_ids | {self.tokenizer.eos_id})
+        grammar, grammar_off = await grammar_for(self.engine, tools, sampling)
         async with AsyncExitStack() as stack:
             running = self._running
             if running is None:
                 running = await stack.enter_async_context(AsyncEngine(self.engine))
             engine_session = await stack.enter_async_context(running.session())
-            tokens = EngineTokens(engine_session, params, max_length=self.engine.spec.max_position_embeddings)
-            session = TokenizedSession(tokens, self.tokenizer, tools=tools, effort=effort, dialect=self.engine.dialect)
+            max_length = self.engine.spec.max_position_embeddings
+            tokens = EngineTokens(engine_session, params, grammar=grammar, max_length=max_length)
+            session = TokenizedSession(
+                tokens,
+                self.tokenizer,
+                tools=tools,
+                effort=effort,
+                dialect=self.engine.dialect,
+                grammar_off=grammar_off,
+            )
             if history is not None:
                 await session.restore(history)
             yield session
@@ -95,8 +115,11 @@ class EmbeddedModel:
 class EngineTokens:
     """A `TokenSession` over an engine session."""
 
-    def __init__(self, session: AsyncSession, params: SamplingParams, *, max_length: int) -> None:
+    def __init__(
+        self, session: AsyncSession, params: SamplingParams, *, grammar: Grammar | None = None, max_length: int
+    ) -> None:
         self.max_length = max_length
+        self._grammar = grammar
         self._session = session
         self._params = params
 
@@ -125,6 +148,7 @@ class EngineTokens:
 
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
         """Sample on with the model's parameters."""
-        async with aclosing(self._session.generate(replace(self._params, max_tokens=max_tokens))) as tokens:
+        params = replace(self._params, max_tokens=max_tokens)
+        async with aclosing(self._session.generate(params, grammar=self._grammar)) as tokens:
             async for token in tokens:
                 yield token

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
-from agentkit.model import Sampling
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import Tool
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammar
 
 
-async def grammar_for(engine: Engine, tools: Sequence[Tool], sampling: Sampling) -> tuple[Grammar | None, str | None]:
+async def grammar_for(engine: Engine, tools: Sequence[Tool], sampling: SamplingParams) -> tuple[Grammar | None, str | None]:
     """Make the grammar of a session's turns, in a thread, so that other sessions go on.
 
     Returns:

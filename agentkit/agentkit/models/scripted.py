@@ -9,14 +9,19 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 from anyio.lowlevel import checkpoint
 
+import agentkit_engine
+from agentkit.checks import check_type
 from agentkit.messages import Message
-from agentkit.model import Dialect, Effort, History, ModelSession, Sampling
+from agentkit.model import Dialect, Effort, History, ModelSession
 from agentkit.models.tokens import TokenizedSession
 from agentkit_engine.chat import Tokenizer, encode_completion_ids
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import Tool
 
 
@@ -29,6 +34,12 @@ class AssistantTurn:
     calls: Sequence[tuple[str, Mapping[str, Any]]] = ()
 
 
+@cache
+def packaged_tokenizer() -> Tokenizer:
+    """The tokenizer of the packaged model `tiny`; reading it takes no torch."""
+    return Tokenizer.from_dir(Path(agentkit_engine.__file__).parent / "tiny")
+
+
 Policy = Callable[[Sequence[Message], bool], AssistantTurn | Sequence[int]]
 """From the conversation so far and whether this turn thinks, the next turn; as raw ids where no message says it."""
 
@@ -37,21 +48,36 @@ class ScriptedModel:
     """A `Model` whose every turn comes from `policy(messages, think)`."""
 
     def __init__(
-        self, policy: Policy, tokenizer: Tokenizer, *, name: str = "scripted", dialect: Dialect = "v4-preview"
+        self,
+        policy: Policy,
+        tokenizer: Tokenizer | None = None,
+        *,
+        name: str = "scripted",
+        dialect: Dialect = "v4-preview",
     ) -> None:
+        """A model that says what `policy` says, in the ids of `tokenizer`; by default the packaged model's.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type, or no dialect has that name.
+        """
+        if not callable(policy):
+            raise TypeError(f"ScriptedModel(policy) must be a function of (messages, think), got {policy!r}")
+        check_type("ScriptedModel(tokenizer=...)", tokenizer, Tokenizer | None, "a Tokenizer or None")
+        if dialect not in get_args(Dialect):
+            raise ValueError(f"dialect must be one of {', '.join(get_args(Dialect))}, got {dialect!r}")
         self.name = name
-        self.sampling = Sampling()
+        self.sampling = SamplingParams()
+        self.tokenizer = tokenizer or packaged_tokenizer()
         self._policy = policy
-        self._tokenizer = tokenizer
         self._dialect: Dialect = dialect
 
     @asynccontextmanager
     async def open(
-        self, *, tools: Sequence[Tool], effort: Effort, sampling: Sampling, history: History | None = None
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
         """See `Model.open`; sampling makes no difference to a script."""
-        tokens = ScriptedTokens(self._policy, self._tokenizer)
-        session = TokenizedSession(tokens, self._tokenizer, tools=tools, effort=effort, dialect=self._dialect)
+        tokens = ScriptedTokens(self._policy, self.tokenizer)
+        session = TokenizedSession(tokens, self.tokenizer, tools=tools, effort=effort, dialect=self._dialect)
         tokens.messages = session.messages
         if history is not None:
             await session.restore(history)
@@ -63,6 +89,7 @@ class ScriptedToken(NamedTuple):
 
     id: int
     logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
     forced: bool = False
 
 

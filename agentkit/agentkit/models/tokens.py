@@ -15,6 +15,7 @@ from agentkit.messages import AssistantMessage, Message, to_openai_all
 from agentkit.model import (
     CallMalformed,
     CallReady,
+    CallsWithdrawn,
     Dialect,
     Effort,
     Generated,
@@ -29,6 +30,7 @@ from agentkit.model import (
     ThoughtCut,
     Usage,
 )
+from agentkit.repetition import IN_CALLS, is_due, repeats
 from agentkit.trajectory import Trajectory
 from agentkit_engine import chat
 from agentkit_engine.chat import StreamParser, Tokenizer
@@ -47,6 +49,9 @@ class Sampled(Protocol):
 
     @property
     def logprob(self) -> float: ...
+
+    @property
+    def top(self) -> tuple[tuple[int, float], ...]: ...
 
     @property
     def forced(self) -> bool: ...
@@ -98,8 +103,10 @@ class TokenizedSession:
         tools: Sequence[Tool],
         effort: Effort,
         dialect: Dialect,
+        grammar_off: str | None = "the model does not use one",
     ) -> None:
         self.dialect: Dialect = dialect
+        self.grammar_off = grammar_off
         self.messages: list[Message] = []
         self.segments: list[Segment] = []
         self.usage = Usage()
@@ -138,10 +145,18 @@ class TokenizedSession:
             ContextFullError: the unread messages do not fit into the context; nothing of them was fed.
         """
         room = await self._feed_prompt(think)
-        parser = StreamParser(think, tokenizer=self._tokenizer, turn=self._turn, tools=self._tools)
+        parser = StreamParser(
+            think,
+            tokenizer=self._tokenizer,
+            turn=self._turn,
+            tools=self._tools,
+            calls=bool(self._tools),
+            ends_after_block=self.grammar_off is None,
+        )
         thinking, thought, sampled, length, last_id = think, 0, 0, 0, -1
         run: list[Sampled] = []  # all sampled, or all forced
-        cut = True
+        said: list[int] = []  # all ids of the turn
+        cut, repeated = True, False
         try:
             while cut:
                 cut = False
@@ -152,6 +167,7 @@ class TokenizedSession:
                         if run and run[-1].forced != token.forced:
                             self._record_run(run)
                         run.append(token)
+                        said.append(last_id)
                         sampled += not token.forced
                         length += 1
                         thought += thinking
@@ -163,9 +179,10 @@ class TokenizedSession:
                             if event := _model_event(new):
                                 yield event
                         full = length == room and last_id != self._eos
+                        repeated = self._repeats(said, limits, in_block=parser.in_block)
                         spent = thinking and thought == limits.max_thinking_tokens
-                        cut = spent and not full and sampled != limits.max_tokens
-                        if cut or full:
+                        cut = spent and not full and not repeated and sampled != limits.max_tokens
+                        if cut or full or repeated:
                             break
                 if cut:
                     self._record_run(run)
@@ -182,7 +199,7 @@ class TokenizedSession:
                 closing = [self._think_end, self._eos] if thinking else [self._eos]
                 with anyio.CancelScope(shield=True):
                     await self._force(closing)
-            last = [*parser.feed(closing), *parser.finish()]
+            last = parser.finish(stopped=last_id != self._eos)
             message = _message(parser.message, think)
             self.messages.append(message)
             self._turn += 1
@@ -200,8 +217,14 @@ class TokenizedSession:
         for new in last:
             if event := _model_event(new):
                 yield event
-        reason: StopReason = "context" if length == room and sampled != limits.max_tokens else "max_tokens"
-        yield Generated(message, "stop" if last_id == self._eos else reason)
+        reason: StopReason = "stop"  # by the end of sentence, or by a stop id or text of the caller's
+        if last_id != self._eos and sampled == limits.max_tokens:
+            reason = "max_tokens"
+        elif last_id != self._eos and length == room:
+            reason = "context"
+        elif repeated:
+            reason = "repetition"
+        yield Generated(message, reason)
 
     async def _feed_prompt(self, think: bool) -> int | None:
         """Feed what is unread; how many ids may now be sampled, None without bound."""
@@ -231,6 +254,12 @@ class TokenizedSession:
         self._unread.clear()
         return room
 
+    def _repeats(self, said: list[int], limits: GenerationLimits, *, in_block: bool) -> bool:
+        bound = limits.max_repeated_tokens
+        if bound is None or not is_due(len(said), bound):
+            return False
+        return repeats(said, bound * IN_CALLS if in_block else bound, self._tokenizer.token_bytes)
+
     async def _force(self, ids: list[int]) -> None:
         await self._tokens.append(ids)
         self._record(Segment("forced", tuple(ids)))
@@ -238,8 +267,11 @@ class TokenizedSession:
     def _record_run(self, run: list[Sampled]) -> None:
         if run:
             ids = tuple(token.id for token in run)
-            forced = run[0].forced
-            self._record(Segment("forced", ids) if forced else Segment("sampled", ids, tuple(t.logprob for t in run)))
+            if run[0].forced:
+                self._record(Segment("forced", ids))
+            else:
+                top = tuple(token.top for token in run) if run[0].top else ()
+                self._record(Segment("sampled", ids, tuple(token.logprob for token in run), top))
             run.clear()
 
     def _record(self, segment: Segment) -> None:
@@ -310,6 +342,8 @@ def _model_event(parsed: chat.ParseEvent) -> ModelEvent | None:
             return CallReady(parsed.index, ToolCall(parsed.id, parsed.name, parsed.arguments_json))
         case chat.CallMalformed():
             return CallMalformed(parsed.index, parsed.name, parsed.error)
+        case chat.CallsWithdrawn():
+            return CallsWithdrawn(parsed.first)
         case _:
             return None
 

@@ -1,0 +1,74 @@
+"""What a caller did wrong is said at once, with what to do instead: arguments of constructors, blocking calls."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from types import UnionType
+from typing import TypeVar
+
+import anyio
+
+from agentkit.errors import RunningLoopError
+
+T = TypeVar("T")
+
+
+def check_type(name: str, value: object, types: type | UnionType, expected: str) -> None:
+    """Refuse a value that is no instance of `types`.
+
+    Raises:
+        TypeError: with `name`, what was `expected`, and what was given.
+    """
+    if not isinstance(value, types):
+        hint = f"; make an instance of it: {value.__name__}()" if isinstance(value, type) else ""
+        raise TypeError(f"{name} must be {expected}, got {value!r}{hint}")
+
+
+M = TypeVar("M")
+
+
+def check_model(model: M) -> M:
+    """The model, if an agent can run on it.
+
+    Raises:
+        TypeError: it is none; an engine needs an `EmbeddedModel` around it.
+    """
+    rooms = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+    if "agentkit_engine" in rooms or not all(hasattr(model, name) for name in ("name", "sampling", "open")):
+        hint = "EmbeddedModel(engine)" if "agentkit_engine" in rooms else 'a checkpoint folder, or "tiny"'
+        raise TypeError(f"Agent(model=...) must be a model, {hint}; got {model!r}")
+    return model
+
+
+def check_positive(name: str, value: object, *, whole: bool, none: bool = False) -> None:
+    """Refuse what is no positive number: a `whole` one (a bool is none), or a finite one; `none` allows None.
+
+    Raises:
+        TypeError: it is no such number at all.
+        ValueError: it is zero, negative, infinite or NaN.
+    """
+    if value is None and none:
+        return
+    or_none = " or None" if none else ""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number{or_none}, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive{or_none}, got {value!r}{'; None means no limit' if none else ''}")
+
+
+def run_blocking(start: Callable[[], Awaitable[T]], *, instead: str) -> T:
+    """Run what `start` returns in an event loop of its own.
+
+    Raises:
+        RunningLoopError: this thread runs an event loop already; the message says `instead`.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return anyio.run(start)
+    raise RunningLoopError(
+        f"an event loop is running in this thread already (a notebook has one), and it cannot be blocked; "
+        f"write `{instead}` there"
+    )
