@@ -366,7 +366,9 @@ class StreamParser:
         elif text and self._block is not None:
             block = self._block
             block.text.add(text)
-            if block.state != "value" and len(block.ink) < 3:
+            if block.state == "value":
+                return
+            if len(block.ink) < 3:
                 block.ink = (block.ink + text).strip()
             if block.state == "between" and block.ink not in _LEADS:
                 if block.closed:
@@ -698,10 +700,12 @@ class StreamParser:
     def _give(self, text: str) -> None:
         """Give out text, but for its end when that can still belong to a tag."""
         text = self._held + text
-        held = _HELD.search(text, max(0, len(text) - 4))
-        cut = held.start() if held else len(text)
-        self._held = text[cut:]
-        self._emit(self._mode, text[:cut])
+        self._held = ""
+        if text[-1:] in ("\n", "<", "/"):
+            held = _HELD.search(text, max(0, len(text) - 4))
+            if held is not None:
+                text, self._held = text[: held.start()], held.group()
+        self._emit(self._mode, text)
 
     def _flush(self) -> None:
         """Give out what was held back."""
@@ -721,8 +725,9 @@ class StreamParser:
             self._events.append(TextDelta(text))
 
     def _emit_carried(self) -> None:
-        carried, self._carried = self._carried, ""
-        self._emit("reasoning", carried)
+        if self._carried:
+            carried, self._carried = self._carried, ""
+            self._emit("reasoning", carried)
 
     def _take_events(self) -> list[ParseEvent]:
         events, self._events = self._events, []

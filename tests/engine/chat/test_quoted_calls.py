@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -404,7 +405,7 @@ pieces = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(pieces=pieces, think=st.booleans(), cuts=st.lists(st.integers(0, 300), max_size=5))
 def test_any_text_however_cut(pieces: list[str], think: bool, cuts: list[int]) -> None:
     text = "".join(pieces) + E
@@ -416,7 +417,8 @@ def test_any_text_however_cut(pieces: list[str], think: bool, cuts: list[int]) -
     if read.calls and not read.errors:  # then nothing but white space follows the last block
         end = max(text.rindex("invoke"), text.rfind("tool_calls>"), text.rfind("function_calls>"))
         rest = text[end:].partition(">")[2]
-        assert not rest.replace("</think>", "").replace("<think>", "").replace(E, "").replace(D, "").strip("<\n /")
+        rest = re.sub(rf"</?think>|</(?:{D})*[a-z_]*>?|{D}", "", rest.removesuffix(E))  # closing tags too many
+        assert not rest.strip("<\n ")
     in_answer = think and "</think>" not in text
     assert not in_answer or read.content == ""
 
