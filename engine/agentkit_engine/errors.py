@@ -19,7 +19,9 @@ EngineError
     ├── ContextLengthError    more ids than the model has positions
     └── NonFiniteLogitsError  the model computed NaN or infinity, so nothing can be sampled
 
-A wrong argument (a negative temperature, say) is a `ValueError`, as everywhere in Python.
+SamplingParamsError (ValueError, TypeError)  a field of SamplingParams has the wrong type, or is outside its range
+
+Any other wrong argument is a `ValueError`, as everywhere in Python.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ from pathlib import Path
 
 class EngineError(Exception):
     """Base of every error this room raises on purpose."""
+
+
+class SamplingParamsError(ValueError, TypeError):
+    """A field of `SamplingParams` has the wrong type or is outside its range; names it, what was given and expected."""
 
 
 class ModelNotFoundError(EngineError):

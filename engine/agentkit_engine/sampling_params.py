@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import ConfigDict, PlainSerializer
 
+from agentkit_engine.errors import SamplingParamsError
+
 GrammarMode = Literal["auto"] | bool
 
 
@@ -58,8 +60,7 @@ class SamplingParams:
     engine's session takes the grammar that `Engine.grammars` made as an argument of its own.
 
     Raises:
-        TypeError: a value has the wrong type (a bool is no number).
-        ValueError: a value is outside its range.
+        SamplingParamsError: a value has the wrong type (a bool is no number), or is outside its range.
     """
 
     temperature: float = 1.0
@@ -94,7 +95,7 @@ class SamplingParams:
         )
         self._set("stop", tuple(_text(text) for text in _items("stop", self.stop)))
         if not (isinstance(self.grammar, bool) or self.grammar == "auto"):
-            raise ValueError(f'grammar must be "auto", True or False, got {self.grammar!r}')
+            raise SamplingParamsError(f'grammar must be "auto", True or False, got {self.grammar!r}')
         if self.answer_schema is not None:
             _mapping("answer_schema", self.answer_schema)
 
@@ -102,7 +103,8 @@ class SamplingParams:
         """The same, with these fields changed; None leaves a field as it is.
 
         Raises:
-            TypeError, ValueError: as for `SamplingParams`; a TypeError too for a field that does not exist.
+            SamplingParamsError: as for `SamplingParams`.
+            TypeError: no field has that name.
         """
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
@@ -142,44 +144,44 @@ _INTEGERS: Final[dict[str, int | None]] = {"top_k": 1, "seed": None, "max_tokens
 
 def _number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {value!r}")
+        raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
     if not (math.isfinite(value) and fits(float(value))):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
     return float(value)
 
 
 def _integer(name: str, value: object, least: int | None) -> int:
     expected = "an integer" if least is None else f"an integer >= {least}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be {expected}, got {value!r}")
+        raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
     if least is not None and value < least:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
     return int(value)
 
 
 def _bias(token_id: int, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"logit_bias must map ids to numbers, got {token_id}: {value!r}")
+        raise SamplingParamsError(f"logit_bias must map ids to numbers, got {token_id}: {value!r}")
     if math.isnan(value) or value == math.inf:
-        raise ValueError(f"logit_bias must map ids to numbers below infinity, got {token_id}: {value!r}")
+        raise SamplingParamsError(f"logit_bias must map ids to numbers below infinity, got {token_id}: {value!r}")
     return float(value)
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"stop must be a tuple of texts that are not empty, got {value!r} in it")
+        raise SamplingParamsError(f"stop must be a tuple of texts that are not empty, got {value!r} in it")
     if not value:
-        raise ValueError("stop must be a tuple of texts that are not empty, got '' in it")
+        raise SamplingParamsError("stop must be a tuple of texts that are not empty, got '' in it")
     return value
 
 
 def _mapping(name: str, value: object) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping, got {value!r}")
+        raise SamplingParamsError(f"{name} must be a mapping, got {value!r}")
     return value
 
 
 def _items(name: str, value: object) -> Iterable[Any]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a collection, such as a tuple; got {value!r}")
+        raise SamplingParamsError(f"{name} must be a collection, such as a tuple; got {value!r}")
     return value
