@@ -15,7 +15,15 @@ import typer.testing
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from agentkit import Header, Sampling, Segment, Trajectory, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
+from agentkit import (
+    Header,
+    SamplingParams,
+    Segment,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryFormatError,
+    TrajectoryWriteError,
+)
 from agentkit.cli import app
 from agentkit.errors import TaskFileError
 from agentkit.task import MAX_YAML_NODES, Task, load_task
@@ -60,7 +68,7 @@ def line(seq: int, record: bytes, time_s: bytes = b"0.5") -> bytes:
 @pytest.fixture
 def good(tmp_path: Path) -> bytes:
     path = tmp_path / "good.jsonl"
-    header = Header("m", "v4-preview", "high", Sampling(), (), "auto", metadata={"a": [1]})
+    header = Header("m", "v4-preview", "high", SamplingParams(), (), "auto", metadata={"a": [1]})
     trajectory = Trajectory(header, path)
     trajectory.append(Segment("sampled", (7, 1), (-0.25, -1.5)))
     trajectory.close()

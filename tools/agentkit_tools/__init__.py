@@ -17,7 +17,6 @@ from agentkit_tools.tool import (
     ToolContext,
     ToolOutput,
     ToolResult,
-    as_tool,
     cut,
     unknown_tool,
 )
