@@ -87,8 +87,8 @@ def test_a_trial_counts_once(run: Path) -> None:
 
 
 LOCKS: list[dict[str, Any]] = [
-    {"temperature": float("nan")},
-    {"temperature": float("inf")},
+    {"sampling": {"temperature": float("nan")}},
+    {"sampling": {"temperature": float("inf")}},
     {"epochs": 0},
     {"epochs": 2**70},
     {"epochs": True},
