@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammar
 
 
-async def grammar_for(engine: Engine, tools: Sequence[Tool], sampling: SamplingParams) -> tuple[Grammar | None, str | None]:
+async def grammar_for(
+    engine: Engine, tools: Sequence[Tool], sampling: SamplingParams
+) -> tuple[Grammar | None, str | None]:
     """Make the grammar of a session's turns, in a thread, so that other sessions go on.
 
     Returns:
