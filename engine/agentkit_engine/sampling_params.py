@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import ConfigDict, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, PlainSerializer
 
 from agentkit_engine.errors import SamplingParamsError
 
@@ -16,11 +16,25 @@ GrammarMode = Literal["auto"] | bool
 
 
 def _spell_infinity(bias: Mapping[int, float]) -> dict[int, float | str]:
-    """JSON has no infinity: pydantic reads this text back as -inf, where its own default would write null."""
+    """JSON has no infinity, and pydantic would write null."""
     return {token_id: value if math.isfinite(value) else "-Infinity" for token_id, value in bias.items()}
 
 
-LogitBias = Annotated[Mapping[int, float], PlainSerializer(_spell_infinity, when_used="json")]
+def _read_infinity(bias: object) -> object:
+    """The other way round, for readers that are strict about numbers; keys are texts in JSON too."""
+    if not isinstance(bias, Mapping):
+        return bias
+    return {
+        int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key: (
+            -math.inf if value == "-Infinity" else value
+        )
+        for key, value in bias.items()
+    }
+
+
+LogitBias = Annotated[
+    Mapping[int, float], BeforeValidator(_read_infinity), PlainSerializer(_spell_infinity, when_used="json")
+]
 
 
 @dataclass(frozen=True, slots=True)
