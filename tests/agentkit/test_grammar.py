@@ -105,6 +105,24 @@ async def test_a_tool_that_no_grammar_can_hold_leaves_the_run_alone(
     assert grammar is not None and told is not None and "'odd'" in told
 
 
+async def test_by_default_what_is_not_held_to_a_grammar_is_recorded(
+    tiny: EmbeddedModel, environment: Environment
+) -> None:
+    """Keywords are not told, since nobody asked for them; a tool that is not held to its schema is."""
+    assert tiny.sampling.grammar == "auto"
+    unique = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    odd = CommandTool("odd", "", {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}, "true")
+    agent = Agent(tiny, [get_weather, CommandTool("unique", "", unique, "true")], limits=Limits(max_tokens=300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        held = await agent.run("What is the weather in Oslo?", environment=environment)
+    assert held.trajectory.header.grammar_off is None and held.usage.forced_tokens > 0
+    agent = Agent(tiny, [get_weather, odd], limits=Limits(max_tokens=300))
+    with pytest.warns(GrammarWarning, match="calls of tool 'odd' are not held to its schema"):
+        told = await agent.run("What is the weather in Oslo?", environment=environment)
+    assert "'odd'" in (told.trajectory.header.grammar_off or "")
+
+
 async def test_the_loop_goes_on_while_a_grammar_is_made(tiny: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, release = threading.Event(), threading.Event()
     calls = tiny.engine.grammars.calls
