@@ -1,36 +1,51 @@
 """How a command ends: an exit code that means the same everywhere, and an error a person can act on.
 
-0   it ran, and met the threshold when one was given
-1   it ran, and the mean reward is below the threshold, or no answer fits the schema that was given
+0   it ran; `run` has an answer, with reward 1 where the task has a verifier; `eval` met --threshold if one was given
+1   `run`: no answer, an answer that does not fit the schema, a limit, or a reward below 1; `eval`: below --threshold;
+    `check`: a task that is not sound
 2   usage: a flag, a file, a model or a family that is wrong
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk that failed
-130 Ctrl-C
+130 Ctrl-C; 143 SIGTERM; 141 standard output was closed by its reader
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import IntEnum
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec, TypeVar
 
+import anyio
 import typer
 
+from agentkit.cli import signals
+from agentkit.cli.terminal import visible
+
 P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
     """See the module's docstring."""
 
     OK = 0
-    BELOW_THRESHOLD = 1
+    UNSOLVED = 1
     USAGE = 2
     INFRASTRUCTURE = 3
     INTERRUPTED = 130
+    PIPE_CLOSED = 141
 
 
-def ends_well(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
+EXIT_CODES = (
+    "Exit codes: 0 solved (of `run`), ran (and met --threshold); 1 no answer, a limit, an invalid answer or a reward "
+    "below 1 (of `run`), or below --threshold; 2 usage; 3 infrastructure; 130 Ctrl-C; 143 SIGTERM."
+)
+
+
+def ends_well(command: Callable[P, int | None]) -> Callable[P, None]:
     """Wrap a command: what it returns, or what it raises, becomes the exit code; an error of ours is one message.
 
     An exception that is nobody's on purpose is a defect, and keeps its traceback.
@@ -39,24 +54,70 @@ def ends_well(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            code = command(*args, **kwargs) or ExitCode.OK
+            code: int = command(*args, **kwargs) or ExitCode.OK
+            sys.stdout.flush()
         except KeyboardInterrupt:
-            typer.echo("Interrupted.", err=True)
-            code = ExitCode.INTERRUPTED
+            typer.echo(signals.words(), err=True)
+            code = signals.status()
         except Exception as exc:
             from agentkit.errors import first_cause
 
             cause = first_cause(exc)
-            found = code_of(cause)
-            if found is None:
+            if isinstance(cause, typer.Exit | typer.Abort) or type(cause).__module__.startswith("typer."):
                 raise
-            typer.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(str(cause), err=True)
-            code = found
-        sys.stdout.flush()
+            if isinstance(cause, BrokenPipeError):
+                code = ExitCode.PIPE_CLOSED
+            else:
+                found = code_of(cause)
+                if found is None:
+                    raise
+                typer.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+                typer.echo(visible(str(cause)), err=True)
+                code = found
         raise typer.Exit(code)
 
     return wrapper
+
+
+def run(function: Callable[[], Awaitable[T]]) -> T:
+    """`anyio.run`, cancelled by the first Ctrl-C or SIGTERM.
+
+    Raises:
+        KeyboardInterrupt: a signal came, and what ran has ended.
+    """
+    result: list[T] = []
+
+    async def cancellable() -> None:
+        loop = asyncio.get_running_loop()
+        with anyio.CancelScope() as scope:
+            # A signal handler may call into a running loop in no other way.
+            signals.cancel_with(lambda: loop.call_soon_threadsafe(scope.cancel))
+            try:
+                result.append(await function())
+            finally:
+                signals.cancel_with(None)
+
+    anyio.run(cancellable)
+    if signals.received() or not result:
+        raise KeyboardInterrupt
+    return result[0]
+
+
+def leave(code: object) -> NoReturn:
+    """End the process with this status: standard output is flushed, and a late signal no longer changes anything."""
+    signals.ignore()
+    status = code if isinstance(code, int) else int(code is not None)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = status or ExitCode.PIPE_CLOSED
+    except OSError as exc:
+        status = status or ExitCode.INFRASTRUCTURE
+        typer.echo(f"Error: standard output cannot be written: {exc.strerror}", err=True)
+    else:
+        if signals.received() is None:
+            sys.exit(status)
+    os._exit(status)  # the interpreter would flush again and complain; after a signal a library's thread might hang
 
 
 def code_of(exc: BaseException) -> ExitCode | None:

@@ -8,15 +8,12 @@ import typer
 
 from agentkit.cli import cache, check, demo, doctor, run, view
 from agentkit.cli import eval as eval_
-from agentkit.cli.ending import ends_well
+from agentkit.cli.ending import EXIT_CODES, ends_well
 
 app = typer.Typer(
     name="agentkit",
     help="Tool-using agents on a model that lives in the same process.",
-    epilog=(
-        "Exit codes: 0 ran (and met --threshold), 1 below --threshold, 2 usage, 3 infrastructure, 130 Ctrl-C. "
-        "AGENTKIT_HOME is the folder that holds `runs`; by default the current one."
-    ),
+    epilog=f"{EXIT_CODES} AGENTKIT_HOME is the folder that holds `runs`; by default the current one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,8 +37,3 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """The entry point of the `agentkit` script."""
-    app()
