@@ -13,18 +13,17 @@ Nothing is imported until a name is used, so that the command line can install i
 imports torch; `EmbeddedModel` does when one is built.
 """
 
-from __future__ import annotations
-
 TYPE_CHECKING = False  # type checkers know the name; importing `typing` would take longer than all else here
 if TYPE_CHECKING:
     from agentkit._public import *  # noqa: F403
     from agentkit._public import __all__ as __all__
 else:
-    from importlib import import_module
 
     def __getattr__(name: str) -> object:
         if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
         _public = import_module("agentkit._public")
         globals()["__all__"] = _public.__all__
         globals().update({each: getattr(_public, each) for each in _public.__all__})
@@ -33,5 +32,7 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
+        from importlib import import_module
+
         _public = import_module("agentkit._public")
         return sorted({*globals(), *_public.__all__})

@@ -17,6 +17,7 @@ from agentkit.limits import Limits, Parallelism
 from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import CallMalformed, CallReady, Effort, Generated, Model, ReasoningDelta, Sampling, TextDelta
 from agentkit.models.embedded import EmbeddedModel
+from agentkit.progress import shown_progress
 from agentkit.result import Continue, RunResult
 from agentkit.run import Run
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
@@ -112,10 +113,20 @@ class Agent:
         return await self._run(task, _unheard, environment=environment, path=trajectory, metadata=metadata)
 
     def run_sync(
-        self, task: str, *, trajectory: str | Path | None = None, metadata: dict[str, Any] | None = None
+        self,
+        task: str,
+        *,
+        trajectory: str | Path | None = None,
+        metadata: dict[str, Any] | None = None,
+        progress: bool | None = None,
     ) -> RunResult:
-        """`run` for code that is not async, in a sandbox of its own."""
-        return anyio.run(lambda: self.run(task, trajectory=trajectory, metadata=metadata))
+        """`run` for code that is not async, in a sandbox of its own.
+
+        A run that takes longer than a second keeps a line about itself on standard error, where that is a terminal or
+        `progress` is True.
+        """
+        with shown_progress(progress) as emit:
+            return anyio.run(lambda: self._run(task, emit, environment=None, path=trajectory, metadata=metadata))
 
     async def stream(
         self,
