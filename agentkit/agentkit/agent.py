@@ -135,8 +135,12 @@ class Agent:
         environment: Environment | None = None,
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
+        history: Trajectory | None = None,
     ) -> AsyncGenerator[Event, None]:
         """`run`, giving out each event as it happens; the last one is `RunFinished`.
+
+        With `history` the run goes on from that record, in its file, as `RunResult.continue_` does; `environment` must
+        then be given, and `trajectory` and `metadata` must not.
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`.
         That cancels the run.
@@ -145,7 +149,14 @@ class Agent:
 
         async def drive() -> None:
             with send:
-                await self._run(task, send.send_nowait, environment=environment, path=trajectory, metadata=metadata)
+                await self._run(
+                    task,
+                    send.send_nowait,
+                    environment=environment,
+                    path=trajectory,
+                    metadata=metadata,
+                    history=history,
+                )
 
         with send, receive, _one_error():
             async with anyio.create_task_group() as task_group:

@@ -45,7 +45,9 @@ def test_it_shows_turns_tokens_and_calls_and_goes_away(monkeypatch: pytest.Monke
     assert "\x1b[2J" not in shown
 
 
-@pytest.mark.parametrize(("wanted", "tty", "term"), [(False, True, "xterm"), (None, False, "xterm"), (None, True, "dumb")])
+@pytest.mark.parametrize(
+    ("wanted", "tty", "term"), [(False, True, "xterm"), (None, False, "xterm"), (None, True, "dumb")]
+)
 def test_it_is_silent(wanted: bool | None, tty: bool, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", term)
     terminal = Terminal(tty=tty)

@@ -26,6 +26,7 @@ REPEAT_S = 1.0
 """Signals that come within this time of the first are the same request: a terminal and `make` may both send one."""
 
 _cancel: Callable[[], object] | None = None
+_answer: Callable[[int], bool] | None = None
 _received: tuple[int, float] | None = None
 
 
@@ -63,8 +64,16 @@ def cancel_with(cancel: Callable[[], object] | None) -> None:
     _cancel = cancel
 
 
+def answer_with(answer: Callable[[int], bool] | None) -> None:
+    """From now on ask `answer` about each signal first; what it returns True for has no other effect."""
+    global _answer
+    _answer = answer
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     global _received
+    if _answer is not None and _answer(number):
+        return
     if _received is not None and time.monotonic() - _received[1] < REPEAT_S:
         return
     if _cancel is not None and _received is None:
