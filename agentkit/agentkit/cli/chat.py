@@ -97,7 +97,7 @@ def command(
             f"{trajectory} exists already; a record is never overwritten", param_hint="--trajectory"
         )
     terminal = console()
-    embedded = load_model(model, device=device, cache_dir=cache_dir, console=terminal)
+    embedded = load_model(model, device=device, cache_dir=cache_dir)
     sampling = embedded.sampling.override(seed=seed, **flags.changes())
     agent = Agent(embedded, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens))
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():

@@ -74,7 +74,7 @@ def command(
         f"model {model}, seed {chosen}, {env.value} sandboxes. The model writes every token.",
         soft_wrap=True,
     )
-    embedded = load_model(model, device=device, cache_dir=None, console=terminal)
+    embedded = load_model(model, device=device, cache_dir=None)
     if not as_json:
         show_one(_first(suite), embedded, seed=chosen, sampling=flags.changes(), backend=env.value, console=terminal)
     terminal.print(f"\n[bold]All {len(suite.cases)} tasks, {concurrency} at a time[/]\n")

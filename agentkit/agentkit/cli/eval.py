@@ -90,7 +90,7 @@ def command(
         typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
     directory = run_directory(out, f"{loaded.name}-{model}")
     terminal = console(quiet=as_json)
-    embedded = load_model(model, device=device, cache_dir=cache_dir, console=terminal)
+    embedded = load_model(model, device=device, cache_dir=cache_dir)
     finished = evaluation.evaluate(
         loaded,
         embedded,

@@ -115,7 +115,7 @@ def command(
         schema = _read_schema(answer_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
     terminal = console(quiet=as_json)
-    embedded = load_model(model, device=device, cache_dir=cache_dir, console=terminal)
+    embedded = load_model(model, device=device, cache_dir=cache_dir)
     sampling = embedded.sampling.override(seed=seed, answer_schema=schema, **flags.changes())
     agent = agent_for(task, embedded, sampling)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal)
