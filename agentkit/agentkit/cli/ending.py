@@ -122,11 +122,11 @@ def leave(code: object) -> NoReturn:
 
 def code_of(exc: BaseException) -> ExitCode | None:
     """The exit code of an error that is raised on purpose; None for a defect."""
-    from agentkit.errors import AgentkitError, TaskFileError
+    from agentkit.errors import AgentkitError, TaskFileError, TrajectoryCorruptError, TrajectoryFormatError
     from agentkit_environments import SandboxError
     from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError
 
-    if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError):
+    if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE
     if isinstance(exc, SandboxError | EvalError | AgentkitError | OSError):
         return ExitCode.INFRASTRUCTURE
