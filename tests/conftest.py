@@ -18,6 +18,15 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state_folder(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path, None, None]:
+    """Keep the key of disk caches out of the home folder of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        yield folder
+
+
 class WaitUntil(Protocol):
     def __call__(self, condition: Callable[[], bool], awaited: str, *, timeout_s: float = 20.0) -> None: ...
 

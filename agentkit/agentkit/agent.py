@@ -24,9 +24,9 @@ from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
 from agentkit.trajectory import Header, Trajectory
 from agentkit.turn import TurnCalls
 from agentkit_environments import Environment, SandboxError, open_environment
-from agentkit_tools import BUILTINS, Tool, ToolContext, ToolResult
+from agentkit_tools import BUILTINS, Tool, ToolContext, ToolResult, as_tool
+from agentkit_tools.model_texts import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 
-DEFAULT_SYSTEM: Final = "You are agentkit, an agent that solves tasks with tools."
 KILL_TIMEOUT_S: Final = 0.8
 
 
@@ -39,7 +39,7 @@ class Agent:
     def __init__(
         self,
         model: Model | str | Path,
-        tools: Sequence[Tool] | None = None,
+        tools: Sequence[Tool | Callable[..., Any]] | None = None,
         *,
         system: str | None = None,
         thinking: Thinking | ThinkingPolicy = "auto",
@@ -53,8 +53,8 @@ class Agent:
 
         Args:
             model: A model, or what `EmbeddedModel` takes: `"tiny"` or a checkpoint folder.
-            tools: What the model may call, in prompt order; the built-in tools by default, with an answer's schema
-                without `submit`, whose text no schema binds.
+            tools: What the model may call, in prompt order: tools, and functions as `@tool` takes them; the built-in
+                tools by default, with an answer's schema without `submit`, whose text no schema binds.
             system: The system prompt; `DEFAULT_SYSTEM` by default, none when empty.
             thinking: Which turns think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
@@ -66,6 +66,7 @@ class Agent:
                 bounds of its own.
 
         Raises:
+            ToolDefinitionError: a function that cannot be a tool; the message says what to change.
             ValueError: two tools have the same name, no thinking policy has that name, or `answer_schema` is no schema.
             EngineError: as `EmbeddedModel`.
         """
@@ -77,7 +78,7 @@ class Agent:
         if tools is None:
             tools = [tool for tool in BUILTINS.values() if self.answer_schema is None or tool.name != "submit"]
         self.tools: dict[str, Tool] = {}
-        for tool in tools:
+        for tool in map(as_tool, tools):
             if tool.name in self.tools:
                 raise ValueError(f'two tools are called "{tool.name}"; the model needs to tell them apart')
             self.tools[tool.name] = tool

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, FailFast, Field
 
 from agentkit_tools import ToolCall, ToolResult
 
-STRICT: Final = ConfigDict(extra="forbid")
-"""Read from a file, an unknown key is an error."""
+STRICT: Final = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Read from a file, an unknown key is an error, and so is a number that is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class AssistantMessage:
 
     content: str
     reasoning: str | None = None
-    calls: tuple[ToolCall, ...] = ()
+    calls: Annotated[tuple[ToolCall, ...], FailFast()] = ()
     role: Literal["assistant"] = "assistant"
     __pydantic_config__ = STRICT
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
+
+from pydantic import FailFast
 
 from agentkit.messages import STRICT, AssistantMessage, Message
 from agentkit_tools import Tool, ToolCall
@@ -74,8 +76,8 @@ class Segment:
     """
 
     kind: SegmentKind
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...] = ()
+    ids: Annotated[tuple[int, ...], FailFast()]
+    logprobs: Annotated[tuple[float, ...], FailFast()] = ()
     type: Literal["segment"] = "segment"
     __pydantic_config__ = STRICT
 

@@ -9,12 +9,15 @@
     solution:
       command: grep -c ERROR app.log         # what it prints is the answer
 
-An unknown key, a wrong type, a duplicate key or broken YAML is a `TaskFileError` that names file and line.
+An unknown key, a wrong type, a duplicate key or broken YAML is a `TaskFileError` that names file and line. Values are
+what JSON has: a date is text. Files are bounded in size, and aliases and nesting in what they expand to.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import math
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -35,15 +38,37 @@ from pydantic import (
 )
 
 from agentkit.errors import TaskFileError, TaskSetupError
+from agentkit_engine.untrusted import read_regular, shorten
 from agentkit_environments import Environment, EnvironmentSpec, Limits
 from agentkit_tools import BUILTINS, CommandTool, Tool, ToolDefinitionError
+
+MAX_TIMEOUT_S = 1e7
+MAX_YAML_BYTES = 1 << 19
+MAX_YAML_NODES = 10_000
+MAX_YAML_DEPTH = 50
+MAX_PROBLEMS = 50
+"""Of one file, in one error."""
+MAX_FILE_BYTES = 16 << 20
+"""Of all files that one YAML file names with `!file`, together."""
 
 
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
-        raise ValueError(f"{path!r} must be a relative path without '..'")
+        raise ValueError(f"{shorten(path)} must be a relative path without '..'")
     return path
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not have a NUL character, which no command line can carry")
+    return text
+
+
+def _variable(name: str) -> str:
+    if not name or "=" in name or "\0" in name:
+        raise ValueError(f"{shorten(name)} is no name of a variable; write `NAME: value`")
+    return name
 
 
 def _built_in(name: str) -> str:
@@ -52,6 +77,7 @@ def _built_in(name: str) -> str:
     return name
 
 
+Shell = Annotated[str, AfterValidator(_without_nul)]
 RelativePath = Annotated[str, AfterValidator(_inside)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
 
@@ -59,18 +85,18 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_l
 class Strict(BaseModel):
     """The base of everything read from a file: no unknown keys, no coercion, no change after reading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class LimitsConfig(Strict):
     """What one sandbox may use; the same fields and defaults as `agentkit_environments.Limits`."""
 
-    memory_mib: int = Field(default=1024, ge=16)
-    processes: int = Field(default=256, ge=1)
-    cpus: float = Field(default=1.0, gt=0)
-    file_size_mib: int = Field(default=256, ge=1)
-    open_files: int = Field(default=1024, ge=16)
-    disk_mib: int = Field(default=512, ge=1)
+    memory_mib: int = Field(default=1024, ge=16, le=1 << 24)
+    processes: int = Field(default=256, ge=1, le=1 << 22)
+    cpus: float = Field(default=1.0, gt=0, le=1 << 14)
+    file_size_mib: int = Field(default=256, ge=1, le=1 << 24)
+    open_files: int = Field(default=1024, ge=16, le=1 << 20)
+    disk_mib: int = Field(default=512, ge=1, le=1 << 24)
 
 
 class EnvironmentConfig(Strict):
@@ -79,10 +105,10 @@ class EnvironmentConfig(Strict):
     image: str | None = None
     backend: Literal["auto", "docker", "process"] = "auto"
     files: dict[RelativePath, str] = Field(default_factory=dict)  # path in the workdir -> text
-    setup: list[str] = Field(default_factory=list)  # shell commands; a non-zero exit is a defect of the task
+    setup: list[Shell] = Field(default_factory=list)  # shell commands; a non-zero exit is a defect of the task
     workdir: str = "/workspace"
     network: Literal["none", "public"] = "none"
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[Annotated[str, AfterValidator(_variable)], Shell] = Field(default_factory=dict)
     limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")
@@ -107,7 +133,7 @@ class ToolConfig(Strict):
     name: str
     description: str
     parameters: dict[str, Any]  # a JSON schema of an object
-    command: str
+    command: Shell
 
     @model_validator(mode="after")
     def _well_formed(self) -> Self:
@@ -127,9 +153,9 @@ class AgentConfig(Strict):
 
     thinking: Literal["always", "never", "auto"] = "auto"
     effort: Literal["none", "low", "high", "max"] = "high"
-    max_turns: int = Field(default=32, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)  # sampled tokens over the whole run
-    timeout_s: float = Field(default=600.0, gt=0)
+    max_turns: int = Field(default=32, ge=1, le=1 << 31)
+    max_tokens: int | None = Field(default=None, ge=1, le=1 << 31)  # sampled tokens over the whole run
+    timeout_s: float = Field(default=600.0, gt=0, le=MAX_TIMEOUT_S)
 
 
 class VerifierConfig(Strict):
@@ -140,16 +166,16 @@ class VerifierConfig(Strict):
     any other is 0.
     """
 
-    command: str
+    command: Shell
     files: dict[RelativePath, str] = Field(default_factory=dict)
-    timeout_s: float = Field(default=60.0, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0, le=MAX_TIMEOUT_S)
 
 
 class SolutionConfig(Strict):
     """The oracle solution: a shell command in the workdir; its standard output, stripped, is the answer."""
 
-    command: str
-    timeout_s: float = Field(default=60.0, gt=0)
+    command: Shell
+    timeout_s: float = Field(default=60.0, gt=0, le=MAX_TIMEOUT_S)
 
 
 ToolEntry = Annotated[
@@ -223,63 +249,173 @@ def load_yaml(path: str | Path, model: type[M]) -> M:
         TaskFileError: one `FILE:LINE: problem` line for each thing wrong.
     """
     path = Path(path)
-    loader: _Loader | None = None
-    try:
-        loader = _Loader(path)
-        root = loader.get_single_node()
-        data = loader.construct_document(root) if root is not None else None
-    except OSError as exc:
-        raise TaskFileError(f"{path}: cannot be read: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise TaskFileError(f"{path}: not UTF-8 text: byte {exc.start} is {exc.object[exc.start]:#04x}") from exc
-    except yaml.MarkedYAMLError as exc:
-        mark = exc.problem_mark or exc.context_mark
-        problem = " ".join(part for part in (exc.context, exc.problem) if part)
-        raise TaskFileError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from exc
-    except yaml.YAMLError as exc:
-        raise TaskFileError(f"{path}:1: not valid YAML: {exc}") from exc
-    finally:
-        if loader is not None:
-            loader.dispose()
+    root, data = read_yaml(path)
     if not isinstance(data, dict):
         raise TaskFileError(f"{path}:1: expected keys and values ({', '.join(model.model_fields)}), got {_kind(data)}")
     try:
         return model.model_validate(data)
     except ValidationError as exc:
-        lines = sorted({(_line(root, error["loc"]), _explain(error, model)) for error in exc.errors()})
-        raise TaskFileError("\n".join(f"{path}:{line}: {text}" for line, text in lines)) from exc
+        errors = exc.errors(include_url=False)
+        lines = sorted({(_line(root, error["loc"]), _explain(error, model)) for error in errors[:MAX_PROBLEMS]})
+        shown = [f"{path}:{line}: {text}" for line, text in lines]
+        if len(errors) > MAX_PROBLEMS:
+            shown.append(f"{path}:{lines[-1][0]}: and {len(errors) - MAX_PROBLEMS} more problems")
+        raise TaskFileError("\n".join(shown)) from exc
+
+
+def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
+    """The nodes and the value of a YAML file.
+
+    Raises:
+        TaskFileError: the file cannot be read, is not YAML, or is larger than any task needs; with file and line.
+    """
+    try:
+        data = read_regular(path, max_bytes=MAX_YAML_BYTES)
+        text = data.decode("utf-8-sig")
+    except OSError as exc:
+        hint = "; keep large texts in files beside it, and name them with `!file`" if exc.errno == errno.EFBIG else ""
+        raise TaskFileError(f"{path}: cannot be read: {exc.strerror}{hint}") from exc
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise TaskFileError(f"{path}:{line}: not UTF-8 text: byte {exc.start} is {data[exc.start]:#04x}") from exc
+    loader: _Loader | None = None
+    try:
+        loader = _Loader(text, path.resolve().parent)
+        root = loader.get_single_node()
+        return root, loader.construct_document(root) if root is not None else None
+    except yaml.reader.ReaderError as exc:
+        line = text.count("\n", 0, exc.position) + 1
+        raise TaskFileError(
+            f"{path}:{line}: not valid YAML: character {exc.character:#04x} is not allowed; is this a text file?"
+        ) from exc
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        problem = " ".join(shorten(part, 200, quote=False) for part in (exc.context, exc.problem) if part)
+        hint = next((hint for words, hint in _HINTS.items() if words in problem), "")
+        raise TaskFileError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}{hint}") from exc
+    except (yaml.YAMLError, RecursionError) as exc:
+        raise TaskFileError(f"{path}:1: not valid YAML: {shorten(str(exc), 200, quote=False)}") from exc
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+_HINTS = {
+    "mapping values are not allowed": '; quote a text that contains ": "',
+    "could not find expected ':'": '; a line of a mapping is "key: value"',
+    "cannot start any token": "; indent with spaces, and quote a text that starts with @, `, % or a tab",
+    "undefined alias": "; quote a text that starts with *",
+    "while scanning an alias": "; quote a text that starts with *",
+    "while scanning an anchor": "; quote a text that starts with &",
+    "could not determine a constructor": "; quote a text that starts with !",
+}
+"""What to do about errors whose own words do not say it."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads `!file NAME` from beside the YAML file."""
+    """SafeLoader with the values of JSON, that refuses duplicate keys and reads `!file NAME` from beside the YAML file.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path.read_text(encoding="utf-8"))
-        self.folder = path.resolve().parent
+    What aliases expand to counts as if it were written out, so that no reader of the value can be made to walk for
+    long, and an alias inside its own anchor is an error.
+    """
+
+    def __init__(self, text: str, folder: Path) -> None:
+        super().__init__(text)
+        self.folder = folder
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}  # of every finished node, by its id: how many nodes it expands to
+        self._file_bytes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, before = event.start_mark, self._nodes
+        self._depth, self._nodes = self._depth + 1, self._nodes + 1
+        self._check_size(mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise _error(f"*{event.anchor} is inside what it stands for", mark)
+            self._nodes += self._sizes[id(node)]
+            self._check_size(mark)
+        elif node is not None:
+            self._sizes[id(node)] = self._nodes - before
+        return node
+
+    def _check_size(self, mark: yaml.Mark) -> None:
+        if self._depth > MAX_YAML_DEPTH:
+            raise _error(f"nested more than {MAX_YAML_DEPTH} deep", mark)
+        if self._nodes > MAX_YAML_NODES:
+            raise _error(f"more than {MAX_YAML_NODES} values, those that aliases repeat included", mark)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep=deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as exc:  # PyYAML's constructors raise what `int`, `float` and a dict of constants do
+            tag = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise _error(f"{shorten(node.value)} is no {shorten(tag, quote=False)}", node.start_mark) from exc
+        if isinstance(value, str) and not _is_text(value):
+            raise _error(f"{shorten(value)} holds half a surrogate pair", node.start_mark)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _error(
+                f"{shorten(node.value, quote=False)} is not a finite number; quote it if it is a text", node.start_mark
+            )
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise _error("an integer of more than 64 bits; quote it if it is a text", node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f'key "{key.value}" twice', key.start_mark)
+                    raise _error(f'key "{shorten(key.value, quote=False)}" twice', key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
     def construct_file(self, node: yaml.Node) -> str:
-        problem = "expected !file NAME with a relative path"
-        if isinstance(node, yaml.ScalarNode):
+        if not isinstance(node, yaml.ScalarNode):
+            raise _error("expected !file NAME with a relative path", node.start_mark)
+        name = shorten(node.value, 200, quote=False)
+        try:
             target = (self.folder / str(node.value)).resolve()
-            try:
-                if target.is_relative_to(self.folder):
-                    return target.read_text(encoding="utf-8")
-                problem = f"!file {node.value} lies outside {self.folder}"
-            except (OSError, UnicodeDecodeError) as exc:
-                problem = f"!file {node.value} cannot be read as text: {exc}"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            if not target.is_relative_to(self.folder):
+                raise _error(f"!file {name} lies outside {self.folder}", node.start_mark)
+            data = read_regular(target, max_bytes=MAX_FILE_BYTES - self._file_bytes)
+            self._file_bytes += len(data)
+            return data.decode().replace("\r\n", "\n").replace("\r", "\n")  # as text files are read
+        except OSError as exc:
+            problem = f"!file {name} cannot be read as text: {exc.strerror}"
+        except (ValueError, RuntimeError) as exc:  # no UTF-8; a name that is none; links in a circle
+            problem = f"!file {name} cannot be read as text: {shorten(str(exc), 200, quote=False)}"
+        raise _error(problem, node.start_mark)
+
+    def construct_none_of_json(self, node: yaml.Node) -> str:
+        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+        raise _error(f"!!{tag} is no value of JSON; write a text, a number, a list or a mapping", node.start_mark)
+
+
+def _error(problem: str, mark: yaml.Mark) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _Loader.add_constructor("!file", _Loader.construct_file)
+for _tag in ("binary", "timestamp", "omap", "pairs", "set"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_none_of_json)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _line(node: yaml.Node | None, loc: Sequence[int | str]) -> int:
@@ -299,7 +435,7 @@ def _line(node: yaml.Node | None, loc: Sequence[int | str]) -> int:
 
 def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     loc = [step for step in error["loc"] if step not in ("<name>", "<definition>", "[key]")]
-    where = ".".join(str(step) for step in loc)
+    where = shorten(".".join(str(step) for step in loc), 120, quote=False)
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(model, error["loc"][:-1]))
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
@@ -307,15 +443,19 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f'unknown key "{where}"; {hint}'
     if error["type"] == "missing":
         return f'missing key "{where}"'
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = shorten(str(error["msg"]).removeprefix("Value error, "), 500, quote=False)
     if error["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {message[0].lower()}{message[1:]}, got {_kind(error['input'])}"
+    hint = {
+        "string_type": "" if isinstance(error["input"], list | dict) else "; quote it to make it text",
+        "dict_type": "; write `NAME: value`, one on a line",
+        "list_type": "; write `- ` before each item",
+    }.get(error["type"], "")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {_kind(error['input'])}{hint}"
 
 
 def _kind(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:40] + '...'}"
+    return f"{type(value).__name__} {shorten(value)}"
 
 
 def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> Iterable[str]:

@@ -8,6 +8,7 @@ text deltas are not lines of their own: the message and the ids of their turn ho
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -18,17 +19,24 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from uuid import uuid4
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from agentkit.errors import TrajectoryCorruptError, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
 from agentkit.events import CallFinished, MessageAdded, Outcome, Record
 from agentkit.messages import STRICT, Message
 from agentkit.model import Dialect, Effort, Sampling, Segment
+from agentkit_engine.untrusted import check_values, describe, open_fd, open_regular, parse_json, shorten
 from agentkit_tools import ToolResult
 
 FORMAT: Final = "agentkit.trajectory"
 VERSION: Final = 1
+MAX_FILE_BYTES: Final = 256 << 20
+MAX_LINE_BYTES: Final = 32 << 20
+"""A line holds one message, or the ids of one turn at up to 40 bytes for an id with its log-probability."""
+MAX_LINE_NUMBERS: Final = 2_500_000
+MAX_LINE_TEXTS: Final = 50_000
+"""Numbers are ids, in arrays that are checked up to the first defect; all else is reported defect by defect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class Header:
     dialect: Dialect | None
     effort: Effort
     sampling: Sampling
-    tools: tuple[dict[str, Any], ...]
+    tools: Annotated[tuple[dict[str, Any], ...], FailFast()]
     """The OpenAI dicts of the tools, in prompt order."""
     thinking: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -93,29 +101,36 @@ class Trajectory:
         """Read a file back; a torn tail is cut (from what is read, and from the file when it is written again).
 
         Raises:
-            TrajectoryFormatError: not a trajectory, or one of another format version.
+            TrajectoryFormatError: not a trajectory, one of another format version, or one beyond `MAX_FILE_BYTES` or
+                `MAX_LINE_BYTES`.
             TrajectoryCorruptError: a line that others follow is damaged.
             TrajectoryError: the file cannot be read.
         """
         path = Path(path)
         try:
-            lines = path.read_bytes().splitlines(keepends=True)
+            with io.BufferedReader(open_regular(path), 1 << 20) as file:
+                if (size := os.fstat(file.fileno()).st_size) > MAX_FILE_BYTES:
+                    raise TrajectoryFormatError(f"{path} has {size:,} bytes, expected at most {MAX_FILE_BYTES:,}.")
+                return cls._read(file, path)
         except OSError as exc:
             raise TrajectoryError(f"Cannot read trajectory {path}: {exc.strerror}.") from exc
-        header = _parse(lines[0], path, 0) if lines else None
+
+    @classmethod
+    def _read(cls, file: io.BufferedReader[io.FileIO], path: Path) -> Trajectory:
+        text = _next_line(file, path, 0)
+        header = _parse(text, path, 0)
         if header is None or not isinstance(header.record, Header):
             raise TrajectoryFormatError(f"{path} is not a trajectory: it has no complete {FORMAT} header.")
         self = cls(header.record)
-        self.path = path
-        self._size = len(lines[0])
-        for seq, text in enumerate(lines[1:], start=1):
+        self.path, self._size = path, len(text)
+        while text := _next_line(file, path, seq := len(self.records) + 1):
             line = _parse(text, path, seq)
-            if line is None and seq == len(lines) - 1:
+            if line is None and not file.peek(1):
                 break
             if line is None or isinstance(line.record, Header):
                 raise TrajectoryCorruptError(
-                    f"{path}, line {seq + 1} of {len(lines)} is damaged. The {seq} lines before it are good; "
-                    "cut the file there to read them."
+                    f"{path}, line {seq + 1} of {seq + 1 + _count_lines(file)} is damaged. The {seq} lines before it "
+                    "are good; cut the file there to read them."
                 )
             self.records.append(line.record)
             self.times_s.append(line.time_s)
@@ -205,7 +220,10 @@ class Trajectory:
     def _open(self, path: Path, flags: int) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o644)
+            if flags:
+                self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o644)
+            else:
+                self._file = open_fd(path, os.O_WRONLY)
         except OSError as exc:
             reason = exc.strerror
             if isinstance(exc, FileExistsError) and Path(exc.filename) == path:
@@ -245,13 +263,56 @@ def _parse(text: bytes, path: Path, seq: int) -> _Line | None:
     if tail != _CRC % zlib.crc32(body):
         return None
     try:
-        line = _LINES.validate_json(body + b"}")
+        check_values(body, MAX_LINE_NUMBERS)
+        if body.count(b'"') - body.count(b'\\"') > 2 * MAX_LINE_TEXTS:
+            raise ValueError(f"more than {MAX_LINE_TEXTS:,} texts")
+        line = _LINES.validate_json(body + b"}", strict=True)
+        _check_numbers(line, body)
     except ValidationError as exc:
-        version = json.loads(body + b"}").get("record", {}).get("version", VERSION)
-        if version != VERSION:
+        if (version := _version(body)) != VERSION:
             raise TrajectoryFormatError(
-                f"{path} has trajectory format version {version}; this agentkit reads version {VERSION}. "
+                f"{path} has trajectory format version {shorten(version)}; this agentkit reads version {VERSION}. "
                 "Open it with the agentkit that wrote it."
             ) from exc
+        raise TrajectoryFormatError(
+            f"{path}, line {seq + 1} is whole but no record of {FORMAT}: {describe(exc)}"
+        ) from exc
+    except ValueError as exc:
         raise TrajectoryFormatError(f"{path}, line {seq + 1} is whole but no record of {FORMAT}: {exc}") from exc
     return line if line.seq == seq else None
+
+
+def _check_numbers(line: _Line, body: bytes) -> None:
+    """Refuse numbers that the schema lets through and nothing can work with. Raises ValueError."""
+    if not 0 <= line.time_s < 1e9:
+        raise ValueError(f"time_s is {shorten(line.time_s)}, expected seconds")
+    if isinstance(line.record, Segment) and line.record.ids:
+        low, high = min(line.record.ids), max(line.record.ids)
+        if low < 0 or high >= 1 << 31:
+            raise ValueError(f"ids from {shorten(low)} to {shorten(high)}, expected token ids")
+    if b"NaN" in body or b"Infinity" in body:  # inside a value of any type the schema allows them
+        parse_json(body + b"}", max_values=MAX_LINE_NUMBERS)
+
+
+def _version(body: bytes) -> object:
+    """The format version that a line claims; the present one where it claims none."""
+    try:
+        record = parse_json(body + b"}")["record"]
+        return record.get("version", VERSION) if isinstance(record, dict) else VERSION
+    except (ValueError, TypeError, KeyError):
+        return VERSION
+
+
+def _next_line(file: io.BufferedReader[io.FileIO], path: Path, seq: int) -> bytes:
+    text = file.readline(MAX_LINE_BYTES + 1)
+    if len(text) > MAX_LINE_BYTES:
+        raise TrajectoryFormatError(f"{path}, line {seq + 1} has more than {MAX_LINE_BYTES:,} bytes.")
+    return text
+
+
+def _count_lines(file: io.BufferedReader[io.FileIO]) -> int:
+    """How many lines are left, the last one whole or not."""
+    count, chunk = 0, b"\n"
+    while more := file.read(1 << 20):
+        count, chunk = count + more.count(b"\n"), more
+    return count + (not chunk.endswith(b"\n"))

@@ -13,6 +13,7 @@ from agentkit.events import CallFinished, CallStarted
 from agentkit.limits import Parallelism
 from agentkit.model import CallMalformed
 from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, unknown_tool
+from agentkit_tools.model_texts import ERROR
 
 
 class TurnCalls:
@@ -56,6 +57,7 @@ class TurnCalls:
         self._calls: dict[int, ToolCall] = {}
         self._results: dict[int, ToolResult] = {}
         self._waiting: list[int] = []
+        self._pending = 0  # dispatched and not finished, be it running or waiting for its turn
         self._running = 0
         self._running_since = 0.0
         self._idle: anyio.Event | None = None  # while `finish` waits
@@ -93,8 +95,8 @@ class TurnCalls:
             barrier = self._tools[self._calls[index].name].barrier
             if barrier:
                 await self._all_finished()
-            if barrier or not (self._waiting or self._running):
-                self._begin()
+            if barrier or not (self._waiting or self._pending):
+                self._pending += 1
                 await self._run(index, early=False)
             else:
                 self._start(index, early=False)
@@ -111,10 +113,11 @@ class TurnCalls:
         return [self._results[index] for index in sorted(self._results)]
 
     def _start(self, index: int, *, early: bool) -> None:
-        self._begin()
+        self._pending += 1
         self.task_group.start_soon(self._run, index, early, name=f"tool:{self._calls[index].name}")
 
     def _begin(self) -> None:
+        """Start the clock: waiting for a place, which other agents may hold, is no tool time."""
         if self._running == 0:
             self._running_since = time.perf_counter()
             if self._time_left_s is not None:
@@ -125,16 +128,18 @@ class TurnCalls:
     async def _run(self, index: int, early: bool) -> None:
         call = self._calls[index]
         async with self._in_turn, self._parallelism.of_tool(call.name), self._parallelism.in_all:
+            self._begin()
             self._note(CallStarted(call, early))
-            result = await self._tools[call.name](call, self._context)
+            result = await self._tools[call.name].call(call, self._context)
             await checkpoint_if_cancelled()  # what a command says that was killed just now is not its result
-        self._running -= 1
-        if self._running == 0:
-            self.time_s += time.perf_counter() - self._running_since
-            if self._time_left_s is not None:
-                self.task_group.cancel_scope.deadline = self._deadline
+            self._running -= 1
+            if self._running == 0:
+                self.time_s += time.perf_counter() - self._running_since
+                if self._time_left_s is not None:
+                    self.task_group.cancel_scope.deadline = self._deadline
+        self._pending -= 1
         self._finish(index, result)
-        if self._idle is not None and self._running == 0:
+        if self._idle is not None and self._pending == 0:
             self._idle.set()
 
     def _finish(self, index: int, result: ToolResult) -> None:
@@ -142,10 +147,10 @@ class TurnCalls:
         self._note(CallFinished(result))
 
     async def _all_finished(self) -> None:
-        if self._running:
+        if self._pending:
             self._idle = anyio.Event()
             await self._idle.wait()
 
 
 def _error(call: ToolCall, what: str) -> ToolResult:
-    return ToolResult(call.id, call.name, f"Error: {what}", is_error=True)
+    return ToolResult(call.id, call.name, ERROR.format(message=what), is_error=True)

@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from agentkit_engine.errors import (
+    CacheFolderError,
     CheckpointError,
     ContextLengthError,
     DeviceUnavailableError,
@@ -59,6 +60,7 @@ _MODULE_OF = {
 __all__ = [
     "AsyncEngine",
     "AsyncSession",
+    "CacheFolderError",
     "CheckpointError",
     "ContextLengthError",
     "DeviceUnavailableError",

@@ -22,7 +22,7 @@ from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
-from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.runtime import Batcher, Work, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.packing import lay_out
 from agentkit_engine.runtime.runner import NUMERICS, can_compile, machine
@@ -71,6 +71,8 @@ class Engine:
         self.lock = threading.Lock()
         self.state_bytes = state_bytes
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
+        if cache_dir is not None:
+            cache_folder.check_usable(cache_dir)
         self.exact = exact
         self.compiled = can_compile(decoder.embed.weight.device) if compiled is None else compiled
         self.spec: ModelSpec = decoder.spec
@@ -111,6 +113,7 @@ class Engine:
             ModelNotFoundError: no such name and no such folder; the message lists the names there are.
             DeviceUnavailableError: a GPU is asked for that is not there.
             CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
+            CacheFolderError: others may write to `cache_dir`, or the key that signs what is kept there cannot be used.
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
         state_bytes, cache_bytes = check_bytes("state_bytes", state_bytes), check_bytes("cache_bytes", cache_bytes)

@@ -10,6 +10,7 @@ EngineError
 ├── GrammarError              a grammar cannot be made, or ids do not fit it
 ├── OutOfMemoryError          the memory for sequences is used up by those at work
 ├── SavedSessionError         a file is no saved session, or one of another model, or damaged
+├── CacheFolderError          a cache folder or its key could be changed by others, or has no usable key
 └── SessionError
     ├── SessionClosedError    used after close()
     ├── SessionBusyError      two tasks drive one session at the same moment
@@ -49,7 +50,8 @@ class CheckpointError(EngineError):
     def __init__(self, path: Path, problem: str, *, tensor: str | None = None) -> None:
         self.path = path
         self.tensor = tensor
-        super().__init__(f"{path}: {problem}" if tensor is None else f"{path}: tensor {tensor}: {problem}")
+        shown = "" if tensor is None else f"tensor {tensor!r}: ".replace("'", "")[:200]  # the name is from the file
+        super().__init__(f"{path}: {shown}{problem}")
 
 
 class TokenizerMissingError(EngineError):
@@ -78,6 +80,10 @@ class SavedSessionError(EngineError):
     def __init__(self, path: Path, problem: str) -> None:
         self.path = path
         super().__init__(f"{path}: {problem}")
+
+
+class CacheFolderError(EngineError):
+    """A cache folder cannot be trusted, or its key cannot be used; names the file, its owner and mode, and a remedy."""
 
 
 class SessionError(EngineError):

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agentkit_engine.untrusted import shorten
 
 Attention = Literal["window", "csa", "hca"]
 Router = Literal["hash", "score"]
@@ -105,12 +107,14 @@ class ModelSpec:
 
         Raises:
             ConfigError: A key is missing, unknown or holds something this engine cannot run; the message lists
-                every such key with what was found and what was expected.
+                the first 20 such keys with what was found and what was expected.
         """
         try:
             file = _ConfigFile.model_validate(dict(config))
         except ValidationError as exc:
-            raise ConfigError("config.json: " + "; ".join(_problem(error) for error in exc.errors())) from exc
+            errors = exc.errors(include_url=False)
+            more = f"; and {len(errors) - 20} more" if len(errors) > 20 else ""
+            raise ConfigError("config.json: " + "; ".join(map(_problem, errors[:20])) + more) from exc
         ratios = file.compress_ratios
         draft: Draft = "dspark" if file.dspark_keys else "mtp" if file.num_nextn_predict_layers else "none"
         scaling = file.rope_scaling
@@ -180,55 +184,65 @@ class ModelSpec:
         }
 
 
+# Far above every released checkpoint, and low enough that no loop over one of them takes noticeable time or memory.
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+Count = Annotated[int, Field(gt=0, le=1 << 14)]
+Small = Annotated[int, Field(gt=0, le=1 << 10)]
+Positions = Annotated[int, Field(gt=0, le=1 << 26)]
+Theta = Annotated[float, Field(gt=1, le=1e12)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, le=1e6)]
+
+
 class _RopeScaling(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     type: Literal["yarn"]
-    factor: PositiveFloat
-    original_max_position_embeddings: PositiveInt
-    beta_fast: PositiveFloat
-    beta_slow: PositiveFloat
+    factor: Ratio
+    original_max_position_embeddings: Positions
+    beta_fast: Ratio
+    beta_slow: Ratio
 
 
 class _ConfigFile(BaseModel):
     """The official keys; a `Literal` is the only value of that key that this engine implements."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model_type: Literal["deepseek_v4"]
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_hash_layers: Annotated[int, Field(ge=0)]
-    num_nextn_predict_layers: Annotated[int, Field(ge=0)] = 0
-    compress_ratios: list[Literal[0, 4, 128]]
-    num_attention_heads: PositiveInt
+    vocab_size: Width
+    hidden_size: Width
+    num_hidden_layers: Small
+    num_hash_layers: Annotated[int, Field(ge=0, le=1 << 10)]
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=1 << 10)] = 0
+    compress_ratios: Annotated[list[Literal[0, 4, 128]], Field(max_length=1 << 11)]
+    num_attention_heads: Count
     num_key_value_heads: Literal[1] = 1
-    head_dim: PositiveInt
-    qk_rope_head_dim: PositiveInt
-    q_lora_rank: PositiveInt
-    o_groups: PositiveInt
-    o_lora_rank: PositiveInt
-    sliding_window: PositiveInt
-    index_n_heads: PositiveInt
-    index_head_dim: PositiveInt
-    index_topk: PositiveInt
-    hc_mult: PositiveInt
-    hc_sinkhorn_iters: PositiveInt
-    hc_eps: PositiveFloat
-    n_routed_experts: PositiveInt
+    head_dim: Width
+    qk_rope_head_dim: Width
+    q_lora_rank: Width
+    o_groups: Count
+    o_lora_rank: Width
+    sliding_window: Count
+    index_n_heads: Count
+    index_head_dim: Width
+    index_topk: Count
+    hc_mult: Small
+    hc_sinkhorn_iters: Small
+    hc_eps: Epsilon
+    n_routed_experts: Count
     n_shared_experts: Literal[1] = 1
-    num_experts_per_tok: PositiveInt
-    moe_intermediate_size: PositiveInt
-    routed_scaling_factor: PositiveFloat
-    swiglu_limit: PositiveFloat
-    rms_norm_eps: PositiveFloat
-    rope_theta: PositiveFloat
-    compress_rope_theta: PositiveFloat
+    num_experts_per_tok: Count
+    moe_intermediate_size: Width
+    routed_scaling_factor: Ratio
+    swiglu_limit: Ratio
+    rms_norm_eps: Epsilon
+    rope_theta: Theta
+    compress_rope_theta: Theta
     rope_scaling: _RopeScaling
-    max_position_embeddings: PositiveInt
-    bos_token_id: int
-    eos_token_id: int
+    max_position_embeddings: Positions
+    bos_token_id: Annotated[int, Field(ge=0)]
+    eos_token_id: Annotated[int, Field(ge=0)]
     hidden_act: Literal["silu"] = "silu"
     scoring_func: Literal["sqrtsoftplus"] = "sqrtsoftplus"
     topk_method: Literal["noaux_tc"] = "noaux_tc"
@@ -260,6 +274,11 @@ class _ConfigFile(BaseModel):
     def _check_sizes(self) -> _ConfigFile:
         num_ratios = self.num_hidden_layers + self.num_nextn_predict_layers
         checks = [
+            (
+                max(self.bos_token_id, self.eos_token_id) < self.vocab_size,
+                f"bos_token_id, eos_token_id: found {shorten(self.bos_token_id)} and {shorten(self.eos_token_id)}, "
+                f"expected ids below vocab_size ({self.vocab_size})",
+            ),
             (
                 # DSpark files carry one ratio per draft block whatever num_nextn_predict_layers says.
                 len(self.compress_ratios) >= self.num_hidden_layers
@@ -299,13 +318,13 @@ class _ConfigFile(BaseModel):
 
 
 def _problem(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = shorten(".".join(str(part) for part in error["loc"]), 120, quote=False)
     match error["type"]:
         case "missing":
             return f"{key}: missing"
         case "extra_forbidden":
-            return f"{key}: unknown key (found {error['input']!r}); this engine runs the DeepSeek-V4 keys only"
+            return f"{key}: unknown key (found {shorten(error['input'])}); this engine runs the DeepSeek-V4 keys only"
         case "value_error":
             return str(error["ctx"]["error"])
         case _:
-            return f"{key}: found {error['input']!r}, expected: {error['msg']}"
+            return f"{key}: found {shorten(error['input'])}, expected: {shorten(error['msg'], 200, quote=False)}"

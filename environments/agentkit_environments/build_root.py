@@ -3,14 +3,13 @@
 Run as `python3 -c` with one JSON argument by `unshare --map-current-user --keep-caps`: as the first process of fresh
 user, mount, PID, network, IPC, UTS and cgroup namespaces, with all capabilities over these and none over the host. It
 imports nothing but the standard library. It does what bubblewrap does with the same layout: an empty root, the
-runtime's directories bound read-only, private /proc, /dev, /tmp and work directory; leaves the old root; drops every
-capability for good; and becomes the executor.
+runtime's directories bound read-only, private /proc and /dev, mount points for what can be written; leaves the old
+root; and becomes `confine.py`, which does what both launchers leave to do.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -25,8 +24,6 @@ MNT_DETACH = 2
 SYS_MOUNT_SETATTR = 442
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
-PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
-LINUX_CAPABILITY_VERSION_3 = 0x20080522
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 ROOT = "/tmp"  # a mount point that every machine has; the new root is mounted over it in this namespace only
@@ -82,10 +79,8 @@ def build(layout: dict[str, Any]) -> None:
     mount("devpts", ROOT + "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620")
     mkdir("/proc")
     mount("proc", ROOT + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    for path, size_bytes in layout["tmpfs"]:
+    for path in layout["directories"]:
         mkdir(path)
-        mode = "1777" if path in ("/tmp", "/dev/shm") else "0755"
-        mount("none", ROOT + path, "tmpfs", MS_NOSUID | MS_NODEV, f"mode={mode},size={size_bytes}")
     for path, text in layout["files"]:
         mkdir(os.path.dirname(path))
         with open(ROOT + path, "w") as file:
@@ -107,8 +102,6 @@ def enter_root() -> None:
     os.chdir("/")
     for path in ("/dev", "/"):
         mount("none", path, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | (MS_NODEV if path == "/" else 0))
-    with open("/proc/sys/user/max_user_namespaces", "w") as file:
-        file.write("0")
 
 
 def loopback_up() -> None:
@@ -118,27 +111,12 @@ def loopback_up() -> None:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", flags | IFF_UP))
 
 
-def drop_capabilities() -> None:
-    """Give up every capability, now and for any program run later."""
-    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl no_new_privs")
-    capability = 0
-    while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
-        capability += 1
-    if ctypes.get_errno() != errno.EINVAL or capability == 0:
-        check(-1, f"prctl capbset_drop {capability}")
-    check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0), "prctl cap_ambient")
-    header, nothing = struct.pack("Ii", LINUX_CAPABILITY_VERSION_3, 0), bytes(24)
-    check(libc.capset(header, nothing), "capset")
-
-
 def main() -> None:
     layout = json.loads(sys.argv[1])
     socket.sethostname(layout["hostname"])
     loopback_up()
     build(layout)
     enter_root()
-    drop_capabilities()
-    os.chdir(layout["workdir"])
     os.execv(layout["argv"][0], layout["argv"])
 
 

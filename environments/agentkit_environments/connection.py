@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import IO, Any
 
 import anyio
 from anyio.abc import Process
 
-from agentkit_environments.errors import SandboxLostError
+from agentkit_environments.errors import HostFailureError, SandboxLostError
 from agentkit_environments.executor import FRAME
 
 SEND_TIMEOUT_S = 30.0
 CANCEL_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
+MAX_HEADER_BYTES = 8 << 20
 READY = 0
 
 Reply = tuple[dict[str, Any], bytes]
@@ -28,8 +31,15 @@ class Connection:
     own reply is there. Once the process is gone every request raises `SandboxLostError`.
     """
 
-    def __init__(self, process: Process, stderr: IO[bytes]) -> None:
-        self._process, self._stderr = process, stderr
+    def __init__(self, process: Process, stderr: IO[bytes], host_failure: Callable[[], str | None]) -> None:
+        """Take over a process that has been started.
+
+        Args:
+            process: The executor, or the launcher that ends with it.
+            stderr: The file that its standard error goes to; closed by this object.
+            host_failure: Returns evidence that the host failed, asked when the process has ended by itself.
+        """
+        self._process, self._stderr, self._host_failure = process, stderr, host_failure
         self._ids = count(READY + 1)
         self._buffer = bytearray()
         self._waiting: dict[int, anyio.Event] = {READY: anyio.Event()}
@@ -37,6 +47,7 @@ class Connection:
         self._is_reading = False
         self._sending = anyio.Lock()
         self._lost: str | None = None
+        self._error: type[SandboxLostError] = SandboxLostError
 
     async def ready(self) -> None:
         """Wait for the executor's first frame."""
@@ -51,7 +62,7 @@ class Connection:
 
         Raises:
             SandboxLostError: If the executor is gone or hangs.
-            OSError: What the operation itself met inside the sandbox.
+            OSError: What the operation itself met inside the sandbox; E2BIG for too large `fields`.
         """
         request_id = next(self._ids)
         self._waiting[request_id] = anyio.Event()
@@ -95,9 +106,11 @@ class Connection:
     async def _send(self, header: dict[str, Any], body: bytes) -> None:
         assert self._process.stdin is not None
         encoded = json.dumps(header).encode()
+        if len(encoded) > MAX_HEADER_BYTES:  # no kernel takes a path or an argument list of this size
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         async with self._sending:
             if self._lost is not None:
-                raise SandboxLostError(f"the sandbox is gone: {self._lost}")
+                raise self._gone()
             try:
                 # A frame goes out whole or the connection is of no use: a cancelled sender must not tear it.
                 with anyio.CancelScope(shield=True), anyio.fail_after(SEND_TIMEOUT_S):
@@ -110,7 +123,7 @@ class Connection:
     async def _reply_to(self, request_id: int) -> Reply:
         while request_id not in self._replies:
             if self._lost is not None:
-                raise SandboxLostError(f"the sandbox is gone: {self._lost}")
+                raise self._gone()
             if self._is_reading:
                 await self._waiting[request_id].wait()
                 if request_id not in self._replies:
@@ -161,7 +174,7 @@ class Connection:
             if self._process.returncode is None:
                 self._process.kill()
             self._wake_all()
-        return SandboxLostError(f"the sandbox is gone: {self._lost}")
+        return self._gone()
 
     async def _died(self) -> SandboxLostError:
         with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT_S):
@@ -170,5 +183,12 @@ class Connection:
             self._stderr.seek(0, 2)
             self._stderr.seek(max(0, self._stderr.tell() - 2000))
             said = self._stderr.read().decode("utf-8", "replace").strip()
-            self._lose(f"its process ended with status {self._process.returncode}" + (f": {said}" if said else ""))
-        return SandboxLostError(f"the sandbox is gone: {self._lost}")
+            reason = f"its process ended with status {self._process.returncode}" + (f": {said}" if said else "")
+            failure = self._host_failure()
+            if failure is not None:
+                self._error, reason = HostFailureError, f"{failure}; {reason}"
+            self._lose(reason)
+        return self._gone()
+
+    def _gone(self) -> SandboxLostError:
+        return self._error(f"the sandbox is gone: {self._lost}")

@@ -1,4 +1,5 @@
-"""The first step into a process sandbox, outside it still: die with the parent, stop being root, run the launcher.
+"""The first step into a process sandbox, outside it still: die with the parent, stop being root, leave the session
+keyring, run the launcher.
 
     python3 -I -S enter.py PARENT_PID UID EXPOSE COMMAND [ARGUMENT ...]
 
@@ -11,12 +12,17 @@ imported, and as little of it as can be: this is on the way of every sandbox.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 
 CLONE_NEWNS = 0x00020000
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 PR_SET_PDEATHSIG, SIGKILL = 1, 9
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+OOM_SCORE_ADJ = 500
+"""When the host runs out of memory, a sandbox goes before the harness."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -55,13 +61,25 @@ def expose(paths: list[str]) -> None:
         os.close(fd)
 
 
+def leave_session_keyring() -> None:
+    """Get a new, empty session keyring: keys of the harness's are out of reach then, also in `/proc/keys`."""
+    status = libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None)
+    # EPERM and ENOSYS: no keyrings here, for the harness neither. EDQUOT: the sandbox's filter still forbids `keyctl`.
+    if status == -1 and ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS, errno.EDQUOT):
+        check(-1, "keyctl join_session_keyring")
+
+
 def main() -> None:
     parent, uid, paths, *command = sys.argv[1:]
+    with open("/proc/self/oom_score_adj", "r+") as file:
+        if int(file.read()) < OOM_SCORE_ADJ:
+            file.write(str(OOM_SCORE_ADJ))  # written by root, it is also the least that a command can go back to
     if uid != "-":
         expose(paths.split(":"))
         os.setgroups([])
         os.setresgid(int(uid), int(uid), int(uid))
         os.setresuid(int(uid), int(uid), int(uid))
+    leave_session_keyring()
     check(libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "prctl")
     if os.getppid() != int(parent):
         raise SystemExit("the harness is gone")

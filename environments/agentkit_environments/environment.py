@@ -57,11 +57,12 @@ class Limits:
     """What one environment may use. See each backend for which of these the kernel enforces in total."""
 
     memory_mib: int = 1024
-    """Memory in MiB: of all processes together (docker), of each process (process)."""
+    """Memory in MiB: of all commands together with the files they write (docker, and process where a cgroup can be
+    had), else of each process."""
     processes: int = 256
     """Processes and threads at the same time."""
     cpus: float = 1.0
-    """CPU cores, enforced by docker only."""
+    """CPU cores: enforced by docker, and by process where a cgroup can be had."""
     file_size_mib: int = 256
     """Largest single file in MiB."""
     open_files: int = 1024
@@ -150,7 +151,7 @@ class Environment(ABC):
 
         Args:
             command: A string for `/bin/sh -c`, or the program and its arguments. A program that does not exist exits
-                with 127, one that cannot be executed with 126, as in a shell.
+                with 127, one that cannot be executed or started in `cwd` with 126, as in a shell.
             stdin: Bytes for standard input, which then ends; text is encoded as UTF-8. At most `MAX_STDIN_BYTES`.
             cwd: Directory to start in; `spec.workdir` by default.
             env: Variables beside those of `spec.env`, which they override.

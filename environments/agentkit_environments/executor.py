@@ -1,8 +1,9 @@
 """The executor: the one process that runs commands and touches files on a sandbox's behalf.
 
 Inside a process sandbox it is PID 1 of the sandbox's PID namespace, started once per environment, and speaks frames
-over its standard input and output (`connection.py` is the other end). This one file of the package is put into the
-sandbox, so it imports nothing but the standard library. `LocalEnvironment` calls the same functions in the harness.
+over its standard input and output (`connection.py` is the other end). The package is not in the sandbox, so this file
+imports nothing but the standard library; `confine.py` gets it compiled. `LocalEnvironment` calls the same functions in
+the harness.
 
 What the sandboxed commands cannot do to it:
 - kill or stop it: the kernel drops signals that a PID namespace sends to its own init without a handler;
@@ -18,6 +19,7 @@ A frame is two big-endian 32-bit lengths, a JSON header of the first length, and
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -26,22 +28,26 @@ import select
 import signal
 import stat
 import struct
-import subprocess
+import sys
 import time
 
 TYPE_CHECKING = False  # as in `typing`, which alone would add a tenth to the time a sandbox takes to open
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-    from typing import IO, Any
+    from typing import Any, NoReturn
 
 FRAME = struct.Struct(">II")
 COOKIE = "AGENTKIT_COMMAND"
 CHUNK = 1 << 16
 KILL_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 10.0
 
 
 class BoundedOutput:
-    """The first and the last `limit / 2` bytes of a stream of any length, in bounded memory."""
+    """The first and the last `limit / 2` bytes of a stream of any length, in bounded memory.
+
+    When memory runs out all the same, half of what is held is given up and counted as cut.
+    """
 
     def __init__(self, limit: int) -> None:
         self._head_limit = limit - limit // 2
@@ -56,21 +62,29 @@ class BoundedOutput:
 
     def add(self, chunk: bytes) -> None:
         self._total += len(chunk)
-        room = self._head_limit - len(self._head)
-        if room > 0:
-            self._head += chunk[:room]
-            chunk = chunk[room:]
-        self._tail += chunk
+        try:
+            room = self._head_limit - len(self._head)
+            if room > 0:
+                self._head += chunk[:room]
+                chunk = chunk[room:]
+            self._tail += chunk
+        except MemoryError:
+            self._head_limit, self._tail_limit = len(self._head) // 2, len(self._tail) // 2
+            del self._head[self._head_limit :]
+            del self._tail[: len(self._tail) - self._tail_limit]
         if len(self._tail) > self._tail_limit + (1 << 20):
             del self._tail[: len(self._tail) - self._tail_limit]
 
-    def value(self) -> bytes:
-        """Return what was kept, with a line in the middle that says how much was cut."""
+    def pieces(self) -> list[bytes | bytearray | memoryview]:
+        """Return what was kept, with a line in the middle that says how much was cut; nothing is copied."""
         if not self.truncated:
-            return bytes(self._head + self._tail)
+            return [self._head, self._tail]
         cut = self._total - self._head_limit - self._tail_limit
-        tail = self._tail[len(self._tail) - self._tail_limit :]
-        return bytes(self._head) + b"\n[... %d bytes cut ...]\n" % cut + bytes(tail)
+        tail = memoryview(self._tail)[len(self._tail) - self._tail_limit :]
+        return [self._head, b"\n[... %d bytes cut ...]\n" % cut, tail]
+
+    def value(self) -> bytes:
+        return b"".join(self.pieces())
 
 
 class Command:
@@ -81,67 +95,80 @@ class Command:
 
     def __init__(
         self,
-        argv: Sequence[str],
+        pid: int,
         *,
-        stdin: bytes,
-        cwd: str,
-        env: Mapping[str, str],
+        pipes: Sequence[int],
+        stdin: Sequence[bytes],
+        cookie: str,
         timeout_s: float | None,
         max_output_bytes: int,
+        status_fd: int | None = None,
     ) -> None:
-        """Start the process in a session of its own. Raises OSError when it cannot be started."""
-        self.cookie = os.urandom(12).hex()
+        """Take over a started process.
+
+        Args:
+            pid: The process, leader of its session (or about to become it).
+            pipes: The near ends of its standard input, output and error; closed by this object.
+            stdin: What to write to the first, which is then closed.
+            cookie: Value of the variable `COOKIE` in its environment.
+            timeout_s: Seconds from now to `deadline`.
+            max_output_bytes: Bytes kept of output and error each.
+            status_fd: A pipe that ends when the process becomes the command's program, and tells first why it cannot.
+        """
+        self.pid, self.cookie = pid, cookie
         self.stdout, self.stderr = BoundedOutput(max_output_bytes), BoundedOutput(max_output_bytes)
+        self.failure = BoundedOutput(1 << 12)
         self.timed_out = False
         self.exit_code: int | None = None
         self.started = time.monotonic()
         self.deadline = float("inf") if timeout_s is None else self.started + timeout_s
-        self._stdin = memoryview(stdin)
-        self._process = subprocess.Popen(
-            argv,
-            bufsize=0,
-            stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=cwd,
-            env={**env, COOKIE: self.cookie},
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        self._pipes: dict[int, tuple[IO[bytes], BoundedOutput | None]] = {}
-        for pipe, output in (
-            (self._process.stdin, None),
-            (self._process.stdout, self.stdout),
-            (self._process.stderr, self.stderr),
-        ):
-            if pipe is not None:
-                os.set_blocking(pipe.fileno(), False)
-                self._pipes[pipe.fileno()] = (pipe, output)
+        self._status_fd = status_fd
+        self._stdin = [memoryview(part) for part in stdin if part]
+        outputs = (None, self.stdout, self.stderr)
+        self._pipes: dict[int, BoundedOutput | None] = dict(zip(pipes, outputs, strict=True))
+        if status_fd is not None:
+            self._pipes[status_fd] = self.failure
+        for fd in self._pipes:
+            os.set_blocking(fd, False)
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the process has not yet become the command's program."""
+        return self._status_fd in self._pipes
 
     def descriptors(self) -> dict[int, int]:
         """Return the open pipes, with the poll events that each waits for."""
-        return {fd: select.POLLOUT if output is None else select.POLLIN for fd, (_, output) in self._pipes.items()}
+        return {fd: select.POLLOUT if output is None else select.POLLIN for fd, output in self._pipes.items()}
 
     def on_ready(self, fd: int) -> bool:
         """Move what can be moved through one pipe without blocking; return whether it is still open."""
-        pipe, output = self._pipes[fd]
+        return self._move(fd) is not None or fd in self._pipes
+
+    def _move(self, fd: int) -> int | None:
+        """Return the bytes moved; None when none can be moved now, or ever: then the pipe is closed."""
+        output = self._pipes[fd]
         try:
-            if output is None:
-                self._stdin = self._stdin[os.write(fd, self._stdin[:CHUNK]) :]
-                done = not self._stdin
-            else:
+            if output is not None:
                 chunk = os.read(fd, CHUNK)
                 if self.exit_code is None:
                     output.add(chunk)
-                done = not chunk
+                moved = len(chunk)
+            elif self._stdin:
+                moved = os.write(fd, self._stdin[0][:CHUNK])
+                self._stdin[0] = self._stdin[0][moved:]
+                if not self._stdin[0]:
+                    del self._stdin[0]
+            else:
+                moved = 0
         except BlockingIOError:
-            return True
-        except BrokenPipeError:
-            done = True
-        if done:
-            pipe.close()
-            del self._pipes[fd]
-        return not done
+            return None
+        except OSError:  # nobody reads it any more
+            moved = 0
+        if moved and (output is not None or self._stdin):
+            return moved
+        os.close(fd)
+        del self._pipes[fd]
+        return None
 
     def kill(self) -> None:
         """Kill the command and everything it has started."""
@@ -156,22 +183,23 @@ class Command:
 
     def finish(self, wait_status: int) -> None:
         """Take the process's wait status, and what it had printed before it ended."""
-        for fd, (_, output) in list(self._pipes.items()):
+        for fd, output in list(self._pipes.items()):
             if output is None:
-                self._pipes.pop(fd)[0].close()
+                os.close(fd)
+                del self._pipes[fd]
                 continue
             # A pipe holds at most 1 MiB; a writer left in the background must not keep us here.
             for _ in range((1 << 20) // CHUNK):
-                if not select.select([fd], [], [], 0)[0] or not self.on_ready(fd):
+                if self._move(fd) is None:
                     break
         code = os.waitstatus_to_exitcode(wait_status)
-        self.exit_code = self._process.returncode = code if code >= 0 else 128 - code
+        self.exit_code = code if code >= 0 else 128 - code
         self.duration_s = time.monotonic() - self.started
 
     def close(self) -> None:
         """Close the pipes that are still open."""
-        for pipe, _ in self._pipes.values():
-            pipe.close()
+        for fd in self._pipes:
+            os.close(fd)
         self._pipes.clear()
 
 
@@ -180,15 +208,13 @@ def require_directory(path: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
 
-def start_failure(error: OSError, argv: Sequence[str]) -> tuple[int, str] | None:
-    """Return the exit code and message that a shell has for a program that cannot be started, if it is that."""
+def start_failure(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
+    """Return the exit code and message that a shell has for a program that cannot be started."""
     if error.errno == errno.ENOENT:
         return 127, f"{argv[0]}: not found\n"
     if error.errno == errno.EAGAIN:
         return 126, f"{argv[0]}: cannot start: too many processes\n"
-    if error.errno in (errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EISDIR, errno.E2BIG, errno.ENOMEM):
-        return 126, f"{argv[0]}: cannot execute: {os.strerror(error.errno)}\n"
-    return None
+    return 126, f"{argv[0]}: cannot execute: {os.strerror(error.errno or errno.EIO)}\n"
 
 
 def find_processes(*, cookie: str, session: int | None = None) -> dict[int, str]:
@@ -209,7 +235,7 @@ def find_processes(*, cookie: str, session: int | None = None) -> dict[int, str]
                 continue
             states[pid] = state.decode()
             children.setdefault(int(ppid), []).append(pid)
-            if int(sid) == session:
+            if session in (int(sid), pid):
                 roots.append(pid)
                 continue
             with open(f"/proc/{name}/environ", "rb") as file:
@@ -276,6 +302,8 @@ def write_file(path: str, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     try:
         _require_regular(fd, path)
+        if os.fstat(fd).st_dev == os.stat("/proc").st_dev:  # some files there tune the executor itself
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
         os.ftruncate(fd, 0)
         view = memoryview(data)
         while view:
@@ -396,99 +424,258 @@ def _make_parents(path: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
 
 
-class Executor:
-    """Serves requests until its input ends: one thread, one poll loop, any number of commands side by side."""
+class Child:
+    """A forked process that waits to be told, through its standard input, which program to become.
 
-    def __init__(self, requests_fd: int, replies_fd: int) -> None:
-        self._requests_fd, self._replies_fd = requests_fd, replies_fd
-        self._buffer = bytearray()
+    Forking it is all that the executor does; what may block is done by the child: joining cgroups (some 10 ms),
+    changing directory, and exec, before which a hostile command may stop it. One is kept ready for the next command.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Raises OSError when there are too many processes or descriptors, or too little memory."""
+        ends: list[int] = []
+        try:
+            for _ in range(4):
+                ends += os.pipe2(os.O_CLOEXEC)
+            self.pid = os.fork()
+        except OSError:
+            _close(ends)
+            raise
+        stdin_read, stdin_write, stdout_read, stdout_write, stderr_read, stderr_write, status_read, status_write = ends
+        if self.pid == 0:
+            _become_command((stdin_read, stdout_write, stderr_write), status_write, settings)
+        _close((stdin_read, stdout_write, stderr_write, status_write))
+        self.pipes, self.status_fd = (stdin_write, stdout_read, stderr_read), status_read
+
+    def close(self) -> None:
+        _close((*self.pipes, self.status_fd))
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _become_command(standard: Sequence[int], status: int, settings: Mapping[str, Any]) -> NoReturn:
+    """Wait for orders and become the program they name; tell `status` why that is not possible."""
+    stage = "join"
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        for fd in settings["cgroup_fds"]:
+            os.write(fd, b"0")  # this process
+        for target, fd in enumerate(standard):
+            os.dup2(fd, target)
+        os.dup2(status, 3, inheritable=False)  # descriptor 3 is the executor's, never one of these pipes
+        os.closerange(4, 1 << 20)
+        for name, value in settings["rlimits"].items():
+            set_limit(name, value)
+        size = int.from_bytes(_read_exactly(4), "big")
+        orders = json.loads(_read_exactly(size))
+        if not orders["has_stdin"]:
+            os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        stage = "cwd"
+        os.chdir(orders["cwd"])
+        stage = "exec"
+        os.execvpe(orders["argv"][0], orders["argv"], orders["env"])
+    except OSError as error:
+        os.write(3, json.dumps([stage, error.errno or errno.EIO]).encode())
+    except MemoryError:
+        os.write(3, json.dumps([stage, errno.ENOMEM]).encode())
+    finally:
+        os._exit(127)
+
+
+def _read_exactly(size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        chunk = os.read(0, size - len(data))
+        if not chunk:
+            os._exit(0)  # the executor does not need this process any more
+        data += chunk
+    return bytes(data)
+
+
+def set_limit(name: str, value: int) -> None:
+    """Set a resource limit, soft and hard, to `value` or to the present hard limit when that is lower."""
+    number = getattr(resource, name)
+    hard = resource.getrlimit(number)[1]
+    bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(number, (bound, bound))
+
+
+class Executor:
+    """Serves requests until its input ends: one thread, one poll loop, any number of commands side by side.
+
+    Nothing that a request or a command brings about ends it: an exception becomes the reply to its request.
+    """
+
+    def __init__(self, requests_fd: int, replies_fd: int, settings: Mapping[str, Any]) -> None:
+        self._requests_fd, self._replies_fd, self._settings = requests_fd, replies_fd, settings
+        self._head = bytearray()
+        self._request: dict[str, Any] | None = None
+        self._body: bytearray | None = None
+        self._body_size = self._received = 0
         self._poll = select.poll()
-        self._commands: dict[int, tuple[int, Command]] = {}
+        self._spare: Child | None = None
+        self._commands: dict[int, tuple[dict[str, Any], Command]] = {}
         self._pipes: dict[int, Command] = {}
 
     def serve(self) -> None:
-        wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakeup_fd, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
         os.set_blocking(self._requests_fd, False)
         self._poll.register(self._requests_fd, select.POLLIN)
-        self._poll.register(wakeup_read, select.POLLIN)
+        self._poll.register(self._wakeup_fd, select.POLLIN)
         self._reply({"id": 0})
         while True:
-            deadline = min((command.deadline for _, command in self._commands.values()), default=float("inf"))
-            timeout_ms = None if deadline == float("inf") else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
-            for fd, _ in self._poll.poll(timeout_ms):
-                if fd == self._requests_fd:
-                    if not self._receive():
-                        return
-                elif fd == wakeup_read:
-                    os.read(wakeup_read, CHUNK)
-                elif fd in self._pipes and not self._pipes[fd].on_ready(fd):
-                    del self._pipes[fd]
-                    self._poll.unregister(fd)
-            self._reap()
-            now = time.monotonic()
-            for _, command in list(self._commands.values()):
-                if command.deadline <= now:
-                    command.timed_out, command.deadline = True, float("inf")
-                    self._kill(command)
+            try:
+                if not self._turn():
+                    return
+            except BrokenPipeError:  # of the replies: the harness is gone
+                return
+            except Exception as error:
+                print(f"executor: {type(error).__name__}: {error}", file=sys.stderr)
+                time.sleep(0.01)  # should it come back at once, commands still get most of the processor
+
+    def _turn(self) -> bool:
+        """Do what is ready now, or wait for something to be; return whether requests may still come."""
+        ready = self._poll.poll(0)
+        if not ready:
+            self._keep_a_spare()
+            ready = self._poll.poll(self._wait_ms())
+        for fd, _ in ready:
+            if fd == self._requests_fd:
+                if not self._receive():
+                    return False
+            elif fd == self._wakeup_fd:
+                os.read(fd, CHUNK)
+            elif fd in self._pipes and not self._pipes[fd].on_ready(fd):
+                self._forget(fd)
+        self._reap()
+        self._expire()
+        return True
+
+    def _wait_ms(self) -> float | None:
+        times = [min(command.deadline, self._start_deadline(command)) for _, command in self._commands.values()]
+        first = min(times, default=float("inf"))
+        return None if first == float("inf") else max(0.0, (first - time.monotonic()) * 1000 + 1)
+
+    @staticmethod
+    def _start_deadline(command: Command) -> float:
+        return command.started + START_TIMEOUT_S if command.is_starting else float("inf")
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for _, command in list(self._commands.values()):
+            if command.deadline <= now:
+                command.timed_out, command.deadline = True, float("inf")
+                self._kill(command)
+            elif self._start_deadline(command) <= now:
+                command.stderr.add(b"killed: something stopped this command before its program ran\n")
+                command.started = float("inf")
+                _signal([command.pid], signal.SIGKILL)
+
+    def _forget(self, fd: int) -> None:
+        del self._pipes[fd]
+        self._poll.unregister(fd)
+
+    def _keep_a_spare(self) -> None:
+        if self._spare is None:
+            try:
+                self._spare = Child(self._settings)
+            except OSError:
+                return  # the next command tries again, and reports it
+
+    def _take_child(self) -> Child:
+        self._reap()
+        child, self._spare = self._spare, None
+        if child is None:
+            return Child(self._settings)
+        _signal([child.pid], signal.SIGCONT)
+        return child
 
     def _receive(self) -> bool:
+        """Take what has arrived of requests; a body that memory has no room for is thrown away as it comes."""
         chunk = os.read(self._requests_fd, 1 << 20)
-        self._buffer += chunk
-        while len(self._buffer) >= FRAME.size:
-            header_size, body_size = FRAME.unpack_from(self._buffer)
-            end = FRAME.size + header_size + body_size
-            if len(self._buffer) < end:
-                break
-            header = json.loads(self._buffer[FRAME.size : FRAME.size + header_size])
-            body = bytes(self._buffer[FRAME.size + header_size : end])
-            del self._buffer[:end]
-            self._handle(header, body)
+        view = memoryview(chunk)
+        while view:
+            if self._request is None:
+                view = self._receive_header(view)
+            else:
+                part = view[: self._body_size - self._received]
+                if self._body is not None:
+                    self._body[self._received : self._received + len(part)] = part
+                self._received += len(part)
+                view = view[len(part) :]
+            if self._request is not None and self._received == self._body_size:
+                request, body = self._request, self._body
+                self._request = self._body = None
+                self._handle(request, body)
         return bool(chunk)
 
-    def _handle(self, request: dict[str, Any], body: bytes) -> None:
-        operation = request.pop("op")
+    def _receive_header(self, view: memoryview) -> memoryview:
+        """Take a request's header, or a part of it, from the front of `view`; return the rest."""
+        needed = FRAME.size
+        if len(self._head) >= FRAME.size:
+            needed += FRAME.unpack_from(self._head)[0]
+        part = view[: needed - len(self._head)]
+        self._head += part
+        if len(self._head) == needed > FRAME.size:
+            self._request = json.loads(self._head[FRAME.size :])
+            self._body_size, self._received = FRAME.unpack_from(self._head)[1], 0
+            self._head.clear()
+            try:
+                self._body = bytearray(self._body_size)
+            except MemoryError:
+                self._body = None
+        return view[len(part) :]
+
+    def _handle(self, request: dict[str, Any], body: bytearray | None) -> None:
         try:
+            if body is None:
+                raise MemoryError
+            operation = request["op"]
             if operation == "exec":
-                self._start(request, body)
-            elif operation == "cancel":
-                for request_id, command in list(self._commands.values()):
-                    if request_id == request["target"]:
+                self._start(request, bytes(body))
+                return
+            if operation == "cancel":
+                for started, command in list(self._commands.values()):
+                    if started["id"] == request["target"]:
                         self._kill(command)
-            else:
-                reply = OPERATIONS[operation](request, body)
-                self._reap()
-                self._reply({"id": request["id"]}, reply)
-        except OSError as error:
-            self._reply({"id": request["id"], "errno": error.errno, "message": error.strerror, "path": error.filename})
-        except ValueError as error:  # text that is no path or argument: a NUL byte, half of a surrogate pair
-            self._reply({"id": request["id"], "errno": errno.EINVAL, "message": str(error), "path": None})
-        except MemoryError:
-            message = "too large for the sandbox's limits"
-            self._reply({"id": request["id"], "errno": errno.ENOMEM, "message": message, "path": None})
+                return
+            reply = OPERATIONS[operation](request, bytes(body))
+            self._reap()
+            header: dict[str, Any] = {}
+        except Exception as error:
+            # The frames of the traceback hold what filled the memory; the reply below needs some of it.
+            header, reply = _error_header(error.with_traceback(None)), b""
+        self._reply({"id": request["id"], **header}, reply)
 
     def _start(self, request: dict[str, Any], body: bytes) -> None:
-        argv = request["argv"]
-        require_directory(request["cwd"])
+        argv, cookie = request["argv"], os.urandom(12).hex()
+        with contextlib.suppress(PermissionError):  # the child meets it again, and its command fails
+            require_directory(request["cwd"])
+        orders = {"argv": argv, "cwd": request["cwd"], "env": {**request["env"], COOKIE: cookie}}
+        encoded = json.dumps({**orders, "has_stdin": bool(body)}).encode()
         try:
-            command = Command(
-                argv,
-                stdin=body,
-                cwd=request["cwd"],
-                env=request["env"],
-                timeout_s=request["timeout_s"],
-                max_output_bytes=request["max_output_bytes"],
-            )
+            child = self._take_child()
         except OSError as error:
-            failure = start_failure(error, argv)
-            if failure is None:
-                raise
-            exit_code, message = failure
-            stderr = message.encode("utf-8", "surrogateescape")
-            self._reply({"id": request["id"], **_result(exit_code, b"", False, False, 0.0)}, stderr)
+            self._reply_failure(request, *start_failure(error, argv))
             return
-        self._commands[command.pid] = (request["id"], command)
+        command = Command(
+            child.pid,
+            pipes=child.pipes,
+            stdin=(len(encoded).to_bytes(4, "big") + encoded, body),
+            cookie=cookie,
+            timeout_s=request["timeout_s"],
+            max_output_bytes=request["max_output_bytes"],
+            status_fd=child.status_fd,
+        )
+        self._commands[command.pid] = (request, command)
         for fd, events in command.descriptors().items():
             self._pipes[fd] = command
             self._poll.register(fd, events)
@@ -496,7 +683,7 @@ class Executor:
     def _kill(self, command: Command) -> None:
         try:
             command.kill()
-        except TimeoutError:
+        except Exception:  # it outruns us, or /proc cannot be read for want of descriptors or memory
             _kill_everything()
 
     def _reap(self) -> None:
@@ -507,32 +694,77 @@ class Executor:
                 return
             if pid == 0:
                 return
-            if pid not in self._commands:
-                continue
-            request_id, command = self._commands.pop(pid)
-            open_before = command.descriptors()
-            command.finish(status)
-            for fd in open_before.keys() - command.descriptors().keys():
-                del self._pipes[fd]
-                self._poll.unregister(fd)
-            stdout, stderr = command.stdout.value(), command.stderr.value()
-            truncated = command.stdout.truncated or command.stderr.truncated
-            assert command.exit_code is not None
-            header = _result(command.exit_code, stdout, truncated, command.timed_out, command.duration_s)
-            self._reply({"id": request_id, **header}, stdout + stderr)
+            if self._spare is not None and pid == self._spare.pid:
+                self._spare.close()
+                self._spare = None
+            if pid in self._commands:
+                request, command = self._commands.pop(pid)
+                try:
+                    self._end(request, command, status)
+                except BrokenPipeError:
+                    raise
+                except Exception as error:
+                    self._reply({"id": request["id"], **_error_header(error.with_traceback(None))})
 
-    def _reply(self, header: dict[str, Any], body: bytes = b"") -> None:
+    def _end(self, request: dict[str, Any], command: Command, status: int) -> None:
+        """Reply to the request of a command whose process has ended."""
+        # What the command left behind may go on printing: that is read and thrown away, so that no writer blocks.
+        open_before = command.descriptors()
+        command.finish(status)
+        for fd in open_before.keys() - command.descriptors().keys():
+            self._forget(fd)
+        assert command.exit_code is not None
+        failure = command.failure.value()
+        if failure:
+            stage, number = json.loads(failure)
+            error = OSError(number, os.strerror(number), request["cwd"])
+            if stage != "cwd":
+                self._reply_failure(request, *start_failure(error, request["argv"]))
+            elif number in (errno.ENOENT, errno.ENOTDIR):
+                self._reply({"id": request["id"], **_error_header(error)})
+            else:
+                self._reply_failure(request, 126, f"cannot start in {request['cwd']}: {error.strerror}\n")
+            return
+        stdout, stderr = command.stdout.pieces(), command.stderr.pieces()
+        truncated = command.stdout.truncated or command.stderr.truncated
+        size = sum(map(len, stdout))
+        header = _result(command.exit_code, size, truncated, command.timed_out, command.duration_s)
+        self._reply({"id": request["id"], **header}, *stdout, *stderr)
+
+    def _reply_failure(self, request: dict[str, Any], exit_code: int, message: str) -> None:
+        header = {"id": request["id"], **_result(exit_code, 0, False, False, 0.0)}
+        self._reply(header, message.encode("utf-8", "surrogateescape"))
+
+    def _reply(self, header: dict[str, Any], *body: bytes | bytearray | memoryview) -> None:
         encoded = json.dumps(header).encode()
-        for part in (FRAME.pack(len(encoded), len(body)) + encoded, body):
+        for part in (FRAME.pack(len(encoded), sum(map(len, body))) + encoded, *body):
             view = memoryview(part)
             while view:
                 view = view[os.write(self._replies_fd, view) :]
 
 
-def _result(exit_code: int, stdout: bytes, truncated: bool, timed_out: bool, duration_s: float) -> dict[str, Any]:
+def _error_header(error: Exception) -> dict[str, Any]:
+    """Return the fields of a reply that make the harness raise an OSError like `error`."""
+    path = None
+    if isinstance(error, OSError):
+        number, message = error.errno or errno.EIO, error.strerror or str(error)
+        if isinstance(error.filename, str | bytes):
+            path = os.fsdecode(error.filename)
+    elif isinstance(error, MemoryError):
+        number, message = errno.ENOMEM, "too large for the sandbox's limits"
+    elif isinstance(error, ValueError):  # text that is no path or argument: a NUL byte, half of a surrogate pair
+        number, message = errno.EINVAL, str(error)
+    elif isinstance(error, OverflowError):
+        number, message = errno.EOVERFLOW, str(error)
+    else:
+        number, message = errno.EIO, f"{type(error).__name__}: {error}"
+    return {"errno": number, "message": message, "path": path}
+
+
+def _result(exit_code: int, stdout: int, truncated: bool, timed_out: bool, duration_s: float) -> dict[str, Any]:
     return {
         "exit_code": exit_code,
-        "stdout": len(stdout),
+        "stdout": stdout,
         "truncated": truncated,
         "timed_out": timed_out,
         "duration_s": duration_s,
@@ -587,25 +819,8 @@ OPERATIONS: dict[str, Callable[[dict[str, Any], bytes], bytes]] = {
 }
 
 
-def main() -> None:
-    """Become the init of a sandbox: refuse what is not one, set the limits that commands inherit, and serve."""
-    import ctypes
-
-    with open(os.path.join(os.path.dirname(__file__), "limits.json")) as file:
-        limits: dict[str, int] = json.load(file)
-    if os.getpid() != 1 or os.getuid() == 0:
-        raise SystemExit(f"the executor must be PID 1 and not root, but it is PID {os.getpid()}, uid {os.getuid()}")
-    for name, value in limits.items():
-        number = getattr(resource, name)
-        hard = resource.getrlimit(number)[1]
-        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (bound, bound))
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")  # when the machine runs out of memory, a sandbox goes before the harness
-    libc = ctypes.CDLL(None, use_errno=True)
-    pr_set_dumpable, pr_set_no_new_privs = 4, 38
-    if libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0) or libc.prctl(pr_set_dumpable, 0, 0, 0, 0):
-        raise SystemExit(f"prctl: {os.strerror(ctypes.get_errno())}")
+def serve(settings: Mapping[str, Any]) -> None:
+    """Serve the harness as the init of a sandbox, on standard input and output. `confine.py` has prepared the rest."""
     # A handler, unlike SIG_IGN, is not inherited by the commands; without either a command could interrupt us.
     signal.signal(signal.SIGINT, lambda *_: None)
     requests_fd, replies_fd = os.dup(0), os.dup(1)
@@ -613,11 +828,4 @@ def main() -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.umask(0o022)
-    try:
-        Executor(requests_fd, replies_fd).serve()
-    except BrokenPipeError:
-        return
-
-
-if __name__ == "__main__":
-    main()
+    Executor(requests_fd, replies_fd, settings).serve()

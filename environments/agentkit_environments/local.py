@@ -7,12 +7,12 @@ variables, and back in output. What a file *contains* is left alone. Limits othe
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
 import secrets
 import select
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,10 +31,9 @@ from agentkit_environments.environment import (
     input_bytes,
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
-from agentkit_environments.owner import is_orphan, owner_token
+from agentkit_environments.leftovers import OWNER_FILE, PREFIX, remove_tree
+from agentkit_environments.owner import owner_token
 from agentkit_environments.threads import run_cancellable
-
-PREFIX = "agentkit-local-"
 
 
 class LocalEnvironment(Environment):
@@ -47,7 +46,7 @@ class LocalEnvironment(Environment):
             raise SandboxUnavailableError(f"image {spec.image!r} needs the docker backend, not unsafe-local")
         self.spec, self.run_id = spec, run_id
         self._root = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
-        (self._root / "owner").write_text(f"{owner_token()}\n{run_id}\n")
+        (self._root / OWNER_FILE).write_text(f"{owner_token()}\n{run_id}\n")
         self._directories = {spec.workdir: str(self._root / "work"), "/tmp": str(self._root / "tmp")}
         for directory in self._directories.values():
             os.mkdir(directory)
@@ -77,22 +76,15 @@ class LocalEnvironment(Environment):
         def run(cancel_fd: int) -> ExecResult:
             try:
                 executor.require_directory(directory)
+            except PermissionError:
+                pass  # the command meets it again, and fails
             except OSError as error:
                 raise self._in_sandbox(error, request.cwd) from error
             try:
-                running = executor.Command(
-                    argv,
-                    stdin=stdin,
-                    cwd=directory,
-                    env=env,
-                    timeout_s=request.timeout_s,
-                    max_output_bytes=request.max_output_bytes,
-                )
+                running = _start(argv, stdin, directory, env, request)
             except OSError as error:
-                failure = executor.start_failure(error, argv)
-                if failure is None:
-                    raise
-                return ExecResult(failure[0], "", self._to_sandbox(failure[1].encode()), False, False, 0.0)
+                exit_code, message = executor.start_failure(error, argv)
+                return ExecResult(exit_code, "", self._to_sandbox(os.fsencode(message)), False, False, 0.0)
             try:
                 _run_to_end(running, cancel_fd)
             except TimeoutError as error:
@@ -130,7 +122,7 @@ class LocalEnvironment(Environment):
         with anyio.CancelScope(shield=True):
             if self._has_run:
                 await anyio.to_thread.run_sync(self._kill, limiter=self._limiter)
-            _remove(self._root)
+            remove_tree(self._root)
 
     def _kill(self) -> None:
         try:
@@ -166,6 +158,44 @@ class LocalEnvironment(Environment):
         return OSError(error.errno, error.strerror, name)
 
 
+def _start(
+    argv: list[str], stdin: bytes, directory: str, env: dict[str, str], request: ExecRequest
+) -> executor.Command:
+    """Start a command in a session of its own. Raises OSError when it cannot be started."""
+    cookie = secrets.token_hex(12)
+    ends: list[int] = []
+    near: list[int] = []
+    try:
+        for _ in range(3):
+            ends += os.pipe2(os.O_CLOEXEC)
+        near = [ends[1], ends[2], ends[4]]
+        process = subprocess.Popen(
+            argv,
+            stdin=ends[0] if stdin else subprocess.DEVNULL,
+            stdout=ends[3],
+            stderr=ends[5],
+            cwd=directory,
+            env={**env, executor.COOKIE: cookie},
+            start_new_session=True,
+        )
+    except BaseException:
+        for fd in near:
+            os.close(fd)
+        raise
+    finally:
+        for fd in set(ends) - set(near):
+            os.close(fd)
+    process.returncode = 0  # the command waits for the process; this object must not
+    return executor.Command(
+        process.pid,
+        pipes=near,
+        stdin=[stdin],
+        cookie=cookie,
+        timeout_s=request.timeout_s,
+        max_output_bytes=request.max_output_bytes,
+    )
+
+
 def _run_to_end(command: executor.Command, cancel_fd: int) -> None:
     """Move the command's pipes until it exits; kill it at its deadline, or when `cancel_fd` becomes readable."""
     exited_fd = os.pidfd_open(command.pid)
@@ -192,40 +222,3 @@ def _run_to_end(command: executor.Command, cancel_fd: int) -> None:
                     del pipes[fd]
     finally:
         os.close(exited_fd)
-
-
-def reap_local(run_id: str | None) -> int:
-    """Remove the directories and processes of `run_id`, or of every harness that is gone; return how many."""
-    count = 0
-    for root in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
-        try:
-            owner, run = (root / "owner").read_text().splitlines()
-        except (OSError, ValueError):
-            continue
-        if run == run_id if run_id is not None else is_orphan(owner):
-            executor.kill_processes(cookie=root.name)
-            _remove(root)
-            count += 1
-    return count
-
-
-def _remove(root: Path) -> None:
-    """Remove a tree of any depth, also where a command has taken permissions away from its directories.
-
-    Directories are moved up to `root` instead of being entered, so neither the stack nor a path grows with the depth.
-    """
-    with contextlib.suppress(FileNotFoundError):  # somebody has reaped it
-        os.chmod(root, 0o700)
-        pending = [str(root)]
-        while pending:
-            directory = pending.pop()
-            for entry in list(os.scandir(directory)):
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-                    pending.append(f"{root}/{secrets.token_hex(8)}")
-                    os.rename(entry.path, pending[-1])
-                else:
-                    os.unlink(entry.path)
-            if directory != str(root):
-                os.rmdir(directory)
-        os.rmdir(root)

@@ -7,9 +7,11 @@ from typing import Literal
 
 import anyio.to_thread
 
+from agentkit_environments.cgroups import reap_groups
 from agentkit_environments.environment import Environment, EnvironmentSpec
 from agentkit_environments.errors import SandboxUnavailableError
-from agentkit_environments.local import LocalEnvironment, reap_local
+from agentkit_environments.leftovers import reap_local
+from agentkit_environments.local import LocalEnvironment
 from agentkit_environments.process import ProcessEnvironment, process_failure
 
 DEFAULT_SPEC = EnvironmentSpec()
@@ -66,7 +68,8 @@ def available_backends() -> dict[str, str | None]:
 async def reap(run_id: str | None = None) -> int:
     """Remove what is left of a run: containers with their volumes, temporary directories, processes.
 
-    Process sandboxes never leave anything: the kernel ends them with the harness.
+    Of a process sandbox nothing is left but empty control groups, which do not count: the kernel ends it with the
+    harness.
 
     Args:
         run_id: Remove everything that carries this label, in use or not; None removes what belongs to harnesses of
@@ -77,4 +80,5 @@ async def reap(run_id: str | None = None) -> int:
     """
     from agentkit_environments.docker import reap_docker
 
+    await anyio.to_thread.run_sync(reap_groups)
     return await anyio.to_thread.run_sync(reap_docker, run_id) + await anyio.to_thread.run_sync(reap_local, run_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 
@@ -12,9 +13,12 @@ def owner_token() -> str:
 
 
 def is_orphan(token: str) -> bool:
-    """Whether the process of `token` was of this machine and is gone; a token of elsewhere is never an orphan here."""
-    machine, pid, start = token.split("/")
-    return machine == _machine() and _start_ticks(int(pid)) != start
+    """Return whether the process of `token` was of this machine and is gone.
+
+    A token of another machine, or text that is no token, never names an orphan.
+    """
+    match = re.fullmatch(r"([^/]+)/([0-9]{1,10})/([0-9]+)", token)
+    return match is not None and match[1] == _machine() and _start_ticks(int(match[2])) != match[3]
 
 
 def _machine() -> str:

@@ -9,28 +9,37 @@ files; /proc and /dev of its own; an empty work directory and /tmp, in memory. W
 home directories, processes, network, IPC. One user, uid 1000, without capabilities, who cannot gain privileges or make
 user namespaces.
 
-What it does not isolate: the kernel is the host's, without a system call filter; memory is bounded for each process
-and processes are bounded in number, but there is no bound on CPU time nor on memory in total.
+System calls that no command needs are forbidden (`seccomp.py`). Memory, processes and CPU time are bounded in total
+where a control group can be had (`cgroups.py`): for root nearly everywhere, for other users in a delegated subtree.
+Elsewhere memory is bounded for each process, files and System V IPC in total, and CPU time not at all.
+
+What it does not isolate: the kernel is the host's.
 """
 
 from __future__ import annotations
 
+import base64
+import errno
 import functools
 import json
+import marshal
 import os
+import platform
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import anyio
 import anyio.to_thread
 
+from agentkit_environments.cgroups import CommandGroup
 from agentkit_environments.connection import Connection
 from agentkit_environments.environment import (
     Environment,
@@ -42,21 +51,30 @@ from agentkit_environments.environment import (
     input_bytes,
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.executor import start_failure
+from agentkit_environments.seccomp import AUDIT_ARCH, INOTIFY, SYSV_IPC, UNACCOUNTED, seccomp_program
 
-Launcher = Literal["bwrap", "unshare"]
+Launcher = Literal["bwrap", "unshare", "bwrap-plain"]
 
-LAUNCHERS: tuple[Launcher, ...] = ("bwrap", "unshare")
+LAUNCHERS: tuple[Launcher, ...] = ("bwrap", "unshare", "bwrap-plain")
+"""In the order of preference. `bwrap-plain` is for machines whose policy (AppArmor's, on some) takes all capabilities
+from what bubblewrap starts: the numbers of files are not bounded there, and there is no inotify."""
 START_TIMEOUT_S = 20.0
 FILE_TIMEOUT_S = 60.0
 HANG_TIMEOUT_S = 10.0
+KILLED = 128 + signal.SIGKILL
 USER_ID = 1000
 SHM_BYTES = 64 << 20
+INODES_PER_MIB = 256
+"""Files and directories for each MiB of a writable directory; each takes about 1 KiB of kernel memory."""
+EXECUTOR_BYTES = 1 << 30
+MACHINE = platform.machine()
 HOST_UIDS = range(0x6000_0000, 0x7000_0000)
 """Where the throw-away uid of a sandbox is taken from when the harness is root: far from users and subuid ranges."""
 
 BIN = "/opt/agentkit/bin"
-EXECUTOR = "/opt/agentkit/executor.py"
-LIMITS = "/opt/agentkit/limits.json"
+CONFINE = "/opt/agentkit/confine.py"
+SETTINGS = "/opt/agentkit/settings.json"
 RUNTIME_ALIASES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 ETC = (
     *("alternatives", "ca-certificates", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "magic"),
@@ -69,11 +87,33 @@ FILES = {
     "/etc/hosts": "127.0.0.1 localhost sandbox\n::1 localhost sandbox\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\nservices: files\nprotocols: files\n",
 }
+HIDDEN = ("/proc/keys", "/proc/key-users")
+"""These show every key of the same user of the host."""
+NAMESPACE_LIMITS: dict[str, int | str] = {
+    **{f"user/max_{kind}_namespaces": 0 for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")},
+    "user/max_inotify_instances": 16,
+    "user/max_inotify_watches": 16384,
+    "user/max_fanotify_groups": 0,
+    "user/max_fanotify_marks": 0,
+}
+"""What the sandbox may have of what else all sandboxes of one user share; files of /proc/sys."""
+IPC_LIMITS: dict[str, int | str] = {
+    "kernel/shm_rmid_forced": 1,  # a segment ends with the last process that uses it
+    "kernel/shmmax": SHM_BYTES,
+    "kernel/shmall": SHM_BYTES >> 12,
+    "kernel/shmmni": 256,
+    "kernel/msgmax": 8192,
+    "kernel/msgmnb": 16384,
+    "kernel/msgmni": 32,
+    "kernel/sem": "250 4000 32 128",
+    "fs/mqueue/queues_max": 16,
+}
+"""System V IPC and message queues, in pages of 4 KiB, bytes and numbers; files of /proc/sys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The root directory of a sandbox, as data: both launchers build the same one."""
+    """The root directory of a sandbox, as data: both launchers build the same one, and `confine.py` completes it."""
 
     binds: list[str]
     """Directories and files of the host, read-only, each under its own name."""
@@ -81,13 +121,13 @@ class Layout:
     """(path, target)."""
     files: list[tuple[str, str]]
     """(path, text) of files that are written, read-only afterwards."""
-    tmpfs: list[tuple[str, int]]
-    """(path, bytes) of the directories that can be written."""
+    tmpfs: list[tuple[str, str, int]]
+    """(path, mode, bytes) of the directories that can be written."""
     prefix: str
     python: str
 
     @classmethod
-    def of(cls, spec: EnvironmentSpec) -> Self:
+    def of(cls, spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup) -> Self:
         prefix = os.path.realpath(sys.base_prefix)
         python = os.path.realpath(f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}")
         if prefix in ("/", "/home", "/root") or not python.startswith(prefix + "/"):
@@ -102,66 +142,125 @@ class Layout:
             binds.append(prefix)
         binds += [path for path in (f"/etc/{name}" for name in ETC) if os.path.exists(path)]
         disk_bytes = spec.limits.disk_mib << 20
+        tmpfs = [("/dev/shm", "1777", SHM_BYTES), ("/tmp", "1777", disk_bytes), (spec.workdir, "0755", disk_bytes)]
+        settings = _settings(spec, launcher, group, tmpfs)
         return cls(
             binds=binds,
             symlinks=symlinks,
             files=[
-                (EXECUTOR, _source("executor.py")),
-                (LIMITS, json.dumps(_rlimits(spec.limits))),
+                (CONFINE, _source("confine.py")),
+                (SETTINGS, json.dumps(settings)),
                 *((path, text.format(workdir=spec.workdir)) for path, text in FILES.items()),
             ],
-            tmpfs=[("/dev/shm", SHM_BYTES), ("/tmp", disk_bytes), (spec.workdir, disk_bytes)],
+            tmpfs=tmpfs,
             prefix=prefix,
             python=python,
         )
 
 
-def launch_argv(spec: EnvironmentSpec, launcher: Launcher, file_fds: Mapping[str, int]) -> list[str]:
+def launch_argv(layout: Layout, launcher: Launcher, file_fds: Mapping[str, int]) -> list[str]:
     """Return the command that becomes a sandbox with an executor in it.
 
     Args:
-        spec: What to open.
+        layout: What its root directory holds.
         launcher: What builds it.
         file_fds: For bubblewrap, a descriptor for each of `Layout.files` that its text can be read from.
     """
-    layout = Layout.of(spec)
-    executor = [layout.python, "-I", "-S", EXECUTOR]
-    build = _bwrap_argv if launcher == "bwrap" else _unshare_argv
+    executor = [layout.python, "-I", "-S", CONFINE]
+    build = {"bwrap": _bwrap_argv, "bwrap-plain": _bwrap_plain_argv, "unshare": _unshare_argv}[launcher]
     uid = str(secrets.choice(HOST_UIDS)) if os.geteuid() == 0 else "-"
     enter = [layout.python, "-I", "-S", str(Path(__file__).with_name("enter.py"))]
-    return [*enter, str(os.getpid()), uid, layout.prefix, *build(spec, layout, executor, file_fds)]
+    return [*enter, str(os.getpid()), uid, layout.prefix, *build(layout, executor, file_fds)]
 
 
-def _bwrap_argv(spec: EnvironmentSpec, layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
-    argv = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--as-pid-1"]
-    argv += ["--new-session", "--clearenv", "--hostname", "sandbox", "--cap-drop", "ALL"]
+def _bwrap_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
+    # `confine.py` drops the capabilities again, and forbids further user namespaces, before the first command runs.
+    writable = [argument for path, _, _ in layout.tmpfs for argument in ("--dir", path)]
+    return _bwrap_with(["--cap-add", "ALL"], writable, layout, executor, file_fds)
+
+
+def _bwrap_plain_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
+    writable = [
+        argument
+        for path, mode, size_bytes in layout.tmpfs
+        for argument in ("--perms", mode, "--size", str(size_bytes), "--tmpfs", path)
+    ]
+    for path in filter(os.path.exists, HIDDEN):
+        writable += ["--ro-bind", "/dev/null", path]
+    return _bwrap_with(["--cap-drop", "ALL", "--disable-userns"], writable, layout, executor, file_fds)
+
+
+def _bwrap_with(
+    privileges: list[str], writable: list[str], layout: Layout, executor: list[str], file_fds: Mapping[str, int]
+) -> list[str]:
+    argv = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--as-pid-1"]
+    argv += ["--new-session", "--clearenv", "--hostname", "sandbox", *privileges]
     argv += ["--uid", str(USER_ID), "--gid", str(USER_ID)]
     for path in layout.binds:
         argv += ["--ro-bind", path, path]
-    argv += ["--proc", "/proc", "--dev", "/dev"]
-    for path, size_bytes in layout.tmpfs:
-        mode = "0755" if path == spec.workdir else "1777"
-        argv += ["--perms", mode, "--size", str(size_bytes), "--tmpfs", path]
+    argv += ["--proc", "/proc", "--dev", "/dev", *writable]
     for path, _ in layout.files:
         argv += ["--perms", "0644", "--file", str(file_fds[path]), path]
     for path, target in layout.symlinks:
         argv += ["--symlink", target, path]
-    return [*argv, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", spec.workdir, "--", *executor]
+    return [*argv, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/", "--", *executor]
 
 
-def _unshare_argv(spec: EnvironmentSpec, layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
+def _unshare_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
     argv = ["unshare", "--user", "--map-user", str(USER_ID), "--map-group", str(USER_ID), "--keep-caps", "--mount"]
     argv += ["--pid", "--fork", "--kill-child=SIGKILL", "--net", "--ipc", "--uts", "--cgroup", "--"]
     root = {
         "binds": layout.binds,
         "symlinks": layout.symlinks,
         "files": layout.files,
-        "tmpfs": layout.tmpfs,
-        "workdir": spec.workdir,
+        "directories": [path for path, _, _ in layout.tmpfs],
         "hostname": "sandbox",
         "argv": executor,
     }
     return [*argv, layout.python, "-I", "-S", "-c", _source("build_root.py"), json.dumps(root)]
+
+
+def _settings(
+    spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup, tmpfs: list[tuple[str, str, int]]
+) -> dict[str, Any]:
+    """Return what `confine.py` and the executor must know."""
+    limits = spec.limits
+    memory = () if group.bounds_memory else tuple(UNACCOUNTED)
+    ipc = () if group.bounds_memory else tuple(SYSV_IPC)
+    return {
+        "workdir": spec.workdir,
+        "has_capabilities": launcher != "bwrap-plain",
+        "tmpfs": [
+            (path, f"mode={mode},size={size},nr_inodes={(size >> 20) * INODES_PER_MIB}") for path, mode, size in tmpfs
+        ],
+        "hidden": HIDDEN,
+        "executor": _compiled("executor.py"),
+        "namespace_limits": NAMESPACE_LIMITS,
+        "ipc_limits": IPC_LIMITS,
+        "filters": {
+            "": _filter(memory),
+            "ipc": _filter((*memory, *ipc)),
+            "ipc inotify": _filter((*memory, *ipc, *INOTIFY)),
+        },
+        "rlimits": _rlimits(limits),
+        "executor_rlimits": {
+            **_rlimits(limits),
+            "RLIMIT_AS": 4 * EXECUTOR_BYTES,
+            "RLIMIT_DATA": EXECUTOR_BYTES,
+            "RLIMIT_NPROC": limits.processes + 1,
+            "RLIMIT_NOFILE": 4096,
+        },
+        "cgroup_fds": group.procs_fds,
+    }
+
+
+@functools.cache
+def _filter(missing: tuple[str, ...]) -> str:
+    if MACHINE not in AUDIT_ARCH:
+        raise SandboxUnavailableError(
+            f"the process sandbox has a system call filter for {' and '.join(AUDIT_ARCH)} only, not for {MACHINE}"
+        )
+    return seccomp_program(MACHINE, missing).hex()
 
 
 def _rlimits(limits: Limits) -> dict[str, int]:
@@ -174,7 +273,14 @@ def _rlimits(limits: Limits) -> dict[str, int]:
         "RLIMIT_NOFILE": limits.open_files,
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 64 << 10,
+        "RLIMIT_MSGQUEUE": 800 << 10,
+        "RLIMIT_SIGPENDING": 4096,
     }
+
+
+@functools.cache
+def _compiled(name: str) -> str:
+    return base64.b64encode(marshal.dumps(compile(_source(name), name, "exec"))).decode()
 
 
 @functools.cache
@@ -189,14 +295,19 @@ def launcher_failure(launcher: Launcher) -> str | None:
     """
     if sys.platform != "linux":
         return "namespaces are a Linux feature"
-    return _trial_failure(launcher) if shutil.which(launcher) else f"{launcher} is not installed"
+    program = "unshare" if launcher == "unshare" else "bwrap"
+    return _trial_failure(launcher) if shutil.which(program) else f"{program} is not installed"
 
 
 @functools.cache
 def _trial_failure(launcher: Launcher) -> str | None:
-    with _Files() as files:
+    try:
+        layout = Layout.of(EnvironmentSpec(), launcher, CommandGroup())
+    except SandboxUnavailableError as error:
+        return f"{launcher}: {error}"
+    with _Files(layout) as files:
+        argv = launch_argv(layout, launcher, files.fds)
         try:
-            argv = launch_argv(EnvironmentSpec(), launcher, files.fds)
             tried = subprocess.run(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -205,7 +316,7 @@ def _trial_failure(launcher: Launcher) -> str | None:
                 pass_fds=list(files.fds.values()),
                 env={"PATH": os.environ.get("PATH", os.defpath)},
             )
-        except (SandboxUnavailableError, OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, subprocess.TimeoutExpired) as error:
             return f"{launcher}: {error}"
     if tried.returncode != 0 or not tried.stdout:
         said = tried.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
@@ -224,11 +335,12 @@ def process_failure() -> str | None:
 class _Files:
     """The generated files of a sandbox's /etc, as descriptors for bubblewrap to read."""
 
-    def __init__(self, spec: EnvironmentSpec | None = None) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.fds: dict[str, int] = {}
-        for path, text in Layout.of(spec or EnvironmentSpec()).files:
+        for path, text in layout.files:
             fd = os.memfd_create(path, os.MFD_CLOEXEC)
-            os.write(fd, text.encode())
+            with open(fd, "wb", closefd=False) as file:
+                file.write(text.encode())
             os.lseek(fd, 0, os.SEEK_SET)
             self.fds[path] = fd
 
@@ -245,9 +357,9 @@ class ProcessEnvironment(Environment):
 
     backend = "process"
 
-    def __init__(self, spec: EnvironmentSpec, run_id: str, connection: Connection) -> None:
+    def __init__(self, spec: EnvironmentSpec, run_id: str, connection: Connection, group: CommandGroup) -> None:
         self.spec, self.run_id = spec, run_id
-        self._connection = connection
+        self._connection, self._group = connection, group
         self._env = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "HOME": spec.workdir, "LANG": "C.UTF-8"}
 
     @classmethod
@@ -264,7 +376,8 @@ class ProcessEnvironment(Environment):
             )
         for candidate in (launcher,) if launcher else LAUNCHERS:
             if await anyio.to_thread.run_sync(launcher_failure, candidate) is None:
-                return cls(spec, run_id, await _launch(spec, candidate))
+                group = CommandGroup.create(spec.limits)
+                return cls(spec, run_id, await _launch(spec, candidate, group), group)
         reason = launcher_failure(launcher) if launcher else process_failure()
         raise SandboxUnavailableError(f"no process sandbox can be opened here: {reason}")
 
@@ -280,11 +393,22 @@ class ProcessEnvironment(Environment):
         }
         stdin = self._fitting(input_bytes(request.stdin))
         answer_s = None if request.timeout_s is None else request.timeout_s + HANG_TIMEOUT_S
-        header, body = await self._connection.request("exec", fields, stdin, answer_s)
+        kills_before = self._group.kills()
+        try:
+            header, body = await self._connection.request("exec", fields, stdin, answer_s)
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            exit_code, message = start_failure(error, request.argv)
+            return ExecResult(exit_code, "", message, False, False, 0.0)
+        stderr = body[header["stdout"] :].decode("utf-8", "replace")
+        if header["exit_code"] == KILLED and not header["timed_out"] and self._group.kills() > kills_before:
+            memory_mib = self.spec.limits.memory_mib
+            stderr += f"killed: the sandbox's {memory_mib} MiB of memory, which its files share, were used up\n"
         return ExecResult(
             exit_code=header["exit_code"],
             stdout=body[: header["stdout"]].decode("utf-8", "replace"),
-            stderr=body[header["stdout"] :].decode("utf-8", "replace"),
+            stderr=stderr,
             truncated=header["truncated"],
             timed_out=header["timed_out"],
             duration_s=header["duration_s"],
@@ -301,39 +425,42 @@ class ProcessEnvironment(Environment):
             raise SandboxLostError(f"the sandbox is gone: {error.strerror}") from error
 
     async def close(self) -> None:
-        await self._connection.close()
+        with anyio.CancelScope(shield=True):
+            await self._connection.close()
+            await anyio.to_thread.run_sync(self._group.remove)
 
     def _fitting(self, data: bytes) -> bytes:
-        """Refuse what the executor, which lives under the sandbox's own memory limit, could not hold."""
-        if len(data) > self.spec.limits.memory_mib << 18:
-            raise ValueError(
-                f"{len(data)} bytes are more than a quarter of limits.memory_mib = {self.spec.limits.memory_mib}"
-            )
+        """Refuse what the executor could not hold, twice."""
+        if len(data) > EXECUTOR_BYTES >> 2:
+            raise ValueError(f"{len(data)} bytes are more than the {EXECUTOR_BYTES >> 2} that a process sandbox takes")
         return data
 
 
-async def _launch(spec: EnvironmentSpec, launcher: Launcher) -> Connection:
+async def _launch(spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup) -> Connection:
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the connection closes it)
     connection: Connection | None = None
     try:
-        with _Files(spec) as files:
+        layout = Layout.of(spec, launcher, group)
+        with _Files(layout) as files:
             process = await anyio.open_process(
-                launch_argv(spec, launcher, files.fds),
+                launch_argv(layout, launcher, files.fds),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env={"PATH": os.environ.get("PATH", os.defpath)},
                 start_new_session=True,
-                pass_fds=list(files.fds.values()),
+                pass_fds=[*files.fds.values(), *group.procs_fds],
             )
-        connection = Connection(process, stderr)
+        connection = Connection(process, stderr, group.host_failure)
         with anyio.fail_after(START_TIMEOUT_S):
             await connection.ready()
+        group.close_descriptors()
         return connection
     except BaseException as error:
         if connection is not None:
             await connection.close()
         stderr.close()
+        group.remove()
         if isinstance(error, TimeoutError | SandboxLostError):
             raise SandboxUnavailableError(f"the sandbox did not start with {launcher}: {error}") from error
         raise

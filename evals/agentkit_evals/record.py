@@ -10,15 +10,16 @@ A run that was interrupted, or killed, is a run with fewer trials: the directory
 
 from __future__ import annotations
 
-import json
+import io
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -26,9 +27,15 @@ from agentkit.events import Status
 from agentkit.model import Usage
 from agentkit.task import Strict, Task
 from agentkit.trajectory import Trajectory
+from agentkit_engine.untrusted import check_values, describe, open_regular, parse_json, read_regular, shorten
 from agentkit_evals.errors import RunDirectoryError
 
 FORMAT_VERSION = 1
+MAX_LOCK_BYTES = 64 << 20
+MAX_TRIALS_BYTES = 1 << 30
+MAX_TRIAL_BYTES = 16 << 20
+"""Of one line of `trials.jsonl`: an answer and the bounded output of a verifier."""
+MAX_TRIAL_VALUES = 100_000
 
 Failure = Literal["model", "limit", "task", "infrastructure"]
 """Why a trial was not solved. Only "model" and "limit" count against the model; the others are left out of scores.
@@ -56,7 +63,7 @@ class RunLock(Strict):
     name: str
     model: str
     backend: str
-    epochs: int
+    epochs: int = Field(ge=1, le=1 << 20)
     concurrency: int
     seed: int
     temperature: float
@@ -70,10 +77,14 @@ class RunLock(Strict):
     command: list[str] = Field(default_factory=lambda: list(sys.argv))
 
 
+TrialName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+"""Of a task and an epoch. It is part of a path, so it has no slash."""
+
+
 class TrialRecord(Strict):
     """One line of `trials.jsonl`: one task, run once."""
 
-    trial: str
+    trial: TrialName
     task: str
     epoch: int
     family: str
@@ -115,14 +126,23 @@ class RunDirectory:
         """
         path = Path(path)
         lock = _read_lock(path / "run.json")
+        tasks, seen = {task.id for task in lock.tasks}, set[str]()
         trials: list[TrialRecord] = []
         file = path / "trials.jsonl"
-        lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
-        for number, line in enumerate(lines[:-1], start=1):
+        for number, line in enumerate(_whole_lines(file), start=1):
             try:
-                trials.append(TrialRecord.model_validate_json(line))
+                check_values(line, MAX_TRIAL_VALUES)
+                trial = TrialRecord.model_validate_json(line)
+                if trial.task not in tasks:
+                    raise ValueError(f"task {shorten(trial.task)} is not among those of run.json")
+                if trial.trial in seen:
+                    raise ValueError(f"trial {trial.trial} is there twice")
+                seen.add(trial.trial)
             except ValidationError as exc:
+                raise RunDirectoryError(f"{file}:{number}: not a trial: {describe(exc)}") from exc
+            except ValueError as exc:
                 raise RunDirectoryError(f"{file}:{number}: not a trial: {exc}") from exc
+            trials.append(trial)
         return cls(path, lock, tuple(trials))
 
     @property
@@ -152,16 +172,36 @@ def scores_by_task(trials: Sequence[TrialRecord]) -> list[list[float]]:
 
 def _read_lock(file: Path) -> RunLock:
     try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
+        data: Any = parse_json(read_regular(file, max_bytes=MAX_LOCK_BYTES))
+    except (FileNotFoundError, NotADirectoryError) as exc:
         raise RunDirectoryError(f"{file.parent} is not a run: it has no run.json") from exc
-    except (OSError, ValueError) as exc:
-        raise RunDirectoryError(f"{file} cannot be read: {exc}") from exc
+    except OSError as exc:
+        raise RunDirectoryError(f"{file} cannot be read: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise RunDirectoryError(f"{file} cannot be read: {shorten(str(exc), 300, quote=False)}") from exc
     if not isinstance(data, dict) or data.get("format") != "agentkit.run":
         raise RunDirectoryError(f"{file} is not the run.json of a run")
     if data.get("version") != FORMAT_VERSION:
-        raise RunDirectoryError(f"{file} has run format {data.get('version')}; this agentkit reads {FORMAT_VERSION}")
+        raise RunDirectoryError(
+            f"{file} has run format {shorten(data.get('version'))}; this agentkit reads {FORMAT_VERSION}"
+        )
     try:
         return RunLock.model_validate(data)
     except ValidationError as exc:
-        raise RunDirectoryError(f"{file} is damaged: {exc}") from exc
+        raise RunDirectoryError(f"{file} is damaged: {describe(exc)}") from exc
+
+
+def _whole_lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file but for a cut one at its end; none when the file is missing. Raises RunDirectoryError."""
+    try:
+        with io.BufferedReader(open_regular(file)) as source:
+            if (size := os.fstat(source.fileno()).st_size) > MAX_TRIALS_BYTES:
+                raise RunDirectoryError(f"{file} has {size:,} bytes, expected at most {MAX_TRIALS_BYTES:,}")
+            while (line := source.readline(MAX_TRIAL_BYTES + 1)).endswith(b"\n"):
+                yield line
+            if len(line) > MAX_TRIAL_BYTES:
+                raise RunDirectoryError(f"{file} has a line of more than {MAX_TRIAL_BYTES:,} bytes")
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise RunDirectoryError(f"{file} cannot be read: {exc.strerror}") from exc

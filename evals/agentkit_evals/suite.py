@@ -17,8 +17,9 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
+from agentkit.errors import TaskFileError
 from agentkit.models.scripted import Policy
-from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, load_yaml
+from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, load_yaml, read_yaml
 from agentkit_evals.errors import SuiteError
 from agentkit_evals.synth import FAMILIES, sample
 
@@ -63,8 +64,8 @@ class SynthSelection(Strict):
     """Which generated tasks. `families` empty means all; `seed` None leaves the choice to the run."""
 
     families: list[str] = Field(default_factory=list)
-    per_family: int = Field(default=3, ge=1)
-    seed: int | None = Field(default=None, ge=0)
+    per_family: int = Field(default=3, ge=1, le=10_000)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 31)
     split: Split = "heldout"
 
 
@@ -111,6 +112,8 @@ def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
     """Generated tasks: `per_family` of each family from consecutive seeds. Raises SuiteError for an unknown family."""
     if unknown := [name for name in selection.families if name not in FAMILIES]:
         raise SuiteError(f"unknown families {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    if twice := [name for name in FAMILIES if selection.families.count(name) > 1]:
+        raise SuiteError(f"family {twice[0]} is named twice; its tasks would have the same ids")
     first = (seed if selection.seed is None else selection.seed) * selection.per_family
     cases: list[Case] = []
     for family in selection.families or FAMILIES:
@@ -161,8 +164,9 @@ def _case(task: Task, family: str) -> Case:
 def _is_suite_file(path: Path) -> bool:
     """Whether a YAML file speaks of tasks rather than of one task; a broken one is left for the task reader."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        root, _ = read_yaml(path)
+    except TaskFileError:
         return False
-    keys: Sequence[str] = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    return "instruction" not in keys and bool({"tasks", "synth"} & set(keys))
+    nodes = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    keys = {key.value for key in nodes if isinstance(key, yaml.ScalarNode)}
+    return "instruction" not in keys and bool({"tasks", "synth"} & keys)

@@ -34,7 +34,7 @@ from agentkit import (
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit_engine.chat import Tokenizer, encode_ids
 from agentkit_environments import Environment, SandboxLostError, open_environment
-from agentkit_tools import ToolContext
+from agentkit_tools import BUILTINS, ToolContext, ToolDefinitionError
 
 pytestmark = pytest.mark.anyio
 Script = Callable[..., ScriptedModel]
@@ -446,3 +446,16 @@ async def test_events_and_messages_of_a_policy(environment: Environment, tokeniz
     result = await Agent(ScriptedModel(policy, tokenizer)).run("hello", environment=environment)
     assert seen == [[SystemMessage(DEFAULT_SYSTEM), UserMessage("hello")]]
     assert MessageAdded(AssistantMessage("bye", "r")) in result.trajectory.records
+
+
+async def test_plain_functions_are_tools(script: Script, environment: Environment) -> None:
+    def add(a: int, b: int = 2) -> int:
+        """Add two numbers."""
+        return a + b
+
+    agent = Agent(script(turn(("add", {"a": 40})), AssistantTurn(None, "done")), [add, *BUILTINS.values()])
+    result = await agent.run("Q", environment=environment)
+    assert results(result.trajectory) == ["42"]
+    assert result.trajectory.header.tools[0]["function"]["description"] == "Add two numbers."
+    with pytest.raises(ToolDefinitionError, match="has no name; use def"):
+        Agent(script(), [lambda x: x, add])

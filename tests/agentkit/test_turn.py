@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -229,3 +230,53 @@ async def test_wall_time_in_generation_stops_early_calls_too(environment: Enviro
     prompt, sampled, forced = result.trajectory.segments
     assert (prompt.kind, sampled.kind, forced.kind) == ("prompt", "sampled", "forced")
     assert tokenizer.decode(forced.ids) == "<｜end▁of▁sentence｜>"
+
+
+async def test_as_many_synchronous_calls_run_as_the_bounds_allow(script: Script, environment: Environment) -> None:
+    """Each call waits for all others, so that they end only if each has a thread."""
+    everyone = threading.Barrier(64)
+
+    def meet() -> str:
+        everyone.wait(60)
+        return "met"
+
+    calls: list[tuple[str, dict[str, object]]] = [("meet", {})] * 64
+    parallelism = Parallelism(per_turn=64, per_tool=64, total=64)
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [meet], parallelism=parallelism)
+    result = await agent.run("Q", environment=environment)
+    assert results(result.trajectory) == ["met"] * 64
+
+
+async def test_waiting_for_a_place_is_neither_call_time_nor_tool_time(script: Script, environment: Environment) -> None:
+    """Another agent holds the only place for longer than this one's calls may take."""
+    bounds = Parallelism(total=1)
+    held, release = anyio.Event(), anyio.Event()
+
+    @tool
+    async def hold() -> str:
+        """Hold."""
+        held.set()
+        await release.wait()
+        return "held"
+
+    def quick() -> str:
+        """Quick."""
+        return "done"
+
+    holder = Agent(script(AssistantTurn(None, "", [("hold", {})]), DONE), [hold], parallelism=bounds)
+    limits = Limits(tool_time_s=0.3, call_timeout_s=0.3)
+    calls: list[tuple[str, dict[str, object]]] = [("quick", {})] * 3
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [quick], parallelism=bounds, limits=limits)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(lambda: holder.run("Q", environment=environment))
+        await held.wait()
+
+        async def release_late() -> None:
+            await anyio.sleep(0.6)  # twice what a call may take
+            release.set()
+
+        task_group.start_soon(release_late)
+        result = await agent.run("Q", environment=environment)
+    assert results(result.trajectory) == ["done"] * 3
+    assert result.status == "answered"
+    assert result.usage.tool_time_s < 0.3

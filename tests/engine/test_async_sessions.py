@@ -357,7 +357,8 @@ async def test_a_generation_ends_at_the_last_position_and_computes_nothing_beyon
 ) -> None:
     decoder = make_random_decoder(ModelSpec.from_config(small_config(0, 4, max_position_embeddings=70)))
     short = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
-    lengths, advance = [], short.batcher.advance
+    lengths: list[int] = []
+    advance = short.batcher.advance
 
     def noted(works: Sequence[Work]) -> None:
         lengths.extend(work.length for work in works)

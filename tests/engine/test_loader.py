@@ -599,7 +599,7 @@ def test_shard_that_holds_a_tensor_the_index_does_not_name(sharded: Path) -> Non
 
 def test_shard_outside_the_folder(sharded: Path) -> None:
     edit_index(sharded, lambda weight_map: weight_map.update({"norm.weight": "../model.safetensors"}))
-    fails(sharded, 'found file "../model.safetensors", expected the plain name of a file beside it')
+    fails(sharded, "found file '../model.safetensors', expected the plain name of a file beside it")
 
 
 def test_safetensors_file_that_is_no_part_of_the_checkpoint(broken: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from agentkit_environments import Environment, EnvironmentSpec, open_environment
 from agentkit_environments.docker import docker_failure
-from agentkit_environments.process import ProcessEnvironment, launcher_failure
+from agentkit_environments.process import LAUNCHERS, Launcher, ProcessEnvironment, launcher_failure
 
 if TYPE_CHECKING:
     from tests.conftest import WaitUntil
@@ -21,8 +21,11 @@ BACKENDS = [
     pytest.param("unsafe-local", id="unsafe-local"),
     pytest.param("process-bwrap", id="process-bwrap", marks=pytest.mark.sandbox),
     pytest.param("process-unshare", id="process-unshare", marks=pytest.mark.sandbox),
+    pytest.param("process-bwrap-plain", id="process-bwrap-plain", marks=[pytest.mark.sandbox, pytest.mark.hostile]),
     pytest.param("docker", id="docker", marks=pytest.mark.docker),
 ]
+
+LAUNCHER_OF: dict[str, Launcher] = {f"process-{launcher}": launcher for launcher in LAUNCHERS}
 
 Opener = Callable[..., Awaitable[Environment]]
 
@@ -32,20 +35,16 @@ def require(backend: str) -> None:
     reason = None
     if backend == "docker":
         reason = docker_failure()
-    elif backend == "process-bwrap":
-        reason = launcher_failure("bwrap")
-    elif backend == "process-unshare":
-        reason = launcher_failure("unshare")
+    elif backend in LAUNCHER_OF:
+        reason = launcher_failure(LAUNCHER_OF[backend])
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 
 
 async def _open(backend: str, spec: EnvironmentSpec | None = None, run_id: str = "tests") -> Environment:
     spec = spec or EnvironmentSpec()
-    if backend == "process-bwrap":
-        return await ProcessEnvironment.open(spec, run_id, launcher="bwrap")
-    if backend == "process-unshare":
-        return await ProcessEnvironment.open(spec, run_id, launcher="unshare")
+    if backend in LAUNCHER_OF:
+        return await ProcessEnvironment.open(spec, run_id, launcher=LAUNCHER_OF[backend])
     if backend == "docker":
         return await open_environment(spec, backend="docker", run_id=run_id)
     return await open_environment(spec, backend="unsafe-local", run_id=run_id)

@@ -100,7 +100,7 @@ def kill_sandbox(backend: str, tag: Tag) -> None:
         subprocess.run(f"docker kill {containers}", shell=True, check=True, stdout=subprocess.DEVNULL)
         return
     pid = tag.pids()[0]
-    while b"/opt/agentkit/executor.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+    while b"/opt/agentkit/confine.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(pid, signal.SIGKILL)
 

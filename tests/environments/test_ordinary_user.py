@@ -20,14 +20,14 @@ ROOT = HERE.parents[1]
 
 @pytest.mark.sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")
-@pytest.mark.parametrize("file", ["test_contract.py", "test_escape.py", "test_crash.py"])
+@pytest.mark.parametrize("file", ["test_contract.py", "test_escape.py", "test_crash.py", "test_survival.py"])
 def test_the_same_as_an_ordinary_user(file: str) -> None:
     uid = 50_000 + secrets.randbelow(10_000)
     enter = str(Path(agentkit_environments.__file__).with_name("enter.py"))
     expose = ":".join(sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, ROOT)}))
     with tempfile.TemporaryDirectory() as home:
         os.chown(home, uid, uid)
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "sandbox", "-p", "no:cacheprovider"]
+        tests = [sys.executable, "-m", "pytest", "-q", "-m", "sandbox and not hostile", "-p", "no:cacheprovider"]
         tests += ["--basetemp", f"{home}/pytest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
         finished = subprocess.run(
             [sys.executable, "-I", enter, str(os.getpid()), str(uid), expose, *tests, str(HERE / file)],

@@ -30,6 +30,6 @@ def call(context: ToolContext) -> Call:
     """`await call("read_file", path="a.txt")`."""
 
     async def call(name: str, /, **arguments: Any) -> ToolResult:
-        return await BUILTINS[name](ToolCall("call_0_0", name, json.dumps(arguments)), context)
+        return await BUILTINS[name].call(ToolCall("call_0_0", name, json.dumps(arguments)), context)
 
     return call

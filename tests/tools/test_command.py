@@ -19,7 +19,7 @@ PARAMETERS: dict[str, Any] = {
 
 
 async def run(command: str, arguments: str, context: ToolContext) -> ToolResult:
-    return await CommandTool("mine", "Do it.", PARAMETERS, command)(ToolCall("c", "mine", arguments), context)
+    return await CommandTool("mine", "Do it.", PARAMETERS, command).call(ToolCall("c", "mine", arguments), context)
 
 
 def test_spec_is_as_written() -> None:

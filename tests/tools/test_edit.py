@@ -6,12 +6,16 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from agentkit_environments import Environment
 from agentkit_tools import ToolResult
+from agentkit_tools.edit import _count
 
 pytestmark = pytest.mark.anyio
 Call = Callable[..., Awaitable[ToolResult]]
+ENDS = r"; its line ends differ: lines of the file may end in \r\n, in \n or in both"
 
 
 async def test_replaces_the_only_occurrence(call: Call, environment: Environment) -> None:
@@ -50,3 +54,70 @@ async def test_parallel_edits_of_one_file_are_all_kept(call: Call, environment: 
 
             group.start_soon(edit)
     assert await environment.read_file("f") == "".join(f"({index})" for index in range(20)).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "old", "told"),
+    [
+        ("foo\nfoo\nfoo\n", "foo\nfoo\n", '"old" found 2 times in f; give more context'),
+        ("aaaa", "aa", '"old" found 3 times in f; give more context'),
+        ("abababa", "aba", '"old" found 3 times in f; give more context'),
+        ("a" * 100_000, "a" * 100, '"old" found more than 1000 times in f; give more context'),
+        ("x", "x", '"old" and "new" are the same; nothing would change'),
+        ("one\ntwo", "two\n", '"old" not found in f; the file does not end in a newline, but "old" does'),
+        ("one\n", "two\n", '"old" not found in f'),
+        ("a\nb\n", "a\r\nb\r\n", f'"old" not found in f{ENDS}'),
+        ("a\r\nb\nc", "a\nb\n", f'"old" not found in f{ENDS}'),
+    ],
+)
+async def test_what_does_not_fit_once_is_refused_with_the_reason(
+    call: Call, environment: Environment, content: str, old: str, told: str
+) -> None:
+    await environment.write_file("f", content)
+    result = await call("edit_file", path="f", old=old, new="x")
+    assert (result.content, result.is_error) == (f"Error: {told}", True)
+    assert await environment.read_file("f") == content.encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "old", "new", "edited"),
+    [
+        (b"a\r\nb\r\nc\r\n", "a\nb\n", "x\ny\nz\n", b"x\r\ny\r\nz\r\nc\r\n"),
+        (b"a\r\nb\r\n", "b", "x\ny", b"a\r\nx\r\ny\r\n"),
+        (b"a\r\nb\r\n", "a\nb", "x\r\ny", b"x\r\ny\r\n"),
+        (b"a\r\nb\r\n", "a\r\n", "x\n", b"x\nb\r\n"),  # it asked for exactly these
+        (b"a\r\nb\nc", "b\n", "x\n", b"a\r\nx\nc"),  # mixed: nothing is translated
+        (b"\xef\xbb\xbfa\n", "a", "b", b"\xef\xbb\xbfb\n"),
+        (b"caf\xe9 au lait", "au", "du", b"caf\xe9 du lait"),
+        (b"a\0b", "b", "c", b"a\0c"),
+        (b"no end", "end", "end\n", b"no end\n"),
+        (b"aXa", "X", "", b"aa"),
+    ],
+)
+async def test_line_ends_and_bytes_around_an_edit_stay(
+    call: Call, environment: Environment, content: bytes, old: str, new: str, edited: bytes
+) -> None:
+    await environment.write_file("f", content)
+    assert (await call("edit_file", path="f", old=old, new=new)).content == "Edited f"
+    assert await environment.read_file("f") == edited
+
+
+async def test_encodings_and_bounds_are_told(call: Call, environment: Environment) -> None:
+    await environment.write_file("latin", b"caf\xe9")
+    result = await call("edit_file", path="latin", old="é", new="e")
+    assert result.content == 'Error: "old" not found in latin; the file is not UTF-8, in which "old" is looked for'
+    await environment.exec("truncate -s 17M big")
+    result = await call("edit_file", path="big", old="a", new="b")
+    assert result.content == "Error: File too large: big; use bash to look at a part of it"
+
+
+lines = st.lists(st.sampled_from(["a", "b", "ab", "", "é"]), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(lines, lines, st.sampled_from(["\n", "\r\n"]))
+def test_the_count_is_that_of_all_places(content: list[str], wanted: list[str], end: str) -> None:
+    data, old = end.join(content).encode(), end.join(wanted).encode()
+    assume(old)
+    places = [place for place in range(len(data)) if data.startswith(old, place)]
+    assert _count(data, old) == len(places)

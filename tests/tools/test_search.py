@@ -55,7 +55,7 @@ async def searching(request: pytest.FixtureRequest, anyio_backend: str) -> Async
 
 async def search(environment: Environment, **arguments: Any) -> str:
     call = ToolCall("c", "search", json.dumps(arguments))
-    result = await BUILTINS["search"](call, ToolContext(environment))
+    result = await BUILTINS["search"].call(call, ToolContext(environment))
     assert result.is_error == result.content.startswith("Error: ")
     return result.content
 
@@ -132,5 +132,59 @@ async def test_too_many_matches_are_bounded_and_said(searching: Environment) -> 
 async def test_timeout(searching: Environment) -> None:
     await searching.exec(["/usr/bin/mkfifo", "pipe"])
     call = ToolCall("c", "search", '{"pattern": "two", "path": "pipe"}')
-    result = await BUILTINS["search"](call, ToolContext(searching, timeout_s=0.3))
+    result = await BUILTINS["search"].call(call, ToolContext(searching, timeout_s=0.3))
     assert result.content == "Error: search timed out after 0.3 s"
+
+
+HOSTILE = {
+    "re.py": b"raise SystemExit('imported')\n",
+    "os.py": b"raise SystemExit('imported')\n",
+    "sitecustomize.py": b"raise SystemExit('imported')\n",
+    "usercustomize.py": b"raise SystemExit('imported')\n",
+    "rg": b"#!/bin/sh\necho forged:1:needle\n",
+    "python3": b"#!/bin/sh\necho forged:1:needle\n",
+    "grep": b"#!/bin/sh\necho forged:1:needle\n",
+    ".ripgreprc": b"--files\n",
+    ".rgignore": b"*\n",
+    ".ignore": b"*\n",
+}
+
+
+async def test_files_in_the_work_directory_do_not_configure_the_search(searching: Environment) -> None:
+    for name, data in HOSTILE.items():
+        await searching.write_file(name, data)
+    await searching.exec(["/bin/chmod", "755", "rg", "python3", "grep"])
+    await searching.write_file("found.txt", b"a needle here\n")
+    lines = (await search(searching, pattern="needle")).split("\n")
+    assert lines == [
+        "found.txt:1:a needle here",
+        *(f"{name}:2:echo forged:1:needle" for name in ("grep", "python3", "rg")),
+    ]
+
+
+@pytest.mark.parametrize("name", ["-n", "--files", "-", "a:1:b", "(", "!", "a b", "é"])
+async def test_odd_names_are_names(searching: Environment, name: str) -> None:
+    await searching.write_file(f"./{name}", b"needle\n")
+    await searching.write_file(f"odd/{name}", b"needle\n")
+    assert await search(searching, pattern="needle", path="odd") == f"odd/{name}:1:needle"
+    assert await search(searching, pattern="needle", path=name) == f"{name}:1:needle"
+    assert await search(searching, pattern="needle", path=f"odd/{name}") == f"odd/{name}:1:needle"
+
+
+async def test_a_newline_in_a_name_forges_no_match(searching: Environment) -> None:
+    await searching.write_file("x\nsecret.txt:1:password", b"needle\n")
+    assert await search(searching, pattern="needle") == '"x\\nsecret.txt:1:password":1:needle'
+
+
+async def test_a_pattern_is_no_option(searching: Environment) -> None:
+    await searching.write_file("o.txt", b"--files\n-e\n")
+    assert await search(searching, pattern="--files", path="o.txt") == "o.txt:1:--files"
+    assert await search(searching, pattern="-e", path="o.txt") == "o.txt:2:-e"
+
+
+async def test_a_binary_file_after_its_first_match_is_no_match(searching: Environment) -> None:
+    await searching.write_file("late", b"needle\n" + b"x" * 300_000 + b"\0needle\n")
+    await searching.write_file("z.txt", b"needle: binary file matches\n")
+    lines = (await search(searching, pattern="needle")).split("\n")
+    assert lines[-1] == "z.txt:1:needle: binary file matches"
+    assert set(lines[:-1]) <= {"late:1:needle"}

@@ -67,4 +67,4 @@ async def test_without_bash_sh_runs_it(anyio_backend: str) -> None:
     spec = EnvironmentSpec(env={"PATH": "/nowhere"})
     async with await open_environment(spec, backend="unsafe-local") as environment:
         call = ToolCall("c", "bash", '{"command": "echo $0"}')
-        assert (await BUILTINS["bash"](call, ToolContext(environment))).content == "/bin/sh"
+        assert (await BUILTINS["bash"].call(call, ToolContext(environment))).content == "/bin/sh"

@@ -6,19 +6,18 @@ from agentkit_tools.command import CommandTool
 from agentkit_tools.edit import edit_file
 from agentkit_tools.errors import ArgumentsError, ToolDefinitionError, ToolError
 from agentkit_tools.files import list_dir, read_file, write_file
+from agentkit_tools.function import FunctionTool, as_tool, tool
 from agentkit_tools.python import python
 from agentkit_tools.search import search
 from agentkit_tools.shell import bash
 from agentkit_tools.submit import submit
 from agentkit_tools.tool import (
-    FunctionTool,
     Tool,
     ToolCall,
     ToolContext,
     ToolOutput,
     ToolResult,
     cut,
-    tool,
     unknown_tool,
 )
 
@@ -38,6 +37,7 @@ __all__ = [
     "ToolError",
     "ToolOutput",
     "ToolResult",
+    "as_tool",
     "cut",
     "tool",
     "unknown_tool",

@@ -2,9 +2,9 @@
 
 ripgrep where the environment has it, else Python, else `grep -E`; one result format and one scope for all three:
 every regular text file below the path, hidden and ignored ones too, but nothing below `.git`, no binary files, and
-symbolic links are not followed. The pattern is matched line by line, case-sensitively. What the three syntaxes share
-(classes, groups, alternation, repetition, anchors, `\\w`, `\\s`, `\\b`) works everywhere; `\\d`, a plain d to
-`grep -E`, is refused where there is only grep.
+symbolic links are not followed, except for the path itself. The pattern is matched line by line, case-sensitively.
+What the three syntaxes share (classes, groups, alternation, repetition, anchors, `\\w`, `\\s`, `\\b`) works everywhere;
+`\\d`, a plain d to `grep -E`, is refused where there is only grep.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from __future__ import annotations
 import re
 
 from agentkit_tools.errors import ToolError
-from agentkit_tools.tool import ToolContext, refuse_nul, tool
+from agentkit_tools.files import printable
+from agentkit_tools.function import tool
+from agentkit_tools.model_texts import DESCRIPTIONS, FOUND
+from agentkit_tools.tool import ToolContext, refuse_nul
 
 MAX_LINE_CHARS = 500
 MAX_FOUND_BYTES = 4 << 20
 NO_PATH = 44  # exit code of SEARCH
 BAD_PATTERN = 2  # exit code of all three when something is on stderr; else some files could not be read
-MATCH = re.compile(r"(?P<path>.+?):(?P<line>\d+):(?P<text>.*)", re.DOTALL)
+MATCH = re.compile(r"(?P<path>[^\0]+)\0(?P<line>\d+):(?P<text>[^\n]*)\n?")  # a path may hold newlines and colons
+NOTE = re.compile(r"(?m)^([^\0\n]*: )?(WARNING: stopped searching binary|binary file matches)[^\0\n]*\n")  # ripgrep's
+CUT = re.compile(r"\n\[\.\.\. \d+ bytes cut \.\.\.\]\n[^\n]*\n")  # and the rest of the line that was cut
 
 PYTHON = r"""
 import os, re, sys
@@ -49,29 +54,31 @@ for path in paths():
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         if wanted.search(line):
             found = True
-            sys.stdout.buffer.write(f"{path}:{number}:{line}\n".encode("utf-8", "replace"))
+            sys.stdout.buffer.write(os.fsencode(path) + f"\0{number}:{line}\n".encode("utf-8", "replace"))
 sys.exit(0 if found else 1)
 """
 
+# No file in the work directory configures any of the three; without -I, Python would import a `re.py` from there.
 SEARCH = rf"""
 [ -e "$2" ] || exit {NO_PATH}
+[ "$2" != - ] || set -- "$1" ./- "$3"
 if command -v rg >/dev/null 2>&1; then
-    exec rg --no-config --no-messages --color never --no-heading --with-filename --line-number --sort path \
+    exec rg --no-config --no-messages --color never --no-heading --with-filename --null --line-number --sort path \
         --no-ignore --hidden --glob '!.git' --regexp "$1" -- "$2"
 elif command -v python3 >/dev/null 2>&1; then
-    exec python3 -W ignore -c "$3" "$1" "$2"
+    exec python3 -IS -W ignore -c "$3" "$1" "$2"
 else
     case "$1" in
         *'\d'* | *'\D'*)
             printf '%s\n' 'write [0-9] for \d, there is only grep here' >&2
             exit {BAD_PATTERN} ;;
     esac
-    exec grep -rnHIsE --exclude-dir=.git -e "$1" -- "$2"
+    exec grep -rnHIZsE --exclude-dir=.git -e "$1" -- "$2"
 fi
 """
 
 
-@tool(description="Search files for a regular expression.", read_only=True)
+@tool(description=DESCRIPTIONS["search"], read_only=True)
 async def search(pattern: str, context: ToolContext, path: str = ".") -> str:
     """Lines `path:line:text`, sorted by path and line; a text of more than 500 characters is cut at its end."""
     refuse_nul(pattern=pattern, path=path)
@@ -85,9 +92,10 @@ async def search(pattern: str, context: ToolContext, path: str = ".") -> str:
         reason = result.stderr.strip().rpartition("\n")[2].strip() or f"exit code {result.exit_code}"
         what = "bad pattern" if result.exit_code == BAD_PATTERN else "search failed"
         raise ToolError(f"{what}: {reason.removeprefix('error: ')}")
-    matches = filter(None, map(MATCH.fullmatch, result.stdout.split("\n")))
+    parts = CUT.split(result.stdout) if result.truncated else [result.stdout]
+    matches = [match for part in parts for match in MATCH.finditer(NOTE.sub("", part))]
     found = sorted((match["path"].removeprefix("./"), int(match["line"]), match["text"]) for match in matches)
-    lines = [f"{path}:{line}:{_short(text)}" for path, line, text in found]
+    lines = [FOUND.format(path=printable(path), line=line, text=_short(text)) for path, line, text in found]
     if result.truncated:
         lines.append(f"[stopped at {MAX_FOUND_BYTES >> 20} MiB; narrow the pattern or the path]")
     return "\n".join(lines) or "No matches"

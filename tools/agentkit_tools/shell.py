@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from agentkit_environments import ExecResult
 from agentkit_tools.errors import ToolError
-from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul, tool
+from agentkit_tools.function import tool
+from agentkit_tools.model_texts import DESCRIPTIONS, EXIT_CODE, NO_OUTPUT
+from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul
 
 MAX_COMMAND_BYTES = 131_071  # Linux's MAX_ARG_STRLEN, less the closing NUL
 BASH_OR_SH = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1"; else exec /bin/sh -c "$1"; fi'
@@ -30,11 +32,11 @@ def command_output(result: ExecResult, *, name: str, timeout_s: float) -> ToolOu
     if result.timed_out:
         raise ToolError("\n".join([f"{name} timed out after {timeout_s:g} s", *parts]))
     if result.exit_code != 0:
-        parts.append(f"[exit code {result.exit_code}]")
-    return ToolOutput("\n".join(parts) or "(no output)", is_error=result.exit_code != 0)
+        parts.append(EXIT_CODE.format(code=result.exit_code))
+    return ToolOutput("\n".join(parts) or NO_OUTPUT, is_error=result.exit_code != 0)
 
 
-@tool(description="Run a shell command.")
+@tool(description=DESCRIPTIONS["bash"])
 async def bash(command: str, context: ToolContext) -> ToolOutput:
     """Run `command` in a fresh bash (sh where there is none); nothing but files survives to the next call."""
     if len(command.encode()) > MAX_COMMAND_BYTES:

@@ -1,30 +1,26 @@
-"""A tool: a typed function with a JSON schema that a model may call, and what a call and its result are.
+"""`Tool`, calls and their results, and the context that calls run in.
 
-`await some_tool(call, context)` checks the arguments, runs the function and returns a `ToolResult`. Whatever the model
-did wrong, and whatever the tool raised, is told in the result; only a dead sandbox (`SandboxError`) and cancellation
-leave the call as exceptions.
+`await some_tool.call(call, context)` checks the arguments, runs the tool and returns a `ToolResult`. Everything that
+the model did wrong and everything that the tool raised is told in the result; only a dead sandbox (`SandboxError`),
+cancellation and Ctrl-C leave the call as exceptions.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import re
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import anyio
-import anyio.to_thread
-from pydantic_core import to_jsonable_python
 
-from agentkit_environments import Environment, SandboxError
+from agentkit_environments import Environment
 from agentkit_tools.errors import ToolDefinitionError, ToolError
-from agentkit_tools.schema import read_arguments, read_signature
+from agentkit_tools.model_texts import ERROR
+from agentkit_tools.results import belongs_to_the_loop, error_text, value_text
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
@@ -83,12 +79,12 @@ class ToolContext:
     def __post_init__(self) -> None:
         if self.max_output_bytes < MIN_OUTPUT_BYTES:
             raise ValueError(f"max_output_bytes={self.max_output_bytes}, expected at least {MIN_OUTPUT_BYTES}")
-        if self.timeout_s <= 0:
+        if not self.timeout_s > 0:
             raise ValueError(f"timeout_s={self.timeout_s}, expected a positive number of seconds")
 
 
 class Tool(ABC):
-    """Something a model may call. Subclasses say how arguments are read (`parse`) and what happens (`run`).
+    """Something a model may call. Subclasses read the arguments in `parse` and do the work in `run`.
 
     `parameters` is a JSON schema (2020-12) of an object. A `read_only` tool changes nothing; a `barrier` runs alone:
     earlier calls of the turn finish first, later ones do not start before it ends.
@@ -103,8 +99,13 @@ class Tool(ABC):
         read_only: bool = False,
         barrier: bool = False,
     ) -> None:
-        if not NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ToolDefinitionError(f"tool name {name!r}: expected 1 to 64 letters, digits, '_' or '-'")
+        if not isinstance(description, str) or not isinstance(parameters, Mapping):
+            raise ToolDefinitionError(
+                f"tool {name!r}: given description {description!r} and parameters {parameters!r}, "
+                "expected a text and a JSON schema"
+            )
         self.name = name
         self.description = description
         self.parameters = dict(parameters)
@@ -132,113 +133,36 @@ class Tool(ABC):
         """Seconds after which a call is cancelled."""
         return context.timeout_s + GRACE_S
 
-    async def __call__(self, call: ToolCall, context: ToolContext) -> ToolResult:
-        """Run one call; its failures are results.
+    async def call(self, call: ToolCall, context: ToolContext) -> ToolResult:
+        """Run one call; its failures are results. Its time starts here, so call it when the call may really start.
 
         Raises:
             SandboxError: the sandbox is gone; nothing that the model did, so nothing to tell it.
         """
         start = time.perf_counter()
-        try:
-            arguments = self.parse(call.arguments)
-            with anyio.move_on_after(self.deadline_s(context)) as scope:
-                output = await self.run(arguments, context)
-            if scope.cancelled_caught:
-                raise ToolError(f"{self.name} timed out after {context.timeout_s:g} s")
-        except SandboxError:
-            raise
-        except ToolError as error:
-            output = ToolOutput(f"Error: {error}", is_error=True)
-        except Exception as error:
-            if isinstance(error, ExceptionGroup) and error.subgroup(SandboxError):
-                raise
-            output = ToolOutput("Error: " + f"{type(error).__name__}: {error}".removesuffix(": "), is_error=True)
-        content = output.content if output.final else cut(output.content, context.max_output_bytes)
+        with anyio.move_on_after(self.deadline_s(context)) as scope:
+            try:
+                output = await self.run(self.parse(call.arguments), context)
+                content = value_text(output.content)
+            except BaseException as error:  # a tool's own SystemExit or CancelledError must not end the run
+                if belongs_to_the_loop(error):
+                    raise
+                output, content = _failed(error)
+        if scope.cancelled_caught:
+            output, content = _failed(ToolError(f"{self.name} timed out after {context.timeout_s:g} s"))
+        if not output.final:
+            content = cut(content, context.max_output_bytes)
         return ToolResult(call.id, self.name, content, output.is_error, time.perf_counter() - start, output.final)
 
 
-class FunctionTool(Tool):
-    """A tool made of a Python function; see `tool`."""
-
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        *,
-        name: str | None = None,
-        description: str | None = None,
-        read_only: bool = False,
-        barrier: bool = False,
-        namespace: Mapping[str, Any] | None = None,
-    ) -> None:
-        if not (inspect.isfunction(fn) or inspect.ismethod(fn)):
-            raise ToolDefinitionError(f"given {fn!r}, expected a function")
-        name = name or fn.__name__
-        signature = read_signature(fn, name=name, injected_type=ToolContext, namespace=namespace)
-        description = signature.description if description is None else description
-        super().__init__(name, description, signature.parameters, read_only=read_only, barrier=barrier)
-        self.fn = fn
-        self._signature = signature
-        self._is_async = inspect.iscoroutinefunction(fn)
-
-    def parse(self, arguments: str) -> dict[str, Any]:
-        return read_arguments(self._signature, arguments, name=self.name)
-
-    def deadline_s(self, context: ToolContext) -> float:
-        return context.timeout_s if self._signature.injected is None else super().deadline_s(context)
-
-    async def run(self, arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
-        if self._signature.injected is not None:
-            arguments[self._signature.injected] = context
-        if self._is_async:
-            value = await self.fn(**arguments)
-        else:
-            value = await anyio.to_thread.run_sync(functools.partial(self.fn, **arguments), abandon_on_cancel=True)
-        if isinstance(value, ToolOutput):
-            return value
-        if isinstance(value, str):
-            return ToolOutput(value)
-        return ToolOutput(json.dumps(to_jsonable_python(value), ensure_ascii=False))
-
-
-@overload
-def tool(fn: Callable[..., Any], /) -> FunctionTool: ...
-@overload
-def tool(
-    *, name: str | None = None, description: str | None = None, read_only: bool = False, barrier: bool = False
-) -> Callable[[Callable[..., Any]], FunctionTool]: ...
-def tool(
-    fn: Callable[..., Any] | None = None,
-    /,
-    *,
-    name: str | None = None,
-    description: str | None = None,
-    read_only: bool = False,
-    barrier: bool = False,
-) -> FunctionTool | Callable[[Callable[..., Any]], FunctionTool]:
-    """Make a tool of a typed function, as `@tool` or `@tool(read_only=True)`.
-
-    The schema comes from the signature, the descriptions from the docstring (prose, and `Args:` in Google style) or
-    from `Annotated[T, "text"]`. A parameter annotated `ToolContext` gets the context and stays out of the schema.
-    A synchronous function runs in a worker thread. A returned string is the result; anything else is written as JSON.
-
-    Raises:
-        ToolDefinitionError: a parameter without annotation, `*args`, `**kwargs`, a positional-only parameter, a type
-            that JSON cannot carry, a default that does not fit, or a bad name.
-    """
-    namespace = sys._getframe(1).f_locals  # so that types defined beside the function resolve, as in pydantic
-
-    def decorate(fn: Callable[..., Any]) -> FunctionTool:
-        return FunctionTool(
-            fn, name=name, description=description, read_only=read_only, barrier=barrier, namespace=namespace
-        )
-
-    return decorate if fn is None else decorate(fn)
+def _failed(error: BaseException) -> tuple[ToolOutput, str]:
+    return ToolOutput("", is_error=True), ERROR.format(message=error_text(error))
 
 
 def unknown_tool(call: ToolCall, available: Iterable[str]) -> ToolResult:
     """The result of a call to a tool that does not exist; it names those that do."""
     names = ", ".join(available) or "none"
-    content = f"Error: unknown tool {json.dumps(call.name, ensure_ascii=False)}; available: {names}"
+    content = ERROR.format(message=f"unknown tool {json.dumps(call.name, ensure_ascii=False)}; available: {names}")
     return ToolResult(call.id, call.name, content, is_error=True)
 
 

@@ -6,6 +6,8 @@ so `agentkit --help` starts without torch.
 
 from __future__ import annotations
 
+import sys
+
 from agentkit.cli import signals
 
 TYPE_CHECKING = False
@@ -26,8 +28,9 @@ def main() -> None:
     signals.install()
     from agentkit.cli.commands import app
     from agentkit.cli.ending import leave
-    from agentkit.cli.terminal import prepare_streams
+    from agentkit.cli.terminal import prepare_streams, show_traceback
 
+    sys.excepthook = show_traceback
     prepare_streams()
     try:
         app(prog_name="agentkit")

@@ -11,6 +11,7 @@ import typer
 
 from agentkit.cli.ending import ExitCode, ends_well
 from agentkit.cli.options import JsonFlag
+from agentkit.cli.terminal import visible_line
 
 commands = typer.Typer(help="Look after what models left on disk.", no_args_is_help=True)
 
@@ -30,7 +31,7 @@ def info(folder: FolderArgument, as_json: JsonFlag = False) -> ExitCode:
         return ExitCode.OK
     for model in models:
         typer.echo(
-            f"{model.name}  {model.segments} segments, {model.bytes:,} bytes: {model.spans} spans, "
+            f"{visible_line(model.name)}  {model.segments} segments, {model.bytes:,} bytes: {model.spans} spans, "
             f"{model.checkpoints} checkpoints, {model.damaged} damaged"
         )
     typer.echo(f"{len(models)} models, {total:,} bytes")

@@ -59,6 +59,9 @@ def ends_well(command: Callable[P, int | None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             typer.echo(signals.words(), err=True)
             code = signals.status()
+        except typer.BadParameter as exc:
+            exc.message = visible(exc.message)  # it may quote a file
+            raise
         except Exception as exc:
             from agentkit.errors import first_cause
 
@@ -136,6 +139,9 @@ def code_of(exc: BaseException) -> ExitCode | None:
     engine = sys.modules.get("agentkit_engine.errors")  # what never was imported, for it imports torch, raised nothing
     if engine and isinstance(exc, engine.ModelNotFoundError | engine.CheckpointError | engine.TokenizerMissingError):
         return ExitCode.USAGE
-    if engine and isinstance(exc, engine.DeviceUnavailableError | engine.GrammarMissingError | engine.GrammarError):
+    usage = engine and (
+        engine.DeviceUnavailableError | engine.GrammarMissingError | engine.GrammarError | engine.CacheFolderError
+    )
+    if engine and isinstance(exc, usage):
         return ExitCode.USAGE
     return ExitCode.INFRASTRUCTURE if engine and isinstance(exc, engine.EngineError) else None

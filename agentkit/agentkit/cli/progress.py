@@ -113,7 +113,7 @@ def result_table(run: RunDirectory) -> Table:
         mean = estimate(scores_by_task(trials))
         share = len(scored) or 1
         table.add_row(
-            name,
+            Text(visible(name)),
             f"{sum(trial.solved for trial in scored)}/{len(scored)}",
             str(mean) if mean else "-",
             f"{sum(trial.usage.turns for trial in scored) / share:.1f}",

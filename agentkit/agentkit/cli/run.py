@@ -142,11 +142,14 @@ def _names_task_file(what: str) -> bool:
 def _read_schema(path: Path) -> dict[str, Any]:
     """The JSON schema in a file. Raises BadParameter for what is none."""
     from agentkit.answer import check_answer_schema
+    from agentkit_engine.untrusted import parse_json, read_regular
 
     try:
-        schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema: dict[str, Any] = parse_json(read_regular(path, max_bytes=1 << 20), max_values=20_000)
         check_answer_schema(schema)
-    except (OSError, ValueError) as exc:
+    except OSError as exc:
+        raise typer.BadParameter(f"{path}: cannot be read: {exc.strerror}", param_hint="--answer-schema") from exc
+    except ValueError as exc:
         raise typer.BadParameter(f"{path}: {exc}", param_hint="--answer-schema") from exc
     return schema
 
@@ -165,6 +168,8 @@ class Done:
     result: RunResult
     backend: str
     changes: list[Change]
+    left_out: list[str]
+    """A line for each entry of the folder that did not travel, there or back."""
     verdict: Verdict | None
 
     @property
@@ -202,7 +207,7 @@ class Job:
         from agentkit_evals.verify import backend_for, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
-        mine = folder.read_folder(self.workdir) if self.workdir else {}
+        mine = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
         async with await open_environment(spec, backend=where) as environment:
             await environment.import_dir(spec.workdir, folder.pack(mine))
             await self.task.prepare(environment)
@@ -214,7 +219,11 @@ class Job:
         verdict = None
         if self.task.verifier is not None:
             verdict = await verify(self.task, archive=archive, answer=result.answer, backend=where)
-        return Done(result, environment.backend, folder.changes(before, folder.unpack(archive)), verdict)
+        if self.workdir:
+            changed, left_out = folder.compare(self.workdir, mine, archive)
+        else:
+            changed, left_out = folder.changes(before, folder.unpack(archive)), []
+        return Done(result, environment.backend, changed, left_out, verdict)
 
     async def _run_in(self, environment: Environment) -> RunResult:
         from agentkit.events import RunFinished
@@ -245,6 +254,7 @@ def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
         print_diff(job.console, done.changes)
         applied = apply or (not as_json and sys.stdin.isatty() and typer.confirm("Apply these changes?", default=False))
         refused = apply_changes(job.workdir, done.changes) if applied else []
+        applied = applied and not refused
     if as_json:
         typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
     else:
@@ -253,7 +263,7 @@ def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
         print_end(job.console, job.task, done)
         _print_folder(job.console, done, job.workdir, applied=applied, refused=refused)
     if done.failure is None:
-        return ExitCode.OK
+        return ExitCode.UNSOLVED if refused else ExitCode.OK
     typer.echo(f"Not solved: {done.failure}.", err=True)
     return ExitCode.UNSOLVED
 
@@ -321,11 +331,15 @@ def _print_folder(console: Console, done: Done, workdir: Path | None, *, applied
     if not done.changes:
         console.print("No file was changed.")
     elif applied:
-        say(console, f"Applied {len(done.changes) - len(refused)} of {len(done.changes)} changes to {workdir}.")
+        say(console, f"Applied {len(done.changes)} changes to {workdir}.")
+    elif refused:
+        say(console, f"Nothing was applied; {workdir} is as it was:", "yellow")
     else:
         say(console, f"{workdir} is as it was; `--apply` accepts the changes above.")
     for sentence in refused:
-        say(console, f"Left alone: {sentence}", "yellow")
+        say(console, f"  {sentence}", "yellow")
+    for line in done.left_out:
+        say(console, f"Left out: {line}", "dim")
 
 
 def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]:
@@ -343,5 +357,6 @@ def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]
         ],
         "applied": applied,
         "refused": refused,
+        "left_out": done.left_out,
         "trajectory": str(done.result.trajectory.path) if done.result.trajectory.path else None,
     }

@@ -5,19 +5,32 @@ from __future__ import annotations
 import codecs
 import os
 import sys
+from traceback import format_exception
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_VISIBLE = {**_PICTURES, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
+# C1 controls, bidi controls, line and paragraph separators, halves of surrogate pairs, tag characters.
+_HIDDEN = (
+    *range(0x80, 0xA0),
+    *(0x061C, 0x200E, 0x200F, 0x2028, 0x2029),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+    *range(0xE0000, 0xE0080),
+)
+_VISIBLE = _PICTURES | {code: f"<U+{code:04X}>" for code in _HIDDEN}
 
 
 def visible(text: str) -> str:
-    """`text` with every control character but newline and tab as a picture of itself.
+    """Return text with every control character but newline and tab replaced by a picture or its code point.
 
-    What a model or a tool wrote can then move no cursor, set no title and hide nothing.
+    Everything printed that a model, a tool, a file or a program outside has a part in goes through here or through
+    `visible_line`. It can then move no cursor, set no title, and neither hide nor reorder anything.
     """
     return text.translate(_VISIBLE)
 
@@ -59,3 +72,16 @@ def console(*, quiet: bool = False, stderr: bool = False) -> Console:
             raise  # rich calls this inside its `except BrokenPipeError`, and would exit with 1
 
     return Terminal(quiet=quiet, stderr=stderr, highlight=False)
+
+
+def visible_line(text: str) -> str:
+    """Return text as one line in which nothing is invisible: for names, and for lines that are compared."""
+    text = visible(text).replace("\n", "\u240a")
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter == "\t" else f"<U+{ord(letter):04X}>" for letter in text)
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print an exception that nobody caught: `sys.excepthook` for text that may quote anything."""
+    sys.stderr.write(visible("".join(format_exception(kind, error, traceback))))

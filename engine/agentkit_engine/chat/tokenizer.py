@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ import tokenizers
 
 from agentkit_engine.chat.errors import TokenizerError
 from agentkit_engine.chat.tokens import BOS, EOS
+from agentkit_engine.untrusted import parse_json, read_regular, shorten
+
+MAX_BYTES = 32 << 20
+"""Of a `tokenizer.json`; DeepSeek-V4's has 8 MB."""
+MAX_ID = 1 << 20
+_MAX_VALUES = 1_000_000
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -44,22 +51,27 @@ class Tokenizer:
         """Build from the text of a `tokenizer.json`; `from_dir` and `from_json` are the usual ways in.
 
         Raises:
-            TokenizerError: The text is not such a file, its model is not a byte-level BPE over all 256 bytes, or it
-                lacks the begin or end of sentence token.
+            TokenizerError: The text is not such a file, its model is not a byte-level BPE over all 256 bytes, two of
+                its tokens share an id, or it lacks the begin or end of sentence token.
         """
         try:
-            data: dict[str, Any] = json.loads(tokenizer_json)
-            controls = {token["content"]: int(token["id"]) for token in data["added_tokens"]}
+            data: dict[str, Any] = parse_json(tokenizer_json.encode(), max_values=_MAX_VALUES)
+            controls = _controls(data["added_tokens"])
             model = data["model"]
-            model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in controls}
+            vocab = {token: id for token, id in model["vocab"].items() if token not in controls}
+            _check_ids(vocab, controls)
+            ordinary = {id: bytes(_BYTE_OF[c] for c in token) for token, id in vocab.items()}
+            model["vocab"] = vocab
             model["merges"] = [merge for merge in model["merges"] if not _yields_any(merge, controls)]
-            data["added_tokens"] = []
-            data["post_processor"] = None
-            self._text_encoder = tokenizers.Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
-            ordinary = {id: bytes(_BYTE_OF[c] for c in token) for token, id in model["vocab"].items()}
+            model["dropout"] = None
+            # Added tokens and what is around the text would put control ids into it: padding with them, for one.
+            data |= {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
+            with _panics_are_errors():
+                self._text_encoder = tokenizers.Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
         except Exception as error:  # the Rust side raises bare `Exception`
             raise TokenizerError(
-                f"not a usable tokenizer.json: {error!r}. Expected a BPE with added_tokens."
+                f"not a usable tokenizer.json: {shorten(str(error), 300, quote=False) or type(error).__name__}. "
+                "Expected a BPE with added_tokens."
             ) from error
         missing = [token for token in _BYTE_OF if token not in model["vocab"]]
         if model.get("type", "BPE") != "BPE" or missing:
@@ -80,7 +92,7 @@ class Tokenizer:
         """Read `tokenizer.json` in the folder `path`. Raises TokenizerError when it is missing or unfit."""
         file = Path(path) / "tokenizer.json"
         try:
-            return cls(file.read_text(encoding="utf-8"))
+            return cls(read_regular(file, max_bytes=MAX_BYTES).decode())
         except OSError as error:
             raise TokenizerError(
                 f"cannot read {file}: {error.strerror}. Put the model's tokenizer.json there."
@@ -109,11 +121,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, control tokens matched wherever they are spelt: the reference, unsafe for a user's text."""
-        return list(self._reference_encoder.encode(_well_formed(text), add_special_tokens=False).ids)
+        with _panics_are_errors():
+            return list(self._reference_encoder.encode(_well_formed(text), add_special_tokens=False).ids)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text` as text: never a control id, whatever it spells. Lone surrogates become U+FFFD."""
-        return list(self._text_encoder.encode(_well_formed(text), add_special_tokens=False).ids)
+        with _panics_are_errors():
+            return list(self._text_encoder.encode(_well_formed(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, control tokens spelt out, bytes that are not UTF-8 replaced by U+FFFD.
@@ -159,6 +173,42 @@ class DecodeStream:
         """What is left: U+FFFD when the last character was cut, else nothing. The decoder starts afresh."""
         rest, self._rest = self._rest, b""
         return rest.decode("utf-8", errors="replace")
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Turn a panic of the Rust side, which is a `BaseException` there, into an error."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise TokenizerError(f"the tokenizers library failed: {shorten(str(error), 200, quote=False)}") from error
+        raise
+
+
+def _controls(added_tokens: object) -> dict[str, int]:
+    """The added tokens by content. Raises TokenizerError for one that is no token, or is there twice."""
+    if not isinstance(added_tokens, list):
+        raise TokenizerError(f"added_tokens: found {shorten(added_tokens)}, expected a list")
+    controls: dict[str, int] = {}
+    for token in added_tokens:
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or not content or content in controls:
+            raise TokenizerError(f"added_tokens: found {shorten(token)}, expected an object with a content of its own")
+        content.encode()  # a lone surrogate is no text
+        controls[content] = token.get("id")
+    return controls
+
+
+def _check_ids(vocab: dict[str, int], controls: dict[str, int]) -> None:
+    """Ids are integers in range, and no two tokens share one: else a text could be encoded as a control token."""
+    owner: dict[int, str] = {}
+    for token, id in (*controls.items(), *vocab.items()):
+        if type(id) is not int or not 0 <= id < MAX_ID:
+            raise TokenizerError(f"token {shorten(token)} has id {shorten(id)}, expected 0 to {MAX_ID - 1}")
+        if id in owner:
+            raise TokenizerError(f"tokens {shorten(owner[id])} and {shorten(token)} share id {id}")
+        owner[id] = token
 
 
 def _yields_any(merge: str | list[str], tokens: dict[str, int]) -> bool:

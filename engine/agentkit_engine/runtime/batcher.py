@@ -425,7 +425,7 @@ class Batcher:
             SavedSessionError, OSError: see `saved.read`.
             OutOfMemoryError: the state does not fit, after all others gave up their memory.
         """
-        ids, fed, tensors, length, written = saved.read(path, model=model, layout=saved.layout(self.pools))
+        ids, fed, tensors, length, written = saved.read(path, model=model, pools=self.pools)
         work = Work(ids, fed)
         if length:
             work.sequence = sequence = self._room_for(self.pools.open, keep=[])

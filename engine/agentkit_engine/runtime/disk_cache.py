@@ -3,14 +3,16 @@
 A checkpoint is stored as *frames*: one for each full span, shared by all that begin alike and written once, and one for
 the tail (the slot's rows and the open span). Frames are appended to segment files. Every process writes files of its
 own and reads everybody's, so nobody waits for a lock: a frame that is not whole yet is simply not there, and one that
-was torn by a crash never will be. What is read is checked against its checksum before it is believed.
+was torn by a crash never will be. What is read is checked before it is believed: the folder's owner and mode and a
+signature with the user's own key (`cache_folder.py`), then names, shapes and dtypes against the running model's.
 
 The disk is a cache and nothing depends on it: what is damaged, foreign or gone is computed again, and when the disk
 refuses to write there is one warning and no more writing.
 
-    frame = MAGIC, header bytes (u32), payload bytes (u64), blake2b of header and payload (16 bytes), header, payload
+    frame = MAGIC, header bytes (u32), payload bytes (u64), digest of the payload, signature, header, payload
 
-The header is JSON, the payload a safetensors file.
+The signature covers all that stands before it, and the header; a header that is not signed is not parsed. Both hashes
+are keyed BLAKE2b of 16 bytes. The header is JSON, the payload a safetensors file.
 """
 
 from __future__ import annotations
@@ -25,40 +27,51 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from agentkit_engine.errors import OutOfMemoryError
+from agentkit_engine.errors import CacheFolderError, OutOfMemoryError
+from agentkit_engine.runtime import cache_folder
+from agentkit_engine.runtime.cache_folder import DIGEST_BYTES, Seal
 from agentkit_engine.runtime.prefix_cache import IdChain
 from agentkit_engine.runtime.saved import layout
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
+from agentkit_engine.untrusted import open_regular
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"AKCACHE1"
-_FRAME = struct.Struct("<8sIQ16s")
+MAGIC = b"AKCACHE2"
+_FRAME = struct.Struct(f"<8sIQ{DIGEST_BYTES}s{DIGEST_BYTES}s")
 SEGMENT_BYTES = 64 << 20
 """A segment beyond this, or beyond a quarter of the budget, is closed; whole segments are what the budget removes."""
 BACKLOG_BYTES = 256 << 20
 """With this much waiting to be written, further checkpoints are not stored."""
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 14
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a frame is."""
+    """Where a frame is: the name of its segment, and its bytes. `fixed` is what stands before the header."""
 
-    path: Path
+    segment: str
     start: int
+    fixed: bytes
     header_bytes: int
     payload_bytes: int
+
+    @property
+    def payload_start(self) -> int:
+        return self.start + _FRAME.size + self.header_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +110,26 @@ class DiskCache:
         """Open or make the cache; frames of another model or layout are in another folder, and left alone.
 
         `budget_bytes` bounds the segments of this model: the ones unused for longest are removed.
+
+        Raises:
+            CacheFolderError: others may write to the folder, or the user's key cannot be used.
         """
-        self.folder = folder / f"{model[:16]}-{layout(pools)}"
+        cache_folder.check_usable(folder)
+        self._root, self._name = folder, f"{model[:16]}-{layout(pools)}"
+        self.folder = folder / self._name
+        self._seal = Seal(cache_folder.user_key(), self._name.encode())
         self.pools, self.budget_bytes = pools, budget_bytes
         self.stats = DiskStats()
         self._spans: dict[bytes, _Place] = {}
         self._tails: dict[bytes, list[StoredTail]] = {}
-        self._scans: dict[Path, _Scan] = {}
+        self._scans: dict[str, _Scan] = {}
         self._stored: set[bytes] = set()  # keys this process has handed to its writer
         self._queue: queue.SimpleQueue[tuple[dict[str, Any], dict[str, Tensor]] | None] = queue.SimpleQueue()
         self._backlog = 0
         self._lock = threading.Lock()  # of `_backlog`
         self._failed = False
         self._segment: BinaryIO | None = None
+        self._segment_name = ""
         self._writer: threading.Thread | None = None
         self._refresh()
 
@@ -138,7 +158,9 @@ class DiskCache:
         """
         keys = chain.upto(ids, stored.length // SPAN)[1:]
         places = [self._spans.get(key) for key in keys]
-        parts = [self._read(place) if place else None for place in (*places, stored.place)]
+        parts = [self._read(place, self._span_tensors) if place else None for place in places]
+        tail = self._tail_tensors | (self._span_tensors if stored.length % SPAN else {})
+        parts.append(self._read(stored.place, tail))
         if any(part is None for part in parts):
             self._forget(stored.place)
             return None
@@ -151,10 +173,9 @@ class DiskCache:
         whole = [part for part in parts if part is not None]
         for span, part in zip(sequence.spans, whole, strict=False):
             for index, entries in enumerate(self.pools.entries):
-                if (name := f"entries.{index}") in part:
-                    entries[span] = part[name].to(entries.device)
-        for index, tail in enumerate(self.pools.tails):
-            tail[sequence.slot] = whole[-1][f"tail.{index}"].to(tail.device)
+                entries[span] = part[f"entries.{index}"].to(entries.device)
+        for index, tails in enumerate(self.pools.tails):
+            tails[sequence.slot] = whole[-1][f"tail.{index}"].to(tails.device)
         sequence.length, sequence.written = stored.length, stored.written
         self.stats.loaded += 1
         return sequence
@@ -187,6 +208,15 @@ class DiskCache:
             self._writer.join()
             self._writer = None
 
+    @property
+    def _span_tensors(self) -> dict[str, Tensor]:
+        """The tensors of a span's frame, as this model has them: only shape and dtype count."""
+        return {f"entries.{index}": entries[0] for index, entries in enumerate(self.pools.entries)}
+
+    @property
+    def _tail_tensors(self) -> dict[str, Tensor]:
+        return {f"tail.{index}": tail[0] for index, tail in enumerate(self.pools.tails)}
+
     def _entries(self, span: int) -> dict[str, Tensor]:
         return {f"entries.{index}": entries[span].cpu().clone() for index, entries in enumerate(self.pools.entries)}
 
@@ -206,7 +236,7 @@ class DiskCache:
             try:
                 if not self._failed:
                     self._write(header, save(tensors))
-            except OSError as error:
+            except (OSError, CacheFolderError) as error:
                 self._failed = True
                 logger.warning("the disk cache stops writing to %s: %s", self.folder, error)
             finally:
@@ -217,34 +247,31 @@ class DiskCache:
             self._segment = None
 
     def _write(self, header: dict[str, Any], payload: bytes) -> None:
-        if self._segment is None or self._segment.tell() > min(SEGMENT_BYTES, self.budget_bytes // 4):
-            if self._segment is not None:
-                self._segment.close()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}.segment"
-            self._segment = (self.folder / name).open("xb")
-        text = json.dumps(header, separators=(",", ":")).encode()
-        frame = _FRAME.pack(MAGIC, len(text), len(payload), _digest(text, payload))
-        self._segment.write(frame + text + payload)
-        self._segment.flush()
-        self.stats.written_bytes += len(frame) + len(text) + len(payload)
-        self._keep_to_budget()
+        with cache_folder.open_folder(self._root, self._name, create=True) as folder:
+            if self._segment is None or self._segment.tell() > min(SEGMENT_BYTES, self.budget_bytes // 4):
+                if self._segment is not None:
+                    self._segment.close()
+                self._segment_name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}.segment"
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._segment = os.fdopen(os.open(self._segment_name, flags, 0o600, dir_fd=folder), "wb")
+            text = json.dumps(header, separators=(",", ":")).encode()
+            fixed = _FRAME.pack(MAGIC, len(text), len(payload), _digest(self._seal, payload), bytes(DIGEST_BYTES))
+            fixed = fixed[:-DIGEST_BYTES] + self._seal.sign(fixed[:-DIGEST_BYTES] + text)
+            self._segment.write(fixed + text + payload)
+            self._segment.flush()
+            self.stats.written_bytes += len(fixed) + len(text) + len(payload)
+            self._keep_to_budget(folder)
 
-    def _keep_to_budget(self) -> None:
+    def _keep_to_budget(self, folder: int) -> None:
         """Remove the segments unused for longest, but for the one being written."""
-        sizes: list[tuple[int, int, Path]] = []
-        for path in self.folder.glob("*.segment"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # another process removed it
-                continue
-            sizes.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in sizes)
-        for _, size, path in sorted(sizes):
+        found = [(status.st_mtime_ns, status.st_size, name) for name, status in cache_folder.segments(folder)]
+        total = sum(size for _, size, _ in found)
+        for _, size, name in sorted(found):
             if total <= self.budget_bytes:
                 return
-            if self._segment is None or path.name != Path(self._segment.name).name:
-                path.unlink(missing_ok=True)
+            if name != self._segment_name or self._segment is None:
+                with suppress(FileNotFoundError):  # another process removed it
+                    os.unlink(name, dir_fd=folder)
                 total -= size
 
     # The index.
@@ -252,46 +279,71 @@ class DiskCache:
     def _refresh(self) -> None:
         """Take in frames that were added since, by whomever, and forget segments that are gone."""
         try:
-            found = sorted(path for path in self.folder.iterdir() if path.suffix == ".segment")
-        except OSError:  # not made yet, or no folder: then writing will say so
-            found = []
-        for path in self._scans.keys() - set(found):
-            del self._scans[path]
-            self._forget_segment(path)
-        for path in found:
-            scan = self._scans.setdefault(path, _Scan())
-            if scan.readable:
-                try:
-                    if path.stat().st_size > scan.end:
-                        self._scan(path, scan)
-                except OSError:
-                    scan.readable = False
+            with cache_folder.open_folder(self._root, self._name) as folder:
+                found = {name: status.st_size for name, status in cache_folder.segments(folder)}
+                for name in self._scans.keys() - found.keys():
+                    del self._scans[name]
+                    self._forget_segment(name)
+                for name in sorted(found):
+                    scan = self._scans.setdefault(name, _Scan())
+                    if scan.readable and found[name] > scan.end:
+                        self._scan(folder, name, scan)
+        except (OSError, CacheFolderError):  # not made yet, or no folder of ours: then writing will say so
+            for name in list(self._scans):
+                del self._scans[name]
+                self._forget_segment(name)
 
-    def _scan(self, path: Path, scan: _Scan) -> None:
-        with path.open("rb") as file:
-            for header, place in _frames(file, path, scan):
-                key = bytes.fromhex(header["key"])
-                if header["kind"] == "span":
-                    self._spans[key] = place
-                else:
-                    tail = StoredTail(header["length"], header["written"], tuple(header["tail"]), place)
-                    self._tails.setdefault(key, []).append(tail)
-
-    def _read(self, place: _Place) -> dict[str, Tensor] | None:
-        """The tensors of a frame, if they are what was written."""
+    def _scan(self, folder: int, name: str, scan: _Scan) -> None:
         try:
-            with place.path.open("rb") as file:
-                file.seek(place.start)
-                frame = file.read(_FRAME.size + place.header_bytes + place.payload_bytes)
-            os.utime(place.path)
-            header = frame[_FRAME.size : _FRAME.size + place.header_bytes]
+            with open_regular(name, follow=False, dir_fd=folder) as file:
+                for header, place in _frames(file, name, scan, self._seal):
+                    self._add(header, place)
+        except OSError:
+            scan.readable = False
+            return
+        if not scan.readable:
+            logger.warning(
+                "%s/%s is damaged, or not written by this user's agentkit, from byte %d on; that part is skipped",
+                *(self.folder, name, scan.end),
+            )
+
+    def _add(self, header: dict[str, Any], place: _Place) -> None:
+        """Enter a frame whose header is signed. What does not fit this model is left out all the same."""
+        key = bytes.fromhex(header["key"])
+        if header["kind"] == "span":
+            self._spans[key] = place
+            return
+        tail = StoredTail(header["length"], header["written"], tuple(header["tail"]), place)
+        spec = self.pools.spec
+        fits = 0 < tail.length <= tail.written <= spec.max_position_embeddings and len(tail.tail) == tail.length % SPAN
+        if fits and all(0 <= token_id < spec.vocab_size for token_id in tail.tail):
+            self._tails.setdefault(key, []).append(tail)
+
+    def _read(self, place: _Place, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """The tensors of a frame, if they are what was written and what this model expects."""
+        try:
+            if place.payload_bytes > sum(tensor.nbytes for tensor in expected.values()) + MAX_HEADER_BYTES:
+                raise ValueError("size")
+            with (
+                cache_folder.open_folder(self._root, self._name) as folder,
+                open_regular(place.segment, follow=False, dir_fd=folder) as file,
+            ):
+                if not cache_folder.is_own_file(os.fstat(file.fileno())):
+                    raise ValueError("owner")
+                frame = os.pread(file.fileno(), place.payload_start - place.start + place.payload_bytes, place.start)
+                os.utime(file.fileno())
             payload = frame[_FRAME.size + place.header_bytes :]
-            expected = _FRAME.pack(MAGIC, len(header), place.payload_bytes, _digest(header, payload))
-            if frame[: _FRAME.size] != expected:
+            # The same signature, not only a valid one: another frame of ours may have been put in its place.
+            if frame[: _FRAME.size] != place.fixed or not _holds(self._seal, place, [payload]):
                 raise ValueError("checksum")
             self.stats.read_bytes += len(frame)
-            return load(payload)
-        except (OSError, ValueError, SafetensorError):
+            found = load(payload)
+            if {name: _form(tensor) for name, tensor in found.items()} != {
+                name: _form(tensor) for name, tensor in expected.items()
+            }:
+                raise ValueError("names, shapes or dtypes")
+            return found
+        except (OSError, ValueError, SafetensorError, CacheFolderError):
             self.stats.damaged += 1
             self._forget(place)
             return None
@@ -302,18 +354,15 @@ class DiskCache:
             key: kept for key, tails in self._tails.items() if (kept := [t for t in tails if t.place != place])
         }
 
-    def _forget_segment(self, path: Path) -> None:
+    def _forget_segment(self, name: str) -> None:
         self._stored.clear()  # what was in it may be stored again
-        self._spans = {key: place for key, place in self._spans.items() if place.path != path}
+        self._spans = {key: place for key, place in self._spans.items() if place.segment != name}
         self._tails = {
-            key: kept for key, tails in self._tails.items() if (kept := [t for t in tails if t.place.path != path])
+            key: kept for key, tails in self._tails.items() if (kept := [t for t in tails if t.place.segment != name])
         }
 
 
 # The folder as a whole, for people who look after it.
-
-_MODEL_FOLDER = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
-_SEGMENT_NAME = re.compile(r"\d{20}-\d+-[0-9a-f]{8}\.segment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,8 +373,9 @@ class StoredModel:
         name: The name of its folder there: the start of the model's fingerprint, and the layout.
         segments, bytes: Its files, and their size.
         spans, checkpoints: Frames that are whole, and what they are.
-        damaged: Frames with a wrong checksum, and segments that cannot be read to their end. The last frame of a
-            segment that a process is writing at this moment counts too.
+        damaged: Frames with a wrong checksum, and segments that cannot be read to their end, because they are cut, or
+            because the rest is not signed with this user's key. The last frame of a segment that a process is writing
+            at this moment counts too.
     """
 
     name: str
@@ -340,25 +390,27 @@ def survey(folder: Path) -> list[StoredModel]:
     """What is in a cache folder, by name of model; every byte is read and checked. Foreign files are passed over.
 
     Raises:
+        CacheFolderError: the folder is not this user's own, or the user's key cannot be used.
         OSError: the folder is not there, or a file cannot be read.
     """
+    key = cache_folder.user_key()
     models = []
-    for name, paths in sorted(_segments(folder).items()):
-        size = spans = checkpoints = damaged = 0
-        for path in paths:
-            with path.open("rb") as file:
-                scan = _Scan()
-                for header, place in _frames(file, path, scan):
-                    if not _is_whole(file, place):
-                        damaged += 1
-                    elif header["kind"] == "span":
-                        spans += 1
-                    else:
-                        checkpoints += 1
-                end = os.fstat(file.fileno()).st_size
-            size += end
-            damaged += scan.end < end
-        models.append(StoredModel(name, len(paths), size, spans, checkpoints, damaged))
+    for name in _models(folder):
+        segments = size = spans = checkpoints = damaged = 0
+        with cache_folder.open_folder(folder, name) as inside:
+            for segment, status in sorted(cache_folder.segments(inside)):
+                scan, seal = _Scan(), Seal(key, name.encode())
+                segments, size = segments + 1, size + status.st_size
+                with open_regular(segment, follow=False, dir_fd=inside) as file:
+                    for header, place in _frames(file, segment, scan, seal):
+                        if not _holds(seal, place, _chunks(file, place)):
+                            damaged += 1
+                        elif header["kind"] == "span":
+                            spans += 1
+                        else:
+                            checkpoints += 1
+                damaged += scan.end < status.st_size
+        models.append(StoredModel(name, segments, size, spans, checkpoints, damaged))
     return models
 
 
@@ -371,66 +423,83 @@ def prune(folder: Path, budget_bytes: int) -> tuple[int, int]:
         How many segments were removed, and how many bytes are left.
 
     Raises:
+        CacheFolderError: the folder is not this user's own.
         OSError: the folder is not there, or a file cannot be removed.
     """
-    status = {path: path.stat() for paths in _segments(folder).values() for path in paths}
-    left, removed = sum(each.st_size for each in status.values()), 0
-    for path in sorted(status, key=lambda path: (status[path].st_mtime_ns, path)):
+    found: list[tuple[int, str, str, int]] = []
+    for model in _models(folder):
+        with cache_folder.open_folder(folder, model) as inside:
+            found += [(at.st_mtime_ns, model, name, at.st_size) for name, at in cache_folder.segments(inside)]
+    left, removed = sum(size for *_, size in found), 0
+    for _, model, name, size in sorted(found):
         if left <= budget_bytes:
             break
-        path.unlink(missing_ok=True)
-        left -= status[path].st_size
+        with cache_folder.open_folder(folder, model) as inside, suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=inside)
+        left -= size
         removed += 1
     return removed, left
 
 
-def _segments(folder: Path) -> dict[str, list[Path]]:
-    """The segments below a cache folder, by name of model; names that the cache does not give are foreign."""
-    return {
-        model.name: sorted(path for path in model.iterdir() if _SEGMENT_NAME.fullmatch(path.name) and path.is_file())
-        for model in folder.iterdir()
-        if _MODEL_FOLDER.fullmatch(model.name) and model.is_dir()
-    }
+_MODEL_FOLDER = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 
 
-def _is_whole(file: BinaryIO, place: _Place) -> bool:
-    """Whether a frame's checksum is that of its header and payload."""
-    file.seek(place.start)
-    frame = file.read(_FRAME.size + place.header_bytes + place.payload_bytes)
-    header, payload = frame[_FRAME.size :][: place.header_bytes], frame[_FRAME.size + place.header_bytes :]
-    return frame.startswith(_FRAME.pack(MAGIC, place.header_bytes, place.payload_bytes, _digest(header, payload)))
+def _models(folder: Path) -> list[str]:
+    """The names of the model folders below a cache folder; other names are foreign."""
+    with cache_folder.open_folder(folder) as inside, os.scandir(inside) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if _MODEL_FOLDER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        )
 
 
-def _digest(header: bytes, payload: bytes) -> bytes:
-    return hashlib.blake2b(header + payload, digest_size=16).digest()
+# Frames.
 
 
-def _frames(file: BinaryIO, path: Path, scan: _Scan) -> Iterator[tuple[dict[str, Any], _Place]]:
-    """The whole frames from `scan.end` on; ends at one that is not whole, and for good at what is no frame."""
+def _frames(file: BinaryIO, segment: str, scan: _Scan, seal: Seal) -> Iterator[tuple[dict[str, Any], _Place]]:
+    """The frames from `scan.end` on whose headers are signed.
+
+    Ends at one that is not whole, and for good at one that is not signed.
+    """
     size = os.fstat(file.fileno()).st_size
     while size - scan.end >= _FRAME.size:
-        file.seek(scan.end)
-        magic, header_bytes, payload_bytes, _ = _FRAME.unpack(file.read(_FRAME.size))
+        fixed = os.pread(file.fileno(), _FRAME.size, scan.end)
+        magic, header_bytes, payload_bytes, _, signature = _FRAME.unpack(fixed.ljust(_FRAME.size))
         if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:
             scan.readable = False
-            logger.warning("%s is no segment of the disk cache from byte %d on; that part is skipped", path, scan.end)
             return
-        end = scan.end + _FRAME.size + header_bytes + payload_bytes
-        if end > size:
+        place = _Place(segment, scan.end, fixed, header_bytes, payload_bytes)
+        if place.payload_start > size:
             return
-        try:
-            header = json.loads(file.read(header_bytes))
-            place = _Place(path, scan.end, header_bytes, payload_bytes)
-            checked = {"kind": header["kind"], "key": header["key"]}
-            if header["kind"] == "tail":
-                checked |= {"length": int(header["length"]), "written": int(header["written"])}
-                checked |= {"tail": [int(token_id) for token_id in header["tail"]]}
-            elif header["kind"] != "span":
-                raise ValueError(header["kind"])
-            bytes.fromhex(checked["key"])
-        except (ValueError, KeyError, TypeError):
+        header = os.pread(file.fileno(), header_bytes, scan.end + _FRAME.size)
+        if not seal.signed(fixed[:-DIGEST_BYTES] + header, signature):
             scan.readable = False
-            logger.warning("%s holds a damaged frame at byte %d; the rest is skipped", path, scan.end)
             return
-        scan.end = end
-        yield checked, place
+        if place.payload_start + payload_bytes > size:
+            return
+        scan.end = place.payload_start + payload_bytes
+        yield json.loads(header), place
+
+
+def _holds(seal: Seal, place: _Place, payload: Iterable[bytes]) -> bool:
+    """Whether the payload is the one that the frame was signed for."""
+    digest = hashlib.blake2b(key=seal.key, digest_size=DIGEST_BYTES)
+    for chunk in payload:
+        digest.update(chunk)
+    return digest.digest() == place.fixed[-2 * DIGEST_BYTES : -DIGEST_BYTES]
+
+
+def _chunks(file: BinaryIO, place: _Place) -> Iterator[bytes]:
+    start, end = place.payload_start, place.payload_start + place.payload_bytes
+    while start < end and (chunk := os.pread(file.fileno(), min(_CHUNK_BYTES, end - start), start)):
+        yield chunk
+        start += len(chunk)
+
+
+def _digest(seal: Seal, payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, key=seal.key, digest_size=DIGEST_BYTES).digest()
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype

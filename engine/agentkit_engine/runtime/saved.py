@@ -2,26 +2,34 @@
 
 The file is a safetensors file: `ids`, `fed` (1 for an id that was fed, 0 for one that was sampled), one `tail.N` per
 tensor of a slot, one `entries.N` per tensor of the spans. Its metadata names the model and the layout of the state, and
-a checksum of everything; a file that differs in any of these is refused, never misread. It is written beside its place
-and moved there, so it is whole or not there.
+a checksum of everything; a file that differs in any of these is refused, never misread. Names, shapes, dtypes and
+lengths are checked against the running model before any data is read. It is written beside its place and moved there,
+so it is whole or not there, and with mode 0600, because token ids are text.
+
+The checksum finds damage and not malice: it has no key, so that a session can be opened on another machine. The state
+in a file decides what the model says next. Open only files whose maker you trust, or append their ids to a new session.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import tempfile
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agentkit_engine.errors import SavedSessionError
+from agentkit_engine.errors import CheckpointError, OutOfMemoryError, SavedSessionError
 from agentkit_engine.runtime.state import ROLLBACK, SPAN, Pools, Sequence
+from agentkit_engine.untrusted import open_regular, shorten
+from agentkit_engine.weights import safetensors_file
+from agentkit_engine.weights.safetensors_file import DTYPES
 
 FORMAT = "agentkit-session/1"
+_RUN_BYTES = 1 << 20
 
 
 def layout(pools: Pools) -> str:
@@ -45,36 +53,87 @@ def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pool
     metadata = {"format": FORMAT, "model": model, "layout": layout(pools)}
     metadata |= {"length": str(length), "written": str(written)}
     metadata["checksum"] = _checksum(metadata, tensors)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    # A folder of our own, mode 0700: nobody can put a link where the file is about to be written.
+    with tempfile.TemporaryDirectory(prefix=".agentkit-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        beside = Path(folder, "session")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+        beside.chmod(0o600)
         beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
-def read(path: Path, *, model: str, layout: str) -> tuple[list[int], bytes, dict[str, Tensor], int, int]:
+def read(path: Path, *, model: str, pools: Pools) -> tuple[list[int], bytes, dict[str, Tensor], int, int]:
     """The ids, which of them were fed, the state's tensors, its length, and the most tokens it ever held.
 
     Raises:
         SavedSessionError: not such a file, of another model or layout, or its content is damaged.
         OSError: the file cannot be read.
+        OutOfMemoryError: its state is larger than all memory for sequences; nothing of it was read.
     """
+    if path.exists() and not path.is_file():
+        raise SavedSessionError(path, "not a regular file")
+    open_regular(path).close()  # what else is wrong with the file itself is an OSError
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            for name, expected in {"format": FORMAT, "model": model, "layout": layout}.items():
-                if metadata.get(name) != expected:
-                    raise SavedSessionError(path, f"{name} is {metadata.get(name)!r}, expected {expected!r}")
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except SafetensorError as error:
+        stored, metadata = safetensors_file.read_header_and_metadata(path)
+    except CheckpointError as error:
+        raise SavedSessionError(path, f"not a whole safetensors file: {error}") from error
+    for name, expected in {"format": FORMAT, "model": model, "layout": layout(pools)}.items():
+        if metadata.get(name) != expected:
+            raise SavedSessionError(path, f"{name} is {shorten(metadata.get(name))}, expected {expected!r}")
+    count = stored["ids"].shape[0] if "ids" in stored and len(stored["ids"].shape) == 1 else 0
+    most = pools.spec.max_position_embeddings
+    if count > most:
+        raise SavedSessionError(path, f"it holds {count} ids, expected at most the model's {most}")
+    length, written = (_number(path, metadata, name, most) for name in ("length", "written"))
+    if not (length <= count and length <= written and (length or not written)):
+        raise SavedSessionError(path, f"length is {length} and written {written}, which {count} ids do not allow")
+    spans = -(-length // SPAN)
+    if spans > pools.spans:
+        raise OutOfMemoryError(f"{path}: {spans} spans needed, and there are {pools.spans} in all; raise `state_bytes`")
+    forms = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in stored.items()}
+    for name, form in _forms(pools, count, length).items():
+        if (found := forms.pop(name, None)) != form:
+            raise SavedSessionError(path, f"tensor {name} is {found or 'missing'}, expected {form}")
+    if forms:
+        raise SavedSessionError(path, f"tensor {shorten(min(forms))} is unknown")
+
+    tensors: dict[str, Tensor] = {}
+    try:
+        for run in safetensors_file.runs(stored.values(), _RUN_BYTES):
+            tensors |= dict(zip([part.name for part in run], safetensors_file.read(run), strict=True))
+    except CheckpointError as error:
         raise SavedSessionError(path, f"not a whole safetensors file: {error}") from error
     checksum = metadata.pop("checksum", None)
     if checksum != _checksum(metadata, tensors):
         raise SavedSessionError(path, "its content does not match its checksum")
-    ids: list[int] = tensors.pop("ids").tolist()
-    fed = bytes(tensors.pop("fed").tolist())
-    return ids, fed, tensors, int(metadata["length"]), int(metadata["written"])
+    ids, fed = tensors.pop("ids"), tensors.pop("fed")
+    if count and not 0 <= int(ids.min()) <= int(ids.max()) < pools.spec.vocab_size:
+        raise SavedSessionError(path, f"it holds ids outside the vocabulary 0..{pools.spec.vocab_size - 1}")
+    if count and int(fed.max()) > 1:
+        raise SavedSessionError(path, "tensor fed holds other values than 0 and 1")
+    return ids.tolist(), bytes(fed.tolist()), tensors, length, written
+
+
+def _number(path: Path, metadata: Mapping[str, str], name: str, most: int) -> int:
+    text = metadata.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most):
+        raise SavedSessionError(path, f"{name} is {shorten(text)}, expected a number of at most {most}")
+    return int(text)
+
+
+def _forms(pools: Pools, count: int, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor in the file of a session of `count` ids, `length` of them computed."""
+    forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "ids": (torch.int32, (count,)),
+        "fed": (torch.uint8, (count,)),
+    }
+    if length:
+        spans = -(-length // SPAN)
+        forms |= {f"tail.{index}": (tail.dtype, tuple(tail.shape[1:])) for index, tail in enumerate(pools.tails)}
+        forms |= {
+            f"entries.{index}": (entries.dtype, (spans, *entries.shape[1:]))
+            for index, entries in enumerate(pools.entries)
+        }
+    return forms
 
 
 def restore(pools: Pools, sequence: Sequence, tensors: dict[str, Tensor]) -> None:
@@ -89,5 +148,5 @@ def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(repr(sorted(metadata.items())).encode(), digest_size=16)
     for name in sorted(tensors):
         digest.update(repr((name, tuple(tensors[name].shape))).encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -21,15 +21,15 @@ Every tensor the architecture needs must be there, with its shape, and nothing e
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -38,15 +38,19 @@ from agentkit_engine.errors import CheckpointError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.sampler import SamplingParams
 from agentkit_engine.spec import ConfigError, ModelSpec
+from agentkit_engine.untrusted import describe, parse_json, read_regular, shorten
 from agentkit_engine.weights.formats import FP4_GROUP, FP8_BLOCK, dequantise_fp4, dequantise_fp8
 from agentkit_engine.weights.names import TensorSpec, checkpoint_tensors, scale_name
-from agentkit_engine.weights.safetensors_file import StoredTensor, describe, read, read_header, runs
+from agentkit_engine.weights.safetensors_file import StoredTensor, read, read_header, runs
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SIDECAR_FILE = "agentkit.json"
 GENERATION_FILE = "generation_config.json"
+MAX_JSON_BYTES = 1 << 20
+MAX_INDEX_BYTES = 32 << 20
+"""The index of 250,000 tensors; the largest released checkpoint has 140,000."""
 READERS = 2
 """Threads that read weights: one copies while another waits for the disk or for memory."""
 RUN_BYTES = 1 << 20
@@ -63,21 +67,14 @@ class Sidecar(BaseModel):
 
 
 class _GenerationConfig(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
     do_sample: bool = True
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-
-
-class _Index(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    metadata: dict[str, Any] = {}
-    weight_map: dict[str, str]
 
 
 def load_checkpoint(
@@ -107,11 +104,19 @@ def load_checkpoint(
     if dspark:
         spec = dataclasses.replace(spec, mtp_layers=(), draft="dspark")
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
+    least = 3 * spec.n_routed_experts * (len(spec.layers) + len(spec.mtp_layers))
+    if least > len(stored):  # said before the names of as many experts as a file may claim are made
+        raise CheckpointError(
+            folder / CONFIG_FILE,
+            f"{len(spec.layers)} layers of {spec.n_routed_experts} experts have more than {least} tensors, found "
+            f"{len(stored)} in the checkpoint's files; expected the configuration of these weights",
+        )
     expected = checkpoint_tensors(spec)
     _check_names(folder, stored, expected)
     for name, tensor in expected.items():
         _check_tensor(stored, name, tensor)
 
+    _check_memory(folder, expected, device, dtype)
     decoder = _empty_decoder(spec, device, dtype or _bf16_where_it_suffices(stored, expected))
     if lay_out is not None:
         lay_out(decoder)
@@ -152,15 +157,19 @@ def read_sampling(folder: Path) -> SamplingParams:
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
         )
+    except ValidationError as error:
+        raise CheckpointError(path, describe(error)) from error
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path, max_bytes=max_bytes))
     except FileNotFoundError as error:
         raise CheckpointError(path, "missing; a model folder needs it") from error
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(path, f"not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -185,15 +194,21 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map = _Index.model_validate(_read_json(index_path)).weight_map
-    except ValidationError as error:
-        raise CheckpointError(index_path, f"not a safetensors index: {describe(error)}") from error
+    index = _read_json(index_path, MAX_INDEX_BYTES)
+    if unknown := sorted(index.keys() - {"metadata", "weight_map"}):
+        raise CheckpointError(index_path, f"not a safetensors index: unknown key {shorten(unknown[0])}")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(index_path, f"not a safetensors index: weight_map: found {shorten(weight_map)}")
+    if wrong := next((name for name, file in weight_map.items() if not isinstance(file, str)), None):
+        raise CheckpointError(index_path, f"found {shorten(weight_map[wrong])}, expected a file's name", tensor=wrong)
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         path = index_path.parent / file
-        if Path(file).name != file:
-            raise CheckpointError(index_path, f'found file "{file}", expected the plain name of a file beside it')
+        if Path(file).name != file or not file.isprintable() or len(file) > 255:
+            raise CheckpointError(
+                index_path, f"found file {shorten(file)}, expected the plain name of a file beside it"
+            )
         if not path.is_file():
             names = sorted(name for name, home in weight_map.items() if home == file)
             raise CheckpointError(path, f"missing; {INDEX_FILE} expects {len(names)} tensors in it", tensor=names[0])
@@ -253,6 +268,22 @@ def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorS
         if scale.shape != scale_shape or scale.dtype not in ("F8_E8M0", "F32"):
             raise CheckpointError(
                 scale.path, f"found {scale}, expected F8_E8M0 or F32 {list(scale_shape)}", tensor=scale.name
+            )
+
+
+def _check_memory(
+    folder: Path, expected: Mapping[str, TensorSpec], device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Refuse weights that no memory of this machine can hold; a sparse file of terabytes costs nothing to make."""
+    if device.type == "cpu":
+        item = (dtype or torch.bfloat16).itemsize
+        needed = item * sum(math.prod(tensor.shape) for tensor in expected.values())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise CheckpointError(
+                folder,
+                f"the weights take {needed >> 30} GiB of memory, and this machine has {memory >> 30}; load a smaller "
+                "model, or this one on a larger machine",
             )
 
 

@@ -7,20 +7,23 @@ under mmap. Source: the safetensors format description, https://github.com/huggi
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from agentkit_engine.errors import CheckpointError
+from agentkit_engine.untrusted import open_regular, parse_json, shorten
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 8 << 20
+"""Enough for 50,000 tensors in one file; the official files hold 3,000 at most."""
+_MAX_RANK = 8
+_MAX_SIZE = 1 << 62
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -29,9 +32,11 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
+    "I32": torch.int32,
     "I64": torch.int64,
+    "U8": torch.uint8,
 }
-"""The dtypes that official checkpoints use."""
+"""The dtypes that official checkpoints and saved sessions use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ def read(run: Sequence[StoredTensor]) -> Iterator[Tensor]:
     """
     start = run[0].start
     bytes_X = torch.empty(run[-1].end - start, dtype=torch.uint8)
-    with run[0].path.open("rb", buffering=0) as file:
+    with open_regular(run[0].path) as file:
         file.seek(start)
         found, memory = 0, bytes_X.numpy().data
         while found < len(memory) and (count := file.readinto(memory[found:])):
@@ -88,74 +93,86 @@ def read(run: Sequence[StoredTensor]) -> Iterator[Tensor]:
         yield own_X.view(dtype).view(tensor.shape)
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    dtype: str
-    shape: list[Annotated[int, Field(ge=0)]]
-    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
-
-
-_ENTRIES = TypeAdapter(dict[str, _Entry])
-
-
-def describe(error: ValidationError) -> str:
-    """The first few problems of a validation, in one line."""
-    problems = [f"{'.'.join(map(str, item['loc']))}: found {item['input']!r}, {item['msg']}" for item in error.errors()]
-    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-
-
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, checked against each other and against the file's size; reads no weights.
 
     Raises:
-        CheckpointError: the header is corrupted, a tensor has an unknown dtype or a size that does not follow from
-            dtype and shape, or the file is truncated, has gaps, or has bytes that belong to no tensor.
+        CheckpointError: the file cannot be read, the header is corrupted, a tensor has an unknown dtype or a size that
+            does not follow from dtype and shape, or the file is truncated, has gaps, or has bytes that belong to no
+            tensor.
     """
-    file_size = path.stat().st_size
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if file_size < 8 or header_size > min(file_size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                path,
-                f"corrupted or truncated: a header of {header_size} bytes in a file of {file_size}; "
-                "expected a safetensors file",
-            )
-        header = file.read(header_size)
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The same, with the texts that the file's writer added. Raises as `read_header`."""
     try:
-        entries = dict(json.loads(header))
-        entries.pop("__metadata__", None)
-        parsed = _ENTRIES.validate_python(entries)
-    except ValidationError as error:
-        raise CheckpointError(path, f"corrupted safetensors header: {describe(error)}") from error
-    except (ValueError, TypeError) as error:
+        with open_regular(path) as file:
+            file_size = os.fstat(file.fileno()).st_size
+            header_size = int.from_bytes(file.read(8), "little")
+            if file_size < 8 or header_size > min(file_size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    path,
+                    f"corrupted or truncated: a header of {header_size} bytes in a file of {file_size}; "
+                    f"expected a safetensors file, with a header of at most {MAX_HEADER_BYTES} bytes",
+                )
+            header = file.read(header_size)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    try:
+        entries = parse_json(header)
+        if not isinstance(entries, dict):
+            raise ValueError(f"found {shorten(entries)}, expected an object")
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError(f"__metadata__: found {shorten(metadata)}, expected an object of strings")
+        found = [_stored(path, name, entry, 8 + header_size) for name, entry in entries.items()]
+    except ValueError as error:
         raise CheckpointError(path, f"corrupted safetensors header: {error}") from error
 
-    data_start, end = 8 + header_size, 0
-    tensors: dict[str, StoredTensor] = {}
-    for name, entry in sorted(parsed.items(), key=lambda item: item[1].data_offsets):
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(path, f"found dtype {entry.dtype}, expected one of {', '.join(DTYPES)}", tensor=name)
-        start, stop = entry.data_offsets
-        size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-        if start != end or stop - start != size:
+    end = 8 + header_size
+    for tensor in sorted(found, key=lambda tensor: (tensor.start, tensor.size)):
+        size = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        if tensor.start != end or tensor.size != size:
+            shift = 8 + header_size
             raise CheckpointError(
                 path,
-                f"corrupted header: found bytes {start} to {stop}, expected {end} to {end + size} "
-                f"({entry.dtype} {entry.shape}, right after the tensor before it)",
-                tensor=name,
+                f"corrupted header: found bytes {tensor.start - shift} to {tensor.end - shift}, expected "
+                f"{end - shift} to {end - shift + size} ({tensor}, right after the tensor before it)",
+                tensor=tensor.name,
             )
-        end = stop
-        if data_start + end > file_size:
+        end = tensor.end
+        if end > file_size:
             raise CheckpointError(
                 path,
-                f"truncated: expected its {size} bytes to end at byte {data_start + end}, "
-                f"found a file of {file_size} bytes",
-                tensor=name,
+                f"truncated: expected its {size} bytes to end at byte {end}, found a file of {file_size} bytes",
+                tensor=tensor.name,
             )
-        tensors[name] = StoredTensor(path, name, entry.dtype, tuple(entry.shape), data_start + start, size)
-    if data_start + end != file_size:
+    if end != file_size:
+        raise CheckpointError(path, f"found {file_size} bytes, expected {end}: the rest belongs to no tensor")
+    return {tensor.name: tensor for tensor in found}, metadata
+
+
+def _stored(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
+    """One entry of a header; only what it says by itself is checked.
+
+    Raises:
+        CheckpointError: the dtype is unknown.
+        ValueError: the entry is not `{"dtype": ..., "shape": [...], "data_offsets": [start, stop]}`.
+    """
+    if not isinstance(entry, Mapping) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{shorten(name)}: found {shorten(entry)}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
-            path, f"found {file_size} bytes, expected {data_start + end}: the rest belongs to no tensor"
+            path, f"found dtype {shorten(dtype, quote=False)}, expected one of {', '.join(DTYPES)}", tensor=name
         )
-    return tensors
+    if not _are_sizes(shape) or len(shape) > _MAX_RANK:
+        raise ValueError(f"{shorten(name)}: found shape {shorten(shape)}, expected at most {_MAX_RANK} sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{shorten(name)}: found data_offsets {shorten(offsets)}, expected [start, stop]")
+    return StoredTensor(path, name, dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= _MAX_SIZE for size in value)

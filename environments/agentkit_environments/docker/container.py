@@ -1,25 +1,30 @@
-"""One container's life, in blocking calls.
-
-Its first program is the keeper, a shell that reads a connection which the harness holds open. When the harness dies,
-even by SIGKILL, the engine closes the connection, the shell ends, and the engine removes the container and its volumes.
-"""
+"""One container's life, in blocking calls."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import requests
+import urllib3
 from docker.errors import DockerException
 
 from agentkit_environments.docker.engine import connect, remove_container, require_image
-from agentkit_environments.docker.exec_stream import KILL_TIMEOUT_S, ExecStream, close_socket
+from agentkit_environments.docker.exec_stream import ExecStream
 from agentkit_environments.docker.hardening import create_container
+from agentkit_environments.docker.keeper import Keeper
+from agentkit_environments.docker.killing import KILL_COMMAND
+from agentkit_environments.docker.loss import why_lost
 from agentkit_environments.environment import EnvironmentSpec
-from agentkit_environments.errors import SandboxError, SandboxLostError, SandboxUnavailableError
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
 
 T = TypeVar("T")
+ENGINE_ERRORS = (DockerException, requests.RequestException, urllib3.exceptions.HTTPError)
+KILL_COMMAND_S = 1.0
+"""Seconds in which one command should be killed; after them everything in the container is."""
 
 
 class Container:
@@ -29,16 +34,17 @@ class Container:
         """Start a container. Raises SandboxUnavailableError when that cannot be done."""
         self._client = connect()
         self.api = self._client.api
+        self._memory_mib = spec.limits.memory_mib
         try:
             self.id = create_container(self.api, require_image(self._client, spec.image), spec, run_id)
         except BaseException:
             self._client.close()
             raise
-        self._keeper: Any = None
+        self._keeper: Keeper | None = None
         try:
-            self._keeper = self.api.attach_socket(self.id, params={"stdin": 1, "stream": 1})
+            self._keeper = Keeper(self.api.attach_socket(self.id, params={"stdin": 1, "stdout": 1, "stream": 1}))
             self.api.start(self.id)
-        except (DockerException, requests.RequestException) as error:
+        except ENGINE_ERRORS as error:
             self.remove()
             raise SandboxUnavailableError(f"the container did not start: {error}") from error
 
@@ -46,38 +52,62 @@ class Container:
         return f"container {self.id[:12]}"
 
     def guard(self, function: Callable[[], T]) -> T:
-        """Run `function`; what the engine, or the connection to it, says of a dead container is `SandboxLostError`."""
+        """Run `function`; when the engine fails it, raise SandboxLostError or HostFailureError with the reason."""
         try:
             return function()
-        except (SandboxError, OSError) as error:
-            if isinstance(error, requests.RequestException):
-                raise SandboxLostError(f"{self}: the Docker engine is gone: {error}") from error
-            raise
-        except DockerException as error:
-            raise SandboxLostError(f"{self} is gone: {error}") from error
+        except ENGINE_ERRORS as error:
+            raise self._lost(error) from error
 
-    def run_script(self, script: str, arguments: list[str], user: str) -> int:
-        """Run a script of ours with /bin/sh; return its exit code."""
-        argv = ["/bin/sh", "-c", script, "sh", *arguments]
-        with ExecStream(self.api, self.id, argv, b"", "/", {}, user, 1 << 12) as stream:
-            if not stream.pump(time.monotonic() + KILL_TIMEOUT_S, None):
-                self.remove()
-                raise SandboxLostError(f"{self} was removed: its processes could not be killed")
-            return stream.exit_code()
+    def kill_command(self, cookie: str, user: str, stream: ExecStream) -> None:
+        """Kill the command that carries `cookie`, and everything it has started; its streams have ended on return.
+
+        The polite way is a script that knows this command from others. A command can resist it, or hold it up; then
+        everything in the container is killed.
+
+        Raises:
+            SandboxLostError: If even that has no effect.
+        """
+        killed = threading.Event()
+
+        def kill() -> None:
+            with contextlib.suppress(*ENGINE_ERRORS, OSError):
+                argv = ["/bin/sh", "-c", KILL_COMMAND, "sh", cookie]
+                with ExecStream(self.api, self.id, argv, b"", "/", {}, user, 1 << 12) as script:
+                    if script.pump(deadline, None) and script.exit_code(deadline, None) == 0:
+                        killed.set()
+
+        deadline = time.monotonic() + KILL_COMMAND_S
+        # In a thread of its own, since a command that floods its output must be read while it is being killed, or the
+        # engine gets stuck; and since the engine may not answer at all.
+        thread = threading.Thread(target=kill, daemon=True)
+        thread.start()
+        has_ended = stream.pump(deadline, None)
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if not (has_ended and killed.is_set()):
+            self.kill_everything()
+            stream.pump(time.monotonic() + KILL_COMMAND_S, None)
+
+    def kill_everything(self) -> None:
+        """Kill every process that commands have started. Raises SandboxLostError when that fails."""
+        if self._keeper is None or not self._keeper.kill_everything():
+            raise self._lost()
 
     def require_running(self) -> None:
         """Raise SandboxLostError, with the reason, if the container has ended."""
-        state = self.api.inspect_container(self.id)["State"]
-        if not state["Running"]:
-            reason = f"killed for memory at {self.id}" if state["OOMKilled"] else f"exit code {state['ExitCode']}"
-            raise SandboxLostError(f"{self} has ended: {reason}")
+        if self._keeper is None or not self._keeper.answers():
+            raise self._lost()
+
+    def _lost(self, error: Exception | None = None) -> SandboxLostError:
+        if self._keeper is None:
+            return SandboxLostError(f"{self} was closed")
+        return why_lost(self.api, self.id, error, self._memory_mib)
 
     def remove(self) -> None:
         """Kill and remove the container and its volumes, and let go of the engine. Safe to call twice."""
+        keeper, self._keeper = self._keeper, None
         try:
             remove_container(self._client, self.id)
         finally:
-            keeper, self._keeper = self._keeper, None
             if keeper is not None:
-                close_socket(keeper)
+                keeper.close()
             self._client.close()

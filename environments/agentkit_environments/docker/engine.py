@@ -87,11 +87,16 @@ def reap_docker(run_id: str | None) -> int:
         return 0
     try:
         label = RUN_LABEL if run_id is None else f"{RUN_LABEL}={run_id}"
-        count = 0
+        count, failures = 0, list[SandboxLostError]()
         for container in client.api.containers(all=True, filters={"label": label}):
             if run_id is not None or is_orphan(container["Labels"].get(OWNER_LABEL, "")):
-                remove_container(client, container["Id"])
-                count += 1
+                try:
+                    remove_container(client, container["Id"])
+                    count += 1
+                except SandboxLostError as error:  # one that stays must not keep the others
+                    failures.append(error)
+        if failures:
+            raise failures[0]
         return count
     finally:
         client.close()

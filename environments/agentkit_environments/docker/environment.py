@@ -13,10 +13,9 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from agentkit_environments.docker.container import Container
-from agentkit_environments.docker.exec_stream import KILL_TIMEOUT_S, ExecStream
+from agentkit_environments.docker.exec_stream import KILLED, ExecStream
 from agentkit_environments.docker.files import Files
 from agentkit_environments.docker.hardening import AGENT_USER
-from agentkit_environments.docker.killing import KILL_COMMAND, KILL_USER
 from agentkit_environments.environment import (
     Environment,
     EnvironmentSpec,
@@ -29,6 +28,13 @@ from agentkit_environments.errors import SandboxLostError
 from agentkit_environments.executor import COOKIE
 from agentkit_environments.threads import run_cancellable
 
+# The work directory is entered by the command's user, who may not be allowed to. A command is the kernel's first choice
+# when memory runs out, before the container's first program. `exec` ends with 126 and 127 for what cannot be started.
+START = 'cd "$1" || exit 126; shift; { echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
+
+ENGINE_COULD_NOT = b"OCI runtime exec failed"
+"""How the engine begins what it prints in a command's place, for instance when there are too many processes."""
+
 
 class DockerEnvironment(Environment):
     """One hardened container. See the package's docstring for who does what."""
@@ -39,7 +45,6 @@ class DockerEnvironment(Environment):
         self.spec, self.run_id = spec, run_id
         self._container, self._files = container, Files(container)
         self._env = {"HOME": spec.workdir, "LANG": "C.UTF-8"}
-        self._users = {AGENT_USER}
         self._limiter = anyio.CapacityLimiter(256)
         self._closed = False
 
@@ -70,7 +75,6 @@ class DockerEnvironment(Environment):
     async def _exec(self, request: ExecRequest) -> ExecResult:
         data = input_bytes(request.stdin)
         self._require_open()
-        self._users.add(request.user or AGENT_USER)
 
         def run(cancel_fd: int) -> ExecResult:
             return self._container.guard(lambda: self._run(request, data, cancel_fd))
@@ -80,33 +84,27 @@ class DockerEnvironment(Environment):
     def _run(self, request: ExecRequest, stdin: bytes, cancel_fd: int) -> ExecResult:
         if request.cwd != self.spec.workdir and not self._files.stat(request.cwd).is_dir:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), request.cwd)
-        # Through a shell, for its exit codes 126 and 127 for what cannot be started.
-        argv = ["/bin/sh", "-c", 'exec "$0" "$@"', *request.argv]
+        argv = ["/bin/sh", "-c", START, "sh", request.cwd, *request.argv]
         user, cookie = request.user or AGENT_USER, secrets.token_hex(12)
         env = {**self._env, **request.env, COOKIE: cookie}
         started = time.monotonic()
+        deadline = float("inf") if request.timeout_s is None else started + request.timeout_s
         container = self._container
-        with ExecStream(
-            container.api, container.id, argv, stdin, request.cwd, env, user, request.max_output_bytes
-        ) as stream:
-            deadline = float("inf") if request.timeout_s is None else started + request.timeout_s
-            ended = stream.pump(deadline, cancel_fd)
-            if not ended:
-                container.run_script(KILL_COMMAND, [cookie], user)
-                stream.pump(time.monotonic() + KILL_TIMEOUT_S, None)
-            exit_code = stream.exit_code()
-        if ended and exit_code == 137:
-            # The command was killed, or the whole container was and the engine has not noticed yet: only a
-            # container whose init is alive can run another command.
-            container.require_running()
-            if container.run_script(":", [], user) != 0:
-                raise SandboxLostError(f"{container} was killed")
+        with ExecStream(container.api, container.id, argv, stdin, "/", env, user, request.max_output_bytes) as stream:
+            exit_code = stream.exit_code(deadline, cancel_fd) if stream.pump(deadline, cancel_fd) else None
+            if exit_code is None:
+                container.kill_command(cookie, user, stream)
+        stdout, stderr = stream.stdout.value(), stream.stderr.value()
+        if exit_code and stdout.startswith(ENGINE_COULD_NOT):
+            stdout, stderr = b"", request.argv[0].encode("utf-8", "surrogateescape") + b": cannot start: " + stdout
+        if exit_code == KILLED:
+            container.require_running()  # the command was killed, or the whole container was
         return ExecResult(
-            exit_code=exit_code if ended else 137,
-            stdout=stream.stdout.value().decode("utf-8", "replace"),
-            stderr=stream.stderr.value().decode("utf-8", "replace"),
+            exit_code=KILLED if exit_code is None else exit_code,
+            stdout=stdout.decode("utf-8", "replace"),
+            stderr=stderr.decode("utf-8", "replace"),
             truncated=stream.stdout.truncated or stream.stderr.truncated,
-            timed_out=not ended,
+            timed_out=exit_code is None,
             duration_s=time.monotonic() - started,
         )
 
@@ -114,29 +112,26 @@ class DockerEnvironment(Environment):
         if operation == "write_file" and len(body) > self.spec.limits.file_size_mib << 20:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
 
-        def operate() -> bytes:
+        def operate(cancel_fd: int) -> bytes:
             match operation:
                 case "read_file":
-                    return self._files.read_file(path, bounds["max_bytes"])
+                    return self._files.read_file(path, bounds["max_bytes"], cancel_fd)
                 case "export_dir":
                     return self._files.export_dir(path)
                 case "write_file":
-                    self._files.write_file(path, body)
+                    self._files.write_file(path, body, cancel_fd)
                 case "import_dir":
                     self._files.import_dir(path, body)
             return b""
 
         self._require_open()
-        return await anyio.to_thread.run_sync(self._container.guard, operate, limiter=self._limiter)
+        container = self._container
+        return await run_cancellable(lambda fd: container.guard(lambda: operate(fd)), self._limiter)
 
     async def kill_all(self) -> None:
-        def kill() -> None:
-            for user in sorted(self._users):
-                if self._container.run_script(KILL_USER, [], user) != 0:
-                    raise SandboxLostError(f"{self._container}: processes of {user} would not die")
-
         self._require_open()
-        await anyio.to_thread.run_sync(self._container.guard, kill, limiter=self._limiter)
+        container = self._container
+        await anyio.to_thread.run_sync(container.guard, container.kill_everything, limiter=self._limiter)
 
     async def close(self) -> None:
         if self._closed:

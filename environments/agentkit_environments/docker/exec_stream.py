@@ -5,16 +5,39 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from docker import APIClient
-from docker.errors import NotFound
 
-from agentkit_environments.errors import SandboxLostError
 from agentkit_environments.executor import BoundedOutput
 
-KILL_TIMEOUT_S = 10.0
+POLL_S = 0.01
+KILLED = 128 + 9
+STDERR = 2
+
+
+class Frames:
+    """Takes a connection's bytes apart: frames of 8 bytes (stream, 0, 0, 0, length) and a payload."""
+
+    def __init__(self) -> None:
+        self._header = bytearray()
+        self._stream = self._left = 0
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yield (stream, payload) for what has arrived; a payload may come in several parts."""
+        rest = memoryview(chunk)
+        while rest:
+            if self._left == 0:
+                need = 8 - len(self._header)
+                self._header += rest[:need]
+                rest = rest[need:]
+                if len(self._header) == 8:
+                    self._stream, self._left = self._header[0], int.from_bytes(self._header[4:], "big")
+                    self._header.clear()
+                continue
+            yield self._stream, bytes(rest[: self._left])
+            rest, self._left = rest[self._left :], max(0, self._left - len(rest))
 
 
 class ExecStream:
@@ -31,18 +54,16 @@ class ExecStream:
         user: str,
         max_output_bytes: int,
     ) -> None:
-        self._api, self._container_id = api, container_id
+        self._api = api
         self.stdout, self.stderr = BoundedOutput(max_output_bytes), BoundedOutput(max_output_bytes)
         self._stdin = memoryview(stdin)
         self._id = api.exec_create(
             container_id, argv, stdin=bool(stdin), workdir=cwd, environment=dict(env), user=user
         )["Id"]
         self._stream: Any = api.exec_start(self._id, socket=True)
-        self._socket = _raw_socket(self._stream)
+        self._socket = raw_socket(self._stream)
         self._socket.setblocking(False)
-        self._frame = bytearray()
-        self._output: BoundedOutput = self.stdout
-        self._left = 0
+        self._frames = Frames()
 
     def __enter__(self) -> Self:
         return self
@@ -68,18 +89,17 @@ class ExecStream:
                 if event & ~select.POLLOUT and not self._receive():
                     return True
 
-    def exit_code(self) -> int:
-        """Return the command's exit code, once its streams have ended."""
-        deadline = time.monotonic() + KILL_TIMEOUT_S
-        while time.monotonic() < deadline:
-            try:
-                state = self._api.exec_inspect(self._id)
-            except NotFound as error:
-                raise SandboxLostError(f"container {self._container_id[:12]} has ended") from error
-            if not state["Running"]:
+    def exit_code(self, deadline: float, cancel_fd: int | None) -> int | None:
+        """Return the command's exit code, once its streams have ended; None at the deadline or when cancelled."""
+        cancelled = select.poll()
+        if cancel_fd is not None:
+            cancelled.register(cancel_fd, select.POLLIN)
+        while True:
+            state = self._api.exec_inspect(self._id)
+            if not state["Running"] and state["ExitCode"] is not None:
                 return int(state["ExitCode"])
-            time.sleep(0.01)
-        raise SandboxLostError(f"container {self._container_id[:12]}: a command ended without an exit code")
+            if time.monotonic() >= deadline or cancelled.poll(POLL_S * 1000):
+                return None
 
     def _send(self) -> None:
         try:
@@ -93,35 +113,20 @@ class ExecStream:
             self._socket.shutdown(socket.SHUT_WR)
 
     def _receive(self) -> bool:
-        """Take what has arrived apart: frames of 8 bytes (stream, 0, 0, 0, length) and a payload."""
         try:
-            chunk = memoryview(self._socket.recv(1 << 16))
+            chunk = self._socket.recv(1 << 16)
         except BlockingIOError:
             return True
         except ConnectionResetError:
             return False
-        if not chunk:
-            return False
-        while chunk:
-            if self._left == 0:
-                need = 8 - len(self._frame)
-                self._frame += chunk[:need]
-                chunk = chunk[need:]
-                if len(self._frame) == 8:
-                    self._output = self.stderr if self._frame[0] == 2 else self.stdout
-                    self._left = int.from_bytes(self._frame[4:], "big")
-                    self._frame.clear()
-                continue
-            payload = chunk[: self._left]
-            self._output.add(bytes(payload))
-            self._left -= len(payload)
-            chunk = chunk[len(payload) :]
-        return True
+        for stream, payload in self._frames.feed(chunk):
+            (self.stderr if stream == STDERR else self.stdout).add(payload)
+        return bool(chunk)
 
 
 def close_socket(stream: Any) -> None:
     """Close a connection that the docker library has handed out, and the response it belongs to."""
-    raw = _raw_socket(stream)
+    raw = raw_socket(stream)
     response = getattr(stream, "_response", None)
     if response is not None:
         response.close()
@@ -129,7 +134,7 @@ def close_socket(stream: Any) -> None:
     raw.close()
 
 
-def _raw_socket(stream: Any) -> socket.socket:
+def raw_socket(stream: Any) -> socket.socket:
     """Return the socket under a connection of the docker library: a `SocketIO` for a local engine, itself for TLS."""
     raw: socket.socket = getattr(stream, "_sock", stream)
     return raw

@@ -1,18 +1,19 @@
-"""Files in and out of a container through the engine's archive interface: a tar archive each way.
+"""Files in and out of a container.
 
-The engine resolves paths inside the container, and no program of the image takes part. What it says of a path becomes
-the OSError that a file system has for it.
+One file is read or written by a small script that runs as the commands' user, so that the kernel resolves its path and
+checks its permissions as it does for a command. It needs `cat`, `head` and `mkdir` in the image. Directories go through
+the engine's archive interface, a tar archive each way, as root. What either says of a path becomes the OSError that a
+file system has for it.
 """
 
 from __future__ import annotations
 
 import base64
 import errno
-import io
 import json
 import os
 import posixpath
-import tarfile
+import secrets
 import time
 from dataclasses import dataclass
 
@@ -21,21 +22,61 @@ import requests
 from agentkit_environments.archive import MAX_ARCHIVE_BYTES, MAX_LINKS_FOLLOWED, rebase_archive
 from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.engine import API_TIMEOUT_S
-from agentkit_environments.docker.hardening import AGENT_ID
+from agentkit_environments.docker.exec_stream import KILLED, ExecStream
+from agentkit_environments.docker.hardening import AGENT_ID, AGENT_USER
+from agentkit_environments.executor import COOKIE
 
 PHRASES = {
     "too many levels": errno.ELOOP,
+    "symbolic link loop": errno.ELOOP,
     "too many links": errno.ELOOP,
     "read-only": errno.EROFS,
     "no space left": errno.ENOSPC,
     "not a directory": errno.ENOTDIR,
+    "no such file": errno.ENOENT,
+    "directory nonexistent": errno.ENOENT,  # a shell of Debian's, of what it cannot create
+    "file too large": errno.EFBIG,
     "name too long": errno.ENAMETOOLONG,
     "is a directory": errno.EISDIR,
     "permission denied": errno.EACCES,
     "file exists": errno.EEXIST,
     "cannot overwrite": errno.EEXIST,
 }
-"""What the engine's answers hold when a file system said no, and the error that they stand for."""
+"""What answers of the engine and of programs hold when a file system said no, and the error that they stand for."""
+
+SCRIPT_TIMEOUT_S = 20.0
+ERRNO_BASE = 100
+"""A script that finds an error itself exits with this and the error's number."""
+
+# Opening a pipe would block, so what is no regular file is told apart before it is opened; a file that another process
+# exchanges in between runs into the timeout. The errors are those of `open` with O_NONBLOCK, as in `executor.py`.
+CHECK = rf"""
+fail() {{ exit $(({ERRNO_BASE} + $1)); }}
+check() {{
+  [ -S "$1" ] && fail {errno.ENXIO}
+  [ ! -e "$1" ] || [ -f "$1" ] || fail {errno.EINVAL}
+}}
+"""
+READ = (
+    CHECK
+    + rf"""
+[ ! -e "$1" ] || [ -r "$1" ] || fail {errno.EACCES}
+[ -d "$1" ] && fail {errno.EISDIR}
+check "$1"
+exec head -c "$2" "$1"
+"""
+)
+WRITE = (
+    CHECK
+    + rf"""
+umask 022
+mkdir -p "${{1%/*}}/" || exit 1
+[ -d "$1" ] && fail {errno.EISDIR}
+[ -p "$1" ] && fail {errno.ENXIO}
+check "$1"
+exec cat >"$1"
+"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +96,6 @@ class Stat:
     def is_link(self) -> bool:
         return bool(self.mode & 1 << 27)
 
-    @property
-    def is_file(self) -> bool:
-        return not self.mode & 0x8F28_0000
-
-    @property
-    def permissions(self) -> int:
-        return self.mode & 0o777
-
 
 class Files:
     """The files of one container, by absolute paths; blocking calls that raise OSError."""
@@ -71,38 +104,49 @@ class Files:
         self._container, self._api = container, container.api
         self._url = f"{self._api.base_url}/v{self._api.api_version}/containers/{container.id}/archive"
 
-    def read_file(self, path: str, max_bytes: int) -> bytes:
-        stat = self.stat(path)
-        _require_file(stat, path)
-        if stat.size > max_bytes:
-            raise _os_error(errno.EFBIG, path)
-        data = self._get(stat.path, max_bytes + (1 << 20))
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            member = archive.next()
-            content = archive.extractfile(member) if member is not None and member.isreg() else None
-            if content is None:
-                raise OSError(errno.EINVAL, "not a regular file", path)
-            return content.read()
+    def read_file(self, path: str, max_bytes: int, cancel_fd: int) -> bytes:
+        data = self._run(READ, [path, str(max_bytes + 1)], b"", path, max_bytes + 1, cancel_fd)
+        if len(data) > max_bytes:
+            raise os_error(errno.EFBIG, path)
+        return data
 
-    def write_file(self, path: str, data: bytes) -> None:
-        try:
-            stat = self.stat(path)
-            _require_file(stat, path)
-            target, mode = stat.path, stat.permissions
-        except FileNotFoundError:
-            target, mode = posixpath.normpath(path), 0o644
-        directory, missing = self._existing_parent(target, path)
-        member = tarfile.TarInfo(missing[-1])
-        member.mode, member.size, member.mtime = mode, len(data), int(time.time())
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            archive.addfile(member, io.BytesIO(data))
-        self._put(directory, rebase_archive(buffer.getvalue(), prefix="/".join(missing[:-1]), uid=AGENT_ID), path)
+    def write_file(self, path: str, data: bytes, cancel_fd: int) -> None:
+        self._run(WRITE, [path], data, path, 0, cancel_fd)
+
+    def _run(
+        self, script: str, arguments: list[str], stdin: bytes, path: str, max_output_bytes: int, cancel_fd: int
+    ) -> bytes:
+        """Run a script as the commands' user; return what it printed."""
+        argv = ["/bin/sh", "-c", script, "sh", *arguments]
+        cookie, deadline = secrets.token_hex(12), time.monotonic() + SCRIPT_TIMEOUT_S
+        env = {"LC_ALL": "C", COOKIE: cookie}
+        with ExecStream(
+            self._api, self._container.id, argv, stdin, "/", env, AGENT_USER, max(max_output_bytes, 1 << 12)
+        ) as stream:
+            code = stream.exit_code(deadline, cancel_fd) if stream.pump(deadline, cancel_fd) else None
+            if code is None:
+                self._container.kill_command(cookie, AGENT_USER, stream)
+                raise OSError(errno.ETIMEDOUT, f"not done within {SCRIPT_TIMEOUT_S:g} s", path)
+        if code == 0:
+            return stream.stdout.value()
+        if ERRNO_BASE < code < KILLED - 1 and code - ERRNO_BASE in errno.errorcode:
+            number = code - ERRNO_BASE
+            raise OSError(number, "not a regular file" if number == errno.EINVAL else os.strerror(number), path)
+        if code == KILLED:
+            self._container.require_running()
+            raise OSError(errno.EINTR, "the helper that reads and writes files was killed in the container", path)
+        said = (stream.stderr.value() or stream.stdout.value()[:1000]).decode("utf-8", "replace").strip()
+        reason = said.lower().rpartition(": ")[2]  # behind the path, which may hold any of the phrases
+        for phrase, number in PHRASES.items():
+            if phrase in reason:
+                # EEXIST is of `mkdir -p`, which has no other use for it: a file stands where a directory is needed.
+                raise os_error(errno.ENOTDIR if number == errno.EEXIST else number, path)
+        raise OSError(errno.EIO, f"the helper that reads and writes files exited with {code}: {said}", path)
 
     def export_dir(self, path: str) -> bytes:
         stat = self.stat(path)
         if not stat.is_dir:
-            raise _os_error(errno.ENOTDIR, path)
+            raise os_error(errno.ENOTDIR, path)
         # The bound on the raw archive leaves room for headers; check_archive applies the exact ones.
         return rebase_archive(self._get(stat.path, 2 * MAX_ARCHIVE_BYTES), strip=1)
 
@@ -126,7 +170,7 @@ class Files:
             if not stat.is_link:
                 return stat
             place = posixpath.join(posixpath.dirname(place), stat.link_target)
-        raise _os_error(errno.ELOOP, path)
+        raise os_error(errno.ELOOP, path)
 
     def _existing_parent(self, path: str, shown: str) -> tuple[str, list[str]]:
         """Return the deepest existing directory above `path`, and the names from there to it."""
@@ -137,9 +181,9 @@ class Files:
             except FileNotFoundError:
                 continue
             if not stat.is_dir:
-                raise _os_error(errno.ENOTDIR, shown)
+                raise os_error(errno.ENOTDIR, shown)
             return stat.path, parts[length:]
-        raise _os_error(errno.ENOENT, shown)
+        raise os_error(errno.ENOENT, shown)
 
     def _get(self, path: str, max_bytes: int) -> bytes:
         """Return the engine's tar archive of `path`; EFBIG when it has more than `max_bytes`."""
@@ -149,7 +193,7 @@ class Files:
             for chunk in response.iter_content(1 << 20):
                 data += chunk
                 if len(data) > max_bytes:
-                    raise _os_error(errno.EFBIG, path)
+                    raise os_error(errno.EFBIG, path)
         return bytes(data)
 
     def _put(self, directory: str, data: bytes, shown: str) -> None:
@@ -166,20 +210,13 @@ class Files:
         said = "" if response.request.method == "HEAD" else response.text.lower()
         if response.status_code == 404 and "no such container" not in said:
             self._container.require_running()
-            raise _os_error(errno.ENOENT, path)
+            raise os_error(errno.ENOENT, path)
         for phrase, number in PHRASES.items():
             if phrase in said:
-                raise _os_error(number, path)
+                raise os_error(number, path)
         self._container.require_running()
         raise OSError(errno.EIO, f"the Docker engine answered {response.status_code}: {said.strip()}", path)
 
 
-def _require_file(stat: Stat, path: str) -> None:
-    if stat.is_dir:
-        raise _os_error(errno.EISDIR, path)
-    if not stat.is_file:
-        raise OSError(errno.EINVAL, "not a regular file", path)
-
-
-def _os_error(number: int, path: str) -> OSError:
+def os_error(number: int, path: str) -> OSError:
     return OSError(number, os.strerror(number), path)

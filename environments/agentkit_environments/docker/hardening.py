@@ -1,8 +1,8 @@
 """What a container of ours may do: as little as the engine can be told.
 
-No capabilities, no new privileges, the engine's seccomp filter, no network, bounds on processes, memory (without swap),
-CPU, file size and open files, a read-only root, an unprivileged user, an init process. The work directory and /tmp are
-memory-backed volumes of bounded size.
+No capabilities for commands, no new privileges, the engine's seccomp filter, no network, bounds on processes, memory
+(without swap), CPU, file size and open files, a read-only root, an unprivileged user, an init process. The work
+directory and /tmp are memory-backed volumes of bounded size.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ from agentkit_environments.owner import owner_token
 
 AGENT_ID = 1000
 AGENT_USER = f"{AGENT_ID}:{AGENT_ID}"
-KEEPER_USER = "65534:65534"
+KEEPER_USER = "0:0"
+KEEPER_CAPABILITIES = ["KILL"]
+SHM_MIB = 64
 
 
 def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: str) -> str:
     """Make a container, not started yet, and return its id.
 
-    Its first program is a shell that reads its standard input to the end, of another user than the commands' so that
-    they cannot kill it.
+    Its first program is the keeper's shell, of another user than the commands, so that they cannot kill it.
 
     Raises:
         SandboxUnavailableError: If the engine refuses it.
     """
     limits = spec.limits
-    memory = (limits.memory_mib + limits.disk_mib) << 20  # what lies in the volumes is charged to the container
+    # What lies in the two volumes and in /dev/shm is charged to the container: full volumes must not kill it.
+    memory = (limits.memory_mib + 2 * limits.disk_mib + SHM_MIB) << 20
     host_config = api.create_host_config(
         auto_remove=True,
+        cap_add=KEEPER_CAPABILITIES,
         cap_drop=["ALL"],
         init=True,
         ipc_mode="private",
@@ -49,7 +52,9 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         privileged=False,
         read_only=True,
         security_opt=["no-new-privileges:true"],
-        shm_size=64 << 20,
+        shm_size=SHM_MIB << 20,
+        # System V segments and message queues would outlive the processes that made them.
+        sysctls={"kernel.shm_rmid_forced": "1", "kernel.msgmni": "16", "fs.mqueue.queues_max": "16"},
         ulimits=[
             Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
             Ulimit(name="fsize", soft=limits.file_size_mib << 20, hard=limits.file_size_mib << 20),

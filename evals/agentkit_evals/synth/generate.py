@@ -132,7 +132,7 @@ async def transcript(
         messages.append(AssistantMessage(turn.content, turn.reasoning, calls))
         if not calls:
             return messages, turn.content
-        results = [await tools[call.name](call, context) for call in calls]
+        results = [await tools[call.name].call(call, context) for call in calls]
         if results[-1].final:
             return messages, results[-1].content
         messages += [ToolMessage.of(result) for result in results]

@@ -1,0 +1,178 @@
+"""The folder of a disk cache, and the key that signs what is written to it.
+
+The state in a segment becomes the state of the model, so whoever can write a segment decides what the model says next.
+Three rules keep strangers out:
+
+* The folder belongs to the user who runs this process, and nobody else may write to it. The same holds for each
+  segment. Segments are made with mode 0600, folders with 0700, because token ids are text.
+* Segments are regular files, opened relative to the folder's descriptor and never through a link.
+* Each frame carries a keyed BLAKE2b hash. The key is 32 random bytes in the user's own state folder, outside the cache,
+  so a segment that was downloaded, unpacked or copied from another user is not read, whatever its mode says.
+
+Nothing protects against somebody who can read the key or run code as this user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentkit_engine.errors import CacheFolderError
+from agentkit_engine.untrusted import open_regular
+
+KEY_BYTES = 32
+DIGEST_BYTES = 16
+SEGMENT_NAME = re.compile(r"\d{20}-\d+-[0-9a-f]{8}\.segment")
+_NEW_KEY = "Remove it: a new one is made, and what was cached is computed again"
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """Signs the frames of one model folder. `context` is the folder's name, so a frame moved to another is invalid."""
+
+    key: bytes
+    context: bytes
+
+    def sign(self, header: bytes) -> bytes:
+        return hashlib.blake2b(self.context + b"\0" + header, key=self.key, digest_size=DIGEST_BYTES).digest()
+
+    def signed(self, header: bytes, signature: bytes) -> bool:
+        return hmac.compare_digest(self.sign(header), signature)
+
+
+def key_path() -> Path:
+    """Where the key of this user is: `$XDG_STATE_HOME/agentkit/cache.key`, by default below `~/.local/state`.
+
+    Raises:
+        CacheFolderError: The user has no home folder.
+    """
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as exc:
+        raise CacheFolderError(
+            "a disk cache needs a place for its key, and this user has no home folder; set XDG_STATE_HOME to a folder "
+            "of your own"
+        ) from exc
+    return Path(state) / "agentkit" / "cache.key"
+
+
+def user_key() -> bytes:
+    """The key of this user, made on first use.
+
+    Raises:
+        CacheFolderError: It cannot be made or read, or others could read or change it.
+    """
+    path = key_path()
+    try:
+        with suppress(FileNotFoundError):
+            return _read_key(path)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(secrets.token_bytes(KEY_BYTES))
+            with suppress(FileExistsError):  # another process made one meanwhile: theirs counts
+                os.link(beside, path)
+        finally:
+            beside.unlink()
+        return _read_key(path)
+    except OSError as exc:
+        raise CacheFolderError(
+            f"the key of the disk cache, {path}, cannot be used: {exc.strerror}; set XDG_STATE_HOME to a writable "
+            "folder of your own, or do without a cache folder"
+        ) from exc
+
+
+def _read_key(path: Path) -> bytes:
+    with open_regular(path, follow=False) as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise CacheFolderError(
+                f"the key of the disk cache, {path}, has owner {status.st_uid} and mode {status.st_mode & 0o7777:04o}; "
+                f"expected owner {os.geteuid()} and mode 0600, so that nobody else can read it. {_NEW_KEY}"
+            )
+        key = file.read(KEY_BYTES + 1)
+    if len(key) != KEY_BYTES:
+        raise CacheFolderError(
+            f"the key of the disk cache, {path}, has {status.st_size} bytes, expected {KEY_BYTES}. {_NEW_KEY}"
+        )
+    return key
+
+
+def check_usable(folder: Path) -> None:
+    """Refuse a cache folder that others may write to, and a key that cannot be used. A missing folder is fine.
+
+    Raises:
+        CacheFolderError: With what was found, what is expected and the command that mends it.
+    """
+    user_key()
+    with suppress(OSError), open_folder(folder):  # what else is wrong with it is said when it is written to
+        pass
+
+
+@contextmanager
+def open_folder(folder: Path, model: str | None = None, *, create: bool = False) -> Iterator[int]:
+    """A descriptor of a cache folder, or of the folder of `model` in it.
+
+    Raises:
+        CacheFolderError: It belongs to somebody else, or others may write to it.
+        OSError: It is not there and cannot be made, or is not a folder.
+    """
+    if create:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(folder, _FOLDER_FLAGS)
+    try:
+        _check_own(os.fstat(fd), folder)
+        if model is not None:
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(model, 0o700, dir_fd=fd)
+            inner = os.open(model, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+            _check_own(os.fstat(fd), folder / model)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_own(status: os.stat_result, folder: Path) -> None:
+    uid = os.geteuid()
+    if status.st_uid != uid:
+        raise CacheFolderError(
+            f"the cache folder {folder} belongs to user {status.st_uid}, expected {uid}, who runs this process: its "
+            "owner could decide what the model says. Name a folder of your own"
+        )
+    if status.st_mode & 0o022:
+        raise CacheFolderError(
+            f"the cache folder {folder} has mode {status.st_mode & 0o7777:04o}, expected 0700: others could decide "
+            f"what the model says. Run `chmod 700 {folder}` if you trust what is in it, or name another folder"
+        )
+
+
+def segments(fd: int) -> Iterator[tuple[str, os.stat_result]]:
+    """The segments in a folder: own regular files that nobody else may write to, under names the cache gives."""
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            if SEGMENT_NAME.fullmatch(entry.name):
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:  # another process removed it
+                    continue
+                if is_own_file(status):
+                    yield entry.name, status
+
+
+def is_own_file(status: os.stat_result) -> bool:
+    """Whether a file is a regular one that only this user can have written."""
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022

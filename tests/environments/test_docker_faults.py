@@ -1,0 +1,353 @@
+"""What a hostile command does to its container: the deadline, cancellation and `kill_all` hold, and errors are true."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from agentkit_environments import (
+    Environment,
+    EnvironmentSpec,
+    HostFailureError,
+    Limits,
+    SandboxLostError,
+    open_environment,
+)
+from agentkit_environments.docker import docker_failure
+from agentkit_environments.docker.loss import is_killed_for_host_memory
+
+if TYPE_CHECKING:
+    from tests.environments.conftest import Tag
+
+pytestmark = [pytest.mark.anyio, pytest.mark.docker]
+
+SLACK_S = 8.0
+"""A busy machine's share. The faults under test took 30 to 70 s, or never ended."""
+
+# A daemon of the commands' user that signals every other process of this user, for ever.
+LOOP = """
+import os, signal
+if os.fork():
+    os._exit(0)
+os.setsid()
+while True:
+    try:
+        os.kill(-1, signal.{signal})
+    except OSError:
+        pass
+"""
+
+# Starts processes until no more can be.
+FILL = """
+import os, time
+while True:
+    try:
+        if not os.fork():
+            time.sleep(100)
+    except OSError:
+        os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine() -> None:
+    reason = docker_failure()
+    if reason is not None:
+        pytest.skip(f"docker: {reason}")
+
+
+@pytest.fixture
+async def env() -> AsyncIterator[Environment]:
+    async with await open_environment(EnvironmentSpec(limits=Limits(disk_mib=64)), backend="docker") as environment:
+        yield environment
+
+
+async def start_loop(env: Environment, signal: str) -> None:
+    await env.write_file("loop.py", LOOP.format(signal=signal))
+    await env.exec("exec python3 loop.py >/dev/null 2>&1", timeout_s=2)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "yes",
+        "yes >&2",
+        "yes & yes >&2",
+        "cat /dev/zero",
+        "trap '' TERM INT PIPE; while :; do yes; done",
+        'python3 -c \'import os\nwhile True: os.write(1, b"x" * 65536); os.write(2, b"y" * 65536)\'',
+    ],
+)
+async def test_a_flood_past_the_deadline_leaves_the_container_usable(env: Environment, command: str) -> None:
+    started = time.monotonic()
+    result = await env.exec(command, timeout_s=1, max_output_bytes=1000)
+    assert (result.timed_out, result.exit_code, result.truncated) == (True, 137, True)
+    assert time.monotonic() - started < 1 + SLACK_S
+    assert (await env.exec("echo usable")).stdout == "usable\n"
+
+
+@pytest.mark.parametrize("command", ["kill -STOP $$", "sleep 100 & kill -STOP $! $$", "kill -STOP -1; kill -STOP $$"])
+async def test_a_frozen_command_ends_at_its_deadline(env: Environment, command: str) -> None:
+    started = time.monotonic()
+    result = await env.exec(command, timeout_s=1)
+    assert (result.timed_out, result.exit_code) == (True, 137)
+    assert time.monotonic() - started < 1 + SLACK_S
+    assert (await env.exec("echo usable")).stdout == "usable\n"
+
+
+@pytest.mark.hostile
+async def test_where_every_process_is_frozen_deadlines_and_cancellation_are_obeyed(env: Environment) -> None:
+    await start_loop(env, "SIGSTOP")
+    started = time.monotonic()
+    result = await env.exec("echo frozen", timeout_s=1)
+    assert result.timed_out or result.stdout == "frozen\n"
+    assert time.monotonic() - started < 1 + SLACK_S
+
+    await start_loop(env, "SIGSTOP")
+    for blocked in (env.exec("sleep 100"), env.read_file("loop.py"), env.write_file("x", b"x" * 1_000_000)):
+        started = time.monotonic()
+        with anyio.move_on_after(0.5):
+            await blocked
+        assert time.monotonic() - started < 0.5 + SLACK_S
+    await env.kill_all()
+    assert (await env.exec("echo usable; ls")).stdout.startswith("usable\nloop.py\n")
+
+
+async def test_a_command_that_times_out_takes_no_sibling_with_it(env: Environment) -> None:
+    results: dict[str, str] = {}
+
+    async def sibling() -> None:
+        results["sibling"] = (await env.exec("until [ -e go ]; do sleep 0.1; done; echo done", timeout_s=60)).stdout
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(sibling)
+        assert (await env.exec("yes", timeout_s=1)).timed_out
+        await env.write_file("go", "")
+    # On a machine so busy that the flood could not be killed alone in time, everything is.
+    assert results["sibling"] in ("done\n", "")
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP", "SIGTERM"])
+async def test_kill_all_ends_what_signals_everything(env: Environment, signal: str, tag: Tag) -> None:
+    await env.write_file("kept", "kept")
+    await env.exec(f"(trap '' TERM; exec sleep {tag.value}) >/dev/null 2>&1 &")
+    await start_loop(env, signal)
+    started = time.monotonic()
+    await env.kill_all()
+    assert time.monotonic() - started < SLACK_S
+    assert tag.alive() == 0
+    assert (await env.exec("cat kept; pgrep -c python3")).stdout == "kept0\n"
+
+
+async def test_a_command_that_another_one_kills_is_a_result(env: Environment) -> None:
+    await start_loop(env, "SIGKILL")
+    for _ in range(3):
+        result = await env.exec("sleep 0.5; echo survived", timeout_s=20)
+        # 137, or what the engine has when its helper is killed before the command has begun.
+        assert (result.exit_code > 125, result.timed_out, result.stdout) == (True, False, "")
+    await env.kill_all()
+    assert (await env.exec("echo usable")).stdout == "usable\n"
+
+
+async def test_the_keeper_is_out_of_reach(env: Environment) -> None:
+    await env.exec("for n in $(seq 1 64); do kill -$n -1; done")
+    await env.exec("for p in /proc/[0-9]*; do for n in $(seq 1 64); do kill -$n ${p#/proc/}; done; done", timeout_s=20)
+    found = await env.exec(
+        "for p in /proc/[0-9]*; do [ -O $p ] || { echo x > $p/fd/0 || ls $p/fd || cat $p/mem; }; done"
+    )
+    assert found.stdout == ""
+    assert (await env.exec("echo usable")).stdout == "usable\n"
+
+
+async def test_full_volumes_leave_the_container_alive(env: Environment) -> None:
+    filled = await env.exec(
+        "for d in /workspace /tmp /dev/shm; do head -c 100M /dev/zero > $d/fill; done", timeout_s=60
+    )
+    assert filled.stderr.count("No space left") == 3
+    assert (await env.exec("echo usable")).stdout == "usable\n"
+    with pytest.raises(OSError, match="No space left"):
+        await env.write_file("more", b"x" * 100_000)
+    assert len(await env.read_file("/tmp/fill", max_bytes=1 << 27)) == 64 << 20
+    await env.exec("rm fill /tmp/fill")
+    await env.write_file("more", b"x" * 100_000)
+
+
+async def test_full_volumes_and_a_hog_leave_the_container_alive() -> None:
+    spec = EnvironmentSpec(limits=Limits(memory_mib=64, disk_mib=128))
+    async with await open_environment(spec, backend="docker") as env:
+        await env.exec("for d in /workspace /tmp /dev/shm; do head -c 200M /dev/zero > $d/fill; done", timeout_s=60)
+        hog = await env.exec(["python3", "-c", "x = bytearray(512 << 20)"], timeout_s=60)
+        assert hog.exit_code == 137
+        assert (await env.exec("echo usable")).stdout == "usable\n"
+
+
+async def test_memory_that_outlives_processes_ends_with_kill_all(env: Environment) -> None:
+    code = (
+        "import ctypes\nc = ctypes.CDLL(None)\n"
+        "print(sum(c.shmget(0, 1 << 20, 0o1666) >= 0 for _ in range(50)))\n"
+        "print(sum(c.msgget(0, 0o1666) >= 0 for _ in range(99)))"
+    )
+    assert (await env.exec(["python3", "-c", code])).stdout == "50\n16\n"
+    await env.kill_all()
+    assert (await env.exec("tail -n +2 /proc/sysvipc/shm")).stdout == ""
+
+
+async def test_a_closed_work_directory_is_the_commands_failure(env: Environment) -> None:
+    await env.write_file("file", "x")
+    await env.exec("chmod 000 /workspace")
+    result = await env.exec("echo never")
+    assert (result.exit_code, result.stdout, result.timed_out) == (126, "", False)
+    assert "OCI" not in result.stderr
+    for refused in (env.read_file("file"), env.write_file("new", "x")):
+        with pytest.raises(PermissionError):
+            await refused
+    assert (await env.exec("chmod 755 /workspace && echo again", cwd="/tmp")).stdout == "again\n"
+    assert await env.read_file("file") == b"x"
+
+
+async def test_a_command_that_finds_no_room_for_a_process_says_so() -> None:
+    spec = EnvironmentSpec(limits=Limits(processes=20))
+    async with await open_environment(spec, backend="docker") as env:
+        await env.write_file("fill.py", FILL)
+        await env.exec("exec python3 fill.py >/dev/null 2>&1", timeout_s=20)
+        result = await env.exec("ls; echo never")
+        # Either the engine's helper or the shell finds no room.
+        assert result.exit_code != 0 and result.stdout == "" and result.stderr
+        await env.kill_all()
+        assert (await env.exec("echo usable")).stdout == "usable\n"
+
+
+async def test_a_container_whose_first_program_dies_is_lost_without_blame_on_the_host(env: Environment) -> None:
+    with pytest.raises(SandboxLostError):  # only root can do this, and commands are not root
+        await env.exec("for p in /proc/[0-9]*; do kill -9 ${p#/proc/}; done", user="0:0")
+    with pytest.raises(
+        SandboxLostError, match=r"container \w+ has ended: its first program ended with exit code 137"
+    ) as e:
+        await env.exec("echo never")
+    assert not isinstance(e.value, HostFailureError)
+
+
+async def test_a_container_killed_from_outside_is_the_hosts_failure(env: Environment) -> None:
+    await anyio.run_process(f"docker kill $(docker ps -q --filter label=agentkit.run={env.run_id})")
+    with pytest.raises(HostFailureError, match="was killed or removed through the Docker engine, from outside"):
+        await env.exec("echo never")
+
+
+async def test_a_command_in_flight_when_its_environment_is_closed_is_lost_without_blame(tag: Tag) -> None:
+    errors: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            await opened.exec(f"sleep {tag.value}")
+        except SandboxLostError as error:
+            errors.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        opened = await open_environment(backend="docker")
+        tasks.start_soon(run)
+        await anyio.to_thread.run_sync(tag.wait, 1)
+        await opened.close()
+    assert [type(error) for error in errors] == [SandboxLostError]
+    assert "closed" in str(errors[0])
+
+
+class Proxy:
+    """Stands between a client and the engine's socket, so that the engine can go away for this client alone."""
+
+    def __init__(self, path: Path, target: str) -> None:
+        self._target, self._ends, self._is_gone = target, list[socket.socket](), False
+        self._listener = socket.create_server(str(path), family=socket.AF_UNIX)
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._is_gone:
+                client.close()  # not refused: the docker library leaks the socket of a connection that is refused
+                continue
+            engine = socket.socket(socket.AF_UNIX)
+            engine.connect(self._target)
+            self._ends += [client, engine]
+            for source, target in ((client, engine), (engine, client)):
+                self._threads.append(threading.Thread(target=self._copy, args=(source, target)))
+                self._threads[-1].start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def stop(self) -> None:
+        """Close every connection, and each new one at once."""
+        self._is_gone = True
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.stop()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for end in (self._listener, *self._ends):
+            end.close()
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    proxy = Proxy(tmp_path / "engine", "/var/run/docker.sock")
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'engine'}")
+    yield proxy
+    proxy.close()
+
+
+async def test_an_engine_that_is_gone_is_the_hosts_failure(proxy: Proxy) -> None:
+    async with await open_environment(backend="docker") as env:
+        assert (await env.exec("echo fine")).stdout == "fine\n"
+        proxy.stop()
+        for doomed in (env.exec("echo never"), env.kill_all(), env.read_file("x"), env.export_dir(".")):
+            with pytest.raises(HostFailureError, match="the Docker engine does not answer"):
+                await doomed
+
+
+async def test_an_engine_that_goes_while_a_command_runs_is_the_hosts_failure(proxy: Proxy, tag: Tag) -> None:
+    raised: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            await opened.exec(f"sleep {tag.value}")
+        except SandboxLostError as error:
+            raised.append(error)
+
+    async with await open_environment(backend="docker") as opened, anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        await anyio.to_thread.run_sync(tag.wait, 1)
+        await anyio.to_thread.run_sync(proxy.stop)
+    assert [type(error) for error in raised] == [HostFailureError]
+
+
+def test_the_kernels_log_tells_the_hosts_memory_from_the_containers(tmp_path: Path) -> None:
+    container, log = "5f" * 32, tmp_path / "kmsg"
+    line = "6,1,2,-;oom-kill:constraint=CONSTRAINT_{},nodemask=(null),cpuset=/,mems_allowed=0,{},task_memcg=/docker/{}"
+    log.write_text(line.format("MEMCG", f"oom_memcg=/docker/{container}", container))
+    assert not is_killed_for_host_memory(container, str(log))
+    log.write_text(line.format("NONE", "global_oom", "6e" * 32))
+    assert not is_killed_for_host_memory(container, str(log))
+    log.write_text(line.format("NONE", "global_oom", container))
+    assert is_killed_for_host_memory(container, str(log))
+    assert not is_killed_for_host_memory(container, str(tmp_path / "missing"))

@@ -1,0 +1,213 @@
+"""`reap` runs as root on a directory that everybody can write: it removes what is ours, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agentkit_environments import reap
+from agentkit_environments.leftovers import PREFIX, reap_local, remove_tree
+from agentkit_environments.owner import is_orphan, owner_token
+
+DEAD = "/".join([owner_token().split("/")[0], str(os.getpid()), "1"])
+"""The token of a process of this machine that had our id and is gone."""
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's temporary directory."""
+    path = tmp_path / "tmp"
+    path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    return path
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    """A directory that looks like one of ours, and must stay as it is."""
+    path = tmp_path / "precious"
+    leftover(path)
+    return path
+
+
+def leftover(path: Path) -> Path:
+    (path / "work" / "d").mkdir(parents=True)
+    (path / "work" / "d" / "f").write_text("x")
+    (path / "owner").write_text(f"{DEAD}\nrun\n")
+    return path
+
+
+def content(path: Path) -> list[str]:
+    return sorted(str(found.relative_to(path)) for found in path.rglob("*"))
+
+
+WHOLE = ["owner", "work", "work/d", "work/d/f"]
+
+
+def test_what_a_dead_harness_left_is_removed(shared: Path) -> None:
+    leftover(shared / f"{PREFIX}dead")
+    (leftover(shared / f"{PREFIX}alive") / "owner").write_text(f"{owner_token()}\nrun\n")
+    leftover(shared / "of-somebody-else")
+    assert reap_local(None) == 1
+    assert sorted(os.listdir(shared)) == [f"{PREFIX}alive", "of-somebody-else"]
+    assert reap_local("other") == 0
+    assert reap_local("run") == 1
+    assert os.listdir(shared) == ["of-somebody-else"]
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "",
+        "/",
+        "///",
+        "a/b/c",
+        "a/1/2/3",
+        DEAD + "/x",
+        DEAD.replace(f"/{os.getpid()}/", "/-1/"),
+        DEAD.replace(f"/{os.getpid()}/", "/../"),
+        DEAD.replace(f"/{os.getpid()}/", "/²/"),
+        DEAD.replace(f"/{os.getpid()}/", f"/{'9' * 5000}/"),
+        DEAD.replace(f"/{os.getpid()}/", "/1 /"),
+        DEAD + "\n",
+        "elsewhere" + DEAD,
+    ],
+)
+def test_text_that_is_no_token_names_no_orphan(token: str) -> None:
+    assert not is_orphan(token)
+    assert is_orphan(DEAD)
+
+
+def fifo(owner: Path) -> None:
+    os.mkfifo(owner)
+
+
+def chain(owner: Path) -> None:
+    (owner.parent / "real").write_text(f"{DEAD}\nrun\n")
+    owner.symlink_to("real")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        fifo,
+        chain,
+        lambda owner: owner.mkdir(),
+        lambda owner: owner.symlink_to("owner"),
+        lambda owner: owner.symlink_to("/dev/zero"),
+        lambda owner: owner.write_text(""),
+        lambda owner: owner.write_text("\n\n"),
+        lambda owner: owner.write_text(DEAD),
+        lambda owner: owner.write_text(f"{DEAD}\nrun\nmore\n"),
+        lambda owner: owner.write_text("a/b/c\nrun\n"),
+        lambda owner: owner.write_text(f"{DEAD}\n" + "x" * (1 << 20)),
+        lambda owner: owner.write_bytes(b"\xff\xfe\nrun\n"),
+        lambda owner: owner.write_bytes(b"\0" * 100),
+        lambda owner: None,
+    ],
+)
+def test_a_malformed_owner_file_is_left_alone(shared: Path, make: Callable[[Path], object]) -> None:
+    bad = leftover(shared / f"{PREFIX}bad")
+    (bad / "owner").unlink()
+    make(bad / "owner")
+    good = leftover(shared / f"{PREFIX}good")
+    assert reap_local(None) == 1
+    assert (bad / "work" / "d" / "f").read_text() == "x"
+    assert not good.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "fifo", "dangling"])
+def test_what_only_has_the_name_is_left_alone(shared: Path, precious: Path, kind: str) -> None:
+    path = shared / f"{PREFIX}x"
+    if kind == "file":
+        path.write_text("x")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(precious if kind == "link" else "gone")
+    assert reap_local(None) == reap_local("run") == 0
+    assert os.path.lexists(path)
+    assert content(precious) == WHOLE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_belongs_to_somebody_else_is_left_alone(shared: Path) -> None:
+    theirs, mixed = leftover(shared / f"{PREFIX}theirs"), leftover(shared / f"{PREFIX}mixed")
+    os.chown(theirs, 12345, 12345)
+    os.chown(mixed / "owner", 12345, 12345)
+    assert reap_local(None) == reap_local("run") == 0
+    assert content(theirs) == content(mixed) == WHOLE
+
+
+@contextlib.contextmanager
+def flipping(path: Path, target: Path) -> Iterator[None]:
+    """While the block runs, `path` is a directory, then a link to `target`, and so on."""
+    done = threading.Event()
+    aside = path.parent / "aside"
+
+    def flip() -> None:
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                os.rename(path, aside)
+            with contextlib.suppress(OSError):
+                os.symlink(target, path)
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rename(aside, path)
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_flipped_link_in_place_of_the_directory_leads_nowhere(shared: Path, precious: Path) -> None:
+    flipped = shared / f"{PREFIX}flipped"
+    with flipping(flipped, precious):
+        for _ in range(300):
+            if not os.path.lexists(flipped) and not (shared / "aside").exists():
+                leftover(flipped)
+            reap_local(None)
+    assert content(precious) == WHOLE
+
+
+def test_a_flipped_link_inside_the_directory_leads_nowhere(shared: Path, precious: Path) -> None:
+    for _ in range(100):
+        root = leftover(shared / f"{PREFIX}x")
+        with flipping(root / "work", precious):
+            reap_local("run")
+        with contextlib.suppress(OSError):  # the flipper may have put something back at the last moment
+            remove_tree(root)
+        assert content(precious) == WHOLE
+
+
+def test_links_and_permissions_inside_are_no_obstacle(shared: Path, precious: Path) -> None:
+    root = leftover(shared / f"{PREFIX}x")
+    (root / "work" / "out").symlink_to(precious)
+    (root / "work" / "up").symlink_to("../../..")
+    os.mkfifo(root / "work" / "pipe")
+    os.link(precious / "owner", root / "hard")
+    (root / "work" / "d").chmod(0)
+    (root / "work").chmod(0o500)
+    assert reap_local(None) == 1
+    assert os.listdir(shared) == []
+    assert content(precious) == WHOLE
+    assert (precious / "owner").read_text() == f"{DEAD}\nrun\n"
+
+
+@pytest.mark.anyio
+async def test_reap_as_a_whole_survives_what_it_finds(shared: Path) -> None:
+    bad = shared / f"{PREFIX}bad"
+    bad.mkdir()
+    os.mkfifo(bad / "owner")
+    assert await reap("no-such-run") == 0

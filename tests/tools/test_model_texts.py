@@ -1,0 +1,75 @@
+"""What the tiny model was trained to read is frozen. When a test here fails: change the text back, or change it here
+too and train the model again (CONTRIBUTING.md says how), with everything in `model_texts.REWORDINGS`."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from agentkit import DEFAULT_SYSTEM
+from agentkit_tools import BUILTINS, ToolResult, model_texts
+
+pytestmark = pytest.mark.anyio
+Call = Callable[..., Awaitable[ToolResult]]
+
+DEFINITIONS = """\
+{"name": "bash", "description": "Run a shell command.", "parameters": {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}
+{"name": "read_file", "description": "Read a text file.", "parameters": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}}
+{"name": "write_file", "description": "Create or overwrite a file.", "parameters": {"type": "object", "properties": {"path": {"type": "string"}, "content": {"type": "string"}}, "required": ["path", "content"]}}
+{"name": "edit_file", "description": "Replace a text that occurs exactly once in a file.", "parameters": {"type": "object", "properties": {"path": {"type": "string"}, "old": {"type": "string"}, "new": {"type": "string"}}, "required": ["path", "old", "new"]}}
+{"name": "list_dir", "description": "List a directory.", "parameters": {"type": "object", "properties": {"path": {"default": ".", "type": "string"}}}}
+{"name": "search", "description": "Search files for a regular expression.", "parameters": {"type": "object", "properties": {"pattern": {"type": "string"}, "path": {"default": ".", "type": "string"}}, "required": ["pattern"]}}
+{"name": "python", "description": "Run a Python script and return what it prints.", "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}}
+{"name": "submit", "description": "Submit the final answer.", "parameters": {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}}
+"""  # noqa: E501
+
+
+def test_the_definitions_of_the_built_in_tools() -> None:
+    assert "".join(json.dumps(tool.spec["function"]) + "\n" for tool in BUILTINS.values()) == DEFINITIONS
+
+
+def test_texts() -> None:
+    texts = {name: value for name, value in vars(model_texts).items() if name.isupper() and isinstance(value, str)}
+    assert texts == {
+        "DEFAULT_SYSTEM": "You are agentkit, an agent that solves tasks with tools.",
+        "ERROR": "Error: {message}",
+        "NO_OUTPUT": "(no output)",
+        "EXIT_CODE": "[exit code {code}]",
+        "NO_SUCH_FILE": "No such file: {path}",
+        "WROTE": "Wrote {count} bytes to {path}",
+        "EDITED": "Edited {path}",
+        "FOUND": "{path}:{line}:{text}",
+    }
+    assert texts["DEFAULT_SYSTEM"] == DEFAULT_SYSTEM
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "content"),
+    [
+        ("read_file", {"path": "none.txt"}, "Error: No such file: none.txt"),
+        ("read_file", {"path": "{x}"}, "Error: No such file: {x}"),
+        ("write_file", {"path": "b.txt", "content": "é\n"}, "Wrote 3 bytes to b.txt"),
+        ("edit_file", {"path": "a.txt", "old": "one", "new": "two"}, "Edited a.txt"),
+        ("search", {"pattern": "on."}, "a.txt:1:one"),
+        ("bash", {"command": "true"}, "(no output)"),
+        ("bash", {"command": "echo FAIL; exit 1"}, "FAIL\n[exit code 1]"),
+        ("python", {"code": "raise SystemExit(2)"}, "[exit code 2]"),
+    ],
+)
+async def test_results_as_in_the_training_rows(call: Call, name: str, arguments: dict[str, Any], content: str) -> None:
+    await call("write_file", path="a.txt", content="one\n")
+    assert (await call(name, **arguments)).content == content
+
+
+def test_wanted_rewordings_belong_to_texts_that_exist_and_keep_their_fields() -> None:
+    def fields(text: str) -> set[str | None]:
+        return {field for _, field, _, _ in string.Formatter().parse(text)} - {None}
+
+    for name, wanted in model_texts.REWORDINGS.items():
+        today = model_texts.DESCRIPTIONS.get(name) or vars(model_texts)[name]
+        assert wanted != today
+        assert fields(wanted) == fields(today)

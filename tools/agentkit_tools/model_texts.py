@@ -1,0 +1,51 @@
+"""The texts that the tiny model was trained to read. They are its vocabulary: train it again when one changes.
+
+These are the default system prompt, the descriptions of the built-in tools, and those texts of results and errors that
+occur in its training rows (`python -m agentkit_evals.synth`). Names and parameters of the built-in tools, which stand
+in the functions themselves, and the frame of tool definitions and results in `agentkit_engine.chat`, which the format
+of the checkpoint dictates, are frozen just as well. Every other text of a result or an error (unknown tools, invalid
+arguments, malformed calls, deadlines, limits) occurs in no row, stands where it is used and may be improved any time.
+
+`tests/tools/test_model_texts.py` fails when one of these changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+DEFAULT_SYSTEM: Final = "You are agentkit, an agent that solves tasks with tools."
+
+DESCRIPTIONS: Final[Mapping[str, str]] = {
+    "bash": "Run a shell command.",
+    "read_file": "Read a text file.",
+    "write_file": "Create or overwrite a file.",
+    "edit_file": "Replace a text that occurs exactly once in a file.",
+    "list_dir": "List a directory.",
+    "search": "Search files for a regular expression.",
+    "python": "Run a Python script and return what it prints.",
+    "submit": "Submit the final answer.",
+}
+
+ERROR: Final = "Error: {message}"
+NO_OUTPUT: Final = "(no output)"
+EXIT_CODE: Final = "[exit code {code}]"
+NO_SUCH_FILE: Final = "No such file: {path}"
+WROTE: Final = "Wrote {count} bytes to {path}"
+EDITED: Final = "Edited {path}"
+FOUND: Final = "{path}:{line}:{text}"
+
+REWORDINGS: Final[Mapping[str, str]] = {
+    "DEFAULT_SYSTEM": "You are agentkit, an agent that solves tasks by calling tools.",
+    "bash": "Run a shell command in the work directory. Only files persist between calls.",
+    "read_file": "Return the contents of a text file. Relative paths start at the work directory.",
+    "write_file": "Write a text file, replacing it if it exists. Missing parent directories are created.",
+    "edit_file": "Replace text in a file. The old text must occur exactly once; include enough context.",
+    "list_dir": "List the entries of a directory, one per line. Directories end in a slash.",
+    "search": "Search files for a regular expression, line by line. Returns path:line:text.",
+    "python": "Run a Python script in the work directory and return its output.",
+    "submit": "Submit the final answer and end the task.",
+    "NO_SUCH_FILE": "{path} does not exist; list the directory to see what does",
+    "EDITED": "Replaced 1 occurrence in {path}",
+}
+"""Better wordings to train the model on next time, by the name of the constant or of the tool described."""

@@ -1,0 +1,352 @@
+"""From a typed Python function to the JSON schema (2020-12) of its parameters and a model that reads arguments.
+
+Everything a tool cannot take is refused here, where the tool is defined, with the parameter's name and a remedy.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typing_extensions
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic.fields import FieldInfo
+
+from agentkit_tools.errors import ToolDefinitionError
+
+SECTION = re.compile(r"^(Args|Arguments|Parameters|Returns|Yields|Raises|Examples?|Notes?):\s*$")
+ENTRY = re.compile(r"\s+\*{0,2}(\w+)\s*(?:\([^)]*\))?:\s*(.*)")  # `name: text` or `name (type): text`
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The parts of a function's signature that a tool uses."""
+
+    description: str  # the docstring's prose, without its sections
+    parameters: dict[str, Any]  # JSON schema, as the model sees it
+    model: type[BaseModel]  # reads arguments; field i is named `p{i}`, its alias is the parameter's name
+    names: tuple[str, ...]  # parameter names, in the order of the model's fields
+    injected: tuple[str, ...]  # the parameters that get the call's context
+    defaults: Mapping[str, Callable[[], Any]]  # those given as `Field(...)`, which Python itself does not apply
+
+
+def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) -> Signature:
+    """Read the parameters of `fn` from its signature, annotations and docstring.
+
+    Every parameter needs an annotation that JSON can carry. A parameter annotated `injected_type` stays out of the
+    schema, as do those that a `functools.partial` fixes. Descriptions come from `Annotated[T, "text"]`,
+    `Field(description=...)` or the docstring's `Args:` section.
+
+    Raises:
+        ToolDefinitionError: naming the tool, the parameter and what to write instead.
+    """
+    base = underlying(fn)
+    description, documented = parse_docstring(inspect.getdoc(base) or "")
+    scope, namespace = getattr(base, "__globals__", {}), _local_names(base)
+    fields: dict[str, Any] = {}
+    names: list[str] = []
+    injected: list[str] = []
+    defaults: dict[str, Callable[[], Any]] = {}
+    fixed = _fixed_names(fn)
+    for parameter in _parameters(fn, name):
+        if parameter.name in fixed:
+            continue
+        where = f"tool {name!r}, parameter {parameter.name!r}"
+        annotation = _annotation(parameter, where, scope, namespace)
+        if _asks_for(annotation, injected_type):
+            injected.append(parameter.name)
+            continue
+        annotation = _portable(annotation, where, namespace)
+        field = f"p{len(names)}"
+        fields[field], default = _field(parameter, annotation, documented.get(parameter.name), where)
+        if default is not None:
+            defaults[parameter.name] = default
+        names.append(parameter.name)
+    try:
+        model: type[BaseModel] = create_model(
+            "Arguments", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+        )
+        parameters = {"type": "object", "properties": {}} | strip_noise(model.model_json_schema())
+    except Exception as error:  # each parameter is fine, but not all of them together
+        raise ToolDefinitionError(f"tool {name!r}: its parameters have no JSON schema together ({error})") from error
+    del parameters["additionalProperties"]  # told to the validator, taken for granted by models
+    return Signature(description, parameters, model, tuple(names), tuple(injected), defaults)
+
+
+def underlying(fn: Any) -> Any:
+    """The function that was written with `def`, below partial application, decorators and `__call__`."""
+    while True:
+        inner = inspect.unwrap(fn.func if isinstance(fn, functools.partial) else fn)
+        if not (inspect.isroutine(inner) or inspect.isclass(inner) or isinstance(inner, functools.partial)):
+            inner = inner.__call__
+        if inner is fn:
+            return fn
+        fn = inner
+
+
+def _fixed_names(fn: Any) -> set[str]:
+    """The keyword arguments that partials fix, those below decorators too; their values may be secrets."""
+    names: set[str] = set()
+    while isinstance(fn, functools.partial) or hasattr(fn, "__wrapped__"):
+        if isinstance(fn, functools.partial):
+            names |= fn.keywords.keys()
+            fn = fn.func
+        else:
+            fn = fn.__wrapped__
+    return names
+
+
+def _parameters(fn: Callable[..., Any], name: str) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except (ValueError, TypeError) as error:  # some functions written in C
+        raise ToolDefinitionError(
+            f"tool {name!r}: {fn!r} has no signature; call it from a function with typed parameters"
+        ) from error
+
+
+def _local_names(fn: Callable[..., Any]) -> dict[str, Any]:
+    """The names around `fn` that are not global: its closure, and the functions and classes that are just defining it.
+
+    Annotations that are strings need them, as all are under `from __future__ import annotations`.
+    """
+    names: dict[str, Any] = {}
+    qualname = getattr(fn, "__qualname__", "")
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        outer = frame.f_code.co_qualname + "."
+        if frame.f_globals is getattr(fn, "__globals__", None) and qualname.startswith(outer):
+            names = dict(frame.f_locals) | names
+        frame = frame.f_back
+    closure: tuple[types.CellType, ...] = getattr(fn, "__closure__", None) or ()
+    for variable, cell in zip(fn.__code__.co_freevars if closure else (), closure, strict=True):
+        try:
+            names[variable] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    return names
+
+
+def _annotation(
+    parameter: inspect.Parameter, where: str, scope: Mapping[str, Any], namespace: Mapping[str, Any]
+) -> Any:
+    """The resolved annotation of one parameter, or the reason it cannot be one of a tool."""
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        raise ToolDefinitionError(
+            f"{where}: given {parameter}, expected a named parameter; write each one out "
+            "(a decorator in between needs functools.wraps)"
+        )
+    if parameter.kind is parameter.POSITIONAL_ONLY:
+        raise ToolDefinitionError(f"{where}: is positional-only, but arguments come by name; remove the '/'")
+    if parameter.annotation is parameter.empty:
+        hint = "; a method is a tool once it is bound: pass `instance.method`" if parameter.name == "self" else ""
+        raise ToolDefinitionError(f"{where}: has no type annotation; write for example `{parameter.name}: str`{hint}")
+    holder = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    try:
+        return typing.get_type_hints(holder, globalns=dict(scope), localns=dict(namespace), include_extras=True)[
+            parameter.name
+        ]
+    except Exception as error:  # an annotation is an expression, which may raise anything
+        raise ToolDefinitionError(
+            f"{where}: annotation {parameter.annotation!r} cannot be resolved ({error}); "
+            "define its type at module level and import it outside TYPE_CHECKING"
+        ) from error
+
+
+def _asks_for(annotation: Any, wanted: type) -> bool:
+    """Whether an annotation is `wanted`, also as `Annotated[wanted, ...]` or `wanted | None`."""
+    return annotation is wanted or any(_asks_for(part, wanted) for part in _parts(annotation) or ())
+
+
+def _parts(annotation: Any) -> tuple[Any, ...] | None:
+    """The members of a union, the type inside `Annotated`; None for everything else."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return typing.get_args(annotation)[:1]
+    return typing.get_args(annotation) if origin in (typing.Union, types.UnionType) else None
+
+
+def _portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside: tuple[Any, ...] = ()) -> Any:
+    """The same type with each `typing.TypedDict` as one of typing_extensions, which pydantic needs before Python 3.12.
+
+    Those inside dataclasses and models stay as they are, and are refused by pydantic.
+
+    Raises:
+        ToolDefinitionError: a type has a JSON schema, but no JSON value can become it.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        for member in (item for item in arguments if isinstance(item, enum.Enum)):
+            try:
+                TypeAdapter(annotation).validate_json(json.dumps(member.value))
+            except (ValidationError, TypeError):
+                raise ToolDefinitionError(
+                    f"{where}: Literal[{member}] cannot be read from JSON; write its value, or the whole Enum"
+                ) from None
+        return annotation
+    if origin is type or annotation is type:
+        raise ToolDefinitionError(f"{where}: type {annotation!r} has no JSON schema; take a name, as Literal[...]")
+    if sys.version_info < (3, 12) and typing.is_typeddict(annotation) and type(annotation).__module__ == "typing":
+        if annotation in inside:
+            raise ToolDefinitionError(
+                f"{where}: TypedDict {annotation.__name__!r} contains itself; "
+                "import TypedDict from typing_extensions, or use a pydantic model"
+            )
+        try:
+            hints = typing.get_type_hints(annotation, localns=dict(namespace), include_extras=True)
+        except NameError as error:
+            raise ToolDefinitionError(
+                f"{where}: TypedDict {annotation.__name__!r} cannot be resolved ({error}); define it at module level"
+            ) from error
+        keys: dict[str, Any] = {}
+        for key, hint in hints.items():
+            qualifier = typing.get_origin(hint)
+            if qualifier in (typing.Required, typing.NotRequired):
+                hint = typing.get_args(hint)[0]
+            elif key in annotation.__required_keys__:
+                qualifier = typing.Required
+            else:
+                qualifier = typing.NotRequired
+            keys[key] = qualifier[_portable(hint, where, namespace, (*inside, annotation))]
+        make: Any = typing_extensions.TypedDict
+        made = make(annotation.__name__, keys)
+        made.__doc__ = annotation.__doc__
+        return made
+    if not arguments or any(isinstance(argument, list) for argument in arguments):  # Callable[[...], ...]
+        return annotation
+    if origin is typing.Final:
+        return _portable(arguments[0], where, namespace, inside)
+    if origin is Annotated:
+        inner = _portable(annotation.__origin__, where, namespace, inside)
+        return annotation if inner is annotation.__origin__ else Annotated[(inner, *annotation.__metadata__)]
+    portable = tuple(_portable(argument, where, namespace, inside) for argument in arguments)
+    if all(new is old for new, old in zip(portable, arguments, strict=True)):
+        return annotation
+    if _parts(annotation) is not None:
+        return typing.Union[portable]  # noqa: UP007
+    assert origin is not None  # it has arguments
+    return origin[portable]
+
+
+def _field(
+    parameter: inspect.Parameter, annotation: Any, documented: str | None, where: str
+) -> tuple[tuple[Any, FieldInfo], Callable[[], Any] | None]:
+    """One parameter as pydantic wants it, and its default where Python does not apply it.
+
+    Its type and default are tried out here, so that errors have its name.
+    """
+    default, written = parameter.default, annotation
+    if isinstance(default, FieldInfo):
+        annotation, default = Annotated[annotation, default], parameter.empty
+    metadata = getattr(annotation, "__metadata__", ())
+    infos = [item for item in metadata if isinstance(item, FieldInfo)]
+    if any(info.alias or info.validation_alias for info in infos):
+        raise ToolDefinitionError(f"{where}: Field(alias=...) gives it a second name; rename the parameter instead")
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+        adapter.json_schema()
+    except Exception as error:  # types bring schemas of their own, which may raise anything
+        raise ToolDefinitionError(
+            f"{where}: type {written!r} has no JSON schema; use str, int, float, bool, list, dict, Literal, "
+            f"an Enum, a dataclass or a pydantic model ({_first_line(error)})"
+        ) from error
+    told = next((item for item in metadata if isinstance(item, str)), None)
+    described = any(info.description for info in infos)
+    description = None if described else told or documented
+    options: dict[str, Any] = {"alias": parameter.name} | ({"description": description} if description else {})
+    given = next((info for info in reversed(infos) if not info.is_required()), None)
+    supplied: Callable[[], Any] | None = None
+    if default is parameter.empty and given is not None:
+        supplied = functools.partial(given.get_default, call_default_factory=True)
+        try:
+            default = supplied()
+        except Exception as error:
+            raise ToolDefinitionError(
+                f"{where}: its default_factory fails ({_first_line(error)}); expected a function without arguments"
+            ) from error
+    if default is parameter.empty:
+        return (annotation, typing.cast(FieldInfo, Field(**options))), None
+    if not _fits(adapter, default):
+        hint = f"write `{parameter.name}: ... | None = None`" if default is None else "change one of them"
+        raise ToolDefinitionError(f"{where}: default {default!r} does not fit its type {written!r}; {hint}")
+    if given is None or given.default_factory is None:
+        shown = {"default": default} if _is_json(adapter, default) else {"default_factory": _nothing}
+        options |= shown
+    return (annotation, typing.cast(FieldInfo, Field(**options))), supplied
+
+
+def _nothing() -> None:
+    """The pydantic default of a parameter whose default JSON cannot show; Python applies the real one."""
+
+
+def _fits(adapter: TypeAdapter[Any], default: Any) -> bool:
+    try:
+        adapter.validate_python(default, strict=True)
+    except (ValidationError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _is_json(adapter: TypeAdapter[Any], value: Any) -> bool:
+    """Whether JSON can carry a value of this type, so that a schema can show it as the default."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            json.dumps(adapter.dump_python(value, mode="json"), allow_nan=False)
+    except (ValueError, TypeError, UserWarning):
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Split a docstring into its prose and the descriptions in its `Args:` section (Google style)."""
+    prose: list[str] = []
+    arguments: dict[str, str] = {}
+    section = current = ""
+    indent = 0
+    for line in text.splitlines():
+        if heading := SECTION.match(line):
+            section, current, indent = heading[1], "", 0
+        elif not section or (line and not line[0].isspace()):
+            section = ""
+            prose.append(line.rstrip())
+        elif section in ("Args", "Arguments", "Parameters") and line.strip():
+            depth = len(line) - len(line.lstrip())
+            indent = indent or depth
+            if depth == indent and (entry := ENTRY.match(line)):
+                current = entry[1]
+                arguments[current] = entry[2].strip()
+            elif current:
+                arguments[current] = f"{arguments[current]} {line.strip()}".strip()
+    return "\n".join(prose).strip(), arguments
+
+
+def strip_noise(schema: Any) -> Any:
+    """The same schema without what pydantic adds and no model needs: titles and OpenAPI discriminators."""
+    if isinstance(schema, list):
+        return [strip_noise(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    short: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in ("title", "discriminator"):
+            continue
+        if key in ("properties", "patternProperties", "$defs"):
+            short[key] = {name: strip_noise(item) for name, item in value.items()}
+        else:
+            short[key] = value if key in ("default", "const", "enum", "examples") else strip_noise(value)
+    return short
