@@ -139,9 +139,8 @@ def code_of(exc: BaseException) -> ExitCode | None:
     engine = sys.modules.get("agentkit_engine.errors")  # what never was imported, for it imports torch, raised nothing
     if engine and isinstance(exc, engine.ModelNotFoundError | engine.CheckpointError | engine.TokenizerMissingError):
         return ExitCode.USAGE
-    usage = engine and (
-        engine.DeviceUnavailableError | engine.GrammarMissingError | engine.GrammarError | engine.CacheFolderError
-    )
-    if engine and isinstance(exc, usage):
+    if engine and isinstance(exc, engine.DeviceUnavailableError | engine.CacheFolderError):
+        return ExitCode.USAGE
+    if engine and isinstance(exc, engine.GrammarMissingError | engine.GrammarError):
         return ExitCode.USAGE
     return ExitCode.INFRASTRUCTURE if engine and isinstance(exc, engine.EngineError) else None
