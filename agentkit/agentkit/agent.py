@@ -174,18 +174,18 @@ class Agent:
         while (limit := run.spent_limit) is None:
             results, limit = await self._turn(run, news)
             if submitted := next((result for result in results if result.final), None):
-                return self._conclude(run, "submitted", submitted.content)
+                return await self._conclude(run, "submitted", submitted.content)
             if limit is not None:
                 break
             if not results:
-                return self._conclude(run, "answered", run.session.messages[-1].content)
+                return await self._conclude(run, "answered", run.session.messages[-1].content)
             news = [ToolMessage.of(result) for result in results]
         run.note(LimitReached(limit))
         return run.outcome("limit", limit=limit)
 
-    def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
+    async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
         """How a run ends that came to an answer: one that does not fit the schema is none."""
-        problem = None if self.answer_schema is None else misfit(answer, self.answer_schema)
+        problem = None if self.answer_schema is None else await misfit(answer, self.answer_schema)
         return run.outcome(status, answer) if problem is None else run.outcome("invalid_answer", error=problem)
 
     async def _turn(self, run: Run, news: list[Message]) -> tuple[list[ToolResult], LimitName | None]:
@@ -297,7 +297,7 @@ class Agent:
             if environment is None:
                 files = None
                 with suppress(SandboxError, OSError):  # what cannot be kept matters to `continue_` alone, which says so
-                    files = await here.export_dir(here.spec.workdir)
+                    files = (await here.export_dir(here.spec.workdir)).data
         result = RunResult(outcome, trajectory, self._continuation(trajectory, environment, files))
         emit(RunFinished(result))
         return result

@@ -6,7 +6,7 @@ EngineError
 ├── CheckpointError           a model folder is not what its layout promises; names file, tensor, found, expected
 ├── TokenizerMissingError     the model folder holds no tokenizer.json
 ├── EngineClosedError         an AsyncEngine was used outside its `async with` block
-├── GrammarMissingError       a grammar is asked for, and llguidance is not installed
+├── GrammarMissingError       a grammar is asked for, and llguidance cannot be imported
 ├── GrammarError              a grammar cannot be made, or ids do not fit it
 ├── OutOfMemoryError          the memory for sequences is used up by those at work
 ├── SavedSessionError         a file is no saved session, or one of another model, or damaged
@@ -63,7 +63,7 @@ class EngineClosedError(EngineError):
 
 
 class GrammarMissingError(EngineError):
-    """A grammar is asked for, and the optional library that reads grammars is not installed."""
+    """A grammar is asked for, and llguidance, which reads grammars, cannot be imported."""
 
 
 class GrammarError(EngineError):

@@ -6,8 +6,13 @@ those ids are *forced*: they are appended without asking the model.
 
 What is allowed is a function of the session's ids alone, from its last `<｜Assistant｜>` on. So a session can be cut,
 forked or taken up at any id, and guesses at the next ids need no care. llguidance does the parsing; it is imported when
-the first grammar is made. What cannot be enforced of a schema is named by a `GrammarWarning`, and checked after parsing
-as everything is.
+the first grammar is made. What cannot be enforced of a schema is left open and named by a `GrammarWarning`, and checked
+after parsing as everything is. A tool whose schema cannot be enforced at all keeps the form of a call, with parameters
+of any name and value. A call names the parameters that its schema names: where `additionalProperties` is absent at the
+top of a tool's parameters, it counts as false there.
+
+Should a form lead to a place where no id may follow, the rest of that turn is free, and a warning says so: a run is
+never lost to its grammar.
 
 Dimension key: V vocabulary.
 """
@@ -16,11 +21,14 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
 import re
+import threading
 import warnings
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -31,21 +39,28 @@ from torch import Tensor
 from agentkit_engine.chat import Tokenizer, TokenizerError
 from agentkit_engine.chat.tokens import ASSISTANT, DSML, THINK, THINK_END
 from agentkit_engine.errors import GrammarError, GrammarMissingError
-from agentkit_engine.schema_forms import ANNOTATIONS, DEFINITIONS, Forms, Schema
+from agentkit_engine.schema_forms import ANNOTATIONS, ANY_TEXT, Conjunction, Forms, finds, lark, whole_text
+from agentkit_engine.schema_types import Schema, accepted_types
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
     from numpy.typing import NDArray
 
-MOST_PARAMETERS = 64
-"""A rule of the grammar carries one bit for each parameter of a tool."""
+MOST_BITS = 64
+"""A rule of the grammar carries this many bits, one for each parameter that is watched: required ones come first."""
+MOST_PATTERNS = 3
+"""Patterns of `patternProperties` at the top of a tool's parameters whose overlaps are told apart."""
+_ANY_NAME = '/[^"<>]*/'
+"""A parameter's name as the call format can carry it."""
+MOST_ITEMS = 10_000
+"""Ways to read on that llguidance keeps at one place, as for a tool of thousands of parameters; by default 2,000."""
 _BEFORE_BLOCK = b"\n\n<"
 _CONTROL = re.compile(rb"\xff\[(\d+)\]")
 """A control token among the bytes that llguidance says are forced."""
 
 
 class GrammarWarning(UserWarning):
-    """Some keywords of a schema are not enforced by a grammar; the message names each."""
+    """Something is not enforced by a grammar: keywords of a schema, a tool, or the rest of a turn."""
 
 
 class Grammars:
@@ -62,7 +77,7 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise GrammarMissingError(
-                'a grammar needs llguidance, which is not installed; run `pip install "agentkit-harness[grammar]"`, '
+                "a grammar needs llguidance, which cannot be imported; run `pip install llguidance`, "
                 "or go on without a grammar"
             ) from error
         self._llguidance = llguidance
@@ -73,18 +88,27 @@ class Grammars:
         self._texts = sorted({self.token_bytes[token_id] for token_id in range(vocab_size)} - {b""})
         self._vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer, self.token_bytes)))
         self._cached = functools.lru_cache(maxsize=32)(self._calls)
+        self._lock = threading.Lock()
 
-    def calls(self, tools: Sequence[Mapping[str, Any]], *, required: bool = False) -> Grammar:
+    def calls(
+        self, tools: Sequence[Mapping[str, Any]], *, required: bool = False, tell_keywords: bool = True
+    ) -> Grammar:
         """Free text, then calls of `tools` (OpenAI dicts) as their schemas say, or none.
+
+        Grammars are kept: the same tools get the same one. Any thread may ask. A `GrammarWarning` names each tool that
+        cannot be enforced and, with `tell_keywords`, each keyword.
 
         With `required` the turn makes at least one call, right after its thought, and says nothing else.
 
         Raises:
-            GrammarError: a tool cannot be written in the call format, or a required parameter has no value that fits.
+            GrammarError: a call is required, and there is no tool that can be called.
         """
         if required and not tools:
             raise GrammarError("a call is required, and no tools are given; give at least one")
-        return self._cached(json.dumps([tool["function"] for tool in tools]), required)
+        with self._lock:
+            grammar: Grammar = self._cached(json.dumps([tool["function"] for tool in tools]), required)
+        _warn(grammar, tell_keywords=tell_keywords)
+        return grammar
 
     def answer(self, schema: Schema = None, *, tools: Sequence[Mapping[str, Any]] = ()) -> Grammar:
         """An answer that is a JSON value as `schema` says, by default any object; a thought before it is free.
@@ -92,20 +116,24 @@ class Grammars:
         With `tools` a turn is either that, or at least one call; text beside calls would be no answer, and cannot be.
 
         Raises:
-            GrammarError: no value fits the schema, or as `calls`.
+            GrammarError: no value fits the schema.
         """
         schema = {"type": "object"} if schema is None else schema
         forms = Forms(schema)
-        form = forms.json([forms.kept(schema)])
+        form = forms.json([schema])
         if form is None:
             raise GrammarError(f"no answer fits the schema {json.dumps(schema):.200}; loosen it")
-        unenforced = [_sentence(forms.missed, "the answer")]
+        unenforced, loose = [_sentence(forms.missed, "the answer")], list[str]()
         rules = [f"start: answer{' | block' if tools else ''}", f"answer: %json {json.dumps(form)}"]
         if tools:
-            block, *others = self._block([tool["function"] for tool in tools], unenforced, opened=False)
+            block, *others = self._block(
+                [tool["function"] for tool in tools], unenforced, loose, opened=False, each_alone=True
+            )
             rules += [f"block: {block}", *others]
-        _warn(unenforced)
-        return Grammar(self, self._matcher("\n".join(rules)), at_once=True)
+        matcher = self._matcher("\n".join(rules))
+        grammar = Grammar(self, matcher, at_once=True, unenforced=tuple(unenforced), loose=tuple(loose))
+        _warn(grammar, tell_keywords=True)
+        return grammar
 
     def forced_ids(self, form: LLMatcher) -> list[int]:
         """The ids that the form forces next, as the chat encoding would write them.
@@ -137,97 +165,271 @@ class Grammars:
         return at < len(self._texts) and self._texts[at].startswith(text)
 
     def _calls(self, functions: str, required: bool) -> Grammar:
-        unenforced: list[str] = []
-        block, *rules = self._block(json.loads(functions), unenforced, opened=not required)
-        _warn(unenforced)
-        if not rules:
-            return Grammar(self, None, at_once=False)
-        return Grammar(self, self._matcher("\n".join([f"start: {block}", *rules])), at_once=required)
+        tools: list[Mapping[str, Any]] = json.loads(functions)
+        try:
+            try:
+                return self._calls_of(tools, required, each_alone=False)
+            except GrammarError:  # find out which tool it is
+                return self._calls_of(tools, required, each_alone=True)
+        except GrammarError as error:
+            if required:
+                raise
+            told = (f"calls are not held to a grammar: {error}",)
+            return Grammar(self, None, at_once=False, calls_are_free=True, loose=told)
 
-    def _block(self, functions: Sequence[Mapping[str, Any]], unenforced: list[str], *, opened: bool) -> list[str]:
-        """What a block of calls is made of, then the rules which that names; `opened`: its first marker has been."""
-        tools = [self._tool(index, function, unenforced) for index, function in enumerate(functions)]
+    def _calls_of(self, tools: Sequence[Mapping[str, Any]], required: bool, *, each_alone: bool) -> Grammar:
+        unenforced, loose = list[str](), list[str]()
+        block, *rules = self._block(tools, unenforced, loose, opened=not required, each_alone=each_alone)
+        if not rules and required:
+            raise GrammarError("a call is required, and none of the tools can be called; give another one")
+        matcher = self._matcher("\n".join([f"start: {block}", *rules])) if rules else None
+        return Grammar(self, matcher, at_once=required, unenforced=tuple(unenforced), loose=tuple(loose))
+
+    def _block(
+        self,
+        functions: Sequence[Mapping[str, Any]],
+        unenforced: list[str],
+        loose: list[str],
+        *,
+        opened: bool,
+        each_alone: bool,
+    ) -> list[str]:
+        """What a block of calls is made of, then the rules which that names.
+
+        `opened`: its first marker has been. `each_alone`: try whether llguidance takes each tool.
+        """
+        tools = {}
+        for index, function in enumerate(functions):
+            if re.search('["<>]', function["name"]):
+                loose.append(f"no call can carry the name of tool {function['name']!r}")
+                continue
+            try:
+                missed: list[str] = []
+                rules = self._tool(index, function, missed)
+                if each_alone:
+                    self._matcher(f"start: tool_{index}\n{rules}")
+                unenforced += missed
+            except Exception as error:  # whatever stands in a schema, a run is not lost to it
+                loose.append(
+                    f"calls of tool {function['name']!r} are not held to its schema, and are checked after parsing: "
+                    f"{error}"
+                )
+                rules = self._loose_tool(index, function["name"])
+            tools[index] = rules
         marker = f"<[{self.dsml}]>"
         opening = "" if opened else f'"\\n\\n<" {marker} '
-        call = f'call: "<" {marker} "invoke name=\\"" ({" | ".join(f"tool_{index}" for index in range(len(tools)))})'
-        return [f'{opening}"tool_calls>\\n" call+ "</" {marker} "tool_calls>"', *([call, *tools] if tools else ())]
+        call = f'call: "<" {marker} "invoke name=\\"" ({" | ".join(f"tool_{index}" for index in tools)})'
+        return [
+            f'{opening}"tool_calls>\\n" call+ "</" {marker} "tool_calls>"',
+            *([call, *tools.values()] if tools else ()),
+        ]
+
+    def _loose_tool(self, index: int, name: str) -> str:
+        """The rules of a tool whose schema cannot be enforced: the form of a call, and nothing more."""
+        values = _Values(self, index, Forms(True))
+        rules = self._parameters(f"{index}_0", _Parameters({}, frozenset(), ((_ANY_NAME, True),)), values)
+        head = json.dumps(f'{name}">\n')
+        return "\n".join([f"tool_{index}: {head} open_{index}_0", rules, *values.rules])
 
     def _tool(self, index: int, function: Mapping[str, Any], unenforced: list[str]) -> str:
         """The rules of one tool: its parameters in any order, each at most once, none missing that is required."""
         name, schema = function["name"], function.get("parameters") or {}
-        required = schema.get("required", ())
-        properties = {**dict.fromkeys(required, True), **schema.get("properties", {})}
-        if bad := [text for text in (name, *properties) if re.search('["<>]', text)]:
-            raise GrammarError(f'tool {name!r}: no call can carry the name {bad[0]!r}; leave out the characters " < >')
-        if len(properties) > MOST_PARAMETERS:
-            raise GrammarError(f"tool {name!r} has {len(properties)} parameters, {MOST_PARAMETERS} are possible")
-        known = {"type", "properties", "required"} | ANNOTATIONS | DEFINITIONS
-        if not schema.get("additionalProperties"):
-            known |= {"additionalProperties"}
-        unenforced.append(_sentence(schema.keys() - known, name))
-        values: dict[str, str] = {}
-        for key, value in properties.items():
-            forms = Forms(schema)
-            values[key] = self._value(f"{index}_{len(values)}", key, value, forms)
-            unenforced.append(_sentence(forms.missed, f"{name}.{key}"))
-        if impossible := [key for key in required if not values[key]]:
-            raise GrammarError(f"tool {name!r}: no value fits the schema of {', '.join(impossible)}; loosen it")
-        marker = f"<[{self.dsml}]>"
-        head, end = json.dumps(f'{name}">\n'), f'"</" {marker} "invoke>\\n"'
-        keys = [key for key in values if values[key]]
-        if not keys:
-            return f'tool_{index}: {head} "\\n" {end}'
-        needed = [f"bit_set({bit})" for bit, key in enumerate(keys) if key in required]
-        enough = functools.reduce(lambda left, right: f"and({left}, {right})", needed) if needed else "true"
-        one = [
-            f'"parameter name=\\"" value_{index}_{list(values).index(key)} {marker} "parameter>\\n" '
-            f"next_{index}::set_bit({bit}) %if bit_clear({bit})"
-            for bit, key in enumerate(keys)
+        forms = Forms(schema)
+        alternatives = [
+            conjunction
+            for conjunction in forms.alternatives(schema)
+            if all("object" in accepted_types(part, schema) for part in conjunction)
         ]
+        names = list(
+            dict.fromkeys(
+                key
+                for conjunction in alternatives
+                for part in conjunction
+                for key in (*part.get("properties", {}), *part.get("required", ()))
+            )
+        )
+        values = _Values(self, index, forms)
+        rules: list[str] = []
+        missing = ["an object"]
+        for conjunction in alternatives:
+            parameters = self._read(conjunction, names, forms)
+            missing = [key for key in parameters.required if not values.rule(parameters.declared.get(key, False), key)]
+            if not missing:
+                rules.append(self._parameters(f"{index}_{len(rules)}", parameters, values))
+        if not rules:
+            raise GrammarError(f"no value fits the schema of {', '.join(missing)}; loosen it")
+        for keyword_place, keywords in values.missed.items():
+            unenforced.append(_sentence(keywords, f"{name}.{keyword_place}"))
+        known = {"type", "properties", "required", "additionalProperties", "patternProperties"} | ANNOTATIONS
+        missed = {key for conjunction in alternatives for part in conjunction for key in part} - known
+        unenforced.append(_sentence(missed | forms.missed, name))
+        opens = " | ".join(f"open_{index}_{number}" for number in range(len(rules)))
+        head = json.dumps(f'{name}">\n')
+        return "\n".join([f"tool_{index}: {head} ({opens})", *rules, *values.rules])
+
+    def _read(self, conjunction: Conjunction, names: Sequence[str], forms: Forms) -> _Parameters:
+        """What the parameters may be when they are to satisfy all of `conjunction`."""
+        declared: dict[str, Schema] = {}
+        for key in names:
+            every = [each for part in conjunction for each in _schemas_of(key, part, names, forms) if each is not True]
+            if False not in every and not re.search('["<>]', key):
+                declared[key] = {"allOf": every} if len(every) > 1 else every[0] if every else True
+        required = frozenset(key for part in conjunction for key in part.get("required", ()))
+        return _Parameters(declared, required, tuple(self._free(conjunction, names, forms)))
+
+    def _free(self, conjunction: Conjunction, names: Sequence[str], forms: Forms) -> list[tuple[str, Schema]]:
+        """Names that are not declared, as terminals, each with the schema of its values."""
+        opening = [part for part in conjunction if part.keys() & {"additionalProperties", "patternProperties"}]
+        opened = any(part.get("additionalProperties", False) is not False for part in opening)
+        if not opened and not any(part.get("patternProperties") for part in opening):
+            return []
+        declared = " | ".join(json.dumps(key) for key in names)
+        apart = f" & ~({declared})" if names else ""
+        patterns = list(dict.fromkeys(each for part in opening for each in part.get("patternProperties", ())))
+        terms = {each: whole_text(each) for each in patterns}
+        if len(patterns) > MOST_PATTERNS or None in terms.values():
+            forms.missed.add("patternProperties")
+            return [(_ANY_NAME + apart, True)]
+        found = []
+        for chosen in itertools.product((True, False), repeat=len(patterns)):
+            inside = {each for each, is_in in zip(patterns, chosen, strict=True) if is_in}
+            every: list[Schema] = []
+            for part in opening:
+                own = part.get("patternProperties", {})
+                hit = [own[each] for each in own if each in inside]
+                every += hit or [part.get("additionalProperties", opened)]
+            term = _ANY_NAME + apart
+            for each in patterns:
+                term += f" & {'' if each in inside else '~'}/{lark(terms[each] or '')}/"
+            if False not in every and self._matches_some(term):
+                every = [each for each in every if each is not True]
+                found.append((term, {"allOf": every} if len(every) > 1 else every[0] if every else True))
+        return found
+
+    def _parameters(self, place: str, parameters: _Parameters, values: _Values) -> str:
+        """The rules from the end of a call's first line to its end."""
+        marker = f"<[{self.dsml}]>"
+        end = f'"</" {marker} "invoke>\\n"'
+        rules = {key: values.rule(schema, key) for key, schema in parameters.declared.items()}
+        keys = sorted((key for key in rules if rules[key]), key=lambda key: key not in parameters.required)
+        watched = keys[:MOST_BITS]
+        unwatched = keys[MOST_BITS:]
+        if len(parameters.required) > MOST_BITS or unwatched:
+            values.missed.setdefault("(more than 64 parameters)", set()).add("required")
+        close = f'{marker} "parameter>\\n"'
+        one = [
+            f'"parameter name=\\"" {rules[key]} {close} next_{place}::set_bit({bit}) %if bit_clear({bit})'
+            for bit, key in enumerate(watched)
+        ]
+        one += [f'"parameter name=\\"" {rules[key]} {close} next_{place}::_' for key in unwatched]
+        terminals = []
+        for number, (name, schema) in enumerate(parameters.free):
+            if rule := values.rule(schema, None):
+                terminals.append(f"NAME_{place}_{number}: {name}")
+                one.append(f'"parameter name=\\"" NAME_{place}_{number} {rule} {close} next_{place}::_')
+        if not one:
+            return f'open_{place}: "\\n" {end}'
+        needed = [f"bit_set({bit})" for bit, key in enumerate(watched) if key in parameters.required]
+        enough = functools.reduce(lambda left, right: f"and({left}, {right})", needed) if needed else "true"
+        more = "" if len(one) > len(watched) else f" %if not(is_ones([0:{len(watched)}]))"
         return "\n".join(
             [
-                f"tool_{index}: {head} open_{index}",
-                f'open_{index}: "<" {marker} param_{index}::0x0' + ("" if needed else f'\n  | "\\n" {end}'),
-                f"param_{index}::_ : " + "\n  | ".join(one),
-                f'next_{index}::_ : "<" {marker} param_{index}::_ %if not(is_ones([0:{len(keys)}]))',
+                f'open_{place}: "<" {marker} param_{place}::0x0' + ("" if needed else f'\n  | "\\n" {end}'),
+                f"param_{place}::_ : " + "\n  | ".join(one),
+                f'next_{place}::_ : "<" {marker} param_{place}::_{more}',
                 f"  | {end} %if {enough}",
-                *(values[key] for key in keys),
+                *terminals,
             ]
         )
 
-    def _value(self, place: str, key: str, schema: Schema, forms: Forms) -> str:
-        """The rules of a parameter from its name to the `</` that ends its value; empty where no value fits."""
+    def _value(self, place: str, key: str | None, schema: Schema, forms: Forms) -> str:
+        """The rules of a parameter from its name to the `</` that ends its value; empty where no value fits.
+
+        Without a `key` they begin after the name.
+        """
         raw, json_options = forms.split(schema)
-        text = " | ".join(f"({term})" for term in raw if self._matches_some(term))
+        text = " | ".join(f"({term})" for term in raw if len(raw) > 1 or self._matches_some(term))
         form = forms.json(json_options)
         options, rules = [], []
         if text:
-            options.append(json.dumps(f'{key}" string="true">') + f" TEXT_{place}")
+            options.append(json.dumps(f'{key or ""}" string="true">') + f" TEXT_{place}")
             rules.append(f'TEXT_{place}: ({text}) "</"')
         if form is not None:
-            options.append(json.dumps(f'{key}" string="false">') + f' json_{place} "</"')
+            options.append(json.dumps(f'{key or ""}" string="false">') + f' json_{place} "</"')
             rules.append(f"json_{place}: %json {json.dumps(form)}")
         return "\n".join([f"value_{place}: {' | '.join(options)}", *rules]) if options else ""
 
     def _matches_some(self, terminal: str) -> bool:
         """Whether there is a text that the terminal matches: a pattern and a length may exclude each other."""
+        if terminal == ANY_TEXT:
+            return True
         matcher = self._matcher(f"start: TEXT\nTEXT: {terminal}")
         matcher.compute_bitmask()  # a dead end is seen when the next ids are asked for
         return matcher.is_accepting() or not matcher.is_stopped()
 
     def _matcher(self, lark: str) -> LLMatcher:
         lark = f'%llguidance {{"no_forcing": true}}\n{lark}'  # `forced_ids` sees to it, in this tokenizer's own ids
-        matcher = self._llguidance.LLMatcher(self._vocabulary, lark, log_level=0)
+        limits = self._llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
+        matcher = self._llguidance.LLMatcher(self._vocabulary, lark, log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(f"llguidance does not take the grammar: {matcher.get_error():.500}")
         return matcher
 
 
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """What one alternative of a tool's schema says: named parameters, and terminals of other names."""
+
+    declared: Mapping[str, Schema]
+    required: frozenset[str]
+    free: tuple[tuple[str, Schema], ...]
+
+
+class _Values:
+    """The rules for the values of one tool's parameters, each made once."""
+
+    def __init__(self, grammars: Grammars, index: int, forms: Forms) -> None:
+        self._grammars = grammars
+        self._index = index
+        self._root = forms.root
+        self._known: dict[str, str] = {}
+        self.rules: list[str] = []
+        self.missed: dict[str, set[str]] = {}
+
+    def rule(self, schema: Schema, key: str | None) -> str:
+        """The name of the rule for `key`, or for a name that was just written; empty where no value fits."""
+        known = json.dumps([key, schema])
+        if known not in self._known:
+            place = f"{self._index}_{len(self._known)}"
+            forms = Forms(self._root)
+            rules = self._grammars._value(place, key, schema, forms)
+            if rules:
+                self.rules.append(rules)
+                self.missed.setdefault("*" if key is None else key, set()).update(forms.missed)
+            self._known[known] = f"value_{place}" if rules else ""
+        return self._known[known]
+
+
 class Grammar:
     """What a turn may look like; for `SamplingParams.grammar`. It holds no state, so sessions can share it."""
 
-    def __init__(self, grammars: Grammars, form: LLMatcher | None, *, at_once: bool) -> None:
-        """`form` reads the block of calls from after its first marker, or, `at_once`, all that follows the thought."""
+    def __init__(
+        self,
+        grammars: Grammars,
+        form: LLMatcher | None,
+        *,
+        at_once: bool,
+        calls_are_free: bool = False,
+        unenforced: tuple[str, ...] = (),
+        loose: tuple[str, ...] = (),
+    ) -> None:
+        """`form` reads the block of calls from after its first marker, or, `at_once`, all that follows the thought.
+
+        Without one there are no calls, unless `calls_are_free`. `unenforced` names keywords, and `loose` tools, that it
+        does not enforce.
+        """
+        self.unenforced = tuple(filter(None, unenforced))
+        self.loose = loose
         tokenizer = grammars.tokenizer
         self.form = form
         self.at_once = at_once
@@ -237,7 +439,8 @@ class Grammar:
         self.token_bytes, self.forced_ids = grammars.token_bytes, grammars.forced_ids
         self.free_V = torch.zeros(self.vocab_size)
         # a thought must not end the turn before its form, nor seem to begin another one
-        self.free_V[[self.dsml, self.eos, self.assistant] if at_once else [self.dsml]] = -torch.inf
+        closed = [self.dsml, self.eos, self.assistant] if at_once else [] if calls_are_free else [self.dsml]
+        self.free_V[closed] = -torch.inf
 
     def matcher(self) -> Matcher:
         """What follows one session."""
@@ -268,6 +471,7 @@ class Matcher:
         self._region = _Region.OUTSIDE
         self._end = b""  # the last bytes of the text
         self._form: LLMatcher | None = None
+        self._form_ids: list[int] = []  # what the form has read
         self._forced: deque[int] | None = None  # what the form forces next; None when not asked yet
         self._mask: Tensor | None = None  # where the form says it, once asked for
         self._masks = np.empty((-(-grammar.vocab_size // 8), 8), np.float32)  # memory for it, used again and again
@@ -293,35 +497,47 @@ class Matcher:
         if self._region is not _Region.FORM or self._form is None:
             return None
         if self._forced is None:
-            stopped = self._form.is_stopped()
+            stopped = self._form.is_stopped() and not self._form.is_error()
             self._forced = deque([self._grammar.eos] if stopped else self._grammar.forced_ids(self._form))
         return self._forced[0] if self._forced else None
 
     def mask(self) -> Tensor | None:
         """What to add to the logits, float32 [V]: 0 for the ids that may come next, -inf for others. None: all may.
 
-        Asked again, it is not computed again; it is overwritten by that after further ids.
-
-        Raises:
-            GrammarError: the form is too complex for llguidance's limits.
+        Asked again, it is not computed again; it is overwritten by that after further ids. Where the form leaves no
+        id, or is too complex for llguidance's limits, the rest of the turn is free.
         """
         if self._region is _Region.THOUGHT or (self._region is _Region.TEXT and not self._at_block):
             return self._grammar.free_V
         if self._region is not _Region.FORM or self._form is None:
             return None
         if self._mask is None:
-            self._mask = torch.from_numpy(self._mask_of(self._form))
+            mask_V = self._mask_of(self._form)
+            if mask_V is None:
+                self._give_up(self._form)
+                return None
+            self._mask = torch.from_numpy(mask_V)
         return self._mask
 
-    def _mask_of(self, form: LLMatcher) -> NDArray[np.float32]:
+    def _give_up(self, form: LLMatcher) -> None:
+        """Leave the rest of the turn free."""
+        self._region, self._form, self._forced, self._mask = _Region.OUTSIDE, None, None, None
+        reason = f"llguidance gave up on it: {form.get_error():.500}" if form.is_error() else "no id may follow"
+        warnings.warn(
+            f"the rest of this turn is not held to its grammar: {reason}; what it says is checked after parsing",
+            GrammarWarning,
+            stacklevel=2,
+        )
+
+    def _mask_of(self, form: LLMatcher) -> NDArray[np.float32] | None:
         mask_V = self._masks.reshape(-1)[: self._grammar.vocab_size]
         if (forced := self.forced()) is not None:
             mask_V[:] = -np.inf
             mask_V[forced] = 0.0
             return mask_V
         bits = np.frombuffer(form.compute_bitmask(), np.uint8)[: len(self._masks)]
-        if form.is_error():
-            raise GrammarError(f"llguidance gave up on the grammar: {form.get_error():.500}")
+        if form.is_error() or not bits.any():
+            return None
         np.take(_MASK_OF_BYTE, bits, axis=0, out=self._masks[: len(bits)], mode="clip")  # the mode that copies once
         self._masks[len(bits) :] = -np.inf
         return mask_V
@@ -355,19 +571,35 @@ class Matcher:
         form, forced = self._form, self._forced
         assert form is not None
         if not (token_id == self._grammar.eos if form.is_stopped() else form.consume_token(token_id)):
+            if self._is_stuck(token_id):
+                self._give_up(form)
+                return
             raise GrammarError(
                 f"id {token_id} ({self._grammar.token_bytes[token_id]!r}) stands where the grammar forbids it; "
                 "feed no ids inside a block of calls or an answer, or only such as fit"
             )
+        self._form_ids.append(token_id)
         if forced:
             forced.popleft()
         self._forced = forced or None
         if token_id == self._grammar.eos:
             self._region, self._form, self._forced = _Region.OUTSIDE, None, None
 
+    def _is_stuck(self, token_id: int) -> bool:
+        """Whether the form, not the id, is to blame for a refusal: no id may follow what it has read, so that the turn
+        went on without it, or this one may and is too complex for llguidance's limits.
+        """
+        assert self._grammar.form is not None
+        form = self._grammar.form.deep_copy()
+        if not form.consume_tokens(self._form_ids):
+            return True
+        bits = np.frombuffer(form.compute_bitmask(), np.uint8)
+        return form.is_error() or not bits.any() or bool(bits[token_id // 8] >> token_id % 8 & 1)
+
     def _begin_form(self) -> None:
         assert self._grammar.form is not None
         self._region, self._form, self._forced = _Region.FORM, self._grammar.form.deep_copy(), None
+        self._form_ids = []
 
 
 class _Vocabulary:
@@ -392,14 +624,30 @@ def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
         return b""
 
 
+def _schemas_of(key: str, part: Mapping[str, Any], names: Sequence[str], forms: Forms) -> list[Schema]:
+    """What one schema asks of the value of a declared parameter."""
+    every = [part["properties"][key]] if key in part.get("properties", {}) else []
+    hit = len(every)
+    for pattern, schema in part.get("patternProperties", {}).items():
+        match finds(pattern, key):
+            case True:
+                every.append(schema)
+                hit += 1
+            case None:
+                forms.missed.add("patternProperties")
+                hit += 1  # not known, so left open
+    return every if hit else [part.get("additionalProperties", True)]
+
+
 def _sentence(keywords: Collection[str], place: str) -> str:
     return f"{', '.join(sorted(keywords))} of {place}" if keywords else ""
 
 
-def _warn(unenforced: Sequence[str]) -> None:
-    if told := [sentence for sentence in unenforced if sentence]:
-        warnings.warn(
-            f"the grammar does not enforce {'; '.join(told)}: such values are checked after parsing",
-            GrammarWarning,
-            stacklevel=3,
+def _warn(grammar: Grammar, *, tell_keywords: bool) -> None:
+    told = list(grammar.loose)
+    if tell_keywords and grammar.unenforced:
+        told.append(
+            f"the grammar does not enforce {'; '.join(grammar.unenforced)}: such values are checked after parsing"
         )
+    for sentence in told:
+        warnings.warn(sentence, GrammarWarning, stacklevel=3)

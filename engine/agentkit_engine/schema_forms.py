@@ -2,34 +2,39 @@
 
 A keyword is enforced when it is on the list here and llguidance takes it. Any other is left out, which allows more and
 never less, and its name is collected in `missed`. A parameter's value has two forms: a string is written raw,
-everything else as JSON; so its schema is split in two.
+everything else as JSON. So a schema is first written out as alternatives without references and unions at their top,
+each a conjunction of plain schemas, and each alternative is split in two.
+
+One exception allows less: the properties of a nested object are written in the order of its schema, because llguidance
+has no other.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jsonschema
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
-Schema = Any
-"""A JSON schema: an object, or a bool."""
+from agentkit_engine.schema_types import Schema, accepted_types, equal, json_types, resolve
 
 ANNOTATIONS = frozenset(
-    "$comment $schema default deprecated description discriminator examples readOnly title writeOnly".split()
+    "$anchor $comment $defs $dynamicAnchor $id $schema $vocabulary contentEncoding contentMediaType contentSchema "
+    "default definitions deprecated description discriminator examples readOnly title writeOnly".split()
 )
 """Keywords that constrain nothing."""
-DEFINITIONS = frozenset(("$defs", "definitions"))
 ENFORCED = frozenset(
-    "$ref additionalProperties allOf anyOf const enum exclusiveMaximum exclusiveMinimum format items maxItems "
-    "maxLength maxProperties maximum minItems minLength minimum multipleOf oneOf pattern patternProperties "
-    "prefixItems properties required type".split()
+    "additionalProperties const enum exclusiveMaximum exclusiveMinimum items maxItems maxLength maxProperties "
+    "maximum minItems minLength minimum multipleOf patternProperties prefixItems properties required type".split()
 )
-"""Keywords that hold in JSON. `minProperties` is not among them: no grammar sees that a free key is written twice."""
-FORMATS = frozenset("date date-time duration email hostname ipv4 ipv6 time uri uuid".split())
-"""Values of `format` that hold in JSON."""
+"""Keywords that hold in JSON, beside references, unions and patterns. `minProperties` is not among them: no grammar
+sees that a free key is written twice."""
 NOT_OF_STRINGS = frozenset(
     "additionalProperties contains dependentRequired dependentSchemas exclusiveMaximum exclusiveMinimum items "
     "maxContains maxItems maxProperties maximum minContains minItems minProperties minimum multipleOf "
@@ -37,10 +42,78 @@ NOT_OF_STRINGS = frozenset(
     "uniqueItems".split()
 )
 """Keywords that say nothing about a string."""
-TYPES = ("string", "null", "boolean", "integer", "number", "array", "object")
+ANY_TEXT = "/(?s:.*)/"
+"""The terminal of a string that nothing is asked of."""
+MAX_ALTERNATIVES = 64
+"""Alternatives that one schema is written out as; unions beyond it are left out."""
+LARGEST_BOUND = 2.0**53
+"""llguidance computes bounds of integers as float64, cut to 64 bits."""
+LOOSENED: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset(("maxProperties", "minProperties")),
+    frozenset(("patternProperties",)),
+    frozenset(("multipleOf",)),
+    frozenset(("pattern", "format")),
+    frozenset(("patternProperties", "maxProperties", "multipleOf", "pattern", "format", "maxLength", "minLength")),
+    frozenset(
+        "patternProperties maxProperties multipleOf pattern format maxLength minLength allOf oneOf enum const".split()
+    ),
+)
+"""What is left out, in this order, until llguidance takes a schema."""
 
-JSON_FORM = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+JSON_FORM = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "coerce_one_of": True,
+}
 """JSON as `json.dumps` writes it and as the chat encoding shows it to the model; no white space without end."""
+
+_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = (
+    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+)
+_DATE = f"(?:{_YEAR}-{_DAY}|{_LEAP}-02-29)"
+_HOURS = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOURS}(?::[0-5][0-9](?:\.[0-9]{{1,9}})?)?(?:[zZ]|[+-]{_HOURS})?"
+_CLOCK = "T(?:[0-9]+H(?:[0-9]+M)?(?:{s})?|[0-9]+M(?:{s})?|{s})".format(s=r"[0-9]+(?:\.[0-9]+)?S")
+_DAYS = "(?:[0-9]+Y(?:[0-9]+M)?(?:[0-9]+D)?|[0-9]+M(?:[0-9]+D)?|[0-9]+D)"
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_IPV4 = r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])){3})"
+_H16 = "[0-9A-Fa-f]{1,4}"
+
+
+def _ipv6() -> str:
+    forms = [f"(?:{_H16}:){{7}}{_H16}", f"(?:{_H16}:){{6}}{_IPV4}"]
+    for left in range(8):  # groups before `::`, which stands for one or more
+        right = 7 - left
+        begin = f"{_H16}(?::{_H16}){{{left - 1}}}" if left else ""
+        ends = ([f"{_H16}(?::{_H16}){{0,{right - 1}}}"] if right else []) + (
+            [f"(?:{_H16}:){{0,{right - 2}}}{_IPV4}"] if right >= 2 else []
+        )
+        forms.append(f"{begin}::(?:{'|'.join(ends)})?" if ends else f"{begin}::")
+    return "|".join(forms)
+
+
+FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}[tT ]{_TIME}",
+    "duration": f"[+-]?P(?:[0-9]+W|{_DAYS}(?:{_CLOCK})?|{_CLOCK})",
+    "email": r"[^@\s]+@[^@\s]+",
+    "hostname": rf"{_LABEL}(?:\.{_LABEL})*",
+    "ipv4": _IPV4,
+    "ipv6": _ipv6(),
+    "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]*",
+    "uuid": "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
+}
+"""The values of `format` that hold; others constrain nothing. They are those that the tools check
+(`agentkit_tools.formats`); the rooms do not import each other, and a test holds the copies together."""
+
+Conjunction = tuple[Mapping[str, Any], ...]
+"""Plain schemas that must all hold, without references and unions at their top."""
 
 
 class Forms:
@@ -54,123 +127,277 @@ class Forms:
         """`root` is what `$ref` points into."""
         self.root: Mapping[str, Any] = root if isinstance(root, Mapping) else {}
         self.missed: set[str] = set()
+        self._known: dict[int, list[Conjunction]] = {}
+        self._names: dict[int, str] = {}  # of the targets of references
+        self._targets: list[Mapping[str, Any]] = []
+
+    def alternatives(self, schema: Schema, inside: tuple[int, ...] = ()) -> list[Conjunction]:
+        """The schema as alternatives; none where no value fits."""
+        if not isinstance(schema, Mapping):
+            return [] if schema is False else [()]
+        if id(schema) in inside:  # a reference that leads back here adds nothing
+            return []
+        if id(schema) not in self._known:
+            self._known[id(schema)] = self._written_out(schema, (*inside, id(schema)))
+        return self._known[id(schema)]
+
+    def _written_out(self, schema: Mapping[str, Any], inside: tuple[int, ...]) -> list[Conjunction]:
+        plain = {key: value for key, value in schema.items() if key not in _COMBINING}
+        factors: list[list[Conjunction]] = []
+        for key in ("$ref", "$dynamicRef"):
+            if key in schema:
+                if (target := resolve(schema[key], self.root)) is None:
+                    self.missed.add(key)
+                else:
+                    factors.append(self.alternatives(target, inside))
+        factors += [self.alternatives(part, inside) for part in schema.get("allOf", ())]
+        for key in ("anyOf", "oneOf"):
+            if key in schema:
+                branches = [self.alternatives(part, inside) for part in schema[key]]
+                if key == "oneOf" and not self._are_exclusive(schema[key]):
+                    self.missed.add(key)
+                if sum(map(len, branches)) > MAX_ALTERNATIVES:
+                    self.missed.add(key)
+                else:
+                    factors.append(list(itertools.chain.from_iterable(branches)))
+        while math.prod(map(len, factors)) > MAX_ALTERNATIVES:
+            factors.pop()
+            self.missed.update(key for key in ("allOf", "anyOf", "oneOf") if key in schema)
+        start: Conjunction = (plain,) if plain.keys() - ANNOTATIONS else ()
+        every = [start + tuple(itertools.chain.from_iterable(choice)) for choice in itertools.product(*factors)]
+        short = [tuple({id(part): part for part in conjunction}.values()) for conjunction in every]
+        return list({tuple(map(id, conjunction)): conjunction for conjunction in short}.values())
 
     def split(self, schema: Schema) -> tuple[list[str], list[Schema]]:
         """What a parameter may be: raw text, as terminals of Lark, and JSON other than a string, as schemas."""
-        if isinstance(schema, bool):
-            schema = {} if schema else {"enum": []}
-        constraints = schema.keys() - ANNOTATIONS - DEFINITIONS
-        if constraints == {"$ref"} and (target := self._definition(schema["$ref"])) is not None:
-            return self.split(target)
-        if constraints & {"enum", "const"}:
-            values = [value for value in schema.get("enum", [schema.get("const")]) if self._fits(value, schema)]
-            others = [value for value in values if not isinstance(value, str)]
-            return [json.dumps(value) for value in values if _is_text(value)], [{"enum": others}] if others else []
-        if constraints in ({"anyOf"}, {"oneOf"}):
-            key = constraints.pop()
-            parts = [self.split(option) for option in schema[key]]
-            if key == "oneOf" and sum(bool(raw) for raw, _ in parts) > 1:
-                self.missed.add("oneOf")
-            options = [option for _, json_options in parts for option in json_options]
-            whole = options if key == "anyOf" or len(options) < 2 else [{"oneOf": options}]
-            return [raw for raws, _ in parts for raw in raws], whole
-        types = _names(schema.get("type", TYPES))
-        others = [name for name in types if name != "string"]
-        return (
-            [self._raw(schema)] if "string" in types else [],
-            [{**self.kept(schema), "type": others}] if others else [],
-        )
+        texts: dict[str, None] = {}
+        others: list[Schema] = []
+        for conjunction in self.alternatives(schema):
+            raw, other = self._split(conjunction)
+            texts.update(dict.fromkeys(raw))
+            if other is not None and other not in others:
+                others.append(other)
+        return list(texts), others
 
-    def kept(self, schema: Schema) -> Schema:
-        """The schema with those keywords only that are enforced in JSON."""
+    def kept(self, schema: Schema, without: frozenset[str] = frozenset()) -> Schema:
+        """The schema with those keywords only that are enforced in JSON, and not `without`."""
         if not isinstance(schema, Mapping):
             return schema
         short: dict[str, Any] = {}
+        every: list[Schema] = []
         for key, value in schema.items():
-            if key in ANNOTATIONS | DEFINITIONS:
+            if key in ANNOTATIONS:
                 continue
-            if not self._is_enforced(key, value):
+            if key in without:
                 self.missed.add(key)
-            elif key in ("properties", "patternProperties"):
-                short[key] = {name: self.kept(part) for name, part in value.items()}
+            elif key in ("$ref", "$dynamicRef"):
+                every.append(self._reference(key, value))
+            elif key in ("allOf", "anyOf", "oneOf"):
+                parts = [self.kept(part, without) for part in value]
+                if key == "allOf":
+                    every += parts
+                else:
+                    if key == "oneOf" and not self._are_exclusive(value):
+                        self.missed.add(key)
+                    every.append({"anyOf": parts})
+            elif key in ("pattern", "format"):
+                every += self._pattern(key, value)
+            elif not self._is_enforced(key, value):
+                self.missed.add(key)
+            elif key == "properties":
+                short[key] = {name: self.kept(part, without) for name, part in value.items()}
+            elif key == "patternProperties":
+                short[key] = {f"^(?:{whole_text(each)})$": self.kept(part, without) for each, part in value.items()}
             elif key in ("items", "additionalProperties"):
-                short[key] = self.kept(value)
-            elif key in ("allOf", "anyOf", "oneOf", "prefixItems"):
-                short[key] = [self.kept(part) for part in value]
+                short[key] = self.kept(value, without)
+            elif key == "prefixItems":
+                short[key] = [self.kept(part, without) for part in value]
             else:
                 short[key] = value
         if "patternProperties" in schema and "patternProperties" not in short:
             short.pop("additionalProperties", None)  # it would forbid what the patterns allow
-        return short
+        every = [part for part in every if part is not True and part != {}]
+        if not short and len(every) == 1:
+            return every[0]
+        return {**short, "allOf": every} if every else short
 
-    def json(self, options: list[Schema]) -> Schema | None:
+    def json(self, options: Sequence[Schema]) -> Schema | None:
         """One schema for llguidance out of alternatives, loosened as far as it must be; None where no value fits."""
-        if not options or options == [False]:
+        if not options:
             return None
-        schema = {"anyOf": options} if len(options) > 1 else {} if options[0] is True else options[0]
-        if "$ref" in json.dumps(schema):
-            for key in DEFINITIONS & self.root.keys():
-                schema = {**schema, key: {name: self.kept(part) for name, part in self.root[key].items()}}
-        for one_of in (False, True):
-            form = {**schema, "x-guidance": {**JSON_FORM, "coerce_one_of": one_of}}
+        before = set(self.missed)
+        for without in LOOSENED:
+            self.missed = set(before)
+            parts = [self.kept(option, without) for option in options]
+            parts = [part for part in parts if part is not False]
+            if not parts:
+                return None
+            schema = {"anyOf": parts} if len(parts) > 1 else {} if parts[0] is True else parts[0]
+            form = {**schema, "$defs": self._definitions(without), "x-guidance": JSON_FORM}
             problem = _refusal(form)
             if problem is None:
-                self.missed.update({"oneOf"} if one_of else ())
                 return form
             if "Unsatisfiable" in problem:
                 return None
-        types = {name for option in options for name in _names(option.get("type", TYPES))}
-        self.missed.update(key for option in options for key in option.keys() - {"type"})
+        types = {name for option in options for name in accepted_types(option, self.root)}
+        self.missed.update(key for option in options if isinstance(option, Mapping) for key in option.keys() - {"type"})
         return {"type": sorted(types), "x-guidance": JSON_FORM}
 
-    def _raw(self, schema: Mapping[str, Any]) -> str:
-        """A terminal for a string as it is written raw."""
-        enforced = {"type", "minLength", "maxLength"}
-        terms = []
-        least, most = schema.get("minLength", 0), schema.get("maxLength")
-        if least or most is not None:
-            terms.append(f"/(?s:.{{{int(least)},{'' if most is None else int(most)}}})/")
-        if "pattern" in schema and (regex := whole_text(schema["pattern"])) is not None:
-            enforced.add("pattern")
-            terms.append(f"/{regex}/")
-        self.missed |= schema.keys() - ANNOTATIONS - DEFINITIONS - NOT_OF_STRINGS - enforced
-        return " & ".join(terms) or "/(?s:.*)/"
+    def texts(self, conjunction: Conjunction) -> str:
+        """A terminal for the strings that fit, as they are written raw."""
+        terms: list[str] = []
+        for schema in conjunction:
+            enforced = {"type", "minLength", "maxLength", "pattern", "format"}
+            least, most = schema.get("minLength", 0), schema.get("maxLength")
+            if least or most is not None:
+                terms.append(f"/(?s:.{{{int(least)},{'' if most is None else int(most)}}})/")
+            for key in schema.keys() & {"pattern", "format"}:
+                terms += [f"/{lark(part['pattern'])}/" for part in self._pattern(key, schema[key])]
+            self.missed |= schema.keys() - ANNOTATIONS - NOT_OF_STRINGS - enforced
+        return " & ".join(dict.fromkeys(terms)) or ANY_TEXT
+
+    def _split(self, conjunction: Conjunction) -> tuple[list[str], Schema | None]:
+        types = frozenset.intersection(_ALL, *(accepted_types(schema, self.root) for schema in conjunction))
+        lists = [_listed(schema) for schema in conjunction if schema.keys() & {"enum", "const"}]
+        if lists:
+            fits = self._check(conjunction, lists[1:])
+            values = [value for value in lists[0] if fits(value)]
+            rest = [value for value in values if not isinstance(value, str)]
+            return [json.dumps(value) for value in values if _is_text(value)], {"enum": rest} if rest else None
+        others = [name for name in types if name != "string"]
+        if "number" in others and "integer" in others:
+            others.remove("integer")
+        raw = [self.texts(conjunction)] if "string" in types else []
+        if not others:
+            return raw, None
+        if len(conjunction) < 2:
+            return raw, {**(conjunction[0] if conjunction else {}), "type": others}
+        return raw, {"allOf": list(conjunction), "type": others}
+
+    def _check(self, conjunction: Conjunction, lists: Sequence[Sequence[Any]]) -> Any:
+        """Tells whether a listed value fits the rest of its alternative, as far as that is quickly told."""
+        names = [_names(schema["type"]) for schema in conjunction if "type" in schema]
+        rest = [
+            {key: value for key, value in schema.items() if key in _CHEAP and key not in ANNOTATIONS}
+            for schema in conjunction
+        ]
+        validators = [jsonschema.Draft202012Validator(schema) for schema in rest if schema]
+        self.missed |= (
+            {key for schema in conjunction for key in schema} - _CHEAP - ANNOTATIONS - {"type", "enum", "const"}
+        )
+
+        def fits(value: Any) -> bool:
+            return (
+                all(not json_types(value).isdisjoint(each) for each in names)
+                and all(any(equal(value, each) for each in values) for values in lists)
+                and all(validator.is_valid(value) for validator in validators)
+            )
+
+        return fits
+
+    def _are_exclusive(self, branches: Sequence[Schema]) -> bool:
+        """Whether no value fits two of the branches: their types differ, or a constant that each requires does."""
+        types = [accepted_types(branch, self.root) for branch in branches]
+        return all(
+            one.isdisjoint(other) or self._are_tagged(branches[i], branches[j])
+            for (i, one), (j, other) in itertools.combinations(enumerate(types), 2)
+        )
+
+    def _are_tagged(self, one: Schema, other: Schema) -> bool:
+        tags, others = self._tags(one), self._tags(other)
+        return any(
+            not any(equal(value, each) for value in tags[key] for each in others[key])
+            for key in tags.keys() & others.keys()
+        )
+
+    def _tags(self, schema: Schema) -> dict[str, Sequence[Any]]:
+        """The required properties of an object that have listed values."""
+        for _ in range(8):
+            if isinstance(schema, Mapping) and "$ref" in schema:
+                schema = resolve(schema["$ref"], self.root)
+        if not isinstance(schema, Mapping) or schema.get("type") != "object":
+            return {}
+        properties = schema.get("properties", {})
+        return {
+            key: _listed(properties[key])
+            for key in schema.get("required", ())
+            if isinstance(properties.get(key), Mapping) and properties[key].keys() & {"enum", "const"}
+        }
+
+    def _reference(self, key: str, reference: Any) -> Schema:
+        """A reference into the definitions that go with the schema for llguidance."""
+        target = resolve(reference, self.root)
+        if target is None or self._loops(target):
+            self.missed.add(key)
+            return True
+        if isinstance(target, bool):
+            return target
+        if id(target) not in self._names:
+            self._names[id(target)] = f"d{len(self._names)}"
+            self._targets.append(target)
+        return {"$ref": f"#/$defs/{self._names[id(target)]}"}
+
+    def _definitions(self, without: frozenset[str]) -> dict[str, Schema]:
+        """The targets of all references, those in other targets too."""
+        found = {}
+        for target in _growing(self._targets):
+            found[self._names[id(target)]] = self.kept(target, without)
+        return found
+
+    def _loops(self, start: Schema) -> bool:
+        """Whether a schema leads back to itself without advancing in the value; llguidance would follow for ever."""
+        waiting, seen = list(self._in_place(start)), set()
+        while waiting:
+            schema = waiting.pop()
+            if schema is start:
+                return True
+            if isinstance(schema, Mapping) and id(schema) not in seen:
+                seen.add(id(schema))
+                waiting += self._in_place(schema)
+        return False
+
+    def _in_place(self, schema: Schema) -> Iterator[Schema]:
+        if isinstance(schema, Mapping):
+            for key in ("allOf", "anyOf", "oneOf"):
+                yield from schema.get(key, ())
+            for key in ("$ref", "$dynamicRef"):
+                if (target := resolve(schema.get(key), self.root)) is not None:
+                    yield target
+
+    def _pattern(self, key: str, value: Any) -> list[Schema]:
+        """What `pattern` or `format` asks for, as a pattern of whole texts that llguidance takes."""
+        if key == "format":
+            return [{"pattern": f"^(?:{FORMATS[value]})$"}] if value in FORMATS else []
+        if (regex := whole_text(value)) is None:
+            self.missed.add(key)
+            return []
+        return [{"pattern": f"^(?:{regex})$"}]
 
     def _is_enforced(self, key: str, value: Any) -> bool:
         match key:
-            case "$ref":
-                return self._definition(value) is not None
-            case "pattern":
-                return whole_text(value) is not None
             case "patternProperties":
                 return all(whole_text(pattern) is not None for pattern in value)
-            case "format":
-                return value in FORMATS
             case "items":
                 return isinstance(value, bool | Mapping)
+            case "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
+                return bool(abs(value) <= LARGEST_BOUND)
+            case "enum":
+                return all(map(_is_portable, value))
+            case "const":
+                return _is_portable(value)
         return key in ENFORCED
-
-    def _definition(self, reference: str) -> Schema | None:
-        for key in DEFINITIONS & self.root.keys():
-            if reference.startswith(f"#/{key}/"):
-                found: Schema = self.root[key].get(reference.removeprefix(f"#/{key}/"))
-                return found
-        return None
-
-    def _fits(self, value: Any, schema: Mapping[str, Any]) -> bool:
-        definitions = {key: self.root[key] for key in DEFINITIONS & self.root.keys()}
-        return jsonschema.Draft202012Validator({**schema, **definitions}).is_valid(value)
 
 
 def whole_text(pattern: str) -> str | None:
     """A regular expression, for llguidance, of the texts in which `pattern` is found.
 
-    None where Python, ECMAScript and Rust do not agree on what it means, or where it looks around.
+    None where Python, ECMAScript and Rust do not agree on what it means, or where it looks around. `\\w`, `\\d` and
+    `\\s` are the Unicode classes, as for the tools' validator and pydantic.
     """
     plain = re.sub(r"\\[dws]", "\0", pattern)
-    plain = re.sub(r"\\([nrtfv]|[^\w\s])", "e", plain)
-    for negated, members in re.findall(r"\[(\^?)([^\]]*)\]", plain):
-        if not members or (negated and "\0" in members) or re.search(r"\[|&&|--|~~", members):
+    plain = re.sub(r"\\([nrtfv]|[^\w\s<>])", "e", plain)
+    for _, members in re.findall(r"\[(\^?)([^\]]*)\]", plain):
+        if not members or re.search(r"\[|&&|--|~~", members):
             return None
     plain = re.sub(r"\[[^\]]*\]", "c", plain)
     start, end = plain.startswith("^"), plain.endswith("$")
@@ -182,12 +409,57 @@ def whole_text(pattern: str) -> str | None:
         top = shorter
     if (start or end) and "|" in top:
         return None
+    body = "".join(
+        _CLASSES.get(token, token) for token in re.findall(r"\\.|.", pattern[start : len(pattern) - end], re.S)
+    )
+    whole = f"{'' if start else '(?s:.*)'}(?:{body}){'' if end else '(?s:.*)'}"
+    return None if _refusal_of_lark(f"start: V\nV: /{lark(whole)}/") else whole
+
+
+def finds(pattern: str, text: str) -> bool | None:
+    """Whether `pattern` is found in `text`, by Rust's linear engine; None where it does not take the pattern."""
+    try:
+        return _searcher(pattern).isinstance_python(text)
+    except SchemaError:
+        return None
+
+
+@functools.lru_cache(maxsize=256)
+def _searcher(pattern: str) -> SchemaValidator:
+    return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
+
+
+_COMBINING = frozenset(("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf"))
+_ALL = frozenset(("string", "null", "boolean", "integer", "number", "array", "object"))
+_CHEAP = frozenset(
+    "exclusiveMaximum exclusiveMinimum maxItems maxLength maxProperties maximum minItems minLength minProperties "
+    "minimum required".split()
+)
+"""Keywords that are told of listed values while a grammar is made."""
+_WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
+_CLASSES = {r"\d": r"\p{Nd}", r"\w": _WORD}
+"""llguidance narrows the short names to ASCII in JSON."""
+
+
+def lark(regex: str) -> str:
+    """A regular expression as it stands between the slashes of a terminal."""
     import llguidance
 
-    body = pattern[start : len(pattern) - end]
-    whole = f"{'' if start else '(?s:.*)'}(?:{body}){'' if end else '(?s:.*)'}"
-    regex = llguidance.regex_to_lark(whole, "dws")
-    return None if _refusal_of_lark(f"start: V\nV: /{regex}/") else regex
+    return str(llguidance.regex_to_lark(regex, ""))
+
+
+def _growing(items: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    at = 0
+    while at < len(items):
+        yield items[at]
+        at += 1
+
+
+def _listed(schema: Mapping[str, Any]) -> Sequence[Any]:
+    values: Sequence[Any] = schema["enum"] if "enum" in schema else [schema["const"]]
+    if "enum" in schema and "const" in schema:
+        return [value for value in values if equal(value, schema["const"])]
+    return values
 
 
 def _names(types: str | Sequence[str]) -> Sequence[str]:
@@ -199,11 +471,28 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 
+def _is_portable(value: Any) -> bool:
+    """Whether llguidance reads the same value: no lone surrogates, no integers beyond 64 bits."""
+    match value:
+        case str():
+            return _is_text(value)
+        case list():
+            return all(map(_is_portable, value))
+        case dict():
+            return all(_is_text(key) and _is_portable(item) for key, item in value.items())
+        case bool() | None:
+            return True
+    return bool(abs(value) < 2.0**63)
+
+
 def _refusal(schema: Schema) -> str | None:
     """Why llguidance does not take a schema, or None."""
     import llguidance
 
-    return _refusal_of_lark(llguidance.LLMatcher.grammar_from_json_schema(schema))
+    try:
+        return _refusal_of_lark(llguidance.LLMatcher.grammar_from_json_schema(schema))
+    except ValueError as error:
+        return str(error)
 
 
 def _refusal_of_lark(grammar: str) -> str | None:

@@ -1,6 +1,6 @@
 """Where commands run: one contract, several kinds of sandbox. See `environment.Environment`."""
 
-from agentkit_environments.archive import check_archive
+from agentkit_environments.archive import ExportedDir, check_archive
 from agentkit_environments.environment import (
     MAX_ARCHIVE_BYTES,
     MAX_ARCHIVE_ENTRIES,
@@ -30,6 +30,7 @@ __all__ = [
     "Environment",
     "EnvironmentSpec",
     "ExecResult",
+    "ExportedDir",
     "FileTooLargeError",
     "HostFailureError",
     "Limits",

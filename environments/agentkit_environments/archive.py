@@ -1,4 +1,8 @@
-"""What may be in an archive that goes in or out of a sandbox, checked before anything is unpacked."""
+"""What may be in an archive that goes in or out of a sandbox, and how one is cleaned, taken apart and put together.
+
+What comes out of a sandbox is whatever its commands left, so an export keeps what can be carried and says what it left
+out (`ExportedDir.dropped`). What goes in comes from a caller and is checked as a whole (`check_archive`).
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,34 @@ import io
 import posixpath
 import tarfile
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
 
 from agentkit_environments.errors import UnsafeArchiveError
+from agentkit_environments.executor import DropList, clamp_time, name_problem
 
 MAX_ARCHIVE_BYTES = 256 << 20
-"""Bytes of file content, and of the archive itself, that one `export_dir` or `import_dir` may carry."""
+"""Bytes of file content and names that one `export_dir` or `import_dir` may carry."""
 
 MAX_ARCHIVE_ENTRIES = 50_000
 """Entries (files, directories, links) that one `export_dir` or `import_dir` may carry."""
 
 MAX_LINKS_FOLLOWED = 40
-MAX_NAME_BYTES = 4096
-MAX_DEPTH = 128
+MAX_STEPS = 1_000_000
+"""Path components that resolving all links of one archive may take: about a second of work."""
+
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedDir:
+    """A directory as an uncompressed tar archive, and what could not be carried in it."""
+
+    data: bytes
+    """The archive; it passes `check_archive`."""
+    dropped: tuple[str, ...] = ()
+    """One line per entry left out: its name, quoted, and the reason."""
 
 
 def check_archive(
@@ -31,19 +51,73 @@ def check_archive(
     Args:
         data: The archive.
         max_entries: Most entries it may hold.
-        max_bytes: Most bytes of file content it may hold.
+        max_bytes: Most bytes of file content and names it may hold.
 
     Raises:
         UnsafeArchiveError: If it is not a tar archive, or an entry has an absolute or empty name, `..` in its name, a
             name that passes through a link, another type (device, pipe, sparse file), or a link that leads out; or if
-            there are too many entries or bytes, or a name is longer than 4096 bytes or 128 components.
+            there are too many entries or bytes, or a name is too long or too deep (`executor.name_problem`).
     """
+    members = _members(data, max_entries, max_bytes)
+    names = [_checked_name(member) for member in members]
+    links = {name: member.linkname for name, member in zip(names, members, strict=True) if member.issym()}
+    files = {name for name, member in zip(names, members, strict=True) if member.isreg()}
+    resolver = _Resolver(links)
+    plain = {""}  # directories that are known not to pass through a link
+    for name, member in zip(names, members, strict=True):
+        parent, passed = posixpath.dirname(name), []
+        while parent not in plain:
+            if parent in links:
+                raise UnsafeArchiveError(f"{member.name!r} passes through the link {parent!r}")
+            passed.append(parent)
+            parent = posixpath.dirname(parent)
+        plain.update(passed)
+        if member.issym() and (problem := resolver.problem(name)):
+            raise UnsafeArchiveError(f"{member.name!r}: {problem}")
+        if member.islnk() and posixpath.normpath(member.linkname) not in files:
+            raise UnsafeArchiveError(f"{member.name!r} is a hard link to {member.linkname!r}, no file of the archive")
+    return members
+
+
+def drop_links(data: bytes, dropped: Sequence[str] = (), *, max_entries: int, max_bytes: int) -> ExportedDir:
+    """Leave out the links of an export that lead out of the directory or in a circle.
+
+    Args:
+        data: An archive of a directory's entries, made by a backend.
+        dropped: What the backend has left out already.
+        max_entries: Most entries the archive may hold.
+        max_bytes: Most bytes of file content and names it may hold.
+
+    Raises:
+        UnsafeArchiveError: If it is not a tar archive, or holds too much.
+    """
+    drops = DropList(dropped)
+    members = _members(data, max_entries, max_bytes)
+    links = {posixpath.normpath(member.name): member.linkname for member in members if member.issym()}
+    resolver = _Resolver(links)
+    bad = {name: problem for name in links if (problem := resolver.problem(name))}
+    if not bad:
+        return ExportedDir(data, drops.lines)
+    view, parts = memoryview(data), []
+    for member in members:
+        if member.issym() and (problem := bad.get(posixpath.normpath(member.name), "")):
+            drops.add(member.name, problem)
+        else:
+            parts.append(view[member.offset : member.offset_data + -(-_stored(member) // 512) * 512])
+    return ExportedDir(b"".join([*parts, bytes(1024)]), drops.lines)
+
+
+def _stored(member: tarfile.TarInfo) -> int:
+    return member.size if member.isreg() else 0
+
+
+def _members(data: bytes, max_entries: int, max_bytes: int) -> list[tarfile.TarInfo]:
     members: list[tarfile.TarInfo] = []
     size = 0
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
-                size += member.size if member.isreg() else 0
+                size += _stored(member) + len(member.name) + len(member.linkname)
                 if len(members) == max_entries:
                     raise UnsafeArchiveError(f"the archive has more than {max_entries} entries")
                 if size > max_bytes:
@@ -51,74 +125,167 @@ def check_archive(
                         f"the archive holds more than {max_bytes} bytes of files, at {member.name!r}"
                     )
                 members.append(member)
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         raise UnsafeArchiveError(f"not an uncompressed tar archive: {error}") from error
-    names = [_checked_name(member) for member in members]
-    links = {name: member.linkname for name, member in zip(names, members, strict=True) if member.issym()}
-    files = {name for name, member in zip(names, members, strict=True) if member.isreg()}
-    for name, member in zip(names, members, strict=True):
-        for parent in _parents(name):
-            if parent in links:
-                raise UnsafeArchiveError(f"{member.name!r} passes through the link {parent!r}")
-        if member.issym():
-            _follow(name, links)
-        elif member.islnk() and posixpath.normpath(member.linkname) not in files:
-            raise UnsafeArchiveError(f"{member.name!r} is a hard link to {member.linkname!r}, no file of the archive")
     return members
 
 
 def _checked_name(member: tarfile.TarInfo) -> str:
     name = member.name
-    if not (member.isreg() or member.isdir() or member.issym() or member.islnk()) or member.issparse():
+    if not _is_plain(member):
         raise UnsafeArchiveError(f"{name!r} is neither a file, a directory nor a link (tar type {member.type!r})")
     if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
         raise UnsafeArchiveError(f"{name!r} is not a relative name without '..'")
-    if len(name) > MAX_NAME_BYTES or name.count("/") >= MAX_DEPTH:
-        raise UnsafeArchiveError(
-            f"{name[:60]!r}... is longer than {MAX_NAME_BYTES} bytes or {MAX_DEPTH} components deep"
-        )
+    if problem := name_problem(name):
+        raise UnsafeArchiveError(f"{name[:60]!r}...: {problem}")
     return posixpath.normpath(name)
 
 
-def _parents(name: str) -> list[str]:
-    parts = name.split("/")
-    return ["/".join(parts[:length]) for length in range(1, len(parts))]
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    return (member.isreg() or member.isdir() or member.issym() or member.islnk()) and not member.issparse()
 
 
-def _follow(name: str, links: dict[str, str]) -> None:
-    """Resolve the link `name` as the kernel would with the archive's directory as its working directory."""
-    resolved: list[str] = []
-    pending = name.split("/")[::-1]
-    followed = 0
-    while pending:
-        part = pending.pop()
-        if part in ("", "."):
-            continue
-        if part == "..":
-            if not resolved:
-                raise UnsafeArchiveError(f"the link {name!r} -> {links[name]!r} leads out of the archive")
+class _Resolver:
+    """Follows the links of one archive as the kernel would, with the archive's directory as the working directory."""
+
+    def __init__(self, links: dict[str, str]) -> None:
+        self._links = links
+        self._steps_left = MAX_STEPS
+
+    def problem(self, name: str) -> str | None:
+        """Return why the link `name` must not be carried, or None."""
+        target, followed = self._links[name], 0
+        resolved: list[str] = []
+        pending = name.split("/")[::-1]
+        while pending:
+            self._steps_left -= 1
+            if self._steps_left < 0:
+                return "a link in an archive whose links are too long to follow"
+            part = pending.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                if not resolved:
+                    return f"a link that leads out, to {target[:200]!r}"
+                resolved.pop()
+                continue
+            resolved.append(part)
+            here = self._links.get("/".join(resolved))
+            if here is None:
+                continue
+            followed += 1
+            if here.startswith("/"):
+                return f"a link to an absolute path, {target[:200]!r}"
+            if not here or "\0" in here or followed > MAX_LINKS_FOLLOWED:
+                return f"a loop of links, at {target[:200]!r}"
             resolved.pop()
-            continue
-        resolved.append(part)
-        target = links.get("/".join(resolved))
-        if target is None:
-            continue
-        followed += 1
-        if target.startswith("/") or not target or followed > MAX_LINKS_FOLLOWED:
-            raise UnsafeArchiveError(f"the link {name!r} -> {links[name]!r} is absolute, empty or a loop")
-        resolved.pop()
-        pending += target.split("/")[::-1]
+            pending += here.split("/")[::-1]
+        return None
 
 
-def rebase_archive(data: bytes, *, strip: int = 0, prefix: str = "", uid: int = 0) -> bytes:
+def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDir:
+    """Read a container engine's archive of one directory, which is its first entry, as a stream.
+
+    The stream is read no further than the bounds allow. Names become relative to the directory; what is neither a
+    file, a directory nor a link is left out, as are names that are too long; links are left as they are.
+
+    Raises:
+        UnsafeArchiveError: If it is not a tar archive, or holds too much.
+    """
+    drops, out, hidden = DropList(), io.BytesIO(), set()
+    entries = size = 0
+    try:
+        with (
+            tarfile.open(fileobj=source, mode="r|") as engine,
+            tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as target,
+        ):
+            for member in engine:
+                name = posixpath.normpath(member.name).partition("/")[2]
+                if not name:
+                    continue
+                entries += 1
+                size += _stored(member) + len(name) + len(member.linkname)
+                if entries > max_entries or size > max_bytes:
+                    raise UnsafeArchiveError(f"more than {max_entries} entries or {max_bytes} bytes, at {name[:200]!r}")
+                entry = _like(member, name)
+                if member.islnk():
+                    entry.linkname = posixpath.normpath(member.linkname).partition("/")[2]
+                problem = name_problem(name)
+                if not _is_plain(member):
+                    problem = "a pipe, a socket or a device"
+                elif member.islnk() and entry.linkname in hidden:
+                    problem = "another name of a file that was left out"
+                if posixpath.dirname(name) in hidden:
+                    hidden.add(name)  # told with its directory
+                elif problem is None:
+                    target.addfile(entry, engine.extractfile(member) if member.isreg() else None)
+                else:
+                    hidden.add(name)
+                    drops.add(name, problem)
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+        raise UnsafeArchiveError(f"the engine's archive cannot be read: {error}") from error
+    return ExportedDir(out.getvalue(), drops.lines)
+
+
+def _like(member: tarfile.TarInfo, name: str, *, uid: int = 0) -> tarfile.TarInfo:
+    """Return the entry under another name and owner, with permission bits and a time that every tool can carry."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.size, entry.linkname = member.type, _stored(member), member.linkname
+    entry.mode, entry.mtime = member.mode & 0o777, clamp_time(member.mtime)
+    entry.uid = entry.gid = uid
+    return entry
+
+
+def pieces(data: bytes, members: Sequence[tarfile.TarInfo]) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
+    """Take a checked archive apart into what `executor.unpack` takes: entries, and the content of the files of each.
+
+    A piece has about `PIECE_BYTES`, so that whoever unpacks it needs no more memory than that. A larger file comes in
+    several. Directories get their mode and time last, when everything in them is there.
+    """
+    entries: list[dict[str, Any]] = []
+    content: list[memoryview] = []
+    size = 0
+    view = memoryview(data)
+    for member in members:
+        entry = _entry(member)
+        offset = 0
+        while True:
+            length = min(_stored(member) - offset, PIECE_BYTES - size)
+            last = offset + length == _stored(member)
+            entries.append({**entry, "offset": offset, "size": length, "last": last})
+            content.append(view[member.offset_data + offset :][:length])
+            offset += length
+            size += length + 256 + len(member.name) + len(member.linkname)
+            if size >= PIECE_BYTES:
+                yield entries, b"".join(content)
+                entries, content, size = [], [], 0
+            if last:
+                break
+    directories = [{**_entry(member), "kind": "attributes"} for member in reversed(members) if member.isdir()]
+    yield entries, b"".join(content)
+    for start in range(0, len(directories), 2_000):
+        yield directories[start : start + 2_000], b""
+
+
+def _entry(member: tarfile.TarInfo) -> dict[str, Any]:
+    """Return an entry of an archive as `executor.unpack` takes it."""
+    return {
+        "name": posixpath.normpath(member.name),
+        "kind": "dir" if member.isdir() else "file" if member.isreg() else "hard" if member.islnk() else "link",
+        "target": member.linkname,
+        "mode": member.mode & 0o777 | (0o700 if member.isdir() else 0),
+        "mtime": clamp_time(member.mtime),
+    }
+
+
+def rebase_archive(data: bytes, *, prefix: str = "", uid: int = 0) -> bytes:
     """Return the archive with other names and one owner, its entries sorted by name, hard links last.
 
     Every directory above an entry is an entry too: whoever unpacks the archive meets what is in a directory's place,
-    say a link that leads elsewhere, and does not pass through it unseen.
+    say a link that leads elsewhere, and does not pass through it unseen. A directory stays open to its owner.
 
     Args:
         data: An uncompressed tar archive.
-        strip: Leading components taken off every name and hard link; entries with no more than these are left out.
         prefix: Put before every name and hard link.
         uid: The owner and group of every entry.
 
@@ -127,7 +294,7 @@ def rebase_archive(data: bytes, *, strip: int = 0, prefix: str = "", uid: int = 
     """
 
     def rebased(name: str) -> str:
-        return posixpath.join(prefix, *posixpath.normpath(name).split("/")[strip:])
+        return posixpath.join(prefix, posixpath.normpath(name))
 
     directories: set[str] = set()
     out = io.BytesIO()
@@ -138,13 +305,15 @@ def rebase_archive(data: bytes, *, strip: int = 0, prefix: str = "", uid: int = 
         ):
 
             def add_parents(name: str) -> None:
-                for directory in _parents(name):
-                    if directory not in directories:
-                        directories.add(directory)
-                        entry = tarfile.TarInfo(directory)
-                        entry.type, entry.mode, entry.mtime = tarfile.DIRTYPE, 0o755, int(time.time())
-                        entry.uid = entry.gid = uid
-                        target.addfile(entry)
+                missing = []
+                while (name := posixpath.dirname(name)) and name not in directories:
+                    missing.append(name)
+                for directory in reversed(missing):
+                    directories.add(directory)
+                    entry = tarfile.TarInfo(directory)
+                    entry.type, entry.mode, entry.mtime = tarfile.DIRTYPE, 0o755, int(time.time())
+                    entry.uid = entry.gid = uid
+                    target.addfile(entry)
 
             add_parents(posixpath.join(prefix, "x"))
             for member in sorted(source, key=lambda member: (member.islnk(), rebased(member.name))):
@@ -152,13 +321,13 @@ def rebase_archive(data: bytes, *, strip: int = 0, prefix: str = "", uid: int = 
                 if name in ("", ".", prefix):
                     continue
                 add_parents(name)
+                entry = _like(member, name, uid=uid)
                 if member.isdir():
                     directories.add(name)
-                entry = tarfile.TarInfo(name)
-                entry.type, entry.mode, entry.mtime, entry.size = member.type, member.mode, member.mtime, member.size
-                entry.linkname = rebased(member.linkname) if member.islnk() else member.linkname
-                entry.uid = entry.gid = uid
+                    entry.mode |= 0o700
+                if member.islnk():
+                    entry.linkname = rebased(member.linkname)
                 target.addfile(entry, source.extractfile(member) if member.isreg() else None)
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
         raise UnsafeArchiveError(f"not an uncompressed tar archive: {error}") from error
     return out.getvalue()

@@ -12,19 +12,23 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from tarfile import TarInfo
 from types import MappingProxyType, TracebackType
 from typing import Literal, Self
 
+import anyio.to_thread
+
 from agentkit_environments.archive import MAX_ARCHIVE_BYTES as MAX_ARCHIVE_BYTES
 from agentkit_environments.archive import MAX_ARCHIVE_ENTRIES as MAX_ARCHIVE_ENTRIES
-from agentkit_environments.archive import check_archive
+from agentkit_environments.archive import ExportedDir, check_archive, drop_links
 from agentkit_environments.errors import FileTooLargeError, UnsafeArchiveError, UnsafePathError
 
 Backend = Literal["docker", "process", "unsafe-local"]
 """How an environment is isolated: a container, namespaces on this kernel, or not at all."""
 
-FileOperation = Literal["read_file", "write_file", "export_dir", "import_dir"]
-"""What a backend does with files; `executor.OPERATIONS` has the same names."""
+FileOperation = Literal["read_file", "write_file"]
+"""What a backend does with single files; `executor.OPERATIONS` has the same names."""
 
 MAX_STDIN_BYTES = 64 << 20
 """Bytes of standard input that one `exec` may be given, and bytes that one `write_file` may write."""
@@ -205,27 +209,36 @@ class Environment(ABC):
         """
         await self._transfer("write_file", path, input_bytes(data))
 
-    async def export_dir(self, path: str) -> bytes:
+    async def export_dir(self, path: str) -> ExportedDir:
         """Return a directory as an uncompressed tar archive whose names are relative to the directory.
 
         The archive holds directories, regular files and links that stay inside it, in sorted order, with permission
-        bits and modification times, owned by nobody in particular; it has passed `archive.check_archive`.
+        bits and modification times, owned by nobody in particular; it passes `archive.check_archive`. What cannot be
+        carried is left out and listed in `ExportedDir.dropped`: pipes, sockets and devices (a container engine leaves
+        sockets out unsaid), links that lead out or in a circle, and names that are too long or too deep. Entries and
+        bytes are counted before anything is read, or as they arrive.
 
         Raises:
-            UnsafeArchiveError: If the directory holds a device, a pipe or a link that leads out of it, more than
-                `MAX_ARCHIVE_ENTRIES` entries or more than `MAX_ARCHIVE_BYTES` bytes.
+            UnsafeArchiveError: If the directory holds more than `MAX_ARCHIVE_ENTRIES` entries or more than
+                `MAX_ARCHIVE_BYTES` bytes of files and names, or cannot be archived.
             FileNotFoundError, NotADirectoryError: If `path` is not a directory.
             UnsafePathError, SandboxLostError: As for `read_file`.
         """
-        data = await self._transfer("export_dir", path, max_entries=MAX_ARCHIVE_ENTRIES, max_bytes=MAX_ARCHIVE_BYTES)
-        check_archive(data)
-        return data
+        bounds = {"max_entries": MAX_ARCHIVE_ENTRIES, "max_bytes": MAX_ARCHIVE_BYTES}
+        try:
+            exported = await self._export_dir(self.resolve(path), **bounds)
+        except OSError as error:
+            if error.errno in (errno.EFBIG, errno.EINVAL, errno.ENOMEM):
+                raise UnsafeArchiveError(f"{path}: {error.strerror}") from error
+            raise _named(error, path) from error
+        return await anyio.to_thread.run_sync(partial(drop_links, exported.data, exported.dropped, **bounds))
 
     async def import_dir(self, path: str, archive: bytes) -> None:
         """Unpack an uncompressed tar archive into a directory, which is made when missing.
 
         What is already there stays, but for files and links that the archive has another file or link for. A link that
-        is there is never followed. After an error other than `UnsafeArchiveError` a part may have been unpacked.
+        is there is never followed. A directory stays open to its owner, whatever mode the archive has for it. After an
+        error other than `UnsafeArchiveError` a part may have been unpacked.
 
         Raises:
             UnsafeArchiveError: If the archive breaks a rule of `archive.check_archive`; then nothing was unpacked.
@@ -235,8 +248,11 @@ class Environment(ABC):
             OSError: If the place is read-only (EROFS, EACCES) or full (ENOSPC).
             UnsafePathError, SandboxLostError: As for `read_file`.
         """
-        check_archive(archive)
-        await self._transfer("import_dir", path, archive)
+        members = await anyio.to_thread.run_sync(check_archive, archive)
+        try:
+            await self._import_dir(self.resolve(path), archive, members)
+        except OSError as error:
+            raise _named(error, path) from error
 
     @abstractmethod
     async def kill_all(self) -> None:
@@ -262,18 +278,31 @@ class Environment(ABC):
             OSError: What the file system said, with a path of the sandbox; EFBIG when `bounds` were exceeded.
         """
 
+    @abstractmethod
+    async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
+        """Pack a directory by its absolute path; links as they are.
+
+        Raises:
+            OSError: What the file system said; EFBIG when there is too much, before it is all in memory.
+            UnsafeArchiveError: If it cannot be archived.
+        """
+
+    @abstractmethod
+    async def _import_dir(self, path: str, archive: bytes, members: Sequence[TarInfo]) -> None:
+        """Unpack an archive, whose entries are `members`, into a directory by its absolute path.
+
+        Raises:
+            OSError: What the file system said, with a path of the sandbox.
+        """
+
     async def _transfer(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
         """Do one operation; what a file system has no name for becomes an error of this package."""
         try:
             return await self._file(operation, self.resolve(path), body, **bounds)
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise UnsafePathError(f"{path} is a loop of links") from error
             if operation == "read_file" and error.errno == errno.EFBIG:
                 raise FileTooLargeError(f"{path} has more than {bounds['max_bytes']} bytes") from error
-            if operation == "export_dir" and error.errno in (errno.EFBIG, errno.EINVAL):
-                raise UnsafeArchiveError(f"{path}: {error.strerror}: {error.filename}") from error
-            raise
+            raise _named(error, path) from error
 
     async def __aenter__(self) -> Self:
         return self
@@ -292,6 +321,11 @@ class Environment(ABC):
         if not path or not _is_plain(path):
             raise UnsafePathError(f"a path must be non-empty text without NUL bytes and lone surrogates, got {path!r}")
         return posixpath.join(self.spec.workdir, path)
+
+
+def _named(error: OSError, path: str) -> OSError | UnsafePathError:
+    """Return the error as this package says it: a loop of links has an error of its own."""
+    return UnsafePathError(f"{path} is a loop of links") if error.errno == errno.ELOOP else error
 
 
 def exec_argv(command: str | Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ import time
 
 TYPE_CHECKING = False  # as in `typing`, which alone would add a tenth to the time a sandbox takes to open
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
     from typing import Any, NoReturn
 
 FRAME = struct.Struct(">II")
@@ -320,85 +320,253 @@ def _require_regular(fd: int, path: str) -> None:
         raise OSError(errno.EINVAL, "not a regular file", path)
 
 
-def pack_dir(path: str, max_entries: int, max_bytes: int) -> bytes:
-    """Return a directory as an uncompressed tar archive with names relative to it, in sorted order.
+MAX_NAME_BYTES = 3584
+"""Of a name in an archive, so that it stays below PATH_MAX (4,096) wherever the directory lies."""
+MAX_DEPTH = 128
+MAX_DROPS_TOLD = 1_000
+MAX_TIME = 8**11 - 1
+"""The last second that a tar header can spell (in the year 2242); file systems and engines carry it too."""
+PIECE = 1 << 20
 
-    Links are stored as links. EINVAL for a device, pipe or socket; EFBIG when there is too much.
+
+class DropList:
+    """The entries that an export leaves out, one line each; beyond `MAX_DROPS_TOLD` they are only counted."""
+
+    def __init__(self, lines: Sequence[str] = ()) -> None:
+        self._lines = list(lines)
+        self._untold = 0
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return (*self._lines, *([f"... and {self._untold} more"] if self._untold else ()))
+
+    def add(self, name: str, reason: str) -> None:
+        if len(self._lines) < MAX_DROPS_TOLD:
+            shown = name if len(name) <= 200 else f"{name[:100]}...{name[-80:]}"
+            self._lines.append(f"{shown!r}: {reason}")
+        else:
+            self._untold += 1
+
+
+def name_problem(name: str) -> str | None:
+    """Return why a relative name cannot be carried in an archive, or None."""
+    if name.count("/") >= MAX_DEPTH:
+        return f"deeper than {MAX_DEPTH} directories"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        return f"a path longer than {MAX_NAME_BYTES} bytes"
+    return None
+
+
+def clamp_time(seconds: float) -> int:
+    """Return a modification time that tar and every file system can carry; 0 for what is no number."""
+    return int(min(max(seconds, 0), MAX_TIME)) if seconds == seconds else 0
+
+
+class Packer:
+    """A directory as an uncompressed tar archive, a piece at a time, in no more memory than a piece takes.
+
+    Names are relative to the directory and in sorted order; links are stored as links, and further names of a file as
+    hard links. What cannot be carried is left out and listed in `drops`. A directory or file without permission for its
+    owner is opened for as long as it is read, and is archived with the mode that it had.
     """
-    import io
-    import tarfile
 
-    require_directory(path)
-    buffer = io.BytesIO()
-    entries = size = 0
-    pending = [(path, "")]
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        while pending:
-            source, name = pending.pop()
-            info = os.stat(source) if not name else os.lstat(source)
-            member = tarfile.TarInfo(name)
-            member.mtime, member.mode = int(info.st_mtime), stat.S_IMODE(info.st_mode)
-            entries += 1
-            if entries > max_entries:
-                raise OSError(errno.EFBIG, f"more than {max_entries} entries", path)
-            if stat.S_ISDIR(info.st_mode):
-                member.type = tarfile.DIRTYPE
-                children = sorted(os.listdir(source), reverse=True)
-                pending += [(os.path.join(source, child), os.path.join(name, child)) for child in children]
+    def __init__(self, path: str, max_entries: int, max_bytes: int) -> None:
+        """Count first. EFBIG, before anything is read, when there are more entries or bytes than allowed."""
+        require_directory(path)
+        self._path, self._max_entries, self._max_bytes = path, max_entries, max_bytes
+        for _ in self._entries(DropList()):
+            pass
+        self.drops = DropList()
+        self._tar = self._pack()
+
+    def piece(self) -> bytes:
+        """Return the next piece, which is empty at the end."""
+        piece = bytearray()
+        for part in self._tar:
+            piece += part
+            if len(piece) >= PIECE:
+                break
+        return bytes(piece)
+
+    def close(self) -> None:
+        """Stop early."""
+        self._tar.close()
+
+    def _entries(self, drops: DropList) -> Generator[tuple[str, str, os.stat_result, str], None, None]:
+        """Yield (name, path, status, name of the file that this is a hard link to) of what can be carried."""
+        unlocked: list[tuple[str, int]] = []
+        inodes: dict[tuple[int, int], str] = {}
+        entries = size = 0
+        pending = [""]
+        try:
+            while pending:
+                name = pending.pop()
+                path = os.path.join(self._path, name) if name else self._path
+                try:
+                    info = os.lstat(path) if name else os.stat(path)
+                    kind = stat.S_IFMT(info.st_mode)
+                    if kind == stat.S_IFDIR:
+                        if info.st_mode & 0o500 != 0o500 and _try_chmod(path, info.st_mode | 0o700):
+                            unlocked.append((path, info.st_mode))
+                        children = _children(path, self._max_entries - entries)
+                except OSError as error:
+                    if not name:
+                        raise
+                    drops.add(name, f"cannot be read: {error.strerror}")
+                    continue
+                if kind == stat.S_IFDIR:
+                    entries += len(children)
+                    if entries > self._max_entries:
+                        raise OSError(errno.EFBIG, f"more than {self._max_entries} entries", self._path)
+                    for child in sorted(children, reverse=True):
+                        below = os.path.join(name, child)
+                        if problem := name_problem(below):
+                            drops.add(below, problem)
+                        else:
+                            pending.append(below)
+                elif kind not in (stat.S_IFREG, stat.S_IFLNK):
+                    drops.add(name, "a pipe, a socket or a device")
+                    continue
+                first = name
+                if kind == stat.S_IFREG and info.st_nlink > 1:
+                    first = inodes.setdefault((info.st_dev, info.st_ino), name)
+                size += len(name) + (info.st_size if kind != stat.S_IFDIR and first == name else len(first))
+                if size > self._max_bytes:
+                    raise OSError(errno.EFBIG, f"more than {self._max_bytes} bytes", self._path)
                 if name:
-                    archive.addfile(member)
-            elif stat.S_ISLNK(info.st_mode):
-                member.type, member.linkname = tarfile.SYMTYPE, os.readlink(source)
-                archive.addfile(member)
-            elif stat.S_ISREG(info.st_mode):
-                data = read_file(source, max_bytes - size)
-                size += len(data)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-            else:
-                raise OSError(errno.EINVAL, "neither file, directory nor link", name)
-    return buffer.getvalue()
+                    yield name, path, info, "" if first == name else first
+        finally:
+            for path, mode in reversed(unlocked):
+                _try_chmod(path, mode)
+
+    def _pack(self) -> Generator[bytes, None, None]:
+        import tarfile
+
+        left_out: set[str] = set()
+        entries = self._entries(self.drops)
+        try:
+            for name, path, info, first in entries:
+                member = tarfile.TarInfo(name)
+                member.mode, member.mtime = info.st_mode & 0o777, clamp_time(info.st_mtime)
+                fd = -1
+                try:
+                    if stat.S_ISDIR(info.st_mode):
+                        member.type = tarfile.DIRTYPE
+                    elif stat.S_ISLNK(info.st_mode):
+                        member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
+                    elif first in left_out:
+                        raise OSError(errno.ENOENT, "it is another name of a file that was left out")
+                    elif first:
+                        member.type, member.linkname = tarfile.LNKTYPE, first
+                    else:
+                        fd = _open_for_reading(path, info.st_mode)
+                        # What is appended meanwhile is not counted, so it stays out.
+                        member.size = min(info.st_size, os.fstat(fd).st_size)
+                except OSError as error:
+                    left_out.add(name)
+                    self.drops.add(name, f"cannot be read: {error.strerror}")
+                    continue
+                try:
+                    yield member.tobuf(tarfile.PAX_FORMAT)
+                    yield from _content(fd, member.size)
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+            yield bytes(1024)
+        finally:
+            entries.close()
 
 
-def unpack_dir(path: str, data: bytes) -> None:
-    """Unpack an archive that `archive.check_archive` has passed; the directory is made when missing.
+def _children(directory: str, most: int) -> list[str]:
+    """Return the names in a directory, or `most` + 1 of them when there are more."""
+    with os.scandir(directory) as entries:
+        return [entry.name for _, entry in zip(range(most + 1), entries, strict=False)]
+
+
+def _try_chmod(path: str, mode: int) -> bool:
+    try:
+        os.chmod(path, stat.S_IMODE(mode))
+    except OSError:
+        return False
+    return True
+
+
+def _open_for_reading(path: str, mode: int) -> int:
+    """Open a regular file, also one whose owner, this user, has taken the permission away."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except PermissionError:
+        os.chmod(path, stat.S_IMODE(mode) | 0o400)
+        try:
+            fd = os.open(path, flags)
+        finally:
+            _try_chmod(path, mode)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "no longer a regular file")
+    return fd
+
+
+def _content(fd: int, size: int) -> Iterator[bytes]:
+    """Yield exactly `size` bytes of a file, with zeros for what has been cut off meanwhile, and tar's padding."""
+    left = size
+    while left and (chunk := os.read(fd, min(CHUNK, left))):
+        left -= len(chunk)
+        yield chunk
+    left += -size % 512
+    while left:
+        yield bytes(min(CHUNK, left))
+        left -= min(CHUNK, left)
+
+
+def unpack(path: str, entries: Sequence[dict[str, Any]], content: bytes) -> None:
+    """Unpack one piece of an archive (`archive.pieces`) into a directory, which is made when missing.
 
     ENOTDIR when `path` is no directory; EEXIST when a directory is in the way of a file or link, or anything else in
     the way of a directory: a link that is already there is replaced, never followed.
     """
-    import io
-    import tarfile
-
     _make_parents(os.path.join(path, "x"))
     made: set[str] = set()
-    directories: list[tuple[str, tarfile.TarInfo]] = []
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-        for member in archive:
-            name = os.path.normpath(member.name)
-            target = os.path.join(path, name)
-            _make_inside(path, name if member.isdir() else os.path.dirname(name), made)
-            if member.isdir():
-                directories.append((target, member))
-                continue
+    view = memoryview(content)
+    for entry in entries:
+        name, kind = entry["name"], entry["kind"]
+        target = os.path.join(path, name)
+        if kind == "attributes":
+            os.chmod(target, entry["mode"])
+            os.utime(target, (entry["mtime"], entry["mtime"]))
+            continue
+        _make_inside(path, name if kind == "dir" else os.path.dirname(name), made)
+        if kind == "dir":
+            continue
+        if entry["offset"] == 0:
             try:
                 os.unlink(target)
             except IsADirectoryError:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
             except FileNotFoundError:
                 pass
-            if member.issym():
-                os.symlink(member.linkname, target)
-            elif member.islnk():
-                os.link(os.path.join(path, member.linkname), target, follow_symlinks=False)
-            else:
-                content = archive.extractfile(member)
-                assert content is not None
-                write_file(target, content.read())
-                os.chmod(target, member.mode & 0o777)
-                os.utime(target, (member.mtime, member.mtime))
-    for target, member in reversed(directories):
-        os.chmod(target, member.mode & 0o777 | 0o700)
-        os.utime(target, (member.mtime, member.mtime))
+        if kind == "link":
+            os.symlink(entry["target"], target)
+        elif kind == "hard":
+            os.link(os.path.join(path, entry["target"]), target, follow_symlinks=False)
+        else:
+            piece, view = view[: entry["size"]], view[entry["size"] :]
+            _write_piece(target, piece, entry)
+
+
+def _write_piece(target: str, piece: memoryview, entry: dict[str, Any]) -> None:
+    create = os.O_CREAT | os.O_EXCL if entry["offset"] == 0 else 0
+    fd = os.open(target, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | create, 0o600)
+    try:
+        os.lseek(fd, entry["offset"], os.SEEK_SET)
+        while piece:
+            piece = piece[os.write(fd, piece) :]
+        if entry["last"]:
+            os.fchmod(fd, entry["mode"])
+            os.utime(fd, (entry["mtime"], entry["mtime"]))
+    finally:
+        os.close(fd)
 
 
 def _make_inside(root: str, name: str, made: set[str]) -> None:
@@ -522,6 +690,7 @@ class Executor:
         self._spare: Child | None = None
         self._commands: dict[int, tuple[dict[str, Any], Command]] = {}
         self._pipes: dict[int, Command] = {}
+        self._exports: dict[int, Packer] = {}
 
     def serve(self) -> None:
         self._wakeup_fd, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -647,6 +816,9 @@ class Executor:
                     if started["id"] == request["target"]:
                         self._kill(command)
                 return
+            if operation in ("export_open", "export_next", "export_close"):
+                self._export(operation, request)
+                return
             reply = OPERATIONS[operation](request, bytes(body))
             self._reap()
             header: dict[str, Any] = {}
@@ -654,6 +826,19 @@ class Executor:
             # The frames of the traceback hold what filled the memory; the reply below needs some of it.
             header, reply = _error_header(error.with_traceback(None)), b""
         self._reply({"id": request["id"], **header}, reply)
+
+    def _export(self, operation: str, request: dict[str, Any]) -> None:
+        """Begin an export, hand out its next piece (the empty one says what was left out), or end it."""
+        handle = request["handle"]
+        header, piece = {"id": request["id"]}, b""
+        if operation == "export_open":
+            self._exports[handle] = Packer(request["path"], request["max_entries"], request["max_bytes"])
+        elif operation == "export_next":
+            piece = self._exports[handle].piece()
+            header["dropped"] = [] if piece else self._exports[handle].drops.lines
+        elif packer := self._exports.pop(handle, None):
+            packer.close()
+        self._reply(header, piece)
 
     def _start(self, request: dict[str, Any], body: bytes) -> None:
         argv, cookie = request["argv"], os.urandom(12).hex()
@@ -801,7 +986,7 @@ def _write(request: dict[str, Any], body: bytes) -> bytes:
 
 
 def _unpack(request: dict[str, Any], body: bytes) -> bytes:
-    unpack_dir(request["path"], body)
+    unpack(request["path"], request["entries"], body)
     return b""
 
 
@@ -813,7 +998,6 @@ def _kill_all(request: dict[str, Any], body: bytes) -> bytes:
 OPERATIONS: dict[str, Callable[[dict[str, Any], bytes], bytes]] = {
     "read_file": lambda request, _: read_file(request["path"], request["max_bytes"]),
     "write_file": _write,
-    "export_dir": lambda request, _: pack_dir(request["path"], request["max_entries"], request["max_bytes"]),
     "import_dir": _unpack,
     "kill_all": _kill_all,
 }

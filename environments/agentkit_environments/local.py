@@ -16,12 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tarfile import TarInfo
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
 
 from agentkit_environments import executor
+from agentkit_environments.archive import ExportedDir, pieces
 from agentkit_environments.environment import (
     Environment,
     EnvironmentSpec,
@@ -34,6 +38,8 @@ from agentkit_environments.errors import SandboxLostError, SandboxUnavailableErr
 from agentkit_environments.leftovers import OWNER_FILE, PREFIX, remove_tree
 from agentkit_environments.owner import owner_token
 from agentkit_environments.threads import run_cancellable
+
+T = TypeVar("T")
 
 
 class LocalEnvironment(Environment):
@@ -104,10 +110,31 @@ class LocalEnvironment(Environment):
         return await run_cancellable(run, self._limiter)
 
     async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
-        host_path = self._path(path, writing=operation in ("write_file", "import_dir"))
-        operate, request = executor.OPERATIONS[operation], {"path": host_path, **bounds}
+        operate = executor.OPERATIONS[operation]
+        request = {"path": self._path(path, writing=operation == "write_file"), **bounds}
+        return await self._in_thread(lambda: operate(request, body), path)
+
+    async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
+        directory = self._path(path)
+
+        def pack() -> ExportedDir:
+            packer = executor.Packer(directory, max_entries, max_bytes)
+            return ExportedDir(b"".join(iter(packer.piece, b"")), packer.drops.lines)
+
+        return await self._in_thread(pack, path)
+
+    async def _import_dir(self, path: str, archive: bytes, members: Sequence[TarInfo]) -> None:
+        directory = self._path(path, writing=True)
+
+        def unpack() -> None:
+            for entries, content in pieces(archive, members):
+                executor.unpack(directory, entries, content)
+
+        await self._in_thread(unpack, path)
+
+    async def _in_thread(self, function: Callable[[], T], path: str) -> T:
         try:
-            return await anyio.to_thread.run_sync(operate, request, body, limiter=self._limiter)
+            return await anyio.to_thread.run_sync(function, limiter=self._limiter)
         except OSError as error:
             raise self._in_sandbox(error, path) from error
 

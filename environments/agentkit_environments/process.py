@@ -19,6 +19,7 @@ What it does not isolate: the kernel is the host's.
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import functools
 import json
@@ -31,14 +32,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from tarfile import TarInfo
 from typing import Any, Literal, Self
 
 import anyio
 import anyio.to_thread
 
+from agentkit_environments.archive import ExportedDir, pieces
 from agentkit_environments.cgroups import CommandGroup
 from agentkit_environments.connection import Connection
 from agentkit_environments.environment import (
@@ -360,6 +364,7 @@ class ProcessEnvironment(Environment):
     def __init__(self, spec: EnvironmentSpec, run_id: str, connection: Connection, group: CommandGroup) -> None:
         self.spec, self.run_id = spec, run_id
         self._connection, self._group = connection, group
+        self._handles = count()
         self._env = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "HOME": spec.workdir, "LANG": "C.UTF-8"}
 
     @classmethod
@@ -417,6 +422,25 @@ class ProcessEnvironment(Environment):
     async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
         fields = {"path": path, **bounds}
         return (await self._connection.request(operation, fields, self._fitting(body), FILE_TIMEOUT_S))[1]
+
+    async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
+        request, export = self._connection.request, {"handle": next(self._handles)}
+        data = bytearray()
+        bounds = {"max_entries": max_entries, "max_bytes": max_bytes}
+        await request("export_open", {**export, "path": path, **bounds}, b"", FILE_TIMEOUT_S)
+        try:
+            while True:
+                header, piece = await request("export_next", export, b"", FILE_TIMEOUT_S)
+                if not piece:
+                    return ExportedDir(bytes(data), tuple(header["dropped"]))
+                data += piece
+        finally:
+            with anyio.CancelScope(shield=True), contextlib.suppress(SandboxLostError):
+                await request("export_close", export, b"", FILE_TIMEOUT_S)
+
+    async def _import_dir(self, path: str, archive: bytes, members: Sequence[TarInfo]) -> None:
+        for entries, content in pieces(archive, members):
+            await self._connection.request("import_dir", {"path": path, "entries": entries}, content, FILE_TIMEOUT_S)
 
     async def kill_all(self) -> None:
         try:

@@ -14,7 +14,7 @@ from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError, Veri
 from agentkit_evals.record import RunDirectory, RunLock, TrialRecord, scores_by_task
 from agentkit_evals.report import render_report, write_report
 from agentkit_evals.run import EvalRun, TrialActed, TrialFinished, TrialStarted, agent_for
-from agentkit_evals.statistics import Estimate, estimate, pass_at_k, pass_hat_k
+from agentkit_evals.statistics import Estimate, PassRate, estimate, pass_at_k, pass_hat_k
 from agentkit_evals.suite import Case, Suite, SynthSelection, load_suite, synth_suite
 from agentkit_evals.verify import Verdict
 
@@ -23,6 +23,7 @@ __all__ = [
     "Estimate",
     "EvalError",
     "EvalRun",
+    "PassRate",
     "RunDirectory",
     "RunDirectoryError",
     "RunLock",

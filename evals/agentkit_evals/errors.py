@@ -2,7 +2,7 @@
 
     EvalError
         SuiteError          a suite cannot be made: no tasks, twice the same id, an unknown family
-        VerifierError       the verifier could not do its work; infrastructure, not a zero
+        VerifierError       a task has no verifier, or one that does not start on the task's own solution either
         RunDirectoryError   a folder that is no run, or one of another format version
 
 A task or suite file that cannot be read is `agentkit.errors.TaskFileError`.
@@ -20,7 +20,7 @@ class SuiteError(EvalError):
 
 
 class VerifierError(EvalError):
-    """A verifier that could not start or left an unreadable reward; names the task, the command and its output."""
+    """A task whose verifier is missing, or does not start on the task's solution; names task, command and output."""
 
 
 class RunDirectoryError(EvalError):

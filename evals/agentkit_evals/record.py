@@ -43,7 +43,7 @@ Failure = Literal["model", "limit", "task", "infrastructure"]
 model           the run ended by itself and the verifier said no
 limit           a limit of the task stopped the run, and the verifier said no
 task            the task is broken: a setup command failed
-infrastructure  the machine failed: sandbox, verifier, engine or disk
+infrastructure  the machine failed; `blame.py` has the rule
 """
 
 
@@ -70,6 +70,7 @@ class RunLock(Strict):
     top_p: float
     grammar: bool = False
     tasks: list[Task]
+    families: dict[str, str] = Field(default_factory=dict)  # task id -> what reports group it by
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     agentkit: str = Field(default_factory=agentkit_version)
     python: str = platform.python_version()
@@ -96,6 +97,7 @@ class TrialRecord(Strict):
     answer: str | None
     error: str | None
     verifier_output: str
+    dropped: list[str] = Field(default_factory=list)  # entries of the workdir that the verifier did not get, and why
     backend: str | None
     usage: Usage
     started: str
@@ -149,6 +151,21 @@ class RunDirectory:
     def complete(self) -> bool:
         """Whether every trial of the plan is there."""
         return len(self.trials) == len(self.lock.tasks) * self.lock.epochs
+
+    def scores(self, family: str | None = None) -> list[list[float]]:
+        """The rewards of the scored epochs of every planned task, of one family or of all.
+
+        A task without a scored epoch, because its trials failed or the run was interrupted, has an empty list.
+        """
+        trials: dict[str, list[float]] = {}
+        for trial in self.trials:
+            rewards = trials.setdefault(trial.task, [])
+            if trial.reward is not None and family in (None, trial.family):
+                rewards.append(trial.reward)
+        families = self.lock.families | {trial.task: trial.family for trial in self.trials}
+        return [
+            trials.get(task.id, []) for task in self.lock.tasks if family is None or families.get(task.id) == family
+        ]
 
     def trajectory(self, trial: TrialRecord) -> Trajectory | None:
         """What happened in a trial; None when its sandbox never opened."""

@@ -36,7 +36,7 @@ from agentkit.task import Task
 from agentkit.trajectory import Trajectory
 from agentkit_evals.expected import expected_of
 from agentkit_evals.record import RunDirectory, TrialRecord, scores_by_task
-from agentkit_evals.statistics import estimate, pass_at_k, pass_hat_k
+from agentkit_evals.statistics import Estimate, PassRate, estimate, pass_at_k, pass_hat_k
 
 LEGEND = {
     "solved": "solved",
@@ -208,14 +208,15 @@ class FedIds:
 
 
 def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> list[tuple[str, str, str]]:
-    scores = scores_by_task(trials)
+    scores = run.scores()
     mean = estimate(scores)
+    planned = len(run.lock.tasks) * run.lock.epochs
     sampled = sum(trial.usage.sampled_tokens for trial in trials)
     agent_s = sum(trial.agent_s for trial in trials)
     tool_s = sum(trial.usage.tool_time_s for trial in trials)
     thinking = sum(trial.usage.thinking_tokens for trial in trials)
     facts = [
-        ("mean reward", str(mean) if mean else "–", f"{mean.n} trials, {mean.tasks} tasks" if mean else "none scored"),
+        ("mean reward", str(mean) if mean else "–", _of(mean, planned, len(scores)) if mean else "none scored"),
         ("turns", str(sum(trial.usage.turns for trial in trials)), ""),
         ("tool calls", str(sum(trial.usage.calls for trial in trials)), f"{tool_s:.1f} s in tools"),
         ("tokens sampled", f"{sampled:,}", f"{thinking:,} of them thinking"),
@@ -233,8 +234,21 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
     k = run.lock.epochs
     at, hat = pass_at_k(scores, k), pass_hat_k(scores, k)
     if k > 1 and at is not None and hat is not None:
-        facts[1:1] = [(f"pass@{k}", f"{at:.3f}", "at least one epoch"), (f"pass^{k}", f"{hat:.3f}", "every epoch")]
+        facts[1:1] = [(f"pass@{k}", f"{at.value:.3f}", f"at least one epoch{_share(at)}")]
+        facts[2:2] = [(f"pass^{k}", f"{hat.value:.3f}", f"every epoch{_share(hat)}")]
+    elif k > 1:
+        facts[1:1] = [(f"pass@{k}, pass^{k}", "–", f"no task has {k} scored epochs")]
     return facts
+
+
+def _of(mean: Estimate, trials: int, tasks: int) -> str:
+    if (mean.n, mean.tasks) == (trials, tasks):
+        return f"{mean.n} trials, {mean.tasks} tasks"
+    return f"of only {mean.n} of {trials} trials, {mean.tasks} of {tasks} tasks"
+
+
+def _share(rate: PassRate) -> str:
+    return "" if rate.complete else f"; of only {rate.tasks} of {rate.of} tasks"
 
 
 def _family_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,12 +21,18 @@ from agentkit.limits import Limits
 from agentkit.model import Model, Sampling, Usage
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
-from agentkit_environments import Environment, UnsafeArchiveError, open_environment
+from agentkit_environments import Environment
+from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.record import Failure, RunDirectory, RunLock, TrialRecord, trajectory_path
+from agentkit_evals.selfcheck import StartChecks
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.suite import Case, Suite
-from agentkit_evals.verify import Backend, Verdict, backend_for, verify
+from agentkit_evals.verify import Backend, Verdict, backend_for, opened, verify
+
+MAX_DROPS_SHOWN = 20
+MAX_ANSWER_CHARS = 1_000_000
+"""Of an answer in a trial's record, so that the record can be read back; the verifier gets all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class EvalRun:
         seed: each trial samples with a seed of its own that is derived from this one, the task and the epoch.
         sampling: None is the model's own; its seed is not used.
         listener: told what happens, on the event loop's thread.
+        start_checks: what is known of the tasks whose verifiers did not start.
     """
 
     suite: Suite
@@ -80,6 +87,7 @@ class EvalRun:
     sampling: Sampling | None = None
     listener: Callable[[Update], None] = field(default=lambda update: None)
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
+    start_checks: StartChecks = field(default_factory=StartChecks)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.concurrency < 1:
@@ -126,6 +134,7 @@ class EvalRun:
             top_p=self.resolved_sampling.top_p,
             grammar=self.resolved_sampling.grammar,
             tasks=[case.task for case in self.suite.cases],
+            families={case.task.id: case.family for case in self.suite.cases},
         )
         (self.directory / "run.json").write_text(lock.model_dump_json(indent=1), encoding="utf-8")
 
@@ -155,7 +164,9 @@ class _Trial:
         self.status: Status | None = None
         self.usage = Usage()
         self.answer: str | None = None
-        self.verdict: Verdict | None = None
+        self.phase: Phase = "setup"
+        self.dropped: tuple[str, ...] = ()
+        self.verifier_output = ""
         self.seconds = {"setup_s": 0.0, "agent_s": 0.0, "verify_s": 0.0}
         self.trajectory = trajectory_path(run.directory, self.name)
 
@@ -166,20 +177,15 @@ class _Trial:
         error: str | None = None
         reward: float | None = None
         try:
-            archive = await self._act()
-            with self._timed("verify_s"):
-                backend = backend_for(self.task, self.eval_run.backend)
-                self.verdict = await verify(
-                    self.task, archive=archive, answer=self.answer, backend=backend, run_id=self.eval_run.run_id
-                )
-            reward = self.verdict.reward
-        except TaskSetupError as exc:
-            failure, error = "task", str(exc)
-        except UnsafeArchiveError as exc:
-            # What the agent left cannot be carried over (a link out of the workdir, a device): its own doing.
-            reward, error = 0.0, f"the workdir cannot be verified: {exc}"
-        except Exception as exc:  # anything else is the machine's failure, and stops no other trial
-            failure, error = "infrastructure", describe(exc)
+            verdict = await self._scored()
+            reward, error = verdict.reward, verdict.error
+        except Exception as exc:  # the failure of one trial stops no other
+            error = str(exc) if isinstance(exc, TaskSetupError) else describe(exc)
+            match blame(exc, self.phase):
+                case "agent":
+                    reward = 0.0
+                case "task" | "infrastructure" as broken:
+                    failure = broken
         self._recall()
         if failure is None and reward is not None and reward < SOLVED:
             failure = "limit" if self.status == "limit" else "model"
@@ -193,30 +199,50 @@ class _Trial:
             status=self.status,
             failure=failure,
             reward=reward,
-            answer=self.answer,
+            answer=self.answer if self.answer is None else self.answer[:MAX_ANSWER_CHARS],
             error=error,
-            verifier_output=self.verdict.output if self.verdict else "",
+            verifier_output="\n".join(filter(None, [self.verifier_output, *self._left_out()])),
+            dropped=list(self.dropped),
             backend=self.backend,
             usage=self.usage,
             started=started,
             **self.seconds,
         )
 
-    async def _act(self) -> bytes:
+    async def _scored(self) -> Verdict:
+        """Let the agent act, and score what it left."""
+        backend = backend_for(self.task, self.eval_run.backend)
+        archive = await self._act(backend)
+        with self._timed("verify_s"):
+            run_id = self.eval_run.run_id
+            verdict = await verify(self.task, archive=archive, answer=self.answer, backend=backend, run_id=run_id)
+            self.verifier_output = verdict.output
+            await self.eval_run.start_checks.require(self.task, verdict, backend=backend, run_id=run_id)
+        return verdict
+
+    async def _act(self, backend: Backend) -> bytes:
         """The agent's part: what its workdir holds afterwards, as an archive."""
-        with self._timed("setup_s"):
-            backend = backend_for(self.task, self.eval_run.backend)
-            environment = await open_environment(
-                self.task.environment.spec(), backend=backend, run_id=self.eval_run.run_id
-            )
-        async with environment:
-            self.backend = environment.backend
+        async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
+                environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
+                self.backend = environment.backend
                 await self.task.prepare(environment)
+            self.phase = "agent"
             with self._timed("agent_s"):
                 await self._run_agent(environment)
+            self.phase = "scoring"
             await environment.kill_all()
-            return await environment.export_dir(environment.spec.workdir)
+            exported = await environment.export_dir(environment.spec.workdir)
+            self.dropped = exported.dropped
+            return exported.data
+
+    def _left_out(self) -> Iterator[str]:
+        """What did not reach the verifier, for the reader of its output."""
+        if self.dropped:
+            yield f"[{len(self.dropped)} entries of the work directory could not be carried over to the verifier:]"
+            yield from self.dropped[:MAX_DROPS_SHOWN]
+            if len(self.dropped) > MAX_DROPS_SHOWN:
+                yield "[...]"
 
     async def _run_agent(self, environment: Environment) -> None:
         sampling = self.eval_run.resolved_sampling.override(seed=trial_seed(self.eval_run.seed, self.name))
@@ -278,14 +304,3 @@ def agent_for(task: Task, model: Model, sampling: Sampling) -> Agent:
 def trial_seed(seed: int, trial: str) -> int:
     """The sampling seed of one trial: any two trials of a run differ, and the same trial of the same run repeats."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{trial}".encode()).digest()[:4])
-
-
-def describe(exc: BaseException) -> str:
-    """An exception with its type; of a group, its first cause."""
-    cause = first_cause(exc)
-    return well_formed(f"{type(cause).__name__}: {cause}")
-
-
-def well_formed(text: str) -> str:
-    """`text` with each half of a surrogate pair, which JSON can spell and no file can hold, as a question mark."""
-    return text.encode("utf-8", "replace").decode()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from agentkit.task import Task
-from agentkit_environments import Environment, open_environment
-from agentkit_evals.errors import SuiteError
+import anyio
+
+from agentkit.task import SolutionConfig, Task
+from agentkit_environments import Environment
+from agentkit_evals.blame import blame
+from agentkit_evals.errors import SuiteError, VerifierError
 from agentkit_evals.statistics import SOLVED
-from agentkit_evals.verify import Backend, Verdict, backend_for, verify
+from agentkit_evals.verify import Backend, Verdict, backend_for, opened, verify
 
 FORGERY = """\
 for place in . "$HOME" /tmp /tmp/reward /tmp/agentkit-verifier/reward /logs/verifier; do
@@ -66,15 +70,11 @@ async def selfcheck(task: Task, *, backend: Backend | None = None) -> SelfCheck:
 
     Raises:
         SuiteError: the task has no solution to check.
-        VerifierError, TaskSetupError, SandboxError: a probe could not be carried out.
+        TaskSetupError, SandboxError: a probe could not be carried out.
     """
     if task.solution is None:
         raise SuiteError(f"task {task.id} has no solution; add `solution: {{command: ...}}` to check it")
     solution = task.solution
-
-    async def solve(environment: Environment) -> str:
-        result = await environment.exec(solution.command, timeout_s=solution.timeout_s)
-        return result.stdout.strip()
 
     async def nothing(environment: Environment) -> None:
         return None
@@ -84,17 +84,71 @@ async def selfcheck(task: Task, *, backend: Backend | None = None) -> SelfCheck:
 
     return SelfCheck(
         task.id,
-        oracle=await _probe(task, solve, backend),
+        oracle=await _probe(task, _solving(solution), backend),
         nothing=await _probe(task, nothing, backend),
         forged=await _probe(task, forge, backend),
     )
 
 
-async def _probe(task: Task, act: Callable[[Environment], Awaitable[str | None]], backend: Backend | None) -> Verdict:
+class StartChecks:
+    """Tells an agent whose work keeps the verifier from starting from a verifier that never starts.
+
+    Each task is tried at most once, on its own solution, when a verifier did not start on an agent's work.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, str | None] = {}
+        self._lock = anyio.Lock()
+
+    async def require(self, task: Task, verdict: Verdict, *, backend: Backend, run_id: str | None = None) -> None:
+        """Raise VerifierError if the task's verifier does not start on its own solution either.
+
+        A verdict of a verifier that started proves that it can, and a task without a solution proves nothing.
+
+        Raises:
+            VerifierError: the verifier does not start; with what it said.
+            SandboxUnavailableError, HostFailureError: that could not be found out.
+        """
+        if verdict.started or task.solution is None:
+            return
+        key = hashlib.sha256(task.model_dump_json().encode()).hexdigest()
+        async with self._lock:
+            if key not in self._known:
+                self._known[key] = await self._problem(task, task.solution, backend, run_id)
+        if problem := self._known[key]:
+            raise VerifierError(
+                f"task {task.id}: {problem}, on the task's own solution too. "
+                "Its command must exist in the task's environment and be executable"
+            )
+
+    async def _problem(self, task: Task, solution: SolutionConfig, backend: Backend, run_id: str | None) -> str | None:
+        try:
+            verdict = await _probe(task, _solving(solution), backend, run_id)
+        except Exception as exc:
+            if blame(exc, "scoring") == "infrastructure":
+                raise
+            return None
+        return None if verdict.started else f"{verdict.error}: {verdict.output or 'no output'}"
+
+
+def _solving(solution: SolutionConfig) -> Callable[[Environment], Awaitable[str]]:
+    async def solve(environment: Environment) -> str:
+        result = await environment.exec(solution.command, timeout_s=solution.timeout_s)
+        return result.stdout.strip()
+
+    return solve
+
+
+async def _probe(
+    task: Task,
+    act: Callable[[Environment], Awaitable[str | None]],
+    backend: Backend | None,
+    run_id: str | None = None,
+) -> Verdict:
     where = backend_for(task, backend)
-    async with await open_environment(task.environment.spec(), backend=where) as environment:
+    async with opened(task, where, run_id) as environment:
         await task.prepare(environment)
         answer = await act(environment)
         await environment.kill_all()
-        archive = await environment.export_dir(environment.spec.workdir)
-    return await verify(task, archive=archive, answer=answer, backend=where)
+        archive = (await environment.export_dir(environment.spec.workdir)).data
+    return await verify(task, archive=archive, answer=answer, backend=where, run_id=run_id)

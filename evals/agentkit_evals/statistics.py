@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-SOLVED = 1.0  # a reward of at least this counts as a pass
+SOLVED = 1.0 - 1e-6
+"""A reward of at least this counts as a pass: ten times 0.1 is a little less than 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,34 @@ def estimate(scores: Sequence[Sequence[float]]) -> Estimate | None:
     return Estimate(mean, math.sqrt(spread * groups / (groups - 1)) / n, n, groups)
 
 
-def pass_at_k(scores: Sequence[Sequence[float]], k: int) -> float | None:
+@dataclass(frozen=True, slots=True)
+class PassRate:
+    """A pass@k or pass^k: the mean over those `tasks` of `of` tasks that have at least k scored epochs."""
+
+    value: float
+    tasks: int
+    of: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether every task is in it; where some are not, it says nothing about them."""
+        return self.tasks == self.of
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" if self.complete else f"{self.value:.3f} ({self.tasks} of {self.of} tasks)"
+
+
+def pass_at_k(scores: Sequence[Sequence[float]], k: int) -> PassRate | None:
     """The chance that at least one of k epochs, drawn without replacement, passes: 1 - C(n-c, k) / C(n, k).
 
-    The mean over tasks with at least k scored epochs (None without any). Source: Chen et al. 2021, arXiv:2107.03374.
+    The mean over tasks with at least k scored epochs (None without any). Tasks with fewer belong into `scores` too,
+    as do tasks without one, so that the result can say how many it leaves out. Source: Chen et al. 2021,
+    arXiv:2107.03374.
     """
     return _over_tasks(scores, k, lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k))
 
 
-def pass_hat_k(scores: Sequence[Sequence[float]], k: int) -> float | None:
+def pass_hat_k(scores: Sequence[Sequence[float]], k: int) -> PassRate | None:
     """The chance that all of k epochs, drawn without replacement, pass: C(c, k) / C(n, k), the mean over tasks.
 
     Source: Yao et al. 2024 (tau-bench), arXiv:2406.12045.
@@ -60,8 +80,8 @@ def pass_hat_k(scores: Sequence[Sequence[float]], k: int) -> float | None:
     return _over_tasks(scores, k, lambda n, c: math.comb(c, k) / math.comb(n, k))
 
 
-def _over_tasks(scores: Sequence[Sequence[float]], k: int, chance: Callable[[int, int], float]) -> float | None:
+def _over_tasks(scores: Sequence[Sequence[float]], k: int, chance: Callable[[int, int], float]) -> PassRate | None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     chances = [chance(len(task), sum(score >= SOLVED for score in task)) for task in scores if len(task) >= k]
-    return math.fsum(chances) / len(chances) if chances else None
+    return PassRate(math.fsum(chances) / len(chances), len(chances), len(scores)) if chances else None

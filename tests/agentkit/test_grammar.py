@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import warnings
+from typing import Any
 
+import anyio
+import anyio.to_thread
 import jsonschema
 import pytest
 
 from agentkit import Agent, EmbeddedModel, Limits, Sampling, Trajectory
 from agentkit.events import CallFinished
 from agentkit.model import CallMalformed, CallReady
+from agentkit.models.grammars import grammar_for
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit_engine import GrammarMissingError
+from agentkit_engine.grammar import Grammar, GrammarWarning
 from agentkit_environments import Environment
-from agentkit_tools import BUILTINS
+from agentkit_tools import BUILTINS, CommandTool
 
 from .conftest import get_weather
 
@@ -84,6 +90,44 @@ def test_the_grammar_enforces_the_built_in_tools_to_the_letter(tiny: EmbeddedMod
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.engine.grammars.calls([each.spec for each in BUILTINS.values()])
+
+
+async def test_a_tool_that_no_grammar_can_hold_leaves_the_run_alone(
+    tiny: EmbeddedModel, environment: Environment
+) -> None:
+    """It is called in free form, a warning names it, and the others stay held to their schemas."""
+    odd = CommandTool("odd", "", {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}, "true")
+    agent = Agent(tiny, [get_weather, odd], sampling=WITH_GRAMMAR, limits=Limits(max_tokens=300))
+    with pytest.warns(GrammarWarning, match="calls of tool 'odd' are not held to its schema"):
+        result = await agent.run("What is the weather in Oslo?", environment=environment)
+    assert result.status in ("answered", "submitted", "limit")
+    with pytest.warns(GrammarWarning, match="odd"):
+        grammar, told = await grammar_for(tiny.engine, [get_weather, odd], WITH_GRAMMAR)
+    assert grammar is not None and told is not None and "'odd'" in told
+
+
+async def test_the_loop_goes_on_while_a_grammar_is_made(tiny: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, release = threading.Event(), threading.Event()
+    calls = tiny.engine.grammars.calls
+
+    def slow(*args: Any, **options: Any) -> Grammar:
+        begun.set()
+        assert release.wait(30)
+        return calls(*args, **options)
+
+    monkeypatch.setattr(tiny.engine.grammars, "calls", slow)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(grammar_for, tiny.engine, [get_weather], WITH_GRAMMAR)
+        assert await anyio.to_thread.run_sync(begun.wait, 30)  # awaited in a loop that would stand still otherwise
+        release.set()
+
+
+async def test_no_tools_and_no_wish_need_no_grammar(tiny: EmbeddedModel) -> None:
+    assert await grammar_for(tiny.engine, [], WITH_GRAMMAR) == (None, "there are no tools")
+    assert await grammar_for(tiny.engine, [get_weather], tiny.sampling.override(grammar=False)) == (
+        None,
+        "it is switched off",
+    )
 
 
 async def test_without_the_library_a_run_says_what_to_install(

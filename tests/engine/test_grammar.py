@@ -7,6 +7,8 @@ import math
 import random
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +73,7 @@ def starting_with(*starts: bytes) -> frozenset[int]:
 CLOSERS = (frozenset([MARKER, EOS]), starting_with(b"</"), starting_with(b'"', b"]", b"}"))
 
 
-def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN) -> list[int]:
+def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN, longest: int = 4000) -> list[int]:
     """A turn of random allowed ids, which closes what it may close more often than chance would; never from a jump."""
     draw, matcher, ids = random.Random(seed), grammar.matcher(), list(turn)
     while ids[-1] != EOS:
@@ -84,7 +86,7 @@ def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN) -> list[int]:
         assert forced is None or allowed == [forced]
         closing = [group for starts in CLOSERS if (group := [token_id for token_id in allowed if token_id in starts])]
         ids.append(draw.choice(draw.choice(closing) if closing and draw.random() < 0.7 else allowed))
-        assert len(ids) < 4000
+        assert len(ids) < longest, "too long"
     return ids[len(turn) :]
 
 
@@ -200,7 +202,12 @@ def test_every_call_that_the_encoding_writes_is_allowed(arguments: dict[str, Any
         ({"anyOf": [{"type": "string", "maxLength": 1}, {"type": "integer"}]}, ["a", 12], ["ab", None]),
         ({"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "boolean"}}]}, ["a", [True]], [1, [1]]),
         ({"allOf": [{"type": "integer"}, {"minimum": 3}], "type": "integer"}, [3], [2]),
-        ({"type": "array", "items": {"type": "string", "format": "date"}}, [["2020-02-29"]], [["2020-02-30"], ["x"]]),
+        ({"type": "string", "allOf": [{"minLength": 2}]}, ["ab"], ["a"]),
+        ({"type": "string", "format": "date"}, ["2024-02-29"], ["x", "2023-02-29", "2024-02-30"]),
+        ({"type": "string", "format": "madeUp"}, ["x", ""], [1]),
+        ({"type": "string", "pattern": r"^\w+\d$"}, ["é1", "a٣"], ["é", "-1"]),
+        ({"type": "array", "items": {"type": "string", "pattern": r"^[^\d]$"}}, [["é"]], [["٣"], ["ab"]]),
+        ({"type": "array", "items": {"type": "string", "format": "date"}}, [["2020-02-29"]], [["2021-02-29"], ["x"]]),
         ({"type": "array", "items": {"type": "string", "pattern": "^a$", "minLength": 1}}, [["a"]], [["b"]]),
         ({"type": "integer", "description": "d", "title": "t", "default": 1, "examples": ["x"]}, [1], ["x"]),
         (True, ["a", 1, None, {"a": []}], []),
@@ -246,17 +253,17 @@ def test_names_are_real_and_parameters_come_once() -> None:
     [
         ({"type": "integer", "not": {"const": 3}}, "not", [3, 4]),
         ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems", [[1, 1], [1, 2]]),
-        ({"type": "string", "format": "date"}, "format", ["x", "2020-01-01"]),
         ({"type": "string", "pattern": r"(?=a)\w"}, "pattern", ["a", "b"]),
         ({"type": "array", "items": {"type": "string", "pattern": r"\D"}}, "pattern", [["a"], ["1"]]),
         ({"if": {"type": "integer"}, "then": {"minimum": 3}}, "if, then", [1, "a", 5]),
-        ({"type": "string", "allOf": [{"minLength": 2}]}, "allOf", ["a", "ab"]),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf", [1, 1.5]),
         ({"oneOf": [{"type": "string", "minLength": 1}, {"type": "string"}]}, "oneOf", ["", "a"]),
         ({"type": "object", "minProperties": 2}, "minProperties", [{}, {"a": 1, "b": 2}]),
         ({"type": "object", "patternProperties": {r"\D": {"type": "integer"}}, "additionalProperties": False},
          "patternProperties", [{"a": "x"}, {"1": 1}]),
         ({"type": "integer", "madeUp": 3}, "madeUp", [1]),
+        ({"type": "integer", "minimum": -(10**30)}, "minimum", [10**25, -(10**25)]),
+        ({"enum": [10**30, "a"]}, "enum", [10**30, "a"]),
     ],
     ids=str,
 )  # fmt: skip
@@ -271,30 +278,136 @@ def test_a_keyword_that_is_not_enforced_is_named_and_forbids_nothing(
 
 def test_keywords_of_all_parameters_together_are_named_too() -> None:
     parameters = {"type": "object", "properties": {"a": {}}, "additionalProperties": True, "minProperties": 1}
-    with pytest.warns(GrammarWarning, match="does not enforce additionalProperties, minProperties of f:"):
-        GRAMMARS.calls([tool(parameters)])
+    with pytest.warns(GrammarWarning, match="does not enforce minProperties of f:"):
+        grammar = GRAMMARS.calls([tool(parameters)])
+    assert grammar.unenforced == ("minProperties of f",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GRAMMARS.calls([tool(parameters)], tell_keywords=False) is grammar
 
 
 @pytest.mark.parametrize(
-    "pattern", ["^a|b$", r"\bx", r"(?!a)", r"[^\d]", "a++", "a+?", "[a&&b]", r"\p{L}", "a$b", "{,3}"]
+    "pattern", ["^a|b$", r"\bx", r"(?!a)", r"\<a", "a++", "a+?", "[a&&b]", r"\p{L}", "a$b", "{,3}"]
 )
 def test_a_pattern_that_is_read_in_different_ways_is_not_enforced(pattern: str) -> None:
     assert whole_text(pattern) is None
 
 
-def test_tools_that_cannot_be_called_are_refused() -> None:
-    for parameters, problem in [
-        ({"type": "object", "properties": {'a"': {}}}, "no call can carry the name"),
-        ({"type": "object", "properties": {f"p{n}": {} for n in range(65)}}, "has 65 parameters, 64 are possible"),
+@pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
         ({"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}, "no value fits the schema of a"),
-        (with_value({"type": "string", "minLength": 3, "pattern": "^a$"})["function"]["parameters"], "no value fits"),
-        (with_value({"type": "integer", "minimum": 3, "maximum": 2})["function"]["parameters"], "no value fits"),
-    ]:
-        with pytest.raises(GrammarError, match=problem):
-            GRAMMARS.calls([tool(parameters)])
+        ({"type": "object", "properties": {'a"': {}}, "required": ['a"']}, "no value fits the schema of a"),
+        (objects({"v": {"type": "string", "minLength": 3, "pattern": "^a$"}}, 2), "no value fits the schema of v"),
+        (objects({"v": {"type": "integer", "minimum": 3, "maximum": 2}}, 2), "no value fits the schema of v"),
+        ({"type": "string"}, "no value fits the schema of an object"),
+        ({"properties": 3}, "iterable"),
+        ({"type": "object", "properties": {"v": {"type": "string", "minLength": "x"}}}, "invalid literal"),
+    ],
+    ids=str,
+)
+def test_a_tool_that_cannot_be_enforced_keeps_the_form_of_a_call(parameters: Any, problem: str) -> None:
+    """Other tools stay enforced, and no tool is lost."""
+    other = tool(objects({"n": {"type": "integer"}}, 1), "g")
+    with pytest.warns(GrammarWarning, match=f"calls of tool 'f' are not held to its schema.*{problem}"):
+        grammar = GRAMMARS.calls([tool(parameters), other])
+    assert len(grammar.loose) == 1
+    assert accepts(grammar, call_ids({}))
+    assert accepts(grammar, call_ids({"anything": [1], "v": "text"}))
+    assert accepts(grammar, call_ids({"n": 1}, "g")) and not accepts(grammar, call_ids({"n": "x"}, "g"))
+
+
+def test_names_that_no_call_can_carry_are_left_out() -> None:
+    parameters = {"type": "object", "properties": {'a"': {}, "b": {}}}
+    assert accepts(GRAMMARS.calls([tool(parameters)]), call_ids({"b": 1}))
+    with pytest.warns(GrammarWarning, match="no call can carry the name of tool 'f<'"):
+        grammar = GRAMMARS.calls([tool({}, "f<"), tool({}, "g")])
+    assert accepts(grammar, call_ids({}, "g"))
     with pytest.raises(GrammarError, match="no tools are given"):
         GRAMMARS.calls([], required=True)
     assert accepts(GRAMMARS.calls([tool({"type": "object", "properties": {"a": {"enum": []}}})]), call_ids({}))
+
+
+@pytest.mark.parametrize("count", [64, 65, 150])
+def test_any_number_of_parameters(count: int) -> None:
+    """Each comes once as far as bits go; the required ones are watched first."""
+    parameters = {"type": "object", "properties": {f"p{n}": {} for n in range(count)}, "required": [f"p{count - 1}"]}
+    grammar = GRAMMARS.calls([tool(parameters)], tell_keywords=False)
+    last = {f"p{count - 1}": 1}
+    assert accepts(grammar, call_ids({f"p{n}": n for n in reversed(range(count))}))
+    assert accepts(grammar, call_ids(last)) and not accepts(grammar, call_ids({"p0": 1}))
+    twice = TOKENIZER.decode(call_ids({"p0": 1, **last})).replace('name="p0"', f'name="p{count - 1}"')
+    assert not accepts(grammar, TOKENIZER.encode(twice))
+    many = {"type": "object", "properties": {f"p{n}": {} for n in range(70)}, "required": [f"p{n}" for n in range(70)]}
+    with pytest.warns(GrammarWarning, match="required"):
+        assert accepts(GRAMMARS.calls([tool(many)]), call_ids({f"p{n}": n for n in range(70)}))
+
+
+POINT = objects({"x": {"type": "integer"}, "y": {"type": "integer"}}, 1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        ({"oneOf": [objects({"a": {"type": "integer"}}, 1), objects({"b": {"type": "string"}}, 1)]},
+         [{"a": 1}, {"b": "x"}], [{}, {"a": "x"}, {"a": 1, "b": "x"}]),
+        ({"type": "object", "properties": {"k": {"type": "integer"}}, "anyOf": [{"required": ["k"]}, {
+            "properties": {"l": {"type": "boolean"}}, "required": ["l"]}]},
+         [{"k": 1}, {"l": True}, {"k": 1, "l": False}, {"l": True, "k": 2}], [{}, {"k": "x"}, {"z": 1}]),
+        ({"$ref": "#/$defs/P", "$defs": {"P": POINT}}, [{"x": 1}, {"y": 2, "x": 1}], [{}, {"y": 2}, {"x": "1"}]),
+        ({"allOf": [{"$ref": "#/$defs/P"}, {"required": ["y"]}], "$defs": {"P": POINT}}, [{"x": 1, "y": 2}],
+         [{"x": 1}]),
+        ({"properties": {"p": {"$ref": "#/properties/q"}, "q": POINT}}, [{"p": {"x": 1}}, {"q": {"x": 2}}], [{"p": 3}]),
+        ({"additionalProperties": {"type": "integer"}}, [{}, {"x": 1}, {"x": 1, "any name": 2}], [{"x": "1"}]),
+        ({"additionalProperties": True, "properties": {"n": {"type": "integer"}}},
+         [{"n": 1, "m": [1], "l": "x"}, {"nn": "x"}], [{"n": "x"}]),
+        ({"patternProperties": {"^x": {"type": "integer"}}}, [{"x1": 1, "x2": 2}, {}], [{"x1": "a"}, {"y": 1}]),
+        ({"patternProperties": {"^x": {"type": "integer"}}, "additionalProperties": {"type": "string"}},
+         [{"x1": 1, "y": "a"}], [{"x1": "a"}, {"y": 1}]),
+        ({"properties": {"x1": {"minimum": 3}}, "patternProperties": {"^x": {"type": "integer"}}},
+         [{"x1": 4, "x2": 1}], [{"x1": 1}, {"x1": "a"}, {"x2": "a"}]),
+        ({"patternProperties": {"^x": {"type": ["integer", "null"]}, "y$": {"type": ["integer", "string"]}}},
+         [{"xy": 1, "x": None, "y": "a"}], [{"xy": None}, {"xy": "a"}, {"x": "a"}]),
+        ({"properties": {"x": {"type": "string"}}, "patternProperties": {"^x": {"type": "integer"}}}, [{"xx": 1}, {}],
+         [{"x": "a"}, {"x": 1}]),
+        ({"anyOf": [{"$ref": "#"}, objects({"a": {}}, 1)]}, [{"a": 1}], [{}]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_schemas_of_all_parameters(parameters: Any, good: list[Any], bad: list[Any]) -> None:
+    grammar = GRAMMARS.calls([tool({"type": "object", **parameters})], tell_keywords=False)
+    for value in good:
+        assert accepts(grammar, call_ids(value)), value
+    for value in bad:
+        assert not accepts(grammar, call_ids(value)), value
+
+
+@pytest.mark.parametrize("values", [[f"item-{n * 7919 % 99991}" for n in range(5000)], list(range(5000))])
+def test_a_long_enum_is_taken_in_soon(values: list[Any]) -> None:
+    start = time.monotonic()
+    grammar = GRAMMARS.calls([with_value({"enum": values})])
+    assert accepts(grammar, call_ids({"v": values[4321]}))
+    assert not accepts(grammar, call_ids({"v": "item"})) and not accepts(grammar, call_ids({"v": -1}))
+    assert time.monotonic() - start < 10
+
+
+def stuck() -> Grammar:
+    """A grammar whose form ends, after `ab`, in a state where nothing may follow."""
+    return Grammar(GRAMMARS, GRAMMARS._matcher('start: "ab" T\nT: /c.*/ & /.*d/ & /.{1}/'), at_once=True)
+
+
+def test_a_dead_end_frees_the_rest_of_the_turn() -> None:
+    matcher, ids = stuck().matcher(), [*TURN, *TOKENIZER.encode_text("ab")]
+    matcher.follow(ids)
+    with pytest.warns(GrammarWarning, match="the rest of this turn is not held to its grammar"):
+        assert matcher.mask() is None
+    assert matcher.forced() is None
+    matcher.follow([*ids, *TOKENIZER.encode_text("xyz"), EOS])
+    assert matcher.mask() is None
+    again = stuck().matcher()  # as where a session generates on, from ids that went past the dead end
+    with pytest.warns(GrammarWarning, match="the rest of this turn is not held to its grammar"):
+        again.follow([*ids, *TOKENIZER.encode_text("xyz")])
+    assert again.mask() is None
 
 
 def test_thoughts_and_text_are_free() -> None:
@@ -388,7 +501,7 @@ def test_ids_that_do_not_fit_are_refused() -> None:
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(GrammarMissingError, match=r'pip install "agentkit-harness\[grammar\]"'):
+    with pytest.raises(GrammarMissingError, match="pip install llguidance"):
         Grammars(TOKENIZER, TOKENIZER.vocab_size)
 
 
@@ -461,6 +574,51 @@ async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> Non
                 async for _ in session.generate(one):
                     pass
             assert list(session.token_ids) == [*TURN, *ids]
+
+
+@pytest.mark.parametrize("count", [1000, 6000])
+def test_a_form_beyond_the_limits_of_the_library_frees_the_turn(count: int) -> None:
+    """Thousands of parameters are held to their schemas, or left free with a warning; nothing is raised."""
+    properties = {f"p{n}": {"type": "integer"} for n in range(count)}
+    grammar = GRAMMARS.calls([tool({"type": "object", "properties": properties})], tell_keywords=False)
+    ids = [*TURN, *call_ids({"p7": 1})]
+    matcher = grammar.matcher()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in range(len(TURN), len(ids) + 1):
+            matcher.follow(ids[:length])
+            mask_V = matcher.mask()
+            assert mask_V is None or length == len(ids) or mask_V[ids[length]] == 0
+    assert all("llguidance gave up on it" in str(warning.message) for warning in caught)
+
+
+def bomb(key: str, levels: int) -> dict[str, Any]:
+    """References that double at each level: 2^levels when written out."""
+    definitions: dict[str, Any] = {f"d{n}": {key: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(levels)}
+    definitions[f"d{levels}"] = {"type": "integer"}
+    return {"type": "object", "properties": {"v": {"$ref": "#/$defs/d0"}}, "$defs": definitions}
+
+
+@pytest.mark.parametrize("key", ["anyOf", "oneOf", "allOf"])
+def test_references_that_double_are_not_written_out(key: str) -> None:
+    start = time.monotonic()
+    grammar = GRAMMARS.calls([tool(bomb(key, 40))], tell_keywords=False)
+    assert accepts(grammar, call_ids({"v": 3})) and not accepts(grammar, call_ids({"v": None}))
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.anyio
+async def test_a_run_is_not_lost_to_a_dead_end(engine: Engine) -> None:
+    """Neither in a session nor on the model thread, whether or not guesses are made."""
+    free = SamplingParams(seed=1, grammar=stuck(), max_tokens=30, stop_ids=frozenset([EOS]))
+    with engine.session() as session, pytest.warns(GrammarWarning, match="not held to its grammar"):
+        session.append(TURN)
+        alone = [token.id for token in session.generate(free)]
+    assert TOKENIZER.decode(alone).startswith("ab") and len(alone) > 5
+    with pytest.warns(GrammarWarning, match="not held to its grammar"):
+        async with AsyncEngine(engine) as running, running.session() as session:
+            await session.append(TURN)
+            assert [token.id async for token in session.generate(free)] == alone
 
 
 @pytest.mark.anyio

@@ -247,29 +247,16 @@ async def test_a_link_never_leads_to_the_host(env: Environment, tmp_path_factory
 
 async def test_directories_round_trip(env: Environment) -> None:
     await env.exec("mkdir -p dir/sub/empty && echo hi > dir/sub/f && chmod 755 dir/sub/f && ln -s sub/f dir/link")
-    data = await env.export_dir("dir")
+    data = (await env.export_dir("dir")).data
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         assert archive.getnames() == ["link", "sub", "sub/empty", "sub/f"]
     await env.import_dir("imported/here", data)
     result = await env.exec("cd imported/here && cat link && stat -c %a sub/f && ls -d sub/empty && touch sub/new")
     assert result.stdout == "hi\n755\nsub/empty\n", result.stderr
-    await env.exec(["python3", "-c", "import os\nfor _ in range(1200): os.mkdir('d'); os.chdir('d')"], cwd="imported")
-    with pytest.raises(UnsafeArchiveError, match="components deep"):
-        await env.export_dir("imported")
     with pytest.raises(FileNotFoundError):
         await env.export_dir("no-dir")
     with pytest.raises(NotADirectoryError):
         await env.export_dir("dir/sub/f")
-
-
-@pytest.mark.parametrize(
-    "setup",
-    ["ln -s /etc/passwd x", "mkdir d; ln -s ../../.. d/x", "mkfifo x", "ln -s x x", "ln -s y/../../.. x; ln -s . y"],
-)
-async def test_what_must_not_leave_is_not_exported(env: Environment, setup: str) -> None:
-    await env.exec(f"rm -rf bad && mkdir bad && cd bad && {setup}")
-    with pytest.raises(UnsafeArchiveError):
-        await env.export_dir("bad")
 
 
 async def test_what_must_not_enter_is_not_unpacked(env: Environment) -> None:
@@ -326,7 +313,7 @@ async def test_an_import_merges_directories_and_replaces_files_and_links(env: En
 
 async def test_hard_links_round_trip_whatever_their_names(env: Environment) -> None:
     await env.exec("mkdir -p hard/a; cd hard; echo text > a/b; ln a/b a-b; ln a/b z")
-    await env.import_dir("hard-again", await env.export_dir("hard"))
+    await env.import_dir("hard-again", (await env.export_dir("hard")).data)
     assert (await env.exec("cat a-b a/b z", cwd="hard-again")).stdout == "text\n" * 3
 
 

@@ -117,8 +117,9 @@ def test_its_numbers(run: RunDirectory) -> None:
     text = " ".join(" ".join(Page(render_report(run)).text).split())
     assert "2 /6 trials solved" in text
     assert "2 solved 2 model failure 2 limit reached 2 task defect" in text
-    assert "mean reward 0.333 ± 0.333 6 trials, 3 tasks" in text
-    assert "pass@2 0.333" in text and "pass^2 0.333" in text
+    assert "mean reward 0.333 ± 0.333 of only 6 of 8 trials, 3 of 4 tasks" in text
+    assert "pass@2 0.333 at least one epoch; of only 3 of 4 tasks" in text
+    assert "pass^2 0.333 every epoch; of only 3 of 4 tasks" in text
     assert "forced ids 0 " in text
     assert "numbers 0.500 ± 0.500 2/4" in text
 
@@ -129,6 +130,7 @@ def test_an_interrupted_run_says_so(run: RunDirectory) -> None:
     path = write_report(RunDirectory.open(run.path))
     assert path == run.path / "report.html"
     assert "interrupted: 3 of 8 trials" in path.read_text()
+    assert "pass@2, pass^2 – no task has 2 scored epochs" in " ".join(" ".join(Page(path.read_text()).text).split())
 
 
 def test_a_run_without_a_single_trial_and_a_damaged_trajectory(run: RunDirectory, tmp_path: Path) -> None:
@@ -137,3 +139,20 @@ def test_a_run_without_a_single_trial_and_a_damaged_trajectory(run: RunDirectory
     assert "is not a trajectory" in trials["solved.0"]["notes"][0]
     (run.path / "trials.jsonl").unlink()
     assert "interrupted: 0 of 8 trials" in write_report(RunDirectory.open(run.path), tmp_path / "r.html").read_text()
+
+
+def test_numbers_for_machines_leave_out_rates_over_what_is_left(run: RunDirectory) -> None:
+    from agentkit.cli.evaluation import Finished, as_json
+
+    report = run.path / "report.html"
+    found = as_json(Finished(run, report, False))
+    assert (found["pass@2"], found["pass^2"], found["tasks"], found["tasks_with_2_scored_epochs"]) == (None, None, 4, 3)
+    lines = (run.path / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if b'"solved.' in line]
+    (run.path / "trials.jsonl").write_bytes(b"".join(whole))
+    interrupted = RunDirectory.open(run.path)
+    assert [len(task) for task in interrupted.scores()].count(0) == 3
+    found = as_json(Finished(interrupted, report, True))
+    assert (found["mean"], found["pass@2"], found["tasks"], found["tasks_with_2_scored_epochs"]) == (1.0, None, 4, 1)
+    families = {task: family for task, family in interrupted.lock.families.items() if family == "numbers"}
+    assert len(interrupted.scores("numbers")) == len(families) > 0

@@ -70,13 +70,15 @@ def test_the_four_failures_are_told_apart(
 
     look = script([("list_dir", {})])
     escape = script([("bash", {"command": "ln -s /etc/passwd out"})], [("submit", {"answer": "42"})])
+    nothing = {"verifier": {"command": "not-a-program"}}
     run = evaluate(
         (task("wrong"), script([("submit", {"answer": "41"})])),
         (task("escapes"), escape),
         (task("loops", agent={"max_turns": 2}), look),
         (task("loops-but-right", agent={"max_turns": 1}, verifier={"command": "true"}), look),
         (task("broken", environment={"setup": ["echo no disk >&2; exit 3"]}), solves),
-        (task("no-verifier", verifier={"command": "not-a-program"}), solves),
+        (task("no-verifier", **nothing), solves),
+        (task("no-proof", **nothing, solution=None), solves),
         (task("no-sandbox", environment={"image": "needs-docker"}), solves),
         (task("solved"), solves),
         concurrency=3,
@@ -84,11 +86,12 @@ def test_the_four_failures_are_told_apart(
     found = {trial.task: (trial.failure, trial.reward, trial.status) for trial in run.trials}
     assert found == {
         "wrong": ("model", 0.0, "submitted"),
-        "escapes": ("model", 0.0, "submitted"),
+        "escapes": (None, 1.0, "submitted"),
         "loops": ("limit", 0.0, "limit"),
         "loops-but-right": (None, 1.0, "limit"),
         "broken": ("task", None, None),
         "no-verifier": ("infrastructure", None, "submitted"),
+        "no-proof": ("model", 0.0, "submitted"),
         "no-sandbox": ("infrastructure", None, None),
         "solved": (None, 1.0, "submitted"),
     }
@@ -96,8 +99,12 @@ def test_the_four_failures_are_told_apart(
     assert errors["broken"] == "task broken: setup command 'echo no disk >&2; exit 3' exited 3: no disk"
     assert str(errors["no-verifier"]).startswith("VerifierError: task no-verifier: the verifier 'not-a-program' could")
     assert str(errors["no-sandbox"]).startswith("SandboxUnavailableError: ")
-    assert "the workdir cannot be verified: " in str(errors["escapes"])
-    assert sorted(scores_by_task(run.trials)) == [[0.0], [0.0], [0.0], [1.0], [1.0]]
+    assert "on the task's own solution too" in str(errors["no-verifier"])
+    assert str(errors["no-proof"]).startswith("the verifier 'not-a-program' could not start")
+    escaped = next(trial for trial in run.trials if trial.task == "escapes")
+    assert escaped.dropped == ["'out': a link to an absolute path, '/etc/passwd'"]
+    assert escaped.dropped[0] in escaped.verifier_output and escaped.error is None
+    assert sorted(scores_by_task(run.trials)) == [[0.0], [0.0], [0.0], [1.0], [1.0], [1.0]]
 
 
 def test_a_model_that_breaks_is_infrastructure(evaluate: Evaluate, number_task: MakeTask, solves: Policy) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentkit_evals.statistics import estimate, pass_at_k, pass_hat_k
+from agentkit_evals.statistics import SOLVED, estimate, pass_at_k, pass_hat_k
 
 rewards = st.sampled_from([0.0, 0.25, 1.0])
 tables = st.lists(st.lists(rewards, max_size=5), max_size=6)
@@ -24,7 +24,8 @@ def test_pass_at_k_and_pass_hat_k_are_the_share_of_all_subsets(scores: list[list
             assert measured is None
         else:
             shares = [statistics.fmean(passes(score == 1.0 for score in draw) for draw in task) for task in draws]
-            assert measured == pytest.approx(statistics.fmean(shares))
+            assert measured is not None and measured.value == pytest.approx(statistics.fmean(shares))
+            assert (measured.tasks, measured.of) == (len(draws), len(scores))
 
 
 @given(st.lists(rewards, min_size=2, max_size=30))
@@ -62,3 +63,19 @@ def test_nothing_scored_and_a_single_task() -> None:
     assert single is not None and (single.mean, single.stderr, str(single)) == (0.5, None, "0.500")
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         pass_at_k([[1.0]], 0)
+
+
+def test_a_rate_over_what_is_left_says_so() -> None:
+    scores = [[1.0, 1.0], [0.0], [0.0], [], [0.0]]
+    for rate in (pass_at_k(scores, 2), pass_hat_k(scores, 2)):
+        assert rate is not None and not rate.complete
+        assert (rate.value, rate.tasks, rate.of, str(rate)) == (1.0, 1, 5, "1.000 (1 of 5 tasks)")
+    whole = pass_at_k(scores[:1], 2)
+    assert whole is not None and whole.complete and str(whole) == "1.000"
+
+
+def test_sums_of_tenths_are_solved() -> None:
+    tenths = sum([0.1] * 10)
+    assert tenths < 1.0 and tenths >= SOLVED > 0.99999
+    rate = pass_hat_k([[tenths, 1.0]], 2)
+    assert rate is not None and rate.value == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ async def score(task: Task, act: str = "true", answer: str | None = None, backen
     async with await open_environment(task.environment.spec(), backend=backend) as environment:
         await task.prepare(environment)
         await environment.exec(act)
-        archive = await environment.export_dir(environment.spec.workdir)
+        archive = (await environment.export_dir(environment.spec.workdir)).data
     return await verify(task, archive=archive, answer=answer, backend=backend)
 
 
@@ -77,19 +78,31 @@ async def test_reward_files_refine_a_yes_and_never_override_a_no(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("no-such-program --check", "'no-such-program --check' could not start .exit status 127.: .*not found"),
-        ("./n.txt", r"could not start \(exit status 126\)"),
+        ("no-such-program --check", "the verifier 'no-such-program --check' could not start"),
+        ("./n.txt", r"the verifier './n.txt' could not start.*\(exit status 126\)"),
         ("echo many > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number, got 'many"),
-        ("echo nan > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a finite number"),
+        ("echo nan > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number of at most"),
+        ("echo -inf > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number of at most"),
+        ("echo 1e300 > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number of at most"),
+        ("printf '\\377\\0' > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number"),
+        ("echo '{\"reward\": NaN}' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number of at most"),
+        ("echo '[]' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number"),
+        ("printf '%065000d' 1 | tr 01 '[' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number"),
+        ("printf '{\"reward\": 1%0400d}' 0 > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number"),
+        ("mkdir $AGENTKIT_REWARD_DIR/reward.txt", "IsADirectoryError"),
+        ("mkfifo $AGENTKIT_REWARD_DIR/reward.txt", "not a regular file"),
+        ("cd $AGENTKIT_REWARD_DIR && ln -s reward.txt reward.txt", "loop of links"),
+        ("head -c 70000 /dev/zero > $AGENTKIT_REWARD_DIR/reward.txt", "more than 65536 bytes"),
+        ("echo 1 > $AGENTKIT_REWARD_DIR/reward.txt; mkfifo $AGENTKIT_REWARD_DIR/reward.json", "not a regular file"),
         ("echo 1 > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number, got '1"),
         ("echo '{}' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number, got '{}"),
     ],
 )
-async def test_a_verifier_that_cannot_do_its_work_is_an_error(
+async def test_a_verdict_that_cannot_be_used_is_a_zero_that_says_why(
     number_task: MakeTask, command: str, message: str
 ) -> None:
-    with pytest.raises(VerifierError, match=message):
-        await score(number_task(verifier=verifier(command)))
+    verdict = await score(number_task(verifier=verifier(command)))
+    assert verdict.reward == 0 and re.search(message, verdict.error or ""), verdict
 
 
 async def test_a_verifier_that_hangs_on_the_agents_work_gives_nothing(number_task: MakeTask) -> None:

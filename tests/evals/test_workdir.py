@@ -119,7 +119,7 @@ async def test_a_round_trip_through_an_environment_changes_only_what_was_changed
             "echo three >> a.txt; rm bin here; mkdir -p new .git/hooks; echo x > new/n; echo evil > .git/hooks/evil"
         )
         assert (await environment.exec(f"{commands}; chmod -x src/run.sh; ln -s new/n link")).exit_code == 0
-        after = unpack(await environment.export_dir(environment.spec.workdir))
+        after = unpack((await environment.export_dir(environment.spec.workdir)).data)
     found = changes(before, after)
     assert [(change.path, change.verb) for change in found] == [
         ("a.txt", "changed"),

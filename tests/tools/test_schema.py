@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field
 from agentkit_tools import ArgumentsError, FunctionTool, ToolContext, ToolDefinitionError, tool
 from agentkit_tools.schema import check_schema, problems
 from agentkit_tools.signature import parse_docstring
+from agentkit_tools.validation import Validator
 
 
 class Color(enum.Enum):
@@ -286,7 +287,7 @@ def test_valid_arguments_validate_and_arrive_unchanged(data: st.DataObject) -> N
     )
     made = FunctionTool(fn)
     arguments = {f"a{index}": data.draw(values) for index, (_, values) in enumerate(chosen)}
-    assert problems(made.parameters, arguments) == []
+    assert problems(Validator(made.parameters), arguments) == []
     assert made.parse(json.dumps(arguments)) == arguments
     assert made.parse(json.dumps(arguments, ensure_ascii=False)) == arguments
 
@@ -312,9 +313,9 @@ def test_bad_hand_written_schemas_are_refused(schema: dict[str, Any], reason: st
 def test_hand_written_references_are_explained() -> None:
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"const": 1}}}
     check_schema(schema, name="mine")
-    assert problems(schema, {"a": 2}) == ["$.a: given 2 (integer), expected 1"]
+    assert problems(Validator(schema), {"a": 2}) == ["$.a: given 2 (integer), expected 1"]
 
 
 def test_unknown_names_beside_patterns() -> None:
     schema = {"type": "object", "patternProperties": {"^x-": {}}, "additionalProperties": False}
-    assert problems(schema, {"x-a": 1, "b": 2}) == ["$.b: unknown parameter, expected no parameters"]
+    assert problems(Validator(schema), {"x-a": 1, "b": 2}) == ["$.b: unknown parameter, expected no parameters"]

@@ -33,14 +33,14 @@ class CommandTool(Tool):
         barrier: bool = False,
     ) -> None:
         super().__init__(name, description, parameters, read_only=read_only, barrier=barrier)
-        check_schema(parameters, name=name)
+        self._validator = check_schema(parameters, name=name)
         if not command.strip():
             raise ToolDefinitionError(f"tool {name!r}: command is empty, expected a shell command")
         self.command = command
 
     def parse(self, arguments: str) -> dict[str, Any]:
         value = parse_object(arguments, name=self.name)
-        if found := problems(self.parameters, value):
+        if found := problems(self._validator, value):
             raise ArgumentsError(self.name, found)
         return value
 

@@ -7,74 +7,41 @@ The JSON schema is the contract: a value it accepts is accepted, and each refusa
 from __future__ import annotations
 
 import json
-import re
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jsonschema
-import referencing
-import referencing.exceptions
-import referencing.jsonschema
 from pydantic import ValidationError
 from pydantic_core import from_json
 
 from agentkit_tools.errors import ArgumentsError, ToolDefinitionError
 from agentkit_tools.signature import Signature
+from agentkit_tools.validation import CannotCheckError, Problem, SchemaProblemError, Validator, depth, path_text
 
 MAX_PROBLEMS = 3  # a model repairs a call from the first few problems; the rest is noise
 MAX_GIVEN_CHARS = 60
+MAX_CHOICES = 50  # values of an enum that are told
+MAX_TRIES = 50_000  # of the branches of a recursive union, which pydantic tries one in another, about 0.1 s
+MAX_TOLD_DEPTH = 4  # levels of arrays, references and unions that are told
 JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
-def check_schema(schema: Mapping[str, Any], *, name: str) -> None:
-    """Refuse a hand-written parameter schema that is not a JSON schema (2020-12) of an object.
+def check_schema(schema: Mapping[str, Any], *, name: str) -> Validator:
+    """The validator of a hand-written parameter schema.
 
     References must point into the schema itself: validation never fetches anything.
 
     Raises:
-        ToolDefinitionError: naming the tool and the place in the schema.
+        ToolDefinitionError: it is not a JSON schema (2020-12) of an object; the message names the tool and the place.
     """
-    problem = schema_problem(schema)
-    if problem is None and schema.get("type") != "object":
-        problem = f'$.type: given {json.dumps(schema.get("type"))}, expected "object"'
-    if problem is not None:
-        raise ToolDefinitionError(f"tool {name!r}, parameters: {problem}")
-
-
-def schema_problem(schema: Mapping[str, Any]) -> str | None:
-    """Why `schema` is not a JSON schema (2020-12) that refers to itself only; None when it is one."""
     try:
-        json.dumps(schema)
-        jsonschema.Draft202012Validator.check_schema(schema)
-    except (TypeError, ValueError) as error:  # as with an unquoted date in YAML
-        return f"not JSON: {error}; quote it if it is text"
-    except jsonschema.SchemaError as error:
-        return f"{_path(error.absolute_path)}: {error.message}"
-    resolver = _resolver(schema)
-    for reference in _references(schema):
-        try:
-            resolver.lookup(reference)
-        except referencing.exceptions.Unresolvable:
-            return f"given $ref {reference!r}, expected a place in this schema, as #/$defs/x"
-    return None
-
-
-def _resolver(schema: Mapping[str, Any]) -> Any:
-    registry: referencing.Registry[Any] = referencing.Registry()
-    return registry.resolver_with_root(referencing.jsonschema.DRAFT202012.create_resource(schema))
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, Mapping):
-        if isinstance(reference := schema.get("$ref"), str):
-            yield reference
-        for key, value in schema.items():
-            if key not in ("default", "const", "enum", "examples"):
-                yield from _references(value)
-    elif isinstance(schema, list):
-        for item in schema:
-            yield from _references(item)
+        validator = Validator(schema)
+    except SchemaProblemError as error:
+        raise ToolDefinitionError(f"tool {name!r}, parameters: {error}") from error
+    if schema.get("type") != "object":
+        raise ToolDefinitionError(
+            f'tool {name!r}, parameters: $.type: given {json.dumps(schema.get("type"))}, expected "object"'
+        )
+    return validator
 
 
 def parse_object(text: str, *, name: str) -> dict[str, Any]:
@@ -92,12 +59,17 @@ def parse_object(text: str, *, name: str) -> dict[str, Any]:
     return value
 
 
-def problems(schema: Mapping[str, Any], value: Any) -> list[str]:
-    """Why `value` does not fit `schema`: `$.path: given X, expected Y`, sorted by path; empty when it fits."""
-    validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
-    errors = sorted(validator.iter_errors(value), key=lambda error: [str(part) for part in error.absolute_path])
-    found = dict.fromkeys(problem for error in errors for problem in _explain(error, schema))
-    return list(found)[:MAX_PROBLEMS]
+def problems(validator: Validator, value: Any) -> list[str]:
+    """Why `value` does not fit: `$.path: given X, expected Y`, sorted by path; empty when it fits.
+
+    Raises:
+        NeedsTimeError: inside `briefly`, and the check takes longer.
+    """
+    try:
+        found = validator.problems(value)
+    except CannotCheckError as error:
+        return [f"$: cannot be checked: {error}; expected a simpler value"]
+    return list(dict.fromkeys(told for problem in found for told in _explain(problem, validator)))[:MAX_PROBLEMS]
 
 
 def read_arguments(signature: Signature, text: str, *, name: str) -> dict[str, Any]:
@@ -108,43 +80,53 @@ def read_arguments(signature: Signature, text: str, *, name: str) -> dict[str, A
     """
     model = signature.model
     text = text if text.strip() else "{}"
+    branches = signature.validator.recursive_branches
+    if branches > 1 and branches ** depth(parse_object(text, name=name)) > MAX_TRIES:
+        raise ArgumentsError(name, ["$: cannot be checked: it is nested too deep; expected a simpler value"])
     try:
         read = model.model_validate_json(text, strict=True)
     except ValidationError:
         value = parse_object(text, name=name)
-        if found := problems(model.model_json_schema(), value):
+        if found := problems(signature.validator, value):
             raise ArgumentsError(name, found) from None
         try:  # the schema is the contract and accepts the value (1.0 is an integer there): so must we
             read = model.model_validate_json(text)
         except ValidationError as error:
             details = error.errors()[:MAX_PROBLEMS]
-            told = [f"{_path(item['loc'])}: given {_given(item['input'])}: {item['msg']}" for item in details]
+            told = [f"{path_text(item['loc'])}: given {_given(item['input'])}: {item['msg']}" for item in details]
             raise ArgumentsError(name, told) from None
     given = ((f"p{index}", parameter) for index, parameter in enumerate(signature.names))
     return {parameter: getattr(read, field) for field, parameter in given if field in read.model_fields_set}
 
 
-def _explain(error: jsonschema.ValidationError, root: Mapping[str, Any]) -> list[str]:
-    """One jsonschema error as sentences: several parameters may be missing or unknown at once."""
-    path = _path(error.absolute_path)
-    value, asked = typing.cast(Any, error.instance), typing.cast(Any, error.validator_value)
-    schema = error.schema if isinstance(error.schema, Mapping) else {}  # the schema `false` has no keywords
+def _explain(problem: Problem, validator: Validator) -> list[str]:
+    """One problem as sentences: several parameters may be missing or unknown at once."""
+    path, keyword, value, schema = path_text(problem.path), problem.keyword, problem.value, problem.schema
+    asked = schema.get(keyword)
     known: Mapping[str, Any] = schema.get("properties", {})
-    if error.validator == "required":
-        missing = [key for key in asked if key not in value]
-        return [f"{path}.{key}: missing, expected {_expected(known.get(key, {}), root)}" for key in missing]
-    if error.validator == "additionalProperties" and asked is False:
-        expected = ", ".join(known) or "no parameters"
-        patterns = schema.get("patternProperties", {})
-        unknown = [key for key in value if key not in known and not any(re.search(p, key) for p in patterns)]
-        return [f"{path}.{key}: unknown parameter, expected {expected}" for key in unknown]
-    if error.validator in ("type", "enum", "const", "anyOf", "oneOf"):
-        return [f"{path}: given {_given(value)}, expected {_expected(schema, root)}"]
-    return [f"{path}: given {_given(value)}, expected {error.validator} {json.dumps(asked)}"]
-
-
-def _path(parts: Any) -> str:
-    return "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    match keyword:
+        case "required":
+            missing = [key for key in schema["required"] if key not in value]
+            return [f"{path}.{key}: missing, expected {_expected(known.get(key, {}), validator)}" for key in missing]
+        case "additionalProperties" | "unevaluatedProperties":
+            expected = ", ".join(known) or "no parameters"
+            return [f"{path}.{key}: unknown parameter, expected {expected}" for key in value]
+        case "dependentRequired":
+            return [
+                f"{path}.{other}: missing, expected beside {key}"
+                for key, others in schema[keyword].items()
+                if key in value
+                for other in others
+                if other not in value
+            ]
+        case "oneOf" if problem.fits:
+            expected = _expected(schema, validator)
+            return [f"{path}: given {_given(value)}, which fits {problem.fits} of {expected}, expected exactly one"]
+        case "type" | "enum" | "const" | "anyOf" | "oneOf":
+            return [f"{path}: given {_given(value)}, expected {_expected(schema, validator)}"]
+        case "" | "$ref":
+            return [f"{path}: given {_given(value)}, expected {'no value' if not keyword else 'another value'}"]
+    return [f"{path}: given {_given(value)}, expected {keyword} {json.dumps(asked):.200}"]
 
 
 def _given(value: Any) -> str:
@@ -154,22 +136,24 @@ def _given(value: Any) -> str:
     return text if value is None else f"{text} ({JSON_TYPES.get(type(value), 'value')})"
 
 
-def _expected(schema: Any, root: Mapping[str, Any]) -> str:
+def _expected(schema: Any, validator: Validator, depth: int = 0) -> str:
     """A schema in a few words: `string`, `one of "a", "b"`, `array of integer`, `string or null`."""
-    if not isinstance(schema, Mapping):
+    if not isinstance(schema, Mapping) or depth > MAX_TOLD_DEPTH:
         return "another value"
-    if reference := schema.get("$ref"):
-        return _expected(_resolver(root).lookup(reference).contents, root)
+    if id(schema) in validator.targets:
+        return _expected(validator.targets[id(schema)], validator, depth + 1)
     if "enum" in schema:
-        return "one of " + ", ".join(json.dumps(item, ensure_ascii=False) for item in schema["enum"])
+        choices = [json.dumps(item, ensure_ascii=False) for item in schema["enum"]]
+        more = f" and {len(choices) - MAX_CHOICES} more" if len(choices) > MAX_CHOICES else ""
+        return "one of " + ", ".join(choices[:MAX_CHOICES]) + more
     if "const" in schema:
         return json.dumps(schema["const"], ensure_ascii=False)
     for union in ("anyOf", "oneOf"):
         if union in schema:
-            return " or ".join(_expected(branch, root) for branch in schema[union])
+            return " or ".join(dict.fromkeys(_expected(branch, validator, depth + 1) for branch in schema[union]))
     kind = schema.get("type", "another value")
     if kind == "array" and "items" in schema:
-        return f"array of {_expected(schema['items'], root)}"
+        return f"array of {_expected(schema['items'], validator, depth + 1)}"
     if kind == "object" and "properties" in schema:
         return f"object with {', '.join(schema['properties'])}"
     return kind if isinstance(kind, str) else " or ".join(kind)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.fields import FieldInfo
 
 from agentkit_tools.errors import ToolDefinitionError
+from agentkit_tools.validation import SchemaProblemError, Validator
 
 SECTION = re.compile(r"^(Args|Arguments|Parameters|Returns|Yields|Raises|Examples?|Notes?):\s*$")
 ENTRY = re.compile(r"\s+\*{0,2}(\w+)\s*(?:\([^)]*\))?:\s*(.*)")  # `name: text` or `name (type): text`
@@ -34,6 +35,7 @@ class Signature:
 
     description: str  # the docstring's prose, without its sections
     parameters: dict[str, Any]  # JSON schema, as the model sees it
+    validator: Validator  # of the same schema, but unknown parameters are refused
     model: type[BaseModel]  # reads arguments; field i is named `p{i}`, its alias is the parameter's name
     names: tuple[str, ...]  # parameter names, in the order of the model's fields
     injected: tuple[str, ...]  # the parameters that get the call's context
@@ -76,11 +78,15 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
         model: type[BaseModel] = create_model(
             "Arguments", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
         )
-        parameters = {"type": "object", "properties": {}} | strip_noise(model.model_json_schema())
+        schema = model.model_json_schema()
+        parameters = {"type": "object", "properties": {}} | strip_noise(schema)
+        validator = Validator(schema)
+    except SchemaProblemError as error:
+        raise ToolDefinitionError(f"tool {name!r}, parameters: {error}") from error
     except Exception as error:  # each parameter is fine, but not all of them together
         raise ToolDefinitionError(f"tool {name!r}: its parameters have no JSON schema together ({error})") from error
     del parameters["additionalProperties"]  # told to the validator, taken for granted by models
-    return Signature(description, parameters, model, tuple(names), tuple(injected), defaults)
+    return Signature(description, parameters, validator, model, tuple(names), tuple(injected), defaults)
 
 
 def underlying(fn: Any) -> Any:

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from agentkit_environments import Environment
 from agentkit_tools.errors import ToolDefinitionError, ToolError
 from agentkit_tools.model_texts import ERROR
 from agentkit_tools.results import belongs_to_the_loop, error_text, value_text
+from agentkit_tools.validation import NeedsTimeError, briefly
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
@@ -129,6 +131,16 @@ class Tool(ABC):
     async def run(self, arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
         """Do it, with arguments from `parse`; `ToolError` is told to the model."""
 
+    async def _parse(self, arguments: str) -> dict[str, Any]:
+        """`parse`, in a thread of its own where it takes long, so that other agents go on."""
+        try:
+            with briefly():
+                return self.parse(arguments)
+        except NeedsTimeError:
+            return await anyio.to_thread.run_sync(
+                self.parse, arguments, limiter=anyio.CapacityLimiter(1), abandon_on_cancel=True
+            )
+
     def deadline_s(self, context: ToolContext) -> float:
         """Seconds after which a call is cancelled."""
         return context.timeout_s + GRACE_S
@@ -142,7 +154,7 @@ class Tool(ABC):
         start = time.perf_counter()
         with anyio.move_on_after(self.deadline_s(context)) as scope:
             try:
-                output = await self.run(self.parse(call.arguments), context)
+                output = await self.run(await self._parse(call.arguments), context)
                 content = value_text(output.content)
             except BaseException as error:  # a tool's own SystemExit or CancelledError must not end the run
                 if belongs_to_the_loop(error):

@@ -110,28 +110,32 @@ def ending(finished: Finished, threshold: float | None = None) -> int:
     if any(trial.reward is None for trial in finished.run.trials):
         return ExitCode.INFRASTRUCTURE
     mean = estimate(scores_by_task(finished.run.trials))
-    return ExitCode.UNSOLVED if threshold is not None and (not mean or mean.mean < threshold) else ExitCode.OK
+    below = threshold is not None and (not mean or mean.mean < threshold - 1e-6)
+    return ExitCode.UNSOLVED if below else ExitCode.OK
 
 
 def as_json(finished: Finished) -> dict[str, Any]:
     """The result of a run for machines: scores, per family and in all, and where everything is."""
-    from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate, pass_at_k, pass_hat_k
 
-    ran = finished.run
+    ran, k = finished.run, finished.run.lock.epochs
 
     def scores(family: str | None) -> dict[str, Any]:
         trials = [trial for trial in ran.trials if family in (None, trial.family)]
-        by_task = scores_by_task(trials)
+        by_task = ran.scores(family)
         mean = estimate(by_task)
+        at, hat = pass_at_k(by_task, k), pass_hat_k(by_task, k)
         return {
             "solved": sum(trial.solved for trial in trials),
             "scored": sum(trial.reward is not None for trial in trials),
             "trials": len(trials),
             "mean": mean and mean.mean,
             "stderr": mean and mean.stderr,
-            f"pass@{ran.lock.epochs}": pass_at_k(by_task, ran.lock.epochs),
-            f"pass^{ran.lock.epochs}": pass_hat_k(by_task, ran.lock.epochs),
+            # A number only where it is of every planned task: those that are left are no fair sample.
+            f"pass@{k}": at.value if at and at.complete else None,
+            f"pass^{k}": hat.value if hat and hat.complete else None,
+            "tasks": len(by_task),
+            f"tasks_with_{k}_scored_epochs": sum(len(task) >= k for task in by_task),
         }
 
     kinds = (

@@ -204,7 +204,9 @@ class Job:
         """
         from agentkit.cli import workdir as folder
         from agentkit_environments import open_environment
-        from agentkit_evals.verify import backend_for, verify
+        from agentkit_evals.blame import blame, describe
+        from agentkit_evals.selfcheck import StartChecks
+        from agentkit_evals.verify import backend_for, broken, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
         mine = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
@@ -212,17 +214,26 @@ class Job:
             await environment.import_dir(spec.workdir, folder.pack(mine))
             await self.task.prepare(environment)
             # A user sees all that differs from the own folder; without one, what the agent changed.
-            before = mine if self.workdir else folder.unpack(await environment.export_dir(spec.workdir))
+            before = mine if self.workdir else folder.unpack((await environment.export_dir(spec.workdir)).data)
             result = await self._run_in(environment)
-            await environment.kill_all()
-            archive = await environment.export_dir(spec.workdir)
+            try:
+                await environment.kill_all()
+                exported = await environment.export_dir(spec.workdir)
+            except Exception as exc:
+                if blame(exc, "scoring") == "infrastructure":
+                    raise
+                lost = describe(exc)
+                return Done(result, environment.backend, [], [lost], broken(lost) if self.task.verifier else None)
         verdict = None
         if self.task.verifier is not None:
-            verdict = await verify(self.task, archive=archive, answer=result.answer, backend=where)
+            verdict = await verify(self.task, archive=exported.data, answer=result.answer, backend=where)
+            await StartChecks().require(self.task, verdict, backend=where)
         if self.workdir:
-            changed, left_out = folder.compare(self.workdir, mine, archive)
+            changed, left_out = folder.compare(self.workdir, mine, exported.data, exported.dropped)
         else:
-            changed, left_out = folder.changes(before, folder.unpack(archive)), []
+            after = folder.unpack(exported.data)
+            changed = folder.without_dropped(folder.changes(before, after), exported.dropped)
+            left_out = [*exported.dropped]
         return Done(result, environment.backend, changed, left_out, verdict)
 
     async def _run_in(self, environment: Environment) -> RunResult:
@@ -317,6 +328,8 @@ def print_end(console: Console, task: Task, done: Done) -> None:
         if not is_solved(done.verdict.reward):
             for label, text in why_not(task, done.result.answer, done.verdict.output):
                 say(console, f"{label:9} {text}", "yellow")
+        if done.verdict.error:
+            say(console, done.verdict.error, "yellow")
     say(
         console,
         f"{done.result.status} after {usage.turns} turns, {usage.calls} calls, {usage.sampled_tokens} tokens "

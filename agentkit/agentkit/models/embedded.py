@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from agentkit.model import Effort, History, ModelSession, Sampling
+from agentkit.models.grammars import grammar_for
 from agentkit.models.tokens import TokenizedSession
 from agentkit_tools import Tool
 
 if TYPE_CHECKING:
     from agentkit_engine import AsyncEngine, AsyncSession, Engine, SampledToken, SamplingParams
-    from agentkit_engine.grammar import Grammar
 
 
 class EmbeddedModel:
@@ -67,18 +67,18 @@ class EmbeddedModel:
         """See `Model.open`.
 
         Raises:
-            GrammarMissingError: `sampling` needs a grammar, and llguidance is not installed.
-            GrammarError: no grammar can be made of the tools, or no value fits the answer's schema.
+            GrammarMissingError, GrammarError: as `grammar_for`.
         """
         from agentkit_engine import AsyncEngine
 
+        grammar, _ = await grammar_for(self.engine, tools, sampling)
         params = replace(
             self.engine.sampling,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
             stop_ids=frozenset((self.tokenizer.eos_id,)),
-            grammar=self._grammar(tools, sampling),
+            grammar=grammar,
         )
         async with AsyncExitStack() as stack:
             running = self._running
@@ -90,12 +90,6 @@ class EmbeddedModel:
             if history is not None:
                 await session.restore(history)
             yield session
-
-    def _grammar(self, tools: Sequence[Tool], sampling: Sampling) -> Grammar | None:
-        specs = [tool.spec for tool in tools]
-        if sampling.answer_schema is not None:
-            return self.engine.grammars.answer(sampling.answer_schema, tools=specs)
-        return self.engine.grammars.calls(specs) if sampling.grammar else None
 
 
 class EngineTokens:

@@ -8,8 +8,8 @@
   before `</think>`;
 - a call that is cut off or breaks the grammar is reported as `CallMalformed`, and its DSML never reaches the content;
 - inside a parameter value only `</｜DSML｜parameter>` means anything, every other marker is text;
-- `string="false"` on what is not JSON falls back to a string; `string="true"`, or no attribute, on a parameter whose
-  schema admits no string is read as JSON;
+- `string="false"` on what is not JSON falls back to a string; where the schema of a parameter, references and unions
+  included, cannot accept what the attribute says and can accept the other reading, the other one is taken;
 - `<think>`, `</think>` and `｜DSML｜` where they mean nothing are dropped; other control tokens stay as text.
 
 `parse(..., strict=True)` is the grammar of DeepSeek's own parser, with an error for each departure from it.
@@ -26,6 +26,7 @@ from typing import Any, Literal
 from agentkit_engine.chat.errors import ParseError
 from agentkit_engine.chat.tokenizer import Tokenizer
 from agentkit_engine.chat.tokens import BOS, DSML, EOS, THINK, THINK_END
+from agentkit_engine.schema_types import MAX_LOOKS, could_accept, read_json, resolve
 
 FinishReason = Literal["stop", "tool_calls", "length"]
 
@@ -339,9 +340,9 @@ class StreamParser:
             self._malformed(f"text between parameters: {self._text.strip()[:40]!r}")
             self._state = "block"
             return
-        properties = self._schemas.get(call.name, {}).get("properties") or {}
+        schema = self._schemas.get(call.name, {})
         arguments = ", ".join(
-            f"{_dumps(key)}: {_value_json(value, string, properties.get(key))}"
+            f"{_dumps(key)}: {_value_json(value, string, _parameter(schema, key), schema)}"
             for key, (value, string) in call.parameters.items()
         )
         ready = CallReady(call.index, f"call_{self._turn}_{call.index}", call.name, "{" + arguments + "}")
@@ -421,41 +422,44 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _value_json(value: str, string: str | None, schema: Any) -> str:
-    """JSON text of a parameter, from its raw value, its `string` attribute and, when those leave doubt, its schema."""
-    types = _types(schema)
-    if string == "false" or (types is not None and "string" not in types):
-        found = _json_type(value)
-        if found is not None and (string == "false" or types is None or found in types):
-            return value
-    return _dumps(value)
+def _value_json(value: str, string: str | None, schema: Any, root: Any) -> str:
+    """JSON text of a parameter, from its raw value, its `string` attribute and, when those leave doubt, its schema.
+
+    The attribute is believed unless the schema cannot accept what it says and can accept the other reading.
+    """
+    is_json, read = read_json(value)
+    if not is_json:
+        return _dumps(value)
+    as_text, as_json = could_accept(schema, root, value), could_accept(schema, root, read)
+    if string == "false":
+        text = as_text and not as_json and read is not None  # null says "nothing", not the text "null"
+        return _dumps(value) if text else value
+    return _dumps(value) if as_text or not as_json else value
 
 
-def _json_type(text: str) -> str | None:
-    """The JSON Schema type of a JSON text, or None when it is not JSON (NaN and Infinity are not)."""
+def _parameter(schema: Any, key: str) -> Any:
+    """The schema of one parameter, as far as `properties` tell, those behind references and in branches among them."""
+    found: list[Any] = []
+    looks = 0
 
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
+    def look(part: Any, inside: tuple[int, ...]) -> None:
+        nonlocal looks
+        looks += 1
+        if not isinstance(part, Mapping) or id(part) in inside or looks > MAX_LOOKS:
+            return
+        inside = (*inside, id(part))
+        properties = part.get("properties")
+        if isinstance(properties, Mapping) and key in properties:
+            found.append(properties[key])
+        look(resolve(part.get("$ref"), schema), inside)
+        for keyword in ("allOf", "anyOf", "oneOf"):
+            for branch in part.get(keyword) or ():
+                look(branch, inside)
+        if not found and isinstance(part.get("additionalProperties"), Mapping):
+            found.append(part["additionalProperties"])
 
-    try:
-        value = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return None
-    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    return names.get(type(value), "null")
-
-
-def _types(schema: Any) -> set[str] | None:
-    """The JSON types a property's schema names, or None when it does not say."""
-    if not isinstance(schema, Mapping):
-        return None
-    if "type" in schema:
-        named = {schema["type"]} if isinstance(schema["type"], str) else set(schema["type"])
-        return named | {"integer"} if "number" in named else named
-    options = [_types(option) for key in ("anyOf", "oneOf") for option in schema.get(key, ())]
-    if not options or None in options:
-        return None
-    return set().union(*(option for option in options if option is not None))
+    look(schema, ())
+    return {"anyOf": found} if found else True
 
 
 def parse(text: str, *, effort: str, strict: bool = False) -> dict[str, Any]:

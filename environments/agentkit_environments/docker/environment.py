@@ -6,12 +6,15 @@ import errno
 import os
 import secrets
 import time
-from typing import Self
+from collections.abc import Callable, Sequence
+from tarfile import TarInfo
+from typing import Self, TypeVar
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from agentkit_environments.archive import ExportedDir
 from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.exec_stream import KILLED, ExecStream
 from agentkit_environments.docker.files import Files
@@ -34,6 +37,8 @@ START = 'cd "$1" || exit 126; shift; { echo 1000 >/proc/self/oom_score_adj; } 2>
 
 ENGINE_COULD_NOT = b"OCI runtime exec failed"
 """How the engine begins what it prints in a command's place, for instance when there are too many processes."""
+
+T = TypeVar("T")
 
 
 class DockerEnvironment(Environment):
@@ -113,20 +118,23 @@ class DockerEnvironment(Environment):
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
 
         def operate(cancel_fd: int) -> bytes:
-            match operation:
-                case "read_file":
-                    return self._files.read_file(path, bounds["max_bytes"], cancel_fd)
-                case "export_dir":
-                    return self._files.export_dir(path)
-                case "write_file":
-                    self._files.write_file(path, body, cancel_fd)
-                case "import_dir":
-                    self._files.import_dir(path, body)
+            if operation == "read_file":
+                return self._files.read_file(path, bounds["max_bytes"], cancel_fd)
+            self._files.write_file(path, body, cancel_fd)
             return b""
 
+        return await self._guarded(operate)
+
+    async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
+        return await self._guarded(lambda _: self._files.export_dir(path, max_entries, max_bytes))
+
+    async def _import_dir(self, path: str, archive: bytes, members: Sequence[TarInfo]) -> None:
+        await self._guarded(lambda _: self._files.import_dir(path, archive))
+
+    async def _guarded(self, function: Callable[[int], T]) -> T:
         self._require_open()
         container = self._container
-        return await run_cancellable(lambda fd: container.guard(lambda: operate(fd)), self._limiter)
+        return await run_cancellable(lambda cancel_fd: container.guard(lambda: function(cancel_fd)), self._limiter)
 
     async def kill_all(self) -> None:
         self._require_open()

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import base64
 import errno
+import io
 import json
 import os
 import posixpath
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import requests
 
-from agentkit_environments.archive import MAX_ARCHIVE_BYTES, MAX_LINKS_FOLLOWED, rebase_archive
+from agentkit_environments.archive import MAX_LINKS_FOLLOWED, ExportedDir, rebase_archive, repack
 from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.engine import API_TIMEOUT_S
 from agentkit_environments.docker.exec_stream import KILLED, ExecStream
 from agentkit_environments.docker.hardening import AGENT_ID, AGENT_USER
 from agentkit_environments.executor import COOKIE
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 PHRASES = {
     "too many levels": errno.ELOOP,
@@ -143,12 +149,14 @@ class Files:
                 raise os_error(errno.ENOTDIR if number == errno.EEXIST else number, path)
         raise OSError(errno.EIO, f"the helper that reads and writes files exited with {code}: {said}", path)
 
-    def export_dir(self, path: str) -> bytes:
+    def export_dir(self, path: str, max_entries: int, max_bytes: int) -> ExportedDir:
         stat = self.stat(path)
         if not stat.is_dir:
             raise os_error(errno.ENOTDIR, path)
-        # The bound on the raw archive leaves room for headers; check_archive applies the exact ones.
-        return rebase_archive(self._get(stat.path, 2 * MAX_ARCHIVE_BYTES), strip=1)
+        with self._api.get(self._url, params={"path": stat.path}, stream=True, timeout=API_TIMEOUT_S) as response:
+            self._raise_for(response, path)
+            source = io.BufferedReader(_Stream(response.iter_content(1 << 20)))
+            return repack(source, max_entries=max_entries, max_bytes=max_bytes)
 
     def import_dir(self, path: str, archive: bytes) -> None:
         directory, missing = self._existing_parent(posixpath.join(path, "x"), path)
@@ -185,17 +193,6 @@ class Files:
             return stat.path, parts[length:]
         raise os_error(errno.ENOENT, shown)
 
-    def _get(self, path: str, max_bytes: int) -> bytes:
-        """Return the engine's tar archive of `path`; EFBIG when it has more than `max_bytes`."""
-        data = bytearray()
-        with self._api.get(self._url, params={"path": path}, stream=True, timeout=API_TIMEOUT_S) as response:
-            self._raise_for(response, path)
-            for chunk in response.iter_content(1 << 20):
-                data += chunk
-                if len(data) > max_bytes:
-                    raise os_error(errno.EFBIG, path)
-        return bytes(data)
-
     def _put(self, directory: str, data: bytes, shown: str) -> None:
         """Unpack a tar archive into an existing directory; `shown` is the path that errors name.
 
@@ -216,6 +213,24 @@ class Files:
                 raise os_error(number, path)
         self._container.require_running()
         raise OSError(errno.EIO, f"the Docker engine answered {response.status_code}: {said.strip()}", path)
+
+
+class _Stream(io.RawIOBase):
+    """The body of a reply as a file that is read once."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        target = memoryview(buffer).cast("B")
+        if not self._rest:
+            self._rest = memoryview(next(self._chunks, b""))
+        length = min(len(target), len(self._rest))
+        target[:length], self._rest = self._rest[:length], self._rest[length:]
+        return length
 
 
 def os_error(number: int, path: str) -> OSError:

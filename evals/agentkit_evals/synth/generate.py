@@ -22,6 +22,7 @@ from agentkit.thinking import Thinking
 from agentkit_engine import chat
 from agentkit_environments import Environment, open_environment
 from agentkit_evals.errors import EvalError
+from agentkit_evals.statistics import SOLVED
 from agentkit_evals.synth import sample
 from agentkit_evals.synth.family import Split, SynthTask
 from agentkit_evals.synth.words import SYLLABLES
@@ -95,7 +96,7 @@ async def _row(synth: SynthTask, seed: int, tokenizer: Tokenizer, *, check: bool
         if result.status not in ("submitted", "answered"):
             raise OracleError(f"{task.id}: the oracle's run ended with {result.status}, expected an answer")
         if check:
-            archive = await environment.export_dir(environment.spec.workdir)
+            archive = (await environment.export_dir(environment.spec.workdir)).data
             await require_solved(synth, archive, result.answer)
     return Row(list(result.trajectory.token_ids), list(result.trajectory.loss_mask), synth.family, seed)
 
@@ -103,7 +104,7 @@ async def _row(synth: SynthTask, seed: int, tokenizer: Tokenizer, *, check: bool
 async def require_solved(synth: SynthTask, archive: bytes, answer: str | None) -> None:
     """Score an outcome. Raises OracleError when it is not a full reward."""
     verdict = await verify(synth.task, archive=archive, answer=answer, backend="unsafe-local")
-    if verdict.reward != 1:
+    if verdict.reward < SOLVED:
         raise OracleError(
             f"{synth.task.id}: answered {answer!r}, which scores {verdict.reward:g}, expected 1: {verdict.output}"
         )

@@ -357,11 +357,69 @@ def arguments_of(parameter: str, schema: Any = None) -> Any:
         (' string="true">true', {"anyOf": [{"type": "boolean"}, {"type": "null"}]}, True),
         (' string="true">true', {"anyOf": [{"type": "boolean"}, {"enum": ["true"]}]}, "true"),
         (' string="true">{"a": [1]}', {"type": "object"}, {"a": [1]}),
-        (' string="true">null', {"enum": [None]}, "null"),
+        (' string="true">null', {"enum": [None]}, None),
+        (' string="true">1.0', {"type": "integer"}, 1.0),
+        (' string="false">12345', {"type": "string"}, "12345"),
+        (' string="false">1.50', {"type": ["string", "null"]}, "1.50"),
+        (' string="false">{"a": 1}', {"type": "string"}, '{"a": 1}'),
+        (' string="false">true', {"enum": ["true", "false"]}, "true"),
+        (' string="false">null', {"type": "string"}, None),
+        (' string="true">5', {"anyOf": [{"const": "auto"}, {"type": "integer"}]}, 5),
+        (' string="true">auto', {"anyOf": [{"const": "auto"}, {"type": "integer"}]}, "auto"),
+        (' string="true">5', {"anyOf": [{"type": "string", "minLength": 3}, {"type": "integer"}]}, "5"),
+        (' string="true">null', {"type": ["string", "null"]}, "null"),
+        (' string="true">[1]', {"allOf": [{"type": ["array", "string"]}, {"type": "array"}]}, [1]),
+        (' string="true">3', {"const": 3}, 3),
+        (' string="false">3', {"const": "3"}, "3"),
+        (' string="true">[1]', {"not": {"type": "string"}}, [1]),
+        (' string="true">{"x": 1}', {"type": "array"}, '{"x": 1}'),
+        (' string="false">7', {"$ref": "#/nowhere"}, 7),
     ],
 )
 def test_values_and_their_types(parameter: str, schema: Any, value: Any) -> None:
     assert arguments_of(parameter, schema) == value
+
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}}
+BEHIND = {
+    "Point": POINT,
+    "Maybe": {"anyOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]},
+    "Name": {"type": "string"},
+    "Loop": {"$ref": "#/$defs/Loop"},
+    "Anchored": {"$anchor": "here", "type": "integer"},
+}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "schema", "value"),
+    [
+        (' string="true">{"x": 1}', {"$ref": "#/$defs/Point"}, {"x": 1}),
+        (' string="true">{"x": 1}', {"anyOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]}, {"x": 1}),
+        (' string="true">{"x": 1}', {"$ref": "#/$defs/Maybe", "description": "d"}, {"x": 1}),
+        (' string="true">null', {"allOf": [{"$ref": "#/$defs/Maybe"}]}, None),
+        (' string="true">{"x": 1}', {"anyOf": [{"$ref": "#/$defs/Point"}, {"$ref": "#/$defs/Name"}]}, '{"x": 1}'),
+        (' string="false">12', {"$ref": "#/$defs/Name"}, "12"),
+        (' string="true">3', {"$ref": "#here"}, 3),
+        (' string="true">3', {"$ref": "#/$defs/Loop"}, "3"),
+        (' string="true">3', {"$ref": "#"}, "3"),
+    ],
+)
+@pytest.mark.parametrize("place", ["properties", "$ref", "allOf", "oneOf", "additionalProperties"])
+def test_types_behind_references_are_seen(parameter: str, schema: Any, value: Any, place: str) -> None:
+    properties: dict[str, Any] = {"type": "object", "properties": {"x": schema}}
+    parameters = {
+        "properties": properties,
+        "$ref": {"$ref": "#/$defs/Root"},
+        "allOf": {"allOf": [{"$ref": "#/$defs/Root"}]},
+        "oneOf": {"oneOf": [{"properties": {"y": {}}}, {"$ref": "#/$defs/Root"}]},
+        "additionalProperties": {"additionalProperties": schema},
+    }[place]
+    if schema == {"$ref": "#"} and place == "additionalProperties":
+        pytest.skip("the parameters are then any value")
+    parameters = {**parameters, "$defs": {**BEHIND, "Root": properties}}
+    text = f'<{D}tool_calls>\n<{D}invoke name="f">\n<{D}parameter name="x"{parameter}</{D}parameter>\n</{D}invoke>\n'
+    _, parser = run([text], think=False, tools=[{"function": {"name": "f", "parameters": parameters}}])
+    assert json.loads(parser.message["tool_calls"][0]["function"]["arguments"])["x"] == value
 
 
 def test_valid_json_stays_as_it_was_written() -> None:

@@ -27,7 +27,7 @@ async def run_oracle(synth: SynthTask) -> tuple[list[AssistantMessage], str, byt
     async with await open_environment(synth.task.environment.spec(), backend="unsafe-local") as environment:
         await synth.task.prepare(environment)
         messages, answer = await transcript(synth, environment)
-        archive = await environment.export_dir(environment.spec.workdir)
+        archive = (await environment.export_dir(environment.spec.workdir)).data
     return [message for message in messages if isinstance(message, AssistantMessage)], answer, archive
 
 
@@ -48,7 +48,7 @@ async def test_doing_nothing_and_constant_answers_score_zero(family: str) -> Non
     for synth in both_splits(family, 6):
         async with await open_environment(synth.task.environment.spec(), backend="unsafe-local") as environment:
             await synth.task.prepare(environment)
-            archive = await environment.export_dir(environment.spec.workdir)
+            archive = (await environment.export_dir(environment.spec.workdir)).data
         for answer in (None, "done", "7", "The answer is 42.", synth.task.instruction):
             verdict = await verify(synth.task, archive=archive, answer=answer, backend="unsafe-local")
             assert verdict.reward == 0, f"{synth.task.id}: {answer!r} scores {verdict.reward}"

@@ -54,7 +54,7 @@ async def test_what_is_needed_stands_more_than_512_tokens_back(family: str, toke
 async def test_an_oracle_that_is_wrong_is_an_error(tokenizer: Tokenizer) -> None:
     synth = sample("combine", 0, "train")
     async with await open_environment(backend="unsafe-local") as environment:
-        archive = await environment.export_dir(environment.spec.workdir)
+        archive = (await environment.export_dir(environment.spec.workdir)).data
     with pytest.raises(OracleError, match=r"combine-train-0: answered 'wrong', which scores 0, expected 1"):
         await require_solved(synth, archive, "wrong")
 

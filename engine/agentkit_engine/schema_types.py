@@ -1,0 +1,162 @@
+"""Which JSON types, and which values, a JSON Schema can accept.
+
+The answers are upper bounds, found without validating: `type`, `enum`, `const`, references and their combinations are
+looked at, everything else is taken to accept. They settle how a parameter's text is read (`chat.v4_parser`) and how a
+grammar lets it be written (`schema_forms`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+Schema = Any
+"""A JSON schema: an object, or a bool."""
+
+TYPES = ("string", "null", "boolean", "integer", "number", "array", "object")
+MAX_LOOKS = 1000
+"""Parts of a schema that are looked at before the rest is taken to accept."""
+
+_Leaf = Callable[[Sequence[str] | None, Sequence[Any] | None], bool]
+"""Tells whether the names in a `type`, or the values of an `enum`, let pass what is asked for."""
+
+
+def accepted_types(schema: Schema, root: Schema) -> frozenset[str]:
+    """The JSON types that a value of `schema` can have. A number such as 1.0 is an integer too.
+
+    `root` is the schema that `$ref` points into.
+    """
+
+    def can(name: str) -> bool:
+        def leaf(names: Sequence[str] | None, values: Sequence[Any] | None) -> bool:
+            if names is not None:
+                return name in names or (name == "integer" and "number" in names)
+            return any(name in json_types(value) for value in values or ())
+
+        return _passes(schema, root, leaf)
+
+    return frozenset(filter(can, TYPES))
+
+
+def could_accept(schema: Schema, root: Schema, value: Any) -> bool:
+    """Whether `schema` may accept `value`, as far as types and listed values tell."""
+    types = json_types(value)
+
+    def leaf(names: Sequence[str] | None, values: Sequence[Any] | None) -> bool:
+        if names is not None:
+            return not types.isdisjoint(names)
+        return any(equal(value, each) for each in values or ())
+
+    return _passes(schema, root, leaf)
+
+
+def resolve(reference: Any, root: Schema) -> Schema | None:
+    """What a `$ref` points to inside `root`; None where that is nothing, or elsewhere."""
+    if not isinstance(reference, str) or not isinstance(root, Mapping):
+        return None
+    base, _, fragment = reference.partition("#")
+    if base and base != root.get("$id"):
+        return None
+    if fragment and not fragment.startswith("/"):
+        return _anchored(fragment, root)
+    found: Any = root
+    for part in unquote(fragment).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return None
+    return found if isinstance(found, Mapping | bool) else None
+
+
+def json_types(value: Any) -> frozenset[str]:
+    """The JSON Schema types of a JSON value."""
+    match value:
+        case None:
+            return frozenset(("null",))
+        case bool():
+            return frozenset(("boolean",))
+        case int():
+            return frozenset(("integer", "number"))
+        case float():
+            return frozenset(("integer", "number") if value.is_integer() else ("number",))
+        case str():
+            return frozenset(("string",))
+    return frozenset(("array",) if isinstance(value, list) else ("object",))
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two JSON values are the same: 1 and 1.0 are, 1 and true are not."""
+    if json_types(one) != json_types(other):
+        return False
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(item, other[key]) for key, item in one.items())
+    return bool(one == other)
+
+
+def read_json(text: str) -> tuple[bool, Any]:
+    """Whether `text` is JSON (NaN and Infinity are not), and its value."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        return True, json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False, None
+
+
+def _passes(schema: Schema, root: Schema, leaf: _Leaf) -> bool:
+    looks = 0
+
+    def passes(schema: Schema, inside: tuple[int, ...]) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks > MAX_LOOKS:
+            return True
+        if not isinstance(schema, Mapping):
+            return schema is not False
+        if id(schema) in inside:  # a reference that leads back here adds nothing
+            return False
+        inside = (*inside, id(schema))
+        for key in ("$ref", "$dynamicRef"):
+            if key in schema:
+                target = resolve(schema[key], root)
+                if target is not None and not passes(target, inside):
+                    return False
+        names = schema.get("type")
+        if names is not None and not leaf([names] if isinstance(names, str) else names, None):
+            return False
+        if "enum" in schema and not leaf(None, schema["enum"]):
+            return False
+        if "const" in schema and not leaf(None, [schema["const"]]):
+            return False
+        if not all(passes(part, inside) for part in schema.get("allOf", ())):
+            return False
+        for key in ("anyOf", "oneOf"):
+            if key in schema and not any(passes(part, inside) for part in schema[key]):
+                return False
+        return not (isinstance(schema.get("not"), Mapping) and set(schema["not"]) == {"type"}) or not passes(
+            schema["not"], inside
+        )
+
+    return passes(schema, ())
+
+
+def _anchored(name: str, root: Schema) -> Schema | None:
+    waiting, looks = [root], 0
+    while waiting and (looks := looks + 1) < MAX_LOOKS:
+        schema = waiting.pop()
+        if isinstance(schema, Mapping):
+            if name in (schema.get("$anchor"), schema.get("$dynamicAnchor")):
+                return schema
+            waiting += schema.values()
+        elif isinstance(schema, list):
+            waiting += schema
+    return None
