@@ -80,7 +80,7 @@ def evaluate(
         first = suite.cases[0].task
         async with await open_environment(first.environment.spec(), backend=backend_for(first, backend)):
             pass
-        async with embedded, embedded.open(tools=(), effort="none", sampling=run_.resolved_sampling):
+        async with embedded, embedded.open(tools=first.build_tools(), effort="none", sampling=drawn):
             await run_.execute()
 
     interrupted = False
