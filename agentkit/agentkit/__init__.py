@@ -9,93 +9,30 @@
 
     print(Agent("tiny", tools=[weather]).run_sync("What is the weather in Paris?").answer)
 
-Importing it imports no torch; `EmbeddedModel` brings the engine in when one is built.
+Nothing is imported until a name is used, so that the command line can install its signal handlers first. No name
+imports torch; `EmbeddedModel` does when one is built.
 """
 
-from agentkit.agent import DEFAULT_SYSTEM, Agent
-from agentkit.errors import (
-    AgentkitError,
-    ContextFullError,
-    TrajectoryCorruptError,
-    TrajectoryError,
-    TrajectoryFormatError,
-    TrajectoryWriteError,
-)
-from agentkit.events import (
-    CallFinished,
-    CallStarted,
-    Event,
-    LimitReached,
-    MessageAdded,
-    Outcome,
-    RunFinished,
-    TurnFinished,
-    TurnStarted,
-)
-from agentkit.limits import Limits, Parallelism
-from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
-from agentkit.model import (
-    CallMalformed,
-    CallReady,
-    Model,
-    ModelSession,
-    ReasoningDelta,
-    Segment,
-    TextDelta,
-    ThoughtCut,
-    Usage,
-)
-from agentkit.models.embedded import EmbeddedModel
-from agentkit.models.scripted import AssistantTurn, ScriptedModel
-from agentkit.result import RunResult
-from agentkit.trajectory import Header, Trajectory
-from agentkit_engine.sampling_params import SamplingParams
-from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, tool
+TYPE_CHECKING = False  # type checkers know the name; importing `typing` would take longer than all else here
+if TYPE_CHECKING:
+    from agentkit._public import *  # noqa: F403
+    from agentkit._public import __all__ as __all__
+else:
 
-__all__ = [
-    "DEFAULT_SYSTEM",
-    "Agent",
-    "AgentkitError",
-    "AssistantMessage",
-    "AssistantTurn",
-    "CallFinished",
-    "CallMalformed",
-    "CallReady",
-    "CallStarted",
-    "ContextFullError",
-    "EmbeddedModel",
-    "Event",
-    "Header",
-    "LimitReached",
-    "Limits",
-    "Message",
-    "MessageAdded",
-    "Model",
-    "ModelSession",
-    "Outcome",
-    "Parallelism",
-    "ReasoningDelta",
-    "RunFinished",
-    "RunResult",
-    "SamplingParams",
-    "ScriptedModel",
-    "Segment",
-    "SystemMessage",
-    "TextDelta",
-    "ThoughtCut",
-    "Tool",
-    "ToolCall",
-    "ToolContext",
-    "ToolMessage",
-    "ToolResult",
-    "Trajectory",
-    "TrajectoryCorruptError",
-    "TrajectoryError",
-    "TrajectoryFormatError",
-    "TrajectoryWriteError",
-    "TurnFinished",
-    "TurnStarted",
-    "Usage",
-    "UserMessage",
-    "tool",
-]
+    def __getattr__(name: str) -> object:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        _public = import_module("agentkit._public")
+        globals()["__all__"] = _public.__all__
+        globals().update({each: getattr(_public, each) for each in _public.__all__})
+        if name in globals():
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        from importlib import import_module
+
+        _public = import_module("agentkit._public")
+        return sorted({*globals(), *_public.__all__})

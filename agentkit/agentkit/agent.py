@@ -28,6 +28,7 @@ from agentkit.model import (
     TextDelta,
 )
 from agentkit.models.embedded import EmbeddedModel
+from agentkit.progress import shown_progress
 from agentkit.result import Continue, RunResult
 from agentkit.run import Run
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
@@ -138,16 +139,26 @@ class Agent:
         return await self._run(task, _unheard, environment=environment, path=trajectory, metadata=metadata)
 
     def run_sync(
-        self, task: str, *, trajectory: str | Path | None = None, metadata: dict[str, Any] | None = None
+        self,
+        task: str,
+        *,
+        trajectory: str | Path | None = None,
+        metadata: dict[str, Any] | None = None,
+        progress: bool | None = None,
     ) -> RunResult:
         """`run` for code that is not async, in a sandbox of its own.
+
+        A run that takes longer than a second keeps a line about itself on standard error, where that is a terminal or
+        `progress` is True.
 
         Raises:
             RunningLoopError: an event loop runs already, as in a notebook; there, `await agent.run(...)`.
         """
-        return run_blocking(
-            lambda: self.run(task, trajectory=trajectory, metadata=metadata), instead="await agent.run(...)"
-        )
+        with shown_progress(progress) as emit:
+            return run_blocking(
+                lambda: self._run(task, emit, environment=None, path=trajectory, metadata=metadata),
+                instead="await agent.run(...)",
+            )
 
     async def stream(
         self,
@@ -156,8 +167,12 @@ class Agent:
         environment: Environment | None = None,
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
+        history: Trajectory | None = None,
     ) -> AsyncGenerator[Event, None]:
         """`run`, giving out each event as it happens; the last one is `RunFinished`.
+
+        With `history` the run goes on from that record, in its file, as `RunResult.continue_` does; `environment` must
+        then be given, and `trajectory` and `metadata` must not.
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`.
         That cancels the run.
@@ -166,7 +181,14 @@ class Agent:
 
         async def drive() -> None:
             with send:
-                await self._run(task, send.send_nowait, environment=environment, path=trajectory, metadata=metadata)
+                await self._run(
+                    task,
+                    send.send_nowait,
+                    environment=environment,
+                    path=trajectory,
+                    metadata=metadata,
+                    history=history,
+                )
 
         with send, receive, _one_error():
             async with anyio.create_task_group() as task_group:

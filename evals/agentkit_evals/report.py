@@ -5,6 +5,8 @@ Nothing is fetched: styles, scripts and data stand in the file. What models and 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import shlex
@@ -28,10 +30,11 @@ from agentkit.events import (
     TurnFinished,
     TurnStarted,
 )
-from agentkit.messages import AssistantMessage
-from agentkit.model import CallMalformed, Segment, ThoughtCut
+from agentkit.messages import AssistantMessage, SystemMessage, UserMessage
+from agentkit.model import CallMalformed, Segment, ThoughtCut, Usage
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
+from agentkit_evals.expected import expected_of
 from agentkit_evals.record import RunDirectory, TrialRecord, scores_by_task
 from agentkit_evals.statistics import Estimate, PassRate, estimate, pass_at_k, pass_hat_k
 
@@ -71,11 +74,10 @@ def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
         views.append(view)
     ids = {i for view in views for turn in view["turns"] or () for _, chunk, _ in turn["segments"] for i in chunk}
     pieces = {i: decode([i]) for i in sorted(ids)} if decode else {}
-    viewer = files("agentkit_evals") / "viewer"
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((viewer / "report.html.j2").read_text(encoding="utf-8"))
     kinds = [_kind(trial) for trial in trials]
-    return template.render(
+    about = run.lock.model_dump(include={"name", "model", "seed", "epochs", "created", "agentkit"}, mode="json")
+    return _page(
+        "report.html.j2",
         lock=run.lock,
         complete=run.complete,
         trials=len(trials),
@@ -89,9 +91,91 @@ def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
         families=_family_rows(trials),
         charts=_charts(trials),
         command=shlex.join(run.lock.command),
+        data=_script_json({"trials": views, "pieces": pieces, "legend": LEGEND, "about": about}),
+    )
+
+
+def render_trajectory(trajectory: Trajectory, name: str, *, decode: Decode | None = None) -> str:
+    """One trajectory as HTML text, shown as a report shows those of its trials."""
+    turns, notes = _turns(trajectory, with_tokens=True)
+    ids = {i for turn in turns for _, chunk, _ in turn["segments"] for i in chunk}
+    said = [record.message for record in trajectory.records if isinstance(record, MessageAdded)]
+    outcome = trajectory.outcome
+    status = outcome.status if outcome else "cut off"
+    kind = {"submitted": "solved", "answered": "solved", "limit": "limit", "invalid_answer": "model"}.get(
+        status, "task"
+    )
+    view = {
+        "id": name,
+        "kind": kind,
+        "task": name,
+        "epoch": 0,
+        "family": None,
+        "phrasing": "",
+        "held_out": False,
+        "instruction": next((message.content for message in said if isinstance(message, UserMessage)), ""),
+        "system": next((message.content for message in said if isinstance(message, SystemMessage)), None),
+        "files": {},
+        "expected": None,
+        "verifier": None,
+        "status": status,
+        "reward": None,
+        "answer": outcome.answer if outcome else None,
+        "error": outcome.error if outcome else None,
+        "agent_s": outcome.usage.wall_time_s if outcome else max(trajectory.times_s, default=0.0),
+        "usage": asdict(outcome.usage if outcome else Usage()),
+        "turns": turns,
+        "notes": notes,
+    }
+    header = trajectory.header
+    data = {
+        "trials": [view],
+        "pieces": {i: decode([i]) for i in sorted(ids)} if decode else {},
+        "legend": {kind: status},
+        "about": {"name": name, "model": header.model, "created": header.created},
+    }
+    return _page("trajectory.html.j2", name=name, header=header, data=_script_json(data))
+
+
+def render_index(name: str, runs: Sequence[tuple[RunDirectory, str]], problems: Sequence[str] = ()) -> str:
+    """Runs as one table of HTML text, newest first; each comes with the address of its report."""
+    rows: list[dict[str, Any]] = []
+    for run, report in sorted(runs, key=lambda each: each[0].lock.created, reverse=True):
+        mean = estimate(scores_by_task(run.trials))
+        planned = len(run.lock.tasks) * run.lock.epochs
+        rows.append(
+            {
+                "run": run.path.name,
+                "report": report,
+                "created": run.lock.created,
+                "suite": run.lock.name,
+                "model": run.lock.model,
+                "mean": mean.mean if mean else None,
+                "score": str(mean) if mean else "–",
+                "solved": sum(trial.solved for trial in run.trials),
+                "trials": len(run.trials),
+                "tokens": sum(trial.usage.sampled_tokens for trial in run.trials),
+                "state": "complete" if run.complete else f"{len(run.trials)} of {planned} trials",
+            }
+        )
+    data = _script_json({"runs": rows, "about": {"name": f"runs-{name}"}})
+    return _page("index.html.j2", name=name, problems=problems, data=data)
+
+
+def _page(template: str, **values: Any) -> str:
+    """A page of the viewer. Its policy lets it load nothing and run no script but its own, whatever is shown in it."""
+    viewer = files("agentkit_evals") / "viewer"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    script = (viewer / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    sources = {"default": "'none'", "script": f"'sha256-{digest}'", "style": "'unsafe-inline'"}
+    policy = "; ".join(f"{kind}-src {allowed}" for kind, allowed in sources.items())
+    policy += "; base-uri 'none'; form-action 'none'"
+    return environment.from_string((viewer / template).read_text(encoding="utf-8")).render(
+        **values,
+        policy=policy,
         css=Markup((viewer / "report.css").read_text(encoding="utf-8")),
-        js=Markup((viewer / "report.js").read_text(encoding="utf-8")),
-        data=_script_json({"trials": views, "pieces": pieces, "legend": LEGEND}),
+        js=Markup(script),
     )
 
 
@@ -270,6 +354,7 @@ def _trial_view(run: RunDirectory, trial: TrialRecord, task: Task, fed: FedIds, 
         "system": task.system,
         "files": task.environment.files,
         "verifier": task.verifier.command if task.verifier else "",
+        "expected": expected_of(task),
         "turns": turns,
         "notes": notes,
         **trial.model_dump(

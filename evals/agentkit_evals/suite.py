@@ -9,7 +9,7 @@ A suite is a folder of task files, one task file, a suite file, or `synth`, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,19 +77,28 @@ class SuiteFile(Strict):
     synth: SynthSelection | None = None
 
 
-def load_suite(spec: str, *, seed: int = 0, limit: int | None = None) -> Suite:
+def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family: int | None = None) -> Suite:
     """The suite that `spec` names: a path, `synth`, or `synth:FAMILY,FAMILY`.
 
-    `seed` picks the generated tasks; `limit` keeps the first so many of the suite.
+    `seed` picks the generated tasks. `limit` keeps the first so many of a suite; of `synth` it is how many are
+    generated, from each family in turn. `per_family` is how many are generated of each family.
 
     Raises:
-        SuiteError: there is nothing to run, an id occurs twice, a task has no verifier, or a family is unknown.
+        SuiteError: there is nothing to run, an id occurs twice, a task has no verifier, a family is unknown, or
+            `per_family` is given for tasks that are not generated.
         TaskFileError: a file is wrong; with file and line.
     """
     head, _, names = spec.partition(":")
     path = Path(spec)
     if head == "synth" and not path.exists():
-        suite = synth_suite(SynthSelection(families=[name for name in names.split(",") if name]), seed=seed)
+        families = [name for name in names.split(",") if name]
+        if per_family is None and limit is not None:
+            per_family = -(-limit // len(families or FAMILIES))
+        suite = synth_suite(SynthSelection(families=families, per_family=per_family or 3), seed=seed)
+        if limit is not None and limit < len(suite.cases):
+            suite = Suite(suite.name, _in_turn(suite.cases, limit))
+    elif per_family is not None:
+        raise SuiteError(f"{spec} is not generated, so it has no number of tasks per family; use a limit")
     elif path.is_dir():
         suite = Suite(path.resolve().name, tuple(_folder(path)))
     elif path.is_file() and _is_suite_file(path):
@@ -116,6 +125,16 @@ def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
     return Suite("synth", tuple(cases))
 
 
+def _in_turn(cases: Sequence[Case], limit: int) -> tuple[Case, ...]:
+    """So many cases, from each family in turn, in the order of the suite."""
+    rank: dict[str, int] = {}
+    order: list[tuple[int, int]] = []
+    for place, case in enumerate(cases):
+        rank[case.family] = rank.get(case.family, 0) + 1
+        order.append((rank[case.family], place))
+    return tuple(cases[place] for place in sorted(place for _, place in sorted(order)[:limit]))
+
+
 def _suite_file(path: Path, seed: int) -> Suite:
     content = load_yaml(path, SuiteFile)
     name = content.name or path.stem
@@ -129,8 +148,13 @@ def _suite_file(path: Path, seed: int) -> Suite:
 
 
 def _folder(path: Path) -> Iterable[Case]:
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".yaml", ".yml") and not _is_suite_file(file))
-    return [_case(load_task(file), path.resolve().name) for file in files]
+    return [_case(load_task(file), path.resolve().name) for file in task_files(path)]
+
+
+def task_files(folder: Path) -> list[Path]:
+    """The task files in a folder and below it, by name: every YAML file but suite files."""
+    files = (file for file in folder.rglob("*") if file.suffix in (".yaml", ".yml"))
+    return sorted(file for file in files if not _is_suite_file(file))
 
 
 def _case(task: Task, family: str) -> Case:

@@ -67,13 +67,14 @@ def suite(tmp_path: Path) -> Path:
     return folder
 
 
-def agentkit(*arguments: str | Path, code: int = 0) -> typer.testing.Result:
+def agentkit(*arguments: str | Path, code: int | None = 0) -> typer.testing.Result:
+    """Run a command that ends with `code`; None means either way in which an untrained model may end."""
     result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
+    assert result.exit_code in ((0, 1) if code is None else (code,)), result.output
     return result
 
 
-def as_json(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
+def as_json(*arguments: str | Path, code: int | None = 0) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(agentkit(*arguments, "--json", code=code).stdout)
     return found
 
@@ -116,7 +117,7 @@ def test_sampling_is_the_models_own_unless_told_otherwise(suite: Path, untrained
         lock = RunDirectory.open(as_json("eval", suite, "--limit", "1", *options, *more)["run"]).lock
         assert (lock.sampling.temperature, lock.sampling.top_p) == (expected, 0.5)
         record = tmp_path / f"{expected}.jsonl"
-        as_json("run", suite / "first.yaml", "--trajectory", record, "--seed", "3", *options, *more)
+        as_json("run", suite / "first.yaml", "--trajectory", record, "--seed", "3", *options, *more, code=None)
         assert Trajectory.load(record).header.sampling == SamplingParams(expected, 0.5, seed=3)
 
 
@@ -126,16 +127,16 @@ def test_a_grammar_is_on_when_asked_for(
     options = (suite, "--limit", "1", "-m", untrained, "--env", "unsafe-local")
     assert RunDirectory.open(as_json("eval", *options)["run"]).lock.sampling.grammar == "auto"
     assert RunDirectory.open(as_json("eval", *options, "--no-grammar")["run"]).lock.sampling.grammar is False
-    run = RunDirectory.open(as_json("eval", *options, "--grammar")["run"])
+    run = RunDirectory.open(as_json("eval", *options, "--grammar", "on")["run"])
     trajectory = run.trajectory(run.trials[0])
     assert run.lock.sampling.grammar is True and trajectory is not None
     assert trajectory.header.sampling.grammar is True and trajectory.header.grammar_off is None
     record = tmp_path / "run.jsonl"
-    as_json("run", suite / "first.yaml", *options[3:], "--grammar", "--trajectory", record)
+    as_json("run", suite / "first.yaml", *options[3:], "--grammar", "on", "--trajectory", record, code=None)
     assert Trajectory.load(record).header.sampling.grammar is True
     monkeypatch.setitem(sys.modules, "llguidance", None)
     for command in (("eval", *options), ("run", suite / "first.yaml", *options[3:])):
-        assert "pip install" in agentkit(*command, "--grammar", code=2).output
+        assert "pip install" in agentkit(*command, "--grammar", "on", code=2).output
 
 
 def test_an_answer_has_the_schema_that_is_given(suite: Path, untrained: Path, tmp_path: Path) -> None:
@@ -211,7 +212,6 @@ def test_a_verifier_that_cannot_start_is_infrastructure(suite: Path, untrained: 
             'unknown-tool.yaml:4: tools.0: unknown tool "bsh"; built in: bash, read_file',
         ),
         (["view", "suite"], 2, "suite is not a run: it has no run.json"),
-        (["check", "no-solution.yaml"], 2, "task x has no solution; add `solution: {command: ...}` to check it"),
         (["eval", "suite", "-k", "0"], 2, "Invalid value for '--epochs'"),
         (["run", "suite"], 2, "suite is no task file: `agentkit eval suite` runs every task in a folder"),
         (["run", "suite/"], 2, "suite/ is no task file"),
@@ -255,11 +255,12 @@ def test_no_sandbox_possible(suite: Path, untrained: Path, monkeypatch: pytest.M
 
 
 def test_run_on_a_task_file(suite: Path, untrained: Path) -> None:
-    found = as_json("run", suite / "first.yaml", "-m", untrained, "--env", "unsafe-local", "--trajectory", "t.jsonl")
+    options = ("-m", untrained, "--env", "unsafe-local", "--max-tokens", "1")
+    found = as_json("run", suite / "first.yaml", *options, "--trajectory", "t.jsonl", code=1)
     assert (found["reward"], found["backend"], found["trajectory"]) == (1.0, "unsafe-local", "t.jsonl")
-    assert found["usage"]["sampled_tokens"] <= 12 and Path("t.jsonl").stat().st_size > 0
-    shown = agentkit("run", suite / "first.yaml", "-m", untrained, "--env", "unsafe-local").stdout
-    assert "turn 1" in shown and "reward   1" in shown and "in a unsafe-local sandbox" in shown
+    assert found["usage"]["sampled_tokens"] == 1 and Path("t.jsonl").stat().st_size > 0
+    shown = agentkit("run", suite / "first.yaml", *options, code=1).stdout
+    assert "turn 1" in shown and "reward    1" in shown and "in a unsafe-local sandbox" in shown
 
 
 def test_check_probes_tasks(suite: Path) -> None:
@@ -324,8 +325,8 @@ def test_run_in_words_on_a_copy_of_the_users_folder(untrained: Path, tmp_path: P
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "a.txt").write_text("as it was\n")
-    said = ("run", "Say hi.", "--workdir", mine, "-m", untrained, "--max-tokens", "8")
-    found = as_json(*said, "--env", env, "--apply")
+    said = ("run", "Say hi.", "--workdir", mine, "-m", untrained, "--max-tokens", "1")
+    found = as_json(*said, "--env", env, "--apply", code=1)
     assert (found["changes"], found["applied"], found["refused"]) == ([], False, [])
     assert (mine / "a.txt").read_text() == "as it was\n"
 
@@ -360,7 +361,7 @@ def test_the_diff_of_a_job_and_what_the_user_sees(tmp_path: Path, tokenizer: Tok
 def test_live_progress_shows_any_name_as_it_is() -> None:
     shown = io.StringIO()
     console = Console(file=shown, width=200, force_terminal=True, color_system=None)
-    with LiveProgress(console, 1) as listener:
+    with LiveProgress(console, 1, {}) as listener:
         listener(TrialStarted("t.0"))
         listener(TrialActed("t.0", 1, "[/nonsense] \033]0;title\007"))
         listener.progress.refresh()

@@ -1,10 +1,38 @@
 """The `agentkit` command: each module holds one command, which parses, builds objects and calls one function.
 
-Nothing heavy is imported here or at the top of a command's module, so `agentkit --help` starts without torch.
+Signal handlers are installed before anything else is imported. No command's module imports anything heavy at its top,
+so `agentkit --help` starts without torch.
 """
 
 from __future__ import annotations
 
-from agentkit.cli.app import app, main
+import sys
 
-__all__ = ["app", "main"]
+from agentkit.cli import signals
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agentkit.cli.commands import app as app
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "app":
+            from agentkit.cli.commands import app
+
+            return app
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main() -> None:
+    """The entry point of the `agentkit` script."""
+    signals.install()
+    from agentkit.cli.commands import app
+    from agentkit.cli.ending import leave
+    from agentkit.cli.terminal import prepare_streams, show_traceback
+
+    sys.excepthook = show_traceback
+    prepare_streams()
+    try:
+        app(prog_name="agentkit")
+    except SystemExit as ending:
+        leave(ending.code)

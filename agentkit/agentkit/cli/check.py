@@ -3,41 +3,74 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
 
-import anyio
 import typer
 
-from agentkit.cli.ending import ExitCode
-from agentkit.cli.options import EnvFlag, JsonFlag
+from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.options import EnvFlag, JsonFlag, SuiteArgument, refuse_foreign_suite
 from agentkit.cli.terminal import visible
 
 
-def command(
-    suite: Annotated[
-        str, typer.Argument(help="A folder of tasks, a suite or task file, `synth`, or `synth:FAMILY,FAMILY`.")
-    ],
-    env: EnvFlag = None,
-    as_json: JsonFlag = False,
-) -> ExitCode:
-    """Probe tasks: their solution scores 1, doing nothing 0, a forged reward nothing. Exits with 1 when one fails."""
-    from agentkit_evals.selfcheck import selfcheck
-    from agentkit_evals.suite import load_suite
+def command(suite: SuiteArgument, env: EnvFlag = None, as_json: JsonFlag = False) -> ExitCode:
+    """Probe tasks: their solution scores 1, doing nothing 0, a forged reward nothing.
 
+    Every file of a folder is read, and every problem is reported. Exits with 1 when a task is not sound, with 2 when a
+    file cannot be read as a task.
+    """
+    from agentkit.errors import AgentkitError, TaskFileError
+    from agentkit_environments import SandboxUnavailableError
+    from agentkit_evals.errors import EvalError, SuiteError
+    from agentkit_evals.selfcheck import selfcheck
+    from agentkit_evals.suite import Case, load_suite, task_files
+
+    refuse_foreign_suite(suite)
     problems: dict[str, list[str]] = {}
 
-    async def probe_all() -> None:
-        for case in load_suite(suite).cases:
-            checked = await selfcheck(case.task, backend=env.value if env else None)
-            problems[case.task.id] = checked.problems
-            if not as_json:
-                typer.echo(f"{'✗' if checked.problems else '✓'} {visible(case.task.id)}")
-                for problem in checked.problems:
-                    typer.echo(f"    {visible(problem)}")
+    def report(name: str, found: list[str]) -> None:
+        problems.setdefault(name, []).extend(found)
+        if not as_json:
+            typer.echo(f"{'✗' if found else '✓'} {visible(name)}")
+            for problem in found:
+                typer.echo("    " + visible(problem).replace("\n", "\n    "))
 
-    anyio.run(probe_all)
+    cases: list[Case] = []
+    ids: dict[str, str] = {}
+    unreadable = 0
+    for source in task_files(Path(suite)) if Path(suite).is_dir() else [suite]:
+        try:
+            loaded = load_suite(str(source)).cases
+        except (TaskFileError, SuiteError) as exc:
+            if source == suite and not Path(suite).exists():
+                raise
+            unreadable += 1
+            report(str(source), str(exc).splitlines())
+            continue
+        for case in loaded:
+            if (other := ids.setdefault(case.task.id, str(source))) != str(source):
+                unreadable += 1
+                report(str(source), [f"the id {case.task.id!r} is also that of {other}; ids must differ"])
+            else:
+                cases.append(case)
+
+    async def probe_all() -> None:
+        for case in cases:
+            try:
+                found = (await selfcheck(case.task, backend=env.value if env else None)).problems
+            except SandboxUnavailableError:
+                raise
+            except (AgentkitError, EvalError) as exc:
+                found = [str(exc)]
+            report(case.task.id, found)
+
+    if cases:
+        run(probe_all)
+    elif not unreadable:
+        raise SuiteError(f"{suite} has no tasks; a task is a .yaml file")
     failed = sum(bool(found) for found in problems.values())
     typer.echo(
         json.dumps(problems, indent=2) if as_json else f"{len(problems) - failed}/{len(problems)} tasks are sound"
     )
-    return ExitCode.BELOW_THRESHOLD if failed else ExitCode.OK
+    if unreadable:
+        return ExitCode.USAGE
+    return ExitCode.UNSOLVED if failed else ExitCode.OK

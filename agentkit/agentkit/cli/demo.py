@@ -3,66 +3,128 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentkit.cli.ending import ExitCode
+from agentkit.cli.ending import run
+from agentkit.cli.model import load_model
 from agentkit.cli.options import (
+    DeviceFlag,
     Env,
+    GrammarFlag,
     JsonFlag,
+    MinPFlag,
     ModelFlag,
+    NoApiFlag,
+    NoGrammarFlag,
     OutFlag,
+    SamplingFlags,
     SeedFlag,
     TemperatureFlag,
+    TopKFlag,
+    TopPFlag,
     run_directory,
     seed_or_random,
 )
+from agentkit.cli.terminal import console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agentkit.models.embedded import EmbeddedModel
+    from agentkit_evals.suite import Case, Suite
+    from agentkit_evals.verify import Backend
+
+SHOWN_FIRST = ("bugfix", "config", "rename")
+"""Families whose agents run commands and change files, so that one trajectory shows all there is to see."""
 
 
 def command(
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    min_p: MinPFlag = None,
+    grammar: GrammarFlag = None,
+    no_grammar: NoGrammarFlag = False,
     tasks_per_family: Annotated[int, typer.Option(min=1, help="Held-out tasks of each family.")] = 3,
     model: ModelFlag = "tiny",
+    device: DeviceFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Trials at the same time.")] = 4,
     env: Annotated[Env, typer.Option(help="The backend: where commands run.")] = Env.PROCESS,
     out: OutFlag = None,
     as_json: JsonFlag = False,
-) -> ExitCode:
-    """Let the tiny model solve held-out tasks of every family in sandboxes; the last line is `solved N/M`."""
-    from rich.console import Console
+    no_api: NoApiFlag = None,
+) -> int:
+    """Let the tiny model solve held-out tasks of every family in sandboxes, the first one live.
 
+    The last line is `solved N/M`.
+    """
     from agentkit.cli import evaluation
     from agentkit.cli.progress import result_table
     from agentkit_evals.suite import SynthSelection, synth_suite
 
+    flags = SamplingFlags.of(grammar, no_grammar, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     chosen = seed_or_random(seed)
     suite = synth_suite(SynthSelection(per_family=tasks_per_family), seed=chosen)
-    console = Console(stderr=as_json, quiet=as_json)
-    console.print(
+    terminal = console(quiet=as_json)
+    terminal.print(
         f"{len(suite.cases)} held-out tasks of {len({case.family for case in suite.cases})} families, "
-        f"model {model}, seed {chosen}, {env.value} sandboxes. The model writes every token.\n"
+        f"model {model}, seed {chosen}, {env.value} sandboxes. The model writes every token.",
+        soft_wrap=True,
     )
+    embedded = load_model(model, device=device, cache_dir=None)
+    if not as_json:
+        show_one(_first(suite), embedded, seed=chosen, sampling=flags.changes(), backend=env.value, console=terminal)
+    terminal.print(f"\n[bold]All {len(suite.cases)} tasks, {concurrency} at a time[/]\n")
     finished = evaluation.evaluate(
         suite,
-        model=model,
-        directory=run_directory(out, f"demo-{model}"),
+        embedded,
+        directory=run_directory(out, f"demo-{embedded.name}"),
         epochs=1,
         concurrency=concurrency,
         backend=env.value,
         seed=chosen,
-        temperature=temperature,
-        grammar=False,  # the headline solve rates are those of the model alone
-        console=console,
+        sampling=flags.changes(),
+        console=terminal,
     )
     result = evaluation.as_json(finished)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     else:
-        console.print()
-        console.print(result_table(finished.run))
+        terminal.print()
+        terminal.print(result_table(finished.run))
         typer.echo(f"\nforced ids  {result['usage']['forced_tokens']}")
         typer.echo(f"report      {finished.report.resolve().as_uri()}")
         typer.echo(f"solved {result['solved']}/{result['trials']}")
     return evaluation.ending(finished)
+
+
+def _first(suite: Suite) -> Case:
+    ranks = {family: rank for rank, family in enumerate(SHOWN_FIRST)}
+    return min(suite.cases, key=lambda case: ranks.get(case.family, len(ranks)))
+
+
+def show_one(
+    case: Case, embedded: EmbeddedModel, *, seed: int, sampling: dict[str, Any], backend: Backend, console: Console
+) -> None:
+    """Run one task with everything shown: the task, thoughts, calls, results, the diff and the verdict.
+
+    It samples with the seed of the same trial in the evaluation, so that this is the trajectory of its report.
+
+    Raises:
+        SandboxError, TaskSetupError, VerifierError, EngineError: as `Job.run`.
+    """
+    from agentkit.cli.run import Job, print_diff, print_end, say
+    from agentkit_evals.run import agent_for, trial_seed
+
+    task = case.task
+    drawn = embedded.sampling.override(**sampling, seed=trial_seed(seed, f"{task.id}.0"))
+    say(console, f"\nOne of them, live: {task.id}", "bold")
+    say(console, f"\ntask      {task.instruction}")
+    if task.environment.files:
+        say(console, f"files     {', '.join(task.environment.files)}", "dim")
+    done = run(Job(task, agent_for(task, embedded, drawn), backend, None, None, console).run)
+    print_diff(console, done.changes)
+    print_end(console, task, done)

@@ -6,22 +6,28 @@ import importlib.util
 import json
 import os
 import platform
-from importlib.metadata import version
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
-import anyio
 import typer
 
-from agentkit.cli.ending import ExitCode
-from agentkit.cli.options import JsonFlag
+from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.options import JsonFlag, packaged_models
+from agentkit.cli.terminal import console, visible
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def command(
     reap: Annotated[bool, typer.Option("--reap", help="Also remove sandboxes that dead runs left behind.")] = False,
     as_json: JsonFlag = False,
 ) -> ExitCode:
-    """Say what this machine can do: sandboxes with reasons, Python, torch, models. Exits with 3 without a sandbox."""
+    """Say what this machine can do: sandboxes, kernels, libraries, models. Exits with 3 without a sandbox."""
     import agentkit_environments
+    from agentkit_environments.process import LAUNCHERS, launcher_failure
     from agentkit_evals.record import agentkit_version
 
     backends = agentkit_environments.available_backends()
@@ -32,12 +38,18 @@ def command(
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "torch": _torch(),
-        "triton": version("triton") if importlib.util.find_spec("triton") else None,
+        "kernels": _kernels(),
+        "llguidance": _version("llguidance"),
+        "numba": _version("numba"),
+        "triton": _version("triton"),
+        "ripgrep": _program("rg"),
         "backends": backends,
-        "models": _models(),
+        "launchers": {name: launcher_failure(name) for name in LAUNCHERS},
+        "cgroup": _cgroup(),
+        "models": {name: _missing(name) for name in packaged_models()},
     }
     if reap:
-        found["reaped"] = anyio.run(agentkit_environments.reap)
+        found["reaped"] = run(agentkit_environments.reap)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -54,30 +66,95 @@ def _torch() -> dict[str, Any] | None:
     return {"version": torch.__version__, "threads": torch.get_num_threads(), "gpus": devices}
 
 
-def _models() -> dict[str, str | None]:
-    """The packaged models: None where one is whole, else what is missing."""
-    from agentkit_engine.engine import PACKAGED_MODELS
+def _kernels() -> str:
+    """What a forward on the CPU uses: "compiled", "not compiled yet", or why there are no kernels."""
+    try:
+        from agentkit_kernels.compiled import is_compiled
+    except ImportError as exc:
+        return f"none: {exc}"
+    return "compiled" if is_compiled() else "not compiled yet"
 
-    needed = ("config.json", "tokenizer.json")
-    missing = {name: [f for f in needed if not (folder / f).is_file()] for name, folder in PACKAGED_MODELS.items()}
-    return {name: f"{', '.join(files)} missing" if files else None for name, files in missing.items()}
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _program(name: str) -> str | None:
+    """The first line of `name --version`; None where there is no such program."""
+    if shutil.which(name) is None:
+        return None
+    try:
+        said = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return f"does not answer: {exc}"
+    return said.partition("\n")[0].strip() or "no version"
+
+
+def _cgroup() -> str | None:
+    """Which cgroup hierarchy bounds memory here, and whether this user may write to it; None where there is none."""
+    for name, folder in (("v2", CGROUPS), ("v1", CGROUPS / "memory")):
+        if (folder / ("cgroup.controllers" if name == "v2" else "memory.limit_in_bytes")).is_file():
+            return f"{name}, {'writable' if os.access(folder, os.W_OK) else 'read-only'}"
+    return None
+
+
+def _missing(model: str) -> str | None:
+    """What a packaged model lacks; None where it is whole."""
+    engine = importlib.util.find_spec("agentkit_engine")
+    places = engine.submodule_search_locations if engine else None
+    for place in places or ():
+        folder = Path(place, model)
+        lacking = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+        lacking += [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+        return f"{', '.join(lacking)} missing" if lacking else None
+    return "agentkit_engine is missing"
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
-    console.print(f"[bold]agentkit {found['agentkit']}[/]  Python {found['python']}, {found['platform']}")
+    terminal = console()
+
+    def line(name: str, fine: bool | None, said: str) -> None:
+        mark = {True: ("✓ ", "green"), False: ("✗ ", "red"), None: ("– ", "dim")}[fine]
+        terminal.print(Text.assemble("  ", mark, name, (f"  {visible(said)}" if said else "", "dim")), soft_wrap=True)
+
+    def title(text: str) -> None:
+        terminal.print(f"\n[bold]{text}[/]")
+
+    terminal.print(
+        f"[bold]agentkit {found['agentkit']}[/]  Python {found['python']}, {found['platform']}", soft_wrap=True
+    )
+    title("engine")
     torch = found["torch"]
     gpus = ", ".join(torch["gpus"]) or "no GPU" if torch else ""
-    console.print(f"torch {torch['version']}, {torch['threads']} threads, {gpus}" if torch else "[red]torch missing[/]")
-    triton = f"triton {found['triton']}" if found["triton"] else "no triton"
-    console.print(f"{triton}; the engine runs on plain torch and has no kernels of its own yet")
-    for title, things in (("sandboxes", found["backends"]), ("models", found["models"])):
-        console.print(f"\n[bold]{title}[/]")
-        for name, reason in things.items():
-            mark = ("✓ ", "green") if reason is None else ("✗ ", "red")
-            console.print(Text.assemble("  ", mark, name, ("" if reason is None else f"  {reason}", "dim")))
+    line("torch", bool(torch), f"{torch['version']}, {torch['threads']} threads, {gpus}" if torch else "missing")
+    kernels = found["kernels"]
+    note = {
+        "compiled": "compiled for this CPU",
+        "not compiled yet": "not compiled for this CPU yet; the first run does it",
+    }
+    line("CPU kernels", not kernels.startswith("none"), note.get(kernels, f"{kernels}; forwards run on plain torch"))
+    line("GPU kernels", None, "none written yet; on a GPU forwards run on plain torch")
+    line(
+        "llguidance",
+        bool(found["llguidance"]),
+        found["llguidance"] or "missing, so no grammars: pip install llguidance",
+    )
+    title("sandboxes")
+    for name, reason in found["backends"].items():
+        line(name, reason is None, reason or ("no isolation; only when asked for" if name == "unsafe-local" else ""))
+    for name, reason in found["launchers"].items():
+        line(f"process, by {name}", True if reason is None else None, reason or "")
+    cgroup = found["cgroup"]
+    line("cgroup", True if cgroup else None, cgroup or "none")
+    title("tools")
+    line("ripgrep", True if found["ripgrep"] else None, found["ripgrep"] or "not here; `search` then uses Python")
+    title("models")
+    for name, missing in found["models"].items():
+        line(name, missing is None, missing or "")
     if "reaped" in found:
-        console.print(f"\nremoved {found['reaped']} orphaned sandboxes")
+        terminal.print(f"\nremoved {found['reaped']} orphaned sandboxes")

@@ -7,66 +7,104 @@ from typing import Annotated
 
 import typer
 
-from agentkit.cli.ending import ExitCode
+from agentkit.cli.model import load_model
 from agentkit.cli.options import (
     CacheFlag,
+    DeviceFlag,
     EnvFlag,
     GrammarFlag,
     JsonFlag,
+    MinPFlag,
     ModelFlag,
+    NoApiFlag,
+    NoGrammarFlag,
     OutFlag,
+    PenaltyFlag,
+    SamplingFlags,
     SeedFlag,
+    SuiteArgument,
     TemperatureFlag,
+    TopKFlag,
+    TopPFlag,
+    refuse_foreign_suite,
     run_directory,
     seed_or_random,
 )
+from agentkit.cli.terminal import console
 
 
 def command(
-    suite: Annotated[
-        str, typer.Argument(help="A folder of tasks, a suite or task file, `synth`, or `synth:FAMILY,FAMILY`.")
-    ],
+    suite: SuiteArgument,
     model: ModelFlag = "tiny",
+    device: DeviceFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Trials at the same time.")] = 4,
     epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, help="How often each task is run.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many tasks.")] = None,
+    tasks_per_family: Annotated[
+        int | None, typer.Option(min=1, help="Generated tasks of each family; of `synth` only. By default 3.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Only the first so many tasks. Of `synth`, this many in all, from each family in turn.",
+        ),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Exit with 1 when the mean reward is below.")
     ] = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    min_p: MinPFlag = None,
+    repetition_penalty: PenaltyFlag = None,
     grammar: GrammarFlag = None,
+    no_grammar: NoGrammarFlag = False,
     env: EnvFlag = None,
     out: OutFlag = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
-) -> ExitCode:
-    """Run a suite of tasks, each in a sandbox of its own, and write a report."""
-    from rich.console import Console
+    no_api: NoApiFlag = None,
+) -> int:
+    """Run a suite of tasks, each in a sandbox of its own, and write a report.
 
+    Exits with 0 when it ran (and met --threshold), 1 below --threshold, 3 when a trial could not be scored.
+    """
     from agentkit.cli import evaluation
     from agentkit.cli.progress import result_table
     from agentkit_evals.suite import load_suite
 
+    flags = SamplingFlags.of(
+        grammar,
+        no_grammar,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    refuse_foreign_suite(suite)
     chosen = seed_or_random(seed)
-    loaded = load_suite(suite, seed=chosen, limit=limit)
-    console = Console(stderr=as_json, quiet=as_json)
+    loaded = load_suite(suite, seed=chosen, limit=limit, per_family=tasks_per_family)
+    if limit is not None and len(loaded.cases) < limit:
+        typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
+    directory = run_directory(out, f"{loaded.name}-{model}")
+    terminal = console(quiet=as_json)
+    embedded = load_model(model, device=device, cache_dir=cache_dir)
     finished = evaluation.evaluate(
         loaded,
-        model=model,
-        directory=run_directory(out, f"{loaded.name}-{model}"),
+        embedded,
+        directory=directory,
         epochs=epochs,
         concurrency=concurrency,
         backend=env.value if env else None,
         seed=chosen,
-        temperature=temperature,
-        grammar=grammar,
-        cache_dir=cache_dir,
-        console=console,
+        sampling=flags.changes(),
+        console=terminal,
     )
     if as_json:
         typer.echo(json.dumps(evaluation.as_json(finished), indent=2))
-    else:
-        console.print(result_table(finished.run))
+    elif finished.run.trials or not finished.interrupted:
+        terminal.print(result_table(finished.run))
         typer.echo(f"\nrun     {finished.run.path}\nreport  {finished.report}")
     return evaluation.ending(finished, threshold)

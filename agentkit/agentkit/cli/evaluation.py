@@ -6,13 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import anyio
+import typer
 from rich.console import Console
 
-from agentkit.cli.ending import ExitCode
+from agentkit.cli import signals
+from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.progress import LiveProgress
 
 if TYPE_CHECKING:
+    from agentkit.models.embedded import EmbeddedModel
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.suite import Suite
     from agentkit_evals.verify import Backend
@@ -29,34 +31,40 @@ class Finished:
 
 def evaluate(
     suite: Suite,
+    embedded: EmbeddedModel,
     *,
-    model: str,
     directory: Path,
     epochs: int,
     concurrency: int,
     backend: Backend | None,
     seed: int,
-    temperature: float | None,
+    sampling: dict[str, Any],
     console: Console,
-    cache_dir: Path | None = None,
-    grammar: bool | None = None,
 ) -> Finished:
     """Run a suite on an embedded model with live progress on `console`, and write the report, after Ctrl-C too.
 
+    `sampling` has what differs from the model's own sampling.
+
     Raises:
-        EngineError: the model cannot be loaded, or a grammar is asked for and the library for it is missing.
+        EngineError: a grammar is asked for and cannot be built.
         SandboxUnavailableError: the first task's sandbox cannot be opened, so the machine lacks what the suite needs.
         RunDirectoryError: the directory exists already.
+        KeyboardInterrupt: a signal came before the run began.
     """
-    from agentkit.models.embedded import EmbeddedModel
     from agentkit_environments import open_environment
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.report import write_report
     from agentkit_evals.run import EvalRun
     from agentkit_evals.verify import backend_for
 
-    embedded = EmbeddedModel(model, cache_dir=cache_dir)
-    run = EvalRun(
+    drawn = embedded.sampling.override(**sampling)
+    if epochs > 1 and drawn.temperature == 0:
+        typer.echo(
+            f"Warning: at temperature 0 all {epochs} epochs of a task are the same, so `-k {epochs}` measures nothing "
+            "more. Raise --temperature, or leave out -k.",
+            err=True,
+        )
+    run_ = EvalRun(
         suite,
         embedded,
         directory,
@@ -65,51 +73,56 @@ def evaluate(
         concurrency=concurrency,
         backend=backend,
         seed=seed,
-        sampling=embedded.sampling.override(temperature=temperature, grammar=grammar),
+        sampling=drawn,
     )
 
     async def execute() -> None:
         first = suite.cases[0].task
         async with await open_environment(first.environment.spec(), backend=backend_for(first, backend)):
             pass
-        async with embedded, embedded.open(tools=(), effort="none", sampling=run.resolved_sampling):
-            await run.execute()
+        async with embedded, embedded.open(tools=first.build_tools(), effort="none", sampling=drawn):
+            await run_.execute()
 
     interrupted = False
-    with LiveProgress(console, len(suite.cases) * epochs) as run.listener:
+    tasks = {case.task.id: case.task for case in suite.cases}
+    with LiveProgress(console, len(suite.cases) * epochs, tasks) as run_.listener:
         try:
-            anyio.run(execute)
+            run(execute)
         except KeyboardInterrupt:
             if not (directory / "run.json").exists():
                 raise
             interrupted = True
     finished = RunDirectory.open(directory)
-    return Finished(finished, write_report(finished, decode=embedded.tokenizer.decode), interrupted)
+    report = write_report(finished, decode=embedded.tokenizer.decode)
+    if interrupted:
+        planned = len(suite.cases) * epochs
+        typer.echo(f"interrupted {len(finished.trials)} of {planned} trials", err=True)
+    return Finished(finished, report, interrupted)
 
 
-def ending(finished: Finished, threshold: float | None = None) -> ExitCode:
+def ending(finished: Finished, threshold: float | None = None) -> int:
     """The exit code of a run: interrupted, not all scored, below the threshold, or fine, in this order."""
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 
     if finished.interrupted:
-        return ExitCode.INTERRUPTED
+        return signals.status()
     if any(trial.reward is None for trial in finished.run.trials):
         return ExitCode.INFRASTRUCTURE
     mean = estimate(scores_by_task(finished.run.trials))
     below = threshold is not None and (not mean or mean.mean < threshold - 1e-6)
-    return ExitCode.BELOW_THRESHOLD if below else ExitCode.OK
+    return ExitCode.UNSOLVED if below else ExitCode.OK
 
 
 def as_json(finished: Finished) -> dict[str, Any]:
     """The result of a run for machines: scores, per family and in all, and where everything is."""
     from agentkit_evals.statistics import estimate, pass_at_k, pass_hat_k
 
-    run, k = finished.run, finished.run.lock.epochs
+    ran, k = finished.run, finished.run.lock.epochs
 
     def scores(family: str | None) -> dict[str, Any]:
-        trials = [trial for trial in run.trials if family in (None, trial.family)]
-        by_task = run.scores(family)
+        trials = [trial for trial in ran.trials if family in (None, trial.family)]
+        by_task = ran.scores(family)
         mean = estimate(by_task)
         at, hat = pass_at_k(by_task, k), pass_hat_k(by_task, k)
         return {
@@ -130,18 +143,18 @@ def as_json(finished: Finished) -> dict[str, Any]:
         *("sampled_tokens", "thinking_tokens", "forced_tokens"),
     )
     return {
-        "suite": run.lock.name,
-        "model": run.lock.model,
-        "seed": run.lock.seed,
+        "suite": ran.lock.name,
+        "model": ran.lock.model,
+        "seed": ran.lock.seed,
         "interrupted": finished.interrupted,
         **scores(None),
-        "families": {family: scores(family) for family in sorted({trial.family for trial in run.trials})},
+        "families": {family: scores(family) for family in sorted({trial.family for trial in ran.trials})},
         "failures": {
-            kind: sum(trial.failure == kind for trial in run.trials)
+            kind: sum(trial.failure == kind for trial in ran.trials)
             for kind in ("model", "limit", "task", "infrastructure")
         },
-        "backends": sorted({trial.backend for trial in run.trials if trial.backend}),
-        "usage": {kind: sum(getattr(trial.usage, kind) for trial in run.trials) for kind in kinds},
-        "run": str(run.path),
+        "backends": sorted({trial.backend for trial in ran.trials if trial.backend}),
+        "usage": {kind: sum(getattr(trial.usage, kind) for trial in ran.trials) for kind in kinds},
+        "run": str(ran.path),
         "report": str(finished.report),
     }

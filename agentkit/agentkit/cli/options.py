@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +25,74 @@ class Env(StrEnum):
     UNSAFE_LOCAL = "unsafe-local"
 
 
-ModelFlag = Annotated[str, typer.Option("--model", "-m", help="`tiny`, or a folder in the official DeepSeek layout.")]
+class GrammarChoice(StrEnum):
+    """When calls are held to the schemas of their tools."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+API_NAMES = re.compile(
+    r"(gpt|chatgpt|o\d|claude|gemini|mistral|grok|command|deepseek-(chat|reasoner|coder|v\d))\b.*", re.I
+)
+"""Models that a person may expect to be reached through an API."""
+
+
+def _model(name: str) -> str:
+    """Check a model's name before anything heavy is imported. Raises BadParameter with what exists instead."""
+    packaged = packaged_models()
+    if name in packaged or Path(name).is_dir():
+        return name
+    if Path(name).exists():
+        why = f"{name} is a file; give the folder that holds config.json and the safetensors files"
+    elif ":" in name or API_NAMES.fullmatch(name):
+        why = (
+            "agentkit runs models in its own process and talks to no API. Models behind one (OpenAI, Anthropic, "
+            "DeepSeek, vLLM) are not supported yet"
+        )
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        why = (
+            "it is no folder here, and agentkit downloads nothing: download the checkpoint (config.json, "
+            "tokenizer.json, *.safetensors in the official DeepSeek-V4 layout) and give its folder"
+        )
+    else:
+        why = "it is neither a packaged model nor an existing folder"
+    raise typer.BadParameter(
+        f'no model "{name}": {why}. There is {", ".join(packaged)}; or give the path of a folder with config.json and '
+        "safetensors files"
+    )
+
+
+def packaged_models() -> list[str]:
+    """The names of the models that come with agentkit, without importing the engine (and torch with it)."""
+    engine = find_spec("agentkit_engine")
+    places = engine.submodule_search_locations if engine else None
+    return sorted(config.parent.name for place in places or () for config in Path(place).glob("*/config.json"))
+
+
+def no_such_option(*names: str, instead: str) -> Any:
+    """A hidden option that people try and that does not exist: it says what does."""
+
+    def refuse(value: str | None) -> None:
+        if value is not None:
+            raise typer.BadParameter(f"there is no such option: {instead}")
+
+    return Annotated[str | None, typer.Option(*names, hidden=True, callback=refuse)]
+
+
+NoApiFlag = no_such_option(
+    *("--base-url", "--api-base", "--api-key", "--provider", "--endpoint"),
+    instead="agentkit runs models in its own process and talks to no API yet; `--model` takes `tiny` or a folder",
+)
+ModelFlag = Annotated[
+    str,
+    typer.Option("--model", "-m", callback=_model, help="`tiny`, or a folder in the official DeepSeek layout."),
+]
+DeviceFlag = Annotated[
+    str | None,
+    typer.Option("--device", help="Where the model computes: `cpu`, `cuda`, `cuda:1`. By default the CPU."),
+]
 EnvFlag = Annotated[
     Env | None, typer.Option("--env", help="The backend: where commands run. By default what the task says.")
 ]
@@ -30,26 +100,136 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on
 SeedFlag = Annotated[
     int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Makes it repeatable; random by default.")
 ]
+
+
+def finite(value: float | None) -> float | None:
+    """A number of an option. Raises BadParameter for `nan` and `inf`, which pass bounds."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
 TemperatureFlag = Annotated[
     float | None,
     typer.Option(
-        "--temperature", min=0.0, help="Divides the logits; 0 takes the likeliest token. By default the model's own."
+        "--temperature",
+        min=0.0,
+        callback=finite,
+        help="Divides the logits; 0 takes the likeliest token. By default the model's own.",
     ),
+]
+TopPFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, callback=finite, help="Sample among the likeliest tokens of this probability mass."
+    ),
+]
+TopKFlag = Annotated[int | None, typer.Option("--top-k", min=1, help="Sample among this many likeliest tokens.")]
+MinPFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        callback=finite,
+        help="Sample among tokens at least this fraction as likely as the likeliest.",
+    ),
+]
+PenaltyFlag = Annotated[
+    float | None,
+    typer.Option("--repetition-penalty", min=0.01, callback=finite, help="Above 1, tokens that occurred become rarer."),
 ]
 GrammarFlag = Annotated[
-    bool | None,
+    GrammarChoice | None,
     typer.Option(
-        "--grammar/--no-grammar",
-        help="Hold calls to the schemas of the tools. By default where a grammar can be built; --grammar insists.",
+        "--grammar",
+        help="`on` holds calls to real tools and parameters with values that fit, `auto` does so where a grammar can "
+        "be built. By default the model's own setting.",
     ),
 ]
+NoGrammarFlag = Annotated[bool, typer.Option("--no-grammar", help="The same as `--grammar off`.")]
 CacheFlag = Annotated[
     Path | None,
     typer.Option(
-        "--cache-dir", envvar="AGENTKIT_CACHE_DIR", help="A folder for what the model computes, for later commands."
+        "--cache-dir",
+        envvar="AGENTKIT_CACHE_DIR",
+        file_okay=False,
+        help="A folder for what the model computes, for later commands.",
     ),
 ]
-OutFlag = Annotated[Path | None, typer.Option("--out", help="The run directory; a new one below `runs` by default.")]
+SuiteArgument = Annotated[
+    str,
+    typer.Argument(metavar="SUITE", help="A folder of tasks, a suite or task file, `synth`, or `synth:FAMILY,FAMILY`."),
+]
+
+
+def _new_folder(path: Path | None) -> Path | None:
+    if path is not None and path.exists():
+        raise typer.BadParameter(f"{path} exists already; a run is never overwritten")
+    return path
+
+
+OutFlag = Annotated[
+    Path | None,
+    typer.Option("--out", callback=_new_folder, help="The run directory; a new one below `runs` by default."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFlags:
+    """The sampling flags of a command; None leaves a field as the model's folder says."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    grammar: bool | str | None = None
+
+    @classmethod
+    def of(cls, grammar: GrammarChoice | None, no_grammar: bool, **given: Any) -> SamplingFlags:
+        """The flags as given. Raises BadParameter for two that contradict each other."""
+        if no_grammar and grammar not in (None, GrammarChoice.OFF):
+            raise typer.BadParameter(
+                "--no-grammar and --grammar contradict each other; give one", param_hint="--grammar"
+            )
+        if given.get("top_p") == 0:
+            raise typer.BadParameter("0 leaves no token; give more than 0, or --temperature 0", param_hint="--top-p")
+        modes = {None: None, GrammarChoice.AUTO: "auto", GrammarChoice.ON: True, GrammarChoice.OFF: False}
+        return cls(grammar=False if no_grammar else modes[grammar], **given)
+
+    def changes(self) -> dict[str, Any]:
+        """What was given, as keywords of `SamplingParams.override`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def foreign_tasks(path: Path) -> str | None:
+    """What to say of a file or folder of tasks in another project's format; None for anything else."""
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".toml" or any(folder.glob("task.toml")) or any(folder.glob("*/task.toml")):
+        kind = "a Harbor task (task.toml)"
+    elif path.suffix in (".jsonl", ".parquet", ".csv"):
+        kind = f"a data set ({path.suffix})"
+    elif any(folder.glob("task.y*ml")) and any(folder.glob("docker-compose.y*ml")):
+        kind = "a Terminal-Bench task"
+    else:
+        return None
+    return f"it looks like {kind}, which agentkit cannot import yet; write each task as YAML, as README.md shows"
+
+
+def refuse_foreign_suite(suite: str) -> None:
+    """Raise BadParameter for a folder or file of tasks in another project's format, with what to do."""
+    path = Path(suite)
+    ours = path.is_dir() and (any(path.rglob("*.yaml")) or any(path.rglob("*.yml")))
+    if path.exists() and not ours and (hint := foreign_tasks(path)):
+        raise typer.BadParameter(f"{suite}: {hint}", param_hint="SUITE")
+
+
+def is_solved(reward: float) -> bool:
+    """Whether a reward is the full one."""
+    from agentkit_evals.statistics import SOLVED
+
+    return reward >= SOLVED
 
 
 def seed_or_random(seed: int | None) -> int:

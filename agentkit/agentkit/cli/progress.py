@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from agentkit.cli.terminal import visible
 
 if TYPE_CHECKING:
+    from agentkit.task import Task
     from agentkit_evals.record import RunDirectory, TrialRecord
     from agentkit_evals.run import Update
 
@@ -28,7 +30,7 @@ MARKS = {
 class LiveProgress:
     """A listener for `EvalRun`: one line per finished trial, and on a terminal a bar and what runs right now."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, tasks: Mapping[str, Task]) -> None:
         self.console = console
         self.progress = Progress(
             SpinnerColumn(),
@@ -44,6 +46,7 @@ class LiveProgress:
         self.running: dict[str, TaskID] = {}
         self.done = self.solved = 0
         self.total = total
+        self.tasks = tasks
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -68,6 +71,8 @@ class LiveProgress:
                 self._finished(update.record)
 
     def _finished(self, record: TrialRecord) -> None:
+        from agentkit_evals.expected import why_not
+
         self.done += 1
         self.solved += record.solved
         colour, mark, words = MARKS[record.failure]
@@ -83,6 +88,10 @@ class LiveProgress:
         if not self.console.is_terminal:
             line.append(f"  [{self.done}/{self.total}]", "dim")
         self.console.print(line, soft_wrap=True, highlight=False)
+        if record.failure in ("model", "limit"):
+            for label, text in why_not(self.tasks[record.task], record.answer, record.verifier_output):
+                shown = Text(f"    {label:9} {visible(text)[:200]}", "yellow")
+                self.console.print(shown, soft_wrap=True, highlight=False)
         self.progress.update(self.overall, advance=1, description=f"solved {self.solved}/{self.done}")
 
 

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import anyio
 import typer
 
-from agentkit.cli.ending import ExitCode
-from agentkit.cli.options import CacheFlag, EnvFlag, GrammarFlag, JsonFlag, ModelFlag, SeedFlag, TemperatureFlag
-from agentkit.cli.terminal import visible
+from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.model import load_model
+from agentkit.cli.options import (
+    CacheFlag,
+    DeviceFlag,
+    EnvFlag,
+    GrammarFlag,
+    JsonFlag,
+    MinPFlag,
+    ModelFlag,
+    NoApiFlag,
+    NoGrammarFlag,
+    PenaltyFlag,
+    SamplingFlags,
+    SeedFlag,
+    TemperatureFlag,
+    TopKFlag,
+    TopPFlag,
+    finite,
+    foreign_tasks,
+    is_solved,
+)
+from agentkit.cli.terminal import console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from agentkit.agent import Agent
-    from agentkit.cli.workdir import Change, File
+    from agentkit.cli.workdir import Change
     from agentkit.events import Event
     from agentkit.result import RunResult
     from agentkit.task import Task
@@ -38,34 +57,56 @@ def command(
     ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Accept the changes to --workdir without asking.")] = False,
     model: ModelFlag = "tiny",
+    device: DeviceFlag = None,
     env: EnvFlag = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    min_p: MinPFlag = None,
+    repetition_penalty: PenaltyFlag = None,
     grammar: GrammarFlag = None,
+    no_grammar: NoGrammarFlag = False,
     answer_schema: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="A JSON schema: the answer is JSON that fits it, else the exit code is 1; there is no `submit` then. "
-            "Needs llguidance.",
+            help="A JSON schema: the answer is JSON that fits it, else the exit code is 1; there is no `submit` then.",
         ),
     ] = None,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Turns of the model at most.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens sampled at most.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds at most.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Seconds at most.")] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Where to keep the record of the run; a new file.")] = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
+    no_api: NoApiFlag = None,
 ) -> ExitCode:
-    """Run an agent on a task file, or on what you say."""
-    from rich.console import Console
+    """Run an agent on a task file, or on what you say.
 
-    from agentkit.models.embedded import EmbeddedModel
+    Exits with 0 when it is solved: there is an answer, and reward 1 where the task has a verifier. Exits with 1 after
+    no answer, an answer that does not fit --answer-schema, a limit, or a reward below 1, and says which.
+    """
     from agentkit.task import Task, load_task
     from agentkit_evals.run import agent_for
 
+    flags = SamplingFlags.of(
+        grammar,
+        no_grammar,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     task = load_task(what) if _names_task_file(what) else Task(id="run", instruction=what)
+    if apply and workdir is None:
+        raise typer.BadParameter("there is nothing to apply changes to; give --workdir too", param_hint="--apply")
+    if trajectory is not None and trajectory.exists():
+        raise typer.BadParameter(
+            f"{trajectory} exists already; a record is never overwritten", param_hint="--trajectory"
+        )
     bounds = {"max_turns": max_turns, "max_tokens": max_tokens, "timeout_s": timeout}
     given = {name: value for name, value in bounds.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
@@ -73,22 +114,26 @@ def command(
     if answer_schema is not None:
         schema = _read_schema(answer_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
-    embedded = EmbeddedModel(model, cache_dir=cache_dir)
-    sampling = embedded.sampling.override(temperature=temperature, seed=seed, grammar=grammar, answer_schema=schema)
+    terminal = console(quiet=as_json)
+    embedded = load_model(model, device=device, cache_dir=cache_dir)
+    sampling = embedded.sampling.override(seed=seed, answer_schema=schema, **flags.changes())
     agent = agent_for(task, embedded, sampling)
-    console = Console(quiet=as_json, highlight=False)
-    job = Job(task, agent, env.value if env else None, workdir, trajectory, console)
+    job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal)
     return carry_out(job, apply=apply, as_json=as_json)
 
 
 def _names_task_file(what: str) -> bool:
     """Whether `what` is meant as a path, and not as an instruction. Raises BadParameter for one of no task file."""
+    if not what.strip():
+        raise typer.BadParameter("it is empty: name a task file, or say what to do, in words", param_hint="TASK")
+    if "\0" in what or any("\ud800" <= letter <= "\udfff" for letter in what):
+        raise typer.BadParameter("it is not UTF-8 text", param_hint="TASK")
     if what.endswith((".yaml", ".yml")):
         return True
     if os.path.isdir(what):
-        hint = f"`agentkit eval {what}` runs every task in a folder"
+        hint = foreign_tasks(Path(what)) or f"`agentkit eval {shlex.quote(what)}` runs every task in a folder"
     elif os.path.exists(what) or what.endswith(".toml") or ("/" in what and not any(map(str.isspace, what))):
-        hint = "the name of a task file ends in .yaml"
+        hint = foreign_tasks(Path(what)) or "the name of a task file ends in .yaml"
     else:
         return False
     raise typer.BadParameter(f"{what} is no task file: {hint}. Or say what to do, in words", param_hint="TASK")
@@ -111,7 +156,14 @@ def _read_schema(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a job gives back: the run, where it was, what it changed of the user's folder, its score if it has one."""
+    """What a job gives back.
+
+    Attributes:
+        result: the run.
+        backend: where it was.
+        changes: what it changed of the user's folder or, without one, of the task's files.
+        verdict: its score, if the task has a verifier.
+    """
 
     result: RunResult
     backend: str
@@ -119,6 +171,18 @@ class Done:
     left_out: list[str]
     """A line for each entry of the folder that did not travel, there or back."""
     verdict: Verdict | None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the job is not solved, in a few words; None when it is."""
+        match self.result.status:
+            case "limit":
+                return f"the limit {self.result.limit} was reached"
+            case "invalid_answer":
+                return "the answer does not fit the schema"
+        if self.verdict is not None:
+            return None if is_solved(self.verdict.reward) else f"reward {self.verdict.reward:g} is below 1"
+        return "no answer was given" if not self.result.answer else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +209,13 @@ class Job:
         from agentkit_evals.verify import backend_for, broken, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
-        before = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
+        mine = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
         async with await open_environment(spec, backend=where) as environment:
-            result = await self._run_in(environment, before)
+            await environment.import_dir(spec.workdir, folder.pack(mine))
+            await self.task.prepare(environment)
+            # A user sees all that differs from the own folder; without one, what the agent changed.
+            before = mine if self.workdir else folder.unpack((await environment.export_dir(spec.workdir)).data)
+            result = await self._run_in(environment)
             try:
                 await environment.kill_all()
                 exported = await environment.export_dir(spec.workdir)
@@ -160,22 +228,22 @@ class Job:
         if self.task.verifier is not None:
             verdict = await verify(self.task, archive=exported.data, answer=result.answer, backend=where)
             await StartChecks().require(self.task, verdict, backend=where)
-        changed, left_out = (
-            folder.compare(self.workdir, before, exported.data, exported.dropped) if self.workdir else ([], [])
-        )
+        if self.workdir:
+            changed, left_out = folder.compare(self.workdir, mine, exported.data, exported.dropped)
+        else:
+            after = folder.unpack(exported.data)
+            changed = folder.without_dropped(folder.changes(before, after), exported.dropped)
+            left_out = [*exported.dropped]
         return Done(result, environment.backend, changed, left_out, verdict)
 
-    async def _run_in(self, environment: Environment, files: dict[str, File]) -> RunResult:
-        from agentkit.cli import workdir as folder
+    async def _run_in(self, environment: Environment) -> RunResult:
         from agentkit.events import RunFinished
 
-        await environment.import_dir(environment.spec.workdir, folder.pack(files))
-        await self.task.prepare(environment)
         stream = self.agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory)
         result: RunResult | None = None
         async with aclosing(stream) as events:
             async for event in events:
-                _show(self.console, event)
+                show(self.console, event)
                 if isinstance(event, RunFinished):
                     result = event.result
         assert result is not None, "a run that does not raise ends with RunFinished"
@@ -185,90 +253,106 @@ class Job:
 def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
     """Run the job, say how it ended, and change the user's folder when that is accepted: by `apply`, or when asked.
 
-    Where the answer has a schema, an end without one that fits is BELOW_THRESHOLD.
-
     Raises:
         SandboxError, TaskSetupError, VerifierError, EngineError: as `Job.run`.
     """
     from agentkit.cli.workdir import apply as apply_changes
 
-    done = anyio.run(job.run)
+    done = run(job.run)
     refused: list[str] = []
     applied = False
     if job.workdir and done.changes:
-        _print_diff(job.console, done.changes)
+        print_diff(job.console, done.changes)
         applied = apply or (not as_json and sys.stdin.isatty() and typer.confirm("Apply these changes?", default=False))
         refused = apply_changes(job.workdir, done.changes) if applied else []
         applied = applied and not refused
     if as_json:
         typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
     else:
-        _print_end(job.console, done, job.workdir, applied=applied, refused=refused)
-    missing = job.agent.answer_schema is not None and done.result.answer is None
-    return ExitCode.BELOW_THRESHOLD if missing or refused else ExitCode.OK
+        if not job.workdir:
+            print_diff(job.console, done.changes)
+        print_end(job.console, job.task, done)
+        _print_folder(job.console, done, job.workdir, applied=applied, refused=refused)
+    if done.failure is None:
+        return ExitCode.UNSOLVED if refused else ExitCode.OK
+    typer.echo(f"Not solved: {done.failure}.", err=True)
+    return ExitCode.UNSOLVED
 
 
-def _say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
+def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
+    """Print text that a model, a tool or a task wrote: no markup, no control characters."""
     from rich.text import Text
 
     console.print(Text(visible(text), style), end=end, soft_wrap=True)
 
 
-def _show(console: Console, event: Event) -> None:
+def show(console: Console, event: Event) -> None:
+    """Print an event of a run as it happens."""
     from agentkit.events import CallFinished, CallStarted, LimitReached, TurnStarted
     from agentkit.model import ReasoningDelta, TextDelta
 
-    say = partial(_say, console)
     match event:
         case TurnStarted():
             console.print(f"\n[dim]turn {event.turn + 1}{', thinking' if event.think else ''}[/]")
         case ReasoningDelta():
-            say(event.text, "italic dim", end="")
+            say(console, event.text, "italic dim", end="")
         case TextDelta():
-            say(event.text, end="")
+            say(console, event.text, end="")
         case CallStarted():
-            say(f"\n→ {event.call.name} {event.call.arguments}", "cyan")
+            say(console, f"\n→ {event.call.name} {event.call.arguments}", "cyan")
         case CallFinished():
-            say(event.result.content, "red" if event.result.is_error else "dim")
+            say(console, event.result.content, "red" if event.result.is_error else "dim")
         case LimitReached():
             console.print(f"\n[yellow]limit reached: {event.limit}[/]")
 
 
-def _print_diff(console: Console, changes: list[Change]) -> None:
-    console.print()
+def print_diff(console: Console, changes: list[Change]) -> None:
+    """Show changes as a unified diff."""
+    if changes:
+        console.print()
     for change in changes:
         for line in change.diff():
-            _say(console, line, {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], ""))
+            say(console, line, {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], ""))
 
 
-def _print_end(console: Console, done: Done, workdir: Path | None, *, applied: bool, refused: list[str]) -> None:
+def print_end(console: Console, task: Task, done: Done) -> None:
+    """Show the answer, the reward, why it is below 1, and what the run used."""
+    from agentkit_evals.expected import why_not
+
     usage = done.result.usage
-    _say(console, f"\nanswer   {done.result.answer or '(none)'}", "bold")
+    say(console, f"\nanswer    {done.result.answer or '(none)'}", "bold")
     if done.result.error:
-        _say(console, done.result.error, "yellow")
+        say(console, done.result.error, "yellow")
     if done.verdict is not None:
-        console.print(f"reward   {done.verdict.reward:g}")
+        say(console, f"reward    {done.verdict.reward:g}", "green" if is_solved(done.verdict.reward) else "red")
+        if not is_solved(done.verdict.reward):
+            for label, text in why_not(task, done.result.answer, done.verdict.output):
+                say(console, f"{label:9} {text}", "yellow")
         if done.verdict.error:
-            _say(console, done.verdict.error, "yellow")
-    console.print(
+            say(console, done.verdict.error, "yellow")
+    say(
+        console,
         f"{done.result.status} after {usage.turns} turns, {usage.calls} calls, {usage.sampled_tokens} tokens "
         f"({usage.forced_tokens} forced), {usage.wall_time_s:.1f} s, in a {done.backend} sandbox",
-        style="dim",
+        "dim",
     )
+
+
+def _print_folder(console: Console, done: Done, workdir: Path | None, *, applied: bool, refused: list[str]) -> None:
     if workdir is None:
         return
     if not done.changes:
         console.print("No file was changed.")
     elif applied:
-        _say(console, f"Applied {len(done.changes)} changes to {workdir}.")
+        say(console, f"Applied {len(done.changes)} changes to {workdir}.")
     elif refused:
-        _say(console, f"Nothing was applied; {workdir} is as it was:", "yellow")
+        say(console, f"Nothing was applied; {workdir} is as it was:", "yellow")
     else:
-        _say(console, f"{workdir} is as it was; `--apply` accepts the changes above.")
+        say(console, f"{workdir} is as it was; `--apply` accepts the changes above.")
     for sentence in refused:
-        _say(console, f"  {sentence}", "yellow")
+        say(console, f"  {sentence}", "yellow")
     for line in done.left_out:
-        _say(console, f"Left out: {line}", "dim")
+        say(console, f"Left out: {line}", "dim")
 
 
 def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]:
@@ -278,6 +362,7 @@ def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]
         "limit": done.result.limit,
         "error": done.result.error,
         "reward": done.verdict.reward if done.verdict else None,
+        "failure": done.failure,
         "backend": done.backend,
         "usage": asdict(done.result.usage),
         "changes": [

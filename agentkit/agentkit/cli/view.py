@@ -1,32 +1,102 @@
-"""`agentkit view RUN`: write a run's report anew and say where it is."""
+"""`agentkit view PATH`: a run, a folder of runs, a report or one trajectory as a page for the browser."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
 from agentkit.cli.ending import ExitCode
+from agentkit.cli.terminal import visible
 
 if TYPE_CHECKING:
     from agentkit_evals.report import Decode
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="A run directory, also one that was interrupted or is still running.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A run (finished, interrupted or still going), a folder of runs, a report, or a trajectory (.jsonl)."
+        ),
+    ] = Path("runs"),
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> ExitCode:
-    """Write the HTML report of a run anew, and print its address."""
-    from agentkit_evals.record import RunDirectory
-    from agentkit_evals.report import write_report
-
-    finished = RunDirectory.open(run)
-    address = write_report(finished, decode=_decoder(finished.lock.model)).resolve().as_uri()
+    """Write the page of a run, of a folder of runs (an index) or of one trajectory, and print its address."""
+    address = _page(path).resolve().as_uri()
     typer.echo(address)
     if open_:
         typer.launch(address)
     return ExitCode.OK
+
+
+def _page(path: Path) -> Path:
+    """Write what `path` shows, and return the page. Raises RunDirectoryError for what is none of the four."""
+    from agentkit_evals.errors import RunDirectoryError
+    from agentkit_evals.record import RunDirectory
+
+    if path.is_dir():
+        if (path / "run.json").exists() or not (runs := sorted(each.parent for each in path.glob("*/run.json"))):
+            return _report(RunDirectory.open(path))
+        return _index(path, runs)
+    if path.suffix == ".html" and path.is_file():
+        return path
+    if path.name in ("run.json", "trials.jsonl"):
+        return _report(RunDirectory.open(path.parent))
+    if path.is_file():
+        return _trajectory(path)
+    raise RunDirectoryError(f"there is no {path}; give a run, a folder of runs, a report or a trajectory (.jsonl)")
+
+
+def _report(run: object) -> Path:
+    from agentkit_evals.record import RunDirectory
+    from agentkit_evals.report import render_report
+
+    assert isinstance(run, RunDirectory)
+    return _write(run.path / "report.html", render_report(run, decode=_decoder(run.lock.model)))
+
+
+def _index(folder: Path, runs: list[Path]) -> Path:
+    from agentkit_evals.errors import RunDirectoryError
+    from agentkit_evals.record import RunDirectory
+    from agentkit_evals.report import render_index
+
+    opened: list[tuple[RunDirectory, str]] = []
+    problems: list[str] = []
+    for path in runs:
+        try:
+            run = RunDirectory.open(path)
+            report = path / "report.html"
+            if not report.exists():  # interrupted hard, or still going
+                report = _report(run)
+            where = f"{quote(path.name)}/report.html" if report.parent == path else report.as_uri()
+            opened.append((run, where))
+        except RunDirectoryError as exc:
+            problems.append(str(exc))
+            typer.echo(f"Left out: {visible(str(exc).partition(chr(10))[0])}", err=True)
+    return _write(folder / "index.html", render_index(folder.resolve().name, opened, problems))
+
+
+def _trajectory(path: Path) -> Path:
+    from agentkit.trajectory import Trajectory
+    from agentkit_evals.report import render_trajectory
+
+    trajectory = Trajectory.load(path)
+    page = render_trajectory(trajectory, path.stem, decode=_decoder(trajectory.header.model))
+    return _write(path.with_suffix(".html"), page)
+
+
+def _write(path: Path, page: str) -> Path:
+    """Write a page where it belongs or, in a folder that is read-only or for a page of somebody else, to a new one."""
+    ours = not path.exists() or b'<p class="brand">agentkit' in path.read_bytes()[:200_000]
+    if not ours or not os.access(path.parent, os.W_OK):
+        path = Path(tempfile.mkdtemp(prefix="agentkit-view-"), path.name)
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
 def _decoder(model: str) -> Decode | None:

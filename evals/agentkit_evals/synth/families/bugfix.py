@@ -210,7 +210,8 @@ class Bugfix(Family):
                 lambda results: submit("The tests pass."),
             ],
             files={path: source, test: TEST.format(module=module, names=names, cases=cases)},
-            verifier='test "$(python3 "$AGENTKIT_VERIFIER_DIR/probe.py")" = "$(cat "$AGENTKIT_VERIFIER_DIR/expected")"',
+            verifier='python3 "$AGENTKIT_VERIFIER_DIR/probe.py" | '
+            'diff -u --label expected --label given "$AGENTKIT_VERIFIER_DIR/expected" -',
             verifier_files={
                 "probe.py": PROBE.format(module=module, names=names, cases=probes),
                 "expected": "".join(f"{value!r}\n" for function in functions for _, value in function.hidden),

@@ -23,7 +23,9 @@ def read(path):
 
 folder = os.environ["AGENTKIT_VERIFIER_DIR"]
 for name in os.listdir(folder + "/expected"):
-    assert read(name) == read(folder + "/expected/" + name), name + " is not as asked"
+    given, expected = read(name), read(folder + "/expected/" + name)
+    if given != expected:
+        sys.exit(name + " is not as asked\\n  expected: " + repr(expected) + "\\n  given:    " + repr(given))
 """
 
 

@@ -50,6 +50,6 @@ class Ledger(Family):
             instruction=draw.phrase(phrasing.text, fact=fact, secret=secret, path=path, end=end),
             steps=[read, write, lambda results: submit("It is written.")],
             files={path: f"{title}{number_rows(draw)}{end}={found}\n"},
-            verifier=f'test "$(cat out.txt)" = {plain(line)}',
+            verifier=f'echo "out.txt: $(head -c 200 out.txt)"; test "$(cat out.txt)" = {plain(line)}',
             solution=f"echo {line} > out.txt && echo done",
         )

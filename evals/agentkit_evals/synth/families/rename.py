@@ -69,7 +69,9 @@ class Rename(Family):
             note = f"{draw.name()}.{draw.pick([other for other in ENDINGS if other != plain(ending)])}"
             files[note] = changed[note] = draw.choice(TEXT).format(old=old, more=draw.name(), n=draw.number(1, 99))
         command = f"sed -i 's/\\b{old}\\b/{new}/g' *.{ending}"
-        compare = " && ".join(f'cmp -s {path} "$AGENTKIT_VERIFIER_DIR/{path}"' for path in changed)
+        compare = " && ".join(
+            f'diff -u --label expected --label {path} "$AGENTKIT_VERIFIER_DIR/{path}" {path}' for path in changed
+        )
         return Draft(
             instruction=draw.phrase(phrasing.text, old=old, new=new, ending=ending),
             steps=[

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from agentkit.cli import cache, check, demo, doctor, run, view
+from agentkit.cli import cache, chat, check, demo, doctor, run, view
 from agentkit.cli import eval as eval_
-from agentkit.cli.ending import ends_well
-from agentkit.cli.terminal import show_traceback
+from agentkit.cli.ending import EXIT_CODES, ends_well
 
 app = typer.Typer(
     name="agentkit",
     help="Tool-using agents on a model that lives in the same process.",
-    epilog=(
-        "Exit codes: 0 ran (and met --threshold), 1 below --threshold, 2 usage, 3 infrastructure, 130 Ctrl-C. "
-        "AGENTKIT_HOME is the folder that holds `runs`; by default the current one."
-    ),
+    epilog=f"{EXIT_CODES} AGENTKIT_HOME is the folder that holds `runs`; by default the current one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for module in (run, eval_, demo, check, view, doctor):
+for module in (run, chat, eval_, demo, check, view, doctor):
     app.command(module.__name__.rpartition(".")[2])(ends_well(module.command))
 app.add_typer(cache.commands, name="cache")
 
@@ -42,9 +37,3 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """The entry point of the `agentkit` script."""
-    sys.excepthook = show_traceback
-    app()

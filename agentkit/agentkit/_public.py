@@ -1,0 +1,91 @@
+"""The public names of `agentkit`, imported when the first of them is used."""
+
+from agentkit.agent import DEFAULT_SYSTEM, Agent
+from agentkit.errors import (
+    AgentkitError,
+    ContextFullError,
+    TrajectoryCorruptError,
+    TrajectoryError,
+    TrajectoryFormatError,
+    TrajectoryWriteError,
+)
+from agentkit.events import (
+    CallFinished,
+    CallStarted,
+    Event,
+    LimitReached,
+    MessageAdded,
+    Outcome,
+    RunFinished,
+    TurnFinished,
+    TurnStarted,
+)
+from agentkit.limits import Limits, Parallelism
+from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
+from agentkit.model import (
+    CallMalformed,
+    CallReady,
+    CallsWithdrawn,
+    Model,
+    ModelSession,
+    ReasoningDelta,
+    Segment,
+    TextDelta,
+    ThoughtCut,
+    Usage,
+)
+from agentkit.models.embedded import EmbeddedModel
+from agentkit.models.scripted import AssistantTurn, ScriptedModel
+from agentkit.result import RunResult
+from agentkit.trajectory import Header, Trajectory
+from agentkit_engine.sampling_params import SamplingParams
+from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, tool
+
+__all__ = [
+    "DEFAULT_SYSTEM",
+    "Agent",
+    "AgentkitError",
+    "AssistantMessage",
+    "AssistantTurn",
+    "CallFinished",
+    "CallMalformed",
+    "CallReady",
+    "CallStarted",
+    "CallsWithdrawn",
+    "ContextFullError",
+    "EmbeddedModel",
+    "Event",
+    "Header",
+    "LimitReached",
+    "Limits",
+    "Message",
+    "MessageAdded",
+    "Model",
+    "ModelSession",
+    "Outcome",
+    "Parallelism",
+    "ReasoningDelta",
+    "RunFinished",
+    "RunResult",
+    "SamplingParams",
+    "ScriptedModel",
+    "Segment",
+    "SystemMessage",
+    "TextDelta",
+    "ThoughtCut",
+    "Tool",
+    "ToolCall",
+    "ToolContext",
+    "ToolMessage",
+    "ToolResult",
+    "Trajectory",
+    "TrajectoryCorruptError",
+    "TrajectoryError",
+    "TrajectoryFormatError",
+    "TrajectoryWriteError",
+    "TurnFinished",
+    "TurnStarted",
+    "Usage",
+    "UserMessage",
+    "tool",
+]

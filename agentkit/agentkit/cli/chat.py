@@ -1,0 +1,286 @@
+"""`agentkit chat`: talk with an agent that has tools and a sandbox, turn by turn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import anyio
+import typer
+
+from agentkit.cli import signals
+from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.model import load_model
+from agentkit.cli.options import (
+    CacheFlag,
+    DeviceFlag,
+    EnvFlag,
+    GrammarFlag,
+    MinPFlag,
+    ModelFlag,
+    NoApiFlag,
+    NoGrammarFlag,
+    PenaltyFlag,
+    SamplingFlags,
+    SeedFlag,
+    TemperatureFlag,
+    TopKFlag,
+    TopPFlag,
+)
+from agentkit.cli.terminal import console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agentkit.agent import Agent
+    from agentkit.events import Event
+    from agentkit.trajectory import Trajectory
+    from agentkit_environments import Environment
+
+HELP = """\
+/new        forget the conversation; the files stay
+/thinking   show thoughts in full, or fold them again
+/help       show this
+/quit       leave, as Ctrl-D does
+Ctrl-C stops the turn. An arrow key brings back what you said before."""
+SHOWN_LINES = 12
+"""Lines of a tool's result that the terminal shows; the record keeps all."""
+
+
+def command(
+    model: ModelFlag = "tiny",
+    device: DeviceFlag = None,
+    env: EnvFlag = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt; the agent's own by default.")] = None,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Show thoughts in full, not folded.")] = False,
+    seed: SeedFlag = None,
+    temperature: TemperatureFlag = None,
+    top_p: TopPFlag = None,
+    top_k: TopKFlag = None,
+    min_p: MinPFlag = None,
+    repetition_penalty: PenaltyFlag = None,
+    grammar: GrammarFlag = None,
+    no_grammar: NoGrammarFlag = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens sampled for each thing you say, at most.")
+    ] = None,
+    trajectory: Annotated[Path | None, typer.Option(help="Where to keep the record; a new file.")] = None,
+    cache_dir: CacheFlag = None,
+    no_api: NoApiFlag = None,
+) -> ExitCode:
+    """Talk with an agent. It has the built-in tools, in a sandbox that lasts for the conversation.
+
+    Ctrl-C stops the turn, Ctrl-D leaves. Where standard input is no terminal, each line of it is said in turn.
+    """
+    from agentkit.agent import Agent
+    from agentkit.limits import Limits
+
+    flags = SamplingFlags.of(
+        grammar,
+        no_grammar,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    if trajectory is not None and trajectory.exists():
+        raise typer.BadParameter(
+            f"{trajectory} exists already; a record is never overwritten", param_hint="--trajectory"
+        )
+    terminal = console()
+    embedded = load_model(model, device=device, cache_dir=cache_dir)
+    sampling = embedded.sampling.override(seed=seed, **flags.changes())
+    agent = Agent(embedded, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens))
+    with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():
+        chat = Chat(agent, env.value if env else "auto", trajectory or Path(folder, "chat.jsonl"), terminal, thinking)
+        run(chat.converse)
+    return ExitCode.OK
+
+
+class Chat:
+    """One conversation in one sandbox."""
+
+    def __init__(
+        self, agent: Agent, backend: str, record: Path, terminal: Console, thinking: bool, *, tty: bool | None = None
+    ) -> None:
+        self.agent = agent
+        self.backend = backend
+        self.record = record
+        self.terminal = terminal
+        self.thinking = thinking
+        self.tty = sys.stdin.isatty() if tty is None else tty
+        self.history: Trajectory | None = None
+        self.number = 0
+        self._thought: tuple[float, int] | None = None
+
+    async def converse(self) -> None:
+        """Read what the user says, and answer, until the end of the input.
+
+        Raises:
+            SandboxError, EngineError: the machine failed.
+        """
+        from agentkit.models.embedded import EmbeddedModel
+        from agentkit_environments import open_environment
+
+        async with await open_environment(backend=self.backend) as environment:  # type: ignore[arg-type]
+            if self.tty:
+                self.terminal.print(
+                    f"{self.agent.model.name} in a {environment.backend} sandbox. /help for help, Ctrl-D leaves.",
+                    style="dim",
+                )
+            model = self.agent.model
+            assert isinstance(model, EmbeddedModel)
+            async with model:
+                while (said := self._read()) is not None:
+                    if said.startswith("/"):
+                        if said in ("/quit", "/exit", "/q"):
+                            break
+                        self._obey(said)
+                    elif said:
+                        await self._turn(said, environment)
+
+    def _read(self) -> str | None:
+        """The next thing the user says; None at the end. This blocks the loop, which has nothing else to do."""
+
+        def at_prompt(number: int) -> bool:
+            raise KeyboardInterrupt if number == signal.SIGINT else EOFError
+
+        signals.answer_with(at_prompt)
+        try:
+            if self.tty:
+                return input("\n> ").strip()
+            line = sys.stdin.readline()
+            return line.strip() if line else None
+        except KeyboardInterrupt:
+            if not self.tty:
+                raise
+            self.terminal.print("\n(Ctrl-D leaves)", style="dim")
+            return ""
+        except EOFError:
+            if self.tty:
+                self.terminal.print()
+            return None
+        except UnicodeDecodeError as exc:
+            self.terminal.print(f"That line is not {exc.encoding} text, and was left out.", style="yellow")
+            return ""
+        finally:
+            signals.answer_with(None)
+
+    def _obey(self, said: str) -> None:
+        if said == "/new":
+            self.history = None
+            self.number += 1
+            self.terminal.print("A new conversation.", style="dim")
+        elif said == "/thinking":
+            self.thinking = not self.thinking
+            self.terminal.print(f"Thoughts are {'shown in full' if self.thinking else 'folded'}.", style="dim")
+        else:
+            self.terminal.print(HELP if said == "/help" else f"There is no {said.split()[0]}.\n{HELP}", markup=False)
+
+    async def _turn(self, said: str, environment: Environment) -> None:
+        from agentkit.events import RunFinished
+        from agentkit.trajectory import Trajectory
+
+        loop = asyncio.get_running_loop()
+        path = self.record if self.number == 0 else self.record.with_suffix(f".{self.number}{self.record.suffix}")
+        with anyio.CancelScope() as scope:
+
+            def stop(number: int) -> bool:
+                if number == signal.SIGINT:
+                    loop.call_soon_threadsafe(scope.cancel)
+                return number == signal.SIGINT
+
+            signals.answer_with(stop)
+            try:
+                stream = self.agent.stream(
+                    said,
+                    environment=environment,
+                    trajectory=path if self.history is None else None,
+                    history=self.history,
+                )
+                async with aclosing(stream) as events:
+                    async for event in events:
+                        self._show(event)
+                        if isinstance(event, RunFinished):
+                            self.history = event.result.trajectory
+            finally:
+                signals.answer_with(None)
+                self._end_thought()
+        if scope.cancelled_caught:
+            self.terminal.print("\n(stopped)", style="yellow")
+            with suppress(OSError):
+                self.history = Trajectory.load(
+                    path
+                )  # the record of a stopped turn is whole, so the next goes on from it
+
+    def _show(self, event: Event) -> None:
+        from agentkit.cli.run import say, show
+        from agentkit.events import CallFinished, RunFinished, TurnStarted
+        from agentkit.model import ReasoningDelta
+
+        if isinstance(event, ReasoningDelta) and not self.thinking:
+            started, count = self._thought or (time.monotonic(), 0)
+            self._thought = started, count + 1
+            if count == 0 and self.terminal.is_terminal:
+                self.terminal.print("thinking …", style="dim italic", end="\r")
+            return
+        self._end_thought()
+        match event:
+            case TurnStarted():
+                pass
+            case CallFinished() if event.result.final:
+                pass  # the answer, which RunFinished has too
+            case CallFinished():
+                lines = event.result.content.splitlines()
+                more = [f"… {len(lines) - SHOWN_LINES} more lines"] if len(lines) > SHOWN_LINES else []
+                say(self.terminal, "\n".join(lines[:SHOWN_LINES] + more), "red" if event.result.is_error else "dim")
+            case RunFinished():
+                result = event.result
+                if result.status == "submitted":
+                    say(self.terminal, f"\n{result.answer}", "bold")
+                elif not result.answer and result.status != "limit":
+                    say(self.terminal, f"(no answer{f': {result.error}' if result.error else ''})", "yellow")
+                else:
+                    self.terminal.print()
+            case _:
+                show(self.terminal, event)
+
+    def _end_thought(self) -> None:
+        if self._thought is not None:
+            started, count = self._thought
+            self._thought = None
+            self.terminal.print(f"thought for {time.monotonic() - started:.1f} s, {count} pieces", style="dim italic")
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """What was said in earlier chats, for the arrow keys; kept for this user alone."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    try:
+        import readline
+    except ImportError:  # a Python that was built without it
+        yield
+        return
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "agentkit")
+    file = state / "chat_history"
+    with suppress(OSError):
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        readline.read_history_file(file)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.touch(mode=0o600)
+            readline.write_history_file(file)

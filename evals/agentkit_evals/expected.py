@@ -1,0 +1,54 @@
+"""The answer that a task expects, read from the task itself, so that a failure can show it beside the given one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from agentkit.task import Task
+
+VERDICT_LINES = 6
+"""Lines of a verifier's output that one failure shows."""
+
+_LITERAL = r"""('[^']*'|"[^"$`\\]*"|[^\s;&|()<>$`'"\\\]]+)"""
+_EQUALS = re.compile(
+    rf"""(?:test|\[)\s+"?\$(?:\{{AGENTKIT_ANSWER\}}|AGENTKIT_ANSWER|\([^()]*\$AGENTKIT_ANSWER[^()]*\))"?\s+==?\s+{_LITERAL}"""
+)
+_CONTAINS = re.compile(rf"""\$AGENTKIT_ANSWER"?\s*\|\s*grep\s+-\w*F\w*\s+(?:--\s+)?{_LITERAL}""")
+_FILE = re.compile(rf"""(?:test|\[)\s+"\$\(cat\s+([\w./-]+)\)"\s+==?\s+{_LITERAL}""")
+_PRINTS = re.compile(rf"""(?:echo|printf\s+'%s(?:\\n)?')\s+{_LITERAL}\s*""")
+
+
+def expected_of(task: Task) -> str | None:
+    """What `task` expects, in words a person can compare; None when it cannot be read off.
+
+    Sources, in this order: `metadata.expected`; a verifier that compares the answer, or a file, with a literal text; a
+    solution that only prints one.
+    """
+    if "expected" in task.metadata:
+        return str(task.metadata["expected"])
+    if task.verifier is None:
+        return None
+    command = task.verifier.command
+    if match := _EQUALS.search(command):
+        return _unquoted(match[1])
+    if match := _CONTAINS.search(command):
+        return f"… {_unquoted(match[1])} …"
+    if match := _FILE.search(command):
+        return f"{match[1]}: {_unquoted(match[2])}"
+    if task.solution is not None and (match := _PRINTS.fullmatch(task.solution.command)):
+        return _unquoted(match[1])
+    return None
+
+
+def why_not(task: Task, answer: str | None, verifier_output: str) -> list[tuple[str, str]]:
+    """Why an answer was not accepted, as labelled lines: expected beside given, and the verifier's last lines."""
+    lines: list[tuple[str, str]] = []
+    if (expected := expected_of(task)) is not None:
+        lines += [("expected", expected), ("given", "(no answer)" if answer is None else answer or "(empty)")]
+    said = [line for line in verifier_output.splitlines() if line.strip()]
+    return lines + [("verifier" if i == 0 else "", line) for i, line in enumerate(said[-VERDICT_LINES:])]
+
+
+def _unquoted(literal: str) -> str:
+    return " ".join(shlex.split(literal)) if literal[:1] in "'\"" else literal

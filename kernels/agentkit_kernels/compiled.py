@@ -1,0 +1,27 @@
+"""Whether the CPU kernels are compiled for this machine already: Numba keeps them on disk, by processor."""
+
+from __future__ import annotations
+
+from numba.core.registry import cpu_target
+
+from agentkit_kernels import cpu
+
+KERNELS = ("attend", "choose", "compress", "connect", "heads", "multiply", "rms_norm", "route", "swiglu")
+"""Kernels that a forward of any length calls; the others are compiled with them, or right after."""
+
+
+def is_compiled() -> bool:
+    """Whether a forward can start without waiting for the compiler.
+
+    Reads what Numba keeps in its cache folder through names that Numba does not document; where they are gone the
+    answer is no, which costs a line on the terminal and no more.
+    """
+    try:
+        processor = cpu_target.target_context.codegen().magic_tuple()
+        for name in KERNELS:
+            index = getattr(cpu, name)._cache._cache_file._load_index()  # empty when the source has changed
+            if not any(processor in key for key in index):
+                return False
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,154 @@
+"""What people try first: wrong names, other tools' options and files, odd terminals. Each is one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.testing
+
+from agentkit.cli import app
+from agentkit.cli.ending import ExitCode
+from agentkit.cli.terminal import spell
+from agentkit_evals.errors import SuiteError
+from agentkit_evals.suite import load_suite
+
+TASK = "id: {id}\ninstruction: Say hello.\nverifier: {{command: 'test -e made'}}\nsolution: {{command: touch made}}\n"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def agentkit(*arguments: str, code: int) -> str:
+    result = typer.testing.CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", ""], "it is empty: name a task file, or say what to do"),
+        (["run", " \n"], "it is empty"),
+        (["run", "a\0b"], "it is not UTF-8 text"),
+        (["run", "a\udcff"], "it is not UTF-8 text"),
+        (["run", "Hi", "-m", "gpt-4o"], 'no model "gpt-4o": agentkit runs models in its own process'),
+        (["eval", "synth", "-m", "openai:gpt-4o"], "talks to no API"),
+        (["demo", "-m", "claude-sonnet-4"], "talks to no API"),
+        (["chat", "-m", "deepseek-ai/DeepSeek-V4-Flash"], "agentkit downloads nothing"),
+        (["run", "Hi", "-m", "tinny"], "it is neither a packaged model nor an existing folder. There is tiny"),
+        (["run", "Hi", "-m", "file.txt"], "file.txt is a file; give the folder"),
+        (["run", "Hi", "--base-url", "http://localhost:8000/v1"], "there is no such option: agentkit runs models in"),
+        (["eval", "synth", "--api-key", "x"], "there is no such option"),
+        (["run", "Hi", "--device", "tpu"], 'device must be "cpu", "cuda" or "cuda:N"'),
+        (["run", "Hi", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
+        (["run", "Hi", "--temperature", "nan"], "'--temperature': Input should be greater than or equal to 0"),
+        (["run", "Hi", "--timeout", "inf"], "inf is no finite number"),
+        (["run", "Hi", "--top-p", "0"], "0 leaves no token"),
+        (["run", "Hi", "--top-k", "0"], "'--top-k': Input should be greater than or equal to 1"),
+        (["run", "Hi", "--min-p", "2"], "'--min-p': Input should be less than or equal to 1"),
+        (["run", "Hi", "--grammar", "on", "--no-grammar"], "contradict each other"),
+        (["run", "Hi", "--apply"], "give --workdir too"),
+        (["run", "Hi", "--trajectory", "file.txt"], "file.txt exists already"),
+        (["run", "harbor/one"], "it looks like a Harbor task (task.toml), which agentkit cannot import yet"),
+        (["run", "harbor/one/task.toml"], "it looks like a Harbor task"),
+        (["eval", "harbor"], "it looks like a Harbor task"),
+        (["check", "harbor"], "it looks like a Harbor task"),
+        (["eval", "data.jsonl"], "it looks like a data set (.jsonl)"),
+        (["eval", "synth", "--out", "harbor"], "harbor exists already; a run is never overwritten"),
+        (["eval", "good.yaml", "--tasks-per-family", "3"], "good.yaml is not generated"),
+        (["check", "empty"], "empty has no tasks; a task is a .yaml file"),
+        (["check", "nowhere"], "nowhere: cannot be read"),
+        (["view", "nowhere"], "there is no nowhere; give a run, a folder of runs"),
+        (["view", "good.yaml"], "good.yaml is not a trajectory"),
+    ],
+    ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
+)
+def test_each_mistake_says_what_to_do(arguments: list[str], message: str) -> None:
+    for folder in ("harbor/one", "empty"):
+        Path(folder).mkdir(parents=True)
+    Path("harbor/one/task.toml").touch()
+    Path("file.txt").touch()
+    Path("data.jsonl").touch()
+    Path("good.yaml").write_text(TASK.format(id="good"))
+    assert message in agentkit(*arguments, code=ExitCode.USAGE)
+
+
+def test_check_reports_every_file() -> None:
+    for name, text in {
+        "a-good": TASK.format(id="good"),
+        "b-colon": "id: x\ninstruction: Do it: now\n",
+        "c-twice": TASK.format(id="good"),
+        "d-no-verifier": "id: y\ninstruction: Do it.\n",
+        "e-no-solution": "id: z\ninstruction: Do it.\nverifier: {command: 'true'}\n",
+        "f-unsound": TASK.format(id="unsound").replace("test -e", "true ||"),
+    }.items():
+        Path(f"{name}.yaml").write_text(text)
+    result = typer.testing.CliRunner().invoke(app, ["check", ".", "--env", "unsafe-local", "--json"])
+    assert result.exit_code == ExitCode.USAGE, result.output
+    found = {Path(name).stem: problems for name, problems in json.loads(result.stdout).items()}
+    assert found["good"] == []
+    assert "b-colon.yaml:2" in found["b-colon"][0]
+    assert "is also that of" in found["c-twice"][0]
+    assert "has no verifier" in found["d-no-verifier"][0]
+    assert "has no solution" in found["z"][0]
+    assert "doing nothing scores 1" in found["unsound"][0]
+
+
+def test_a_number_of_generated_tasks_means_what_it_says() -> None:
+    for spec, families in (("synth:logs,config,archive", 3), ("synth", 12)):
+        for limit in (1, 5, 40):
+            suite = load_suite(spec, seed=3, limit=limit)
+            assert len(suite.cases) == limit
+            counts = [sum(case.family == family for case in suite.cases) for family in {c.family for c in suite.cases}]
+            assert len(counts) == min(limit, families) and max(counts) - min(counts) <= 1
+        assert len(load_suite(spec, per_family=2).cases) == 2 * families
+        assert len(load_suite(spec).cases) == 3 * families
+    assert len(load_suite("synth:logs", per_family=5, limit=2).cases) == 2
+    Path("a.yaml").write_text(TASK.format(id="a"))
+    with pytest.raises(SuiteError, match="not generated"):
+        load_suite("a.yaml", per_family=2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "redirect", "code"),
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, "", 0),
+        ({"PYTHONIOENCODING": "ascii"}, "", 0),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "", 0),
+        ({}, ">&-", 0),
+        ({}, "2>&-", 0),
+        ({}, "> /dev/full", 3),
+    ],
+    ids=["latin-1", "ascii", "C", "no stdout", "no stderr", "full"],
+)
+def test_no_terminal_makes_a_traceback(environment: dict[str, str], redirect: str, code: int) -> None:
+    Path("ünï.yaml").write_text(TASK.format(id="a"))
+    command = f"{sys.executable} -m agentkit check ünï.yaml --env unsafe-local {redirect}"
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, **environment}, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert redirect or b"1/1 tasks are sound" in done.stdout
+    # Typer writes UTF-8 where Python chose ASCII, which is mostly a mistake.
+    assert redirect or b"+ a" in done.stdout or "✓ a".encode() in done.stdout
+
+
+def test_a_reader_that_goes_away_makes_no_noise() -> None:
+    command = f"{sys.executable} -m agentkit doctor | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == "" and done.stdout.strip() in ("141", "0", "3")
+
+
+def test_letters_that_an_encoding_lacks() -> None:
+    def spelled(text: str) -> str:
+        return spell(UnicodeEncodeError("ascii", text, 0, len(text), "no"))[0]
+
+    assert spelled("✓ ✗ → ─│╭⠋") == "+ x -> -|+*"
+    assert spelled("é\udcff日") == "???"

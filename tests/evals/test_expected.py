@@ -1,0 +1,58 @@
+"""The answer that a task expects, as far as the task itself says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agentkit.task import Task
+from agentkit_evals.expected import expected_of, why_not
+from agentkit_evals.synth import FAMILIES, sample
+
+
+def task(verifier: str, **more: Any) -> Task:
+    return Task.model_validate({"id": "t", "instruction": "Do it.", "verifier": {"command": verifier}, **more})
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ('test "$AGENTKIT_ANSWER" = 4', "4"),
+        ('[ "$AGENTKIT_ANSWER" = "two words" ] && true', "two words"),
+        ('test "$AGENTKIT_ANSWER" == \'a "b" c\'', 'a "b" c'),
+        ('test "${AGENTKIT_ANSWER}" = x-1.5', "x-1.5"),
+        ('test "$(printf %s "$AGENTKIT_ANSWER" | tr -d "\\n .")" = peach', "peach"),
+        ("printf %s \"$AGENTKIT_ANSWER\" | grep -Fqw -- 'The owner is nuke.'", "… The owner is nuke. …"),
+        ('test "$(cat out.txt)" = a-b', "out.txt: a-b"),
+        ('test "$AGENTKIT_ANSWER" = "$(cat secret)"', None),
+        ('test "$AGENTKIT_ANSWER" = $OTHER', None),
+        ("python3 check.py", None),
+        ('test "$AGENTKIT_ANSWER" != 4', None),
+    ],
+)
+def test_it_is_read_off_the_verifier(command: str, expected: str | None) -> None:
+    assert expected_of(task(command)) == expected
+
+
+def test_metadata_comes_first_and_a_solution_that_prints_last() -> None:
+    assert expected_of(task('test "$AGENTKIT_ANSWER" = 4', metadata={"expected": 5})) == "5"
+    assert expected_of(task("sh check.sh", solution={"command": "printf '%s\\n' 'the end'"})) == "the end"
+    assert expected_of(task("sh check.sh", solution={"command": "echo $(ls)"})) is None
+    assert expected_of(Task(id="t", instruction="Do it.")) is None
+
+
+def test_why_not_has_expected_beside_given_and_what_the_verifier_said() -> None:
+    lines = why_not(task('test "$AGENTKIT_ANSWER" = 4'), "3", "\nfirst\n" + "more\n" * 9)
+    assert lines[:2] == [("expected", "4"), ("given", "3")]
+    assert len(lines) == 8 and lines[2] == ("verifier", "more")
+    assert why_not(task("false"), None, "") == []
+    assert why_not(task('test "$AGENTKIT_ANSWER" = 4'), None, "")[1] == ("given", "(no answer)")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_generated_task_says_what_it_expects_or_its_verifier_does(family: str) -> None:
+    made = sample(family, 3, "heldout").task
+    assert made.verifier is not None
+    says = any(word in made.verifier.command + made.verifier.files.get("check.py", "") for word in ("diff", "expected"))
+    assert expected_of(made) is not None or says or family == "chat"
