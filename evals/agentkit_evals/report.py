@@ -102,9 +102,13 @@ def render_trajectory(trajectory: Trajectory, name: str, *, decode: Decode | Non
     said = [record.message for record in trajectory.records if isinstance(record, MessageAdded)]
     outcome = trajectory.outcome
     status = outcome.status if outcome else "cut off"
-    kind = {"submitted": "solved", "answered": "solved", "limit": "limit", "invalid_answer": "model"}.get(
-        status, "task"
-    )
+    kind = {
+        "submitted": "solved",
+        "answered": "solved",
+        "limit": "limit",
+        "invalid_answer": "model",
+        "no_answer": "model",
+    }.get(status, "task")
     view = {
         "id": name,
         "kind": kind,

@@ -180,9 +180,11 @@ class Done:
                 return f"the limit {self.result.limit} was reached"
             case "invalid_answer":
                 return "the answer does not fit the schema"
+            case "no_answer":
+                return "no answer was given"
         if self.verdict is not None:
             return None if is_solved(self.verdict.reward) else f"reward {self.verdict.reward:g} is below 1"
-        return "no answer was given" if not self.result.answer else None
+        return None if self.result.answer else "no answer was given"
 
 
 @dataclass(frozen=True, slots=True)
