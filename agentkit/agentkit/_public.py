@@ -20,7 +20,7 @@ from agentkit.events import (
     TurnFinished,
     TurnStarted,
 )
-from agentkit.limits import Limits, Parallelism
+from agentkit.limits import ConcurrencyLimits, Limits
 from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import (
     CallMalformed,
@@ -29,9 +29,9 @@ from agentkit.model import (
     Model,
     ModelSession,
     ReasoningDelta,
-    Segment,
     TextDelta,
     ThoughtCut,
+    TokenSegment,
     Usage,
 )
 from agentkit.models.embedded import EmbeddedModel
@@ -52,6 +52,7 @@ __all__ = [
     "CallReady",
     "CallStarted",
     "CallsWithdrawn",
+    "ConcurrencyLimits",
     "ContextFullError",
     "EmbeddedModel",
     "Event",
@@ -63,16 +64,15 @@ __all__ = [
     "Model",
     "ModelSession",
     "Outcome",
-    "Parallelism",
     "ReasoningDelta",
     "RunFinished",
     "RunResult",
     "SamplingParams",
     "ScriptedModel",
-    "Segment",
     "SystemMessage",
     "TextDelta",
     "ThoughtCut",
+    "TokenSegment",
     "Tool",
     "ToolCall",
     "ToolContext",

@@ -11,11 +11,10 @@ from typing import Any, Final
 
 import anyio
 
-from agentkit.answer import check_answer_schema, misfit
 from agentkit.checks import check_model, check_type, run_blocking
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
-from agentkit.limits import Limits, Parallelism
+from agentkit.limits import ConcurrencyLimits, Limits
 from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import (
     CallMalformed,
@@ -28,6 +27,7 @@ from agentkit.model import (
     TextDelta,
 )
 from agentkit.models.embedded import EmbeddedModel
+from agentkit.output import check_output_schema, misfit
 from agentkit.progress import shown_progress
 from agentkit.result import Continue, RunResult
 from agentkit.run import Run
@@ -57,9 +57,9 @@ class Agent:
         thinking: Thinking | ThinkingPolicy = "auto",
         effort: Effort = "high",
         sampling: SamplingParams | None = None,
-        answer_schema: Mapping[str, Any] | None = None,
+        output_schema: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
-        parallelism: Parallelism | None = None,
+        concurrency: ConcurrencyLimits | None = None,
     ) -> None:
         """An agent.
 
@@ -73,32 +73,32 @@ class Agent:
             effort: How hard it thinks, for the whole session; "none" never thinks.
             sampling: How tokens are drawn, in full; by default `model.sampling`, which is what the model's own folder
                 says. `model.sampling.override(temperature=0)` changes a part of that.
-            answer_schema: A JSON schema that the answer fits, as JSON; the model is told it, and held to it.
+            output_schema: A JSON schema that the answer fits, as JSON; the model is told it, and held to it.
             limits: The budget of each run.
-            parallelism: How many calls run at the same time. An agent that runs inside a call of another agent needs
+            concurrency: How many calls run at the same time. An agent that runs inside a call of another agent needs
                 bounds of its own.
 
         Raises:
             TypeError: an argument is of the wrong type.
             ToolDefinitionError: a function that cannot be a tool; the message says what to change.
-            ValueError: two tools have the same name, no thinking policy or effort has that name, or `answer_schema` is
+            ValueError: two tools have the same name, no thinking policy or effort has that name, or `output_schema` is
                 no schema.
             EngineError: as `EmbeddedModel`.
         """
         check_type("Agent(sampling=...)", sampling, SamplingParams | None, "a SamplingParams or None")
         check_type("Agent(limits=...)", limits, Limits | None, "a Limits or None")
-        check_type("Agent(parallelism=...)", parallelism, Parallelism | None, "a Parallelism or None")
+        check_type("Agent(concurrency=...)", concurrency, ConcurrencyLimits | None, "a ConcurrencyLimits or None")
         check_type("Agent(system=...)", system, str | None, "a text or None")
         self._thinks = thinking_policy(thinking, effort)
-        if answer_schema is not None:
-            check_answer_schema(answer_schema)
-        elif sampling is not None and sampling.answer_schema is not None:
-            check_answer_schema(sampling.answer_schema)
+        if output_schema is not None:
+            check_output_schema(output_schema)
+        elif sampling is not None and sampling.output_schema is not None:
+            check_output_schema(sampling.output_schema)
         self.model = EmbeddedModel(model) if isinstance(model, str | Path) else check_model(model)
-        self.sampling = (sampling or self.model.sampling).override(answer_schema=answer_schema)
-        self.answer_schema = self.sampling.answer_schema
+        self.sampling = (sampling or self.model.sampling).override(output_schema=output_schema)
+        self.output_schema = self.sampling.output_schema
         if tools is None:
-            tools = [tool for tool in BUILTINS.values() if self.answer_schema is None or tool.name != "submit"]
+            tools = [tool for tool in BUILTINS.values() if self.output_schema is None or tool.name != "submit"]
         check_type("Agent(tools=...)", tools, list | tuple, "a list of tools or functions")
         self.tools: dict[str, Tool] = {}
         for tool in map(as_tool, tools):
@@ -109,7 +109,7 @@ class Agent:
         self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
         self.effort: Effort = effort
         self.limits = limits or Limits()
-        self.parallelism = parallelism or Parallelism()
+        self.concurrency = concurrency or ConcurrencyLimits()
         if self.sampling.max_tokens is not None:
             bounds = (self.sampling.max_tokens, self.limits.max_tokens_per_turn or self.sampling.max_tokens)
             self.limits = replace(self.limits, max_tokens_per_turn=min(bounds))
@@ -199,8 +199,8 @@ class Agent:
     async def _converse(self, run: Run, text: str) -> Outcome:
         """The loop: turn after turn, until the model submits or answers, or a limit is reached."""
         news: list[Message] = [UserMessage(text)]
-        if (self.system or self.answer_schema is not None) and not run.session.messages:
-            news.insert(0, SystemMessage(self.system, self.answer_schema))
+        if (self.system or self.output_schema is not None) and not run.session.messages:
+            news.insert(0, SystemMessage(self.system, self.output_schema))
         await self.observe(run, news)
         while (limit := run.spent_limit) is None:
             results, limit = await self._turn(run, news)
@@ -218,8 +218,8 @@ class Agent:
         """How a run ends that came to an answer: silence is none, and neither is one that does not fit the schema."""
         if status == "answered" and not answer.strip():
             return run.outcome("no_answer", error="the last turn has no text, outside its thought, and no call")
-        problem = None if self.answer_schema is None else await misfit(answer, self.answer_schema)
-        return run.outcome(status, answer) if problem is None else run.outcome("invalid_answer", error=problem)
+        problem = None if self.output_schema is None else await misfit(answer, self.output_schema)
+        return run.outcome(status, answer) if problem is None else run.outcome("invalid_output", error=problem)
 
     async def _turn(self, run: Run, news: list[Message]) -> tuple[list[ToolResult], LimitName | None]:
         """Ask, act, observe.
@@ -229,7 +229,7 @@ class Agent:
         """
         think = self._thinks(news) and run.generation_limits.max_thinking_tokens != 0
         run.note(TurnStarted(run.turn, think))
-        calls = TurnCalls(self.tools, run.context, self.parallelism, run.note, max_calls=self.limits.max_calls_per_turn)
+        calls = TurnCalls(self.tools, run.context, self.concurrency, run.note, max_calls=self.limits.max_calls_per_turn)
         limit: LimitName | None = None
         stopped_by = "the run broke off"
         try:

@@ -11,9 +11,9 @@ from agentkit.model import (
     CallReady,
     CallsWithdrawn,
     ReasoningDelta,
-    Segment,
     TextDelta,
     ThoughtCut,
+    TokenSegment,
     Usage,
 )
 from agentkit_tools import ToolCall, ToolResult
@@ -26,7 +26,7 @@ LimitName = Literal[
 ]
 """A limit that ends a run: a field of `Limits` ("repetition" is `max_repeated_tokens`), or the context window."""
 
-Status = Literal["submitted", "answered", "no_answer", "invalid_answer", "limit", "cancelled", "error"]
+Status = Literal["submitted", "answered", "no_answer", "invalid_output", "limit", "cancelled", "error"]
 """How a run ended: by `submit`, by a turn with text and without calls, by a turn with neither (it ended inside its
 thought, or said nothing), by an answer that does not fit its schema, by a limit, from outside, or by the machine's
 failure."""
@@ -115,7 +115,7 @@ class RunFinished:
 
 Record = (
     TurnStarted
-    | Segment
+    | TokenSegment
     | MessageAdded
     | ThoughtCut
     | CallReady

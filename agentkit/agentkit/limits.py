@@ -48,7 +48,7 @@ class Limits:
             check_positive(f"Limits.{field.name}", getattr(self, field.name), whole=not seconds, none=none)
 
 
-class Parallelism:
+class ConcurrencyLimits:
     """How many calls run at the same time: in one turn, of one tool, and in all.
 
     Give one object to several agents and they share its bounds on one tool and in all.
@@ -61,7 +61,7 @@ class Parallelism:
             TypeError, ValueError: a bound is no whole number of at least 1.
         """
         for name, value in (("per_turn", per_turn), ("per_tool", per_tool), ("total", total)):
-            check_positive(f"Parallelism({name}=...)", value, whole=True)
+            check_positive(f"ConcurrencyLimits({name}=...)", value, whole=True)
         self.per_turn = per_turn
         self.per_tool = per_tool
         self.total = total

@@ -19,7 +19,7 @@ class SystemMessage:
     """The standing instructions, first in the conversation, and the JSON schema that the answer has to fit, if any."""
 
     content: str
-    answer_schema: Mapping[str, Any] | None = None
+    output_schema: Mapping[str, Any] | None = None
     role: Literal["system"] = "system"
     __pydantic_config__ = STRICT
 
@@ -79,7 +79,7 @@ def to_openai(message: Message) -> dict[str, Any]:
             return shaped
         case ToolMessage():
             return {"role": "tool", "tool_call_id": message.call_id, "content": message.content}
-        case SystemMessage(answer_schema=schema) if schema is not None:
+        case SystemMessage(output_schema=schema) if schema is not None:
             return {"role": "system", "content": message.content, "response_format": schema}
         case _:
             return {"role": message.role, "content": message.content}

@@ -38,7 +38,7 @@ class GenerationLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class TokenSegment:
     """A run of ids in the session, and how they got there.
 
     "prompt" ids were fed, "sampled" ids were drawn by the model, "forced" ids close a turn or a thought that was
@@ -162,7 +162,7 @@ class History(Protocol):
         ...
 
     @property
-    def segments(self) -> Sequence[Segment]:
+    def segments(self) -> Sequence[TokenSegment]:
         """Every id, in order. Empty when the model is behind an API."""
         ...
 

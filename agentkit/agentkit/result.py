@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from agentkit.checks import run_blocking
 from agentkit.events import LimitName, Outcome, Status
@@ -34,7 +36,7 @@ class RunResult:
         - "submitted": the model called `submit`.
         - "answered": a turn had text and no calls.
         - "no_answer": a turn had neither: it ended inside its thought, or said nothing but white space.
-        - "invalid_answer": the answer, by either way, does not fit the agent's `answer_schema`.
+        - "invalid_output": the answer, by either way, does not fit the agent's `output_schema`.
         - "limit": a limit stopped it; `limit` says which.
         """
         return self.outcome.status
@@ -43,6 +45,13 @@ class RunResult:
     def answer(self) -> str | None:
         """What `submit` was given, else the text of the last turn; None with any other status."""
         return self.outcome.answer
+
+    @property
+    def output(self) -> Any:
+        """The answer as a JSON value, if the agent has an `output_schema`; else its text. None without an answer."""
+        if self.answer is None or self.trajectory.header.sampling.output_schema is None:
+            return self.answer
+        return json.loads(self.answer)
 
     @property
     def error(self) -> str | None:

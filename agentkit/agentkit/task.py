@@ -39,7 +39,7 @@ from pydantic import (
 
 from agentkit.errors import TaskFileError, TaskSetupError
 from agentkit_engine.untrusted import read_regular, shorten
-from agentkit_environments import Environment, EnvironmentSpec, Limits
+from agentkit_environments import Environment, EnvironmentSpec, ResourceLimits
 from agentkit_tools import BUILTINS, CommandTool, Tool, ToolDefinitionError
 
 MAX_TIMEOUT_S = 1e7
@@ -123,7 +123,7 @@ class EnvironmentConfig(Strict):
             workdir=self.workdir,
             network=self.network,
             env=dict(self.env),
-            limits=Limits(**self.limits.model_dump()),
+            limits=ResourceLimits(**self.limits.model_dump()),
         )
 
 

@@ -25,7 +25,7 @@ from pydantic_core import PydanticSerializationError
 from agentkit.errors import TrajectoryCorruptError, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
 from agentkit.events import CallFinished, MessageAdded, Outcome, Record
 from agentkit.messages import STRICT, Message
-from agentkit.model import Dialect, Effort, Segment
+from agentkit.model import Dialect, Effort, TokenSegment
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_fd, open_regular, parse_json, shorten
 from agentkit_tools import ToolResult
@@ -192,9 +192,9 @@ class Trajectory:
         return [record.message for record in self.records if isinstance(record, MessageAdded)]
 
     @property
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[TokenSegment]:
         """The ids, with how each run of them came about."""
-        return [record for record in self.records if isinstance(record, Segment)]
+        return [record for record in self.records if isinstance(record, TokenSegment)]
 
     @property
     def token_ids(self) -> list[int]:
@@ -290,7 +290,7 @@ def _check_numbers(line: _Line, body: bytes) -> None:
     """Refuse numbers that the schema lets through and nothing can work with. Raises ValueError."""
     if not 0 <= line.time_s < 1e9:
         raise ValueError(f"time_s is {shorten(line.time_s)}, expected seconds")
-    if isinstance(line.record, Segment) and line.record.ids:
+    if isinstance(line.record, TokenSegment) and line.record.ids:
         low, high = min(line.record.ids), max(line.record.ids)
         if low < 0 or high >= 1 << 31:
             raise ValueError(f"ids from {shorten(low)} to {shorten(high)}, expected token ids")

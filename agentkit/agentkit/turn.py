@@ -10,7 +10,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from agentkit.events import CallFinished, CallStarted
-from agentkit.limits import Parallelism
+from agentkit.limits import ConcurrencyLimits
 from agentkit.model import CallMalformed
 from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, unknown_tool
 from agentkit_tools.model_texts import ERROR
@@ -31,7 +31,7 @@ class TurnCalls:
         self,
         tools: Mapping[str, Tool],
         context: ToolContext,
-        parallelism: Parallelism,
+        concurrency: ConcurrencyLimits,
         note: Callable[[CallStarted | CallFinished], None],
         *,
         max_calls: int,
@@ -41,7 +41,7 @@ class TurnCalls:
         Args:
             tools: What can be called.
             context: What each call is given.
-            parallelism: How many run at the same time.
+            concurrency: How many run at the same time.
             note: Told of each start and each result, as it happens.
             max_calls: Calls that are run; those beyond get an error result.
         """
@@ -50,8 +50,8 @@ class TurnCalls:
         """Seconds during which at least one call was running."""
         self._tools = tools
         self._context = context
-        self._parallelism = parallelism
-        self._in_turn = parallelism.turn()
+        self._parallelism = concurrency
+        self._in_turn = concurrency.turn()
         self._note = note
         self._max_calls = max_calls
         self._calls: dict[int, ToolCall] = {}

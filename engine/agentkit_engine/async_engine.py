@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammar, Matcher
 
 T = TypeVar("T")
-Outcome = SampledToken | BaseException | None
+_Delivery = SampledToken | BaseException | None
 
 TOKENS_AHEAD = 2
 """A generation with this many tokens that its consumer has not taken gets no further forward."""
@@ -71,10 +71,10 @@ class _Generation:
     ahead: int = 0
     sampled: int = 0
     done: bool = False
-    inbox: deque[Outcome] = field(default_factory=deque)
+    inbox: deque[_Delivery] = field(default_factory=deque)
     news: anyio.Event = field(default_factory=anyio.Event)
 
-    def put(self, outcome: Outcome) -> None:
+    def put(self, outcome: _Delivery) -> None:
         self.inbox.append(outcome)
         self.news.set()
 
@@ -250,9 +250,9 @@ class AsyncEngine:
     def _close(self) -> None:
         self._closing = True
 
-    def _step(self, ready: list[_Generation], helper: ThreadPoolExecutor) -> list[tuple[_Generation, Outcome]]:
+    def _step(self, ready: list[_Generation], helper: ThreadPoolExecutor) -> list[tuple[_Generation, _Delivery]]:
         """Run one forward; return the outcomes of the generations that have one."""
-        outcomes: list[tuple[_Generation, Outcome]] = []
+        outcomes: list[tuple[_Generation, _Delivery]] = []
         for generation in ready:
             outcomes += self._jump(generation)
         waiting = [g for g in ready if g.work.logits_V is None and not g.done]
@@ -282,7 +282,7 @@ class AsyncEngine:
                 self._generations.pop(generation, None)
         return outcomes
 
-    def _sample(self, generation: _Generation, logits_V: Tensor) -> Outcome:
+    def _sample(self, generation: _Generation, logits_V: Tensor) -> _Delivery:
         work, params = generation.work, generation.params
         if generation.only_computes:
             generation.done = True
@@ -297,16 +297,16 @@ class AsyncEngine:
         generation.sampled += 1
         generation.ahead += 1
         generation.done = (
-            token.id in params.stop_ids
+            token.id in params.stop_token_ids
             or generation.sampled == params.max_tokens
             or work.length + 1 == self.engine.spec.max_position_embeddings
         )
         work.push(token.id)
         return token
 
-    def _jump(self, generation: _Generation) -> list[tuple[_Generation, Outcome]]:
+    def _jump(self, generation: _Generation) -> list[tuple[_Generation, _Delivery]]:
         """Append the ids that the generation's grammar forces at this point."""
-        outcomes: list[tuple[_Generation, Outcome]] = []
+        outcomes: list[tuple[_Generation, _Delivery]] = []
         work, matcher = generation.work, generation.matcher
         while matcher is not None and not generation.done:
             try:
@@ -319,7 +319,8 @@ class AsyncEngine:
                 break
             generation.ahead += 1
             generation.done = (
-                token_id in generation.params.stop_ids or work.length + 1 == self.engine.spec.max_position_embeddings
+                token_id in generation.params.stop_token_ids
+                or work.length + 1 == self.engine.spec.max_position_embeddings
             )
             work.push(token_id, forced=True)
             outcomes.append((generation, SampledToken(token_id, math.nan, forced=True)))
@@ -334,7 +335,7 @@ def _call_soon() -> Callable[..., object]:
     return soon
 
 
-def _hand_over(outcomes: list[tuple[_Generation, Outcome]]) -> None:
+def _hand_over(outcomes: list[tuple[_Generation, _Delivery]]) -> None:
     for generation, outcome in outcomes:
         generation.put(outcome)
 
@@ -443,7 +444,7 @@ class AsyncSession(SessionIds):
                 self._known += 1
                 self._engine._commands.put(lambda taken=generation: _take(taken))  # type: ignore[misc]
                 count += not token.forced
-                ended = token.id in params.stop_ids or count == params.max_tokens
+                ended = token.id in params.stop_token_ids or count == params.max_tokens
                 yield reader.read(token, last=ended or self._is_full)
                 if ended or reader.stopped:
                     return

@@ -34,7 +34,7 @@ from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammars
 
-STATE_BYTES = 2 << 30
+KV_CACHE_BYTES = 2 << 30
 """Default bound on the state of all sequences; memory is taken as it is used."""
 CACHE_BYTES = 8 << 30
 """Default bound on what one model keeps on disk."""
@@ -61,7 +61,7 @@ class Engine:
         name: str,
         dialect: Dialect,
         folder: Path,
-        state_bytes: int = STATE_BYTES,
+        kv_cache_bytes: int = KV_CACHE_BYTES,
         cache_dir: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
@@ -69,7 +69,7 @@ class Engine:
     ) -> None:
         self.decoder = decoder.eval()
         self.lock = threading.Lock()
-        self.state_bytes = state_bytes
+        self.kv_cache_bytes = kv_cache_bytes
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
         if cache_dir is not None:
             cache_folder.check_usable(cache_dir)
@@ -87,7 +87,7 @@ class Engine:
         *,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
-        state_bytes: int = STATE_BYTES,
+        kv_cache_bytes: int = KV_CACHE_BYTES,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
@@ -98,7 +98,7 @@ class Engine:
         A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. `device` is
         `"cpu"` or a GPU. Weights are held as `dtype` (`"float32"`, `"bfloat16"`, `"float16"` or torch's own); what the
         official layout stores as float32 stays float32. By default they are bfloat16 where that holds all that is
-        stored and kernels widen it, else float32: the same bits come out. `state_bytes` bounds the state of all
+        stored and kernels widen it, else float32: the same bits come out. `kv_cache_bytes` bounds the state of all
         sessions; beyond it the state that waited longest is dropped, and computed again when it is needed. With
         `cache_dir` computed state is also kept on disk, up to `cache_bytes`, for later processes.
 
@@ -116,7 +116,10 @@ class Engine:
             CacheFolderError: others may write to `cache_dir`, or the key that signs what is kept there cannot be used.
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
-        state_bytes, cache_bytes = check_bytes("state_bytes", state_bytes), check_bytes("cache_bytes", cache_bytes)
+        kv_cache_bytes, cache_bytes = (
+            check_bytes("kv_cache_bytes", kv_cache_bytes),
+            check_bytes("cache_bytes", cache_bytes),
+        )
         packaged = {name: folder for name, folder in PACKAGED_MODELS.items() if (folder / "config.json").is_file()}
         folder = packaged.get(path_or_name) if isinstance(path_or_name, str) else None
         folder = folder or Path(path_or_name)
@@ -140,7 +143,7 @@ class Engine:
             name=folder.resolve().name,
             dialect=dialect,
             folder=folder,
-            state_bytes=state_bytes,
+            kv_cache_bytes=kv_cache_bytes,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             cache_bytes=cache_bytes,
             exact=exact,
@@ -150,7 +153,7 @@ class Engine:
     @cached_property
     def batcher(self) -> Batcher:
         """What computes for all sessions; packs the weights on first use."""
-        batcher = Batcher(self.decoder, state_bytes=self.state_bytes, exact=self.exact, compiled=self.compiled)
+        batcher = Batcher(self.decoder, kv_cache_bytes=self.kv_cache_bytes, exact=self.exact, compiled=self.compiled)
         if self.cache_dir is not None:
             batcher.disk = DiskCache(
                 self.cache_dir, batcher.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
@@ -220,7 +223,7 @@ class Engine:
             ValueError: there are no ids.
             TokenIdError: an id is outside the vocabulary.
             ContextLengthError: more ids than the model has positions.
-            OutOfMemoryError: more ids than `state_bytes` has room for.
+            OutOfMemoryError: more ids than `kv_cache_bytes` has room for.
         """
         ids = check_ids(token_ids, self.spec.vocab_size)
         if not ids:

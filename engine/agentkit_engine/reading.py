@@ -53,7 +53,7 @@ class Reader:
         """Without a `tokenizer` tokens have no text; stop texts require one, which the caller checks."""
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._filter = StopFilter(params.stop)
-        self._stop_ids = params.stop_ids
+        self._stop_ids = params.stop_token_ids
 
     @property
     def stopped(self) -> bool:

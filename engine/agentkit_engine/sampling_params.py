@@ -60,17 +60,17 @@ class SamplingParams:
         seed: the same seed on the same ids gives the same tokens; `None` draws a fresh one for each generation.
         max_tokens: stop after this many sampled ids; `None` goes on until a stop id or the end of the context. In an
             agent it bounds one turn, as `Limits.max_tokens_per_turn` does.
-        stop_ids: sampling one of these ends the generation; the id itself is yielded and kept in the session. An agent
-            adds the end of sentence.
+        stop_token_ids: sampling one of these ends the generation; the id itself is yielded and kept in the session. An
+            agent adds the end-of-sentence id.
         stop: texts; the token that completes one in what was sampled ends the generation and is kept in the session.
             `SampledToken.text` shows neither the stop text nor what follows it; an agent's message keeps it, because a
             message is what the session holds.
         top_logprobs: report this many most likely ids with each token.
         grammar: whether an agent's calls are held to the schemas of its tools. "auto" does so where there are tools and
             a grammar can be built for them, and records why where not; True raises where it cannot.
-        answer_schema: a JSON schema; a turn of an agent is then either calls or a JSON value that fits it.
+        output_schema: a JSON schema; a turn of an agent is then either calls or a JSON value that fits it.
 
-    `grammar` and `answer_schema` need the tools and the chat format, so they belong to a `Model`. `generate` of an
+    `grammar` and `output_schema` need the tools and the chat format, so they belong to a `Model`. `generate` of an
     engine's session takes the grammar that `Engine.grammars` made as an argument of its own.
 
     Raises:
@@ -87,11 +87,11 @@ class SamplingParams:
     logit_bias: LogitBias = field(default_factory=dict)
     seed: int | None = None
     max_tokens: int | None = None
-    stop_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     grammar: GrammarMode = "auto"
-    answer_schema: Mapping[str, Any] | None = None
+    output_schema: Mapping[str, Any] | None = None
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
@@ -105,13 +105,16 @@ class SamplingParams:
         biases = {_integer("an id in logit_bias", key, 0): _bias(key, value) for key, value in bias.items()}
         self._set("logit_bias", biases)
         self._set(
-            "stop_ids", frozenset(_integer("an id in stop_ids", id, 0) for id in _items("stop_ids", self.stop_ids))
+            "stop_token_ids",
+            frozenset(
+                _integer("an id in stop_token_ids", id, 0) for id in _items("stop_token_ids", self.stop_token_ids)
+            ),
         )
         self._set("stop", tuple(_text(text) for text in _items("stop", self.stop)))
         if not (isinstance(self.grammar, bool) or self.grammar == "auto"):
             raise SamplingParamsError(f'grammar must be "auto", True or False, got {self.grammar!r}')
-        if self.answer_schema is not None:
-            _mapping("answer_schema", self.answer_schema)
+        if self.output_schema is not None:
+            _mapping("output_schema", self.output_schema)
 
     def override(self, **changes: Any) -> Self:
         """The same, with these fields changed; None leaves a field as it is.
@@ -137,9 +140,9 @@ def check_grammar(params: SamplingParams, grammar: object | None) -> None:
     Raises:
         ValueError: they do.
     """
-    if grammar is None and (params.grammar is True or params.answer_schema is not None):
+    if grammar is None and (params.grammar is True or params.output_schema is not None):
         raise ValueError(
-            "grammar=True and answer_schema are for agents, whose tools are known; here pass a grammar that was made, "
+            "grammar=True and output_schema are for agents, whose tools are known; here pass a grammar that was made, "
             "such as generate(params, grammar=engine.grammars.calls(tools))"
         )
 

@@ -220,7 +220,7 @@ class Session(SessionIds):
             self._ids.append(token.id)
             self._work.push(token.id, forced=token.forced)
             count += not token.forced
-            ended = token.id in params.stop_ids or count == params.max_tokens
+            ended = token.id in params.stop_token_ids or count == params.max_tokens
             yield reader.read(token, last=ended or self._is_full)
             if ended or reader.stopped:
                 return

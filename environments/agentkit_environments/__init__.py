@@ -9,7 +9,7 @@ from agentkit_environments.environment import (
     Environment,
     EnvironmentSpec,
     ExecResult,
-    Limits,
+    ResourceLimits,
 )
 from agentkit_environments.errors import (
     FileTooLargeError,
@@ -33,7 +33,7 @@ __all__ = [
     "ExportedDir",
     "FileTooLargeError",
     "HostFailureError",
-    "Limits",
+    "ResourceLimits",
     "SandboxError",
     "SandboxLostError",
     "SandboxUnavailableError",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from agentkit_environments.environment import Limits
+from agentkit_environments.environment import ResourceLimits
 from agentkit_environments.owner import is_orphan, owner_token
 
 PREFIX = "agentkit-process-"
@@ -82,14 +82,14 @@ class CommandGroup:
         self._kills_before = 0
 
     @classmethod
-    def create(cls, limits: Limits, found: list[Hierarchy] | None = None) -> Self:
+    def create(cls, limits: ResourceLimits, found: list[Hierarchy] | None = None) -> Self:
         """Make the groups that this process may make. A limit that the kernel refuses is left out."""
         group = cls()
         for hierarchy in hierarchies() if found is None else found:
             group._add(hierarchy, limits)
         return group
 
-    def _add(self, hierarchy: Hierarchy, limits: Limits) -> None:
+    def _add(self, hierarchy: Hierarchy, limits: ResourceLimits) -> None:
         is_v2 = hierarchy.version == 2
         if not is_v2 and not hierarchy.controllers & {"memory", "pids", "cpu"}:
             return

@@ -57,7 +57,7 @@ class ExecResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ResourceLimits:
     """What one environment may use. See each backend for which of these the kernel enforces in total."""
 
     memory_mib: int = 1024
@@ -92,7 +92,7 @@ class EnvironmentSpec:
     """`none` is a loopback interface and nothing else; `public` is the engine's default network (docker only)."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables of every command, beside PATH, HOME and LANG."""
-    limits: Limits = Limits()
+    limits: ResourceLimits = ResourceLimits()
 
     def __post_init__(self) -> None:
         normal = posixpath.normpath(self.workdir)

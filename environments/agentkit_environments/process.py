@@ -51,7 +51,7 @@ from agentkit_environments.environment import (
     ExecRequest,
     ExecResult,
     FileOperation,
-    Limits,
+    ResourceLimits,
     input_bytes,
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
@@ -267,7 +267,7 @@ def _filter(missing: tuple[str, ...]) -> str:
     return seccomp_program(MACHINE, missing).hex()
 
 
-def _rlimits(limits: Limits) -> dict[str, int]:
+def _rlimits(limits: ResourceLimits) -> dict[str, int]:
     mib = 1 << 20
     return {
         "RLIMIT_AS": 4 * limits.memory_mib * mib,

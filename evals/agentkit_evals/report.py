@@ -31,7 +31,7 @@ from agentkit.events import (
     TurnStarted,
 )
 from agentkit.messages import AssistantMessage, SystemMessage, UserMessage
-from agentkit.model import CallMalformed, Segment, ThoughtCut, Usage
+from agentkit.model import CallMalformed, ThoughtCut, TokenSegment, Usage
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
 from agentkit_evals.expected import expected_of
@@ -106,7 +106,7 @@ def render_trajectory(trajectory: Trajectory, name: str, *, decode: Decode | Non
         "submitted": "solved",
         "answered": "solved",
         "limit": "limit",
-        "invalid_answer": "model",
+        "invalid_output": "model",
         "no_answer": "model",
     }.get(status, "task")
     view = {
@@ -385,7 +385,7 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
         turn = turns[-1]
         turn["end"] = max(turn["end"], time_s)
         match record:
-            case Segment():
+            case TokenSegment():
                 turn["tokens"][record.kind] += len(record.ids)
                 if with_tokens:
                     turn["segments"].append([record.kind, record.ids, _rounded(record.logprobs) or None])

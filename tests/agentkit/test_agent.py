@@ -116,11 +116,11 @@ async def test_an_empty_system_prompt_is_none(script: Script, environment: Envir
 
 
 async def test_mistakes_are_results(script: Script, environment: Environment) -> None:
-    calls = turn(("nope", {}), ("read_file", {"path": 1}), ("read_file", {"path": "b"}), ("list_dir", {}))
+    calls = turn(("nope", {}), ("read_file", {"file": "b"}), ("read_file", {"path": "b"}), ("list_dir", {}))
     result = await Agent(script(calls, SUBMIT)).run("Q", environment=environment)
     unknown, invalid, missing, listed, _ = results(result.trajectory)
     assert unknown.startswith('Error: unknown tool "nope"; available: bash, read_file')
-    assert invalid.startswith("Error: invalid arguments for read_file: $.path")
+    assert invalid.startswith("Error: invalid arguments for read_file: $.file: unknown parameter")
     assert missing == "Error: No such file: b"
     assert listed == "(empty)"
     assert result.status == "submitted"

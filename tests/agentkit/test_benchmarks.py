@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from agentkit import Message, Segment
+from agentkit import Message, TokenSegment
 from agentkit.benchmarks.__main__ import main
 from agentkit.benchmarks.registry import BENCHMARKS
 from agentkit.benchmarks.sharing import Counts
@@ -54,19 +54,21 @@ def test_the_engine_knows_which_benchmarks_are_measured_here() -> None:
 
 @dataclass
 class Said:
-    segments: Sequence[Segment]
+    segments: Sequence[TokenSegment]
     messages: Sequence[Message] = ()
 
 
 def test_unique_tokens_are_the_fed_nodes_of_a_trie() -> None:
     first = Said(
         [
-            Segment("prompt", (1, 2, 3)),
-            Segment("sampled", (4, 5), (0.0, 0.0)),
-            Segment("prompt", (6,)),
-            Segment("sampled", (7,), (0.0,)),
+            TokenSegment("prompt", (1, 2, 3)),
+            TokenSegment("sampled", (4, 5), (0.0, 0.0)),
+            TokenSegment("prompt", (6,)),
+            TokenSegment("sampled", (7,), (0.0,)),
         ]
     )
-    second = Said([Segment("prompt", (1, 2, 9)), Segment("sampled", (4,), (0.0,)), Segment("prompt", (6,))])
+    second = Said(
+        [TokenSegment("prompt", (1, 2, 9)), TokenSegment("sampled", (4,), (0.0,)), TokenSegment("prompt", (6,))]
+    )
     assert Counts.of([first]) == Counts(unique=4, prompts=3 + 6)
     assert Counts.of([first, second]) == Counts(unique=4 + 2, prompts=3 + 6 + 3 + 5)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentkit import Agent, AssistantTurn, EmbeddedModel, Limits, Parallelism, SamplingParams, ScriptedModel
+from agentkit import Agent, AssistantTurn, ConcurrencyLimits, EmbeddedModel, Limits, SamplingParams, ScriptedModel
 from agentkit.errors import RunningLoopError
 from agentkit_engine import Engine
 from agentkit_environments import Environment
@@ -45,11 +45,11 @@ DONE = AssistantTurn(None, "done")
         ({"sampling": {"temperature": 0}}, TypeError, "sampling=.* must be a SamplingParams or None"),
         ({"sampling": SamplingParams}, TypeError, r"make an instance of it: SamplingParams\(\)"),
         ({"sampling": 0.5}, TypeError, "sampling=.* must be a SamplingParams"),
-        ({"answer_schema": ["object"]}, ValueError, "expected a JSON schema"),
-        ({"sampling": SamplingParams(answer_schema={"type": "strin"})}, ValueError, "is not valid"),
+        ({"output_schema": ["object"]}, ValueError, "expected a JSON schema"),
+        ({"sampling": SamplingParams(output_schema={"type": "strin"})}, ValueError, "is not valid"),
         ({"limits": 5}, TypeError, "limits=.* must be a Limits or None, got 5"),
         ({"limits": Limits}, TypeError, r"make an instance of it: Limits\(\)"),
-        ({"parallelism": 5}, TypeError, "parallelism=.* must be a Parallelism or None"),
+        ({"concurrency": 5}, TypeError, "concurrency=.* must be a ConcurrencyLimits or None"),
     ],
 )
 def test_agent(script: Script, options: dict[str, Any], error: Any, expected: str) -> None:
@@ -81,11 +81,11 @@ def test_limits(field: str) -> None:
 @pytest.mark.parametrize("bound", ["per_turn", "per_tool", "total"])
 def test_parallelism(bound: str) -> None:
     for value in (0, -1):
-        with pytest.raises(ValueError, match=rf"Parallelism\({bound}=...\) must be positive, got"):
-            Parallelism(**{bound: value})
+        with pytest.raises(ValueError, match=rf"ConcurrencyLimits\({bound}=...\) must be positive, got"):
+            ConcurrencyLimits(**{bound: value})
     for wrong in (1.5, "1", True, None):
-        with pytest.raises(TypeError, match=rf"Parallelism\({bound}=...\) must be a whole number"):
-            Parallelism(**{bound: wrong})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=rf"ConcurrencyLimits\({bound}=...\) must be a whole number"):
+            ConcurrencyLimits(**{bound: wrong})  # type: ignore[arg-type]
 
 
 def test_models(script: Script) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agentkit import (
     Header,
     SamplingParams,
-    Segment,
+    TokenSegment,
     Trajectory,
     TrajectoryError,
     TrajectoryFormatError,
@@ -70,7 +70,7 @@ def good(tmp_path: Path) -> bytes:
     path = tmp_path / "good.jsonl"
     header = Header("m", "v4-preview", "high", SamplingParams(), (), "auto", metadata={"a": [1]})
     trajectory = Trajectory(header, path)
-    trajectory.append(Segment("sampled", (7, 1), (-0.25, -1.5)))
+    trajectory.append(TokenSegment("sampled", (7, 1), (-0.25, -1.5)))
     trajectory.close()
     return path.read_bytes()
 
@@ -352,17 +352,17 @@ def test_any_bytes_are_a_task_or_a_task_file_error(tmp_path: Path, content: byte
     "content",
     [b"[" * 100_000, b'{"a": 1, "a": 2}', b"\xff", b'{"minimum": NaN}', b"{" + b" " * (2 << 20) + b"}", b"[]"],
 )
-def test_a_crafted_answer_schema_is_a_usage_error(content: bytes, tmp_path: Path) -> None:
+def test_a_crafted_output_schema_is_a_usage_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_bytes(content)
     assert_refused(tmp_path / "schema.json")
 
 
-def test_an_answer_schema_that_is_a_fifo_never_hangs(tmp_path: Path) -> None:
+def test_an_output_schema_that_is_a_fifo_never_hangs(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "schema.json")
     assert_refused(tmp_path / "schema.json")
 
 
 def assert_refused(schema: Path) -> None:
-    arguments: list[Any] = ["run", "say hello", "--answer-schema", str(schema)]
+    arguments: list[Any] = ["run", "say hello", "--output-schema", str(schema)]
     result = typer.testing.CliRunner().invoke(app, arguments, env={"COLUMNS": "400"})
     assert result.exit_code == 2 and "schema.json" in result.output, result.output

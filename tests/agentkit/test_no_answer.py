@@ -38,7 +38,7 @@ def spent(read_only: bool) -> tuple[list[int], Any]:
 @pytest.mark.parametrize("schema", [None, {"type": "object"}])
 async def test_silence_is_no_answer(script: Script, environment: Environment, text: str, schema: Any) -> None:
     for turn in (AssistantTurn("I think.", text), AssistantTurn(None, text)):
-        result = await Agent(script(turn), [], answer_schema=schema).run("Q", environment=environment)
+        result = await Agent(script(turn), [], output_schema=schema).run("Q", environment=environment)
         assert (result.status, result.answer, result.limit) == ("no_answer", None, None)
         assert result.error is not None and "no text" in result.error
         again = await result.continue_("Well?")

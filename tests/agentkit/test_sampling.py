@@ -66,7 +66,7 @@ async def test_what_the_folder_sets_is_used_and_recorded(
     header = await header_of(agent, environment, tmp_path / "t.jsonl")
     assert {name: getattr(header.sampling, name) for name in FOLDER_SAYS} == FOLDER_SAYS
     assert header.sampling == model.sampling
-    assert used == [dataclasses.replace(model.sampling, stop_ids=frozenset({model.tokenizer.eos_id}))]
+    assert used == [dataclasses.replace(model.sampling, stop_token_ids=frozenset({model.tokenizer.eos_id}))]
 
 
 async def test_a_part_is_changed_with_override_and_all_with_params(
@@ -80,7 +80,10 @@ async def test_a_part_is_changed_with_override_and_all_with_params(
         Agent(model, [], sampling=SamplingParams(seed=3), limits=limits), environment, tmp_path / "b.jsonl"
     )
     assert header.sampling == SamplingParams(seed=3)
-    assert [dataclasses.replace(params, stop_ids=frozenset()) for params in used] == [changed, SamplingParams(seed=3)]
+    assert [dataclasses.replace(params, stop_token_ids=frozenset()) for params in used] == [
+        changed,
+        SamplingParams(seed=3),
+    ]
 
 
 async def test_every_field_reaches_the_engine(
@@ -97,7 +100,7 @@ async def test_every_field_reaches_the_engine(
         logit_bias={70: 2.0, 71: -math.inf},
         seed=5,
         max_tokens=3,
-        stop_ids=frozenset({9}),
+        stop_token_ids=frozenset({9}),
         stop=("never said",),
         top_logprobs=2,
         grammar=False,
@@ -105,7 +108,7 @@ async def test_every_field_reaches_the_engine(
     agent = Agent(model, [get_weather], sampling=sampling)
     path = tmp_path / "t.jsonl"
     result = await agent.run("Q", environment=environment, trajectory=path)
-    assert used == [dataclasses.replace(sampling, stop_ids=frozenset({9, model.tokenizer.eos_id}))]
+    assert used == [dataclasses.replace(sampling, stop_token_ids=frozenset({9, model.tokenizer.eos_id}))]
     read = Trajectory.load(path)
     assert read.header.sampling == sampling
     assert read.segments == result.trajectory.segments
@@ -120,7 +123,7 @@ async def test_a_stop_text_or_id_ends_the_turn(tiny: EmbeddedModel, environment:
         "What is the weather in Oslo?", environment=environment
     )
     ids = [token for segment in whole.trajectory.segments if segment.kind == "sampled" for token in segment.ids]
-    for stop in ({"stop_ids": {ids[2]}}, {"stop": ("invoke",)}):
+    for stop in ({"stop_token_ids": {ids[2]}}, {"stop": ("invoke",)}):
         agent = Agent(
             tiny, [get_weather], sampling=greedy.override(**stop), thinking="never", limits=Limits(max_turns=1)
         )

@@ -23,7 +23,7 @@ from agentkit import (
     MessageAdded,
     SamplingParams,
     ScriptedModel,
-    Segment,
+    TokenSegment,
     ToolCall,
     ToolResult,
     Trajectory,
@@ -82,8 +82,8 @@ def test_torn_at_every_byte(tmp_path: Path) -> None:
     whole = Trajectory(header(), written)
     whole.append(MessageAdded(UserMessage("Grüße\n")))
     whole.append(TurnStarted(0, think=True))
-    whole.append(Segment("prompt", (0, 5, 6)))
-    whole.append(Segment("sampled", (7, 1), (-0.25, -1.5)))
+    whole.append(TokenSegment("prompt", (0, 5, 6)))
+    whole.append(TokenSegment("sampled", (7, 1), (-0.25, -1.5)))
     whole.append(MessageAdded(AssistantMessage("Hm.", None, (ToolCall("call_0_0", "f", '{"x": 1}'),))))
     whole.append(CallFinished(ToolResult("call_0_0", "f", "ok")))
     whole.close()

@@ -14,8 +14,8 @@ from agentkit import (
     AssistantTurn,
     CallFinished,
     CallStarted,
+    ConcurrencyLimits,
     Limits,
-    Parallelism,
     ScriptedModel,
     Tool,
     ToolMessage,
@@ -62,8 +62,8 @@ async def test_128_calls_run_side_by_side_and_results_keep_their_order(
         return n
 
     calls = [("number", {"n": n}) for n in range(128)]
-    parallelism = Parallelism(per_turn=128, per_tool=128, total=128)
-    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [number], parallelism=parallelism)
+    concurrency = ConcurrencyLimits(per_turn=128, per_tool=128, total=128)
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [number], concurrency=concurrency)
     with anyio.fail_after(60):
         result = await agent.run("Q", environment=environment)
     assert results(result.trajectory) == [str(n) for n in range(128)]
@@ -96,7 +96,9 @@ async def test_bounds(
 
     calls: list[tuple[str, dict[str, object]]] = [("one", {}), ("other", {})] * 6
     agent = Agent(
-        script(AssistantTurn(None, "", calls), DONE), [make("one"), make("other")], parallelism=Parallelism(**bounds)
+        script(AssistantTurn(None, "", calls), DONE),
+        [make("one"), make("other")],
+        concurrency=ConcurrencyLimits(**bounds),
     )
     result = await agent.run("Q", environment=environment)
     assert results(result.trajectory) == ["ok"] * 12
@@ -119,7 +121,7 @@ async def test_the_total_bound_spans_runs(script: Script, environment: Environme
         return "ok"
 
     calls: list[tuple[str, dict[str, object]]] = [("count", {})] * 4
-    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [count], parallelism=Parallelism(total=5))
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [count], concurrency=ConcurrencyLimits(total=5))
     async with anyio.create_task_group() as task_group:
         for _ in range(4):
             task_group.start_soon(lambda: agent.run("Q", environment=environment))
@@ -333,15 +335,15 @@ async def test_as_many_synchronous_calls_run_as_the_bounds_allow(script: Script,
         return "met"
 
     calls: list[tuple[str, dict[str, object]]] = [("meet", {})] * 64
-    parallelism = Parallelism(per_turn=64, per_tool=64, total=64)
-    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [meet], parallelism=parallelism)
+    concurrency = ConcurrencyLimits(per_turn=64, per_tool=64, total=64)
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [meet], concurrency=concurrency)
     result = await agent.run("Q", environment=environment)
     assert results(result.trajectory) == ["met"] * 64
 
 
 async def test_waiting_for_a_place_is_neither_call_time_nor_tool_time(script: Script, environment: Environment) -> None:
     """Another agent holds the only place for longer than this one's calls may take."""
-    bounds = Parallelism(total=1)
+    bounds = ConcurrencyLimits(total=1)
     held, release = anyio.Event(), anyio.Event()
 
     @tool
@@ -355,10 +357,10 @@ async def test_waiting_for_a_place_is_neither_call_time_nor_tool_time(script: Sc
         """Quick."""
         return "done"
 
-    holder = Agent(script(AssistantTurn(None, "", [("hold", {})]), DONE), [hold], parallelism=bounds)
+    holder = Agent(script(AssistantTurn(None, "", [("hold", {})]), DONE), [hold], concurrency=bounds)
     limits = Limits(tool_time_s=0.3, call_timeout_s=0.3)
     calls: list[tuple[str, dict[str, object]]] = [("quick", {})] * 3
-    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [quick], parallelism=bounds, limits=limits)
+    agent = Agent(script(AssistantTurn(None, "", calls), DONE), [quick], concurrency=bounds, limits=limits)
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(lambda: holder.run("Q", environment=environment))
         await held.wait()

@@ -54,7 +54,7 @@ def short_of_memory(engine: Engine, spans: int = 4) -> Engine:
     """The same model with room for a few spans."""
     sizes = Pools(engine.spec, slots=1, spans=1, device=torch.device("meta"))
     room = spans * sizes.bytes_per_span
-    return Engine(engine.decoder, name="small", dialect="v4-preview", folder=Path("none"), state_bytes=room)
+    return Engine(engine.decoder, name="small", dialect="v4-preview", folder=Path("none"), kv_cache_bytes=room)
 
 
 async def test_forks_go_on_side_by_side_each_as_if_alone(engine: Engine) -> None:
@@ -211,7 +211,7 @@ async def test_one_that_never_fits_is_told_so_at_once_and_holds_up_nobody(engine
             await anyio.lowlevel.checkpoint()
         async with running.session() as long, running.session() as other:
             await long.append(some_ids(5 * SPAN, 16))
-            with pytest.raises(OutOfMemoryError, match="1280 ids need 5 spans of memory, and there are 4"):
+            with pytest.raises(OutOfMemoryError, match="1280 ids need 5 spans of memory, but there are 4"):
                 await say(long)
             await other.append(some_ids(20, 14))
             assert await say(other) == expected

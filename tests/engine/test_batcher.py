@@ -24,7 +24,7 @@ def decoder() -> Decoder:
 
 def batcher_of(decoder: Decoder, spans: int) -> Batcher:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-    batcher = Batcher(decoder, state_bytes=spans * sizes.bytes_per_span)
+    batcher = Batcher(decoder, kv_cache_bytes=spans * sizes.bytes_per_span)
     batcher.speculate = False
     return batcher
 

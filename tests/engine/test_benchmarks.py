@@ -16,7 +16,7 @@ from agentkit_engine.benchmarks import caching, peers, registry
 from agentkit_engine.benchmarks.__main__ import main
 from agentkit_engine.benchmarks.command import chosen_benchmarks
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
-from agentkit_engine.benchmarks.record import Bound, Measurement, Record, make_record, merge_records, table
+from agentkit_engine.benchmarks.record import BenchmarkRecord, Bound, Measurement, make_record, merge_records, table
 from agentkit_engine.sampler import SampledToken
 
 FIELDS = {
@@ -31,7 +31,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, [*arguments])
 
 
-def make(benchmark: str = "decode", what: str = "decode", **fields: Any) -> Record:
+def make(benchmark: str = "decode", what: str = "decode", **fields: Any) -> BenchmarkRecord:
     measurement = Measurement(benchmark, what, fields.pop("value", 6.0), "tokens/s", **fields)
     return make_record(measurement, machine="a machine", commit="abc", command="a command")
 

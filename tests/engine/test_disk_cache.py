@@ -130,7 +130,7 @@ def test_what_fills_all_memory_is_still_taken_from_disk(decoder: Decoder, tmp_pa
     expected = say(roomy, [*ids, 1])
     small = Engine(
         decoder, name="small", dialect="v4-preview", folder=Path("none"), cache_dir=tmp_path,
-        state_bytes=2 * roomy.batcher.pools.bytes_per_span,
+        kv_cache_bytes=2 * roomy.batcher.pools.bytes_per_span,
     )  # fmt: skip
     with small.session() as session:
         session.append([*ids, 1])

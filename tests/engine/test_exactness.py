@@ -190,7 +190,7 @@ def test_other_libraries_and_ways_are_as_exact(decoder: Decoder, few: int, monke
     if few:
         monkeypatch.setattr(products_module, "_ONEDNN", None)
     monkeypatch.setattr(products_module, "FEW_QUERIES", few)
-    batcher = Batcher(decoder, state_bytes=64 << 20, compiled=True)
+    batcher = Batcher(decoder, kv_cache_bytes=64 << 20, compiled=True)
     logits = batcher.logits(ids)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for chunk in (1, 7, 130):
@@ -205,7 +205,7 @@ def test_sizes_that_nothing_divides() -> None:
         "n_routed_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 5, "hc_mult": 3,
     }  # fmt: skip
     decoder = make_random_decoder(ModelSpec.from_config(small_config(0, 4, 128, **sizes)))
-    batcher, ids = Batcher(decoder, state_bytes=64 << 20, compiled=True), some_ids(600, 0)
+    batcher, ids = Batcher(decoder, kv_cache_bytes=64 << 20, compiled=True), some_ids(600, 0)
     logits = batcher.logits(ids)
     with torch.inference_mode():
         torch.testing.assert_close(logits, decoder(torch.tensor([ids]))[0], atol=1e-4, rtol=0)

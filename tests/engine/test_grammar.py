@@ -540,7 +540,7 @@ def required(engine: Engine) -> Grammar:
 
 
 def params(engine: Engine, seed: int) -> SamplingParams:
-    return SamplingParams(seed=seed, logit_bias=CLOSING, max_tokens=400, stop_ids=frozenset([EOS]))
+    return SamplingParams(seed=seed, logit_bias=CLOSING, max_tokens=400, stop_token_ids=frozenset([EOS]))
 
 
 @pytest.mark.anyio
@@ -615,7 +615,7 @@ def test_references_that_double_are_not_written_out(key: str) -> None:
 @pytest.mark.anyio
 async def test_a_run_is_not_lost_to_a_dead_end(engine: Engine) -> None:
     """Neither in a session nor on the model thread, whether or not guesses are made."""
-    free = SamplingParams(seed=1, max_tokens=30, stop_ids=frozenset([EOS]))
+    free = SamplingParams(seed=1, max_tokens=30, stop_token_ids=frozenset([EOS]))
     with engine.session() as session, pytest.warns(GrammarWarning, match="not held to its grammar"):
         session.append(TURN)
         alone = [token.id for token in session.generate(free, grammar=stuck())]
@@ -689,7 +689,7 @@ def test_the_packaged_model_says_the_same_where_it_kept_to_the_form(think: bool)
     asked = [{"role": "user", "content": "What is the weather in Paris?"}]
     prompt = encode_ids(asked, tokenizer=engine.tokenizer, tools=tools, effort="high", think=think)
     said = []
-    greedy = SamplingParams(temperature=0, max_tokens=80, stop_ids=frozenset([engine.tokenizer.eos_id]))
+    greedy = SamplingParams(temperature=0, max_tokens=80, stop_token_ids=frozenset([engine.tokenizer.eos_id]))
     for grammar in (None, engine.grammars.calls(tools)):
         with engine.session() as session:
             session.append(prompt)

@@ -137,7 +137,7 @@ class World:
         sizes = Pools(self.decoder.spec, slots=1, spans=1, device=torch.device("meta"))
         engine = Engine(
             self.decoder, name="small", dialect="v4-preview", folder=self.folder,
-            state_bytes=self.spans * sizes.bytes_per_span, cache_dir=self.folder / f"disk{self.lives}",
+            kv_cache_bytes=self.spans * sizes.bytes_per_span, cache_dir=self.folder / f"disk{self.lives}",
         )  # fmt: skip
         (self.folder / f"disk{self.lives}").mkdir(exist_ok=True)
         step = engine.batcher.runner.step

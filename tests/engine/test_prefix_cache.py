@@ -32,7 +32,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture
 def batcher(decoder: Decoder) -> Batcher:
-    return Batcher(decoder, state_bytes=64 << 20)
+    return Batcher(decoder, kv_cache_bytes=64 << 20)
 
 
 @pytest.fixture
@@ -188,8 +188,8 @@ def test_a_parked_session_that_is_cut_and_goes_another_way_is_not_taken_for_what
 
 
 def test_parked_sessions_give_way_when_memory_is_short_and_come_back_the_same(decoder: Decoder) -> None:
-    batcher = Batcher(decoder, state_bytes=1)
-    batcher = Batcher(decoder, state_bytes=4 * batcher.pools.bytes_per_span)
+    batcher = Batcher(decoder, kv_cache_bytes=1)
+    batcher = Batcher(decoder, kv_cache_bytes=4 * batcher.pools.bytes_per_span)
     ids = some_ids(300, 0)
     work, _ = run(batcher, ids)
     batcher.park(work)
@@ -197,7 +197,7 @@ def test_parked_sessions_give_way_when_memory_is_short_and_come_back_the_same(de
     work.extend([9])
     while work.logits_V is None:
         batcher.advance([work])
-    assert torch.equal(torch.as_tensor(work.logits_V), Batcher(decoder, state_bytes=64 << 20).logits([*ids, 9])[-1])
+    assert torch.equal(torch.as_tensor(work.logits_V), Batcher(decoder, kv_cache_bytes=64 << 20).logits([*ids, 9])[-1])
     assert batcher.prefilled == 800 + 300 + 301
 
 
@@ -209,7 +209,7 @@ def test_long_prompts_leave_checkpoints_on_the_way(batcher: Batcher) -> None:
 
 def test_what_saves_least_goes_first(decoder: Decoder) -> None:
     """Ends of prompts, least recently used first; then turn ends, and of a branch its end before what it shares."""
-    batcher = Batcher(decoder, state_bytes=64 << 20)
+    batcher = Batcher(decoder, kv_cache_bytes=64 << 20)
     cache = batcher.cache
     head, a, b = some_ids(SPAN, 0), some_ids(SHORT_PROMPT, 1), some_ids(SHORT_PROMPT, 2)
     work, _ = run(batcher, head + a, mark=len(head))  # the head, and the end of the prompt
@@ -227,7 +227,7 @@ def test_what_saves_least_goes_first(decoder: Decoder) -> None:
 
 def test_checkpoints_never_cost_a_session_its_state(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-    batcher = Batcher(decoder, state_bytes=4 * sizes.bytes_per_span)
+    batcher = Batcher(decoder, kv_cache_bytes=4 * sizes.bytes_per_span)
     works = [run(batcher, some_ids(2 * SPAN, seed))[0] for seed in range(2)]
     assert [work.computed for work in works] == [2 * SPAN, 2 * SPAN]
     run(batcher, some_ids(SPAN, 5))

@@ -86,7 +86,7 @@ def test_what_was_held_back_comes_with_the_last_token(engine: Engine) -> None:
     text = "".join(token.text for token in plain)
     tokens, _ = say(engine, replace(GREEDY, stop=(text + "and more",)))
     assert [token.text for token in tokens] == [""] * 23 + [text]
-    stop_id = replace(GREEDY, stop_ids=frozenset((plain[4].id,)), stop=(text + "and more",))
+    stop_id = replace(GREEDY, stop_token_ids=frozenset((plain[4].id,)), stop=(text + "and more",))
     tokens, _ = say(engine, stop_id)
     last = next(index for index, token in enumerate(plain) if token.id == plain[4].id)
     assert [token.text for token in tokens] == [""] * last + ["".join(token.text for token in plain[:last])]

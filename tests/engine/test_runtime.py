@@ -40,7 +40,7 @@ def compiled(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="module")
 def batcher(decoder: Decoder, compiled: bool) -> Batcher:
-    return Batcher(decoder, state_bytes=64 << 20, compiled=compiled)
+    return Batcher(decoder, kv_cache_bytes=64 << 20, compiled=compiled)
 
 
 def test_logits_are_the_twins(decoder: Decoder, batcher: Batcher) -> None:
@@ -120,7 +120,7 @@ def test_random_schedules_give_the_same_bits(
 
 def test_short_memory_costs_time_and_changes_nothing(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-    batcher = Batcher(decoder, state_bytes=3 * sizes.bytes_per_span)
+    batcher = Batcher(decoder, kv_cache_bytes=3 * sizes.bytes_per_span)
     works = [Work() for _ in range(4)]
     for seed, work in enumerate(works):
         work.extend(some_ids(300, seed))  # two spans each: only one of the four fits
@@ -140,11 +140,11 @@ def test_short_memory_costs_time_and_changes_nothing(decoder: Decoder) -> None:
 def test_a_sequence_that_does_not_fit_at_all_says_so_and_frees_what_it_had(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
     engine = Engine(
-        decoder, name="small", dialect="v4-preview", folder=Path("none"), state_bytes=2 * sizes.bytes_per_span
+        decoder, name="small", dialect="v4-preview", folder=Path("none"), kv_cache_bytes=2 * sizes.bytes_per_span
     )
     with engine.session() as session:
         session.append(some_ids(2 * SPAN + 1, 0))
-        with pytest.raises(OutOfMemoryError, match="513 ids need 3 spans of memory, and there are 2; raise"):
+        with pytest.raises(OutOfMemoryError, match="513 ids need 3 spans of memory, but there are 2; raise"):
             next(session.generate())
         assert engine.batcher.pools.bytes_held == engine.batcher.steps == 0
     with engine.session() as session:
@@ -154,7 +154,7 @@ def test_a_sequence_that_does_not_fit_at_all_says_so_and_frees_what_it_had(decod
 
 def test_more_sessions_than_slots(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-    batcher = Batcher(decoder, state_bytes=400 * sizes.bytes_per_span)
+    batcher = Batcher(decoder, kv_cache_bytes=400 * sizes.bytes_per_span)
     works = [Work() for _ in range(batcher.pools.slots + 3)]
     for index, work in enumerate(works):
         work.extend([index % VOCAB, 1])
@@ -173,7 +173,7 @@ def test_a_sequence_that_is_not_finite_harms_no_other(decoder: Decoder, compiled
     ids = [token_id if token_id != poison else 8 for token_id in [3, *some_ids(299, 0)]]
     decoder = copy.deepcopy(decoder)
     decoder.embed.weight.data[poison] = torch.nan
-    batcher = Batcher(decoder, state_bytes=64 << 20, compiled=compiled)
+    batcher = Batcher(decoder, kv_cache_bytes=64 << 20, compiled=compiled)
     expected = batcher.logits(ids)
     healthy, ill = Work(), Work()
     ill.extend([poison] * 300)
@@ -207,7 +207,7 @@ def test_bytes_held_are_those_of_spans_and_slots(batcher: Batcher) -> None:
 
 
 def test_prompts_of_a_higher_priority_are_computed_first_and_nobody_stops_decoding(decoder: Decoder) -> None:
-    batcher = Batcher(decoder, state_bytes=64 << 20)
+    batcher = Batcher(decoder, kv_cache_bytes=64 << 20)
     talking, low, high = Work(), Work(priority=1), Work(priority=2)
     talking.extend(some_ids(20, 0))
     batcher.advance([talking])
@@ -226,7 +226,7 @@ def test_prompts_of_a_higher_priority_are_computed_first_and_nobody_stops_decodi
 
 def test_when_memory_is_short_the_lowest_priority_loses_its_state(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-    batcher = Batcher(decoder, state_bytes=4 * sizes.bytes_per_span)
+    batcher = Batcher(decoder, kv_cache_bytes=4 * sizes.bytes_per_span)
     works = [Work(priority=priority) for priority in (2, 1, 3)]
     for seed, work in enumerate(works):  # two spans each: only two of the three fit
         work.extend(some_ids(300, seed))
@@ -239,7 +239,7 @@ def test_when_memory_is_short_the_lowest_priority_loses_its_state(decoder: Decod
 
 def test_what_fits_counts_shared_spans_once(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-    batcher = Batcher(decoder, state_bytes=8 * sizes.bytes_per_span)
+    batcher = Batcher(decoder, kv_cache_bytes=8 * sizes.bytes_per_span)
     work = Work()
     work.extend(some_ids(3 * SPAN, 0))
     while work.pending:

@@ -30,11 +30,11 @@ EVERY_FIELD: dict[str, Any] = {
     "logit_bias": {5: -math.inf, 7: 1.5},
     "seed": 2**70,
     "max_tokens": 9,
-    "stop_ids": frozenset({1, 2}),
+    "stop_token_ids": frozenset({1, 2}),
     "stop": ("\n\n", "é"),
     "top_logprobs": 3,
     "grammar": False,
-    "answer_schema": {"enum": ["a", None]},
+    "output_schema": {"enum": ["a", None]},
 }
 
 
@@ -53,7 +53,7 @@ EVERY_FIELD: dict[str, Any] = {
         ("max_tokens", 0),
         ("top_logprobs", -1),
         ("stop", ("",)),
-        ("stop_ids", (-1,)),
+        ("stop_token_ids", (-1,)),
         ("grammar", "yes"),
         ("grammar", 1),
         ("grammar", None),
@@ -64,7 +64,7 @@ def test_a_value_out_of_range_is_refused(field: str, value: Any) -> None:
         SamplingParams(**{field: value})
 
 
-@pytest.mark.parametrize("field", [name for name in EVERY_FIELD if name not in ("grammar", "answer_schema")])
+@pytest.mark.parametrize("field", [name for name in EVERY_FIELD if name not in ("grammar", "output_schema")])
 @pytest.mark.parametrize("value", [True, "1", object(), [None], {"a": "b"}])
 def test_a_value_of_the_wrong_type_is_refused(field: str, value: Any) -> None:
     with pytest.raises(TypeError, match=field):
@@ -82,15 +82,15 @@ def test_the_default_of_a_count_is_no_value_for_another() -> None:
         SamplingParams(top_logprobs=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="temperature"):
         SamplingParams(temperature=None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="answer_schema"):
-        SamplingParams(answer_schema=["object"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="output_schema"):
+        SamplingParams(output_schema=["object"])  # type: ignore[arg-type]
 
 
 def test_what_is_given_is_normalised_and_kept() -> None:
     bias = {np.int64(3): np.float32(0.5)}
-    params = SamplingParams(temperature=0, seed=np.int64(3), logit_bias=bias, stop_ids=[1, 1], stop=["a"])  # type: ignore[arg-type]
+    params = SamplingParams(temperature=0, seed=np.int64(3), logit_bias=bias, stop_token_ids=[1, 1], stop=["a"])  # type: ignore[arg-type]
     bias[np.int64(4)] = np.float32(1)
-    assert params == SamplingParams(0.0, seed=3, logit_bias={3: 0.5}, stop_ids=frozenset({1}), stop=("a",))
+    assert params == SamplingParams(0.0, seed=3, logit_bias={3: 0.5}, stop_token_ids=frozenset({1}), stop=("a",))
     assert [type(value) for value in (params.temperature, params.seed)] == [float, int]
 
 
@@ -139,7 +139,7 @@ def test_there_is_one_and_it_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("demand", [{"grammar": True}, {"answer_schema": {}}])
+@pytest.mark.parametrize("demand", [{"grammar": True}, {"output_schema": {}}])
 def test_a_session_without_tools_cannot_be_asked_for_a_grammar(demand: dict[str, Any]) -> None:
     with Engine.load("tiny").session() as session:
         session.append([1])

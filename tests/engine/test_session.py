@@ -308,7 +308,7 @@ def test_a_stop_id_is_yielded_kept_and_ends_the_generation(engine: Engine) -> No
     params = SamplingParams(seed=11, max_tokens=30)
     free = [token.id for token in alone(engine, some_ids(20), params)]
     stop = free[6]
-    stopped = alone(engine, some_ids(20), dataclasses.replace(params, stop_ids=frozenset({stop})))
+    stopped = alone(engine, some_ids(20), dataclasses.replace(params, stop_token_ids=frozenset({stop})))
     assert [token.id for token in stopped] == free[: free.index(stop) + 1]
 
 

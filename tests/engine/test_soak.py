@@ -79,7 +79,7 @@ async def test_soak(tmp_path: Path) -> None:
     decoder = randomize_(Decoder(spec), torch.Generator().manual_seed(1)).eval()
     sizes = Pools(spec, slots=1, spans=1, device=torch.device("meta"))
     engine = Engine(
-        decoder, name="small", dialect="v4-preview", folder=tmp_path, state_bytes=SPANS * sizes.bytes_per_span,
+        decoder, name="small", dialect="v4-preview", folder=tmp_path, kv_cache_bytes=SPANS * sizes.bytes_per_span,
         cache_dir=tmp_path / "disk", cache_bytes=DISK_BYTES,
     )  # fmt: skip
     before = objects()

@@ -63,7 +63,7 @@ def test_the_same_bits_with_and_without(engine: Engine, ids: list[int], temperat
     expected = said(engine, ids, params, speculate=False)
     assert said(engine, ids, params, speculate=True) == expected
     last = expected[len(expected) // 2][0]
-    stopped = SamplingParams(temperature=temperature, seed=3, max_tokens=60, stop_ids=frozenset([last]))
+    stopped = SamplingParams(temperature=temperature, seed=3, max_tokens=60, stop_token_ids=frozenset([last]))
     first = [token_id for token_id, _ in expected].index(last)
     assert said(engine, ids, stopped, speculate=True) == expected[: first + 1]
 
@@ -277,7 +277,7 @@ def played(batcher: Batcher, script: list[tuple[str, int, int]], params: Samplin
 
 @pytest.fixture(scope="module")
 def batcher() -> Batcher:
-    return Batcher(make_decoder(mtp=True), state_bytes=64 << 20)
+    return Batcher(make_decoder(mtp=True), kv_cache_bytes=64 << 20)
 
 
 @settings(max_examples=8, deadline=None)

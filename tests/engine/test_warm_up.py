@@ -14,10 +14,10 @@ from agentkit_kernels import cpu
 from .conftest import make_random_decoder, small_config, some_ids
 
 
-def make_engine(*, state_bytes: int = 1 << 26) -> Engine:
+def make_engine(*, kv_cache_bytes: int = 1 << 26) -> Engine:
     spec = ModelSpec.from_config(small_config(0, 4, 128, mtp=True, sliding_window=48, index_topk=200))
     decoder = make_random_decoder(spec)
-    return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), state_bytes=state_bytes)
+    return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), kv_cache_bytes=kv_cache_bytes)
 
 
 def signatures() -> dict[str, int]:
@@ -69,7 +69,7 @@ def test_without_a_folder_or_memory_it_is_left_out(
     folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path if folder else None)
-    make_engine(state_bytes=1).warm_up()
+    make_engine(kv_cache_bytes=1).warm_up()
     assert not list(tmp_path.iterdir())
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from agentkit_environments import Limits
+from agentkit_environments import ResourceLimits
 from agentkit_environments.cgroups import PREFIX, CommandGroup, Hierarchy, hierarchies, reap_groups, remove_orphans
 from agentkit_environments.owner import owner_token
 
-LIMITS = Limits(memory_mib=100, processes=20, cpus=0.5)
+LIMITS = ResourceLimits(memory_mib=100, processes=20, cpus=0.5)
 V2 = frozenset([""])
 
 

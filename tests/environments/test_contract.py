@@ -17,7 +17,7 @@ from agentkit_environments import (
     Environment,
     EnvironmentSpec,
     FileTooLargeError,
-    Limits,
+    ResourceLimits,
     SandboxLostError,
     UnsafeArchiveError,
     UnsafePathError,
@@ -348,7 +348,7 @@ async def test_an_exception_inside_the_block_leaves_nothing(backend: str, open_b
 async def test_disk_process_and_memory_limits(backend: str, open_backend: Opener) -> None:
     if backend == "unsafe-local":
         pytest.skip("unsafe-local has no limits")
-    limits = Limits(memory_mib=256, processes=64, file_size_mib=8, disk_mib=16)
+    limits = ResourceLimits(memory_mib=256, processes=64, file_size_mib=8, disk_mib=16)
     async with await open_backend(backend, EnvironmentSpec(limits=limits)) as env:
         too_large = await env.exec("head -c 9M /dev/zero > big; stat -c %s big; rm big")
         assert too_large.stdout == f"{8 << 20}\n"

@@ -8,7 +8,7 @@ from typing import Any
 import docker
 import pytest
 
-from agentkit_environments import EnvironmentSpec, Limits, SandboxUnavailableError, open_environment
+from agentkit_environments import EnvironmentSpec, ResourceLimits, SandboxUnavailableError, open_environment
 from agentkit_environments.docker import docker_failure
 
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
@@ -27,7 +27,7 @@ def client() -> Iterator[docker.DockerClient]:
 def test_hardening_is_what_the_engine_applies(client: docker.DockerClient, anyio_backend: str) -> None:
     import anyio
 
-    limits = Limits(memory_mib=100, processes=50, cpus=0.5, file_size_mib=10, open_files=64, disk_mib=20)
+    limits = ResourceLimits(memory_mib=100, processes=50, cpus=0.5, file_size_mib=10, open_files=64, disk_mib=20)
 
     async def inspect() -> tuple[Any, str]:
         async with await open_environment(EnvironmentSpec(limits=limits), backend="docker", run_id="inspect") as env:

@@ -18,7 +18,7 @@ from agentkit_environments import (
     Environment,
     EnvironmentSpec,
     HostFailureError,
-    Limits,
+    ResourceLimits,
     SandboxLostError,
     open_environment,
 )
@@ -67,7 +67,9 @@ def _engine() -> None:
 
 @pytest.fixture
 async def env() -> AsyncIterator[Environment]:
-    async with await open_environment(EnvironmentSpec(limits=Limits(disk_mib=64)), backend="docker") as environment:
+    async with await open_environment(
+        EnvironmentSpec(limits=ResourceLimits(disk_mib=64)), backend="docker"
+    ) as environment:
         yield environment
 
 
@@ -182,7 +184,7 @@ async def test_full_volumes_leave_the_container_alive(env: Environment) -> None:
 
 
 async def test_full_volumes_and_a_hog_leave_the_container_alive() -> None:
-    spec = EnvironmentSpec(limits=Limits(memory_mib=64, disk_mib=128))
+    spec = EnvironmentSpec(limits=ResourceLimits(memory_mib=64, disk_mib=128))
     async with await open_environment(spec, backend="docker") as env:
         await env.exec("for d in /workspace /tmp /dev/shm; do head -c 200M /dev/zero > $d/fill; done", timeout_s=60)
         hog = await env.exec(["python3", "-c", "x = bytearray(512 << 20)"], timeout_s=60)
@@ -215,7 +217,7 @@ async def test_a_closed_work_directory_is_the_commands_failure(env: Environment)
 
 
 async def test_a_command_that_finds_no_room_for_a_process_says_so() -> None:
-    spec = EnvironmentSpec(limits=Limits(processes=20))
+    spec = EnvironmentSpec(limits=ResourceLimits(processes=20))
     async with await open_environment(spec, backend="docker") as env:
         await env.write_file("fill.py", FILL)
         await env.exec("exec python3 fill.py >/dev/null 2>&1", timeout_s=20)

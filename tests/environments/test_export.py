@@ -18,7 +18,7 @@ from agentkit_environments import (
     Environment,
     EnvironmentSpec,
     ExportedDir,
-    Limits,
+    ResourceLimits,
     SandboxError,
     UnsafeArchiveError,
     check_archive,
@@ -161,7 +161,7 @@ async def test_too_much_is_counted_before_it_is_packed(env: Environment, monkeyp
 
 
 async def test_an_executor_needs_no_more_memory_than_its_sandbox_has(backend: str, open_backend: Opener) -> None:
-    spec = EnvironmentSpec(limits=Limits(memory_mib=256, disk_mib=128))
+    spec = EnvironmentSpec(limits=ResourceLimits(memory_mib=256, disk_mib=128))
     async with await open_backend(backend, spec) as env, await open_backend(backend, spec) as other:
         await env.exec("head -c 100M /dev/zero > big; printf end >> big; mkdir d; touch d/$(seq -s ' d/' 2000)")
         exported = await env.export_dir("/workspace")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from agentkit_environments import Environment, EnvironmentSpec, FileTooLargeError, Limits, UnsafePathError
+from agentkit_environments import Environment, EnvironmentSpec, FileTooLargeError, ResourceLimits, UnsafePathError
 
 if TYPE_CHECKING:
     from tests.environments.conftest import Opener
@@ -128,7 +128,7 @@ READ_ONLY = [
 async def files(backend: str, open_backend: Opener) -> AsyncIterator[Environment]:
     if backend == "unsafe-local":
         pytest.skip("unsafe-local runs as the harness, whoever that is")
-    async with await open_backend(backend, EnvironmentSpec(limits=Limits(file_size_mib=8, disk_mib=16))) as env:
+    async with await open_backend(backend, EnvironmentSpec(limits=ResourceLimits(file_size_mib=8, disk_mib=16))) as env:
         made = await env.exec(SETUP)
         assert (made.exit_code, made.stderr) == (0, ""), made
         yield env

@@ -22,7 +22,7 @@ from agentkit_environments import (
     Environment,
     EnvironmentSpec,
     HostFailureError,
-    Limits,
+    ResourceLimits,
     SandboxLostError,
     open_environment,
 )
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tests.environments.conftest import Tag
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
-SMALL = EnvironmentSpec(limits=Limits(memory_mib=128, disk_mib=64))
+SMALL = EnvironmentSpec(limits=ResourceLimits(memory_mib=128, disk_mib=64))
 MIB = 1 << 20
 
 
@@ -51,7 +51,7 @@ def launcher(request: pytest.FixtureRequest) -> Launcher:
 @pytest.fixture(scope="module", params=["cgroup", "no-cgroup"])
 def has_cgroup(request: pytest.FixtureRequest) -> bool:
     if request.param == "cgroup":
-        group = CommandGroup.create(Limits())
+        group = CommandGroup.create(ResourceLimits())
         bounds_memory = group.bounds_memory
         group.remove()
         if not bounds_memory:
@@ -191,7 +191,7 @@ while True:
 
 
 async def test_a_fork_bomb_leaves_room_for_the_next_command(launcher: Launcher) -> None:
-    spec = EnvironmentSpec(limits=Limits(processes=32))
+    spec = EnvironmentSpec(limits=ResourceLimits(processes=32))
     async with await ProcessEnvironment.open(spec, "bomb", launcher=launcher) as env:
         await env.exec(["python3", "-c", BOMB], timeout_s=2)
         for _ in range(3):
@@ -366,7 +366,7 @@ async def test_commands_that_use_too_much_memory_together_are_killed(launcher: L
 async def test_cpu_time_is_bounded(launcher: Launcher, has_cgroup: bool) -> None:
     if not has_cgroup or not any("cpu" in h.controllers for h in hierarchies() if os.access(h.parent, os.W_OK)):
         pytest.skip("no cpu cgroup can be had here")
-    spec = EnvironmentSpec(limits=Limits(cpus=0.2))
+    spec = EnvironmentSpec(limits=ResourceLimits(cpus=0.2))
     async with await ProcessEnvironment.open(spec, "cpu", launcher=launcher) as env:
         code = "import os, time\nend = time.time() + 1.5\nwhile time.time() < end: pass\nprint(sum(os.times()[:2]))"
         assert float(await python(env, code)) < 0.9
@@ -389,7 +389,7 @@ async def test_groups_are_gone_with_the_sandbox_and_with_a_killed_harness(
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:  # a harness that is killed before it can clean up
-        group = CommandGroup.create(Limits())
+        group = CommandGroup.create(ResourceLimits())
         os.write(writing, b"x")
         signal.pause()
         del group

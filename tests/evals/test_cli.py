@@ -143,11 +143,11 @@ def test_an_answer_has_the_schema_that_is_given(suite: Path, untrained: Path, tm
     schema, record = tmp_path / "schema.json", tmp_path / "run.jsonl"
     schema.write_text('{"enum": ["yes", "no"]}')
     (tmp_path / "alone.yaml").write_text(TASK.format(id="alone") + "tools: [submit]\n")
-    options = ("-m", untrained, "--env", "unsafe-local", "--answer-schema", schema)
+    options = ("-m", untrained, "--env", "unsafe-local", "--output-schema", schema)
     found = as_json("run", tmp_path / "alone.yaml", *options, "--trajectory", record)
     assert json.loads(found["answer"]) in ("yes", "no") and (found["status"], found["error"]) == ("answered", None)
     header = Trajectory.load(record).header
-    assert (header.sampling.answer_schema, header.tools) == ({"enum": ["yes", "no"]}, ())
+    assert (header.sampling.output_schema, header.tools) == ({"enum": ["yes", "no"]}, ())
     schema.write_text('{"type": "string", "minLength": 900}')
     found = as_json("run", tmp_path / "alone.yaml", *options, code=1)
     assert (found["status"], found["answer"]) == ("limit", None)

@@ -9,7 +9,7 @@ import pytest
 
 from agentkit.errors import TaskFileError
 from agentkit.task import LimitsConfig, Task, load_task
-from agentkit_environments import Limits
+from agentkit_environments import ResourceLimits
 from agentkit_tools import BUILTINS
 
 GOOD = """\
@@ -54,7 +54,7 @@ def problem(tmp_path: Path, text: str) -> str:
 def test_reads_a_whole_task(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, GOOD))
     assert task.environment.files == {"app.log": "ERROR a\nok\nERROR b\n", "notes/readme.txt": "hello\n"}
-    assert task.environment.spec().limits == Limits(memory_mib=256)
+    assert task.environment.spec().limits == ResourceLimits(memory_mib=256)
     assert task.environment.spec().network == "none"
     assert [tool.name for tool in task.build_tools()] == ["bash", "weather", "submit"]
     assert (task.agent.thinking, task.agent.effort, task.agent.max_turns) == ("never", "high", 4)
@@ -63,7 +63,7 @@ def test_reads_a_whole_task(tmp_path: Path) -> None:
 def test_defaults_are_the_rooms_own() -> None:
     task = Task(id="a", instruction="Say hi.")
     assert task.tools == list(BUILTINS)
-    assert task.environment.limits == LimitsConfig(**dataclasses.asdict(Limits()))
+    assert task.environment.limits == LimitsConfig(**dataclasses.asdict(ResourceLimits()))
     assert task.verifier is None
 
 

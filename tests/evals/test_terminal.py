@@ -72,7 +72,7 @@ def test_errors_are_shown_without_their_escapes(tmp_path: Path) -> None:
         ["check", str(tmp_path / "keys.yaml")],
         ["check", str(tmp_path / f"name{ESCAPE}.yaml")],
         ["run", str(tmp_path / f"name{ESCAPE}.yaml")],
-        ["run", "x", "--answer-schema", str(tmp_path / "schema.json")],
+        ["run", "x", "--output-schema", str(tmp_path / "schema.json")],
         ["eval", str(tmp_path / f"missing{ESCAPE}")],
     ):
         result = CliRunner().invoke(app, arguments)

@@ -67,7 +67,7 @@ def command(
     repetition_penalty: PenaltyFlag = None,
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
-    answer_schema: Annotated[
+    output_schema: Annotated[
         Path | None,
         typer.Option(
             exists=True,
@@ -86,7 +86,7 @@ def command(
     """Run an agent on a task file, or on what you say.
 
     Exits with 0 when it is solved: there is an answer, and reward 1 where the task has a verifier. Exits with 1 after
-    no answer, an answer that does not fit --answer-schema, a limit, or a reward below 1, and says which.
+    no answer, an answer that does not fit --output-schema, a limit, or a reward below 1, and says which.
     """
     from agentkit.task import Task, load_task
     from agentkit_evals.run import agent_for
@@ -111,12 +111,12 @@ def command(
     given = {name: value for name, value in bounds.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
     schema = None
-    if answer_schema is not None:
-        schema = _read_schema(answer_schema)
+    if output_schema is not None:
+        schema = _read_schema(output_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
     terminal = console(quiet=as_json)
     embedded = load_model(model, device=device, cache_dir=cache_dir)
-    sampling = embedded.sampling.override(seed=seed, answer_schema=schema, **flags.changes())
+    sampling = embedded.sampling.override(seed=seed, output_schema=schema, **flags.changes())
     agent = agent_for(task, embedded, sampling)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal)
     return carry_out(job, apply=apply, as_json=as_json)
@@ -141,16 +141,16 @@ def _names_task_file(what: str) -> bool:
 
 def _read_schema(path: Path) -> dict[str, Any]:
     """The JSON schema in a file. Raises BadParameter for what is none."""
-    from agentkit.answer import check_answer_schema
+    from agentkit.output import check_output_schema
     from agentkit_engine.untrusted import parse_json, read_regular
 
     try:
         schema: dict[str, Any] = parse_json(read_regular(path, max_bytes=1 << 20), max_values=20_000)
-        check_answer_schema(schema)
+        check_output_schema(schema)
     except OSError as exc:
-        raise typer.BadParameter(f"{path}: cannot be read: {exc.strerror}", param_hint="--answer-schema") from exc
+        raise typer.BadParameter(f"{path}: cannot be read: {exc.strerror}", param_hint="--output-schema") from exc
     except ValueError as exc:
-        raise typer.BadParameter(f"{path}: {exc}", param_hint="--answer-schema") from exc
+        raise typer.BadParameter(f"{path}: {exc}", param_hint="--output-schema") from exc
     return schema
 
 
@@ -178,7 +178,7 @@ class Done:
         match self.result.status:
             case "limit":
                 return f"the limit {self.result.limit} was reached"
-            case "invalid_answer":
+            case "invalid_output":
                 return "the answer does not fit the schema"
             case "no_answer":
                 return "no answer was given"

@@ -89,7 +89,7 @@ class EmbeddedModel:
         """
         from agentkit_engine import AsyncEngine
 
-        params = replace(sampling, stop_ids=sampling.stop_ids | {self.tokenizer.eos_id})
+        params = replace(sampling, stop_token_ids=sampling.stop_token_ids | {self.tokenizer.eos_id})
         grammar, grammar_off = await grammar_for(self.engine, tools, sampling)
         async with AsyncExitStack() as stack:
             running = self._running

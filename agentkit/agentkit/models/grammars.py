@@ -32,8 +32,8 @@ async def grammar_for(
     """
     specs = [tool.spec for tool in tools]
     make: Callable[[], Grammar]
-    if sampling.answer_schema is not None:
-        make = partial(_answer, engine, sampling.answer_schema, specs)
+    if sampling.output_schema is not None:
+        make = partial(_answer, engine, sampling.output_schema, specs)
     elif sampling.grammar is False:
         return None, "it is switched off"
     elif not specs:
@@ -45,7 +45,7 @@ async def grammar_for(
     except Warning:  # where warnings are errors
         raise
     except Exception as error:
-        if sampling.answer_schema is not None or sampling.grammar is True:
+        if sampling.output_schema is not None or sampling.grammar is True:
             raise
         return None, f"{type(error).__name__}: {error}"
     return grammar, "; ".join(grammar.loose) or None

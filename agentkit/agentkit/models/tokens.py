@@ -23,11 +23,11 @@ from agentkit.model import (
     History,
     ModelEvent,
     ReasoningDelta,
-    Segment,
     SegmentKind,
     StopReason,
     TextDelta,
     ThoughtCut,
+    TokenSegment,
     Usage,
 )
 from agentkit.repetition import IN_CALLS, is_due, repeats
@@ -108,7 +108,7 @@ class TokenizedSession:
         self.dialect: Dialect = dialect
         self.grammar_off = grammar_off
         self.messages: list[Message] = []
-        self.segments: list[Segment] = []
+        self.segments: list[TokenSegment] = []
         self.usage = Usage()
         self._tokens = tokens
         self._tokenizer = tokenizer
@@ -250,7 +250,7 @@ class TokenizedSession:
             await self._tokens.append(ids[:head])
             await self._tokens.checkpoint()
         await self._tokens.append(ids[head:])
-        self._record(Segment("prompt", tuple(ids)))
+        self._record(TokenSegment("prompt", tuple(ids)))
         self._unread.clear()
         return room
 
@@ -262,19 +262,19 @@ class TokenizedSession:
 
     async def _force(self, ids: list[int]) -> None:
         await self._tokens.append(ids)
-        self._record(Segment("forced", tuple(ids)))
+        self._record(TokenSegment("forced", tuple(ids)))
 
     def _record_run(self, run: list[Sampled]) -> None:
         if run:
             ids = tuple(token.id for token in run)
             if run[0].forced:
-                self._record(Segment("forced", ids))
+                self._record(TokenSegment("forced", ids))
             else:
                 top = tuple(token.top for token in run) if run[0].top else ()
-                self._record(Segment("sampled", ids, tuple(token.logprob for token in run), top))
+                self._record(TokenSegment("sampled", ids, tuple(token.logprob for token in run), top))
             run.clear()
 
-    def _record(self, segment: Segment) -> None:
+    def _record(self, segment: TokenSegment) -> None:
         self.segments.append(segment)
         self._length += len(segment.ids)
         self._counts[segment.kind] += len(segment.ids)
@@ -315,7 +315,7 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
                 unread.append(message)
             case TurnStarted():
                 think = record.think
-            case Segment(kind="prompt"):
+            case TokenSegment(kind="prompt"):
                 ids += prompt_ids(
                     unread,
                     first=not ids,
@@ -326,7 +326,7 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
                     tokenizer=tokenizer,
                 )
                 unread.clear()
-            case Segment():
+            case TokenSegment():
                 ids += record.ids
     return ids
 

@@ -323,7 +323,7 @@ def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
 def _calls(engine: Engine, turns: int, said: list[tuple[int, float]]) -> None:
     """Add to `said` what the model samples over `turns` requests, each answered by a result of its call."""
     tokenizer: Tokenizer = engine.tokenizer
-    params = SamplingParams(temperature=0, max_tokens=60, stop_ids=frozenset([tokenizer.eos_id]))
+    params = SamplingParams(temperature=0, max_tokens=60, stop_token_ids=frozenset([tokenizer.eos_id]))
     with engine.session() as session:
         for turn in range(turns):
             name = NAMES[turn % len(NAMES)]

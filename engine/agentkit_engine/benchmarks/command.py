@@ -16,8 +16,8 @@ from rich.console import Console
 
 from agentkit_engine.benchmarks.errors import BenchmarkError
 from agentkit_engine.benchmarks.record import (
+    BenchmarkRecord,
     Measurement,
-    Record,
     current_commit,
     describe_machine,
     make_record,
@@ -77,7 +77,7 @@ def measure(
         return
     machine, commit = describe_machine(), current_commit(*rooms)
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    records: list[Record] = []
+    records: list[BenchmarkRecord] = []
     failed = False
     for benchmark in names:
         console.print(f"{benchmark} ...")

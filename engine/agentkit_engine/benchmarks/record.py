@@ -73,7 +73,7 @@ class Measurement:
         return self.value / self.peer_value if self.higher_is_better else self.peer_value / self.value
 
 
-class Record(BaseModel):
+class BenchmarkRecord(BaseModel):
     """A measurement as the results file keeps it; the fields are those of `Measurement`, and where it comes from.
 
     `target` and `stretch` read like `ratio >= 2`; `met` and `stretch_met` are None where there is no such bound.
@@ -99,10 +99,10 @@ class Record(BaseModel):
     command: str
 
 
-_RECORDS = TypeAdapter(list[Record])
+_RECORDS = TypeAdapter(list[BenchmarkRecord])
 
 
-def make_record(measurement: Measurement, *, machine: str, commit: str, command: str) -> Record:
+def make_record(measurement: Measurement, *, machine: str, commit: str, command: str) -> BenchmarkRecord:
     """The record of a measurement made on `machine` at `commit` by `command`."""
     fields = asdict(measurement)
     del fields["higher_is_better"]
@@ -111,10 +111,10 @@ def make_record(measurement: Measurement, *, machine: str, commit: str, command:
         bound: Bound | None = getattr(measurement, name)
         fields[name] = bound and str(bound)
         fields[met] = bound and bound.holds(value, ratio)
-    return Record(**fields, ratio=ratio, machine=machine, commit=commit, command=command)
+    return BenchmarkRecord(**fields, ratio=ratio, machine=machine, commit=commit, command=command)
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[BenchmarkRecord]:
     """What a results file holds; nothing when there is none.
 
     Raises:
@@ -123,7 +123,7 @@ def read_records(path: Path) -> list[Record]:
     return _RECORDS.validate_json(path.read_bytes()) if path.is_file() else []
 
 
-def merge_records(path: Path, benchmark: str, records: Sequence[Record]) -> None:
+def merge_records(path: Path, benchmark: str, records: Sequence[BenchmarkRecord]) -> None:
     """Replace the benchmark's records in the file, which is made when missing, and keep those of the other benchmarks.
 
     Raises:
@@ -137,7 +137,7 @@ def merge_records(path: Path, benchmark: str, records: Sequence[Record]) -> None
     temporary.replace(path)
 
 
-def table(records: Iterable[Record]) -> Table:
+def table(records: Iterable[BenchmarkRecord]) -> Table:
     """What a terminal has room for: one line per record, without peers' settings and comparisons."""
     rows = Table("benchmark", "what", "value", "spread", "peer", "ratio", "target", "stretch", highlight=False)
     for record in records:
@@ -154,7 +154,7 @@ def table(records: Iterable[Record]) -> Table:
     return rows
 
 
-def markdown(records: Iterable[Record]) -> str:
+def markdown(records: Iterable[BenchmarkRecord]) -> str:
     """The table of a README: what was measured, beside whom, and what was aimed at."""
     lines = ["| benchmark | what | value | peer | ratio | at least | stretch |", "|---|---|---|---|---|---|---|"]
     for record in records:

@@ -397,7 +397,7 @@ def _restored(engine: Engine, ids: Sequence[int]) -> Iterator[tuple[str, int, Te
 
 def _copy(engine: Engine, cache_dir: Path) -> Batcher:
     """A batcher for the same model that has computed nothing yet."""
-    batcher = Batcher(engine.decoder, state_bytes=engine.state_bytes)
+    batcher = Batcher(engine.decoder, kv_cache_bytes=engine.kv_cache_bytes)
     batcher.disk = DiskCache(cache_dir, batcher.pools, model=engine.fingerprint, budget_bytes=CACHE_BYTES)
     return batcher
 

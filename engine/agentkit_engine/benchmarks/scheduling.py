@@ -19,7 +19,7 @@ from agentkit_engine.benchmarks.peers import long_text, random_decoder, random_i
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds
 from agentkit_engine.chat import encode_continuation_ids, encode_ids
-from agentkit_engine.engine import STATE_BYTES, Engine
+from agentkit_engine.engine import KV_CACHE_BYTES, Engine
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampling_params import SamplingParams
@@ -62,7 +62,7 @@ def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measureme
     """scheduler: one step of sessions that all decode: who takes part, in which memory, and what became of it."""
     decoder = random_decoder(tiny_v4())
     for batch in batches:
-        batcher = Batcher(decoder, state_bytes=STATE_BYTES)
+        batcher = Batcher(decoder, kv_cache_bytes=KV_CACHE_BYTES)
         lengths = [64 + 37 * index % 960 for index in range(batch)]
         peer = PageScheduler(lengths, pages=batch * (1 + (1024 + (repeats + 1) * steps) // SPAN))
         ours_us, theirs_us = _step_both(batcher, peer, steps, repeats)

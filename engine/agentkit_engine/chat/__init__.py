@@ -26,8 +26,8 @@ from agentkit_engine.chat.v4 import (
 )
 from agentkit_engine.chat.v4_parser import (
     CallMalformed,
+    CallOpened,
     CallReady,
-    CallStarted,
     CallsWithdrawn,
     FinishReason,
     ParseEvent,
@@ -42,8 +42,8 @@ __all__ = [
     "CONTROL_TOKENS",
     "EFFORT_TEXT",
     "CallMalformed",
+    "CallOpened",
     "CallReady",
-    "CallStarted",
     "CallsWithdrawn",
     "ChatError",
     "Control",

@@ -59,7 +59,7 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class CallStarted:
+class CallOpened:
     """The call's name is known; its arguments are still being written."""
 
     index: int
@@ -99,7 +99,7 @@ class ParseFinished:
     reason: FinishReason
 
 
-ParseEvent = ReasoningDelta | TextDelta | CallStarted | CallReady | CallMalformed | CallsWithdrawn | ParseFinished
+ParseEvent = ReasoningDelta | TextDelta | CallOpened | CallReady | CallMalformed | CallsWithdrawn | ParseFinished
 
 _State = Literal[
     "between",  # in a block, between calls, or after its end
@@ -558,7 +558,7 @@ class StreamParser:
             self._malformed("the call has no name")
             return
         block.call = _Call(self._index, name, head.word)
-        self._note(block, CallStarted(self._index, name))
+        self._note(block, CallOpened(self._index, name))
         self._index += 1
         if head.empty:
             self._end_call(block)

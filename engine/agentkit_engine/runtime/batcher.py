@@ -233,12 +233,14 @@ class Batcher:
         steps: number of forwards.
     """
 
-    def __init__(self, decoder: Decoder, *, state_bytes: int, exact: bool = True, compiled: bool | None = None) -> None:
-        """`state_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used."""
+    def __init__(
+        self, decoder: Decoder, *, kv_cache_bytes: int, exact: bool = True, compiled: bool | None = None
+    ) -> None:
+        """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used."""
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
-        spans = max(1, min(state_bytes // max(1, sizes.bytes_per_span), 1 << 20))
-        slots = SLOTS + min(CHECKPOINTS, state_bytes // 4 // sizes.bytes_per_slot)
+        spans = max(1, min(kv_cache_bytes // max(1, sizes.bytes_per_span), 1 << 20))
+        slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
         self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.cache = PrefixCache(self.pools)
         self.runner = Runner(decoder, self.pools, exact=exact, compiled=compiled)
@@ -359,7 +361,7 @@ class Batcher:
             self.drop(work)
             raise OutOfMemoryError(
                 f"{work.length} ids need {-(-work.length // SPAN)} spans of memory, but there are {self.pools.spans}; "
-                "raise state_bytes"
+                "raise kv_cache_bytes"
             )
 
     def fits(self, works: Seq[Work]) -> bool:

@@ -88,7 +88,9 @@ def read(path: Path, *, model: str, pools: Pools) -> tuple[list[int], bytes, dic
         raise SavedSessionError(path, f"length is {length} and written {written}, which {count} ids do not allow")
     spans = -(-length // SPAN)
     if spans > pools.spans:
-        raise OutOfMemoryError(f"{path}: {spans} spans needed, and there are {pools.spans} in all; raise `state_bytes`")
+        raise OutOfMemoryError(
+            f"{path}: {spans} spans needed, and there are {pools.spans} in all; raise `kv_cache_bytes`"
+        )
     forms = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in stored.items()}
     for name, form in _forms(pools, count, length).items():
         if (found := forms.pop(name, None)) != form:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from agentkit_engine.chat import (
     CallMalformed,
+    CallOpened,
     CallReady,
-    CallStarted,
     CallsWithdrawn,
     ParseError,
     ParseEvent,
@@ -84,9 +84,9 @@ def shown_text(events: Iterable[ParseEvent]) -> str:
 EXPECTED: list[ParseEvent] = [
     ReasoningDelta("I look.\n"),
     TextDelta("Let me <see>."),
-    CallStarted(0, "bash"),
+    CallOpened(0, "bash"),
     CallReady(0, "call_3_0", "bash", FIRST),
-    CallStarted(1, "submit"),
+    CallOpened(1, "submit"),
     CallReady(1, "call_3_1", "submit", "{}"),
     ParseFinished("tool_calls"),
 ]
@@ -242,7 +242,7 @@ def test_text_of_unusual_completions(text: str, expected: list[ParseEvent]) -> N
 
 
 F = f'<{D}invoke name="f">\n\n</{D}invoke>\n'
-F_EVENTS: list[ParseEvent] = [CallStarted(0, "f"), CallReady(0, "call_0_0", "f", "{}"), ParseFinished("tool_calls")]
+F_EVENTS: list[ParseEvent] = [CallOpened(0, "f"), CallReady(0, "call_0_0", "f", "{}"), ParseFinished("tool_calls")]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_a_malformed_call_does_not_hurt_the_next(inside: str, name: str | None, 
     malformed = [event for event in events if isinstance(event, CallMalformed)]
     assert [(event.index, event.name) for event in malformed] == [(0, name)]
     assert error in malformed[0].error
-    assert events[-3:] == [CallStarted(1, "f"), CallReady(1, "call_0_1", "f", "{}"), ParseFinished("tool_calls")]
+    assert events[-3:] == [CallOpened(1, "f"), CallReady(1, "call_0_1", "f", "{}"), ParseFinished("tool_calls")]
     assert [c["id"] for c in parser.message["tool_calls"]] == ["call_0_1"]
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from agentkit_engine.chat import (
     CallMalformed,
+    CallOpened,
     CallReady,
-    CallStarted,
     CallsWithdrawn,
     ParseEvent,
     ReasoningDelta,
@@ -117,7 +117,7 @@ def test_a_call_that_was_rehearsed_is_made_once(between: str) -> None:
     read = Read(f"I shall write{block(PAY)}{between}{block(PAY)}{E}")
     assert (read.calls, read.errors) == (PAID, [])
     assert read.reasoning == f"I shall write{block(PAY)}"
-    assert sum(isinstance(event, CallStarted) for event in read.events) == 1
+    assert sum(isinstance(event, CallOpened) for event in read.events) == 1
 
 
 # Text
@@ -130,7 +130,7 @@ def test_what_text_quotes_stays_text(before: str, after: str, quote: str) -> Non
     read = Read(f"</think>{before}{quote}{after}{E}")
     assert (read.calls, read.errors) == ([], [])
     assert read.content == f"{before}{quote}{after}".replace("</think>", "")
-    assert not any(isinstance(event, CallReady | CallStarted | CallsWithdrawn) for event in read.events)
+    assert not any(isinstance(event, CallReady | CallOpened | CallsWithdrawn) for event in read.events)
 
 
 def test_a_block_counts_after_a_quotation() -> None:
@@ -143,7 +143,7 @@ def test_a_block_counts_after_a_quotation() -> None:
 def test_calls_after_text_are_ready_when_the_turn_ends() -> None:
     parser = StreamParser(False, tools=TOOLS)
     assert joined(parser.feed(f"I pay.{block(PAY)}\n")) == [TextDelta("I pay.")]
-    assert [type(event) for event in parser.feed(E)][:2] == [CallStarted, CallReady]
+    assert [type(event) for event in parser.feed(E)][:2] == [CallOpened, CallReady]
 
 
 @pytest.mark.parametrize("start", ["</think>", "</think>\n", "r</think> "])
@@ -154,13 +154,13 @@ def test_calls_that_open_the_answer_are_ready_at_once_and_can_be_withdrawn(start
     events = joined(parser.feed(f"</{D}tool_calls>, they say.{block(LOOK)}{E}"))
     assert events[0] == CallsWithdrawn(0)
     assert isinstance(events[1], TextDelta) and events[1].text.endswith(f"</{D}tool_calls>, they say.")
-    assert events[2:4] == [CallStarted(2, "look"), CallReady(2, "call_0_2", "look", "{}")]
+    assert events[2:4] == [CallOpened(2, "look"), CallReady(2, "call_0_2", "look", "{}")]
     assert [call["id"] for call in parser.message["tool_calls"]] == ["call_0_2"]
 
 
 def test_a_grammar_makes_calls_after_text_certain() -> None:
     parser = StreamParser(False, tools=TOOLS, ends_after_block=True)
-    assert [type(event) for event in parser.feed(f"I pay.{block(PAY)}")] == [TextDelta, CallStarted, CallReady]
+    assert [type(event) for event in parser.feed(f"I pay.{block(PAY)}")] == [TextDelta, CallOpened, CallReady]
 
 
 @pytest.mark.parametrize("think", [True, False])
@@ -431,4 +431,4 @@ def test_any_text_however_cut(pieces: list[str], think: bool, cuts: list[int]) -
 def test_no_thought_makes_a_call_when_the_answer_is_text(thought: list[str], answer: str) -> None:
     read = Read(f"{''.join(thought)}</think>{answer}{E}")
     assert (read.calls, read.errors, read.content) == ([], [], answer)
-    assert not any(isinstance(event, CallReady | CallStarted | CallMalformed) for event in read.events)
+    assert not any(isinstance(event, CallReady | CallOpened | CallMalformed) for event in read.events)

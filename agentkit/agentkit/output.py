@@ -19,7 +19,7 @@ from agentkit_tools.schema import problems
 from agentkit_tools.validation import NeedsTimeError, SchemaProblemError, Validator, briefly
 
 
-def check_answer_schema(schema: Mapping[str, Any]) -> None:
+def check_output_schema(schema: Mapping[str, Any]) -> None:
     """Refuse what is no JSON schema (2020-12), or refers to what lies outside it: nothing is ever fetched.
 
     Raises:
@@ -31,7 +31,7 @@ def check_answer_schema(schema: Mapping[str, Any]) -> None:
         Validator(schema)
     except SchemaProblemError as problem:
         raise ValueError(
-            f"answer_schema: {problem}; expected a JSON schema, of a pydantic model for one `Model.model_json_schema()`"
+            f"output_schema: {problem}; expected a JSON schema, of a pydantic model for one `Model.model_json_schema()`"
         ) from problem
 
 
@@ -46,7 +46,7 @@ async def misfit(answer: str, schema: Mapping[str, Any]) -> str | None:
             found = check()
     except NeedsTimeError:
         found = await anyio.to_thread.run_sync(check, limiter=anyio.CapacityLimiter(1))
-    return f"the answer {answer!r:.200} does not fit answer_schema: {'; '.join(found)}" if found else None
+    return f"the answer {answer!r:.200} does not fit output_schema: {'; '.join(found)}" if found else None
 
 
 def _problems(answer: str, validator: Validator) -> list[str]:

@@ -48,12 +48,13 @@ async def test_a_model_is_held_to_the_schema(tiny: EmbeddedModel, environment: E
     for seed, temperature in enumerate((0.0, 0.5, 1.6, 1.6, 1.6)):
         limits = Limits(max_turns=6, max_tokens=400, max_thinking_tokens_per_turn=20)
         sampling = SamplingParams(temperature, seed=seed)
-        agent = Agent(tiny, tools, sampling=sampling, answer_schema=SCHEMA, limits=limits)
+        agent = Agent(tiny, tools, sampling=sampling, output_schema=SCHEMA, limits=limits)
         result = await agent.run("What is the weather in Oslo?", environment=environment)
         calls += result.usage.calls
         if result.status == "answered":
             assert result.answer is not None and result.error is None
             jsonschema.validate(json.loads(result.answer), SCHEMA)
+            assert result.output == json.loads(result.answer)
         else:
             assert (result.status, result.answer) == ("limit", None)
         assert result.status == "answered" or temperature > 1
@@ -64,10 +65,10 @@ async def test_a_model_is_held_to_the_schema(tiny: EmbeddedModel, environment: E
 async def test_the_model_is_told_and_the_record_says_so(
     tiny: EmbeddedModel, environment: Environment, tmp_path: Path
 ) -> None:
-    agent = Agent(tiny, [], system="", answer_schema=SCHEMA, thinking="never")
+    agent = Agent(tiny, [], system="", output_schema=SCHEMA, thinking="never")
     result = await agent.run("Q", environment=environment, trajectory=tmp_path / "run.jsonl")
     record = Trajectory.load(tmp_path / "run.jsonl")
-    assert record.header.sampling == tiny.sampling.override(answer_schema=SCHEMA)
+    assert record.header.sampling == tiny.sampling.override(output_schema=SCHEMA)
     assert record.messages == result.trajectory.messages
     assert record.messages[0] == SystemMessage("", SCHEMA)
     assert json.dumps(SCHEMA) in tiny.tokenizer.decode(record.segments[0].ids)
@@ -77,7 +78,7 @@ async def test_the_model_is_told_and_the_record_says_so(
 async def test_an_answer_that_a_limit_cuts_is_none(tiny: EmbeddedModel, environment: Environment) -> None:
     limits = Limits(max_tokens=2)
     schema = {"type": "string", "minLength": 9}
-    result = await Agent(tiny, [], answer_schema=schema, thinking="never", limits=limits).run(
+    result = await Agent(tiny, [], output_schema=schema, thinking="never", limits=limits).run(
         "Q", environment=environment
     )
     assert (result.status, result.limit, result.answer) == ("limit", "max_tokens", None)
@@ -101,10 +102,10 @@ async def test_what_does_not_fit_is_no_answer(
     script: Script, environment: Environment, schema: dict[str, Any], text: str, problem: str, how: str
 ) -> None:
     said = AssistantTurn(content=text) if how == "text" else AssistantTurn(calls=[("submit", {"answer": text})])
-    agent = Agent(script(said), [BUILTINS["submit"]], answer_schema=schema, thinking="never")
+    agent = Agent(script(said), [BUILTINS["submit"]], output_schema=schema, thinking="never")
     result = await agent.run("Q", environment=environment)
-    assert (result.status, result.answer) == ("invalid_answer", None)
-    assert result.error is not None and "does not fit answer_schema" in result.error
+    assert (result.status, result.answer) == ("invalid_output", None)
+    assert result.error is not None and "does not fit output_schema" in result.error
     with pytest.raises(ValueError, match=problem):
         raise ValueError(result.error)
     assert result.trajectory.outcome == result.outcome
@@ -112,33 +113,33 @@ async def test_what_does_not_fit_is_no_answer(
 
 async def test_the_model_can_be_told_to_try_again(script: Script, environment: Environment) -> None:
     fits = '{"sky": "snowy", "degrees": -3}'
-    agent = Agent(script(AssistantTurn(content="Snowy."), AssistantTurn(content=fits)), answer_schema=SCHEMA)
+    agent = Agent(script(AssistantTurn(content="Snowy."), AssistantTurn(content=fits)), output_schema=SCHEMA)
     first = await agent.run("Q", environment=environment)
-    assert first.status == "invalid_answer" and first.error is not None
+    assert first.status == "invalid_output" and first.error is not None
     second = await first.continue_(first.error)
     assert (second.status, second.answer, second.error) == ("answered", fits, None)
 
 
 def test_submit_is_no_default_where_the_answer_has_a_schema(script: Script) -> None:
     model = script(AssistantTurn())
-    assert [*Agent(model, answer_schema=SCHEMA).tools] == [name for name in BUILTINS if name != "submit"]
-    assert [*Agent(model, sampling=SamplingParams(answer_schema=SCHEMA)).tools] == [*BUILTINS][:-1]
+    assert [*Agent(model, output_schema=SCHEMA).tools] == [name for name in BUILTINS if name != "submit"]
+    assert [*Agent(model, sampling=SamplingParams(output_schema=SCHEMA)).tools] == [*BUILTINS][:-1]
     assert [*Agent(model).tools] == [*BUILTINS]
 
 
 async def test_without_a_schema_any_text_is_an_answer(script: Script, environment: Environment) -> None:
     result = await Agent(script(AssistantTurn(content="Snowy."))).run("Q", environment=environment)
     assert (result.status, result.answer, result.error) == ("answered", "Snowy.", None)
-    assert result.trajectory.header.sampling.answer_schema is None
+    assert result.trajectory.header.sampling.output_schema is None
     assert result.trajectory.messages[0] == SystemMessage(DEFAULT_SYSTEM)
 
 
 @pytest.mark.parametrize(
     ("schema", "problem"),
     [
-        ({"type": "strin"}, r"answer_schema: \$\.type: 'strin' is not valid"),
-        ({"type": "object", "properties": []}, r"answer_schema: \$\.properties"),
-        ({"const": {1, 2}}, "answer_schema: not JSON"),
+        ({"type": "strin"}, r"output_schema: \$\.type: 'strin' is not valid"),
+        ({"type": "object", "properties": []}, r"output_schema: \$\.properties"),
+        ({"const": {1, 2}}, "output_schema: not JSON"),
         ({"$ref": "https://example.com/schema.json"}, r"given \$ref .*expected a place in this schema"),
         (["object"], "given \\['object'\\]; expected a JSON schema"),
         (SamplingParams, "model_json_schema"),
@@ -146,16 +147,16 @@ async def test_without_a_schema_any_text_is_an_answer(script: Script, environmen
 )
 def test_what_is_no_schema_is_refused(script: Script, schema: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        Agent(script(AssistantTurn()), answer_schema=schema)
+        Agent(script(AssistantTurn()), output_schema=schema)
 
 
 async def test_a_keyword_that_no_grammar_enforces_is_named(tiny: EmbeddedModel, environment: Environment) -> None:
-    agent = Agent(tiny, [], answer_schema={"type": "object", "minProperties": 1}, limits=Limits(max_tokens=1))
+    agent = Agent(tiny, [], output_schema={"type": "object", "minProperties": 1}, limits=Limits(max_tokens=1))
     with pytest.warns(GrammarWarning, match="minProperties of the answer"):
         await agent.run("Q", environment=environment)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        await Agent(tiny, [], answer_schema=SCHEMA, limits=Limits(max_tokens=1)).run("Q", environment=environment)
+        await Agent(tiny, [], output_schema=SCHEMA, limits=Limits(max_tokens=1)).run("Q", environment=environment)
 
 
 async def test_without_the_library_a_run_says_what_to_install(
@@ -163,4 +164,4 @@ async def test_without_the_library_a_run_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(GrammarMissingError, match="pip install"):
-        await Agent("tiny", [], answer_schema=SCHEMA).run("Q", environment=environment)
+        await Agent("tiny", [], output_schema=SCHEMA).run("Q", environment=environment)
