@@ -41,7 +41,7 @@ from agentkit_engine.runtime import PromptUsage, Work
 from agentkit_engine.runtime.threads import one_thread
 from agentkit_engine.sampler import SampledToken, fresh_seed, sample
 from agentkit_engine.sampling_params import SamplingParams, check_grammar
-from agentkit_engine.session import SessionIds
+from agentkit_engine.session import SessionIds, check_count, check_priority
 
 if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammar, Matcher
@@ -96,6 +96,9 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine) -> None:
+        """Raises TypeError: `engine` is no `Engine`."""
+        if not isinstance(engine, Engine):
+            raise TypeError(f"AsyncEngine(engine) takes an Engine, got {engine!r}; load one with Engine.load(...)")
         self.engine = engine
         self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._sessions: set[AsyncSession] = set()
@@ -133,7 +136,7 @@ class AsyncEngine:
             EngineClosedError: outside the `async with` block.
         """
         self._check_running()
-        session = AsyncSession(self, Work(priority=priority), Ids())
+        session = AsyncSession(self, Work(priority=check_priority(priority)), Ids())
         self._sessions.add(session)
         return session
 
@@ -379,6 +382,7 @@ class AsyncSession(SessionIds):
             SessionBusyError: a step of this session is running.
             OutOfMemoryError, SessionClosedError, EngineClosedError: as `generate`.
         """
+        check_count(n)
         work, ids, engine = self._settle(), self._ids.fork(), self._engine.engine
         if len(ids):
             await self._compute(work)

@@ -27,7 +27,7 @@ from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.packing import lay_out
 from agentkit_engine.runtime.runner import NUMERICS, can_compile, machine
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_engine.session import Session, check_ids
+from agentkit_engine.session import Session, check_ids, check_priority
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 
@@ -234,7 +234,7 @@ class Engine:
 
     def session(self, *, priority: int = 0) -> Session:
         """A new, empty session. When memory is short, sessions of a higher priority keep their state longer."""
-        return Session(self, Work(priority=priority))
+        return Session(self, Work(priority=check_priority(priority)))
 
     def open(self, path: str | Path) -> Session:
         """The session that `Session.save` wrote, where it stopped; its past is read, not computed.

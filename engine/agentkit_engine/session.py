@@ -7,6 +7,7 @@ memory is short or after a failed step, without changing the session.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -35,13 +36,44 @@ def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
     """Return the ids as a list of int.
 
     Raises:
+        TypeError: an id is not a whole number.
         TokenIdError: an id is not in `range(vocab_size)`.
     """
-    ids = [int(token_id) for token_id in token_ids]
+    if isinstance(token_ids, str | bytes):
+        raise TypeError(f"token ids must be whole numbers, got text: {token_ids[:40]!r}; encode it with a tokenizer")
+    ids = list(token_ids)
+    if set(map(type, ids)) - {int}:  # numbers of other libraries are welcome, fractions and truth values are not
+        for token_id in ids:
+            if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
+                raise TypeError(f"token ids must be whole numbers, got {token_id!r}")
+        ids = [operator.index(token_id) for token_id in ids]
     for index, token_id in enumerate(ids):
         if not 0 <= token_id < vocab_size:
             raise TokenIdError(f"token id {token_id} (at index {index}) is outside the vocabulary 0..{vocab_size - 1}")
     return ids
+
+
+def check_count(n: int) -> None:
+    """Refuse a number of forks that is not a whole number of at least 0.
+
+    Raises:
+        TypeError, ValueError: it is no whole number, or negative.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"fork(n) takes a whole number, got {n!r}")
+    if n < 0:
+        raise ValueError(f"fork(n) takes at least 0, got {n}")
+
+
+def check_priority(priority: int) -> int:
+    """Return the priority.
+
+    Raises:
+        TypeError: it is not a whole number.
+    """
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority must be a whole number, got {priority!r}")
+    return priority
 
 
 class SessionIds:
@@ -162,6 +194,7 @@ class Session(SessionIds):
             SessionClosedError: the session was closed.
         """
         self._check_open()
+        check_count(n)
         self._take_in()
         self._batcher.resume(self._work)
         while self._work.pending:

@@ -7,15 +7,16 @@ a backend fills in four methods. All of them pass the same tests (`tests/environ
 from __future__ import annotations
 
 import errno
+import math
 import posixpath
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from tarfile import TarInfo
 from types import MappingProxyType, TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import anyio.to_thread
 
@@ -56,6 +57,10 @@ class ExecResult:
     """Wall-clock seconds from start to exit."""
 
 
+Network = Literal["none", "public"]
+NETWORKS: tuple[Network, ...] = get_args(Network)
+
+
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
     """What one environment may use. See each backend for which of these the kernel enforces in total."""
@@ -75,9 +80,13 @@ class ResourceLimits:
     """MiB of files in the work directory, and as many again in `/tmp`; both are kept in memory."""
 
     def __post_init__(self) -> None:
-        for name in ("memory_mib", "processes", "cpus", "file_size_mib", "open_files", "disk_mib"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"limits.{name} must be positive, got {getattr(self, name)!r}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            kinds, expected = ((int, float), "number") if each.name == "cpus" else ((int,), "whole number")
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise TypeError(f"limits.{each.name} must be a {expected}, got {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"limits.{each.name} must be positive and finite, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +97,24 @@ class EnvironmentSpec:
     """Docker image; None is the base image of `images/base.py`. The other backends refuse an image."""
     workdir: str = "/workspace"
     """Absolute path of the work directory: where commands start and relative paths begin. Empty at first."""
-    network: Literal["none", "public"] = "none"
+    network: Network = "none"
     """`none` is a loopback interface and nothing else; `public` is the engine's default network (docker only)."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables of every command, beside PATH, HOME and LANG."""
     limits: ResourceLimits = ResourceLimits()
 
     def __post_init__(self) -> None:
+        for name, kinds, expected in (
+            ("image", str | None, "the name of a Docker image or None"),
+            ("workdir", str, "an absolute path"),
+            ("env", Mapping, 'a mapping of names to texts such as {"LANG": "C"}'),
+            ("limits", ResourceLimits, "a ResourceLimits"),
+        ):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+        if self.network not in NETWORKS:
+            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
+        exec_variables(self.env)
         normal = posixpath.normpath(self.workdir)
         if not re.fullmatch(r"(/[\w.-]+)+", normal) or normal in SHARED_DIRECTORIES:
             raise ValueError(f"workdir must be an absolute path of a directory of its own, got {self.workdir!r}")
@@ -344,10 +364,13 @@ def exec_variables(*layers: Mapping[str, str] | None) -> dict[str, str]:
     """Return the variables of `Environment.exec`; a later layer overrides an earlier one.
 
     Raises:
+        TypeError: If a name or a value is no text.
         ValueError: If a name is empty or holds `=`, or anything holds a NUL byte or a lone surrogate.
     """
     variables = {name: value for layer in layers if layer for name, value in layer.items()}
     for name, value in variables.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"env must map texts to texts, got {name!r}: {value!r}")
         if not name or "=" in name or not _is_plain(name + value):
             raise ValueError(f"env must have plain names and values, got {name!r}: {value!r}")
     return variables

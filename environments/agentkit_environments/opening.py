@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from typing import Literal
+from typing import Literal, get_args
 
 import anyio.to_thread
 
 from agentkit_environments.cgroups import reap_groups
-from agentkit_environments.environment import Environment, EnvironmentSpec
+from agentkit_environments.environment import Backend, Environment, EnvironmentSpec
 from agentkit_environments.errors import SandboxUnavailableError
 from agentkit_environments.leftovers import reap_local
 from agentkit_environments.local import LocalEnvironment
@@ -32,9 +32,14 @@ async def open_environment(
         run_id: Label of everything the environment makes, for `reap`; a random one by default.
 
     Raises:
+        TypeError, ValueError: If `spec` is no specification, or there is no such backend.
         SandboxUnavailableError: If the backend cannot be used here, or cannot do what `spec` asks; it says why and what
             to do. There is no falling back to less isolation than was asked for.
     """
+    if not isinstance(spec, EnvironmentSpec):
+        raise TypeError(f"spec must be an EnvironmentSpec, got {spec!r}")
+    if backend not in ("auto", *get_args(Backend)):
+        raise ValueError(f"backend must be one of auto, {', '.join(get_args(Backend))}, got {backend!r}")
     run_id = run_id or secrets.token_hex(6)
     if backend == "unsafe-local":
         return LocalEnvironment(spec, run_id)

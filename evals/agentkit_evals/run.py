@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 
 from agentkit.agent import Agent
+from agentkit.checks import check_positive
 from agentkit.errors import TaskSetupError, TrajectoryError, first_cause
 from agentkit.events import CallStarted, RunFinished, Status, TurnStarted
 from agentkit.limits import Limits
@@ -91,8 +92,8 @@ class EvalRun:
     start_checks: StartChecks = field(default_factory=StartChecks)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.concurrency < 1:
-            raise ValueError(f"epochs and concurrency must be at least 1, got {self.epochs} and {self.concurrency}")
+        check_positive("EvalRun(epochs=...)", self.epochs, whole=True)
+        check_positive("EvalRun(concurrency=...)", self.concurrency, whole=True)
 
     @property
     def resolved_sampling(self) -> SamplingParams:

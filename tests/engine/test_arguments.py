@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from agentkit_engine import DeviceUnavailableError, Engine
+from agentkit_engine import AsyncEngine, DeviceUnavailableError, Engine
 from agentkit_engine.arguments import check_dtype
 
 NO_GPU = torch.cuda.device_count() == 0
@@ -61,3 +61,37 @@ def test_any_path_will_do(tmp_path: Path) -> None:
             return str(Path(__file__).parents[2] / "engine" / "agentkit_engine" / "tiny")
 
     assert Engine.load(Somewhere()).name == "tiny"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", ["hello", b"hello", [1.5], [True], ["1"], [None]])
+def test_token_ids_are_whole_numbers(ids: Any) -> None:
+    with Engine.load("tiny").session() as session, pytest.raises(TypeError, match="token ids must be whole numbers"):
+        session.append(ids)
+
+
+def test_token_ids_of_other_libraries_are_taken() -> None:
+    with Engine.load("tiny").session() as session:
+        session.append(torch.tensor([1, 2]))
+        session.append(iter([3]))
+        assert list(session.token_ids) == [1, 2, 3]
+        assert all(type(token_id) is int for token_id in session.token_ids)
+
+
+def test_a_number_of_forks_is_a_count() -> None:
+    with Engine.load("tiny").session() as session:
+        session.append([1])
+        with pytest.raises(ValueError, match="at least 0, got -1"):
+            session.fork(-1)
+        with pytest.raises(TypeError, match=r"whole number, got 1\.5"):
+            session.fork(1.5)  # type: ignore[arg-type]
+
+
+def test_an_async_engine_wraps_an_engine() -> None:
+    with pytest.raises(TypeError, match=r"takes an Engine, got 'tiny'; load one with Engine\.load"):
+        AsyncEngine("tiny")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("priority", ["high", 1.5, True, None])
+def test_a_priority_is_a_whole_number(priority: Any) -> None:
+    with pytest.raises(TypeError, match="priority must be a whole number"):
+        Engine.load("tiny").session(priority=priority)
