@@ -1,4 +1,4 @@
-"""Does it work: load a suite, run a model on it, score what it left, report what the scores mean.
+"""Evaluation: load a suite of tasks, run a model on it, score the results and report them.
 
     suite = load_suite("tasks/")                    # or "synth", the generated families
     async with EmbeddedModel("tiny") as model:
@@ -6,8 +6,8 @@
     print(estimate(scores_by_task(run.trials)))     # mean ± standard error, clustered by task
     write_report(run)
 
-`load_suite` reads tasks and makes generated ones, `EvalRun` runs them and gives a `RunDirectory`, `verify` (in its own
-module) is what scores a trial. Errors: `SuiteError`, `VerifierError`, `RunDirectoryError`, all of them `EvalError`.
+`load_suite` reads or generates tasks. `EvalRun` runs them and returns a `RunDirectory`. `agentkit_evals.verify.verify`
+scores one trial. `SuiteError`, `VerifierError` and `RunDirectoryError` are all `EvalError`.
 """
 
 from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError, VerifierError

@@ -1,7 +1,6 @@
-"""Policies that solve nothing on purpose: what a suite gives away for free.
+"""Baseline policies that do not solve tasks, to show which tasks of a suite need no agent.
 
-A task that one of these solves needs no agent. Each is a `ScriptedModel` policy, so it runs through the same loop,
-tools, sandboxes and verifiers as any model.
+Each is a `ScriptedModel` policy and runs through the same loop, tools, sandboxes and verifiers as any model.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ _WORD = re.compile(r"[\w./-]*\w")
 
 
 def nothing(messages: Sequence[Message], think: bool) -> AssistantTurn:
-    """Ends at once, without a word."""
+    """End at once with an empty message."""
     return AssistantTurn(reasoning="" if think else None)
 
 
 def constant(answer: str) -> Policy:
-    """Submits the same answer to every task."""
+    """Return a policy that submits `answer` to every task."""
 
     def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
         return AssistantTurn(reasoning="" if think else None, calls=[("submit", {"answer": answer})])
@@ -30,7 +29,7 @@ def constant(answer: str) -> Policy:
 
 
 def parrot(messages: Sequence[Message], think: bool) -> AssistantTurn:
-    """Calls no tool: answers with the last word of the instruction."""
+    """Answer with the last word of the instruction, without a tool call."""
     asked = next(message.content for message in messages if isinstance(message, UserMessage))
     words = _WORD.findall(asked)
     return AssistantTurn(reasoning="" if think else None, content=words[-1] if words else "")
@@ -42,4 +41,4 @@ BASELINES: dict[str, Policy] = {
     "constant answer: 3": constant("3"),
     "no tool calls": parrot,
 }
-"""The baselines of `python -m agentkit_evals.measure`."""
+"""Baselines that `python -m agentkit_evals.measure` runs, by name."""

@@ -1,18 +1,19 @@
-"""Who is to blame when a trial breaks off: the one place where that is decided.
+"""The rule that decides how a trial that broke off is counted.
 
-| what broke | while | counts as |
+| what broke | phase | counts as |
 |---|---|---|
-| `SandboxUnavailableError`: no sandbox could be opened | always | infrastructure |
-| `HostFailureError`: evidence from outside the sandbox blames the host | always | infrastructure |
+| `SandboxUnavailableError`: no sandbox could be opened | any | infrastructure |
+| `HostFailureError`: evidence from outside the sandbox blames the host | any | infrastructure |
+| `MemoryError` in the harness | any | infrastructure |
 | `VerifierError`: the verifier does not start on the task's own solution | scoring | infrastructure |
-| memory of the harness | always | infrastructure |
-| a setup command, or anything else in the sandbox before the agent starts | setup | task |
-| the model, the engine, the trajectory's file | the agent runs | infrastructure |
-| the sandbox | the agent runs | a score of 0 |
-| anything else: files that cannot be carried, a sandbox that dies | scoring | a score of 0 |
+| a setup command, a task file, the sandbox | setup | task |
+| anything else | setup | infrastructure |
+| the sandbox | agent | a score of 0 |
+| the model, the engine, the trajectory file | agent | infrastructure |
+| anything else, such as an oversized workdir or a sandbox that dies | scoring | a score of 0 |
 
-Once the agent has started, a fault without evidence against the machine is taken for the agent's: otherwise whoever is
-about to lose could break its trial and leave the mean.
+Once the agent has started, a sandbox fault counts against the agent unless there is evidence against the machine.
+Otherwise an agent could remove a lost trial from the mean by breaking its sandbox.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Blame = Literal["infrastructure", "task", "agent"]
 
 
 def blame(exc: BaseException, phase: Phase) -> Blame:
-    """Return whose fault an exception is; "agent" means a score of 0. See the table in this module's docstring."""
+    """Return what an exception counts as; "agent" means a score of 0. The module docstring has the rule."""
     cause = first_cause(exc)
     if isinstance(cause, SandboxUnavailableError | HostFailureError | VerifierError | MemoryError):
         return "infrastructure"
@@ -40,11 +41,11 @@ def blame(exc: BaseException, phase: Phase) -> Blame:
 
 
 def describe(exc: BaseException) -> str:
-    """An exception with its type; of a group, its first cause."""
+    """Return an exception's type and message; for a group, those of its first cause."""
     cause = first_cause(exc)
     return well_formed(f"{type(cause).__name__}: {cause}")
 
 
 def well_formed(text: str) -> str:
-    """`text` with each half of a surrogate pair, which JSON can spell and no file can hold, as a question mark."""
+    """Return `text` with each unpaired surrogate, which JSON allows and UTF-8 does not, replaced by a question mark."""
     return text.encode("utf-8", "replace").decode()

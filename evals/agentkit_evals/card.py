@@ -1,7 +1,7 @@
-"""The model card's tables, in Markdown: `python -m agentkit_evals.card MEASURED.json [TRAINING.jsonl ...]`.
+"""Print the model card's tables in Markdown: `python -m agentkit_evals.card MEASURED.json [TRAINING.jsonl ...]`.
 
-The first file is what `python -m agentkit_evals.measure` wrote, the others what training logged, one run after the
-other. Nothing is computed here, so a number in the card is a number in a file.
+The first file is the output of `python -m agentkit_evals.measure`; the others are training logs, in the order of the
+training runs. Every number in the tables comes from these files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(
         list[Path] | None, typer.Argument(help="training.jsonl of each run that made the model, the first one first.")
     ] = None,
 ) -> None:
-    """Print the tables."""
+    """Print the model card's tables."""
     sections = [*measured_tables(json.loads(measured.read_text(encoding="utf-8")))]
     if training:
         sections.append(training_table([read_log(path) for path in training]))
@@ -28,7 +28,7 @@ def main(
 
 
 def measured_tables(measured: dict[str, Any]) -> Iterator[str]:
-    """Solve rates by family and phrasing; with a grammar, baselines and ablations where they were measured."""
+    """Yield the table of solve rates, then those of grammar, baselines and ablations if they were measured."""
     results = measured["results"]
     families = {**results["families"], "all": results["all"]}
     parts = ("trained_phrasings", "held_out_phrasings")
@@ -65,12 +65,12 @@ def measured_tables(measured: dict[str, Any]) -> Iterator[str]:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a training.jsonl."""
+    """Return the entries of a training.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def training_table(logs: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """What each training run was, from its log."""
+    """Return a table with one column per training run."""
     names = ("rows", "steps", "tokens", "time", "loss at the last step")
     right = ("held-out tokens right, teacher forced", "held-out trajectories right to the last token")
     columns = [_run(entries) for entries in logs]
@@ -81,7 +81,7 @@ def training_table(logs: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 
 def _run(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """One column: the first process's share of tokens, times the processes."""
+    """Return the column of one training run. The log counts the tokens of one of its processes."""
     first, last = entries[0], [entry for entry in entries if "loss" in entry][-1]
     final = [entry for entry in entries if "token_accuracy" in entry][-1]
     workers = first["workers"]
@@ -100,7 +100,7 @@ def _run(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

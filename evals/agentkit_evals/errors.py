@@ -1,27 +1,27 @@
-"""What can go wrong while evaluating, as exceptions. None of these ever counts against the model.
+"""Exceptions of evaluation. None of them counts against the model.
 
     EvalError
-        SuiteError          a suite cannot be made: no tasks, twice the same id, an unknown family
-        VerifierError       a task has no verifier, or one that does not start on the task's own solution either
-        RunDirectoryError   a folder that is no run, or one of another format version
+        SuiteError          a suite cannot be run: no tasks, a duplicate id, an unknown family
+        VerifierError       a task has no verifier, or its verifier does not start on the task's own solution
+        RunDirectoryError   a folder is not a run, is damaged, or has another format version
 
-A task or suite file that cannot be read is `agentkit.errors.TaskFileError`.
+A task or suite file that cannot be read raises `agentkit.errors.TaskFileError`.
 """
 
 from __future__ import annotations
 
 
 class EvalError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
 
 class SuiteError(EvalError):
-    """A suite that cannot be run; names what was asked for and what there is."""
+    """A suite cannot be run. The message has what was requested and what is available."""
 
 
 class VerifierError(EvalError):
-    """A task whose verifier is missing, or does not start on the task's solution; names task, command and output."""
+    """A task has no verifier, or its verifier does not start. The message has the task and the output."""
 
 
 class RunDirectoryError(EvalError):
-    """A folder that cannot be read as a run; names the folder, what was found and what was expected."""
+    """A folder cannot be read as a run. The message has the folder, what was found and what was expected."""

@@ -1,4 +1,4 @@
-"""The answer that a task expects, read from the task itself, so that a failure can show it beside the given one."""
+"""The expected answer of a task, read from the task itself, to show beside a wrong answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 from agentkit.task import Task
 
 VERDICT_LINES = 6
-"""Lines of a verifier's output that one failure shows."""
+"""Number of lines of verifier output to show for a failure."""
 
 _LITERAL = r"""('[^']*'|"[^"$`\\]*"|[^\s;&|()<>$`'"\\\]]+)"""
 _EQUALS = re.compile(
@@ -20,10 +20,10 @@ _PRINTS = re.compile(rf"""(?:echo|printf\s+'%s(?:\\n)?')\s+{_LITERAL}\s*""")
 
 
 def expected_of(task: Task) -> str | None:
-    """What `task` expects, in words a person can compare; None when it cannot be read off.
+    """Return the answer that `task` expects, as readable text, or None if the task does not contain it.
 
-    Sources, in this order: `metadata.expected`; a verifier that compares the answer, or a file, with a literal text; a
-    solution that only prints one.
+    Sources, in this order: `metadata.expected`; a verifier that compares the answer, or a file, with a literal; a
+    solution that only prints a literal.
     """
     if "expected" in task.metadata:
         return str(task.metadata["expected"])
@@ -42,7 +42,7 @@ def expected_of(task: Task) -> str | None:
 
 
 def why_not(task: Task, answer: str | None, verifier_output: str) -> list[tuple[str, str]]:
-    """Why an answer was not accepted, as labelled lines: expected beside given, and the verifier's last lines."""
+    """Return (label, text) lines that explain a rejected answer: expected, given, end of the verifier's output."""
     lines: list[tuple[str, str]] = []
     if (expected := expected_of(task)) is not None:
         lines += [("expected", expected), ("given", "(no answer)" if answer is None else answer or "(empty)")]

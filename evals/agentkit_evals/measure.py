@@ -1,9 +1,9 @@
-"""What a model can do, measured for its card: `python -m agentkit_evals.measure --model tiny --per-family 50`.
+"""Measure a model for its card: `python -m agentkit_evals.measure --model tiny --per-family 50`.
 
-On the same held-out tasks of every family: the model, the model with a grammar if asked for, the baselines that must
-fail, and, on the families whose facts stand far back, the model with the compressed entries of one attention kind
-zeroed. Phrasings that were never trained on are reported apart. Writes one JSON file, and a run directory with a report
-for each of these.
+All runs use the same held-out tasks of every family: the model, the model with a grammar (`--grammar`), and the
+baselines. The ablations run only the families whose facts are far back in the context, each with the compressed entries
+of one attention kind zeroed. Scores on phrasings that training never used are also listed separately. The output is one
+JSON file, and a run directory with a report for each run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Attention = Literal["csa", "hca"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write `OUT/measure-MODEL.json`; see the module's docstring."""
+    """Measure a model and write `OUT/measure-MODEL.json`."""
     options = _options(argv)
     engine = Engine.load(options.model)
     suite = synth_suite(SynthSelection(families=options.families, per_family=options.per_family), seed=options.seed)
@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def without_entries(engine: Engine, attention: Attention) -> Engine:
-    """The engine with every compressed entry of one attention kind turned to zeros (in place).
+    """Zero every compressed entry of one attention kind, in place, and return the engine.
 
-    An entry is the output of its compressor's norm, so a norm of weight zero leaves entries that say nothing.
+    An entry is the output of its compressor's norm, so zeroing the norm's weight zeros the entries.
 
     Raises:
         ValueError: no layer has that attention kind.
@@ -99,7 +99,7 @@ def without_entries(engine: Engine, attention: Attention) -> Engine:
 
 
 def leaks(suite: Suite, training_seeds: int) -> int:
-    """How many of the suite's masked (instruction, files) pairs occur in as many training tasks of their family."""
+    """Count the suite's tasks whose signature occurs in the first `training_seeds` training tasks of their family."""
     seen: dict[str, set[str]] = {}
     count = 0
     for case in suite.cases:
@@ -110,7 +110,7 @@ def leaks(suite: Suite, training_seeds: int) -> int:
 
 
 def summary(run: RunDirectory) -> dict[str, Any]:
-    """Scores of a run: in all and per family, and of each the phrasings trained on and never trained on apart."""
+    """Return a run's scores, in total and per family, each also split into trained and held-out phrasings."""
     families: dict[str, list[TrialRecord]] = {}
     for trial in run.trials:
         families.setdefault(trial.family, []).append(trial)
@@ -141,14 +141,14 @@ def _scores(trials: Sequence[TrialRecord]) -> dict[str, Any]:
 
 
 class _Session:
-    """What the runs of one measurement share."""
+    """Options and tokenizer shared by all runs of one measurement."""
 
     def __init__(self, options: argparse.Namespace, tokenizer: Tokenizer) -> None:
         self.options = options
         self.tokenizer = tokenizer
 
     def embedded(self, engine: Engine, suite: Suite, name: str, *, grammar: bool = False) -> dict[str, Any]:
-        """Run the suite on an engine."""
+        """Run the suite on an engine and return the summary."""
 
         async def execute() -> RunDirectory:
             async with EmbeddedModel(engine) as model:
@@ -157,7 +157,7 @@ class _Session:
         return self._summary(anyio.run(execute), name)
 
     def scripted(self, policy: Policy, suite: Suite, name: str) -> dict[str, Any]:
-        """Run the suite on a policy."""
+        """Run the suite on a policy and return the summary."""
         run = self._run(ScriptedModel(policy, self.tokenizer, name=name), suite, name)
         return self._summary(anyio.run(run.execute), name)
 
@@ -187,7 +187,7 @@ class _Session:
 
 
 class _Counter:
-    """A listener that keeps one line of progress on standard error."""
+    """A listener that prints one line of progress to standard error."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total

@@ -1,11 +1,11 @@
-"""The run directory: what an evaluation writes while it happens, and how it is read back.
+"""The run directory: the files that an evaluation writes while it runs, and the code that reads them.
 
-    run.json            what was fixed at the start: tasks, model, seed, epochs, limits of concurrency, versions
-    trials.jsonl        one line per finished trial, written when it finishes
-    trajectories/       one file per trial, written as the trial happens
+    run.json            fixed at the start: tasks, model, seed, epochs, concurrency, versions
+    trials.jsonl        one line per finished trial, appended when it finishes
+    trajectories/       one file per trial, written while the trial runs
     report.html         the report
 
-A run that was interrupted, or killed, is a run with fewer trials: the directory opens at any moment.
+The directory can be read at any moment. An interrupted or killed run reads as a run with fewer trials.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ FORMAT_VERSION = 2
 MAX_LOCK_BYTES = 64 << 20
 MAX_TRIALS_BYTES = 1 << 30
 MAX_TRIAL_BYTES = 16 << 20
-"""Of one line of `trials.jsonl`: an answer and the bounded output of a verifier."""
+"""Maximum bytes of one line of `trials.jsonl`. A line holds an answer and a verifier's output, both bounded."""
 MAX_TRIAL_VALUES = 100_000
 
 Failure = Literal["model", "limit", "task", "infrastructure"]
-"""Why a trial was not solved. Only "model" and "limit" count against the model; the others are left out of scores.
+"""Reason why a trial was not solved. Only "model" and "limit" are scored.
 
-model           the run ended by itself and the verifier said no
-limit           a limit of the task stopped the run, and the verifier said no
-task            the task is broken: a setup command failed
-infrastructure  the machine failed; `blame.py` has the rule
+model           the reward is below 1, and no limit stopped the run
+limit           the reward is below 1, and a limit of the task stopped the run
+task            setup failed before the agent started
+infrastructure  the machine, the engine or the verifier failed; `blame.py` has the rule
 """
 
 
 def agentkit_version() -> str:
-    """The installed version; "unknown" in a checkout that was never installed."""
+    """Return the installed version, or "unknown" in a checkout that was never installed."""
     try:
         return version("agentkit-harness")
     except PackageNotFoundError:
@@ -57,7 +57,7 @@ def agentkit_version() -> str:
 
 
 class RunLock(Strict):
-    """`run.json`: everything that was decided before the first trial."""
+    """Contents of `run.json`: everything fixed before the first trial."""
 
     format: Literal["agentkit.run"] = "agentkit.run"
     version: int = FORMAT_VERSION
@@ -67,9 +67,9 @@ class RunLock(Strict):
     epochs: int = Field(ge=1, le=1 << 20)
     concurrency: int
     seed: int
-    sampling: SamplingParams  # of every trial, but for the seed, which each trial derives from `seed`
+    sampling: SamplingParams  # its seed is not used: each trial derives one from `seed`
     tasks: list[Task]
-    families: dict[str, str] = Field(default_factory=dict)  # task id -> what reports group it by
+    families: dict[str, str] = Field(default_factory=dict)  # task id -> group in reports
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     agentkit: str = Field(default_factory=agentkit_version)
     python: str = platform.python_version()
@@ -78,7 +78,7 @@ class RunLock(Strict):
 
 
 TrialName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
-"""Of a task and an epoch. It is part of a path, so it has no slash."""
+"""A task id and an epoch. It becomes part of a path, so it has no slash."""
 
 
 class TrialRecord(Strict):
@@ -90,13 +90,13 @@ class TrialRecord(Strict):
     family: str
     phrasing: str
     held_out_phrasing: bool
-    status: Status | None  # how the agent's run ended; None when it never began
+    status: Status | None  # how the agent's run ended; None if it did not start or left no outcome
     failure: Failure | None  # None: solved
-    reward: float | None  # None: not scored, and so in no mean
+    reward: float | None  # None: not scored, so not part of any mean
     answer: str | None
     error: str | None
     verifier_output: str
-    dropped: list[str] = Field(default_factory=list)  # entries of the workdir that the verifier did not get, and why
+    dropped: list[str] = Field(default_factory=list)  # workdir entries the verifier did not get, with reasons
     backend: str | None
     usage: Usage
     started: str
@@ -106,13 +106,13 @@ class TrialRecord(Strict):
 
     @property
     def solved(self) -> bool:
-        """Whether the full reward was given."""
+        """True if the trial got the full reward."""
         return self.failure is None
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run on disk: its lock and the trials that finished, in the order in which they finished."""
+    """A run on disk: its lock and its finished trials, in order of completion."""
 
     path: Path
     lock: RunLock
@@ -120,10 +120,10 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Read a run, whatever state it was left in; a line torn by a crash at the end is left out.
+        """Read a run, finished or not. An incomplete last line of `trials.jsonl`, left by a crash, is ignored.
 
         Raises:
-            RunDirectoryError: no run, a run of another format version, or a damaged one; with what was found.
+            RunDirectoryError: the folder is not a run, has another format version, or is damaged.
         """
         path = Path(path)
         lock = _read_lock(path / "run.json")
@@ -148,13 +148,13 @@ class RunDirectory:
 
     @property
     def complete(self) -> bool:
-        """Whether every trial of the plan is there."""
+        """True if every planned trial has finished."""
         return len(self.trials) == len(self.lock.tasks) * self.lock.epochs
 
     def scores(self, family: str | None = None) -> list[list[float]]:
-        """The rewards of the scored epochs of every planned task, of one family or of all.
+        """Return the rewards of the scored epochs of every planned task, optionally of one family only.
 
-        A task without a scored epoch, because its trials failed or the run was interrupted, has an empty list.
+        A task without a scored epoch (its trials failed, or the run was interrupted) has an empty list.
         """
         trials: dict[str, list[float]] = {}
         for trial in self.trials:
@@ -167,18 +167,18 @@ class RunDirectory:
         ]
 
     def trajectory(self, trial: TrialRecord) -> Trajectory | None:
-        """What happened in a trial; None when its sandbox never opened."""
+        """Return the trajectory of a trial, or None if none was written."""
         file = trajectory_path(self.path, trial.trial)
         return Trajectory.load(file) if file.exists() else None
 
 
 def trajectory_path(run: Path, trial: str) -> Path:
-    """Where the trajectory of a trial lies."""
+    """Return the path of a trial's trajectory."""
     return run / "trajectories" / f"{trial}.jsonl"
 
 
 def scores_by_task(trials: Sequence[TrialRecord]) -> list[list[float]]:
-    """The rewards of the scored epochs of each task, as `agentkit_evals.statistics` takes them."""
+    """Return the rewards of the scored epochs of each task, as input for `agentkit_evals.statistics`."""
     scores: dict[str, list[float]] = {}
     for trial in trials:
         if trial.reward is not None:
@@ -208,7 +208,7 @@ def _read_lock(file: Path) -> RunLock:
 
 
 def _whole_lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file but for a cut one at its end; none when the file is missing. Raises RunDirectoryError."""
+    """Yield the complete lines of a file, or none if the file is missing. Raise RunDirectoryError."""
     try:
         with io.BufferedReader(open_regular(file)) as source:
             if (size := os.fstat(source.fileno()).st_size) > MAX_TRIALS_BYTES:

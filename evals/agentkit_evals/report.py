@@ -1,6 +1,7 @@
-"""One self-contained HTML report per run: scores, distributions and every trajectory, readable without a server.
+"""HTML reports: one self-contained file per run, with scores, distributions and every trajectory.
 
-Nothing is fetched: styles, scripts and data stand in the file. What models and tools wrote is only ever shown as text.
+A report loads nothing from elsewhere: styles, scripts and data are in the file. Output of models and tools is only
+shown as text.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ LEGEND = {
     "infrastructure": "infrastructure",
 }
 MAX_TOKENS = 2_000_000
-"""Ids that one report shows; the token strips of later trials are left out, which they say."""
+"""Maximum number of token ids in one report. Later trials are shown without their token view, with a note."""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def write_report(run: RunDirectory, path: Path | None = None, *, decode: Decode | None = None) -> Path:
-    """Write the report of a run, finished or not, into its directory (or to `path`); returns where it is.
+    """Write the report of a run, finished or not, into its directory or to `path`, and return the path.
 
-    `decode` turns ids into text for the token views; without it they show the ids.
+    `decode` turns token ids into text for the token view; without it, the view shows ids.
     """
     path = path or run.path / "report.html"
     path.write_text(render_report(run, decode=decode), encoding="utf-8")
@@ -62,7 +63,7 @@ def write_report(run: RunDirectory, path: Path | None = None, *, decode: Decode 
 
 
 def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
-    """The report as HTML text; see `write_report`."""
+    """Return the report of a run as HTML. `decode` is as for `write_report`."""
     trials = sorted(run.trials, key=lambda trial: (trial.family, trial.task, trial.epoch))
     tasks = {task.id: task for task in run.lock.tasks}
     budget = MAX_TOKENS
@@ -96,7 +97,7 @@ def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
 
 
 def render_trajectory(trajectory: Trajectory, name: str, *, decode: Decode | None = None) -> str:
-    """One trajectory as HTML text, shown as a report shows those of its trials."""
+    """Return one trajectory as an HTML page in the style of a report."""
     turns, notes = _turns(trajectory, with_tokens=True)
     ids = {i for turn in turns for _, chunk, _ in turn["segments"] for i in chunk}
     said = [record.message for record in trajectory.records if isinstance(record, MessageAdded)]
@@ -142,7 +143,7 @@ def render_trajectory(trajectory: Trajectory, name: str, *, decode: Decode | Non
 
 
 def render_index(name: str, runs: Sequence[tuple[RunDirectory, str]], problems: Sequence[str] = ()) -> str:
-    """Runs as one table of HTML text, newest first; each comes with the address of its report."""
+    """Return an HTML table of (run, link to its report) pairs, newest first."""
     rows: list[dict[str, Any]] = []
     for run, report in sorted(runs, key=lambda each: each[0].lock.created, reverse=True):
         mean = estimate(scores_by_task(run.trials))
@@ -167,7 +168,7 @@ def render_index(name: str, runs: Sequence[tuple[RunDirectory, str]], problems: 
 
 
 def _page(template: str, **values: Any) -> str:
-    """A page of the viewer. Its policy lets it load nothing and run no script but its own, whatever is shown in it."""
+    """Render a page. Its Content-Security-Policy forbids all loading and every script except the viewer's own."""
     viewer = files("agentkit_evals") / "viewer"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script = (viewer / "report.js").read_text(encoding="utf-8")
@@ -184,7 +185,7 @@ def _page(template: str, **values: Any) -> str:
 
 
 def _script_json(data: object) -> Markup:
-    """JSON that cannot end the script element it stands in, whatever a model wrote."""
+    """Return JSON in which no text can close the surrounding script element."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
@@ -194,13 +195,13 @@ def _kind(trial: TrialRecord) -> str:
 
 
 class FedIds:
-    """Counts the ids that runs were fed, each common beginning of runs once: what no cache can save."""
+    """Counts fed ids over several runs, shared prefixes once: the minimum that any prefix cache must compute."""
 
     def __init__(self) -> None:
         self._prefixes: set[int] = set()
 
     def add(self, ids: Sequence[int], sampled: Sequence[int]) -> None:
-        """One run: its ids, and for each a 1 when it was sampled."""
+        """Add a run: its ids, and a 1 for each sampled id or a 0 for each fed one."""
         prefix = 0
         for token_id, mine in zip(ids, sampled, strict=True):
             prefix = hash((prefix, token_id))
@@ -306,7 +307,7 @@ def _charts(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
 
 
 def _chart(title: str, values: Sequence[tuple[float, bool]], bins: int = 16) -> dict[str, Any]:
-    """A histogram in at most 16 bins, solved trials below the others."""
+    """Return a histogram with at most `bins` bins, solved trials below the others."""
     numbers = [value for value, _ in values]
     low, high = min(numbers), max(numbers)
     if all(isinstance(number, int) for number in numbers):
@@ -370,7 +371,7 @@ def _trial_view(run: RunDirectory, trial: TrialRecord, task: Task, fed: FedIds, 
 
 
 def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """The turns of a trajectory as the viewer draws them, and what else happened, in words."""
+    """Return the turns of a trajectory as the viewer draws them, and notes on other events."""
     turns: list[dict[str, Any]] = []
     notes: list[str] = (
         [] if with_tokens else [f"This report shows {MAX_TOKENS:,} ids; those of this trial are left out."]
@@ -433,7 +434,7 @@ def _new_turn(record: TurnStarted, time_s: float) -> dict[str, Any]:
 def _call(
     turn: dict[str, Any], calls: dict[str, dict[str, Any]], call_id: str, name: str, arguments: str
 ) -> dict[str, Any]:
-    """The view of a call, made at its first sight: an early call starts before its message is complete."""
+    """Return the view of a call, adding it if needed. An early call starts before its message is complete."""
     if call_id not in calls:
         calls[call_id] = {"name": name, "arguments": arguments, "start": None, "end": None, "early": False}
         calls[call_id] |= {"result": None, "failed": False, "duration": None}

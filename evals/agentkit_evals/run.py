@@ -1,4 +1,4 @@
-"""Running a suite: every task, every epoch, a few at a time, on one model; written down as it happens."""
+"""Run a suite: every task and epoch on one model, several trials at a time, recorded as they happen."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from agentkit_evals.verify import Backend, Verdict, backend_for, opened, verify
 
 MAX_DROPS_SHOWN = 20
 MAX_ANSWER_CHARS = 1_000_000
-"""Of an answer in a trial's record, so that the record can be read back; the verifier gets all of it."""
+"""Maximum characters of an answer in a trial's record. The verifier gets the whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialStarted:
-    """A trial began: its sandbox is being opened."""
+    """A trial has begun; its sandbox is being opened."""
 
     trial: str
 
 
 @dataclass(frozen=True, slots=True)
 class TrialActed:
-    """A trial did something worth a word in a progress display."""
+    """A trial has started a turn or a call, for a progress display."""
 
     trial: str
     turn: int
@@ -55,7 +55,7 @@ class TrialActed:
 
 @dataclass(frozen=True, slots=True)
 class TrialFinished:
-    """A trial is over and in the run directory."""
+    """A trial has ended and its record is written."""
 
     record: TrialRecord
 
@@ -65,17 +65,21 @@ Update = TrialStarted | TrialActed | TrialFinished
 
 @dataclass(slots=True)
 class EvalRun:
-    """One evaluation: a suite times `epochs` on one model, `concurrency` trials at a time.
+    """One evaluation: `epochs` runs of every task of a suite on one model, `concurrency` trials at a time.
 
     Attributes:
-        suite: the tasks.
-        model: the model all trials share, which then must be entered, or what gives each case its own.
-        directory: where the run is written; made by `execute`, must not exist.
-        backend: where trials run; None leaves it to each task.
-        seed: each trial samples with a seed of its own that is derived from this one, the task and the epoch.
-        sampling: None is the model's own; its seed is not used.
-        listener: told what happens, on the event loop's thread.
-        start_checks: what is known of the tasks whose verifiers did not start.
+        suite: Tasks to run.
+        model: A model for all trials, already entered (`async with`), or a function that returns a model for a case.
+        directory: Path of the run directory. `execute` creates it; it must not exist.
+        model_name: Name of the model in `run.json`.
+        epochs: Number of times that each task is run.
+        concurrency: Maximum number of trials at the same time.
+        backend: Sandbox backend; None uses the one that each task sets.
+        seed: Base seed. Each trial derives its sampling seed from this seed, the task and the epoch.
+        sampling: Sampling parameters, except the seed; None uses the model's own.
+        listener: Function called with each update, on the event loop's thread.
+        run_id: Label of the run's sandboxes.
+        start_checks: Results for verifiers that did not start, shared by all trials.
     """
 
     suite: Suite
@@ -97,17 +101,17 @@ class EvalRun:
 
     @property
     def resolved_sampling(self) -> SamplingParams:
-        """What trials sample with, but for the seed."""
+        """Sampling parameters of every trial, except the seed."""
         return self.sampling or (SamplingParams() if callable(self.model) else self.model.sampling)
 
     async def execute(self) -> RunDirectory:
-        """Run every trial and read the finished run back.
+        """Run every trial, then read the finished run from disk.
 
-        Whatever happens to one trial is in its record and stops no other. When this is cancelled, running agents are
-        stopped, sandboxes are removed, and the directory is the valid run of the trials that had finished.
+        A failed trial is recorded and does not stop the others. Cancellation stops running agents and removes
+        sandboxes; the directory then holds the trials that had finished.
 
         Raises:
-            RunDirectoryError: the directory exists already.
+            RunDirectoryError: the directory already exists.
             OSError: the directory cannot be written.
         """
         self._begin()
@@ -152,7 +156,7 @@ class EvalRun:
 
 
 class _Trial:
-    """One task, once: its parts in order, and a record of however far it came."""
+    """One epoch of one task: runs its steps in order and returns a record, complete or not."""
 
     def __init__(self, run: EvalRun, case: Case, epoch: int) -> None:
         self.eval_run = run
@@ -179,7 +183,7 @@ class _Trial:
         try:
             verdict = await self._scored()
             reward, error = verdict.reward, verdict.error
-        except Exception as exc:  # the failure of one trial stops no other
+        except Exception as exc:  # one failed trial must not stop the others
             error = str(exc) if isinstance(exc, TaskSetupError) else describe(exc)
             match blame(exc, self.phase):
                 case "agent":
@@ -210,7 +214,7 @@ class _Trial:
         )
 
     async def _scored(self) -> Verdict:
-        """Let the agent act, and score what it left."""
+        """Run the agent, then score its workdir and answer."""
         backend = backend_for(self.task, self.eval_run.backend)
         archive = await self._act(backend)
         with self._timed("verify_s"):
@@ -221,7 +225,7 @@ class _Trial:
         return verdict
 
     async def _act(self, backend: Backend) -> bytes:
-        """The agent's part: what its workdir holds afterwards, as an archive."""
+        """Run the agent in its sandbox and return an archive of its workdir."""
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
@@ -237,7 +241,7 @@ class _Trial:
             return exported.data
 
     def _left_out(self) -> Iterator[str]:
-        """What did not reach the verifier, for the reader of its output."""
+        """Yield lines for the verifier's output that list the entries the verifier did not get."""
         if self.dropped:
             yield f"[{len(self.dropped)} entries of the work directory could not be carried over to the verifier:]"
             yield from self.dropped[:MAX_DROPS_SHOWN]
@@ -268,7 +272,7 @@ class _Trial:
         return model(self.case) if callable(model) else model
 
     def _recall(self) -> None:
-        """How the agent's run ended and what it used, from its record, which is complete also when it failed."""
+        """Set status and usage from the trajectory, which has them even when the run failed."""
         with suppress(TrajectoryError):
             outcome = Trajectory.load(self.trajectory).outcome
             if outcome is not None:
@@ -287,7 +291,7 @@ class _Trial:
 
 
 def agent_for(task: Task, model: Model, sampling: SamplingParams) -> Agent:
-    """The agent that a task asks for."""
+    """Return the agent that a task specifies."""
     return Agent(
         model,
         task.build_tools(),
@@ -302,5 +306,5 @@ def agent_for(task: Task, model: Model, sampling: SamplingParams) -> Agent:
 
 
 def trial_seed(seed: int, trial: str) -> int:
-    """The sampling seed of one trial: any two trials of a run differ, and the same trial of the same run repeats."""
+    """Return a trial's sampling seed: distinct for each trial of a run, and the same when the trial is repeated."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{trial}".encode()).digest()[:4])

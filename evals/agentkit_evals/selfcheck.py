@@ -1,4 +1,4 @@
-"""Does a task measure what it says? The oracle solves it, doing nothing does not, a forged reward changes nothing."""
+"""Check that a task is sound: its solution scores 1, an idle agent 0, and a forged reward changes nothing."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ for module in sitecustomize usercustomize json re pathlib subprocess unittest; d
 done
 true
 """
-"""What an agent might do that has read this project: a full reward wherever one could be looked for, and code that
-gives one and exits with 0 wherever a shell or Python could pick it up from the workdir or from HOME."""
+"""Commands that try to forge a reward. They write reward files to every likely place, and plant code that writes one
+and exits with 0 in every file that a shell or Python could load from the workdir or HOME."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """What the three probes scored, and what that says against the task; nothing when it is sound."""
+    """Verdicts of the three probes of one task."""
 
     task: str
     oracle: Verdict
@@ -54,7 +54,7 @@ class SelfCheck:
 
     @property
     def problems(self) -> list[str]:
-        """One sentence per thing wrong with the task."""
+        """One sentence per fault of the task; empty if the task is sound."""
         found = []
         if self.oracle.reward < SOLVED:
             found.append(f"the oracle solution scores {self.oracle.reward:g}, expected 1: {self.oracle.output}")
@@ -66,11 +66,11 @@ class SelfCheck:
 
 
 async def selfcheck(task: Task, *, backend: Backend | None = None) -> SelfCheck:
-    """Probe a task three times, each in a fresh environment and with a real verification.
+    """Probe a task three times, each in a fresh sandbox and with a real verification.
 
     Raises:
         SuiteError: the task has no solution to check.
-        TaskSetupError, SandboxError: a probe could not be carried out.
+        TaskSetupError, SandboxError: a probe could not run.
     """
     if task.solution is None:
         raise SuiteError(f"task {task.id} has no solution; add `solution: {{command: ...}}` to check it")
@@ -91,9 +91,9 @@ async def selfcheck(task: Task, *, backend: Backend | None = None) -> SelfCheck:
 
 
 class StartChecks:
-    """Tells an agent whose work keeps the verifier from starting from a verifier that never starts.
+    """Tells a verifier that never starts from one that the agent's work keeps from starting.
 
-    Each task is tried at most once, on its own solution, when a verifier did not start on an agent's work.
+    When a verifier does not start on an agent's work, it is tried on the task's own solution, once per task.
     """
 
     def __init__(self) -> None:
@@ -101,13 +101,13 @@ class StartChecks:
         self._lock = anyio.Lock()
 
     async def require(self, task: Task, verdict: Verdict, *, backend: Backend, run_id: str | None = None) -> None:
-        """Raise VerifierError if the task's verifier does not start on its own solution either.
+        """Raise VerifierError if the verifier does not start on the task's own solution either.
 
-        A verdict of a verifier that started proves that it can, and a task without a solution proves nothing.
+        Do nothing if `verdict` is from a verifier that started, or if the task has no solution.
 
         Raises:
-            VerifierError: the verifier does not start; with what it said.
-            SandboxUnavailableError, HostFailureError: that could not be found out.
+            VerifierError: the verifier does not start; the message has its output.
+            SandboxUnavailableError, HostFailureError: the verifier could not be tried on the solution.
         """
         if verdict.started or task.solution is None:
             return

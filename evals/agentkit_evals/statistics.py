@@ -1,7 +1,7 @@
-"""What the scores say: mean with its standard error, pass@k and pass^k.
+"""Statistics of scores: mean with standard error, pass@k and pass^k.
 
-Every function takes `scores`, one sequence per task holding the reward of each scored epoch, because epochs of one
-task are not independent: the task is the cluster. Tasks without a scored epoch say nothing and are left out.
+Every function takes `scores`: one sequence per task, with the reward of each scored epoch. Epochs of one task are not
+independent, so the task is the cluster. `estimate` ignores tasks without a scored epoch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SOLVED = 1.0 - 1e-6
-"""A reward of at least this counts as a pass: ten times 0.1 is a little less than 1."""
+"""Minimum reward that counts as solved. It is below 1 because ten times 0.1 is a little less than 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean reward over `n` trials of `tasks` tasks. `stderr` is None where it cannot be known (one task)."""
+    """Mean reward over `n` trials of `tasks` tasks. `stderr` is None for a single task."""
 
     mean: float
     stderr: float | None
@@ -28,10 +28,10 @@ class Estimate:
 
 
 def estimate(scores: Sequence[Sequence[float]]) -> Estimate | None:
-    """The mean over all trials and its standard error clustered by task; None when nothing was scored.
+    """Return the mean over all trials and its standard error clustered by task, or None if nothing was scored.
 
-    The error is the cluster-robust one of Miller 2024 (arXiv:2411.00640, equation 4), times G / (G - 1) for G tasks;
-    with one epoch per task that is exactly the sample standard deviation over the square root of n.
+    The error is the cluster-robust one of Miller 2024 (arXiv:2411.00640, equation 4), with the variance multiplied by
+    G / (G - 1) for G tasks. With one epoch per task it equals the sample standard deviation over the square root of n.
     """
     clusters = [task for task in scores if task]
     n = sum(len(task) for task in clusters)
@@ -47,7 +47,7 @@ def estimate(scores: Sequence[Sequence[float]]) -> Estimate | None:
 
 @dataclass(frozen=True, slots=True)
 class PassRate:
-    """A pass@k or pass^k: the mean over those `tasks` of `of` tasks that have at least k scored epochs."""
+    """A pass@k or pass^k: the mean over the `tasks` tasks, out of `of`, that have at least k scored epochs."""
 
     value: float
     tasks: int
@@ -55,7 +55,7 @@ class PassRate:
 
     @property
     def complete(self) -> bool:
-        """Whether every task is in it; where some are not, it says nothing about them."""
+        """True if the mean covers every task."""
         return self.tasks == self.of
 
     def __str__(self) -> str:
@@ -63,17 +63,16 @@ class PassRate:
 
 
 def pass_at_k(scores: Sequence[Sequence[float]], k: int) -> PassRate | None:
-    """The chance that at least one of k epochs, drawn without replacement, passes: 1 - C(n-c, k) / C(n, k).
+    """Return the chance that at least one of k epochs, drawn without replacement, passes: 1 - C(n-c, k) / C(n, k).
 
-    The mean over tasks with at least k scored epochs (None without any). Tasks with fewer belong into `scores` too,
-    as do tasks without one, so that the result can say how many it leaves out. Source: Chen et al. 2021,
-    arXiv:2107.03374.
+    The value is the mean over the tasks with at least k scored epochs; without any, the result is None. Include tasks
+    with fewer or no epochs in `scores`, so that `PassRate.of` counts them. Source: Chen et al. 2021, arXiv:2107.03374.
     """
     return _over_tasks(scores, k, lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k))
 
 
 def pass_hat_k(scores: Sequence[Sequence[float]], k: int) -> PassRate | None:
-    """The chance that all of k epochs, drawn without replacement, pass: C(c, k) / C(n, k), the mean over tasks.
+    """Return the chance that all of k epochs, drawn without replacement, pass: C(c, k) / C(n, k), as for `pass_at_k`.
 
     Source: Yao et al. 2024 (tau-bench), arXiv:2406.12045.
     """

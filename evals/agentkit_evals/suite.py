@@ -1,9 +1,9 @@
-"""Suites: which tasks an evaluation runs.
+"""Suites: the tasks of an evaluation.
 
 A suite is a folder of task files, one task file, a suite file, or `synth`, the generated families:
 
     name: nightly
-    tasks: [smoke.yaml, more/]                                # files and folders beside this file, in this order
+    tasks: [smoke.yaml, more/]                             # files and folders beside this file, in this order
     synth: {families: [logs, bugfix], per_family: 10}      # generated, held-out tasks
 """
 
@@ -28,9 +28,10 @@ Split = Literal["train", "heldout"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One task of a suite, and what reports group it by.
+    """One task of a suite, with the fields that reports group by.
 
-    `signature` is the task with names and values masked, `oracle` makes a policy that solves it; generated tasks only.
+    Generated tasks also have a `signature`, which is the task with names and values masked, and an `oracle`, which
+    returns a policy that solves the task.
     """
 
     task: Task
@@ -61,7 +62,7 @@ class Suite:
 
 
 class SynthSelection(Strict):
-    """Which generated tasks. `families` empty means all; `seed` None leaves the choice to the run."""
+    """A choice of generated tasks. Empty `families` means all; `seed` None uses the seed of the run."""
 
     families: list[str] = Field(default_factory=list)
     per_family: int = Field(default=3, ge=1, le=10_000)
@@ -70,7 +71,7 @@ class SynthSelection(Strict):
 
 
 class SuiteFile(Strict):
-    """A suite file."""
+    """Contents of a suite file."""
 
     name: Identifier | None = None
     tasks: list[RelativePath] = Field(default_factory=list)
@@ -78,15 +79,18 @@ class SuiteFile(Strict):
 
 
 def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family: int | None = None) -> Suite:
-    """The suite that `spec` names: a path, `synth`, or `synth:FAMILY,FAMILY`.
+    """Load a suite from a path, or generate one from `synth` or `synth:FAMILY,FAMILY`.
 
-    `seed` picks the generated tasks. `limit` keeps the first so many of a suite; of `synth` it is how many are
-    generated, from each family in turn. `per_family` is how many are generated of each family.
+    Args:
+        spec: The path or the `synth` selection.
+        seed: Seed of the generated tasks.
+        limit: Maximum number of tasks: the first ones of a file or folder; for `synth`, taken from each family in turn.
+        per_family: Number of tasks to generate per family; for `synth` only.
 
     Raises:
-        SuiteError: there is nothing to run, an id occurs twice, a task has no verifier, a family is unknown, or
-            `per_family` is given for tasks that are not generated.
-        TaskFileError: a file is wrong; with file and line.
+        SuiteError: there is no task, an id occurs twice, a task has no verifier, a family is unknown, or `per_family`
+            is given for tasks that are not generated.
+        TaskFileError: a file is wrong; the message has file and line.
     """
     head, _, names = spec.partition(":")
     path = Path(spec)
@@ -109,7 +113,7 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
 
 
 def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
-    """Generated tasks: `per_family` of each family from consecutive seeds. Raises SuiteError for an unknown family."""
+    """Generate `per_family` tasks per family from consecutive seeds. Raise SuiteError for a wrong family."""
     if unknown := [name for name in selection.families if name not in FAMILIES]:
         raise SuiteError(f"unknown families {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
     if twice := [name for name in FAMILIES if selection.families.count(name) > 1]:
@@ -126,7 +130,7 @@ def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
 
 
 def _in_turn(cases: Sequence[Case], limit: int) -> tuple[Case, ...]:
-    """So many cases, from each family in turn, in the order of the suite."""
+    """Return `limit` cases, chosen from each family in turn, in the order of the suite."""
     rank: dict[str, int] = {}
     order: list[tuple[int, int]] = []
     for place, case in enumerate(cases):
@@ -152,7 +156,7 @@ def _folder(path: Path) -> Iterable[Case]:
 
 
 def task_files(folder: Path) -> list[Path]:
-    """The task files in a folder and below it, by name: every YAML file but suite files."""
+    """Return all YAML files in and below a folder, sorted, without suite files."""
     files = (file for file in folder.rglob("*") if file.suffix in (".yaml", ".yml"))
     return sorted(file for file in files if not _is_suite_file(file))
 
@@ -162,7 +166,7 @@ def _case(task: Task, family: str) -> Case:
 
 
 def _is_suite_file(path: Path) -> bool:
-    """Whether a YAML file speaks of tasks rather than of one task; a broken one is left for the task reader."""
+    """Return whether a YAML file is a suite file. A broken file is not: the task reader then reports its error."""
     try:
         root, _ = read_yaml(path)
     except TaskFileError:

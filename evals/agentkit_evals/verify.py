@@ -1,16 +1,16 @@
-"""Scoring: the verifier looks at the world the agent left, in a clean place, never at the model's words.
+"""Scoring: run a task's verifier on the agent's workdir, in a fresh sandbox.
 
-The agent's workdir is taken out of its sandbox once every process of the agent is dead, and put into a fresh sandbox
-of the same specification; nothing else crosses. There the verifier's command runs with its own files, which the agent
-never saw, and with the answer that was submitted.
+When every process of the agent is dead, the workdir is exported and imported into a fresh sandbox of the same
+specification; nothing else crosses. The verifier's command runs there with its own files, which the agent never saw,
+and with the submitted answer.
 
-The agent's files are hostile to it. Nothing of the workdir is run or read unless the command asks for it: HOME is an
-empty directory outside the workdir, and Python looks for modules neither in HOME nor in the working directory. Files
-may only refine a yes: an exit status other than 0 is reward 0, whatever has been written. They are read when every
-process in the sandbox is dead, so that none which the agent's code left behind can rewrite them.
+The agent's files are treated as hostile. Nothing in the workdir is run or read unless the command asks for it: HOME is
+an empty directory elsewhere, and Python imports neither from HOME nor from the working directory. An exit status other
+than 0 is reward 0; reward files matter only after exit status 0, and are read when every process in the sandbox is
+dead, so that a process of the agent's code cannot rewrite them.
 
-Whatever the agent's files do to the verifier or to its sandbox is a verdict of 0 that says so (`Verdict.error`), and
-never an exception; `blame.py` has the rule.
+Anything that the agent's files do to the verifier or its sandbox gives a verdict of 0 with the reason in
+`Verdict.error`, and never an exception. `blame.py` has the rule.
 """
 
 from __future__ import annotations
@@ -37,51 +37,51 @@ Backend = Literal["auto", "docker", "process", "unsafe-local"]
 RewardSource = Literal["exit", "reward.txt", "reward.json"]
 
 MAX_ENV_ANSWER_BYTES = 65_536
-"""An answer beyond this stands only in AGENTKIT_ANSWER_FILE: Linux bounds one variable at 128 KiB."""
+"""Maximum bytes of AGENTKIT_ANSWER, as Linux limits a variable to 128 KiB. AGENTKIT_ANSWER_FILE has no limit."""
 
 
 MAX_REWARD = 1e6
-"""Largest reward, either way; sums and squares of what is larger overflow."""
+"""Maximum magnitude of a reward; sums and squares of larger values could overflow."""
 
 
 KILL_REST = '/bin/sh -c "$0"; status=$?; kill -KILL -1 2>/dev/null; exit "$status"'
-"""Runs a command, and kills what it has left running the moment it ends: `kill_all` comes a round trip later, which is
-time enough for a process of the agent's to rewrite the reward."""
+"""Runs a command and then kills every other process of the sandbox. `kill_all` comes a round trip later, which gives a
+process of the agent's code enough time to rewrite the reward."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the verifier said. A verifier that ran out of time gives 0: what it ran was the agent's work."""
+    """Result of a verification. A verifier that timed out gives reward 0: the agent's files can make it hang."""
 
     reward: float
     source: RewardSource
-    exit_code: int | None  # None: the command did not run to its end
-    output: str  # the end of what it printed
+    exit_code: int | None  # None: the command did not finish
+    output: str  # the end of its standard output and standard error
     timed_out: bool
     duration_s: float
-    error: str | None = None  # why the reward is 0 although the verifier said nothing that counts
+    error: str | None = None  # why the reward is 0, if not by the verifier's own decision
 
     @property
     def started(self) -> bool:
-        """Whether the verifier's command ran: exit statuses 126 and 127 are a shell's for one that did not."""
+        """True if the verifier's command ran. A shell exits with 126 or 127 if a command cannot start."""
         return self.timed_out or self.exit_code not in (None, 126, 127)
 
 
 def broken(error: str) -> Verdict:
-    """The verdict on an agent whose work cannot be scored, through no fault of the machine's."""
+    """Return a verdict of 0 for work that cannot be scored, where the machine is not at fault."""
     return Verdict(0.0, "exit", None, "", False, 0.0, error)
 
 
 def backend_for(task: Task, override: Backend | None = None) -> Backend:
-    """Where a task runs: what the caller says, else what the task says, else what this machine can do."""
+    """Return the backend that the caller chose, else the task's own."""
     return override or task.environment.backend
 
 
 @asynccontextmanager
 async def opened(task: Task, backend: Backend, run_id: str | None = None) -> AsyncIterator[Environment]:
-    """Open a sandbox of the task's specification, and close it.
+    """Open a sandbox of the task's specification, and close it at the end.
 
-    An error in closing it is not raised: what the block has found out stands, and `reap` removes what is left.
+    Errors on closing are ignored: the result of the block stands, and `reap` removes what is left.
 
     Raises:
         SandboxUnavailableError: no sandbox can be opened.
@@ -100,15 +100,23 @@ async def opened(task: Task, backend: Backend, run_id: str | None = None) -> Asy
 async def verify(
     task: Task, *, archive: bytes, answer: str | None, backend: Backend = "auto", run_id: str | None = None
 ) -> Verdict:
-    """Score a workdir (`archive`, from `Environment.export_dir`) and an answer (None: none was given).
+    """Score a workdir and an answer.
+
+    Args:
+        task: The task, with a verifier.
+        archive: The agent's workdir, from `Environment.export_dir`.
+        answer: The agent's answer, or None if there is none.
+        backend: Sandbox backend.
+        run_id: Label of the sandbox.
 
     Raises:
         VerifierError: the task has no verifier.
-        SandboxUnavailableError, HostFailureError: no sandbox could be opened, or the host failed.
+        SandboxUnavailableError: no sandbox could be opened.
+        HostFailureError: the host failed.
     """
     if task.verifier is None:
         raise VerifierError(f"task {task.id} has no verifier; add `verifier: {{command: ...}}` to score it")
-    # A model can write any JSON string, also one with half a surrogate pair, which no file can hold.
+    # JSON allows an unpaired surrogate, which UTF-8 cannot encode.
     text = (answer or "").encode("utf-8", "replace").decode()
     async with opened(task, backend, run_id) as environment:
         try:
@@ -121,13 +129,13 @@ async def verify(
 
 
 async def _run_verifier(verifier: VerifierConfig, environment: Environment, answer: str) -> Verdict:
-    place = f"/tmp/agentkit-{secrets.token_hex(8)}"  # empty in a fresh sandbox, of a name that nobody knew
+    place = f"/tmp/agentkit-{secrets.token_hex(8)}"  # a name that the agent could not guess
     await environment.write_file(f"{place}/answer.txt", answer)
     for path, text in verifier.files.items():
         await environment.write_file(f"{place}/files/{path}", text)
     await environment.exec(["mkdir", "-p", f"{place}/files", f"{place}/reward", f"{place}/home"])
     fits = len(answer.encode()) <= MAX_ENV_ANSWER_BYTES and "\0" not in answer
-    alone = environment.backend != "unsafe-local"  # elsewhere -1 is every process of this machine's user
+    alone = environment.backend != "unsafe-local"  # without a sandbox, `kill -1` would kill every process of the user
     result = await environment.exec(
         ["/bin/sh", "-c", KILL_REST, verifier.command] if alone else verifier.command,
         env={
@@ -163,11 +171,11 @@ async def _run_verifier(verifier: VerifierConfig, environment: Environment, answ
 
 
 async def _reward(environment: Environment, directory: str) -> tuple[float, RewardSource]:
-    """Return the reward of a verifier that exited with 0; where it has left both files, the lower one counts.
+    """Return the reward of a verifier that exited with 0, and its source. With both files, the lower reward counts.
 
     Raises:
-        ValueError: one of them holds no finite number.
-        SandboxError, OSError: one of them cannot be read.
+        ValueError: a file does not hold a finite number.
+        SandboxError, OSError: a file cannot be read.
     """
     found: list[tuple[float, RewardSource]] = []
     names: tuple[Literal["reward.txt", "reward.json"], ...] = ("reward.txt", "reward.json")
