@@ -15,9 +15,9 @@ import typer
 
 
 def main(
-    measured: Annotated[Path, typer.Argument(help="What `python -m agentkit_evals.measure` wrote.")],
+    measured: Annotated[Path, typer.Argument(help="Output of `python -m agentkit_evals.measure`.")],
     training: Annotated[
-        list[Path] | None, typer.Argument(help="training.jsonl of each run that made the model, the first one first.")
+        list[Path] | None, typer.Argument(help="training.jsonl of each training run, in order.")
     ] = None,
 ) -> None:
     """Print the model card's tables."""

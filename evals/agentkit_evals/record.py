@@ -135,9 +135,9 @@ class RunDirectory:
                 check_values(line, MAX_TRIAL_VALUES)
                 trial = TrialRecord.model_validate_json(line)
                 if trial.task not in tasks:
-                    raise ValueError(f"task {shorten(trial.task)} is not among those of run.json")
+                    raise ValueError(f"task {shorten(trial.task)} is not in run.json")
                 if trial.trial in seen:
-                    raise ValueError(f"trial {trial.trial} is there twice")
+                    raise ValueError(f"trial {trial.trial} occurs twice")
                 seen.add(trial.trial)
             except ValidationError as exc:
                 raise RunDirectoryError(f"{file}:{number}: not a trial: {describe(exc)}") from exc
@@ -196,10 +196,10 @@ def _read_lock(file: Path) -> RunLock:
     except ValueError as exc:
         raise RunDirectoryError(f"{file} cannot be read: {shorten(str(exc), 300, quote=False)}") from exc
     if not isinstance(data, dict) or data.get("format") != "agentkit.run":
-        raise RunDirectoryError(f"{file} is not the run.json of a run")
+        raise RunDirectoryError(f'{file} is not an agentkit run: expected "format": "agentkit.run"')
     if data.get("version") != FORMAT_VERSION:
         raise RunDirectoryError(
-            f"{file} has run format {shorten(data.get('version'))}; this agentkit reads {FORMAT_VERSION}"
+            f"{file} has run format {shorten(data.get('version'))}; this agentkit reads format {FORMAT_VERSION}"
         )
     try:
         return RunLock.model_validate(data)

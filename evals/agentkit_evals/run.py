@@ -243,7 +243,7 @@ class _Trial:
     def _left_out(self) -> Iterator[str]:
         """Yield lines for the verifier's output that list the entries the verifier did not get."""
         if self.dropped:
-            yield f"[{len(self.dropped)} entries of the work directory could not be carried over to the verifier:]"
+            yield f"[{len(self.dropped)} entries of the work directory were not copied to the verifier:]"
             yield from self.dropped[:MAX_DROPS_SHOWN]
             if len(self.dropped) > MAX_DROPS_SHOWN:
                 yield "[...]"

@@ -61,7 +61,7 @@ class SelfCheck:
         if self.nothing.reward > 0:
             found.append(f"doing nothing scores {self.nothing.reward:g}, expected 0")
         if self.forged.reward != self.nothing.reward:
-            found.append(f"a forged reward file scores {self.forged.reward:g} where doing nothing scores 0")
+            found.append(f"a forged reward scores {self.forged.reward:g}, expected {self.nothing.reward:g}")
         return found
 
 
@@ -117,8 +117,8 @@ class StartChecks:
                 self._known[key] = await self._problem(task, task.solution, backend, run_id)
         if problem := self._known[key]:
             raise VerifierError(
-                f"task {task.id}: {problem}, on the task's own solution too. "
-                "Its command must exist in the task's environment and be executable"
+                f"task {task.id}: {problem}. The same happens on the task's own solution. "
+                "The verifier's command must exist in the task's environment and be executable"
             )
 
     async def _problem(self, task: Task, solution: SolutionConfig, backend: Backend, run_id: str | None) -> str | None:

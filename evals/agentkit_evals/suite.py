@@ -51,13 +51,13 @@ class Suite:
 
     def __post_init__(self) -> None:
         if not self.cases:
-            raise SuiteError(f"suite {self.name} has no tasks")
+            raise SuiteError(f"suite {self.name} has no tasks; add task files or `synth`")
         seen: set[str] = set()
         for case in self.cases:
             if case.task.id in seen:
-                raise SuiteError(f"suite {self.name}: two tasks have the id {case.task.id!r}; ids must differ")
+                raise SuiteError(f"suite {self.name}: two tasks have the id {case.task.id!r}; ids must be unique")
             if case.task.verifier is None:
-                raise SuiteError(f"suite {self.name}: task {case.task.id!r} has no verifier, so it cannot be scored")
+                raise SuiteError(f"suite {self.name}: task {case.task.id!r} has no verifier; add one to score it")
             seen.add(case.task.id)
 
 
@@ -102,7 +102,7 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
         if limit is not None and limit < len(suite.cases):
             suite = Suite(suite.name, _in_turn(suite.cases, limit))
     elif per_family is not None:
-        raise SuiteError(f"{spec} is not generated, so it has no number of tasks per family; use a limit")
+        raise SuiteError(f"{spec} is not generated, so the tasks per family cannot be set; use a limit")
     elif path.is_dir():
         suite = Suite(path.resolve().name, tuple(_folder(path)))
     elif path.is_file() and _is_suite_file(path):
@@ -117,7 +117,7 @@ def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
     if unknown := [name for name in selection.families if name not in FAMILIES]:
         raise SuiteError(f"unknown families {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
     if twice := [name for name in FAMILIES if selection.families.count(name) > 1]:
-        raise SuiteError(f"family {twice[0]} is named twice; its tasks would have the same ids")
+        raise SuiteError(f"family {twice[0]} is named twice; name it once")
     first = (seed if selection.seed is None else selection.seed) * selection.per_family
     cases: list[Case] = []
     for family in selection.families or FAMILIES:

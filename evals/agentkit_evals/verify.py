@@ -125,7 +125,7 @@ async def verify(
         except Exception as exc:
             if blame(exc, "scoring") == "infrastructure":
                 raise
-            return broken(f"the verifier could not do its work: {describe(exc)}")
+            return broken(f"scoring failed: {describe(exc)}")
 
 
 async def _run_verifier(verifier: VerifierConfig, environment: Environment, answer: str) -> Verdict:
@@ -153,11 +153,11 @@ async def _run_verifier(verifier: VerifierConfig, environment: Environment, answ
     if not verdict.started:
         return replace(
             verdict,
-            error=f"the verifier {verifier.command!r} could not start, or what it ran could not "
+            error=f"the verifier {verifier.command!r} could not start, or a command that it runs could not "
             f"(exit status {result.exit_code})",
         )
     if result.timed_out:
-        return replace(verdict, error=f"the verifier ran out of time after {verifier.timeout_s:g} s")
+        return replace(verdict, error=f"the verifier timed out after {verifier.timeout_s:g} s")
     if result.exit_code != 0:
         return verdict
     try:
@@ -166,7 +166,7 @@ async def _run_verifier(verifier: VerifierConfig, environment: Environment, answ
     except Exception as exc:
         if blame(exc, "scoring") == "infrastructure":
             raise
-        return replace(verdict, error=f"the verifier's reward cannot be used: {describe(exc)}")
+        return replace(verdict, error=f"the reward cannot be used: {describe(exc)}")
     return replace(verdict, reward=reward, source=source)
 
 
@@ -189,7 +189,7 @@ async def _reward(environment: Environment, directory: str) -> tuple[float, Rewa
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as exc:
             raise ValueError(f"{name} must hold a number, got {text[:200]!r}") from exc
         if not math.isfinite(reward) or abs(reward) > MAX_REWARD:
-            raise ValueError(f"{name} must hold a number of at most {MAX_REWARD:g}, got {text[:200]!r}")
+            raise ValueError(f"{name} must hold a number within ±{MAX_REWARD:g}, got {text[:200]!r}")
         found.append((reward, name))
     return min(found, default=(1.0, "exit"))
 

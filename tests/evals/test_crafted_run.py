@@ -82,7 +82,7 @@ def test_a_crafted_trial_is_named_with_its_line(values: dict[str, Any], run: Pat
 def test_a_trial_counts_once(run: Path) -> None:
     lines = (run / "trials.jsonl").read_text()
     (run / "trials.jsonl").write_text(lines * 2)
-    with pytest.raises(RunDirectoryError, match=r"trials\.jsonl:2: not a trial: trial a\.0 is there twice"):
+    with pytest.raises(RunDirectoryError, match=r"trials\.jsonl:2: not a trial: trial a\.0 occurs twice"):
         RunDirectory.open(run)
 
 

@@ -99,7 +99,7 @@ def test_the_four_failures_are_told_apart(
     assert errors["broken"] == "task broken: setup command 'echo no disk >&2; exit 3' exited 3: no disk"
     assert str(errors["no-verifier"]).startswith("VerifierError: task no-verifier: the verifier 'not-a-program' could")
     assert str(errors["no-sandbox"]).startswith("SandboxUnavailableError: ")
-    assert "on the task's own solution too" in str(errors["no-verifier"])
+    assert "The same happens on the task's own solution" in str(errors["no-verifier"])
     assert str(errors["no-proof"]).startswith("the verifier 'not-a-program' could not start")
     escaped = next(trial for trial in run.trials if trial.task == "escapes")
     assert escaped.dropped == ["'out': a link to an absolute path, '/etc/passwd'"]
@@ -246,10 +246,10 @@ def test_directories_that_are_no_run_are_refused_by_name(
     lock = run.path / "run.json"
     text = lock.read_text()
     for broken, message in (
-        (text.replace('"version": 2', '"version": 1'), "has run format 1; this agentkit reads 2"),
+        (text.replace('"version": 2', '"version": 1'), "has run format 1; this agentkit reads format 2"),
         (text.replace('"epochs": 1', '"epochs": "x"'), "is damaged: "),
         (text[:-5], "cannot be read: "),
-        ("[]", "is not the run.json of a run"),
+        ("[]", "is not an agentkit run"),
     ):
         lock.write_text(broken)
         with pytest.raises(RunDirectoryError, match=message):

@@ -81,11 +81,11 @@ async def test_reward_files_refine_a_yes_and_never_override_a_no(
         ("no-such-program --check", "the verifier 'no-such-program --check' could not start"),
         ("./n.txt", r"the verifier './n.txt' could not start.*\(exit status 126\)"),
         ("echo many > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number, got 'many"),
-        ("echo nan > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number of at most"),
-        ("echo -inf > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number of at most"),
-        ("echo 1e300 > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number of at most"),
+        ("echo nan > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number within"),
+        ("echo -inf > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number within"),
+        ("echo 1e300 > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number within"),
         ("printf '\\377\\0' > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number"),
-        ("echo '{\"reward\": NaN}' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number of at most"),
+        ("echo '{\"reward\": NaN}' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number within"),
         ("echo '[]' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number"),
         ("printf '%065000d' 1 | tr 01 '[' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number"),
         ("printf '{\"reward\": 1%0400d}' 0 > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number"),
@@ -166,7 +166,10 @@ async def test_selfcheck_accepts_a_sound_task(number_task: MakeTask) -> None:
     [
         ({"solution": {"command": "echo 41"}}, "the oracle solution scores 0, expected 1"),
         ({"verifier": verifier("true")}, "doing nothing scores 1, expected 0"),
-        ({"verifier": verifier("test -e reward.txt || test $AGENTKIT_ANSWER = 42")}, "a forged reward file scores 1"),
+        (
+            {"verifier": verifier("test -e reward.txt || test $AGENTKIT_ANSWER = 42")},
+            "a forged reward scores 1, expected 0",
+        ),
     ],
 )
 async def test_selfcheck_finds_what_is_wrong(number_task: MakeTask, changes: dict[str, Any], problem: str) -> None:
