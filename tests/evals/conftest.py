@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: a small tokenizer, one small task, scripts that act on it, and runs of them."""
+"""Fixtures of the evaluation tests: a small tokenizer, an untrained model, one small task, policies and runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokenizer(tokenizer_json: str) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Path:
-    """The folder of a model of the tiny one's shape that knows nothing."""
+    """Folder of an untrained model with the tiny model's shape."""
     folder = tmp_path_factory.mktemp("models") / "untrained"
     vocab_size = Tokenizer.from_json(tokenizer_json).vocab_size
     export_checkpoint(initialize_(Decoder(tiny_spec(vocab_size)), torch.Generator().manual_seed(0)), folder)
@@ -60,7 +60,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> 
     ]
 )
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each backend; the test is skipped on one that does not work here."""
+    """Each backend in turn; the test is skipped if the backend does not work here."""
     chosen: Backend = request.param
     reason = available_backends()[chosen]
     if reason is not None:
@@ -70,7 +70,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture
 def number_task() -> MakeTask:
-    """Makes a task: read the number in a file and submit it."""
+    """Function that makes a task: submit the number in a file."""
 
     def make(task_id: str = "number", **changes: Any) -> Task:
         return Task.model_validate(
@@ -90,7 +90,7 @@ def number_task() -> MakeTask:
 
 @pytest.fixture
 def script() -> MakeScript:
-    """Makes a policy of turns; a turn is its calls, or a text. The last turn is said for ever."""
+    """Function that makes a policy from turns, each a list of calls or a text. The last turn repeats."""
 
     def make(*turns: Calls | str) -> Policy:
         def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
@@ -106,13 +106,13 @@ def script() -> MakeScript:
 
 @pytest.fixture
 def solves(script: MakeScript) -> Policy:
-    """Solves the number task."""
+    """A policy that solves the number task."""
     return script([("read_file", {"path": "n.txt"})], [("submit", {"answer": "42"})])
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, tokenizer: Tokenizer) -> MakeRun:
-    """Makes an evaluation of tasks, each by its policy, without isolation."""
+    """Function that makes an evaluation of (task, policy) pairs, without isolation by default."""
 
     def make(*pairs: tuple[Task, Policy], **options: Any) -> EvalRun:
         policies = {task.id: policy for task, policy in pairs}
@@ -130,5 +130,5 @@ def make_run(tmp_path: Path, tokenizer: Tokenizer) -> MakeRun:
 
 @pytest.fixture
 def evaluate(make_run: MakeRun) -> Evaluate:
-    """Runs such an evaluation and reads it back."""
+    """Function that runs such an evaluation and returns its run directory."""
     return lambda *pairs, **options: anyio.run(make_run(*pairs, **options).execute)

@@ -1,4 +1,4 @@
-"""The model card's tables say what the measured files say."""
+"""The model card's tables match the measured files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def score(mean: float, n: int) -> dict[str, object]:
     return {**part, "trained_phrasings": part, "held_out_phrasings": {"n": 0}}
 
 
-def test_every_family_baseline_and_ablation_has_its_row() -> None:
+def test_measured_tables_have_a_row_per_family() -> None:
     results = {"families": {"config": score(0.5, 4), "archive": score(0.25, 4)}, "all": score(0.375, 8)}
     nop = {"families": {"config": score(0, 4), "archive": score(0, 4)}, "all": score(0, 8)}
     far = {"families": {"archive": score(0, 4)}}
@@ -33,7 +33,7 @@ def test_every_family_baseline_and_ablation_has_its_row() -> None:
     assert ablations.splitlines()[2:] == ["| archive | 25.0 ± 5.0 | 0.0 ± 5.0 |"]
 
 
-def test_training_counts_every_process() -> None:
+def test_training_tokens_are_multiplied_by_processes() -> None:
     entries: list[dict[str, Any]] = [
         {"config": {"steps": 7}, "workers": 2, "rows": 1500},
         {"step": 6, "loss": 0.1234, "tokens": 1_000_000, "written": 250_000, "s": 120.0},
@@ -49,7 +49,7 @@ def test_training_counts_every_process() -> None:
     assert "| steps | 7 of 9, 2 processes of one thread | 7 of 9, 2" in training_table([entries, entries])
 
 
-def test_the_card_of_the_packaged_model_shows_what_was_measured() -> None:
+def test_the_packaged_model_card_matches_the_measurements() -> None:
     measured = json.loads((ROOT / "evals/results/measure-tiny.json").read_text())
     logs = [read_log(ROOT / f"engine/results/tiny-training-{number}.jsonl") for number in (1, 2)]
     card = (PACKAGED_MODELS["tiny"] / "MODEL_CARD.md").read_text()

@@ -1,4 +1,4 @@
-"""Run directories and suites that strangers made: a value or a typed error, and nothing outside is read."""
+"""Untrusted run directories and suites give a value or a typed error, and read nothing outside the folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ in_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A run of one trial."""
+    """Path of a run of one trial."""
     task = Task(id="a", instruction="x", verifier=VerifierConfig(command="true"))
     model = ScriptedModel(lambda messages, think: AssistantTurn(None, "Done."), tokenizer)
     path = tmp_path_factory.mktemp("runs") / "run"
@@ -72,14 +72,14 @@ TRIALS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("values", TRIALS, ids=lambda values: f"{next(iter(values.items()))}"[:30])
-def test_a_crafted_trial_is_named_with_its_line(values: dict[str, Any], run: Path) -> None:
+def test_a_crafted_trial_is_an_error_with_its_line(values: dict[str, Any], run: Path) -> None:
     change(run / "trials.jsonl", **values)
     with pytest.raises(RunDirectoryError, match=r"trials\.jsonl:1: not a trial: ") as caught:
         RunDirectory.open(run)
     assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
 
 
-def test_a_trial_counts_once(run: Path) -> None:
+def test_a_duplicate_trial_is_refused(run: Path) -> None:
     lines = (run / "trials.jsonl").read_text()
     (run / "trials.jsonl").write_text(lines * 2)
     with pytest.raises(RunDirectoryError, match=r"trials\.jsonl:2: not a trial: trial a\.0 occurs twice"):
@@ -104,7 +104,7 @@ LOCKS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("values", LOCKS, ids=lambda values: f"{next(iter(values.items()))}"[:30])
-def test_a_crafted_lock_is_named(values: dict[str, Any], run: Path) -> None:
+def test_a_crafted_lock_is_an_error_with_its_file(values: dict[str, Any], run: Path) -> None:
     change(run / "run.json", **values)
     with pytest.raises(RunDirectoryError, match=r"run\.json") as caught:
         RunDirectory.open(run)
@@ -114,7 +114,7 @@ def test_a_crafted_lock_is_named(values: dict[str, Any], run: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"a":1,"a":2}', b"[" + b"0," * 600_000 + b"0]"]
 )
-def test_a_lock_that_is_no_such_json_is_named(content: bytes, run: Path) -> None:
+def test_a_lock_of_invalid_json_is_an_error_with_its_file(content: bytes, run: Path) -> None:
     (run / "run.json").write_bytes(content)
     with pytest.raises(RunDirectoryError, match=r"run\.json"):
         RunDirectory.open(run)
@@ -127,14 +127,14 @@ def make_huge(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["run.json", "trials.jsonl"])
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, make_huge, lambda path: path.symlink_to("/dev/zero")])
-def test_a_run_of_odd_files_never_hangs(make: Callable[[Path], Any], name: str, run: Path) -> None:
+def test_a_run_of_special_files_never_hangs(make: Callable[[Path], Any], name: str, run: Path) -> None:
     (run / name).unlink()
     make(run / name)
     with pytest.raises(RunDirectoryError, match=name):
         RunDirectory.open(run)
 
 
-def test_a_line_without_end_is_refused(run: Path) -> None:
+def test_an_endless_line_is_refused(run: Path) -> None:
     os.truncate(run / "trials.jsonl", 20 << 20)
     with pytest.raises(RunDirectoryError, match="a line of more than 16,777,216 bytes"):
         RunDirectory.open(run)
@@ -153,9 +153,6 @@ def test_any_bytes_are_a_run_or_a_run_directory_error(run: Path, content: bytes,
             except RunDirectoryError as error:
                 assert len(str(error)) < 1500
         (run / name).write_bytes(whole)
-
-
-# Suites.
 
 
 @pytest.mark.parametrize(
@@ -183,7 +180,7 @@ def test_a_crafted_suite_is_an_error_with_its_line(text: str, message: str, tmp_
         load_suite(str(tmp_path / "suite.yaml"))
 
 
-def test_a_family_is_asked_for_once(tmp_path: Path) -> None:
+def test_a_repeated_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(f"synth: {{families: [{', '.join(['logs'] * 1000)}], per_family: 10000}}")
     with pytest.raises(SuiteError, match="family logs is named twice"):
         load_suite(str(tmp_path / "suite.yaml"))

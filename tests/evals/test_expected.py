@@ -1,4 +1,4 @@
-"""The answer that a task expects, as far as the task itself says it."""
+"""Reading a task's expected answer from the task."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def task(verifier: str, **more: Any) -> Task:
         ('test "$AGENTKIT_ANSWER" != 4', None),
     ],
 )
-def test_it_is_read_off_the_verifier(command: str, expected: str | None) -> None:
+def test_the_expected_answer_is_read_from_the_verifier(command: str, expected: str | None) -> None:
     assert expected_of(task(command)) == expected
 
 
-def test_metadata_comes_first_and_a_solution_that_prints_last() -> None:
+def test_metadata_takes_precedence_and_a_printing_solution_is_last() -> None:
     assert expected_of(task('test "$AGENTKIT_ANSWER" = 4', metadata={"expected": 5})) == "5"
     assert expected_of(task("sh check.sh", solution={"command": "printf '%s\\n' 'the end'"})) == "the end"
     assert expected_of(task("sh check.sh", solution={"command": "echo $(ls)"})) is None
     assert expected_of(Task(id="t", instruction="Do it.")) is None
 
 
-def test_why_not_has_expected_beside_given_and_what_the_verifier_said() -> None:
+def test_why_not_shows_expected_given_and_verifier_output() -> None:
     lines = why_not(task('test "$AGENTKIT_ANSWER" = 4'), "3", "\nfirst\n" + "more\n" * 9)
     assert lines[:2] == [("expected", "4"), ("given", "3")]
     assert len(lines) == 8 and lines[2] == ("verifier", "more")
@@ -51,7 +51,7 @@ def test_why_not_has_expected_beside_given_and_what_the_verifier_said() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_generated_task_says_what_it_expects_or_its_verifier_does(family: str) -> None:
+def test_a_generated_task_or_its_verifier_shows_the_expected_answer(family: str) -> None:
     made = sample(family, 3, "heldout").task
     assert made.verifier is not None
     says = any(word in made.verifier.command + made.verifier.files.get("check.py", "") for word in ("diff", "expected"))

@@ -1,7 +1,7 @@
-"""No agent can void its trial: whatever it leaves or starts, its reward is a number, and 0 for work that is not done.
+"""An agent cannot void its trial: whatever it leaves or starts, failed work scores 0.
 
-Each case is one thing an agent does, scored by verifiers of different styles on each backend. The quick ones run with
-the other tests, each in one sandbox of a kind; every combination runs with `make hostile`.
+Each case is one attack, scored by verifiers of several styles on each backend. The quick cases run with the other
+tests, one verifier each, in a process sandbox. All combinations run with `make hostile`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BOTH_FULL = "cat /dev/zero > fill; cat /dev/zero > /tmp/fill; true"
 
 
 def leaves(run: str, main: str = "raise SystemExit(127)") -> str:
-    """A command that makes run.sh, main.py and result.txt, none of which does the work."""
+    """Return a command that makes run.sh, main.py and result.txt, none of which does the work."""
     files = f"cat > run.sh <<'END'\n{run}\nEND\ncat > main.py <<'END'\n{main}\nEND\n"
     return files + "chmod +x run.sh; echo no > result.txt"
 
@@ -84,7 +84,7 @@ LOSING = {
     "a sparse giant": "python3 -c \"open('f', 'w').truncate(255 << 20)\"",
     "bad names": r"""python3 -c "open(b'\xff\n\x1b[31m', 'w'); open(b'a' * 255, 'w')" """,
 }
-"""What agents do that must give 0 with every verifier."""
+"""Attacks that must score 0 with every verifier."""
 
 SLOW = {
     "too many files": "mkdir d; python3 -c \"[open(f'd/{n}', 'w') for n in range(60_000)]\"",
@@ -101,7 +101,7 @@ SLOW = {
     ),
     "a bomb": leaves("b() { b | b & }; b; sleep 60", "import os\nwhile True: os.fork()"),
 }
-"""The same, of those that take seconds."""
+"""Attacks that take seconds, which must also score 0."""
 
 
 def task_of(number_task: MakeTask, verifier: str, **changes: Any) -> Task:
@@ -150,7 +150,7 @@ def test_a_losing_agent_cannot_void_its_trial(
 def test_no_agent_can_void_its_trial(
     evaluate: Evaluate, number_task: MakeTask, script: MakeScript, verifier: str, backend: Backend
 ) -> None:
-    """Every way to lose, by one verifier, in one run on one backend."""
+    """Run every attack against one verifier on one backend."""
     ways = {f"w{number}": act for number, act in enumerate({**LOSING, **SLOW}.values())}
     names = dict(zip(ways, {**LOSING, **SLOW}, strict=True))
     pairs = [
@@ -205,7 +205,7 @@ def test_a_daemon_cannot_rewrite_the_reward(
     read_file = Environment.read_file
 
     async def late(self: Environment, path: str, **options: Any) -> bytes:
-        await anyio.sleep(0.3)  # a daemon that is still alive has all the time it needs
+        await anyio.sleep(0.3)  # enough time for a daemon that is still alive
         return await read_file(self, path, **options)
 
     monkeypatch.setattr(Environment, "read_file", late)
@@ -215,7 +215,7 @@ def test_a_daemon_cannot_rewrite_the_reward(
     assert (trial.reward, trial.failure) == (0.25, "model"), trial.error
 
 
-def test_a_verifier_is_tried_once_per_task_on_the_solution(
+def test_a_verifier_is_tried_on_the_solution_once_per_task(
     evaluate: Evaluate, number_task: MakeTask, script: MakeScript, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probed: list[str] = []
@@ -275,7 +275,7 @@ def test_the_rule_of_blame(exc: BaseException, phase: Phase, expected: str) -> N
         ("import_dir", OSError(28, "No space left on device"), "model"),
         ("import_dir", SandboxLostError("gone"), "model"),
         ("import_dir", HostFailureError("the engine is gone"), "infrastructure"),
-        ("read_file", HostFailureError("the engine is gone"), "infrastructure"),  # while the agent runs
+        ("read_file", HostFailureError("the engine is gone"), "infrastructure"),  # raised while the agent runs
         ("read_file", SandboxLostError("gone"), "model"),
         ("exec", SandboxLostError("gone"), "model"),
         ("exec", HostFailureError("the engine is gone"), "infrastructure"),
@@ -283,7 +283,7 @@ def test_the_rule_of_blame(exc: BaseException, phase: Phase, expected: str) -> N
         ("close", SandboxLostError("gone"), None),
     ],
 )
-def test_what_breaks_after_the_agent_has_started(
+def test_failures_after_the_agent_has_started(
     evaluate: Evaluate,
     number_task: MakeTask,
     solves: Policy,

@@ -1,4 +1,4 @@
-"""What stands behind the numbers of a model card: ablations that remove what they say, baselines that solve nothing."""
+"""Measurements of the model card: ablations change only their entries, and baselines solve nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Evaluate = Callable[..., RunDirectory]
 
 
 @pytest.mark.parametrize("kind", ["csa", "hca"])
-def test_an_ablation_empties_the_entries_of_its_kind_and_nothing_else(untrained: Path, kind: Attention) -> None:
+def test_an_ablation_zeroes_only_the_entries_of_its_kind(untrained: Path, kind: Attention) -> None:
     whole, ablated = Engine.load(untrained), without_entries(Engine.load(untrained), kind)
     changed = {
         name
@@ -39,14 +39,14 @@ def test_an_ablation_empties_the_entries_of_its_kind_and_nothing_else(untrained:
     assert changed == {f"layers.{index}.attn.compressor.norm.weight" for index in layers} and layers
 
 
-def test_an_ablation_of_what_is_not_there_is_refused(untrained: Path) -> None:
+def test_an_ablation_of_a_missing_attention_kind_is_refused(untrained: Path) -> None:
     engine = Engine.load(untrained)
     engine.spec = replace(engine.spec, layers=engine.spec.layers[:1])
     with pytest.raises(ValueError, match="model untrained has no csa layer"):
         without_entries(engine, "csa")
 
 
-def test_held_out_tasks_do_not_occur_in_training_and_a_leak_would_be_seen() -> None:
+def test_held_out_tasks_do_not_occur_in_training_and_leaks_are_counted() -> None:
     held_out = synth_suite(SynthSelection(per_family=5), seed=3)
     assert leaks(held_out, 50) == 0
     trained = synth_suite(SynthSelection(families=["logs"], per_family=5, split="train"), seed=0)
@@ -62,7 +62,9 @@ def test_baselines_solve_nothing_that_needs_a_tool(name: str, tokenizer: Tokeniz
     assert [trial.trial for trial in run.trials if trial.solved or trial.reward is None] == []
 
 
-def test_summary_reports_held_out_phrasings_apart(evaluate: Evaluate, number_task: MakeTask, solves: Policy) -> None:
+def test_summary_reports_held_out_phrasings_separately(
+    evaluate: Evaluate, number_task: MakeTask, solves: Policy
+) -> None:
     run = evaluate((number_task("a"), solves), (number_task("b"), BASELINES["do nothing"]))
     trials = tuple(trial.model_copy(update={"held_out_phrasing": trial.task == "b"}) for trial in run.trials)
     found = summary(RunDirectory(run.path, run.lock, trials))

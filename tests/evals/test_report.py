@@ -1,4 +1,4 @@
-"""The report is one file that fetches nothing, holds everything, and cannot be taken over by what a model wrote."""
+"""The report is one complete file that loads nothing and cannot be taken over by a model's output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(evaluate: Evaluate, number_task: MakeTask, script: MakeScript, solves: P
 
 
 class Page(HTMLParser):
-    """The tags of a page, and the text inside its scripts and styles."""
+    """The tags of a page, its visible text, and the text of its scripts and styles."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def data_of(page: Page) -> dict[str, Any]:
     return data
 
 
-def test_it_fetches_nothing(run: RunDirectory) -> None:
+def test_the_report_fetches_nothing(run: RunDirectory) -> None:
     page = Page(render_report(run))
     assert not {tag for tag, _ in page.tags} & {"link", "img", "iframe", "object", "embed", "base", "form"}
     addresses = [value for _, attrs in page.tags for name in ("src", "href", "action") if (value := attrs.get(name))]
@@ -85,7 +85,7 @@ def test_nothing_a_model_writes_becomes_markup(run: RunDirectory) -> None:
     assert hostile["instruction"] == f"Say {HOSTILE}" and hostile["answer"] == HOSTILE
 
 
-def test_it_holds_everything(run: RunDirectory, tokenizer: Tokenizer) -> None:
+def test_the_report_holds_every_trial(run: RunDirectory, tokenizer: Tokenizer) -> None:
     page = Page(render_report(run, decode=tokenizer.decode))
     data = data_of(page)
     trials = {trial["id"]: trial for trial in data["trials"]}
@@ -113,7 +113,7 @@ def test_it_holds_everything(run: RunDirectory, tokenizer: Tokenizer) -> None:
             assert all(data["pieces"][str(i)] == tokenizer.decode([i]) for i in trajectory.token_ids)
 
 
-def test_its_numbers(run: RunDirectory) -> None:
+def test_the_numbers_of_the_report(run: RunDirectory) -> None:
     text = " ".join(" ".join(Page(render_report(run)).text).split())
     assert "2 /6 trials solved" in text
     assert "2 solved 2 model failure 2 limit reached 2 task defect" in text
@@ -124,7 +124,7 @@ def test_its_numbers(run: RunDirectory) -> None:
     assert "numbers 0.500 ± 0.500 2/4" in text
 
 
-def test_an_interrupted_run_says_so(run: RunDirectory) -> None:
+def test_the_report_of_an_interrupted_run_says_so(run: RunDirectory) -> None:
     lines = (run.path / "trials.jsonl").read_bytes().splitlines(keepends=True)
     (run.path / "trials.jsonl").write_bytes(b"".join(lines[:3]))
     path = write_report(RunDirectory.open(run.path))
@@ -141,7 +141,7 @@ def test_a_run_without_a_single_trial_and_a_damaged_trajectory(run: RunDirectory
     assert "interrupted: 0 of 8 trials" in write_report(RunDirectory.open(run.path), tmp_path / "r.html").read_text()
 
 
-def test_numbers_for_machines_leave_out_rates_over_what_is_left(run: RunDirectory) -> None:
+def test_json_has_null_for_rates_over_a_part_of_the_tasks(run: RunDirectory) -> None:
     from agentkit.cli.evaluation import Finished, as_json
 
     report = run.path / "report.html"

@@ -1,4 +1,4 @@
-"""A run writes down what happened while it happens, and never counts the machine's failure against the model."""
+"""Runs are recorded as they happen, and a failure of the machine never counts against the model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_solved_trial_and_its_record(evaluate: Evaluate, number_task: MakeTask
 def test_a_trial_and_its_verifier_on_each_backend(
     make_run: Callable[..., EvalRun], number_task: MakeTask, script: MakeScript, backend: Backend
 ) -> None:
-    """The verifier finds what the agent left in a sandbox of the same kind, and nothing is left of either."""
+    """The verifier gets the agent's files in a sandbox of the same kind, and no sandbox remains."""
     verifier = {"command": 'test "$AGENTKIT_ANSWER" = 42 && test "$(cat made/n.txt)" = 43', "timeout_s": 20.0}
     works = script(
         [("bash", {"command": "mkdir made && sed s/42/43/ n.txt > made/n.txt"})], [("submit", {"answer": "42"})]
@@ -62,7 +62,7 @@ def test_a_trial_and_its_verifier_on_each_backend(
     assert anyio.run(reap, run.run_id) == 0
 
 
-def test_the_four_failures_are_told_apart(
+def test_the_four_failures_are_distinguished(
     evaluate: Evaluate, number_task: MakeTask, script: MakeScript, solves: Policy
 ) -> None:
     def task(name: str, **changes: Any) -> Task:
@@ -119,7 +119,7 @@ def test_a_model_that_breaks_is_infrastructure(evaluate: Evaluate, number_task: 
     assert run.trials[0].error == "RuntimeError: the engine is on fire"
 
 
-def test_an_answer_that_is_no_text_is_still_an_answer(
+def test_an_answer_with_an_unpaired_surrogate_is_scored(
     evaluate: Evaluate, number_task: MakeTask, script: MakeScript, solves: Policy
 ) -> None:
     half = script([("submit", {"answer": "half a pair: \ud800"})])
@@ -127,7 +127,7 @@ def test_an_answer_that_is_no_text_is_still_an_answer(
     assert {trial.task: trial.solved for trial in run.trials} == {"half": False, "works": True}
 
 
-def test_listeners_hear_everything(evaluate: Evaluate, number_task: MakeTask, solves: Policy) -> None:
+def test_a_listener_gets_every_update(evaluate: Evaluate, number_task: MakeTask, solves: Policy) -> None:
     heard: list[Update] = []
     run = evaluate((number_task(), solves), listener=heard.append)
     assert heard == [
@@ -140,7 +140,7 @@ def test_listeners_hear_everything(evaluate: Evaluate, number_task: MakeTask, so
     ]
 
 
-def test_at_most_so_many_at_a_time(evaluate: Evaluate, number_task: MakeTask, solves: Policy) -> None:
+def test_concurrency_is_bounded(evaluate: Evaluate, number_task: MakeTask, solves: Policy) -> None:
     running: set[str] = set()
     most = 0
 
@@ -156,7 +156,7 @@ def test_at_most_so_many_at_a_time(evaluate: Evaluate, number_task: MakeTask, so
     assert (most, len(run.trials), running) == (3, 7, set())
 
 
-def test_cancelled_in_the_middle_the_run_keeps_what_was_finished(
+def test_a_cancelled_run_keeps_its_finished_trials(
     make_run: Callable[..., EvalRun], number_task: MakeTask, script: MakeScript, solves: Policy, tmp_path: Path
 ) -> None:
     hangs = script([("bash", {"command": "sleep 600"})])
@@ -210,7 +210,7 @@ anyio.run(run.execute)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_the_middle_the_run_directory_opens(tmp_path: Path, how: signal.Signals) -> None:
+def test_the_directory_of_a_killed_run_opens(tmp_path: Path, how: signal.Signals) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "run")],
         stdout=subprocess.PIPE,
@@ -226,7 +226,7 @@ def test_killed_in_the_middle_the_run_directory_opens(tmp_path: Path, how: signa
     assert (outcome.status if outcome else None) == (None if how == signal.SIGKILL else "cancelled")
 
 
-def test_a_torn_last_line_is_left_out(
+def test_an_incomplete_last_line_is_ignored(
     evaluate: Evaluate, number_task: MakeTask, solves: Policy, tmp_path: Path
 ) -> None:
     evaluate((number_task(), solves), epochs=2, concurrency=1)
@@ -235,7 +235,7 @@ def test_a_torn_last_line_is_left_out(
     assert [trial.trial for trial in RunDirectory.open(tmp_path / "run").trials] == ["number.0"]
 
 
-def test_directories_that_are_no_run_are_refused_by_name(
+def test_directories_that_are_not_runs_are_refused(
     evaluate: Evaluate, number_task: MakeTask, solves: Policy, tmp_path: Path
 ) -> None:
     run = evaluate((number_task(), solves))
@@ -265,7 +265,7 @@ def test_bounds_are_checked(make_run: Callable[..., EvalRun], number_task: MakeT
         make_run((number_task(), solves), epochs=0)
 
 
-def test_a_disk_that_takes_no_record_ends_the_run(
+def test_a_record_that_cannot_be_written_ends_the_run(
     make_run: Callable[..., EvalRun], number_task: MakeTask, solves: Policy, tmp_path: Path
 ) -> None:
     def occupy(update: Update) -> None:

@@ -1,4 +1,4 @@
-"""The estimators against their definitions, by brute force."""
+"""The estimators agree with brute-force versions of their definitions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_nothing_scored_and_a_single_task() -> None:
         pass_at_k([[1.0]], 0)
 
 
-def test_a_rate_over_what_is_left_says_so() -> None:
+def test_a_rate_over_some_tasks_shows_how_many() -> None:
     scores = [[1.0, 1.0], [0.0], [0.0], [], [0.0]]
     for rate in (pass_at_k(scores, 2), pass_hat_k(scores, 2)):
         assert rate is not None and not rate.complete

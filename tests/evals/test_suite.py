@@ -1,4 +1,4 @@
-"""Suites: folders, files, and the generated families, each strictly."""
+"""Suites from folders, files and generated families, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ids(spec: Path | str, **options: int) -> list[str]:
     return [case.task.id for case in load_suite(str(spec), **options).cases]
 
 
-def test_a_folder_is_every_task_in_it(folder: Path) -> None:
+def test_a_folder_includes_every_task_below_it(folder: Path) -> None:
     assert ids(folder) == ["a", "b", "c"]
     assert ids(folder, limit=2) == ["a", "b"]
     assert {case.family for case in load_suite(str(folder)).cases} == {"smoke"}
@@ -65,7 +65,7 @@ def test_generated_families(folder: Path) -> None:
         ("synth: {per_family: 0}\n", TaskFileError, "per_family: input should be greater than or equal to 1"),
     ],
 )
-def test_mistakes_are_named(folder: Path, text: str, error: type[Exception], message: str) -> None:
+def test_mistakes_are_reported(folder: Path, text: str, error: type[Exception], message: str) -> None:
     (folder / "s.yaml").write_text(text)
     with pytest.raises(error, match=message):
         load_suite(str(folder / "s.yaml"))
@@ -77,7 +77,7 @@ def test_a_task_that_cannot_be_scored_is_refused(folder: Path) -> None:
         load_suite(str(folder))
 
 
-def test_a_broken_file_in_a_folder_is_not_passed_over(folder: Path) -> None:
+def test_a_broken_file_in_a_folder_is_reported(folder: Path) -> None:
     (folder / "z.yaml").write_text("id: z\ninstruction: [unclosed\n")
     with pytest.raises(TaskFileError, match=r"z\.yaml:3: not valid YAML"):
         load_suite(str(folder))

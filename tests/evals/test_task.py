@@ -1,4 +1,4 @@
-"""Tasks are read strictly: every mistake in a file is answered with the file, the line and what is expected."""
+"""Task files are read strictly: every mistake gives the file, the line and what is expected."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_reads_a_whole_task(tmp_path: Path) -> None:
     assert (task.agent.thinking, task.agent.effort, task.agent.max_turns) == ("never", "high", 4)
 
 
-def test_defaults_are_the_rooms_own() -> None:
+def test_defaults_match_the_packages() -> None:
     task = Task(id="a", instruction="Say hi.")
     assert task.tools == list(BUILTINS)
     assert task.environment.limits == LimitsConfig(**dataclasses.asdict(ResourceLimits()))
@@ -104,7 +104,7 @@ def test_a_task_survives_its_own_dump(tmp_path: Path) -> None:
         ("metadata:", "id:", 'task.yaml:22: not valid YAML: key "id" twice'),
     ],
 )
-def test_each_mistake_names_file_line_and_remedy(tmp_path: Path, old: str, new: str, expected: str) -> None:
+def test_each_mistake_has_file_line_and_remedy(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert old in GOOD
     assert expected in problem(tmp_path, GOOD.replace(old, new))
 
@@ -123,7 +123,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
         ("a: \x07", "task.yaml:1: not valid YAML: "),
     ],
 )
-def test_files_that_are_no_task_at_all(tmp_path: Path, text: str, expected: str) -> None:
+def test_files_that_are_not_tasks(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in problem(tmp_path, text)
 
 

@@ -1,4 +1,4 @@
-"""The model that ships: what its folder must hold, and that its tokenizer still fits the tools' texts."""
+"""The packaged model's folder is complete, and its tokenizer still fits the tools' texts."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_the_configuration_is_that_of_the_training_script(tokenizer: Tokenizer) 
     assert found == expected
 
 
-def test_every_line_that_never_changes_is_one_id(tokenizer: Tokenizer) -> None:
-    """A tool description that was edited after training would fall apart into pieces the model never saw."""
+def test_every_fixed_phrase_is_one_id(tokenizer: Tokenizer) -> None:
+    """A description edited after training would split into ids that the model never saw in this place."""
     broken = [phrase for phrase in phrases() if len(tokenizer.encode_text(phrase)) != 1]
     assert broken == []
 
 
 @pytest.mark.parametrize("frame", ["{}", " {}", "`{}`", '"{}"', "/{}.txt", "\n{}\n", "={}"])
-def test_a_name_has_the_same_ids_wherever_it_stands(tokenizer: Tokenizer, frame: str) -> None:
+def test_a_name_has_the_same_ids_in_every_context(tokenizer: Tokenizer, frame: str) -> None:
     ids, name = tokenizer.encode_text(frame.format("kalo")), tokenizer.encode_text("kalo")
     assert any(ids[start : start + len(name)] == name for start in range(len(ids)))

@@ -1,4 +1,4 @@
-"""Verifiers run in a clean place, read the world, and are never mistaken for the model when they fail."""
+"""Verifiers run in a clean sandbox, and an unusable verdict scores 0 with a reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROCESS = available_backends().get("process", "not built")
 
 
 async def score(task: Task, act: str = "true", answer: str | None = None, backend: Backend = "unsafe-local") -> Verdict:
-    """Do `act` in the task's environment, then verify what that left."""
+    """Run `act` in the task's environment, then verify the workdir it leaves."""
     async with await open_environment(task.environment.spec(), backend=backend) as environment:
         await task.prepare(environment)
         await environment.exec(act)
@@ -33,7 +33,7 @@ def verifier(command: str, **more: Any) -> dict[str, Any]:
     return {"command": command, "timeout_s": 20.0, **more}
 
 
-async def test_exit_status_answer_and_world(number_task: MakeTask, backend: Backend) -> None:
+async def test_the_verifier_sees_the_answer_and_the_workdir(number_task: MakeTask, backend: Backend) -> None:
     task = number_task(verifier=verifier('test "$AGENTKIT_ANSWER" = yes && test "$(cat made/out.txt)" = 42'))
     act = "mkdir made && cp n.txt made/out.txt"
     assert (await score(task, act, "yes", backend)).reward == 1
@@ -41,7 +41,7 @@ async def test_exit_status_answer_and_world(number_task: MakeTask, backend: Back
     assert (await score(task, "true", "yes", backend)).reward == 0
 
 
-async def test_the_answer_is_a_file_and_a_variable(number_task: MakeTask) -> None:
+async def test_the_answer_is_in_a_file_and_a_variable(number_task: MakeTask) -> None:
     task = number_task(verifier=verifier('cat "$AGENTKIT_ANSWER_FILE"; printf "|%s" "$AGENTKIT_ANSWER"'))
     assert (await score(task, answer="two\nlines ü")).output == "two\nlines ü|two\nlines ü"
     assert (await score(task, answer=None)).output == "|"
@@ -50,7 +50,7 @@ async def test_the_answer_is_a_file_and_a_variable(number_task: MakeTask) -> Non
     assert len((await score(task, answer="x" * 200_000)).output) == 8_000
 
 
-async def test_verifier_files_lie_outside_the_workdir(number_task: MakeTask) -> None:
+async def test_verifier_files_are_outside_the_workdir(number_task: MakeTask) -> None:
     command = 'python3 "$AGENTKIT_VERIFIER_DIR/sub/check.py" && test ! -e sub && ls'
     task = number_task(verifier=verifier(command, files={"sub/check.py": "print(open('n.txt').read())"}))
     verdict = await score(task)
@@ -68,7 +68,7 @@ async def test_verifier_files_lie_outside_the_workdir(number_task: MakeTask) -> 
         ("true", 1.0, "exit"),
     ],
 )
-async def test_reward_files_refine_a_yes_and_never_override_a_no(
+async def test_reward_files_count_only_after_exit_status_0(
     number_task: MakeTask, writes: str, reward: float, source: str
 ) -> None:
     verdict = await score(number_task(verifier=verifier(writes)))
@@ -98,14 +98,12 @@ async def test_reward_files_refine_a_yes_and_never_override_a_no(
         ("echo '{}' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number, got '{}"),
     ],
 )
-async def test_a_verdict_that_cannot_be_used_is_a_zero_that_says_why(
-    number_task: MakeTask, command: str, message: str
-) -> None:
+async def test_an_unusable_verdict_scores_0_with_a_reason(number_task: MakeTask, command: str, message: str) -> None:
     verdict = await score(number_task(verifier=verifier(command)))
     assert verdict.reward == 0 and re.search(message, verdict.error or ""), verdict
 
 
-async def test_a_verifier_that_hangs_on_the_agents_work_gives_nothing(number_task: MakeTask) -> None:
+async def test_a_verifier_that_times_out_scores_0(number_task: MakeTask) -> None:
     task = number_task(verifier={"command": "echo begun; sh run.sh", "timeout_s": 0.3})
     verdict = await score(task, "echo 'sleep 60' > run.sh")
     assert (verdict.reward, verdict.timed_out, verdict.output) == (0, True, "begun")
@@ -131,7 +129,7 @@ async def test_a_forged_reward_file_changes_nothing(number_task: MakeTask, backe
         'python3 "$AGENTKIT_VERIFIER_DIR/check.py"',
     ],
 )
-async def test_code_that_the_agent_left_about_is_not_run(number_task: MakeTask, command: str, backend: Backend) -> None:
+async def test_code_planted_in_the_workdir_is_not_run(number_task: MakeTask, command: str, backend: Backend) -> None:
     task = number_task(verifier=verifier(command, files={"check.py": "import subprocess\nraise SystemExit(1)\n"}))
     verdict = await score(task, FORGERY, "42", backend)
     assert (verdict.reward, verdict.exit_code) == (0, 1), verdict.output
@@ -139,20 +137,20 @@ async def test_code_that_the_agent_left_about_is_not_run(number_task: MakeTask, 
 
 @pytest.mark.sandbox
 @pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}")
-async def test_nor_is_code_in_a_site_that_the_task_itself_put_into_the_workdir(number_task: MakeTask) -> None:
+async def test_code_in_a_user_site_inside_the_workdir_is_not_run(number_task: MakeTask) -> None:
     base = {"files": {}, "env": {"PYTHONUSERBASE": "/workspace/site"}}
     task = number_task(environment=base, verifier=verifier("python3 -c 'raise SystemExit(1)'"))
     verdict = await score(task, FORGERY, "42", "process")
     assert (verdict.reward, verdict.exit_code) == (0, 1), verdict.output
 
 
-async def test_the_verifiers_home_is_empty_and_its_place_is_new_each_time(number_task: MakeTask) -> None:
+async def test_the_verifiers_home_is_empty_and_new_each_time(number_task: MakeTask) -> None:
     task = number_task(verifier=verifier('ls -A "$HOME"; echo "$AGENTKIT_REWARD_DIR $HOME"'))
     first, second = [(await score(task, "touch .profile")).output.split() for _ in range(2)]
     assert len(first) == len(second) == 2 and not {*first} & {*second}
 
 
-async def test_what_the_agent_left_running_is_not_there(number_task: MakeTask) -> None:
+async def test_processes_of_the_agent_do_not_survive(number_task: MakeTask) -> None:
     task = number_task(verifier=verifier("sleep 0.3; test ! -e /tmp/late && test ! -e late"))
     assert (await score(task, "(sleep 0.2; touch /tmp/late late) >/dev/null 2>&1 &")).reward == 1
 
@@ -172,6 +170,6 @@ async def test_selfcheck_accepts_a_sound_task(number_task: MakeTask) -> None:
         ),
     ],
 )
-async def test_selfcheck_finds_what_is_wrong(number_task: MakeTask, changes: dict[str, Any], problem: str) -> None:
+async def test_selfcheck_reports_unsound_tasks(number_task: MakeTask, changes: dict[str, Any], problem: str) -> None:
     checked = await selfcheck(number_task(**changes), backend="unsafe-local")
     assert [problem in found for found in checked.problems] == [True]
