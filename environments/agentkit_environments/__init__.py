@@ -1,4 +1,4 @@
-"""Where commands run: one contract, several kinds of sandbox. See `environment.Environment`."""
+"""Sandboxes for commands: one contract (`environment.Environment`), several backends."""
 
 from agentkit_environments.archive import ExportedDir, check_archive
 from agentkit_environments.environment import (

@@ -1,7 +1,7 @@
-"""What may be in an archive that goes in or out of a sandbox, and how one is cleaned, taken apart and put together.
+"""Tar archives that enter or leave a sandbox: checking, cleaning, splitting and rebuilding them.
 
-What comes out of a sandbox is whatever its commands left, so an export keeps what can be carried and says what it left
-out (`ExportedDir.dropped`). What goes in comes from a caller and is checked as a whole (`check_archive`).
+A sandbox's files are untrusted, so an export keeps what can be carried and lists the rest (`ExportedDir.dropped`). An
+import comes from a caller and is checked as a whole (`check_archive`).
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from agentkit_environments.errors import UnsafeArchiveError
 from agentkit_environments.executor import DropList, clamp_time, name_problem
 
 MAX_ARCHIVE_BYTES = 256 << 20
-"""Bytes of file content and names that one `export_dir` or `import_dir` may carry."""
+"""Maximum bytes of file content and names in one `export_dir` or `import_dir`."""
 
 MAX_ARCHIVE_ENTRIES = 50_000
-"""Entries (files, directories, links) that one `export_dir` or `import_dir` may carry."""
+"""Maximum number of entries (files, directories, links) in one `export_dir` or `import_dir`."""
 
 MAX_LINKS_FOLLOWED = 40
 MAX_STEPS = 1_000_000
-"""Path components that resolving all links of one archive may take: about a second of work."""
+"""Maximum number of path components walked to resolve all links of one archive: about a second of work."""
 
 PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedDir:
-    """A directory as an uncompressed tar archive, and what could not be carried in it."""
+    """A directory as an uncompressed tar archive, and a list of the entries that were left out."""
 
     data: bytes
     """The archive; it passes `check_archive`."""
     dropped: tuple[str, ...] = ()
-    """One line per entry left out: its name, quoted, and the reason."""
+    """One line for each entry left out: its quoted name and the reason."""
 
 
 def check_archive(
     data: bytes, *, max_entries: int = MAX_ARCHIVE_ENTRIES, max_bytes: int = MAX_ARCHIVE_BYTES
 ) -> list[tarfile.TarInfo]:
-    """Check an uncompressed tar archive and return its entries in their order.
+    """Check an uncompressed tar archive and return its entries in order.
 
-    Allowed are directories, regular files, symbolic links and hard links with relative names. Links are followed the
-    way the kernel would, through the other links of the archive, and must end inside it.
+    Directories, regular files, symbolic links and hard links with relative names are allowed. Links are resolved as
+    the kernel would resolve them, through the other links of the archive, and must end inside it.
 
     Args:
         data: The archive.
-        max_entries: Most entries it may hold.
-        max_bytes: Most bytes of file content and names it may hold.
+        max_entries: Maximum number of entries.
+        max_bytes: Maximum bytes of file content and names.
 
     Raises:
-        UnsafeArchiveError: If it is not a tar archive, or an entry has an absolute or empty name, `..` in its name, a
-            name that passes through a link, another type (device, pipe, sparse file), or a link that leads out; or if
-            there are too many entries or bytes, or a name is too long or too deep (`executor.name_problem`).
+        UnsafeArchiveError: If it is not a tar archive; if an entry has an absolute or empty name, `..` in its name, a
+            name that passes through a link, another type (device, pipe, sparse file), or a link that leads out; if
+            there are too many entries or bytes; or if a name is too long or too deep (`executor.name_problem`).
     """
     members = _members(data, max_entries, max_bytes)
     names = [_checked_name(member) for member in members]
     links = {name: member.linkname for name, member in zip(names, members, strict=True) if member.issym()}
     files = {name for name, member in zip(names, members, strict=True) if member.isreg()}
     resolver = _Resolver(links)
-    plain = {""}  # directories that are known not to pass through a link
+    plain = {""}  # directories already found not to pass through a link
     for name, member in zip(names, members, strict=True):
         parent, passed = posixpath.dirname(name), []
         while parent not in plain:
@@ -80,16 +80,16 @@ def check_archive(
 
 
 def drop_links(data: bytes, dropped: Sequence[str] = (), *, max_entries: int, max_bytes: int) -> ExportedDir:
-    """Leave out the links of an export that lead out of the directory or in a circle.
+    """Remove the links of an export that lead out of the directory or form a loop.
 
     Args:
         data: An archive of a directory's entries, made by a backend.
-        dropped: What the backend has left out already.
-        max_entries: Most entries the archive may hold.
-        max_bytes: Most bytes of file content and names it may hold.
+        dropped: Entries that the backend has already left out.
+        max_entries: Maximum number of entries in the archive.
+        max_bytes: Maximum bytes of file content and names in the archive.
 
     Raises:
-        UnsafeArchiveError: If it is not a tar archive, or holds too much.
+        UnsafeArchiveError: If it is not a tar archive, or is too large.
     """
     drops = DropList(dropped)
     members = _members(data, max_entries, max_bytes)
@@ -146,14 +146,14 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
 
 
 class _Resolver:
-    """Follows the links of one archive as the kernel would, with the archive's directory as the working directory."""
+    """Resolves the links of one archive as the kernel would, with the archive's directory as the working directory."""
 
     def __init__(self, links: dict[str, str]) -> None:
         self._links = links
         self._steps_left = MAX_STEPS
 
     def problem(self, name: str) -> str | None:
-        """Return why the link `name` must not be carried, or None."""
+        """Return the reason why the link `name` cannot be carried, or None."""
         target, followed = self._links[name], 0
         resolved: list[str] = []
         pending = name.split("/")[::-1]
@@ -184,13 +184,13 @@ class _Resolver:
 
 
 def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDir:
-    """Read a container engine's archive of one directory, which is its first entry, as a stream.
+    """Read a container engine's archive of one directory from a stream. The directory is its first entry.
 
-    The stream is read no further than the bounds allow. Names become relative to the directory; what is neither a
-    file, a directory nor a link is left out, as are names that are too long; links are left as they are.
+    Reading stops at the bounds. Names become relative to the directory. Entries other than files, directories and
+    links are left out, as are names that are too long. Links are not changed.
 
     Raises:
-        UnsafeArchiveError: If it is not a tar archive, or holds too much.
+        UnsafeArchiveError: If it is not a tar archive, or is too large.
     """
     drops, out, hidden = DropList(), io.BytesIO(), set()
     entries = size = 0
@@ -216,7 +216,7 @@ def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDi
                 elif member.islnk() and entry.linkname in hidden:
                     problem = "another name of a file that was left out"
                 if posixpath.dirname(name) in hidden:
-                    hidden.add(name)  # told with its directory
+                    hidden.add(name)  # its directory's line in `dropped` covers it
                 elif problem is None:
                     target.addfile(entry, engine.extractfile(member) if member.isreg() else None)
                 else:
@@ -228,7 +228,7 @@ def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDi
 
 
 def _like(member: tarfile.TarInfo, name: str, *, uid: int = 0) -> tarfile.TarInfo:
-    """Return the entry under another name and owner, with permission bits and a time that every tool can carry."""
+    """Return the entry with another name and owner, and with a mode and time that every tool supports."""
     entry = tarfile.TarInfo(name)
     entry.type, entry.size, entry.linkname = member.type, _stored(member), member.linkname
     entry.mode, entry.mtime = member.mode & 0o777, clamp_time(member.mtime)
@@ -237,10 +237,10 @@ def _like(member: tarfile.TarInfo, name: str, *, uid: int = 0) -> tarfile.TarInf
 
 
 def pieces(data: bytes, members: Sequence[tarfile.TarInfo]) -> Iterator[tuple[list[dict[str, Any]], bytes]]:
-    """Take a checked archive apart into what `executor.unpack` takes: entries, and the content of the files of each.
+    """Split a checked archive into arguments for `executor.unpack`: entries and the content of their files.
 
-    A piece has about `PIECE_BYTES`, so that whoever unpacks it needs no more memory than that. A larger file comes in
-    several. Directories get their mode and time last, when everything in them is there.
+    A piece has about `PIECE_BYTES`, which bounds the memory needed to unpack it. A larger file is split over several
+    pieces. Directories get their mode and time last, after their content has been written.
     """
     entries: list[dict[str, Any]] = []
     content: list[memoryview] = []
@@ -268,7 +268,7 @@ def pieces(data: bytes, members: Sequence[tarfile.TarInfo]) -> Iterator[tuple[li
 
 
 def _entry(member: tarfile.TarInfo) -> dict[str, Any]:
-    """Return an entry of an archive as `executor.unpack` takes it."""
+    """Return an archive entry in the form that `executor.unpack` takes."""
     return {
         "name": posixpath.normpath(member.name),
         "kind": "dir" if member.isdir() else "file" if member.isreg() else "hard" if member.islnk() else "link",
@@ -279,15 +279,15 @@ def _entry(member: tarfile.TarInfo) -> dict[str, Any]:
 
 
 def rebase_archive(data: bytes, *, prefix: str = "", uid: int = 0) -> bytes:
-    """Return the archive with other names and one owner, its entries sorted by name, hard links last.
+    """Return the archive with new names and one owner, entries sorted by name, hard links last.
 
-    Every directory above an entry is an entry too: whoever unpacks the archive meets what is in a directory's place,
-    say a link that leads elsewhere, and does not pass through it unseen. A directory stays open to its owner.
+    Every directory above an entry gets an entry of its own, so that unpacking detects anything else in its place, such
+    as a link that leads elsewhere. Every directory is readable, writable and searchable for its owner.
 
     Args:
         data: An uncompressed tar archive.
-        prefix: Put before every name and hard link.
-        uid: The owner and group of every entry.
+        prefix: Prefix of every name and hard link target.
+        uid: Owner and group of every entry.
 
     Raises:
         UnsafeArchiveError: If it is not a tar archive.

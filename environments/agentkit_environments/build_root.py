@@ -1,10 +1,10 @@
-"""The root directory of a process sandbox, built without bubblewrap: the step between `unshare` and the executor.
+"""Root directory of a process sandbox, built without bubblewrap: the step between `unshare` and the executor.
 
-Run as `python3 -c` with one JSON argument by `unshare --map-current-user --keep-caps`: as the first process of fresh
-user, mount, PID, network, IPC, UTS and cgroup namespaces, with all capabilities over these and none over the host. It
-imports nothing but the standard library. It does what bubblewrap does with the same layout: an empty root, the
-runtime's directories bound read-only, private /proc and /dev, mount points for what can be written; leaves the old
-root; and becomes `confine.py`, which does what both launchers leave to do.
+`unshare --map-current-user --keep-caps` runs this file as `python3 -c` with one JSON argument. It is the first process
+of fresh user, mount, PID, network, IPC, UTS and cgroup namespaces, with all capabilities over these and none over the
+host. It imports only the standard library. It does what bubblewrap does with the same layout: make an empty root, bind
+the runtime's directories read-only, mount private /proc and /dev, add mount points for the writable directories, and
+leave the old root. Then it becomes `confine.py`, which does the steps that both launchers leave to it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-ROOT = "/tmp"  # a mount point that every machine has; the new root is mounted over it in this namespace only
+ROOT = "/tmp"  # a mount point on every machine; the new root is mounted over it in this namespace only
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -42,7 +42,7 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def read_only(target: str) -> None:
-    """Make a mount and all below it read-only, without set-user-id programs and devices."""
+    """Make a mount and everything below it read-only, and disable set-user-id programs and devices."""
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
     arguments = (AT_FDCWD, target.encode(), AT_RECURSIVE, attributes, ctypes.c_size_t(len(attributes)))
     check(libc.syscall(SYS_MOUNT_SETATTR, *arguments), f"mount_setattr {target}")
@@ -60,7 +60,7 @@ def bind(source: str, target: str) -> None:
 def build(layout: dict[str, Any]) -> None:
     """Mount the sandbox's root on `ROOT`."""
     mount("none", "/", "", MS_REC | MS_PRIVATE)
-    # The new root hides the host's /tmp, where something to bind may live: hold everything by descriptor first.
+    # The new root hides the host's /tmp, which may contain paths to bind: open them all first.
     binds = {path: os.open(path, os.O_PATH) for path in layout["binds"]}
     devices = {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     mount("none", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
@@ -95,7 +95,7 @@ def mkdir(path: str) -> None:
 
 
 def enter_root() -> None:
-    """Make `ROOT` the root directory, detach the old one, and close what is left open for writing."""
+    """Make `ROOT` the root directory, detach the old one, and close descriptors that are open for writing."""
     os.chdir(ROOT)
     check(libc.pivot_root(b".", b"."), "pivot_root")
     check(libc.umount2(b".", MNT_DETACH), "umount of the old root")

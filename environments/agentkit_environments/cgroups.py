@@ -1,12 +1,12 @@
-"""Control groups for the commands of a process sandbox: memory, processes and CPU time, bounded in total.
+"""Control groups for the commands of a process sandbox: total bounds on memory, processes and CPU time.
 
-    where a cgroup can be had:  v2: beside the harness's own, by root or by the owner of a delegated subtree
-                                v1: below the harness's own, one for each controller
-    who is in it:               the commands; the executor stays outside and lives on when they run out of memory
+    location:  v2: beside the harness's own group, for root or the owner of a delegated subtree
+               v1: below the harness's own group, one for each controller
+    members:   the commands; the executor stays outside and survives when they run out of memory
 
-The harness makes the groups and opens their `cgroup.procs`; the descriptors are handed to the executor, and each new
+The harness makes the groups and opens their `cgroup.procs`. It passes the descriptors to the executor, and each new
 command joins through them before its program starts (`executor._become_command`). The kernel checks the rights of the
-process that opened the file, so the sandbox itself needs none, and cannot see the groups.
+process that opened the file, so the sandbox needs no rights and cannot see the groups.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REMOVE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """One mounted cgroup file system and where this process is in it."""
+    """A mounted cgroup file system, and this process's group in it."""
 
     version: int
     controllers: frozenset[str]
@@ -41,12 +41,15 @@ class Hierarchy:
 
     @property
     def parent(self) -> Path:
-        """Where groups for sandboxes go. A v2 group with processes in it cannot have limited children, but the root."""
+        """The directory in which groups for sandboxes are made.
+
+        A v2 group that contains processes cannot have limited children, unless it is the root.
+        """
         return self.own if self.version == 1 or self.own == self.root else self.own.parent
 
 
 def hierarchies(proc: Path = Path("/proc/self")) -> list[Hierarchy]:
-    """Return the cgroup file systems in which this process's group can be found."""
+    """Return the cgroup file systems that show this process's group."""
     found = []
     try:
         mounts = [line.split(" ") for line in (proc / "mountinfo").read_text().splitlines()]
@@ -71,7 +74,7 @@ def hierarchies(proc: Path = Path("/proc/self")) -> list[Hierarchy]:
 
 
 class CommandGroup:
-    """The groups that hold the commands of one sandbox; empty where none can be had."""
+    """The groups that hold the commands of one sandbox; empty where none can be made."""
 
     def __init__(self) -> None:
         self.directories: list[Path] = []
@@ -83,7 +86,7 @@ class CommandGroup:
 
     @classmethod
     def create(cls, limits: ResourceLimits, found: list[Hierarchy] | None = None) -> Self:
-        """Make the groups that this process may make. A limit that the kernel refuses is left out."""
+        """Make the groups that this process is allowed to make. A limit that the kernel refuses is left out."""
         group = cls()
         for hierarchy in hierarchies() if found is None else found:
             group._add(hierarchy, limits)
@@ -108,7 +111,7 @@ class CommandGroup:
         memory = _limit(path, ("memory.max", "memory.limit_in_bytes"), str(limits.memory_mib << 20))
         _limit(path, ("memory.swap.max",), "0")
         _limit(path, ("memory.memsw.limit_in_bytes",), str(limits.memory_mib << 20))
-        # One more than the executor lets the sandbox have: a forked process that waits to become the next command.
+        # One more than the sandbox's limit: a forked process waits to become the next command.
         processes = _limit(path, ("pids.max",), str(limits.processes + 1))
         cpu = _limit(path, ("cpu.max",), f"{int(limits.cpus * CPU_PERIOD_US)} {CPU_PERIOD_US}")
         _limit(path, ("cpu.cfs_period_us",), str(CPU_PERIOD_US))
@@ -128,27 +131,29 @@ class CommandGroup:
             self._kills_before = _oom_kills(self._own_events)
 
     def kills(self) -> int:
-        """Return how many processes the kernel has killed because the commands' memory was used up."""
+        """Return the number of processes that the kernel killed because the commands' memory was used up."""
         return 0 if self._events is None else _oom_kills(self._events)
 
     def host_failure(self) -> str | None:
         """Return evidence that the host ran out of memory since the group was made, or None.
 
-        It is in the counter of the harness's own group, where the executor is and the commands are not. Without a bound
-        on the commands' memory there is no evidence: they may have brought it about themselves.
+        The evidence is the counter of the harness's own group, which contains the executor but not the commands.
+        Without a bound on the commands' memory there is no evidence, because the commands may have used up the host's
+        memory.
         """
         if self._own_events is None or _oom_kills(self._own_events) <= self._kills_before:
             return None
         return "the kernel killed a process of the harness's own control group because the host ran out of memory"
 
     def close_descriptors(self) -> None:
-        """Close `procs_fds`, once the sandbox has them."""
+        """Close `procs_fds`, once the sandbox has its copies."""
         for fd in self.procs_fds:
             os.close(fd)
         self.procs_fds.clear()
 
     def remove(self) -> None:
-        """Remove the groups of a sandbox that has ended; its processes may take a moment to leave them."""
+        """Remove the groups of a sandbox that has ended. Retries, since its processes may take a moment to leave
+        them."""
         self.close_descriptors()
         deadline = time.monotonic() + REMOVE_TIMEOUT_S
         for path in self.directories:
@@ -158,21 +163,21 @@ class CommandGroup:
 
 
 def remove_orphans(parent: Path) -> int:
-    """Remove the groups below `parent` that a harness of this machine made that is gone; return how many."""
+    """Remove the groups below `parent` that dead harnesses of this machine made; return how many."""
     try:
         names = [name for name in os.listdir(parent) if name.startswith(PREFIX)]
     except OSError:
         return 0
     count = 0
     for name in names:
-        with contextlib.suppress(ValueError):  # a name that is not of our making
+        with contextlib.suppress(ValueError):  # a name that this package did not make
             if is_orphan(name.removeprefix(PREFIX).rpartition("-")[0].replace("~", "/")):
                 count += _remove(parent / name)
     return count
 
 
 def reap_groups() -> int:
-    """Remove the groups that dead harnesses have left; return how many."""
+    """Remove the groups that dead harnesses left behind; return how many."""
     return sum(remove_orphans(parent) for parent in {hierarchy.parent for hierarchy in hierarchies()})
 
 
@@ -181,7 +186,7 @@ def _name(token: str, unique: str) -> str:
 
 
 def _remove(path: Path) -> bool:
-    """Remove one group; return whether it is gone. It cannot be removed while there are processes in it."""
+    """Remove one group and return whether it is gone. A group with processes in it cannot be removed."""
     try:
         path.rmdir()
     except FileNotFoundError:

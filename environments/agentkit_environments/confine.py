@@ -1,10 +1,10 @@
-"""The last step into a process sandbox: close what is still open, give up every capability, become the executor.
+"""Last step into a process sandbox: close open descriptors, drop every capability, become the executor.
 
     python3 -I -S /opt/agentkit/confine.py
 
-All launchers end here: as the first process of the sandbox, in its root directory, with all capabilities over the
-sandbox's own namespaces (but for `bwrap-plain`) and none over the host. `process.py` writes the settings, the executor
-among them. Nothing but the standard library is there to import.
+Every launcher ends here. This is the first process of the sandbox, in its root directory, with all capabilities over
+the sandbox's own namespaces (except with `bwrap-plain`) and none over the host. `process.py` writes the settings,
+including the executor. Only the standard library can be imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import marshal
 import os
 import struct
 
-TYPE_CHECKING = False  # as in `typing`, which alone would add a tenth to the time a sandbox takes to open
+TYPE_CHECKING = False  # as in `typing`; importing `typing` would make opening a sandbox a tenth slower
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
@@ -44,7 +44,7 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def write_sysctls(values: Mapping[str, int | str]) -> bool:
-    """Write settings of the sandbox's own namespaces; return whether the kernel let us write all that it has."""
+    """Write settings of the sandbox's own namespaces; return whether every setting that the kernel has was written."""
     written = True
     for name, value in values.items():
         try:
@@ -58,8 +58,11 @@ def write_sysctls(values: Mapping[str, int | str]) -> bool:
 
 
 def limit_namespaces(settings: Mapping[str, Any]) -> list[str]:
-    """Mount what can be written, set the namespaces' limits and drop all capabilities; return what stays unlimited."""
-    # Bubblewrap gives its mount namespace to an outer user namespace, in which we have no say.
+    """Mount the writable directories, set the namespaces' limits and drop all capabilities.
+
+    Returns the names of what stays unlimited.
+    """
+    # Bubblewrap's mount namespace belongs to an outer user namespace, over which we have no capabilities.
     check(libc.unshare(CLONE_NEWNS), "unshare")
     for path, options in settings["tmpfs"]:
         mount("none", path, "tmpfs", MS_NOSUID | MS_NODEV, options)
@@ -76,7 +79,7 @@ def limit_namespaces(settings: Mapping[str, Any]) -> list[str]:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, now and for any program run later."""
+    """Drop every capability, for this process and any program it runs later."""
     capability = 0
     while libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
@@ -88,7 +91,7 @@ def drop_capabilities() -> None:
 
 
 def install_filter(program: bytes) -> None:
-    """Filter the system calls of this process and of every one it starts, for good."""
+    """Install the system call filter for this process and all its children. It cannot be removed."""
 
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
@@ -110,7 +113,7 @@ def main() -> None:
     for fd in settings["cgroup_fds"]:
         os.set_inheritable(fd, False)
 
-    # Compiled by the harness, with the same interpreter: that is a tenth of the time a sandbox takes to open.
+    # The harness compiles the executor with the same interpreter, which saves a tenth of the opening time.
     executor: dict[str, Any] = {"__name__": "executor"}
     exec(marshal.loads(binascii.a2b_base64(settings["executor"])), executor)
     for name, value in settings["executor_rlimits"].items():

@@ -1,4 +1,5 @@
-"""The harness's end of an executor: requests out, replies in, any number in flight. `executor.py` has the frames."""
+"""The harness's end of an executor: requests out, replies in, any number in flight. `executor.py` documents the
+frames."""
 
 from __future__ import annotations
 
@@ -27,17 +28,18 @@ Reply = tuple[dict[str, Any], bytes]
 class Connection:
     """Frames to and from one executor process.
 
-    There is no background task: whoever waits for a reply reads, and hands the reading on to another waiter when its
-    own reply is there. Once the process is gone every request raises `SandboxLostError`.
+    There is no background task. A request that waits for its reply reads frames for all waiting requests, and hands the
+    reading over to another waiter when its own reply has arrived. Once the process is gone, every request raises
+    `SandboxLostError`.
     """
 
     def __init__(self, process: Process, stderr: IO[bytes], host_failure: Callable[[], str | None]) -> None:
-        """Take over a process that has been started.
+        """Take over a started process.
 
         Args:
             process: The executor, or the launcher that ends with it.
-            stderr: The file that its standard error goes to; closed by this object.
-            host_failure: Returns evidence that the host failed, asked when the process has ended by itself.
+            stderr: The file that receives its standard error; closed by this object.
+            host_failure: Returns evidence that the host failed; called when the process has ended unexpectedly.
         """
         self._process, self._stderr, self._host_failure = process, stderr, host_failure
         self._ids = count(READY + 1)
@@ -52,17 +54,17 @@ class Connection:
     async def ready(self) -> None:
         """Wait for the executor's first frame."""
         await self._reply_to(READY)
-        del self._waiting[READY]  # or `_hand_on` would for ever hand the reading to a waiter that is gone
+        del self._waiting[READY]  # otherwise `_hand_on` would keep handing the reading to a waiter that is gone
 
     async def request(self, operation: str, fields: Mapping[str, Any], body: bytes, timeout_s: float | None) -> Reply:
         """Send one request and return its reply.
 
-        When the caller is cancelled the executor is told, and the cancellation goes on when it has answered. A reply
-        that takes longer than `timeout_s` means that the executor hangs: it is killed.
+        When the caller is cancelled, a cancel request goes to the executor, and the cancellation continues after the
+        executor's reply. A reply that takes longer than `timeout_s` means that the executor hangs, so it is killed.
 
         Raises:
             SandboxLostError: If the executor is gone or hangs.
-            OSError: What the operation itself met inside the sandbox; E2BIG for too large `fields`.
+            OSError: If the operation fails inside the sandbox; E2BIG if `fields` are too large.
         """
         request_id = next(self._ids)
         self._waiting[request_id] = anyio.Event()
@@ -89,7 +91,7 @@ class Connection:
         return header, reply
 
     async def close(self) -> None:
-        """End the executor, and with it everything in its sandbox; they are dead on return."""
+        """End the executor and with it every process of its sandbox; all are dead on return."""
         with anyio.CancelScope(shield=True):
             with anyio.move_on_after(CLOSE_TIMEOUT_S):
                 assert self._process.stdin is not None
@@ -106,13 +108,13 @@ class Connection:
     async def _send(self, header: dict[str, Any], body: bytes) -> None:
         assert self._process.stdin is not None
         encoded = json.dumps(header).encode()
-        if len(encoded) > MAX_HEADER_BYTES:  # no kernel takes a path or an argument list of this size
+        if len(encoded) > MAX_HEADER_BYTES:  # no kernel accepts a path or an argument list of this size
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         async with self._sending:
             if self._lost is not None:
                 raise self._gone()
             try:
-                # A frame goes out whole or the connection is of no use: a cancelled sender must not tear it.
+                # A partial frame makes the connection unusable, so a cancelled sender still sends all of its frame.
                 with anyio.CancelScope(shield=True), anyio.fail_after(SEND_TIMEOUT_S):
                     await self._process.stdin.send(FRAME.pack(len(encoded), len(body)) + encoded + body)
             except TimeoutError:
@@ -137,7 +139,7 @@ class Connection:
         return self._replies.pop(request_id)
 
     async def _read_frame(self) -> None:
-        """Read at least one frame and wake whoever waits for it."""
+        """Read at least one frame and wake the request that waits for it."""
         assert self._process.stdout is not None
         while True:
             if len(self._buffer) >= FRAME.size:
@@ -157,7 +159,7 @@ class Connection:
                 raise await self._died() from None
 
     def _hand_on(self) -> None:
-        """Let another waiter read, if nobody does."""
+        """Let another waiter read, if none is reading."""
         if not self._is_reading:
             for request_id, event in self._waiting.items():
                 if request_id not in self._replies:

@@ -1,1 +1,1 @@
-"""How long it takes to open an environment and to run a command in it."""
+"""Benchmarks of opening an environment and running a command in it."""

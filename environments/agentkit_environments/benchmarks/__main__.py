@@ -1,7 +1,7 @@
 """Time opening, commands and closing on every backend that works here: `python -m agentkit_environments.benchmarks`.
 
-Prints one JSON object a line, in milliseconds: p50 and p99 of 200 x `true` in a warm environment, beside the same
-program started directly by this process, and the median of ten openings and closings.
+Prints one JSON object per line, in milliseconds: p50 and p99 of 200 runs of `true` in a warm environment, the same for
+`subprocess.run` in this process, and the median of ten openings and closings.
 """
 
 from __future__ import annotations
