@@ -1,12 +1,12 @@
-"""The first step into a process sandbox, outside it still: die with the parent, stop being root, leave the session
-keyring, run the launcher.
+"""First step into a process sandbox, still outside it: die with the parent, drop root, leave the session keyring, and
+run the launcher.
 
     python3 -I -S enter.py PARENT_PID UID EXPOSE COMMAND [ARGUMENT ...]
 
-UID is the one to become, or `-` to stay. EXPOSE, paths with colons between them, is for a harness that runs as root: in
-a mount namespace of its own, each of them (the interpreter's prefix, which may lie in a directory that only root may
-enter) becomes reachable for everyone, with nothing else of that directory around it. Only the standard library is
-imported, and as little of it as can be: this is on the way of every sandbox.
+UID is the uid to change to, or `-` to stay. EXPOSE is a list of paths separated by colons, for a harness that runs as
+root. Each of them (the interpreter's prefix, which may be in a directory that only root can enter) becomes reachable
+for every user, in a mount namespace of its own and without the rest of that directory. This file imports as little of
+the standard library as it can, because its start-up time adds to that of every sandbox.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PR_SET_PDEATHSIG, SIGKILL = 1, 9
 KEYCTL_JOIN_SESSION_KEYRING = 1
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
 OOM_SCORE_ADJ = 500
-"""When the host runs out of memory, a sandbox goes before the harness."""
+"""When the host runs out of memory, the kernel kills a sandbox before the harness."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,7 +38,7 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def closed_ancestor(path: str) -> str | None:
-    """Return the topmost directory above `path` that others may not enter."""
+    """Return the topmost directory above `path` that other users cannot enter."""
     parts = path.split("/")[1:]
     for length in range(1, len(parts)):
         directory = "/" + "/".join(parts[:length])
@@ -48,7 +48,7 @@ def closed_ancestor(path: str) -> str | None:
 
 
 def expose(paths: list[str]) -> None:
-    """Make each path reachable under its own name, by putting an empty directory over what bars the way."""
+    """Make each path reachable under its own name, by mounting an empty directory over the closed one above it."""
     check(libc.unshare(CLONE_NEWNS), "unshare")
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     barred = [(path, closed_ancestor(path), os.open(path, os.O_PATH)) for path in paths]
@@ -62,9 +62,9 @@ def expose(paths: list[str]) -> None:
 
 
 def leave_session_keyring() -> None:
-    """Get a new, empty session keyring: keys of the harness's are out of reach then, also in `/proc/keys`."""
+    """Join a new, empty session keyring. The harness's keys are then out of reach, also in `/proc/keys`."""
     status = libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None)
-    # EPERM and ENOSYS: no keyrings here, for the harness neither. EDQUOT: the sandbox's filter still forbids `keyctl`.
+    # EPERM and ENOSYS: there are no keyrings here, for the harness neither. EDQUOT: the sandbox's filter still forbids `keyctl`.
     if status == -1 and ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS, errno.EDQUOT):
         check(-1, "keyctl join_session_keyring")
 
@@ -73,7 +73,7 @@ def main() -> None:
     parent, uid, paths, *command = sys.argv[1:]
     with open("/proc/self/oom_score_adj", "r+") as file:
         if int(file.read()) < OOM_SCORE_ADJ:
-            file.write(str(OOM_SCORE_ADJ))  # written by root, it is also the least that a command can go back to
+            file.write(str(OOM_SCORE_ADJ))  # written by root, this is also the minimum for commands
     if uid != "-":
         expose(paths.split(":"))
         os.setgroups([])

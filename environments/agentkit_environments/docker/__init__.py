@@ -1,14 +1,14 @@
-"""The Docker sandbox: one container per environment, hardened beyond the engine's defaults.
+"""Docker sandbox: one container per environment, hardened beyond the engine's defaults.
 
-environment.py  DockerEnvironment, the contract: every blocking call below runs in a worker thread
-container.py    one container's life: start, killing, removal
-keeper.py       its first program, through which everything in it can be killed whatever it does
-loss.py         why a container was lost, by evidence from outside
-hardening.py    what the container may do
+environment.py  DockerEnvironment, the contract; runs every blocking call below in a worker thread
+container.py    the life of one container: start, killing, removal
+keeper.py       the container's first program, which can kill every process in it at any time
+loss.py         the reason why a container was lost, from evidence outside it
+hardening.py    what the container is allowed to do
 exec_stream.py  one `docker exec` and its standard streams
-files.py        files in and out: one by a script of the commands' user, directories by the engine's archives
+files.py        files in and out: single files by a script as the commands' user, directories by the engine's archives
 killing.py      the script that kills one command
-engine.py       the engine itself: connecting, images, removing and reaping containers
+engine.py       the engine: connecting, images, removing and reaping containers
 """
 
 from agentkit_environments.docker.engine import BUILD_HINT, docker_failure, reap_docker

@@ -1,4 +1,4 @@
-"""One container's life, in blocking calls."""
+"""The life of one container, in blocking calls."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from agentkit_environments.errors import SandboxLostError, SandboxUnavailableErr
 T = TypeVar("T")
 ENGINE_ERRORS = (DockerException, requests.RequestException, urllib3.exceptions.HTTPError)
 KILL_COMMAND_S = 1.0
-"""Seconds in which one command should be killed; after them everything in the container is."""
+"""Seconds to kill one command; after them everything in the container is killed."""
 
 
 class Container:
-    """A container that runs, and the connection that keeps it running."""
+    """A running container and the connection that keeps it running."""
 
     def __init__(self, spec: EnvironmentSpec, run_id: str) -> None:
-        """Start a container. Raises SandboxUnavailableError when that cannot be done."""
+        """Start a container. Raises SandboxUnavailableError if that fails."""
         self._client = connect()
         self.api = self._client.api
         self._memory_mib = spec.limits.memory_mib
@@ -52,20 +52,20 @@ class Container:
         return f"container {self.id[:12]}"
 
     def guard(self, function: Callable[[], T]) -> T:
-        """Run `function`; when the engine fails it, raise SandboxLostError or HostFailureError with the reason."""
+        """Run `function`; if the engine fails, raise SandboxLostError or HostFailureError with the reason."""
         try:
             return function()
         except ENGINE_ERRORS as error:
             raise self._lost(error) from error
 
     def kill_command(self, cookie: str, user: str, stream: ExecStream) -> None:
-        """Kill the command that carries `cookie`, and everything it has started; its streams have ended on return.
+        """Kill the command that carries `cookie` and everything it started; its streams have ended on return.
 
-        The polite way is a script that knows this command from others. A command can resist it, or hold it up; then
-        everything in the container is killed.
+        First a script tries to kill this command alone. A command can resist or delay the script; then everything in
+        the container is killed.
 
         Raises:
-            SandboxLostError: If even that has no effect.
+            SandboxLostError: If killing everything has no effect either.
         """
         killed = threading.Event()
 
@@ -77,8 +77,7 @@ class Container:
                         killed.set()
 
         deadline = time.monotonic() + KILL_COMMAND_S
-        # In a thread of its own, since a command that floods its output must be read while it is being killed, or the
-        # engine gets stuck; and since the engine may not answer at all.
+        # The script runs in a thread: the engine gets stuck unless a flooding command is read while it is being killed, and the engine may not answer at all.
         thread = threading.Thread(target=kill, daemon=True)
         thread.start()
         has_ended = stream.pump(deadline, None)
@@ -88,7 +87,7 @@ class Container:
             stream.pump(time.monotonic() + KILL_COMMAND_S, None)
 
     def kill_everything(self) -> None:
-        """Kill every process that commands have started. Raises SandboxLostError when that fails."""
+        """Kill every process that commands have started. Raises SandboxLostError if that fails."""
         if self._keeper is None or not self._keeper.kill_everything():
             raise self._lost()
 
@@ -103,7 +102,7 @@ class Container:
         return why_lost(self.api, self.id, error, self._memory_mib)
 
     def remove(self) -> None:
-        """Kill and remove the container and its volumes, and let go of the engine. Safe to call twice."""
+        """Kill and remove the container and its volumes, and close the connection to the engine. Safe to call twice."""
         keeper, self._keeper = self._keeper, None
         try:
             remove_container(self._client, self.id)

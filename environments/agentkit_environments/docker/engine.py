@@ -1,7 +1,7 @@
-"""The Docker engine: connecting to it, its images, and removing what harnesses that are gone have left there.
+"""The Docker engine: connecting to it, its images, and removing containers of dead harnesses.
 
-Every container carries two labels, its run and its owner, so that `reap_docker` finds what an engine that was itself
-killed could not remove.
+Every container is labelled with its run and its owner, so that `reap_docker` finds containers that outlived a killed
+engine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ API_TIMEOUT_S = 60
 
 
 def connect() -> docker.DockerClient:
-    """Return a client of the engine that DOCKER_HOST names, or of the local one.
+    """Return a client of the engine at DOCKER_HOST, or of the local one.
 
     Raises:
         SandboxUnavailableError: If no engine answers.
@@ -33,7 +33,7 @@ def connect() -> docker.DockerClient:
     try:
         host = str(parse_host(os.environ.get("DOCKER_HOST")))
         if host.startswith("http+unix://"):
-            # Asked first with a socket of our own: when nobody listens the docker library leaks the one it has opened.
+            # Probe with a socket of our own: the docker library leaks its socket when nothing listens.
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.connect(host.removeprefix("http+unix://"))
         return docker.from_env(timeout=API_TIMEOUT_S, max_pool_size=64)
@@ -45,7 +45,7 @@ def connect() -> docker.DockerClient:
 
 
 def docker_failure(image: str | None = None) -> str | None:
-    """Return why no container of `image` (None: the base image) can be opened here, or None when one can.
+    """Return the reason why no container of `image` (None: the base image) can be opened here, or None if one can.
 
     An image other than the base image may still have to be pulled.
     """
@@ -80,7 +80,7 @@ def require_image(client: docker.DockerClient, image: str | None) -> str:
 
 
 def reap_docker(run_id: str | None) -> int:
-    """Remove the containers of `run_id`, or of every harness of this machine that is gone; return how many."""
+    """Remove the containers of `run_id`, or of every dead harness of this machine; return how many."""
     try:
         client = connect()
     except SandboxUnavailableError:
@@ -93,7 +93,7 @@ def reap_docker(run_id: str | None) -> int:
                 try:
                     remove_container(client, container["Id"])
                     count += 1
-                except SandboxLostError as error:  # one that stays must not keep the others
+                except SandboxLostError as error:  # go on with the other containers
                     failures.append(error)
         if failures:
             raise failures[0]
@@ -103,7 +103,7 @@ def reap_docker(run_id: str | None) -> int:
 
 
 def remove_container(client: docker.DockerClient, container_id: str) -> None:
-    """Remove a container and its volumes; on return it is gone, also when somebody else was removing it."""
+    """Remove a container and its volumes. It is gone on return, also if another client was removing it."""
     deadline = time.monotonic() + API_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
@@ -115,5 +115,5 @@ def remove_container(client: docker.DockerClient, container_id: str) -> None:
                 raise SandboxLostError(f"container {container_id[:12]} cannot be removed: {error}") from error
             time.sleep(0.02)
         except (DockerException, requests.RequestException):
-            return  # the engine is gone; it removes the container when it comes back, or reap does
+            return  # the engine is gone; it removes the container when it returns, or `reap` does
     raise SandboxLostError(f"container {container_id[:12]} could not be removed within {API_TIMEOUT_S} s")

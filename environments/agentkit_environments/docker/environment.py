@@ -1,4 +1,5 @@
-"""`DockerEnvironment`: the contract, kept by one container. Calls of the `docker` library block; each has a thread."""
+"""`DockerEnvironment`: the contract, implemented by one container. Calls of the blocking `docker` library run in
+threads."""
 
 from __future__ import annotations
 
@@ -31,18 +32,17 @@ from agentkit_environments.errors import SandboxLostError
 from agentkit_environments.executor import COOKIE
 from agentkit_environments.threads import run_cancellable
 
-# The work directory is entered by the command's user, who may not be allowed to. A command is the kernel's first choice
-# when memory runs out, before the container's first program. `exec` ends with 126 and 127 for what cannot be started.
+# The command's user enters the work directory, and may lack the permission for it. When memory runs out, the kernel kills a command before the container's first program. `exec` exits with 126 or 127 if the program cannot be started.
 START = 'cd "$1" || exit 126; shift; { echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
 
 ENGINE_COULD_NOT = b"OCI runtime exec failed"
-"""How the engine begins what it prints in a command's place, for instance when there are too many processes."""
+"""Start of the message that the engine prints instead of the command's output, for instance at the process limit."""
 
 T = TypeVar("T")
 
 
 class DockerEnvironment(Environment):
-    """One hardened container. See the package's docstring for who does what."""
+    """One hardened container. The package's docstring lists the parts."""
 
     backend = "docker"
 
@@ -57,9 +57,8 @@ class DockerEnvironment(Environment):
     async def open(cls, spec: EnvironmentSpec, run_id: str) -> Self:
         """Start a container.
 
-        Raises:
-            SandboxUnavailableError: If no engine answers, the image is not there and cannot be pulled, or the engine
-                refuses the container.
+        Raises: SandboxUnavailableError: If no engine answers, the image is missing and cannot be pulled, or the engine
+        refuses the container.
         """
         started: list[Container] = []
 
@@ -67,7 +66,7 @@ class DockerEnvironment(Environment):
             started.append(Container(spec, run_id))
 
         try:
-            # Not abandoned when cancelled: a container that was started is known here and removed.
+            # Not abandoned on cancellation, so that a container that was started is known and removed.
             await anyio.to_thread.run_sync(start)
             await anyio.lowlevel.checkpoint_if_cancelled()
         except anyio.get_cancelled_exc_class():
@@ -103,7 +102,7 @@ class DockerEnvironment(Environment):
         if exit_code and stdout.startswith(ENGINE_COULD_NOT):
             stdout, stderr = b"", request.argv[0].encode("utf-8", "surrogateescape") + b": cannot start: " + stdout
         if exit_code == KILLED:
-            container.require_running()  # the command was killed, or the whole container was
+            container.require_running()  # either the command was killed or the whole container
         return ExecResult(
             exit_code=KILLED if exit_code is None else exit_code,
             stdout=stdout.decode("utf-8", "replace"),

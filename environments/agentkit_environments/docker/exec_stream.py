@@ -18,14 +18,14 @@ STDERR = 2
 
 
 class Frames:
-    """Takes a connection's bytes apart: frames of 8 bytes (stream, 0, 0, 0, length) and a payload."""
+    """Parser for the bytes of a connection: frames of an 8-byte header (stream, 0, 0, 0, length) and a payload."""
 
     def __init__(self) -> None:
         self._header = bytearray()
         self._stream = self._left = 0
 
     def feed(self, chunk: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield (stream, payload) for what has arrived; a payload may come in several parts."""
+        """Yield (stream, payload) for the bytes that have arrived; a payload may come in several parts."""
         rest = memoryview(chunk)
         while rest:
             if self._left == 0:
@@ -90,7 +90,7 @@ class ExecStream:
                     return True
 
     def exit_code(self, deadline: float, cancel_fd: int | None) -> int | None:
-        """Return the command's exit code, once its streams have ended; None at the deadline or when cancelled."""
+        """Return the command's exit code once its streams have ended, or None at the deadline or on cancellation."""
         cancelled = select.poll()
         if cancel_fd is not None:
             cancelled.register(cancel_fd, select.POLLIN)
@@ -125,7 +125,7 @@ class ExecStream:
 
 
 def close_socket(stream: Any) -> None:
-    """Close a connection that the docker library has handed out, and the response it belongs to."""
+    """Close a connection from the docker library and its response."""
     raw = raw_socket(stream)
     response = getattr(stream, "_response", None)
     if response is not None:
@@ -135,6 +135,7 @@ def close_socket(stream: Any) -> None:
 
 
 def raw_socket(stream: Any) -> socket.socket:
-    """Return the socket under a connection of the docker library: a `SocketIO` for a local engine, itself for TLS."""
+    """Return the socket of a docker library connection: inside a `SocketIO` for a local engine, the object itself
+    for TLS."""
     raw: socket.socket = getattr(stream, "_sock", stream)
     return raw

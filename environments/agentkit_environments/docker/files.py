@@ -1,9 +1,9 @@
 """Files in and out of a container.
 
-One file is read or written by a small script that runs as the commands' user, so that the kernel resolves its path and
-checks its permissions as it does for a command. It needs `cat`, `head` and `mkdir` in the image. Directories go through
-the engine's archive interface, a tar archive each way, as root. What either says of a path becomes the OSError that a
-file system has for it.
+A small script reads or writes one file as the commands' user, so that the kernel resolves its path and checks its
+permissions as it does for a command. The script needs `cat`, `head` and `mkdir` in the image. Directories go through
+the engine's archive interface as root, as a tar archive in each direction. Messages of both become the OSError that a
+file system would raise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PHRASES = {
     "no space left": errno.ENOSPC,
     "not a directory": errno.ENOTDIR,
     "no such file": errno.ENOENT,
-    "directory nonexistent": errno.ENOENT,  # a shell of Debian's, of what it cannot create
+    "directory nonexistent": errno.ENOENT,  # Debian's shell, about a file that it cannot create
     "file too large": errno.EFBIG,
     "name too long": errno.ENAMETOOLONG,
     "is a directory": errno.EISDIR,
@@ -48,14 +48,13 @@ PHRASES = {
     "file exists": errno.EEXIST,
     "cannot overwrite": errno.EEXIST,
 }
-"""What answers of the engine and of programs hold when a file system said no, and the error that they stand for."""
+"""Phrases in messages of the engine and of programs, and the error number that each stands for."""
 
 SCRIPT_TIMEOUT_S = 20.0
 ERRNO_BASE = 100
-"""A script that finds an error itself exits with this and the error's number."""
+"""Exit status of a script that finds an error itself: this plus the error number."""
 
-# Opening a pipe would block, so what is no regular file is told apart before it is opened; a file that another process
-# exchanges in between runs into the timeout. The errors are those of `open` with O_NONBLOCK, as in `executor.py`.
+# Opening a pipe would block, so the script checks for a regular file first. If another process replaces the file in between, the script runs into the timeout. The errors are those of `open` with O_NONBLOCK, as in `executor.py`.
 CHECK = rf"""
 fail() {{ exit $(({ERRNO_BASE} + $1)); }}
 check() {{
@@ -87,7 +86,7 @@ exec cat >"$1"
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What the engine says of a path: the part of its Go `FileMode` that we need."""
+    """The engine's answer about a path; only the parts of its Go `FileMode` that are used here."""
 
     path: str
     size: int
@@ -104,7 +103,7 @@ class Stat:
 
 
 class Files:
-    """The files of one container, by absolute paths; blocking calls that raise OSError."""
+    """The files of one container by absolute path; blocking calls that raise OSError."""
 
     def __init__(self, container: Container) -> None:
         self._container, self._api = container, container.api
@@ -122,7 +121,7 @@ class Files:
     def _run(
         self, script: str, arguments: list[str], stdin: bytes, path: str, max_output_bytes: int, cancel_fd: int
     ) -> bytes:
-        """Run a script as the commands' user; return what it printed."""
+        """Run a script as the commands' user and return its output."""
         argv = ["/bin/sh", "-c", script, "sh", *arguments]
         cookie, deadline = secrets.token_hex(12), time.monotonic() + SCRIPT_TIMEOUT_S
         env = {"LC_ALL": "C", COOKIE: cookie}
@@ -142,10 +141,10 @@ class Files:
             self._container.require_running()
             raise OSError(errno.EINTR, "the helper that reads and writes files was killed in the container", path)
         said = (stream.stderr.value() or stream.stdout.value()[:1000]).decode("utf-8", "replace").strip()
-        reason = said.lower().rpartition(": ")[2]  # behind the path, which may hold any of the phrases
+        reason = said.lower().rpartition(": ")[2]  # skip the path, which may contain any of the phrases
         for phrase, number in PHRASES.items():
             if phrase in reason:
-                # EEXIST is of `mkdir -p`, which has no other use for it: a file stands where a directory is needed.
+                # EEXIST comes from `mkdir -p` only: a file stands where a directory is needed.
                 raise os_error(errno.ENOTDIR if number == errno.EEXIST else number, path)
         raise OSError(errno.EIO, f"the helper that reads and writes files exited with {code}: {said}", path)
 
@@ -163,12 +162,12 @@ class Files:
         self._put(directory, rebase_archive(archive, prefix="/".join(missing[:-1]), uid=AGENT_ID), path)
 
     def stat(self, path: str) -> Stat:
-        """Return what is at `path`, links followed inside the container."""
+        """Return what is at `path`; links are followed inside the container."""
         place = path
         for _ in range(MAX_LINKS_FOLLOWED):
             response = self._api.head(self._url, params={"path": place}, timeout=API_TIMEOUT_S)
             if not response.ok and response.status_code != 404:
-                # A reply to HEAD has no body: ask again for the reason, and read no further than that.
+                # A HEAD reply has no body: send a GET for the reason, and read no more than that.
                 with self._api.get(self._url, params={"path": place}, stream=True, timeout=API_TIMEOUT_S) as explained:
                     self._raise_for(explained, path)
                     continue
@@ -181,7 +180,7 @@ class Files:
         raise os_error(errno.ELOOP, path)
 
     def _existing_parent(self, path: str, shown: str) -> tuple[str, list[str]]:
-        """Return the deepest existing directory above `path`, and the names from there to it."""
+        """Return the deepest existing directory above `path`, and the names from there to `path`."""
         parts = posixpath.normpath(path).split("/")
         for length in range(len(parts) - 1, 0, -1):
             try:
@@ -194,9 +193,9 @@ class Files:
         raise os_error(errno.ENOENT, shown)
 
     def _put(self, directory: str, data: bytes, shown: str) -> None:
-        """Unpack a tar archive into an existing directory; `shown` is the path that errors name.
+        """Unpack a tar archive into an existing directory; errors name the path `shown`.
 
-        Unless told otherwise the engine lets a file take the place of a directory with all that is in it.
+        By default the engine would let a file replace a directory with everything in it.
         """
         params = {"path": directory, "noOverwriteDirNonDir": "1"}
         self._raise_for(self._api.put(self._url, params=params, data=data, timeout=API_TIMEOUT_S), shown)
@@ -216,7 +215,7 @@ class Files:
 
 
 class _Stream(io.RawIOBase):
-    """The body of a reply as a file that is read once."""
+    """The body of a reply as a file that can be read once."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, memoryview(b"")

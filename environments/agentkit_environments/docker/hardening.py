@@ -1,4 +1,4 @@
-"""What a container of ours may do: as little as the engine can be told.
+"""Restrictions of a container: as many as the engine supports.
 
 No capabilities for commands, no new privileges, the engine's seccomp filter, no network, bounds on processes, memory
 (without swap), CPU, file size and open files, a read-only root, an unprivileged user, an init process. The work
@@ -25,15 +25,16 @@ SHM_MIB = 64
 
 
 def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: str) -> str:
-    """Make a container, not started yet, and return its id.
+    """Create a container without starting it, and return its id.
 
-    Its first program is the keeper's shell, of another user than the commands, so that they cannot kill it.
+    Its first program is the keeper's shell. The shell's user differs from the commands' user, so that they cannot kill
+    it.
 
     Raises:
-        SandboxUnavailableError: If the engine refuses it.
+        SandboxUnavailableError: If the engine refuses the container.
     """
     limits = spec.limits
-    # What lies in the two volumes and in /dev/shm is charged to the container: full volumes must not kill it.
+    # The content of the two volumes and of /dev/shm counts as the container's memory: full volumes must not kill it.
     memory = (limits.memory_mib + 2 * limits.disk_mib + SHM_MIB) << 20
     host_config = api.create_host_config(
         auto_remove=True,
@@ -53,7 +54,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         read_only=True,
         security_opt=["no-new-privileges:true"],
         shm_size=SHM_MIB << 20,
-        # System V segments and message queues would outlive the processes that made them.
+        # Without these, System V segments and message queues would outlive the processes that made them.
         sysctls={"kernel.shm_rmid_forced": "1", "kernel.msgmni": "16", "fs.mqueue.queues_max": "16"},
         ulimits=[
             Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),

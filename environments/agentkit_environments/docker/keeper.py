@@ -1,13 +1,12 @@
 """The keeper: a container's first program, and the one way into the container that no command can block.
 
-It is a shell that reads its script from a connection which the harness holds open. When the harness dies, even by
-SIGKILL, the engine closes the connection, the shell ends, and the engine removes the container and its volumes.
+The keeper is a shell that reads its script from a connection that the harness holds open. When the harness dies, even
+by SIGKILL, the engine closes the connection, the shell ends, and the engine removes the container and its volumes.
 
-A `docker exec` is at the mercy of what runs in the container: a command that stops or kills every process of its user
-also hits the engine's helper, once that has become the user, and a helper that is stopped blocks every later exec of
-the container. The keeper is there already. It runs as root with CAP_KILL and no other capability, so commands, which
-have another uid, can neither signal nor trace it, and it kills with commands that are built into the shell, so it
-needs neither a new process nor memory.
+Commands can break a `docker exec`. A command that stops or kills every process of its user also hits the engine's
+helper, once the helper runs as that user, and a stopped helper blocks every later exec of the container. The keeper is
+already running. It runs as root with CAP_KILL and no other capability, so commands, which have another uid, can neither
+signal nor trace it. It kills with shell built-ins, so it needs neither a new process nor memory.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from agentkit_environments.docker.exec_stream import Frames, close_socket, raw_s
 
 ANSWER_TIMEOUT_S = 5.0
 
-# One `kill -1` of root reaches every process but PID 1 and the shell, atomically. What an exec brings in meanwhile is
-# found by looking again.
+# One `kill -1` as root reaches every process except PID 1 and the shell, atomically. The loop catches processes that an exec brings in meanwhile.
 SCRIPT = rb"""
 kill_everything() {
   tries=0
@@ -44,7 +42,7 @@ kill_everything() {
 
 
 class Keeper:
-    """The harness's end of the connection. Requests wait for one another."""
+    """The harness's end of the keeper's connection. Requests run one at a time."""
 
     def __init__(self, stream: Any) -> None:
         """Take over the connection that `attach_socket` returned."""
@@ -56,19 +54,22 @@ class Keeper:
         self._unsent = SCRIPT
 
     def kill_everything(self) -> bool:
-        """Kill every process of the container but the keeper and PID 1; False when some are alive or none answers."""
+        """Kill every process of the container except the keeper and PID 1.
+
+        Returns False if some are still alive or the keeper does not answer.
+        """
         return self._ask("kill_everything") == "0"
 
     def answers(self) -> bool:
-        """Return whether the container runs: its first program answers."""
+        """Return whether the keeper answers, and so whether the container runs."""
         return self._ask(":") == "0"
 
     def close(self) -> None:
-        """End the keeper, and with it the container."""
+        """End the keeper and with it the container."""
         close_socket(self._stream)
 
     def _ask(self, command: str) -> str | None:
-        """Run a command of the keeper's script; return its exit status, or None when no answer comes in time."""
+        """Run a command of the keeper's script; return its exit status, or None if no answer comes in time."""
         token = secrets.token_hex(8)
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         if not self._lock.acquire(timeout=ANSWER_TIMEOUT_S):
@@ -88,7 +89,7 @@ class Keeper:
                     if line.startswith(token.encode()):
                         return line.split()[1].decode()
             return None
-        except OSError:  # the engine has closed the connection, or `close` has
+        except OSError:  # closed by the engine or by `close`
             return None
         finally:
             self._lock.release()

@@ -1,10 +1,8 @@
-"""A script that kills one command, in a /bin/sh of which nothing but its own commands is used."""
+"""A script that kills one command, using only the built-in commands of /bin/sh."""
 
 from __future__ import annotations
 
-# Kill the processes that carry the cookie "$1" in their environment, and their descendants and sessions. All are
-# stopped before any is killed, so that none can fork its way out. The environment of a process can be read by its own
-# user only, so the script runs as the command's user, and a command can resist it. The keeper is for those.
+# Kill the processes that carry the cookie "$1" in their environment, and their descendants and sessions. The script stops all of them before it kills any, so that none can escape by forking. Only a process's own user can read its environment, so the script runs as the command's user and a command can resist it. The keeper handles that case.
 KILL_COMMAND = r"""
 cookie=$1; marked=' '
 while :; do

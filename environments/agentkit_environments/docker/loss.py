@@ -1,6 +1,6 @@
-"""Why a container was lost: what the engine, its list of events and the kernel's log say, all outside the container.
+"""The reason why a container was lost, from the engine, its events and the kernel's log, all outside the container.
 
-Only what is seen there can blame the host (`HostFailureError`). Everything else may be the work of what ran inside.
+Only this evidence can blame the host (`HostFailureError`). Any other loss may be the work of the commands inside.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KERNEL_LOG = "/dev/kmsg"
 
 
 def why_lost(api: APIClient, container_id: str, error: Exception | None, memory_mib: int) -> SandboxLostError:
-    """Return the error to raise for a container that failed a request with `error`, or that does not answer (None)."""
+    """Return the error to raise for a container whose request failed with `error`, or that does not answer (None)."""
     name = f"container {container_id[:12]}"
     try:
         api.get(f"{api.base_url}/_ping", timeout=PING_TIMEOUT_S).raise_for_status()
@@ -46,9 +46,9 @@ def why_lost(api: APIClient, container_id: str, error: Exception | None, memory_
 
 
 def _events(api: APIClient, container_id: str) -> dict[str, str]:
-    """Return the events of a container that say how it ended; of `die` the exit code.
+    """Return the events that show how a container ended; the value of `die` is the exit code.
 
-    Takes up to a second, so that an event that is on its way is not missed.
+    Waits up to a second, so that an event still on its way is not missed.
     """
     wanted = {"container": container_id, "event": ["die", "kill", "oom"]}
     found: dict[str, str] = {}
@@ -58,16 +58,17 @@ def _events(api: APIClient, container_id: str) -> dict[str, str]:
 
 
 def is_killed_for_host_memory(container_id: str, path: str = KERNEL_LOG) -> bool:
-    """Return whether the kernel's log says that a process of the container was killed when the host ran out of memory.
+    """Return whether the kernel's log shows that a process of the container was killed because the host ran out of
+    memory.
 
-    False also when the log cannot be read: it needs root or `kernel.dmesg_restrict=0`, and an engine on this machine.
+    Also False if the log cannot be read: that needs root or `kernel.dmesg_restrict=0`, and an engine on this machine.
     """
     with contextlib.suppress(OSError):
         log = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             while True:
                 try:
-                    # One read is one record. The line names the cgroup of the process that was killed.
+                    # One read is one record. The line names the cgroup of the killed process.
                     record = os.read(log, 1 << 13)
                 except OSError as error:
                     if error.errno == errno.EPIPE:  # the record was overwritten before it was read
