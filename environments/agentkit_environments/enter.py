@@ -64,7 +64,8 @@ def expose(paths: list[str]) -> None:
 def leave_session_keyring() -> None:
     """Join a new, empty session keyring. The harness's keys are then out of reach, also in `/proc/keys`."""
     status = libc.syscall(SYS_KEYCTL[os.uname().machine], KEYCTL_JOIN_SESSION_KEYRING, None)
-    # EPERM and ENOSYS: there are no keyrings here, for the harness neither. EDQUOT: the sandbox's filter still forbids `keyctl`.
+    # EPERM and ENOSYS: there are no keyrings here, for the harness neither. EDQUOT: the sandbox's filter still forbids
+    # `keyctl`.
     if status == -1 and ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS, errno.EDQUOT):
         check(-1, "keyctl join_session_keyring")
 

@@ -1,7 +1,7 @@
-"""The contract of a place where commands run, the same for every backend.
+"""The contract of an environment, the same for every backend.
 
-A backend is one subclass of `Environment`: `docker/`, `process.py`, `local.py`. What callers see is written here, once;
-a backend fills in four methods. All of them pass the same tests (`tests/environments/test_contract.py`).
+A backend is one subclass of `Environment`: `docker/`, `process.py`, `local.py`. This class defines what callers see; a
+backend implements its abstract methods. All backends pass the same tests (`tests/environments/test_contract.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from agentkit_environments.archive import ExportedDir, check_archive, drop_links
 from agentkit_environments.errors import FileTooLargeError, UnsafeArchiveError, UnsafePathError
 
 Backend = Literal["docker", "process", "unsafe-local"]
-"""How an environment is isolated: a container, namespaces on this kernel, or not at all."""
+"""Isolation of an environment: a container, namespaces on this kernel, or none."""
 
 FileOperation = Literal["read_file", "write_file"]
-"""What a backend does with single files; `executor.OPERATIONS` has the same names."""
+"""A backend's operations on single files, under the names of `executor.OPERATIONS`."""
 
 MAX_STDIN_BYTES = 64 << 20
-"""Bytes of standard input that one `exec` may be given, and bytes that one `write_file` may write."""
+"""Maximum bytes of standard input of one `exec`, and of the content of one `write_file`."""
 
 
 SYSTEM_DIRECTORIES = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr"}
@@ -41,16 +41,16 @@ SHARED_DIRECTORIES = {"/", "/home", "/opt", "/root", "/run", "/tmp", "/var", "/v
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
-    """What a command did. A non-zero `exit_code` is a value, never an exception."""
+    """Result of a command. A non-zero `exit_code` is a value, never an exception."""
 
     exit_code: int
     """The command's exit status, 0 to 255; 128 + N when signal N killed it (137 after a timeout)."""
     stdout: str
-    """Standard output, UTF-8, undecodable bytes replaced by U+FFFD; cut in the middle when it was too long."""
+    """Standard output as UTF-8, undecodable bytes replaced by U+FFFD; cut in the middle if it was too long."""
     stderr: str
     """Standard error, likewise."""
     truncated: bool
-    """Whether `stdout` or `stderr` was cut; the cut reads `[... N bytes cut ...]` on a line of its own."""
+    """Whether `stdout` or `stderr` was cut; a line `[... N bytes cut ...]` marks the cut."""
     timed_out: bool
     """Whether `timeout_s` ran out and the command was killed with everything it had started."""
     duration_s: float
@@ -63,21 +63,21 @@ NETWORKS: tuple[Network, ...] = get_args(Network)
 
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
-    """What one environment may use. See each backend for which of these the kernel enforces in total."""
+    """Limits of one environment. Each backend documents which of them the kernel enforces in total."""
 
     memory_mib: int = 1024
-    """Memory in MiB: of all commands together with the files they write (docker, and process where a cgroup can be
-    had), else of each process."""
+    """Memory in MiB. Bounds all commands together with the files they write on docker, and on process where a cgroup
+    can be made; else each process."""
     processes: int = 256
-    """Processes and threads at the same time."""
+    """Number of processes and threads at one time."""
     cpus: float = 1.0
-    """CPU cores: enforced by docker, and by process where a cgroup can be had."""
+    """CPU cores; enforced by docker, and by process where a cgroup can be made."""
     file_size_mib: int = 256
     """Largest single file in MiB."""
     open_files: int = 1024
-    """Open file descriptors of one process."""
+    """Open file descriptors per process."""
     disk_mib: int = 512
-    """MiB of files in the work directory, and as many again in `/tmp`; both are kept in memory."""
+    """MiB of files in the work directory, and the same again in `/tmp`; both are kept in memory."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -91,16 +91,16 @@ class ResourceLimits:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentSpec:
-    """What to open: an image, a work directory, a network, variables and limits."""
+    """Specification of an environment: image, work directory, network, variables and limits."""
 
     image: str | None = None
     """Docker image; None is the base image of `images/base.py`. The other backends refuse an image."""
     workdir: str = "/workspace"
-    """Absolute path of the work directory: where commands start and relative paths begin. Empty at first."""
+    """Absolute path of the work directory: commands start there, and relative paths begin there. Empty at first."""
     network: Network = "none"
-    """`none` is a loopback interface and nothing else; `public` is the engine's default network (docker only)."""
+    """`none` is a loopback interface only; `public` is the engine's default network (docker only)."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Variables of every command, beside PATH, HOME and LANG."""
+    """Environment variables of every command, in addition to PATH, HOME and LANG."""
     limits: ResourceLimits = ResourceLimits()
 
     def __post_init__(self) -> None:
@@ -126,35 +126,36 @@ class EnvironmentSpec:
 
 @dataclass(frozen=True, slots=True)
 class ExecRequest:
-    """What a backend gets of `Environment.exec`'s arguments: checked, but for what only some backends have."""
+    """Arguments of `Environment.exec` as a backend gets them: checked, except for options that only some backends
+    have."""
 
     argv: list[str]
     stdin: str | bytes
     cwd: str
-    """An absolute path, links not followed."""
+    """An absolute path; links are not resolved."""
     env: dict[str, str]
-    """Of the spec and of the call."""
+    """Variables of the spec and of the call."""
     user: str | None
     timeout_s: float | None
     max_output_bytes: int
 
 
 class Environment(ABC):
-    """A sandbox that is open: run commands in it, move files in and out, close it.
+    """An open sandbox: run commands in it, move files in and out, close it.
 
     Open one with `agentkit_environments.open_environment` and use it as an async context manager: leaving the block
-    kills every process and removes every file, whatever happened inside. All methods may be called concurrently. Every
-    method raises `SandboxLostError` when the sandbox has died or was closed: never a result.
+    always kills every process and removes every file. All methods may be called concurrently. Every method raises
+    `SandboxLostError` if the sandbox has died or was closed, and then never returns a result.
 
-    Paths are POSIX paths as the sandbox sees them; a relative one is taken from `spec.workdir`. Links are followed
-    inside the sandbox and can never lead out of it. Only `spec.workdir` and `/tmp` can be written; elsewhere an
-    `OSError` (EROFS or EACCES) says so.
+    Paths are POSIX paths as the sandbox sees them; relative ones start at `spec.workdir`. Links are followed inside the
+    sandbox and cannot lead out of it. Only `spec.workdir` and `/tmp` are writable; writing elsewhere raises an
+    `OSError` (EROFS or EACCES).
     """
 
     spec: EnvironmentSpec
     backend: Backend
     run_id: str
-    """Label of everything this environment makes; `reap(run_id)` removes what is left of it."""
+    """Label of everything that this environment makes; `reap(run_id)` removes its leftovers."""
 
     async def exec(
         self,
@@ -167,25 +168,23 @@ class Environment(ABC):
         timeout_s: float | None = None,
         max_output_bytes: int = 1 << 20,
     ) -> ExecResult:
-        """Run one command to its end.
+        """Run one command until it exits.
 
-        The command runs in a session and process group of its own. Processes it leaves in the background live on (until
-        `kill_all` or `close`), but what they print after the command has exited is discarded. When the caller is
-        cancelled, the command and everything it started is killed before the cancellation goes on.
+        The command runs in a session and process group of its own. Its background processes live on until `kill_all` or
+        `close`, but their output after the command's exit is discarded. When the caller is cancelled, the command and
+        everything it started are killed before the cancellation continues.
 
-        Args:
-            command: A string for `/bin/sh -c`, or the program and its arguments. A program that does not exist exits
-                with 127, one that cannot be executed or started in `cwd` with 126, as in a shell.
-            stdin: Bytes for standard input, which then ends; text is encoded as UTF-8. At most `MAX_STDIN_BYTES`.
-            cwd: Directory to start in; `spec.workdir` by default.
-            env: Variables beside those of `spec.env`, which they override.
-            user: A user name or `uid[:gid]`; by default the environment's ordinary user. Docker only.
-            timeout_s: Seconds after which the command and everything it started is killed; None waits for ever.
-            max_output_bytes: Bytes kept of each of stdout and stderr, half from the start and half from the end; the
-                rest is read and thrown away, so memory stays bounded.
+        Args: command: A string for `/bin/sh -c`, or the program and its arguments. As in a shell, the exit code is 127
+        if the program does not exist, and 126 if it cannot be executed or cannot start in `cwd`. stdin: Bytes for
+        standard input, followed by end of file; text is encoded as UTF-8. At most `MAX_STDIN_BYTES`. cwd: Directory to
+        start in; `spec.workdir` by default. env: Variables in addition to `spec.env`; they override it. user: A user
+        name or `uid[:gid]`; by default the environment's ordinary user. Docker only. timeout_s: Seconds until the
+        command and everything it started are killed; None means no timeout. max_output_bytes: Bytes kept of each of
+        stdout and stderr, half from the start and half from the end. The rest is read and discarded, so memory stays
+        bounded.
 
         Raises:
-            SandboxLostError: If the sandbox died before the command was done.
+            SandboxLostError: If the sandbox died before the command ended.
             NotADirectoryError, FileNotFoundError: If `cwd` is not a directory.
             ValueError: If an argument is malformed, `stdin` is too large, or the backend has no such `user`.
         """
@@ -208,38 +207,39 @@ class Environment(ABC):
             FileNotFoundError: If there is no such file.
             IsADirectoryError: If it is a directory.
             OSError: If it is not a regular file (a pipe, a device), or cannot be read.
-            UnsafePathError: If `path` is empty, holds a NUL byte or a lone surrogate, or is a loop of links.
+            UnsafePathError: If `path` is empty, contains a NUL byte or a lone surrogate, or is a loop of links.
             SandboxLostError: If the sandbox is gone.
         """
         return await self._transfer("read_file", path, max_bytes=max_bytes)
 
     async def write_file(self, path: str, data: str | bytes) -> None:
-        """Write a regular file (mode 0644 when new), replacing its content; parent directories are made.
+        """Write a regular file (mode 0644 when new) and replace its content. Missing parent directories are made.
 
         Args:
-            path: Where to write.
+            path: The file to write.
             data: At most `MAX_STDIN_BYTES`; text is encoded as UTF-8.
 
         Raises:
             IsADirectoryError: If `path` is a directory.
             NotADirectoryError: If a parent is a file.
-            OSError: If the place is read-only (EROFS, EACCES), the disk is full (ENOSPC), the file would exceed
+            OSError: If the location is read-only (EROFS, EACCES), the disk is full (ENOSPC), the file would exceed
                 `limits.file_size_mib` (EFBIG), or `path` is not a regular file.
-            UnsafePathError, SandboxLostError, ValueError: As for `read_file`; ValueError for too much data.
+            ValueError: If there is too much data.
+            UnsafePathError, SandboxLostError: As for `read_file`.
         """
         await self._transfer("write_file", path, input_bytes(data))
 
     async def export_dir(self, path: str) -> ExportedDir:
-        """Return a directory as an uncompressed tar archive whose names are relative to the directory.
+        """Return a directory as an uncompressed tar archive with names relative to the directory.
 
-        The archive holds directories, regular files and links that stay inside it, in sorted order, with permission
-        bits and modification times, owned by nobody in particular; it passes `archive.check_archive`. What cannot be
-        carried is left out and listed in `ExportedDir.dropped`: pipes, sockets and devices (a container engine leaves
-        sockets out unsaid), links that lead out or in a circle, and names that are too long or too deep. Entries and
-        bytes are counted before anything is read, or as they arrive.
+        The archive contains directories, regular files and links that stay inside it, in sorted order, with permission
+        bits and modification times and without owners. It passes `archive.check_archive`. Other entries are left out
+        and listed in `ExportedDir.dropped`: pipes, sockets and devices (a container engine leaves sockets out
+        silently), links that lead out or form a loop, and names that are too long or too deep. Entries and bytes are
+        counted before anything is read, or as they arrive.
 
         Raises:
-            UnsafeArchiveError: If the directory holds more than `MAX_ARCHIVE_ENTRIES` entries or more than
+            UnsafeArchiveError: If the directory has more than `MAX_ARCHIVE_ENTRIES` entries or more than
                 `MAX_ARCHIVE_BYTES` bytes of files and names, or cannot be archived.
             FileNotFoundError, NotADirectoryError: If `path` is not a directory.
             UnsafePathError, SandboxLostError: As for `read_file`.
@@ -254,19 +254,17 @@ class Environment(ABC):
         return await anyio.to_thread.run_sync(partial(drop_links, exported.data, exported.dropped, **bounds))
 
     async def import_dir(self, path: str, archive: bytes) -> None:
-        """Unpack an uncompressed tar archive into a directory, which is made when missing.
+        """Unpack an uncompressed tar archive into a directory, which is made if missing.
 
-        What is already there stays, but for files and links that the archive has another file or link for. A link that
-        is there is never followed. A directory stays open to its owner, whatever mode the archive has for it. After an
-        error other than `UnsafeArchiveError` a part may have been unpacked.
+        The archive's files and links replace existing files and links of the same name; everything else stays. Existing
+        links are never followed. The owner of a directory can always enter and write it, even if the archive's mode
+        forbids it. After an error other than `UnsafeArchiveError`, part of the archive may have been unpacked.
 
-        Raises:
-            UnsafeArchiveError: If the archive breaks a rule of `archive.check_archive`; then nothing was unpacked.
-            FileExistsError: If a directory is where the archive has a file or link, or a file or link where it has a
-                directory; what is there stays as it is.
-            NotADirectoryError: If `path` or a parent of it is a file.
-            OSError: If the place is read-only (EROFS, EACCES) or full (ENOSPC).
-            UnsafePathError, SandboxLostError: As for `read_file`.
+        Raises: UnsafeArchiveError: If the archive breaks a rule of `archive.check_archive`; nothing was unpacked.
+        FileExistsError: If a directory exists where the archive has a file or link, or a file or link where it has a
+        directory; the existing entry stays as it is. NotADirectoryError: If `path` or a parent of it is a file.
+        OSError: If the location is read-only (EROFS, EACCES) or full (ENOSPC). UnsafePathError, SandboxLostError: As
+        for `read_file`.
         """
         members = await anyio.to_thread.run_sync(check_archive, archive)
         try:
@@ -276,10 +274,10 @@ class Environment(ABC):
 
     @abstractmethod
     async def kill_all(self) -> None:
-        """Kill every process that commands have started. On return they are dead and the files are as they left them.
+        """Kill every process that commands have started. All are dead on return; their files stay as they are.
 
         Raises:
-            SandboxLostError: If the sandbox is gone, or some process would not die.
+            SandboxLostError: If the sandbox is gone, or a process cannot be killed.
         """
 
     @abstractmethod
@@ -288,35 +286,35 @@ class Environment(ABC):
 
     @abstractmethod
     async def _exec(self, request: ExecRequest) -> ExecResult:
-        """`exec`, its arguments checked. Raises ValueError for a `user` that the backend does not have."""
+        """Run `exec` with checked arguments. Raises ValueError for a `user` that the backend does not have."""
 
     @abstractmethod
     async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
-        """Do one operation on an absolute path; return what it returns, or nothing.
+        """Do one operation on an absolute path and return its bytes, if any.
 
         Raises:
-            OSError: What the file system said, with a path of the sandbox; EFBIG when `bounds` were exceeded.
+            OSError: The file system's error, with a path of the sandbox; EFBIG if `bounds` were exceeded.
         """
 
     @abstractmethod
     async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
-        """Pack a directory by its absolute path; links as they are.
+        """Pack a directory by its absolute path; links are kept as they are.
 
         Raises:
-            OSError: What the file system said; EFBIG when there is too much, before it is all in memory.
+            OSError: The file system's error; EFBIG if there is too much, before all of it is in memory.
             UnsafeArchiveError: If it cannot be archived.
         """
 
     @abstractmethod
     async def _import_dir(self, path: str, archive: bytes, members: Sequence[TarInfo]) -> None:
-        """Unpack an archive, whose entries are `members`, into a directory by its absolute path.
+        """Unpack an archive with the entries `members` into a directory by its absolute path.
 
         Raises:
-            OSError: What the file system said, with a path of the sandbox.
+            OSError: The file system's error, with a path of the sandbox.
         """
 
     async def _transfer(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
-        """Do one operation; what a file system has no name for becomes an error of this package."""
+        """Do one operation, and raise this package's errors where `OSError` has no equivalent."""
         try:
             return await self._file(operation, self.resolve(path), body, **bounds)
         except OSError as error:
@@ -333,10 +331,10 @@ class Environment(ABC):
         await self.close()
 
     def resolve(self, path: str) -> str:
-        """Return `path` as an absolute path of the sandbox, not following links.
+        """Return `path` as an absolute path of the sandbox; links are not resolved.
 
         Raises:
-            UnsafePathError: If it is empty or holds a NUL byte or a lone surrogate.
+            UnsafePathError: If it is empty or contains a NUL byte or a lone surrogate.
         """
         if not path or not _is_plain(path):
             raise UnsafePathError(f"a path must be non-empty text without NUL bytes and lone surrogates, got {path!r}")
@@ -344,15 +342,15 @@ class Environment(ABC):
 
 
 def _named(error: OSError, path: str) -> OSError | UnsafePathError:
-    """Return the error as this package says it: a loop of links has an error of its own."""
+    """Return the error to raise: `UnsafePathError` for a loop of links, else `error`."""
     return UnsafePathError(f"{path} is a loop of links") if error.errno == errno.ELOOP else error
 
 
 def exec_argv(command: str | Sequence[str]) -> list[str]:
-    """Return the argument vector of `Environment.exec`'s command.
+    """Return the argument vector for `Environment.exec`'s command.
 
     Raises:
-        ValueError: If the command is empty or holds a NUL byte or a lone surrogate.
+        ValueError: If the command is empty or contains a NUL byte or a lone surrogate.
     """
     argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
     if not argv or not argv[0] or not all(map(_is_plain, argv)):
@@ -361,11 +359,11 @@ def exec_argv(command: str | Sequence[str]) -> list[str]:
 
 
 def exec_variables(*layers: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the variables of `Environment.exec`; a later layer overrides an earlier one.
+    """Return the variables for `Environment.exec`; a later layer overrides an earlier one.
 
     Raises:
-        TypeError: If a name or a value is no text.
-        ValueError: If a name is empty or holds `=`, or anything holds a NUL byte or a lone surrogate.
+        TypeError: If a name or a value is not text.
+        ValueError: If a name is empty or contains `=`, or a name or value contains a NUL byte or a lone surrogate.
     """
     variables = {name: value for layer in layers if layer for name, value in layer.items()}
     for name, value in variables.items():
@@ -377,7 +375,7 @@ def exec_variables(*layers: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether text can be an argument or a path: no NUL byte, and nothing that UTF-8 cannot say."""
+    """Return whether text can be an argument or a path: it has no NUL byte and can be encoded as UTF-8."""
     try:
         return b"\0" not in text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -385,10 +383,10 @@ def _is_plain(text: str) -> bool:
 
 
 def input_bytes(data: str | bytes) -> bytes:
-    """Return text as UTF-8 bytes, bytes as they are.
+    """Return text as UTF-8 bytes, and bytes unchanged.
 
     Raises:
-        ValueError: If there are more than `MAX_STDIN_BYTES`, or text holds a lone surrogate.
+        ValueError: If there are more than `MAX_STDIN_BYTES`, or text contains a lone surrogate.
     """
     raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     if len(raw) > MAX_STDIN_BYTES:

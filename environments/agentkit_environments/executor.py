@@ -1,14 +1,14 @@
-"""The executor: the one process that runs commands and touches files on a sandbox's behalf.
+"""The executor: the process that runs commands and handles files for a sandbox.
 
-Inside a process sandbox it is PID 1 of the sandbox's PID namespace, started once per environment, and speaks frames
-over its standard input and output (`connection.py` is the other end). The package is not in the sandbox, so this file
-imports nothing but the standard library; `confine.py` gets it compiled. `LocalEnvironment` calls the same functions in
-the harness.
+In a process sandbox it is PID 1 of the sandbox's PID namespace. It starts once per environment and exchanges frames
+over its standard input and output (`connection.py` is the other end). The package is not installed in the sandbox, so
+this file imports only the standard library; `confine.py` gets it compiled. `LocalEnvironment` calls the same functions
+in the harness.
 
-What the sandboxed commands cannot do to it:
-- kill or stop it: the kernel drops signals that a PID namespace sends to its own init without a handler;
+Commands in the sandbox cannot
+- kill or stop it: the kernel drops signals from inside a PID namespace for which its init has no handler;
 - read its memory, take its pipes or trace it: it is not dumpable, and commands inherit none of its descriptors;
-- outlive it: when it exits, for whatever reason, the kernel kills everything in its PID namespace.
+- outlive it: when it exits for any reason, the kernel kills everything in its PID namespace.
 
 A frame is two big-endian 32-bit lengths, a JSON header of the first length, and a body of the second.
 
@@ -31,7 +31,7 @@ import struct
 import sys
 import time
 
-TYPE_CHECKING = False  # as in `typing`, which alone would add a tenth to the time a sandbox takes to open
+TYPE_CHECKING = False  # as in `typing`; importing `typing` would make opening a sandbox a tenth slower
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
     from typing import Any, NoReturn
@@ -46,7 +46,7 @@ START_TIMEOUT_S = 10.0
 class BoundedOutput:
     """The first and the last `limit / 2` bytes of a stream of any length, in bounded memory.
 
-    When memory runs out all the same, half of what is held is given up and counted as cut.
+    If memory still runs out, half of the kept bytes are dropped and counted as cut.
     """
 
     def __init__(self, limit: int) -> None:
@@ -76,7 +76,7 @@ class BoundedOutput:
             del self._tail[: len(self._tail) - self._tail_limit]
 
     def pieces(self) -> list[bytes | bytearray | memoryview]:
-        """Return what was kept, with a line in the middle that says how much was cut; nothing is copied."""
+        """Return the kept bytes, with a line in the middle that gives the number of bytes cut; nothing is copied."""
         if not self.truncated:
             return [self._head, self._tail]
         cut = self._total - self._head_limit - self._tail_limit
@@ -88,7 +88,7 @@ class BoundedOutput:
 
 
 class Command:
-    """One running command: its process, its pipes and what it has printed so far.
+    """One running command: its process, its pipes and its output so far.
 
     The owner polls `descriptors()`, calls `on_ready` for those that are ready, and `finish` once the process is gone.
     """
@@ -106,14 +106,11 @@ class Command:
     ) -> None:
         """Take over a started process.
 
-        Args:
-            pid: The process, leader of its session (or about to become it).
-            pipes: The near ends of its standard input, output and error; closed by this object.
-            stdin: What to write to the first, which is then closed.
-            cookie: Value of the variable `COOKIE` in its environment.
-            timeout_s: Seconds from now to `deadline`.
-            max_output_bytes: Bytes kept of output and error each.
-            status_fd: A pipe that ends when the process becomes the command's program, and tells first why it cannot.
+        Args: pid: The process, leader of its session (or about to become it). pipes: Our ends of its standard input,
+        output and error; closed by this object. stdin: Data for standard input, which is closed afterwards. cookie:
+        Value of the variable `COOKIE` in its environment. timeout_s: Seconds from now to `deadline`. max_output_bytes:
+        Bytes kept of output and error each. status_fd: A pipe that ends when the process becomes the command's program.
+        If the program cannot be started, the reason is written to it first.
         """
         self.pid, self.cookie = pid, cookie
         self.stdout, self.stderr = BoundedOutput(max_output_bytes), BoundedOutput(max_output_bytes)
@@ -137,15 +134,15 @@ class Command:
         return self._status_fd in self._pipes
 
     def descriptors(self) -> dict[int, int]:
-        """Return the open pipes, with the poll events that each waits for."""
+        """Return the open pipes with the poll event that each waits for."""
         return {fd: select.POLLOUT if output is None else select.POLLIN for fd, output in self._pipes.items()}
 
     def on_ready(self, fd: int) -> bool:
-        """Move what can be moved through one pipe without blocking; return whether it is still open."""
+        """Transfer data through one pipe without blocking; return whether the pipe is still open."""
         return self._move(fd) is not None or fd in self._pipes
 
     def _move(self, fd: int) -> int | None:
-        """Return the bytes moved; None when none can be moved now, or ever: then the pipe is closed."""
+        """Return the number of bytes transferred, or None if the pipe would block or has been closed."""
         output = self._pipes[fd]
         try:
             if output is not None:
@@ -162,7 +159,7 @@ class Command:
                 moved = 0
         except BlockingIOError:
             return None
-        except OSError:  # nobody reads it any more
+        except OSError:  # the read end is closed
             moved = 0
         if moved and (output is not None or self._stdin):
             return moved
@@ -182,13 +179,13 @@ class Command:
         return bool(pid)
 
     def finish(self, wait_status: int) -> None:
-        """Take the process's wait status, and what it had printed before it ended."""
+        """Take the process's wait status and the output that it wrote before it ended."""
         for fd, output in list(self._pipes.items()):
             if output is None:
                 os.close(fd)
                 del self._pipes[fd]
                 continue
-            # A pipe holds at most 1 MiB; a writer left in the background must not keep us here.
+            # A pipe holds at most 1 MiB; a background process that keeps writing must not keep this loop going.
             for _ in range((1 << 20) // CHUNK):
                 if self._move(fd) is None:
                     break
@@ -209,7 +206,7 @@ def require_directory(path: str) -> None:
 
 
 def start_failure(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
-    """Return the exit code and message that a shell has for a program that cannot be started."""
+    """Return the exit code and message that a shell gives for a program that cannot be started."""
     if error.errno == errno.ENOENT:
         return 127, f"{argv[0]}: not found\n"
     if error.errno == errno.EAGAIN:
@@ -218,8 +215,8 @@ def start_failure(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
 
 
 def find_processes(*, cookie: str, session: int | None = None) -> dict[int, str]:
-    """Return pid -> state letter of the living processes that carry `cookie` in their environment, belong to
-    `session`, or descend from one that does. Never this process itself."""
+    """Return pid -> state letter of the living processes that carry `cookie` in their environment or belong to
+    `session`, and of their descendants, except this process."""
     marker = b"=" + cookie.encode() + b"\0"
     states: dict[int, str] = {}
     children: dict[int, list[int]] = {}
@@ -253,7 +250,8 @@ def find_processes(*, cookie: str, session: int | None = None) -> dict[int, str]
 
 
 def kill_processes(*, cookie: str, session: int | None = None) -> None:
-    """Kill the processes that `find_processes` finds: all are stopped first, so that none can fork its way out.
+    """Kill the processes from `find_processes`. All are stopped before any is killed, so that none can escape by
+    forking.
 
     Raises:
         TimeoutError: If some are still alive after `KILL_TIMEOUT_S`.
@@ -282,7 +280,7 @@ def _signal(pids: Collection[int], number: signal.Signals) -> None:
 
 
 def read_file(path: str, max_bytes: int) -> bytes:
-    """Read a regular file of at most `max_bytes` bytes; EFBIG when it has more, EINVAL when it is no regular file."""
+    """Read a regular file; EFBIG if it has more than `max_bytes` bytes, EINVAL if it is not a regular file."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _require_regular(fd, path)
@@ -297,12 +295,12 @@ def read_file(path: str, max_bytes: int) -> bytes:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a regular file, making its parents; EINVAL when `path` is a pipe or a device."""
+    """Write a regular file and make its parents; EINVAL if `path` is a pipe or a device."""
     _make_parents(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     try:
         _require_regular(fd, path)
-        if os.fstat(fd).st_dev == os.stat("/proc").st_dev:  # some files there tune the executor itself
+        if os.fstat(fd).st_dev == os.stat("/proc").st_dev:  # some files there change the executor's own settings
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
         os.ftruncate(fd, 0)
         view = memoryview(data)
@@ -321,16 +319,16 @@ def _require_regular(fd: int, path: str) -> None:
 
 
 MAX_NAME_BYTES = 3584
-"""Of a name in an archive, so that it stays below PATH_MAX (4,096) wherever the directory lies."""
+"""Maximum bytes of a name in an archive. Keeps paths below PATH_MAX (4,096) in any directory."""
 MAX_DEPTH = 128
 MAX_DROPS_TOLD = 1_000
 MAX_TIME = 8**11 - 1
-"""The last second that a tar header can spell (in the year 2242); file systems and engines carry it too."""
+"""The last second that a tar header can store (in the year 2242); file systems and engines support it too."""
 PIECE = 1 << 20
 
 
 class DropList:
-    """The entries that an export leaves out, one line each; beyond `MAX_DROPS_TOLD` they are only counted."""
+    """The entries that an export leaves out, one line each; entries beyond `MAX_DROPS_TOLD` are only counted."""
 
     def __init__(self, lines: Sequence[str] = ()) -> None:
         self._lines = list(lines)
@@ -349,7 +347,7 @@ class DropList:
 
 
 def name_problem(name: str) -> str | None:
-    """Return why a relative name cannot be carried in an archive, or None."""
+    """Return the reason why a relative name cannot be carried in an archive, or None."""
     if name.count("/") >= MAX_DEPTH:
         return f"deeper than {MAX_DEPTH} directories"
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
@@ -358,20 +356,20 @@ def name_problem(name: str) -> str | None:
 
 
 def clamp_time(seconds: float) -> int:
-    """Return a modification time that tar and every file system can carry; 0 for what is no number."""
+    """Return a modification time that tar and every file system supports; 0 for a value that is not a number."""
     return int(min(max(seconds, 0), MAX_TIME)) if seconds == seconds else 0
 
 
 class Packer:
-    """A directory as an uncompressed tar archive, a piece at a time, in no more memory than a piece takes.
+    """A directory as an uncompressed tar archive, in pieces; memory use is bounded by the size of a piece.
 
-    Names are relative to the directory and in sorted order; links are stored as links, and further names of a file as
-    hard links. What cannot be carried is left out and listed in `drops`. A directory or file without permission for its
-    owner is opened for as long as it is read, and is archived with the mode that it had.
+    Names are relative to the directory and in sorted order. Links are stored as links, and further names of a file as
+    hard links. Entries that cannot be carried are left out and listed in `drops`. A directory or file that its owner
+    has no permission for is opened up while it is read, and archived with its original mode.
     """
 
     def __init__(self, path: str, max_entries: int, max_bytes: int) -> None:
-        """Count first. EFBIG, before anything is read, when there are more entries or bytes than allowed."""
+        """Count entries and bytes. Raises EFBIG, before anything is read, if there are more than allowed."""
         require_directory(path)
         self._path, self._max_entries, self._max_bytes = path, max_entries, max_bytes
         for _ in self._entries(DropList()):
@@ -380,7 +378,7 @@ class Packer:
         self._tar = self._pack()
 
     def piece(self) -> bytes:
-        """Return the next piece, which is empty at the end."""
+        """Return the next piece; an empty one marks the end."""
         piece = bytearray()
         for part in self._tar:
             piece += part
@@ -393,7 +391,8 @@ class Packer:
         self._tar.close()
 
     def _entries(self, drops: DropList) -> Generator[tuple[str, str, os.stat_result, str], None, None]:
-        """Yield (name, path, status, name of the file that this is a hard link to) of what can be carried."""
+        """Yield (name, path, status, name of the file that this is a hard link to) for every entry that can be
+        carried."""
         unlocked: list[tuple[str, int]] = []
         inodes: dict[tuple[int, int], str] = {}
         entries = size = 0
@@ -460,7 +459,7 @@ class Packer:
                         member.type, member.linkname = tarfile.LNKTYPE, first
                     else:
                         fd = _open_for_reading(path, info.st_mode)
-                        # What is appended meanwhile is not counted, so it stays out.
+                        # Bytes appended after counting were not counted, so they are left out.
                         member.size = min(info.st_size, os.fstat(fd).st_size)
                 except OSError as error:
                     left_out.add(name)
@@ -478,7 +477,7 @@ class Packer:
 
 
 def _children(directory: str, most: int) -> list[str]:
-    """Return the names in a directory, or `most` + 1 of them when there are more."""
+    """Return the names in a directory, or `most` + 1 of them if there are more."""
     with os.scandir(directory) as entries:
         return [entry.name for _, entry in zip(range(most + 1), entries, strict=False)]
 
@@ -492,7 +491,7 @@ def _try_chmod(path: str, mode: int) -> bool:
 
 
 def _open_for_reading(path: str, mode: int) -> int:
-    """Open a regular file, also one whose owner, this user, has taken the permission away."""
+    """Open a regular file, even if its owner (this user) has no permission to read it."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(path, flags)
@@ -509,7 +508,7 @@ def _open_for_reading(path: str, mode: int) -> int:
 
 
 def _content(fd: int, size: int) -> Iterator[bytes]:
-    """Yield exactly `size` bytes of a file, with zeros for what has been cut off meanwhile, and tar's padding."""
+    """Yield exactly `size` bytes of a file and tar's padding; zeros replace bytes that were truncated meanwhile."""
     left = size
     while left and (chunk := os.read(fd, min(CHUNK, left))):
         left -= len(chunk)
@@ -521,10 +520,10 @@ def _content(fd: int, size: int) -> Iterator[bytes]:
 
 
 def unpack(path: str, entries: Sequence[dict[str, Any]], content: bytes) -> None:
-    """Unpack one piece of an archive (`archive.pieces`) into a directory, which is made when missing.
+    """Unpack one piece of an archive (`archive.pieces`) into a directory, which is made if missing.
 
-    ENOTDIR when `path` is no directory; EEXIST when a directory is in the way of a file or link, or anything else in
-    the way of a directory: a link that is already there is replaced, never followed.
+    ENOTDIR if `path` is not a directory. EEXIST if a directory is in the way of a file or link, or anything else is in
+    the way of a directory. An existing link is replaced, never followed.
     """
     _make_parents(os.path.join(path, "x"))
     made: set[str] = set()
@@ -570,7 +569,7 @@ def _write_piece(target: str, piece: memoryview, entry: dict[str, Any]) -> None:
 
 
 def _make_inside(root: str, name: str, made: set[str]) -> None:
-    """Make the directory `name` below `root`, and those above it; EEXIST when a link or a file is in the way."""
+    """Make the directory `name` below `root` and its parents; EEXIST if a link or a file is in the way."""
     parts = name.split("/")
     for length in range(1, len(parts) + 1):
         directory = "/".join([root, *parts[:length]])
@@ -585,7 +584,7 @@ def _make_inside(root: str, name: str, made: set[str]) -> None:
 
 
 def _make_parents(path: str) -> None:
-    """Make the directories above `path`, links followed; ENOTDIR when one of them is no directory."""
+    """Make the directories above `path`, following links; ENOTDIR if one of them is not a directory."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except FileExistsError:
@@ -593,14 +592,14 @@ def _make_parents(path: str) -> None:
 
 
 class Child:
-    """A forked process that waits to be told, through its standard input, which program to become.
+    """A forked process that waits on its standard input for the program to become.
 
-    Forking it is all that the executor does; what may block is done by the child: joining cgroups (some 10 ms),
-    changing directory, and exec, before which a hostile command may stop it. One is kept ready for the next command.
+    The executor only forks. The child does everything that may block: joining cgroups (about 10 ms), changing
+    directory, and exec, before which a hostile command may stop it. One child is kept ready for the next command.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """Raises OSError when there are too many processes or descriptors, or too little memory."""
+        """Fork the process. Raises OSError if there are too many processes or descriptors, or too little memory."""
         ends: list[int] = []
         try:
             for _ in range(4):
@@ -625,7 +624,7 @@ def _close(fds: Sequence[int]) -> None:
 
 
 def _become_command(standard: Sequence[int], status: int, settings: Mapping[str, Any]) -> NoReturn:
-    """Wait for orders and become the program they name; tell `status` why that is not possible."""
+    """Wait for orders and become the program that they name; on failure write the reason to `status`."""
     stage = "join"
     try:
         signal.set_wakeup_fd(-1)
@@ -633,10 +632,10 @@ def _become_command(standard: Sequence[int], status: int, settings: Mapping[str,
             signal.signal(number, signal.SIG_DFL)
         os.setsid()
         for fd in settings["cgroup_fds"]:
-            os.write(fd, b"0")  # this process
+            os.write(fd, b"0")  # 0 means this process
         for target, fd in enumerate(standard):
             os.dup2(fd, target)
-        os.dup2(status, 3, inheritable=False)  # descriptor 3 is the executor's, never one of these pipes
+        os.dup2(status, 3, inheritable=False)  # descriptor 3 belongs to the executor and is never one of these pipes
         os.closerange(4, 1 << 20)
         for name, value in settings["rlimits"].items():
             set_limit(name, value)
@@ -661,13 +660,13 @@ def _read_exactly(size: int) -> bytes:
     while len(data) < size:
         chunk = os.read(0, size - len(data))
         if not chunk:
-            os._exit(0)  # the executor does not need this process any more
+            os._exit(0)  # the executor has dropped this process
         data += chunk
     return bytes(data)
 
 
 def set_limit(name: str, value: int) -> None:
-    """Set a resource limit, soft and hard, to `value` or to the present hard limit when that is lower."""
+    """Set a soft and hard resource limit to `value`, or to the current hard limit if that is lower."""
     number = getattr(resource, name)
     hard = resource.getrlimit(number)[1]
     bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -675,9 +674,9 @@ def set_limit(name: str, value: int) -> None:
 
 
 class Executor:
-    """Serves requests until its input ends: one thread, one poll loop, any number of commands side by side.
+    """Serves requests until its input ends: one thread, one poll loop, any number of concurrent commands.
 
-    Nothing that a request or a command brings about ends it: an exception becomes the reply to its request.
+    No request and no command can end it: an exception becomes the reply to its request.
     """
 
     def __init__(self, requests_fd: int, replies_fd: int, settings: Mapping[str, Any]) -> None:
@@ -704,14 +703,14 @@ class Executor:
             try:
                 if not self._turn():
                     return
-            except BrokenPipeError:  # of the replies: the harness is gone
+            except BrokenPipeError:  # the pipe for replies: the harness is gone
                 return
             except Exception as error:
                 print(f"executor: {type(error).__name__}: {error}", file=sys.stderr)
-                time.sleep(0.01)  # should it come back at once, commands still get most of the processor
+                time.sleep(0.01)  # if the error recurs at once, commands still get most of the processor
 
     def _turn(self) -> bool:
-        """Do what is ready now, or wait for something to be; return whether requests may still come."""
+        """Handle everything that is ready, or wait for the next event; return whether requests can still arrive."""
         ready = self._poll.poll(0)
         if not ready:
             self._keep_a_spare()
@@ -757,7 +756,7 @@ class Executor:
             try:
                 self._spare = Child(self._settings)
             except OSError:
-                return  # the next command tries again, and reports it
+                return  # the next command tries again and reports the error
 
     def _take_child(self) -> Child:
         self._reap()
@@ -768,7 +767,7 @@ class Executor:
         return child
 
     def _receive(self) -> bool:
-        """Take what has arrived of requests; a body that memory has no room for is thrown away as it comes."""
+        """Read the request bytes that have arrived. A body that does not fit in memory is discarded as it arrives."""
         chunk = os.read(self._requests_fd, 1 << 20)
         view = memoryview(chunk)
         while view:
@@ -823,12 +822,12 @@ class Executor:
             self._reap()
             header: dict[str, Any] = {}
         except Exception as error:
-            # The frames of the traceback hold what filled the memory; the reply below needs some of it.
+            # The traceback's frames hold the data that filled the memory, and the reply below needs some memory.
             header, reply = _error_header(error.with_traceback(None)), b""
         self._reply({"id": request["id"], **header}, reply)
 
     def _export(self, operation: str, request: dict[str, Any]) -> None:
-        """Begin an export, hand out its next piece (the empty one says what was left out), or end it."""
+        """Begin an export, send its next piece (the empty last one lists what was left out), or end it."""
         handle = request["handle"]
         header, piece = {"id": request["id"]}, b""
         if operation == "export_open":
@@ -842,7 +841,7 @@ class Executor:
 
     def _start(self, request: dict[str, Any], body: bytes) -> None:
         argv, cookie = request["argv"], os.urandom(12).hex()
-        with contextlib.suppress(PermissionError):  # the child meets it again, and its command fails
+        with contextlib.suppress(PermissionError):  # the child gets the same error, and its command fails
             require_directory(request["cwd"])
         orders = {"argv": argv, "cwd": request["cwd"], "env": {**request["env"], COOKIE: cookie}}
         encoded = json.dumps({**orders, "has_stdin": bool(body)}).encode()
@@ -868,7 +867,8 @@ class Executor:
     def _kill(self, command: Command) -> None:
         try:
             command.kill()
-        except Exception:  # it outruns us, or /proc cannot be read for want of descriptors or memory
+        # processes fork faster than they are killed, or /proc cannot be read for lack of descriptors or memory
+        except Exception:
             _kill_everything()
 
     def _reap(self) -> None:
@@ -893,7 +893,8 @@ class Executor:
 
     def _end(self, request: dict[str, Any], command: Command, status: int) -> None:
         """Reply to the request of a command whose process has ended."""
-        # What the command left behind may go on printing: that is read and thrown away, so that no writer blocks.
+        # Background processes of the command may go on writing: their output is read and discarded, so that they do not
+        # block.
         open_before = command.descriptors()
         command.finish(status)
         for fd in open_before.keys() - command.descriptors().keys():
@@ -929,7 +930,7 @@ class Executor:
 
 
 def _error_header(error: Exception) -> dict[str, Any]:
-    """Return the fields of a reply that make the harness raise an OSError like `error`."""
+    """Return the fields of a reply that makes the harness raise an OSError like `error`."""
     path = None
     if isinstance(error, OSError):
         number, message = error.errno or errno.EIO, error.strerror or str(error)
@@ -937,7 +938,7 @@ def _error_header(error: Exception) -> dict[str, Any]:
             path = os.fsdecode(error.filename)
     elif isinstance(error, MemoryError):
         number, message = errno.ENOMEM, "too large for the sandbox's limits"
-    elif isinstance(error, ValueError):  # text that is no path or argument: a NUL byte, half of a surrogate pair
+    elif isinstance(error, ValueError):  # text that cannot be a path or argument: a NUL byte, half of a surrogate pair
         number, message = errno.EINVAL, str(error)
     elif isinstance(error, OverflowError):
         number, message = errno.EOVERFLOW, str(error)
@@ -957,7 +958,7 @@ def _result(exit_code: int, stdout: int, truncated: bool, timed_out: bool, durat
 
 
 def _kill_everything() -> None:
-    """Kill every process of the PID namespace but this one, its init; the kernel does it in one sweep."""
+    """Kill every process of the PID namespace except this one, its init. The kernel does it in one sweep."""
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while True:
         try:
@@ -1004,8 +1005,9 @@ OPERATIONS: dict[str, Callable[[dict[str, Any], bytes], bytes]] = {
 
 
 def serve(settings: Mapping[str, Any]) -> None:
-    """Serve the harness as the init of a sandbox, on standard input and output. `confine.py` has prepared the rest."""
-    # A handler, unlike SIG_IGN, is not inherited by the commands; without either a command could interrupt us.
+    """Serve the harness as the init of a sandbox, on standard input and output, after `confine.py` has set
+    everything up."""
+    # Commands inherit SIG_IGN but not a handler. With neither, a command could interrupt the executor.
     signal.signal(signal.SIGINT, lambda *_: None)
     requests_fd, replies_fd = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)

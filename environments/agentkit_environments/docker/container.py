@@ -77,7 +77,8 @@ class Container:
                         killed.set()
 
         deadline = time.monotonic() + KILL_COMMAND_S
-        # The script runs in a thread: the engine gets stuck unless a flooding command is read while it is being killed, and the engine may not answer at all.
+        # The script runs in a thread: the engine gets stuck unless a flooding command is read while it is being killed,
+        # and the engine may not answer at all.
         thread = threading.Thread(target=kill, daemon=True)
         thread.start()
         has_ended = stream.pump(deadline, None)

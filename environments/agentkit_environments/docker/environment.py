@@ -32,7 +32,8 @@ from agentkit_environments.errors import SandboxLostError
 from agentkit_environments.executor import COOKIE
 from agentkit_environments.threads import run_cancellable
 
-# The command's user enters the work directory, and may lack the permission for it. When memory runs out, the kernel kills a command before the container's first program. `exec` exits with 126 or 127 if the program cannot be started.
+# The command's user enters the work directory, and may lack the permission for it. When memory runs out, the kernel
+# kills a command before the container's first program. `exec` exits with 126 or 127 if the program cannot be started.
 START = 'cd "$1" || exit 126; shift; { echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
 
 ENGINE_COULD_NOT = b"OCI runtime exec failed"

@@ -54,7 +54,8 @@ SCRIPT_TIMEOUT_S = 20.0
 ERRNO_BASE = 100
 """Exit status of a script that finds an error itself: this plus the error number."""
 
-# Opening a pipe would block, so the script checks for a regular file first. If another process replaces the file in between, the script runs into the timeout. The errors are those of `open` with O_NONBLOCK, as in `executor.py`.
+# Opening a pipe would block, so the script checks for a regular file first. If another process replaces the file in
+# between, the script runs into the timeout. The errors are those of `open` with O_NONBLOCK, as in `executor.py`.
 CHECK = rf"""
 fail() {{ exit $(({ERRNO_BASE} + $1)); }}
 check() {{

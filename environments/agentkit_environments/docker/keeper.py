@@ -21,7 +21,8 @@ from agentkit_environments.docker.exec_stream import Frames, close_socket, raw_s
 
 ANSWER_TIMEOUT_S = 5.0
 
-# One `kill -1` as root reaches every process except PID 1 and the shell, atomically. The loop catches processes that an exec brings in meanwhile.
+# One `kill -1` as root reaches every process except PID 1 and the shell, atomically. The loop catches processes that an
+# exec brings in meanwhile.
 SCRIPT = rb"""
 kill_everything() {
   tries=0

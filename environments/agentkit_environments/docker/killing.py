@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-# Kill the processes that carry the cookie "$1" in their environment, and their descendants and sessions. The script stops all of them before it kills any, so that none can escape by forking. Only a process's own user can read its environment, so the script runs as the command's user and a command can resist it. The keeper handles that case.
+# Kill the processes that carry the cookie "$1" in their environment, and their descendants and sessions. The script
+# stops all of them before it kills any, so that none can escape by forking. Only a process's own user can read its
+# environment, so the script runs as the command's user and a command can resist it. The keeper handles that case.
 KILL_COMMAND = r"""
 cookie=$1; marked=' '
 while :; do
