@@ -1007,7 +1007,8 @@ OPERATIONS: dict[str, Callable[[dict[str, Any], bytes], bytes]] = {
 def serve(settings: Mapping[str, Any]) -> None:
     """Serve the harness as the init of a sandbox, on standard input and output, after `confine.py` has set
     everything up."""
-    # Commands inherit SIG_IGN but not a handler. With neither, a command could interrupt the executor.
+    # With Python's own handler a command could interrupt the executor. Commands would inherit SIG_IGN, but not a
+    # handler.
     signal.signal(signal.SIGINT, lambda *_: None)
     requests_fd, replies_fd = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)

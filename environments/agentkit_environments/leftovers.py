@@ -1,8 +1,8 @@
-"""Directories that `unsafe-local` makes in the system's temporary directory, and how they are removed.
+"""Removal of the directories that `unsafe-local` makes in the system's temporary directory.
 
-Everybody on the machine can write there, and the harness may be root. So nothing is taken on trust: a name is opened
-once without following a link, the directory must be ours, and all that follows goes through descriptors. Whoever
-exchanges a name meanwhile changes nothing, since no path is resolved twice.
+Every user of the machine can write there, and the harness may run as root, so nothing there is trusted. A name is
+opened once without following a link, the directory must belong to this user, and every further step uses descriptors.
+Replacing a name meanwhile has no effect, since no path is resolved twice.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def reap_local(run_id: str | None) -> int:
-    """Remove the directories and processes of `run_id`, or of every harness that is gone; return how many.
+    """Remove the directories and processes of `run_id`, or of every dead harness; return how many directories.
 
-    What is not ours, not as we make it, or cannot be removed is left alone.
+    Directories that belong to another user, have an unexpected form or cannot be removed are left alone.
     """
     count = 0
     with _directory(tempfile.gettempdir()) as temporary:
@@ -44,8 +44,8 @@ def reap_local(run_id: str | None) -> int:
 
 
 def remove_tree(root: Path) -> None:
-    """Remove a tree of any depth, also where a command has taken permissions away from its directories."""
-    with contextlib.suppress(FileNotFoundError):  # somebody has reaped it
+    """Remove a tree of any depth, even if a command has removed permissions from its directories."""
+    with contextlib.suppress(FileNotFoundError):  # reaped meanwhile by another process
         os.chmod(root, 0o700)
         with _directory(str(root)) as descriptor:
             _empty(descriptor)
@@ -62,7 +62,7 @@ def _directory(name: str, dir_fd: int | None = None) -> Iterator[int]:
 
 
 def _read_owner(root: int) -> list[str]:
-    """Return the lines of a directory's owner file. Raises OSError or ValueError when either is not of our making."""
+    """Return the lines of a directory's owner file. Raises OSError or ValueError if this package did not make them."""
     _require_ours(root)
     descriptor = os.open(OWNER_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=root)
     try:
@@ -86,14 +86,15 @@ def _require_ours(descriptor: int) -> None:
 def _empty(root: int) -> None:
     """Remove everything in a directory.
 
-    Directories are moved up to `root` instead of being entered, so neither the stack nor a path grows with the depth.
+    Subdirectories are moved up to `root` instead of being entered, so neither the stack nor a path grows with the
+    depth.
     """
     pending = ["."]
     while pending:
         name = pending.pop()
         try:
             descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=root)
-        except NotADirectoryError:  # a link by now
+        except NotADirectoryError:  # replaced by a link meanwhile
             os.unlink(name, dir_fd=root)
             continue
         try:
@@ -111,7 +112,7 @@ def _empty(root: int) -> None:
 
 
 def _open_up(name: str, dir_fd: int) -> None:
-    """Give us all permissions on a directory. There is no `chmod` that refuses links, so it goes through `/proc`."""
+    """Give the owner all permissions on a directory. No `chmod` refuses links, so it goes through `/proc`."""
     descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):

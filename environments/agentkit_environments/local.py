@@ -1,8 +1,8 @@
-"""`unsafe-local`: a temporary directory and no isolation at all, for trusted commands that must start fast.
+"""`unsafe-local`: a temporary directory without isolation, for trusted commands that must start fast.
 
 Commands run as the harness's own user, with its files and its network. There is no mount namespace, so the names
 `spec.workdir` and `/tmp` are translated: to the temporary directory in paths, commands, text on standard input and
-variables, and back in output. What a file *contains* is left alone. Limits other than time and output do not apply.
+variables, and back in output. The content of files is not translated. Only limits on time and output apply.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class LocalEnvironment(Environment):
             try:
                 executor.require_directory(directory)
             except PermissionError:
-                pass  # the command meets it again, and fails
+                pass  # the command gets the same error and fails
             except OSError as error:
                 raise self._in_sandbox(error, request.cwd) from error
             try:
@@ -162,7 +162,7 @@ class LocalEnvironment(Environment):
             raise SandboxLostError("this unsafe-local environment was closed; open another one")
 
     def _path(self, path: str, *, writing: bool = False) -> str:
-        """Return the host's path of a sandbox path; refuse to write outside the environment's own directories."""
+        """Return the host's path for a sandbox path; refuse to write outside the environment's own directories."""
         self._require_open()
         absolute = os.path.normpath(self.resolve(path))
         for name, directory in self._directories.items():
@@ -188,7 +188,7 @@ class LocalEnvironment(Environment):
 def _start(
     argv: list[str], stdin: bytes, directory: str, env: dict[str, str], request: ExecRequest
 ) -> executor.Command:
-    """Start a command in a session of its own. Raises OSError when it cannot be started."""
+    """Start a command in a session of its own. Raises OSError if it cannot be started."""
     cookie = secrets.token_hex(12)
     ends: list[int] = []
     near: list[int] = []
@@ -212,7 +212,7 @@ def _start(
     finally:
         for fd in set(ends) - set(near):
             os.close(fd)
-    process.returncode = 0  # the command waits for the process; this object must not
+    process.returncode = 0  # the command waits for the process, so this object must not
     return executor.Command(
         process.pid,
         pipes=near,

@@ -1,4 +1,4 @@
-"""Choosing a backend, opening an environment, and clearing away what dead harnesses left."""
+"""Choosing a backend, opening an environment, and removing leftovers of dead harnesses."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ async def open_environment(
     """Open an environment.
 
     Args:
-        spec: What to open.
-        backend: `auto` is docker when an engine answers (and has the base image, if `spec` names no other), else
-            process; never unsafe-local, which must be asked for by name.
-        run_id: Label of everything the environment makes, for `reap`; a random one by default.
+        spec: The specification of the environment.
+        backend: `auto` is docker if an engine answers (and has the base image, if `spec` names no other), else process.
+            It is never unsafe-local, which must be requested by name.
+        run_id: Label of everything that the environment makes, for `reap`; random by default.
 
     Raises:
-        TypeError, ValueError: If `spec` is no specification, or there is no such backend.
-        SandboxUnavailableError: If the backend cannot be used here, or cannot do what `spec` asks; it says why and what
-            to do. There is no falling back to less isolation than was asked for.
+        TypeError, ValueError: If `spec` is not an EnvironmentSpec, or no such backend exists.
+        SandboxUnavailableError: If the backend cannot be used here, or does not support `spec`; the message gives the
+            reason and the remedy. There is no fallback to less isolation than requested.
     """
     if not isinstance(spec, EnvironmentSpec):
         raise TypeError(f"spec must be an EnvironmentSpec, got {spec!r}")
@@ -54,16 +54,16 @@ async def open_environment(
             raise SandboxUnavailableError(f"an image or a network needs the docker backend: {failure}")
     if backend == "process":
         return await ProcessEnvironment.open(spec, run_id)
-    # Imported when chosen: the docker library alone takes longer to import than a process sandbox to open.
+    # Imported on use: importing the docker library takes longer than opening a process sandbox.
     from agentkit_environments.docker import DockerEnvironment
 
     return await DockerEnvironment.open(spec, run_id)
 
 
 def available_backends() -> dict[str, str | None]:
-    """Return every backend with None when it can be used here, else with the reason why not and what to do.
+    """Return every backend with None if it can be used here, else with the reason and the remedy.
 
-    Blocks: it asks the Docker engine, and the first time opens a process sandbox (some 100 ms).
+    Blocks: it asks the Docker engine, and opens a process sandbox the first time (about 100 ms).
     """
     from agentkit_environments.docker import docker_failure
 
@@ -71,17 +71,17 @@ def available_backends() -> dict[str, str | None]:
 
 
 async def reap(run_id: str | None = None) -> int:
-    """Remove what is left of a run: containers with their volumes, temporary directories, processes.
+    """Remove the leftovers of a run: containers with their volumes, temporary directories, processes.
 
-    Of a process sandbox nothing is left but empty control groups, which do not count: the kernel ends it with the
-    harness.
+    The kernel ends a process sandbox with its harness. Only empty control groups remain; they are removed but not
+    counted.
 
     Args:
-        run_id: Remove everything that carries this label, in use or not; None removes what belongs to harnesses of
-            this machine that are no longer alive.
+        run_id: Remove everything with this label, even if in use; None removes leftovers of dead harnesses of this
+            machine.
 
     Returns:
-        How many environments were removed.
+        The number of environments removed.
     """
     from agentkit_environments.docker import reap_docker
 

@@ -1,4 +1,4 @@
-"""Who made a sandbox: a token that says whether that process still lives, so that orphans can be told from work."""
+"""Owner tokens: identify the process that made a sandbox, so that the sandboxes of dead processes can be found."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def owner_token() -> str:
-    """Return `machine/pid/start` for this process; the machine part is this boot and this PID namespace."""
+    """Return `machine/pid/start` for this process; the machine part identifies this boot and this PID namespace."""
     return f"{_machine()}/{os.getpid()}/{_start_ticks(os.getpid())}"
 
 
 def is_orphan(token: str) -> bool:
-    """Return whether the process of `token` was of this machine and is gone.
+    """Return whether the process of `token` ran on this machine and is gone.
 
-    A token of another machine, or text that is no token, never names an orphan.
+    False for a token of another machine, and for text that is not a token.
     """
     match = re.fullmatch(r"([^/]+)/([0-9]{1,10})/([0-9]+)", token)
     return match is not None and match[1] == _machine() and _start_ticks(int(match[2])) != match[3]
@@ -27,7 +27,7 @@ def _machine() -> str:
 
 
 def _start_ticks(pid: int) -> str:
-    """Return the process's start time in clock ticks since boot, or an empty string when there is none."""
+    """Return the process's start time in clock ticks since boot, or an empty string if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

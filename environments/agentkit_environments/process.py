@@ -1,19 +1,18 @@
 """The process sandbox: Linux namespaces on this machine's kernel, for machines without a container engine.
 
     harness ── enter.py ── bubblewrap, or unshare + build_root.py ── executor.py (PID 1) ── commands
-               stops being root, if it was; dies with the harness       no capabilities, no new privileges
+               drops root; dies with the harness                        no capabilities, no new privileges
 
-Needs either bubblewrap 0.8 or util-linux 2.36 (then also Linux 5.12), and a kernel that lets ordinary users make user
-namespaces. What the sandbox sees: /usr and its aliases and the interpreter's own prefix, read-only; an /etc of a few
-files; /proc and /dev of its own; an empty work directory and /tmp, in memory. What it does not see: the host's files,
-home directories, processes, network, IPC. One user, uid 1000, without capabilities, who cannot gain privileges or make
-user namespaces.
+Needs bubblewrap 0.8, or util-linux 2.36 with Linux 5.12, and a kernel that lets ordinary users make user namespaces.
+The sandbox sees /usr and its aliases and the interpreter's own prefix, read-only; a few files in /etc; its own /proc
+and /dev; an empty work directory and /tmp, in memory. It does not see the host's files, home directories, processes,
+network or IPC. It has one user, uid 1000, who has no capabilities and cannot gain privileges or make user namespaces.
 
 System calls that no command needs are forbidden (`seccomp.py`). Memory, processes and CPU time are bounded in total
-where a control group can be had (`cgroups.py`): for root nearly everywhere, for other users in a delegated subtree.
+where a control group can be made (`cgroups.py`): as root nearly everywhere, as another user in a delegated subtree.
 Elsewhere memory is bounded for each process, files and System V IPC in total, and CPU time not at all.
 
-What it does not isolate: the kernel is the host's.
+The kernel is not isolated: it is the host's.
 """
 
 from __future__ import annotations
@@ -61,8 +60,9 @@ from agentkit_environments.seccomp import AUDIT_ARCH, INOTIFY, SYSV_IPC, UNACCOU
 Launcher = Literal["bwrap", "unshare", "bwrap-plain"]
 
 LAUNCHERS: tuple[Launcher, ...] = ("bwrap", "unshare", "bwrap-plain")
-"""In the order of preference. `bwrap-plain` is for machines whose policy (AppArmor's, on some) takes all capabilities
-from what bubblewrap starts: the numbers of files are not bounded there, and there is no inotify."""
+"""Launchers in order of preference. `bwrap-plain` is for machines with a policy (some AppArmor policies) that
+removes all capabilities from the programs that bubblewrap starts. There, numbers of files are not bounded, and
+inotify is missing."""
 START_TIMEOUT_S = 20.0
 FILE_TIMEOUT_S = 60.0
 HANG_TIMEOUT_S = 10.0
@@ -74,7 +74,7 @@ INODES_PER_MIB = 256
 EXECUTOR_BYTES = 1 << 30
 MACHINE = platform.machine()
 HOST_UIDS = range(0x6000_0000, 0x7000_0000)
-"""Where the throw-away uid of a sandbox is taken from when the harness is root: far from users and subuid ranges."""
+"""Range of the throw-away uid of a sandbox when the harness is root: far from users and subuid ranges."""
 
 BIN = "/opt/agentkit/bin"
 CONFINE = "/opt/agentkit/confine.py"
@@ -84,7 +84,7 @@ ETC = (
     *("alternatives", "ca-certificates", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "magic"),
     *("mime.types", "protocols", "services", "ssl/certs", "ssl/openssl.cnf", "terminfo", "timezone"),
 )
-"""What programs need of the host's /etc, when it is there; each may be read by everyone."""
+"""Files and directories of the host's /etc that programs need; all are world-readable, and each is optional."""
 FILES = {
     "/etc/passwd": f"agent:x:{USER_ID}:{USER_ID}:agent:{{workdir}}:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     "/etc/group": f"agent:x:{USER_ID}:\nnogroup:x:65534:\n",
@@ -92,7 +92,7 @@ FILES = {
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\nservices: files\nprotocols: files\n",
 }
 HIDDEN = ("/proc/keys", "/proc/key-users")
-"""These show every key of the same user of the host."""
+"""These list every key of the same host user."""
 NAMESPACE_LIMITS: dict[str, int | str] = {
     **{f"user/max_{kind}_namespaces": 0 for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")},
     "user/max_inotify_instances": 16,
@@ -100,7 +100,7 @@ NAMESPACE_LIMITS: dict[str, int | str] = {
     "user/max_fanotify_groups": 0,
     "user/max_fanotify_marks": 0,
 }
-"""What the sandbox may have of what else all sandboxes of one user share; files of /proc/sys."""
+"""Limits on other resources that all sandboxes of one user share; files of /proc/sys."""
 IPC_LIMITS: dict[str, int | str] = {
     "kernel/shm_rmid_forced": 1,  # a segment ends with the last process that uses it
     "kernel/shmmax": SHM_BYTES,
@@ -112,21 +112,21 @@ IPC_LIMITS: dict[str, int | str] = {
     "kernel/sem": "250 4000 32 128",
     "fs/mqueue/queues_max": 16,
 }
-"""System V IPC and message queues, in pages of 4 KiB, bytes and numbers; files of /proc/sys."""
+"""Limits on System V IPC and message queues, in pages of 4 KiB, bytes and numbers; files of /proc/sys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The root directory of a sandbox, as data: both launchers build the same one, and `confine.py` completes it."""
+    """The root directory of a sandbox as data. Both launchers build the same one, and `confine.py` completes it."""
 
     binds: list[str]
     """Directories and files of the host, read-only, each under its own name."""
     symlinks: list[tuple[str, str]]
     """(path, target)."""
     files: list[tuple[str, str]]
-    """(path, text) of files that are written, read-only afterwards."""
+    """(path, text) of generated files, which are read-only in the sandbox."""
     tmpfs: list[tuple[str, str, int]]
-    """(path, mode, bytes) of the directories that can be written."""
+    """(path, mode, bytes) of the writable directories."""
     prefix: str
     python: str
 
@@ -166,9 +166,9 @@ def launch_argv(layout: Layout, launcher: Launcher, file_fds: Mapping[str, int])
     """Return the command that becomes a sandbox with an executor in it.
 
     Args:
-        layout: What its root directory holds.
-        launcher: What builds it.
-        file_fds: For bubblewrap, a descriptor for each of `Layout.files` that its text can be read from.
+        layout: The content of its root directory.
+        launcher: The program that builds it.
+        file_fds: For bubblewrap, a descriptor with the text of each of `Layout.files`.
     """
     executor = [layout.python, "-I", "-S", CONFINE]
     build = {"bwrap": _bwrap_argv, "bwrap-plain": _bwrap_plain_argv, "unshare": _unshare_argv}[launcher]
@@ -227,7 +227,7 @@ def _unshare_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, in
 def _settings(
     spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup, tmpfs: list[tuple[str, str, int]]
 ) -> dict[str, Any]:
-    """Return what `confine.py` and the executor must know."""
+    """Return the settings for `confine.py` and the executor."""
     limits = spec.limits
     memory = () if group.bounds_memory else tuple(UNACCOUNTED)
     ipc = () if group.bounds_memory else tuple(SYSV_IPC)
@@ -293,9 +293,9 @@ def _source(name: str) -> str:
 
 
 def launcher_failure(launcher: Launcher) -> str | None:
-    """Return why `launcher` cannot make a sandbox here, or None when it can: it is tried once, for real.
+    """Return the reason why `launcher` cannot make a sandbox here, or None if a trial run succeeds.
 
-    Blocks for some 50 ms the first time.
+    Blocks for about 50 ms the first time.
     """
     if sys.platform != "linux":
         return "namespaces are a Linux feature"
@@ -329,7 +329,7 @@ def _trial_failure(launcher: Launcher) -> str | None:
 
 
 def process_failure() -> str | None:
-    """Return why no process sandbox can be opened here, or None when one can."""
+    """Return the reason why no process sandbox can be opened here, or None if one can."""
     failures = [launcher_failure(launcher) for launcher in LAUNCHERS]
     if None in failures:
         return None
@@ -357,7 +357,7 @@ class _Files:
 
 
 class ProcessEnvironment(Environment):
-    """One sandbox of namespaces with one executor in it. See the module's docstring for what it isolates."""
+    """One sandbox made of namespaces, with one executor in it. The module's docstring lists what is isolated."""
 
     backend = "process"
 
@@ -369,10 +369,10 @@ class ProcessEnvironment(Environment):
 
     @classmethod
     async def open(cls, spec: EnvironmentSpec, run_id: str, *, launcher: Launcher | None = None) -> Self:
-        """Open a sandbox with the first launcher that works here, or with the one given.
+        """Open a sandbox with the given launcher, or with the first one that works here.
 
         Raises:
-            SandboxUnavailableError: If none works, or `spec` asks for an image or a network.
+            SandboxUnavailableError: If none works, or `spec` requests an image or a network.
         """
         if spec.image is not None or spec.network != "none":
             raise SandboxUnavailableError(
@@ -454,7 +454,7 @@ class ProcessEnvironment(Environment):
             await anyio.to_thread.run_sync(self._group.remove)
 
     def _fitting(self, data: bytes) -> bytes:
-        """Refuse what the executor could not hold, twice."""
+        """Return `data`, or refuse data of which the executor could not hold two copies."""
         if len(data) > EXECUTOR_BYTES >> 2:
             raise ValueError(f"{len(data)} bytes are more than the {EXECUTOR_BYTES >> 2} that a process sandbox takes")
         return data

@@ -1,12 +1,12 @@
-"""The system call filter of the process sandbox: a classic BPF program that the kernel runs at every system call.
+"""System call filter of the process sandbox: a classic BPF program that the kernel runs at every system call.
 
-A denylist of what no command of an agent needs and what has a history of kernel exploits, or reaches past namespaces:
-keyrings, io_uring, perf, userfaultfd, fanotify, bpf, reading other processes' memory, mounts, namespaces, kernel
-modules, uncommon sockets, and changing the executor's priority or limits. Calls that are newer than this table, 32-bit
-calls and x32 calls do not exist (ENOSYS).
+The filter is a denylist of calls that no agent's command needs and that have a history of kernel exploits or reach
+beyond namespaces: keyrings, io_uring, perf, userfaultfd, fanotify, bpf, reading other processes' memory, mounts,
+namespaces, kernel modules, uncommon sockets, and changing the executor's priority or limits. Calls newer than this
+table, 32-bit calls and x32 calls fail with ENOSYS.
 
-The program is generated here and installed by `confine.py`, before the first command. A filter sees registers only: it
-cannot follow pointers, which is why `clone3` (flags in memory) does not exist either; C libraries fall back to `clone`.
+This module generates the program and `confine.py` installs it before the first command. A filter sees registers only
+and cannot follow pointers, so `clone3` (flags in memory) also fails with ENOSYS; C libraries fall back to `clone`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ NUMBER, ARCH = 0, 4
 """Offsets in `struct seccomp_data`; argument N is at 16 + 8 * N, low half first on these little-endian machines."""
 
 FIRST_UNKNOWN_CALL = 463
-"""From Linux 6.13 on; a C library that tries a newer call has a way to do without it. x32 calls are above too."""
+"""Calls from Linux 6.13 on; C libraries work without newer calls. x32 calls are above this number too."""
 NEW_NAMESPACE = 0x7E020000
 """The `CLONE_NEW*` flags of `clone`."""
 
 SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 SOCKET_TYPES = (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET)
 SOCKET_PROTOCOLS = (0, socket.IPPROTO_ICMP, socket.IPPROTO_TCP, socket.IPPROTO_UDP, socket.IPPROTO_ICMPV6)
-"""0 is also NETLINK_ROUTE, which C libraries list interfaces with; UNIX sockets have no other protocol than 0."""
+"""0 is also NETLINK_ROUTE, which C libraries use to list interfaces; UNIX sockets have no protocol other than 0."""
 
-# Numbers of (x86_64, aarch64); None where the machine has no such call.
+# Numbers on (x86_64, aarch64); None if the machine has no such call.
 FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -99,19 +99,20 @@ MISSING: dict[str, tuple[int | None, int | None]] = {
     "clone3": (435, 435),
     "memfd_secret": (447, 447),
 }
-"""These fail with ENOSYS: programs probe for them and have another way."""
+"""These fail with ENOSYS: programs probe for them and have a fallback."""
 
 UNACCOUNTED: dict[str, tuple[int | None, int | None]] = {"memfd_create": (319, 279)}
-"""ENOSYS where no cgroup bounds the sandbox's memory: no limit of a process counts these bytes."""
+"""ENOSYS where no cgroup bounds the sandbox's memory: no per-process limit counts these bytes."""
 
 INOTIFY: dict[str, tuple[int | None, int | None]] = {"inotify_init": (253, None), "inotify_init1": (294, 26)}
-"""ENOSYS where no limit of the user namespace keeps the sandbox from using up all that its user may have."""
+"""ENOSYS where no limit of the user namespace stops the sandbox from using up its user's share."""
 
 SYSV_IPC: dict[str, tuple[int | None, int | None]] = {"shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190)}
 """ENOSYS where neither a cgroup nor a sysctl of the IPC namespace bounds them."""
 
 INIT = 1
-"""The executor's process id. It is of the same user as the commands, who could starve it of time or descriptors."""
+"""The executor's process id. It has the same user as the commands, which could otherwise starve it of time or
+descriptors."""
 
 ON_INIT: dict[str, tuple[tuple[int, int], dict[int, int]]] = {
     "sched_setscheduler": ((144, 119), {0: INIT}),
@@ -122,7 +123,7 @@ ON_INIT: dict[str, tuple[tuple[int, int], dict[int, int]]] = {
     "setpriority": ((141, 140), {0: 2, 1: INIT}),
     "ioprio_set": ((251, 30), {0: 3, 1: INIT}),
 }
-"""These fail with EPERM when an argument has that value: the executor, or every process of the user (2 and 3)."""
+"""These fail with EPERM if an argument has that value: the executor, or every process of the user (2 and 3)."""
 
 CLONE, SOCKET, SOCKETPAIR = (56, 220), (41, 198), (53, 199)
 
@@ -132,7 +133,7 @@ def seccomp_program(machine: str, missing: Iterable[str] = ()) -> bytes:
 
     Args:
         machine: One of `AUDIT_ARCH`, as `platform.machine` names it.
-        missing: Names of `UNACCOUNTED`, `SYSV_IPC` and `INOTIFY` that shall fail with ENOSYS too.
+        missing: Names from `UNACCOUNTED`, `SYSV_IPC` and `INOTIFY` that also fail with ENOSYS.
     """
     column = ("x86_64", "aarch64").index(machine)
     optional = UNACCOUNTED | SYSV_IPC | INOTIFY
@@ -140,7 +141,7 @@ def seccomp_program(machine: str, missing: Iterable[str] = ()) -> bytes:
     denials += [(numbers[column], errno.ENOSYS) for numbers in MISSING.values()]
     denials += [(optional[name][column], errno.ENOSYS) for name in missing]
 
-    # Every jump is a short one, over one `return` at most, so that no offset outgrows its byte.
+    # Every jump skips at most one `return`, so that no offset exceeds its byte.
     program = [_op(LOAD, ARCH), _op(EQUAL, AUDIT_ARCH[machine], 1, 0), _fail(errno.ENOSYS), _op(LOAD, NUMBER)]
     program += [_op(AT_LEAST, FIRST_UNKNOWN_CALL, 0, 1), _fail(errno.ENOSYS)]
     for number, error in denials:
@@ -178,7 +179,7 @@ def _argument(index: int) -> bytes:
 
 
 def _one_of(load: bytes, values: Iterable[int], error: int) -> list[bytes]:
-    """Fail with `error` unless what `load` loads is one of `values`."""
+    """Fail with `error` unless the value that `load` loads is one of `values`."""
     listed = list(values)
     comparisons = [_op(EQUAL, value, len(listed) - index, 0) for index, value in enumerate(listed)]
     return [load, *comparisons, _fail(error)]

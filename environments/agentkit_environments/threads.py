@@ -1,4 +1,4 @@
-"""Blocking work in a worker thread that hears about cancellation."""
+"""Blocking work in a worker thread that is notified of cancellation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 async def run_cancellable(function: Callable[[int], T], limiter: anyio.CapacityLimiter) -> T:
     """Run `function(cancel_fd)` in a worker thread and return its result.
 
-    When the caller is cancelled, `cancel_fd` becomes readable (end of file); the function is expected to stop what it
-    started and return soon. The cancellation goes on only when it has.
+    When the caller is cancelled, `cancel_fd` becomes readable (end of file). The function should then stop its work and
+    return soon; the cancellation continues after that.
     """
     cancel_read, cancel_write = os.pipe()
     result: list[T] = []
@@ -35,7 +35,7 @@ async def run_cancellable(function: Callable[[int], T], limiter: anyio.CapacityL
             await anyio.lowlevel.checkpoint()
             try:
                 result.append(await anyio.to_thread.run_sync(function, cancel_read, limiter=limiter))
-            except Exception as exc:  # raised below, outside the group, so that it is not wrapped in one
+            except Exception as exc:  # raised below, outside the group, to avoid wrapping it in one
                 error.append(exc)
             tasks.cancel_scope.cancel()
     finally:

@@ -1,1 +1,1 @@
-"""The base image of the Docker backend: `python -m agentkit_environments.images` makes it."""
+"""Base image of the Docker backend, built by `python -m agentkit_environments.images`."""

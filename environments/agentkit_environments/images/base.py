@@ -1,12 +1,12 @@
-"""Make the base image of the Docker backend without any registry: a shell, the usual small programs, Python 3.11+.
+"""Build the base image of the Docker backend without a registry: a shell, the usual small programs, Python 3.11+.
 
     python3 -m agentkit_environments.images [--source auto|debian|host] [--tag agentkit-base:latest] [--output FILE]
 
-`debian` runs debootstrap (root, and a Debian mirror at hand); `host` copies this machine's own programs, the libraries
-they link to and the interpreter that runs this script, and needs nothing but read access; `auto` tries the first and
-falls back to the second. Either becomes a tar archive with sorted names, one time stamp and one owner, so that the same
-input makes the same bytes; `docker import` makes the image. With `--output` the archive is written and no image made.
-Needs the standard library only, so that the file itself can be run before anything is installed.
+`debian` runs debootstrap, which needs root and access to a Debian mirror. `host` copies this machine's own programs,
+the libraries they link to and the interpreter that runs this script, and needs only read access. `auto` tries `debian`
+and falls back to `host`. Both make a tar archive with sorted names, one time stamp and one owner, so that the same
+input gives the same bytes; `docker import` makes the image. With `--output` the archive is written and no image is
+made. This file needs only the standard library, so it can run before anything is installed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ DIRECTORIES = ("dev", "proc", "sys", "run", "tmp", "workspace", "usr/sbin")
 
 
 class Archive:
-    """A tar archive in the making: names once, parents first, one owner, one time."""
+    """Builder of a tar archive: each name once, parents first, one owner, one time."""
 
     def __init__(self, out: IO[bytes]) -> None:
         self._tar = tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (see close)
@@ -80,7 +80,7 @@ class Archive:
         self._names.add(name)
 
     def add_path(self, source: str, name: str) -> None:
-        """Add one file, link or directory (without what is in it)."""
+        """Add one file, link or directory, without a directory's content."""
         info = os.lstat(source)
         mode = stat.S_IMODE(info.st_mode) & 0o777
         if stat.S_ISLNK(info.st_mode):
@@ -95,7 +95,7 @@ class Archive:
 
 
 def walk(root: str, left_out: set[str]) -> Iterator[str]:
-    """Yield every path below `root` in sorted order, without those whose name or path below `root` is left out."""
+    """Yield every path below `root` in sorted order, except those whose name or path below `root` is in `left_out`."""
     for directory, names, files in os.walk(root):
         relative = os.path.relpath(directory, root)
         names[:] = sorted(name for name in names if not {name, os.path.normpath(f"{relative}/{name}")} & left_out)
@@ -103,7 +103,7 @@ def walk(root: str, left_out: set[str]) -> Iterator[str]:
 
 
 def linked_libraries(binaries: list[str]) -> set[str]:
-    """Return the shared libraries that `ldd` names for the binaries, the dynamic loader among them."""
+    """Return the shared libraries that `ldd` lists for the binaries, including the dynamic loader."""
     found: set[str] = set()
     for start in range(0, len(binaries), 50):
         printed = subprocess.run(["ldd", *binaries[start : start + 50]], capture_output=True, text=True).stdout
@@ -112,7 +112,7 @@ def linked_libraries(binaries: list[str]) -> set[str]:
 
 
 def inside(path: str) -> str:
-    """Return the image's name for a host path: /bin, /lib and so on are links into /usr there."""
+    """Return the image's name for a host path: in the image, /bin, /lib and so on are links into /usr."""
     name = path.lstrip("/")
     top = name.split("/")[0]
     return "usr/" + name if top in ("bin", "sbin", "lib", "lib64") else name
@@ -143,7 +143,7 @@ def write_host(archive: Archive) -> None:
 
 
 def write_debian(archive: Archive) -> None:
-    """Write an image of Debian's minimal base system. Raises OSError or CalledProcessError when it cannot be made."""
+    """Write an image of Debian's minimal base system. Raises OSError or CalledProcessError if that fails."""
     with tempfile.TemporaryDirectory() as root:
         bootstrap = ["debootstrap", "--variant=minbase", f"--include={DEBIAN_PACKAGES}", DEBIAN_SUITE, root]
         subprocess.run(bootstrap, check=True, stdout=sys.stderr)
