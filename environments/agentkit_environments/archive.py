@@ -75,7 +75,9 @@ def check_archive(
         if member.issym() and (problem := resolver.problem(name)):
             raise UnsafeArchiveError(f"{member.name!r}: {problem}")
         if member.islnk() and posixpath.normpath(member.linkname) not in files:
-            raise UnsafeArchiveError(f"{member.name!r} is a hard link to {member.linkname!r}, no file of the archive")
+            raise UnsafeArchiveError(
+                f"{member.name!r} is a hard link to {member.linkname!r}, which is not a file in the archive"
+            )
     return members
 
 
@@ -214,7 +216,7 @@ def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDi
                 if not _is_plain(member):
                     problem = "a pipe, a socket or a device"
                 elif member.islnk() and entry.linkname in hidden:
-                    problem = "another name of a file that was left out"
+                    problem = "a hard link to a file that was left out"
                 if posixpath.dirname(name) in hidden:
                     hidden.add(name)  # its directory's line in `dropped` covers it
                 elif problem is None:

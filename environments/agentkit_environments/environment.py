@@ -117,7 +117,7 @@ class EnvironmentSpec:
         exec_variables(self.env)
         normal = posixpath.normpath(self.workdir)
         if not re.fullmatch(r"(/[\w.-]+)+", normal) or normal in SHARED_DIRECTORIES:
-            raise ValueError(f"workdir must be an absolute path of a directory of its own, got {self.workdir!r}")
+            raise ValueError(f"workdir must be the absolute path of a dedicated directory, got {self.workdir!r}")
         if normal.split("/")[1] in SYSTEM_DIRECTORIES:
             raise ValueError(f"workdir must be outside the system's directories, got {self.workdir!r}")
         object.__setattr__(self, "workdir", normal)

@@ -454,7 +454,7 @@ class Packer:
                     elif stat.S_ISLNK(info.st_mode):
                         member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
                     elif first in left_out:
-                        raise OSError(errno.ENOENT, "it is another name of a file that was left out")
+                        raise OSError(errno.ENOENT, "it is a hard link to a file that was left out")
                     elif first:
                         member.type, member.linkname = tarfile.LNKTYPE, first
                     else:

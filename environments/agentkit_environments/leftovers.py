@@ -68,7 +68,7 @@ def _read_owner(root: int) -> list[str]:
     try:
         _require_ours(descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("the owner file is no regular file")
+            raise ValueError("the owner file is not a regular file")
         text = os.read(descriptor, MAX_OWNER_BYTES + 1)
         if len(text) > MAX_OWNER_BYTES:
             raise ValueError(f"the owner file has more than {MAX_OWNER_BYTES} bytes")

@@ -135,7 +135,7 @@ class Layout:
         prefix = os.path.realpath(sys.base_prefix)
         python = os.path.realpath(f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}")
         if prefix in ("/", "/home", "/root") or not python.startswith(prefix + "/"):
-            raise SandboxUnavailableError(f"the interpreter's prefix {prefix!r} cannot be shown to a sandbox")
+            raise SandboxUnavailableError(f"the interpreter's prefix {prefix!r} cannot be mounted in a sandbox")
         binds, symlinks = ["/usr"], [(f"{BIN}/python3", python), (f"{BIN}/python", python), ("/var/tmp", "/tmp")]
         for alias in RUNTIME_ALIASES:
             if os.path.islink(alias):
@@ -323,7 +323,7 @@ def _trial_failure(launcher: Launcher) -> str | None:
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{launcher}: {error}"
     if tried.returncode != 0 or not tried.stdout:
-        said = tried.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
+        said = tried.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
         return f"{launcher} exited with {tried.returncode}: {said[0]}"
     return None
 
@@ -456,7 +456,7 @@ class ProcessEnvironment(Environment):
     def _fitting(self, data: bytes) -> bytes:
         """Return `data`, or refuse data of which the executor could not hold two copies."""
         if len(data) > EXECUTOR_BYTES >> 2:
-            raise ValueError(f"{len(data)} bytes are more than the {EXECUTOR_BYTES >> 2} that a process sandbox takes")
+            raise ValueError(f"a process sandbox takes at most {EXECUTOR_BYTES >> 2} bytes at once, got {len(data)}")
         return data
 
 

@@ -69,11 +69,11 @@ def require_image(client: docker.DockerClient, image: str | None) -> str:
         client.images.get(name)
     except ImageNotFound:
         if image is None:
-            raise SandboxUnavailableError(f"the base image {BASE_IMAGE} is not there: {BUILD_HINT}") from None
+            raise SandboxUnavailableError(f"the base image {BASE_IMAGE} is missing: {BUILD_HINT}") from None
         try:
             client.images.pull(name)
         except (DockerException, requests.RequestException) as error:
-            raise SandboxUnavailableError(f"image {name} is not there and could not be pulled: {error}") from error
+            raise SandboxUnavailableError(f"image {name} is missing and could not be pulled: {error}") from error
     except (DockerException, requests.RequestException) as error:
         raise SandboxUnavailableError(f"image {name} cannot be used: {error}") from error
     return name
