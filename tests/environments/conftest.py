@@ -1,4 +1,4 @@
-"""Every contract test runs once for each backend that works here; the others are skipped with their reason."""
+"""Contract tests run once for each backend that works here; other backends are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Opener = Callable[..., Awaitable[Environment]]
 
 
 def require(backend: str) -> None:
-    """Skip the test when `backend` does not work here."""
+    """Skip the test if `backend` does not work here."""
     reason = None
     if backend == "docker":
         reason = docker_failure()
@@ -64,19 +64,19 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def open_backend() -> Opener:
-    """Open an environment: `await open_backend(backend, spec, run_id)`."""
+    """Return a function that opens an environment: `await open_backend(backend, spec, run_id)`."""
     return _open
 
 
 @pytest.fixture(scope="module")
 async def env(backend: str, anyio_backend: str) -> AsyncIterator[Environment]:
-    """One environment for all tests of a module that leave it alive."""
+    """One environment, shared by all tests of a module that do not end it."""
     async with await _open(backend, EnvironmentSpec(env={"FROM_SPEC": "spec"})) as environment:
         yield environment
 
 
 class Tag:
-    """A number that nothing else on this machine has: `sleep <tag>` can be found from outside every sandbox."""
+    """A number that nothing else on this machine uses, so that `sleep <tag>` can be found from outside any sandbox."""
 
     def __init__(self, wait_until: WaitUntil) -> None:
         self._wait_until = wait_until
@@ -100,7 +100,7 @@ class Tag:
         return len(self.pids())
 
     def wait(self, count: int) -> None:
-        """Wait until exactly `count` processes are alive; fail when that takes too long."""
+        """Wait until exactly `count` processes are alive; fail if that takes too long."""
         self._wait_until(lambda: self.alive() == count, f"{count} living processes with `{self.value}`")
 
 

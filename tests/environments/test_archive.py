@@ -1,4 +1,4 @@
-"""What may be in an archive."""
+"""Checks on the content of archives."""
 
 from __future__ import annotations
 

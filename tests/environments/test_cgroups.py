@@ -1,4 +1,4 @@
-"""Finding, making and removing control groups, on directories that look like those of the kernel."""
+"""Finding, making and removing control groups, in directories that look like the kernel's."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_version_1_machine_has_a_hierarchy_for_each_controller(tmp_path: Path)
     assert set(found) == {
         "/sys/fs/cgroup/unified/b",
         "/sys/fs/cgroup/cpu,cpuacct/a",
-        "/sys/fs/cgroup/mem ory/job",  # and not pids, whose part with this process is mounted nowhere
+        "/sys/fs/cgroup/mem ory/job",  # without pids: its subtree with this process is not mounted
     }
     memory = found["/sys/fs/cgroup/mem ory/job"]
     assert (memory.version, memory.controllers, memory.parent) == (1, frozenset(["memory"]), memory.own)
@@ -61,7 +61,7 @@ def test_a_machine_without_cgroups(tmp_path: Path) -> None:
 
 
 def fake_group_files(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Let every directory that is made have these files, as in a cgroup file system, and let it go with them."""
+    """Give every new directory these files, as a cgroup file system does, and remove them with it."""
     make, remove = Path.mkdir, Path.rmdir
 
     def mkdir(self: Path) -> None:

@@ -1,4 +1,4 @@
-"""What every backend promises, tested on every backend that works here."""
+"""The contract of an environment, tested on every backend that works here."""
 
 from __future__ import annotations
 
@@ -371,7 +371,8 @@ async def test_disk_process_and_memory_limits(backend: str, open_backend: Opener
 
 
 async def test_reap_removes_a_run_by_its_name(backend: str, open_backend: Opener, tag: Tag) -> None:
-    reaped = 0 if backend.startswith("process") else 1  # a process sandbox ends with its parent: nothing to find
+    # a process sandbox ends with its parent, so nothing is left to reap
+    reaped = 0 if backend.startswith("process") else 1
     run_id = f"reap-{os.getpid()}-{tag.value}"
     env = await open_backend(backend, run_id=run_id)
     try:

@@ -1,4 +1,4 @@
-"""Nothing is left behind when the harness itself is interrupted or killed."""
+"""Nothing is left behind when the harness is interrupted or killed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def containers(tag: Tag) -> int:
 
 def test_ctrl_c_leaves_nothing(backend: str, tag: Tag, wait_until: WaitUntil) -> None:
     harness = start_harness(backend, tag)
-    harness_tag_count = 1  # the harness itself carries the tag as an argument
+    harness_tag_count = 1  # the harness has the tag among its own arguments
     tag.wait(3 + harness_tag_count)
     harness.send_signal(signal.SIGINT)
     _, stderr = harness.communicate(timeout=30)
@@ -85,7 +85,7 @@ async def test_sigkill_leaves_nothing(backend: str, tag: Tag, wait_until: WaitUn
     harness.kill()
     harness.communicate(timeout=30)
     if backend == "unsafe-local":
-        assert tag.alive() == 3  # nothing watches over these but the next start
+        assert tag.alive() == 3  # only the next start reaps these
         assert await reap() >= 1
     tag.wait(0)
     if backend == "docker":

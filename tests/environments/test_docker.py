@@ -1,4 +1,4 @@
-"""The container's configuration, as the engine reports it."""
+"""Configuration of the container, as the engine reports it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_hardening_is_what_the_engine_applies(client: docker.DockerClient, anyio
     described, status = anyio.run(inspect)
     host, config = described["HostConfig"], described["Config"]
     assert host["CapDrop"] == ["ALL"]
-    assert host["CapAdd"] == ["KILL"]  # for root, as whom only the keeper runs; not for commands, see below
+    assert host["CapAdd"] == ["KILL"]  # for the keeper, which runs as root; not for commands, see below
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert host["NetworkMode"] == "none"
     assert host["ReadonlyRootfs"]

@@ -1,4 +1,4 @@
-"""What a hostile command does to its container: the deadline, cancellation and `kill_all` hold, and errors are true."""
+"""Hostile commands in a container: deadlines, cancellation and `kill_all` hold, and errors name the true cause."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
 
 SLACK_S = 8.0
-"""A busy machine's share. The faults under test took 30 to 70 s, or never ended."""
+"""Extra time for a busy machine. The faults under test took 30 to 70 s, or never ended."""
 
-# A daemon of the commands' user that signals every other process of this user, for ever.
+# A daemon of the commands' user that keeps signalling every other process of this user.
 LOOP = """
 import os, signal
 if os.fork():
@@ -46,7 +46,7 @@ while True:
         pass
 """
 
-# Starts processes until no more can be.
+# Starts processes up to the limit.
 FILL = """
 import os, time
 while True:
@@ -134,7 +134,7 @@ async def test_a_command_that_times_out_takes_no_sibling_with_it(env: Environmen
         tasks.start_soon(sibling)
         assert (await env.exec("yes", timeout_s=1)).timed_out
         await env.write_file("go", "")
-    # On a machine so busy that the flood could not be killed alone in time, everything is.
+    # On a very busy machine the flood cannot be killed alone in time, so everything is killed.
     assert results["sibling"] in ("done\n", "")
 
 
@@ -154,7 +154,7 @@ async def test_a_command_that_another_one_kills_is_a_result(env: Environment) ->
     await start_loop(env, "SIGKILL")
     for _ in range(3):
         result = await env.exec("sleep 0.5; echo survived", timeout_s=20)
-        # 137, or what the engine has when its helper is killed before the command has begun.
+        # 137, or the engine's exit code if its helper is killed before the command has begun.
         assert (result.exit_code > 125, result.timed_out, result.stdout) == (True, False, "")
     await env.kill_all()
     assert (await env.exec("echo usable")).stdout == "usable\n"
@@ -222,14 +222,14 @@ async def test_a_command_that_finds_no_room_for_a_process_says_so() -> None:
         await env.write_file("fill.py", FILL)
         await env.exec("exec python3 fill.py >/dev/null 2>&1", timeout_s=20)
         result = await env.exec("ls; echo never")
-        # Either the engine's helper or the shell finds no room.
+        # Either the engine's helper or the shell hits the process limit.
         assert result.exit_code != 0 and result.stdout == "" and result.stderr
         await env.kill_all()
         assert (await env.exec("echo usable")).stdout == "usable\n"
 
 
 async def test_a_container_whose_first_program_dies_is_lost_without_blame_on_the_host(env: Environment) -> None:
-    with pytest.raises(SandboxLostError):  # only root can do this, and commands are not root
+    with pytest.raises(SandboxLostError):  # only root can do this; commands do not run as root
         await env.exec("for p in /proc/[0-9]*; do kill -9 ${p#/proc/}; done", user="0:0")
     with pytest.raises(
         SandboxLostError, match=r"container \w+ has ended: its first program ended with exit code 137"
@@ -263,7 +263,7 @@ async def test_a_command_in_flight_when_its_environment_is_closed_is_lost_withou
 
 
 class Proxy:
-    """Stands between a client and the engine's socket, so that the engine can go away for this client alone."""
+    """A proxy between a client and the engine's socket, so that the engine can go away for this client alone."""
 
     def __init__(self, path: Path, target: str) -> None:
         self._target, self._ends, self._is_gone = target, list[socket.socket](), False
@@ -278,7 +278,7 @@ class Proxy:
             except OSError:
                 return
             if self._is_gone:
-                client.close()  # not refused: the docker library leaks the socket of a connection that is refused
+                client.close()  # closed instead of refused: the docker library leaks the socket of a refused connection
                 continue
             engine = socket.socket(socket.AF_UNIX)
             engine.connect(self._target)
@@ -295,7 +295,7 @@ class Proxy:
             target.shutdown(socket.SHUT_WR)
 
     def stop(self) -> None:
-        """Close every connection, and each new one at once."""
+        """Close every connection, and every new one at once."""
         self._is_gone = True
         for end in self._ends:
             with contextlib.suppress(OSError):

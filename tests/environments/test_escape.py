@@ -1,4 +1,4 @@
-"""What a hostile command tries in a process sandbox."""
+"""Escape attempts of hostile commands in a process sandbox."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def env(launcher: Launcher, anyio_backend: str) -> AsyncIterator[Environme
 
 
 async def python(env: Environment, code: str) -> str:
-    """Run Python code in the sandbox; return what it printed, or its error's last line."""
+    """Run Python code in the sandbox; return its output, or the last line of its error."""
     result = await env.exec(["python3", "-c", code], timeout_s=60)
     return (result.stdout + result.stderr.strip().rpartition("\n")[2]).strip()
 

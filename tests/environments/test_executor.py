@@ -1,4 +1,4 @@
-"""The executor by itself, outside any sandbox: whatever a request brings about, it answers and goes on."""
+"""The executor outside any sandbox: it answers every request and goes on."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FAULTS = [line.split('"')[1] for line in SERVE.splitlines() if line.startswith('
 
 
 def state(pid: int) -> str:
-    """Return the state letter of a process, X when there is none."""
+    """Return the state letter of a process, X if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -228,7 +228,7 @@ subprocess.run([sys.executable, "-c", *sys.argv[1:]], env={"PATH": os.environ["P
 
 
 def test_all_are_stopped_before_any_is_killed(tag: Tag, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil) -> None:
-    """A process without the cookie, which forks when its child dies, must not get to do it."""
+    """A process without the cookie that forks when its child dies must not get the chance to fork."""
     cookie = f"cookie-{tag.value}"
     command = subprocess.Popen(
         [sys.executable, "-c", COMMAND, WATCHER, cookie, tag.value],

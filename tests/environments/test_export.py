@@ -1,4 +1,4 @@
-"""An export keeps what can be carried and says what it left out, whatever commands have made of the files."""
+"""Exports keep what can be carried and list what they left out, for any files that commands make."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def truncate(size: int) -> str:
 
 
 async def made(env: Environment, setup: str, place: str = "made") -> ExportedDir:
-    """Make a directory with a file `ok` in it, do `setup` there, and export it; the result is safe to unpack."""
+    """Make a directory with a file `ok`, run `setup` in it and export it; assert that the result is safe to unpack."""
     done = await env.exec(f"chmod -R u+rwx {place} 2>/dev/null; rm -rf {place}; mkdir {place}; cd {place}; {setup}")
     assert done.exit_code == 0, done.stderr
     await env.write_file(f"{place}/ok", "ok")
@@ -82,7 +82,7 @@ async def test_what_cannot_be_carried_is_left_out_and_named(
 async def test_a_socket_is_left_out(env: Environment) -> None:
     exported = await made(env, "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('x')\"")
     assert names(exported) == ["ok"]
-    # The container engine does not say that it leaves sockets out.
+    # The container engine leaves sockets out silently.
     assert exported.dropped == (() if env.backend == "docker" else ("'x': a pipe, a socket or a device",))
 
 
@@ -157,7 +157,7 @@ async def test_too_much_is_counted_before_it_is_packed(env: Environment, monkeyp
         await made(env, truncate(1048577))
     with pytest.raises(UnsafeArchiveError, match="more than"):
         await made(env, truncate(200 << 20))
-    assert len((await made(env, truncate(700_000) + "; ln big a")).data) > 700_000  # a hard link is no copy
+    assert len((await made(env, truncate(700_000) + "; ln big a")).data) > 700_000  # a hard link is not a copy
 
 
 async def test_an_executor_needs_no_more_memory_than_its_sandbox_has(backend: str, open_backend: Opener) -> None:
@@ -214,7 +214,7 @@ async def test_crafted_archives_are_refused_or_imported_but_never_break_a_sandbo
         assert (await env.exec("echo alive")).stdout == "alive\n"
 
 
-# Without a sandbox
+# Tests without a sandbox
 
 
 def pack(folder: Path, entries: int = MAX_ARCHIVE_ENTRIES, size: int = MAX_ARCHIVE_BYTES) -> ExportedDir:

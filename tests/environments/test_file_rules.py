@@ -1,4 +1,4 @@
-"""Files obey the same permissions and links in every sandbox: each case gives the same result in both backends."""
+"""Permissions and links of files: each case gives the same result in both sandboxes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ async def files(backend: str, open_backend: Opener) -> AsyncIterator[Environment
 
 
 async def outcome(files: Environment, path: str, data: bytes | None = None) -> object:
-    """Read or write; return the content, None, or the error's number or type."""
+    """Read or write; return the content, None, or the number or type of the error."""
     try:
         with anyio.fail_after(30):
             return await (files.read_file(path) if data is None else files.write_file(path, data))
@@ -208,7 +208,7 @@ async def test_a_new_file_belongs_to_the_commands_user_and_a_rewritten_one_keeps
 
 
 async def test_a_path_that_changes_while_it_is_read_never_hangs(files: Environment) -> None:
-    """A loop replaces the file by a pipe and back; whatever a read finds, it ends."""
+    """A loop replaces the file by a pipe and back; a read always ends."""
     await files.exec("mkdir race; mkfifo race/pipe; echo x > race/file; ln -s file race/x")
     swap = "while :; do ln -sfn pipe race/y && mv -T race/y race/x; ln -sfn file race/y && mv -T race/y race/x; done"
     await files.exec(f"({swap}) >/dev/null 2>&1 &")

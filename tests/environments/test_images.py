@@ -1,4 +1,4 @@
-"""The base image's builder is where the hint says, in a wheel too, and needs nothing that has to be installed."""
+"""The base image's builder can be run as the hint says, also from a wheel, and needs no installed package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only `unsafe-local` has to do: take down a directory tree that a command has made hard to remove."""
+"""`unsafe-local` alone: removing a directory tree that a command has made hard to remove."""
 
 from __future__ import annotations
 

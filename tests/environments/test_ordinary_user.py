@@ -1,4 +1,4 @@
-"""Where the harness is root, its process sandboxes are tested once more with an ordinary user as the harness."""
+"""As root, the tests of the process sandbox run a second time, with an ordinary user as the harness."""
 
 from __future__ import annotations
 

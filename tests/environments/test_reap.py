@@ -1,4 +1,4 @@
-"""`reap` runs as root on a directory that everybody can write: it removes what is ours, and nothing else."""
+"""`reap` may run as root on a world-writable directory: it removes our leftovers and nothing else."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from agentkit_environments.leftovers import PREFIX, reap_local, remove_tree
 from agentkit_environments.owner import is_orphan, owner_token
 
 DEAD = "/".join([owner_token().split("/")[0], str(os.getpid()), "1"])
-"""The token of a process of this machine that had our id and is gone."""
+"""The token of a dead process of this machine with this process's id."""
 
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The system's temporary directory."""
+    """A stand-in for the system's temporary directory."""
     path = tmp_path / "tmp"
     path.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(path))
@@ -30,7 +30,7 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
-    """A directory that looks like one of ours, and must stay as it is."""
+    """A directory that looks like one of ours and must stay as it is."""
     path = tmp_path / "precious"
     leftover(path)
     return path
@@ -147,7 +147,7 @@ def test_what_belongs_to_somebody_else_is_left_alone(shared: Path) -> None:
 
 @contextlib.contextmanager
 def flipping(path: Path, target: Path) -> Iterator[None]:
-    """While the block runs, `path` is a directory, then a link to `target`, and so on."""
+    """Alternate `path` between a directory and a link to `target` while the block runs."""
     done = threading.Event()
     aside = path.parent / "aside"
 

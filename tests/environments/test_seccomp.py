@@ -1,4 +1,4 @@
-"""The system call filter, run by a small interpreter of classic BPF for both machines."""
+"""The system call filter, run by a small interpreter of classic BPF, for both machines."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from agentkit_environments.seccomp import (
     seccomp_program,
 )
 
-MACHINES = sorted(AUDIT_ARCH, reverse=True)  # the order of the tables' columns
+MACHINES = sorted(AUDIT_ARCH, reverse=True)  # in the order of the tables' columns
 I386 = 0x40000003
 
 
 def run(program: bytes, number: int, arguments: tuple[int, ...] = (), arch: int = AUDIT_ARCH["x86_64"]) -> int:
-    """Return 0 when the call is allowed, else its errno. Fails on a program that the kernel would refuse."""
+    """Return 0 if the call is allowed, else its errno. Fails on a program that the kernel would refuse."""
     padded = [*arguments, *[0] * (6 - len(arguments))]
     data = struct.pack("<IIQ6Q", number, arch, 0, *padded)
     instructions = [struct.unpack_from("=HBBI", program, offset) for offset in range(0, len(program), 8)]

@@ -1,4 +1,5 @@
-"""What commands do to a process sandbox's executor, memory and shared resources: each is a value, and it lives on."""
+"""Attacks on a process sandbox's executor, memory and shared resources: commands fail as values, the executor
+survives."""
 
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ async def small(launcher: Launcher, has_cgroup: bool, monkeypatch: pytest.Monkey
 
 
 async def python(env: Environment, code: str, timeout_s: float = 60) -> str:
-    """Run Python code in the sandbox; return what it printed, or its error's last line."""
+    """Run Python code in the sandbox; return its output, or the last line of its error."""
     result = await env.exec(["python3", "-c", code], timeout_s=timeout_s)
     return (result.stdout + result.stderr.strip().rpartition("\n")[2]).strip()
 
@@ -115,7 +116,7 @@ async def test_a_loop_that_stops_everything_costs_commands_and_nothing_else(env:
 async def test_a_command_that_is_stopped_before_its_program_runs_is_killed_without_a_deadline(env: Environment) -> None:
     await python(env, LOOP.format("SIGSTOP"))
     with anyio.fail_after(60):
-        # One that got to its program first is stopped too, and has no deadline: it ends with this scope.
+        # A command that reaches its program first is stopped too, and has no deadline: it ends with this scope.
         while True:
             with anyio.move_on_after(20):
                 result = await env.exec("sleep 0.1")
@@ -318,7 +319,7 @@ for directory in ("/tmp", "/workspace", "/dev/shm"):
 async def test_memory_that_belongs_to_no_process_is_bounded(
     small: Environment, launcher: Launcher, has_cgroup: bool, code: str, most: int
 ) -> None:
-    """In MiB, and empty files in thousands, at about 1 KiB each."""
+    """Sizes are in MiB; empty files in thousands, at about 1 KiB each."""
     if (launcher, has_cgroup, code) == ("bwrap-plain", False, EMPTY_FILES):
         pytest.skip("bubblewrap cannot bound the number of files")
     result = await small.exec(["python3", "-c", code], timeout_s=120)
@@ -358,7 +359,7 @@ async def test_commands_that_use_too_much_memory_together_are_killed(launcher: L
         result = await env.exec("for file in a /tmp/a /dev/shm/a; do head -c 60M /dev/zero > $file; done")
         assert result.exit_code in (1, 137)
         with suppress(OSError):
-            await env.write_file("more", bytes(8 << 20))  # the executor's own use is not among the commands'
+            await env.write_file("more", bytes(8 << 20))  # the executor's own memory does not count as the commands'
         assert len(await env.read_file("a", max_bytes=64 << 20)) > 0
         assert (await env.exec("true")).exit_code in (0, 126, 137)
 
@@ -419,7 +420,7 @@ async def test_the_limits_of_the_namespaces_cannot_be_changed_back(env: Environm
 
 
 async def kill_executor(env: ProcessEnvironment, tag: Tag) -> SandboxLostError:
-    """Kill the executor from outside while a command runs; return what the command's caller gets."""
+    """Kill the executor from outside while a command runs; return the error that the command's caller gets."""
     raised: list[SandboxLostError] = []
 
     async def run() -> None:
@@ -436,7 +437,7 @@ async def kill_executor(env: ProcessEnvironment, tag: Tag) -> SandboxLostError:
 
 
 def executor_of(pid: int) -> int:
-    """Return the executor that a command's process descends from."""
+    """Return the executor that is an ancestor of a command's process."""
     while b"/opt/agentkit/confine.py" not in Path(f"/proc/{pid}/cmdline").read_bytes():
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return pid
@@ -476,7 +477,8 @@ async def test_the_harness_keys_are_out_of_sight(launcher: Launcher, tag: Tag) -
             assert (await env.exec("cat /proc/keys /proc/key-users")).stdout == ""
             code = f"import ctypes; print(ctypes.CDLL(None).syscall({add_key}, b'user', b'x', b'x', 1, -3))"
             assert await python(env, code) == "-1"
-        # `enter.py` leaves the session keyring in any case; here without the filter that forbids to look.
+        # `enter.py` always leaves the session keyring. This test runs it without the filter, which would forbid
+        # looking.
         enter = Path(cgroups_module.__file__).with_name("enter.py")
         search = f"import ctypes; print(ctypes.CDLL(None).syscall({KEYCTL}, 10, -3, b'user', {name!r}, 0))"
         for prefix, found in (([sys.executable, str(enter), str(os.getpid()), "-", ""], False), ([], True)):
