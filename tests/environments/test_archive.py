@@ -91,12 +91,12 @@ def test_bombs_are_refused_before_they_are_read() -> None:
 
 
 @pytest.mark.parametrize("data", [b"x", b"x" * 4096, tar(("f", FILE, "", b"x" * 9000))[:5000]])
-def test_what_is_no_archive_is_refused(data: bytes) -> None:
+def test_data_that_is_not_an_archive_is_refused(data: bytes) -> None:
     with pytest.raises(UnsafeArchiveError):
         check_archive(data)
 
 
-def test_rebase_names_every_directory_once_and_before_what_is_in_it() -> None:
+def test_rebase_lists_every_directory_once_and_before_its_content() -> None:
     data = tar(
         ("./a/b/f", FILE, ""), ("a", DIRECTORY, ""), ("a/g", FILE, ""), ("c/d", DIRECTORY, ""), ("c/d/f", FILE, "")
     )

@@ -68,7 +68,7 @@ async def test_variables(env: Environment, monkeypatch: pytest.MonkeyPatch) -> N
     assert (await env.exec("echo $FROM_SPEC", env={"FROM_SPEC": "call"})).stdout == "call\n"
 
 
-async def test_another_user_is_a_docker_matter(env: Environment) -> None:
+async def test_only_docker_runs_commands_as_another_user(env: Environment) -> None:
     if env.backend == "docker":
         assert (await env.exec("id -u", user="0:0")).stdout == "0\n"
         assert (await env.exec("id -u")).stdout == "1000\n"
@@ -82,7 +82,7 @@ async def test_python3_is_modern(env: Environment) -> None:
     assert result.stdout == "True\n", result.stderr
 
 
-async def test_what_cannot_be_started_has_the_exit_code_of_a_shell(env: Environment) -> None:
+async def test_a_program_that_cannot_start_has_a_shells_exit_code(env: Environment) -> None:
     missing = await env.exec(["no-such-program"])
     assert missing.exit_code == 127
     assert "not found" in missing.stderr
@@ -291,7 +291,7 @@ def tar(name: str, kind: bytes, content: bytes = b"") -> bytes:
         ("ln -s nowhere x", "x", tarfile.DIRTYPE),
     ],
 )
-async def test_an_import_that_meets_something_else_is_an_error(
+async def test_an_import_over_another_kind_of_entry_is_an_error(
     env: Environment, there: str, name: str, kind: bytes
 ) -> None:
     await env.exec(f"rm -rf conflict; mkdir conflict; cd conflict; {there}")
@@ -311,7 +311,7 @@ async def test_an_import_merges_directories_and_replaces_files_and_links(env: En
         await env.import_dir("merge/l", tar("f", tarfile.REGTYPE))
 
 
-async def test_hard_links_round_trip_whatever_their_names(env: Environment) -> None:
+async def test_hard_links_with_any_names_round_trip(env: Environment) -> None:
     await env.exec("mkdir -p hard/a; cd hard; echo text > a/b; ln a/b a-b; ln a/b z")
     await env.import_dir("hard-again", (await env.export_dir("hard")).data)
     assert (await env.exec("cat a-b a/b z", cwd="hard-again")).stdout == "text\n" * 3

@@ -95,6 +95,6 @@ async def test_containers_and_volumes_are_gone_after_close(client: docker.Docker
     assert {volume.name for volume in client.volumes.list()} <= volumes
 
 
-async def test_an_image_that_cannot_be_had_is_named(client: docker.DockerClient) -> None:
+async def test_an_image_that_cannot_be_pulled_is_named(client: docker.DockerClient) -> None:
     with pytest.raises(SandboxUnavailableError, match="localhost:1/no/such:image"):
         await open_environment(EnvironmentSpec(image="localhost:1/no/such:image"), backend="docker")

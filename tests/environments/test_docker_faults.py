@@ -124,7 +124,7 @@ async def test_where_every_process_is_frozen_deadlines_and_cancellation_are_obey
     assert (await env.exec("echo usable; ls")).stdout.startswith("usable\nloop.py\n")
 
 
-async def test_a_command_that_times_out_takes_no_sibling_with_it(env: Environment) -> None:
+async def test_a_timeout_does_not_kill_sibling_commands(env: Environment) -> None:
     results: dict[str, str] = {}
 
     async def sibling() -> None:
@@ -150,7 +150,7 @@ async def test_kill_all_ends_what_signals_everything(env: Environment, signal: s
     assert (await env.exec("cat kept; pgrep -c python3")).stdout == "kept0\n"
 
 
-async def test_a_command_that_another_one_kills_is_a_result(env: Environment) -> None:
+async def test_a_command_killed_by_another_command_has_a_result(env: Environment) -> None:
     await start_loop(env, "SIGKILL")
     for _ in range(3):
         result = await env.exec("sleep 0.5; echo survived", timeout_s=20)
@@ -327,7 +327,7 @@ async def test_an_engine_that_is_gone_is_the_hosts_failure(proxy: Proxy) -> None
                 await doomed
 
 
-async def test_an_engine_that_goes_while_a_command_runs_is_the_hosts_failure(proxy: Proxy, tag: Tag) -> None:
+async def test_an_engine_lost_during_a_command_is_the_hosts_failure(proxy: Proxy, tag: Tag) -> None:
     raised: list[Exception] = []
 
     async def run() -> None:

@@ -135,7 +135,7 @@ def test_an_unknown_operation_and_missing_fields_are_replies(peer: Peer) -> None
     assert peer.exec("true")[0]["exit_code"] == 0
 
 
-def test_a_body_that_memory_has_no_room_for_is_refused() -> None:
+def test_a_body_that_does_not_fit_in_memory_is_refused() -> None:
     peer = Peer({"RLIMIT_DATA": 96 << 20})
     header, _ = peer.ask({"id": 1, "op": "echo"}, bytes(128 << 20))
     assert header["errno"] == errno.ENOMEM
@@ -143,7 +143,7 @@ def test_a_body_that_memory_has_no_room_for_is_refused() -> None:
     assert peer.close() == 0
 
 
-def test_output_that_memory_has_no_room_for_is_cut() -> None:
+def test_output_that_does_not_fit_in_memory_is_cut() -> None:
     peer = Peer({"RLIMIT_DATA": 96 << 20})
     header, body = peer.exec("head", "-c", "300000000", "/dev/zero", max_output_bytes=1 << 30)
     assert (header["exit_code"], header["truncated"]) == (0, True)
@@ -152,7 +152,7 @@ def test_output_that_memory_has_no_room_for_is_cut() -> None:
     assert peer.close() == 0
 
 
-def test_without_descriptors_a_command_fails_as_a_value() -> None:
+def test_a_command_fails_as_a_value_when_descriptors_run_out() -> None:
     peer = Peer({"RLIMIT_NOFILE": 40})
     for number in range(30):
         fields = {"cwd": "/", "env": {}, "timeout_s": 60, "max_output_bytes": 10}
@@ -165,7 +165,7 @@ def test_without_descriptors_a_command_fails_as_a_value() -> None:
     assert peer.close() == 0
 
 
-def test_what_cannot_be_started(peer: Peer, tmp_path: Path) -> None:
+def test_commands_that_cannot_be_started(peer: Peer, tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("no interpreter is named here")
     script.chmod(0o755)
@@ -188,7 +188,7 @@ def has_arrived(peer: Peer, pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_spare_child_that_is_killed_or_stopped_is_no_loss(
+def test_killing_or_stopping_the_spare_child_has_no_effect(
     peer: Peer, number: signal.Signals, wait_until: WaitUntil
 ) -> None:
     for _ in range(3):
@@ -227,7 +227,9 @@ subprocess.run([sys.executable, "-c", *sys.argv[1:]], env={"PATH": os.environ["P
 """
 
 
-def test_all_are_stopped_before_any_is_killed(tag: Tag, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil) -> None:
+def test_all_processes_are_stopped_before_any_is_killed(
+    tag: Tag, monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
     """A process without the cookie that forks when its child dies must not get the chance to fork."""
     cookie = f"cookie-{tag.value}"
     command = subprocess.Popen(

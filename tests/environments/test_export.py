@@ -86,13 +86,13 @@ async def test_a_socket_is_left_out(env: Environment) -> None:
     assert exported.dropped == (() if env.backend == "docker" else ("'x': a pipe, a socket or a device",))
 
 
-async def test_a_venv_survives_but_for_its_absolute_links(env: Environment) -> None:
+async def test_a_venv_is_carried_except_its_absolute_links(env: Environment) -> None:
     exported = await made(env, "python3 -m venv --without-pip --symlinks v; echo 'x = 1' > v/module.py")
     assert {"v/pyvenv.cfg", "v/module.py", "v/bin/activate", "v/lib64"} <= set(names(exported))
     assert exported.dropped and all("absolute" in line for line in exported.dropped)
 
 
-async def test_times_are_clamped_to_what_archives_can_say(env: Environment) -> None:
+async def test_times_are_clamped_to_the_range_of_archives(env: Environment) -> None:
     touch = (
         "touch -d @9223372036854775807 a; touch -d @-9223372036854775808 b; touch -d @-100000000000 c; touch -d @7 d"
     )
@@ -102,7 +102,7 @@ async def test_times_are_clamped_to_what_archives_can_say(env: Environment) -> N
     assert times == [str(MAX_TIME), "0", "0", "7", str(MAX_TIME)]
 
 
-async def test_permissions_keep_nothing_from_being_carried(env: Environment) -> None:
+async def test_files_without_permissions_are_carried(env: Environment) -> None:
     setup = "mkdir -p d/e; echo x > d/e/f; chmod 000 d/e/f d/e; chmod 400 d; echo y > g; chmod 7000 g"
     exported = await made(env, setup)
     assert names(exported) == ["d", "d/e", "d/e/f", "g", "ok"] and exported.dropped == ()
@@ -147,7 +147,9 @@ async def test_names_that_are_not_utf8_survive(env: Environment) -> None:
     assert look.stdout.strip() == f"{sorted([*strange, b'l', b'ok'])} {strange[0]!r}"
 
 
-async def test_too_much_is_counted_before_it_is_packed(env: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_export_that_is_too_large_is_refused_before_packing(
+    env: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(environment, "MAX_ARCHIVE_ENTRIES", 100)
     monkeypatch.setattr(environment, "MAX_ARCHIVE_BYTES", 1 << 20)
     assert len(names(await made(env, "mkdir d; touch d/$(seq -s ' d/' 98)"))) == 100
@@ -171,7 +173,7 @@ async def test_an_executor_needs_no_more_memory_than_its_sandbox_has(backend: st
         assert look.stdout.split() == [f"{(100 << 20) + 3}", "end2000"], look.stderr
 
 
-async def test_exports_side_by_side_and_cancelled(env: Environment) -> None:
+async def test_concurrent_and_cancelled_exports(env: Environment) -> None:
     await env.exec("mkdir side; for n in 1 2 3; do head -c 3M /dev/urandom > side/$n; done")
     alone = (await env.export_dir("side")).data
     found: list[bytes] = []
@@ -223,7 +225,7 @@ def pack(folder: Path, entries: int = MAX_ARCHIVE_ENTRIES, size: int = MAX_ARCHI
     return drop_links(data, packer.drops.lines, max_entries=entries, max_bytes=size)
 
 
-def test_a_bound_is_met_before_anything_is_read(tmp_path: Path) -> None:
+def test_bounds_apply_before_anything_is_read(tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number:02}").write_bytes(b"x" * 100)
     with pytest.raises(OSError, match="more than 19 entries"):
@@ -233,7 +235,7 @@ def test_a_bound_is_met_before_anything_is_read(tmp_path: Path) -> None:
     assert len(names(pack(tmp_path, 20, 2040))) == 20
 
 
-def test_what_changes_between_counting_and_reading_tears_nothing(tmp_path: Path) -> None:
+def test_changes_between_counting_and_reading_keep_the_archive_whole(tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).write_bytes(b"1234")
     packer = Packer(str(tmp_path), 100, 1 << 20)
@@ -246,7 +248,7 @@ def test_what_changes_between_counting_and_reading_tears_nothing(tmp_path: Path)
     assert names(ExportedDir(data)) == ["a", "d", "e"] and packer.drops.lines == ("'c': a pipe, a socket or a device",)
 
 
-def test_piece_by_piece_is_the_whole(tmp_path: Path) -> None:
+def test_pieces_add_up_to_the_whole_archive(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "d").mkdir(parents=True)
     (source / "big").write_bytes(os.urandom(3_500_000))
@@ -271,7 +273,7 @@ def test_links_that_are_slow_to_follow_take_bounded_time(tmp_path: Path) -> None
     assert len(names(exported)) + len(exported.dropped) >= 1001 and "too long to follow" in exported.dropped[-2]
 
 
-def test_the_list_of_what_was_left_out_is_bounded() -> None:
+def test_the_list_of_dropped_entries_is_bounded() -> None:
     drops = DropList()
     for number in range(5_000):
         drops.add("x" * 10_000 + str(number), "a reason")

@@ -50,7 +50,7 @@ def content(path: Path) -> list[str]:
 WHOLE = ["owner", "work", "work/d", "work/d/f"]
 
 
-def test_what_a_dead_harness_left_is_removed(shared: Path) -> None:
+def test_leftovers_of_a_dead_harness_are_removed(shared: Path) -> None:
     leftover(shared / f"{PREFIX}dead")
     (leftover(shared / f"{PREFIX}alive") / "owner").write_text(f"{owner_token()}\nrun\n")
     leftover(shared / "of-somebody-else")
@@ -79,7 +79,7 @@ def test_what_a_dead_harness_left_is_removed(shared: Path) -> None:
         "elsewhere" + DEAD,
     ],
 )
-def test_text_that_is_no_token_names_no_orphan(token: str) -> None:
+def test_malformed_tokens_are_not_orphans(token: str) -> None:
     assert not is_orphan(token)
     assert is_orphan(DEAD)
 
@@ -123,7 +123,7 @@ def test_a_malformed_owner_file_is_left_alone(shared: Path, make: Callable[[Path
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "fifo", "dangling"])
-def test_what_only_has_the_name_is_left_alone(shared: Path, precious: Path, kind: str) -> None:
+def test_a_directory_with_only_the_name_is_left_alone(shared: Path, precious: Path, kind: str) -> None:
     path = shared / f"{PREFIX}x"
     if kind == "file":
         path.write_text("x")
@@ -191,7 +191,7 @@ def test_a_flipped_link_inside_the_directory_leads_nowhere(shared: Path, preciou
         assert content(precious) == WHOLE
 
 
-def test_links_and_permissions_inside_are_no_obstacle(shared: Path, precious: Path) -> None:
+def test_links_and_permissions_inside_do_not_stop_removal(shared: Path, precious: Path) -> None:
     root = leftover(shared / f"{PREFIX}x")
     (root / "work" / "out").symlink_to(precious)
     (root / "work" / "up").symlink_to("../../..")
@@ -206,7 +206,7 @@ def test_links_and_permissions_inside_are_no_obstacle(shared: Path, precious: Pa
 
 
 @pytest.mark.anyio
-async def test_reap_as_a_whole_survives_what_it_finds(shared: Path) -> None:
+async def test_reap_survives_malformed_leftovers(shared: Path) -> None:
     bad = shared / f"{PREFIX}bad"
     bad.mkdir()
     os.mkfifo(bad / "owner")

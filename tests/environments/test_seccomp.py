@@ -58,7 +58,7 @@ def run(program: bytes, number: int, arguments: tuple[int, ...] = (), arch: int 
 
 
 @pytest.mark.parametrize("column", [0, 1])
-def test_what_is_on_the_list_fails_and_the_rest_does_not(column: int) -> None:
+def test_listed_calls_fail_and_others_do_not(column: int) -> None:
     arch, program = AUDIT_ARCH[MACHINES[column]], seccomp_program(MACHINES[column])
     assert len(program) // 8 < 4096
     expected = {numbers[column]: errno.EPERM for numbers in FORBIDDEN.values()}
@@ -72,7 +72,7 @@ def test_what_is_on_the_list_fails_and_the_rest_does_not(column: int) -> None:
 
 @pytest.mark.parametrize("column", [0, 1])
 @pytest.mark.parametrize("arch", [I386, 0x40000028, 0, 0xFFFFFFFF])
-def test_calls_of_another_machine_do_not_exist(column: int, arch: int) -> None:
+def test_calls_of_another_architecture_fail(column: int, arch: int) -> None:
     program = seccomp_program(MACHINES[column])
     assert {run(program, number, arch=arch) for number in range(500)} == {errno.ENOSYS}
 
@@ -121,7 +121,7 @@ def test_only_common_sockets_can_be_made(column: int, call: tuple[int, int]) -> 
         assert run(program, call[column], (socket.AF_INET, 2, protocol), arch) == errno.EPROTONOSUPPORT
 
 
-def test_without_a_cgroup_more_is_missing() -> None:
+def test_more_calls_fail_without_a_cgroup() -> None:
     for names in (tuple(UNACCOUNTED), (*UNACCOUNTED, *SYSV_IPC), tuple(INOTIFY)):
         program = seccomp_program("x86_64", names)
         for name, (number, _) in (UNACCOUNTED | SYSV_IPC | INOTIFY).items():

@@ -95,7 +95,7 @@ while True:
 """
 
 
-async def test_a_loop_that_stops_everything_costs_commands_and_nothing_else(env: Environment) -> None:
+async def test_a_loop_that_stops_everything_affects_only_commands(env: Environment) -> None:
     await python(env, LOOP.format("SIGSTOP"))
     for _ in range(2):
         started = time.monotonic()
@@ -127,7 +127,7 @@ async def test_a_command_that_is_stopped_before_its_program_runs_is_killed_witho
     assert await is_alive(env)
 
 
-async def test_a_loop_that_kills_everything_costs_commands_and_nothing_else(env: Environment) -> None:
+async def test_a_loop_that_kills_everything_affects_only_commands(env: Environment) -> None:
     await python(env, LOOP.format("SIGKILL"))
     for _ in range(5):
         assert (await env.exec("echo out", timeout_s=20)).exit_code in (0, 137)
@@ -155,7 +155,7 @@ async def test_a_work_directory_without_permissions(env: Environment) -> None:
         await env.exec("true", cwd="missing")
 
 
-async def test_dates_that_no_archive_can_hold(env: Environment) -> None:
+async def test_dates_beyond_the_range_of_archives(env: Environment) -> None:
     for moment in ("@9223372036854775807", "@-9223372036854775808", "@99999999999"):
         await env.exec(f"mkdir -p dates; touch -d {moment} dates/file")
         with suppress(OSError):
@@ -163,7 +163,7 @@ async def test_dates_that_no_archive_can_hold(env: Environment) -> None:
         assert await is_alive(env)
 
 
-async def test_arguments_that_no_kernel_takes(env: Environment) -> None:
+async def test_arguments_that_no_kernel_accepts(env: Environment) -> None:
     for size in (200_000, 3_000_000, 20_000_000):
         result = await env.exec(["echo", "x" * size])
         assert (result.exit_code, result.stderr) == (126, "echo: cannot execute: Argument list too long\n")
@@ -226,12 +226,12 @@ os.sched_setaffinity(0, os.sched_getaffinity(0)); os.nice(1); resource.setrlimit
 """
 
 
-async def test_the_executor_can_be_starved_of_neither_time_nor_descriptors(env: Environment) -> None:
+async def test_the_executor_cannot_be_starved_of_time_or_descriptors(env: Environment) -> None:
     assert await python(env, STARVE) == ""
     assert await is_alive(env)
 
 
-async def test_the_executor_is_not_tuned_through_proc(env: Environment) -> None:
+async def test_proc_cannot_change_the_executors_settings(env: Environment) -> None:
     for path in ("/proc/1/timerslack_ns", "/proc/self/timerslack_ns", "/proc/self/comm", "/proc/self/oom_score_adj"):
         with pytest.raises(OSError, match=r"Permission denied|Read-only"):
             await env.write_file(path, "999")
@@ -444,7 +444,7 @@ def executor_of(pid: int) -> int:
 
 
 @pytest.mark.parametrize("kills", [0, 1])
-async def test_the_host_is_blamed_by_its_own_counter_only(
+async def test_only_the_hosts_own_counter_blames_the_host(
     launcher: Launcher, tag: Tag, tmp_path: Path, kills: int
 ) -> None:
     events = tmp_path / "memory.events.local"
@@ -465,7 +465,7 @@ async def test_the_host_is_blamed_by_its_own_counter_only(
 KEYCTL = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
 
 
-async def test_the_harness_keys_are_out_of_sight(launcher: Launcher, tag: Tag) -> None:
+async def test_the_harness_keys_are_hidden(launcher: Launcher, tag: Tag) -> None:
     add_key = {"x86_64": 248, "aarch64": 217}[os.uname().machine]
     session_keyring = -3
     name = f"secret-{tag.value}".encode()
@@ -574,7 +574,7 @@ if __name__ == "__main__":
 """
 
 
-async def test_ordinary_programs_do_not_notice(env: Environment) -> None:
+async def test_ordinary_programs_work(env: Environment) -> None:
     await env.write_file("ordinary.py", ORDINARY)
     result = await env.exec(["python3", "ordinary.py"], timeout_s=60)
     assert result.stdout == "fine\n", result.stderr
