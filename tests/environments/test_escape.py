@@ -211,7 +211,7 @@ async def test_a_detached_process_does_not_outlive_the_sandbox(launcher: Launche
     assert tag.alive() == 0
 
 
-async def test_no_sandbox_means_refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_opening_fails_without_any_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
     with pytest.raises(SandboxUnavailableError, match=r"bwrap is not installed.*Install bubblewrap"):

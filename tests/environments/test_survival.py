@@ -581,6 +581,6 @@ async def test_ordinary_programs_work(env: Environment) -> None:
     assert (await env.exec("yes | head -1; ls -la / >/dev/null; timeout 5 sort ordinary.py >/dev/null")).exit_code == 0
 
 
-async def test_auto_opens_what_is_tested_here() -> None:
+async def test_the_process_backend_opens_here() -> None:
     async with await open_environment(backend="process") as env:
         assert await is_alive(env)
