@@ -1,4 +1,4 @@
-"""What the model may call: typed functions with JSON schemas, and the built-in tools."""
+"""Tools that the model can call: typed functions with JSON schemas, and the built-ins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`CommandTool`: a tool that is a shell command, as tasks declare them in YAML."""
+"""`CommandTool`: a tool that runs a shell command, as declared in a task's YAML."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from agentkit_tools.tool import Tool, ToolContext, ToolOutput
 
 
 class CommandTool(Tool):
-    """Runs `command` with `/bin/sh -c` in the environment, the arguments as one JSON object on stdin.
+    """A tool that runs `command` with `/bin/sh -c` in the environment, with the arguments as one JSON object on stdin.
 
-    The output reads as that of `bash`. `parameters` is a JSON schema (2020-12) of an object, used as it is: unknown
-    arguments are refused only when it says `additionalProperties: false`.
+    The result has the format of `bash`. `parameters` is a JSON schema (2020-12) of an object and is used unchanged:
+    unknown arguments are refused only if it sets `additionalProperties: false`.
 
     Raises:
-        ToolDefinitionError: an empty command, a bad name, or a schema that is none.
+        ToolDefinitionError: the command is empty, the name is invalid, or `parameters` is not a valid JSON schema.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`edit_file`: replace a text that occurs exactly once; anything ambiguous is refused."""
+"""`edit_file`: replace text that occurs exactly once; an ambiguous edit is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from agentkit_tools.function import tool
 from agentkit_tools.model_texts import DESCRIPTIONS, EDITED
 from agentkit_tools.tool import ToolContext
 
-MAX_COUNTED = 1000  # occurrences; one more is "more than" that many
+MAX_COUNTED = 1000  # occurrences; a higher count is reported as "more than 1000"
 
 
 @tool(description=DESCRIPTIONS["edit_file"])
@@ -39,12 +39,12 @@ async def edit_file(path: str, old: str, new: str, context: ToolContext) -> str:
 
 
 def _has_only_crlf(data: bytes) -> bool:
-    r"""Whether every line end of a file is `\r\n`, and there is one."""
+    r"""Return whether the file has line ends and all of them are `\r\n`."""
     return 0 < data.count(b"\n") == data.count(b"\r\n")
 
 
 def _count(data: bytes, wanted: bytes) -> int:
-    """The places where `wanted` begins, those that overlap too; at most one more than `MAX_COUNTED`."""
+    """Count the occurrences of `wanted`, including overlapping ones; stop at `MAX_COUNTED` + 1."""
     count, place = 0, data.find(wanted)
     while place >= 0 and count <= MAX_COUNTED:
         count += 1
@@ -53,7 +53,7 @@ def _count(data: bytes, wanted: bytes) -> int:
 
 
 def _hint(data: bytes, wanted: bytes) -> str:
-    """What may be the matter with a text that is not there, when its line ends or the file's encoding are to blame."""
+    """Return a hint for `wanted` not being found: different line ends, a missing final newline, or a non-UTF-8 file."""
     if _bare(wanted) in _bare(data):
         return r"; its line ends differ: lines of the file may end in \r\n, in \n or in both"
     if wanted.endswith(b"\n") and data.endswith(wanted.rstrip(b"\r\n")):

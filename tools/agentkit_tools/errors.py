@@ -1,27 +1,28 @@
-"""Errors of the tools room.
+"""Exceptions of agentkit_tools.
 
-ToolDefinitionError      the tool is wrong: a bad signature, name or schema; raised where the tool is defined
-ToolError                what a tool raises to say something to the model: the result reads "Error: <message>"
-  ArgumentsError         the arguments of a call do not fit the tool's schema
+ToolDefinitionError      invalid signature, name or schema; raised where the tool is defined
+ToolError                failure reported to the model as the result "Error: <message>"
+  ArgumentsError         the arguments of a call do not match the tool's schema
 
-A dead sandbox is neither: `agentkit_environments.SandboxError` passes through every tool to the loop.
+A lost sandbox is not a tool error: `agentkit_environments.SandboxError` propagates through every tool to the agent
+loop.
 """
 
 from __future__ import annotations
 
 
 class ToolDefinitionError(Exception):
-    """The definition of a tool cannot be used; the message names the tool and the parameter."""
+    """An invalid tool definition; the message names the tool and the parameter."""
 
 
 class ToolError(Exception):
-    """A failure the model should read; its message becomes the result, after `Error: `."""
+    """A failure to report to the model; the result is `Error: ` followed by the message."""
 
 
 class ArgumentsError(ToolError):
-    """The arguments of a call are not what the schema asks for; one problem per item.
+    """Arguments that do not match the tool's schema; one problem per item.
 
-    Each problem names the path, what was given and what was expected, as in
+    Each problem gives the path, the given value and the expected value, as in
     `$.path: given 3 (integer), expected string`.
     """
 

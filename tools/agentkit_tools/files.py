@@ -1,4 +1,4 @@
-"""`read_file`, `write_file`, `list_dir`: plain files in the environment; relative paths start at its work directory."""
+"""`read_file`, `write_file`, `list_dir`: files in the environment; paths are relative to its work directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agentkit_tools.model_texts import DESCRIPTIONS, NO_SUCH_FILE, WROTE
 from agentkit_tools.tool import ToolContext, refuse_nul
 
 NO_DIRECTORY, NOT_A_DIRECTORY, NOT_READABLE = 44, 45, 46  # exit codes of LIST_DIR
-# Only the shell itself, so that no program of the image and no name (with a newline, a `-` in front) can mislead it.
+# Shell builtins only: no program in the image is run, and names with a newline or a leading `-` are safe.
 LIST_DIR = f"""
 case "$1" in /* | "") ;; *) set -- "./$1" ;; esac
 [ -e "$1" ] || exit {NO_DIRECTORY}
@@ -32,7 +32,7 @@ MAX_LISTED_BYTES = 32 << 20
 
 @contextmanager
 def file_errors(path: str) -> Iterator[None]:
-    """Say the file system's usual refusals in few words, with the path as the model wrote it."""
+    """Turn file system errors into short `ToolError`s that quote the path as the model wrote it."""
     try:
         yield
     except FileNotFoundError:
@@ -87,5 +87,5 @@ async def list_dir(context: ToolContext, path: str = ".") -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name on one line: as it is, or quoted as in JSON where it holds control characters."""
+    """Return a file name on one line; names with control characters are quoted as in JSON."""
     return name if name.isprintable() else json.dumps(name)

@@ -1,8 +1,9 @@
-"""The `format`s of JSON schemas that are checked, as regular expressions of the whole text.
+"""Regular expressions for the JSON Schema `format`s that are checked; each matches the whole text.
 
-The engine enforces the same ones while a call is written, from its own copy of this table (`schema_forms.FORMATS`; the
-rooms do not import each other, and a test holds the copies together). They allow every spelling that RFC 3339, 4122,
-4291 and 3986 allow, and what pydantic reads beyond it: a time without seconds or zone, a space for the `T`.
+The engine enforces the same formats during decoding, from its own copy of this table (`schema_forms.FORMATS`): the
+packages do not import each other, and a test keeps the copies identical. The expressions allow every spelling that
+RFC 3339, 4122, 4291 and 3986 allow, and two that pydantic also reads: a time without seconds or zone, and a space
+instead of the `T`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _H16 = "[0-9A-Fa-f]{1,4}"
 
 def _ipv6() -> str:
     forms = [f"(?:{_H16}:){{7}}{_H16}", f"(?:{_H16}:){{6}}{_IPV4}"]
-    for left in range(8):  # groups before `::`, which stands for one or more
+    for left in range(8):  # number of groups before `::`, which replaces one or more groups
         right = 7 - left
         begin = f"{_H16}(?::{_H16}){{{left - 1}}}" if left else ""
         ends = ([f"{_H16}(?::{_H16}){{0,{right - 1}}}"] if right else []) + (
@@ -47,4 +48,4 @@ FORMATS = {
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]*",
     "uuid": "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
 }
-"""The names and what they ask for; any other format constrains nothing."""
+"""Format name to regular expression; all other formats are ignored."""

@@ -1,4 +1,4 @@
-"""`@tool` and `as_tool`: tools made of Python functions, which stay callable as the functions they are."""
+"""`@tool` and `as_tool`: make tools of Python functions. A decorated function can still be called directly."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SMALL = 64  # items
 class FunctionTool(Tool, Generic[P, R]):
     """A tool made of a Python function; see `tool`.
 
-    Calling it calls the function: `await add(1, 2)`, or plainly `add(1, 2)` where the function is not async. Nothing is
-    checked or converted then, and a `ToolContext` that the function asks for is passed like any other argument.
+    Calling it calls the function: `await add(1, 2)`, or `add(1, 2)` if the function is not async. A direct call does
+    not check or convert arguments, and passes a `ToolContext` like any other argument.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class FunctionTool(Tool, Generic[P, R]):
         self._is_async = _is_coroutine_function(fn)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function itself."""
+        """Call the wrapped function."""
         missing = self._signature.defaults
-        if missing:  # Field(3) is a default that Python would pass on as it is
+        if missing:  # Python would pass the FieldInfo of a `Field(3)` default to the function
             given = inspect.signature(self.fn).bind_partial(*args, **kwargs).arguments
             for name in missing.keys() - given.keys():
                 kwargs[name] = missing[name]()
@@ -67,13 +67,13 @@ class FunctionTool(Tool, Generic[P, R]):
         fn: Callable[..., Any] = self
         call = functools.partial(fn, **arguments, **dict.fromkeys(self._signature.injected, context))
         value = await (call() if self._is_async else run_in_thread(lambda: _settle(call())))
-        if inspect.isawaitable(value):  # from a plain function around an async one
+        if inspect.isawaitable(value):  # a sync function that returns a coroutine
             value = await value
         return _output(value) if _is_small(value) else await run_in_thread(lambda: _output(value))
 
 
 def _settle(value: Any) -> Any:
-    """The output of a function that returned `value`; an awaitable stays, to be awaited in the event loop."""
+    """Convert a return value to a `ToolOutput`; return an awaitable unchanged, for the event loop to await."""
     return value if inspect.isawaitable(value) else _output(value)
 
 
@@ -82,7 +82,7 @@ def _output(value: Any) -> ToolOutput:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether the text of `value` takes no time to write, so that no thread is needed."""
+    """Return whether `value` serializes fast enough to do it in the event loop."""
     if isinstance(value, dict | list | tuple) and len(value) <= SMALL:
         return all(_is_simple(item) for item in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, ToolOutput) or _is_simple(value)
@@ -97,7 +97,7 @@ def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
 
 
 def _function_below(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a name that `fn` stands for.
+    """Return the named function that `fn` wraps.
 
     Raises:
         ToolDefinitionError: `fn` cannot be a tool.
@@ -111,7 +111,7 @@ def _function_below(fn: Callable[..., Any]) -> Callable[..., Any]:
         raise ToolDefinitionError(f"given {fn!r}, expected a function{hint}")
     try:
         base: Callable[..., Any] = underlying(fn)
-    except ValueError as error:  # decorators that wrap each other in a circle
+    except ValueError as error:  # circular `__wrapped__`
         raise ToolDefinitionError(f"given {fn!r}, expected a function: {error}") from error
     if inspect.isclass(base):
         raise ToolDefinitionError(f"given {fn!r}, expected a function; write one that calls it")
@@ -145,19 +145,20 @@ def tool(
     read_only: bool = False,
     barrier: bool = False,
 ) -> Any:
-    """Make a tool of a typed function, as `@tool` or `@tool(read_only=True)`.
+    """Make a tool of a typed function, with `@tool` or `@tool(read_only=True)`.
 
-    The schema comes from the signature, the descriptions from the docstring (prose, and `Args:` in Google style) or
-    from `Annotated[T, "text"]`. Defaults may be pydantic's `Field(3, ge=1)`. A parameter annotated `ToolContext` gets
-    the context and stays out of the schema. A function that is not async runs in a thread of its own. A returned string
-    is the result, anything else is written as JSON, and described where JSON cannot carry it.
+    The schema comes from the signature. Descriptions come from the docstring (prose, and `Args:` in Google style) or
+    from `Annotated[T, "text"]`. Defaults may be pydantic's `Field(3, ge=1)`. A parameter annotated `ToolContext`
+    receives the context and is left out of the schema. A function that is not async runs in its own thread. A returned
+    string is the result; other values are written as JSON, or described if JSON cannot represent them.
 
-    Bound methods, `functools.partial` (what it fixes stays out of the schema) and objects with `__call__` work too; the
-    last and lambdas need `name`.
+    Bound methods, `functools.partial` (bound arguments are left out of the schema) and objects with `__call__` work
+    too. Objects with `__call__` and lambdas need a `name`.
 
     Raises:
-        ToolDefinitionError: a parameter without annotation, `*args`, `**kwargs`, a positional-only parameter, a type
-            that JSON cannot carry, a default that does not fit, a bad name; a generator, a class, no function at all.
+        ToolDefinitionError: a parameter has no annotation, is `*args`, `**kwargs` or positional-only, has a type that
+            JSON cannot represent, or has a default that does not fit its type; the name is invalid; or `fn` is a
+            generator, a class or not a function.
     """
     if fn is not None:
         return FunctionTool(fn)
@@ -165,10 +166,10 @@ def tool(
 
 
 def as_tool(function_or_tool: Tool | Callable[..., Any]) -> Tool:
-    """Return a tool as it is, and a plain function as the tool that `@tool` makes of it.
+    """Return a tool unchanged; make a tool of a plain function as `@tool` does.
 
     Raises:
-        ToolDefinitionError: as `tool`; the message says what to pass instead.
+        ToolDefinitionError: as for `tool`; the message says what to pass instead.
     """
     if isinstance(function_or_tool, Tool):
         return function_or_tool

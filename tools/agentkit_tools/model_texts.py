@@ -1,12 +1,12 @@
-"""The texts that the tiny model was trained to read. They are its vocabulary: train it again when one changes.
+"""Texts that the tiny model was trained on. Changing one requires training the model again.
 
-These are the default system prompt, the descriptions of the built-in tools, and those texts of results and errors that
-occur in its training rows (`python -m agentkit_evals.synth`). Names and parameters of the built-in tools, which stand
-in the functions themselves, and the frame of tool definitions and results in `agentkit_engine.chat`, which the format
-of the checkpoint dictates, are frozen just as well. Every other text of a result or an error (unknown tools, invalid
-arguments, malformed calls, deadlines, limits) occurs in no row, stands where it is used and may be improved any time.
+They are the default system prompt, the descriptions of the built-in tools, and the result and error texts that occur in
+the training rows (`python -m agentkit_evals.synth`). Two more things are frozen but defined elsewhere: the names and
+parameters of the built-in tools (in the functions), and the format of tool definitions and results in
+`agentkit_engine.chat` (set by the checkpoint). All other result and error texts (unknown tools, invalid arguments,
+malformed calls, deadlines, limits) occur in no training row and can change at any time.
 
-`tests/tools/test_model_texts.py` fails when one of these changes.
+`tests/tools/test_model_texts.py` fails when one of these texts changes.
 """
 
 from __future__ import annotations
@@ -48,4 +48,4 @@ REWORDINGS: Final[Mapping[str, str]] = {
     "NO_SUCH_FILE": "{path} does not exist; list the directory to see what does",
     "EDITED": "Replaced 1 occurrence in {path}",
 }
-"""Better wordings to train the model on next time, by the name of the constant or of the tool described."""
+"""Improved texts for the next training run, keyed by constant name or tool name."""

@@ -1,9 +1,9 @@
-"""Regular expressions of JSON schemas, searched in bounded time.
+"""Search for JSON Schema patterns in bounded time.
 
-A model chooses the text and a stranger may have written the pattern, so backtracking is a risk: `^(\\w+\\s?)+$` takes
-Python's `re` half a minute on 28 letters, and `re` holds the GIL meanwhile. Most patterns run in Rust's linear-time
-engine, which comes with pydantic. Look-arounds, back-references and what Rust reads differently than ECMAScript go to
-Python's `re` in a worker process that is killed at a deadline.
+The model chooses the text and the pattern may be untrusted, so backtracking is a risk: `^(\\w+\\s?)+$` takes Python's
+`re` half a minute on 28 letters, while holding the GIL. Most patterns run in Rust's linear-time engine, which ships
+with pydantic. Look-around, back-references and syntax that Rust reads differently from ECMAScript run in Python's `re`,
+in a worker process that is killed at the deadline.
 
 Both engines read `\\w`, `\\d` and `\\s` as Unicode classes and `$` as the very end of the text.
 """
@@ -27,7 +27,7 @@ from typing import ClassVar
 from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 MAX_STEPS = 5_000_000
-"""States times characters that the linear engine may need, about 0.1 s at worst; more goes to the worker."""
+"""Limit on states times characters in the linear engine, at most about 0.1 s; larger searches use the worker."""
 
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|\(\?<(?![=!])|.", re.DOTALL)
 _OTHER_IN_RUST = re.compile(r"\\[<>]|\(\?[a-zA-Z-]*x")
@@ -42,21 +42,21 @@ for line in sys.stdin:
 
 
 class PatternTooSlowError(Exception):
-    """The pattern was not decided before the deadline."""
+    """The search did not finish before the deadline."""
 
 
 def is_pattern(pattern: str) -> bool:
-    """Tell whether one of the two engines takes `pattern`."""
+    """Return whether either engine accepts `pattern`."""
     return _linear(pattern) is not None or _python(pattern) is not None
 
 
 def search(pattern: str, text: str, *, deadline: float) -> bool:
-    """Find `pattern` anywhere in `text`.
+    """Return whether `pattern` matches anywhere in `text`.
 
     Args:
-        pattern: a regular expression for which `is_pattern` holds.
-        text: where to look.
-        deadline: a time of `time.monotonic()`.
+        pattern: regular expression accepted by `is_pattern`.
+        text: text to search.
+        deadline: latest end, on the clock of `time.monotonic()`.
 
     Raises:
         PatternTooSlowError: the deadline passed.
@@ -72,13 +72,14 @@ def search(pattern: str, text: str, *, deadline: float) -> bool:
 
 
 def needs_worker(pattern: str, text: str) -> bool:
-    """Tell whether `search` would wait for the worker process."""
+    """Return whether `search` would use the worker process."""
     return _linear(pattern) is None or _size(pattern) * len(text) > MAX_STEPS
 
 
 @functools.lru_cache(maxsize=512)
 def _linear(pattern: str) -> Callable[[str], bool] | None:
-    """A search by Rust's engine, or None where it cannot or reads the pattern differently than ECMAScript."""
+    """Return a search function of Rust's engine, or None if it rejects the pattern or reads it differently from
+    ECMAScript."""
     classes = [token[0][1:-1] for token in _TOKEN.finditer(pattern) if token[0].startswith("[") and len(token[0]) > 1]
     if _OTHER_IN_RUST.search(pattern) or any(_SET_OPERATIONS.search(re.sub(r"\\.", "", each)) for each in classes):
         return None
@@ -90,7 +91,7 @@ def _linear(pattern: str) -> Callable[[str], bool] | None:
 
 @functools.lru_cache(maxsize=512)
 def _python(pattern: str) -> str | None:
-    """The pattern for Python's `re`, or None where it has no such thing."""
+    """Translate the pattern for Python's `re`; None if `re` rejects it."""
     parts = []
     for token in _TOKEN.finditer(pattern):
         match token[0]:
@@ -102,7 +103,7 @@ def _python(pattern: str) -> str | None:
                 parts.append(other)
     translated = re.sub(r"\\k<(\w+)>", r"(?P=\1)", "".join(parts))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `re` announces set operations that it does not have yet
+        warnings.simplefilter("ignore")  # `re` warns about syntax reserved for future set operations
         try:
             re.compile(translated)
         except (re.error, RecursionError, OverflowError):
@@ -112,7 +113,7 @@ def _python(pattern: str) -> str | None:
 
 @functools.lru_cache(maxsize=512)
 def _size(pattern: str) -> int:
-    """About how many states an automaton for `pattern` has: counted repetitions multiply what they repeat."""
+    """Estimate the number of automaton states for `pattern`; counted repetitions multiply."""
     total, last, outer = 0, 0, [0]
     for token in _TOKEN.finditer(pattern):
         if token[1] is not None:
@@ -132,7 +133,7 @@ def _size(pattern: str) -> int:
 
 
 class _Worker:
-    """A Python process that searches one text at a time."""
+    """A Python process that runs one search at a time."""
 
     idle: ClassVar[deque[_Worker]] = deque()
 
@@ -146,7 +147,7 @@ class _Worker:
 
     @classmethod
     def search(cls, pattern: str, text: str, deadline: float) -> bool | None:
-        """Whether the pattern is found; None when the deadline passed."""
+        """Return whether the pattern matches; None if the deadline passed."""
         try:
             worker = cls.idle.popleft()
         except IndexError:
@@ -180,7 +181,7 @@ class _Worker:
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with contextlib.suppress(OSError):  # what was still buffered has no reader
+            with contextlib.suppress(OSError):  # the process is dead, so flushing buffered input fails
                 pipe.close()
         self._process.wait()
 

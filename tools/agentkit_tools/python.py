@@ -1,4 +1,4 @@
-"""`python`: a script in a fresh interpreter inside the environment."""
+"""`python`: run a script in a fresh interpreter inside the environment."""
 
 from __future__ import annotations
 

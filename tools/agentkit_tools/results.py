@@ -1,4 +1,5 @@
-"""The text of whatever a tool returns or raises. Nothing here fails, whatever the object does."""
+"""Convert the value that a tool returns or raises to text. No object makes these functions fail, except as
+documented."""
 
 from __future__ import annotations
 
@@ -32,12 +33,13 @@ SEQUENCES = (
 
 
 def value_text(value: Any) -> str:
-    """What a tool returned, as the model reads it: text as it is, what JSON can carry as JSON, the rest described.
+    """Return a tool's return value as text for the model: strings unchanged, JSON values as JSON, other objects
+    described.
 
-    Bytes are text where they are UTF-8. Sets are sorted, so that the same set always reads the same.
+    Bytes that are valid UTF-8 become text. Sets are sorted, so that equal sets give equal text.
 
     Raises:
-        ToolError: a generator or a coroutine, which holds no value yet.
+        ToolError: the value is a generator or a coroutine, which has no result yet.
     """
     if isinstance(value, str):
         return _well_formed(str.__str__(value))
@@ -54,10 +56,10 @@ def value_text(value: Any) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """What a tool raised: the message of a `ToolError`, else type and message; of a group, its members too."""
+    """Return the message of a `ToolError`, otherwise type and message; an exception group also lists its members."""
     try:
         message = str(error)
-    except BaseException as failure:  # whatever it is, the error that is being told matters more
+    except BaseException as failure:  # report the original error even if its `__str__` raises
         message = f"<its message cannot be shown: {type(failure).__name__}>"
     if isinstance(error, ToolError):
         return _well_formed(message)
@@ -68,11 +70,11 @@ def error_text(error: BaseException) -> str:
 
 
 def belongs_to_the_loop(error: BaseException) -> bool:
-    """Whether an error that left a tool is not the tool's own, so that it must go on to the loop.
+    """Return whether an exception raised through a tool must propagate to the agent loop.
 
-    Not the tool's own are a dead sandbox, a cancellation that somebody asked for, Ctrl-C and what other signal handlers
-    raise, and the closing of the coroutine. A tool that itself says `raise KeyboardInterrupt` or `sys.exit()` has
-    merely failed.
+    These are: a lost sandbox, a cancellation from outside the tool, Ctrl-C and exceptions raised by other signal
+    handlers, and the closing of the coroutine. `raise KeyboardInterrupt` or `sys.exit()` in the tool's own code is an
+    ordinary tool failure.
     """
     if isinstance(error, BaseExceptionGroup):
         return any(map(belongs_to_the_loop, error.exceptions))
@@ -94,18 +96,18 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 
 
 def _is_cancelled() -> bool:
-    """Whether somebody has cancelled the scope or the task that runs."""
+    """Return whether the current cancel scope or task has been cancelled."""
     if anyio.current_effective_deadline() == -math.inf:
         return True
     try:
         task = asyncio.current_task()
-    except RuntimeError:  # another event loop than asyncio's
+    except RuntimeError:  # not running on asyncio
         return True
     return task is not None and task.cancelling() > 0
 
 
 def _was_raised_by_a_statement(error: BaseException) -> bool:
-    """Whether a `raise` statement is where the error comes from; a signal strikes at any instruction."""
+    """Return whether the error comes from a `raise` statement; a signal can interrupt any instruction."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -120,7 +122,7 @@ def _codes(error: BaseException) -> Iterator[CodeType]:
 
 
 def _signal_handlers() -> set[CodeType]:
-    """The code of each signal handler that is written in Python, such as asyncio's for Ctrl-C."""
+    """Return the code objects of signal handlers written in Python, such as asyncio's handler for Ctrl-C."""
     codes = set()
     for number in signal.valid_signals():
         handler: Any = signal.getsignal(number)
@@ -133,13 +135,13 @@ def _signal_handlers() -> set[CodeType]:
 
 
 def _plain(value: Any, above: tuple[int, ...]) -> Any:
-    """`value` as something that JSON can carry; `above` holds the ids of the containers around it."""
+    """Convert `value` to JSON types; `above` holds the ids of the enclosing containers."""
     if isinstance(value, float | bool | None):
         return value
     if isinstance(value, str):
         return _well_formed(str.__str__(value))
     if isinstance(value, int):
-        return _safely(lambda: int(str(value)), f"<integer of {value.bit_length()} bits>")  # str() has a limit
+        return _safely(lambda: int(str(value)), f"<integer of {value.bit_length()} bits>")  # str() limits the digits
     if isinstance(value, bytes | bytearray | memoryview):
         return _bytes_text(value)
     if unfinished := _unfinished(value):
@@ -160,7 +162,7 @@ def _unpack(value: Any, above: tuple[int, ...]) -> Any:
     if isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         try:
             return _checked(to_jsonable_python(value))
-        except Exception:  # a field holds what JSON cannot
+        except Exception:  # a field is not JSON
             fields = vars(value) if isinstance(value, BaseModel) else _fields(value)
             return {name: _plain(item, above) for name, item in fields.items()}
     try:
@@ -174,7 +176,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _checked(plain: Any) -> Any:
-    """`plain` itself. Raises ValueError when its JSON is not well-formed text."""
+    """Return `plain` unchanged; raise ValueError if it cannot be written as valid UTF-8 JSON."""
     json.dumps(plain, ensure_ascii=False).encode()
     return plain
 
@@ -193,7 +195,7 @@ def _sort_key(item: Any) -> str:
 
 
 def _is_described(value: Any) -> bool:
-    """Whether the text of `value` is a description in words rather than a JSON string."""
+    """Return whether the text of `value` is a description rather than a JSON string."""
     try:
         return not isinstance(to_jsonable_python(value), str)
     except Exception:
@@ -201,7 +203,8 @@ def _is_described(value: Any) -> bool:
 
 
 def _description(value: Any) -> str:
-    """The object's own words; only its type where it has none, as `<Database object>`: an address says nothing."""
+    """Return `str(value)`, or only the type, as `<Database object>`, if that would be the default text with an
+    address."""
     if isinstance(value, BaseException):
         return error_text(value)
     kind: Any = type(value)
@@ -211,9 +214,9 @@ def _description(value: Any) -> str:
 
 
 def _unfinished(value: Any) -> tuple[str, str] | None:
-    """The kind of an object that stands for values to come, and what to return instead; None for all others."""
+    """Return the kind and a remedy for an iterator or awaitable, whose values do not exist yet; otherwise None."""
     if inspect.iscoroutine(value):
-        value.close()  # nobody is going to await it, which would warn
+        value.close()  # avoids the "never awaited" warning
     kinds = (
         (inspect.isasyncgen, "an async generator", "collect its items and return a list"),
         (inspect.isgenerator, "a generator", "return a list of its items"),
@@ -242,7 +245,7 @@ def _bytes_text(value: bytes | bytearray | memoryview) -> str:
 
 
 def _well_formed(text: str) -> str:
-    """`text` with surrogates paired up, and U+FFFD for those that are alone: only such text can be encoded."""
+    """Return `text` with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it can be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:

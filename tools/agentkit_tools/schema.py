@@ -1,7 +1,7 @@
-"""From a call's JSON text to checked arguments; and the check of JSON schemas (2020-12) written by hand.
+"""Parse and check the arguments of a call, and check hand-written JSON schemas (2020-12).
 
-Two readers share one schema: the model sees the short form (no titles), the validator refuses unknown parameters too.
-The JSON schema is the contract: a value it accepts is accepted, and each refusal is explained in its words.
+One schema has two forms: the model sees a short one (no titles), the validator uses one that also refuses unknown
+parameters. The JSON schema is the contract: a value that it accepts is accepted, and errors are explained in its terms.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from agentkit_tools.errors import ArgumentsError, ToolDefinitionError
 from agentkit_tools.signature import Signature
 from agentkit_tools.validation import CannotCheckError, Problem, SchemaProblemError, Validator, depth, path_text
 
-MAX_PROBLEMS = 3  # a model repairs a call from the first few problems; the rest is noise
+MAX_PROBLEMS = 3  # the model can repair a call from the first few problems
 MAX_GIVEN_CHARS = 60
-MAX_CHOICES = 50  # values of an enum that are told
-MAX_TRIES = 50_000  # of the branches of a recursive union, which pydantic tries one in another, about 0.1 s
-MAX_TOLD_DEPTH = 4  # levels of arrays, references and unions that are told
+MAX_CHOICES = 50  # enum values listed in a message
+MAX_TRIES = 50_000  # nested branches of a recursive union that pydantic may try, about 0.1 s
+MAX_TOLD_DEPTH = 4  # levels of arrays, references and unions in a message
 JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
 
 
 def check_schema(schema: Mapping[str, Any], *, name: str) -> Validator:
-    """The validator of a hand-written parameter schema.
+    """Return a validator for a hand-written parameter schema.
 
-    References must point into the schema itself: validation never fetches anything.
+    References must point into the schema itself; nothing is fetched.
 
     Raises:
         ToolDefinitionError: it is not a JSON schema (2020-12) of an object; the message names the tool and the place.
@@ -45,10 +45,10 @@ def check_schema(schema: Mapping[str, Any], *, name: str) -> Validator:
 
 
 def parse_object(text: str, *, name: str) -> dict[str, Any]:
-    """The JSON object in `text`; blank text is the empty object.
+    """Parse the JSON object in `text`; blank text is an empty object.
 
     Raises:
-        ArgumentsError: not JSON (NaN and lone surrogates are not), or not an object.
+        ArgumentsError: the text is not JSON (NaN and lone surrogates are refused), or not an object.
     """
     try:
         value = from_json(text if text.strip() else "{}", allow_inf_nan=False)
@@ -60,10 +60,10 @@ def parse_object(text: str, *, name: str) -> dict[str, Any]:
 
 
 def problems(validator: Validator, value: Any) -> list[str]:
-    """Why `value` does not fit: `$.path: given X, expected Y`, sorted by path; empty when it fits.
+    """Return messages `$.path: given X, expected Y`, sorted by path; empty if `value` is valid.
 
     Raises:
-        NeedsTimeError: inside `briefly`, and the check takes longer.
+        NeedsTimeError: called inside `briefly`, and the check takes longer.
     """
     try:
         found = validator.problems(value)
@@ -73,10 +73,10 @@ def problems(validator: Validator, value: Any) -> list[str]:
 
 
 def read_arguments(signature: Signature, text: str, *, name: str) -> dict[str, Any]:
-    """The arguments that a call gives to the function behind `signature`, converted to its types; no defaults.
+    """Parse the arguments of a call and convert them to the function's types. Defaults are not filled in.
 
     Raises:
-        ArgumentsError: the text is not JSON or does not fit the schema.
+        ArgumentsError: the text is not JSON or does not match the schema.
     """
     model = signature.model
     text = text if text.strip() else "{}"
@@ -89,7 +89,7 @@ def read_arguments(signature: Signature, text: str, *, name: str) -> dict[str, A
         value = parse_object(text, name=name)
         if found := problems(signature.validator, value):
             raise ArgumentsError(name, found) from None
-        try:  # the schema is the contract and accepts the value (1.0 is an integer there): so must we
+        try:  # the schema accepts the value (1.0 is an integer there), so pydantic must not be stricter
             read = model.model_validate_json(text)
         except ValidationError as error:
             details = error.errors()[:MAX_PROBLEMS]
@@ -100,7 +100,7 @@ def read_arguments(signature: Signature, text: str, *, name: str) -> dict[str, A
 
 
 def _explain(problem: Problem, validator: Validator) -> list[str]:
-    """One problem as sentences: several parameters may be missing or unknown at once."""
+    """Write one problem as messages: several if parameters are missing or unknown."""
     path, keyword, value, schema = path_text(problem.path), problem.keyword, problem.value, problem.schema
     asked = schema.get(keyword)
     known: Mapping[str, Any] = schema.get("properties", {})
@@ -137,7 +137,7 @@ def _given(value: Any) -> str:
 
 
 def _expected(schema: Any, validator: Validator, depth: int = 0) -> str:
-    """A schema in a few words: `string`, `one of "a", "b"`, `array of integer`, `string or null`."""
+    """Describe a schema briefly: `string`, `one of "a", "b"`, `array of integer`, `string or null`."""
     if not isinstance(schema, Mapping) or depth > MAX_TOLD_DEPTH:
         return "another value"
     if id(schema) in validator.targets:

@@ -1,10 +1,10 @@
-"""`search`: lines that match a regular expression, found inside the environment.
+"""`search`: find lines that match a regular expression, inside the environment.
 
-ripgrep where the environment has it, else Python, else `grep -E`; one result format and one scope for all three:
-every regular text file below the path, hidden and ignored ones too, but nothing below `.git`, no binary files, and
-symbolic links are not followed, except for the path itself. The pattern is matched line by line, case-sensitively.
-What the three syntaxes share (classes, groups, alternation, repetition, anchors, `\\w`, `\\s`, `\\b`) works everywhere;
-`\\d`, a plain d to `grep -E`, is refused where there is only grep.
+The search uses ripgrep if the environment has it, else Python, else `grep -E`. Result format and scope are the same:
+every regular text file below the path, including hidden and ignored ones, but nothing below `.git`, no binary files,
+and no symbolic links except the path itself. Matching is per line and case-sensitive. Syntax common to all three
+(classes, groups, alternation, repetition, anchors, `\\w`, `\\s`, `\\b`) always works. `\\d`, which `grep -E` reads as
+the letter d, is refused if there is only grep.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from agentkit_tools.tool import ToolContext, refuse_nul
 MAX_LINE_CHARS = 500
 MAX_FOUND_BYTES = 4 << 20
 NO_PATH = 44  # exit code of SEARCH
-BAD_PATTERN = 2  # exit code of all three when something is on stderr; else some files could not be read
-MATCH = re.compile(r"(?P<path>[^\0]+)\0(?P<line>\d+):(?P<text>[^\n]*)\n?")  # a path may hold newlines and colons
+BAD_PATTERN = 2  # of all three programs: a bad pattern if stderr has text, else some files were unreadable
+MATCH = re.compile(r"(?P<path>[^\0]+)\0(?P<line>\d+):(?P<text>[^\n]*)\n?")  # a path can contain newlines and colons
 NOTE = re.compile(r"(?m)^([^\0\n]*: )?(WARNING: stopped searching binary|binary file matches)[^\0\n]*\n")  # ripgrep's
-CUT = re.compile(r"\n\[\.\.\. \d+ bytes cut \.\.\.\]\n[^\n]*\n")  # and the rest of the line that was cut
+CUT = re.compile(r"\n\[\.\.\. \d+ bytes cut \.\.\.\]\n[^\n]*\n")  # with the rest of the cut line
 
 PYTHON = r"""
 import os, re, sys
@@ -58,7 +58,7 @@ for path in paths():
 sys.exit(0 if found else 1)
 """
 
-# No file in the work directory configures any of the three; without -I, Python would import a `re.py` from there.
+# Files in the work directory must not affect the search. Without -I, Python would import a `re.py` from there.
 SEARCH = rf"""
 [ -e "$2" ] || exit {NO_PATH}
 [ "$2" != - ] || set -- "$1" ./- "$3"

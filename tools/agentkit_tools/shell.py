@@ -1,4 +1,4 @@
-"""`bash`: one shell command in the environment's work directory, and how any command's output reads."""
+"""`bash`: run one shell command in the environment's work directory; also the output format of all commands."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from agentkit_tools.function import tool
 from agentkit_tools.model_texts import DESCRIPTIONS, EXIT_CODE, NO_OUTPUT
 from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul
 
-MAX_COMMAND_BYTES = 131_071  # Linux's MAX_ARG_STRLEN, less the closing NUL
+MAX_COMMAND_BYTES = 131_071  # Linux's MAX_ARG_STRLEN minus the terminating NUL
 BASH_OR_SH = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1"; else exec /bin/sh -c "$1"; fi'
 
 
 async def run_command(command: str | Sequence[str], context: ToolContext, *, name: str, stdin: str = "") -> ToolOutput:
-    """Run a command in the environment's work directory, within the bounds of `context`, and tell its output."""
+    """Run a command in the environment's work directory, within the limits of `context`, and return its output."""
     result = await context.environment.exec(
         command, stdin=stdin, timeout_s=context.timeout_s, max_output_bytes=context.max_output_bytes
     )
@@ -23,10 +23,10 @@ async def run_command(command: str | Sequence[str], context: ToolContext, *, nam
 
 
 def command_output(result: ExecResult, *, name: str, timeout_s: float) -> ToolOutput:
-    """stdout, then stderr, then `[exit code N]` when it is not zero; `(no output)` when there is nothing to say.
+    """Format a command's output: stdout, then stderr, then `[exit code N]` if not zero; `(no output)` if all are empty.
 
     Raises:
-        ToolError: the deadline passed; the message keeps what was written before.
+        ToolError: the command timed out; the message includes the output so far.
     """
     parts = [text for text in (result.stdout.removesuffix("\n"), result.stderr.removesuffix("\n")) if text]
     if result.timed_out:

@@ -1,6 +1,6 @@
-"""From a typed Python function to the JSON schema (2020-12) of its parameters and a model that reads arguments.
+"""Convert the signature of a typed Python function to a JSON schema (2020-12) and a pydantic model for the arguments.
 
-Everything a tool cannot take is refused here, where the tool is defined, with the parameter's name and a remedy.
+Unsupported signatures are refused where the tool is defined; the error names the parameter and a remedy.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class Signature:
     """The parts of a function's signature that a tool uses."""
 
     description: str  # the docstring's prose, without its sections
-    parameters: dict[str, Any]  # JSON schema, as the model sees it
-    validator: Validator  # of the same schema, but unknown parameters are refused
-    model: type[BaseModel]  # reads arguments; field i is named `p{i}`, its alias is the parameter's name
+    parameters: dict[str, Any]  # JSON schema shown to the model
+    validator: Validator  # for the same schema, but refuses unknown parameters
+    model: type[BaseModel]  # parses arguments; field i is named `p{i}`, with the parameter's name as its alias
     names: tuple[str, ...]  # parameter names, in the order of the model's fields
-    injected: tuple[str, ...]  # the parameters that get the call's context
-    defaults: Mapping[str, Callable[[], Any]]  # those given as `Field(...)`, which Python itself does not apply
+    injected: tuple[str, ...]  # parameters that receive the `ToolContext`
+    defaults: Mapping[str, Callable[[], Any]]  # `Field(...)` defaults, which Python does not apply
 
 
 def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) -> Signature:
     """Read the parameters of `fn` from its signature, annotations and docstring.
 
-    Every parameter needs an annotation that JSON can carry. A parameter annotated `injected_type` stays out of the
-    schema, as do those that a `functools.partial` fixes. Descriptions come from `Annotated[T, "text"]`,
+    Every parameter needs an annotation that JSON can represent. Parameters annotated `injected_type` and keyword
+    arguments bound by `functools.partial` are left out of the schema. Descriptions come from `Annotated[T, "text"]`,
     `Field(description=...)` or the docstring's `Args:` section.
 
     Raises:
-        ToolDefinitionError: naming the tool, the parameter and what to write instead.
+        ToolDefinitionError: the signature is unsupported; names the tool, the parameter and a remedy.
     """
     base = underlying(fn)
     description, documented = parse_docstring(inspect.getdoc(base) or "")
@@ -83,14 +83,14 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
         validator = Validator(schema)
     except SchemaProblemError as error:
         raise ToolDefinitionError(f"tool {name!r}, parameters: {error}") from error
-    except Exception as error:  # each parameter is fine, but not all of them together
+    except Exception as error:  # each parameter is valid, but not all of them together
         raise ToolDefinitionError(f"tool {name!r}: its parameters have no JSON schema together ({error})") from error
-    del parameters["additionalProperties"]  # told to the validator, taken for granted by models
+    del parameters["additionalProperties"]  # only the validator needs it
     return Signature(description, parameters, validator, model, tuple(names), tuple(injected), defaults)
 
 
 def underlying(fn: Any) -> Any:
-    """The function that was written with `def`, below partial application, decorators and `__call__`."""
+    """Return the `def` function below partials, decorators and `__call__`."""
     while True:
         inner = inspect.unwrap(fn.func if isinstance(fn, functools.partial) else fn)
         if not (inspect.isroutine(inner) or inspect.isclass(inner) or isinstance(inner, functools.partial)):
@@ -101,7 +101,7 @@ def underlying(fn: Any) -> Any:
 
 
 def _fixed_names(fn: Any) -> set[str]:
-    """The keyword arguments that partials fix, those below decorators too; their values may be secrets."""
+    """Return the keyword arguments bound by partials, including those below decorators; their values may be secrets."""
     names: set[str] = set()
     while isinstance(fn, functools.partial) or hasattr(fn, "__wrapped__"):
         if isinstance(fn, functools.partial):
@@ -115,16 +115,17 @@ def _fixed_names(fn: Any) -> set[str]:
 def _parameters(fn: Callable[..., Any], name: str) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(fn).parameters.values())
-    except (ValueError, TypeError) as error:  # some functions written in C
+    except (ValueError, TypeError) as error:  # some C functions
         raise ToolDefinitionError(
             f"tool {name!r}: {fn!r} has no signature; call it from a function with typed parameters"
         ) from error
 
 
 def _local_names(fn: Callable[..., Any]) -> dict[str, Any]:
-    """The names around `fn` that are not global: its closure, and the functions and classes that are just defining it.
+    """Return the local names visible to `fn`: its closure, and the functions and classes that are currently defining
+    it.
 
-    Annotations that are strings need them, as all are under `from __future__ import annotations`.
+    String annotations need them, and all annotations are strings under `from __future__ import annotations`.
     """
     names: dict[str, Any] = {}
     qualname = getattr(fn, "__qualname__", "")
@@ -146,7 +147,7 @@ def _local_names(fn: Callable[..., Any]) -> dict[str, Any]:
 def _annotation(
     parameter: inspect.Parameter, where: str, scope: Mapping[str, Any], namespace: Mapping[str, Any]
 ) -> Any:
-    """The resolved annotation of one parameter, or the reason it cannot be one of a tool."""
+    """Resolve the annotation of one parameter; raise ToolDefinitionError if a tool cannot have such a parameter."""
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         raise ToolDefinitionError(
             f"{where}: given {parameter}, expected a named parameter; write each one out "
@@ -162,7 +163,7 @@ def _annotation(
         return typing.get_type_hints(holder, globalns=dict(scope), localns=dict(namespace), include_extras=True)[
             parameter.name
         ]
-    except Exception as error:  # an annotation is an expression, which may raise anything
+    except Exception as error:  # evaluating an annotation can raise anything
         raise ToolDefinitionError(
             f"{where}: annotation {parameter.annotation!r} cannot be resolved ({error}); "
             "define its type at module level and import it outside TYPE_CHECKING"
@@ -170,12 +171,12 @@ def _annotation(
 
 
 def _asks_for(annotation: Any, wanted: type) -> bool:
-    """Whether an annotation is `wanted`, also as `Annotated[wanted, ...]` or `wanted | None`."""
+    """Return whether an annotation is `wanted`, `Annotated[wanted, ...]` or `wanted | None`."""
     return annotation is wanted or any(_asks_for(part, wanted) for part in _parts(annotation) or ())
 
 
 def _parts(annotation: Any) -> tuple[Any, ...] | None:
-    """The members of a union, the type inside `Annotated`; None for everything else."""
+    """Return the members of a union or the type inside `Annotated`; None for other annotations."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         return typing.get_args(annotation)[:1]
@@ -183,12 +184,12 @@ def _parts(annotation: Any) -> tuple[Any, ...] | None:
 
 
 def _portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside: tuple[Any, ...] = ()) -> Any:
-    """The same type with each `typing.TypedDict` as one of typing_extensions, which pydantic needs before Python 3.12.
+    """Replace each `typing.TypedDict` by a typing_extensions one, which pydantic needs before Python 3.12.
 
-    Those inside dataclasses and models stay as they are, and are refused by pydantic.
+    TypedDicts inside dataclasses and models are left unchanged, and pydantic refuses them.
 
     Raises:
-        ToolDefinitionError: a type has a JSON schema, but no JSON value can become it.
+        ToolDefinitionError: a type has a JSON schema but cannot be read from JSON.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -247,9 +248,9 @@ def _portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside:
 def _field(
     parameter: inspect.Parameter, annotation: Any, documented: str | None, where: str
 ) -> tuple[tuple[Any, FieldInfo], Callable[[], Any] | None]:
-    """One parameter as pydantic wants it, and its default where Python does not apply it.
+    """Return one parameter as a pydantic field, and its default factory if Python does not apply the default.
 
-    Its type and default are tried out here, so that errors have its name.
+    Type and default are checked here, so that errors name the parameter.
     """
     default, written = parameter.default, annotation
     if isinstance(default, FieldInfo):
@@ -261,7 +262,7 @@ def _field(
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(annotation)
         adapter.json_schema()
-    except Exception as error:  # types bring schemas of their own, which may raise anything
+    except Exception as error:  # custom types can raise anything while building a schema
         raise ToolDefinitionError(
             f"{where}: type {written!r} has no JSON schema; use str, int, float, bool, list, dict, Literal, "
             f"an Enum, a dataclass or a pydantic model ({_first_line(error)})"
@@ -292,7 +293,7 @@ def _field(
 
 
 def _nothing() -> None:
-    """The pydantic default of a parameter whose default JSON cannot show; Python applies the real one."""
+    """Pydantic default of a parameter whose default is not JSON; Python applies the real one."""
 
 
 def _fits(adapter: TypeAdapter[Any], default: Any) -> bool:
@@ -304,7 +305,7 @@ def _fits(adapter: TypeAdapter[Any], default: Any) -> bool:
 
 
 def _is_json(adapter: TypeAdapter[Any], value: Any) -> bool:
-    """Whether JSON can carry a value of this type, so that a schema can show it as the default."""
+    """Return whether the value can be written as JSON, so that the schema can show it as the default."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -342,7 +343,7 @@ def parse_docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def strip_noise(schema: Any) -> Any:
-    """The same schema without what pydantic adds and no model needs: titles and OpenAPI discriminators."""
+    """Remove titles and OpenAPI discriminators, which pydantic adds and models do not need."""
     if isinstance(schema, list):
         return [strip_noise(item) for item in schema]
     if not isinstance(schema, dict):

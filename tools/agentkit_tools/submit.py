@@ -1,4 +1,4 @@
-"""`submit`: the model says what the answer is, and the run is over."""
+"""`submit`: return the final answer and end the run."""
 
 from __future__ import annotations
 

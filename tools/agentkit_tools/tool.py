@@ -1,8 +1,8 @@
-"""`Tool`, calls and their results, and the context that calls run in.
+"""`Tool`, tool calls and results, and the context of a run.
 
-`await some_tool.call(call, context)` checks the arguments, runs the tool and returns a `ToolResult`. Everything that
-the model did wrong and everything that the tool raised is told in the result; only a dead sandbox (`SandboxError`),
-cancellation and Ctrl-C leave the call as exceptions.
+`await some_tool.call(call, context)` checks the arguments, runs the tool and returns a `ToolResult`. Invalid calls and
+exceptions raised by the tool become error results. Only a lost sandbox (`SandboxError`), cancellation and Ctrl-C
+propagate as exceptions.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from agentkit_tools.validation import NeedsTimeError, briefly
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
-CUT_NOTICE_BYTES = 48  # at most, with any number in it
-MIN_OUTPUT_BYTES = 128  # the notice and something around it
-GRACE_S = 5.0  # what a tool with its own deadline in the environment gets on top, to return what was said so far
+CUT_NOTICE_BYTES = 48  # upper bound, for any byte count
+MIN_OUTPUT_BYTES = 128  # room for the notice and some text on both sides
+GRACE_S = 5.0  # extra time for a tool with its own deadline in the environment, to return its output so far
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call as the model wrote it; `arguments` is the JSON text of an object, unchecked."""
+    """One call as the model wrote it; `arguments` is the unchecked JSON text of an object."""
 
     id: str
     name: str
@@ -42,10 +42,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What the model is told about one call.
+    """The result of one call, as shown to the model.
 
-    `is_error` is set when the call failed: bad arguments, an error, a deadline, or a command's non-zero exit.
-    `final` is set by `submit`: `content` is then the answer and the run is over.
+    `is_error` is set if the call failed: bad arguments, an error, a deadline, or a non-zero exit code.
+    `final` is set by `submit`: `content` is the answer and the run ends. `duration_s` is in seconds.
     """
 
     call_id: str
@@ -58,7 +58,7 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True)
 class ToolOutput:
-    """What a tool function may return when plain text is not enough to say how the call went."""
+    """Return value of a tool function that also sets `is_error` or `final`."""
 
     content: str
     is_error: bool = False
@@ -67,10 +67,10 @@ class ToolOutput:
 
 @dataclass(slots=True)
 class ToolContext:
-    """Where the calls of one run happen, and their bounds. Share one context among the calls of a run.
+    """The environment and limits of the calls of one run. All calls of a run share one context.
 
-    `max_output_bytes` bounds the UTF-8 of each result (at least 128), `timeout_s` the time of each call. Tools that
-    read, change and write back hold `lock`, so that parallel edits of one file are not lost.
+    `max_output_bytes` limits the UTF-8 size of each result (at least 128), `timeout_s` the time of each call in
+    seconds. Tools that read, modify and write a file hold `lock`, so that parallel edits are not lost.
     """
 
     environment: Environment
@@ -86,10 +86,10 @@ class ToolContext:
 
 
 class Tool(ABC):
-    """Something a model may call. Subclasses read the arguments in `parse` and do the work in `run`.
+    """Base class of tools. Subclasses parse the arguments in `parse` and do the work in `run`.
 
-    `parameters` is a JSON schema (2020-12) of an object. A `read_only` tool changes nothing; a `barrier` runs alone:
-    earlier calls of the turn finish first, later ones do not start before it ends.
+    `parameters` is a JSON schema (2020-12) of an object. A `read_only` tool changes nothing. A `barrier` runs alone:
+    earlier calls of the turn finish first, and later ones start after it ends.
     """
 
     def __init__(
@@ -119,20 +119,20 @@ class Tool(ABC):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The tool as chat encoders and OpenAI-style servers want it."""
+        """Tool definition in the OpenAI format, also used by chat encoders."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
     @abstractmethod
     def parse(self, arguments: str) -> dict[str, Any]:
-        """Check the JSON text of a call; `ArgumentsError` says what is wrong with it."""
+        """Parse and check the JSON text of a call's arguments; raise ArgumentsError if they are invalid."""
 
     @abstractmethod
     async def run(self, arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
-        """Do it, with arguments from `parse`; `ToolError` is told to the model."""
+        """Run the tool with arguments from `parse`; a ToolError is reported to the model."""
 
     async def _parse(self, arguments: str) -> dict[str, Any]:
-        """`parse`, in a thread of its own where it takes long, so that other agents go on."""
+        """Run `parse`, in a thread if it takes long, so that the event loop stays free."""
         try:
             with briefly():
                 return self.parse(arguments)
@@ -142,21 +142,21 @@ class Tool(ABC):
             )
 
     def deadline_s(self, context: ToolContext) -> float:
-        """Seconds after which a call is cancelled."""
+        """Return the number of seconds after which a call is cancelled."""
         return context.timeout_s + GRACE_S
 
     async def call(self, call: ToolCall, context: ToolContext) -> ToolResult:
-        """Run one call; its failures are results. Its time starts here, so call it when the call may really start.
+        """Run one call; failures become results. The deadline starts here, so do not call it before the call may run.
 
         Raises:
-            SandboxError: the sandbox is gone; nothing that the model did, so nothing to tell it.
+            SandboxError: the sandbox is lost, which is not the model's fault.
         """
         start = time.perf_counter()
         with anyio.move_on_after(self.deadline_s(context)) as scope:
             try:
                 output = await self.run(await self._parse(call.arguments), context)
                 content = value_text(output.content)
-            except BaseException as error:  # a tool's own SystemExit or CancelledError must not end the run
+            except BaseException as error:  # a SystemExit or CancelledError raised by the tool must not end the run
                 if belongs_to_the_loop(error):
                     raise
                 output, content = _failed(error)
@@ -172,17 +172,17 @@ def _failed(error: BaseException) -> tuple[ToolOutput, str]:
 
 
 def unknown_tool(call: ToolCall, available: Iterable[str]) -> ToolResult:
-    """The result of a call to a tool that does not exist; it names those that do."""
+    """Return the result of a call to an unknown tool; it lists the available ones."""
     names = ", ".join(available) or "none"
     content = ERROR.format(message=f"unknown tool {json.dumps(call.name, ensure_ascii=False)}; available: {names}")
     return ToolResult(call.id, call.name, content, is_error=True)
 
 
 def refuse_nul(**arguments: str) -> None:
-    """Refuse arguments that no command line can carry.
+    """Refuse arguments that cannot be passed on a command line.
 
     Raises:
-        ToolError: one of them holds a NUL byte.
+        ToolError: an argument contains a NUL byte.
     """
     for name, value in arguments.items():
         if "\0" in value:
@@ -190,9 +190,9 @@ def refuse_nul(**arguments: str) -> None:
 
 
 def cut(text: str, max_bytes: int) -> str:
-    """Bound the UTF-8 of `text` to `max_bytes` (at least 128): head and tail stay, the middle says what was cut.
+    """Limit the UTF-8 size of `text` to `max_bytes` (at least 128): keep head and tail, replace the middle by a notice.
 
-    Characters stay whole. A cut that an environment made earlier is counted in when its notice goes.
+    Characters are not split. If the removed part contains an earlier notice, its count is included.
     """
     if len(text) * 4 <= max_bytes:
         return text

@@ -1,11 +1,10 @@
 """JSON Schema (2020-12) validation in bounded time, with exact decimals.
 
-A model writes the values and a stranger may have written the schema, so nothing here may run for long: the validity of
-a value under a schema is decided once, however often the two meet (recursive `anyOf`), items are compared by one pass
-over canonical texts (`uniqueItems`), patterns come from `patterns`, and the whole has a budget. References are resolved
-when the schema is taken in, never fetched.
+Values come from the model and schemas may be untrusted, so every check is bounded: a value is checked against a schema
+once, however often the two meet (recursive `anyOf`); `uniqueItems` compares canonical texts in one pass; patterns use
+`patterns`; and each check has a time limit. References are resolved when the validator is built, and never fetched.
 
-`$dynamicRef` is read as `$ref`: they differ only where several schema resources are composed.
+`$dynamicRef` is read as `$ref`: they differ only if several schema resources are composed.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from agentkit_tools.formats import FORMATS
 from agentkit_tools.patterns import PatternTooSlowError, is_pattern, needs_worker, search
 
 MAX_DEPTH = 100
-"""Levels of nesting in a schema."""
+"""Maximum nesting depth of a schema."""
 MAX_VALUES = 100_000
-"""Objects, arrays and scalars in a schema."""
+"""Maximum number of objects, arrays and scalars in a schema."""
 MAX_PROBLEMS = 1000
-"""Problems that are collected of one value."""
+"""Maximum number of problems collected for one value."""
 CHECK_S = 2.0
-"""Seconds that the check of one value may take."""
+"""Time limit of one check, in seconds."""
 BRIEF_STEPS = 2000
-"""Steps of a check that may run in the event loop, about 20 ms."""
+"""Maximum steps of a check in the event loop, about 20 ms."""
 
 _ONE = (
     "additionalProperties contains else if items not propertyNames then unevaluatedItems unevaluatedProperties".split()
@@ -50,20 +49,20 @@ _brief: contextvars.ContextVar[bool] = contextvars.ContextVar("brief", default=F
 
 
 class SchemaProblemError(Exception):
-    """What was taken for a schema cannot be used as one; the message names the place."""
+    """The schema is invalid or unsupported; the message gives the place."""
 
 
 class CannotCheckError(Exception):
-    """The check of a value was given up: out of time, too deep, or a number that cannot be computed with."""
+    """The check was abandoned: out of time, nested too deep, or a number out of range."""
 
 
 class NeedsTimeError(Exception):
-    """The check takes longer than `briefly` allows; do it in a thread."""
+    """The check takes longer than `briefly` allows; run it in a thread."""
 
 
 @contextlib.contextmanager
 def briefly() -> Iterator[None]:
-    """Checks inside raise `NeedsTimeError` instead of holding up the caller for long."""
+    """Make checks in this context raise `NeedsTimeError` rather than block the caller for long."""
     token = _brief.set(True)
     try:
         yield
@@ -76,11 +75,11 @@ class Problem:
     """One keyword that a value does not satisfy.
 
     Attributes:
-        path: keys and indexes from the value that was checked to the one that is wrong.
-        keyword: the keyword; empty where the schema is `false`.
-        value: the part that is wrong.
-        schema: the schema that has the keyword.
-        fits: for `oneOf`, how many branches the value fits.
+        path: keys and indexes from the checked value to the invalid part.
+        keyword: the keyword; empty if the schema is `false`.
+        value: the invalid part.
+        schema: the schema object that contains the keyword.
+        fits: for `oneOf`, the number of branches that match.
     """
 
     path: tuple[str | int, ...]
@@ -90,19 +89,18 @@ class Problem:
     fits: int = 0
 
     def under(self, key: str | int) -> Problem:
-        """The same, seen from the container."""
+        """Return the problem with `key` prepended to its path."""
         return replace(self, path=(key, *self.path))
 
 
 class Validator:
-    """A schema, ready to check values."""
+    """A validator for one schema."""
 
     def __init__(self, schema: Mapping[str, Any] | bool) -> None:
-        """Take in a schema.
+        """Check and resolve a schema.
 
-        Raises:
-            SchemaProblemError: it is no JSON schema (2020-12), too deep or too large, holds a pattern that is none,
-                refers to something outside itself, or to itself in a way that no finite value satisfies.
+        Raises: SchemaProblemError: it is not a JSON schema (2020-12), is too deep or too large, contains an invalid
+        pattern, refers to something outside itself, or refers to itself so that no finite value is valid.
         """
         _check_size(schema)
         try:
@@ -112,7 +110,7 @@ class Validator:
             raise SchemaProblemError(f"{path_text(error.absolute_path)}: {error.message:.300}") from error
         except RecursionError as error:
             raise SchemaProblemError("nested too deep to be checked") from error
-        except (TypeError, ValueError) as error:  # as with an unquoted date in YAML
+        except (TypeError, ValueError) as error:  # for example an unquoted date in YAML
             raise SchemaProblemError(f"not JSON: {error}; quote it if it is text") from error
         self.schema = schema
         self.targets: dict[int, Any] = {}
@@ -120,11 +118,11 @@ class Validator:
         self._take_in()
 
     def problems(self, value: Any) -> list[Problem]:
-        """Why `value` does not fit, sorted by path; empty when it fits.
+        """Return the problems of `value`, sorted by path; empty if it is valid.
 
         Raises:
-            CannotCheckError: the check was given up.
-            NeedsTimeError: inside `briefly`, and it takes longer.
+            CannotCheckError: the check was abandoned.
+            NeedsTimeError: called inside `briefly`, and the check takes longer.
         """
         run = _Run(self, time.monotonic() + CHECK_S, brief=_brief.get())
         found: list[Problem] = []
@@ -137,13 +135,14 @@ class Validator:
             raise CannotCheckError("it is nested too deep") from error
         except PatternTooSlowError as error:
             raise CannotCheckError(f"it takes longer than {CHECK_S:g} s: {error}") from error
-        except (ValueError, OverflowError) as error:  # integers of thousands of digits
+        except (ValueError, OverflowError) as error:  # integers with thousands of digits
             raise CannotCheckError(f"{error}") from error
         return sorted(found, key=lambda problem: [str(part) for part in problem.path])
 
     @functools.cached_property
     def recursive_branches(self) -> int:
-        """The most branches of one union that lead back to it: trying each at every level is exponential."""
+        """Maximum number of branches of one union that lead back to it; trying each at every level takes exponential
+        time."""
         most, waiting, seen = 0, [self.schema], set()
         while waiting:
             schema = waiting.pop()
@@ -171,14 +170,14 @@ class Validator:
         return target + [part for keys, part in parts(schema) if keys[0] not in ("$defs", "definitions")]
 
     def enum(self, schema: Mapping[str, Any], values: Sequence[Any]) -> frozenset[str]:
-        """The canonical texts of an `enum`."""
+        """Return the canonical texts of an `enum`."""
         found = self._enums.get(id(schema))
         if found is None:
             found = self._enums[id(schema)] = frozenset(map(canonical, values))
         return found
 
     def _take_in(self) -> None:
-        """Resolve every reference, check every pattern, and find recursion without an end."""
+        """Resolve every reference, check every pattern, and refuse endless recursion."""
         root = referencing.jsonschema.DRAFT202012.create_resource(self.schema)
         resolver: Any = referencing.Registry().resolver_with_root(root)
         waiting: list[tuple[Any, Any, tuple[str | int, ...]]] = [(self.schema, resolver, ())]
@@ -195,7 +194,7 @@ class Validator:
                     reference = schema[keyword]
                     try:
                         found = resolver.lookup(reference)
-                    except Exception as error:  # the library has many for a reference that leads nowhere
+                    except Exception as error:  # `referencing` raises many types for a dangling reference
                         raise SchemaProblemError(
                             f"given {keyword} {reference!r}, expected a place in this schema, as #/$defs/x"
                         ) from error
@@ -224,13 +223,13 @@ class Validator:
     def _endless(
         self, schemas: Mapping[int, tuple[Mapping[str, Any], tuple[str | int, ...]]]
     ) -> tuple[str | int, ...] | None:
-        """The place of a schema that only an infinite value would fit."""
+        """Return the path of a schema that only an infinite value would match, or None."""
         ends: set[int] = set()
         order = list(schemas.values())
         before = -1
         while len(ends) != before:
             before = len(ends)
-            order.reverse()  # a chain is settled in one pass, in whichever direction it runs
+            order.reverse()  # alternating directions resolves a chain in one pass
             for schema, _ in order:
                 if id(schema) not in ends and self._has_end(schema, ends):
                     ends.add(id(schema))
@@ -258,7 +257,7 @@ class Validator:
 
 
 class _Run:
-    """One check of one value."""
+    """The state of one check of one value."""
 
     def __init__(self, validator: Validator, deadline: float, *, brief: bool) -> None:
         self._validator = validator
@@ -269,10 +268,10 @@ class _Run:
         self._active: set[tuple[int, int]] = set()
         self._looked_at: dict[tuple[int, int], set[Any]] = {}
         self._meant: dict[tuple[int, int], list[Problem]] = {}
-        self._kept: list[Any] = []  # what was made on the way: its id must stay its own
+        self._kept: list[Any] = []  # keeps temporary objects alive, so that no id is reused
 
     def valid(self, schema: Any, value: Any) -> bool:
-        """Whether `value` fits; the answer is remembered."""
+        """Return whether `value` matches `schema`; the answer is cached."""
         if isinstance(schema, bool):
             return schema
         key = (id(schema), id(value))
@@ -282,7 +281,7 @@ class _Run:
         return self._known[key]
 
     def errors(self, schema: Any, value: Any) -> Iterator[Problem]:
-        """The problems of `value`, none if it fits."""
+        """Yield the problems of `value`."""
         self._step()
         if schema is True:
             return
@@ -290,7 +289,7 @@ class _Run:
             yield Problem((), "", value, {})
             return
         key = (id(schema), id(value))
-        if key in self._active:  # recursion that does not advance adds nothing that fits
+        if key in self._active:  # recursion on the same value: nothing matches
             yield Problem((), "$ref", value, schema)
             return
         self._active.add(key)
@@ -321,7 +320,7 @@ class _Run:
         self._step(1 + len(text) // 10_000)
         return search(pattern, text, deadline=self._deadline)
 
-    # The keywords. Each yields the problems of `value`; `schema` is the object that holds the keyword.
+    # Keyword checks. Each yields the problems of `value`; `schema` is the object that contains the keyword.
 
     def _type(self, asked: Any, value: Any, schema: Mapping[str, Any]) -> Iterator[Problem]:
         if not any(is_type(value, name) for name in ([asked] if isinstance(asked, str) else asked)):
@@ -446,10 +445,10 @@ class _Run:
             yield Problem((), keyword, value, schema, fits)
 
     def _nearest(self, branches: Sequence[Any], value: Any) -> list[Problem]:
-        """The problems of the branch that was probably meant; none where no branch has the value's type.
+        """Return the problems of the branch most likely meant; empty if no branch has the value's type.
 
-        A branch whose constants fit (the `kind` of a tagged union) comes first, then the one that knows the most of the
-        value's keys, then the one with the fewest problems.
+        Branches are ranked by matching constants (the `kind` of a tagged union), then by fewest unknown keys, then by
+        fewest problems.
         """
         ranked = []
         for branch in branches:
@@ -496,10 +495,10 @@ class _Run:
                     yield from self._part(asked, item, key)
 
     def _evaluated(self, schema: Any, value: Any) -> set[Any]:
-        """The keys or indexes of `value` that a keyword of `schema` has looked at."""
+        """Return the keys or indexes of `value` that `schema` evaluates."""
         key = (id(schema), id(value))
         if key not in self._looked_at:
-            self._looked_at[key] = set()  # what a reference that leads back here adds
+            self._looked_at[key] = set()  # the contribution of a recursive reference
             self._kept.append(schema)
             self._looked_at[key] = self._evaluated_by(schema, value)
         return self._looked_at[key]
@@ -527,7 +526,7 @@ class _Run:
         return found
 
     def _in_place(self, schema: Mapping[str, Any], value: Any) -> Iterator[Any]:
-        """The parts of `schema` that apply to `value` itself and that it fits."""
+        """Yield the subschemas that apply to `value` itself and match it."""
         if id(schema) in self._validator.targets:
             yield self._validator.targets[id(schema)]
         for key in ("allOf", "anyOf", "oneOf"):
@@ -583,7 +582,7 @@ _CHECKS: dict[str, Any] = {
 
 
 def parts(schema: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """The schemas directly inside `schema`, each with the keys that lead to it."""
+    """Yield the direct subschemas of `schema`, each with its keys."""
     for key in _ONE:
         if key in schema:
             yield (key,), schema[key]
@@ -594,7 +593,7 @@ def parts(schema: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], An
 
 
 def is_type(value: Any, name: str) -> bool:
-    """Whether a JSON value has a type of JSON Schema; 1.0 is an integer."""
+    """Return whether `value` has the JSON Schema type `name`; 1.0 is an integer."""
     match name:
         case "integer":
             return (isinstance(value, int) and not isinstance(value, bool)) or (
@@ -610,7 +609,7 @@ def is_type(value: Any, name: str) -> bool:
 
 
 def depth(value: Any) -> int:
-    """How many arrays and objects are inside each other."""
+    """Return the nesting depth of arrays and objects."""
     levels, level = 0, [value]
     while level := [item for item in level if isinstance(item, list | dict)]:
         levels += 1
@@ -619,9 +618,9 @@ def depth(value: Any) -> int:
 
 
 def canonical(value: Any) -> str:
-    """A text that is the same for JSON values that are equal: 1 and 1.0 are, 1 and true are not.
+    """Return a text that is equal for equal JSON values: 1 equals 1.0, but not true.
 
-    Texts, because numbers can be chosen so that their hashes collide.
+    Texts rather than hashes, because numbers can be chosen to make hashes collide.
     """
     return json.dumps(_plain(value), sort_keys=True)
 
@@ -637,20 +636,20 @@ def _plain(value: Any) -> Any:
 
 
 def path_text(keys: Any) -> str:
-    """A path as it is written in problems: `$.a[0].b`."""
+    """Format a path: `$.a[0].b`."""
     return "$" + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
 
 
 @functools.lru_cache(maxsize=1024)
 def _exact(number: float) -> Fraction:
-    """The decimal that was written, not the binary number nearest to it."""
+    """Return the decimal as written, not the nearest binary number."""
     if isinstance(number, float) and not math.isfinite(number):
         raise CannotCheckError("a number is out of range")
     return Fraction(repr(number) if isinstance(number, float) else number)
 
 
 def _check_size(schema: Any) -> None:
-    """Refuse what is too deep or too large, a structure that contains itself among it."""
+    """Refuse a schema that is too deep or too large; a structure that contains itself counts as too deep."""
     count, level = 0, [schema]
     for _ in range(MAX_DEPTH):
         count += len(level)

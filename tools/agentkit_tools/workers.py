@@ -1,7 +1,7 @@
-"""Threads for synchronous tools: one per call, so that no call waits for a thread while its deadline runs.
+"""Threads for synchronous tools: one per call, so that no call spends its deadline waiting for a thread.
 
-A thread cannot be killed. A function that outlives its call keeps its thread until it returns, and the call's result is
-lost. Such threads are daemons, which never keep the process alive, and at most `MAX_ABANDONED` of them may run.
+A thread cannot be killed. If a call ends before its function, the function keeps running in its thread and its result
+is discarded. These threads are daemons, so they do not keep the process alive. At most `MAX_ABANDONED` of them may run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _Job:
-    """One function in its thread. `lock` orders its end and its being abandoned."""
+    """One function in its thread. The module's `_lock` guards `ended` and `abandoned`."""
 
     def __init__(self) -> None:
         self.result: Any = None
@@ -38,14 +38,14 @@ _abandoned = 0
 
 
 def abandoned() -> int:
-    """The number of functions that still run although nobody waits for them."""
+    """Return the number of running functions whose call has ended."""
     return _abandoned
 
 
 async def run_in_thread(function: Callable[[], T]) -> T:
-    """Return what `function` returns, or raise what it raises, in a daemon thread of its own.
+    """Run `function` in a new daemon thread and return its result or raise its exception.
 
-    When the caller is cancelled, the function goes on unobserved.
+    If the caller is cancelled, the function keeps running in the background.
 
     Raises:
         ToolError: too many abandoned functions are still running.
@@ -66,7 +66,7 @@ async def run_in_thread(function: Callable[[], T]) -> T:
         if not _end(job):
             try:
                 anyio.from_thread.run_sync(done.set, token=token)
-            except RuntimeError:  # the event loop closed meanwhile: nobody waits
+            except RuntimeError:  # the event loop is closed
                 _discard(job.result)
 
     threading.Thread(target=work, name="agentkit: tool", daemon=True).start()
@@ -81,7 +81,7 @@ async def run_in_thread(function: Callable[[], T]) -> T:
 
 
 def _end(job: _Job) -> bool:
-    """Note the end of a job. Returns whether it was abandoned before."""
+    """Mark the job as ended. Return whether it had been abandoned."""
     global _abandoned
     with _lock:
         job.ended = True
@@ -103,6 +103,6 @@ def _abandon(job: _Job) -> None:
 
 
 def _discard(result: Any) -> None:
-    """Close a coroutine that nobody is going to await, which would warn."""
+    """Close a coroutine that is never awaited, to avoid the warning."""
     if inspect.iscoroutine(result):
         result.close()
