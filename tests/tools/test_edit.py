@@ -15,7 +15,7 @@ from agentkit_tools.edit import _count
 
 pytestmark = pytest.mark.anyio
 Call = Callable[..., Awaitable[ToolResult]]
-ENDS = r"; its line ends differ: lines of the file may end in \r\n, in \n or in both"
+ENDS = r"; the line ends differ: the file uses \r\n, \n or both"
 
 
 async def test_replaces_the_only_occurrence(call: Call, environment: Environment) -> None:
@@ -105,10 +105,10 @@ async def test_line_ends_and_bytes_around_an_edit_stay(
 async def test_encodings_and_bounds_are_told(call: Call, environment: Environment) -> None:
     await environment.write_file("latin", b"caf\xe9")
     result = await call("edit_file", path="latin", old="é", new="e")
-    assert result.content == 'Error: "old" not found in latin; the file is not UTF-8, in which "old" is looked for'
+    assert result.content == 'Error: "old" not found in latin; the file is not UTF-8, but "old" is'
     await environment.exec("truncate -s 17M big")
     result = await call("edit_file", path="big", old="a", new="b")
-    assert result.content == "Error: File too large: big; use bash to look at a part of it"
+    assert result.content == "Error: File too large: big; use bash to read part of it"
 
 
 lines = st.lists(st.sampled_from(["a", "b", "ab", "", "é"]), min_size=1, max_size=6)

@@ -46,7 +46,7 @@ async def test_read_of_a_long_file_is_cut(call: Call, environment: Environment, 
         ("list_dir", {"path": "none"}, "Error: No such directory: none"),
         ("list_dir", {"path": ""}, "Error: No such directory: "),
         ("list_dir", {"path": "dir/file"}, "Error: Not a directory: dir/file"),
-        ("list_dir", {"path": "a\0b"}, 'Error: "path" holds a NUL byte; leave it out'),
+        ("list_dir", {"path": "a\0b"}, 'Error: "path" contains a NUL byte; remove it'),
     ],
 )
 async def test_refusals(
@@ -63,7 +63,7 @@ async def test_bad_paths_and_large_files_are_told_and_not_raised(call: Call, env
         assert (await call("write_file", path=path, content="")).content.startswith("Error: Bad path: ")
     await environment.exec("truncate -s 17M big")
     result = await call("read_file", path="big")
-    assert result.content == "Error: File too large: big; use bash to look at a part of it"
+    assert result.content == "Error: File too large: big; use bash to read part of it"
 
 
 async def test_list_dir(call: Call, environment: Environment) -> None:

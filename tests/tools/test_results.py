@@ -110,7 +110,7 @@ RESULTS: list[tuple[Any, str]] = [
     (circular_dict, '{"me": {"again": "<circular reference>"}}'),
     (circular_data, '{"raw": "", "other": "<circular reference>"}'),
     (circular_model, '{"x": 1, "other": ["<circular reference>"]}'),
-    (deep, "[" * 64 + '"<list, nested too deep to show>"' + "]" * 64),
+    (deep, "[" * 64 + '"<list, nested too deeply to show>"' + "]" * 64),
     ([[1]] * 2, "[[1], [1]]"),
     (10**5000, "<integer of 16610 bits>"),
     ({"n": 10**5000}, '{"n": "<integer of 16610 bits>"}'),

@@ -86,7 +86,7 @@ async def test_lines_are_sorted_by_path_and_line(searching: Environment) -> None
         ({"pattern": "zwei é"}, "b/y.md:1:zwei é"),
         ({"pattern": "--help"}, "No matches"),
         ({"pattern": "two", "path": "none"}, "Error: No such file or directory: none"),
-        ({"pattern": "a\0"}, 'Error: "pattern" holds a NUL byte; leave it out'),
+        ({"pattern": "a\0"}, 'Error: "pattern" contains a NUL byte; remove it'),
     ],
 )
 async def test_results(searching: Environment, arguments: dict[str, str], content: str) -> None:
@@ -103,7 +103,7 @@ async def test_classes(searching: Environment) -> None:
     assert await search(searching, pattern=r"\bt\w+\b$", path="a.txt") == "a.txt:2:two\na.txt:3:three"
     assert await search(searching, pattern="[a||b]two|^two$", path="a.txt") == "a.txt:2:two"  # Python warns about ||
     digits = await search(searching, pattern=r"^n\d\d$", path="numbers")
-    refused = r"Error: bad pattern: write [0-9] for \d, there is only grep here"
+    refused = r"Error: bad pattern: write [0-9] instead of \d: only grep is available"
     assert digits in (refused, "numbers:10:n10\nnumbers:11:n11\nnumbers:12:n12")
 
 

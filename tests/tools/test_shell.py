@@ -58,7 +58,7 @@ async def test_long_output_keeps_head_tail_and_exit_code(call: Call, context: To
 
 
 async def test_commands_that_cannot_be_passed_on(call: Call) -> None:
-    assert (await call("bash", command="a\0b")).content == 'Error: "command" holds a NUL byte; leave it out'
+    assert (await call("bash", command="a\0b")).content == 'Error: "command" contains a NUL byte; remove it'
     result = await call("bash", command="#" * 140_000)
     assert result.content.startswith("Error: command has 140000 bytes, expected at most 131071; ")
 

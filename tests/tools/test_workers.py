@@ -82,7 +82,7 @@ async def test_the_number_of_stuck_calls_is_bounded(environment: Environment, mo
         result = await run(ran.set, ToolContext(environment))
         assert result.is_error
         assert result.content.startswith("Error: not run: ")
-        assert "still running past their deadlines" in result.content
+        assert "still running after their deadlines" in result.content
         assert not ran.is_set()
     finally:
         release.set()

@@ -55,11 +55,11 @@ def _count(data: bytes, wanted: bytes) -> int:
 def _hint(data: bytes, wanted: bytes) -> str:
     """Return a hint for `wanted` not being found: different line ends, a missing final newline, or a non-UTF-8 file."""
     if _bare(wanted) in _bare(data):
-        return r"; its line ends differ: lines of the file may end in \r\n, in \n or in both"
+        return r"; the line ends differ: the file uses \r\n, \n or both"
     if wanted.endswith(b"\n") and data.endswith(wanted.rstrip(b"\r\n")):
         return '; the file does not end in a newline, but "old" does'
     if not wanted.isascii() and not _is_utf8(data):
-        return '; the file is not UTF-8, in which "old" is looked for'
+        return '; the file is not UTF-8, but "old" is'
     return ""
 
 

@@ -46,7 +46,7 @@ def file_errors(path: str) -> Iterator[None]:
     except OSError as error:
         raise ToolError(f"{error.strerror or error}: {path}") from None
     except FileTooLargeError:
-        raise ToolError(f"File too large: {path}; use bash to look at a part of it") from None
+        raise ToolError(f"File too large: {path}; use bash to read part of it") from None
     except UnsafePathError as error:
         raise ToolError(f"Bad path: {error}") from None
 

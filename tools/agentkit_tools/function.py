@@ -38,7 +38,7 @@ class FunctionTool(Tool, Generic[P, R]):
         base = _function_below(fn)
         name = name or base.__name__
         if name in ("<lambda>", "__call__"):
-            raise ToolDefinitionError(f"given {fn!r}, which has no name; use def, or give it one: tool(name=...)(...)")
+            raise ToolDefinitionError(f"given {fn!r}, which has no name; use def or tool(name=...)(...)")
         signature = read_signature(fn, name=name, injected_type=ToolContext)
         functools.update_wrapper(self, base, updated=())
         self.__wrapped__ = fn
@@ -103,9 +103,9 @@ def _function_below(fn: Callable[..., Any]) -> Callable[..., Any]:
         ToolDefinitionError: `fn` cannot be a tool.
     """
     if isinstance(fn, Tool):
-        raise ToolDefinitionError(f"given {fn!r}, which is a tool already; pass it as it is")
+        raise ToolDefinitionError(f"given {fn!r}, which is already a tool; pass it unchanged")
     if inspect.isclass(fn):
-        raise ToolDefinitionError(f"given the class {fn.__name__}, expected a function; write one that calls it")
+        raise ToolDefinitionError(f"given the class {fn.__name__}, expected a function; write a function that calls it")
     if not callable(fn):
         hint = f"; to name a tool, write tool(name={fn!r})" if isinstance(fn, str) else ""
         raise ToolDefinitionError(f"given {fn!r}, expected a function{hint}")
@@ -114,14 +114,14 @@ def _function_below(fn: Callable[..., Any]) -> Callable[..., Any]:
     except ValueError as error:  # circular `__wrapped__`
         raise ToolDefinitionError(f"given {fn!r}, expected a function: {error}") from error
     if inspect.isclass(base):
-        raise ToolDefinitionError(f"given {fn!r}, expected a function; write one that calls it")
+        raise ToolDefinitionError(f"given {fn!r}, expected a function; write a function that calls it")
     for is_kind, kind in (
         (inspect.isasyncgenfunction, "an async generator"),
         (inspect.isgeneratorfunction, "a generator"),
     ):
         if is_kind(fn) or is_kind(type(fn).__call__):
             raise ToolDefinitionError(
-                f"tool {base.__name__!r}: is {kind}, but a call has one result; collect the items and return a list"
+                f"tool {base.__name__!r}: is {kind}, but a call returns one result; collect the items and return a list"
             )
     return base
 
@@ -178,6 +178,6 @@ def as_tool(function_or_tool: Tool | Callable[..., Any]) -> Tool:
     if isinstance(function_or_tool, str):
         raise ToolDefinitionError(
             f"given the text {function_or_tool!r}, expected a tool or a function; "
-            "built-in tools are in agentkit_tools.BUILTINS, by name"
+            "look up built-in tools by name in agentkit_tools.BUILTINS"
         )
     return FunctionTool(function_or_tool)

@@ -149,7 +149,7 @@ def _plain(value: Any, above: tuple[int, ...]) -> Any:
     if id(value) in above:
         return "<circular reference>"
     if len(above) == MAX_DEPTH:
-        return f"<{type(value).__name__}, nested too deep to show>"
+        return f"<{type(value).__name__}, nested too deeply to show>"
     return _safely(lambda: _unpack(value, (*above, id(value))), f"<{type(value).__name__} that cannot be shown>")
 
 

@@ -82,7 +82,7 @@ def read_arguments(signature: Signature, text: str, *, name: str) -> dict[str, A
     text = text if text.strip() else "{}"
     branches = signature.validator.recursive_branches
     if branches > 1 and branches ** depth(parse_object(text, name=name)) > MAX_TRIES:
-        raise ArgumentsError(name, ["$: cannot be checked: it is nested too deep; expected a simpler value"])
+        raise ArgumentsError(name, ["$: cannot be checked: nested too deeply; expected a simpler value"])
     try:
         read = model.model_validate_json(text, strict=True)
     except ValidationError:
@@ -113,7 +113,7 @@ def _explain(problem: Problem, validator: Validator) -> list[str]:
             return [f"{path}.{key}: unknown parameter, expected {expected}" for key in value]
         case "dependentRequired":
             return [
-                f"{path}.{other}: missing, expected beside {key}"
+                f"{path}.{other}: missing, required together with {key}"
                 for key, others in schema[keyword].items()
                 if key in value
                 for other in others
@@ -121,7 +121,7 @@ def _explain(problem: Problem, validator: Validator) -> list[str]:
             ]
         case "oneOf" if problem.fits:
             expected = _expected(schema, validator)
-            return [f"{path}: given {_given(value)}, which fits {problem.fits} of {expected}, expected exactly one"]
+            return [f"{path}: given {_given(value)}, matches {problem.fits} of {expected}, expected exactly one"]
         case "type" | "enum" | "const" | "anyOf" | "oneOf":
             return [f"{path}: given {_given(value)}, expected {_expected(schema, validator)}"]
         case "" | "$ref":

@@ -70,7 +70,7 @@ elif command -v python3 >/dev/null 2>&1; then
 else
     case "$1" in
         *'\d'* | *'\D'*)
-            printf '%s\n' 'write [0-9] for \d, there is only grep here' >&2
+            printf '%s\n' 'write [0-9] instead of \d: only grep is available' >&2
             exit {BAD_PATTERN} ;;
     esac
     exec grep -rnHIZsE --exclude-dir=.git -e "$1" -- "$2"

@@ -84,7 +84,7 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
     except SchemaProblemError as error:
         raise ToolDefinitionError(f"tool {name!r}, parameters: {error}") from error
     except Exception as error:  # each parameter is valid, but not all of them together
-        raise ToolDefinitionError(f"tool {name!r}: its parameters have no JSON schema together ({error})") from error
+        raise ToolDefinitionError(f"tool {name!r}: not all parameters are valid together ({error})") from error
     del parameters["additionalProperties"]  # only the validator needs it
     return Signature(description, parameters, validator, model, tuple(names), tuple(injected), defaults)
 
@@ -150,13 +150,13 @@ def _annotation(
     """Resolve the annotation of one parameter; raise ToolDefinitionError if a tool cannot have such a parameter."""
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         raise ToolDefinitionError(
-            f"{where}: given {parameter}, expected a named parameter; write each one out "
-            "(a decorator in between needs functools.wraps)"
+            f"{where}: given {parameter}, expected a named parameter; declare each one "
+            "(decorators must use functools.wraps)"
         )
     if parameter.kind is parameter.POSITIONAL_ONLY:
-        raise ToolDefinitionError(f"{where}: is positional-only, but arguments come by name; remove the '/'")
+        raise ToolDefinitionError(f"{where}: is positional-only, but arguments are passed by name; remove the '/'")
     if parameter.annotation is parameter.empty:
-        hint = "; a method is a tool once it is bound: pass `instance.method`" if parameter.name == "self" else ""
+        hint = "; a method must be bound: pass `instance.method`" if parameter.name == "self" else ""
         raise ToolDefinitionError(f"{where}: has no type annotation; write for example `{parameter.name}: str`{hint}")
     holder = types.SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
     try:
@@ -202,7 +202,7 @@ def _portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside:
                 ) from None
         return annotation
     if origin is type or annotation is type:
-        raise ToolDefinitionError(f"{where}: type {annotation!r} has no JSON schema; take a name, as Literal[...]")
+        raise ToolDefinitionError(f"{where}: type {annotation!r} has no JSON schema; use a name, as in Literal[...]")
     if sys.version_info < (3, 12) and typing.is_typeddict(annotation) and type(annotation).__module__ == "typing":
         if annotation in inside:
             raise ToolDefinitionError(
@@ -258,7 +258,7 @@ def _field(
     metadata = getattr(annotation, "__metadata__", ())
     infos = [item for item in metadata if isinstance(item, FieldInfo)]
     if any(info.alias or info.validation_alias for info in infos):
-        raise ToolDefinitionError(f"{where}: Field(alias=...) gives it a second name; rename the parameter instead")
+        raise ToolDefinitionError(f"{where}: Field(alias=...) is not supported; rename the parameter instead")
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(annotation)
         adapter.json_schema()

@@ -106,7 +106,7 @@ class Tool(ABC):
         if not isinstance(description, str) or not isinstance(parameters, Mapping):
             raise ToolDefinitionError(
                 f"tool {name!r}: given description {description!r} and parameters {parameters!r}, "
-                "expected a text and a JSON schema"
+                "expected a string and a JSON schema"
             )
         self.name = name
         self.description = description
@@ -186,7 +186,7 @@ def refuse_nul(**arguments: str) -> None:
     """
     for name, value in arguments.items():
         if "\0" in value:
-            raise ToolError(f'"{name}" holds a NUL byte; leave it out')
+            raise ToolError(f'"{name}" contains a NUL byte; remove it')
 
 
 def cut(text: str, max_bytes: int) -> str:

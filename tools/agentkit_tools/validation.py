@@ -109,7 +109,7 @@ class Validator:
         except jsonschema.SchemaError as error:
             raise SchemaProblemError(f"{path_text(error.absolute_path)}: {error.message:.300}") from error
         except RecursionError as error:
-            raise SchemaProblemError("nested too deep to be checked") from error
+            raise SchemaProblemError("nested too deeply to be checked") from error
         except (TypeError, ValueError) as error:  # for example an unquoted date in YAML
             raise SchemaProblemError(f"not JSON: {error}; quote it if it is text") from error
         self.schema = schema
@@ -132,9 +132,9 @@ class Validator:
                 if len(found) == MAX_PROBLEMS:
                     break
         except RecursionError as error:
-            raise CannotCheckError("it is nested too deep") from error
+            raise CannotCheckError("nested too deeply") from error
         except PatternTooSlowError as error:
-            raise CannotCheckError(f"it takes longer than {CHECK_S:g} s: {error}") from error
+            raise CannotCheckError(f"takes longer than {CHECK_S:g} s: {error}") from error
         except (ValueError, OverflowError) as error:  # integers with thousands of digits
             raise CannotCheckError(f"{error}") from error
         return sorted(found, key=lambda problem: [str(part) for part in problem.path])
@@ -196,7 +196,7 @@ class Validator:
                         found = resolver.lookup(reference)
                     except Exception as error:  # `referencing` raises many types for a dangling reference
                         raise SchemaProblemError(
-                            f"given {keyword} {reference!r}, expected a place in this schema, as #/$defs/x"
+                            f"given {keyword} {reference!r}, expected a place in this schema, such as #/$defs/x"
                         ) from error
                     if not isinstance(found.contents, Mapping | bool):
                         raise SchemaProblemError(
@@ -208,8 +208,8 @@ class Validator:
             waiting += [(part, resolver, (*place, *keys)) for keys, part in parts(schema)]
         if (endless := self._endless(seen)) is not None:
             raise SchemaProblemError(
-                f"{path_text(endless)}: no finite value fits, because the schema leads back to itself; "
-                'give the recursion an end, as {"anyOf": [..., {"type": "null"}]}'
+                f"{path_text(endless)}: no finite value is valid, because the schema refers to itself without end; "
+                'end the recursion, as in {"anyOf": [..., {"type": "null"}]}'
             )
 
     def _check_patterns(self, schema: Mapping[str, Any], place: tuple[str | int, ...]) -> None:
@@ -312,7 +312,7 @@ class _Run:
         if self._brief and self._steps > BRIEF_STEPS:
             raise NeedsTimeError
         if self._steps & 63 < count and time.monotonic() > self._deadline:
-            raise CannotCheckError(f"it takes longer than {CHECK_S:g} s")
+            raise CannotCheckError(f"takes longer than {CHECK_S:g} s")
 
     def _search(self, pattern: str, text: str) -> bool:
         if self._brief and needs_worker(pattern, text):

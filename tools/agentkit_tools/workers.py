@@ -52,7 +52,7 @@ async def run_in_thread(function: Callable[[], T]) -> T:
     """
     if _abandoned >= MAX_ABANDONED:
         raise ToolError(
-            f"not run: {_abandoned} earlier calls are still running past their deadlines, which is the most allowed; "
+            f"not run: {_abandoned} earlier calls are still running after their deadlines, which is the limit; "
             "wait for them to end"
         )
     job, done, token = _Job(), anyio.Event(), anyio.lowlevel.current_token()
