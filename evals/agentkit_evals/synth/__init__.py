@@ -1,7 +1,7 @@
-"""Generated tasks: families with oracles, verifiers and seeds, and the held-out rule.
+"""Generated tasks: task families with oracles, verifiers and seeds, split into training and held-out tasks.
 
-`sample("combine", seed, "train")` is one task with its oracle; `generate` runs oracles for real and gives training
-rows.
+`sample("combine", seed, "train")` returns one task with its oracle. `generate` runs oracles with the real tools and
+yields training rows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def sample(family: str, seed: int, split: Split) -> SynthTask:
-    """The task of a family with this seed in this split; the same on every machine.
+    """Return a family's task for this seed and split; the same on every machine.
 
     Raises:
-        ValueError: no family, or no split, has that name.
+        ValueError: the family or the split is unknown.
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; expected one of {', '.join(FAMILIES)}")

@@ -1,4 +1,4 @@
-"""`python -m agentkit_evals.synth DIR`: the tokenizer and the training rows of the tiny model, from seeds alone."""
+"""`python -m agentkit_evals.synth DIR`: build the tiny model's tokenizer and training rows from seeds alone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TOKENIZER_SEEDS = range(150)  # per family
 
 def main(
     directory: Annotated[
-        Path, typer.Argument(help="Where tokenizer.json, train.safetensors and heldout.safetensors go.")
+        Path, typer.Argument(help="Directory for tokenizer.json, train.safetensors and heldout.safetensors.")
     ],
-    per_family: Annotated[int, typer.Option(help="Training trajectories of each family.")] = 1500,
-    heldout_per_family: Annotated[int, typer.Option(help="Held-out trajectories of each family.")] = 40,
-    vocab_size: Annotated[int, typer.Option(help="Ids of the tokenizer, control tokens included.")] = 1536,
-    first_seed: Annotated[int, typer.Option(help="Rows use the seeds from here on.")] = 0,
+    per_family: Annotated[int, typer.Option(help="Training trajectories per family.")] = 1500,
+    heldout_per_family: Annotated[int, typer.Option(help="Held-out trajectories per family.")] = 40,
+    vocab_size: Annotated[int, typer.Option(help="Vocabulary size of the tokenizer, including control tokens.")] = 1536,
+    first_seed: Annotated[int, typer.Option(help="First seed of the training rows.")] = 0,
 ) -> None:
-    """Build the tokenizer (kept when it is there already) and run every oracle for real."""
+    """Build the tokenizer, unless it exists, and run every oracle to write the training rows."""
     directory.mkdir(parents=True, exist_ok=True)
     anyio.run(_write, directory, range(first_seed, first_seed + per_family), range(heldout_per_family), vocab_size)
 
@@ -46,7 +46,7 @@ async def _write(directory: Path, seeds: range, heldout_seeds: range, vocab_size
 
 
 async def _write_rows(path: Path, seeds: range, split: Split, tokenizer: Tokenizer) -> None:
-    """Rows of every family; those with far facts are long, so training gets half as many of them."""
+    """Write the rows of every family. Far-fact rows are long, so the train split uses half as many of them."""
     started = time.perf_counter()
     near = [name for name, family in FAMILIES.items() if not family.far_fact]
     far = [name for name, family in FAMILIES.items() if family.far_fact]

@@ -1,12 +1,13 @@
-"""What a family of generated tasks is: exact masking of names, the draft of one task, and the rule of the split.
+"""Families of generated tasks: drawing a task, masking its names, and splitting tasks into train and held-out.
 
-A family draws a `Draft` from a `Draw`. Every name and value of the draft comes out of the draw *marked* (wrapped in two
-private-use characters), so that the task's signature, its instruction and files with names, values and numbers masked,
-is exact and needs no guessing. The marks are gone from everything that leaves this module. A greeting before the
-instruction and a word after it are no part of the signature: with another "Hello." a task is the same task.
+A family draws a `Draft` from a `Draw`. Every drawn name and value is *marked* (wrapped in two private-use characters).
+Masking is therefore exact: a task's signature is its instruction and files with names, values and numbers masked. The
+marks are removed from everything that leaves this module. A greeting before the instruction and a closing phrase after
+it are not part of the signature, so a task with a different greeting is the same task.
 
-The split: a task belongs to held-out when its phrasing is never trained on, or when the hash of its signature falls
-into one bucket of five; else it belongs to training. So no masked (instruction, files) pair is ever in both.
+A task is held out if its phrasing is reserved for held-out tasks, or if the hash of its signature falls into the
+held-out bucket, one of five. All other tasks are for training, so no masked (instruction, files) pair occurs in both
+splits.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ T = TypeVar("T")
 
 
 def plain(value: Any) -> Any:
-    """`value` without marks: strings, and mappings, lists and tuples of them."""
+    """Remove the marks from `value`: a string, or mappings, lists and tuples of strings."""
     if isinstance(value, str):
         return value.replace(_OPEN, "").replace(_CLOSE, "")
     if isinstance(value, Mapping):
@@ -61,40 +62,42 @@ def plain(value: Any) -> Any:
 
 
 def marked(text: str) -> str:
-    """`text` as a name or value."""
+    """Mark `text` as a name or value."""
     return f"{_OPEN}{text}{_CLOSE}"
 
 
 def masked(text: str) -> str:
-    """`text` with each marked name or value as `N` and every other run of digits as `0`."""
+    """Replace each marked name or value by `N` and every other run of digits by `0`."""
     return _DIGITS.sub("0", _MARKED.sub("N", text))
 
 
 def is_held_out(signature: str) -> bool:
-    """Whether the hash of this signature falls into the held-out bucket."""
+    """Return whether the hash of `signature` falls into the held-out bucket."""
     return zlib.crc32(signature.encode()) % BUCKETS == 0
 
 
 class Draw:
-    """The random choices of one task. What `name`, `word`, `number`, `pick` return is marked; `choice` is structure."""
+    """The random choices of one task. `name`, `word`, `number` and `pick` return marked text; `choice` draws
+    structure."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.names: list[str] = []
 
     def choice(self, options: Sequence[T]) -> T:
-        """One of the options, as structure: it stays visible in the signature."""
+        """Draw an option as structure: it stays visible in the signature."""
         return options[int(self.rng.random() * len(options))]
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
 
     def between(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`, both included, as structure."""
+        """Draw an integer from `low` to `high`, inclusive, as structure."""
         return low + int(self.rng.random() * (high - low + 1))
 
     def fresh(self, make: Callable[[], str]) -> str:
-        """What `make` gives, marked, once it neither contains nor lies inside anything else of this task."""
+        """Call `make` until its text neither contains nor lies inside another name of this task; return the text
+        marked."""
         while True:
             text = make()
             if not any(text in other or other in text for other in self.names):
@@ -102,23 +105,23 @@ class Draw:
                 return marked(text)
 
     def name(self, syllables: int = 2) -> str:
-        """A new pronounceable lower-case name."""
+        """Draw a new pronounceable lower-case name."""
         return self.fresh(lambda: "".join(self.choice(SYLLABLES) for _ in range(syllables)))
 
     def word(self, pool: Sequence[str]) -> str:
-        """A new word of the pool."""
+        """Draw a word from the pool that the task does not contain yet."""
         return self.fresh(lambda: self.choice(pool))
 
     def number(self, low: int, high: int) -> str:
-        """A number's digits; unlike a name it may occur twice in a task."""
+        """Draw the digits of a number; unlike a name, it may repeat within a task."""
         return marked(str(self.between(low, high)))
 
     def pick(self, pool: Sequence[str]) -> str:
-        """A value of the pool, which may occur twice in a task (a separator, an extension)."""
+        """Draw a value (a separator, an extension) from the pool; it may repeat within a task."""
         return marked(self.choice(pool))
 
     def value(self) -> str:
-        """A new opaque value: mostly a name, else digits, or a name with digits."""
+        """Draw a new opaque value: usually a name, otherwise digits, or a name with digits."""
         kind = self.rng.random()
         if kind < 0.7:
             return self.name(self.choice((2, 2, 3)))
@@ -127,13 +130,13 @@ class Draw:
         return self.fresh(lambda: f"{self.choice(SYLLABLES)}{self.choice(SYLLABLES)}{self.between(2, 99)}")
 
     def phrase(self, template: str, **slots: str) -> str:
-        """Fill a phrasing: `[a|b]` is one of the options, `{slot}` a slot."""
+        """Fill in a phrasing: draw one option of each `[a|b]` and replace each `{slot}`."""
         return _CHOICE.sub(lambda match: self.choice(match[1].split("|")), template).format_map(slots)
 
 
 @dataclass(frozen=True, slots=True)
 class Phrasing:
-    """One way to put the instruction. `kind` says which variant of the family it asks for."""
+    """One wording of the instruction. `kind` is the variant of the family that it asks for."""
 
     text: str
     kind: str = ""
@@ -146,14 +149,14 @@ def phrasings(kind: str = "", *, train: Iterable[str], held_out: Iterable[str]) 
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """One turn of an oracle: what it thinks (dropped on turns that do not think), says and calls."""
+    """One turn of an oracle: its reasoning (dropped on turns without thinking), content and calls."""
 
     reasoning: str
     calls: Sequence[tuple[str, dict[str, Any]]] = ()
     content: str = ""
 
 
-Step = Callable[[list[str]], Act]  # gets the texts of the results of the previous turn's calls
+Step = Callable[[list[str]], Act]  # receives the result texts of the previous turn's calls
 
 
 def submit(reasoning: str, answer: str = "done") -> Act:
@@ -162,15 +165,15 @@ def submit(reasoning: str, answer: str = "done") -> Act:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """One task before masking: all its texts may carry marks."""
+    """One task before masking; its texts can contain marks."""
 
     instruction: str
     steps: Sequence[Step]
     verifier: str  # shell command, run in the agent's workdir
-    solution: str  # shell command that does the job and prints the answer
+    solution: str  # shell command that solves the task and prints the answer
     files: dict[str, str] = field(default_factory=dict)
     verifier_files: dict[str, str] = field(default_factory=dict)
-    tools: Sequence[str | Mapping[str, Any]] = tuple(BUILTINS)  # names, and the fields of command tools
+    tools: Sequence[str | Mapping[str, Any]] = tuple(BUILTINS)  # names of built-ins, or fields of command tools
 
 
 Oracle = Callable[[Sequence[Message], bool], AssistantTurn]  # (messages so far, think) -> the next turn
@@ -180,7 +183,7 @@ Oracle = Callable[[Sequence[Message], bool], AssistantTurn]  # (messages so far,
 class SynthTask:
     """A generated task with its oracle.
 
-    `signature` is the instruction and the files, names and values masked; `names` are the names and words drawn for it.
+    `signature` is the masked instruction and files; `names` are the names and words drawn for the task.
     """
 
     task: Task
@@ -194,7 +197,7 @@ class SynthTask:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A draft that the split admits. `phrasing` is the index of its phrasing in the family."""
+    """A draft accepted for a split. `phrasing` is the index of its phrasing in the family."""
 
     draft: Draft
     phrasing: int
@@ -204,20 +207,20 @@ class Drawn:
 
 
 class Family(ABC):
-    """A kind of generated task. Subclasses give `name`, `phrasings` and `draft`."""
+    """A family of generated tasks. Subclasses define `name`, `phrasings` and `draft`."""
 
     name: ClassVar[str]
     phrasings: ClassVar[tuple[Phrasing, ...]]
-    needs_tool: ClassVar[bool] = True  # without a tool call no task of the family can be solved
-    far_fact: ClassVar[bool] = False  # something needed stands more than 512 tokens back
-    spread_fact: ClassVar[bool] = False  # and it is spread over a stretch of text: no single place holds it
+    needs_tool: ClassVar[bool] = True  # no task of the family can be solved without a tool call
+    far_fact: ClassVar[bool] = False  # a needed fact is more than 512 tokens back
+    spread_fact: ClassVar[bool] = False  # the far fact is spread over many positions
 
     @abstractmethod
     def draft(self, draw: Draw, phrasing: Phrasing) -> Draft:
-        """Draw one task that is put as `phrasing` says."""
+        """Draw one task for the given phrasing."""
 
     def draw(self, seed: int, split: Split) -> Drawn:
-        """Everything of the task of this seed but its `Task`: the same on every machine.
+        """Draw the contents of this seed's task; the same on every machine.
 
         Raises ValueError for an unknown split.
         """
@@ -237,7 +240,7 @@ class Family(ABC):
                 return Drawn(draft, index, instruction, signature, tuple(draw.names))
 
     def sample(self, seed: int, split: Split) -> SynthTask:
-        """The task of this seed, with its oracle. Raises ValueError for an unknown split."""
+        """Return this seed's task with its oracle. Raises ValueError for an unknown split."""
         drawn = self.draw(seed, split)
         draft, label, held_out = drawn.draft, f"{self.name}/{drawn.phrasing}", self.phrasings[drawn.phrasing].held_out
         task = Task(
@@ -262,7 +265,7 @@ class Family(ABC):
 
 
 def _play(steps: Sequence[Step], messages: Sequence[Message], think: bool) -> AssistantTurn:
-    """The oracle's next turn: the step of this turn's number, given the results at the end of `messages`."""
+    """Return the oracle's next turn, given the tool results at the end of `messages`."""
     turn = sum(isinstance(message, AssistantMessage) for message in messages)
     results = [m.content for m in itertools.takewhile(lambda m: isinstance(m, ToolMessage), reversed(messages))][::-1]
     act = steps[turn](results)
@@ -274,22 +277,22 @@ def _play(steps: Sequence[Step], messages: Sequence[Message], think: bool) -> As
 
 
 def answer_is(answer: str) -> str:
-    """The verifier command of a task whose answer is one exact text."""
+    """Return the verifier command for one exact answer."""
     return f'test "$AGENTKIT_ANSWER" = {shlex.quote(plain(answer))}'
 
 
 def print_answer(answer: str) -> str:
-    """The solution command that only prints an answer."""
+    """Return the solution command that only prints an answer."""
     return f"printf '%s\\n' {shlex.quote(plain(answer))}"
 
 
 def replace_in_file(path: str, old: str, new: str) -> str:
-    """The shell command that replaces the only `old` in a file by `new`."""
+    """Return a shell command that replaces the only occurrence of `old` in a file by `new`."""
     script = "import sys; p, a, b = sys.argv[1:]; t = open(p).read(); assert t.count(a) == 1; "
     script += "open(p, 'w').write(t.replace(a, b))"
     return shlex.join(["python3", "-c", script, *(plain(text) for text in (path, old, new))])
 
 
 def listed(items: Sequence[str], joint: str = "and") -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join items as `a`, `a and b` or `a, b and c`."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {joint} {items[-1]}"

@@ -1,7 +1,7 @@
-"""From oracles to training data: trajectories that really happened, as ids with a loss mask; texts for a tokenizer.
+"""Turn oracles into training data: real trajectories as ids with a loss mask, and texts for training a tokenizer.
 
-Each oracle runs through `agentkit.Agent` and the real tools, in a plain directory ("unsafe-local": the oracles are our
-own code), so a row has exactly the ids that an engine would have had in its session.
+Each oracle runs through `agentkit.Agent` with the real tools, in a plain directory ("unsafe-local", since the oracles
+are trusted code). A row therefore has exactly the ids of an engine session.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from agentkit_tools import BUILTINS, Tool, ToolCall, ToolContext
 if TYPE_CHECKING:
     from agentkit_engine.chat import Tokenizer
 
-SYLLABLE_COPIES = 20  # more than any pair of letters occurs in one conversation
+SYLLABLE_COPIES = 20  # more often than any pair of letters in one conversation
 _SYLLABLE = re.compile("[A-Za-z][aeiou]|[0-9]+")
 _NAME = re.compile("([A-Za-z][aeiou]){2,}[0-9]*")
-AT_ONCE = 8  # trajectories that run side by side: most of their time is waiting for a child process
-THINKING: tuple[Thinking, ...] = ("auto",) * 8 + ("always", "never")  # what the seeds cycle through
+AT_ONCE = 8  # concurrent trajectories; they mostly wait for child processes
+THINKING: tuple[Thinking, ...] = ("auto",) * 8 + ("always", "never")  # seeds cycle through these
 
 
 class OracleError(EvalError):
-    """An oracle that did not solve its own task: a defect of the family. Names the task and what it answered."""
+    """An oracle did not solve its own task, which is a bug in the family. The message gives the task and the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One trajectory: its ids, and a mask that is 1 where the assistant wrote the id."""
+    """One trajectory: its ids, and a mask that is 1 for ids written by the assistant."""
 
     ids: list[int]
     loss_mask: list[int]
@@ -61,14 +61,14 @@ async def generate(
     tokenizer: Tokenizer,
     verify_every: int = 50,
 ) -> AsyncIterator[Row]:
-    """Run the oracle of each family on each seed, and give the rows in the order seed by seed, family by family.
+    """Run the oracle of each family on each seed, and yield the rows ordered by seed, then by family.
 
-    Every `verify_every`-th outcome is scored by the task's verifier; in the others the oracle must have reached its
-    end. Seeds cycle through the thinking policies: mostly `auto`, some `always` and `never`.
+    Every `verify_every`-th outcome is scored by the task's verifier; for the others it is enough that the oracle
+    finished. Seeds cycle through the thinking policies: mostly `auto`, some `always` and `never`.
 
     Raises:
         OracleError: an oracle did not solve its task.
-        ValueError: an unknown family or split.
+        ValueError: the family or the split is unknown.
     """
     jobs = enumerate((family, seed) for seed in seeds for family in families)
     while batch := list(itertools.islice(jobs, AT_ONCE)):
@@ -94,7 +94,7 @@ async def _row(synth: SynthTask, seed: int, tokenizer: Tokenizer, *, check: bool
         await task.prepare(environment)
         result = await agent.run(task.instruction, environment=environment)
         if result.status not in ("submitted", "answered"):
-            raise OracleError(f"{task.id}: the oracle's run ended with {result.status}, expected an answer")
+            raise OracleError(f"{task.id}: the oracle's run ended with status {result.status}, expected an answer")
         if check:
             archive = (await environment.export_dir(environment.spec.workdir)).data
             await require_solved(synth, archive, result.answer)
@@ -102,7 +102,7 @@ async def _row(synth: SynthTask, seed: int, tokenizer: Tokenizer, *, check: bool
 
 
 async def require_solved(synth: SynthTask, archive: bytes, answer: str | None) -> None:
-    """Score an outcome. Raises OracleError when it is not a full reward."""
+    """Score an outcome. Raises OracleError unless the reward is full."""
     verdict = await verify(synth.task, archive=archive, answer=answer, backend="unsafe-local")
     if verdict.reward < SOLVED:
         raise OracleError(
@@ -113,9 +113,9 @@ async def require_solved(synth: SynthTask, archive: bytes, answer: str | None) -
 async def transcript(
     synth: SynthTask, environment: Environment, *, thinking: Thinking = "auto"
 ) -> tuple[list[Message], str]:
-    """The messages of an oracle's run and its answer, without a tokenizer: calls go straight to the tools.
+    """Run an oracle without a tokenizer, calling the tools directly; return its messages and its answer.
 
-    `environment` must hold the task's files.
+    `environment` must contain the task's files.
     """
     policy = synth.oracle()
     tools = {tool.name: tool for tool in synth.task.build_tools()}
@@ -141,10 +141,10 @@ async def transcript(
 
 
 async def texts(families: Sequence[str], seeds: Iterable[int]) -> AsyncIterator[str]:
-    """What a tokenizer for these families should be trained on: the conversations of the train split.
+    """Yield the texts to train the tokenizer on: the conversations of the train split.
 
-    Every name is a few syllables, and should be so for the tokenizer too, never a token of its own that is hardly ever
-    seen: names come apart, and with each conversation come so many syllables that they are the first merges.
+    Names consist of a few syllables and must be tokenized into them, not into rare tokens of their own. Names are
+    therefore split, and each conversation comes with enough copies of the syllables to make them the first merges.
     """
     for seed, family in itertools.product(seeds, families):
         yield SYLLABLE_COPIES * ("\n".join(SYLLABLES) + "\n")
@@ -159,7 +159,7 @@ async def texts(families: Sequence[str], seeds: Iterable[int]) -> AsyncIterator[
 
 
 def _apart(text: str, names: Iterable[str]) -> str:
-    """`text` with the syllables of each name on lines of their own."""
+    """Replace each name in `text` by its syllables, one per line."""
     made = [re.escape(name) for name in names if _NAME.fullmatch(name)]
     if not made:
         return text
@@ -167,10 +167,10 @@ def _apart(text: str, names: Iterable[str]) -> str:
 
 
 def phrases() -> list[str]:
-    """Constant text of prompts and calls that a small vocabulary may hold whole.
+    """Return constant texts of prompts and calls that a small vocabulary can include as single tokens.
 
-    These are the default system prompt, each line of the tools block (with its newline) that any set of tools or the
-    built-in tools give, the frame of a user tool's line, and the frames of calls and results.
+    They are the default system prompt, each line (with its newline) of the tools block of the built-in tools, the
+    fixed parts of a user tool's line, and the fixed parts of calls and results.
     """
     tools: list[Tool] = list(BUILTINS.values())
     block = chat.encode([{"role": "system", "content": ""}], tools=[tool.spec for tool in tools], effort="high")

@@ -1,4 +1,4 @@
-"""Small files that hold one value, alone or beside other lines: written for tasks, read by oracles."""
+"""Small files that hold one value, alone or next to other lines; tasks write them and oracles parse them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEYED = (
 
 
 def value_file(draw: Draw, value: str) -> str:
-    """The text of a file that holds `value`: the only word, or what stands after `value=` or `value: `."""
+    """Return a file text that holds `value`, either alone or after `value=` or `value: `."""
     layout = draw.choice(_ALONE if draw.chance(0.4) else _KEYED)
     if "{key}" in layout:
         return layout.format(value=value, key=draw.name(), other=draw.value())
@@ -24,7 +24,7 @@ def value_file(draw: Draw, value: str) -> str:
 
 
 def value_in(text: str) -> str:
-    """The value that a text of `value_file` holds."""
+    """Return the value in a text written by `value_file`."""
     for line in text.splitlines():
         if line.startswith("value"):
             return line.removeprefix("value").lstrip("=: ")

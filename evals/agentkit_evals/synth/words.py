@@ -1,4 +1,4 @@
-"""The words that generated names and values are made of."""
+"""Words and syllables for generated names and values."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The families, one file each."""
+"""Task families, one per file."""

@@ -1,4 +1,4 @@
-"""What a long file says at its top is asked for after all of it has been read."""
+"""Recall a value from the top of a long file after reading all of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fix a one-token bug in a small Python module: run the tests, read, edit, run the tests, submit.
+"""Fix a one-token bug in a small Python module: run the tests, read, edit, run the tests again, submit.
 
-Each template is a function whose docstring tells the truth and whose body has one hole (`@`); the bug is a wrong token
-in the hole.
+Each template is a function with a correct docstring and a body with one hole (`@`); the bug is a wrong token in the
+hole.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _search(draw: Draw) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """`doc` and `body` name the parameters `{0}`, `{1}` and a constant `{k}`; `right` or `wrong` fills the `@`."""
+    """A function with a hole: `doc` and `body` use parameters `{0}`, `{1}` and a constant `{k}`; `right` or `wrong`
+    fills `@`."""
 
     doc: str
     body: str
@@ -147,15 +148,15 @@ for function, given in [{cases}]:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A drawn instance of a template: its two bodies, and calls with what the right body gives for them."""
+    """A function drawn from a template: its right and wrong bodies, and calls with their correct results."""
 
     name: str
     right: str  # source of the whole function
     wrong: str
-    right_line: str  # the line of the hole
+    right_line: str  # the line with the hole
     wrong_line: str
-    shown: list[tuple[tuple[Any, ...], Any]]  # cases of the tests in the workdir: (arguments, value)
-    hidden: list[tuple[tuple[Any, ...], Any]]  # cases of the verifier
+    shown: list[tuple[tuple[Any, ...], Any]]  # test cases in the workdir: (arguments, value)
+    hidden: list[tuple[tuple[Any, ...], Any]]  # test cases of the verifier
 
 
 class Bugfix(Family):
@@ -250,9 +251,9 @@ def _function(draw: Draw) -> Function:
 
 @functools.lru_cache(maxsize=4096)
 def _callable(body: str, names: tuple[str, ...], *, k: str, j: str) -> Callable[..., Any]:
-    """The function of a template's body, compiled once for each set of names and constants."""
+    """Compile a template's body, once for each set of names and constants."""
     namespace: dict[str, Any] = {}
     lines = "".join(f"    {line}\n" for line in body.format(*names, k=k, j=j).split("\n"))
-    exec(f"def function({', '.join(names)}):\n{lines}", namespace)  # source from LIBRARY alone
+    exec(f"def function({', '.join(names)}):\n{lines}", namespace)  # trusted source: LIBRARY only
     function: Callable[..., Any] = namespace["function"]
     return function

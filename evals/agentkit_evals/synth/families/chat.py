@@ -1,4 +1,4 @@
-"""Answer plainly: no tool is needed, whether there are tools or not."""
+"""Answer in plain text: no tool is needed, whether or not tools are available."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agentkit_tools import BUILTINS
 
 KINDS = {"mammal": MAMMALS, "fruit": FRUITS, "color": COLORS, "tool": HAND_TOOLS}
 ABILITIES = "I can read, search and change files, run commands and compute."
-ALONE = 'test "$(printf %s "$AGENTKIT_ANSWER" | tr -d "\\n .!\\140\\042\\047")" = '  # punctuation and quotes aside
+ALONE = 'test "$(printf %s "$AGENTKIT_ANSWER" | tr -d "\\n .!\\140\\042\\047")" = '  # ignores punctuation and quotes
 
 
 class Chat(Family):
@@ -116,7 +116,7 @@ def _listed(draw: Draw, items: list[str]) -> str:
 
 
 def _plain_answers(kind: str, name: str, word: str) -> tuple[str, str, str]:
-    """Answer, verifier and thought of the kinds that only repeat something."""
+    """Return answer, verifier and thought for the kinds that only repeat a name or word."""
     has_name = f'case "$AGENTKIT_ANSWER" in *{name}*) ;; *) exit 1 ;; esac'
     if kind == "greet":
         greets = 'printf %s "$AGENTKIT_ANSWER" | grep -Eiq "^(hello|hi|hey|welcome|good|greetings)"'

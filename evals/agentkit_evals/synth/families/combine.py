@@ -1,4 +1,4 @@
-"""Read several small files in one parallel turn, join their values in the order asked for, submit."""
+"""Read several small files in one parallel turn, join their values in the requested order, submit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arithmetic, done by the `python` tool: the answer is what it prints."""
+"""Compute an arithmetic expression with the `python` tool; the answer is the printed result."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Compute(Family):
             pairs = list(zip(signs, numbers[1:], strict=True))
             slots["sum"] = numbers[0] + "".join(f" {say[sign]} {number}" for sign, number in pairs)
             expression = numbers[0] + "".join(f" {sign} {number}" for sign, number in pairs)
-            result = str(eval(plain(expression), {"__builtins__": {}}))  # digits and signs that were drawn just above
+            result = str(eval(plain(expression), {"__builtins__": {}}))  # only generated digits and operators
         elif phrasing.kind == "story":
             expression = f"{numbers[0]} * {numbers[1]}"
             result = str(int(plain(numbers[0])) * int(plain(numbers[1])))

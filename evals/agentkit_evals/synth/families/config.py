@@ -1,4 +1,4 @@
-"""Change one setting of a JSON, YAML or INI file and leave the rest as it is."""
+"""Change one setting of a JSON, YAML or INI file and nothing else."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _line(ending: str, key: str, value: str, quoted: bool) -> str:
 
 
 def _write(ending: str, sections: Sequence[str], split: int, lines: Sequence[str]) -> str:
-    """The whole file; `sections` is at most two names, the second of which starts at line `split` (INI only)."""
+    """Return the whole file. `sections` has at most two names; the second starts at line `split` (INI only)."""
     if ending == "ini":
         parts = [lines[:split], lines[split:]] if len(sections) == 2 else [lines]
         return "\n".join(

@@ -1,4 +1,4 @@
-"""A fact told first is needed again after a long file was read: write it beside what the file ends with."""
+"""Read a long file, then write a fact from the instruction together with the value at the end of the file."""
 
 from __future__ import annotations
 

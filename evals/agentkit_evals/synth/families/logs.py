@@ -1,4 +1,4 @@
-"""Count the lines of a log with `grep -c`, or find one line with `search`."""
+"""Count the matching lines of a log with `grep -c`, or find one line with `search`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Most votes at the top of a long file are for one name: a fact that no single place holds, asked for at the end.
+"""Find the most frequent of the votes at the top of a long file, asked for at the end.
 
-Where `archive` and `ledger` need one spot of the far past, this needs a stretch of it taken together, which is what
-heavily compressed entries are for.
+`archive` and `ledger` need one position of the distant past. This family needs a whole stretch of it combined, which
+is the purpose of heavily compressed entries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentkit_evals.synth.family import (
 )
 from agentkit_evals.synth.rows import number_rows
 
-LEAST, MOST = 64, 96  # votes: 128 to 192 tokens, a vote and the end of its line each
+LEAST, MOST = 64, 96  # votes: 128 to 192 tokens, one for each vote and one for each newline
 
 
 class Poll(Family):

@@ -1,4 +1,4 @@
-"""The file asked for is not there: list the directory, find the one that is meant, submit its value."""
+"""The requested file does not exist: list the directory, find the intended file, submit its value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rename an identifier in every file with one ending, and nowhere else."""
+"""Rename an identifier in every file with a given extension, and nowhere else."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class Rename(Family):
         if code:
             sign = draw.choice(("+", "-", "*"))
             files[f"{other}.py"] = f"def {old}(x):\n    return x {sign} {draw.number(2, 99)}\n"
-        if draw.chance(0.3):  # a longer name that must stay
+        if draw.chance(0.3):  # a longer name that must not change
             longer = draw.choice((f"{old}_{draw.name()}", f"{draw.name()}_{old}"))
             path = draw.choice(list(files))
             files[path] += f"{longer} = {draw.number(1, 99)}\n"
         changed = {path: _renamed(text, old, new) for path, text in files.items()}
-        if draw.chance(0.4):  # a file with another ending, to be left alone
+        if draw.chance(0.4):  # a file with another extension, which must not change
             note = f"{draw.name()}.{draw.pick([other for other in ENDINGS if other != plain(ending)])}"
             files[note] = changed[note] = draw.choice(TEXT).format(old=old, more=draw.name(), n=draw.number(1, 99))
         command = f"sed -i 's/\\b{old}\\b/{new}/g' *.{ending}"

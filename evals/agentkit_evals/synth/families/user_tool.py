@@ -1,4 +1,4 @@
-"""Call a tool that stands only in the prompt, with a random name and schema, and give back what it returns."""
+"""Call a tool with a random name and schema, defined only in the prompt, and return its result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DESCRIPTIONS = (
 )
 ALONE = ("Return the current {noun}.", "Get the {noun}.", "The {noun} of this machine.", "Tell the {noun} now.")
 
-# The tool's whole program: `a` are the arguments, `v` what they say, `n` is a number and `s(k)` a name made of them.
+# The tool's program: `a` holds the arguments, `v` their values as text, `n` their hash, and `s(k)` a name made from it.
 PROGRAM = """\
 import json, sys, zlib
 a, u, t = json.load(sys.stdin), {unit!r}, {noun!r}
@@ -206,7 +206,7 @@ def _parameters(draw: Draw, count: int) -> list[Parameter]:
 
 
 def _value(draw: Draw, subject: str) -> str:
-    """Something to ask about: a known word, a name, any letters, or two words."""
+    """Draw an argument value: a known word, a name, random letters, or two words."""
     if subject in PLACES and draw.chance(0.6):
         return draw.word(CITIES)
     if subject in ("person", "user", "student") and draw.chance(0.6):
@@ -231,7 +231,7 @@ def _quoted(draw: Draw, parameter: Parameter) -> str:
 
 
 def _tool(draw: Draw, name: str, noun: str, parameters: Sequence[Parameter], program: str) -> dict[str, Any]:
-    """The fields of a command tool, its schema as `@tool` would write it."""
+    """Return the fields of a command tool, with the schema that `@tool` would write."""
     properties: dict[str, Any] = {}
     for parameter in parameters:
         described = {"description": f"The {plain(parameter.name)}."} if draw.chance(0.2) else {}
@@ -255,7 +255,7 @@ def _compiled(style: str) -> types.CodeType:
 
 
 def _evaluate(style: str, arguments: dict[str, Any], *, unit: str, noun: str, salt: str) -> str:
-    """What `PROGRAM` prints for these arguments."""
+    """Return the output of `PROGRAM` for these arguments."""
     n = zlib.crc32((json.dumps(arguments, sort_keys=True) + salt).encode())
 
     def s(syllables: int) -> str:
