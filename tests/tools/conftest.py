@@ -1,4 +1,4 @@
-"""A small real environment, and one way to call a built-in tool in it."""
+"""Fixtures: a small real environment, and a function that calls a built-in tool in it."""
 
 from __future__ import annotations
 

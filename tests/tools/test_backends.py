@@ -1,4 +1,4 @@
-"""File tools obey the same permissions and links in every sandbox: those of a command that runs there."""
+"""In every sandbox, file tools follow permissions and links as a command does."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_permissions_and_links(sandbox: Environment, name: str, arguments:
     assert await use(sandbox, name, **arguments) == content
 
 
-async def test_writing_through_a_link_writes_what_it_points_to(sandbox: Environment) -> None:
+async def test_writing_through_a_link_writes_its_target(sandbox: Environment) -> None:
     await sandbox.exec("echo one > target; ln -s target pointer; ln -s made missing; mkdir place; ln -s place way")
     assert await use(sandbox, "edit_file", path="pointer", old="one", new="two") == "Edited pointer"
     assert await use(sandbox, "write_file", path="missing", content="new\n") == "Wrote 4 bytes to missing"
@@ -113,7 +113,8 @@ async def test_an_edit_keeps_owner_mode_and_hard_links(sandbox: Environment) -> 
 
 
 async def test_files_in_the_work_directory_do_not_change_the_tools(sandbox: Environment) -> None:
-    """Programs that the tools could start, modules that Python could import, what shells and ripgrep read at start."""
+    """The files are programs that the tools could start, modules that Python could import, and shell and ripgrep
+    settings."""
     await sandbox.exec(
         """
         mkdir trap; cd trap; echo needle > found

@@ -1,4 +1,4 @@
-"""`CommandTool`: a task's own tools."""
+"""`CommandTool`: tools declared by a task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`edit_file`: exactly one place changes, or none."""
+"""`edit_file`: an edit changes exactly one place or nothing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_parallel_edits_of_one_file_are_all_kept(call: Call, environment: 
         ("a\r\nb\nc", "a\nb\n", f'"old" not found in f{ENDS}'),
     ],
 )
-async def test_what_does_not_fit_once_is_refused_with_the_reason(
+async def test_missing_and_ambiguous_matches_are_refused_with_a_reason(
     call: Call, environment: Environment, content: str, old: str, told: str
 ) -> None:
     await environment.write_file("f", content)
@@ -85,8 +85,8 @@ async def test_what_does_not_fit_once_is_refused_with_the_reason(
         (b"a\r\nb\r\nc\r\n", "a\nb\n", "x\ny\nz\n", b"x\r\ny\r\nz\r\nc\r\n"),
         (b"a\r\nb\r\n", "b", "x\ny", b"a\r\nx\r\ny\r\n"),
         (b"a\r\nb\r\n", "a\nb", "x\r\ny", b"x\r\ny\r\n"),
-        (b"a\r\nb\r\n", "a\r\n", "x\n", b"x\nb\r\n"),  # it asked for exactly these
-        (b"a\r\nb\nc", "b\n", "x\n", b"a\r\nx\nc"),  # mixed: nothing is translated
+        (b"a\r\nb\r\n", "a\r\n", "x\n", b"x\nb\r\n"),  # explicit CRLF: not translated
+        (b"a\r\nb\nc", "b\n", "x\n", b"a\r\nx\nc"),  # mixed line ends: not translated
         (b"\xef\xbb\xbfa\n", "a", "b", b"\xef\xbb\xbfb\n"),
         (b"caf\xe9 au lait", "au", "du", b"caf\xe9 du lait"),
         (b"a\0b", "b", "c", b"a\0c"),
@@ -94,7 +94,7 @@ async def test_what_does_not_fit_once_is_refused_with_the_reason(
         (b"aXa", "X", "", b"aa"),
     ],
 )
-async def test_line_ends_and_bytes_around_an_edit_stay(
+async def test_an_edit_keeps_line_ends_and_surrounding_bytes(
     call: Call, environment: Environment, content: bytes, old: str, new: str, edited: bytes
 ) -> None:
     await environment.write_file("f", content)
@@ -102,7 +102,7 @@ async def test_line_ends_and_bytes_around_an_edit_stay(
     assert await environment.read_file("f") == edited
 
 
-async def test_encodings_and_bounds_are_told(call: Call, environment: Environment) -> None:
+async def test_encoding_and_size_errors_are_explained(call: Call, environment: Environment) -> None:
     await environment.write_file("latin", b"caf\xe9")
     result = await call("edit_file", path="latin", old="é", new="e")
     assert result.content == 'Error: "old" not found in latin; the file is not UTF-8, but "old" is'
@@ -116,7 +116,7 @@ lines = st.lists(st.sampled_from(["a", "b", "ab", "", "é"]), min_size=1, max_si
 
 @settings(deadline=None)
 @given(lines, lines, st.sampled_from(["\n", "\r\n"]))
-def test_the_count_is_that_of_all_places(content: list[str], wanted: list[str], end: str) -> None:
+def test_count_includes_overlapping_occurrences(content: list[str], wanted: list[str], end: str) -> None:
     data, old = end.join(content).encode(), end.join(wanted).encode()
     assume(old)
     places = [place for place in range(len(data)) if data.startswith(old, place)]

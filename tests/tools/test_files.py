@@ -1,4 +1,4 @@
-"""`read_file`, `write_file`, `list_dir`: the exact texts of their results."""
+"""`read_file`, `write_file`, `list_dir`: the exact result texts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_refusals(
     assert (result.content, result.is_error) == (content, True)
 
 
-async def test_bad_paths_and_large_files_are_told_and_not_raised(call: Call, environment: Environment) -> None:
+async def test_bad_paths_and_large_files_are_error_results(call: Call, environment: Environment) -> None:
     for path in ("", "a\0b"):
         assert (await call("read_file", path=path)).content.startswith("Error: Bad path: ")
         assert (await call("write_file", path=path, content="")).content.startswith("Error: Bad path: ")

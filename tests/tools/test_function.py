@@ -1,4 +1,4 @@
-"""Functions as tools: what can be one, how it is called directly, which parameters it may have."""
+"""Functions as tools: supported functions and parameters, and direct calls."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def logged(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-async def test_what_works_as_a_tool(context: ToolContext) -> None:
+async def test_supported_functions(context: ToolContext) -> None:
     counter = Counter()
     cases: list[tuple[Any, str, str, dict[str, Any], str]] = [
         (add, "add", "Add two numbers.", {"a": 1}, "3"),
@@ -114,7 +114,7 @@ async def test_what_works_as_a_tool(context: ToolContext) -> None:
         assert await run(ready, context, **arguments) == content
 
 
-def test_arguments_that_a_partial_fixes_are_not_shown() -> None:
+def test_arguments_bound_by_a_partial_are_hidden() -> None:
     def fetch(url: str, secret: str, retries: int = 3) -> str:
         return url + secret
 
@@ -128,7 +128,7 @@ def test_arguments_that_a_partial_fixes_are_not_shown() -> None:
     assert behind.spec == made.spec
 
 
-def test_tools_pass_through() -> None:
+def test_as_tool_returns_tools_unchanged() -> None:
     command = CommandTool("c", "", {"type": "object"}, "true")
     for made in (command, BUILTINS["bash"], tool(add)):
         assert as_tool(made) is made
@@ -183,12 +183,12 @@ class Yielding:
         (circle(), "expected a function: wrapper loop"),
     ],
 )
-def test_what_is_no_tool_says_what_to_do(given: Any, reason: str) -> None:
+def test_unsupported_objects_are_refused_with_a_remedy(given: Any, reason: str) -> None:
     with pytest.raises(ToolDefinitionError, match=reason):
         as_tool(given)
 
 
-def test_a_method_decorated_in_its_class_says_what_to_do() -> None:
+def test_a_method_decorated_in_its_class_is_refused_with_a_remedy() -> None:
     with pytest.raises(ToolDefinitionError, match=r"pass `instance\.method`"):
 
         class Service:
@@ -197,7 +197,7 @@ def test_a_method_decorated_in_its_class_says_what_to_do() -> None:
                 return text
 
 
-async def test_a_decorated_function_is_still_the_function() -> None:
+async def test_a_decorated_function_can_be_called_directly() -> None:
     sync, later = tool(add), tool(read_only=True)(add_later)
     typing.assert_type(sync(1, 2), int)
     typing.assert_type(await later(1), int)
@@ -233,7 +233,7 @@ async def test_a_direct_call_raises_what_the_function_raises() -> None:
         fails(0)
 
 
-async def test_the_context_is_given_wherever_it_is_asked_for(context: ToolContext) -> None:
+async def test_every_context_parameter_receives_the_context(context: ToolContext) -> None:
     def optional(context: ToolContext | None = None) -> bool:
         return context is not None
 
@@ -248,7 +248,7 @@ async def test_the_context_is_given_wherever_it_is_asked_for(context: ToolContex
         assert await run(fn, context) == "true"
 
 
-async def test_names_of_parameters_that_could_collide(context: ToolContext) -> None:
+async def test_parameter_names_do_not_collide_with_internal_names(context: ToolContext) -> None:
     def fn(self: int, args: int, kwargs: int, func: int, name: int, call: int) -> int:
         return self + args + kwargs + func + name + call
 
@@ -299,7 +299,7 @@ async def test_fields_as_defaults(context: ToolContext) -> None:
         (Field(default_factory=lambda data: 1), "default_factory"),
     ],
 )
-def test_fields_that_cannot_work_are_refused(default: Any, reason: str) -> None:
+def test_invalid_fields_are_refused(default: Any, reason: str) -> None:
     def fn(x: int) -> int:
         return x
 
@@ -395,7 +395,7 @@ class Holder(BaseModel, typing.Generic[T]):
         (None, None, None),
     ],
 )
-def test_types_that_work(kind: Any, given: Any, value: Any) -> None:
+def test_supported_types(kind: Any, given: Any, value: Any) -> None:
     def fn(x: Any) -> None: ...
 
     fn.__annotations__["x"] = kind
@@ -427,7 +427,7 @@ class Outer:
         ("x y", "cannot be resolved"),
     ],
 )
-def test_types_that_do_not_work_are_refused_with_the_name(kind: Any, reason: str) -> None:
+def test_unsupported_types_are_refused_by_name(kind: Any, reason: str) -> None:
     def fn(x: Any) -> None: ...
 
     fn.__annotations__["x"] = kind
@@ -435,8 +435,8 @@ def test_types_that_do_not_work_are_refused_with_the_name(kind: Any, reason: str
         tool(fn)
 
 
-async def test_types_around_the_function_resolve_wherever_the_tool_is_made(context: ToolContext) -> None:
-    """This module's annotations are strings."""
+async def test_local_types_resolve_in_another_scope(context: ToolContext) -> None:
+    """Annotations in this module are strings, so they have to be resolved."""
 
     class Local(BaseModel):
         n: int
@@ -455,7 +455,7 @@ async def test_types_around_the_function_resolve_wherever_the_tool_is_made(conte
     assert await run(fn, context, **arguments) == await run(tool(fn), context, **arguments) == "3"
 
 
-async def test_a_type_that_is_used_inside_resolves_when_its_scope_is_gone(context: ToolContext) -> None:
+async def test_a_type_in_a_closure_resolves_after_its_scope_ended(context: ToolContext) -> None:
     def factory() -> Callable[..., Any]:
         class Local(BaseModel):
             n: int
@@ -468,7 +468,7 @@ async def test_a_type_that_is_used_inside_resolves_when_its_scope_is_gone(contex
     assert await run(factory(), context, value={"n": 1}) == "true"
 
 
-async def test_async_is_decided_by_what_the_function_returns(context: ToolContext) -> None:
+async def test_the_return_value_decides_if_a_call_is_async(context: ToolContext) -> None:
     def returns_coroutine(n: int) -> Any:
         return add_later(n)
 
@@ -490,7 +490,7 @@ async def test_async_is_decided_by_what_the_function_returns(context: ToolContex
         assert await run(question, context) == "true"
 
 
-async def test_an_output_from_behind_a_wrapper_keeps_its_flags(context: ToolContext) -> None:
+async def test_a_tool_output_keeps_its_flags_behind_a_wrapper(context: ToolContext) -> None:
     async def says() -> ToolOutput:
         return ToolOutput("odd", is_error=True)
 
@@ -498,7 +498,7 @@ async def test_an_output_from_behind_a_wrapper_keeps_its_flags(context: ToolCont
     assert (result.content, result.is_error) == ("odd", True)
 
 
-def test_options_are_checked_at_once() -> None:
+def test_options_are_checked_when_the_tool_is_defined() -> None:
     for options in ({"name": "a b"}, {"name": 3}, {"description": 3}):
         with pytest.raises(ToolDefinitionError, match="expected"):
             tool(**options)(add)
@@ -507,8 +507,8 @@ def test_options_are_checked_at_once() -> None:
     assert tool()(add).name == "add"
 
 
-async def test_a_large_result_is_written_beside_the_event_loop(context: ToolContext) -> None:
-    """The loop goes on while an async tool's result becomes text."""
+async def test_a_large_result_does_not_block_the_event_loop(context: ToolContext) -> None:
+    """The event loop stays free while the result of an async tool is converted to text."""
     turns = 0
 
     async def large() -> list[list[int]]:

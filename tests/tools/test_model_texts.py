@@ -1,5 +1,5 @@
-"""What the tiny model was trained to read is frozen. When a test here fails: change the text back, or change it here
-too and train the model again (CONTRIBUTING.md says how), with everything in `model_texts.REWORDINGS`."""
+"""The texts that the tiny model was trained on are frozen. If a test fails, restore the text. To change it, edit
+this file too and train the model again, with all of `model_texts.REWORDINGS` (see CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_results_as_in_the_training_rows(call: Call, name: str, arguments:
     assert (await call(name, **arguments)).content == content
 
 
-def test_wanted_rewordings_belong_to_texts_that_exist_and_keep_their_fields() -> None:
+def test_rewordings_replace_existing_texts_and_keep_their_fields() -> None:
     def fields(text: str) -> set[str | None]:
         return {field for _, field, _, _ in string.Formatter().parse(text)} - {None}
 

@@ -1,4 +1,4 @@
-"""`python`: scripts on standard input."""
+"""`python`: scripts passed on standard input."""
 
 from __future__ import annotations
 

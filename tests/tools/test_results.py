@@ -1,4 +1,4 @@
-"""Whatever a tool returns or raises is a text that the model can read; what is not the tool's own passes through."""
+"""Return values and exceptions of a tool become text; exceptions that belong to the agent loop propagate."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ RESULTS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "content"), RESULTS, ids=range(len(RESULTS)))
-async def test_any_value_is_a_result(context: ToolContext, value: Any, content: str) -> None:
+async def test_any_return_value_is_a_result(context: ToolContext, value: Any, content: str) -> None:
     def returns() -> Any:
         return value
 
@@ -168,7 +168,7 @@ class Later:
         (lambda: map(str, [1]), "Error: the tool returned an iterator (map); return a list of its items"),
     ],
 )
-async def test_what_is_not_there_yet_is_an_error_that_says_so(
+async def test_iterators_and_awaitables_are_errors_with_a_remedy(
     context: ToolContext, make: Callable[[], Any], content: str
 ) -> None:
     def returns() -> Any:
@@ -206,7 +206,7 @@ ERRORS: list[tuple[BaseException, str]] = [
 
 
 @pytest.mark.parametrize(("error", "content"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS])
-async def test_whatever_a_tool_raises_is_its_result(context: ToolContext, error: BaseException, content: str) -> None:
+async def test_any_exception_of_a_tool_is_its_result(context: ToolContext, error: BaseException, content: str) -> None:
     def fails() -> NoReturn:
         raise error
 
@@ -219,10 +219,10 @@ async def test_whatever_a_tool_raises_is_its_result(context: ToolContext, error:
     for fn in (fails, fails_later, fails_in_a_coroutine):
         result = await run(fn, context)
         assert (result.content, result.is_error) == (f"Error: {content}", True)
-        await anyio.lowlevel.checkpoint()  # nothing is left cancelled
+        await anyio.lowlevel.checkpoint()  # the task is not left cancelled
 
 
-async def test_a_tools_own_cancellation_and_exit_stay_with_it(context: ToolContext) -> None:
+async def test_a_tools_own_cancellation_and_exit_do_not_propagate(context: ToolContext) -> None:
     async def awaits_a_cancelled_task() -> None:
         task = asyncio.create_task(asyncio.sleep(60))
         task.cancel()
@@ -246,8 +246,8 @@ async def test_a_tools_own_cancellation_and_exit_stay_with_it(context: ToolConte
     assert (await run(recurses, context)).content.startswith("Error: RecursionError: maximum recursion depth")
 
 
-async def test_a_cancellation_from_outside_passes_through(context: ToolContext) -> None:
-    """By a scope and by asyncio itself; also where the tool turns it into something of its own."""
+async def test_a_cancellation_from_outside_propagates(context: ToolContext) -> None:
+    """The cancellation comes from a scope or from asyncio."""
     started = anyio.Event()
 
     async def waits() -> None:
@@ -269,7 +269,7 @@ async def test_a_cancellation_from_outside_passes_through(context: ToolContext) 
         await task
 
 
-async def test_a_lost_sandbox_passes_through_threads_and_groups(context: ToolContext) -> None:
+async def test_a_lost_sandbox_propagates_through_threads_and_groups(context: ToolContext) -> None:
     def lost() -> NoReturn:
         raise SandboxLostError("gone")
 
@@ -282,13 +282,13 @@ async def test_a_lost_sandbox_passes_through_threads_and_groups(context: ToolCon
         await run(lost_in_a_group, context)
 
 
-async def test_closing_the_coroutine_of_a_call_is_obeyed(context: ToolContext) -> None:
+async def test_the_coroutine_of_a_call_can_be_closed(context: ToolContext) -> None:
     async def waits() -> None:
         await asyncio.sleep(60)
 
     coroutine = run(waits, context)
     coroutine.send(None)
-    coroutine.close()  # RuntimeError: coroutine ignored GeneratorExit
+    coroutine.close()  # raises RuntimeError if GeneratorExit is swallowed
 
 
 PROGRAM = """
@@ -320,8 +320,8 @@ except (KeyboardInterrupt, SystemExit) as error:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 5), (signal.SIGINT, 6)])
-def test_signals_that_strike_inside_a_tool_end_the_program(tmp_path: Path, number: int, code: int) -> None:
-    """The tool blocks the event loop, so that only the second Ctrl-C is an exception: in the middle of the tool."""
+def test_signals_during_a_tool_end_the_program(tmp_path: Path, number: int, code: int) -> None:
+    """The tool blocks the event loop, so only the second Ctrl-C raises an exception, in the middle of the tool."""
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
@@ -355,7 +355,7 @@ any_value = st.recursive(
 
 @settings(deadline=None)
 @given(any_value)
-def test_the_text_of_any_value_can_be_encoded_and_is_always_the_same(value: Any) -> None:
+def test_the_text_of_any_value_is_encodable_and_deterministic(value: Any) -> None:
     text = value_text(value)
     text.encode()
     assert value_text(value) == text

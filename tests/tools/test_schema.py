@@ -1,4 +1,4 @@
-"""Signatures become schemas, bad ones are refused by name, and arguments are checked against them."""
+"""Signatures become schemas, unsupported ones are refused by name, and arguments are checked against the schema."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_context_is_injected_and_no_parameters_are_fine() -> None:
     assert tool(fn).parse("") == {}
 
 
-def test_parameter_names_that_pydantic_would_refuse() -> None:
+def test_parameter_names_that_pydantic_refuses_are_supported() -> None:
     def fn(schema: int, _hidden: int, model_config: int, copy: int = 1) -> None: ...
 
     arguments = {"schema": 1, "_hidden": 2, "model_config": 3}
@@ -175,7 +175,7 @@ def enum_default(bad: Color = "red") -> None: ...  # type: ignore[assignment]
         (enum_default, "default 'red' does not fit"),
     ],
 )
-def test_bad_signatures_are_refused_with_the_name(fn: Callable[..., Any], reason: str) -> None:
+def test_bad_signatures_are_refused_by_name(fn: Callable[..., Any], reason: str) -> None:
     with pytest.raises(ToolDefinitionError, match=f"tool '{fn.__name__}', parameter 'bad': .*{reason}"):
         tool(fn)
 
@@ -234,13 +234,13 @@ def test_invalid_arguments_name_path_given_and_expected(arguments: str, problem:
     assert str(caught.value) == f"invalid arguments for positional: {problem}"
 
 
-def test_many_problems_are_told_in_part() -> None:
+def test_only_the_first_problems_are_listed() -> None:
     with pytest.raises(ArgumentsError) as caught:
         tool(positional).parse('{"a": 1, "b": 1, "c": 1, "d": 1}')
     assert len(caught.value.problems) == 3
 
 
-def test_what_the_schema_accepts_is_accepted() -> None:
+def test_values_accepted_by_the_schema_are_accepted() -> None:
     assert tool(positional).parse('{"path": "a", "count": 2.0}')["count"] == 2
 
 
@@ -316,6 +316,6 @@ def test_hand_written_references_are_explained() -> None:
     assert problems(Validator(schema), {"a": 2}) == ["$.a: given 2 (integer), expected 1"]
 
 
-def test_unknown_names_beside_patterns() -> None:
+def test_unknown_names_next_to_pattern_properties_are_refused() -> None:
     schema = {"type": "object", "patternProperties": {"^x-": {}}, "additionalProperties": False}
     assert problems(Validator(schema), {"x-a": 1, "b": 2}) == ["$.b: unknown parameter, expected no parameters"]

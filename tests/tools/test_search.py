@@ -1,4 +1,4 @@
-"""`search`: the same lines from ripgrep, Python and grep."""
+"""`search`: ripgrep, Python and grep return the same lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES: dict[str, bytes] = {
 
 PROGRAMS = {
     "rg": shutil.which("rg"),
-    # `python3` on the PATH may be a version manager's script, and an environment below /tmp is not seen in a sandbox.
+    # `python3` on the PATH may be a version manager's script, and a sandbox cannot see a virtualenv below /tmp.
     "python3": os.path.realpath(sys.executable),
     "grep": shutil.which("grep"),
 }
@@ -40,7 +40,7 @@ PROGRAMS = {
 
 @pytest.fixture(params=PROGRAMS)
 async def searching(request: pytest.FixtureRequest, anyio_backend: str) -> AsyncIterator[Environment]:
-    """An environment where only one of the three programs is on the PATH."""
+    """Open an environment with only one of the three programs on the PATH."""
     found = PROGRAMS[request.param]
     if found is None:
         pytest.skip(f"{request.param} is not installed")
@@ -93,13 +93,13 @@ async def test_results(searching: Environment, arguments: dict[str, str], conten
     assert await search(searching, **arguments) == content
 
 
-async def test_a_bad_pattern_is_told(searching: Environment) -> None:
+async def test_a_bad_pattern_is_an_error(searching: Environment) -> None:
     content = await search(searching, pattern="(a")
     assert content.startswith("Error: bad pattern: ")
     assert len(content) > len("Error: bad pattern: ")
 
 
-async def test_classes(searching: Environment) -> None:
+async def test_character_classes(searching: Environment) -> None:
     assert await search(searching, pattern=r"\bt\w+\b$", path="a.txt") == "a.txt:2:two\na.txt:3:three"
     assert await search(searching, pattern="[a||b]two|^two$", path="a.txt") == "a.txt:2:two"  # Python warns about ||
     digits = await search(searching, pattern=r"^n\d\d$", path="numbers")
@@ -107,20 +107,20 @@ async def test_classes(searching: Environment) -> None:
     assert digits in (refused, "numbers:10:n10\nnumbers:11:n11\nnumbers:12:n12")
 
 
-async def test_unreadable_files_are_passed_over(searching: Environment) -> None:
+async def test_unreadable_files_are_skipped(searching: Environment) -> None:
     await searching.exec(["/bin/chmod", "0", "a.txt"])
     assert (await search(searching, pattern="def two")) == "b/deep/x.py:1:def two():"
     assert (await search(searching, pattern="no such thing")) == "No matches"
 
 
-async def test_links_and_pipes_are_passed_over(searching: Environment) -> None:
+async def test_links_and_pipes_are_skipped(searching: Environment) -> None:
     await searching.exec(["/usr/bin/mkfifo", "pipe"])
     await searching.exec(["/bin/ln", "-s", "a.txt", "link"])
     await searching.exec(["/bin/ln", "-s", "b", "linked"])
     assert "link" not in await search(searching, pattern="two")
 
 
-async def test_too_many_matches_are_bounded_and_said(searching: Environment) -> None:
+async def test_too_many_matches_are_cut_with_a_notice(searching: Environment) -> None:
     await searching.write_file("many", b"needle in a haystack\n" * 300_000)
     content = await search(searching, pattern="needle")
     assert content.startswith("many:1:needle in a haystack\n")
@@ -163,7 +163,7 @@ async def test_files_in_the_work_directory_do_not_configure_the_search(searching
 
 
 @pytest.mark.parametrize("name", ["-n", "--files", "-", "a:1:b", "(", "!", "a b", "é"])
-async def test_odd_names_are_names(searching: Environment, name: str) -> None:
+async def test_odd_file_names_are_searched(searching: Environment, name: str) -> None:
     await searching.write_file(f"./{name}", b"needle\n")
     await searching.write_file(f"odd/{name}", b"needle\n")
     assert await search(searching, pattern="needle", path="odd") == f"odd/{name}:1:needle"
@@ -171,18 +171,18 @@ async def test_odd_names_are_names(searching: Environment, name: str) -> None:
     assert await search(searching, pattern="needle", path=f"odd/{name}") == f"odd/{name}:1:needle"
 
 
-async def test_a_newline_in_a_name_forges_no_match(searching: Environment) -> None:
+async def test_a_newline_in_a_name_cannot_forge_a_match(searching: Environment) -> None:
     await searching.write_file("x\nsecret.txt:1:password", b"needle\n")
     assert await search(searching, pattern="needle") == '"x\\nsecret.txt:1:password":1:needle'
 
 
-async def test_a_pattern_is_no_option(searching: Environment) -> None:
+async def test_a_pattern_is_never_read_as_an_option(searching: Environment) -> None:
     await searching.write_file("o.txt", b"--files\n-e\n")
     assert await search(searching, pattern="--files", path="o.txt") == "o.txt:1:--files"
     assert await search(searching, pattern="-e", path="o.txt") == "o.txt:2:-e"
 
 
-async def test_a_binary_file_after_its_first_match_is_no_match(searching: Environment) -> None:
+async def test_a_late_binary_byte_gives_no_false_match(searching: Environment) -> None:
     await searching.write_file("late", b"needle\n" + b"x" * 300_000 + b"\0needle\n")
     await searching.write_file("z.txt", b"needle: binary file matches\n")
     lines = (await search(searching, pattern="needle")).split("\n")

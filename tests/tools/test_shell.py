@@ -1,4 +1,4 @@
-"""`bash`: the exact texts of its results."""
+"""`bash`: the exact result texts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_starts_in_the_workdir_and_keeps_only_files(call: Call) -> None:
     assert (await call("bash", command='cat sub/here; echo "X=$X"')).content == "1\nX="
 
 
-async def test_timeout_keeps_what_was_written(call: Call, context: ToolContext) -> None:
+async def test_a_timeout_result_includes_the_output_so_far(call: Call, context: ToolContext) -> None:
     context.timeout_s = 0.5
     result = await call("bash", command="echo begun; echo oops >&2; sleep 30; echo never")
     assert (result.content, result.is_error) == ("Error: bash timed out after 0.5 s\nbegun\noops", True)
@@ -57,13 +57,13 @@ async def test_long_output_keeps_head_tail_and_exit_code(call: Call, context: To
     assert len(head) + int(count) + len(tail) == len("start") + 5_000_000 + len("end\n[exit code 7]")
 
 
-async def test_commands_that_cannot_be_passed_on(call: Call) -> None:
+async def test_invalid_commands_are_refused(call: Call) -> None:
     assert (await call("bash", command="a\0b")).content == 'Error: "command" contains a NUL byte; remove it'
     result = await call("bash", command="#" * 140_000)
     assert result.content.startswith("Error: command has 140000 bytes, expected at most 131071; ")
 
 
-async def test_without_bash_sh_runs_it(anyio_backend: str) -> None:
+async def test_sh_is_used_if_there_is_no_bash(anyio_backend: str) -> None:
     spec = EnvironmentSpec(env={"PATH": "/nowhere"})
     async with await open_environment(spec, backend="unsafe-local") as environment:
         call = ToolCall("c", "bash", '{"command": "echo $0"}')

@@ -1,4 +1,4 @@
-"""`submit`: the answer, whole, and the end."""
+"""`submit`: the answer is not cut, and the run ends."""
 
 from __future__ import annotations
 

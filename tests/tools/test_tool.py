@@ -1,4 +1,4 @@
-"""Calls and results: what a tool may return or raise, deadlines, bounds, the built-in set."""
+"""Calls and results: return values, errors, deadlines, limits, and the set of built-in tools."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from agentkit_tools import (
 from agentkit_tools.tool import MIN_OUTPUT_BYTES
 
 pytestmark = pytest.mark.anyio
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first draw builds tables
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first example builds tables
 
 
 class Point(BaseModel):
@@ -68,8 +68,8 @@ def test_builtins_in_order_with_their_specs() -> None:
     assert {name for name, builtin in BUILTINS.items() if builtin.barrier} == {"submit"}
 
 
-def test_the_text_of_a_schema_is_an_interface() -> None:
-    """The tiny model is trained on these bytes."""
+def test_the_schema_text_is_frozen() -> None:
+    """The tiny model was trained on these bytes."""
     assert json.dumps(BUILTINS["search"].spec) == (
         '{"type": "function", "function": {"name": "search", "description": "Search files for a regular expression.", '
         '"parameters": {"type": "object", "properties": {"pattern": {"type": "string"}, '
@@ -77,7 +77,7 @@ def test_the_text_of_a_schema_is_an_interface() -> None:
     )
 
 
-async def test_strings_are_results_and_the_rest_is_json(context: ToolContext) -> None:
+async def test_strings_are_returned_unchanged_and_other_values_as_json(context: ToolContext) -> None:
     returned: list[tuple[Any, str]] = [
         ("é\n", "é\n"),
         ({"é": [1, None]}, '{"é": [1, null]}'),
@@ -151,7 +151,7 @@ async def test_a_lost_sandbox_is_never_a_result(context: ToolContext) -> None:
     assert caught.group_contains(SandboxLostError)
 
 
-async def test_deadline_of_async_and_sync_functions(environment: Environment) -> None:
+async def test_async_and_sync_functions_have_a_deadline(environment: Environment) -> None:
     release = threading.Event()
 
     async def never() -> None:
@@ -222,7 +222,7 @@ def test_decorator_options() -> None:
 
 @relaxed
 @given(st.text(), st.integers(1, 300), st.integers(MIN_OUTPUT_BYTES, 600))
-def test_cut_is_bounded_whole_and_counts(text: str, repeat: int, max_bytes: int) -> None:
+def test_cut_is_bounded_keeps_characters_whole_and_counts_bytes(text: str, repeat: int, max_bytes: int) -> None:
     text *= repeat
     short = cut(text, max_bytes)
     data = text.encode()
@@ -236,12 +236,12 @@ def test_cut_is_bounded_whole_and_counts(text: str, repeat: int, max_bytes: int)
     assert text.startswith(head)
     assert text.endswith(tail)
     assert int(count) == len(data) - len(head.encode()) - len(tail.encode())
-    assert len(head.encode()) + len(tail.encode()) >= max_bytes - 48 - 1 - 6  # an odd byte, two split characters
+    assert len(head.encode()) + len(tail.encode()) >= max_bytes - 48 - 1 - 6  # one odd byte and two split characters
 
 
 @relaxed
 @given(st.integers(MIN_OUTPUT_BYTES, 2000), st.integers(0, 10**15))
-def test_an_earlier_cut_is_counted_in(max_bytes: int, earlier: int) -> None:
+def test_cut_adds_the_count_of_an_earlier_cut(max_bytes: int, earlier: int) -> None:
     text = "a" * max_bytes + f"\n[... {earlier} bytes cut ...]\n" + "z" * max_bytes
     head, _, rest = cut(text, max_bytes).partition("\n[... ")
     count, _, tail = rest.partition(" bytes cut ...]\n")

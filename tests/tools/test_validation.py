@@ -1,4 +1,4 @@
-"""The validator agrees with the jsonschema library wherever that is exact, and is bounded where it is not."""
+"""The validator agrees with the jsonschema library where both are exact, and stays bounded where the library is not."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SCHEMAS = st.recursive(LEAVES, grown, max_leaves=8)
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(SCHEMAS, SCHEMAS.filter(lambda schema: "$ref" not in json.dumps(schema)), JSON)
-def test_it_agrees_with_jsonschema(schema: Any, definition: Any, value: Any) -> None:
+def test_the_validator_agrees_with_jsonschema(schema: Any, definition: Any, value: Any) -> None:
     whole = {"allOf": [schema], "$defs": {"d": definition}}
     expected = list(jsonschema.Draft202012Validator(whole).iter_errors(value))
     found = Validator(whole).problems(value)
@@ -75,7 +75,7 @@ def test_it_agrees_with_jsonschema(schema: Any, definition: Any, value: Any) -> 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(-10_000, 10_000), st.integers(0, 4), st.integers(1, 500), st.integers(0, 4))
-def test_multiples_are_those_of_the_decimals_that_are_written(n: int, places: int, m: int, step_places: int) -> None:
+def test_multiple_of_uses_exact_decimals(n: int, places: int, m: int, step_places: int) -> None:
     value, step = json.loads(f"{n}e-{places}"), json.loads(f"{m}e-{step_places}")
     exact = (n * 10 ** (8 - places)) % (m * 10 ** (8 - step_places)) == 0
     assert (Validator({"multipleOf": step}).problems(value) == []) == exact
@@ -108,7 +108,7 @@ def test_formats_are_checked(name: str, good: list[str], bad: list[str]) -> None
     assert [text for text in bad if not validator.problems(text)] == []
 
 
-def test_a_command_tool_refuses_what_is_no_date() -> None:
+def test_a_command_tool_refuses_an_invalid_date() -> None:
     made = CommandTool("f", "", {"type": "object", "properties": {"d": {"type": "string", "format": "date"}}}, "true")
     with pytest.raises(Exception, match=r'\$\.d: given "tomorrow" \(string\), expected format "date"'):
         made.parse('{"d": "tomorrow"}')
@@ -120,16 +120,16 @@ def test_a_command_tool_refuses_what_is_no_date() -> None:
         (r"^(\w+\s?)+$", "a" * 28 + "!", False),
         (r"^(\w+\s?)+$", "a b c", True),
         (r"^(a+)+$", "a" * 5000 + "b", False),
-        (r"(?=a)[a-c]", "xa", True),  # looks around: Python's `re`
-        (r"^(?<w>\w+) \k<w>$", "no no", True),  # refers back, named as in ECMAScript
+        (r"(?=a)[a-c]", "xa", True),  # look-around: Python's `re`
+        (r"^(?<w>\w+) \k<w>$", "no no", True),  # named back-reference, ECMAScript syntax
         (r"^(.)\1$", "ab", False),
-        (r"^a$", "a\n", False),  # `$` is the end, not a place before a newline
+        (r"^a$", "a\n", False),  # `$` is the very end, not before a final newline
         (r"(?=a)a$", "a\n", False),
         (r"^\w+$", "é", True),
         (r"^\d$", "٣", True),
         (r"\p{Lu}", "É", True),
-        (r"[[a]", "[", True),  # a set in Rust's sets, a bracket in ECMAScript
-        (r"\<b\>", "<b>", True),  # a word's end in Rust, an escape in ECMAScript
+        (r"[[a]", "[", True),  # a nested set in Rust, a literal bracket in ECMAScript
+        (r"\<b\>", "<b>", True),  # a word boundary in Rust, an escape in ECMAScript
         (r"^https?:\/\/", "https://x", True),
     ],
 )
@@ -138,18 +138,18 @@ def test_patterns(pattern: str, text: str, found: bool) -> None:
 
 
 @pytest.mark.parametrize("pattern", [r"^(?=(\w+\s?)+$)", r"^(?=a)(a|a)*$", r"(?!x)((a+)+)+$"])
-def test_a_pattern_that_backtracks_is_given_up(pattern: str) -> None:
+def test_a_backtracking_pattern_is_stopped_at_the_deadline(pattern: str) -> None:
     start = time.monotonic()
     with pytest.raises(PatternTooSlowError):
         search(pattern, "a" * 40 + "!", deadline=start + 0.3)
     assert time.monotonic() - start < 10
-    assert search("(?=a)a", "a", deadline=time.monotonic() + 30)  # another worker takes its place
+    assert search("(?=a)a", "a", deadline=time.monotonic() + 30)  # a new worker replaces the killed one
 
 
 @pytest.mark.parametrize(
     ("pattern", "fine"), [("(", False), ("*", False), ("[b-a]", False), ("(?=a", False), ("[[]", True)]
 )
-def test_what_no_engine_takes_is_no_pattern(pattern: str, fine: bool) -> None:
+def test_a_pattern_needs_an_engine_that_accepts_it(pattern: str, fine: bool) -> None:
     assert is_pattern(pattern) is fine
 
 
@@ -192,7 +192,7 @@ def chain(depth: int, last: Any) -> Any:
         ({"type": "array", "uniqueItems": True}, [{"i": i % 2999, "x": []} for i in range(3000)], False),
         ({"enum": list(range(5000))}, 4999, True),
         ({"type": "array", "items": {"type": "array", "uniqueItems": True}}, [[[i] for i in range(500)]] * 10, True),
-        ({"type": "array", "uniqueItems": True}, [i * (2**61 - 1) for i in range(3000)], True),  # hashes collide
+        ({"type": "array", "uniqueItems": True}, [i * (2**61 - 1) for i in range(3000)], True),  # all hashes collide
         ({"patternProperties": {"^(a+)+$": {"type": "null"}}}, {"a" * 40 + "!": 1}, True),
         ({"anyOf": [{"$ref": "#"}, {"type": "integer"}]}, 3, True),
         ({"anyOf": [{"$ref": "#"}, {"type": "integer"}]}, "x", False),
@@ -201,7 +201,7 @@ def chain(depth: int, last: Any) -> Any:
     ],
     ids=range(12),
 )  # fmt: skip
-def test_hostile_schemas_are_decided_soon(schema: Any, value: Any, fits: bool) -> None:
+def test_hostile_schemas_are_checked_quickly(schema: Any, value: Any, fits: bool) -> None:
     start = time.monotonic()
     assert (Validator(schema).problems(value) == []) is fits
     assert time.monotonic() - start < 10
@@ -216,7 +216,7 @@ def test_hostile_schemas_are_decided_soon(schema: Any, value: Any, fits: bool) -
         ({"items": {"$ref": "#"}}, json.loads("[" * 400 + "]" * 400)),
     ],
 )
-def test_what_cannot_be_checked_is_a_problem(schema: Any, value: Any) -> None:
+def test_unbounded_checks_raise_cannot_check_error(schema: Any, value: Any) -> None:
     validator = Validator(schema)
     with pytest.raises(CannotCheckError):
         validator.problems(value)
@@ -262,7 +262,7 @@ def loop() -> Any:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_no_usable_schema_is_refused_when_it_is_taken_in(schema: Any, problem: str) -> None:
+def test_unusable_schemas_are_refused_when_the_validator_is_built(schema: Any, problem: str) -> None:
     with pytest.raises(SchemaProblemError, match=problem):
         Validator(schema)
     with pytest.raises(ToolDefinitionError, match="tool 'f', parameters: "):
@@ -282,14 +282,14 @@ def test_what_is_no_usable_schema_is_refused_when_it_is_taken_in(schema: Any, pr
     ],
     ids=str,
 )
-def test_recursion_with_an_end_and_every_kind_of_reference_is_fine(schema: Any, value: Any) -> None:
+def test_finite_recursion_and_every_kind_of_reference_are_supported(schema: Any, value: Any) -> None:
     assert Validator(schema).problems(value) == []
     assert Validator({**schema, "not": {}}).problems(value) != []
 
 
 @pytest.mark.anyio
-async def test_a_slow_check_holds_up_nobody(context: ToolContext) -> None:
-    """While one call's arguments are checked the loop goes on, and the model reads why the check was given up."""
+async def test_a_slow_check_does_not_block_the_event_loop(context: ToolContext) -> None:
+    """The event loop stays free during the check, and the error message gives the reason."""
     schema = {"type": "object", "properties": {"v": {"type": "string", "pattern": r"^(?=(\w+\s?)+$)"}}}
     slow = CommandTool("slow", "", schema, "true")
     results: list[ToolResult] = []
@@ -308,7 +308,7 @@ async def test_a_slow_check_holds_up_nobody(context: ToolContext) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_long_check_moves_to_a_thread_and_comes_to_the_same_end(context: ToolContext) -> None:
+async def test_a_long_check_gives_the_same_result_in_a_thread(context: ToolContext) -> None:
     schema = {"type": "object", "properties": {"v": {"type": "array", "items": {"type": "integer"}}}}
     counted = CommandTool("counted", "", schema, "true")
     good = await counted.call(ToolCall("1", "counted", json.dumps({"v": [1] * 50_000})), context)
@@ -355,7 +355,7 @@ def shapes(
 
 
 @pytest.mark.parametrize("depth", [3, 12, 30, 150])
-def test_a_recursive_union_is_never_tried_exponentially(depth: int) -> None:
+def test_a_recursive_union_does_not_take_exponential_time(depth: int) -> None:
     start = time.monotonic()
     text = json.dumps({"tree": chain(depth, None)})
     if depth <= 12:
@@ -382,13 +382,13 @@ def test_a_recursive_union_is_never_tried_exponentially(depth: int) -> None:
     ],
     ids=str,
 )
-def test_the_branch_that_was_meant_is_explained(arguments: dict[str, Any], problem: str) -> None:
+def test_the_most_likely_branch_is_explained(arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ArgumentsError) as caught:
         shapes.parse(json.dumps(arguments))
     assert caught.value.problems == [problem]
 
 
-def test_a_value_that_fits_two_of_one_is_told_so() -> None:
+def test_a_value_matching_two_branches_of_one_of_is_explained() -> None:
     validator = Validator({"oneOf": [{"type": "integer"}, {"type": "number"}]})
     assert problems(validator, 1) == ["$: given 1 (integer), matches 2 of integer or number, expected exactly one"]
     assert problems(validator, "x") == ['$: given "x" (string), expected integer or number']

@@ -1,4 +1,4 @@
-"""Threads of synchronous tools: enough of them, and none that outlives its call gets in the way."""
+"""Threads of synchronous tools: every call gets one, and abandoned threads do no harm."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ async def run_many(fn: Callable[..., Any], context: ToolContext, count: int) -> 
     return contents
 
 
-async def test_every_call_has_a_thread_at_once(environment: Environment) -> None:
-    """Each call waits for all others, so that they end only if all of them run."""
+async def test_every_call_has_its_own_thread(environment: Environment) -> None:
+    """The calls wait for each other, so they finish only if all of them run at once."""
     everyone = threading.Barrier(100)
 
     def meet() -> str:
@@ -88,8 +88,10 @@ async def test_the_number_of_stuck_calls_is_bounded(environment: Environment, mo
         release.set()
 
 
-async def test_a_coroutine_that_nobody_awaits_is_closed(environment: Environment, wait_until: WaitUntil) -> None:
-    """It would warn, and warnings are errors."""
+async def test_a_coroutine_returned_after_the_deadline_is_closed(
+    environment: Environment, wait_until: WaitUntil
+) -> None:
+    """An unclosed coroutine would warn, and warnings are errors."""
     release, ended = threading.Event(), threading.Event()
 
     async def inner() -> None: ...
@@ -166,7 +168,7 @@ def test_a_stuck_thread_does_not_keep_the_process_alive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sync", "later", "busy"])
-def test_ctrl_c_ends_the_run_and_not_the_call(tmp_path: Path, name: str) -> None:
+def test_ctrl_c_ends_the_run_rather_than_the_call(tmp_path: Path, name: str) -> None:
     with start(tmp_path, name, "600") as process:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[0] == "interrupted\n"

@@ -15,6 +15,6 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 async def tokenizer(anyio_backend: str) -> Tokenizer:
-    """A tokenizer as the tiny model's, trained on a few conversations of each family."""
+    """Return a tokenizer like the tiny model's, trained on a few conversations of each family."""
     corpus = [text async for text in texts(list(FAMILIES), range(3))]
     return Tokenizer.from_json(build_tokenizer(corpus, phrases=phrases(), vocab_size=1024))

@@ -1,4 +1,5 @@
-"""Each family: its oracle solves it with the real tools, nothing else does, and training never sees held-out."""
+"""Every family: its oracle solves each task with the real tools, trivial answers fail, and the splits do not
+overlap."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ def test_no_masked_task_is_in_both_splits(family: str) -> None:
 
 
 @every_family
-def test_a_greeting_makes_no_other_task(family: str) -> None:
+def test_greetings_are_not_part_of_the_signature(family: str) -> None:
     drawn = [FAMILIES[family].draw(seed, "heldout") for seed in range(200)]
     greeted = [each for each in drawn if each.instruction.startswith("Good day. ") or each.instruction.endswith(" Go.")]
     assert greeted
@@ -84,7 +85,7 @@ def test_a_greeting_makes_no_other_task(family: str) -> None:
 
 
 @every_family
-def test_signatures_hold_no_names_and_no_numbers(family: str) -> None:
+def test_signatures_contain_no_names_and_no_numbers(family: str) -> None:
     for seed in range(50):
         synth = sample(family, seed, "train")
         assert not re.search("[1-9]|\ue000|\ue001", synth.signature)
@@ -93,7 +94,7 @@ def test_signatures_hold_no_names_and_no_numbers(family: str) -> None:
 
 
 @every_family
-def test_a_fifth_of_at_least_ten_phrasings_is_held_out(family: str) -> None:
+def test_at_least_a_fifth_of_ten_or_more_phrasings_is_held_out(family: str) -> None:
     phrasings = FAMILIES[family].phrasings
     assert len(phrasings) >= 10
     assert len({phrasing.text for phrasing in phrasings}) == len(phrasings)
@@ -101,7 +102,7 @@ def test_a_fifth_of_at_least_ten_phrasings_is_held_out(family: str) -> None:
 
 
 @every_family
-def test_a_seed_is_a_task(family: str) -> None:
+def test_a_seed_always_gives_the_same_task(family: str) -> None:
     for split in SPLITS:
         assert sample(family, 3, split).task == sample(family, 3, split).task
         assert len({sample(family, seed, split).task.instruction for seed in range(20)}) > 10

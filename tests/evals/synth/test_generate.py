@@ -1,4 +1,4 @@
-"""Training rows: the ids of real runs, masks that cover what the assistant wrote, and far facts that are far."""
+"""Training rows: ids of real runs, masks of the assistant's ids, and the distance of far facts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 FAR = [name for name, family in FAMILIES.items() if family.far_fact]
 
 
-async def test_rows_come_in_order_and_the_mask_is_what_the_assistant_wrote(tokenizer: Tokenizer) -> None:
+async def test_rows_come_in_order_and_the_mask_covers_the_assistants_ids(tokenizer: Tokenizer) -> None:
     families = list(FAMILIES)
     rows = [row async for row in generate(families, (4, 8, 9), tokenizer=tokenizer, verify_every=1)]
     assert [(row.seed, row.family) for row in rows] == [(seed, family) for seed in (4, 8, 9) for family in families]
@@ -38,20 +38,20 @@ async def test_a_seed_gives_the_same_row_again(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("family", FAR)
-async def test_what_is_needed_stands_more_than_512_tokens_back(family: str, tokenizer: Tokenizer) -> None:
+async def test_far_facts_are_more_than_512_tokens_back(family: str, tokenizer: Tokenizer) -> None:
     async for row in generate([family], range(20, 40), tokenizer=tokenizer):
         verifier = sample(family, row.seed, "train").task.verifier
         assert verifier is not None
-        fact = verifier.command.split()[-1].split("-")[0]  # ledger: `... = FACT-total`, archive, poll: `... = FACT`
+        fact = verifier.command.split()[-1].split("-")[0]  # ledger: `... = FACT-total`; archive, poll: `... = FACT`
         pieces = [tokenizer.decode([token]) for token in row.ids]
         starts = list(itertools.accumulate((len(piece) for piece in pieces), initial=0))
         text = "".join(pieces)
-        used = text.rindex(f">{fact}") + 1  # a parameter's value begins with it
+        used = text.rindex(f">{fact}") + 1  # a parameter value starts with the fact
         told = text.rindex(f"\n{fact}\n", 0, used) + 1 if FAMILIES[family].spread_fact else text.rindex(fact, 0, used)
         assert starts.index(used) - starts.index(told) > FAR_TOKENS
 
 
-async def test_an_oracle_that_is_wrong_is_an_error(tokenizer: Tokenizer) -> None:
+async def test_a_wrong_answer_of_an_oracle_is_an_error(tokenizer: Tokenizer) -> None:
     synth = sample("combine", 0, "train")
     async with await open_environment(backend="unsafe-local") as environment:
         archive = (await environment.export_dir(environment.spec.workdir)).data
@@ -59,7 +59,7 @@ async def test_an_oracle_that_is_wrong_is_an_error(tokenizer: Tokenizer) -> None
         await require_solved(synth, archive, "wrong")
 
 
-async def test_a_name_is_its_syllables_in_every_place(tokenizer: Tokenizer) -> None:
+async def test_names_are_tokenized_into_syllables_everywhere(tokenizer: Tokenizer) -> None:
     for text in ("kalo", " kalo", "`kalo`", ">kalo<", '"kalo"', "kalo.txt", "(kalo)", "\nkalo\n", "box/kalo", "=kalo"):
         pieces = [tokenizer.decode([token]) for token in tokenizer.encode_text(text)]
         assert "ka,lo" in ",".join(pieces), pieces

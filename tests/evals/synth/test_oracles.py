@@ -1,4 +1,4 @@
-"""What each oracle does on its way: a model that learns from these runs learns the way, and not only the answers."""
+"""The steps of each oracle. A model trained on these runs learns the steps, not only the answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def watch(synth: SynthTask) -> list[Message]:
 
 
 def turns(messages: list[Message]) -> list[list[str]]:
-    """The names of each turn's calls."""
+    """Return the names of the calls of each turn."""
     return [[call.name for call in m.calls] for m in messages if isinstance(m, AssistantMessage)]
 
 
@@ -61,7 +61,7 @@ def test_config_draws_each_format_in_both_splits() -> None:
         assert set(drawn) == {"json", "yaml", "ini"} and min(drawn.values()) >= 6, (split, drawn)
 
 
-async def test_recover_reads_what_is_not_there_and_then_lists() -> None:
+async def test_recover_reads_a_missing_file_and_then_lists() -> None:
     for synth in some("recover"):
         messages = await watch(synth)
         first, second, *_, last = turns(messages)
@@ -70,14 +70,14 @@ async def test_recover_reads_what_is_not_there_and_then_lists() -> None:
         assert missing.is_error and not any(result.is_error for result in found)
 
 
-async def test_rename_changes_every_file_that_it_should() -> None:
+async def test_rename_changes_several_files_with_one_command() -> None:
     touched = [await renamed(synth) for synth in some("rename", 10)]
     assert min(touched) >= 1 and max(touched) >= 3
     assert sum(count >= 2 for count in touched) > len(touched) / 2
 
 
 async def renamed(synth: SynthTask) -> int:
-    """How many files the oracle's one command changes."""
+    """Return the number of files changed by the oracle's one command."""
     async with await open_environment(synth.task.environment.spec(), backend="unsafe-local") as environment:
         await synth.task.prepare(environment)
         messages, _ = await transcript(synth, environment)
@@ -86,13 +86,13 @@ async def renamed(synth: SynthTask) -> int:
     return sum(after[path] != text for path, text in synth.task.environment.files.items())
 
 
-async def test_chat_says_its_answer_and_calls_nothing() -> None:
+async def test_chat_answers_without_a_call() -> None:
     for synth in some("chat", 10):
         messages = await watch(synth)
         assert turns(messages) == [[]]
 
 
-async def test_a_user_tool_stands_in_its_task_alone() -> None:
+async def test_a_user_tool_is_defined_only_in_its_task() -> None:
     for synth in some("user_tool", 5):
         call = next(call for m in await watch(synth) if isinstance(m, AssistantMessage) for call in m.calls)
         assert call.name not in BUILTINS
@@ -104,7 +104,7 @@ async def test_a_user_tool_stands_in_its_task_alone() -> None:
         assert specs[call.name]["parameters"] == config.parameters
 
 
-async def test_poll_answers_with_the_name_of_most_votes_and_no_line_tells_it() -> None:
+async def test_poll_answers_with_the_most_frequent_of_many_votes() -> None:
     for synth in some("poll"):
         messages = await watch(synth)
         assert turns(messages) == [["read_file"], ["submit"]]

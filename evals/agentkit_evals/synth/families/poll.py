@@ -1,7 +1,7 @@
 """Find the most frequent of the votes at the top of a long file, asked for at the end.
 
 `archive` and `ledger` need one position of the distant past. This family needs a whole stretch of it combined, which
-is the purpose of heavily compressed entries.
+is the purpose of heavily compressed attention (`hca`).
 """
 
 from __future__ import annotations
