@@ -113,8 +113,7 @@ async def test_an_edit_keeps_owner_mode_and_hard_links(sandbox: Environment) -> 
 
 
 async def test_files_in_the_work_directory_do_not_change_the_tools(sandbox: Environment) -> None:
-    """The files are programs that the tools could start, modules that Python could import, and shell and ripgrep
-    settings."""
+    """Programs that the tools could start, modules that Python could import, and shell and ripgrep settings."""
     await sandbox.exec(
         """
         mkdir trap; cd trap; echo needle > found

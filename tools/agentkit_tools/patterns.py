@@ -78,8 +78,7 @@ def needs_worker(pattern: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _linear(pattern: str) -> Callable[[str], bool] | None:
-    """Return a search function of Rust's engine, or None if it rejects the pattern or reads it differently from
-    ECMAScript."""
+    """Return Rust's search function, or None if Rust rejects the pattern or reads it differently from ECMAScript."""
     classes = [token[0][1:-1] for token in _TOKEN.finditer(pattern) if token[0].startswith("[") and len(token[0]) > 1]
     if _OTHER_IN_RUST.search(pattern) or any(_SET_OPERATIONS.search(re.sub(r"\\.", "", each)) for each in classes):
         return None

@@ -1,5 +1,4 @@
-"""Convert the value that a tool returns or raises to text. No object makes these functions fail, except as
-documented."""
+"""Convert return values and exceptions of tools to text; works for any object."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ SEQUENCES = (
 
 
 def value_text(value: Any) -> str:
-    """Return a tool's return value as text for the model: strings unchanged, JSON values as JSON, other objects
-    described.
+    """Convert a return value to text: strings unchanged, JSON values as JSON, other objects described.
 
     Bytes that are valid UTF-8 become text. Sets are sorted, so that equal sets give equal text.
 
@@ -203,8 +201,7 @@ def _is_described(value: Any) -> bool:
 
 
 def _description(value: Any) -> str:
-    """Return `str(value)`, or only the type, as `<Database object>`, if that would be the default text with an
-    address."""
+    """Return `str(value)`, or `<Database object>` if the type has only the default text with an address."""
     if isinstance(value, BaseException):
         return error_text(value)
     kind: Any = type(value)

@@ -122,8 +122,7 @@ def _parameters(fn: Callable[..., Any], name: str) -> list[inspect.Parameter]:
 
 
 def _local_names(fn: Callable[..., Any]) -> dict[str, Any]:
-    """Return the local names visible to `fn`: its closure, and the functions and classes that are currently defining
-    it.
+    """Return the local names visible to `fn`: its closure, and the functions and classes now defining it.
 
     String annotations need them, and all annotations are strings under `from __future__ import annotations`.
     """

@@ -141,8 +141,7 @@ class Validator:
 
     @functools.cached_property
     def recursive_branches(self) -> int:
-        """Maximum number of branches of one union that lead back to it; trying each at every level takes exponential
-        time."""
+        """Most branches of one union that lead back to it; trying each at every level is exponential."""
         most, waiting, seen = 0, [self.schema], set()
         while waiting:
             schema = waiting.pop()

@@ -77,8 +77,7 @@ def is_held_out(signature: str) -> bool:
 
 
 class Draw:
-    """The random choices of one task. `name`, `word`, `number` and `pick` return marked text; `choice` draws
-    structure."""
+    """Random choices of one task. `name`, `word`, `number`, `pick` return marked text; `choice` draws structure."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -96,8 +95,7 @@ class Draw:
         return low + int(self.rng.random() * (high - low + 1))
 
     def fresh(self, make: Callable[[], str]) -> str:
-        """Call `make` until its text neither contains nor lies inside another name of this task; return the text
-        marked."""
+        """Call `make` until its text does not overlap another name of this task; return it marked."""
         while True:
             text = make()
             if not any(text in other or other in text for other in self.names):

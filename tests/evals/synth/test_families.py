@@ -1,5 +1,4 @@
-"""Every family: its oracle solves each task with the real tools, trivial answers fail, and the splits do not
-overlap."""
+"""Every family: its oracle solves each task, trivial answers fail, and the splits do not overlap."""
 
 from __future__ import annotations
 

@@ -59,8 +59,7 @@ def _search(draw: Draw) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A function with a hole: `doc` and `body` use parameters `{0}`, `{1}` and a constant `{k}`; `right` or `wrong`
-    fills `@`."""
+    """`doc` and `body` use parameters `{0}`, `{1}` and a constant `{k}`; `right` or `wrong` fills the hole `@`."""
 
     doc: str
     body: str
