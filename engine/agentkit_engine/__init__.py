@@ -1,4 +1,4 @@
-"""The engine room: a DeepSeek-V4 model in this process, from weights on disk to sampled tokens.
+"""Run a DeepSeek-V4 model in this process, from weights on disk to sampled tokens.
 
     engine = Engine.load("tiny")
     with engine.session() as session:
@@ -6,9 +6,9 @@
         for token in session.generate(SamplingParams(temperature=0, max_tokens=16)):
             print(token.id, token.logprob)
 
-`AsyncEngine` is the same for async code; `agentkit_engine.chat` turns messages into ids and back.
+`AsyncEngine` is the async version; `agentkit_engine.chat` converts messages to token ids and back.
 
-Everything here that needs torch is imported on first use, so `agentkit_engine.chat` works without loading torch.
+Modules that need torch are imported on first use, so `agentkit_engine.chat` works without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of what a caller passes to `Engine.load`: each error says what was given, what is possible and what to do."""
+"""Validation of the arguments of `Engine.load`. Each error names the value, the values accepted and a remedy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from agentkit_engine.errors import DeviceUnavailableError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The dtypes that weights can be held as, by the names that `dtype` takes."""
+"""Dtypes for weights, by the names that `dtype` accepts."""
 
 
 def check_model(model: object) -> str | Path:
-    """Return a model's name or path.
+    """Return the model's name or path.
 
     Raises:
-        TypeError: neither text nor a path.
+        TypeError: it is neither a str nor a path.
     """
     if isinstance(model, str):
         return model
@@ -27,11 +27,11 @@ def check_model(model: object) -> str | Path:
 
 
 def check_device(device: object) -> torch.device:
-    """Return the device, which this machine has.
+    """Return the device, checked to exist on this machine.
 
     Raises:
-        TypeError: neither text nor a `torch.device`.
-        ValueError: torch knows no such device, or the engine does not run on its kind.
+        TypeError: it is neither a str nor a `torch.device`.
+        ValueError: torch does not know the device, or the engine does not support its type.
         DeviceUnavailableError: it is a GPU that this torch does not see.
     """
     if not isinstance(device, str | torch.device):
@@ -51,11 +51,11 @@ def check_device(device: object) -> torch.device:
 
 
 def check_dtype(dtype: object) -> torch.dtype | None:
-    """Return the dtype that weights are to be held as; None leaves it to what is stored.
+    """Return the dtype for the weights; None chooses it from the stored weights.
 
     Raises:
-        TypeError: neither text, nor a `torch.dtype`, nor None.
-        ValueError: weights cannot be held as it.
+        TypeError: it is neither a str, nor a `torch.dtype`, nor None.
+        ValueError: the engine does not support this dtype.
     """
     if dtype is not None and not isinstance(dtype, str | torch.dtype):
         raise TypeError(f'dtype must be text such as "bfloat16", a torch.dtype or None, got {dtype!r}')
@@ -66,11 +66,11 @@ def check_dtype(dtype: object) -> torch.dtype | None:
 
 
 def check_bytes(name: str, value: object) -> int:
-    """Return a number of bytes.
+    """Return the number of bytes.
 
     Raises:
-        TypeError: no whole number.
-        ValueError: below 1.
+        TypeError: it is not an int.
+        ValueError: it is below 1.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number of bytes, got {value!r}")

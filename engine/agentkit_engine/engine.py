@@ -1,4 +1,4 @@
-"""Engine: a model folder in memory, its logits, and its sessions.
+"""Engine: a loaded model, its logits and its sessions.
 
 Dimension key: T tokens, V vocabulary.
 """
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammars
 
 KV_CACHE_BYTES = 2 << 30
-"""Default bound on the state of all sequences; memory is taken as it is used."""
+"""Default limit on the state of all sequences; memory is allocated as it is used."""
 CACHE_BYTES = 8 << 30
-"""Default bound on what one model keeps on disk."""
+"""Default limit on the disk cache of one model."""
 PACKAGED_MODELS = {"tiny": Path(__file__).parent / "tiny"}
-"""The names `Engine.load` knows, and where their folders are."""
+"""Names that `Engine.load` accepts, with their folders."""
 
 
 class Engine:
@@ -48,10 +48,10 @@ class Engine:
     Attributes:
         name: the packaged name, or the name of the folder.
         spec: the architecture.
-        dialect: which chat encoding the model was trained with, `"v4-preview"` or `"v4-0731"`.
+        dialect: the chat encoding the model was trained with, `"v4-preview"` or `"v4-0731"`.
         decoder: the model itself, in evaluation mode.
-        folder: where it was loaded from.
-        lock: held by a thread of an `AsyncEngine` while it uses the model.
+        folder: the folder it was loaded from.
+        lock: held by an `AsyncEngine`'s thread while it uses the model.
     """
 
     def __init__(
@@ -93,27 +93,29 @@ class Engine:
         exact: bool = True,
         compiled: bool | None = None,
     ) -> Engine:
-        """Load a packaged model by name (`"tiny"`) or any folder in the official layout by path.
+        """Load a packaged model by name (`"tiny"`), or a folder in the official layout by path.
 
-        A `str` that is a packaged name means that model; write `"./tiny"` for a folder of the same name. `device` is
-        `"cpu"` or a GPU. Weights are held as `dtype` (`"float32"`, `"bfloat16"`, `"float16"` or torch's own); what the
-        official layout stores as float32 stays float32. By default they are bfloat16 where that holds all that is
-        stored and kernels widen it, else float32: the same bits come out. `kv_cache_bytes` bounds the state of all
-        sessions; beyond it the state that waited longest is dropped, and computed again when it is needed. With
-        `cache_dir` computed state is also kept on disk, up to `cache_bytes`, for later processes.
-
-        With `exact` a session gives the same bits alone, in any batch, with any chunking and from any cache. Without,
-        it may use all threads and be faster, and a session's last bits depend on what shared its forwards.
-
-        `compiled` is whether forwards use kernels that Numba compiles for this machine's CPU, which are several times
-        as fast as plain torch; by default they do where it is installed.
+        Args:
+            path_or_name: A `str` equal to a packaged name means that model; write `"./tiny"` for a folder of that name.
+            device: `"cpu"` or a GPU.
+            dtype: Dtype of the weights: `"float32"`, `"bfloat16"`, `"float16"` or the torch dtype. Tensors that the
+                official layout stores as float32 stay float32. By default weights are bfloat16 if it represents every
+                stored value exactly and the compiled kernels are used, else float32; results are the same bits.
+            kv_cache_bytes: Limit on the state of all sessions. Beyond it, state is evicted, lowest priority and least
+                recently used first, and recomputed when it is needed.
+            cache_dir: Folder in which computed state is also kept, for later processes.
+            cache_bytes: Limit on the disk cache.
+            exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
+                False, forwards may use all threads and be faster, and the last bits of a result depend on the batch.
+            compiled: Whether forwards use kernels that Numba compiles for this CPU, which are several times as fast as
+                plain torch. By default they do if Numba is installed.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong type or out of range.
-            ModelNotFoundError: no such name and no such folder; the message lists the names there are.
-            DeviceUnavailableError: a GPU is asked for that is not there.
+            TypeError, ValueError: an argument has the wrong type or is out of range.
+            ModelNotFoundError: there is no such name and no such folder; the message lists the packaged names.
+            DeviceUnavailableError: the GPU does not exist on this machine.
             CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
-            CacheFolderError: others may write to `cache_dir`, or the key that signs what is kept there cannot be used.
+            CacheFolderError: other users may write to `cache_dir`, or the key that signs its files is unusable.
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
         kv_cache_bytes, cache_bytes = (
@@ -133,7 +135,7 @@ class Engine:
             raise ValueError(f"compiled=True needs a CPU: its kernels do not run on device={str(device)!r}")
         compiled = can_compile(device) if compiled is None else compiled
         if held_as is None and not compiled:
-            held_as = torch.float32  # plain torch layers would hold them in both
+            held_as = torch.float32  # plain torch layers would convert bfloat16 weights and hold both copies
         with _no_collection():
             decoder, dialect = load_checkpoint(
                 folder, device=device, dtype=held_as, lay_out=lay_out if compiled else None
@@ -152,7 +154,7 @@ class Engine:
 
     @cached_property
     def batcher(self) -> Batcher:
-        """What computes for all sessions; packs the weights on first use."""
+        """The batcher that computes for all sessions; packs the weights on first use."""
         batcher = Batcher(self.decoder, kv_cache_bytes=self.kv_cache_bytes, exact=self.exact, compiled=self.compiled)
         if self.cache_dir is not None:
             batcher.disk = DiskCache(
@@ -161,10 +163,9 @@ class Engine:
         return batcher
 
     def warm_up(self) -> None:
-        """Pack the weights, and compile the CPU kernels if no earlier process did: then a first token takes no longer
-        than later ones.
+        """Pack the weights and compile the CPU kernels, so that the first token is as fast as later ones.
 
-        Compiling takes some ten seconds, once per machine and kind of layer; a warning in the log announces it.
+        Compiling takes about ten seconds, once per machine and kind of layer; a log warning announces it.
         """
         batcher = self.batcher
         if self.compiled:
@@ -177,8 +178,8 @@ class Engine:
         """The folder's tokenizer, read on first use.
 
         Raises:
-            TokenizerMissingError: the folder holds no tokenizer.json.
-            CheckpointError: that file is not a usable tokenizer.
+            TokenizerMissingError: the folder has no tokenizer.json.
+            CheckpointError: the tokenizer.json is not usable.
         """
         if not self._has_tokenizer:
             raise TokenizerMissingError(
@@ -192,16 +193,16 @@ class Engine:
 
     @cached_property
     def sampling(self) -> SamplingParams:
-        """How the folder's generation_config.json would have tokens drawn; `SamplingParams()` without one.
+        """Sampling parameters from the folder's generation_config.json, or `SamplingParams()` without that file.
 
         Raises:
-            CheckpointError: the file is not such a configuration.
+            CheckpointError: the file is not a valid generation config.
         """
         return read_sampling(self.folder)
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Makes the grammars that `generate` takes; reads the vocabulary in on first use.
+        """Builds the grammars that `generate` takes; reads the vocabulary on first use.
 
         Raises:
             GrammarMissingError: llguidance is not installed.
@@ -212,18 +213,18 @@ class Engine:
         return Grammars(self.tokenizer, self.spec.vocab_size)
 
     def flush(self) -> None:
-        """Wait until what is to be kept on disk has been written. `AsyncEngine` does so when its block ends."""
+        """Wait until all pending state is written to the disk cache. `AsyncEngine` does so when its block ends."""
         if self.cache_dir is not None and self.batcher.disk is not None:
             self.batcher.disk.close()
 
     def logits(self, token_ids: Iterable[int]) -> Tensor:
-        """float32 [T, V]: the logits after each of the T ids, the same bits that a session computes.
+        """Return the logits after each of the T ids, float32 [T, V]: the same bits that a session computes.
 
         Raises:
             ValueError: there are no ids.
             TokenIdError: an id is outside the vocabulary.
-            ContextLengthError: more ids than the model has positions.
-            OutOfMemoryError: more ids than `kv_cache_bytes` has room for.
+            ContextLengthError: there are more ids than the model has positions.
+            OutOfMemoryError: the ids do not fit into `kv_cache_bytes`.
         """
         ids = check_ids(token_ids, self.spec.vocab_size)
         if not ids:
@@ -233,14 +234,14 @@ class Engine:
         return self.batcher.logits(ids)
 
     def session(self, *, priority: int = 0) -> Session:
-        """A new, empty session. When memory is short, sessions of a higher priority keep their state longer."""
+        """Return a new, empty session. When memory is short, sessions with a higher priority are evicted later."""
         return Session(self, Work(priority=check_priority(priority)))
 
     def open(self, path: str | Path) -> Session:
-        """The session that `Session.save` wrote, where it stopped; its past is read, not computed.
+        """Open a session that `Session.save` wrote and continue where it stopped, without recomputing its state.
 
         Raises:
-            SavedSessionError: not such a file, or one of another model, or damaged.
+            SavedSessionError: the file is not a saved session, belongs to another model, or is damaged.
             OSError: the file cannot be read.
             OutOfMemoryError: its state does not fit into the engine's memory.
         """
@@ -248,10 +249,10 @@ class Engine:
         return Session(self, work)
 
     def reader(self, params: SamplingParams) -> Reader:
-        """What gives the tokens of one generation their text.
+        """Return the reader that adds text to the tokens of one generation.
 
         Raises:
-            TokenizerMissingError: there are stop texts, and the model has no tokenizer to find them with.
+            TokenizerMissingError: there are stop texts, which need a tokenizer, and the model has none.
         """
         if not params.stop and not self._has_tokenizer:
             return Reader(None, params)
@@ -263,7 +264,7 @@ class Engine:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What computed a state: a hash of how it computes, architecture, names, shapes, and some of every weight."""
+        """Hash that identifies compatible state: numerics, architecture, and each weight's name, shape and samples."""
         digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact, self.compiled)).encode(), digest_size=16)
         for name, tensor in self.decoder.state_dict().items():
             flat = tensor.detach().flatten()
@@ -273,7 +274,7 @@ class Engine:
 
     @cached_property
     def fingerprint_here(self) -> str:
-        """The same together with this machine: elsewhere, last bits may be others."""
+        """`fingerprint` combined with this machine; on another machine the last bits may differ."""
         return hashlib.blake2b(
             repr((self.fingerprint, machine(self.decoder.embed.weight.device))).encode(), digest_size=16
         ).hexdigest()
@@ -281,7 +282,7 @@ class Engine:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A collection amid thousands of new objects that all stay would take a tenth of a second and find nothing."""
+    """Disable garbage collection: amid thousands of live new objects, one run takes 0.1 s and frees nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,27 +1,27 @@
-"""What can go wrong in the engine room.
+"""Errors of the engine.
 
 EngineError
 ├── ModelNotFoundError        no packaged model and no folder has that name
-├── DeviceUnavailableError    a GPU is asked for that this machine or this torch does not have
-├── CheckpointError           a model folder is not what its layout promises; names file, tensor, found, expected
-├── TokenizerMissingError     the model folder holds no tokenizer.json
+├── DeviceUnavailableError    the GPU does not exist on this machine, or this torch does not support it
+├── CheckpointError           a model folder does not match its layout; names file, tensor, found, expected
+├── TokenizerMissingError     the model folder has no tokenizer.json
 ├── EngineClosedError         an AsyncEngine was used outside its `async with` block
-├── GrammarMissingError       a grammar is asked for, and llguidance cannot be imported
-├── GrammarError              a grammar cannot be made, or ids do not fit it
-├── OutOfMemoryError          the memory for sequences is used up by those at work
-├── SavedSessionError         a file is no saved session, or one of another model, or damaged
-├── CacheFolderError          a cache folder or its key could be changed by others, or has no usable key
+├── GrammarMissingError       a grammar was requested, and llguidance cannot be imported
+├── GrammarError              a grammar cannot be built, or ids violate it
+├── OutOfMemoryError          active sessions use all of the memory for sequences
+├── SavedSessionError         a file is not a saved session, belongs to another model, or is damaged
+├── CacheFolderError          other users could change a cache folder or its key, or the key is unusable
 └── SessionError
     ├── SessionClosedError    used after close()
-    ├── SessionBusyError      two tasks drive one session at the same moment
+    ├── SessionBusyError      two tasks use one session at the same time
     ├── SessionEmptyError     generate() before any id was appended
     ├── TokenIdError          an id outside the vocabulary
     ├── ContextLengthError    more ids than the model has positions
     └── NonFiniteLogitsError  the model computed NaN or infinity, so nothing can be sampled
 
-SamplingParamsError (ValueError, TypeError)  a field of SamplingParams has the wrong type, or is outside its range
+SamplingParamsError (ValueError, TypeError)  a field of SamplingParams has the wrong type or is out of range
 
-Any other wrong argument is a `ValueError`, as everywhere in Python.
+Any other invalid argument is a `ValueError`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from pathlib import Path
 
 
 class EngineError(Exception):
-    """Base of every error this room raises on purpose."""
+    """Base of all errors that the engine raises deliberately."""
 
 
 class SamplingParamsError(ValueError, TypeError):
-    """A field of `SamplingParams` has the wrong type or is outside its range; names it, what was given and expected."""
+    """A field of `SamplingParams` has the wrong type or is out of range; names the field, the value and what is
+    expected."""
 
 
 class ModelNotFoundError(EngineError):
@@ -42,7 +43,7 @@ class ModelNotFoundError(EngineError):
 
 
 class DeviceUnavailableError(EngineError):
-    """The device that a model is to be loaded on is not there; the message says what is, and what to do."""
+    """The requested device does not exist here; the message lists the devices found and a remedy."""
 
 
 class CheckpointError(EngineError):
@@ -50,34 +51,35 @@ class CheckpointError(EngineError):
 
     Attributes:
         path: the offending file.
-        tensor: the offending tensor, `None` when the file as a whole is wrong.
+        tensor: the offending tensor, or `None` if the whole file is wrong.
     """
 
     def __init__(self, path: Path, problem: str, *, tensor: str | None = None) -> None:
         self.path = path
         self.tensor = tensor
-        shown = "" if tensor is None else f"tensor {tensor!r}: ".replace("'", "")[:200]  # the name is from the file
+        # the name comes from an untrusted file
+        shown = "" if tensor is None else f"tensor {tensor!r}: ".replace("'", "")[:200]
         super().__init__(f"{path}: {shown}{problem}")
 
 
 class TokenizerMissingError(EngineError):
-    """The model folder holds no tokenizer; the model itself still works on token ids."""
+    """The model folder has no tokenizer; the model still works on token ids."""
 
 
 class EngineClosedError(EngineError):
-    """The AsyncEngine is not running: its `async with` block was left, or not yet entered."""
+    """The AsyncEngine is not running: its `async with` block has not been entered, or was left."""
 
 
 class GrammarMissingError(EngineError):
-    """A grammar is asked for, and llguidance, which reads grammars, cannot be imported."""
+    """A grammar was requested, and llguidance, which implements grammars, cannot be imported."""
 
 
 class GrammarError(EngineError):
-    """Tools or a schema that no grammar can be made of, or ids in a session that the grammar in force forbids."""
+    """No grammar can be built from the tools or the schema, or the session's ids violate the grammar in force."""
 
 
 class OutOfMemoryError(EngineError):
-    """The engine's memory for sequences has no free slot or not enough free spans."""
+    """The memory for sequences has no free slot or not enough free spans."""
 
 
 class SavedSessionError(EngineError):
@@ -89,11 +91,11 @@ class SavedSessionError(EngineError):
 
 
 class CacheFolderError(EngineError):
-    """A cache folder cannot be trusted, or its key cannot be used; names the file, its owner and mode, and a remedy."""
+    """A cache folder cannot be trusted, or its key is unusable; names the file, its owner and mode, and a remedy."""
 
 
 class SessionError(EngineError):
-    """Base of what goes wrong in one session; other sessions of the engine are not affected."""
+    """Base of errors in one session; other sessions of the engine are not affected."""
 
 
 class SessionClosedError(SessionError):
@@ -101,11 +103,11 @@ class SessionClosedError(SessionError):
 
 
 class SessionBusyError(SessionError):
-    """A step of this session is already running for another task."""
+    """Another task is already running a step of this session."""
 
 
 class SessionEmptyError(SessionError):
-    """There is nothing to continue: append at least one id first."""
+    """The session has no ids; append at least one first."""
 
 
 class TokenIdError(SessionError):
@@ -113,8 +115,8 @@ class TokenIdError(SessionError):
 
 
 class ContextLengthError(SessionError):
-    """The session would hold more ids than the model has positions."""
+    """The session would have more ids than the model has positions."""
 
 
 class NonFiniteLogitsError(SessionError):
-    """The logits hold NaN or infinity."""
+    """The logits contain NaN or infinity."""

@@ -1,18 +1,22 @@
-"""Grammars: which ids may come next, so that a call names a real tool, real parameters and values that fit its schema.
+"""Grammars: masks over the next ids that keep calls and JSON answers valid.
 
-A grammar constrains only what has a form: the block of calls, or an answer that is to be JSON. Thoughts and text stay
-free; the one id forbidden there is a DSML marker where no block can begin. Where the form leaves a single way to go on,
-those ids are *forced*: they are appended without asking the model.
+A grammar constrains only the block of calls, or an answer that must be JSON. Thoughts and text are free, except that a
+DSML marker is forbidden where no block can begin. Ids that are the only way to continue are *forced*: they are appended
+without sampling.
 
-What is allowed is a function of the session's ids alone, from its last `<｜Assistant｜>` on. So a session can be cut,
-forked or taken up at any id, and guesses at the next ids need no care. llguidance does the parsing; it is imported when
-the first grammar is made. What cannot be enforced of a schema is left open and named by a `GrammarWarning`, and checked
-after parsing as everything is. A tool whose schema cannot be enforced at all keeps the form of a call, with parameters
-of any name and value. A call names the parameters that its schema names: where `additionalProperties` is absent at the
-top of a tool's parameters, it counts as false there.
+The mask depends only on the session's ids since the last `<｜Assistant｜>`. A session can therefore be cut, forked or
+continued at any id, and drafts need no special treatment. llguidance does the parsing; it is imported when the first
+grammar is built.
 
-Should a form lead to a place where no id may follow, the rest of that turn is free, and a warning says so: a run is
-never lost to its grammar.
+A grammar never forbids a valid value because of a keyword it cannot enforce. Such keywords are left open, reported by a
+`GrammarWarning`, and checked after parsing, as every call is. If a tool's schema cannot be enforced at all, its calls
+keep the call format, with parameters of any name and value.
+
+Two rules are stricter than JSON Schema. At the top of a tool's parameters, a missing `additionalProperties` counts as
+false, so a call has only declared parameters. The properties of nested objects come in the order of their schema.
+
+If a grammar reaches a state that no id can follow, the rest of the turn is free and a warning is issued, so a grammar
+never ends a run.
 
 Dimension key: V vocabulary.
 """
@@ -47,27 +51,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_BITS = 64
-"""A rule of the grammar carries this many bits, one for each parameter that is watched: required ones come first."""
+"""Bits in a rule of the grammar, one for each tracked parameter; required parameters come first."""
 MOST_PATTERNS = 3
-"""Patterns of `patternProperties` at the top of a tool's parameters whose overlaps are told apart."""
+"""Maximum number of `patternProperties` at the top of a tool's parameters whose overlaps are distinguished."""
 _ANY_NAME = '/[^"<>]*/'
-"""A parameter's name as the call format can carry it."""
+"""Parameter names that the call format can express."""
 MOST_ITEMS = 10_000
-"""Ways to read on that llguidance keeps at one place, as for a tool of thousands of parameters; by default 2,000."""
+"""llguidance's limit on parser items per position (default 2,000), raised for tools with thousands of parameters."""
 _BEFORE_BLOCK = b"\n\n<"
 _CONTROL = re.compile(rb"\xff\[(\d+)\]")
-"""A control token among the bytes that llguidance says are forced."""
+"""A control token among llguidance's forced bytes."""
 
 
 class GrammarWarning(UserWarning):
-    """Something is not enforced by a grammar: keywords of a schema, a tool, or the rest of a turn."""
+    """A grammar does not enforce something: keywords of a schema, a tool, or the rest of a turn."""
 
 
 class Grammars:
-    """Makes grammars for one tokenizer; a model's own is `Engine.grammars`."""
+    """Builds grammars for one tokenizer; `Engine.grammars` is the one of a model."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Take in the vocabulary, once for all grammars. `vocab_size` is the model's, which may be larger.
+        """Read the vocabulary once for all grammars. `vocab_size` is the model's, which may exceed the tokenizer's.
 
         Raises:
             GrammarMissingError: llguidance is not installed.
@@ -93,12 +97,12 @@ class Grammars:
     def calls(
         self, tools: Sequence[Mapping[str, Any]], *, required: bool = False, tell_keywords: bool = True
     ) -> Grammar:
-        """Free text, then calls of `tools` (OpenAI dicts) as their schemas say, or none.
+        """Return the grammar for free text followed by any number of calls of `tools` (OpenAI dicts), or none.
 
-        Grammars are kept: the same tools get the same one. Any thread may ask. A `GrammarWarning` names each tool that
-        cannot be enforced and, with `tell_keywords`, each keyword.
+        Grammars are cached by tools. This method is thread-safe. A `GrammarWarning` names each tool that cannot be
+        enforced and, with `tell_keywords`, each such keyword.
 
-        With `required` the turn makes at least one call, right after its thought, and says nothing else.
+        With `required` the turn is at least one call right after the thought, without text.
 
         Raises:
             GrammarError: a call is required, and there is no tool that can be called.
@@ -111,12 +115,12 @@ class Grammars:
         return grammar
 
     def answer(self, schema: Schema = None, *, tools: Sequence[Mapping[str, Any]] = ()) -> Grammar:
-        """An answer that is a JSON value as `schema` says, by default any object; a thought before it is free.
+        """Return the grammar for an answer in JSON that matches `schema` (default: any object), after a free thought.
 
-        With `tools` a turn is either that, or at least one call; text beside calls would be no answer, and cannot be.
+        With `tools` a turn is either such an answer or at least one call, and has no text besides.
 
         Raises:
-            GrammarError: no value fits the schema.
+            GrammarError: no value matches the schema.
         """
         schema = {"type": "object"} if schema is None else schema
         forms = Forms(schema)
@@ -136,11 +140,11 @@ class Grammars:
         return grammar
 
     def forced_ids(self, form: LLMatcher) -> list[int]:
-        """The ids that the form forces next, as the chat encoding would write them.
+        """Return the ids that the form forces next, tokenized as the chat encoding does.
 
-        Left out are ids at the end of the forced text that may become one with what follows: where `" st` is forced,
-        and `" string` is an id, that one may still come. Nothing is forced inside a character, whose last bytes are no
-        text to encode: there the mask goes on byte by byte.
+        Ids at the end of the forced text are omitted if they could merge with the text that follows: where `" st` is
+        forced and `" string` is an id, the model may still sample that id. In the middle of a UTF-8 character nothing
+        is forced, because its remaining bytes cannot be encoded as text; the mask then constrains byte by byte.
         """
         forced = form.compute_ff_bytes()
         if forced and forced[0] & 0xC0 == 0x80:  # a continuation byte of UTF-8
@@ -160,7 +164,7 @@ class Grammars:
         return ids + tail
 
     def _begins_id(self, text: bytes) -> bool:
-        """Whether there is an id whose bytes begin with `text` and go on."""
+        """Return whether an id's bytes begin with `text` and are longer."""
         at = bisect.bisect_right(self._texts, text)
         return at < len(self._texts) and self._texts[at].startswith(text)
 
@@ -169,7 +173,7 @@ class Grammars:
         try:
             try:
                 return self._calls_of(tools, required, each_alone=False)
-            except GrammarError:  # find out which tool it is
+            except GrammarError:  # find the tool that causes it
                 return self._calls_of(tools, required, each_alone=True)
         except GrammarError as error:
             if required:
@@ -194,9 +198,10 @@ class Grammars:
         opened: bool,
         each_alone: bool,
     ) -> list[str]:
-        """What a block of calls is made of, then the rules which that names.
+        """Return the expression for a block of calls, followed by the rules that it uses.
 
-        `opened`: its first marker has been. `each_alone`: try whether llguidance takes each tool.
+        `opened`: the block's first marker is already part of the text. `each_alone`: check each tool's rules on their
+        own.
         """
         tools = {}
         for index, function in enumerate(functions):
@@ -209,7 +214,7 @@ class Grammars:
                 if each_alone:
                     self._matcher(f"start: tool_{index}\n{rules}")
                 unenforced += missed
-            except Exception as error:  # whatever stands in a schema, a run is not lost to it
+            except Exception as error:  # no content of a schema may end a run
                 loose.append(
                     f"calls of tool {function['name']!r} are not held to its schema, and are checked after parsing: "
                     f"{error}"
@@ -225,14 +230,14 @@ class Grammars:
         ]
 
     def _loose_tool(self, index: int, name: str) -> str:
-        """The rules of a tool whose schema cannot be enforced: the form of a call, and nothing more."""
+        """Return the rules of a tool whose schema cannot be enforced: only the call format."""
         values = _Values(self, index, Forms(True))
         rules = self._parameters(f"{index}_0", _Parameters({}, frozenset(), ((_ANY_NAME, True),)), values)
         head = json.dumps(f'{name}">\n')
         return "\n".join([f"tool_{index}: {head} open_{index}_0", rules, *values.rules])
 
     def _tool(self, index: int, function: Mapping[str, Any], unenforced: list[str]) -> str:
-        """The rules of one tool: its parameters in any order, each at most once, none missing that is required."""
+        """Return the rules of one tool: parameters in any order, each at most once, all required ones present."""
         name, schema = function["name"], function.get("parameters") or {}
         forms = Forms(schema)
         alternatives = [
@@ -268,7 +273,7 @@ class Grammars:
         return "\n".join([f"tool_{index}: {head} ({opens})", *rules, *values.rules])
 
     def _read(self, conjunction: Conjunction, names: Sequence[str], forms: Forms) -> _Parameters:
-        """What the parameters may be when they are to satisfy all of `conjunction`."""
+        """Return the parameters that satisfy all of `conjunction`."""
         declared: dict[str, Schema] = {}
         for key in names:
             every = [each for part in conjunction for each in _schemas_of(key, part, names, forms) if each is not True]
@@ -278,7 +283,7 @@ class Grammars:
         return _Parameters(declared, required, tuple(self._free(conjunction, names, forms)))
 
     def _free(self, conjunction: Conjunction, names: Sequence[str], forms: Forms) -> list[tuple[str, Schema]]:
-        """Names that are not declared, as terminals, each with the schema of its values."""
+        """Return terminals for undeclared names, each with the schema of its values."""
         opening = [part for part in conjunction if part.keys() & {"additionalProperties", "patternProperties"}]
         opened = any(part.get("additionalProperties", False) is not False for part in opening)
         if not opened and not any(part.get("patternProperties") for part in opening):
@@ -307,7 +312,7 @@ class Grammars:
         return found
 
     def _parameters(self, place: str, parameters: _Parameters, values: _Values) -> str:
-        """The rules from the end of a call's first line to its end."""
+        """Return the rules from the end of a call's first line to the end of the call."""
         marker = f"<[{self.dsml}]>"
         end = f'"</" {marker} "invoke>\\n"'
         rules = {key: values.rule(schema, key) for key, schema in parameters.declared.items()}
@@ -343,7 +348,7 @@ class Grammars:
         )
 
     def _value(self, place: str, key: str | None, schema: Schema, forms: Forms) -> str:
-        """The rules of a parameter from its name to the `</` that ends its value; empty where no value fits.
+        """Return the rules of a parameter from its name to the `</` after its value, or "" if no value fits.
 
         Without a `key` they begin after the name.
         """
@@ -360,15 +365,15 @@ class Grammars:
         return "\n".join([f"value_{place}: {' | '.join(options)}", *rules]) if options else ""
 
     def _matches_some(self, terminal: str) -> bool:
-        """Whether there is a text that the terminal matches: a pattern and a length may exclude each other."""
+        """Return whether any text matches the terminal; a pattern and a length can contradict each other."""
         if terminal == ANY_TEXT:
             return True
         matcher = self._matcher(f"start: TEXT\nTEXT: {terminal}")
-        matcher.compute_bitmask()  # a dead end is seen when the next ids are asked for
+        matcher.compute_bitmask()  # llguidance detects a dead end only when the next ids are requested
         return matcher.is_accepting() or not matcher.is_stopped()
 
     def _matcher(self, lark: str) -> LLMatcher:
-        lark = f'%llguidance {{"no_forcing": true}}\n{lark}'  # `forced_ids` sees to it, in this tokenizer's own ids
+        lark = f'%llguidance {{"no_forcing": true}}\n{lark}'  # `forced_ids` does this with this tokenizer's ids
         limits = self._llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
         matcher = self._llguidance.LLMatcher(self._vocabulary, lark, log_level=0, limits=limits)
         if matcher.is_error():
@@ -378,7 +383,7 @@ class Grammars:
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:
-    """What one alternative of a tool's schema says: named parameters, and terminals of other names."""
+    """One alternative of a tool's schema: named parameters, and terminals for other names."""
 
     declared: Mapping[str, Schema]
     required: frozenset[str]
@@ -386,7 +391,7 @@ class _Parameters:
 
 
 class _Values:
-    """The rules for the values of one tool's parameters, each made once."""
+    """Rules for the values of one tool's parameters, without duplicates."""
 
     def __init__(self, grammars: Grammars, index: int, forms: Forms) -> None:
         self._grammars = grammars
@@ -397,7 +402,7 @@ class _Values:
         self.missed: dict[str, set[str]] = {}
 
     def rule(self, schema: Schema, key: str | None) -> str:
-        """The name of the rule for `key`, or for a name that was just written; empty where no value fits."""
+        """Return the name of the rule for `key`, or for the name just written if None; "" if no value fits."""
         known = json.dumps([key, schema])
         if known not in self._known:
             place = f"{self._index}_{len(self._known)}"
@@ -411,7 +416,7 @@ class _Values:
 
 
 class Grammar:
-    """What a turn may look like; for `generate(grammar=...)`. It holds no state, so sessions can share it."""
+    """The grammar of a turn, for `generate(grammar=...)`. Stateless, so sessions can share it."""
 
     def __init__(
         self,
@@ -423,10 +428,10 @@ class Grammar:
         unenforced: tuple[str, ...] = (),
         loose: tuple[str, ...] = (),
     ) -> None:
-        """`form` reads the block of calls from after its first marker, or, `at_once`, all that follows the thought.
+        """`form` parses the block of calls after its first marker or, with `at_once`, everything after the thought.
 
-        Without one there are no calls, unless `calls_are_free`. `unenforced` names keywords, and `loose` tools, that it
-        does not enforce.
+        Without a `form` calls are forbidden, unless `calls_are_free`. `unenforced` lists keywords and `loose` tools
+        that the grammar does not enforce.
         """
         self.unenforced = tuple(filter(None, unenforced))
         self.loose = loose
@@ -438,12 +443,12 @@ class Grammar:
         self.dsml, self.eos = grammars.dsml, tokenizer.eos_id
         self.token_bytes, self.forced_ids = grammars.token_bytes, grammars.forced_ids
         self.free_V = torch.zeros(self.vocab_size)
-        # a thought must not end the turn before its form, nor seem to begin another one
+        # a thought must not end the turn before its form, nor begin another turn
         closed = [self.dsml, self.eos, self.assistant] if at_once else [] if calls_are_free else [self.dsml]
         self.free_V[closed] = -torch.inf
 
     def matcher(self) -> Matcher:
-        """What follows one session."""
+        """Return a matcher for one session."""
         return Matcher(self)
 
 
@@ -451,7 +456,7 @@ _MASK_OF_BYTE = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0.0, -np.inf
 )
 _MASK_OF_BYTE = _MASK_OF_BYTE.astype(np.float32)
-"""What eight bits of a bitmask, the lowest first, add to eight logits."""
+"""Mask of eight logits for each byte of a bitmask, lowest bit first."""
 
 
 class _Region(Enum):
@@ -463,7 +468,7 @@ class _Region(Enum):
 
 
 class Matcher:
-    """Follows the ids of one session, and says which may come next."""
+    """Tracks the ids of one session and computes the mask for the next one."""
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
@@ -471,16 +476,16 @@ class Matcher:
         self._region = _Region.OUTSIDE
         self._end = b""  # the last bytes of the text
         self._form: LLMatcher | None = None
-        self._form_ids: list[int] = []  # what the form has read
-        self._forced: deque[int] | None = None  # what the form forces next; None when not asked yet
-        self._mask: Tensor | None = None  # where the form says it, once asked for
-        self._masks = np.empty((-(-grammar.vocab_size // 8), 8), np.float32)  # memory for it, used again and again
+        self._form_ids: list[int] = []  # ids consumed by the form
+        self._forced: deque[int] | None = None  # ids that the form forces next; None if not computed yet
+        self._mask: Tensor | None = None  # cached mask of the form, or None
+        self._masks = np.empty((-(-grammar.vocab_size // 8), 8), np.float32)  # reused buffer of the mask
 
     def follow(self, ids: Sequence[int]) -> None:
-        """Take in what is new in `ids`, all ids of the session.
+        """Consume the new ids in `ids`, which are all ids of the session.
 
         Raises:
-            GrammarError: no turn of an assistant begins in `ids`, or an id in a form is one that it forbids.
+            GrammarError: `ids` has no assistant turn, or the form forbids one of them.
         """
         if self._known == 0:
             begin = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] == self._grammar.assistant), None)
@@ -493,7 +498,7 @@ class Matcher:
         self._known = len(ids)
 
     def forced(self) -> int | None:
-        """The next id where the grammar leaves no choice, else None."""
+        """Return the next id if only one is allowed, else None."""
         if self._region is not _Region.FORM or self._form is None:
             return None
         if self._forced is None:
@@ -502,10 +507,10 @@ class Matcher:
         return self._forced[0] if self._forced else None
 
     def mask(self) -> Tensor | None:
-        """What to add to the logits, float32 [V]: 0 for the ids that may come next, -inf for others. None: all may.
+        """Return the mask to add to the logits, float32 [V]: 0 for allowed ids, -inf for others. None allows all.
 
-        Asked again, it is not computed again; it is overwritten by that after further ids. Where the form leaves no
-        id, or is too complex for llguidance's limits, the rest of the turn is free.
+        The mask is cached until the next `follow`, and its buffer is then reused. If the form allows no id, or exceeds
+        llguidance's limits, the rest of the turn is free.
         """
         if self._region is _Region.THOUGHT or (self._region is _Region.TEXT and not self._at_block):
             return self._grammar.free_V
@@ -520,7 +525,7 @@ class Matcher:
         return self._mask
 
     def _give_up(self, form: LLMatcher) -> None:
-        """Leave the rest of the turn free."""
+        """Leave the rest of the turn unconstrained."""
         self._region, self._form, self._forced, self._mask = _Region.OUTSIDE, None, None, None
         reason = f"llguidance gave up on it: {form.get_error():.500}" if form.is_error() else "no id may follow"
         warnings.warn(
@@ -538,7 +543,8 @@ class Matcher:
         bits = np.frombuffer(form.compute_bitmask(), np.uint8)[: len(self._masks)]
         if form.is_error() or not bits.any():
             return None
-        np.take(_MASK_OF_BYTE, bits, axis=0, out=self._masks[: len(bits)], mode="clip")  # the mode that copies once
+        # the mode that copies only once
+        np.take(_MASK_OF_BYTE, bits, axis=0, out=self._masks[: len(bits)], mode="clip")
         self._masks[len(bits) :] = -np.inf
         return mask_V
 
@@ -586,8 +592,10 @@ class Matcher:
             self._region, self._form, self._forced = _Region.OUTSIDE, None, None
 
     def _is_stuck(self, token_id: int) -> bool:
-        """Whether the form, not the id, is to blame for a refusal: no id may follow what it has read, so that the turn
-        went on without it, or this one may and is too complex for llguidance's limits.
+        """Return whether a refusal is due to the form instead of the id.
+
+        True if no id can follow (so the turn went on without the form), or if the id is allowed but exceeds
+        llguidance's limits.
         """
         assert self._grammar.form is not None
         form = self._grammar.form.deep_copy()
@@ -603,7 +611,7 @@ class Matcher:
 
 
 class _Vocabulary:
-    """The tokenizer as llguidance wants it."""
+    """Adapter that gives llguidance the tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[bytes]) -> None:
         self.tokens = tokens
@@ -617,7 +625,7 @@ class _Vocabulary:
 
 
 def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes of an id; none where the model has an id that the tokenizer lacks."""
+    """Return the bytes of an id; b"" for an id of the model that the tokenizer lacks."""
     try:
         return tokenizer.token_bytes(token_id)
     except TokenizerError:
@@ -625,7 +633,7 @@ def _bytes_of(tokenizer: Tokenizer, token_id: int) -> bytes:
 
 
 def _schemas_of(key: str, part: Mapping[str, Any], names: Sequence[str], forms: Forms) -> list[Schema]:
-    """What one schema asks of the value of a declared parameter."""
+    """Return the schemas in `part` that apply to the value of a declared parameter."""
     every = [part["properties"][key]] if key in part.get("properties", {}) else []
     hit = len(every)
     for pattern, schema in part.get("patternProperties", {}).items():
@@ -635,7 +643,7 @@ def _schemas_of(key: str, part: Mapping[str, Any], names: Sequence[str], forms: 
                 hit += 1
             case None:
                 forms.missed.add("patternProperties")
-                hit += 1  # not known, so left open
+                hit += 1  # unknown, so left open
     return every if hit else [part.get("additionalProperties", True)]
 
 

@@ -1,7 +1,7 @@
-"""From logits to one sampled token: what changes the odds, and a draw that depends on nothing but seed and position.
+"""Sampling: adjust the logits, then draw one token as a function of seed and position only.
 
-The draw is counter-based: the uniform number used for the token at position `p` is a hash of `(seed, p)`. There is
-no generator state, so a result cannot depend on how sessions interleave or on how `generate` calls are split.
+The draw is counter-based: the uniform number for the token at position `p` is a hash of `(seed, p)`. There is no
+generator state, so the result does not depend on how sessions interleave or how `generate` calls are split.
 
 Dimension key: V vocabulary.
 """
@@ -24,16 +24,17 @@ from agentkit_engine.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One token the model chose, or that a grammar chose for it.
+    """One token that was sampled, or forced by a grammar.
 
     Attributes:
-        id: the token id, already the last entry of the session's `token_ids`.
-        logprob: log-softmax of the raw float32 logits at `id`, whatever temperature, penalties and grammar were in
-            force: it is the model's own probability, and anyone can recompute it from the ids alone. NaN when forced.
+        id: the token id, which is also the last entry of the session's `token_ids`.
+        logprob: log-softmax of the raw float32 logits at `id`, before temperature, penalties and grammar: the model's
+            own probability, reproducible from the ids alone. NaN if forced.
         top: the `top_logprobs` most likely ids, each with its log-probability.
-        text: what the token adds to the text that may be shown, see `Reader`: whole characters only, and what may turn
-            out to be a stop text comes later or never. Always empty when the model has no tokenizer.
-        forced: the grammar allowed no other id, so it was appended unseen; it does not count for `max_tokens`.
+        text: the text to display for this token, see `Reader`: whole characters only. Text that may become a stop text
+            comes with a later token, or never. Always empty if the model has no tokenizer.
+        forced: True if the grammar allowed no other id; the token was appended without sampling and does not count
+            towards `max_tokens`.
     """
 
     id: int
@@ -44,16 +45,16 @@ class SampledToken:
 
 
 Past = Callable[[], tuple[Sequence[int], Sequence[int]]]
-"""Gives the ids of a session so far, and those of them that were sampled."""
+"""Returns all ids of a session, and those of them that were sampled."""
 
 
 def fresh_seed() -> int:
-    """A seed from the operating system, for a generation whose caller gave none."""
+    """Return a seed from the operating system, for a generation without a seed."""
     return secrets.randbits(63)
 
 
 def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides the token at `position`: the first 53 bits of blake2b("seed:position")."""
+    """Return the number in [0, 1) that decides the token at `position`: 53 bits of blake2b("seed:position")."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
@@ -67,18 +68,18 @@ def sample(
     past: Past = lambda: ((), ()),
     mask_V: Tensor | None = None,
 ) -> SampledToken:
-    """Choose the token at `position` from `logits_V` (float32, any device) by inverting the cumulative distribution.
+    """Sample the token at `position` from `logits_V` (float32, any device) by inverting the cumulative distribution.
 
-    Ids are ordered by decreasing probability (equal ones by increasing id) when some are left out, by id otherwise.
-    The sums run in float64, so that a large vocabulary's rounding favours no id. `mask_V` (float32) is 0 for the ids
-    that may be chosen and -inf for all others.
+    When `top_k`, `top_p` or `min_p` drop ids, the rest are ordered by decreasing probability (ties by increasing id);
+    otherwise by id. Sums are float64, because float32 rounding over a large vocabulary would bias the draw. `mask_V`
+    (float32) is 0 for allowed ids and -inf for all others.
 
     Raises:
-        NonFiniteLogitsError: the logits hold NaN or infinity.
-        ValueError: `logit_bias` names an id that the vocabulary lacks, or forbids every id that the mask leaves.
+        NonFiniteLogitsError: the logits contain NaN or infinity.
+        ValueError: `logit_bias` names an id outside the vocabulary, or forbids every id that the mask allows.
     """
     logits_V = logits_V.detach().to("cpu", torch.float32)
-    if not np.isfinite(logits_V.numpy()).all():  # numpy's reductions are ten times as fast as torch's here
+    if not np.isfinite(logits_V.numpy()).all():  # for this, numpy's reductions are ten times as fast as torch's
         raise NonFiniteLogitsError(f"the logits for position {position} hold NaN or infinity; check weights and dtype")
     changed_V = _change(logits_V, params, past, mask_V)
     if params.temperature == 0:
@@ -94,7 +95,7 @@ def sample(
 
 
 def _change(logits_V: Tensor, params: SamplingParams, past: Past, mask_V: Tensor | None) -> Tensor:
-    """The logits after penalties, biases and the mask."""
+    """Return the logits with penalties, biases and the mask applied."""
     if not params.needs_past and not params.logit_bias:
         return logits_V if mask_V is None else logits_V + mask_V
     changed_V = logits_V.clone()
@@ -118,7 +119,7 @@ def _change(logits_V: Tensor, params: SamplingParams, past: Past, mask_V: Tensor
 
 
 def _invert(logits_V: Tensor, params: SamplingParams, u: float) -> int:
-    """The first id at which the cumulative probability of the kept ids exceeds `u` of their total."""
+    """Return the first id at which the cumulative probability of the kept ids exceeds `u` times their total."""
     weights_V = torch.softmax((logits_V.double() - logits_V.max()) / params.temperature, dim=0)
     if (params.top_k, params.top_p, params.min_p) == (None, 1, 0):
         return _first_above(weights_V.cumsum(0), u)

@@ -1,4 +1,4 @@
-"""`SamplingParams`: how tokens are drawn and when a generation stops. This module needs no torch."""
+"""`SamplingParams`: sampling and stopping parameters. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ GrammarMode = Literal["auto"] | bool
 
 
 def _spell_infinity(bias: Mapping[int, float]) -> dict[int, float | str]:
-    """JSON has no infinity, and pydantic would write null."""
+    """Replace infinities by text: JSON has no infinity, and pydantic would write null."""
     return {token_id: value if math.isfinite(value) else "-Infinity" for token_id, value in bias.items()}
 
 
 def _read_infinity(bias: object) -> object:
-    """The other way round, for readers that are strict about numbers; keys are texts in JSON too."""
+    """Undo `_spell_infinity`, and convert keys, which JSON makes text, to int."""
     if not isinstance(bias, Mapping):
         return bias
     return {
@@ -39,42 +39,42 @@ LogitBias = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next tokens are chosen and when to stop. The defaults are those of the V4 model card.
+    """Parameters for sampling and stopping. The defaults are those of the V4 model card.
 
-    Penalties and biases change the logits first, then the temperature divides them, then `top_k`, `top_p` and `min_p`
-    each leave out ids, in this order, as in vLLM.
+    As in vLLM, penalties and biases change the logits first, then the temperature divides them, then `top_k`, `top_p`
+    and `min_p` filter ids, in this order.
 
-    A `SamplingParams` is complete: a field that is not given has the default below, whatever the checkpoint's folder
-    says. To change some fields of a model's own sampling, use `model.sampling.override(temperature=0, top_k=20)`.
+    A field that is not given has the default below, not the value of the checkpoint's folder. To change some fields of
+    a model's own sampling parameters, use `model.sampling.override(temperature=0, top_k=20)`.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy (the lowest id among equal maxima), which leaves out no more.
+        temperature: divides the logits; 0 is greedy (the lowest id among ties) and ignores the filters.
         top_p: sample among the fewest most likely ids whose probability reaches this mass.
-        top_k: sample among the this many most likely ids; `None` for all.
-        min_p: sample among the ids at least this fraction as likely as the most likely one.
-        repetition_penalty: above 1, ids that occurred, fed or sampled, become less likely: a positive logit is
-            divided by it, a negative one multiplied (Keskar et al. 2019, arXiv:1909.05858).
-        presence_penalty: taken from the logit of each id that was sampled.
-        frequency_penalty: taken from the logit of each id once for each time that it was sampled.
-        logit_bias: added to the logits of these ids; `-inf` forbids one.
-        seed: the same seed on the same ids gives the same tokens; `None` draws a fresh one for each generation.
-        max_tokens: stop after this many sampled ids; `None` goes on until a stop id or the end of the context. In an
-            agent it bounds one turn, as `Limits.max_tokens_per_turn` does.
+        top_k: sample among this many most likely ids; `None` for all.
+        min_p: sample among ids that are at least this fraction as likely as the most likely one.
+        repetition_penalty: above 1, makes prompt and sampled ids less likely: a positive logit is divided by it, a
+            negative one multiplied (Keskar et al. 2019, arXiv:1909.05858).
+        presence_penalty: subtracted from the logit of each id that was sampled.
+        frequency_penalty: subtracted from the logit of each id once for each time it was sampled.
+        logit_bias: added to the logits of these ids; `-inf` forbids an id.
+        seed: the same seed on the same ids gives the same tokens; `None` draws a new seed for each generation.
+        max_tokens: maximum number of sampled ids; `None` continues until a stop id or the end of the context. For an
+            agent it limits one turn, like `Limits.max_tokens_per_turn`.
         stop_token_ids: sampling one of these ends the generation; the id itself is yielded and kept in the session. An
             agent adds the end-of-sentence id.
-        stop: texts; the token that completes one in what was sampled ends the generation and is kept in the session.
-            `SampledToken.text` shows neither the stop text nor what follows it; an agent's message keeps it, because a
-            message is what the session holds.
-        top_logprobs: report this many most likely ids with each token.
-        grammar: whether an agent's calls are held to the schemas of its tools. "auto" does so where there are tools and
-            a grammar can be built for them, and records why where not; True raises where it cannot.
-        output_schema: a JSON schema; a turn of an agent is then either calls or a JSON value that fits it.
+        stop: stop texts. The token that completes one in the sampled text ends the generation and is kept in the
+            session. `SampledToken.text` omits the stop text and anything after it; an agent's message includes it,
+            because the message is built from the session's ids.
+        top_logprobs: number of most likely ids to report with each token.
+        grammar: whether to constrain an agent's calls to the schemas of its tools. "auto" does so if there are tools
+            and a grammar can be built for them, and otherwise records the reason; True raises if it cannot be built.
+        output_schema: a JSON schema; each turn of an agent is then either calls or a JSON value that matches it.
 
-    `grammar` and `output_schema` need the tools and the chat format, so they belong to a `Model`. `generate` of an
-    engine's session takes the grammar that `Engine.grammars` made as an argument of its own.
+    `grammar` and `output_schema` need the tools and the chat format, so they apply to a `Model`. For a session of the
+    engine, pass a grammar from `Engine.grammars` to `generate`.
 
     Raises:
-        SamplingParamsError: a value has the wrong type (a bool is no number), or is outside its range.
+        SamplingParamsError: a value has the wrong type (a bool is not a number) or is out of range.
     """
 
     temperature: float = 1.0
@@ -117,28 +117,28 @@ class SamplingParams:
             _mapping("output_schema", self.output_schema)
 
     def override(self, **changes: Any) -> Self:
-        """The same, with these fields changed; None leaves a field as it is.
+        """Return a copy with these fields changed; None leaves a field unchanged.
 
         Raises:
             SamplingParamsError: as for `SamplingParams`.
-            TypeError: no field has that name.
+            TypeError: there is no field of that name.
         """
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     @property
     def needs_past(self) -> bool:
-        """Whether the logits depend on which ids came before."""
+        """True if the logits depend on earlier ids."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # normalises a frozen instance: 0 becomes 0.0, a list a tuple
+        object.__setattr__(self, name, value)  # normalise the frozen instance: 0 becomes 0.0, a list becomes a tuple
 
 
 def check_grammar(params: SamplingParams, grammar: object | None) -> None:
-    """Refuse parameters that ask an engine's session, which knows no tools, for a grammar without giving one.
+    """Refuse parameters that request a grammar from a session of the engine without passing one.
 
     Raises:
-        ValueError: they do.
+        ValueError: `params` requests a grammar, and `grammar` is None.
     """
     if grammar is None and (params.grammar is True or params.output_schema is not None):
         raise ValueError(
@@ -156,7 +156,7 @@ _NUMBERS: Final[dict[str, tuple[str, Callable[[float], bool]]]] = {
     "frequency_penalty": ("a finite number", lambda x: True),
 }
 _INTEGERS: Final[dict[str, int | None]] = {"top_k": 1, "seed": None, "max_tokens": 1, "top_logprobs": 0}
-"""The least value of each."""
+"""Minimum value of each field."""
 
 
 def _number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:

@@ -1,12 +1,14 @@
-"""JSON Schema for grammars: what of a schema can be enforced while a value is written, and what is left for later.
+"""JSON Schema for grammars: the part of a schema that can be enforced during generation.
 
-A keyword is enforced when it is on the list here and llguidance takes it. Any other is left out, which allows more and
-never less, and its name is collected in `missed`. A parameter's value has two forms: a string is written raw,
-everything else as JSON. So a schema is first written out as alternatives without references and unions at their top,
-each a conjunction of plain schemas, and each alternative is split in two.
+A keyword is enforced if it is listed here and llguidance accepts it. Every other keyword is dropped, which only allows
+more values, and its name is added to `missed`.
 
-One exception allows less: the properties of a nested object are written in the order of its schema, because llguidance
-has no other.
+A parameter's value has two forms: a string is written raw, everything else as JSON. So a schema is first expanded into
+alternatives, each a conjunction of plain schemas without references and unions at their top, and each alternative is
+then split in two.
+
+One rule allows fewer values: the properties of a nested object must come in the order of its schema, the only order
+that llguidance supports.
 """
 
 from __future__ import annotations
@@ -33,21 +35,21 @@ ENFORCED = frozenset(
     "additionalProperties const enum exclusiveMaximum exclusiveMinimum items maxItems maxLength maxProperties "
     "maximum minItems minLength minimum multipleOf patternProperties prefixItems properties required type".split()
 )
-"""Keywords that hold in JSON, beside references, unions and patterns. `minProperties` is not among them: no grammar
-sees that a free key is written twice."""
+"""Keywords enforced in JSON, besides references, unions and patterns. `minProperties` is not among them, because a
+grammar cannot detect that a free key is repeated."""
 NOT_OF_STRINGS = frozenset(
     "additionalProperties contains dependentRequired dependentSchemas exclusiveMaximum exclusiveMinimum items "
     "maxContains maxItems maxProperties maximum minContains minItems minProperties minimum multipleOf "
     "patternProperties prefixItems properties propertyNames required unevaluatedItems unevaluatedProperties "
     "uniqueItems".split()
 )
-"""Keywords that say nothing about a string."""
+"""Keywords that do not apply to strings."""
 ANY_TEXT = "/(?s:.*)/"
-"""The terminal of a string that nothing is asked of."""
+"""Terminal of an unconstrained string."""
 MAX_ALTERNATIVES = 64
-"""Alternatives that one schema is written out as; unions beyond it are left out."""
+"""Maximum number of alternatives of one schema; unions beyond it are dropped."""
 LARGEST_BOUND = 2.0**53
-"""llguidance computes bounds of integers as float64, cut to 64 bits."""
+"""Largest integer bound to enforce: llguidance computes them as float64, cut to 64 bits."""
 LOOSENED: tuple[frozenset[str], ...] = (
     frozenset(),
     frozenset(("maxProperties", "minProperties")),
@@ -59,7 +61,7 @@ LOOSENED: tuple[frozenset[str], ...] = (
         "patternProperties maxProperties multipleOf pattern format maxLength minLength allOf oneOf enum const".split()
     ),
 )
-"""What is left out, in this order, until llguidance takes a schema."""
+"""Sets of keywords to drop, tried in this order until llguidance accepts a schema."""
 
 JSON_FORM = {
     "item_separator": ", ",
@@ -67,7 +69,7 @@ JSON_FORM = {
     "whitespace_flexible": False,
     "coerce_one_of": True,
 }
-"""JSON as `json.dumps` writes it and as the chat encoding shows it to the model; no white space without end."""
+"""JSON as `json.dumps` and the chat encoding write it; without unlimited white space."""
 
 _YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -87,7 +89,7 @@ _H16 = "[0-9A-Fa-f]{1,4}"
 
 def _ipv6() -> str:
     forms = [f"(?:{_H16}:){{7}}{_H16}", f"(?:{_H16}:){{6}}{_IPV4}"]
-    for left in range(8):  # groups before `::`, which stands for one or more
+    for left in range(8):  # number of groups before `::`, which stands for at least one
         right = 7 - left
         begin = f"{_H16}(?::{_H16}){{{left - 1}}}" if left else ""
         ends = ([f"{_H16}(?::{_H16}){{0,{right - 1}}}"] if right else []) + (
@@ -109,33 +111,33 @@ FORMATS = {
     "uri": r"[A-Za-z][A-Za-z0-9+.-]*:[^\s]*",
     "uuid": "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
 }
-"""The values of `format` that hold; others constrain nothing. They are those that the tools check
-(`agentkit_tools.formats`); the rooms do not import each other, and a test holds the copies together."""
+"""Enforced values of `format`; others constrain nothing. A copy of `agentkit_tools.formats`, because packages do not
+import each other; a test keeps the two equal."""
 
 Conjunction = tuple[Mapping[str, Any], ...]
 """Plain schemas that must all hold, without references and unions at their top."""
 
 
 class Forms:
-    """How the values of one tool's parameters, or one answer, may be written.
+    """The forms in which values of one tool's parameters, or of one answer, can be written.
 
     Attributes:
-        missed: the keywords met so far that are not enforced.
+        missed: the keywords seen so far that are not enforced.
     """
 
     def __init__(self, root: Schema) -> None:
-        """`root` is what `$ref` points into."""
+        """`$ref` is resolved inside `root`."""
         self.root: Mapping[str, Any] = root if isinstance(root, Mapping) else {}
         self.missed: set[str] = set()
         self._known: dict[int, list[Conjunction]] = {}
-        self._names: dict[int, str] = {}  # of the targets of references
+        self._names: dict[int, str] = {}  # names of the targets of references
         self._targets: list[Mapping[str, Any]] = []
 
     def alternatives(self, schema: Schema, inside: tuple[int, ...] = ()) -> list[Conjunction]:
-        """The schema as alternatives; none where no value fits."""
+        """Return the alternatives of the schema; none if no value fits."""
         if not isinstance(schema, Mapping):
             return [] if schema is False else [()]
-        if id(schema) in inside:  # a reference that leads back here adds nothing
+        if id(schema) in inside:  # a cyclic reference adds nothing
             return []
         if id(schema) not in self._known:
             self._known[id(schema)] = self._written_out(schema, (*inside, id(schema)))
@@ -169,7 +171,7 @@ class Forms:
         return list({tuple(map(id, conjunction)): conjunction for conjunction in short}.values())
 
     def split(self, schema: Schema) -> tuple[list[str], list[Schema]]:
-        """What a parameter may be: raw text, as terminals of Lark, and JSON other than a string, as schemas."""
+        """Return the forms of a parameter: Lark terminals for raw text, and schemas for JSON other than a string."""
         texts: dict[str, None] = {}
         others: list[Schema] = []
         for conjunction in self.alternatives(schema):
@@ -180,7 +182,7 @@ class Forms:
         return list(texts), others
 
     def kept(self, schema: Schema, without: frozenset[str] = frozenset()) -> Schema:
-        """The schema with those keywords only that are enforced in JSON, and not `without`."""
+        """Return the schema reduced to keywords that are enforced in JSON and not in `without`."""
         if not isinstance(schema, Mapping):
             return schema
         short: dict[str, Any] = {}
@@ -215,14 +217,14 @@ class Forms:
             else:
                 short[key] = value
         if "patternProperties" in schema and "patternProperties" not in short:
-            short.pop("additionalProperties", None)  # it would forbid what the patterns allow
+            short.pop("additionalProperties", None)  # it would forbid names that the patterns allow
         every = [part for part in every if part is not True and part != {}]
         if not short and len(every) == 1:
             return every[0]
         return {**short, "allOf": every} if every else short
 
     def json(self, options: Sequence[Schema]) -> Schema | None:
-        """One schema for llguidance out of alternatives, loosened as far as it must be; None where no value fits."""
+        """Return one schema for llguidance from alternatives, loosened only as far as needed; None if no value fits."""
         if not options:
             return None
         before = set(self.missed)
@@ -244,7 +246,7 @@ class Forms:
         return {"type": sorted(types), "x-guidance": JSON_FORM}
 
     def texts(self, conjunction: Conjunction) -> str:
-        """A terminal for the strings that fit, as they are written raw."""
+        """Return a terminal for the matching strings in raw form."""
         terms: list[str] = []
         for schema in conjunction:
             enforced = {"type", "minLength", "maxLength", "pattern", "format"}
@@ -275,7 +277,7 @@ class Forms:
         return raw, {"allOf": list(conjunction), "type": others}
 
     def _check(self, conjunction: Conjunction, lists: Sequence[Sequence[Any]]) -> Any:
-        """Tells whether a listed value fits the rest of its alternative, as far as that is quickly told."""
+        """Return a cheap check of whether a listed value satisfies the rest of its alternative."""
         names = [_names(schema["type"]) for schema in conjunction if "type" in schema]
         rest = [
             {key: value for key, value in schema.items() if key in _CHEAP and key not in ANNOTATIONS}
@@ -296,7 +298,7 @@ class Forms:
         return fits
 
     def _are_exclusive(self, branches: Sequence[Schema]) -> bool:
-        """Whether no value fits two of the branches: their types differ, or a constant that each requires does."""
+        """Return whether no value fits two branches, because their types or a required constant differ."""
         types = [accepted_types(branch, self.root) for branch in branches]
         return all(
             one.isdisjoint(other) or self._are_tagged(branches[i], branches[j])
@@ -311,7 +313,7 @@ class Forms:
         )
 
     def _tags(self, schema: Schema) -> dict[str, Sequence[Any]]:
-        """The required properties of an object that have listed values."""
+        """Return the required properties of an object that have listed values."""
         for _ in range(8):
             if isinstance(schema, Mapping) and "$ref" in schema:
                 schema = resolve(schema["$ref"], self.root)
@@ -325,7 +327,7 @@ class Forms:
         }
 
     def _reference(self, key: str, reference: Any) -> Schema:
-        """A reference into the definitions that go with the schema for llguidance."""
+        """Return a reference into the definitions that are passed to llguidance with the schema."""
         target = resolve(reference, self.root)
         if target is None or self._loops(target):
             self.missed.add(key)
@@ -338,14 +340,15 @@ class Forms:
         return {"$ref": f"#/$defs/{self._names[id(target)]}"}
 
     def _definitions(self, without: frozenset[str]) -> dict[str, Schema]:
-        """The targets of all references, those in other targets too."""
+        """Return the targets of all references, including those inside other targets."""
         found = {}
         for target in _growing(self._targets):
             found[self._names[id(target)]] = self.kept(target, without)
         return found
 
     def _loops(self, start: Schema) -> bool:
-        """Whether a schema leads back to itself without advancing in the value; llguidance would follow for ever."""
+        """Return whether a schema refers to itself without descending into the value, which llguidance would expand
+        forever."""
         waiting, seen = list(self._in_place(start)), set()
         while waiting:
             schema = waiting.pop()
@@ -365,7 +368,7 @@ class Forms:
                     yield target
 
     def _pattern(self, key: str, value: Any) -> list[Schema]:
-        """What `pattern` or `format` asks for, as a pattern of whole texts that llguidance takes."""
+        """Return `pattern` or `format` as a pattern for the whole text that llguidance accepts."""
         if key == "format":
             return [{"pattern": f"^(?:{FORMATS[value]})$"}] if value in FORMATS else []
         if (regex := whole_text(value)) is None:
@@ -389,10 +392,10 @@ class Forms:
 
 
 def whole_text(pattern: str) -> str | None:
-    """A regular expression, for llguidance, of the texts in which `pattern` is found.
+    """Return a regular expression, for llguidance, that matches whole texts in which `pattern` is found.
 
-    None where Python, ECMAScript and Rust do not agree on what it means, or where it looks around. `\\w`, `\\d` and
-    `\\s` are the Unicode classes, as for the tools' validator and pydantic.
+    Returns None if Python, ECMAScript and Rust disagree on its meaning, or if it looks around. `\\w`, `\\d` and `\\s`
+    are the Unicode classes, as in the tools' validator and pydantic.
     """
     plain = re.sub(r"\\[dws]", "\0", pattern)
     plain = re.sub(r"\\([nrtfv]|[^\w\s<>])", "e", plain)
@@ -417,7 +420,7 @@ def whole_text(pattern: str) -> str | None:
 
 
 def finds(pattern: str, text: str) -> bool | None:
-    """Whether `pattern` is found in `text`, by Rust's linear engine; None where it does not take the pattern."""
+    """Return whether `pattern` is found in `text`, by Rust's linear engine; None if that rejects the pattern."""
     try:
         return _searcher(pattern).isinstance_python(text)
     except SchemaError:
@@ -435,14 +438,14 @@ _CHEAP = frozenset(
     "exclusiveMaximum exclusiveMinimum maxItems maxLength maxProperties maximum minItems minLength minProperties "
     "minimum required".split()
 )
-"""Keywords that are told of listed values while a grammar is made."""
+"""Keywords that are checked on listed values while a grammar is built."""
 _WORD = r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]"
 _CLASSES = {r"\d": r"\p{Nd}", r"\w": _WORD}
-"""llguidance narrows the short names to ASCII in JSON."""
+"""Explicit classes, because llguidance narrows the short names to ASCII in JSON."""
 
 
 def lark(regex: str) -> str:
-    """A regular expression as it stands between the slashes of a terminal."""
+    """Return a regular expression escaped for the slashes of a Lark terminal."""
     import llguidance
 
     return str(llguidance.regex_to_lark(regex, ""))
@@ -467,12 +470,12 @@ def _names(types: str | Sequence[str]) -> Sequence[str]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can carry: no lone surrogates."""
+    """Return whether it is a string that UTF-8 can encode: no lone surrogates."""
     return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 
 def _is_portable(value: Any) -> bool:
-    """Whether llguidance reads the same value: no lone surrogates, no integers beyond 64 bits."""
+    """Return whether llguidance reads the same value: no lone surrogates, no integers beyond 64 bits."""
     match value:
         case str():
             return _is_text(value)
@@ -486,7 +489,7 @@ def _is_portable(value: Any) -> bool:
 
 
 def _refusal(schema: Schema) -> str | None:
-    """Why llguidance does not take a schema, or None."""
+    """Return llguidance's reason for rejecting a schema, or None."""
     import llguidance
 
     try:

@@ -1,8 +1,8 @@
-"""Which JSON types, and which values, a JSON Schema can accept.
+"""JSON types and values that a JSON Schema can accept.
 
-The answers are upper bounds, found without validating: `type`, `enum`, `const`, references and their combinations are
-looked at, everything else is taken to accept. They settle how a parameter's text is read (`chat.v4_parser`) and how a
-grammar lets it be written (`schema_forms`).
+The answers are upper bounds, found without validation: `type`, `enum`, `const`, references and their combinations are
+evaluated, and every other keyword is assumed to accept. `chat.v4_parser` uses them to interpret a parameter's text, and
+`schema_forms` to choose its forms in a grammar.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 from urllib.parse import unquote
 
 Schema = Any
-"""A JSON schema: an object, or a bool."""
+"""A JSON schema: an object or a bool."""
 
 TYPES = ("string", "null", "boolean", "integer", "number", "array", "object")
 MAX_LOOKS = 1000
-"""Parts of a schema that are looked at before the rest is taken to accept."""
+"""Number of subschemas that are evaluated before the rest is assumed to accept."""
 
 _Leaf = Callable[[Sequence[str] | None, Sequence[Any] | None], bool]
-"""Tells whether the names in a `type`, or the values of an `enum`, let pass what is asked for."""
+"""Returns whether the names in a `type`, or the values of an `enum`, can satisfy the query."""
 
 
 def accepted_types(schema: Schema, root: Schema) -> frozenset[str]:
-    """The JSON types that a value of `schema` can have. A number such as 1.0 is an integer too.
+    """Return the JSON types that a value of `schema` can have. A number such as 1.0 is also an integer.
 
-    `root` is the schema that `$ref` points into.
+    `$ref` is resolved inside `root`.
     """
 
     def can(name: str) -> bool:
@@ -41,7 +41,7 @@ def accepted_types(schema: Schema, root: Schema) -> frozenset[str]:
 
 
 def could_accept(schema: Schema, root: Schema, value: Any) -> bool:
-    """Whether `schema` may accept `value`, as far as types and listed values tell."""
+    """Return whether `schema` may accept `value`, judged by types and listed values only."""
     types = json_types(value)
 
     def leaf(names: Sequence[str] | None, values: Sequence[Any] | None) -> bool:
@@ -53,7 +53,7 @@ def could_accept(schema: Schema, root: Schema, value: Any) -> bool:
 
 
 def resolve(reference: Any, root: Schema) -> Schema | None:
-    """What a `$ref` points to inside `root`; None where that is nothing, or elsewhere."""
+    """Return the target of a `$ref` inside `root`, or None if it does not exist there."""
     if not isinstance(reference, str) or not isinstance(root, Mapping):
         return None
     base, _, fragment = reference.partition("#")
@@ -74,7 +74,7 @@ def resolve(reference: Any, root: Schema) -> Schema | None:
 
 
 def json_types(value: Any) -> frozenset[str]:
-    """The JSON Schema types of a JSON value."""
+    """Return the JSON Schema types of a JSON value."""
     match value:
         case None:
             return frozenset(("null",))
@@ -90,7 +90,7 @@ def json_types(value: Any) -> frozenset[str]:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two JSON values are the same: 1 and 1.0 are, 1 and true are not."""
+    """Return whether two JSON values are equal: 1 and 1.0 are, 1 and true are not."""
     if json_types(one) != json_types(other):
         return False
     if isinstance(one, list):
@@ -101,7 +101,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def read_json(text: str) -> tuple[bool, Any]:
-    """Whether `text` is JSON (NaN and Infinity are not), and its value."""
+    """Return whether `text` is JSON (without NaN and Infinity), and its value."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -122,7 +122,7 @@ def _passes(schema: Schema, root: Schema, leaf: _Leaf) -> bool:
             return True
         if not isinstance(schema, Mapping):
             return schema is not False
-        if id(schema) in inside:  # a reference that leads back here adds nothing
+        if id(schema) in inside:  # a cyclic reference adds nothing
             return False
         inside = (*inside, id(schema))
         for key in ("$ref", "$dynamicRef"):

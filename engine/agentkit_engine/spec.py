@@ -1,7 +1,7 @@
-"""What a model is, as data: `ModelSpec` and its `LayerSpec`s, read from an official `config.json`.
+"""`ModelSpec` and `LayerSpec`: a model's architecture as data, read from an official `config.json`.
 
-Nothing below this file asks "which layer is this?": a layer's attention kind, RoPE set and router are fields of its
-`LayerSpec`. Source: the `config.json` files of DeepSeek-V4-Flash and DeepSeek-V4-Pro.
+A layer's attention kind, RoPE set and router are fields of its `LayerSpec`, so no other code has to find out which kind
+of layer it has. Source: the `config.json` files of DeepSeek-V4-Flash and DeepSeek-V4-Pro.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ATTENTION_OF_RATIO: dict[int, Attention] = {0: "window", 4: "csa", 128: "hca"}
 
 
 class ConfigError(ValueError):
-    """A `config.json` that this engine cannot run; names each offending key, what was found and what was expected."""
+    """The engine cannot run this `config.json`; names each offending key, what was found and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,12 @@ class LayerSpec:
     """One decoder layer.
 
     Attributes:
-        index: Position in the stack; the MTP block has `num_hidden_layers`.
-        attention: `window` (sliding window only), `csa` (plus the indexer's top-k of overlapping compressed
-            entries) or `hca` (plus every compressed entry).
+        index: Position in the stack; `num_hidden_layers` for the MTP block.
+        attention: `window` (sliding window only), `csa` (plus the indexer's top-k of overlapping compressed entries) or
+            `hca` (plus every compressed entry).
         compress_ratio: Tokens per compressed entry; 0 for `window`.
         router: `hash` (experts from a table by token id) or `score`.
-        rope: The frequencies of every rotation in this layer.
+        rope: The frequencies of all rotations in this layer.
     """
 
     index: int
@@ -63,7 +63,7 @@ class ModelSpec:
     Attributes:
         layers: The main stack, in order.
         mtp_layers: The multi-token-prediction blocks (none or one).
-        draft: Which draft head the checkpoint carries. `dspark` drafts are recognised and not loaded.
+        draft: The kind of draft head in the checkpoint. `dspark` drafts are recognised and not loaded.
     """
 
     vocab_size: int
@@ -98,16 +98,16 @@ class ModelSpec:
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers of the main stack."""
+        """Number of layers in the main stack."""
         return len(self.layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Read the official `config.json` keys.
+        """Read the keys of an official `config.json`.
 
         Raises:
-            ConfigError: A key is missing, unknown or holds something this engine cannot run; the message lists
-                the first 20 such keys with what was found and what was expected.
+            ConfigError: A key is missing, unknown or has a value that this engine cannot run; the message lists the
+                first 20 such keys with what was found and what was expected.
         """
         try:
             file = _ConfigFile.model_validate(dict(config))
@@ -146,16 +146,16 @@ class ModelSpec:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The official `config.json` of this spec: `from_config(spec.to_config()) == spec`.
+        """Return the official `config.json` of this spec: `from_config(spec.to_config()) == spec`.
 
-        A `dspark` spec is written without its drafts (they are not loaded, so they cannot be exported).
+        A `dspark` spec is written without its drafts, which are not loaded and cannot be exported.
         """
         config: dict[str, Any] = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
             if name not in ("layers", "mtp_layers", "draft")
         }
-        # A stack without compressed layers does not use its YaRN set; the released values stand in.
+        # without compressed layers YaRN is unused, and the values of the released models are written
         yarn = next((layer.rope for layer in self.layers if layer.compress_ratio), RopeSpec(160_000.0, 16.0))
         plain = next((x.rope for x in self.layers + self.mtp_layers if not x.compress_ratio), RopeSpec(10_000.0))
         return config | {
@@ -184,7 +184,7 @@ class ModelSpec:
         }
 
 
-# Far above every released checkpoint, and low enough that no loop over one of them takes noticeable time or memory.
+# Far above every released checkpoint, and low enough that a loop over it takes little time and memory.
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 Count = Annotated[int, Field(gt=0, le=1 << 14)]
 Small = Annotated[int, Field(gt=0, le=1 << 10)]
@@ -205,7 +205,7 @@ class _RopeScaling(BaseModel):
 
 
 class _ConfigFile(BaseModel):
-    """The official keys; a `Literal` is the only value of that key that this engine implements."""
+    """The official keys; a `Literal` type gives the only value of a key that this engine implements."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -250,8 +250,8 @@ class _ConfigFile(BaseModel):
     tie_word_embeddings: Literal[False] = False
     attention_bias: Literal[False] = False
 
-    # Known keys that do not change the forward pass. `quantization_config` and `expert_dtype` say how the weights
-    # are stored; the loader reads that from the tensors themselves.
+    # These keys do not change the forward. `quantization_config` and `expert_dtype` give the storage format of the
+    # weights, which the loader reads from the tensors instead.
     architectures: list[str] = []
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -280,7 +280,7 @@ class _ConfigFile(BaseModel):
                 f"expected ids below vocab_size ({self.vocab_size})",
             ),
             (
-                # DSpark files carry one ratio per draft block whatever num_nextn_predict_layers says.
+                # DSpark configs have one ratio per draft block, regardless of num_nextn_predict_layers.
                 len(self.compress_ratios) >= self.num_hidden_layers
                 if self.dspark_keys
                 else len(self.compress_ratios) == num_ratios,

@@ -1,7 +1,7 @@
-"""Read files that a stranger may have made: regular files of a bounded size, and JSON of a bounded shape.
+"""Reading of untrusted files: regular files of limited size, and JSON of limited size and depth.
 
-Nothing here waits for a FIFO, opens a device, or takes more memory than its bounds allow. Every function raises
-`OSError` for the file and `ValueError` for its content; callers turn these into the typed error of their room.
+Nothing here blocks on a FIFO, opens a device or uses more memory than its limits allow. Functions raise `OSError` for
+the file and `ValueError` for its content; callers convert these to their own typed errors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 MAX_VALUES = 500_000
-"""Default bound on the values of one JSON text. Python needs about 200 bytes for each."""
+"""Default limit on the number of values in one JSON text. Python needs about 200 bytes for each."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -33,24 +33,24 @@ _KINDS = {
 
 
 def open_regular(path: str | Path, *, follow: bool = True, dir_fd: int | None = None) -> FileIO:
-    """Open a regular file for reading, without a buffer. Raises as `open_fd`."""
+    """Open a regular file for unbuffered reading. Raises as `open_fd`."""
     return FileIO(open_fd(path, os.O_RDONLY, follow=follow, dir_fd=dir_fd))
 
 
 def open_fd(path: str | Path, flags: int, *, follow: bool = True, dir_fd: int | None = None) -> int:
-    """A descriptor of a regular file that exists.
+    """Open an existing regular file and return its descriptor.
 
-    The file is looked at first, because opening a device can already act on it, and again once it is open, because
-    another file may have taken its place in between. A symbolic link is followed unless `follow` is False.
+    The file type is checked before opening, because opening a device can have effects, and again afterwards, because
+    the file may have been replaced in between. A symbolic link is followed unless `follow` is False.
 
     Raises:
-        OSError: There is no such file, it may not be opened, or it is not a regular file.
+        OSError: The file does not exist, cannot be opened, or is not a regular file.
     """
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
         _check_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow), path)
         fd = os.open(path, flags, dir_fd=dir_fd)
-    except ValueError as exc:  # a NUL or a lone surrogate in the name
+    except ValueError as exc:  # the name contains a NUL or a lone surrogate
         raise OSError(errno.EINVAL, f"not a file name: {exc}", str(path)) from exc
     try:
         _check_regular(os.fstat(fd), path)
@@ -61,7 +61,7 @@ def open_fd(path: str | Path, flags: int, *, follow: bool = True, dir_fd: int | 
 
 
 def read_regular(path: str | Path, *, max_bytes: int) -> bytes:
-    """The content of a regular file.
+    """Return the content of a regular file.
 
     Raises:
         OSError: As `open_regular`, or the file has more than `max_bytes`.
@@ -71,7 +71,7 @@ def read_regular(path: str | Path, *, max_bytes: int) -> bytes:
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, expected at most {max_bytes:,}", str(path))
         parts, left = [], max_bytes + 1
-        while left and (part := file.read(min(left, 1 << 20))):  # a file may be longer than its size says
+        while left and (part := file.read(min(left, 1 << 20))):  # the file may be longer than its stat size
             parts.append(part)
             left -= len(part)
         if not left:
@@ -80,11 +80,11 @@ def read_regular(path: str | Path, *, max_bytes: int) -> bytes:
 
 
 def parse_json(data: bytes, *, max_values: int = MAX_VALUES) -> Any:
-    """The value of a strict JSON text.
+    """Parse a strict JSON text.
 
     Raises:
-        ValueError: It is not JSON in UTF-8, has more than `max_values` values, is nested too deeply, has a key twice in
-            one object, or a number that is not finite.
+        ValueError: It is not JSON in UTF-8, has more than `max_values` values, is nested too deeply, repeats a key in
+            one object, or has a number that is not finite.
     """
     check_values(data, max_values)
     try:
@@ -94,10 +94,10 @@ def parse_json(data: bytes, *, max_values: int = MAX_VALUES) -> Any:
 
 
 def check_values(data: bytes, max_values: int = MAX_VALUES) -> None:
-    """Refuse a JSON text that could have more than `max_values` values, before it is parsed.
+    """Refuse a JSON text that could have more than `max_values` values, before parsing it.
 
-    Every value but the first follows one of `[`, `{`, `,` and `:`. Characters inside strings count too, so the bound
-    should be generous.
+    Each value but the first follows one of `[`, `{`, `,` and `:`. Such characters inside strings count too, so the
+    limit should be generous.
 
     Raises:
         ValueError: There are more.
@@ -107,7 +107,7 @@ def check_values(data: bytes, max_values: int = MAX_VALUES) -> None:
 
 
 def describe(error: ValidationError, most: int = 3) -> str:
-    """The first few problems of a validation in one line of bounded length."""
+    """Return the first few problems of a validation error as one line of limited length."""
     problems = error.errors(include_url=False)
     shown = "; ".join(_problem(item) for item in problems[:most])
     return shown + (f"; and {len(problems) - most} more" if len(problems) > most else "")
@@ -120,7 +120,8 @@ def _problem(item: ErrorDetails) -> str:
 
 
 def shorten(value: object, most: int = 60, *, quote: bool = True) -> str:
-    """`repr(value)`, cut to about `most` characters a part; with `quote=False` a text itself, its controls escaped."""
+    """Return `repr(value)`, each part cut to about `most` characters; with `quote=False` the text itself with
+    control characters escaped."""
     if isinstance(value, str) and not quote:
         shown = value if len(value) <= most else f"{value[: most // 2]}...{value[-(most // 2) :]}"
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
@@ -129,7 +130,7 @@ def shorten(value: object, most: int = 60, *, quote: bool = True) -> str:
     short.maxlevel = 3
     try:
         return short.repr(value)
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # an int with thousands of digits
         return f"a huge {type(value).__name__}"
 
 
