@@ -1,10 +1,10 @@
-"""Messages to ids and back, for DeepSeek-V4.
+"""Conversion between messages and token ids for DeepSeek-V4.
 
     messages -> encode / encode_ids -> the model -> StreamParser / parse -> message
 
-`Tokenizer` keeps control tokens apart from text; `encode` is the reference text, `encode_ids`,
-`encode_continuation_ids` and `encode_completion_ids` are what sessions are made of; `StreamParser` turns sampled ids
-into events while they arrive.
+`Tokenizer` keeps control tokens apart from text. `encode` gives the reference text; `encode_ids`,
+`encode_continuation_ids` and `encode_completion_ids` give the ids for sessions. `StreamParser` converts sampled ids to
+events as they arrive.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""What can go wrong between messages and token ids.
+"""Errors of the chat encoding.
 
-ChatError (a ValueError: the caller's input is at fault)
-├── TokenizerError      a tokenizer file that is missing, unreadable or unfit; an id or control token it lacks
-├── EncodeError         a conversation that has no encoding
-└── ParseError          a completion outside the strict grammar (`parse(..., strict=True)` only)
+ChatError (a ValueError: the caller's input is wrong)
+├── TokenizerError      a tokenizer file is missing, unreadable or unusable, or lacks an id or control token
+├── EncodeError         a conversation has no encoding
+└── ParseError          a completion violates the strict grammar (`parse(..., strict=True)` only)
 """
 
 from __future__ import annotations
 
 
 class ChatError(ValueError):
-    """Base of everything this package raises on purpose."""
+    """Base of all errors that this package raises deliberately."""
 
 
 class TokenizerError(ChatError):
-    """The tokenizer file cannot be used, or it lacks the asked id or control token."""
+    """The tokenizer file cannot be used, or it lacks the requested id or control token."""
 
 
 class EncodeError(ChatError):
@@ -22,4 +22,4 @@ class EncodeError(ChatError):
 
 
 class ParseError(ChatError):
-    """The completion breaks the strict grammar of an assistant turn."""
+    """The completion violates the strict grammar of an assistant turn."""

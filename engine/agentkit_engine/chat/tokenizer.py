@@ -1,9 +1,9 @@
-"""Text to ids and back, with control tokens kept strictly apart from text.
+"""Conversion between text and ids, with control tokens kept strictly apart from text.
 
-One `tokenizer.json` in the Hugging Face layout: a byte-level BPE plus added tokens. Every added token is a control
-token here. Two encoders are made from the file: `encode` matches added tokens in the text, as DeepSeek's own tokenizer
-does, and serves comparison only; `encode_text` is built from the same file with the added tokens taken out of the
-vocabulary, so no text whatever can become a control id. What a model is fed comes from the second.
+A `tokenizer.json` in the Hugging Face layout holds a byte-level BPE and added tokens; every added token is a control
+token here. Two encoders are built from the file. `encode` matches added tokens in the text, as DeepSeek's own tokenizer
+does, and is for comparison only. `encode_text` uses a vocabulary without the added tokens, so no text can become a
+control id; all model input comes from it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from agentkit_engine.chat.tokens import BOS, EOS
 from agentkit_engine.untrusted import parse_json, read_regular, shorten
 
 MAX_BYTES = 32 << 20
-"""Of a `tokenizer.json`; DeepSeek-V4's has 8 MB."""
+"""Maximum size of a `tokenizer.json`; DeepSeek-V4's has 8 MB."""
 MAX_ID = 1 << 20
 _MAX_VALUES = 1_000_000
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table), reversed."""
+    """Return the byte for each character of a byte-level vocabulary (GPT-2's table, reversed)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -42,17 +42,17 @@ class Tokenizer:
     """A byte-level BPE tokenizer whose added tokens are control tokens.
 
     Attributes:
-        control_ids: Content of every control token the file has, with its id.
-        vocab_size: Number of ids, control tokens included.
+        control_ids: Id of each control token in the file, by content.
+        vocab_size: Number of ids, including control tokens.
         bos_id, eos_id: Ids of the begin and end of sentence tokens.
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        """Build from the text of a `tokenizer.json`; `from_dir` and `from_json` are the usual ways in.
+        """Build from the text of a `tokenizer.json`; usually called through `from_dir` or `from_json`.
 
         Raises:
-            TokenizerError: The text is not such a file, its model is not a byte-level BPE over all 256 bytes, two of
-                its tokens share an id, or it lacks the begin or end of sentence token.
+            TokenizerError: The text is not such a file, its model is not a byte-level BPE over all 256 bytes, two
+                tokens share an id, or the begin or end of sentence token is missing.
         """
         try:
             data: dict[str, Any] = parse_json(tokenizer_json.encode(), max_values=_MAX_VALUES)
@@ -64,7 +64,7 @@ class Tokenizer:
             model["vocab"] = vocab
             model["merges"] = [merge for merge in model["merges"] if not _yields_any(merge, controls)]
             model["dropout"] = None
-            # Added tokens and what is around the text would put control ids into it: padding with them, for one.
+            # added tokens, post-processing and padding could insert control ids
             data |= {"added_tokens": [], "post_processor": None, "padding": None, "truncation": None}
             with _panics_are_errors():
                 self._text_encoder = tokenizers.Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
@@ -89,7 +89,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
-        """Read `tokenizer.json` in the folder `path`. Raises TokenizerError when it is missing or unfit."""
+        """Read `tokenizer.json` in the folder `path`. Raises TokenizerError if it is missing or unusable."""
         file = Path(path) / "tokenizer.json"
         try:
             return cls(read_regular(file, max_bytes=MAX_BYTES).decode())
@@ -102,11 +102,11 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Build from the text of a `tokenizer.json`. Raises TokenizerError when it is unfit."""
+        """Build from the text of a `tokenizer.json`. Raises TokenizerError if it is unusable."""
         return cls(text)
 
     def control_id(self, token: str) -> int:
-        """The id of a control token, by its content. Raises TokenizerError when the vocabulary lacks it."""
+        """Return the id of a control token, by content. Raises TokenizerError if the vocabulary lacks it."""
         try:
             return self.control_ids[token]
         except KeyError:
@@ -116,29 +116,29 @@ class Tokenizer:
             ) from None
 
     def control_token(self, token_id: int) -> str | None:
-        """The content of the control token with this id, or None when the id is ordinary text."""
+        """Return the content of the control token with this id, or None if the id is ordinary text."""
         return self._control_of.get(token_id)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, control tokens matched wherever they are spelt: the reference, unsafe for a user's text."""
+        """Return the ids of `text`, with control tokens matched wherever they are spelt. Unsafe for untrusted text."""
         with _panics_are_errors():
             return list(self._reference_encoder.encode(_well_formed(text), add_special_tokens=False).ids)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of `text` as text: never a control id, whatever it spells. Lone surrogates become U+FFFD."""
+        """Return the ids of `text`, never a control id. Lone surrogates become U+FFFD."""
         with _panics_are_errors():
             return list(self._text_encoder.encode(_well_formed(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, control tokens spelt out, bytes that are not UTF-8 replaced by U+FFFD.
+        """Return the text of `ids`, with control tokens spelt out and invalid UTF-8 replaced by U+FFFD.
 
         Raises:
-            TokenizerError: An id that the vocabulary does not have.
+            TokenizerError: An id is not in the vocabulary.
         """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one id stands for. Raises TokenizerError for an id outside the vocabulary."""
+        """Return the bytes of one id. Raises TokenizerError for an id outside the vocabulary."""
         try:
             return self._bytes_of[token_id]
         except KeyError:
@@ -147,7 +147,7 @@ class Tokenizer:
             ) from None
 
     def stream(self) -> DecodeStream:
-        """An incremental decoder: the pieces it returns join to what `decode` gives for all ids at once."""
+        """Return an incremental decoder; its pieces join to the result of `decode` for all ids at once."""
         return DecodeStream(self)
 
     @cached_property
@@ -156,28 +156,28 @@ class Tokenizer:
 
 
 class DecodeStream:
-    """Ids in, text out, never half a character."""
+    """Decodes ids to text incrementally, in whole characters."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._rest = b""  # the beginning of a character
+        self._rest = b""  # bytes of an incomplete character
 
     def feed(self, token_id: int) -> str:
-        """The characters that this id completes; often one or more, sometimes none yet."""
+        """Return the characters that this id completes, if any."""
         data = self._rest + self._tokenizer.token_bytes(token_id)
         text, length = codecs.utf_8_decode(data, "replace", False)
         self._rest = data[length:]
         return text
 
     def finish(self) -> str:
-        """What is left: U+FFFD when the last character was cut, else nothing. The decoder starts afresh."""
+        """Return U+FFFD if the last character is incomplete, else "", and reset the decoder."""
         rest, self._rest = self._rest, b""
         return rest.decode("utf-8", errors="replace")
 
 
 @contextmanager
 def _panics_are_errors() -> Iterator[None]:
-    """Turn a panic of the Rust side, which is a `BaseException` there, into an error."""
+    """Convert a panic of the Rust side, which is a `BaseException`, to a TokenizerError."""
     try:
         yield
     except BaseException as error:
@@ -187,7 +187,7 @@ def _panics_are_errors() -> Iterator[None]:
 
 
 def _controls(added_tokens: object) -> dict[str, int]:
-    """The added tokens by content. Raises TokenizerError for one that is no token, or is there twice."""
+    """Return the added tokens by content. Raises TokenizerError for an invalid or repeated token."""
     if not isinstance(added_tokens, list):
         raise TokenizerError(f"added_tokens: found {shorten(added_tokens)}, expected a list")
     controls: dict[str, int] = {}
@@ -195,13 +195,13 @@ def _controls(added_tokens: object) -> dict[str, int]:
         content = token.get("content") if isinstance(token, dict) else None
         if not isinstance(content, str) or not content or content in controls:
             raise TokenizerError(f"added_tokens: found {shorten(token)}, expected an object with a content of its own")
-        content.encode()  # a lone surrogate is no text
+        content.encode()  # raises for a lone surrogate
         controls[content] = token.get("id")
     return controls
 
 
 def _check_ids(vocab: dict[str, int], controls: dict[str, int]) -> None:
-    """Ids are integers in range, and no two tokens share one: else a text could be encoded as a control token."""
+    """Check that ids are in range and unique, because text could encode to a control token that shares its id."""
     owner: dict[int, str] = {}
     for token, id in (*controls.items(), *vocab.items()):
         if type(id) is not int or not 0 <= id < MAX_ID:
@@ -217,7 +217,7 @@ def _yields_any(merge: str | list[str], tokens: dict[str, int]) -> bool:
 
 
 def _well_formed(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced: what UTF-8 can carry."""
+    """Return `text` with surrogate pairs joined and lone surrogates replaced, so that UTF-8 can encode it."""
     try:
         text.encode()
     except UnicodeEncodeError:

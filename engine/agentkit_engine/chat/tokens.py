@@ -1,6 +1,6 @@
-"""The control tokens of DeepSeek-V4, as text. Their ids belong to each tokenizer: look them up, never write them down.
+"""The control tokens of DeepSeek-V4, as text. Their ids depend on the tokenizer: look them up, never hard-code them.
 
-The bars are U+FF5C and the low lines U+2581, except where a token is plain ASCII.
+The bars are U+FF5C and the low lines U+2581, except in tokens that are plain ASCII.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 class Control(str):
-    """A control token. The type is what keeps it apart from a user's text that merely spells the same."""
+    """A control token. Its type distinguishes it from a user's text with the same characters."""
 
     __slots__ = ()
 
@@ -29,7 +29,7 @@ FIM_HOLE = Control("<｜fim▁hole｜>")
 FIM_END = Control("<｜fim▁end｜>")
 
 TASKS = {name: Control(f"<｜{name}｜>") for name in ("action", "query", "authority", "domain", "title", "read_url")}
-"""Quick-instruction tasks and the token that asks for each."""
+"""Control token of each quick-instruction task."""
 
 _OTHERS = (
     "<|EOT|>",
@@ -48,7 +48,7 @@ CONTROL_TOKENS: tuple[Control, ...] = (
     BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, THINK, THINK_END, DSML, LATEST_REMINDER,
     *TASKS.values(), *map(Control, _OTHERS),
 )  # fmt: skip
-"""Every named control token of the V4 vocabulary (not its placeholders nor its image and table marks)."""
+"""All named control tokens of the V4 vocabulary, without its placeholders and its image and table marks."""
 
 _TEMPLATE_CONTROL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 

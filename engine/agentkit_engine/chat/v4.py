@@ -1,15 +1,15 @@
-"""DeepSeek-V4's chat encoding: from messages to the exact prompt, as text or as ids.
+"""DeepSeek-V4's chat encoding: messages to the exact prompt, as text or as ids.
 
-One renderer makes a list of pieces: `Control` tokens and plain text. `encode` joins them: the reference text, byte for
-byte what DeepSeek's own encoder writes, for comparison, display and echoing. `encode_ids` and its siblings feed models:
-control tokens go in by id, and everything between two of them is tokenised as one string in which nothing can become a
-control token. Where no text spells a control token or closes a tool result, both agree:
-`tokenizer.encode(encode(m)) == encode_ids(m)`.
+One renderer produces a list of pieces: `Control` tokens and plain text. `encode` joins them to the reference text,
+which equals the output of DeepSeek's own encoder byte for byte; it is for comparison, display and echoing. `encode_ids`
+and its siblings produce model input: control tokens become their ids, and the text between two of them is tokenised as
+one string in which nothing can become a control token. If no text spells a control token or closes a tool result, both
+agree: `tokenizer.encode(encode(m)) == encode_ids(m)`.
 
 Messages are OpenAI-shaped dicts. Roles: system (anywhere), user, assistant (`content`, `reasoning_content`,
-`tool_calls`), tool (`content`, `tool_call_id`), latest_reminder, and developer (a user turn that may carry tools).
+`tool_calls`), tool (`content`, `tool_call_id`), latest_reminder, and developer (a user turn that can have tools).
 Further keys: `tools` and `response_format` on system and developer, `task` on a message that is last or is answered by
-an assistant message, `wo_eos` on a last assistant message (prefix completion: the model goes on from there).
+an assistant message, `wo_eos` on a last assistant message (prefix completion: the model continues it).
 
     <BOS>system<User>question<Assistant><think>reasoning</think>answer<EOS><User>...<Assistant><think>
 
@@ -68,7 +68,7 @@ EFFORT_TEXT: dict[str, dict[str, str]] = {
     "v4-preview": {"none": "", "high": "", "max": _ABSOLUTE_MAXIMUM},
     "v4-0731": {"none": "", "low": "", "high": _ABSOLUTE_MAXIMUM, "max": _BEYOND_MAXIMUM},
 }
-"""The efforts each dialect knows and the text that follows BOS for each. "none" means the model does not think."""
+"""The efforts of each dialect, with the text that follows BOS. With "none" the model does not think."""
 
 _TOOLS_HEAD = """\
 ## Tools
@@ -115,18 +115,18 @@ def encode(
     dialect: Dialect = "v4-preview",
     drop_thinking: bool = True,
 ) -> str:
-    """The reference text of a conversation, ending where the assistant is to go on.
+    """Return the reference text of a conversation, up to the point where the assistant continues.
 
     Args:
         messages: OpenAI-shaped dicts, oldest first.
-        tools: OpenAI tool dicts; they go on the first system message, and an empty one is made when there is none.
+        tools: OpenAI tool dicts. They are added to the first system message, or to an empty one if there is none.
         effort: "none" renders chat mode (no reasoning anywhere), every other effort thinking mode.
-        dialect: Which release's effort table holds; it belongs to the checkpoint.
-        drop_thinking: Leave out the reasoning of turns before the last user turn. Tools anywhere in the conversation
-            switch this off, as DeepSeek does: with tools all reasoning is kept.
+        dialect: The release whose effort table applies; a property of the checkpoint.
+        drop_thinking: Omit the reasoning of turns before the last user turn. As in DeepSeek's encoder, this has no
+            effect if any message has tools; then all reasoning is kept.
 
     Raises:
-        EncodeError: Unknown effort, role or task, `arguments` that are not JSON text of an object, content that is
+        EncodeError: The effort, a role or a task is unknown, `arguments` are not JSON text of an object, or content is
             not text.
     """
     pieces = _render(messages, tools, effort=effort, dialect=dialect, drop_thinking=drop_thinking)
@@ -143,14 +143,14 @@ def encode_ids(
     drop_thinking: bool = True,
     think: bool | None = None,
 ) -> list[int]:
-    """The ids a model is fed for a conversation: `encode`, but safe, and tokenised piece by piece.
+    """Return the ids to feed a model for a conversation: `encode` made safe, and tokenised piece by piece.
 
-    Text of users and tools stays text whatever it spells. A `</tool_result>` inside a tool's output, which would close
-    the result early, is fed as `&lt;/tool_result>`; the reference text leaves it as it is.
+    Text of users and tools stays text, whatever it spells. A `</tool_result>` in a tool's output, which would close the
+    result early, becomes `&lt;/tool_result>`; the reference text keeps it unchanged.
 
     Args:
-        think: Whether the coming turn thinks, apart from `effort` (which fixes the effort text and what happens to
-            earlier reasoning). None: as the effort says.
+        think: Whether the next turn thinks, independent of `effort` (which selects the effort text and the treatment of
+            earlier reasoning). None: as `effort` implies.
 
     Raises:
         EncodeError: As for `encode`.
@@ -163,18 +163,18 @@ def encode_ids(
 
 
 def encode_continuation_ids(messages: Sequence[Message], *, tokenizer: Tokenizer, think: bool) -> list[int]:
-    """The ids to append to a session whose last assistant turn ended with EOS, up to where the model goes on.
+    """Return the ids to append to a session whose last assistant turn ended with EOS, up to where the model continues.
 
-    `messages` are the new ones only: tool results (in the order of their calls), user messages, or both; system and
+    `messages` are only the new ones: tool results (in the order of their calls), user messages, or both; system and
     reminder messages may precede them. For such a session
 
         encode_ids(prompt) + completion + continuation == encode_ids(whole conversation, drop_thinking=False)
 
-    except that a turn sampled without thinking in a thinking session starts `</think>`, as it was sampled, where the
-    encoding of the whole conversation would write `<think></think>`.
+    with one exception: a turn sampled without thinking in a thinking session starts with `</think>`, as it was sampled,
+    whereas the encoding of the whole conversation writes `<think></think>`.
 
     Raises:
-        EncodeError: As for `encode`; or nothing in `messages` asks for an assistant turn, or one is an assistant's.
+        EncodeError: As for `encode`; or `messages` include an assistant message or do not call for an assistant turn.
         TokenizerError: The tokenizer lacks a control token that the messages need.
     """
     turns = _merge_turns(messages, escape=True)
@@ -187,9 +187,9 @@ def encode_continuation_ids(messages: Sequence[Message], *, tokenizer: Tokenizer
 
 
 def encode_completion_ids(message: Message, *, tokenizer: Tokenizer, think: bool) -> list[int]:
-    """The ids an assistant samples to say `message`: reasoning and `</think>` when it thinks, content, calls, EOS.
+    """Return the ids an assistant samples for `message`: reasoning and `</think>` if it thinks, content, calls, EOS.
 
-    Without `think` any `reasoning_content` is left out, as in chat mode.
+    Without `think`, `reasoning_content` is omitted, as in chat mode.
 
     Raises:
         EncodeError: The message is not an assistant's, or its calls cannot be encoded.
@@ -201,15 +201,15 @@ def encode_completion_ids(message: Message, *, tokenizer: Tokenizer, think: bool
 
 
 def encode_fim(prefix: str, suffix: str) -> str:
-    """The fill-in-the-middle prompt: the model goes on with what stands between `prefix` and `suffix`.
+    """Return the fill-in-the-middle prompt: the model generates the text between `prefix` and `suffix`.
 
-    The form is the DeepSeek-Coder family's; V4 has the tokens, but no V4 document confirms the form.
+    The format is that of the DeepSeek-Coder family; V4 has the tokens, but no V4 document confirms the format.
     """
     return "".join(_fim(prefix, suffix))
 
 
 def encode_fim_ids(prefix: str, suffix: str, *, tokenizer: Tokenizer) -> list[int]:
-    """The ids of `encode_fim`, in which neither text can become a control token. Raises TokenizerError as above."""
+    """Return the ids of `encode_fim`; neither text can become a control token. Raises TokenizerError as above."""
     return _to_ids(_fim(prefix, suffix), tokenizer)
 
 
@@ -218,7 +218,7 @@ def _fim(prefix: str, suffix: str) -> list[str]:
 
 
 def _to_ids(pieces: Iterable[str], tokenizer: Tokenizer) -> list[int]:
-    """Control tokens by id; each run of plain text between two of them tokenised as one string."""
+    """Return control tokens by id, and each run of plain text between two of them tokenised as one string."""
     ids: list[int] = []
     for control, run in groupby(pieces, key=lambda piece: isinstance(piece, Control)):
         if control:
@@ -228,7 +228,7 @@ def _to_ids(pieces: Iterable[str], tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-# Turns: what remains of the messages once tool results and neighbouring user texts are one user turn.
+# Turns: messages, with tool results and adjacent user messages merged into user turns.
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ class _Result:
 
 @dataclass(slots=True)
 class _Turn:
-    """A message to render; user turns carry their blocks."""
+    """A message to render. A user turn has blocks."""
 
     role: str
     message: Message
@@ -249,7 +249,8 @@ class _Turn:
 
 
 def _merge_turns(messages: Sequence[Message], *, escape: bool) -> list[_Turn]:
-    """Fold tool and consecutive user messages into user turns; order each turn's results as they were called."""
+    """Merge tool and consecutive user messages into user turns, and sort each turn's results in the order of the
+    calls."""
     turns: list[_Turn] = []
     for message in messages:
         role = message.get("role")
@@ -285,9 +286,9 @@ def _merge_turns(messages: Sequence[Message], *, escape: bool) -> list[_Turn]:
 
 
 def _text(content: Any, role: str) -> str:
-    """The text of a message's content: a string, nothing, or a list of parts of which only text can be shown.
+    """Return the text of a message's content: a string, None, or a list of parts, of which only text is supported.
 
-    Always a plain `str`: a `Control` handed in as content is text like any other.
+    The result is always a plain `str`: a `Control` given as content is ordinary text.
     """
     if content is None:
         return ""
@@ -302,7 +303,7 @@ def _text(content: Any, role: str) -> str:
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Message]:
-    """The messages with `tools` on the first system message."""
+    """Return the messages with `tools` on the first system message."""
     if not tools:
         return list(messages)
     first = next((i for i, message in enumerate(messages) if message.get("role") == "system"), None)
@@ -313,7 +314,7 @@ def _with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] 
     return [*messages[:first], {**messages[first], "tools": tools}, *messages[first + 1 :]]
 
 
-# Rendering: every function yields pieces, Control tokens and plain text.
+# Rendering: every function returns pieces, which are Control tokens and plain text.
 
 
 def _render(
@@ -366,7 +367,7 @@ def _render_turns(turns: Sequence[_Turn], *, thinking: bool, keep_all: bool, thi
 
 
 def _asking(turn: _Turn) -> list[str]:
-    """A system, developer, user or reminder turn, without what follows it."""
+    """Return a system, developer, user or reminder turn, without its transition."""
     if turn.role == "user":
         blocks = [f"<tool_result>{b.text}{_RESULT_END}" if isinstance(b, _Result) else b for b in turn.blocks]
         return [USER, "\n\n".join(blocks)]
@@ -393,7 +394,8 @@ def _tools_block(tools: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _transition(turn: _Turn, marker: Control) -> list[str]:
-    """What follows a turn that the assistant answers: the role marker, or the quick instruction's own token."""
+    """Return the tokens after a turn that the assistant answers: the role marker, or the quick instruction's own
+    token."""
     task = turn.message.get("task")
     if task:
         if task not in TASKS:
@@ -435,7 +437,7 @@ def _invoke(call: Mapping[str, Any]) -> list[str]:
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call as an object. Text that is not JSON becomes one parameter called `arguments`."""
+    """Return the arguments of a call as an object. Text that is not JSON becomes one parameter named `arguments`."""
     text = function["arguments"]
     if not isinstance(text, str):
         raise EncodeError(

@@ -1,31 +1,31 @@
-"""DeepSeek-V4's completions: from sampled ids, or text, to reasoning, content and tool calls.
+"""DeepSeek-V4's completions: sampled ids or text to reasoning, content and tool calls.
 
-`StreamParser` reads a completion as it is sampled. Fed with ids it knows control tokens by id, so text that only spells
-`</think>` or `｜DSML｜` stays text; fed with text it goes by the spelling. Its work is linear in what it is fed.
+`StreamParser` reads a completion while it is sampled. Given ids, it recognises control tokens by id, so text that only
+spells `</think>` or `｜DSML｜` stays text; given text, it recognises them by spelling. The time is linear in the input.
 
-A block of calls is an action only where the chat format has one: the turn ends right after it.
+A block of calls counts only where the chat format has one: the turn ends right after it.
 
 - A block that opens the answer (after `</think>`, or at the start of a turn that does not think) gives `CallReady` at
-  each `</｜DSML｜invoke>`. When text follows the block all the same, `CallsWithdrawn` takes those calls back.
-- A block after text, or inside a thought, gives nothing before the turn has ended right after it.
-- A block that something else follows is a quotation or a rehearsal, and stays text or reasoning, byte for byte.
-- Where there are no tools there are no calls either, and every marker stays text.
+  each `</｜DSML｜invoke>`. If text follows the block after all, `CallsWithdrawn` retracts those calls.
+- A block after text, or inside a thought, gives no event until the turn ends right after it.
+- A block with anything after it is a quotation or a rehearsal, and stays text or reasoning, byte for byte.
+- Without tools there are no calls, and every marker stays text.
 
-Otherwise it is lenient, as serving a model demands:
+Otherwise the parser is lenient:
 
-- the end-of-sentence token may be missing (length stop); what comes after it is ignored;
-- a tool block need not follow an empty line, may lack its `tool_calls` wrapper or misspell it (`function_calls`), may
-  lack its end, and may stand before `</think>`; a thought that was cut inside a tag goes on after `</think>`;
-- tags may have more white space, other quotes, and attributes in any order;
-- a call that is cut off or breaks the grammar is reported as `CallMalformed`, and its DSML never reaches the content;
-- inside a parameter value only `</｜DSML｜parameter>` means anything, every other marker is text;
-- `string="false"` on what is not JSON falls back to a string; where the schema of a parameter, references and unions
-  included, cannot accept what the attribute says and can accept the other reading, the other one is taken;
-- arguments that are wrapped once more, as one parameter `arguments` or as a JSON body of the invoke, are unwrapped
-  where only then they fit the tool's schema;
-- `<think>`, `</think>` and `｜DSML｜` where they mean nothing are dropped; other control tokens stay as text.
+- The end-of-sentence token may be missing (length stop); everything after it is ignored.
+- A tool block need not follow an empty line; it may lack its `tool_calls` wrapper or misspell it (`function_calls`),
+  may lack its end, and may come before `</think>`. A thought that was cut inside a tag continues after `</think>`.
+- Tags may have extra white space, other quotes, and attributes in any order.
+- A call that is cut off or violates the grammar is reported as `CallMalformed`; its DSML never becomes content.
+- Inside a parameter value only `</｜DSML｜parameter>` is special; every other marker is text.
+- `string="false"` on a value that is not JSON falls back to a string. If a parameter's schema, including references
+  and unions, rejects the attribute's interpretation and accepts the other one, the other one is used.
+- Arguments wrapped in one parameter `arguments`, or given as a JSON body of the invoke, are unwrapped if they fit the
+  tool's schema only when unwrapped.
+- `<think>`, `</think>` and `｜DSML｜` are dropped where they have no meaning; other control tokens stay as text.
 
-`parse(..., strict=True)` is the grammar of DeepSeek's own parser, with an error for each departure from it.
+`parse(..., strict=True)` implements the grammar of DeepSeek's own parser and raises on every deviation.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class CallOpened:
-    """The call's name is known; its arguments are still being written."""
+    """The call's name is known; its arguments are not complete yet."""
 
     index: int
     name: str
@@ -78,7 +78,8 @@ class CallReady:
 
 @dataclass(frozen=True, slots=True)
 class CallMalformed:
-    """A call that cannot be run: cut off, or outside the grammar. `name` is None when even that was not reached."""
+    """A call that cannot be run, because it is cut off or violates the grammar. `name` is None if it was not
+    reached."""
 
     index: int
     name: str | None
@@ -87,14 +88,14 @@ class CallMalformed:
 
 @dataclass(frozen=True, slots=True)
 class CallsWithdrawn:
-    """Text follows the block that opened the answer, so its calls, from index `first` on, were none."""
+    """Text follows the block that opened the answer, so its calls, from index `first` on, are retracted."""
 
     first: int
 
 
 @dataclass(frozen=True, slots=True)
 class ParseFinished:
-    """The turn is over: "stop" and "tool_calls" (any call, malformed or not) ended with EOS, "length" did not."""
+    """The turn ended: by EOS for "stop" and "tool_calls" (any call, malformed or not), without EOS for "length"."""
 
     reason: FinishReason
 
@@ -102,30 +103,30 @@ class ParseFinished:
 ParseEvent = ReasoningDelta | TextDelta | CallOpened | CallReady | CallMalformed | CallsWithdrawn | ParseFinished
 
 _State = Literal[
-    "between",  # in a block, between calls, or after its end
-    "skip",  # after a malformed call: until the next call, or the block's end
+    "between",  # in a block between calls, or after the block's end
+    "skip",  # after a malformed call, until the next call or the block's end
     "call",  # inside an invoke, between parameters
     "value",  # inside a parameter
 ]
 _Kind = Literal["wrapper", "invoke", "parameter"]
 
 MAX_TAG = 1024
-"""Characters after a marker within which its tag must end; the longest names are far shorter."""
+"""Maximum length of a tag after its marker, in characters; the longest names are far shorter."""
 _HELD = re.compile(r"\n{0,2}</?\Z|\n{1,2}\Z")
-"""The end of a text that may yet turn out to belong to a tag: up to two newlines, then `<` or `</`."""
+"""End of a text that may belong to a tag: up to two newlines, then `<` or `</`."""
 _LEADS = ("", "<", "</")
 _TAG_NAME = re.compile(r"\s*+([A-Za-z][\w:-]*+)?")
 _TAG_END = re.compile(r"""(?:[^>"']++|"[^"]*+"|'[^']*+')*+>""")
 _ATTRIBUTE = re.compile(r"""([A-Za-z]\w*+)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s>"'/]++))""")
 _WRAPPER = re.compile(r"\w*(?:tool|function|call|invo)[\w:-]*", re.IGNORECASE)
-"""`tool_calls`, and what models write instead of it."""
+"""`tool_calls`, and the words that models write instead."""
 _PARAMETER_TAGS = ("parameter", "param", "argument", "arg")
 _WRAPPING_KEYS = ("arguments", "input", "parameters")
-"""Names of a parameter that holds all arguments, where the tool has no such parameter."""
+"""Names of a parameter that wraps all arguments, if the tool does not declare that parameter."""
 
 
 class _Pieces:
-    """A text that grows at its end, and of which the last characters may be taken off again."""
+    """An append-only text whose last characters can be removed."""
 
     __slots__ = ("_pieces", "tail")
 
@@ -139,7 +140,7 @@ class _Pieces:
         self.tail = (self.tail + text[-2:])[-2:]
 
     def chop(self, count: int) -> None:
-        """Take off the last `count` characters."""
+        """Remove the last `count` characters."""
         while count:
             last = self._pieces.pop()
             if len(last) > count:
@@ -153,11 +154,11 @@ class _Pieces:
 
 @dataclass(slots=True)
 class _Tag:
-    """A DSML tag being read: `lead` is the `<` or `</` before the marker, `text` what has come after it."""
+    """A DSML tag being read: `lead` is the `<` or `</` before the marker, `text` everything after it."""
 
     lead: str
     place: int
-    """Of the marker, in the parser's `_raw`."""
+    """Index of the marker in the parser's `_raw`."""
     text: str = ""
 
 
@@ -171,12 +172,12 @@ class _Head:
     text: str
     closing: bool
     empty: bool
-    """It ends in `/>`."""
+    """The tag ends with `/>`."""
 
 
 @dataclass(slots=True)
 class _Call:
-    """The call being read: parameters as (raw value, its `string` attribute if any)."""
+    """The call being read; `parameters` holds (raw value, `string` attribute or None)."""
 
     index: int
     name: str
@@ -189,10 +190,10 @@ class _Call:
 
 @dataclass(slots=True)
 class _Block:
-    """The block being read. It counts, or all of it is text: that is known when the turn ends or goes on after it."""
+    """The block being read. Whether it counts or is text is decided when the turn ends or continues after it."""
 
     at_once: bool
-    """Its events are given out as they come; else `events` holds them back."""
+    """True if events are emitted immediately, False if `events` holds them back."""
     first: int
     first_ready: int
     state: _State = "between"
@@ -201,13 +202,13 @@ class _Block:
     closed: bool = False
     outcomes: int = 0
     made_in_thought: int = 0
-    """Outcomes before `</think>`."""
+    """Number of outcomes before `</think>`."""
     begun_in_thought: int = 0
-    """Index of the first call that began after `</think>`."""
+    """Index of the first call that started after `</think>`."""
     call: _Call | None = None
     text: _Pieces = field(default_factory=_Pieces)
     ink: str = ""
-    """The first characters of `text` that are no white space, outside a value."""
+    """First non-space characters of `text`, outside a value."""
     events: list[ParseEvent] = field(default_factory=list)
 
     def clear_text(self) -> None:
@@ -215,22 +216,23 @@ class _Block:
 
     @property
     def complete(self) -> bool:
-        """Whether the turn may end here."""
+        """True if the turn may end here."""
         return self.closed or (self.state == "between" and self.outcomes > 0 and self.ink in _LEADS)
 
 
 class StreamParser:
-    """Turns one assistant turn, as it is sampled, into events.
+    """Converts one assistant turn to events while it is sampled.
 
-    However the input is cut into pieces, the events are the same once neighbouring deltas are joined.
+    The events do not depend on how the input is split, once adjacent deltas are joined.
 
     Args:
         think: Whether the prompt ended with `<think>` (else with `</think>`).
-        tokenizer: Needed to feed ids; None to feed text.
+        tokenizer: Required to feed ids; None to feed text.
         turn: Number of the turn, for the call ids `call_{turn}_{index}`.
-        tools: OpenAI tool dicts whose schemas settle values of unclear type; calls of other names are read too.
-        calls: Whether there are tools to call at all; without, every marker is text.
-        ends_after_block: A grammar lets nothing follow a block, so any block in the answer gives its calls at once.
+        tools: OpenAI tool dicts whose schemas resolve values of unclear type; calls of other names are parsed too.
+        calls: Whether tools exist; if False, every marker is text.
+        ends_after_block: True if a grammar lets nothing follow a block, so any block in the answer emits its calls at
+            once.
     """
 
     def __init__(
@@ -251,17 +253,17 @@ class StreamParser:
         self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
         self._ends_after_block = ends_after_block
         self._mode: Literal["reasoning", "content", "done"] = "reasoning" if think else "content"
-        self._unread = ""  # text fed but not yet split into controls and text (text input only)
-        self._held = ""  # the end of the text, which may turn out to belong to a tag
-        self._carried = ""  # the same of a thought that has just ended: its tag may go on after `</think>`
-        self._said = False  # the answer has text
+        self._unread = ""  # text not yet split into controls and text (text input only)
+        self._held = ""  # end of the text that may belong to a tag
+        self._carried = ""  # `_held` of a thought that just ended; its tag may continue after `</think>`
+        self._said = False  # True once the answer has text
         self._tag: _Tag | None = None
         self._block: _Block | None = None
-        self._before = ""  # of the tag or block being read: newlines and lead before its first marker
-        self._raw: list[str] = []  # and everything from that marker on, each marker a piece of its own
-        self._think_end: int | None = None  # the place in `_raw` where the thought ended
-        self._index = 0  # of the next call
-        self._failed = False  # a call was malformed
+        self._before = ""  # newlines and lead before the first marker of the current tag or block
+        self._raw: list[str] = []  # everything from that marker on; each marker is a piece of its own
+        self._think_end: int | None = None  # index in `_raw` at which the thought ended
+        self._index = 0  # index of the next call
+        self._failed = False  # True once a call was malformed
         self._events: list[ParseEvent] = []
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -282,11 +284,11 @@ class StreamParser:
 
     @property
     def in_block(self) -> bool:
-        """Whether a block of calls is being read."""
+        """True while a block of calls is being read."""
         return self._block is not None
 
     def feed(self, piece: str | Iterable[int]) -> list[ParseEvent]:
-        """Read more of the completion, as ids or as text, and return what it shows.
+        """Read more of the completion, as ids or as text, and return the new events.
 
         Raises:
             ValueError: Ids were fed to a parser without a tokenizer.
@@ -299,19 +301,19 @@ class StreamParser:
         return self._take_events()
 
     def finish(self, *, stopped: bool = False) -> list[ParseEvent]:
-        """Say that nothing more comes. Without an EOS before it, the turn counts as cut off ("length").
+        """End the input. Without a preceding EOS the turn counts as cut off ("length").
 
-        With `stopped` it was not the model that ended the turn, so a block at the end of a thought is no call.
+        `stopped` means that the model did not end the turn, so a block at the end of a thought is not a call.
         """
         if self._mode != "done":
             if self._decoder:
                 self._read_text(self._decoder.finish())
-            if "｜" not in self._unread:  # with one it is the beginning of a control token
+            if "｜" not in self._unread:  # otherwise it is the beginning of a control token
                 self._read_text(self._unread)
             self._end(cut=True, stopped=stopped)
         return self._take_events()
 
-    # Input: ids or text become control tokens and plain text.
+    # Input: ids or text to control tokens and plain text.
 
     def _read_ids(self, ids: Iterable[int]) -> None:
         if self._tokenizer is None or self._decoder is None:
@@ -360,7 +362,7 @@ class StreamParser:
             self._consume(text)
 
     def _consume(self, text: str) -> None:
-        """Read text, which `_raw` has already, inside a tag or a block."""
+        """Read text inside a tag or a block; it is already in `_raw`."""
         if self._tag is not None:
             self._read_tag(self._tag, text)
         elif text and self._block is not None:
@@ -379,7 +381,7 @@ class StreamParser:
     def _read_marker(self) -> None:
         block, tag = self._block, self._tag
         if tag is not None and not tag.text and not (block and block.state == "value"):
-            return  # the marker twice
+            return  # repeated marker
         if tag is not None:
             self._break_tag(tag)
             block = self._block
@@ -390,7 +392,7 @@ class StreamParser:
             lead = _lead(held)
             if not lead:
                 return
-            if self._carried:  # a thought that was cut before the marker
+            if self._carried:  # the thought was cut before the marker
                 self._before, self._carried = held, ""
                 self._think_end = 0
             else:
@@ -424,14 +426,14 @@ class StreamParser:
         self._enter(head, tag)
         if self._block is not None:
             self._consume(rest)
-        elif block is None:  # else all of it was taken back, the rest included
+        elif block is None:  # otherwise the block was turned back into text, including the rest
             self._read_text(rest)
 
     def _read_value_tag(self, block: _Block, tag: _Tag, text: str) -> None:
-        """In a value: the tag either is the parameter's end or was part of the value."""
+        """Read a tag inside a value; it either ends the parameter or is part of the value."""
         call = block.call
         assert call is not None
-        if self._think_end is not None and tag.lead == "<":  # does the answer begin its own block?
+        if self._think_end is not None and tag.lead == "<":  # the answer may start a block of its own
             head = _parse_tag(tag, ended=">" in text)
             if head is None and len(tag.text) < MAX_TAG and _may_be_tag(tag.text):
                 return
@@ -460,7 +462,7 @@ class StreamParser:
         self._consume(rest)
 
     def _break_tag(self, tag: _Tag) -> None:
-        """A control token breaks off the tag being read; the end of its text may be the start of the next one."""
+        """End the tag being read at a control token; the end of its text may be the start of the next tag."""
         self._tag = None
         block = self._block
         if block is None:
@@ -474,7 +476,8 @@ class StreamParser:
                 block.text.add(lead)
 
     def _fail_tag(self, tag: _Tag) -> None:
-        """The tag being read is none: in a block the call is malformed, elsewhere the marker goes and text stays."""
+        """Handle text that is not a tag: in a block the call is malformed; elsewhere the marker is dropped, the text
+        kept."""
         block = self._block
         if block is None:
             self._give_back(tag.text)
@@ -485,7 +488,7 @@ class StreamParser:
             block.text.add(tag.text)  # its end may be the start of the next tag
 
     def _give_back(self, text: str, *, whole: bool = True) -> None:
-        """Outside a block: a tag is none, and `text` of it stays; the `whole` of it does, but for the marker."""
+        """Outside a block, emit text that is not a tag: all of it except the marker, or only `text` if not `whole`."""
         before, think_end, raw = self._before, self._think_end, self._raw
         self._before, self._think_end, self._raw = "", None, []
         if not whole or think_end is None:
@@ -495,14 +498,14 @@ class StreamParser:
         self._give("".join(piece for piece in raw[think_end:] if piece is not DSML))
 
     def _begins_anew(self, head: _Head, block: _Block) -> bool:
-        """Whether a tag after `</think>` opens a block of its own, beside the one that stands open in the thought."""
+        """Return whether a tag after `</think>` opens a new block instead of continuing the thought's open one."""
         if self._think_end is None or head.closing or head.kind == "parameter":
             return False
         cut_call = block.call is not None and block.call.index < block.begun_in_thought
         return head.kind == "wrapper" or block.made_in_thought > 0 or cut_call
 
     def _enter(self, head: _Head, tag: _Tag) -> None:
-        """Act on a complete tag."""
+        """Process a complete tag."""
         block = self._block
         if block is not None and self._begins_anew(head, block):
             fresh = self._raw[tag.place :]
@@ -510,7 +513,7 @@ class StreamParser:
             self._before, self._held = tag.lead, self._held.removesuffix(tag.lead)
             self._raw, block = fresh, None
         if block is None:
-            if head.closing or head.kind == "parameter":  # it means nothing here
+            if head.closing or head.kind == "parameter":  # it has no meaning here
                 self._give_back("", whole=False)
                 return
             block = self._open_block()
@@ -599,7 +602,8 @@ class StreamParser:
         block.clear_text()
 
     def _malformed(self, error: str) -> None:
-        """Report the call being read, or one that never got a name, and skip to where the next can start."""
+        """Report the current call, or one without a name, as malformed and skip to the next possible start of a
+        call."""
         block = self._block
         assert block is not None
         if block.call is not None:
@@ -620,7 +624,7 @@ class StreamParser:
     # The end of a thought, of a block and of the turn.
 
     def _end_thought(self) -> None:
-        """`</think>`: a tag or a block that it breaks off may go on in the answer."""
+        """Handle `</think>`: an incomplete tag or block may continue in the answer."""
         if self._tag is None and self._block is None:
             if self._held.endswith("<"):
                 newlines = _newlines(self._held[:-1])
@@ -639,7 +643,7 @@ class StreamParser:
         self._mode = "content"
 
     def _take_back(self, *, upto: int | None = None, markers: bool = True) -> None:
-        """The block is no call after all, but text: what came before `</think>` in the thought, the rest here."""
+        """Turn the block back into text: the part before `</think>` into reasoning, the rest into content."""
         block, before, think_end = self._block, self._before, self._think_end
         raw = self._raw[:upto]
         if not markers:
@@ -659,7 +663,7 @@ class StreamParser:
             self._give("".join(raw[think_end:]))
 
     def _end(self, *, cut: bool, stopped: bool) -> None:
-        """The turn is over: by EOS, or cut off."""
+        """End the turn, by EOS or cut off."""
         block, tag = self._block, self._tag
         if block is None and tag is not None:
             if self._mode == "content" and self._think_end is None and tag.lead == "<":
@@ -677,14 +681,14 @@ class StreamParser:
         self._events.append(ParseFinished("length" if cut else "tool_calls" if calls else "stop"))
 
     def _end_block(self, block: _Block, tag: _Tag | None, *, stopped: bool) -> None:
-        """The turn is over in or after a block: its calls count, or it is text."""
+        """End the turn in or after a block: its calls count, or it becomes text."""
         begun = tag is not None and tag.lead == "<" and block.state != "skip"
         complete = block.complete and not begun
         if self._mode == "reasoning":
             counts = complete and not stopped
         elif self._think_end is not None:
             counts = complete or any(piece is DSML for piece in self._raw[self._think_end :])
-        else:  # text after the last call of a block that has no end
+        else:  # text after the last call of a block without an end does not count
             counts = not (block.state == "between" and block.outcomes and block.ink not in _LEADS)
         if not counts:
             self._take_back()
@@ -698,7 +702,7 @@ class StreamParser:
     # Output
 
     def _give(self, text: str) -> None:
-        """Give out text, but for its end when that can still belong to a tag."""
+        """Emit text, except an end that may belong to a tag."""
         text = self._held + text
         self._held = ""
         if text[-1:] in ("\n", "<", "/"):
@@ -708,7 +712,7 @@ class StreamParser:
         self._emit(self._mode, text)
 
     def _flush(self) -> None:
-        """Give out what was held back."""
+        """Emit the text that was held back."""
         held, self._held = self._held, ""
         self._emit(self._mode, held)
 
@@ -735,12 +739,12 @@ class StreamParser:
 
 
 def _lead(text: str) -> str:
-    """The beginning of a tag at the end of `text`: `</`, `<` or nothing."""
+    """Return the beginning of a tag at the end of `text`: `</`, `<` or nothing."""
     return "</" if text.endswith("</") else "<" if text.endswith("<") else ""
 
 
 def _newlines(text: str) -> str:
-    """The newlines at the end of `text` that belong to a block, two at most."""
+    """Return the newlines at the end of `text` that belong to a block, at most two."""
     return text[-2:] if text.endswith("\n\n") else text[-1:] if text.endswith("\n") else ""
 
 
@@ -757,16 +761,16 @@ def _kind(word: str) -> _Kind | None:
 
 
 def _may_be_tag(text: str) -> bool:
-    """Whether more text can make `text`, which stands after a marker and has no end yet, a tag."""
+    """Return whether more input can make `text`, which follows a marker and has no end yet, a tag."""
     name = _TAG_NAME.match(text)
     assert name is not None
     if name.end() == len(text):
-        return True  # the name may go on
+        return True  # the name may be incomplete
     return name[1] is not None and _kind(name[1]) is not None
 
 
 def _parse_tag(tag: _Tag, *, ended: bool) -> _Head | None:
-    """The tag that stands after a marker; None when it has no end, or is none. `ended`: there is a new `>`."""
+    """Return the tag after a marker, or None if it has no end or is invalid. `ended`: the new text contains `>`."""
     if not ended:
         return None
     name = _TAG_NAME.match(tag.text)
@@ -787,7 +791,7 @@ def _parse_tag(tag: _Tag, *, ended: bool) -> _Head | None:
 
 
 def _value_end(text: str, word: str) -> tuple[bool | None, str]:
-    """Whether `text`, after `</` and a marker, ends the parameter, None when it is too short to say; what follows."""
+    """Return whether `text`, after `</` and a marker, ends the parameter (None: too short to decide), and the rest."""
     text = text.lstrip()
     if not text.startswith(word):
         return (None if word.startswith(text) else False), ""
@@ -801,7 +805,7 @@ _LONGEST_SPELT = max(map(len, _SPELT_TOKENS))
 
 
 def _partial_length(text: str) -> int:
-    """Length of the longest end of `text` that begins one of the spelt control tokens."""
+    """Return the length of the longest suffix of `text` that begins a spelt control token."""
     for length in range(min(len(text), _LONGEST_SPELT - 1), 0, -1):
         if any(token.startswith(text[-length:]) for token in _SPELT_TOKENS):
             return length
@@ -813,7 +817,7 @@ def _dumps(value: Any) -> str:
 
 
 def _arguments(parameters: Mapping[str, tuple[str, str | None]], schema: Any) -> str:
-    """JSON text of a call's arguments; unwrapped where one parameter holds them all and only then they fit."""
+    """Return a call's arguments as JSON text, unwrapped if one parameter holds them all."""
     properties = (schema or {}).get("properties") or {}
     values = {
         key: _value_json(value, string, _parameter(schema, key), schema) for key, (value, string) in parameters.items()
@@ -828,7 +832,7 @@ def _arguments(parameters: Mapping[str, tuple[str, str | None]], schema: Any) ->
 
 
 def _unwrapped(key: str, value: Any, schema: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments inside the one parameter `key`, if they fit: an object, its JSON text, or a lone value."""
+    """Return the arguments inside the one parameter `key` if they fit: an object, its JSON text, or a single value."""
     inner = _loads(value) if isinstance(value, str) else value
     if isinstance(inner, dict) and _fits(inner, schema):
         return inner
@@ -839,7 +843,7 @@ def _unwrapped(key: str, value: Any, schema: Mapping[str, Any]) -> dict[str, Any
 
 
 def _from_body(text: str, schema: Any) -> str | None:
-    """JSON text of the arguments that an invoke has as its text, if they fit the tool's schema."""
+    """Return as JSON text the arguments written as an invoke's body, if they fit the tool's schema."""
     body = _loads(text)
     if schema is None or not isinstance(body, dict):
         return None
@@ -854,7 +858,7 @@ def _from_body(text: str, schema: Any) -> str | None:
 
 
 def _fits(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
-    """Whether the arguments have the parameters of the schema, with values of the types that it names."""
+    """Return whether the arguments have the schema's parameters, with values of its types."""
     properties = schema.get("properties") or {}
     if not arguments.keys() >= set(schema.get("required") or ()):
         return False
@@ -864,28 +868,28 @@ def _fits(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
 
 
 def _loads(text: str) -> Any:
-    """The value of a JSON text, or None when it is not JSON (NaN and Infinity are not)."""
+    """Return the value of a JSON text, or None if it is not JSON (NaN and Infinity are not)."""
     is_json, value = read_json(text)
     return value if is_json else None
 
 
 def _value_json(value: str, string: str | None, schema: Any, root: Any) -> str:
-    """JSON text of a parameter, from its raw value, its `string` attribute and, when those leave doubt, its schema.
+    """Return a parameter as JSON text, decided by its raw value, its `string` attribute and, if unclear, its schema.
 
-    The attribute is believed unless the schema cannot accept what it says and can accept the other reading.
+    The attribute decides unless the schema rejects its interpretation and accepts the other one.
     """
     is_json, read = read_json(value)
     if not is_json:
         return _dumps(value)
     as_text, as_json = could_accept(schema, root, value), could_accept(schema, root, read)
     if string == "false":
-        text = as_text and not as_json and read is not None  # null says "nothing", not the text "null"
+        text = as_text and not as_json and read is not None  # null means no value, not the text "null"
         return _dumps(value) if text else value
     return _dumps(value) if as_text or not as_json else value
 
 
 def _parameter(schema: Any, key: str) -> Any:
-    """The schema of one parameter, as far as `properties` tell, those behind references and in branches among them."""
+    """Return the schema of one parameter from `properties`, including those behind references and in branches."""
     found: list[Any] = []
     looks = 0
 
@@ -910,16 +914,16 @@ def _parameter(schema: Any, key: str) -> Any:
 
 
 def parse(text: str, *, effort: str, strict: bool = False) -> dict[str, Any]:
-    """The assistant message in a completion's text: what follows the prompt, `</think>` and EOS included.
+    """Return the assistant message in a completion's text, which includes `</think>` and EOS but not the prompt.
 
     Args:
-        text: The completion, as `Tokenizer.decode` gives it.
+        text: The completion, as `Tokenizer.decode` returns it.
         effort: The effort of the prompt; with "none" the text has no reasoning.
-        strict: Hold the text to DeepSeek's grammar. Otherwise read it as `StreamParser` does; calls that are malformed
-            are left out, so use the parser itself where they matter.
+        strict: Require DeepSeek's grammar. Otherwise parse as `StreamParser` does and omit malformed calls; use the
+            parser itself to get them.
 
     Raises:
-        ParseError: `strict`, and the text departs from the grammar.
+        ParseError: `strict`, and the text violates the grammar.
     """
     if strict:
         return _parse_strict(text, think=effort != "none")
@@ -968,7 +972,7 @@ def _parse_strict(text: str, *, think: bool) -> dict[str, Any]:
 
 
 def _parse_block_strict(block: str) -> tuple[list[dict[str, Any]], str]:
-    """The calls of a block, and what follows it. `block` starts after `<｜DSML｜tool_calls`."""
+    """Return the calls of a block, and the text after it. `block` starts after `<｜DSML｜tool_calls`."""
     calls: list[dict[str, Any]] = []
     end = f"</{DSML}tool_calls>"
     if not block.startswith(">\n"):
@@ -985,7 +989,7 @@ def _parse_block_strict(block: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def _parse_parameters_strict(text: str) -> tuple[str, str]:
-    """The arguments of a call as JSON text, and what follows its `</invoke>` line."""
+    """Return the arguments of a call as JSON text, and the text after its `</invoke>` line."""
     arguments: dict[str, str] = {}
     end = f"</{DSML}invoke>\n"
     rest = text.removeprefix("\n")  # a call without parameters has an empty line
