@@ -34,8 +34,7 @@ class EngineError(Exception):
 
 
 class SamplingParamsError(ValueError, TypeError):
-    """A field of `SamplingParams` has the wrong type or is out of range; names the field, the value and what is
-    expected."""
+    """A field of `SamplingParams` has the wrong type or is out of range; names field, value and expectation."""
 
 
 class ModelNotFoundError(EngineError):

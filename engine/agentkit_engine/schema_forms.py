@@ -347,8 +347,7 @@ class Forms:
         return found
 
     def _loops(self, start: Schema) -> bool:
-        """Return whether a schema refers to itself without descending into the value, which llguidance would expand
-        forever."""
+        """Return whether a schema refers to itself at the same value, which llguidance would expand forever."""
         waiting, seen = list(self._in_place(start)), set()
         while waiting:
             schema = waiting.pop()

@@ -120,8 +120,10 @@ def _problem(item: ErrorDetails) -> str:
 
 
 def shorten(value: object, most: int = 60, *, quote: bool = True) -> str:
-    """Return `repr(value)`, each part cut to about `most` characters; with `quote=False` the text itself with
-    control characters escaped."""
+    """Return `repr(value)` with each part cut to about `most` characters.
+
+    With `quote=False` return a text itself, cut likewise, with its control characters escaped.
+    """
     if isinstance(value, str) and not quote:
         shown = value if len(value) <= most else f"{value[: most // 2]}...{value[-(most // 2) :]}"
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -249,8 +249,7 @@ class _Turn:
 
 
 def _merge_turns(messages: Sequence[Message], *, escape: bool) -> list[_Turn]:
-    """Merge tool and consecutive user messages into user turns, and sort each turn's results in the order of the
-    calls."""
+    """Merge tool and consecutive user messages into user turns; sort the results of each turn in call order."""
     turns: list[_Turn] = []
     for message in messages:
         role = message.get("role")
@@ -394,8 +393,7 @@ def _tools_block(tools: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _transition(turn: _Turn, marker: Control) -> list[str]:
-    """Return the tokens after a turn that the assistant answers: the role marker, or the quick instruction's own
-    token."""
+    """Return the tokens after a turn that the assistant answers: role marker or quick instruction."""
     task = turn.message.get("task")
     if task:
         if task not in TASKS:

@@ -78,8 +78,7 @@ class CallReady:
 
 @dataclass(frozen=True, slots=True)
 class CallMalformed:
-    """A call that cannot be run, because it is cut off or violates the grammar. `name` is None if it was not
-    reached."""
+    """A call that is cut off or violates the grammar, so it cannot run. `name` is None if it was not reached."""
 
     index: int
     name: str | None
@@ -476,8 +475,7 @@ class StreamParser:
                 block.text.add(lead)
 
     def _fail_tag(self, tag: _Tag) -> None:
-        """Handle text that is not a tag: in a block the call is malformed; elsewhere the marker is dropped, the text
-        kept."""
+        """Handle text that is not a tag: in a block the call is malformed; elsewhere only the marker is dropped."""
         block = self._block
         if block is None:
             self._give_back(tag.text)
@@ -602,8 +600,7 @@ class StreamParser:
         block.clear_text()
 
     def _malformed(self, error: str) -> None:
-        """Report the current call, or one without a name, as malformed and skip to the next possible start of a
-        call."""
+        """Report the current call, or one without a name, as malformed and skip to the next possible call."""
         block = self._block
         assert block is not None
         if block.call is not None:
