@@ -23,7 +23,7 @@ def check_model(model: object) -> str | Path:
         return model
     if isinstance(model, os.PathLike):
         return Path(model)
-    raise TypeError(f'a model is named by text ("tiny") or by the path of its folder, got {model!r}')
+    raise TypeError(f'model must be a name such as "tiny" or the path of a folder, got {model!r}')
 
 
 def check_device(device: object) -> torch.device:
@@ -35,7 +35,7 @@ def check_device(device: object) -> torch.device:
         DeviceUnavailableError: it is a GPU that this torch does not see.
     """
     if not isinstance(device, str | torch.device):
-        raise TypeError(f'device must be text such as "cpu" or "cuda:0", or a torch.device, got {device!r}')
+        raise TypeError(f'device must be a str such as "cpu" or "cuda:0", or a torch.device, got {device!r}')
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -44,7 +44,7 @@ def check_device(device: object) -> torch.device:
         raise ValueError(f'the engine runs on "cpu" and "cuda", got device={str(found)!r}')
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise DeviceUnavailableError(
-            f"device={str(found)!r} is not there: torch {torch.__version__} sees {count} GPUs; "
+            f"device={str(found)!r} does not exist: torch {torch.__version__} sees {count} GPUs; "
             'use device="cpu", or install a GPU driver and a CUDA build of torch'
         )
     return found
@@ -58,7 +58,7 @@ def check_dtype(dtype: object) -> torch.dtype | None:
         ValueError: the engine does not support this dtype.
     """
     if dtype is not None and not isinstance(dtype, str | torch.dtype):
-        raise TypeError(f'dtype must be text such as "bfloat16", a torch.dtype or None, got {dtype!r}')
+        raise TypeError(f'dtype must be a str such as "bfloat16", a torch.dtype or None, got {dtype!r}')
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {str(dtype)!r}")

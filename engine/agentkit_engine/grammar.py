@@ -81,8 +81,8 @@ class Grammars:
             import llguidance
         except ImportError as error:
             raise GrammarMissingError(
-                "a grammar needs llguidance, which cannot be imported; run `pip install llguidance`, "
-                "or go on without a grammar"
+                "grammars need llguidance, which cannot be imported; run `pip install llguidance`, "
+                "or generate without a grammar"
             ) from error
         self._llguidance = llguidance
         self.tokenizer = tokenizer
@@ -108,7 +108,7 @@ class Grammars:
             GrammarError: a call is required, and there is no tool that can be called.
         """
         if required and not tools:
-            raise GrammarError("a call is required, and no tools are given; give at least one")
+            raise GrammarError("a call is required, but no tools are given; pass at least one tool")
         with self._lock:
             grammar: Grammar = self._cached(json.dumps([tool["function"] for tool in tools]), required)
         _warn(grammar, tell_keywords=tell_keywords)
@@ -185,7 +185,7 @@ class Grammars:
         unenforced, loose = list[str](), list[str]()
         block, *rules = self._block(tools, unenforced, loose, opened=not required, each_alone=each_alone)
         if not rules and required:
-            raise GrammarError("a call is required, and none of the tools can be called; give another one")
+            raise GrammarError("a call is required, but none of the tools can be called; pass another tool")
         matcher = self._matcher("\n".join([f"start: {block}", *rules])) if rules else None
         return Grammar(self, matcher, at_once=required, unenforced=tuple(unenforced), loose=tuple(loose))
 
@@ -206,7 +206,7 @@ class Grammars:
         tools = {}
         for index, function in enumerate(functions):
             if re.search('["<>]', function["name"]):
-                loose.append(f"no call can carry the name of tool {function['name']!r}")
+                loose.append(f"the call format cannot express the name of tool {function['name']!r}")
                 continue
             try:
                 missed: list[str] = []
@@ -377,7 +377,7 @@ class Grammars:
         limits = self._llguidance.LLParserLimits(max_items_in_row=MOST_ITEMS)
         matcher = self._llguidance.LLMatcher(self._vocabulary, lark, log_level=0, limits=limits)
         if matcher.is_error():
-            raise GrammarError(f"llguidance does not take the grammar: {matcher.get_error():.500}")
+            raise GrammarError(f"llguidance rejects the grammar: {matcher.get_error():.500}")
         return matcher
 
 
@@ -490,7 +490,9 @@ class Matcher:
         if self._known == 0:
             begin = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] == self._grammar.assistant), None)
             if begin is None:
-                raise GrammarError("a grammar constrains an assistant's turn, and none has begun in this session")
+                raise GrammarError(
+                    "a grammar constrains an assistant's turn, and none has begun in this session; append a prompt"
+                )
             self._known = begin
         for at in range(self._known, len(ids)):
             self._mask = None
@@ -527,9 +529,9 @@ class Matcher:
     def _give_up(self, form: LLMatcher) -> None:
         """Leave the rest of the turn unconstrained."""
         self._region, self._form, self._forced, self._mask = _Region.OUTSIDE, None, None, None
-        reason = f"llguidance gave up on it: {form.get_error():.500}" if form.is_error() else "no id may follow"
+        reason = f"llguidance failed: {form.get_error():.500}" if form.is_error() else "no id can follow"
         warnings.warn(
-            f"the rest of this turn is not held to its grammar: {reason}; what it says is checked after parsing",
+            f"the rest of this turn is not held to its grammar: {reason}; its content is checked after parsing",
             GrammarWarning,
             stacklevel=2,
         )
@@ -581,8 +583,8 @@ class Matcher:
                 self._give_up(form)
                 return
             raise GrammarError(
-                f"id {token_id} ({self._grammar.token_bytes[token_id]!r}) stands where the grammar forbids it; "
-                "feed no ids inside a block of calls or an answer, or only such as fit"
+                f"the grammar forbids id {token_id} ({self._grammar.token_bytes[token_id]!r}) at this point; "
+                "inside a block of calls or an answer, append only ids that it allows"
             )
         self._form_ids.append(token_id)
         if forced:

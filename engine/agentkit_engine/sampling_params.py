@@ -142,8 +142,8 @@ def check_grammar(params: SamplingParams, grammar: object | None) -> None:
     """
     if grammar is None and (params.grammar is True or params.output_schema is not None):
         raise ValueError(
-            "grammar=True and output_schema are for agents, whose tools are known; here pass a grammar that was made, "
-            "such as generate(params, grammar=engine.grammars.calls(tools))"
+            "grammar=True and output_schema work only in agents, which have tools; pass a grammar to the session, "
+            "for example generate(params, grammar=engine.grammars.calls(tools))"
         )
 
 
@@ -186,9 +186,9 @@ def _bias(token_id: int, value: object) -> float:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise SamplingParamsError(f"stop must be a tuple of texts that are not empty, got {value!r} in it")
+        raise SamplingParamsError(f"stop must be a tuple of non-empty texts, got {value!r} in it")
     if not value:
-        raise SamplingParamsError("stop must be a tuple of texts that are not empty, got '' in it")
+        raise SamplingParamsError("stop must be a tuple of non-empty texts, got '' in it")
     return value
 
 

@@ -135,7 +135,7 @@ def test_metadata_holds_finite_numbers_only(value: bytes, good: bytes, tmp_path:
     header = json.loads(good.splitlines()[0])["record"] | {"metadata": {"a": "@"}}
     path = tmp_path / "crafted.jsonl"
     path.write_bytes(line(0, json.dumps(header).encode().replace(b'"@"', value)))
-    with pytest.raises(TrajectoryFormatError, match="is not a number of JSON"):
+    with pytest.raises(TrajectoryFormatError, match="is not a JSON number"):
         Trajectory.load(path)
     header["metadata"] = {"a": "NaN and Infinity, in words"}
     path.write_bytes(line(0, json.dumps(header).encode()))

@@ -38,7 +38,7 @@ def test_a_wrong_argument_is_refused(arguments: dict[str, Any], error: type[Exce
 
 @pytest.mark.parametrize("model", [None, 7, ["tiny"], b"tiny"])
 def test_a_model_is_a_name_or_a_path(model: Any) -> None:
-    with pytest.raises(TypeError, match="named by text"):
+    with pytest.raises(TypeError, match="model must be a name"):
         Engine.load(model)
 
 

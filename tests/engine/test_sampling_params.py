@@ -143,5 +143,5 @@ def test_there_is_one_and_it_needs_no_torch() -> None:
 def test_a_session_without_tools_cannot_be_asked_for_a_grammar(demand: dict[str, Any]) -> None:
     with Engine.load("tiny").session() as session:
         session.append([1])
-        with pytest.raises(ValueError, match="pass a grammar that was made"):
+        with pytest.raises(ValueError, match="pass a grammar to the session"):
             session.generate(SamplingParams(**demand))

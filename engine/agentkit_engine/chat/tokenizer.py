@@ -194,7 +194,9 @@ def _controls(added_tokens: object) -> dict[str, int]:
     for token in added_tokens:
         content = token.get("content") if isinstance(token, dict) else None
         if not isinstance(content, str) or not content or content in controls:
-            raise TokenizerError(f"added_tokens: found {shorten(token)}, expected an object with a content of its own")
+            raise TokenizerError(
+                f"added_tokens: found {shorten(token)}, expected an object with a unique, non-empty content"
+            )
         content.encode()  # raises for a lone surrogate
         controls[content] = token.get("id")
     return controls
