@@ -214,7 +214,7 @@ def test_every_call_that_the_encoding_writes_is_allowed(arguments: dict[str, Any
     ],
     ids=str,
 )  # fmt: skip
-def test_the_keywords_that_are_enforced(schema: Any, good: list[Any], bad: list[Any]) -> None:
+def test_keywords_that_are_enforced(schema: Any, good: list[Any], bad: list[Any]) -> None:
     grammar = GRAMMARS.calls([with_value(schema)])
     for value in good:
         assert accepts(grammar, call_ids({"v": value})), value
