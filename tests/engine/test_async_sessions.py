@@ -1,4 +1,4 @@
-"""Forks, parking and files under `AsyncEngine`: the same as for a `Session`, while others decode."""
+"""Forks, parking and files under `AsyncEngine`: the same results as for a `Session`, while other sessions decode."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def alone(engine: Engine, ids: Sequence[int]) -> list[tuple[int, float]]:
 
 
 def short_of_memory(engine: Engine, spans: int = 4) -> Engine:
-    """The same model with room for a few spans."""
+    """Return the same model with memory for a few spans."""
     sizes = Pools(engine.spec, slots=1, spans=1, device=torch.device("meta"))
     room = spans * sizes.bytes_per_span
     return Engine(engine.decoder, name="small", dialect="v4-preview", folder=Path("none"), kv_cache_bytes=room)
 
 
-async def test_forks_go_on_side_by_side_each_as_if_alone(engine: Engine) -> None:
+async def test_concurrent_forks_match_sessions_alone(engine: Engine) -> None:
     told = [some_ids(280, 0) + some_ids(20, seed) for seed in range(4)]
     expected = [alone(engine, ids) for ids in told]
     engine.batcher.cache.clear()
@@ -84,7 +84,7 @@ async def test_forks_go_on_side_by_side_each_as_if_alone(engine: Engine) -> None
     assert expected[0] != expected[1]
 
 
-async def test_a_parked_session_goes_on_where_it_stopped(engine: Engine) -> None:
+async def test_a_parked_session_continues_where_it_stopped(engine: Engine) -> None:
     ids = some_ids(300, 1)
     expected = alone(engine, ids)
     engine.batcher.cache.clear()
@@ -100,7 +100,7 @@ async def test_a_parked_session_goes_on_where_it_stopped(engine: Engine) -> None
         assert (session.usage.hit_tokens, session.usage.miss_tokens) == (0, 300)
 
 
-async def test_a_checkpoint_serves_sessions_that_begin_alike(engine: Engine) -> None:
+async def test_a_checkpoint_serves_sessions_with_the_same_prefix(engine: Engine) -> None:
     engine.batcher.cache.clear()
     async with AsyncEngine(engine) as running:
         for seed in (2, 3):
@@ -114,13 +114,13 @@ async def test_a_checkpoint_serves_sessions_that_begin_alike(engine: Engine) -> 
 
 
 def alone_from_nothing(engine: Engine, session: AsyncSession, prompt: int) -> list[tuple[int, float]]:
-    """What was sampled, with its log-probabilities computed once more from the ids alone."""
+    """Return the sampled ids with their log-probabilities, recomputed from the ids alone."""
     ids = session.token_ids
     rows = engine.batcher.logits(ids[:-1])[prompt - 1 :].log_softmax(-1)
     return [(token_id, row[token_id].item()) for token_id, row in zip(ids[prompt:], rows, strict=True)]
 
 
-async def test_a_session_in_a_file_goes_on_in_another_block(engine: Engine, tmp_path: Path) -> None:
+async def test_a_saved_session_continues_in_another_block(engine: Engine, tmp_path: Path) -> None:
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(some_ids(300, 4))
         await say(session)
@@ -135,7 +135,7 @@ async def test_a_session_in_a_file_goes_on_in_another_block(engine: Engine, tmp_
     assert engine.batcher.prefilled == before
 
 
-async def test_a_session_at_work_is_not_forked(engine: Engine) -> None:
+async def test_forking_a_generating_session_is_refused(engine: Engine) -> None:
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(some_ids(900, 6))
         generation = session.generate(PARAMS)
@@ -147,7 +147,7 @@ async def test_a_session_at_work_is_not_forked(engine: Engine) -> None:
         await generation.aclose()
 
 
-async def test_what_was_only_appended_is_computed_once_for_all_forks(engine: Engine) -> None:
+async def test_pending_ids_are_computed_once_for_all_forks(engine: Engine) -> None:
     ids = some_ids(300, 11)
     expected, longer = alone(engine, ids), alone(engine, [*ids, 1])
     engine.batcher.cache.clear()
@@ -168,7 +168,7 @@ async def test_what_was_only_appended_is_computed_once_for_all_forks(engine: Eng
         assert not len(empty)
 
 
-async def test_a_fork_that_is_cancelled_while_it_computes_leaves_the_session_as_it_was(engine: Engine) -> None:
+async def test_a_cancelled_fork_leaves_the_session_unchanged(engine: Engine) -> None:
     ids = some_ids(900, 12)
     expected = alone(engine, ids)
     engine.batcher.cache.clear()
@@ -184,7 +184,7 @@ async def test_a_fork_that_is_cancelled_while_it_computes_leaves_the_session_as_
         assert await say(session) == expected
 
 
-async def test_forking_what_does_not_fit_is_an_error_and_not_the_end(engine: Engine) -> None:
+async def test_a_fork_that_does_not_fit_raises_and_the_engine_continues(engine: Engine) -> None:
     async with AsyncEngine(short_of_memory(engine)) as running, running.session() as session:
         await session.append(some_ids(5 * 256, 13))
         with pytest.raises(OutOfMemoryError):
@@ -194,7 +194,7 @@ async def test_forking_what_does_not_fit_is_an_error_and_not_the_end(engine: Eng
             assert await say(other) == alone(engine, some_ids(20, 14))
 
 
-async def test_one_that_never_fits_is_told_so_at_once_and_holds_up_nobody(engine: Engine) -> None:
+async def test_a_session_that_never_fits_fails_at_once_and_blocks_no_other(engine: Engine) -> None:
     expected = alone(engine, some_ids(20, 14))
     async with AsyncEngine(short_of_memory(engine)) as running, anyio.create_task_group() as task_group:
         busy, ended = running.session(), False
@@ -219,8 +219,8 @@ async def test_one_that_never_fits_is_told_so_at_once_and_holds_up_nobody(engine
         task_group.cancel_scope.cancel()
 
 
-async def test_who_had_to_give_way_waits_until_it_fits_and_computes_once_more_only(engine: Engine) -> None:
-    """Together they outgrow memory while they decode."""
+async def test_a_preempted_session_waits_until_it_fits_and_recomputes_once(engine: Engine) -> None:
+    """Together the sessions outgrow memory while they decode."""
     prompts, many = {5: some_ids(700, 5), 0: some_ids(300, 0)}, SamplingParams(seed=5, max_tokens=400)
     expected: dict[int, list[int]] = {}
     for priority, ids in prompts.items():
@@ -243,7 +243,7 @@ async def test_who_had_to_give_way_waits_until_it_fits_and_computes_once_more_on
     assert 1000 + 300 <= scarce.batcher.prefilled <= 1000 + 2 * 300
 
 
-async def test_forks_that_nobody_gets_hold_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_forks_of_a_cancelled_call_hold_no_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fork, begun, go_on = engine.batcher.fork, threading.Event(), threading.Event()
 
     def slow_fork(work: Work) -> Work:
@@ -265,8 +265,8 @@ async def test_forks_that_nobody_gets_hold_nothing(engine: Engine, monkeypatch: 
     assert engine.batcher.pools.bytes_held == 0
 
 
-async def test_another_event_loop_will_do(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What trio has for other threads has another name."""
+async def test_trio_works_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trio has another name for call_soon_threadsafe."""
     token = SimpleNamespace(native_token=SimpleNamespace(run_sync_soon=asyncio.get_running_loop().call_soon_threadsafe))
     monkeypatch.setattr("agentkit_engine.async_engine.current_token", lambda: token)
     async with AsyncEngine(engine) as running, running.session() as session:
@@ -291,9 +291,9 @@ async def test_two_threads_over_one_engine_take_turns(engine: Engine) -> None:
     assert [said[number] for number in range(len(prompts))] == expected
 
 
-async def test_who_does_not_fit_waits_by_priority_and_takes_nothing_from_who_is_at_work(engine: Engine) -> None:
+async def test_sessions_that_do_not_fit_wait_by_priority_and_evict_no_active_session(engine: Engine) -> None:
     small = short_of_memory(engine)
-    told = [some_ids(300, seed) for seed in range(4)]  # two spans and one to go on: one at a time
+    told = [some_ids(300, seed) for seed in range(4)]  # two spans each and one to continue, so they run one at a time
     expected = [alone(engine, ids) for ids in told]
     order: list[int] = []
     async with AsyncEngine(small) as running:
@@ -314,10 +314,10 @@ async def test_who_does_not_fit_waits_by_priority_and_takes_nothing_from_who_is_
             first += [token async for token in holder]
         assert [(token.id, token.logprob) for token in first] == expected[0]
     assert order == [3, 2, 1]
-    assert small.batcher.prefilled == 4 * 300  # nobody's prompt was computed twice
+    assert small.batcher.prefilled == 4 * 300  # no prompt was computed twice
 
 
-async def test_a_consumer_that_waits_for_who_does_not_fit_gives_way(engine: Engine) -> None:
+async def test_a_session_whose_consumer_waits_for_one_that_does_not_fit_is_preempted(engine: Engine) -> None:
     small = short_of_memory(engine)
     async with AsyncEngine(small) as running, running.session() as outer, running.session() as inner:
         await outer.append(some_ids(300, 0))
@@ -330,7 +330,7 @@ async def test_a_consumer_that_waits_for_who_does_not_fit_gives_way(engine: Engi
     assert said == alone(engine, some_ids(300, 0))
 
 
-async def test_admission_looks_at_the_batcher_under_the_engines_lock(
+async def test_admission_reads_the_batcher_under_the_engines_lock(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, held = short_of_memory(engine), []
@@ -369,7 +369,7 @@ async def test_a_generation_ends_at_the_last_position_and_computes_nothing_beyon
         await session.append(some_ids(60))
         with pytest.raises(ContextLengthError):
             async for _ in session.generate(SamplingParams(seed=1)):
-                for _ in range(2000):  # the model thread may go on meanwhile
+                for _ in range(2000):  # lets the model thread run meanwhile
                     await checkpoint()
         assert len(session) == 70
     assert max(lengths) < 70  # the id at the last position is sampled and never computed

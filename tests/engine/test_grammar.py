@@ -1,4 +1,4 @@
-"""With a grammar every call is real and fits its schema, all else is free, and nothing depends on the way there."""
+"""Grammars: calls are valid, everything else is free, and the mask depends only on the ids."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def tool(parameters: dict[str, Any], name: str = "f") -> dict[str, Any]:
 
 
 def with_value(schema: Any) -> dict[str, Any]:
-    """A tool with one required parameter `v`."""
+    """Return a tool with one required parameter `v`."""
     return tool({"type": "object", "properties": {"v": schema}, "required": ["v"]})
 
 
 def call_ids(arguments: Any, name: str = "f") -> list[int]:
-    """What an assistant samples that only makes this call, as the chat encoding writes it."""
+    """Return the ids of a completion that is only this call, as the chat encoding writes it."""
     call = {"function": {"name": name, "arguments": json.dumps(arguments)}}
     return encode_completion_ids({"role": "assistant", "tool_calls": [call]}, tokenizer=TOKENIZER, think=False)
 
 
 def accepts(grammar: Grammar, ids: Sequence[int], turn: Sequence[int] = TURN) -> bool:
-    """Whether every id is one that the mask allows, and the turn is complete at the end."""
+    """Return whether the mask allows every id and the turn is complete after the last one."""
     matcher, done = grammar.matcher(), list(turn)
     for token_id in ids:
         matcher.follow(done)
@@ -74,7 +74,7 @@ CLOSERS = (frozenset([MARKER, EOS]), starting_with(b"</"), starting_with(b'"', b
 
 
 def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN, longest: int = 4000) -> list[int]:
-    """A turn of random allowed ids, which closes what it may close more often than chance would; never from a jump."""
+    """Return a turn of random allowed ids without forced ids, biased towards ids that close something."""
     draw, matcher, ids = random.Random(seed), grammar.matcher(), list(turn)
     while ids[-1] != EOS:
         matcher.follow(ids)
@@ -91,7 +91,7 @@ def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN, longest: int =
 
 
 def check(ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> None:
-    """The turn parses strictly, by text and by id, and each call names a tool and fits its schema."""
+    """Check that the turn parses strictly, as text and as ids, and that each call names a tool and fits its schema."""
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
     parser = StreamParser(False, tokenizer=TOKENIZER, tools=tools)
     ready = [event for event in parser.feed(ids) if isinstance(event, CallReady)]
@@ -148,14 +148,14 @@ SLOWLY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthC
     st.integers(0, 4),
     st.integers(0, 2**32),
 )
-@example([{"_": {"enum": ["0", "\x80"]}}], 0, 2)  # the first byte of a character is drawn, and its second one forced
-def test_whatever_is_drawn_is_a_call_that_fits(fields: list[dict[str, Any]], required: int, seed: int) -> None:
+@example([{"_": {"enum": ["0", "\x80"]}}], 0, 2)  # the first byte of a character is sampled and its second one forced
+def test_random_allowed_ids_form_valid_calls(fields: list[dict[str, Any]], required: int, seed: int) -> None:
     tools = [tool(objects(each, required), f"tool_{number}") for number, each in enumerate(fields)]
     check(walk(GRAMMARS.calls(tools, required=True), seed), tools)
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_size=8)
-"""llguidance takes U+007F in JSON only where it is escaped, which RFC 8259 does not ask for."""
+"""llguidance accepts U+007F in JSON only if it is escaped, which RFC 8259 does not require."""
 
 
 @SLOWLY
@@ -166,8 +166,8 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_siz
     ), max_size=4),
     st.randoms(use_true_random=False),
 )  # fmt: skip
-def test_every_call_that_the_encoding_writes_is_allowed(arguments: dict[str, Any], order: random.Random) -> None:
-    """Whatever the order of the parameters, and whatever the values are where the schema leaves them open."""
+def test_every_encoded_call_is_allowed(arguments: dict[str, Any], order: random.Random) -> None:
+    """Any order of the parameters is allowed, and any value that the schema leaves open."""
     grammar = GRAMMARS.calls([tool({"type": "object", "properties": {key: {} for key in sorted(arguments)}})])
     keys = list(arguments)
     order.shuffle(keys)
@@ -233,7 +233,7 @@ def test_references_are_followed() -> None:
     assert not accepts(grammar, call_ids({"t": {"kids": [1]}}))
 
 
-def test_names_are_real_and_parameters_come_once() -> None:
+def test_names_must_exist_and_parameters_come_once() -> None:
     parameters = {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "required": ["b", "c"]}
     grammar = GRAMMARS.calls([tool(parameters), tool({"type": "object", "properties": {}}, "g")])
     assert accepts(grammar, call_ids({"c": 1, "b": 2}))
@@ -267,16 +267,14 @@ def test_names_are_real_and_parameters_come_once() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_keyword_that_is_not_enforced_is_named_and_forbids_nothing(
-    schema: Any, named: str, allowed: list[Any]
-) -> None:
+def test_an_unenforced_keyword_is_named_and_forbids_nothing(schema: Any, named: str, allowed: list[Any]) -> None:
     with pytest.warns(GrammarWarning, match=f"does not enforce {named} of f.v: such values are checked after parsing"):
         grammar = GRAMMARS.calls([with_value(schema)])
     for value in allowed:
         assert accepts(grammar, call_ids({"v": value})), value
 
 
-def test_keywords_of_all_parameters_together_are_named_too() -> None:
+def test_unenforced_keywords_of_the_whole_object_are_named() -> None:
     parameters = {"type": "object", "properties": {"a": {}}, "additionalProperties": True, "minProperties": 1}
     with pytest.warns(GrammarWarning, match="does not enforce minProperties of f:"):
         grammar = GRAMMARS.calls([tool(parameters)])
@@ -289,7 +287,7 @@ def test_keywords_of_all_parameters_together_are_named_too() -> None:
 @pytest.mark.parametrize(
     "pattern", ["^a|b$", r"\bx", r"(?!a)", r"\<a", "a++", "a+?", "[a&&b]", r"\p{L}", "a$b", "{,3}"]
 )
-def test_a_pattern_that_is_read_in_different_ways_is_not_enforced(pattern: str) -> None:
+def test_an_ambiguous_pattern_is_not_enforced(pattern: str) -> None:
     assert whole_text(pattern) is None
 
 
@@ -306,8 +304,8 @@ def test_a_pattern_that_is_read_in_different_ways_is_not_enforced(pattern: str) 
     ],
     ids=str,
 )
-def test_a_tool_that_cannot_be_enforced_keeps_the_form_of_a_call(parameters: Any, problem: str) -> None:
-    """Other tools stay enforced, and no tool is lost."""
+def test_a_tool_that_cannot_be_enforced_keeps_the_call_format(parameters: Any, problem: str) -> None:
+    """Other tools stay enforced, and every tool stays callable."""
     other = tool(objects({"n": {"type": "integer"}}, 1), "g")
     with pytest.warns(GrammarWarning, match=f"calls of tool 'f' are not held to its schema.*{problem}"):
         grammar = GRAMMARS.calls([tool(parameters), other])
@@ -317,7 +315,7 @@ def test_a_tool_that_cannot_be_enforced_keeps_the_form_of_a_call(parameters: Any
     assert accepts(grammar, call_ids({"n": 1}, "g")) and not accepts(grammar, call_ids({"n": "x"}, "g"))
 
 
-def test_names_that_no_call_can_carry_are_left_out() -> None:
+def test_names_that_the_call_format_cannot_express_are_omitted() -> None:
     parameters = {"type": "object", "properties": {'a"': {}, "b": {}}}
     assert accepts(GRAMMARS.calls([tool(parameters)]), call_ids({"b": 1}))
     with pytest.warns(GrammarWarning, match="the call format cannot express the name of tool 'f<'"):
@@ -330,7 +328,7 @@ def test_names_that_no_call_can_carry_are_left_out() -> None:
 
 @pytest.mark.parametrize("count", [64, 65, 150])
 def test_any_number_of_parameters(count: int) -> None:
-    """Each comes once as far as bits go; the required ones are watched first."""
+    """Each comes at most once, up to the number of bits; required ones are tracked first."""
     parameters = {"type": "object", "properties": {f"p{n}": {} for n in range(count)}, "required": [f"p{count - 1}"]}
     grammar = GRAMMARS.calls([tool(parameters)], tell_keywords=False)
     last = {f"p{count - 1}": 1}
@@ -374,7 +372,7 @@ POINT = objects({"x": {"type": "integer"}, "y": {"type": "integer"}}, 1)
     ],
     ids=str,
 )  # fmt: skip
-def test_schemas_of_all_parameters(parameters: Any, good: list[Any], bad: list[Any]) -> None:
+def test_schemas_of_the_whole_object(parameters: Any, good: list[Any], bad: list[Any]) -> None:
     grammar = GRAMMARS.calls([tool({"type": "object", **parameters})], tell_keywords=False)
     for value in good:
         assert accepts(grammar, call_ids(value)), value
@@ -383,7 +381,7 @@ def test_schemas_of_all_parameters(parameters: Any, good: list[Any], bad: list[A
 
 
 @pytest.mark.parametrize("values", [[f"item-{n * 7919 % 99991}" for n in range(5000)], list(range(5000))])
-def test_a_long_enum_is_taken_in_soon(values: list[Any]) -> None:
+def test_a_long_enum_is_compiled_quickly(values: list[Any]) -> None:
     start = time.monotonic()
     grammar = GRAMMARS.calls([with_value({"enum": values})])
     assert accepts(grammar, call_ids({"v": values[4321]}))
@@ -392,7 +390,7 @@ def test_a_long_enum_is_taken_in_soon(values: list[Any]) -> None:
 
 
 def stuck() -> Grammar:
-    """A grammar whose form ends, after `ab`, in a state where nothing may follow."""
+    """Return a grammar whose form reaches, after `ab`, a state that no id can follow."""
     return Grammar(GRAMMARS, GRAMMARS._matcher('start: "ab" T\nT: /c.*/ & /.*d/ & /.{1}/'), at_once=True)
 
 
@@ -404,7 +402,7 @@ def test_a_dead_end_frees_the_rest_of_the_turn() -> None:
     assert matcher.forced() is None
     matcher.follow([*ids, *TOKENIZER.encode_text("xyz"), EOS])
     assert matcher.mask() is None
-    again = stuck().matcher()  # as where a session generates on, from ids that went past the dead end
+    again = stuck().matcher()  # as in a session that continues from ids past the dead end
     with pytest.warns(GrammarWarning, match="the rest of this turn is not held to its grammar"):
         again.follow([*ids, *TOKENIZER.encode_text("xyz")])
     assert again.mask() is None
@@ -438,7 +436,7 @@ def test_thoughts_and_text_are_free() -> None:
     assert mask_V is not None and (mask_V == 0).tolist() == but_a_marker.tolist()
 
 
-def test_a_required_call_and_an_answer_begin_after_the_thought() -> None:
+def test_a_required_call_or_an_answer_starts_after_the_thought() -> None:
     for grammar in (GRAMMARS.calls([with_value({"type": "integer"})], required=True), GRAMMARS.answer()):
         matcher = grammar.matcher()
         matcher.follow(THINKING_TURN)
@@ -499,13 +497,13 @@ def test_ids_that_do_not_fit_are_refused() -> None:
         grammar.matcher().follow([*TURN, *TOKENIZER.encode_text("Hello")])
 
 
-def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_llguidance_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(GrammarMissingError, match="pip install llguidance"):
         Grammars(TOKENIZER, TOKENIZER.vocab_size)
 
 
-# With a model.
+# With a model
 
 TOOLS = [
     tool(
@@ -545,8 +543,9 @@ def params(engine: Engine, seed: int) -> SamplingParams:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("seed", range(3))
-async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> None:
-    """The same calls alone, with guesses, on the model thread, and one token at a time; forced ids cost no forward."""
+async def test_a_random_model_makes_valid_calls(engine: Engine, seed: int) -> None:
+    """Calls are the same alone, with drafts, on the model thread, and one token at a time; forced ids cost no
+    forward."""
     runs = []
     for speculate in (False, True):
         engine.batcher.cache.clear()
@@ -582,8 +581,8 @@ async def test_a_random_model_makes_real_calls(engine: Engine, seed: int) -> Non
 
 
 @pytest.mark.parametrize("count", [1000, 6000])
-def test_a_form_beyond_the_limits_of_the_library_frees_the_turn(count: int) -> None:
-    """Thousands of parameters are held to their schemas, or left free with a warning; nothing is raised."""
+def test_a_form_beyond_llguidances_limits_frees_the_turn(count: int) -> None:
+    """Thousands of parameters are constrained to their schemas, or left free with a warning; nothing raises."""
     properties = {f"p{n}": {"type": "integer"} for n in range(count)}
     grammar = GRAMMARS.calls([tool({"type": "object", "properties": properties})], tell_keywords=False)
     ids = [*TURN, *call_ids({"p7": 1})]
@@ -598,14 +597,14 @@ def test_a_form_beyond_the_limits_of_the_library_frees_the_turn(count: int) -> N
 
 
 def bomb(key: str, levels: int) -> dict[str, Any]:
-    """References that double at each level: 2^levels when written out."""
+    """Return references that double at each level: 2^levels schemas when expanded."""
     definitions: dict[str, Any] = {f"d{n}": {key: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(levels)}
     definitions[f"d{levels}"] = {"type": "integer"}
     return {"type": "object", "properties": {"v": {"$ref": "#/$defs/d0"}}, "$defs": definitions}
 
 
 @pytest.mark.parametrize("key", ["anyOf", "oneOf", "allOf"])
-def test_references_that_double_are_not_written_out(key: str) -> None:
+def test_exponential_references_are_not_expanded(key: str) -> None:
     start = time.monotonic()
     grammar = GRAMMARS.calls([tool(bomb(key, 40))], tell_keywords=False)
     assert accepts(grammar, call_ids({"v": 3})) and not accepts(grammar, call_ids({"v": None}))
@@ -613,8 +612,8 @@ def test_references_that_double_are_not_written_out(key: str) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_run_is_not_lost_to_a_dead_end(engine: Engine) -> None:
-    """Neither in a session nor on the model thread, whether or not guesses are made."""
+async def test_a_dead_end_does_not_end_the_run(engine: Engine) -> None:
+    """Holds in a session and on the model thread, with and without drafts."""
     free = SamplingParams(seed=1, max_tokens=30, stop_token_ids=frozenset([EOS]))
     with engine.session() as session, pytest.warns(GrammarWarning, match="not held to its grammar"):
         session.append(TURN)
@@ -650,7 +649,7 @@ async def test_a_mask_is_computed_while_the_forward_runs(engine: Engine, monkeyp
     assert in_time[0]
 
 
-def test_thoughts_come_first(engine: Engine) -> None:
+def test_a_thought_precedes_the_form(engine: Engine) -> None:
     end = TOKENIZER.control_id(THINK_END)
     bias = CLOSING | {end: 12.0}
     with engine.session() as session:
@@ -673,7 +672,7 @@ def test_ids_between_two_tokens_are_checked(engine: Engine) -> None:
             next(tokens)
 
 
-def test_a_bias_against_all_that_is_allowed_is_an_error(engine: Engine) -> None:
+def test_a_bias_against_all_allowed_ids_is_an_error(engine: Engine) -> None:
     with engine.session() as session:
         session.append(TURN)
         forbidding = dict.fromkeys(range(TOKENIZER.vocab_size), -math.inf)
@@ -682,7 +681,7 @@ def test_a_bias_against_all_that_is_allowed_is_an_error(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("think", [True, False])
-def test_the_packaged_model_says_the_same_where_it_kept_to_the_form(think: bool) -> None:
+def test_a_grammar_does_not_change_valid_output_of_the_packaged_model(think: bool) -> None:
     engine = Engine.load("tiny")
     find = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tools = [tool(find, "get_weather")]

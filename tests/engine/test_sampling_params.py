@@ -1,4 +1,4 @@
-"""`SamplingParams`: refused when it is made if it is wrong, and the same after a trip through JSON."""
+"""`SamplingParams`: validation at construction, and the round trip through JSON."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_count_is_a_whole_number(field: str) -> None:
         SamplingParams(**{field: 2.0})  # type: ignore[arg-type]
 
 
-def test_the_default_of_a_count_is_no_value_for_another() -> None:
+def test_a_default_of_another_type_is_refused() -> None:
     with pytest.raises(TypeError, match="top_logprobs"):
         SamplingParams(top_logprobs=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="temperature"):
@@ -86,7 +86,7 @@ def test_the_default_of_a_count_is_no_value_for_another() -> None:
         SamplingParams(output_schema=["object"])  # type: ignore[arg-type]
 
 
-def test_what_is_given_is_normalised_and_kept() -> None:
+def test_values_are_normalised_and_kept() -> None:
     bias = {np.int64(3): np.float32(0.5)}
     params = SamplingParams(temperature=0, seed=np.int64(3), logit_bias=bias, stop_token_ids=[1, 1], stop=["a"])  # type: ignore[arg-type]
     bias[np.int64(4)] = np.float32(1)
@@ -94,7 +94,7 @@ def test_what_is_given_is_normalised_and_kept() -> None:
     assert [type(value) for value in (params.temperature, params.seed)] == [float, int]
 
 
-def test_every_field_goes_through_json() -> None:
+def test_every_field_round_trips_through_json() -> None:
     assert {field.name for field in dataclasses.fields(SamplingParams)} == set(EVERY_FIELD)
     params = SamplingParams(**EVERY_FIELD)
     assert JSON.validate_json(JSON.dump_json(params)) == params
@@ -113,7 +113,7 @@ def test_every_field_goes_through_json() -> None:
         stop=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)).map(tuple),
     )
 )
-def test_any_params_go_through_json(params: SamplingParams) -> None:
+def test_any_params_round_trip_through_json(params: SamplingParams) -> None:
     assert JSON.validate_json(JSON.dump_json(params)) == params
 
 
@@ -123,7 +123,7 @@ def test_wrong_json_is_refused(text: str) -> None:
         JSON.validate_json(text)
 
 
-def test_override_changes_what_is_given() -> None:
+def test_override_changes_the_given_fields() -> None:
     params = SamplingParams(**EVERY_FIELD)
     assert params.override(temperature=None, top_k=None) == params
     assert params.override(temperature=0, grammar=True) == dataclasses.replace(params, temperature=0.0, grammar=True)
@@ -133,7 +133,7 @@ def test_override_changes_what_is_given() -> None:
         params.override(top_p=2)
 
 
-def test_there_is_one_and_it_needs_no_torch() -> None:
+def test_there_is_one_class_and_it_needs_no_torch() -> None:
     assert agentkit.SamplingParams is agentkit_engine.SamplingParams is SamplingParams
     code = "import sys, agentkit; agentkit.SamplingParams(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

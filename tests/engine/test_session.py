@@ -1,4 +1,4 @@
-"""Sessions: append-only ids whose cache may be cut anywhere, and sampling that depends on nothing but ids and seed."""
+"""Sessions: append-only ids whose state can be dropped at any point, and sampling that depends only on ids and seed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def alone(engine: Engine, ids: Sequence[int], params: SamplingParams) -> list[Sa
 
 
 def naive_probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
-    """The definitions in plain Python, one after the other."""
+    """Compute the probabilities from their definitions in plain Python."""
     scaled = [float(x) / temperature for x in logits.double()]
     weights = [math.exp(x - max(scaled)) for x in scaled]
     probabilities = [w / sum(weights) for w in weights]
@@ -134,7 +134,7 @@ def naive_probabilities(logits: Tensor, temperature: float, top_p: float, top_k:
     min_p=st.sampled_from([0.0, 0.0, 0.13, 0.51, 1.0]),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_what_is_left_out_is_what_the_definitions_leave_out(
+def test_filters_match_their_definitions(
     logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float, seed: int
 ) -> None:
     row = torch.tensor(logits)
@@ -174,7 +174,7 @@ def test_a_tiny_temperature_is_greedy_and_an_extreme_draw_stays_inside() -> None
 def test_the_draw_is_a_pinned_function_of_seed_and_position() -> None:
     assert uniform(0, 0) == uniform(0, 0) != uniform(0, 1) != uniform(1, 1)
     assert all(0 <= uniform(seed, 3) < 1 for seed in range(100))
-    assert uniform(7, 11) == 0.25451285741534824  # another value would change every seeded run there is
+    assert uniform(7, 11) == 0.25451285741534824  # any other value would change all existing seeded runs
 
 
 def test_penalties_count_what_came_before() -> None:
@@ -206,7 +206,7 @@ def test_biases_favour_and_forbid() -> None:
         sample(row, SamplingParams(logit_bias=dict.fromkeys(range(3), -math.inf)), seed=0, position=0)
 
 
-def test_the_most_likely_ids_are_told_with_their_own_log_probabilities() -> None:
+def test_top_logprobs_are_the_models_own() -> None:
     row = torch.tensor([1.0, 3.0, 2.0, 3.0])
     token = sample(row, SamplingParams(temperature=0, top_logprobs=3, logit_bias={0: 9.0}), seed=0, position=0)
     own = row.log_softmax(0).tolist()
@@ -214,7 +214,7 @@ def test_the_most_likely_ids_are_told_with_their_own_log_probabilities() -> None
     assert (token.id, token.logprob) == (0, own[0])
 
 
-def test_a_session_counts_its_own_past(engine: Engine) -> None:
+def test_penalties_use_the_sessions_own_past(engine: Engine) -> None:
     with engine.session() as session:
         session.append([1, 2, 3])
         params = SamplingParams(temperature=0, frequency_penalty=1e9, max_tokens=30)
@@ -312,7 +312,7 @@ def test_a_stop_id_is_yielded_kept_and_ends_the_generation(engine: Engine) -> No
     assert [token.id for token in stopped] == free[: free.index(stop) + 1]
 
 
-def test_forced_ids_between_two_tokens_are_taken_up(engine: Engine) -> None:
+def test_ids_appended_between_two_tokens_are_used(engine: Engine) -> None:
     with engine.session() as session:
         session.append([3, 4])
         tokens = session.generate(SamplingParams(temperature=0))
@@ -367,7 +367,7 @@ POISON = 66
 
 @pytest.fixture
 def poisoned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine whose forward raises on an appended (not a sampled) id 66, after the first layer wrote its state."""
+    """Return an engine whose forward raises on an appended (not a sampled) id 66, after layer 1 wrote its state."""
     layers = engine.batcher.runner.layers
     assert isinstance(layers, CompiledLayers)
     last, call = layers.layers[-1], type(layers.layers[-1]).__call__
@@ -408,7 +408,7 @@ async def collect(session: AsyncSession, params: SamplingParams) -> list[Sampled
     return [token async for token in session.generate(params)]
 
 
-async def test_interleaved_sessions_give_exactly_what_they_give_alone(engine: Engine) -> None:
+async def test_interleaved_sessions_match_sessions_alone(engine: Engine) -> None:
     prompts = [some_ids(3), some_ids(640, seed=2), some_ids(40, seed=3), some_ids(129, seed=4)]
     params = [SamplingParams(seed=n, max_tokens=12 + n, top_p=1 - n / 10) for n in range(4)]
     expected = [alone(engine, ids, p) for ids, p in zip(prompts, params, strict=True)]
@@ -428,10 +428,10 @@ async def test_interleaved_sessions_give_exactly_what_they_give_alone(engine: En
             tasks.start_soon(run, index, running)
     assert found == expected  # ids and log-probabilities, bit for bit
     first_end = min(len(order) - 1 - order[::-1].index(index) for index in range(4))
-    assert set(order[: first_end + 1]) == {0, 1, 2, 3}  # all had begun before the first was done
+    assert set(order[: first_end + 1]) == {0, 1, 2, 3}  # all had started before the first was done
 
 
-async def test_a_long_append_lets_others_take_their_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_append_does_not_block_other_sessions(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 16)
     order: list[str] = []
     async with AsyncEngine(engine) as running:
@@ -449,7 +449,7 @@ async def test_a_long_append_lets_others_take_their_turns(engine: Engine, monkey
     assert 10 <= order.index("long") <= 25
 
 
-async def test_a_cancelled_consumer_leaves_no_unseen_id_and_can_go_on(engine: Engine) -> None:
+async def test_a_cancelled_consumer_leaves_no_unseen_id_and_can_continue(engine: Engine) -> None:
     params = SamplingParams(seed=9, max_tokens=40)
     expected = alone(engine, some_ids(10), params)
     async with AsyncEngine(engine) as running:
@@ -515,7 +515,7 @@ async def test_an_exception_in_a_step_reaches_that_session_only(poisoned: Engine
     assert found == expected
 
 
-async def test_one_task_drives_a_session(engine: Engine) -> None:
+async def test_a_second_task_on_a_session_is_refused(engine: Engine) -> None:
     async with AsyncEngine(engine) as running:
         session = running.session()
         await session.append(some_ids(600))
@@ -596,7 +596,7 @@ async def test_cancelling_the_block_from_outside_ends_it(engine: Engine) -> None
     assert scope.cancelled_caught
 
 
-async def test_an_error_in_the_block_arrives_as_it_was_raised(engine: Engine) -> None:
+async def test_an_error_in_the_block_is_not_wrapped(engine: Engine) -> None:
     with pytest.raises(KeyError, match="mine"):
         async with AsyncEngine(engine) as running:
             await collect_one(running)

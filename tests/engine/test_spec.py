@@ -1,4 +1,4 @@
-"""ModelSpec: the official config keys, and what is said about wrong ones."""
+"""ModelSpec: the official config keys, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_flash_config() -> None:
     assert ModelSpec.from_config(spec.to_config()) == spec
 
 
-def test_dspark_drafts_are_recognised_and_left_out() -> None:
+def test_dspark_drafts_are_recognised_and_omitted() -> None:
     ratios = [*FLASH["compress_ratios"], 0, 0]
     spec = ModelSpec.from_config({**FLASH, "compress_ratios": ratios, "dspark_block_size": 5})
     assert (spec.draft, spec.mtp_layers, spec.num_hidden_layers) == ("dspark", (), 43)
@@ -114,7 +114,7 @@ def test_round_trip(ratios: tuple[int, ...], mtp: bool, make_config: MakeConfig)
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type: found 'linear', expected: Input should be 'yarn'"),
     ],
 )
-def test_what_is_wrong_is_named(change: dict[str, Any], message: str, make_config: MakeConfig) -> None:
+def test_wrong_values_are_named(change: dict[str, Any], message: str, make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelSpec.from_config({**make_config(0, 4), **change})
 

@@ -1,4 +1,4 @@
-"""The two tokenizers of the chat tests: DeepSeek-V4's own, and a tiny one that is as awkward as it can be."""
+"""The two tokenizers of the chat tests: DeepSeek-V4's own, and a tiny one with every awkward property."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ABSENT = {"<｜tool▁sep｜>", "<dsml:", "</dsml:"}
 
 @pytest.fixture(scope="session")
 def tiny_json() -> str:
-    """A byte-level BPE that merges within lines and has most control tokens.
+    """Return a byte-level BPE that merges within lines and has most control tokens.
 
-    The trainer puts them into the base vocabulary as well, and `ignore_merges` makes a line that equals a vocabulary
-    entry that entry: without care, the text "</think>" would become the control token.
+    The trainer adds them to the base vocabulary too, and with `ignore_merges` a line that equals a vocabulary entry
+    becomes that entry, so careless encoding would turn the text "</think>" into the control token.
     """
     tokenizer = HFTokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

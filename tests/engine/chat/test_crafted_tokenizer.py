@@ -1,4 +1,4 @@
-"""Tokenizer files that strangers made: text never becomes a control token, and what is wrong is a TokenizerError."""
+"""Crafted tokenizer files: text never becomes a control token, and faults raise TokenizerError."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_unfit_file_is_a_tokenizer_error(name: str, data: dict[str, Any]) -> None:
+def test_an_unusable_file_is_a_tokenizer_error(name: str, data: dict[str, Any]) -> None:
     change, message = CHANGES[name]
     with pytest.raises(TokenizerError, match=message) as caught:
         Tokenizer.from_json(changed(data, change))
@@ -117,14 +117,16 @@ def spell_unknowns(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [pad, cut, wrap, drop_merges, spell_unknowns])
-def test_what_a_file_adds_around_a_text_is_left_out(change: Change, data: dict[str, Any], tiny: Tokenizer) -> None:
-    """Padding with a control id would be the way to write one by text."""
+def test_post_processing_and_padding_of_a_file_are_ignored(
+    change: Change, data: dict[str, Any], tiny: Tokenizer
+) -> None:
+    """Padding with a control id would otherwise let text produce one."""
     text = f"a longer text, and {BOS} in it"
     assert Tokenizer.from_json(changed(data, change)).encode_text(text) == tiny.encode_text(text)
 
 
 class PanicException(BaseException):
-    """What pyo3 calls a panic: a BaseException that no `except Exception` sees."""
+    """Stand-in for pyo3's panic: a BaseException that `except Exception` does not catch."""
 
 
 def test_a_panic_of_the_library_is_a_tokenizer_error(tiny_json: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,13 +151,13 @@ def test_a_panic_of_the_library_is_a_tokenizer_error(tiny_json: str, monkeypatch
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"a":1,"a":2}', b'{"model":' * 9000]
 )
-def test_a_file_that_is_no_such_json_is_a_tokenizer_error(content: bytes, tmp_path: Path) -> None:
+def test_invalid_json_is_a_tokenizer_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         Tokenizer.from_dir(tmp_path)
 
 
-def test_a_file_that_is_huge_or_no_file_is_a_tokenizer_error(tmp_path: Path) -> None:
+def test_a_huge_or_irregular_file_is_a_tokenizer_error(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.touch()
     os.truncate(path, 1 << 40)
@@ -181,7 +183,7 @@ paths = st.sampled_from(
 
 @given(path=paths, value=values)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_value_anywhere_is_a_tokenizer_or_a_tokenizer_error(
+def test_any_value_at_any_key_gives_a_tokenizer_or_a_tokenizer_error(
     data: dict[str, Any], path: tuple[str | int, ...], value: Any
 ) -> None:
     def change(data: Any) -> None:

@@ -1,4 +1,4 @@
-"""The reference text: the published examples, every rule, every error, and DeepSeek's own encoder by hash."""
+"""The reference text: published examples, every rule, every error, and DeepSeek's own encoder by hash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from agentkit_engine.chat import EFFORT_TEXT, ChatError, EncodeError, encode, encode_fim
 
 VECTORS = json.loads((Path(__file__).parent / "reference_vectors.json").read_text(encoding="utf-8"))
-"""Random conversations, with the sha256 of the text DeepSeek's encoder of April 2026 gives for them."""
+"""Random conversations, with the sha256 of the text that DeepSeek's encoder of April 2026 produces for them."""
 
 F = {"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}
 B, E, U, A = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
@@ -98,7 +98,7 @@ def test_tools_and_thinking() -> None:
     assert chat.endswith(TOOL_TALK_TEXT.replace("<think>R1</think>", "</think>").replace("<think>", "</think>"))
 
 
-def test_tools_make_a_system_message_where_there_is_none() -> None:
+def test_tools_add_a_missing_system_message() -> None:
     text = encode([user("q")], tools=[F], effort="high")
     assert text.startswith(f"{B}\n\n## Tools\n")
     assert text == encode([{"role": "system", "content": "", "tools": [F]}, user("q")], effort="high")
@@ -117,7 +117,7 @@ def test_tools_anywhere_keep_all_reasoning(where: str) -> None:
     assert "<think>rb</think>b" in encode(messages, effort="high")
 
 
-def test_developer_turns_before_the_last_user_turn_go_with_the_reasoning() -> None:
+def test_developer_turns_before_the_last_user_turn_are_dropped_with_the_reasoning() -> None:
     messages = [{"role": "developer", "content": "d"}, assistant("b", reasoning_content="r"), user("c")]
     assert encode(messages, effort="high") == f"{B}b{E}{U}c{A}<think>"
     assert encode(messages, effort="high", drop_thinking=False) == f"{B}{U}d{A}<think>r</think>b{E}{U}c{A}<think>"
@@ -128,7 +128,7 @@ def test_a_tool_result_counts_as_a_user_turn_when_dropping() -> None:
     assert "r</think>" not in encode(messages, effort="high")
 
 
-def test_reasoning_left_out_is_empty() -> None:
+def test_missing_reasoning_is_empty() -> None:
     text = encode([user("q"), assistant("b"), user("c")], effort="high", drop_thinking=False)
     assert text == f"{B}{U}q{A}<think></think>b{E}{U}c{A}<think>"
 
@@ -137,7 +137,7 @@ def test_consecutive_user_messages_are_one_turn() -> None:
     assert encode([user("a"), user("b")]) == f"{B}{U}a\n\nb{A}</think>"
 
 
-def test_results_follow_the_order_of_their_calls_and_text_keeps_its_place() -> None:
+def test_results_are_sorted_by_call_and_text_stays_in_place() -> None:
     messages = [
         assistant("", tool_calls=[call("a", "{}"), call("b", "{}"), call("c", "{}")]),
         result("c", "C"),
@@ -159,7 +159,7 @@ def test_content_in_parts() -> None:
     assert encode([user("a"), assistant(None)]) == f"{B}{U}a{A}</think>{E}"
 
 
-def test_reminder_stands_between_system_and_user() -> None:
+def test_reminder_comes_between_system_and_user() -> None:
     reminder = {"role": "latest_reminder", "content": "2026-02-21,星期六"}
     text = encode([{"role": "system", "content": "s"}, reminder, user("q")])
     assert text == f"{B}s<｜latest_reminder｜>2026-02-21,星期六{U}q{A}</think>"

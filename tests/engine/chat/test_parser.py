@@ -1,4 +1,4 @@
-"""Parsing completions: any cut of the stream, every truncation, every departure from the grammar."""
+"""Parsing of completions: every split of the stream, every truncation, every violation of the grammar."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FIRST = '{"command": "ls -l < a\\necho \\"</b>\\"", "limit": [1, {"k": null}]}'
 
 
 def joined(events: Iterable[ParseEvent]) -> list[ParseEvent]:
-    """The events with neighbouring deltas of one kind joined."""
+    """Return the events with adjacent deltas of one kind joined."""
     out: list[ParseEvent] = []
     for event in events:
         last = out[-1] if out else None
@@ -92,16 +92,16 @@ EXPECTED: list[ParseEvent] = [
 ]
 
 
-# Cuts of the stream
+# Splits of the stream
 
 
-def test_text_cut_anywhere_gives_the_same_events() -> None:
+def test_text_split_anywhere_gives_the_same_events() -> None:
     for cut in range(len(TURN) + 1):
         assert run([TURN[:cut], TURN[cut:]], turn=3)[0] == EXPECTED
     assert run(TURN, turn=3)[0] == EXPECTED
 
 
-def test_ids_cut_anywhere_give_the_same_events(tokenizer: Tokenizer) -> None:
+def test_ids_split_anywhere_give_the_same_events(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TURN)
     for cut in range(len(ids) + 1):
         assert run([ids[:cut], ids[cut:]], turn=3, tokenizer=tokenizer)[0] == EXPECTED
@@ -119,7 +119,7 @@ def test_a_call_is_ready_the_moment_its_invoke_closes(v4: Tokenizer) -> None:
     assert fed.count("invoke>") == 1
 
 
-def test_text_is_given_out_without_delay() -> None:
+def test_text_is_emitted_without_delay() -> None:
     parser = StreamParser(False)
     shown = [shown_text(parser.feed(character)) for character in "a\nb\n\n<c </d"]
     assert shown == ["a", "", "\nb", "", "", "", "\n\n<c", " ", "", "", "</d"]
@@ -157,7 +157,7 @@ soup = st.lists(
 
 @settings(deadline=None, max_examples=300)
 @given(pieces=soup, think=st.booleans(), cuts=st.lists(st.integers(0, 400), max_size=6))
-def test_any_text_however_cut_gives_the_same_events(
+def test_any_text_split_anywhere_gives_the_same_events(
     tiny: Tokenizer, pieces: list[str], think: bool, cuts: list[int]
 ) -> None:
     text = "".join(pieces)
@@ -185,11 +185,11 @@ OPEN, CLOSE = f"<{D}", f"</{D}invoke>"
 FIRST_END = TURN.index(CLOSE) + len(CLOSE)
 SECOND_START = TURN.index(OPEN, FIRST_END) + len(OPEN)
 INSIDE_CALLS = [range(TURN.index(OPEN) + len(OPEN), FIRST_END), range(SECOND_START, TURN.rindex(CLOSE) + len(CLOSE))]
-"""Where in TURN a cut leaves a call unfinished; the first one begins with the block."""
+"""Ranges of TURN in which a truncation leaves a call incomplete; the first one begins with the block."""
 
 
 def check_truncated(events: list[ParseEvent], length: int) -> None:
-    """`events` are those of the first `length` characters of TURN."""
+    """Check the events of the first `length` characters of TURN."""
     assert events[-1] == ParseFinished("length")
     assert "I look.\n</think>".startswith("".join(e.text for e in events if isinstance(e, ReasoningDelta)))
     assert "Let me <see>.\n\n".startswith("".join(e.text for e in events if isinstance(e, TextDelta)))
@@ -209,7 +209,7 @@ def test_ids_truncated_at_every_token(tokenizer: Tokenizer) -> None:
         check_truncated(run([ids[:end]], tokenizer=tokenizer)[0], len(tokenizer.decode(ids[:end])))
 
 
-def test_a_truncated_call_is_named(v4: Tokenizer) -> None:
+def test_a_truncated_call_keeps_its_name(v4: Tokenizer) -> None:
     events, parser = run([TURN.partition('string="true">')[0]])
     assert events[-2:] == [CallMalformed(0, "bash", "the turn ended inside the call"), ParseFinished("length")]
     assert "tool_calls" not in parser.message
@@ -288,7 +288,7 @@ def test_text_after_a_block_that_opens_the_answer_withdraws_its_calls() -> None:
         (f'<{D}invoke name="g<', None, "unknown or unfinished tag"),
     ],
 )
-def test_a_malformed_call_does_not_hurt_the_next(inside: str, name: str | None, error: str) -> None:
+def test_a_malformed_call_does_not_affect_the_next(inside: str, name: str | None, error: str) -> None:
     events, parser = run([f"</think>\n\n<{D}tool_calls>\n{inside}{F}</{D}tool_calls>{E}"])
     malformed = [event for event in events if isinstance(event, CallMalformed)]
     assert [(event.index, event.name) for event in malformed] == [(0, name)]
@@ -322,12 +322,12 @@ def test_markers_inside_a_value_are_text(value: str) -> None:
 
 
 def spelt(tokenizer: Tokenizer, *parts: str) -> Iterator[list[int]]:
-    """Ids of parts, of which every second one only spells control tokens."""
+    """Yield the ids of the parts; every second part only spells control tokens."""
     for i, part in enumerate(parts):
         yield tokenizer.encode_text(part) if i % 2 else tokenizer.encode(part)
 
 
-def test_ids_tell_control_tokens_from_text_that_spells_them(tokenizer: Tokenizer) -> None:
+def test_ids_distinguish_control_tokens_from_text_that_spells_them(tokenizer: Tokenizer) -> None:
     echo = f"</think> is a tag and so is {CALLS}{E}"
     events, _ = run(spelt(tokenizer, "so ", echo, "</think>", echo, E), tokenizer=tokenizer)
     assert events == [ReasoningDelta("so " + echo), TextDelta(echo), ParseFinished("stop")]
@@ -409,7 +409,7 @@ BEHIND = {
     ],
 )
 @pytest.mark.parametrize("place", ["properties", "$ref", "allOf", "oneOf", "additionalProperties"])
-def test_types_behind_references_are_seen(parameter: str, schema: Any, value: Any, place: str) -> None:
+def test_types_behind_references_are_found(parameter: str, schema: Any, value: Any, place: str) -> None:
     properties: dict[str, Any] = {"type": "object", "properties": {"x": schema}}
     parameters = {
         "properties": properties,
@@ -426,7 +426,7 @@ def test_types_behind_references_are_seen(parameter: str, schema: Any, value: An
     assert json.loads(parser.message["tool_calls"][0]["function"]["arguments"])["x"] == value
 
 
-def test_valid_json_stays_as_it_was_written() -> None:
+def test_valid_json_is_not_rewritten() -> None:
     block = CALLS.replace('[1, {"k": null}]', '[1,{ "k":null}]')
     assert parse(f"{block}{E}", effort="none")["tool_calls"][0]["function"]["arguments"].endswith(
         '"limit": [1,{ "k":null}]}'
@@ -436,7 +436,7 @@ def test_valid_json_stays_as_it_was_written() -> None:
 # Strict
 
 
-def test_strict_reads_what_the_encoder_writes() -> None:
+def test_strict_parses_the_encoders_output() -> None:
     message = parse(TURN, effort="high", strict=True)
     assert message == parse(TURN, effort="high")
     assert message["reasoning_content"] == "I look.\n"
@@ -511,7 +511,7 @@ def messages(text: st.SearchStrategy[str], values: st.SearchStrategy[Any]) -> st
 
 @settings(deadline=None)
 @given(message=messages(nasty, json_values), think=st.booleans())
-def test_ids_round_trip_whatever_the_text(v4: Tokenizer, tiny: Tokenizer, message: dict[str, Any], think: bool) -> None:
+def test_ids_round_trip_for_any_text(v4: Tokenizer, tiny: Tokenizer, message: dict[str, Any], think: bool) -> None:
     expected = message if think else {key: value for key, value in message.items() if key != "reasoning_content"}
     for tokenizer in (v4, tiny):
         ids = encode_completion_ids(message, tokenizer=tokenizer, think=think)

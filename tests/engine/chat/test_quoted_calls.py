@@ -1,4 +1,4 @@
-"""Which DSML is a call, and which is only quoted or rehearsed; and the many ways to write a call slightly wrong."""
+"""DSML that is a call and DSML that is only quoted or rehearsed, and common mistakes in the format of calls."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TOOLS = [tool("pay", ["amount"], amount={"type": "integer"}), tool("look")]
 
 
 class Read:
-    """A completion, read whole and character by character with the same events."""
+    """A completion, parsed whole and character by character with the same events."""
 
     def __init__(self, text: str, think: bool = True, **options: Any) -> None:
         options.setdefault("tools", TOOLS)
@@ -89,8 +89,8 @@ NOT = " but must not."
         f"\n\n<{D}tool_calls>\n</{D}tool_calls>",
     ],
 )
-def test_what_a_thought_rehearses_stays_reasoning(rehearsal: str) -> None:
-    """And nothing at all is told of it before or after: no call, no error, no start."""
+def test_a_rehearsal_in_a_thought_stays_reasoning(rehearsal: str) -> None:
+    """No event mentions it before or after: no call, no error, no start."""
     read = Read(f"I could write{rehearsal}{NOT}</think>No.{E}")
     assert (read.reasoning, read.content) == (f"I could write{rehearsal}{NOT}", "No.")
     assert joined(read.events)[:-1] == [ReasoningDelta(read.reasoning), TextDelta("No.")]
@@ -106,14 +106,14 @@ def test_a_block_that_ends_the_turn_inside_the_thought_counts(end: str) -> None:
     assert cut.calls == PAID
 
 
-def test_a_block_is_no_call_when_something_else_than_the_model_ends_the_thought() -> None:
+def test_a_block_in_a_thought_is_no_call_if_the_model_did_not_end_the_turn() -> None:
     parser = StreamParser(True, tools=TOOLS)
     events = [*parser.feed(f"So I pay.{block(PAY)}"), *parser.finish(stopped=True)]
     assert joined(events)[:-1] == [ReasoningDelta(f"So I pay.{block(PAY)}")]
 
 
 @pytest.mark.parametrize("between", ["</think>", "</think>\n\n", "</think>Now:"])
-def test_a_call_that_was_rehearsed_is_made_once(between: str) -> None:
+def test_a_rehearsed_call_is_made_once(between: str) -> None:
     read = Read(f"I shall write{block(PAY)}{between}{block(PAY)}{E}")
     assert (read.calls, read.errors) == (PAID, [])
     assert read.reasoning == f"I shall write{block(PAY)}"
@@ -126,7 +126,7 @@ def test_a_call_that_was_rehearsed_is_made_once(between: str) -> None:
 @pytest.mark.parametrize("before", ["A call looks like this:", "x", " x\n"])
 @pytest.mark.parametrize("after", [" You see?", "\n\nYou see?", f"{D}.", f"<{D}not a tag", "</think>y"])
 @pytest.mark.parametrize("quote", [block(PAY), PAY, block(PAY, LOOK), block(PAY) + block(LOOK)])
-def test_what_text_quotes_stays_text(before: str, after: str, quote: str) -> None:
+def test_a_quoted_block_stays_text(before: str, after: str, quote: str) -> None:
     read = Read(f"</think>{before}{quote}{after}{E}")
     assert (read.calls, read.errors) == ([], [])
     assert read.content == f"{before}{quote}{after}".replace("</think>", "")
@@ -158,14 +158,14 @@ def test_calls_that_open_the_answer_are_ready_at_once_and_can_be_withdrawn(start
     assert [call["id"] for call in parser.message["tool_calls"]] == ["call_0_2"]
 
 
-def test_a_grammar_makes_calls_after_text_certain() -> None:
+def test_with_a_grammar_calls_after_text_are_ready_at_once() -> None:
     parser = StreamParser(False, tools=TOOLS, ends_after_block=True)
     assert [type(event) for event in parser.feed(f"I pay.{block(PAY)}")] == [TextDelta, CallOpened, CallReady]
 
 
 @pytest.mark.parametrize("think", [True, False])
 @pytest.mark.parametrize("text", [block(PAY), PAY, f"a {D} b</{D}invoke>", f"<{D}function_calls>", block(PAY) + "x"])
-def test_where_there_are_no_tools_there_are_no_calls(think: bool, text: str) -> None:
+def test_without_tools_there_are_no_calls(think: bool, text: str) -> None:
     for completion in (text, f"a{text}", f"{text}b"):
         read = Read(completion + E, think, calls=False, tools=())
         assert (read.reasoning if think else read.content) == completion
@@ -185,11 +185,11 @@ def test_a_misspelt_wrapper_changes_nothing(name: str, close: str | None) -> Non
     for text, content in (("", ""), ("I pay.\n\n", "I pay.")):
         read = Read(f"</think>{text}<{D}{name}>\n{PAY}{end}{E}")
         assert (read.content, read.calls, read.errors) == (content, PAID, [])
-    read = Read(f"</think>{block(f'<{D}{name}>' + PAY + f'</{D}{name}>')}{E}")  # inside the right one
+    read = Read(f"</think>{block(f'<{D}{name}>' + PAY + f'</{D}{name}>')}{E}")  # inside the correct one
     assert (read.content, read.calls, read.errors) == ("", PAID, [])
 
 
-def test_only_the_end_of_a_wrapper_is_misspelt() -> None:
+def test_a_wrapper_with_a_misspelt_end() -> None:
     for end in (f"</{D}function_calls>", f"</{D}tool_call>", f"</{D}tool_calls", f"</{D}"):
         read = Read(f"</think><{D}tool_calls>\n{PAY}{end}{E}")
         assert (read.content, read.calls, read.errors) == ("", PAID, [])
@@ -217,7 +217,7 @@ def test_only_the_end_of_a_wrapper_is_misspelt() -> None:
         PAY.replace("\n", "\n\n  "),
     ],
 )
-def test_a_tag_may_be_written_otherwise(call: str) -> None:
+def test_tags_may_deviate_from_the_format(call: str) -> None:
     for text in (block(call), block(call).strip(), call):
         read = Read(f"</think>{text}{E}")
         assert (read.content, read.calls, read.errors) == ("", PAID, [])
@@ -228,14 +228,14 @@ def test_an_empty_invoke_may_close_itself() -> None:
     assert read.calls == [("look", {}), *PAID]
 
 
-def test_a_call_that_went_well_is_not_reported_as_malformed_too() -> None:
-    """The payment is made once, and the model is not told to write it again."""
+def test_a_ready_call_is_not_also_reported_as_malformed() -> None:
+    """Otherwise the model would be told to repeat a payment that was made."""
     for text in (f"<{D}function_calls>\n{PAY}</{D}function_calls>", f"<{D}toolcalls>{PAY}</{D}toolcalls>\n"):
         outcomes = [e for e in Read(f"</think>{text}{E}").events if isinstance(e, CallReady | CallMalformed)]
         assert [type(outcome) for outcome in outcomes] == [CallReady]
 
 
-# Arguments wrapped once more
+# Wrapped arguments
 
 CITY = tool("get", ["city"], city={"type": "string"}, days={"type": "integer"})
 
@@ -261,11 +261,11 @@ def parameter(name: str, value: str, string: str = "false") -> str:
         json.dumps({"arguments": '{"city": "Paris", "days": 2}'}),
     ],
 )
-def test_arguments_are_unwrapped_where_only_then_they_fit(written: str) -> None:
+def test_arguments_that_fit_only_when_unwrapped_are_unwrapped(written: str) -> None:
     assert arguments(written, CITY) == {"city": "Paris", "days": 2}
 
 
-def test_a_lone_value_is_the_one_argument_that_is_needed() -> None:
+def test_a_single_value_becomes_the_only_required_argument() -> None:
     assert arguments(parameter("arguments", "Paris", "true"), CITY) == {"city": "Paris"}
     assert arguments(parameter("input", "3"), tool("get", n={"type": "integer"})) == {"n": 3}
 
@@ -282,15 +282,15 @@ def test_a_lone_value_is_the_one_argument_that_is_needed() -> None:
         ('\n{"city": "Paris"} or so\n', CITY, 'text between parameters: \'{"city": "Paris"} or so\''),
     ],
 )
-def test_arguments_that_do_not_fit_unwrapped_stay_as_they_are(written: str, given: Any, expected: Any) -> None:
+def test_arguments_that_do_not_fit_unwrapped_stay_wrapped(written: str, given: Any, expected: Any) -> None:
     assert arguments(written, given) == expected
 
 
-# A thought that is cut: `</think>` is forced anywhere in the block that the model goes on writing
+# Truncated thoughts: `</think>` is forced at any point in a block that the model continues to write
 
 
 @pytest.mark.parametrize("whole", [block(PAY), block(LOOK, PAY), PAY])
-def test_a_thought_that_is_cut_inside_a_block_leaks_nothing(v4: Tokenizer, whole: str) -> None:
+def test_a_thought_cut_inside_a_block_leaks_no_markup(v4: Tokenizer, whole: str) -> None:
     ids = v4.encode(f"Let me pay.{whole}")
     start = ids.index(v4.control_id(D))
     for cut in range(start, len(ids) + 1):
@@ -309,7 +309,7 @@ def test_a_thought_that_is_cut_inside_a_block_leaks_nothing(v4: Tokenizer, whole
 
 
 @pytest.mark.parametrize("begun", ["<", "\n\n<", f"<{D}", f"\n\n<{D}tool", f"<{D}tool_calls", f'<{D}invoke name="p'])
-def test_a_tag_begun_in_a_thought_and_not_gone_on_with_stays_there(begun: str) -> None:
+def test_an_unfinished_tag_in_a_thought_stays_reasoning(begun: str) -> None:
     read = Read(f"So {begun}</think>No.{E}")
     assert (read.content, read.calls, read.errors) == ("No.", [], [])
     assert read.reasoning.replace(D, "") == f"So {begun}".replace(D, "")
@@ -317,11 +317,11 @@ def test_a_tag_begun_in_a_thought_and_not_gone_on_with_stays_there(begun: str) -
     assert (read.content, read.calls, read.errors) == ("", PAID, [])
 
 
-# Work
+# Complexity
 
 
 def work(feed: Callable[[], None]) -> int:
-    """Bytecode lines that the parser runs: no clock, so a busy machine changes nothing."""
+    """Return the number of lines that the parser executes, which unlike time does not depend on the machine's load."""
     count = 0
 
     def trace(frame: Any, event: str, arg: object) -> Any:
@@ -361,7 +361,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 @pytest.mark.parametrize("think", [True, False])
-def test_the_work_is_linear(text: str, think: bool) -> None:
+def test_parsing_takes_linear_work(text: str, think: bool) -> None:
     def one_by_one(text: str) -> int:
         parser = StreamParser(think, tools=TOOLS)
 
@@ -376,8 +376,8 @@ def test_the_work_is_linear(text: str, think: bool) -> None:
     assert whole < 2.6 * half + 500
 
 
-def test_a_long_value_and_a_long_name_are_read_in_no_time(tiny: Tokenizer) -> None:
-    """80,000 characters in an unclosed name took 90 s; the bound is generous, for a machine that is busy."""
+def test_long_values_and_names_are_parsed_quickly(tiny: Tokenizer) -> None:
+    """80,000 characters in an unclosed name once took 90 s; the limit is generous for a busy machine."""
     import time
 
     start = time.perf_counter()
@@ -390,7 +390,7 @@ def test_a_long_value_and_a_long_name_are_read_in_no_time(tiny: Tokenizer) -> No
     assert time.perf_counter() - start < 20
 
 
-# Anything
+# Random input
 
 pieces = st.lists(
     st.sampled_from(
@@ -407,17 +407,17 @@ pieces = st.lists(
 
 @settings(deadline=None, max_examples=200)
 @given(pieces=pieces, think=st.booleans(), cuts=st.lists(st.integers(0, 300), max_size=5))
-def test_any_text_however_cut(pieces: list[str], think: bool, cuts: list[int]) -> None:
+def test_any_text_split_anywhere(pieces: list[str], think: bool, cuts: list[int]) -> None:
     text = "".join(pieces) + E
     read = Read(text, think)
     bounds = sorted({0, *(min(cut, len(text)) for cut in cuts), len(text)})
     parser = StreamParser(think, tools=TOOLS)
     events = [event for i, j in pairwise(bounds) for event in parser.feed(text[i:j])]
     assert joined([*events, *parser.finish()]) == joined(read.events)
-    if read.calls and not read.errors:  # then nothing but white space follows the last block
+    if read.calls and not read.errors:  # then only white space follows the last block
         end = max(text.rindex("invoke"), text.rfind("tool_calls>"), text.rfind("function_calls>"))
         rest = text[end:].partition(">")[2]
-        rest = re.sub(rf"</?think>|</(?:{D})*[a-z_]*>?|{D}", "", rest.removesuffix(E))  # closing tags too many
+        rest = re.sub(rf"</?think>|</(?:{D})*[a-z_]*>?|{D}", "", rest.removesuffix(E))  # surplus closing tags
         assert not rest.strip("<\n ")
     in_answer = think and "</think>" not in text
     assert not in_answer or read.content == ""
@@ -428,7 +428,7 @@ def test_any_text_however_cut(pieces: list[str], think: bool, cuts: list[int]) -
     thought=st.lists(st.sampled_from(["x", block(PAY), PAY, f"<{D}tool_calls>\n", f'<{D}invoke name="pay">', "\n"])),
     answer=st.sampled_from(["No.", "No.\n", "No <b>."]),
 )
-def test_no_thought_makes_a_call_when_the_answer_is_text(thought: list[str], answer: str) -> None:
+def test_a_thought_makes_no_call_if_the_answer_is_text(thought: list[str], answer: str) -> None:
     read = Read(f"{''.join(thought)}</think>{answer}{E}")
     assert (read.calls, read.errors, read.content) == ([], [], answer)
     assert not any(isinstance(event, CallReady | CallOpened | CallMalformed) for event in read.events)

@@ -1,4 +1,4 @@
-"""Tokenizer: DeepSeek's ids, text that stays text, decoding that never breaks."""
+"""Tokenizer: DeepSeek's ids, text that never becomes a control token, robust decoding."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_added_token_typed_as_text_stays_text(tokenizer: Tokenizer) -> Non
 
 @settings(deadline=None)
 @given(text=texts)
-def test_text_never_becomes_control_and_comes_back(v4: Tokenizer, tiny: Tokenizer, text: str) -> None:
+def test_text_never_becomes_control_and_round_trips(v4: Tokenizer, tiny: Tokenizer, text: str) -> None:
     for tokenizer in (v4, tiny):
         ids = tokenizer.encode_text(text)
         assert not set(tokenizer.control_ids.values()) & set(ids)
@@ -78,14 +78,14 @@ def test_text_never_becomes_control_and_comes_back(v4: Tokenizer, tiny: Tokenize
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_the_stream_joins_to_what_decode_gives(v4: Tokenizer, tiny: Tokenizer, data: st.DataObject) -> None:
+def test_the_stream_joins_to_the_result_of_decode(v4: Tokenizer, tiny: Tokenizer, data: st.DataObject) -> None:
     for tokenizer in (v4, tiny):
         ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
         stream = tokenizer.stream()
         assert "".join([stream.feed(token_id) for token_id in ids] + [stream.finish()]) == tokenizer.decode(ids)
 
 
-def test_the_stream_never_shows_half_a_character(tiny: Tokenizer) -> None:
+def test_the_stream_gives_whole_characters_only(tiny: Tokenizer) -> None:
     ids = tiny.encode_text("💡é")
     stream = tiny.stream()
     assert len(ids) > 2
@@ -119,7 +119,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         Tokenizer.from_dir(tmp_path)
 
 
-def test_unfit_vocabularies_are_refused(tiny_json: str) -> None:
+def test_unusable_vocabularies_are_refused(tiny_json: str) -> None:
     def without(change: Any) -> str:
         data = json.loads(tiny_json)
         change(data)
