@@ -2,7 +2,7 @@
 
 The model thread repeats three steps: it runs the queued commands, computes one forward for all admitted generations,
 and hands the new tokens to their consumers. Sessions join and leave between any two forwards. A generation runs at most
-one forward ahead of its consumer, so a slow consumer delays nobody, and a token that its consumer never took is
+one forward ahead of its consumer, so a slow consumer delays no other, and a token that its consumer never took is
 discarded.
 
 A generation is admitted, by priority and then in order of arrival, once its session fits into memory beside those
@@ -331,8 +331,7 @@ class AsyncEngine:
 
 
 def _call_soon() -> Callable[..., object]:
-    """Return the call_soon function of asyncio or trio for other threads; `anyio.from_thread` would wait for the
-    result."""
+    """Return the thread-safe call_soon of asyncio or trio; `anyio.from_thread` would wait for the result."""
     loop: Any = current_token().native_token
     soon: Callable[..., object] = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
     return soon

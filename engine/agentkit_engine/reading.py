@@ -61,8 +61,7 @@ class Reader:
         return self._filter.stopped
 
     def read(self, token: SampledToken, *, last: bool) -> SampledToken:
-        """Return the token with its text. The `last` token includes the text held back; a stop id has no text of its
-        own."""
+        """Return the token with its text. The `last` token includes the text held back; a stop id adds no text."""
         if self._stream is None:
             return token
         text = "" if token.id in self._stop_ids else self._filter.feed(self._stream.feed(token.id))

@@ -177,7 +177,7 @@ class Session(SessionIds):
     def checkpoint(self) -> None:
         """Keep the state at this length, once it is computed, for other sessions with the same prefix.
 
-        Ends of prompts and closed sessions are kept without being asked. Call this for a prefix that many sessions
+        Ends of prompts and closed sessions are kept automatically. Call this for a prefix that many sessions
         share, such as an agent's system prompt and tools.
         """
         self._check_open()

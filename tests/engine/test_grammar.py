@@ -74,7 +74,7 @@ CLOSERS = (frozenset([MARKER, EOS]), starting_with(b"</"), starting_with(b'"', b
 
 
 def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN, longest: int = 4000) -> list[int]:
-    """Return a turn of random allowed ids without forced ids, biased towards ids that close something."""
+    """Return a turn of random allowed ids, drawn one at a time and biased towards ids that close something."""
     draw, matcher, ids = random.Random(seed), grammar.matcher(), list(turn)
     while ids[-1] != EOS:
         matcher.follow(ids)
@@ -544,8 +544,7 @@ def params(engine: Engine, seed: int) -> SamplingParams:
 @pytest.mark.anyio
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_random_model_makes_valid_calls(engine: Engine, seed: int) -> None:
-    """Calls are the same alone, with drafts, on the model thread, and one token at a time; forced ids cost no
-    forward."""
+    """Calls are the same with drafts, on the model thread and one token at a time; forced ids cost no forward."""
     runs = []
     for speculate in (False, True):
         engine.batcher.cache.clear()

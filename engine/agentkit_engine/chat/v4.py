@@ -145,8 +145,8 @@ def encode_ids(
 ) -> list[int]:
     """Return the ids to feed a model for a conversation: `encode` made safe, and tokenised piece by piece.
 
-    Text of users and tools stays text, whatever it spells. A `</tool_result>` in a tool's output, which would close the
-    result early, becomes `&lt;/tool_result>`; the reference text keeps it unchanged.
+    Text of users and tools stays text, even if it spells a control token. A `</tool_result>` in a tool's output, which
+    would close the result early, becomes `&lt;/tool_result>`; the reference text keeps it unchanged.
 
     Args:
         think: Whether the next turn thinks, independent of `effort` (which selects the effort text and the treatment of
