@@ -95,7 +95,7 @@ def test_a_file_longer_than_its_size_says_is_cut_off() -> None:
         (b"[" + b"0," * 600_000 + b"0]", "more than 500,000 values"),
         (b'{"a": 1, "a": 2}', "key 'a' twice in one object"),
         (b"[NaN]", "NaN is not a JSON number"),
-        (b"[-Infinity]", "-Infinity is not a number"),
+        (b"[-Infinity]", "-Infinity is not a JSON number"),
         (b"[1e999]", "number 1e999 is out of range"),
         (b"[" + b"9" * 5000 + b"]", "limit"),
         (b'"\xff"', "utf-8"),
