@@ -96,7 +96,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Raises TypeError: `engine` is no `Engine`."""
+        """Raises TypeError if `engine` is not an `Engine`."""
         if not isinstance(engine, Engine):
             raise TypeError(f"AsyncEngine(engine) takes an Engine, got {engine!r}; load one with Engine.load(...)")
         self.engine = engine

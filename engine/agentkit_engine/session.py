@@ -42,7 +42,7 @@ def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
     if isinstance(token_ids, str | bytes):
         raise TypeError(f"token ids must be whole numbers, got text: {token_ids[:40]!r}; encode it with a tokenizer")
     ids = list(token_ids)
-    if set(map(type, ids)) - {int}:  # numbers of other libraries are welcome, fractions and truth values are not
+    if set(map(type, ids)) - {int}:  # integers of other libraries are accepted; fractions and bools are not
         for token_id in ids:
             if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
                 raise TypeError(f"token ids must be whole numbers, got {token_id!r}")
@@ -54,7 +54,7 @@ def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
 
 
 def check_count(n: int) -> None:
-    """Refuse a number of forks that is not a whole number of at least 0.
+    """Check the number of forks: an int of at least 0.
 
     Raises:
         TypeError, ValueError: it is no whole number, or negative.
