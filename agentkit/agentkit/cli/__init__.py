@@ -1,7 +1,8 @@
-"""The `agentkit` command: each module holds one command, which parses, builds objects and calls one function.
+"""The `agentkit` command. Each module holds one command that parses its arguments, builds objects and calls one
+function.
 
-Signal handlers are installed before anything else is imported. No command's module imports anything heavy at its top,
-so `agentkit --help` starts without torch.
+Signal handlers are installed before any other import. Command modules import nothing heavy at module level, so
+`agentkit --help` starts without torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ else:
 
 
 def main() -> None:
-    """The entry point of the `agentkit` script."""
+    """Run the `agentkit` script."""
     signals.install()
     from agentkit.cli.commands import app
     from agentkit.cli.ending import leave

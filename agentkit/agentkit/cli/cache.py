@@ -1,4 +1,4 @@
-"""`agentkit cache info DIR` and `agentkit cache prune DIR --bytes N`: look after the folder of `--cache-dir`."""
+"""`agentkit cache info DIR` and `agentkit cache prune DIR --bytes N`: inspect and shrink a `--cache-dir` folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FolderArgument = Annotated[
 
 
 def info(folder: FolderArgument, as_json: JsonFlag = False) -> ExitCode:
-    """Say what a cache folder holds, by model. Reads and checks every byte, so a large folder takes a while."""
+    """List the contents of a cache folder by model. Reads and checks every byte, so a large folder takes a while."""
     from agentkit_engine.runtime.disk_cache import survey
 
     models = survey(_existing(folder))
@@ -45,7 +45,7 @@ def prune(
     ],
     as_json: JsonFlag = False,
 ) -> ExitCode:
-    """Remove what was unused for longest, whole segments at a time, until no more than `--bytes` is left."""
+    """Remove the least recently used segments until at most `--bytes` remain."""
     from agentkit_engine.runtime import disk_cache
 
     removed, left = disk_cache.prune(_existing(folder), budget_bytes)

@@ -1,4 +1,4 @@
-"""`agentkit chat`: talk with an agent that has tools and a sandbox, turn by turn."""
+"""`agentkit chat`: talk to an agent that has tools and a sandbox."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HELP = """\
 /quit       leave, as Ctrl-D does
 Ctrl-C stops the turn. An arrow key brings back what you said before."""
 SHOWN_LINES = 12
-"""Lines of a tool's result that the terminal shows; the record keeps all."""
+"""Lines of a tool result shown on the terminal; the trajectory keeps all of them."""
 
 
 def command(
@@ -76,9 +76,9 @@ def command(
     cache_dir: CacheFlag = None,
     no_api: NoApiFlag = None,
 ) -> ExitCode:
-    """Talk with an agent. It has the built-in tools, in a sandbox that lasts for the conversation.
+    """Talk to an agent that has the built-in tools, in one sandbox for the whole conversation.
 
-    Ctrl-C stops the turn, Ctrl-D leaves. Where standard input is no terminal, each line of it is said in turn.
+    Ctrl-C stops the turn, Ctrl-D quits. If standard input is not a terminal, each of its lines is one message.
     """
     from agentkit.agent import Agent
     from agentkit.limits import Limits
@@ -123,10 +123,10 @@ class Chat:
         self._thought: tuple[float, int] | None = None
 
     async def converse(self) -> None:
-        """Read what the user says, and answer, until the end of the input.
+        """Read and answer messages until the end of the input.
 
         Raises:
-            SandboxError, EngineError: the machine failed.
+            SandboxError, EngineError: The sandbox or the engine failed.
         """
         from agentkit.models.embedded import EmbeddedModel
         from agentkit_environments import open_environment
@@ -149,7 +149,7 @@ class Chat:
                         await self._turn(said, environment)
 
     def _read(self) -> str | None:
-        """The next thing the user says; None at the end. This blocks the loop, which has nothing else to do."""
+        """Return the user's next message; None at the end. This blocks the event loop, which has nothing else to do."""
 
         def at_prompt(number: int) -> bool:
             raise KeyboardInterrupt if number == signal.SIGINT else EOFError
@@ -218,9 +218,8 @@ class Chat:
         if scope.cancelled_caught:
             self.terminal.print("\n(stopped)", style="yellow")
             with suppress(OSError):
-                self.history = Trajectory.load(
-                    path
-                )  # the record of a stopped turn is whole, so the next goes on from it
+                # The trajectory of a stopped turn is complete, so the next turn continues it.
+                self.history = Trajectory.load(path)
 
     def _show(self, event: Event) -> None:
         from agentkit.cli.run import say, show
@@ -238,7 +237,7 @@ class Chat:
             case TurnStarted():
                 pass
             case CallFinished() if event.result.final:
-                pass  # the answer, which RunFinished has too
+                pass  # the answer, shown at RunFinished
             case CallFinished():
                 lines = event.result.content.splitlines()
                 more = [f"… {len(lines) - SHOWN_LINES} more lines"] if len(lines) > SHOWN_LINES else []
@@ -263,13 +262,13 @@ class Chat:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """What was said in earlier chats, for the arrow keys; kept for this user alone."""
+    """Load and save the input history of earlier chats in a file readable by this user only."""
     if not sys.stdin.isatty():
         yield
         return
     try:
         import readline
-    except ImportError:  # a Python that was built without it
+    except ImportError:  # Python was built without readline
         yield
         return
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state", "agentkit")

@@ -1,4 +1,4 @@
-"""`agentkit check SUITE`: do the tasks measure what they say?"""
+"""`agentkit check SUITE`: check that the verifiers of tasks can be trusted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agentkit.cli.terminal import visible
 
 
 def command(suite: SuiteArgument, env: EnvFlag = None, as_json: JsonFlag = False) -> ExitCode:
-    """Probe tasks: their solution scores 1, doing nothing 0, a forged reward nothing.
+    """Check that each task scores its solution 1, an untouched environment 0, and rejects a forged reward.
 
-    Every file of a folder is read, and every problem is reported. Exits with 1 when a task is not sound, with 2 when a
-    file cannot be read as a task.
+    Reads every task file of a folder and reports every problem. Exits with 1 if a task is not sound, with 2 if a file
+    cannot be read as a task.
     """
     from agentkit.errors import AgentkitError, TaskFileError
     from agentkit_environments import SandboxUnavailableError

@@ -1,4 +1,4 @@
-"""The application: which commands there are, and how each ends."""
+"""The Typer application with all commands."""
 
 from __future__ import annotations
 

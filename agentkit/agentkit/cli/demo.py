@@ -1,4 +1,4 @@
-"""`agentkit demo`: the tiny model solves generated tasks that it never saw, in real sandboxes, while you watch."""
+"""`agentkit demo`: the tiny model solves generated tasks not seen in training, in real sandboxes, live."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from agentkit_evals.verify import Backend
 
 SHOWN_FIRST = ("bugfix", "config", "rename")
-"""Families whose agents run commands and change files, so that one trajectory shows all there is to see."""
+"""Preferred families for the live task: their agents run commands and change files, so one trajectory shows
+everything."""
 
 
 def command(
@@ -57,9 +58,9 @@ def command(
     as_json: JsonFlag = False,
     no_api: NoApiFlag = None,
 ) -> int:
-    """Let the tiny model solve held-out tasks of every family in sandboxes, the first one live.
+    """Run the tiny model on held-out tasks of every family in sandboxes, and show the first one live.
 
-    The last line is `solved N/M`.
+    The last line of output is `solved N/M`.
     """
     from agentkit.cli import evaluation
     from agentkit.cli.progress import result_table
@@ -109,12 +110,12 @@ def _first(suite: Suite) -> Case:
 def show_one(
     case: Case, embedded: EmbeddedModel, *, seed: int, sampling: dict[str, Any], backend: Backend, console: Console
 ) -> None:
-    """Run one task with everything shown: the task, thoughts, calls, results, the diff and the verdict.
+    """Run one task and print the task, thoughts, calls, results, diff and verdict.
 
-    It samples with the seed of the same trial in the evaluation, so that this is the trajectory of its report.
+    Uses the seed of the same trial in the evaluation, so this is also the trajectory in its report.
 
     Raises:
-        SandboxError, TaskSetupError, VerifierError, EngineError: as `Job.run`.
+        SandboxError, TaskSetupError, VerifierError, EngineError: See `Job.run`.
     """
     from agentkit.cli.run import Job, print_diff, print_end, say
     from agentkit_evals.run import agent_for, trial_seed

@@ -1,4 +1,4 @@
-"""`agentkit doctor`: what this machine can do, and what is in the way."""
+"""`agentkit doctor`: report what works on this machine and what is missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def command(
     reap: Annotated[bool, typer.Option("--reap", help="Also remove sandboxes that dead runs left behind.")] = False,
     as_json: JsonFlag = False,
 ) -> ExitCode:
-    """Say what this machine can do: sandboxes, kernels, libraries, models. Exits with 3 without a sandbox."""
+    """Report which sandboxes, kernels, libraries and models work here. Exits with 3 if no sandbox does."""
     import agentkit_environments
     from agentkit_environments.process import LAUNCHERS, launcher_failure
     from agentkit_evals.record import agentkit_version
@@ -67,7 +67,7 @@ def _torch() -> dict[str, Any] | None:
 
 
 def _kernels() -> str:
-    """What a forward on the CPU uses: "compiled", "not compiled yet", or why there are no kernels."""
+    """Return the state of the CPU kernels: "compiled", "not compiled yet", or the reason they are unavailable."""
     try:
         from agentkit_kernels.compiled import is_compiled
     except ImportError as exc:
@@ -83,7 +83,7 @@ def _version(package: str) -> str | None:
 
 
 def _program(name: str) -> str | None:
-    """The first line of `name --version`; None where there is no such program."""
+    """Return the first line of `name --version`; None if the program is not installed."""
     if shutil.which(name) is None:
         return None
     try:
@@ -94,7 +94,8 @@ def _program(name: str) -> str | None:
 
 
 def _cgroup() -> str | None:
-    """Which cgroup hierarchy bounds memory here, and whether this user may write to it; None where there is none."""
+    """Return the cgroup version that limits memory here and whether this user can write to it; None if there is
+    none."""
     for name, folder in (("v2", CGROUPS), ("v1", CGROUPS / "memory")):
         if (folder / ("cgroup.controllers" if name == "v2" else "memory.limit_in_bytes")).is_file():
             return f"{name}, {'writable' if os.access(folder, os.W_OK) else 'read-only'}"
@@ -102,7 +103,7 @@ def _cgroup() -> str | None:
 
 
 def _missing(model: str) -> str | None:
-    """What a packaged model lacks; None where it is whole."""
+    """Return the missing files of a packaged model; None if it is complete."""
     engine = importlib.util.find_spec("agentkit_engine")
     places = engine.submodule_search_locations if engine else None
     for place in places or ():

@@ -1,11 +1,11 @@
-"""How a command ends: an exit code that means the same everywhere, and an error a person can act on.
+"""Command endings: exit codes with one meaning for all commands, and error messages instead of tracebacks.
 
-0   it ran; `run` has an answer, with reward 1 where the task has a verifier; `eval` met --threshold if one was given
-1   `run`: no answer, an answer that does not fit the schema, a limit, or a reward below 1; `eval`: below --threshold;
-    `check`: a task that is not sound
-2   usage: a flag, a file, a model or a family that is wrong
-3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk that failed
-130 Ctrl-C; 143 SIGTERM; 141 standard output was closed by its reader
+0   success; `run` produced an answer, with reward 1 if the task has a verifier; `eval` met --threshold, if given
+1   `run`: no answer, an answer that does not match the schema, a limit, or a reward below 1; `eval`: below
+    --threshold; `check`: an unsound task
+2   usage: a wrong flag, file, model or family
+3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure
+130 Ctrl-C; 143 SIGTERM; 141 the reader of standard output closed the pipe
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
-    """See the module's docstring."""
+    """Exit codes of all commands; the module docstring explains them."""
 
     OK = 0
     UNSOLVED = 1
@@ -46,9 +46,9 @@ EXIT_CODES = (
 
 
 def ends_well(command: Callable[P, int | None]) -> Callable[P, None]:
-    """Wrap a command: what it returns, or what it raises, becomes the exit code; an error of ours is one message.
+    """Wrap a command: map its return value or exception to an exit code, and print expected errors as one message.
 
-    An exception that is nobody's on purpose is a defect, and keeps its traceback.
+    An unexpected exception is a defect and keeps its traceback.
     """
 
     @functools.wraps(command)
@@ -60,7 +60,7 @@ def ends_well(command: Callable[P, int | None]) -> Callable[P, None]:
             typer.echo(signals.words(), err=True)
             code = signals.status()
         except typer.BadParameter as exc:
-            exc.message = visible(exc.message)  # it may quote a file
+            exc.message = visible(exc.message)  # may quote a file
             raise
         except Exception as exc:
             from agentkit.errors import first_cause
@@ -83,17 +83,17 @@ def ends_well(command: Callable[P, int | None]) -> Callable[P, None]:
 
 
 def run(function: Callable[[], Awaitable[T]]) -> T:
-    """`anyio.run`, cancelled by the first Ctrl-C or SIGTERM.
+    """Run `function` with `anyio.run`; the first Ctrl-C or SIGTERM cancels it.
 
     Raises:
-        KeyboardInterrupt: a signal came, and what ran has ended.
+        KeyboardInterrupt: A signal was received and the function has ended.
     """
     result: list[T] = []
 
     async def cancellable() -> None:
         loop = asyncio.get_running_loop()
         with anyio.CancelScope() as scope:
-            # A signal handler may call into a running loop in no other way.
+            # The only safe way to call into a running loop from a signal handler.
             signals.cancel_with(lambda: loop.call_soon_threadsafe(scope.cancel))
             try:
                 result.append(await function())
@@ -107,7 +107,7 @@ def run(function: Callable[[], Awaitable[T]]) -> T:
 
 
 def leave(code: object) -> NoReturn:
-    """End the process with this status: standard output is flushed, and a late signal no longer changes anything."""
+    """Flush standard output and end the process with this status. Signals are ignored from here on."""
     signals.ignore()
     status = code if isinstance(code, int) else int(code is not None)
     try:
@@ -120,11 +120,12 @@ def leave(code: object) -> NoReturn:
     else:
         if signals.received() is None:
             sys.exit(status)
-    os._exit(status)  # the interpreter would flush again and complain; after a signal a library's thread might hang
+    # a normal exit would flush again and print an error; after a signal, a library's thread might hang
+    os._exit(status)
 
 
 def code_of(exc: BaseException) -> ExitCode | None:
-    """The exit code of an error that is raised on purpose; None for a defect."""
+    """Return the exit code of an expected error; None for a defect."""
     from agentkit.errors import AgentkitError, TaskFileError, TrajectoryCorruptError, TrajectoryFormatError
     from agentkit_environments import SandboxError
     from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError
@@ -134,9 +135,11 @@ def code_of(exc: BaseException) -> ExitCode | None:
     if isinstance(exc, SandboxError | EvalError | AgentkitError | OSError):
         return ExitCode.INFRASTRUCTURE
     chat = sys.modules.get("agentkit_engine.chat.errors")
-    if chat and isinstance(exc, chat.ChatError):  # an effort that the model's dialect does not have, for one
+    # for example a reasoning effort that the model's dialect does not have
+    if chat and isinstance(exc, chat.ChatError):
         return ExitCode.USAGE
-    engine = sys.modules.get("agentkit_engine.errors")  # what never was imported, for it imports torch, raised nothing
+    # importing it would import torch; if it was never imported, it raised nothing
+    engine = sys.modules.get("agentkit_engine.errors")
     if engine and isinstance(exc, engine.ModelNotFoundError | engine.CheckpointError | engine.TokenizerMissingError):
         return ExitCode.USAGE
     if engine and isinstance(exc, engine.DeviceUnavailableError | engine.CacheFolderError):

@@ -1,4 +1,4 @@
-"""`agentkit eval SUITE`: run a suite of tasks and say what it scored."""
+"""`agentkit eval SUITE`: run a suite of tasks and report its scores."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def command(
     as_json: JsonFlag = False,
     no_api: NoApiFlag = None,
 ) -> int:
-    """Run a suite of tasks, each in a sandbox of its own, and write a report.
+    """Run a suite of tasks, each in its own sandbox, and write a report.
 
-    Exits with 0 when it ran (and met --threshold), 1 below --threshold, 3 when a trial could not be scored.
+    Exits with 0 after the run (if --threshold is met), 1 below --threshold, 3 if a trial could not be scored.
     """
     from agentkit.cli import evaluation
     from agentkit.cli.progress import result_table

@@ -1,4 +1,4 @@
-"""What `eval` and `demo` share: one model, one suite, one run directory, a report whatever happens."""
+"""The part shared by `eval` and `demo`: run one model on one suite into one run directory, and write the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """A run that ended, by itself or by Ctrl-C, and its report."""
+    """A completed or interrupted run and its report."""
 
     run: RunDirectory
     report: Path
@@ -41,15 +41,15 @@ def evaluate(
     sampling: dict[str, Any],
     console: Console,
 ) -> Finished:
-    """Run a suite on an embedded model with live progress on `console`, and write the report, after Ctrl-C too.
+    """Run a suite on an embedded model with live progress on `console`, and write the report, even after Ctrl-C.
 
-    `sampling` has what differs from the model's own sampling.
+    `sampling` holds the overrides of the model's own sampling parameters.
 
     Raises:
-        EngineError: a grammar is asked for and cannot be built.
-        SandboxUnavailableError: the first task's sandbox cannot be opened, so the machine lacks what the suite needs.
-        RunDirectoryError: the directory exists already.
-        KeyboardInterrupt: a signal came before the run began.
+        EngineError: A grammar was requested and cannot be built.
+        SandboxUnavailableError: The first task's sandbox cannot be opened, so the suite cannot run on this machine.
+        RunDirectoryError: The directory already exists.
+        KeyboardInterrupt: A signal was received before the run began.
     """
     from agentkit_environments import open_environment
     from agentkit_evals.record import RunDirectory
@@ -101,7 +101,8 @@ def evaluate(
 
 
 def ending(finished: Finished, threshold: float | None = None) -> int:
-    """The exit code of a run: interrupted, not all scored, below the threshold, or fine, in this order."""
+    """Return the exit code of a run; the first that applies of interrupted, not fully scored, below the threshold,
+    success."""
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 
@@ -115,7 +116,7 @@ def ending(finished: Finished, threshold: float | None = None) -> int:
 
 
 def as_json(finished: Finished) -> dict[str, Any]:
-    """The result of a run for machines: scores, per family and in all, and where everything is."""
+    """Return the result of a run as JSON data: scores per family and overall, failures, usage and paths."""
     from agentkit_evals.statistics import estimate, pass_at_k, pass_hat_k
 
     ran, k = finished.run, finished.run.lock.epochs
@@ -131,7 +132,7 @@ def as_json(finished: Finished) -> dict[str, Any]:
             "trials": len(trials),
             "mean": mean and mean.mean,
             "stderr": mean and mean.stderr,
-            # A number only where it is of every planned task: those that are left are no fair sample.
+            # None unless every planned task has k scored epochs: the remaining tasks would be a biased sample.
             f"pass@{k}": at.value if at and at.complete else None,
             f"pass^{k}": hat.value if hat and hat.complete else None,
             "tasks": len(by_task),

@@ -1,4 +1,4 @@
-"""The model of a command: loaded where `--device` says, with its kernels compiled before anything is timed."""
+"""Load a command's model on `--device` and compile its kernels before any timing starts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 def load_model(name: str, *, device: str | None, cache_dir: Path | None) -> EmbeddedModel:
-    """The model of `--model` on `--device`, ready to compute; compiling its kernels, once per machine, is logged.
+    """Load the model given by `--model` on `--device` and warm it up. Kernels are compiled, and logged, once per
+    machine.
 
-    Nothing async runs yet, so Ctrl-C ends the process at once, in the middle of the compiler too.
+    No event loop is running yet, so Ctrl-C ends the process at once, even inside the compiler.
 
     Raises:
-        EngineError: it cannot be loaded.
-        BadParameter: there is no such kind of device.
+        EngineError: The model cannot be loaded.
+        BadParameter: The device does not exist.
     """
     from agentkit.models.embedded import EmbeddedModel
     from agentkit_engine import Engine

@@ -1,4 +1,4 @@
-"""Flags that several commands share, and where runs go."""
+"""Options shared by several commands, and the location of run directories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import typer
 
 
 class Env(StrEnum):
-    """Where tasks run; the same names as `agentkit_environments.open_environment` takes."""
+    """Sandbox backends, named as in `agentkit_environments.open_environment`."""
 
     AUTO = "auto"
     DOCKER = "docker"
@@ -26,7 +26,7 @@ class Env(StrEnum):
 
 
 class GrammarChoice(StrEnum):
-    """When calls are held to the schemas of their tools."""
+    """When a grammar constrains calls to the schemas of their tools."""
 
     AUTO = "auto"
     ON = "on"
@@ -36,11 +36,11 @@ class GrammarChoice(StrEnum):
 API_NAMES = re.compile(
     r"(gpt|chatgpt|o\d|claude|gemini|mistral|grok|command|deepseek-(chat|reasoner|coder|v\d))\b.*", re.I
 )
-"""Models that a person may expect to be reached through an API."""
+"""Model names that suggest an API."""
 
 
 def _model(name: str) -> str:
-    """Check a model's name before anything heavy is imported. Raises BadParameter with what exists instead."""
+    """Check a model's name before any heavy import. Raises BadParameter with the available models."""
     packaged = packaged_models()
     if name in packaged or Path(name).is_dir():
         return name
@@ -65,14 +65,14 @@ def _model(name: str) -> str:
 
 
 def packaged_models() -> list[str]:
-    """The names of the models that come with agentkit, without importing the engine (and torch with it)."""
+    """Return the names of the packaged models without importing the engine (and torch with it)."""
     engine = find_spec("agentkit_engine")
     places = engine.submodule_search_locations if engine else None
     return sorted(config.parent.name for place in places or () for config in Path(place).glob("*/config.json"))
 
 
 def no_such_option(*names: str, instead: str) -> Any:
-    """A hidden option that people try and that does not exist: it says what does."""
+    """Return a hidden option that fails with a hint. For options that people expect but that do not exist."""
 
     def refuse(value: str | None) -> None:
         if value is not None:
@@ -103,7 +103,7 @@ SeedFlag = Annotated[
 
 
 def finite(value: float | None) -> float | None:
-    """A number of an option. Raises BadParameter for `nan` and `inf`, which pass bounds."""
+    """Return an option's number. Raises BadParameter for `nan` and `inf`, which bounds do not catch."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number")
     return value
@@ -177,7 +177,7 @@ OutFlag = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class SamplingFlags:
-    """The sampling flags of a command; None leaves a field as the model's folder says."""
+    """The sampling options of a command; None keeps the model's default."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -188,7 +188,7 @@ class SamplingFlags:
 
     @classmethod
     def of(cls, grammar: GrammarChoice | None, no_grammar: bool, **given: Any) -> SamplingFlags:
-        """The flags as given. Raises BadParameter for two that contradict each other."""
+        """Collect the given options. Raises BadParameter if two contradict each other."""
         if no_grammar and grammar not in (None, GrammarChoice.OFF):
             raise typer.BadParameter(
                 "--no-grammar and --grammar contradict each other; give one", param_hint="--grammar"
@@ -199,12 +199,12 @@ class SamplingFlags:
         return cls(grammar=False if no_grammar else modes[grammar], **given)
 
     def changes(self) -> dict[str, Any]:
-        """What was given, as keywords of `SamplingParams.override`."""
+        """Return the given options as keyword arguments of `SamplingParams.override`."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def foreign_tasks(path: Path) -> str | None:
-    """What to say of a file or folder of tasks in another project's format; None for anything else."""
+    """Return a hint if a file or folder holds tasks in another project's format; otherwise None."""
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".toml" or any(folder.glob("task.toml")) or any(folder.glob("*/task.toml")):
         kind = "a Harbor task (task.toml)"
@@ -218,7 +218,7 @@ def foreign_tasks(path: Path) -> str | None:
 
 
 def refuse_foreign_suite(suite: str) -> None:
-    """Raise BadParameter for a folder or file of tasks in another project's format, with what to do."""
+    """Raise BadParameter with a remedy if a file or folder holds tasks in another project's format."""
     path = Path(suite)
     ours = path.is_dir() and (any(path.rglob("*.yaml")) or any(path.rglob("*.yml")))
     if path.exists() and not ours and (hint := foreign_tasks(path)):
@@ -226,19 +226,19 @@ def refuse_foreign_suite(suite: str) -> None:
 
 
 def is_solved(reward: float) -> bool:
-    """Whether a reward is the full one."""
+    """Return whether a reward is the full reward."""
     from agentkit_evals.statistics import SOLVED
 
     return reward >= SOLVED
 
 
 def seed_or_random(seed: int | None) -> int:
-    """The seed that was given, or a fresh one, so that the record can name it."""
+    """Return the given seed, or a random one that the run can record."""
     return secrets.randbelow(2**31) if seed is None else seed
 
 
 def run_directory(out: Path | None, name: str) -> Path:
-    """`out`, or a name of its own below `runs`, in AGENTKIT_HOME when that is set, else here."""
+    """Return `out`, or a new path in `runs`, which is in AGENTKIT_HOME if set, otherwise in the current folder."""
     if out is not None:
         return out
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")

@@ -1,4 +1,4 @@
-"""What an evaluation looks like while it runs, and the table at its end."""
+"""Live progress of an evaluation, and the result table at its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ MARKS = {
 
 
 class LiveProgress:
-    """A listener for `EvalRun`: one line per finished trial, and on a terminal a bar and what runs right now."""
+    """A listener for `EvalRun` that prints one line per finished trial and, on a terminal, a progress bar and the
+    running trials."""
 
     def __init__(self, console: Console, total: int, tasks: Mapping[str, Task]) -> None:
         self.console = console
@@ -96,7 +97,7 @@ class LiveProgress:
 
 
 def result_table(run: RunDirectory) -> Table:
-    """Scores per family, and of all."""
+    """Return a table of scores per family and overall."""
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 

@@ -1,4 +1,4 @@
-"""`agentkit run`: one agent on one task file, or on what you say, in your own folder if you like."""
+"""`agentkit run`: run an agent on a task file or an instruction, optionally on a copy of your own folder."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def command(
     as_json: JsonFlag = False,
     no_api: NoApiFlag = None,
 ) -> ExitCode:
-    """Run an agent on a task file, or on what you say.
+    """Run an agent on a task file or on an instruction in words.
 
-    Exits with 0 when it is solved: there is an answer, and reward 1 where the task has a verifier. Exits with 1 after
-    no answer, an answer that does not fit --output-schema, a limit, or a reward below 1, and says which.
+    Exits with 0 if solved: the agent gave an answer, and reward 1 if the task has a verifier. Exits with 1 on no
+    answer, an answer that does not match --output-schema, a limit, or a reward below 1, and prints the reason.
     """
     from agentkit.task import Task, load_task
     from agentkit_evals.run import agent_for
@@ -123,7 +123,7 @@ def command(
 
 
 def _names_task_file(what: str) -> bool:
-    """Whether `what` is meant as a path, and not as an instruction. Raises BadParameter for one of no task file."""
+    """Return whether `what` is a task file rather than an instruction. Raises BadParameter for any other path."""
     if not what.strip():
         raise typer.BadParameter("it is empty: name a task file, or say what to do, in words", param_hint="TASK")
     if "\0" in what or any("\ud800" <= letter <= "\udfff" for letter in what):
@@ -140,7 +140,7 @@ def _names_task_file(what: str) -> bool:
 
 
 def _read_schema(path: Path) -> dict[str, Any]:
-    """The JSON schema in a file. Raises BadParameter for what is none."""
+    """Read a JSON schema from a file. Raises BadParameter if the file holds none."""
     from agentkit.output import check_output_schema
     from agentkit_engine.untrusted import parse_json, read_regular
 
@@ -156,25 +156,25 @@ def _read_schema(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a job gives back.
+    """The result of a job.
 
     Attributes:
-        result: the run.
-        backend: where it was.
-        changes: what it changed of the user's folder or, without one, of the task's files.
-        verdict: its score, if the task has a verifier.
+        result: The agent's run.
+        backend: The sandbox backend it ran in.
+        changes: Changes to the user's folder or, without one, to the task's files.
+        verdict: The score, if the task has a verifier.
     """
 
     result: RunResult
     backend: str
     changes: list[Change]
     left_out: list[str]
-    """A line for each entry of the folder that did not travel, there or back."""
+    """One line for each entry of the folder that was not copied in or out."""
     verdict: Verdict | None
 
     @property
     def failure(self) -> str | None:
-        """Why the job is not solved, in a few words; None when it is."""
+        """The reason the job is not solved, in a few words; None if it is solved."""
         match self.result.status:
             case "limit":
                 return f"the limit {self.result.limit} was reached"
@@ -189,7 +189,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run, from an open sandbox to what it left."""
+    """One agent run, from opening the sandbox to scoring."""
 
     task: Task
     agent: Agent
@@ -199,10 +199,10 @@ class Job:
     console: Console
 
     async def run(self) -> Done:
-        """Copy the user's folder in, run the agent with everything it does on the console, and see what changed.
+        """Copy the user's folder in, run the agent with live output on the console, and collect the changes.
 
         Raises:
-            SandboxError, TaskSetupError, VerifierError, EngineError: the machine or the task failed.
+            SandboxError, TaskSetupError, VerifierError, EngineError: The machine or the task failed.
         """
         from agentkit.cli import workdir as folder
         from agentkit_environments import open_environment
@@ -215,7 +215,8 @@ class Job:
         async with await open_environment(spec, backend=where) as environment:
             await environment.import_dir(spec.workdir, folder.pack(mine))
             await self.task.prepare(environment)
-            # A user sees all that differs from the own folder; without one, what the agent changed.
+            # With --workdir the diff is against the user's folder and includes the task's setup.
+            # Otherwise it starts after the setup.
             before = mine if self.workdir else folder.unpack((await environment.export_dir(spec.workdir)).data)
             result = await self._run_in(environment)
             try:
@@ -253,10 +254,10 @@ class Job:
 
 
 def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
-    """Run the job, say how it ended, and change the user's folder when that is accepted: by `apply`, or when asked.
+    """Run the job, print how it ended, and apply the changes to the user's folder with `apply` or after confirmation.
 
     Raises:
-        SandboxError, TaskSetupError, VerifierError, EngineError: as `Job.run`.
+        SandboxError, TaskSetupError, VerifierError, EngineError: See `Job.run`.
     """
     from agentkit.cli.workdir import apply as apply_changes
 
@@ -282,14 +283,14 @@ def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
 
 
 def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
-    """Print text that a model, a tool or a task wrote: no markup, no control characters."""
+    """Print text written by a model, a tool or a task, without markup or control characters."""
     from rich.text import Text
 
     console.print(Text(visible(text), style), end=end, soft_wrap=True)
 
 
 def show(console: Console, event: Event) -> None:
-    """Print an event of a run as it happens."""
+    """Print one event of a run."""
     from agentkit.events import CallFinished, CallStarted, LimitReached, TurnStarted
     from agentkit.model import ReasoningDelta, TextDelta
 
@@ -309,7 +310,7 @@ def show(console: Console, event: Event) -> None:
 
 
 def print_diff(console: Console, changes: list[Change]) -> None:
-    """Show changes as a unified diff."""
+    """Print changes as a unified diff."""
     if changes:
         console.print()
     for change in changes:
@@ -318,7 +319,7 @@ def print_diff(console: Console, changes: list[Change]) -> None:
 
 
 def print_end(console: Console, task: Task, done: Done) -> None:
-    """Show the answer, the reward, why it is below 1, and what the run used."""
+    """Print the answer, the reward, the reason if it is below 1, and the usage of the run."""
     from agentkit_evals.expected import why_not
 
     usage = done.result.usage

@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM end a command with one line and with status 128 + the signal's number, whenever they come.
+"""Ctrl-C and SIGTERM end a command at any time with one line and status 128 + the signal number.
 
-At first a signal ends the process on the spot. Nothing is open that early, and a KeyboardInterrupt in the middle of an
-import would end in a traceback or, inside a C++ library, in an abort. Inside `ending.run` the first signal cancels what
-runs, so that sandboxes are removed and reports are written; a second one ends the process on the spot after all.
+During start-up a signal ends the process at once: nothing needs cleanup yet, and a KeyboardInterrupt in the middle of
+an import would print a traceback or abort inside a C++ library. Inside `ending.run` the first signal cancels the
+running function, so that sandboxes are removed and reports are written; a second one ends the process at once.
 
-A signal that this process was started to ignore (`nohup`, a background job of a script) stays ignored.
+A signal that the process was started to ignore (`nohup`, a background job of a script) stays ignored.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 else:
-    import _signal as signal  # what `signal` wraps in enums; importing those takes 5 ms, in which Ctrl-C is a traceback
+    import _signal as signal  # importing the enums of `signal` takes 5 ms, during which Ctrl-C prints a traceback
 
 WORDS: dict[int, str] = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated.", signal.SIGHUP: "Hung up."}
 REPEAT_S = 1.0
-"""Signals that come within this time of the first are the same request: a terminal and `make` may both send one."""
+"""Signals within this many seconds of the first count as the same request: a terminal and `make` may both send one."""
 
 _cancel: Callable[[], object] | None = None
 _answer: Callable[[int], bool] | None = None
@@ -31,41 +31,41 @@ _received: tuple[int, float] | None = None
 
 
 def install() -> None:
-    """Handle the signals from now on."""
+    """Install the handlers."""
     for number in WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
 
 
 def ignore() -> None:
-    """Ignore the signals: the work is done, and only the interpreter has yet to shut down."""
+    """Ignore the signals: the work is done and only interpreter shutdown remains."""
     for number in WORDS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def received() -> int | None:
-    """The signal that was answered by cancelling; None when there was none."""
+    """Return the signal that caused the cancellation; None if there was none."""
     return _received[0] if _received else None
 
 
 def status() -> int:
-    """The exit status that goes with `received`, or with a KeyboardInterrupt from elsewhere."""
+    """Return the exit status for the received signal; that of Ctrl-C for any other KeyboardInterrupt."""
     return 128 + (received() or signal.SIGINT)
 
 
 def words() -> str:
-    """One line for `received`, or for a KeyboardInterrupt from elsewhere."""
+    """Return the line to print for the received signal; that of Ctrl-C for any other KeyboardInterrupt."""
     return WORDS[received() or signal.SIGINT]
 
 
 def cancel_with(cancel: Callable[[], object] | None) -> None:
-    """From now on the first signal calls `cancel`; with None, any signal ends the process on the spot."""
+    """Make the first signal call `cancel`; with None, any signal ends the process at once."""
     global _cancel
     _cancel = cancel
 
 
 def answer_with(answer: Callable[[int], bool] | None) -> None:
-    """From now on ask `answer` about each signal first; what it returns True for has no other effect."""
+    """Call `answer` first for each signal; a signal for which it returns True has no other effect."""
     global _answer
     _answer = answer
 
@@ -87,8 +87,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
     try:
         sys.stdout.flush()
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # a progress display hides the cursor
+            os.write(1, b"\x1b[?25h")  # the progress display hides the cursor
         os.write(2, f"{line}\n".encode())
-    except Exception:  # a closed stream, or one that this signal interrupted while it was written
+    except Exception:  # the stream is closed, or this signal interrupted a write to it
         pass
     os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""Changing several files of a folder as one step: everything is prepared beside, moved into place, or moved back."""
+"""Change several files of a folder in one step: prepare them in a stage directory, move them in, undo on failure."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from typing import Self
 
 STAGE_PREFIX = ".agentkit-apply-"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What a file system without hard links answers."""
+"""Errors raised by file systems without hard links."""
 
 
 class NotUndoneError(Exception):
-    """A change failed, and so did taking it back; the text says where the originals are."""
+    """A change failed and could not be undone completely; the message names where the originals are."""
 
 
 class Switch:
-    """Steps that are undone, in reverse, when the block is left by an exception.
+    """A context manager of file operations that are undone in reverse order when the block raises.
 
-    New files are made in `stage`, a directory inside the folder and so on its file system; old ones are moved there.
+    New files are created in `stage`, a directory inside the folder and so on the same file system; replaced files are
+    moved there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,20 +55,20 @@ class Switch:
         shutil.rmtree(self.stage, ignore_errors=True)
 
     def write(self, content: bytes) -> Path:
-        """Prepare a regular file."""
+        """Write a regular file into the stage and return its path."""
         path = self._next()
         with open(path, "xb") as file:
             file.write(content)
         return path
 
     def link(self, target: str) -> Path:
-        """Prepare a symbolic link."""
+        """Create a symbolic link in the stage and return its path."""
         path = self._next()
         path.symlink_to(target)
         return path
 
     def move_away(self, path: Path) -> Path:
-        """Move a file or link into the stage; return where it is."""
+        """Move a file or link into the stage and return its new path."""
         self._old += 1
         kept = self.stage / f"old-{self._old}"
         self._undo.append(lambda: place(kept, path) if os.path.lexists(kept) else None)
@@ -75,7 +76,7 @@ class Switch:
         return kept
 
     def place(self, prepared: Path, path: Path) -> None:
-        """Give a prepared file its place, where nothing may be."""
+        """Move a prepared file to `path`, which must not exist."""
         ours = prepared.lstat()
 
         def undo() -> None:
@@ -86,7 +87,7 @@ class Switch:
         place(prepared, path)
 
     def make_parents(self, path: Path) -> None:
-        """Make the directories above a path that are missing."""
+        """Create the missing parent directories of a path."""
         missing = []
         while not os.path.lexists(path := path.parent):
             missing.append(path)
@@ -113,7 +114,7 @@ class Switch:
 
 
 def place(source: Path, target: Path) -> None:
-    """Bring a file or link of the stage to where nothing may be; FileExistsError when something is."""
+    """Move a file or link from the stage to `target`. Raises FileExistsError if the target exists."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Text on its way to the terminal: what somebody else wrote is made harmless, and no encoding refuses it."""
+"""Terminal output: neutralize control characters in untrusted text, and print in any encoding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
-# C1 controls, bidi controls, line and paragraph separators, halves of surrogate pairs, tag characters.
+# C1 controls, bidi controls, line and paragraph separators, surrogates, tag characters.
 _HIDDEN = (
     *range(0x80, 0xA0),
     *(0x061C, 0x200E, 0x200F, 0x2028, 0x2029),
@@ -27,10 +27,10 @@ _VISIBLE = _PICTURES | {code: f"<U+{code:04X}>" for code in _HIDDEN}
 
 
 def visible(text: str) -> str:
-    """Return text with every control character but newline and tab replaced by a picture or its code point.
+    """Return text with every control character except newline and tab replaced by a picture or its code point.
 
-    Everything printed that a model, a tool, a file or a program outside has a part in goes through here or through
-    `visible_line`. It can then move no cursor, set no title, and neither hide nor reorder anything.
+    All output that includes text from a model, a tool, a file or another program passes through this function or
+    `visible_line`, so such text cannot move the cursor, set the title, or hide or reorder anything.
     """
     return text.translate(_VISIBLE)
 
@@ -45,7 +45,8 @@ _PLAIN = str.maketrans(
 
 
 def spell(error: UnicodeError) -> tuple[str, int]:
-    """The codec error handler of our streams: a mark in ASCII for each of ours, a question mark for anything else."""
+    """Handle an encoding error on our streams: replace our own symbols by ASCII marks, anything else by a question
+    mark."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_PLAIN)
@@ -53,29 +54,29 @@ def spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def prepare_streams() -> None:
-    """Let standard output and error take any text in any encoding, and be there where they were closed."""
+    """Make standard output and error accept any text in any encoding, and reopen them on the null device if closed."""
     codecs.register_error("agentkit", spell)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # `>&-`; without a file of our own here the next file opened would be standard output
+        if stream is None:  # closed with `>&-`: the next file opened would otherwise become standard output
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         else:
             stream.reconfigure(errors="agentkit")
 
 
 def console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """A console that shows text as it is, and lets the command end where its reader has gone."""
+    """Return a console that prints text without highlighting and raises when its reader has closed the pipe."""
     from rich.console import Console
 
     class Terminal(Console):
         def on_broken_pipe(self) -> None:
-            raise  # rich calls this inside its `except BrokenPipeError`, and would exit with 1
+            raise  # rich calls this inside its `except BrokenPipeError` and would otherwise exit with 1
 
     return Terminal(quiet=quiet, stderr=stderr, highlight=False)
 
 
 def visible_line(text: str) -> str:
-    """Return text as one line in which nothing is invisible: for names, and for lines that are compared."""
+    """Return text as one line without invisible characters, for names and for lines to be compared."""
     text = visible(text).replace("\n", "\u240a")
     if text.isprintable():
         return text
@@ -83,5 +84,5 @@ def visible_line(text: str) -> str:
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print an exception that nobody caught: `sys.excepthook` for text that may quote anything."""
+    """Print an uncaught exception with control characters neutralized; installed as `sys.excepthook`."""
     sys.stderr.write(visible("".join(format_exception(kind, error, traceback))))

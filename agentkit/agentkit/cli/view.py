@@ -1,4 +1,4 @@
-"""`agentkit view PATH`: a run, a folder of runs, a report or one trajectory as a page for the browser."""
+"""`agentkit view PATH`: write an HTML page of a run, a folder of runs or one trajectory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def command(
     ] = Path("runs"),
     open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> ExitCode:
-    """Write the page of a run, of a folder of runs (an index) or of one trajectory, and print its address."""
+    """Write an HTML page of a run, of a folder of runs (an index) or of one trajectory, and print its URL."""
     address = _page(path).resolve().as_uri()
     typer.echo(address)
     if open_:
@@ -35,7 +35,7 @@ def command(
 
 
 def _page(path: Path) -> Path:
-    """Write what `path` shows, and return the page. Raises RunDirectoryError for what is none of the four."""
+    """Write the page of `path` and return its location. Raises RunDirectoryError if `path` cannot be shown."""
     from agentkit_evals.errors import RunDirectoryError
     from agentkit_evals.record import RunDirectory
 
@@ -71,7 +71,7 @@ def _index(folder: Path, runs: list[Path]) -> Path:
         try:
             run = RunDirectory.open(path)
             report = path / "report.html"
-            if not report.exists():  # interrupted hard, or still going
+            if not report.exists():  # killed, or still running
                 report = _report(run)
             where = f"{quote(path.name)}/report.html" if report.parent == path else report.as_uri()
             opened.append((run, where))
@@ -91,7 +91,7 @@ def _trajectory(path: Path) -> Path:
 
 
 def _write(path: Path, page: str) -> Path:
-    """Write a page where it belongs or, in a folder that is read-only or for a page of somebody else, to a new one."""
+    """Write a page to `path`, or to a new folder if that is read-only or `path` is a file not written by agentkit."""
     ours = not path.exists() or b'<p class="brand">agentkit' in path.read_bytes()[:200_000]
     if not ours or not os.access(path.parent, os.W_OK):
         path = Path(tempfile.mkdtemp(prefix="agentkit-view-"), path.name)
@@ -100,7 +100,7 @@ def _write(path: Path, page: str) -> Path:
 
 
 def _decoder(model: str) -> Decode | None:
-    """The tokenizer of a packaged model, found without loading the model; other runs show ids."""
+    """Return the decoder of a packaged model without loading the model; None for other models, whose pages show ids."""
     from agentkit_engine.chat import Tokenizer
     from agentkit_engine.engine import PACKAGED_MODELS
 

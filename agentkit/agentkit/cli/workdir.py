@@ -1,7 +1,7 @@
-"""The user's own folder as a workdir: a copy goes into the sandbox, a diff comes out, and it is applied when wanted.
+"""The user's own folder as a work directory: copy it into the sandbox, show the agent's changes as a diff, apply them.
 
-Regular files and links travel, in a git checkout those that git does not ignore; `.git` stays at home, so that nothing
-an agent does can plant a hook. What is applied is what the diff shows: all of it, or nothing.
+Regular files and links are copied; in a git checkout, only those that git does not ignore. `.git` is never copied, so
+an agent cannot plant a hook. Applying makes exactly the changes in the diff: all of them, or none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from agentkit_environments.environment import MAX_ARCHIVE_BYTES
 
 SKIPPED = ".git"
 MAX_DIFF_LINES = 20_000
-"""Lines of a file beyond which it is not compared line by line; the time for that can grow with their square."""
+"""Files with more lines are not compared line by line, because the time can grow quadratically."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -42,7 +42,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A regular file's content, or a link's target; `executable` is the one permission that matters."""
+    """The content of a regular file or the target of a link; `executable` is the only permission that is kept."""
 
     content: bytes
     executable: bool = False
@@ -50,17 +50,17 @@ class File:
 
 
 class Folder(dict[str, File]):
-    """The files and links of a folder by their POSIX path."""
+    """The files and links of a folder by POSIX path."""
 
     def __init__(self, files: Mapping[str, File], left_out: Sequence[str] = ()) -> None:
         super().__init__(files)
         self.left_out = list(left_out)
-        """One line for each entry that does not travel: its name and what it is."""
+        """One line for each entry that is not copied: its name and its kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One path that differs: `before` None means it is new, `after` None means it is gone."""
+    """One path that differs: `before` is None for a new file, `after` is None for a deleted one."""
 
     path: str
     before: File | None
@@ -68,15 +68,15 @@ class Change:
 
     @property
     def verb(self) -> str:
-        """What happened to the path, in one word."""
+        """The kind of change in one word."""
         if self.before is None:
             return "added"
         return "deleted" if self.after is None else "changed"
 
     def diff(self) -> Iterator[str]:
-        """Yield the change as lines of a unified diff, one line for what is no text; nothing in them is invisible.
+        """Yield the change as lines of a unified diff without invisible characters; a binary file is one line.
 
-        What a unified diff has no words for stands above it: the executable bit, and what is or becomes a link.
+        Changes that a unified diff cannot express come first: the executable bit, and links.
         """
         path = visible_line(self.path)
         if note := self._note():
@@ -97,7 +97,7 @@ class Change:
             yield f"Empty file {path} {self.verb}"
 
     def _note(self) -> str | None:
-        """Return what changes beside the content, if anything does."""
+        """Return the changes other than content, in words; None if there are none."""
         was, now = self.before, self.after
         if was is not None and now is not None and (was.link is None) != (now.link is None):
             return "a file becomes a link" if was.link is None else "a link becomes a file"
@@ -109,19 +109,20 @@ class Change:
 
 
 def read_folder(folder: Path) -> Folder:
-    """Read a folder: in a git checkout what git does not ignore, else everything.
+    """Read a folder: the files that git does not ignore in a git checkout, otherwise everything.
 
-    Never `.git`, and in a git checkout no checkout inside it. A folder that git ignores as a whole is read whole. What
-    is neither a file nor a link, and what cannot be read, is left out and listed.
+    `.git` is always skipped, and so are checkouts inside a checkout. A folder that git ignores entirely is read in
+    full. Entries that are neither files nor links, and entries that cannot be read, are skipped and listed in
+    `left_out`.
 
     Raises:
-        typer.BadParameter: there is more than a sandbox takes.
+        typer.BadParameter: The folder is larger than a sandbox accepts.
     """
     unread: list[str] = []
     paths = sorted(_listed_by_git(folder) or _walked(folder, unread))
     sizes: Counter[str] = Counter()
     for path in paths:
-        with contextlib.suppress(OSError):  # deleted, but git still lists it
+        with contextlib.suppress(OSError):  # git still lists a deleted file
             sizes[path.split("/")[0]] += (folder / path).lstat().st_size
     if sizes.total() > MAX_ARCHIVE_BYTES:
         largest = ", ".join(f"{name} ({-(-size >> 20)} MiB)" for name, size in sizes.most_common(3))
@@ -143,13 +144,13 @@ def read_folder(folder: Path) -> Folder:
 
 
 def _listed_by_git(folder: Path) -> set[str]:
-    """Return what git tracks below a folder, or could; nothing without git or outside a checkout."""
+    """Return the tracked and the untracked, not ignored files of a folder; empty without git or outside a checkout."""
     listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     return {path for path in listed if not _is_skipped(path)}
 
 
 def _git(folder: Path, *arguments: str, stdin: bytes = b"") -> list[str]:
-    """Return the names that a git command lists, each ended by a NUL byte; none without git or outside a checkout."""
+    """Return the NUL-terminated names printed by a git command; empty without git or outside a checkout."""
     argv = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(argv, capture_output=True, input=stdin)
@@ -159,7 +160,7 @@ def _git(folder: Path, *arguments: str, stdin: bytes = b"") -> list[str]:
 
 
 def _walked(folder: Path, unread: list[str]) -> set[str]:
-    """Return everything below a folder but directories and `.git`; directories that cannot be read go to `unread`."""
+    """Return all files and links of a folder except `.git`; directories that cannot be read are added to `unread`."""
 
     def failed(error: OSError) -> None:
         unread.append(f"{Path(error.filename).relative_to(folder).as_posix()}: {error.strerror}")
@@ -173,12 +174,12 @@ def _walked(folder: Path, unread: list[str]) -> set[str]:
 
 
 def _is_skipped(path: str) -> bool:
-    """Return whether a path belongs to git's own folder, by any name that a file system takes for it."""
+    """Return whether a path is in a `.git` folder, in any letter case, for case-insensitive file systems."""
     return any(part.casefold() == SKIPPED for part in path.split("/"))
 
 
 def pack(files: Mapping[str, File]) -> bytes:
-    """The files as the tar archive that `Environment.import_dir` takes."""
+    """Pack files into the tar archive expected by `Environment.import_dir`."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path, file in files.items():
@@ -193,7 +194,7 @@ def pack(files: Mapping[str, File]) -> bytes:
 
 
 def unpack(archive: bytes) -> dict[str, File]:
-    """The files of an archive that `Environment.export_dir` made (and so checked), without `.git`."""
+    """Return the files of an archive from `Environment.export_dir`, which has checked it, without `.git`."""
     files: dict[str, File] = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for entry in tar:
@@ -210,20 +211,20 @@ def unpack(archive: bytes) -> dict[str, File]:
 
 
 def changes(before: Mapping[str, File], after: Mapping[str, File]) -> list[Change]:
-    """What differs, by path."""
+    """Return the differences, sorted by path."""
     paths = sorted({*before, *after})
     return [Change(path, before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)]
 
 
 def without_dropped(wanted: list[Change], dropped: Sequence[str]) -> list[Change]:
-    """Return the changes without the deletion of what an export left out (`ExportedDir.dropped`).
+    """Return the changes without deletions of paths that the export dropped (`ExportedDir.dropped`).
 
-    The agent has such a path still, as something that cannot be carried, so that its absence proves nothing.
+    Such a path still exists in the sandbox, as an entry that cannot be exported, so the agent did not delete it.
     """
     if not dropped:
         return wanted
     names = {match[0]: ast.literal_eval(match[0]) for line in dropped if (match := QUOTED.match(line))}
-    told = len(names) == len(dropped)  # the last line may say how many more there are
+    told = len(names) == len(dropped)  # otherwise the last line counts further paths without naming them
 
     def is_dropped(path: str) -> bool:
         parts = path.split("/")
@@ -234,15 +235,15 @@ def without_dropped(wanted: list[Change], dropped: Sequence[str]) -> list[Change
 
 
 def _shortened(name: str) -> str:
-    """Return a name as an export's list of what it left out has it."""
+    """Return a name shortened as in `ExportedDir.dropped`."""
     return name if len(name) <= 200 else f"{name[:100]}...{name[-80:]}"
 
 
 def without_ignored(folder: Path, wanted: list[Change]) -> tuple[list[Change], list[str]]:
-    """Return the changes without new files that git ignores in `folder`, and a line for each of those.
+    """Return the changes without new files that git ignores in `folder`, and one line for each of those.
 
-    What git ignores there was not copied, so that new files of these names (a Python's byte code, say) would replace
-    files that nobody has compared.
+    Files that git ignores were not copied, so a new file of such a name (Python byte code, for example) would replace a
+    file that was never compared.
     """
     new = b"".join(os.fsencode(change.path) + b"\0" for change in wanted if change.before is None)
     ignored = set(_git(folder, "check-ignore", "-z", "--stdin", stdin=new)) if new else set()
@@ -254,27 +255,27 @@ def without_ignored(folder: Path, wanted: list[Change]) -> tuple[list[Change], l
 def compare(
     folder: Path, before: Folder, archive: bytes, dropped: Sequence[str] = ()
 ) -> tuple[list[Change], list[str]]:
-    """Return what an agent changed of a copy of `folder`, and a line for all that was left out on the way.
+    """Return the agent's changes to the copy of `folder`, and one line for each entry that was left out.
 
     Args:
         folder: The user's folder.
-        before: The copy.
-        archive: What the agent left, as `Environment.export_dir` has it.
-        dropped: What that export could not carry.
+        before: The copy given to the agent.
+        archive: The agent's result, from `Environment.export_dir`.
+        dropped: The entries that the export left out.
     """
     wanted, ignored = without_ignored(folder, without_dropped(changes(before, unpack(archive)), dropped))
     return wanted, [*before.left_out, *ignored, *map(visible_line, dropped)]
 
 
 class Refused(Exception):
-    """A path cannot be changed; the text names it and says why."""
+    """A path cannot be changed; the message names it and gives the reason."""
 
 
 def apply(folder: Path, wanted: list[Change]) -> list[str]:
-    """Make all the changes in `folder`, or none; return a sentence for each that stands in the way.
+    """Apply all changes to `folder`, or none; return one sentence per conflict.
 
-    Every path must be what it was when the copy was made. New files are prepared in a directory beside; then the old
-    ones are moved there, and the new ones take their places. A failure on the way undoes what was done.
+    Every path must be unchanged since the copy was made. New files are prepared in a stage directory; then the old
+    files are moved there and the new ones take their places. A failure undoes the steps made so far.
     """
     found = ((change, _problem(folder, change, wanted)) for change in wanted)
     problems = [visible_line(f"{change.path}: {problem}") for change, problem in found if problem]
@@ -297,7 +298,7 @@ def _apply(switch: Switch, folder: Path, wanted: list[Change]) -> None:
             raise Refused(f"{change.path}: it changed meanwhile")
     for path, new in prepared.items():
         target = folder / path
-        if target.is_dir() and not target.is_symlink():  # all its files are deleted, or `_problem` had found it
+        if target.is_dir() and not target.is_symlink():  # `_problem` has checked that all its files are deleted
             for parent, _, _ in os.walk(target, topdown=False):
                 switch.remove_empty(Path(parent))
         switch.make_parents(target)
@@ -310,13 +311,13 @@ def _apply(switch: Switch, folder: Path, wanted: list[Change]) -> None:
 
 
 def _problem(folder: Path, change: Change, wanted: list[Change]) -> str | None:
-    """Return what stands in the way of a change, or None."""
+    """Return the reason a change cannot be applied, or None."""
     parts = change.path.split("/")
     if change.path.startswith("/") or _is_skipped(change.path) or {"", ".", ".."} & set(parts):
         return "it is no path that an agent may change"
     deleted = {other.path for other in wanted if other.before is not None and other.after is None}
     for above in _above(change.path):
-        if above in deleted:  # and so is what lies behind it, should it be a link
+        if above in deleted:  # removed first, so a link here is not followed
             return None if change.before is None else "it changed meanwhile"
         if (folder / above).is_symlink():
             return "a link stands in its way"
@@ -331,7 +332,7 @@ def _problem(folder: Path, change: Change, wanted: list[Change]) -> str | None:
 
 
 def _only_holds(folder: Path, path: str, deleted: set[str]) -> str | None:
-    """Return a problem when a directory holds anything but what is to be deleted."""
+    """Return a problem if a directory holds anything that is not about to be deleted."""
     emptied = {above for name in deleted for above in _above(name)}
     for parent, directories, names in os.walk(folder / path):
         here = Path(parent).relative_to(folder).as_posix()
@@ -350,7 +351,7 @@ def _above(path: str) -> list[str]:
 
 
 def _prepare(switch: Switch, folder: Path, change: Change) -> Path:
-    """Make the new file beside; one that replaces a file takes over its permissions, owner and attributes."""
+    """Prepare the new file in the stage; a replacement keeps the old file's permissions, owner and attributes."""
     assert change.after is not None
     if change.after.link is not None:
         return switch.link(change.after.link)
@@ -368,7 +369,10 @@ def _prepare(switch: Switch, folder: Path, change: Change) -> Path:
 
 
 def _read(path: Path) -> File | str | None:
-    """Return what is at a path: a file, nothing, or in words what does not travel. Nothing is opened but files."""
+    """Return the file or link at a path, None if there is nothing, or the kind of any other entry in words.
+
+    Only regular files are opened.
+    """
     try:
         info = path.lstat()
         if stat.S_ISLNK(info.st_mode):
@@ -386,7 +390,7 @@ def _read(path: Path) -> File | str | None:
 
 
 def _lines(file: File | None) -> list[str] | None:
-    """Return the lines of a file with their ends, or None for what is no text, or too long to compare."""
+    """Return the lines of a file with their line ends; None if it is binary or too long to compare."""
     text = _text(file)
     lines = None if text is None else re.findall(r"[^\n]*\n|[^\n]+$", text)
     return lines if lines is not None and len(lines) <= MAX_DIFF_LINES else None
