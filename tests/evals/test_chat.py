@@ -33,7 +33,7 @@ def test_each_line_of_a_pipe_is_said_in_turn(tmp_path: Path) -> None:
     shown, errors = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == 0, errors
     assert "thought for" in shown and "I compute" not in shown
-    assert "\n73\n" in shown and "There is no /nope." in shown and "A new conversation." in shown
+    assert "\n73\n" in shown and "Unknown command /nope." in shown and "Started a new conversation." in shown
     assert "Traceback" not in errors
     first, second = Trajectory.load(tmp_path / "chat.jsonl"), Trajectory.load(tmp_path / "chat.1.jsonl")
     users = [m.content for m in first.messages if m.role == "user"]
@@ -88,13 +88,13 @@ class Terminal:
 
 def test_ctrl_c_stops_the_turn_and_ctrl_d_leaves(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "--trajectory", "chat.jsonl")
-    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("Ctrl-D to quit")
     terminal.wait_for("> ")
     for _ in range(20):  # at the prompt: nothing is lost
         terminal.type("\x03")
         if select.select([terminal.fd], [], [], 3)[0]:
             break
-    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("Ctrl-D to quit")
     terminal.wait_for("> ")
     terminal.type("Run `sleep 50` with bash.\n")
     terminal.wait_for(r"thinking|thought|→")
@@ -115,7 +115,7 @@ def test_ctrl_c_stops_the_turn_and_ctrl_d_leaves(tmp_path: Path) -> None:
 
 def test_sigterm_at_the_prompt_leaves(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path)
-    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("Ctrl-D to quit")
     terminal.wait_for("> ")
     for _ in range(20):  # a signal between the prompt and readline's own wait is seen at the next one
         os.kill(terminal.pid, signal.SIGTERM)

@@ -35,38 +35,38 @@ def agentkit(*arguments: str, code: int) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", ""], "it is empty: name a task file, or say what to do"),
+        (["run", ""], "it is empty; give a task file or an instruction"),
         (["run", " \n"], "it is empty"),
         (["run", "a\0b"], "it is not UTF-8 text"),
         (["run", "a\udcff"], "it is not UTF-8 text"),
         (["run", "Hi", "-m", "gpt-4o"], 'no model "gpt-4o": agentkit runs models in its own process'),
-        (["eval", "synth", "-m", "openai:gpt-4o"], "talks to no API"),
-        (["demo", "-m", "claude-sonnet-4"], "talks to no API"),
-        (["chat", "-m", "deepseek-ai/DeepSeek-V4-Flash"], "agentkit downloads nothing"),
-        (["run", "Hi", "-m", "tinny"], "it is neither a packaged model nor an existing folder. There is tiny"),
+        (["eval", "synth", "-m", "openai:gpt-4o"], "models behind an API"),
+        (["demo", "-m", "claude-sonnet-4"], "models behind an API"),
+        (["chat", "-m", "deepseek-ai/DeepSeek-V4-Flash"], "agentkit does not download models"),
+        (["run", "Hi", "-m", "tinny"], "it is neither a packaged model nor an existing folder. Available: tiny"),
         (["run", "Hi", "-m", "file.txt"], "file.txt is a file; give the folder"),
         (["run", "Hi", "--base-url", "http://localhost:8000/v1"], "there is no such option: agentkit runs models in"),
         (["eval", "synth", "--api-key", "x"], "there is no such option"),
         (["run", "Hi", "--device", "tpu"], 'device must be "cpu", "cuda" or "cuda:N"'),
         (["run", "Hi", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
         (["run", "Hi", "--temperature", "nan"], "'--temperature': Input should be greater than or equal to 0"),
-        (["run", "Hi", "--timeout", "inf"], "inf is no finite number"),
+        (["run", "Hi", "--timeout", "inf"], "inf is not a finite number"),
         (["run", "Hi", "--top-p", "0"], "0 leaves no token"),
         (["run", "Hi", "--top-k", "0"], "'--top-k': Input should be greater than or equal to 1"),
         (["run", "Hi", "--min-p", "2"], "'--min-p': Input should be less than or equal to 1"),
-        (["run", "Hi", "--grammar", "on", "--no-grammar"], "contradict each other"),
-        (["run", "Hi", "--apply"], "give --workdir too"),
-        (["run", "Hi", "--trajectory", "file.txt"], "file.txt exists already"),
+        (["run", "Hi", "--grammar", "on", "--no-grammar"], "--no-grammar contradicts --grammar"),
+        (["run", "Hi", "--apply"], "also give --workdir"),
+        (["run", "Hi", "--trajectory", "file.txt"], "file.txt already exists"),
         (["run", "harbor/one"], "it looks like a Harbor task (task.toml), which agentkit cannot import yet"),
         (["run", "harbor/one/task.toml"], "it looks like a Harbor task"),
         (["eval", "harbor"], "it looks like a Harbor task"),
         (["check", "harbor"], "it looks like a Harbor task"),
         (["eval", "data.jsonl"], "it looks like a data set (.jsonl)"),
-        (["eval", "synth", "--out", "harbor"], "harbor exists already; a run is never overwritten"),
+        (["eval", "synth", "--out", "harbor"], "harbor already exists; a run is never overwritten"),
         (["eval", "good.yaml", "--tasks-per-family", "3"], "good.yaml is not generated"),
-        (["check", "empty"], "empty has no tasks; a task is a .yaml file"),
+        (["check", "empty"], "empty has no tasks; add .yaml task files"),
         (["check", "nowhere"], "nowhere: cannot be read"),
-        (["view", "nowhere"], "there is no nowhere; give a run, a folder of runs"),
+        (["view", "nowhere"], "nowhere does not exist; give a run, a folder of runs"),
         (["view", "good.yaml"], "good.yaml is not a trajectory"),
     ],
     ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
@@ -96,7 +96,7 @@ def test_check_reports_every_file() -> None:
     found = {Path(name).stem: problems for name, problems in json.loads(result.stdout).items()}
     assert found["good"] == []
     assert "b-colon.yaml:2" in found["b-colon"][0]
-    assert "is also that of" in found["c-twice"][0]
+    assert "is already used in" in found["c-twice"][0]
     assert "has no verifier" in found["d-no-verifier"][0]
     assert "has no solution" in found["z"][0]
     assert "doing nothing scores 1" in found["unsound"][0]

@@ -159,8 +159,8 @@ def test_what_changed_meanwhile_keeps_everything_as_it_is(folder: Path) -> None:
     now = read_folder(folder)
     after = {**before, "a.txt": File(b"theirs\n"), "new.txt": File(b"theirs\n"), "b.txt": File(b"fine\n")}
     assert apply(folder, changes(before, after)) == [
-        "a.txt: it changed meanwhile",
-        "new.txt: it changed meanwhile",
+        "a.txt: it changed during the run",
+        "new.txt: it changed during the run",
     ]
     assert read_folder(folder) == now
 
@@ -170,7 +170,10 @@ def test_no_change_goes_through_a_link(folder: Path, tmp_path: Path) -> None:
     outside.mkdir()
     (folder / "out").symlink_to(outside)
     wanted = [Change("code/y", None, File(b"y")), Change("fine", None, File(b"")), Change("out/x", None, File(b"x"))]
-    assert apply(folder, wanted) == ["code/y: a link stands in its way", "out/x: a link stands in its way"]
+    assert apply(folder, wanted) == [
+        "code/y: one of its parent directories is a link",
+        "out/x: one of its parent directories is a link",
+    ]
     assert os.listdir(outside) == [] and os.listdir(folder / "src") == ["run.sh"]
     assert not (folder / "fine").exists()
 
@@ -456,7 +459,7 @@ def test_a_change_between_the_check_and_the_switch_is_noticed(folder: Path, monk
 
     monkeypatch.setattr(os, "rename", rename)
     assert apply(folder, changes(before, {**before, "a.txt": File(b"x"), "b.txt": File(b"y")})) == [
-        "a.txt: it changed meanwhile"
+        "a.txt: it changed during the run"
     ]
     assert (folder / "a.txt").read_text() == "mine, at the last moment"
     assert set(os.listdir(folder)) == {".git", "a.txt", "bin", "code", "here", "src"}
@@ -498,7 +501,7 @@ def test_what_cannot_be_put_back_is_named(folder: Path, monkeypatch: pytest.Monk
     before = read_folder(folder)
     (problem,) = apply(folder, changes(before, {**before, "a.txt": File(b"x")}))
     (stage,) = folder.glob(".agentkit-apply-*")
-    assert f"what is missing is in {stage}" in problem
+    assert f"the missing originals are in {stage}" in problem
     assert (stage / "old-1").read_text() == "one\ntwo\n"
 
 
@@ -598,7 +601,7 @@ def test_without_apply_the_user_is_asked(
     shown = capsys.readouterr().out
     assert "+2\n" in shown.partition("Apply these changes? [y/N]")[0]
     assert read_folder(folder) == (WANTED if applied else before)
-    end = f"Applied 5 changes to {folder}." if applied else f"{folder} is as it was; `--apply` accepts the changes"
+    end = f"Applied 5 changes to {folder}." if applied else f"{folder} is unchanged; use `--apply` to apply the changes"
     assert end in shown
 
 
@@ -609,7 +612,7 @@ def test_where_nobody_can_be_asked_nothing_is_applied(
     before = read_folder(folder)
     carry_out(make_job(quiet=as_json), apply=False, as_json=as_json)
     shown = capsys.readouterr().out
-    assert '"applied": false' in shown if as_json else "is as it was" in shown
+    assert '"applied": false' in shown if as_json else "is unchanged" in shown
     assert read_folder(folder) == before
 
 
@@ -622,7 +625,7 @@ def test_the_flag_of_the_command(folder: Path, untrained: Path, tmp_path: Path) 
     arguments = ["run", str(task), "--workdir", str(folder), "-m", str(untrained), "--env", "unsafe-local"]
     before = read_folder(folder)
     runner = typer.testing.CliRunner()
-    assert "is as it was" in runner.invoke(app, arguments, catch_exceptions=False).stdout
+    assert "is unchanged" in runner.invoke(app, arguments, catch_exceptions=False).stdout
     assert read_folder(folder) == before
     assert "Applied 2 changes" in runner.invoke(app, [*arguments, "--apply"], catch_exceptions=False).stdout
     assert {*read_folder(folder)} == {*before, "x"} - {"bin"}

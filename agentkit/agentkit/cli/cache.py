@@ -13,10 +13,10 @@ from agentkit.cli.ending import ExitCode, ends_well
 from agentkit.cli.options import JsonFlag
 from agentkit.cli.terminal import visible_line
 
-commands = typer.Typer(help="Look after what models left on disk.", no_args_is_help=True)
+commands = typer.Typer(help="Inspect and prune the prefix cache on disk.", no_args_is_help=True)
 
 FolderArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The folder that was given as `--cache-dir`.", show_default=False)
+    Path, typer.Argument(metavar="DIR", help="The folder given as `--cache-dir`.", show_default=False)
 ]
 
 
@@ -41,7 +41,7 @@ def info(folder: FolderArgument, as_json: JsonFlag = False) -> ExitCode:
 def prune(
     folder: FolderArgument,
     budget_bytes: Annotated[
-        int, typer.Option("--bytes", min=0, help="How much may stay, of all models together.", show_default=False)
+        int, typer.Option("--bytes", min=0, help="Bytes to keep, over all models.", show_default=False)
     ],
     as_json: JsonFlag = False,
 ) -> ExitCode:
@@ -63,7 +63,7 @@ commands.command("prune")(ends_well(prune))
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise typer.BadParameter(
-            f"there is no folder {folder}; give the one that was given as --cache-dir to `run` or `eval`",
+            f"there is no folder {folder}; give the --cache-dir of an earlier command",
             param_hint="DIR",
         )
     return folder

@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from agentkit_environments import Environment
 
 HELP = """\
-/new        forget the conversation; the files stay
-/thinking   show thoughts in full, or fold them again
-/help       show this
-/quit       leave, as Ctrl-D does
-Ctrl-C stops the turn. An arrow key brings back what you said before."""
+/new        start a new conversation; files are kept
+/thinking   switch between full and folded thoughts
+/help       show this help
+/quit       quit (or Ctrl-D)
+Ctrl-C stops the turn. The up arrow recalls earlier messages."""
 SHOWN_LINES = 12
 """Lines of a tool result shown on the terminal; the trajectory keeps all of them."""
 
@@ -59,8 +59,8 @@ def command(
     model: ModelFlag = "tiny",
     device: DeviceFlag = None,
     env: EnvFlag = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt; the agent's own by default.")] = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Show thoughts in full, not folded.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system prompt. Default: the agent's own.")] = None,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Show thoughts in full instead of folded.")] = False,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
     top_p: TopPFlag = None,
@@ -69,10 +69,8 @@ def command(
     repetition_penalty: PenaltyFlag = None,
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens sampled for each thing you say, at most.")
-    ] = None,
-    trajectory: Annotated[Path | None, typer.Option(help="Where to keep the record; a new file.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens per message.")] = None,
+    trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     cache_dir: CacheFlag = None,
     no_api: NoApiFlag = None,
 ) -> ExitCode:
@@ -94,7 +92,7 @@ def command(
     )
     if trajectory is not None and trajectory.exists():
         raise typer.BadParameter(
-            f"{trajectory} exists already; a record is never overwritten", param_hint="--trajectory"
+            f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
         )
     terminal = console()
     embedded = load_model(model, device=device, cache_dir=cache_dir)
@@ -134,7 +132,7 @@ class Chat:
         async with await open_environment(backend=self.backend) as environment:  # type: ignore[arg-type]
             if self.tty:
                 self.terminal.print(
-                    f"{self.agent.model.name} in a {environment.backend} sandbox. /help for help, Ctrl-D leaves.",
+                    f"{self.agent.model.name} in a {environment.backend} sandbox. /help for help, Ctrl-D to quit.",
                     style="dim",
                 )
             model = self.agent.model
@@ -163,14 +161,14 @@ class Chat:
         except KeyboardInterrupt:
             if not self.tty:
                 raise
-            self.terminal.print("\n(Ctrl-D leaves)", style="dim")
+            self.terminal.print("\n(Ctrl-D to quit)", style="dim")
             return ""
         except EOFError:
             if self.tty:
                 self.terminal.print()
             return None
         except UnicodeDecodeError as exc:
-            self.terminal.print(f"That line is not {exc.encoding} text, and was left out.", style="yellow")
+            self.terminal.print(f"That line is not {exc.encoding} text and was ignored.", style="yellow")
             return ""
         finally:
             signals.answer_with(None)
@@ -179,12 +177,13 @@ class Chat:
         if said == "/new":
             self.history = None
             self.number += 1
-            self.terminal.print("A new conversation.", style="dim")
+            self.terminal.print("Started a new conversation.", style="dim")
         elif said == "/thinking":
             self.thinking = not self.thinking
             self.terminal.print(f"Thoughts are {'shown in full' if self.thinking else 'folded'}.", style="dim")
         else:
-            self.terminal.print(HELP if said == "/help" else f"There is no {said.split()[0]}.\n{HELP}", markup=False)
+            text = HELP if said == "/help" else f"Unknown command {said.split()[0]}.\n{HELP}"
+            self.terminal.print(text, markup=False)
 
     async def _turn(self, said: str, environment: Environment) -> None:
         from agentkit.events import RunFinished
@@ -257,7 +256,7 @@ class Chat:
         if self._thought is not None:
             started, count = self._thought
             self._thought = None
-            self.terminal.print(f"thought for {time.monotonic() - started:.1f} s, {count} pieces", style="dim italic")
+            self.terminal.print(f"thought for {time.monotonic() - started:.1f} s, {count} chunks", style="dim italic")
 
 
 @contextmanager

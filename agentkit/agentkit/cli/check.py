@@ -49,7 +49,7 @@ def command(suite: SuiteArgument, env: EnvFlag = None, as_json: JsonFlag = False
         for case in loaded:
             if (other := ids.setdefault(case.task.id, str(source))) != str(source):
                 unreadable += 1
-                report(str(source), [f"the id {case.task.id!r} is also that of {other}; ids must differ"])
+                report(str(source), [f"the id {case.task.id!r} is already used in {other}; ids must be unique"])
             else:
                 cases.append(case)
 
@@ -66,7 +66,7 @@ def command(suite: SuiteArgument, env: EnvFlag = None, as_json: JsonFlag = False
     if cases:
         run(probe_all)
     elif not unreadable:
-        raise SuiteError(f"{suite} has no tasks; a task is a .yaml file")
+        raise SuiteError(f"{suite} has no tasks; add .yaml task files")
     failed = sum(bool(found) for found in problems.values())
     typer.echo(
         json.dumps(problems, indent=2) if as_json else f"{len(problems) - failed}/{len(problems)} tasks are sound"

@@ -12,8 +12,8 @@ from agentkit.cli.ending import EXIT_CODES, ends_well
 
 app = typer.Typer(
     name="agentkit",
-    help="Tool-using agents on a model that lives in the same process.",
-    epilog=f"{EXIT_CODES} AGENTKIT_HOME is the folder that holds `runs`; by default the current one.",
+    help="Run tool-using agents on a model in the same process.",
+    epilog=f"{EXIT_CODES} AGENTKIT_HOME is the folder that holds `runs`. Default: the current folder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +34,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass

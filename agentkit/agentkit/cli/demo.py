@@ -49,11 +49,11 @@ def command(
     min_p: MinPFlag = None,
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
-    tasks_per_family: Annotated[int, typer.Option(min=1, help="Held-out tasks of each family.")] = 3,
+    tasks_per_family: Annotated[int, typer.Option(min=1, help="Held-out tasks per family.")] = 3,
     model: ModelFlag = "tiny",
     device: DeviceFlag = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Trials at the same time.")] = 4,
-    env: Annotated[Env, typer.Option(help="The backend: where commands run.")] = Env.PROCESS,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
+    env: Annotated[Env, typer.Option(help="The sandbox backend.")] = Env.PROCESS,
     out: OutFlag = None,
     as_json: JsonFlag = False,
     no_api: NoApiFlag = None,
@@ -122,7 +122,7 @@ def show_one(
 
     task = case.task
     drawn = embedded.sampling.override(**sampling, seed=trial_seed(seed, f"{task.id}.0"))
-    say(console, f"\nOne of them, live: {task.id}", "bold")
+    say(console, f"\nOne task live: {task.id}", "bold")
     say(console, f"\ntask      {task.instruction}")
     if task.environment.files:
         say(console, f"files     {', '.join(task.environment.files)}", "dim")

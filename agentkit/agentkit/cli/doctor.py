@@ -22,7 +22,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def command(
-    reap: Annotated[bool, typer.Option("--reap", help="Also remove sandboxes that dead runs left behind.")] = False,
+    reap: Annotated[bool, typer.Option("--reap", help="Also remove sandboxes left behind by dead runs.")] = False,
     as_json: JsonFlag = False,
 ) -> ExitCode:
     """Report which sandboxes, kernels, libraries and models work here. Exits with 3 if no sandbox does."""
@@ -89,8 +89,8 @@ def _program(name: str) -> str | None:
     try:
         said = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as exc:
-        return f"does not answer: {exc}"
-    return said.partition("\n")[0].strip() or "no version"
+        return f"failed: {exc}"
+    return said.partition("\n")[0].strip() or "unknown version"
 
 
 def _cgroup() -> str | None:
@@ -136,24 +136,24 @@ def _print(found: dict[str, Any]) -> None:
     kernels = found["kernels"]
     note = {
         "compiled": "compiled for this CPU",
-        "not compiled yet": "not compiled for this CPU yet; the first run does it",
+        "not compiled yet": "not compiled for this CPU yet; the first run compiles them",
     }
-    line("CPU kernels", not kernels.startswith("none"), note.get(kernels, f"{kernels}; forwards run on plain torch"))
-    line("GPU kernels", None, "none written yet; on a GPU forwards run on plain torch")
+    line("CPU kernels", not kernels.startswith("none"), note.get(kernels, f"{kernels}; the CPU uses plain torch"))
+    line("GPU kernels", None, "none yet; a GPU uses plain torch")
     line(
         "llguidance",
         bool(found["llguidance"]),
-        found["llguidance"] or "missing, so no grammars: pip install llguidance",
+        found["llguidance"] or "missing, grammars unavailable: pip install llguidance",
     )
     title("sandboxes")
     for name, reason in found["backends"].items():
-        line(name, reason is None, reason or ("no isolation; only when asked for" if name == "unsafe-local" else ""))
+        line(name, reason is None, reason or ("no isolation; used only on request" if name == "unsafe-local" else ""))
     for name, reason in found["launchers"].items():
         line(f"process, by {name}", True if reason is None else None, reason or "")
     cgroup = found["cgroup"]
     line("cgroup", True if cgroup else None, cgroup or "none")
     title("tools")
-    line("ripgrep", True if found["ripgrep"] else None, found["ripgrep"] or "not here; `search` then uses Python")
+    line("ripgrep", True if found["ripgrep"] else None, found["ripgrep"] or "not installed; `search` uses Python")
     title("models")
     for name, missing in found["models"].items():
         line(name, missing is None, missing or "")

@@ -40,8 +40,8 @@ class ExitCode(IntEnum):
 
 
 EXIT_CODES = (
-    "Exit codes: 0 solved (of `run`), ran (and met --threshold); 1 no answer, a limit, an invalid answer or a reward "
-    "below 1 (of `run`), or below --threshold; 2 usage; 3 infrastructure; 130 Ctrl-C; 143 SIGTERM."
+    "Exit codes: 0 success; 1 not solved (`run`), below --threshold (`eval`), unsound task (`check`); 2 usage error; "
+    "3 infrastructure failure; 130 Ctrl-C; 143 SIGTERM."
 )
 
 
@@ -116,7 +116,7 @@ def leave(code: object) -> NoReturn:
         status = status or ExitCode.PIPE_CLOSED
     except OSError as exc:
         status = status or ExitCode.INFRASTRUCTURE
-        typer.echo(f"Error: standard output cannot be written: {exc.strerror}", err=True)
+        typer.echo(f"Error: cannot write to standard output: {exc.strerror}", err=True)
     else:
         if signals.received() is None:
             sys.exit(status)

@@ -37,20 +37,20 @@ def command(
     suite: SuiteArgument,
     model: ModelFlag = "tiny",
     device: DeviceFlag = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Trials at the same time.")] = 4,
-    epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, help="How often each task is run.")] = 1,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
+    epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, help="Runs of each task.")] = 1,
     tasks_per_family: Annotated[
-        int | None, typer.Option(min=1, help="Generated tasks of each family; of `synth` only. By default 3.")
+        int | None, typer.Option(min=1, help="Tasks to generate per family, for `synth` only. Default: 3.")
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Only the first so many tasks. Of `synth`, this many in all, from each family in turn.",
+            help="Maximum number of tasks. `synth` takes them from each family in turn.",
         ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Exit with 1 when the mean reward is below.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Exit with 1 if the mean reward is lower.")
     ] = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,

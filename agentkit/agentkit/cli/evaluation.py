@@ -60,8 +60,8 @@ def evaluate(
     drawn = embedded.sampling.override(**sampling)
     if epochs > 1 and drawn.temperature == 0:
         typer.echo(
-            f"Warning: at temperature 0 all {epochs} epochs of a task are the same, so `-k {epochs}` measures nothing "
-            "more. Raise --temperature, or leave out -k.",
+            f"Warning: at temperature 0 all {epochs} epochs of a task are the same, so `-k {epochs}` adds no "
+            "information. Raise --temperature, or leave out -k.",
             err=True,
         )
     run_ = EvalRun(

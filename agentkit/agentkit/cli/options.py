@@ -45,21 +45,21 @@ def _model(name: str) -> str:
     if name in packaged or Path(name).is_dir():
         return name
     if Path(name).exists():
-        why = f"{name} is a file; give the folder that holds config.json and the safetensors files"
+        why = f"{name} is a file; give the folder with config.json and the safetensors files"
     elif ":" in name or API_NAMES.fullmatch(name):
         why = (
-            "agentkit runs models in its own process and talks to no API. Models behind one (OpenAI, Anthropic, "
-            "DeepSeek, vLLM) are not supported yet"
+            "agentkit runs models in its own process; models behind an API (OpenAI, Anthropic, DeepSeek, vLLM) are "
+            "not supported yet"
         )
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         why = (
-            "it is no folder here, and agentkit downloads nothing: download the checkpoint (config.json, "
+            "there is no such folder, and agentkit does not download models: download the checkpoint (config.json, "
             "tokenizer.json, *.safetensors in the official DeepSeek-V4 layout) and give its folder"
         )
     else:
         why = "it is neither a packaged model nor an existing folder"
     raise typer.BadParameter(
-        f'no model "{name}": {why}. There is {", ".join(packaged)}; or give the path of a folder with config.json and '
+        f'no model "{name}": {why}. Available: {", ".join(packaged)}, or the path of a folder with config.json and '
         "safetensors files"
     )
 
@@ -83,29 +83,30 @@ def no_such_option(*names: str, instead: str) -> Any:
 
 NoApiFlag = no_such_option(
     *("--base-url", "--api-base", "--api-key", "--provider", "--endpoint"),
-    instead="agentkit runs models in its own process and talks to no API yet; `--model` takes `tiny` or a folder",
+    instead="agentkit runs models in its own process and does not support APIs yet; `--model` takes `tiny` or a folder",
 )
 ModelFlag = Annotated[
     str,
-    typer.Option("--model", "-m", callback=_model, help="`tiny`, or a folder in the official DeepSeek layout."),
+    typer.Option("--model", "-m", callback=_model, help="`tiny`, or a checkpoint in the official DeepSeek layout."),
 ]
 DeviceFlag = Annotated[
     str | None,
-    typer.Option("--device", help="Where the model computes: `cpu`, `cuda`, `cuda:1`. By default the CPU."),
+    typer.Option("--device", help="The model's device: `cpu`, `cuda`, `cuda:1`. Default: `cpu`."),
 ]
 EnvFlag = Annotated[
-    Env | None, typer.Option("--env", help="The backend: where commands run. By default what the task says.")
+    Env | None, typer.Option("--env", help="The sandbox backend. Default: the task's setting, else `auto`.")
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print only one JSON object on standard output.")]
 SeedFlag = Annotated[
-    int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Makes it repeatable; random by default.")
+    int | None,
+    typer.Option("--seed", min=0, max=2**31 - 1, help="Seed for repeatable runs. Default: random."),
 ]
 
 
 def finite(value: float | None) -> float | None:
     """Return an option's number. Raises BadParameter for `nan` and `inf`, which bounds do not catch."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
+        raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
@@ -115,16 +116,20 @@ TemperatureFlag = Annotated[
         "--temperature",
         min=0.0,
         callback=finite,
-        help="Divides the logits; 0 takes the likeliest token. By default the model's own.",
+        help="Sampling temperature; 0 is greedy. Default: the model's own setting.",
     ),
 ]
 TopPFlag = Annotated[
     float | None,
     typer.Option(
-        "--top-p", min=0.0, max=1.0, callback=finite, help="Sample among the likeliest tokens of this probability mass."
+        "--top-p",
+        min=0.0,
+        max=1.0,
+        callback=finite,
+        help="Sample from the likeliest tokens up to this probability.",
     ),
 ]
-TopKFlag = Annotated[int | None, typer.Option("--top-k", min=1, help="Sample among this many likeliest tokens.")]
+TopKFlag = Annotated[int | None, typer.Option("--top-k", min=1, help="Sample from this many of the likeliest tokens.")]
 MinPFlag = Annotated[
     float | None,
     typer.Option(
@@ -132,29 +137,31 @@ MinPFlag = Annotated[
         min=0.0,
         max=1.0,
         callback=finite,
-        help="Sample among tokens at least this fraction as likely as the likeliest.",
+        help="Sample from tokens at least this fraction as likely as the likeliest one.",
     ),
 ]
 PenaltyFlag = Annotated[
     float | None,
-    typer.Option("--repetition-penalty", min=0.01, callback=finite, help="Above 1, tokens that occurred become rarer."),
+    typer.Option(
+        "--repetition-penalty", min=0.01, callback=finite, help="Above 1, repeated tokens become less likely."
+    ),
 ]
 GrammarFlag = Annotated[
     GrammarChoice | None,
     typer.Option(
         "--grammar",
-        help="`on` holds calls to real tools and parameters with values that fit, `auto` does so where a grammar can "
-        "be built. By default the model's own setting.",
+        help="Constrain calls to the schemas of the tools: `on` fails if no grammar can be built, "
+        "`auto` then goes without. Default: the model's own setting.",
     ),
 ]
-NoGrammarFlag = Annotated[bool, typer.Option("--no-grammar", help="The same as `--grammar off`.")]
+NoGrammarFlag = Annotated[bool, typer.Option("--no-grammar", help="Same as `--grammar off`.")]
 CacheFlag = Annotated[
     Path | None,
     typer.Option(
         "--cache-dir",
         envvar="AGENTKIT_CACHE_DIR",
         file_okay=False,
-        help="A folder for what the model computes, for later commands.",
+        help="A folder that keeps the prefix cache on disk for later commands.",
     ),
 ]
 SuiteArgument = Annotated[
@@ -165,13 +172,13 @@ SuiteArgument = Annotated[
 
 def _new_folder(path: Path | None) -> Path | None:
     if path is not None and path.exists():
-        raise typer.BadParameter(f"{path} exists already; a run is never overwritten")
+        raise typer.BadParameter(f"{path} already exists; a run is never overwritten. Give a new path")
     return path
 
 
 OutFlag = Annotated[
     Path | None,
-    typer.Option("--out", callback=_new_folder, help="The run directory; a new one below `runs` by default."),
+    typer.Option("--out", callback=_new_folder, help="A new run directory. Default: one in `runs`."),
 ]
 
 
@@ -190,11 +197,11 @@ class SamplingFlags:
     def of(cls, grammar: GrammarChoice | None, no_grammar: bool, **given: Any) -> SamplingFlags:
         """Collect the given options. Raises BadParameter if two contradict each other."""
         if no_grammar and grammar not in (None, GrammarChoice.OFF):
-            raise typer.BadParameter(
-                "--no-grammar and --grammar contradict each other; give one", param_hint="--grammar"
-            )
+            raise typer.BadParameter("--no-grammar contradicts --grammar; give only one", param_hint="--grammar")
         if given.get("top_p") == 0:
-            raise typer.BadParameter("0 leaves no token; give more than 0, or --temperature 0", param_hint="--top-p")
+            raise typer.BadParameter(
+                "0 leaves no token; give more than 0, or use --temperature 0", param_hint="--top-p"
+            )
         modes = {None: None, GrammarChoice.AUTO: "auto", GrammarChoice.ON: True, GrammarChoice.OFF: False}
         return cls(grammar=False if no_grammar else modes[grammar], **given)
 
@@ -214,7 +221,7 @@ def foreign_tasks(path: Path) -> str | None:
         kind = "a Terminal-Bench task"
     else:
         return None
-    return f"it looks like {kind}, which agentkit cannot import yet; write each task as YAML, as README.md shows"
+    return f"it looks like {kind}, which agentkit cannot import yet; write each task as YAML (see README.md)"
 
 
 def refuse_foreign_suite(suite: str) -> None:

@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 
 
 def command(
-    what: Annotated[str, typer.Argument(metavar="TASK", help="A task file (.yaml), or what to do, in words.")],
+    what: Annotated[str, typer.Argument(metavar="TASK", help="A task file (.yaml), or an instruction in words.")],
     workdir: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="Your folder: the agent works on a copy, you see the diff."),
+        typer.Option(exists=True, file_okay=False, help="A folder to work on: the agent gets a copy, you get a diff."),
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Accept the changes to --workdir without asking.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Apply the changes to --workdir without asking.")] = False,
     model: ModelFlag = "tiny",
     device: DeviceFlag = None,
     env: EnvFlag = None,
@@ -72,13 +72,13 @@ def command(
         typer.Option(
             exists=True,
             dir_okay=False,
-            help="A JSON schema: the answer is JSON that fits it, else the exit code is 1; there is no `submit` then.",
+            help="A file with a JSON schema for the answer; the agent then has no `submit` tool.",
         ),
     ] = None,
-    max_turns: Annotated[int | None, typer.Option(min=1, help="Turns of the model at most.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens sampled at most.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Seconds at most.")] = None,
-    trajectory: Annotated[Path | None, typer.Option(help="Where to keep the record of the run; a new file.")] = None,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Maximum number of model turns.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Time limit in seconds.")] = None,
+    trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
     no_api: NoApiFlag = None,
@@ -102,10 +102,10 @@ def command(
     )
     task = load_task(what) if _names_task_file(what) else Task(id="run", instruction=what)
     if apply and workdir is None:
-        raise typer.BadParameter("there is nothing to apply changes to; give --workdir too", param_hint="--apply")
+        raise typer.BadParameter("no folder to apply changes to; also give --workdir", param_hint="--apply")
     if trajectory is not None and trajectory.exists():
         raise typer.BadParameter(
-            f"{trajectory} exists already; a record is never overwritten", param_hint="--trajectory"
+            f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
         )
     bounds = {"max_turns": max_turns, "max_tokens": max_tokens, "timeout_s": timeout}
     given = {name: value for name, value in bounds.items() if value is not None}
@@ -125,7 +125,7 @@ def command(
 def _names_task_file(what: str) -> bool:
     """Return whether `what` is a task file rather than an instruction. Raises BadParameter for any other path."""
     if not what.strip():
-        raise typer.BadParameter("it is empty: name a task file, or say what to do, in words", param_hint="TASK")
+        raise typer.BadParameter("it is empty; give a task file or an instruction", param_hint="TASK")
     if "\0" in what or any("\ud800" <= letter <= "\udfff" for letter in what):
         raise typer.BadParameter("it is not UTF-8 text", param_hint="TASK")
     if what.endswith((".yaml", ".yml")):
@@ -133,10 +133,10 @@ def _names_task_file(what: str) -> bool:
     if os.path.isdir(what):
         hint = foreign_tasks(Path(what)) or f"`agentkit eval {shlex.quote(what)}` runs every task in a folder"
     elif os.path.exists(what) or what.endswith(".toml") or ("/" in what and not any(map(str.isspace, what))):
-        hint = foreign_tasks(Path(what)) or "the name of a task file ends in .yaml"
+        hint = foreign_tasks(Path(what)) or "task files end in .yaml"
     else:
         return False
-    raise typer.BadParameter(f"{what} is no task file: {hint}. Or say what to do, in words", param_hint="TASK")
+    raise typer.BadParameter(f"{what} is not a task file: {hint}. Or give an instruction in words", param_hint="TASK")
 
 
 def _read_schema(path: Path) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Done:
             case "limit":
                 return f"the limit {self.result.limit} was reached"
             case "invalid_output":
-                return "the answer does not fit the schema"
+                return "the answer does not match the schema"
             case "no_answer":
                 return "no answer was given"
         if self.verdict is not None:
@@ -345,13 +345,13 @@ def _print_folder(console: Console, done: Done, workdir: Path | None, *, applied
     if workdir is None:
         return
     if not done.changes:
-        console.print("No file was changed.")
+        console.print("No files were changed.")
     elif applied:
         say(console, f"Applied {len(done.changes)} changes to {workdir}.")
     elif refused:
-        say(console, f"Nothing was applied; {workdir} is as it was:", "yellow")
+        say(console, f"Nothing was applied; {workdir} is unchanged:", "yellow")
     else:
-        say(console, f"{workdir} is as it was; `--apply` accepts the changes above.")
+        say(console, f"{workdir} is unchanged; use `--apply` to apply the changes above.")
     for sentence in refused:
         say(console, f"  {sentence}", "yellow")
     for line in done.left_out:

@@ -81,7 +81,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _cancel()
         return
     if _received is not None:
-        line = "Stopped at once. `agentkit doctor --reap` removes sandboxes that were left behind."
+        line = "Stopped at once. Run `agentkit doctor --reap` to remove sandboxes left behind."
     else:
         line = WORDS[number]
     try:

@@ -49,7 +49,7 @@ class Switch:
                     failures.append(f"{error.filename2 or error.filename}: {error.strerror}")
             if failures:
                 raise NotUndoneError(
-                    f"{exc}; and not everything could be put back ({'; '.join(failures)}): what is missing is in "
+                    f"{exc}; not everything could be restored ({'; '.join(failures)}); the missing originals are in "
                     f"{self.stage}"
                 ) from exc
         shutil.rmtree(self.stage, ignore_errors=True)

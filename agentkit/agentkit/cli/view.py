@@ -21,10 +21,10 @@ def command(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A run (finished, interrupted or still going), a folder of runs, a report, or a trajectory (.jsonl)."
+            help="A run (finished, interrupted or running), a folder of runs, a report, or a trajectory (.jsonl)."
         ),
     ] = Path("runs"),
-    open_: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> ExitCode:
     """Write an HTML page of a run, of a folder of runs (an index) or of one trajectory, and print its URL."""
     address = _page(path).resolve().as_uri()
@@ -49,7 +49,7 @@ def _page(path: Path) -> Path:
         return _report(RunDirectory.open(path.parent))
     if path.is_file():
         return _trajectory(path)
-    raise RunDirectoryError(f"there is no {path}; give a run, a folder of runs, a report or a trajectory (.jsonl)")
+    raise RunDirectoryError(f"{path} does not exist; give a run, a folder of runs, a report or a trajectory (.jsonl)")
 
 
 def _report(run: object) -> Path:

@@ -129,7 +129,7 @@ def read_folder(folder: Path) -> Folder:
         raise typer.BadParameter(
             visible_line(
                 f"{folder} holds more than {MAX_ARCHIVE_BYTES >> 20} MiB, most of it in {largest}; "
-                "name a smaller folder, or let git ignore what the agent does not need"
+                "give a smaller folder, or add what the agent does not need to .gitignore"
             ),
             param_hint="--workdir",
         )
@@ -295,7 +295,7 @@ def _apply(switch: Switch, folder: Path, wanted: list[Change]) -> None:
     prepared = {change.path: _prepare(switch, folder, change) for change in wanted if change.after is not None}
     for change in wanted:
         if change.before is not None and _read(switch.move_away(folder / change.path)) != change.before:
-            raise Refused(f"{change.path}: it changed meanwhile")
+            raise Refused(f"{change.path}: it changed during the run")
     for path, new in prepared.items():
         target = folder / path
         if target.is_dir() and not target.is_symlink():  # `_problem` has checked that all its files are deleted
@@ -314,21 +314,21 @@ def _problem(folder: Path, change: Change, wanted: list[Change]) -> str | None:
     """Return the reason a change cannot be applied, or None."""
     parts = change.path.split("/")
     if change.path.startswith("/") or _is_skipped(change.path) or {"", ".", ".."} & set(parts):
-        return "it is no path that an agent may change"
+        return "agents cannot change this path"
     deleted = {other.path for other in wanted if other.before is not None and other.after is None}
     for above in _above(change.path):
         if above in deleted:  # removed first, so a link here is not followed
-            return None if change.before is None else "it changed meanwhile"
+            return None if change.before is None else "it changed during the run"
         if (folder / above).is_symlink():
-            return "a link stands in its way"
+            return "one of its parent directories is a link"
         if os.path.lexists(folder / above) and not (folder / above).is_dir():
-            return f"{above} is in its way and is no directory"
+            return f"{above} is not a directory"
     found = _read(folder / change.path)
     if found == KINDS[stat.S_IFDIR] and change.before is None:
         return _only_holds(folder, change.path, deleted)
     if found == change.before:
         return None
-    return "it changed meanwhile" if found is None or isinstance(found, File) else f"{found} stands in its place"
+    return "it changed during the run" if found is None or isinstance(found, File) else f"it is now {found}"
 
 
 def _only_holds(folder: Path, path: str, deleted: set[str]) -> str | None:
@@ -339,9 +339,7 @@ def _only_holds(folder: Path, path: str, deleted: set[str]) -> str | None:
         links = {name for name in directories if Path(parent, name).is_symlink()}
         kept = [name for name in (*names, *links) if f"{here}/{name}" not in deleted]
         if kept or here not in emptied:
-            return (
-                f"a directory stands in its place, with {kept[0] if kept else 'an empty one'} in it that was not copied"
-            )
+            return f"it is now a directory with {kept[0] if kept else 'an empty directory'} in it, which was not copied"
     return None
 
 
