@@ -221,21 +221,21 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
     tool_s = sum(trial.usage.tool_time_s for trial in trials)
     thinking = sum(trial.usage.thinking_tokens for trial in trials)
     facts = [
-        ("mean reward", str(mean) if mean else "–", _of(mean, planned, len(scores)) if mean else "none scored"),
+        ("mean reward", str(mean) if mean else "–", _of(mean, planned, len(scores)) if mean else "no scored trials"),
         ("turns", str(sum(trial.usage.turns for trial in trials)), ""),
         ("tool calls", str(sum(trial.usage.calls for trial in trials)), f"{tool_s:.1f} s in tools"),
         ("tokens sampled", f"{sampled:,}", f"{thinking:,} of them thinking"),
         ("tokens fed", f"{sum(trial.usage.prompt_tokens for trial in trials):,}", "prompts and tool results"),
-        ("forced ids", f"{sum(trial.usage.forced_tokens for trial in trials):,}", "written by the harness; mask 0"),
+        ("forced ids", f"{sum(trial.usage.forced_tokens for trial in trials):,}", "inserted by the harness, mask 0"),
         ("agent time", f"{agent_s:.1f} s", "summed over trials"),
     ]
     hits = sum(trial.usage.cache_hit_tokens for trial in trials)
     misses = sum(trial.usage.cache_miss_tokens for trial in trials)
     if misses and unique:
         share, ratio = f"{100 * hits / (hits + misses):.1f} %", misses / unique
-        facts.insert(-2, ("prefix cache hits", share, f"of what was fed; computed ÷ unique: {ratio:.2f}"))
+        facts.insert(-2, ("prefix cache hits", share, f"of tokens fed; computed ÷ unique: {ratio:.2f}"))
     if agent_s:
-        facts.append(("tokens per second", f"{sampled / agent_s:.0f}", "of one trial, tools included"))
+        facts.append(("tokens per second", f"{sampled / agent_s:.0f}", "per trial, including tools"))
     k = run.lock.epochs
     at, hat = pass_at_k(scores, k), pass_hat_k(scores, k)
     if k > 1 and at is not None and hat is not None:
@@ -249,11 +249,11 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
 def _of(mean: Estimate, trials: int, tasks: int) -> str:
     if (mean.n, mean.tasks) == (trials, tasks):
         return f"{mean.n} trials, {mean.tasks} tasks"
-    return f"of only {mean.n} of {trials} trials, {mean.tasks} of {tasks} tasks"
+    return f"only {mean.n} of {trials} trials, {mean.tasks} of {tasks} tasks"
 
 
 def _share(rate: PassRate) -> str:
-    return "" if rate.complete else f"; of only {rate.tasks} of {rate.of} tasks"
+    return "" if rate.complete else f"; only {rate.tasks} of {rate.of} tasks"
 
 
 def _family_rows(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
@@ -374,7 +374,7 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
     """Return the turns of a trajectory as the viewer draws them, and notes on other events."""
     turns: list[dict[str, Any]] = []
     notes: list[str] = (
-        [] if with_tokens else [f"This report shows {MAX_TOKENS:,} ids; those of this trial are left out."]
+        [] if with_tokens else [f"A report shows at most {MAX_TOKENS:,} ids; the ids of this trial are not shown."]
     )
     calls: dict[str, dict[str, Any]] = {}
     for time_s, record in zip(trajectory.times_s, trajectory.records, strict=True):
@@ -405,7 +405,7 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
                 calls[result.call_id] |= {"end": time_s, "result": result.content, "failed": result.is_error}
                 calls[result.call_id]["duration"] = result.duration_s
             case ThoughtCut():
-                turn["notes"].append("The thinking budget was spent: the thought was closed with a forced id.")
+                turn["notes"].append("The thinking budget ran out: a forced id closed the thought.")
             case LimitReached():
                 notes.append(f"Limit reached: {record.limit}.")
             case Outcome(error=str() as error):

@@ -4,7 +4,7 @@ const trials = data.trials || [];
 const byId = new Map(trials.map((trial) => [trial.id, trial]));
 const $ = (id) => document.getElementById(id);
 
-/** An element; every child that is not one becomes text, so nothing a model wrote is ever read as HTML. */
+/** Create an element. Children that are not elements become text, so model output is never parsed as HTML. */
 function h(name, attributes, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes || {})) {
@@ -14,7 +14,7 @@ function h(name, attributes, ...children) {
   element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
-/** Text with its control tokens as labels: `｜`, `▁` and such are missing in many fonts. */
+/** Text with its control tokens as labels, because many fonts lack `｜` and `▁`. */
 const CONTROL = /(<?\/?｜[^｜<>\n]{0,60}｜[A-Za-z_]*>?|<\/?think>)/g;
 const control = (text) => h("span", { class: "control", title: text }, text.replaceAll("｜", "|").replaceAll("▁", "_"));
 function labelled(text) {
@@ -23,8 +23,8 @@ function labelled(text) {
 const seconds = (s) => (s === null || s === undefined ? "–" : s < 1 ? `${Math.round(s * 1000)} ms` : `${s.toFixed(1)} s`);
 const plural = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 
-/* Light, dark, or what the system says. */
-const remember = (value) => { try { localStorage.setItem("agentkit-theme", value); } catch { /* no storage from a file */ } };
+/* Theme: light, dark, or the system setting. */
+const remember = (value) => { try { localStorage.setItem("agentkit-theme", value); } catch { /* file: pages may have no storage */ } };
 const remembered = () => { try { return localStorage.getItem("agentkit-theme"); } catch { return null; } };
 const theme = remembered() || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 document.documentElement.dataset.theme = theme;
@@ -34,7 +34,7 @@ $("theme").onclick = () => {
   remember(next);
 };
 
-/* Tables that sort by every column: the cells of a row are {show, by}. */
+/* Tables sortable by every column: a row is {by: sort keys, element}. */
 function sortable(table, rows) {
   let column = null, down = false;
   const heads = [...table.tHead.rows[0].cells];
@@ -135,7 +135,7 @@ function readArguments(text) {
       return h("dl", { class: "args" }, Object.entries(value).flatMap(([key, item]) =>
         [h("dt", {}, key), h("dd", {}, labelled(typeof item === "string" ? item : JSON.stringify(item)))]));
     }
-  } catch { /* shown as it is */ }
+  } catch { /* not JSON: show as is */ }
   return h("pre", {}, labelled(text));
 }
 
@@ -182,7 +182,7 @@ function show(trial) {
   $("trial").replaceChildren(...[
     h("h3", {}, trial.task, trial.epoch ? ` · epoch ${trial.epoch + 1}` : "", h("span", { class: `badge ${trial.kind}` }, data.legend[trial.kind])),
     h("div", { class: "meta" }, meta("family", trial.family), trial.phrasing ? meta("phrasing", trial.phrasing + (trial.held_out ? " (held out)" : "")) : null,
-      trial.verifier === null ? null : meta("reward", trial.reward === null ? "not scored" : String(trial.reward)), meta("ended", trial.status || "never began"),
+      trial.verifier === null ? null : meta("reward", trial.reward === null ? "not scored" : String(trial.reward)), meta("ended", trial.status || "did not start"),
       trial.verifier === null ? null : meta("sandbox", trial.backend || "none"), meta("turns", trial.usage.turns), meta("calls", trial.usage.calls),
       meta("tokens", `${trial.usage.prompt_tokens} fed, ${trial.usage.sampled_tokens} sampled, ${trial.usage.thinking_tokens} of them thinking`),
       meta("forced ids", trial.usage.forced_tokens), meta("agent", seconds(trial.agent_s)),
@@ -192,7 +192,7 @@ function show(trial) {
       Object.entries(trial.files).map(([path, text]) => h("div", { class: "tool call" }, h("div", { class: "head" }, h("code", {}, path)), h("pre", {}, text)))) : null,
     trial.system ? fold("System message", false, h("pre", {}, trial.system)) : null,
     trial.error ? h("pre", { class: "error" }, trial.error) : null,
-    ...(trial.turns ? [...timeline(trial), ...trial.turns.map(turnView)] : [h("p", { class: "note" }, "No trajectory: the agent never began.")]),
+    ...(trial.turns ? [...timeline(trial), ...trial.turns.map(turnView)] : [h("p", { class: "note" }, "No trajectory: the agent did not start.")]),
     ...trial.notes.map((note) => h("p", { class: "note" }, note)),
     block("Answer", h("pre", {}, labelled(trial.answer ?? "(none)"))),
     trial.expected === null ? null : block("Expected", h("pre", {}, trial.expected)),
