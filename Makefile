@@ -1,4 +1,4 @@
-# Each target makes its own .venv when it is missing, and installs what it needs.
+# Each target creates .venv if it is missing and installs its dependencies.
 .PHONY: setup check test hostile bench demo clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 setup: .venv/.dev
 
 .venv/.base: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "agentkit needs Python 3.11 or newer with venv, and found none. On Debian: apt-get install python3-venv"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; install one with venv. On Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing agentkit into .venv ..."
 	@$(PIP) --upgrade 'pip>=25.1'
@@ -34,7 +34,7 @@ check: .venv/.dev
 test: .venv/.test
 	$(BIN)/python -m pytest $(ARGS)
 
-# pytest exits with 5 where no test is selected, for one with ARGS.
+# pytest exits with 5 if ARGS selects no test.
 hostile: .venv/.test
 	$(BIN)/python -m pytest -m hostile $(ARGS) || test $$? -eq 5
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make the Docker backend usable on a fresh Debian or Ubuntu machine, as root: install the engine when it is missing,
-# start it when none answers (systemd is not needed), build the base image when it is missing. Safe to run again.
+# Prepare the Docker backend on a fresh Debian or Ubuntu machine, as root: install the engine, start it (without systemd)
+# and build the base image. Skips each step that is already done.
 set -eu
 
 here=$(dirname "$(readlink -f "$0")")
@@ -9,7 +9,7 @@ tag=agentkit-base:latest
 log=${DOCKERD_LOG:-/tmp/dockerd.log}
 
 if [ "$(id -u)" -ne 0 ]; then
-    echo "ci-docker.sh: must run as root; without it the Docker tests are skipped" >&2
+    echo "ci-docker.sh: run this script as root; without it the Docker tests are skipped" >&2
     exit 1
 fi
 
@@ -19,7 +19,7 @@ if ! command -v dockerd >/dev/null 2>&1; then
 fi
 
 if ! docker version >/dev/null 2>&1; then
-    # An engine that was killed leaves a pid file behind, which keeps the next one from starting.
+    # A killed engine leaves a pid file that prevents the next one from starting.
     if [ -f /var/run/docker.pid ] && ! kill -0 "$(cat /var/run/docker.pid)" 2>/dev/null; then
         rm -f /var/run/docker.pid
     fi
@@ -28,7 +28,7 @@ if ! docker version >/dev/null 2>&1; then
     until docker version >/dev/null 2>&1; do
         tries=$((tries + 1))
         if [ "$tries" -ge 60 ]; then
-            echo "ci-docker.sh: dockerd did not answer within 60 s; the end of $log:" >&2
+            echo "ci-docker.sh: dockerd did not respond within 60 s; the end of $log:" >&2
             tail -n 20 "$log" >&2
             exit 1
         fi
