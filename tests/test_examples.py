@@ -1,14 +1,14 @@
-"""Every example in a README, a document or a docstring runs, and prints what it claims to print.
+"""Every example in a README, a document or a docstring runs and prints its claimed output.
 
-Fenced blocks of a document run in order, in one folder that holds its YAML blocks as files; Python blocks share their
-names. A claim about output is the comment at the end of a Python block, lines without `$` in a console block, or a
-paragraph after the block that begins with "It prints `...`". A comment `exit N` is a claim about the exit status; it is
-0 otherwise. A block that cannot run says why in a comment before it:
+The fenced blocks of a document run in order, in one folder with its YAML blocks as files; Python blocks share their
+names. Claimed output is the comment at the end of a Python block, the lines without `$` in a console block, or a
+paragraph after the block that begins with "It prints `...`". A comment `exit N` claims an exit status; the default is
+0. A block that cannot run has a comment with the reason before it:
 
     <!-- example: not run: REASON -->
     <!-- example: not working yet: REASON -->
 
-What is not working yet runs too, and must fail: else the comment is to be removed.
+A block marked "not working yet" runs too and must fail; remove the comment once it works.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DOCUMENTS = [
     if "```" in path.read_text()
 ]
 MARKS = {"not run": 6, "not working yet": 1}
-"""How many blocks are marked, so that one more is on purpose."""
+"""Number of marked blocks, so that a new mark is a deliberate change."""
 FENCE = re.compile(
     r"(?:<!-- example: (?P<mark>[^:]+): (?P<why>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```\n", re.M | re.S
 )
@@ -74,7 +74,7 @@ for code, where in json.load(open(sys.argv[1])):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: what it is, where it stands, its mark, and what follows it."""
+    """A fenced block with its location, its mark, and the text after it."""
 
     language: str
     code: str
@@ -85,7 +85,7 @@ class Block:
 
     @property
     def output(self) -> str | None:
-        """What a Python block claims to print."""
+        """The claimed output of a Python block."""
         if match := PRINTS.match(self.after):
             return match[1] + "\n"
         lines = self.code.rstrip().split("\n")
@@ -110,7 +110,7 @@ def blocks(path: Path) -> list[Block]:
 
 
 def world(folder: Path, found: list[Block]) -> dict[str, str]:
-    """Put the files that a document's examples name into a folder, and return the environment to run them in."""
+    """Write the files used by a document's examples into a folder, and return the environment to run them in."""
     (folder / "app.log").write_text("INFO a\nERROR b\nERROR c\nERROR d\n")
     (folder / "app.json").write_text('{"host": "a", "port": 80}\n')
     for block in found:
@@ -130,7 +130,7 @@ def world(folder: Path, found: list[Block]) -> dict[str, str]:
 
 
 def run_python(codes: list[tuple[str, str]], folder: Path, env: dict[str, str]) -> list[str]:
-    """Run blocks one after the other, sharing their names; what each printed."""
+    """Run blocks in order with shared names; return the output of each."""
     (folder / "blocks.json").write_text(json.dumps(codes))
     argv = [sys.executable, "-c", DRIVER, "blocks.json"]
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
@@ -139,7 +139,7 @@ def run_python(codes: list[tuple[str, str]], folder: Path, env: dict[str, str]) 
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_block_is_of_a_known_kind(path: Path) -> None:
+def test_every_block_has_a_known_language_and_mark(path: Path) -> None:
     found = blocks(path)
     assert len(found) * 2 == len(re.findall(r"^ *```", path.read_text(), re.M)), "a fence that this test does not see"
     for block in found:
@@ -198,7 +198,7 @@ def test_commands(path: Path, block: Block, tmp_path: Path) -> None:
 
 
 def commands(block: Block) -> list[tuple[str, str]]:
-    """The commands of a block, and what each claims to print."""
+    """Return the commands of a block with their claimed output."""
     lines = block.code.replace("\\\n", "").splitlines()
     if block.language == "bash":
         return [(line, "") for line in lines if line.strip() and not line.startswith("#")]
@@ -222,7 +222,7 @@ def test_yaml_examples(path: Path, block: Block, tmp_path: Path) -> None:
 
 
 def check_yaml(code: str, folder: Path) -> None:
-    """Read an example as what it is: a task, a suite, or keys of a task."""
+    """Load a YAML example as a task, a suite, or keys of a task."""
     world(folder, [])
     (folder / "example.yaml").write_text(code)
     keys = re.findall(r"^(\w+):", code, re.M)
@@ -240,7 +240,7 @@ def check_yaml(code: str, folder: Path) -> None:
 
 
 def docstring_examples() -> list[tuple[str, str, str, str]]:
-    """Indented blocks of docstrings that are code: module, where, language, code."""
+    """Return indented code blocks of docstrings as (module, location, language, code)."""
     found: list[tuple[str, str, str, str]] = []
     for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):
@@ -258,7 +258,7 @@ def docstring_examples() -> list[tuple[str, str, str, str]]:
 
 
 def language_of(code: str) -> str | None:
-    """The language of an example; None for a drawing, a table or a formula."""
+    """Return the language of an example; None for a drawing, a table or a formula."""
     if re.match(r"(id|name): \S+\n", code):
         return "yaml"
     try:

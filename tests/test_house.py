@@ -1,4 +1,4 @@
-"""The shape of the house: rooms, packaging and the import contract."""
+"""The structure of the repository: rooms, packaging and the import contract."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_package_ships_and_is_typed() -> None:
 
 
 @pytest.mark.parametrize("room", ["agentkit", "engine"])
-def test_the_published_table_holds_the_results(room: str) -> None:
+def test_the_published_table_matches_the_results(room: str) -> None:
     records = read_records(ROOT / room / "results/cpu.json")
     assert records and markdown(records) in (ROOT / room / "results/README.md").read_text()
 
@@ -43,8 +43,8 @@ def test_import_agentkit_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_no_module_imports_what_only_tests_and_clusters_have() -> None:
-    """Every module of every package, but for those that run a program when they are imported."""
+def test_no_module_imports_test_or_cluster_packages() -> None:
+    """Imports every module of every package except `__main__` modules, which run a program."""
     code = f"""
 import importlib, pkgutil, sys
 for package in {PACKAGES}:

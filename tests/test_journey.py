@@ -1,4 +1,4 @@
-"""One task through every room: read, sandboxed, prompted, generated, acted on, recorded, verified, scored, reported."""
+"""One task through every room, from task file to report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ solution:
 
 
 def fixer(messages: Sequence[Message], think: bool) -> AssistantTurn:
-    """Reads and runs side by side, edits, runs again, and submits what it really saw."""
+    """Read the script and run it in parallel, edit it, run it again, and submit its actual output."""
     said = sum(isinstance(message, AssistantMessage) for message in messages)
     seen = [message.content for message in messages if isinstance(message, ToolMessage)]
     plan: list[list[tuple[str, dict[str, str]]]] = [
@@ -59,7 +59,7 @@ def fixer(messages: Sequence[Message], think: bool) -> AssistantTurn:
 
 
 def check_record(run: RunDirectory, tokenizer: Tokenizer) -> None:
-    """What holds for every trial of any model: the ids are whole, masked, counted, and can be rebuilt."""
+    """Check properties that hold for every trial of any model: ids are complete, masked, counted and reproducible."""
     for trial in run.trials:
         trajectory = run.trajectory(trial)
         assert trajectory is not None and trial.backend == "process"
@@ -105,7 +105,7 @@ def test_the_tiny_model_takes_held_out_tasks_through_every_room(tmp_path: Path) 
     run = RunDirectory.open(tmp_path / "run")
     solved = sum(trial.solved for trial in run.trials)
     assert shown.stdout.splitlines()[-1] == f"solved {solved}/{len(FAMILIES)}"
-    assert solved >= 0.7 * len(FAMILIES)  # its card has the rates
+    assert solved >= 0.7 * len(FAMILIES)  # see the model card for its rates
     assert (tmp_path / "run" / "report.html").exists()
     assert [trial.failure for trial in run.trials if trial.failure in ("task", "infrastructure")] == []
     assert sum(trial.usage.forced_tokens for trial in run.trials) == 0

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, whenever they come, end a command with one line and 128 + the signal's number."""
+"""Ctrl-C and SIGTERM end a command at any time with one line and status 128 + the signal number."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COMMANDS = (
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A command in a process of its own that has just installed its handlers."""
+    """Start a command in its own process and wait until its signal handlers are installed."""
     (folder / "t.yaml").write_text(TASK)
     child = subprocess.Popen(
         [sys.executable, "-c", MAIN, *arguments],
@@ -69,7 +69,7 @@ def test_a_signal_right_after_the_start(number: signal.Signals, tmp_path: Path) 
     check_ending(child, number)
 
 
-def test_an_evaluation_says_how_far_it_came_and_a_second_signal_hurries(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_reports_its_progress(tmp_path: Path) -> None:
     child = start(tmp_path, "eval", "synth:logs,chat", "-k", "30", "-n", "1", "--env", "unsafe-local", "--out", "run")
     assert child.stdout is not None
     assert "[1/180]" in child.stdout.readline()
@@ -96,7 +96,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", LINES, ids=lambda number: signal.Signals(number).name)
 @pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: arguments[0])
 def test_a_signal_at_any_moment(arguments: tuple[str, ...], number: signal.Signals, tmp_path: Path) -> None:
-    """Moments from the first import on; also a signal that is sent again and again."""
+    """Sends a signal, sometimes twice, at random moments from the first import on."""
     draw = random.Random(f"{arguments}/{number}")
     for round_ in range(8):
         folder = tmp_path / str(round_)

@@ -1,4 +1,4 @@
-"""`agentkit chat`: through a pipe, and through a terminal."""
+"""`agentkit chat` through a pipe and through a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 CHAT = [sys.executable, "-m", "agentkit", "chat", "--env", "unsafe-local", "--seed", "1"]
 
 
-def test_each_line_of_a_pipe_is_said_in_turn(tmp_path: Path) -> None:
+def test_each_line_of_piped_input_is_one_message(tmp_path: Path) -> None:
     said = b"What is the sum of 19, 23 and 31? Submit it.\n\n/help\nHello\n/nope\n\xff\xfe\n/new\n"
     said += b"What is the sum of 1 and 2? Submit it."
     done = subprocess.run(
@@ -42,7 +42,7 @@ def test_each_line_of_a_pipe_is_said_in_turn(tmp_path: Path) -> None:
 
 
 class Terminal:
-    """A chat on a terminal of its own."""
+    """A chat in its own pseudo-terminal."""
 
     def __init__(self, folder: Path, *more: str) -> None:
         env = {
@@ -58,7 +58,7 @@ class Terminal:
         self.shown = ""
 
     def wait_for(self, pattern: str, timeout_s: float = 60) -> None:
-        """Read until what is shown after the last match has this in it."""
+        """Read until the output since the last match contains the pattern."""
         deadline = time.monotonic() + timeout_s
         while not (match := re.search(pattern, self.shown)):
             ready, _, _ = select.select([self.fd], [], [], max(0.0, deadline - time.monotonic()))
@@ -76,7 +76,7 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def end(self) -> int:
-        """The exit status, once everything that was shown is read."""
+        """Read the remaining output and return the exit status."""
         while True:
             try:
                 if not os.read(self.fd, 65536):
@@ -86,11 +86,11 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_ctrl_c_stops_the_turn_and_ctrl_d_leaves(tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_turn_and_ctrl_d_quits(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "--trajectory", "chat.jsonl")
     terminal.wait_for("Ctrl-D to quit")
     terminal.wait_for("> ")
-    for _ in range(20):  # at the prompt: nothing is lost
+    for _ in range(20):  # Ctrl-C at the prompt only prints a hint
         terminal.type("\x03")
         if select.select([terminal.fd], [], [], 3)[0]:
             break
@@ -113,11 +113,11 @@ def test_ctrl_c_stops_the_turn_and_ctrl_d_leaves(tmp_path: Path) -> None:
     assert "sum of 19" in history.read_text() and history.stat().st_mode & 0o077 == 0
 
 
-def test_sigterm_at_the_prompt_leaves(tmp_path: Path) -> None:
+def test_sigterm_at_the_prompt_quits(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path)
     terminal.wait_for("Ctrl-D to quit")
     terminal.wait_for("> ")
-    for _ in range(20):  # a signal between the prompt and readline's own wait is seen at the next one
+    for _ in range(20):  # readline may notice a signal only at the next one
         os.kill(terminal.pid, signal.SIGTERM)
         if select.select([terminal.fd], [], [], 3)[0]:
             break

@@ -1,4 +1,4 @@
-"""The commands: what they print, what they exit with, and what they say about each mistake."""
+"""The commands: output, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def suite(tmp_path: Path) -> Path:
 
 
 def agentkit(*arguments: str | Path, code: int | None = 0) -> typer.testing.Result:
-    """Run a command that ends with `code`; None means either way in which an untrained model may end."""
+    """Run a command and check its exit code; None accepts 0 or 1, since an untrained model may solve a task or not."""
     result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code in ((0, 1) if code is None else (code,)), result.output
     return result
@@ -86,7 +86,7 @@ def test_help_and_version_start_without_torch() -> None:
     assert agentkit("--version").stdout.startswith("agentkit ")
 
 
-def test_eval_writes_a_run_and_says_what_it_scored(suite: Path, untrained: Path, tmp_path: Path) -> None:
+def test_eval_writes_a_run_and_reports_its_scores(suite: Path, untrained: Path, tmp_path: Path) -> None:
     found = as_json("eval", suite, "-m", untrained, "-k", "2", "-n", "2", "--seed", "5", "--env", "unsafe-local")
     assert (found["solved"], found["trials"], found["mean"], found["stderr"]) == (4, 4, 1.0, 0.0)
     assert (found["suite"], found["model"], found["seed"]) == ("suite", "untrained", 5)
@@ -101,13 +101,13 @@ def test_eval_writes_a_run_and_says_what_it_scored(suite: Path, untrained: Path,
     assert sorted(ids) == sorted([t.trial, r.token_ids] for t in rerun.trials if (r := rerun.trajectory(t)))
 
 
-def test_eval_for_people(suite: Path, untrained: Path) -> None:
+def test_eval_prints_progress_and_a_table(suite: Path, untrained: Path) -> None:
     shown = agentkit("eval", suite, "-m", untrained, "--limit", "1", "--env", "unsafe-local").stdout
     assert "✓ first.0" in shown and "[1/1]" in shown
     assert "suite" in shown and "1/1" in shown and "report  runs/" in shown
 
 
-def test_sampling_is_the_models_own_unless_told_otherwise(suite: Path, untrained: Path, tmp_path: Path) -> None:
+def test_sampling_defaults_to_the_models_own(suite: Path, untrained: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(untrained, model)
     (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.25, "top_p": 0.5}')
@@ -121,9 +121,7 @@ def test_sampling_is_the_models_own_unless_told_otherwise(suite: Path, untrained
         assert Trajectory.load(record).header.sampling == SamplingParams(expected, 0.5, seed=3)
 
 
-def test_a_grammar_is_on_when_asked_for(
-    suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grammar_options(suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (suite, "--limit", "1", "-m", untrained, "--env", "unsafe-local")
     assert RunDirectory.open(as_json("eval", *options)["run"]).lock.sampling.grammar == "auto"
     assert RunDirectory.open(as_json("eval", *options, "--no-grammar")["run"]).lock.sampling.grammar is False
@@ -139,7 +137,7 @@ def test_a_grammar_is_on_when_asked_for(
         assert "pip install" in agentkit(*command, "--grammar", "on", code=2).output
 
 
-def test_an_answer_has_the_schema_that_is_given(suite: Path, untrained: Path, tmp_path: Path) -> None:
+def test_an_answer_matches_the_given_schema(suite: Path, untrained: Path, tmp_path: Path) -> None:
     schema, record = tmp_path / "schema.json", tmp_path / "run.jsonl"
     schema.write_text('{"enum": ["yes", "no"]}')
     (tmp_path / "alone.yaml").write_text(TASK.format(id="alone") + "tools: [submit]\n")
@@ -158,7 +156,7 @@ def test_an_answer_has_the_schema_that_is_given(suite: Path, untrained: Path, tm
 
 
 def test_demo_without_flags(untrained: Path, tmp_path: Path) -> None:
-    """All of it, on a model whose context is too short for any prompt, so that every trial ends at once."""
+    """Runs the whole demo on a model whose context is too short for any prompt, so every trial ends at once."""
     model = tmp_path / "blind"
     shutil.copytree(untrained, model)
     config = json.loads((model / "config.json").read_text())
@@ -247,7 +245,7 @@ def test_docker_not_running(suite: Path, untrained: Path, monkeypatch: pytest.Mo
 
 
 def test_no_sandbox_possible(suite: Path, untrained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither an engine that answers nor a program that makes namespaces: nothing runs, and the reason is given."""
+    """Without a Docker engine or a namespace program nothing runs, and the error gives the reason."""
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
     monkeypatch.setenv("PATH", str(tmp_path))
     result = agentkit("eval", suite, "-m", untrained, "--out", "run", code=3)
@@ -273,15 +271,15 @@ def test_check_probes_tasks(suite: Path) -> None:
     assert as_json("check", suite / "first.yaml", "--env", "unsafe-local") == {"first": []}
 
 
-def test_view_writes_the_report_anew(suite: Path, untrained: Path) -> None:
+def test_view_recreates_the_report(suite: Path, untrained: Path) -> None:
     found = as_json("eval", suite, "-m", untrained, "--env", "unsafe-local", "--out", "run")
     Path(found["report"]).unlink()
     assert agentkit("view", "run").stdout.strip() == Path("run/report.html").resolve().as_uri()
     assert Path(found["report"]).exists()
 
 
-def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what other processes left is theirs
+def test_doctor_reports_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # do not reap sandboxes of other processes
     usable = any(reason is None for name, reason in available_backends().items() if name != "unsafe-local")
     found = as_json("doctor", "--reap", code=0 if usable else 3)
     assert set(found["backends"]) == {"docker", "process", "unsafe-local"}
@@ -297,7 +295,7 @@ main()
 """
 
 
-def test_ctrl_c_leaves_a_run_with_a_report(suite: Path, untrained: Path, tmp_path: Path) -> None:
+def test_ctrl_c_writes_a_report(suite: Path, untrained: Path, tmp_path: Path) -> None:
     slow = TASK.replace("max_tokens: 12", "max_tokens: 100000").replace("max_turns: 2", "max_turns: 1000")
     (suite / "second.yaml").write_text(slow.format(id="second"))
     child = subprocess.Popen(
@@ -321,7 +319,7 @@ def test_ctrl_c_leaves_a_run_with_a_report(suite: Path, untrained: Path, tmp_pat
 
 
 @pytest.mark.parametrize("env", ["unsafe-local", pytest.param("process", marks=needs_sandbox)])
-def test_run_in_words_on_a_copy_of_the_users_folder(untrained: Path, tmp_path: Path, env: str) -> None:
+def test_run_an_instruction_on_a_copy_of_the_users_folder(untrained: Path, tmp_path: Path, env: str) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "a.txt").write_text("as it was\n")
@@ -331,7 +329,7 @@ def test_run_in_words_on_a_copy_of_the_users_folder(untrained: Path, tmp_path: P
     assert (mine / "a.txt").read_text() == "as it was\n"
 
 
-def test_the_diff_of_a_job_and_what_the_user_sees(tmp_path: Path, tokenizer: Tokenizer, script: MakeScript) -> None:
+def test_the_diff_and_output_of_a_job(tmp_path: Path, tokenizer: Tokenizer, script: MakeScript) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "a.txt").write_text("one\ntwo\n")
@@ -358,7 +356,7 @@ def test_the_diff_of_a_job_and_what_the_user_sees(tmp_path: Path, tokenizer: Tok
     assert "\033[2J" not in shown.getvalue()
 
 
-def test_live_progress_shows_any_name_as_it_is() -> None:
+def test_live_progress_escapes_names() -> None:
     shown = io.StringIO()
     console = Console(file=shown, width=200, force_terminal=True, color_system=None)
     with LiveProgress(console, 1, {}) as listener:

@@ -1,4 +1,4 @@
-"""What people try first: wrong names, other tools' options and files, odd terminals. Each is one message."""
+"""Common mistakes (wrong names, other tools' options and files, unusual terminals) each give one error message."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def agentkit(*arguments: str, code: int) -> str:
     ],
     ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if isinstance(value, list) else "",
 )
-def test_each_mistake_says_what_to_do(arguments: list[str], message: str) -> None:
+def test_each_mistake_has_a_remedy(arguments: list[str], message: str) -> None:
     for folder in ("harbor/one", "empty"):
         Path(folder).mkdir(parents=True)
     Path("harbor/one/task.toml").touch()
@@ -102,7 +102,7 @@ def test_check_reports_every_file() -> None:
     assert "doing nothing scores 1" in found["unsound"][0]
 
 
-def test_a_number_of_generated_tasks_means_what_it_says() -> None:
+def test_limits_on_generated_tasks_are_exact() -> None:
     for spec, families in (("synth:logs,config,archive", 3), ("synth", 12)):
         for limit in (1, 5, 40):
             suite = load_suite(spec, seed=3, limit=limit)
@@ -129,24 +129,24 @@ def test_a_number_of_generated_tasks_means_what_it_says() -> None:
     ],
     ids=["latin-1", "ascii", "C", "no stdout", "no stderr", "full"],
 )
-def test_no_terminal_makes_a_traceback(environment: dict[str, str], redirect: str, code: int) -> None:
+def test_no_encoding_or_closed_stream_causes_a_traceback(environment: dict[str, str], redirect: str, code: int) -> None:
     Path("ünï.yaml").write_text(TASK.format(id="a"))
     command = f"{sys.executable} -m agentkit check ünï.yaml --env unsafe-local {redirect}"
     done = subprocess.run(["bash", "-c", command], env={**os.environ, **environment}, capture_output=True, check=False)
     assert done.returncode == code, done.stderr
     assert b"Traceback" not in done.stderr
     assert redirect or b"1/1 tasks are sound" in done.stdout
-    # Typer writes UTF-8 where Python chose ASCII, which is mostly a mistake.
+    # Typer writes UTF-8 if Python chose ASCII.
     assert redirect or b"+ a" in done.stdout or "✓ a".encode() in done.stdout
 
 
-def test_a_reader_that_goes_away_makes_no_noise() -> None:
+def test_a_closed_pipe_prints_no_error() -> None:
     command = f"{sys.executable} -m agentkit doctor | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == "" and done.stdout.strip() in ("141", "0", "3")
 
 
-def test_letters_that_an_encoding_lacks() -> None:
+def test_characters_missing_from_an_encoding_are_replaced() -> None:
     def spelled(text: str) -> str:
         return spell(UnicodeEncodeError("ascii", text, 0, len(text), "no"))[0]
 

@@ -1,4 +1,4 @@
-"""`agentkit run` exits with 0 only when the job is solved, and says in one line why it is not."""
+"""`agentkit run` exits with 0 only if the job is solved; otherwise it prints the reason in one line."""
 
 from __future__ import annotations
 

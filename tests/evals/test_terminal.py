@@ -1,4 +1,4 @@
-"""What somebody else wrote reaches the terminal as text, and as nothing else."""
+"""Untrusted text is printed on the terminal as plain text only."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def test_nothing_printed_can_steer_a_terminal(text: str) -> None:
 
 @given(ANY_TEXT)
 @example("a\u200bb\u00adc\ufeff\u00a0\U000e0041 \t\n")
-def test_a_line_hides_nothing(text: str) -> None:
+def test_a_line_has_no_invisible_characters(text: str) -> None:
     shown = visible_line(text)
     assert shown.replace("\t", "").isprintable()
     assert visible_line(shown) == shown
 
 
 @pytest.mark.parametrize("text", ["plain", "grüße 你好 😀", "a\tb", "`x` <b>"])
-def test_ordinary_text_is_as_it_was(text: str) -> None:
+def test_ordinary_text_is_unchanged(text: str) -> None:
     assert visible(text) == visible_line(text) == text
     assert visible("a\nb") == "a\nb"
 
 
-def test_what_is_different_looks_different() -> None:
+def test_different_names_look_different() -> None:
     hidden = ["", *map(chr, range(0x80, 0xA0)), *BIDI, "\u200b", "\u2028", "\ud800", "\udc80"]
     assert len({visible_line(f"a{letter}b") for letter in hidden}) == len(hidden)
 

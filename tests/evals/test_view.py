@@ -1,4 +1,4 @@
-"""`agentkit view`: a run, a folder of runs, a report or one trajectory; and what a page shows."""
+"""`agentkit view` of a run, a folder of runs, a report and one trajectory, and the contents of the pages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_run_lists_instruction_answer_and_expected(run: RunDirectory) -> None:
         assert needed in text
 
 
-def test_a_page_may_run_its_own_script_only(run: RunDirectory) -> None:
+def test_a_page_can_run_only_its_own_script(run: RunDirectory) -> None:
     text = view(run.path).read_text()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', text)
     assert policy is not None and "default-src &#39;none&#39;" in policy[1]
@@ -83,7 +83,7 @@ def test_one_trajectory_is_a_page(run: RunDirectory) -> None:
     assert (trial["answer"], trial["status"], len(trial["turns"])) == ("42", "submitted", 2)
 
 
-def test_a_page_of_somebody_else_is_not_overwritten(run: RunDirectory) -> None:
+def test_a_foreign_page_is_not_overwritten(run: RunDirectory) -> None:
     theirs = run.path / "trajectories" / "one.0.html"
     theirs.write_text("mine")
     page = view(run.path / "trajectories" / "one.0.jsonl")
@@ -91,7 +91,7 @@ def test_a_page_of_somebody_else_is_not_overwritten(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"format": "other"}\n', "\0\xff"])
-def test_what_is_none_of_them_is_one_message(content: str, tmp_path: Path) -> None:
+def test_an_invalid_path_is_one_error_message(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(content)
     result = typer.testing.CliRunner().invoke(app, ["view", str(tmp_path / "x.jsonl")], catch_exceptions=False)
     assert result.exit_code == 2 and "is not a trajectory" in result.output

@@ -1,4 +1,4 @@
-"""The user's own folder: a copy goes in, a diff comes out, and nothing else is ever touched."""
+"""The user's own folder: a copy goes into the sandbox, a diff comes out, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_what_is_packed_is_what_is_unpacked(folder: Path) -> None:
+def test_unpack_reverses_pack(folder: Path) -> None:
     files = read_folder(folder)
     assert files == {
         "a.txt": File(b"one\ntwo\n"),
@@ -75,7 +75,7 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True, capture_output=True)
 
 
-def test_in_a_git_checkout_what_git_ignores_stays_at_home(tmp_path: Path) -> None:
+def test_files_ignored_by_git_are_not_copied(tmp_path: Path) -> None:
     git(tmp_path, "init")
     for path in ("tracked ü.txt", "gone.txt", "sub/kept.log", "build/out"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -94,7 +94,7 @@ def test_in_a_git_checkout_what_git_ignores_stays_at_home(tmp_path: Path) -> Non
     assert list(read_folder(tmp_path / "build")) == ["out"]
 
 
-def test_a_link_may_become_a_directory(tmp_path: Path) -> None:
+def test_a_link_can_become_a_directory(tmp_path: Path) -> None:
     before = {"a/b": File(b"", link="a"), "b": File(b"", link="a")}
     after = {"a": File(b"", link="a"), "b/b/a": File(b"", link="a")}
     make(tmp_path / "mine", before)
@@ -102,7 +102,7 @@ def test_a_link_may_become_a_directory(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "mine") == after
 
 
-def test_what_is_too_large_is_named(folder: Path) -> None:
+def test_a_folder_that_is_too_large_names_its_largest_entry(folder: Path) -> None:
     (folder / "data").mkdir()
     (folder / "data" / "large").touch()
     os.truncate(folder / "data" / "large", MAX_ARCHIVE_BYTES + 1)
@@ -111,7 +111,7 @@ def test_what_is_too_large_is_named(folder: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_round_trip_through_an_environment_changes_only_what_was_changed(folder: Path) -> None:
+async def test_a_round_trip_through_an_environment_shows_only_its_changes(folder: Path) -> None:
     before = read_folder(folder)
     async with await open_environment(backend="unsafe-local") as environment:
         await environment.import_dir(environment.spec.workdir, pack(before))
@@ -142,7 +142,7 @@ async def test_a_round_trip_through_an_environment_changes_only_what_was_changed
     assert os.listdir(folder / ".git" / "hooks") == ["pre-commit"]
 
 
-def test_a_directory_may_become_a_file_and_back(folder: Path) -> None:
+def test_a_directory_can_become_a_file_and_back(folder: Path) -> None:
     there = {**read_folder(folder), "src": File(b"now a file\n")}
     del there["src/run.sh"], there["code"]
     before = read_folder(folder)
@@ -152,7 +152,7 @@ def test_a_directory_may_become_a_file_and_back(folder: Path) -> None:
     assert read_folder(folder) == before
 
 
-def test_what_changed_meanwhile_keeps_everything_as_it_is(folder: Path) -> None:
+def test_nothing_is_applied_if_a_file_changed_during_the_run(folder: Path) -> None:
     before = read_folder(folder)
     (folder / "a.txt").write_text("mine\n")
     (folder / "new.txt").write_text("mine too\n")
@@ -178,7 +178,7 @@ def test_no_change_goes_through_a_link(folder: Path, tmp_path: Path) -> None:
     assert not (folder / "fine").exists()
 
 
-def test_diffs_of_what_is_no_text() -> None:
+def test_diffs_of_binary_empty_and_long_files() -> None:
     assert list(Change("b", File(b"\xff"), File(b"\xfe")).diff()) == ["Binary file b changed"]
     assert list(Change("e", None, File(b"")).diff()) == ["Empty file e added"]
     assert list(Change("l", File(b""), File(b"x\n" * 20_001)).diff()) == ["Very long file l changed"]
@@ -207,7 +207,7 @@ TEXT, TOOL, LINK = File(b"link to t\n"), File(b"link to t\n", executable=True), 
         (LINK, File(b"", link="u"), "x: a link is changed"),
     ],
 )
-def test_modes_and_links_are_shown_whatever_else_changes(before: File | None, after: File | None, first: str) -> None:
+def test_diffs_show_changed_modes_and_links(before: File | None, after: File | None, first: str) -> None:
     shown = list(Change("x", before, after).diff())
     assert shown[0] == first
 
@@ -229,7 +229,7 @@ def test_a_name_or_a_line_can_forge_nothing(letter: str) -> None:
         assert sum(line.startswith("+++ ") for line in lines) <= 1
 
 
-def test_a_content_line_cannot_pass_for_a_header_or_a_mark() -> None:
+def test_a_content_line_cannot_imitate_a_diff_header() -> None:
     forged = b"++ b/other\n\\ No newline at end of file\n@@ -1 +1 @@\n"
     assert list(Change("x", None, File(forged)).diff()) == [
         "--- /dev/null",
@@ -250,7 +250,7 @@ def test_a_content_line_cannot_pass_for_a_header_or_a_mark() -> None:
 
 @pytest.fixture
 def odd(folder: Path) -> Path:
-    """A folder with entries that do not travel."""
+    """A folder with entries that are not copied."""
     os.mkfifo(folder / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(folder / "sock"))
@@ -258,7 +258,7 @@ def odd(folder: Path) -> Path:
     return folder
 
 
-def test_what_is_neither_file_nor_link_stays_at_home_and_is_named(odd: Path) -> None:
+def test_entries_other_than_files_and_links_are_left_out_and_named(odd: Path) -> None:
     found = read_folder(odd)
     assert sorted(found.left_out) == ["pipe: a named pipe", "sock: a socket"]
     assert set(found) == {"a.txt", "bin", "code", "here", "src/run.sh"}
@@ -277,7 +277,7 @@ def test_an_entry_that_did_not_travel_is_never_replaced(odd: Path, path: str, co
 @pytest.mark.parametrize(
     ("there", "path"), [("build/out", "build"), ("out.log", "out.log/x"), ("build/out", "build/out/x")]
 )
-def test_an_ignored_directory_and_a_new_file_or_the_reverse_change_nothing(folder: Path, there: str, path: str) -> None:
+def test_a_new_file_does_not_replace_an_ignored_entry(folder: Path, there: str, path: str) -> None:
     shutil.rmtree(folder / ".git")
     git(folder, "init")
     (folder / ".gitignore").write_text("build/\n*.log\n")
@@ -288,14 +288,14 @@ def test_an_ignored_directory_and_a_new_file_or_the_reverse_change_nothing(folde
     assert len(apply(folder, changes(before, after))) == 1
     assert read_folder(folder) == before
     assert (folder / there).read_text() == "precious"
-    # As a whole, what git ignores is left out, and the rest is applied.
+    # `compare` leaves out the ignored path, and the other change is applied.
     wanted, left_out = compare(folder, before, pack(after))
     assert [change.path for change in wanted] == ["a.txt"]
     assert left_out == [f"{path}: new, and ignored by git"]
     assert apply(folder, wanted) == []
 
 
-def test_what_an_export_dropped_is_not_deleted(folder: Path) -> None:
+def test_paths_dropped_by_an_export_are_not_deleted(folder: Path) -> None:
     before = read_folder(folder)
     after = {path: file for path, file in before.items() if path not in ("a.txt", "src/run.sh", "here")}
     dropped = ["'a.txt': a pipe, a socket or a device", "'src': cannot be read: x"]
@@ -311,7 +311,7 @@ def test_what_an_export_dropped_is_not_deleted(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_cannot_be_read_stays_at_home(folder: Path) -> None:
+def test_unreadable_entries_are_left_out(folder: Path) -> None:
     (folder / "a.txt").chmod(0)
     (folder / "src").chmod(0)
     found = read_folder(folder)
@@ -353,7 +353,7 @@ FILES = st.one_of(
 
 @st.composite
 def trees(draw: st.DrawFn) -> dict[str, File]:
-    """Files and links by path, none of them below another."""
+    """Draw files and links by path, none below another."""
     drawn = draw(st.dictionaries(PATHS, FILES, max_size=6))
     return {path: file for path, file in drawn.items() if not any(other.startswith(path + "/") for other in drawn)}
 
@@ -371,7 +371,7 @@ def make(folder: Path, tree: Mapping[str, File]) -> None:
 
 
 def look(folder: Path) -> dict[str, object]:
-    """Everything there is, directories and permissions as well."""
+    """Return the mode and content of every entry, including directories."""
     found: dict[str, object] = {}
     for parent, directories, names in os.walk(folder):
         for name in [*directories, *names]:
@@ -392,7 +392,7 @@ def test_after_applying_the_folder_is_what_the_diff_said(before: dict[str, File]
         assert apply(folder, changes(before, after)) == []
         assert read_folder(folder) == after
         make(Path(temporary, "fresh"), after)
-        assert look(folder).keys() == look(Path(temporary, "fresh")).keys()  # no directory is left over
+        assert look(folder).keys() == look(Path(temporary, "fresh")).keys()  # no directories left over
 
 
 @given(before=trees(), after=trees(), data=st.data())
@@ -426,7 +426,7 @@ def test_a_failure_at_any_step_leaves_the_folder_as_it_was(
             assert problems == [] and read_folder(folder) == after
         elif problems:
             assert look(folder) == there
-        else:  # what failed was cleaning up
+        else:  # only the cleanup failed
             assert {path: file for path, file in read_folder(folder).items() if ".agentkit" not in path} == after
 
 
@@ -480,7 +480,7 @@ def test_a_file_that_appears_at_the_last_moment_is_not_replaced(folder: Path, mo
     assert (folder / "new.txt").read_text() == "mine" and (folder / "a.txt").read_text() == "one\ntwo\n"
 
 
-def test_a_file_system_without_hard_links_is_no_obstacle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apply_works_without_hard_links(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source: Path, target: Path, **keywords: bool) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source))
 
@@ -493,7 +493,7 @@ def test_a_file_system_without_hard_links_is_no_obstacle(folder: Path, monkeypat
     assert read_folder(folder) == after
 
 
-def test_what_cannot_be_put_back_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_undo_names_the_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source: Path, target: Path, **keywords: bool) -> None:
         raise OSError(errno.EIO, "injected", str(source))
 
@@ -518,7 +518,7 @@ WANTED = {
 
 @pytest.fixture
 def make_job(folder: Path, tokenizer: Tokenizer, script: Callable[..., Policy]) -> MakeJob:
-    """Makes the job of an agent that turns `folder` into `WANTED`."""
+    """Return a factory of jobs whose agent turns `folder` into `WANTED`."""
     calls = [
         ("edit_file", {"path": "a.txt", "old": "two", "new": "2"}),
         ("edit_file", {"path": "src/run.sh", "old": "hi", "new": "hello"}),
@@ -536,7 +536,7 @@ def make_job(folder: Path, tokenizer: Tokenizer, script: Callable[..., Policy]) 
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """A terminal as standard input, and what types on it."""
+    """Replace standard input by a terminal; yield a function that types on it."""
     keyboard, screen = os.openpty()
     with open(screen) as stdin, open(keyboard, "w") as typist:
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -563,7 +563,7 @@ def test_apply_makes_the_agents_changes(
     assert os.listdir(folder / ".git" / "hooks") == ["pre-commit"]
 
 
-def test_odd_names_and_modes_come_through_every_backend_and_the_terminal(
+def test_odd_names_and_modes_survive_every_backend(
     folder: Path,
     tokenizer: Tokenizer,
     script: Callable[..., Policy],
@@ -606,7 +606,7 @@ def test_without_apply_the_user_is_asked(
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_where_nobody_can_be_asked_nothing_is_applied(
+def test_without_a_terminal_nothing_is_applied(
     make_job: MakeJob, folder: Path, as_json: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = read_folder(folder)
@@ -616,8 +616,8 @@ def test_where_nobody_can_be_asked_nothing_is_applied(
     assert read_folder(folder) == before
 
 
-def test_the_flag_of_the_command(folder: Path, untrained: Path, tmp_path: Path) -> None:
-    """The changes are the setup's, since no model of a test could be relied on to make them."""
+def test_the_workdir_option(folder: Path, untrained: Path, tmp_path: Path) -> None:
+    """The task's setup makes the changes, because a test model cannot be relied on to make them."""
     task = tmp_path / "task.yaml"
     task.write_text(
         "id: x\ninstruction: Hi.\ntools: []\nagent: {max_tokens: 4}\nenvironment: {setup: ['rm bin; echo x > x']}\n"
