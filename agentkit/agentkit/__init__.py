@@ -1,4 +1,4 @@
-"""agentkit: tool-using agents on a model that lives in the same process.
+"""agentkit: tool-using agents on a model that runs in the same process.
 
     from agentkit import Agent, tool
 
@@ -9,11 +9,11 @@
 
     print(Agent("tiny", tools=[weather]).run_sync("What is the weather in Paris?").answer)
 
-Nothing is imported until a name is used, so that the command line can install its signal handlers first. No name
-imports torch; `EmbeddedModel` does when one is built.
+Submodules are imported on first use of a name, so that the command line can install its signal handlers first.
+Importing a name never imports torch; constructing an `EmbeddedModel` does.
 """
 
-TYPE_CHECKING = False  # type checkers know the name; importing `typing` would take longer than all else here
+TYPE_CHECKING = False  # type checkers recognize the name, and importing `typing` would dominate the import time
 if TYPE_CHECKING:
     from agentkit._public import *  # noqa: F403
     from agentkit._public import __all__ as __all__

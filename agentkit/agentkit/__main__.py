@@ -1,4 +1,4 @@
-"""`python -m agentkit` is the command `agentkit`."""
+"""Entry point of `python -m agentkit`, which is the command `agentkit`."""
 
 from agentkit.cli import main
 

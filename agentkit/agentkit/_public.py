@@ -1,4 +1,4 @@
-"""The public names of `agentkit`, imported when the first of them is used."""
+"""The public names of `agentkit`, imported on first use of any of them."""
 
 from agentkit.agent import DEFAULT_SYSTEM, Agent
 from agentkit.errors import (

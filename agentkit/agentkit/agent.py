@@ -1,4 +1,4 @@
-"""The agent: ask the model, act on its calls, let it observe the results, until it is done."""
+"""The agent loop: ask the model, run its calls, feed it the results, until it is done."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KILL_TIMEOUT_S: Final = 0.8
 
 
 class Agent:
-    """A model with tools, thinking and limits. One agent can run many tasks, also at the same time.
+    """A model with tools, a thinking policy and limits. An agent can run many tasks, also concurrently.
 
     Override `ask`, `act` or `observe` to change what a turn does.
     """
@@ -61,28 +61,29 @@ class Agent:
         limits: Limits | None = None,
         concurrency: ConcurrencyLimits | None = None,
     ) -> None:
-        """An agent.
+        """Create an agent.
 
         Args:
-            model: A model, or what `EmbeddedModel` takes: `"tiny"` or a checkpoint folder.
-            tools: What the model may call, in prompt order: tools, or plain functions with typed parameters. By default
-                the built-in tools, with an answer's schema without `submit`, whose text no schema binds.
-            system: The system prompt; `DEFAULT_SYSTEM` by default, none when empty.
-            thinking: Which turns think: "always", "never", "auto" (the first, and after any failed result), or a
+            model: A model, or an argument of `EmbeddedModel`: `"tiny"` or a checkpoint folder.
+            tools: Tools that the model may call, in prompt order, as tools or plain functions with typed parameters.
+                Default: the built-in tools; with an output schema all except `submit`, whose answer no grammar
+                constrains.
+            system: The system prompt; `DEFAULT_SYSTEM` by default, none if empty.
+            thinking: Turns that think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
-            effort: How hard it thinks, for the whole session; "none" never thinks.
-            sampling: How tokens are drawn, in full; by default `model.sampling`, which is what the model's own folder
-                says. `model.sampling.override(temperature=0)` changes a part of that.
-            output_schema: A JSON schema that the answer fits, as JSON; the model is told it, and held to it.
+            effort: Reasoning effort for the whole session; "none" never thinks.
+            sampling: All sampling parameters. Default: `model.sampling`, which the model's folder defines.
+                `model.sampling.override(temperature=0)` changes some of them.
+            output_schema: JSON schema of the answer. The model is shown the schema and constrained to it.
             limits: The budget of each run.
-            concurrency: How many calls run at the same time. An agent that runs inside a call of another agent needs
-                bounds of its own.
+            concurrency: Limits on calls that run at the same time. An agent that runs inside a call of another agent
+                needs its own.
 
         Raises:
             TypeError: an argument is of the wrong type.
-            ToolDefinitionError: a function that cannot be a tool; the message says what to change.
-            ValueError: two tools have the same name, no thinking policy or effort has that name, or `output_schema` is
-                no schema.
+            ToolDefinitionError: a function cannot be a tool; the text has the remedy.
+            ValueError: two tools have the same name, the thinking policy or effort is unknown, or `output_schema` is
+                not a JSON schema.
             EngineError: as `EmbeddedModel`.
         """
         check_type("Agent(sampling=...)", sampling, SamplingParams | None, "a SamplingParams or None")
@@ -122,16 +123,16 @@ class Agent:
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> RunResult:
-        """Do the task.
+        """Run a task.
 
         Args:
-            task: What the user says.
-            environment: Where the calls run; it stays open. Without one, a sandbox is opened for the run and closed.
-            trajectory: A new file for the record, written as things happen; in memory only by default.
-            metadata: Anything for the record's header that JSON can carry.
+            task: The user message.
+            environment: Environment that calls run in; it stays open. Default: a sandbox opened for this run.
+            trajectory: New file for the record, written during the run. Default: in memory only.
+            metadata: JSON values for the header of the record.
 
         Raises:
-            SandboxError: no sandbox can be opened, or it died.
+            SandboxError: no sandbox can be opened, or the sandbox was lost.
             TrajectoryWriteError: the record cannot be written.
             EncodeError: the model's dialect does not have the effort.
             EngineError: the engine failed.
@@ -146,13 +147,12 @@ class Agent:
         metadata: dict[str, Any] | None = None,
         progress: bool | None = None,
     ) -> RunResult:
-        """`run` for code that is not async, in a sandbox of its own.
+        """Run a task from synchronous code, in its own sandbox.
 
-        A run that takes longer than a second keeps a line about itself on standard error, where that is a terminal or
-        `progress` is True.
+        After one second, a progress line is shown on standard error if that is a terminal or `progress` is True.
 
         Raises:
-            RunningLoopError: an event loop runs already, as in a notebook; there, `await agent.run(...)`.
+            RunningLoopError: an event loop is running, as in a notebook. Use `await agent.run(...)` there.
         """
         with shown_progress(progress) as emit:
             return run_blocking(
@@ -169,13 +169,13 @@ class Agent:
         metadata: dict[str, Any] | None = None,
         history: Trajectory | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """`run`, giving out each event as it happens; the last one is `RunFinished`.
+        """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
-        With `history` the run goes on from that record, in its file, as `RunResult.continue_` does; `environment` must
-        then be given, and `trajectory` and `metadata` must not.
+        With `history`, the run continues that record and its file, as `RunResult.continue_` does. `environment` is then
+        required, and `trajectory` and `metadata` are not allowed.
 
-        To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`.
-        That cancels the run.
+        To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`. This
+        cancels the run.
         """
         send, receive = anyio.create_memory_object_stream[Event](inf)
 
@@ -197,7 +197,7 @@ class Agent:
                     yield event
 
     async def _converse(self, run: Run, text: str) -> Outcome:
-        """The loop: turn after turn, until the model submits or answers, or a limit is reached."""
+        """Run turns until the model submits or answers, or a limit is reached."""
         news: list[Message] = [UserMessage(text)]
         if (self.system or self.output_schema is not None) and not run.session.messages:
             news.insert(0, SystemMessage(self.system, self.output_schema))
@@ -215,17 +215,18 @@ class Agent:
         return run.outcome("limit", limit=limit)
 
     async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
-        """How a run ends that came to an answer: silence is none, and neither is one that does not fit the schema."""
+        """Return the outcome of a run that has an answer. An empty answer or one that does not fit the schema is
+        refused."""
         if status == "answered" and not answer.strip():
             return run.outcome("no_answer", error="the last turn has no text, outside its thought, and no call")
         problem = None if self.output_schema is None else await misfit(answer, self.output_schema)
         return run.outcome(status, answer) if problem is None else run.outcome("invalid_output", error=problem)
 
     async def _turn(self, run: Run, news: list[Message]) -> tuple[list[ToolResult], LimitName | None]:
-        """Ask, act, observe.
+        """Run one turn: ask, act, observe.
 
         Returns:
-            The results of the turn's calls in call order, and the limit that stopped the turn, if one did.
+            The results of the turn's calls in call order, and the limit that stopped the turn, if any.
         """
         think = self._thinks(news) and run.generation_limits.max_thinking_tokens != 0
         run.note(TurnStarted(run.turn, think))
@@ -255,10 +256,10 @@ class Agent:
         return results, limit
 
     async def ask(self, run: Run, calls: TurnCalls, *, think: bool) -> LimitName | None:
-        """One turn of the model; each call is handed to `calls` as soon as it is complete.
+        """Generate one turn, and pass each call to `calls` as soon as it is complete.
 
         Returns:
-            The limit that stopped it, if one did.
+            The limit that stopped the generation, if any.
         """
         generation = run.session.generate(think=think, limits=run.generation_limits)
         try:
@@ -283,11 +284,11 @@ class Agent:
         raise AssertionError("a generation ends with Generated")
 
     async def act(self, run: Run, calls: TurnCalls) -> None:
-        """Run the calls of the turn that have not been started yet, and wait for all of them."""
+        """Run the calls that have not been started yet, and wait for all calls of the turn."""
         await calls.finish()
 
     async def observe(self, run: Run, news: Sequence[Message]) -> None:
-        """Say what happened; the model reads it at its next turn."""
+        """Add messages to the session and record them; the model reads them in its next turn."""
         await run.session.append(news)
         run.note_session()
 
@@ -302,7 +303,10 @@ class Agent:
         history: Trajectory | None = None,
         files: bytes | None = None,
     ) -> RunResult:
-        """Open what is not given, converse, and close it again. `files` go into the work directory first."""
+        """Open the sandbox, session and trajectory that are not given, converse, and close them again.
+
+        `files` is an archive that is unpacked into the work directory first.
+        """
         async with AsyncExitStack() as stack:
             here = environment
             if here is None:
@@ -332,14 +336,15 @@ class Agent:
             outcome = await self._to_the_end(run, text)
             if environment is None:
                 files = None
-                with suppress(SandboxError, OSError):  # what cannot be kept matters to `continue_` alone, which says so
+                # only `continue_` needs the files, and it reports that they are missing
+                with suppress(SandboxError, OSError):
                     files = (await here.export_dir(here.spec.workdir)).data
         result = RunResult(outcome, trajectory, self._continuation(trajectory, environment, files))
         emit(RunFinished(result))
         return result
 
     async def _to_the_end(self, run: Run, text: str) -> Outcome:
-        """Converse, and leave a complete record however it ends; a run that breaks off leaves no process behind."""
+        """Converse, and record an outcome in every case. If the run fails or is cancelled, kill its processes."""
         try:
             with _one_error():
                 outcome = await self._converse(run, text)
@@ -358,7 +363,7 @@ class Agent:
         return outcome
 
     def _continuation(self, trajectory: Trajectory, environment: Environment | None, files: bytes | None) -> Continue:
-        """What `RunResult.continue_` does."""
+        """Return the implementation of `RunResult.continue_`."""
         end = len(trajectory.records)
 
         async def go_on(text: str, elsewhere: Environment | None) -> RunResult:
@@ -373,12 +378,12 @@ class Agent:
 
 
 def _unheard(event: Event) -> None:
-    """Where the events of a run go that nobody streams."""
+    """Discard an event of a run that is not streamed."""
 
 
 @contextmanager
 def _one_error() -> Iterator[None]:
-    """Let the first error of a task group through as itself: one machine's failure, not a group of one."""
+    """Re-raise the first exception of a task group without the group around it."""
     try:
         yield
     except BaseExceptionGroup as group:

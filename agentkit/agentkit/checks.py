@@ -1,4 +1,4 @@
-"""What a caller did wrong is said at once, with what to do instead: arguments of constructors, blocking calls."""
+"""Checks for mistakes of the caller: constructor arguments, and blocking calls in an event loop."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def check_type(name: str, value: object, types: type | UnionType, expected: str) -> None:
-    """Refuse a value that is no instance of `types`.
+    """Refuse a value that is not an instance of `types`.
 
     Raises:
-        TypeError: with `name`, what was `expected`, and what was given.
+        TypeError: the text has `name`, `expected` and the value.
     """
     if not isinstance(value, types):
         hint = f"; make an instance of it: {value.__name__}()" if isinstance(value, type) else ""
@@ -30,10 +30,10 @@ M = TypeVar("M")
 
 
 def check_model(model: M) -> M:
-    """The model, if an agent can run on it.
+    """Return the model if an agent can run on it.
 
     Raises:
-        TypeError: it is none; an engine needs an `EmbeddedModel` around it.
+        TypeError: it is not a model; an engine must be wrapped in an `EmbeddedModel`.
     """
     rooms = {base.__module__.partition(".")[0] for base in type(model).__mro__}
     if "agentkit_engine" in rooms or not all(hasattr(model, name) for name in ("name", "sampling", "open")):
@@ -43,11 +43,11 @@ def check_model(model: M) -> M:
 
 
 def check_positive(name: str, value: object, *, whole: bool, none: bool = False) -> None:
-    """Refuse what is no positive number: a `whole` one (a bool is none), or a finite one; `none` allows None.
+    """Refuse values that are not positive, finite numbers (`whole`: integers; bools are refused); `none` allows None.
 
     Raises:
-        TypeError: it is no such number at all.
-        ValueError: it is zero, negative, infinite or NaN.
+        TypeError: the value is not such a number.
+        ValueError: the value is zero, negative, infinite or NaN.
     """
     if value is None and none:
         return
@@ -59,10 +59,10 @@ def check_positive(name: str, value: object, *, whole: bool, none: bool = False)
 
 
 def run_blocking(start: Callable[[], Awaitable[T]], *, instead: str) -> T:
-    """Run what `start` returns in an event loop of its own.
+    """Run the awaitable that `start` returns in a new event loop.
 
     Raises:
-        RunningLoopError: this thread runs an event loop already; the message says `instead`.
+        RunningLoopError: an event loop is already running in this thread; the text names `instead`.
     """
     try:
         asyncio.get_running_loop()

@@ -1,15 +1,15 @@
-"""What can go wrong in the loop, as exceptions.
+"""Exceptions of the agent loop.
 
-What the model did wrong is never one of these: it becomes a tool result that the model reads.
+Mistakes of the model are never exceptions: they become tool results that the model reads.
 
     AgentkitError
         ContextFullError            the next prompt does not fit; the loop ends the run with limit "context"
         TrajectoryError             a trajectory file cannot be used
             TrajectoryFormatError   not a trajectory, or one of another format version
             TrajectoryCorruptError  a record in the middle of the file is damaged
-            TrajectoryWriteError    the disk refused a record; the run ends
+            TrajectoryWriteError    a record could not be written; the run ends
         TaskError                   a task cannot be used as it stands
-            TaskFileError           a task or suite file that is wrong, with file and line
+            TaskFileError           a task or suite file is wrong; has file and line
             TaskSetupError          a setup command of the task failed
         RunningLoopError            a blocking call inside a running event loop, as in a notebook
 """
@@ -18,11 +18,11 @@ from __future__ import annotations
 
 
 class AgentkitError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
 
 class ContextFullError(AgentkitError):
-    """What is to be said next does not fit into the model's context; nothing of it was fed."""
+    """The next prompt does not fit into the model's context; none of it was fed."""
 
 
 class TrajectoryError(AgentkitError):
@@ -30,35 +30,35 @@ class TrajectoryError(AgentkitError):
 
 
 class TrajectoryFormatError(TrajectoryError):
-    """The file is not a trajectory of the format version this package reads; both are named."""
+    """The file is not a trajectory in the format version that this package reads. The text names both versions."""
 
 
 class TrajectoryCorruptError(TrajectoryError):
-    """A record that later records follow fails its checksum or its schema; file and line are named."""
+    """A record before the end of the file fails its checksum or schema. The text names the file and line."""
 
 
 class TrajectoryWriteError(TrajectoryError):
-    """A record could not be written; names the file, the reason and what to do."""
+    """A record could not be written. The text names the file, the reason and the remedy."""
 
 
 class TaskError(AgentkitError):
-    """A task that cannot be used as it stands: never the model's fault."""
+    """A task cannot be used as it stands. The model is never at fault."""
 
 
 class TaskFileError(TaskError):
-    """A task or suite file that cannot be used. The text has one `FILE:LINE: what is wrong` per problem."""
+    """A task or suite file cannot be used. The text has one `FILE:LINE: problem` per problem."""
 
 
 class TaskSetupError(TaskError):
-    """A setup command of the task failed in a working sandbox; names the command and has its output."""
+    """A setup command of the task failed in a working sandbox. The text has the command and its output."""
 
 
 class RunningLoopError(AgentkitError, RuntimeError):
-    """`run_sync` or `continue_sync` where an event loop is running; names what to await instead."""
+    """`run_sync` or `continue_sync` was called while an event loop is running. The text has the code to await."""
 
 
 def first_cause(exc: BaseException) -> BaseException:
-    """The exception itself, or of a group, as task groups raise them, the first one inside."""
+    """Return the first exception inside (nested) exception groups, or the exception itself if it is not a group."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
     return exc

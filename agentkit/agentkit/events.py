@@ -1,4 +1,4 @@
-"""What a caller sees while a run goes on. All but the deltas and `RunFinished` are also lines of the trajectory."""
+"""Events of a run. All except the deltas and `RunFinished` are also records of the trajectory."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ LimitName = Literal[
 """A limit that ends a run: a field of `Limits` ("repetition" is `max_repeated_tokens`), or the context window."""
 
 Status = Literal["submitted", "answered", "no_answer", "invalid_output", "limit", "cancelled", "error"]
-"""How a run ended: by `submit`, by a turn with text and without calls, by a turn with neither (it ended inside its
-thought, or said nothing), by an answer that does not fit its schema, by a limit, from outside, or by the machine's
-failure."""
+"""The reason a run ended. Described at `RunResult.status`, except for two that have no result: "cancelled" from
+outside, and "error" for an infrastructure failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnStarted:
-    """The model is asked; `think` says whether the turn opens with a thought. Turns count from 0 over the session."""
+    """A turn begins, with a thinking block if `think` is set. Turns count from 0 over the session."""
 
     turn: int
     think: bool
@@ -44,7 +43,7 @@ class TurnStarted:
 
 @dataclass(frozen=True, slots=True)
 class MessageAdded:
-    """A message entered the conversation."""
+    """A message was added to the conversation."""
 
     message: Message
     type: Literal["message"] = "message"
@@ -53,7 +52,7 @@ class MessageAdded:
 
 @dataclass(frozen=True, slots=True)
 class CallStarted:
-    """A call began to run; `early` when the model was still generating."""
+    """A call started to run; `early` means while the model was still generating."""
 
     call: ToolCall
     early: bool = False
@@ -63,7 +62,7 @@ class CallStarted:
 
 @dataclass(frozen=True, slots=True)
 class CallFinished:
-    """A call has its result; these come in the order in which the calls finish."""
+    """A call has its result. These events are in the order in which the calls finish."""
 
     result: ToolResult
     type: Literal["call_finished"] = "call_finished"
@@ -72,7 +71,7 @@ class CallFinished:
 
 @dataclass(frozen=True, slots=True)
 class TurnFinished:
-    """The turn is over, its calls included; `usage` is the run's so far."""
+    """A turn and its calls are finished; `usage` is the run's usage so far."""
 
     turn: int
     usage: Usage
@@ -91,9 +90,10 @@ class LimitReached:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. `answer` is what `submit` was given, else the final text.
+    """The outcome of a run. `answer` is the argument of `submit`, or else the final text.
 
-    `error` is the machine's failure, or why there is no answer or an invalid one, which then is not in `answer`.
+    `error` is the infrastructure failure, or the reason why there is no answer or an invalid one. An invalid answer is
+    not in `answer`.
     """
 
     status: Status
@@ -107,7 +107,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
-    """The last event of a run that was not cancelled and did not fail."""
+    """The last event of a run that was neither cancelled nor failed."""
 
     result: RunResult
     type: Literal["run_finished"] = "run_finished"
@@ -127,6 +127,6 @@ Record = (
     | LimitReached
     | Outcome
 )
-"""What a trajectory is made of."""
+"""A record of a trajectory."""
 
 Event = Record | ReasoningDelta | TextDelta | RunFinished

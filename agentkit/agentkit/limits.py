@@ -1,4 +1,4 @@
-"""How much a run may use, and how wide its calls may run."""
+"""Limits of a run, and limits on concurrent calls."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from agentkit.checks import check_positive
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The budget of one `run` (or one `continue_`); None means no limit. A limit inside generation stops at that token.
+    """The budget of one `run` or one `continue_`; None means no limit. Generation stops at the exact token.
 
-    All but the thinking budgets end the run with status "limit". A spent thinking budget closes the thought with a
-    forced `</think>` and the turn goes on; once `max_thinking_tokens` are spent, later turns do not think.
+    Every limit except the thinking budgets ends the run with status "limit". A spent thinking budget closes the
+    thinking block with a forced `</think>`, and the turn continues; once `max_thinking_tokens` are spent, later turns
+    do not think.
     """
 
     max_turns: int | None = 100
     """Turns of the model."""
     max_tokens: int | None = None
-    """Tokens sampled, over all turns."""
+    """Sampled tokens, over all turns."""
     max_tokens_per_turn: int | None = 32_768
-    """Tokens sampled in one turn, thought included: a model that never ends its turn does not fill its context."""
+    """Sampled tokens of one turn, including thinking. Keeps a turn that never ends from filling the context."""
     max_thinking_tokens: int | None = None
-    """Tokens sampled inside thoughts, over all turns."""
+    """Sampled thinking tokens, over all turns."""
     max_thinking_tokens_per_turn: int | None = None
-    """Tokens sampled inside the thought of one turn."""
+    """Sampled thinking tokens of one turn."""
     wall_time_s: float | None = None
-    """Seconds from the start of the run."""
+    """Seconds since the start of the run."""
     tool_time_s: float | None = None
     """Seconds during which at least one call was running, over all turns."""
     call_timeout_s: float = 60.0
-    """Seconds one call may run; a call that exceeds it gets an error result, its siblings keep theirs."""
+    """Seconds that one call may run. A call that exceeds it gets an error result; the other calls keep theirs."""
     max_calls_per_turn: int = 128
-    """Calls of one turn that are run; those beyond get an error result."""
+    """Calls that one turn may run; every further call gets an error result."""
     max_repeated_tokens: int | None = 2048
-    """Tokens at the end of one turn that only repeat: copies of a block of at most 256 tokens, nothing but digits, or
-    nothing but white space. Inside a block of calls it takes four times as many, because what is written to a file may
-    well repeat. Looked at every 64 tokens; the run's limit is then called "repetition"."""
+    """Repetitive tokens at the end of a turn: copies of one block of at most 256 tokens, only digits, or only white
+    space. Inside a block of calls the limit is four times as high, because file contents may well repeat. It is
+    checked every 64 tokens, and a run that it ends has the limit "repetition"."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -49,16 +50,16 @@ class Limits:
 
 
 class ConcurrencyLimits:
-    """How many calls run at the same time: in one turn, of one tool, and in all.
+    """Maximum number of calls that run at the same time: per turn, per tool, and in total.
 
-    Give one object to several agents and they share its bounds on one tool and in all.
+    Agents that are given the same object share its per-tool and total limits.
     """
 
     def __init__(self, *, per_turn: int = 32, per_tool: int = 32, total: int = 64) -> None:
-        """Each a number of calls.
+        """Set the limits, each a number of calls.
 
         Raises:
-            TypeError, ValueError: a bound is no whole number of at least 1.
+            TypeError, ValueError: a limit is not a whole number of at least 1.
         """
         for name, value in (("per_turn", per_turn), ("per_tool", per_tool), ("total", total)):
             check_positive(f"ConcurrencyLimits({name}=...)", value, whole=True)
@@ -69,9 +70,9 @@ class ConcurrencyLimits:
         self._of_tool = defaultdict[str, anyio.Semaphore](lambda: anyio.Semaphore(per_tool, fast_acquire=True))
 
     def turn(self) -> anyio.Semaphore:
-        """A new bound for the calls of one turn."""
+        """Return a new semaphore for the calls of one turn."""
         return anyio.Semaphore(self.per_turn, fast_acquire=True)
 
     def of_tool(self, name: str) -> anyio.Semaphore:
-        """The bound that all calls of one tool share."""
+        """Return the semaphore shared by all calls of one tool."""
         return self._of_tool[name]

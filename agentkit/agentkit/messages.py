@@ -1,4 +1,4 @@
-"""What is said in a conversation: frozen, typed messages and their OpenAI-shaped dicts."""
+"""Messages of a conversation as frozen dataclasses, and their conversion to OpenAI chat dicts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import ConfigDict, FailFast, Field
 from agentkit_tools import ToolCall, ToolResult
 
 STRICT: Final = ConfigDict(extra="forbid", allow_inf_nan=False)
-"""Read from a file, an unknown key is an error, and so is a number that is not finite."""
+"""Validation of data read from a file: unknown keys and non-finite numbers are errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class SystemMessage:
-    """The standing instructions, first in the conversation, and the JSON schema that the answer has to fit, if any."""
+    """The system prompt, first in the conversation, and the JSON schema of the answer, if any."""
 
     content: str
     output_schema: Mapping[str, Any] | None = None
@@ -26,7 +26,7 @@ class SystemMessage:
 
 @dataclass(frozen=True, slots=True)
 class UserMessage:
-    """What the user says: the task, or the next thing asked in the same session."""
+    """A message from the user: the task, or a later request in the same session."""
 
     content: str
     role: Literal["user"] = "user"
@@ -35,7 +35,7 @@ class UserMessage:
 
 @dataclass(frozen=True, slots=True)
 class AssistantMessage:
-    """One turn of the model. `reasoning` is None when the turn did not think; `calls` are the well-formed ones."""
+    """One turn of the model. `reasoning` is None if the turn did not think; `calls` has only the well-formed calls."""
 
     content: str
     reasoning: str | None = None
@@ -46,7 +46,7 @@ class AssistantMessage:
 
 @dataclass(frozen=True, slots=True)
 class ToolMessage:
-    """What one call gave back, as the model reads it. The messages of a turn stand in call order."""
+    """The result of one call, as the model reads it. The tool messages of a turn are in call order."""
 
     call_id: str
     name: str
@@ -57,7 +57,7 @@ class ToolMessage:
 
     @classmethod
     def of(cls, result: ToolResult) -> ToolMessage:
-        """The message that carries `result` to the model."""
+        """Return the message that carries `result` to the model."""
         return cls(result.call_id, result.name, result.content, result.is_error)
 
 
@@ -65,7 +65,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
 
 def to_openai(message: Message) -> dict[str, Any]:
-    """The message as the OpenAI chat dict that `agentkit_engine.chat` encodes and HTTP APIs take."""
+    """Return the message as the OpenAI chat dict that `agentkit_engine.chat` encodes and HTTP APIs accept."""
     match message:
         case AssistantMessage():
             shaped: dict[str, Any] = {"role": "assistant", "content": message.content}
@@ -86,5 +86,5 @@ def to_openai(message: Message) -> dict[str, Any]:
 
 
 def to_openai_all(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """`to_openai` of each message, in order."""
+    """Return `to_openai` of each message, in order."""
     return [to_openai(message) for message in messages]

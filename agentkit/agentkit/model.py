@@ -1,4 +1,4 @@
-"""The seam between the loop and whatever produces tokens: `Model` opens a `ModelSession`."""
+"""The interface between the agent loop and a source of tokens: a `Model` opens `ModelSession`s."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import Tool, ToolCall
 
 Effort = Literal["none", "low", "high", "max"]
-"""How hard the model thinks, fixed for a session: the level is text at the very start of the prompt."""
+"""Reasoning effort, fixed for a session because the level is text at the start of the prompt."""
 
 EFFORTS: Final[tuple[Effort, ...]] = get_args(Effort)
 
 Dialect = Literal["v4-preview", "v4-0731"]
-"""Which table of effort texts the checkpoint was trained with."""
+"""The set of effort prompts that the checkpoint was trained with."""
 
 SegmentKind = Literal["prompt", "sampled", "forced"]
 
 StopReason = Literal["stop", "max_tokens", "context", "repetition"]
-"""Why generation ended: the model closed its turn, the token limit or the end of the context was reached, or the turn
-only repeated itself."""
+"""The reason a generation ended: the model ended its turn, `max_tokens` was reached, the context is full, or the
+turn only repeated itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationLimits:
-    """Bounds of one turn, in tokens; None means no bound. `max_thinking_tokens` closes the thought only."""
+    """Limits of one turn, in tokens; None means no limit. `max_thinking_tokens` closes only the thinking block."""
 
     max_tokens: int | None = None
     max_thinking_tokens: int | None = None
@@ -39,11 +39,11 @@ class GenerationLimits:
 
 @dataclass(frozen=True, slots=True)
 class TokenSegment:
-    """A run of ids in the session, and how they got there.
+    """Consecutive token ids of a session that have the same origin.
 
-    "prompt" ids were fed, "sampled" ids were drawn by the model, "forced" ids close a turn or a thought that was
-    stopped, or are those where a grammar allowed no other. Each sampled id carries its log-probability: the log-softmax
-    of the raw logits, at temperature 1. `top_logprobs` holds the most likely ids at each place where
+    "prompt" ids were fed. "sampled" ids were drawn by the model. "forced" ids close a turn or thinking block that was
+    stopped, or are the only ids that a grammar allowed. Each sampled id has a log-probability: the log-softmax of the
+    raw logits, at temperature 1. `top_logprobs` has the most likely ids at each position, if
     `SamplingParams.top_logprobs` asks for them.
     """
 
@@ -64,10 +64,10 @@ class TokenSegment:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was used, in tokens and calls. `thinking_tokens` are part of `sampled_tokens`.
+    """Token, call and time counts. `sampled_tokens` includes `thinking_tokens`.
 
-    Every id that was fed (prompts, forced ids, the history of a run that is continued) was either found in the engine's
-    prefix cache or computed: `cache_hit_tokens` and `cache_miss_tokens`, both 0 where a model cannot tell.
+    Every id that was fed (prompts, forced ids, the history of a continued run) was either found in the engine's prefix
+    cache (`cache_hit_tokens`) or computed (`cache_miss_tokens`). Both are 0 if the model does not report them.
     """
 
     prompt_tokens: int = 0
@@ -85,7 +85,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """A piece of the thought."""
+    """A piece of reasoning text."""
 
     text: str
     type: Literal["reasoning_delta"] = "reasoning_delta"
@@ -93,7 +93,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of the answer text."""
+    """A piece of answer text."""
 
     text: str
     type: Literal["text_delta"] = "text_delta"
@@ -101,7 +101,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ThoughtCut:
-    """The thinking budget was spent after `tokens` tokens of thought, so `</think>` was forced; the turn goes on."""
+    """`</think>` was forced after `tokens` tokens because the thinking budget was spent; the turn continues."""
 
     tokens: int
     type: Literal["thought_cut"] = "thought_cut"
@@ -110,10 +110,10 @@ class ThoughtCut:
 
 @dataclass(frozen=True, slots=True)
 class CallReady:
-    """A call is complete. `index` is its place in the turn.
+    """A call is complete. `index` is its position in the turn.
 
-    In a block that opens the answer a call is ready when its closing tag was sampled; in any other block when the turn
-    has ended right after it, because until then it may be a quotation.
+    A call in a block that opens the answer is ready once its closing tag is sampled. A call in any other block may be a
+    quotation, so it is ready only once the turn has ended right after the block.
     """
 
     index: int
@@ -124,7 +124,7 @@ class CallReady:
 
 @dataclass(frozen=True, slots=True)
 class CallMalformed:
-    """The model tried a call that cannot be read; it gets one error result for it. `name` may not have been reached."""
+    """A call that could not be parsed; it gets one error result. `name` is None if it was not generated yet."""
 
     index: int
     name: str | None
@@ -135,7 +135,7 @@ class CallMalformed:
 
 @dataclass(frozen=True, slots=True)
 class CallsWithdrawn:
-    """The model went on with text after the block that opened its answer: its calls, from `first` on, were none."""
+    """The model wrote text after the block that opened its answer, so the calls from index `first` on do not count."""
 
     first: int
     type: Literal["calls_withdrawn"] = "calls_withdrawn"
@@ -144,7 +144,7 @@ class CallsWithdrawn:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """Generation is over: what was said, and why it ended. Always the last event of a generation."""
+    """The last event of every generation: the assistant message, and the reason the generation ended."""
 
     message: AssistantMessage
     reason: StopReason
@@ -154,34 +154,34 @@ ModelEvent = ReasoningDelta | TextDelta | ThoughtCut | CallReady | CallMalformed
 
 
 class History(Protocol):
-    """A conversation so far: a `Trajectory`, or a session."""
+    """A conversation so far: a `Trajectory` or a session."""
 
     @property
     def messages(self) -> Sequence[Message]:
-        """Everything said, in order, assistant turns included."""
+        """All messages in order, including assistant turns."""
         ...
 
     @property
     def segments(self) -> Sequence[TokenSegment]:
-        """Every id, in order. Empty when the model is behind an API."""
+        """All token ids in order; empty if the model is behind an API."""
         ...
 
 
 class ModelSession(History, Protocol):
-    """One conversation that only grows; `messages` and `segments` grow while it generates.
+    """An append-only conversation; `messages` and `segments` grow during generation.
 
-    `generate` leaves the session at a turn boundary however it ends: stopped by a limit, left early or cancelled, the
-    turn is closed (with forced ids where there are ids), so that the conversation can always go on.
+    `generate` always leaves the session at a turn boundary. If it is stopped by a limit, left early or cancelled, it
+    closes the turn (with forced ids, if the model works on ids), so the conversation can always be continued.
     """
 
     @property
     def dialect(self) -> Dialect | None:
-        """The checkpoint's effort table; None when the model is behind an API."""
+        """The checkpoint's effort dialect; None if the model is behind an API."""
         ...
 
     @property
     def grammar_off(self) -> str | None:
-        """Why calls are not held to the schemas of the tools; None when they are."""
+        """The reason why calls are not constrained to the tools' schemas; None if they are."""
         ...
 
     @property
@@ -190,29 +190,29 @@ class ModelSession(History, Protocol):
         ...
 
     async def append(self, messages: Sequence[Message]) -> None:
-        """Say `messages` (user messages and tool results); the model reads them at the next `generate`."""
+        """Add user messages and tool results; the model reads them at the next `generate`."""
         ...
 
     def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
-        """One turn of the model; `think` decides whether it opens with a thought. Close it when you leave early."""
+        """Generate one turn, with a thinking block if `think` is set. Close the generator to leave early."""
         ...
 
 
 class Model(Protocol):
-    """Something that can hold a conversation."""
+    """A source of conversations."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name shown in reports."""
         ...
 
     @property
     def sampling(self) -> SamplingParams:
-        """How it is meant to be sampled; an agent's default."""
+        """The model's recommended sampling parameters; the default of `Agent`."""
         ...
 
     def open(
         self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AbstractAsyncContextManager[ModelSession]:
-        """A session; with `history`, one that stands where that conversation ends."""
+        """Open a session; with `history`, one that continues at the end of that conversation."""
         ...

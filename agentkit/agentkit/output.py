@@ -1,7 +1,7 @@
-"""Answers as JSON: is a schema one, and does an answer fit it?
+"""Validation of answer schemas, and of answers against them.
 
-A grammar enforces most of a schema while the answer is written, but not every keyword, not in what a tool such as
-`submit` was given, and not for every model. So an answer is checked once more, whoever wrote it.
+A grammar does not enforce every keyword of a schema, does not cover the arguments of tools such as `submit`, and is not
+available for every model. So every answer is validated once more.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from agentkit_tools.validation import NeedsTimeError, SchemaProblemError, Valida
 
 
 def check_output_schema(schema: Mapping[str, Any]) -> None:
-    """Refuse what is no JSON schema (2020-12), or refers to what lies outside it: nothing is ever fetched.
+    """Refuse an invalid JSON schema (2020-12), or one with references outside itself: nothing is ever fetched.
 
     Raises:
-        ValueError: naming the place in the schema.
+        ValueError: the schema is invalid; the text names the place in it.
     """
     try:
         if not isinstance(schema, Mapping):
@@ -36,9 +36,9 @@ def check_output_schema(schema: Mapping[str, Any]) -> None:
 
 
 async def misfit(answer: str, schema: Mapping[str, Any]) -> str | None:
-    """Why an answer is not JSON that fits `schema`, in a sentence; None when it is.
+    """Return a sentence on why an answer is not JSON that fits `schema`, or None if it fits.
 
-    A check that takes long runs in a thread of its own, so that other agents go on.
+    A check that takes long runs in its own thread, so that other agents are not blocked.
     """
     check = functools.partial(_problems, answer, _validator(json.dumps(schema)))
     try:

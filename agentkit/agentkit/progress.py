@@ -1,4 +1,4 @@
-"""One updating line about a run on a terminal, for whoever waits for `run_sync`."""
+"""A progress line on the terminal for `run_sync`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentkit.events import CallFinished, CallStarted, Event, TurnFinished, Turn
 from agentkit.model import ReasoningDelta, TextDelta
 
 DELAY_S = 1.0
-"""A run that is over sooner shows nothing."""
+"""Shorter runs show no progress line."""
 EVERY_S = 0.2
 ERASE = "\r\x1b[K"
 
@@ -23,12 +23,12 @@ ERASE = "\r\x1b[K"
 def shown_progress(
     wanted: bool | None = None, stream: TextIO | None = None, *, delay_s: float = DELAY_S
 ) -> Iterator[Callable[[Event], None]]:
-    """Give a listener that keeps one line on `stream` (standard error) up to date, and erase the line at the end.
+    """Yield an event handler that keeps a progress line on `stream` up to date; erase the line at the end.
 
     Args:
-        wanted: Whether to show it; None does so where the stream is a terminal.
-        stream: Where to.
-        delay_s: How long a run may take without a word.
+        wanted: Whether to show the line. None shows it if the stream is a terminal.
+        stream: Output stream; standard error by default.
+        delay_s: Seconds before the line appears.
     """
     where = stream or sys.stderr
     if wanted is None:
@@ -40,7 +40,7 @@ def shown_progress(
     over = threading.Event()
 
     def draw() -> None:
-        # A thread, not a task: the line must move while the loop waits for a token, or a tool holds the loop.
+        # A thread, because the line must also move while the event loop waits for a token or is blocked by a tool.
         waited = over.wait(delay_s)
         while not waited:
             line.draw()
@@ -61,7 +61,7 @@ class _Line:
         self.stream = stream
         self.started = time.monotonic()
         self.turn = self.tokens = self.calls = 0
-        self.since = 0  # texts heard since the last count of tokens
+        self.since = 0  # deltas since the last token count
         self.doing = "opening"
         self.drawn = False
 
@@ -94,5 +94,5 @@ class _Line:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except (OSError, ValueError):  # a terminal that is gone stops no run
+        except (OSError, ValueError):  # a closed terminal must not stop the run
             pass

@@ -1,9 +1,9 @@
-"""Runaways: a turn that only repeats itself, found by looking at its last ids now and then.
+"""Detection of runaway turns, which only repeat themselves.
 
-The bounds weigh two mistakes. A runaway should end within seconds, and 2,048 tokens are a few seconds on one CPU core.
-Honest text repeats too: a row of dashes is a handful of tokens, a table or a list has rows that differ. Text that is
-*exactly* periodic for 2,048 tokens (some 8 KB) is not prose. A file may hold it (zeros in base64, a log of one line,
-blank pixels), so inside a block of calls it takes four times as many.
+The limits weigh two mistakes. A runaway turn should end within seconds, and 2,048 tokens take a few seconds on one CPU
+core. Normal text repeats, too, but a row of dashes is only a few tokens, and the rows of a table or list differ. Text
+that is *exactly* periodic for 2,048 tokens (about 8 KB) is not prose. A file may contain it (zeros in base64, a log of
+identical lines, blank pixels), so the limit is four times as high inside a block of calls.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 MAX_PERIOD: Final = 256
-"""Tokens of the longest block whose copies count as repetition."""
+"""Maximum length, in tokens, of the repeated block."""
 CHECK_EVERY: Final = 64
 """Tokens between two checks."""
 IN_CALLS: Final = 4
-"""Times as many tokens may repeat inside a block of calls."""
+"""Factor by which the limit is higher inside a block of calls."""
 
 
 def is_due(length: int, bound: int) -> bool:
-    """Whether a turn of `length` tokens should be checked against `bound` now."""
+    """Return whether a turn of `length` tokens should be checked against `bound` now."""
     return length >= bound and length % min(CHECK_EVERY, bound) == 0
 
 
 def repeats(ids: Sequence[int], count: int, bytes_of: Callable[[int], bytes]) -> bool:
-    """Whether the last `count` ids only repeat.
+    """Return whether the last `count` ids only repeat.
 
-    They do when they are copies of one block of at most `MAX_PERIOD` ids (and at most half of `count`), when all are
-    digits, or when all are white space; the last two are what a grammar allows in numbers and around JSON.
+    They do if they are copies of one block of at most `MAX_PERIOD` ids (and at most half of `count`), all digits, or
+    all white space. Grammars allow the last two without limit, in numbers and around JSON.
     """
     if len(ids) < count:
         return False

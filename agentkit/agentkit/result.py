@@ -1,4 +1,4 @@
-"""What a run gives back."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Continue = Callable[[str, Environment | None], Awaitable["RunResult"]]
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """How a run ended, and its record.
+    """The outcome of a run, and its trajectory.
 
     Attributes:
-        outcome: how it ended, as the record has it.
-        trajectory: everything that happened; grows when the run is continued.
+        outcome: The outcome, as recorded.
+        trajectory: The record of the session; it grows when the run is continued.
     """
 
     outcome: Outcome
@@ -31,36 +31,36 @@ class RunResult:
 
     @property
     def status(self) -> Status:
-        """How the run ended.
+        """The reason the run ended.
 
         - "submitted": the model called `submit`.
         - "answered": a turn had text and no calls.
-        - "no_answer": a turn had neither: it ended inside its thought, or said nothing but white space.
-        - "invalid_output": the answer, by either way, does not fit the agent's `output_schema`.
-        - "limit": a limit stopped it; `limit` says which.
+        - "no_answer": a turn had neither: it ended while thinking, or its text was empty or white space.
+        - "invalid_output": the answer (submitted or not) does not fit the agent's `output_schema`.
+        - "limit": a limit stopped the run; `limit` names it.
         """
         return self.outcome.status
 
     @property
     def answer(self) -> str | None:
-        """What `submit` was given, else the text of the last turn; None with any other status."""
+        """The argument of `submit`, or the text of the last turn; None with any other status."""
         return self.outcome.answer
 
     @property
     def output(self) -> Any:
-        """The answer as a JSON value, if the agent has an `output_schema`; else its text. None without an answer."""
+        """The answer as a JSON value if the agent has an `output_schema`, else its text; None without an answer."""
         if self.answer is None or self.trajectory.header.sampling.output_schema is None:
             return self.answer
         return json.loads(self.answer)
 
     @property
     def error(self) -> str | None:
-        """Why there is no answer, or what is wrong with an invalid one, and where."""
+        """The reason why there is no answer, or why the answer is invalid."""
         return self.outcome.error
 
     @property
     def limit(self) -> LimitName | None:
-        """Which limit stopped it."""
+        """The limit that stopped the run."""
         return self.outcome.limit
 
     @property
@@ -69,21 +69,22 @@ class RunResult:
         return self.outcome.usage
 
     async def continue_(self, text: str, *, environment: Environment | None = None) -> RunResult:
-        """Say `text` in the same session, in the same trajectory, and run on.
+        """Send `text` in the same session and trajectory, and run again.
 
-        The model goes on from exactly these ids. The calls run in `environment`, else in the one the run was given;
-        if the run had opened its own, they run in a new one that starts with the files of the old one's work directory.
+        The model continues from exactly the recorded token ids. Calls run in `environment` if given, else in the
+        environment given to the run. If the run opened its own sandbox, they run in a new one that starts with the
+        files of its work directory.
 
         Raises:
-            ValueError: this result was continued already; continue the newer one.
+            ValueError: this result was already continued; continue the newer one.
             Other errors: as `Agent.run`.
         """
         return await self._continue(text, environment)
 
     def continue_sync(self, text: str) -> RunResult:
-        """`continue_` for code that is not async, after `run_sync`.
+        """Run `continue_` from synchronous code, after `run_sync`.
 
         Raises:
-            RunningLoopError: an event loop runs already, as in a notebook; there, `await result.continue_(...)`.
+            RunningLoopError: an event loop is running, as in a notebook. Use `await result.continue_(...)` there.
         """
         return run_blocking(lambda: self.continue_(text), instead="await result.continue_(...)")

@@ -1,4 +1,4 @@
-"""The state of one run: what the loop passes along, and the bookkeeping that keeps the record whole."""
+"""The state of one run, shared by the steps of the loop, and the bookkeeping that keeps its record complete."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from agentkit_tools import ToolContext
 
 
 class Run:
-    """One `Agent.run` while it goes on.
+    """One `Agent.run` in progress.
 
     Attributes:
-        session: the conversation with the model.
-        trajectory: the record.
-        context: where the calls run.
-        limits: the run's budget.
-        emit: tells the caller of an event.
-        turn: number of the next turn, counted from 0 over the session.
-        deadline: when the wall time is spent, on anyio's clock.
-        calls, tool_time_s: calls made, and seconds during which at least one was running.
+        session: The conversation with the model.
+        trajectory: The record.
+        context: The context that calls run in.
+        limits: The run's budget.
+        emit: Passes an event to the caller.
+        turn: Number of the next turn, counted from 0 over the session.
+        deadline: Time at which the wall time is spent, on anyio's clock.
+        calls, tool_time_s: Number of calls made, and seconds during which at least one was running.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Run:
         self._recorded_segments = len(session.segments)
 
     def note(self, record: Record) -> None:
-        """Write a record, then tell the caller."""
+        """Write a record, then emit it."""
         self.trajectory.append(record)
         self.emit(record)
 
     def note_session(self) -> None:
-        """Write what is new in the session: ids first, then what they say."""
+        """Record new content of the session: segments first, then messages."""
         while self._recorded_segments < len(self.session.segments):
             self._recorded_segments += 1
             self.note(self.session.segments[self._recorded_segments - 1])
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def usage(self) -> Usage:
-        """What the run has used so far."""
+        """Usage of the run so far."""
         return replace(
             self.session.usage,
             calls=self.calls,
@@ -79,12 +79,12 @@ class Run:
     def outcome(
         self, status: Status, answer: str | None = None, *, limit: LimitName | None = None, error: str | None = None
     ) -> Outcome:
-        """How the run ends, with its usage."""
+        """Return the outcome of the run, including its usage."""
         return Outcome(status, answer, self.usage, limit, error)
 
     @property
     def spent_limit(self) -> LimitName | None:
-        """The limit that forbids another turn, if one does."""
+        """The limit that forbids another turn, if any."""
         usage, limits = self.session.usage, self.limits
         if limits.max_turns is not None and usage.turns >= limits.max_turns:
             return "max_turns"
@@ -98,12 +98,12 @@ class Run:
 
     @property
     def tool_time_left_s(self) -> float | None:
-        """Seconds for which calls may still run; None without bound."""
+        """Seconds that calls may still run; None without a limit."""
         return None if self.limits.tool_time_s is None else self.limits.tool_time_s - self.tool_time_s
 
     @property
     def generation_limits(self) -> GenerationLimits:
-        """What the next turn may sample; a thinking budget of 0 means that it must not think."""
+        """Limits of the next turn. A thinking budget of 0 means that it must not think."""
         usage, limits = self.session.usage, self.limits
         thought = [limits.max_thinking_tokens_per_turn] if limits.max_thinking_tokens_per_turn is not None else []
         if limits.max_thinking_tokens is not None:
@@ -116,7 +116,7 @@ class Run:
         )
 
     def limit_of(self, reason: StopReason) -> LimitName | None:
-        """The limit that ended a generation, if one did."""
+        """Return the limit that ended a generation, if any."""
         if reason == "stop":
             return None
         left = self._tokens_left
@@ -124,5 +124,5 @@ class Run:
 
     @property
     def _tokens_left(self) -> int | None:
-        """Tokens that may still be sampled; None without bound."""
+        """Tokens that may still be sampled; None without a limit."""
         return None if self.limits.max_tokens is None else self.limits.max_tokens - self.session.usage.sampled_tokens

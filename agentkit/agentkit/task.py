@@ -1,16 +1,16 @@
-"""A task: what to do, where, with which tools and limits, and how it is verified; read from strict YAML.
+"""A task: instruction, environment, tools, limits and verifier, read from strict YAML.
 
     id: count-errors
     instruction: How many lines of app.log contain ERROR? Submit the number.
     environment:
-      files: {app.log: !file app.log}        # inline text, or a text file that lies beside the task
+      files: {app.log: !file app.log}        # inline text, or a text file beside the task
     verifier:
       command: test "$AGENTKIT_ANSWER" = 3   # exit status 0 is reward 1
     solution:
-      command: grep -c ERROR app.log         # what it prints is the answer
+      command: grep -c ERROR app.log         # its output is the answer
 
-An unknown key, a wrong type, a duplicate key or broken YAML is a `TaskFileError` that names file and line. Values are
-what JSON has: a date is text. Files are bounded in size, and aliases and nesting in what they expand to.
+Unknown keys, wrong types, duplicate keys and broken YAML raise a `TaskFileError` with file and line. Values are those
+of JSON, so a date is text. File sizes, the expansion of aliases and the nesting depth are limited.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ MAX_YAML_BYTES = 1 << 19
 MAX_YAML_NODES = 10_000
 MAX_YAML_DEPTH = 50
 MAX_PROBLEMS = 50
-"""Of one file, in one error."""
+"""Maximum number of problems that one error lists."""
 MAX_FILE_BYTES = 16 << 20
-"""Of all files that one YAML file names with `!file`, together."""
+"""Maximum total size of the files that one YAML file includes with `!file`."""
 
 
 def _inside(path: str) -> str:
@@ -83,13 +83,13 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_l
 
 
 class Strict(BaseModel):
-    """The base of everything read from a file: no unknown keys, no coercion, no change after reading."""
+    """Base of all models read from a file: no unknown keys, no coercion, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class LimitsConfig(Strict):
-    """What one sandbox may use; the same fields and defaults as `agentkit_environments.Limits`."""
+    """Resource limits of a sandbox, with the fields and defaults of `agentkit_environments.ResourceLimits`."""
 
     memory_mib: int = Field(default=1024, ge=16, le=1 << 24)
     processes: int = Field(default=256, ge=1, le=1 << 22)
@@ -100,12 +100,12 @@ class LimitsConfig(Strict):
 
 
 class EnvironmentConfig(Strict):
-    """Where the agent works. `files` and `setup` are put in place, in this order, before the agent starts."""
+    """The sandbox of the agent. `files` are written first, then `setup` runs, both before the agent starts."""
 
     image: str | None = None
     backend: Literal["auto", "docker", "process"] = "auto"
     files: dict[RelativePath, str] = Field(default_factory=dict)  # path in the workdir -> text
-    setup: list[Shell] = Field(default_factory=list)  # shell commands; a non-zero exit is a defect of the task
+    setup: list[Shell] = Field(default_factory=list)  # shell commands; a non-zero exit status is an error of the task
     workdir: str = "/workspace"
     network: Literal["none", "public"] = "none"
     env: dict[Annotated[str, AfterValidator(_variable)], Shell] = Field(default_factory=dict)
@@ -113,11 +113,11 @@ class EnvironmentConfig(Strict):
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
-        self.spec()  # the environments room has its own rules, such as which workdirs are taken
+        self.spec()  # validates: EnvironmentSpec has rules of its own, such as reserved workdirs
         return self
 
     def spec(self) -> EnvironmentSpec:
-        """This configuration as the environments room wants it."""
+        """Return this configuration as an `EnvironmentSpec`."""
         return EnvironmentSpec(
             image=self.image,
             workdir=self.workdir,
@@ -128,11 +128,11 @@ class EnvironmentConfig(Strict):
 
 
 class ToolConfig(Strict):
-    """A tool defined by a shell command, which gets the arguments as one JSON object on standard input."""
+    """A tool defined by a shell command, which reads the arguments as one JSON object from standard input."""
 
     name: str
     description: str
-    parameters: dict[str, Any]  # a JSON schema of an object
+    parameters: dict[str, Any]  # JSON schema of an object
     command: Shell
 
     @model_validator(mode="after")
@@ -144,12 +144,12 @@ class ToolConfig(Strict):
         return self
 
     def build(self) -> CommandTool:
-        """The tool itself."""
+        """Return the tool."""
         return CommandTool(self.name, self.description, self.parameters, self.command)
 
 
 class AgentConfig(Strict):
-    """How the agent runs on this task."""
+    """Agent settings for this task."""
 
     thinking: Literal["always", "never", "auto"] = "auto"
     effort: Literal["none", "low", "high", "max"] = "high"
@@ -159,11 +159,11 @@ class AgentConfig(Strict):
 
 
 class VerifierConfig(Strict):
-    """How the outcome is scored: `command` runs in the workdir of a fresh environment that holds the agent's files.
+    """The scoring command, which runs in the workdir of a fresh environment that holds the agent's files.
 
-    It sees AGENTKIT_ANSWER (and AGENTKIT_ANSWER_FILE), AGENTKIT_VERIFIER_DIR with `files`, and AGENTKIT_REWARD_DIR.
-    Exit status 0 is reward 1, or what it left there in `reward.txt` (a number) or `reward.json` (`{"reward": number}`);
-    any other is 0.
+    The command's environment has AGENTKIT_ANSWER, AGENTKIT_ANSWER_FILE, AGENTKIT_VERIFIER_DIR (a folder with `files`)
+    and AGENTKIT_REWARD_DIR. Exit status 0 is reward 1, or the reward that the command wrote to AGENTKIT_REWARD_DIR as
+    `reward.txt` (a number) or `reward.json` (`{"reward": number}`). Any other exit status is reward 0.
     """
 
     command: Shell
@@ -172,7 +172,7 @@ class VerifierConfig(Strict):
 
 
 class SolutionConfig(Strict):
-    """The oracle solution: a shell command in the workdir; its standard output, stripped, is the answer."""
+    """The oracle solution: a shell command in the workdir. Its standard output, stripped, is the answer."""
 
     command: Shell
     timeout_s: float = Field(default=60.0, gt=0, le=MAX_TIMEOUT_S)
@@ -189,7 +189,7 @@ def _every_built_in() -> list[str | ToolConfig]:
 
 
 class Task(Strict):
-    """One job for an agent. `tools` holds names of built-in tools and definitions of command tools, in prompt order."""
+    """A task for an agent. `tools` lists names of built-in tools and definitions of command tools, in prompt order."""
 
     id: Identifier
     instruction: str = Field(min_length=1)
@@ -210,14 +210,14 @@ class Task(Strict):
         return entries
 
     def build_tools(self) -> list[Tool]:
-        """The task's tools as the loop takes them, in the order of the file."""
+        """Return the task's tools, in the order of the file."""
         return [BUILTINS[entry] if isinstance(entry, str) else entry.build() for entry in self.tools]
 
     async def prepare(self, environment: Environment) -> None:
-        """Put the task's files into a fresh environment's workdir and run its setup commands there, in order.
+        """Write the task's files to the workdir of a fresh environment and run its setup commands there, in order.
 
         Raises:
-            TaskSetupError: a setup command exited with another status than 0; the text has its output.
+            TaskSetupError: a setup command exited with a non-zero status; the text has its output.
             SandboxError: the sandbox itself failed.
         """
         for path, text in self.environment.files.items():
@@ -237,16 +237,16 @@ def load_task(path: str | Path) -> Task:
     """Read one task from a YAML file.
 
     Raises:
-        TaskFileError: the file is missing, is not YAML, or is not a task; with file, line and what is expected.
+        TaskFileError: the file is missing, is not YAML, or is not a task. The text has file, line and what is expected.
     """
     return load_yaml(path, Task)
 
 
 def load_yaml(path: str | Path, model: type[M]) -> M:
-    """Read a YAML file as `model`. A value `!file NAME` is the text of a file beside (or below) the YAML file.
+    """Read a YAML file as `model`. `!file NAME` stands for the text of a file beside or below the YAML file.
 
     Raises:
-        TaskFileError: one `FILE:LINE: problem` line for each thing wrong.
+        TaskFileError: the file is invalid; the text has one `FILE:LINE: problem` line per problem.
     """
     path = Path(path)
     root, data = read_yaml(path)
@@ -264,10 +264,10 @@ def load_yaml(path: str | Path, model: type[M]) -> M:
 
 
 def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
-    """The nodes and the value of a YAML file.
+    """Return the root node and the value of a YAML file.
 
     Raises:
-        TaskFileError: the file cannot be read, is not YAML, or is larger than any task needs; with file and line.
+        TaskFileError: the file cannot be read, is not YAML, or exceeds a size limit. The text has file and line.
     """
     try:
         data = read_regular(path, max_bytes=MAX_YAML_BYTES)
@@ -309,21 +309,21 @@ _HINTS = {
     "while scanning an anchor": "; quote a text that starts with &",
     "could not determine a constructor": "; quote a text that starts with !",
 }
-"""What to do about errors whose own words do not say it."""
+"""Remedies for YAML errors, by a part of the error text."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the values of JSON, that refuses duplicate keys and reads `!file NAME` from beside the YAML file.
+    """A SafeLoader for JSON values that refuses duplicate keys and reads `!file NAME` from beside the YAML file.
 
-    What aliases expand to counts as if it were written out, so that no reader of the value can be made to walk for
-    long, and an alias inside its own anchor is an error.
+    Aliases count by their expanded size, which bounds the work of every reader. An alias inside its own anchor is an
+    error.
     """
 
     def __init__(self, text: str, folder: Path) -> None:
         super().__init__(text)
         self.folder = folder
         self._depth = self._nodes = 0
-        self._sizes: dict[int, int] = {}  # of every finished node, by its id: how many nodes it expands to
+        self._sizes: dict[int, int] = {}  # number of nodes that a finished node expands to, by its id
         self._file_bytes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -353,7 +353,7 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep=deep)
         except (yaml.YAMLError, RecursionError):
             raise
-        except Exception as exc:  # PyYAML's constructors raise what `int`, `float` and a dict of constants do
+        except Exception as exc:  # PyYAML passes on errors of `int`, `float` and dict keys
             tag = node.tag.removeprefix("tag:yaml.org,2002:")
             raise _error(f"{shorten(node.value)} is no {shorten(tag, quote=False)}", node.start_mark) from exc
         if isinstance(value, str) and not _is_text(value):
@@ -385,10 +385,10 @@ class _Loader(yaml.SafeLoader):
                 raise _error(f"!file {name} lies outside {self.folder}", node.start_mark)
             data = read_regular(target, max_bytes=MAX_FILE_BYTES - self._file_bytes)
             self._file_bytes += len(data)
-            return data.decode().replace("\r\n", "\n").replace("\r", "\n")  # as text files are read
+            return data.decode().replace("\r\n", "\n").replace("\r", "\n")  # universal newlines
         except OSError as exc:
             problem = f"!file {name} cannot be read as text: {exc.strerror}"
-        except (ValueError, RuntimeError) as exc:  # no UTF-8; a name that is none; links in a circle
+        except (ValueError, RuntimeError) as exc:  # not UTF-8, invalid name, circular links
             problem = f"!file {name} cannot be read as text: {shorten(str(exc), 200, quote=False)}"
         raise _error(problem, node.start_mark)
 
@@ -419,7 +419,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _line(node: yaml.Node | None, loc: Sequence[int | str]) -> int:
-    """The line (from 1) of what `loc` points at: the key of a mapping's entry, the item of a list, or the nearest."""
+    """Return the line (from 1) of `loc`: of a mapping's key, a list's item, or else the nearest parent."""
     mark = node.start_mark if node is not None else None
     for step in loc:
         if isinstance(node, yaml.MappingNode):
@@ -459,7 +459,7 @@ def _kind(value: object) -> str:
 
 
 def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> Iterable[str]:
-    """The keys that the model at `loc` knows."""
+    """Return the field names of the model at `loc`."""
     for step in loc:
         if isinstance(step, str) and step in model.model_fields:
             inner = list(_models_in(model.model_fields[step].annotation))

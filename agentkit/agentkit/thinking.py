@@ -1,4 +1,4 @@
-"""Which turns think: the effort is fixed for a session, but whether a turn thinks is one token and may change."""
+"""Policies that decide which turns think. The effort is fixed for a session, but thinking is one token per turn."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from agentkit.model import EFFORTS, Effort
 Thinking = Literal["always", "never", "auto"]
 
 ThinkingPolicy = Callable[[list[Message]], bool]
-"""Decides from the messages the turn answers (the user's, or the results of the last turn) whether it thinks."""
+"""A function from the messages that a turn answers (the user's, or the last turn's results) to whether it thinks."""
 
 
 def always(news: list[Message]) -> bool:
-    """Every turn thinks."""
+    """Think in every turn."""
     return True
 
 
 def never(news: list[Message]) -> bool:
-    """No turn thinks."""
+    """Think in no turn."""
     return False
 
 
 def auto(news: list[Message]) -> bool:
-    """Think when the user has spoken and after any failed result; answer directly on routine steps."""
+    """Think after user messages and failed results; answer directly otherwise."""
     return any(isinstance(m, UserMessage) or (isinstance(m, ToolMessage) and m.is_error) for m in news)
 
 
@@ -33,10 +33,10 @@ POLICIES: dict[Thinking, ThinkingPolicy] = {"always": always, "never": never, "a
 
 
 def thinking_policy(thinking: Thinking | ThinkingPolicy, effort: Effort) -> ThinkingPolicy:
-    """The policy of that name, or the caller's own; effort "none" never thinks.
+    """Return the policy with that name, or the given function. Effort "none" never thinks.
 
     Raises:
-        ValueError: no policy or effort has that name.
+        ValueError: the policy or effort is unknown.
     """
     if effort not in EFFORTS:
         raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")

@@ -1,9 +1,9 @@
-"""The append-only record of a run, from which everything the model saw can be rebuilt.
+"""The append-only record of a run, from which everything the model read can be rebuilt.
 
 A file is JSON lines. Each line is `{"seq": n, "time_s": seconds since the start, "record": {...}, "crc32": "..."}`,
-its checksum taken over the bytes before `,"crc32"`. Line 0 is the `Header`. A line is written when the thing happens,
-so a killed process loses at most the line it was writing; that torn tail is cut when the file is read. Reasoning and
-text deltas are not lines of their own: the message and the ids of their turn hold the same.
+where the checksum covers the bytes before `,"crc32"`. Line 0 is the `Header`. Lines are written as events happen, so a
+killed process loses at most the line it was writing; that torn tail is cut when the file is read. Reasoning and text
+deltas have no lines, because the message and the token ids of their turn contain them.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ FORMAT: Final = "agentkit.trajectory"
 VERSION: Final = 2
 MAX_FILE_BYTES: Final = 256 << 20
 MAX_LINE_BYTES: Final = 32 << 20
-"""A line holds one message, or the ids of one turn at up to 40 bytes for an id with its log-probability."""
+"""A line holds one message, or the ids of one turn at up to 40 bytes per id with its log-probability."""
 MAX_LINE_NUMBERS: Final = 2_500_000
 MAX_LINE_TEXTS: Final = 50_000
-"""Numbers are ids, in arrays that are checked up to the first defect; all else is reported defect by defect."""
+"""Lower than for numbers: validation stops at the first error in a list of ids, but reports every error among texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What was fixed when the session opened: with the messages, all that the prompt's ids are made of."""
+    """Settings that are fixed when the session opens. The header and the messages determine all prompt ids."""
 
     model: str
     dialect: Dialect | None
     effort: Effort
     sampling: SamplingParams
-    """As it was in force: what the checkpoint's folder says, and what the caller changed."""
+    """Effective parameters: those of the checkpoint folder with the caller's changes."""
     tools: Annotated[tuple[dict[str, Any], ...], FailFast()]
-    """The OpenAI dicts of the tools, in prompt order."""
+    """The tools as OpenAI dicts, in prompt order."""
     thinking: str
     grammar_off: str | None = None
-    """Why calls were not held to the schemas of the tools; None when they were."""
+    """The reason why calls were not constrained to the tools' schemas; None if they were."""
     metadata: dict[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid4().hex)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
@@ -77,14 +77,13 @@ _CRC_SIZE = len(_CRC % 0)
 
 
 class Trajectory:
-    """A header and the records after it; in memory, and in a file as well when one is given.
+    """A header and its records, in memory and optionally in a file.
 
-    `append` writes through to the file at once. Use `load` to read a file, `save` to write a trajectory that so far is
-    in memory only.
+    `append` writes to the file at once. `load` reads a file, and `save` writes a trajectory that is only in memory.
     """
 
     def __init__(self, header: Header, path: str | Path | None = None) -> None:
-        """A new trajectory; with `path`, the file is made and must not exist yet.
+        """Start a trajectory; with `path`, create the file, which must not exist yet.
 
         Raises:
             TrajectoryWriteError: the file exists already, or cannot be written.
@@ -94,7 +93,7 @@ class Trajectory:
         self.records: list[Record] = []
         self.times_s: list[float] = []
         self._file: int | None = None
-        self._size = 0  # of the good lines in the file, in bytes
+        self._size = 0  # bytes of valid lines in the file
         self._start_ns = time.monotonic_ns()
         if path is not None:
             self._open(Path(path), os.O_CREAT | os.O_EXCL)
@@ -102,12 +101,12 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
-        """Read a file back; a torn tail is cut (from what is read, and from the file when it is written again).
+        """Read a file. A torn tail is left out, and is cut from the file when it is next written.
 
         Raises:
-            TrajectoryFormatError: not a trajectory, one of another format version, or one beyond `MAX_FILE_BYTES` or
-                `MAX_LINE_BYTES`.
-            TrajectoryCorruptError: a line that others follow is damaged.
+            TrajectoryFormatError: the file is not a trajectory, has another format version, or exceeds
+                `MAX_FILE_BYTES` or `MAX_LINE_BYTES`.
+            TrajectoryCorruptError: a line before the last one is damaged.
             TrajectoryError: the file cannot be read.
         """
         path = Path(path)
@@ -143,10 +142,10 @@ class Trajectory:
         return self
 
     def append(self, record: Record) -> None:
-        """Add a record; when this returns, the operating system has it.
+        """Add a record. On return the operating system has it.
 
         Raises:
-            TrajectoryWriteError: the file cannot take it. The record stays in memory, later ones are not written.
+            TrajectoryWriteError: the file cannot be written. The record stays in memory; later records are not written.
         """
         time_s = (time.monotonic_ns() - self._start_ns) // 1000 / 1e6  # whole microseconds
         self.records.append(record)
@@ -155,7 +154,7 @@ class Trajectory:
             self._write(len(self.records), time_s, record)
 
     def save(self, path: str | Path) -> None:
-        """Write the whole trajectory to a new file, which becomes its own when it has none.
+        """Write the whole trajectory to a new file. A trajectory without a file continues in the new one.
 
         Raises:
             TrajectoryWriteError: the file exists already, or cannot be written.
@@ -168,7 +167,7 @@ class Trajectory:
             self.path, self._size = copy.path, copy._size
 
     def reopen(self) -> None:
-        """Make a closed trajectory ready for more records; its file, if it has one, is cut after the last good line.
+        """Reopen a closed trajectory for more records. Its file, if any, is cut after the last valid line.
 
         Raises:
             TrajectoryWriteError: the file cannot be opened for writing.
@@ -188,27 +187,27 @@ class Trajectory:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation."""
+        """All messages of the conversation."""
         return [record.message for record in self.records if isinstance(record, MessageAdded)]
 
     @property
     def segments(self) -> list[TokenSegment]:
-        """The ids, with how each run of them came about."""
+        """All token segments."""
         return [record for record in self.records if isinstance(record, TokenSegment)]
 
     @property
     def token_ids(self) -> list[int]:
-        """Every id of the session, in order: equal to the engine's own list."""
+        """All token ids of the session in order; equal to the engine's own list."""
         return [token for segment in self.segments for token in segment.ids]
 
     @property
     def loss_mask(self) -> list[int]:
-        """One number per id of `token_ids`: 1 where the model sampled it, 0 where it was fed or forced."""
+        """One number per id of `token_ids`: 1 if the model sampled it, 0 if it was fed or forced."""
         return [int(segment.kind == "sampled") for segment in self.segments for _ in segment.ids]
 
     @property
     def logprobs(self) -> list[float | None]:
-        """One per id of `token_ids`; None where the id was not sampled."""
+        """One log-probability per id of `token_ids`; None if the id was not sampled."""
         return [logprob for segment in self.segments for logprob in segment.logprobs or [None] * len(segment.ids)]
 
     @property
@@ -218,7 +217,7 @@ class Trajectory:
 
     @property
     def outcome(self) -> Outcome | None:
-        """How the last run in this trajectory ended; None while it runs, or when its process was killed."""
+        """The last recorded outcome; None while the first run is in progress, or if its process was killed."""
         return next((record for record in reversed(self.records) if isinstance(record, Outcome)), None)
 
     def _open(self, path: Path, flags: int) -> None:
@@ -255,14 +254,18 @@ def _line_bytes(seq: int, time_s: float, record: Header | Record) -> bytes:
     line = _Line(seq, time_s, record)
     try:
         body = _LINES.dump_json(line)[:-1]
-    except PydanticSerializationError:  # a lone surrogate, which is U+FFFD to the tokenizer too
+    except PydanticSerializationError:  # a lone surrogate; the tokenizer replaces it with U+FFFD, too
         text = json.dumps(_LINES.dump_python(line, mode="json"), ensure_ascii=False, separators=(",", ":"))
         body = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()[:-1]
     return body + _CRC % zlib.crc32(body)
 
 
 def _parse(text: bytes, path: Path, seq: int) -> _Line | None:
-    """The line, or None when it is cut, damaged or not number `seq`; another format version is refused by name."""
+    """Return the line, or None if it is torn, damaged or not number `seq`.
+
+    Raises:
+        TrajectoryFormatError: the line is intact, but of another format version or not a valid record.
+    """
     body, tail = text[:-_CRC_SIZE], text[-_CRC_SIZE:]
     if tail != _CRC % zlib.crc32(body):
         return None
@@ -287,19 +290,19 @@ def _parse(text: bytes, path: Path, seq: int) -> _Line | None:
 
 
 def _check_numbers(line: _Line, body: bytes) -> None:
-    """Refuse numbers that the schema lets through and nothing can work with. Raises ValueError."""
+    """Refuse numbers that the schema allows but that are out of range. Raises ValueError."""
     if not 0 <= line.time_s < 1e9:
         raise ValueError(f"time_s is {shorten(line.time_s)}, expected seconds")
     if isinstance(line.record, TokenSegment) and line.record.ids:
         low, high = min(line.record.ids), max(line.record.ids)
         if low < 0 or high >= 1 << 31:
             raise ValueError(f"ids from {shorten(low)} to {shorten(high)}, expected token ids")
-    if b"NaN" in body or b"Infinity" in body:  # inside a value of any type the schema allows them
+    if b"NaN" in body or b"Infinity" in body:  # the schema allows them inside values of any type
         parse_json(body + b"}", max_values=MAX_LINE_NUMBERS)
 
 
 def _version(body: bytes) -> object:
-    """The format version that a line claims; the present one where it claims none."""
+    """Return the format version in a line, or the current one if the line has none."""
     try:
         record = parse_json(body + b"}")["record"]
         return record.get("version", VERSION) if isinstance(record, dict) else VERSION
@@ -315,7 +318,7 @@ def _next_line(file: io.BufferedReader[io.FileIO], path: Path, seq: int) -> byte
 
 
 def _count_lines(file: io.BufferedReader[io.FileIO]) -> int:
-    """How many lines are left, the last one whole or not."""
+    """Count the remaining lines, including an unfinished last one."""
     count, chunk = 0, b"\n"
     while more := file.read(1 << 20):
         count, chunk = count + more.count(b"\n"), more

@@ -1,4 +1,4 @@
-"""The calls of one turn: bounded, ordered, dispatched early where that is safe, and stopped together."""
+"""The calls of one turn: concurrent within limits, in order, started early where that is safe, and stopped together."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from agentkit_tools.model_texts import ERROR
 
 
 class TurnCalls:
-    """Runs the calls of one turn side by side; their results keep the order of the calls.
+    """Runs the calls of one turn concurrently; results keep the order of the calls.
 
-    A call is announced with `ready`, mostly while the model is still generating. When it and all calls before it only
-    read, it starts at once; otherwise it waits for `finish`. A barrier runs alone: what stands before it finishes
-    first, and nothing after it starts before it ends.
+    `ready` announces a call, usually while the model is still generating. The call starts at once if it and all calls
+    before it are read-only; otherwise it waits for `finish`. A barrier runs alone: it starts after all earlier calls
+    have finished, and later calls start after it has ended.
 
-    Whatever a call does wrong is its own result, so no sibling loses its place. Only the machine's failure
-    (`SandboxError`) stops them all, through the task group.
+    A call that fails only affects its own result. Only an infrastructure failure (`SandboxError`) stops all calls,
+    through the task group.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class TurnCalls:
         *,
         max_calls: int,
     ) -> None:
-        """Calls that run in the task group given to `open`.
+        """Create the calls of a turn; `open` sets the task group they run in.
 
         Args:
-            tools: What can be called.
-            context: What each call is given.
-            concurrency: How many run at the same time.
-            note: Told of each start and each result, as it happens.
-            max_calls: Calls that are run; those beyond get an error result.
+            tools: Tools by name.
+            context: Context passed to each call.
+            concurrency: Limits on calls that run at the same time.
+            note: Called with each start and each result, when it happens.
+            max_calls: Number of calls to run; every further call gets an error result.
         """
         self.task_group: TaskGroup
         self.time_s = 0.0
@@ -57,21 +57,21 @@ class TurnCalls:
         self._calls: dict[int, ToolCall] = {}
         self._results: dict[int, ToolResult] = {}
         self._waiting: list[int] = []
-        self._pending = 0  # dispatched and not finished, be it running or waiting for its turn
-        self._scopes: dict[int, anyio.CancelScope] = {}  # of the calls that run
+        self._pending = 0  # calls started and not finished, including those that wait for a semaphore
+        self._scopes: dict[int, anyio.CancelScope] = {}  # of the running calls, by index
         self._running = 0
         self._running_since = 0.0
-        self._idle: anyio.Event | None = None  # while `finish` waits
+        self._idle: anyio.Event | None = None  # set while `finish` waits
 
     def open(self, task_group: TaskGroup, *, deadline: float, time_left_s: float | None) -> None:
-        """Run in `task_group`; it is cancelled at `deadline`, or once calls have been running for `time_left_s`."""
+        """Run in `task_group`, which is cancelled at `deadline`, or after calls have been running for `time_left_s`."""
         task_group.cancel_scope.deadline = deadline
         self.task_group = task_group
         self._deadline = deadline
         self._time_left_s = time_left_s
 
     def ready(self, index: int, call: ToolCall) -> None:
-        """Announce the call at place `index`; places come in rising order."""
+        """Announce the call at position `index`; positions must increase."""
         self._calls[index] = call
         tool = self._tools.get(call.name)
         if len(self._calls) > self._max_calls:
@@ -84,13 +84,13 @@ class TurnCalls:
             self._waiting.append(index)
 
     def malformed(self, event: CallMalformed, call_id: str) -> None:
-        """Take note of a call that could not be read: it gets an error result in its place."""
+        """Record a call that could not be parsed; it gets an error result at its position."""
         call = ToolCall(call_id, event.name or "", "")
         self._calls[event.index] = call
         self._finish(event.index, _error(call, f"malformed call: {event.error}; write it again"))
 
     def withdraw(self) -> None:
-        """Forget all calls so far: the text they stood in was no action. Those that read already are stopped."""
+        """Drop all calls so far, because they were part of a text. Running calls (all read-only) are stopped."""
         for scope in self._scopes.values():
             scope.cancel()
         self._calls.clear()
@@ -98,7 +98,7 @@ class TurnCalls:
         self._waiting.clear()
 
     async def finish(self) -> None:
-        """Run what has not been started yet, and wait for everything."""
+        """Start the remaining calls, and wait for all calls to finish."""
         while self._waiting:
             index = self._waiting.pop(0)
             barrier = self._tools[self._calls[index].name].barrier
@@ -112,7 +112,7 @@ class TurnCalls:
         await self._all_finished()
 
     def results(self, stopped: str) -> list[ToolResult]:
-        """One result per call, in call order. A call without one was `stopped`, for that reason."""
+        """Return one result per call, in call order; an unfinished call gets an error with the reason `stopped`."""
         for index, call in self._calls.items():
             if index not in self._results:
                 self._finish(index, _error(call, f"stopped before it finished: {stopped}"))
@@ -126,7 +126,7 @@ class TurnCalls:
         self.task_group.start_soon(self._run, index, early, name=f"tool:{self._calls[index].name}")
 
     def _begin(self) -> None:
-        """Start the clock: waiting for a place, which other agents may hold, is no tool time."""
+        """Start the clock. Waiting for a semaphore, which other agents may hold, does not count as tool time."""
         if self._running == 0:
             self._running_since = time.perf_counter()
             if self._time_left_s is not None:
@@ -138,14 +138,14 @@ class TurnCalls:
         call = self._calls.get(index)
         result: ToolResult | None = None
         began = False
-        if call is not None:  # else it was withdrawn before it began
+        if call is not None:  # None if the call was withdrawn before it started
             with anyio.CancelScope() as self._scopes[index]:
                 async with self._in_turn, self._parallelism.of_tool(call.name), self._parallelism.in_all:
                     self._begin()
                     began = True
                     self._note(CallStarted(call, early))
                     result = await self._tools[call.name].call(call, self._context)
-                    await checkpoint_if_cancelled()  # what a command says that was killed just now is not its result
+                    await checkpoint_if_cancelled()  # discard the output of a command that was just killed
         if began:
             self._running -= 1
             if self._running == 0:

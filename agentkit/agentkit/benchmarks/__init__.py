@@ -1,5 +1,5 @@
-"""What the loop costs and what it saves: `python -m agentkit.benchmarks`.
+"""Benchmarks of the agent loop: `python -m agentkit.benchmarks`.
 
-`registry.py` says what is measured, `steered.py` is a model that computes every token and says what a script says. The
-frame (records, clocks, the command) is `agentkit_engine.benchmarks`.
+`registry.py` lists the benchmarks. `steered.py` is a model that computes every token but has a scripted output.
+Records, timing and the command come from `agentkit_engine.benchmarks`.
 """

@@ -1,4 +1,4 @@
-"""`python -m agentkit.benchmarks`: measure the loop, print a table, keep the numbers in a JSON file."""
+"""`python -m agentkit.benchmarks`: run the benchmarks of the loop, print a table, and store the results as JSON."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""turn-overhead: what the loop costs where model and tool cost nothing.
+"""The benchmark turn-overhead: the cost of the loop, with a model and a tool that cost nothing.
 
-Each turn the model calls a tool that does nothing, and reads its result. First a script is the model, so that only the
-loop is left: append, parse, dispatch, record, resume. Then the embedded model stands in for it, with its thread,
-its scheduler and its sampler, and forwards that compute nothing and find the same ids likeliest.
+In each turn the model calls a tool that does nothing, and reads its result. The first model is a script, which leaves
+only the loop: append, parse, dispatch, record, resume. The second is the embedded model with its thread, scheduler and
+sampler, whose forward passes compute nothing and make the same ids the most likely.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ async def nothing() -> str:
 
 
 def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
-    """turn-overhead; the peer renders the whole conversation again each turn, and is timed in `rendered` of them."""
+    """Run turn-overhead. The peer renders the whole conversation again each turn, and is timed in `rendered` turns."""
     tokenizer = Engine.load("tiny").tokenizer
-    anyio.run(_converse, ScriptedModel(_calls(2, tokenizer), tokenizer), 2)  # what is only done once in a process
+    anyio.run(_converse, ScriptedModel(_calls(2, tokenizer), tokenizer), 2)  # warm-up: what is done once per process
     runs = [anyio.run(_converse, ScriptedModel(_calls(turns, tokenizer), tokenizer), turns) for _ in range(repeats)]
     record = runs[0].record
     ours = Median.of([run.us_per_turn for run in runs])
@@ -91,7 +91,7 @@ def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A run's record, what a turn took, and how many fed tokens went through a forward."""
+    """The record of a run, its time per turn, and the number of fed tokens that were prefilled."""
 
     record: Trajectory
     us_per_turn: float
@@ -119,7 +119,7 @@ async def _converse_in_engine(turns: int, ids: Sequence[int]) -> _Run:
 
 
 class _ToldRunner(NullRunner):
-    """Forwards after which the next of `ids` is as good as certain."""
+    """A runner whose forward passes make the next of `ids` practically certain."""
 
     def __init__(self, pools: Pools, ids: Sequence[int]) -> None:
         super().__init__(pools)
@@ -137,7 +137,7 @@ class _ToldRunner(NullRunner):
 
 
 def _calls(turns: int, tokenizer: Tokenizer) -> Policy:
-    """Call the tool in every turn but the last; the ids are made once, so that the script costs nothing."""
+    """Call the tool in every turn but the last. The ids are encoded in advance, so that the script costs nothing."""
     call = {"type": "function", "function": {"name": nothing.name, "arguments": "{}"}}
     again = encode_completion_ids({"role": "assistant", "tool_calls": [call]}, tokenizer=tokenizer, think=False)
     last = encode_completion_ids({"role": "assistant", "content": "done"}, tokenizer=tokenizer, think=False)
@@ -146,7 +146,7 @@ def _calls(turns: int, tokenizer: Tokenizer) -> Policy:
 
 
 def _rendering_us(record: Trajectory, count: int, tokenizer: Tokenizer) -> float:
-    """What encoding everything before a turn takes, over `count` turns, the last among them."""
+    """Return the mean time to encode the conversation before a turn, over `count` turns including the last."""
     messages = record.messages
     before = [index for index, message in enumerate(messages) if isinstance(message, AssistantMessage)]
     ends = [end for end, segment in zip(_ends(record), record.segments, strict=True) if segment.kind == "prompt"]
@@ -163,5 +163,5 @@ def _rendering_us(record: Trajectory, count: int, tokenizer: Tokenizer) -> float
 
 
 def _ends(record: Trajectory) -> Iterator[int]:
-    """How many ids there are after each segment."""
+    """Yield the total number of ids after each segment."""
     return itertools.accumulate(len(segment.ids) for segment in record.segments)

@@ -1,4 +1,4 @@
-"""What is measured: one function per benchmark, which yields its measurements."""
+"""The benchmarks of the loop: one function each, which yields its measurements."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from agentkit_engine.benchmarks.record import Measurement
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured.
+    """Sizes of the benchmarks.
 
     Attributes:
         repeats: Timed runs.
-        turns: Turns of a run whose overhead is measured.
-        rendered: In how many of them the peer is timed.
-        sharing: Trajectories that begin alike.
+        turns: Turns of the run in turn-overhead.
+        rendered: Turns in which the peer of turn-overhead is timed.
+        sharing: Trajectories of shared-prefill.
     """
 
     repeats: int
@@ -44,4 +44,4 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "turn-overhead": lambda sizes: overhead(sizes.turns, sizes.rendered, sizes.repeats),
     "shared-prefill": lambda sizes: sharing(sizes.sharing),
 }
-"""What `--only` can name, in the order of running."""
+"""The names that `--only` accepts, in the order in which they run."""

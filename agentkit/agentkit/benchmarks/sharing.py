@@ -1,8 +1,8 @@
-"""shared-prefill: many trajectories that begin alike. How many of their tokens are prefilled more than once?
+"""The benchmark shared-prefill: tokens prefilled per unique token, in trajectories with a common prefix.
 
-The runs go through `Agent.run` and the whole engine, a few at the same time, as an evaluation would make them; the
-model computes everything and is told what to say. The peer is the same engine with a cache that forgets by recency
-alone. With no cache at all every turn prefills its whole prompt, which is counted and not run.
+Runs go through `Agent.run` and the whole engine, several concurrently, as in an evaluation. The model computes
+everything, but its output is scripted. The peer is the same engine with an LRU cache. Without any cache every turn
+prefills its whole prompt, which is counted, not run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from agentkit_tools import Tool, tool
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many trajectories, how many of them at the same time, turns of each, tokens of their system prompt."""
+    """Number of trajectories, number that run at the same time, turns of each, and tokens of the system prompt."""
 
     trajectories: int
     at_once: int
@@ -40,7 +40,7 @@ class Shape:
 
 
 class RecencyCache(PrefixCache):
-    """Evicts what was unused for longest, whatever it is worth."""
+    """A prefix cache that evicts the least recently used entry, independent of its value."""
 
     def add(self, ids: Sequence[int], chain: IdChain, sequence: Computed, keep: Keep) -> Checkpoint:
         """See `PrefixCache.add`."""
@@ -53,11 +53,11 @@ class RecencyCache(PrefixCache):
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens over all trajectories.
+    """Token counts over all trajectories.
 
     Attributes:
-        unique: Fed, each continuation of the same ids once.
-        prompts: Of all turns' prompts, each as long as the conversation before it.
+        unique: Fed tokens, counting each continuation of the same ids once.
+        prompts: Sum of the lengths of all prompts; each prompt is the whole conversation before its turn.
     """
 
     unique: int
@@ -65,8 +65,8 @@ class Counts:
 
     @classmethod
     def of(cls, records: Sequence[History]) -> Counts:
-        """Counted from the ids alone."""
-        nodes: dict[tuple[int, int], int] = {}  # a trie: from a node and an id to the next node
+        """Count the ids of `records`."""
+        nodes: dict[tuple[int, int], int] = {}  # trie: (node, id) -> next node
         unique = prompts = 0
         for record in records:
             node = length = 0
@@ -81,7 +81,7 @@ class Counts:
 
 
 def sharing(shape: Shape) -> Iterator[Measurement]:
-    """shared-prefill."""
+    """Run shared-prefill."""
     ours, prefilled = anyio.run(_run_all, shape, False)
     theirs, prefilled_by_recency = anyio.run(_run_all, shape, True)
     if [(record.token_ids, record.logprobs) for record in ours] != [
@@ -130,7 +130,7 @@ def sharing(shape: Shape) -> Iterator[Measurement]:
 
 
 async def _run_all(shape: Shape, by_recency: bool) -> tuple[list[Trajectory], int]:
-    """The records in order, and how many fed tokens went through a forward."""
+    """Return the trajectories in order, and the number of fed tokens that were prefilled."""
     engine = Engine.load("tiny")
     if by_recency:
         engine.batcher.cache = RecencyCache(engine.batcher.pools)
@@ -156,13 +156,13 @@ async def _run_all(shape: Shape, by_recency: bool) -> tuple[list[Trajectory], in
 
 
 def _say(messages: Sequence[Message], turns: int) -> AssistantTurn:
-    """Read the next page, in every turn but the last."""
+    """Read the next page in every turn but the last."""
     said = sum(isinstance(message, AssistantMessage) for message in messages)
     return AssistantTurn(calls=[("read_page", {"page": said})]) if said + 1 < turns else AssistantTurn(content="done")
 
 
 def _pages_of(index: int) -> Tool:
-    """A tool that costs nothing and gives every trajectory something else to read."""
+    """Return a tool without cost whose text differs for every trajectory."""
 
     @tool(read_only=True)
     async def read_page(page: int) -> str:
@@ -173,6 +173,6 @@ def _pages_of(index: int) -> Tool:
 
 
 def _in_common(records: Sequence[Trajectory]) -> int:
-    """How many ids all trajectories begin with."""
+    """Return the number of ids in the common prefix of all trajectories."""
     least, most = min(record.token_ids for record in records), max(record.token_ids for record in records)
     return next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))

@@ -1,6 +1,6 @@
-"""The embedded engine, told what to say: it feeds, computes and samples every id, with a bias that decides which.
+"""The embedded engine with a scripted output: it feeds, computes and samples every id, but a logit bias selects the id.
 
-So a run has the length and the calls that a measurement needs, whatever the model knows, and everything else is real.
+A run thus has the length and the calls that a benchmark needs, independent of the model's abilities.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BIAS = 1e9
 
 
 class SteeredModel:
-    """A `Model`: a running engine whose every turn comes from `policy(messages, think)`."""
+    """A `Model` on a running engine that takes every turn from `policy(messages, think)`."""
 
     def __init__(self, running: AsyncEngine, policy: Policy) -> None:
         self.name = f"{running.engine.name}, steered"
@@ -33,7 +33,7 @@ class SteeredModel:
     async def open(
         self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
-        """See `Model.open`; sampling makes no difference to a script."""
+        """See `Model.open`; sampling has no effect on a script."""
         engine = self._running.engine
         script = ScriptedTokens(self._policy, engine.tokenizer)
         async with self._running.session() as engine_session:
@@ -46,7 +46,7 @@ class SteeredModel:
 
 
 class SteeredTokens(EngineTokens):
-    """A `TokenSession` over an engine session that samples what a script says."""
+    """A `TokenSession` over an engine session that samples the ids of a script."""
 
     def __init__(self, session: AsyncSession, script: ScriptedTokens, *, max_length: int) -> None:
         super().__init__(session, SamplingParams(temperature=0, max_tokens=1), max_length=max_length)
@@ -58,7 +58,7 @@ class SteeredTokens(EngineTokens):
         await super().append(ids)
 
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
-        """Sample the script's ids, one after the other."""
+        """Sample the script's ids, one at a time."""
         async with aclosing(self._script.generate(max_tokens=max_tokens)) as script:
             async for wanted in script:
                 params = replace(self._params, logit_bias={wanted.id: BIAS})

@@ -1,4 +1,4 @@
-"""The embedded engine as a `Model`. The engine, and torch with it, is imported when one is built."""
+"""The embedded engine as a `Model`. The engine and torch are imported when a model is constructed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class EmbeddedModel:
-    """A model in this process: `"tiny"`, a checkpoint folder, an `Engine`, or an `AsyncEngine` that is running.
+    """A model in this process: `"tiny"`, a checkpoint folder, an `Engine`, or a running `AsyncEngine`.
 
-    `async with EmbeddedModel("tiny") as model:` runs one model thread that all sessions share, step by step. A model
-    that was not entered runs a thread of its own for each session.
+    `async with EmbeddedModel("tiny") as model:` runs one model thread, whose steps batch all sessions. Without `async
+    with`, each session runs its own model thread.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class EmbeddedModel:
         cache_dir: str | Path | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        """Take an engine, or load one: then `device` says where, and `cache_dir` is where it keeps what it computed.
+        """Use a given engine, or load one on `device`, with `cache_dir` as its disk cache.
 
         Raises:
-            TypeError: `engine` is no engine, name or folder; or it is an engine, and `cache_dir` or `device` is given.
+            TypeError: `engine` is not an engine, name or folder; or it is an engine, and `cache_dir` or `device` is
+                given.
             ModelNotFoundError, CheckpointError and others: as `Engine.load`.
             TokenizerMissingError: the model's folder has no tokenizer.
         """
@@ -124,12 +125,12 @@ class EngineTokens:
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """The engine's own list."""
+        """The engine's list of ids."""
         return self._session.token_ids
 
     @property
     def cache_usage(self) -> tuple[int, int]:
-        """The engine's own counts."""
+        """The engine's cache counts."""
         usage = self._session.usage
         return usage.hit_tokens, usage.miss_tokens
 
@@ -138,15 +139,15 @@ class EngineTokens:
         await self._session.append(ids)
 
     async def checkpoint(self) -> None:
-        """Have the engine keep the state here, once it is computed."""
+        """Ask the engine to keep the state at this position once it is computed."""
         await self._session.checkpoint()
 
     async def park(self) -> None:
-        """Let the engine use the memory until more is asked."""
+        """Allow the engine to free the session's memory until its next use."""
         await self._session.park()
 
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
-        """Sample on with the model's parameters."""
+        """Continue sampling with the session's parameters."""
         params = replace(self._params, max_tokens=max_tokens)
         async with aclosing(self._session.generate(params, grammar=self._grammar)) as tokens:
             async for token in tokens:

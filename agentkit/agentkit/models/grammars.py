@@ -1,4 +1,4 @@
-"""The grammar of an agent's turns, which holds calls to the schemas of their tools as far as that can be had."""
+"""The grammar of an agent's turns, which constrains calls to the schemas of their tools where possible."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 async def grammar_for(
     engine: Engine, tools: Sequence[Tool], sampling: SamplingParams
 ) -> tuple[Grammar | None, str | None]:
-    """Make the grammar of a session's turns, in a thread, so that other sessions go on.
+    """Build the grammar of a session's turns, in a thread so that other sessions are not blocked.
 
     Returns:
-        The grammar if there is one, and what is not held to one, for the record.
+        The grammar, if any, and a description of what is not constrained, for the record.
 
     Raises:
-        GrammarMissingError: `sampling` insists on a grammar or has an answer's schema, and llguidance cannot be
+        GrammarMissingError: `sampling` requires a grammar or has an output schema, and llguidance cannot be
             imported.
-        GrammarError: no value fits the answer's schema.
+        GrammarError: no value fits the output schema.
     """
     specs = [tool.spec for tool in tools]
     make: Callable[[], Grammar]
@@ -42,7 +42,7 @@ async def grammar_for(
         make = partial(_calls, engine, specs, tell_keywords=sampling.grammar is True)
     try:
         grammar = await anyio.to_thread.run_sync(make, limiter=anyio.CapacityLimiter(1))
-    except Warning:  # where warnings are errors
+    except Warning:  # raised where warnings are errors
         raise
     except Exception as error:
         if sampling.output_schema is not None or sampling.grammar is True:

@@ -1,6 +1,6 @@
 """A model that follows a script, through the same token path as the embedded engine.
 
-For oracle trajectories and tests: what the script says is encoded into exactly the ids the engine would have sampled.
+Used for oracle trajectories and tests: turns are encoded to exactly the ids that the engine would have sampled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from agentkit_tools import Tool
 
 @dataclass(frozen=True, slots=True)
 class AssistantTurn:
-    """What a script says in one turn: a thought (only where the turn thinks), text, and calls as (name, arguments)."""
+    """One scripted turn: reasoning (used only if the turn thinks), text, and calls as (name, arguments)."""
 
     reasoning: str | None = None
     content: str = ""
@@ -36,16 +36,16 @@ class AssistantTurn:
 
 @cache
 def packaged_tokenizer() -> Tokenizer:
-    """The tokenizer of the packaged model `tiny`; reading it takes no torch."""
+    """Return the tokenizer of the packaged model `tiny`; does not import torch."""
     return Tokenizer.from_dir(Path(agentkit_engine.__file__).parent / "tiny")
 
 
 Policy = Callable[[Sequence[Message], bool], AssistantTurn | Sequence[int]]
-"""From the conversation so far and whether this turn thinks, the next turn; as raw ids where no message says it."""
+"""A function of the messages and whether the turn thinks; returns a turn, or raw ids that no turn encodes to."""
 
 
 class ScriptedModel:
-    """A `Model` whose every turn comes from `policy(messages, think)`."""
+    """A `Model` that takes every turn from `policy(messages, think)`."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class ScriptedModel:
         name: str = "scripted",
         dialect: Dialect = "v4-preview",
     ) -> None:
-        """A model that says what `policy` says, in the ids of `tokenizer`; by default the packaged model's.
+        """Create a model that generates the turns of `policy`, encoded with `tokenizer` (default: that of `tiny`).
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong type, or no dialect has that name.
+            TypeError, ValueError: an argument is of the wrong type, or the dialect is unknown.
         """
         if not callable(policy):
             raise TypeError(f"ScriptedModel(policy) must be a function of (messages, think), got {policy!r}")
@@ -75,7 +75,7 @@ class ScriptedModel:
     async def open(
         self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
     ) -> AsyncIterator[ModelSession]:
-        """See `Model.open`; sampling makes no difference to a script."""
+        """See `Model.open`; sampling has no effect on a script."""
         tokens = ScriptedTokens(self._policy, self.tokenizer)
         session = TokenizedSession(tokens, self.tokenizer, tools=tools, effort=effort, dialect=self._dialect)
         tokens.messages = session.messages
@@ -85,7 +85,7 @@ class ScriptedModel:
 
 
 class ScriptedToken(NamedTuple):
-    """An id of the script, which was certain."""
+    """A scripted token id, with probability 1."""
 
     id: int
     logprob: float = 0.0
@@ -94,7 +94,7 @@ class ScriptedToken(NamedTuple):
 
 
 class ScriptedTokens:
-    """A `TokenSession` that samples what the policy says, with probability one."""
+    """A `TokenSession` that samples the policy's turns with probability 1."""
 
     max_length = None
     cache_usage = (0, 0)
@@ -107,20 +107,20 @@ class ScriptedTokens:
         self._think = tokenizer.control_id("<think>")
         self._think_end = tokenizer.control_id("</think>")
         self._rest: Iterator[int] = iter(())
-        self._end = -1  # length of the session when the last id was drawn from `_rest`
+        self._end = -1  # length of the session when the last id was taken from `_rest`
 
     async def append(self, ids: Sequence[int], /) -> None:
         """Feed ids."""
         self.token_ids.extend(ids)
 
     async def checkpoint(self) -> None:
-        """Nothing is computed here, so there is nothing to keep."""
+        """Do nothing: there is no state to keep."""
 
     async def park(self) -> None:
-        """Nor is there memory to give up."""
+        """Do nothing: there is no memory to free."""
 
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[ScriptedToken, None]:
-        """The ids of the policy's turn; after a forced `</think>`, of what follows its thought."""
+        """Yield the ids of the policy's turn; after a forced `</think>`, the rest of the turn after its reasoning."""
         await checkpoint()
         if self._end == len(self.token_ids) - 1 and self.token_ids[-1] == self._think_end:
             for token_id in self._rest:

@@ -1,4 +1,4 @@
-"""The session adapter: from messages to ids and back, written once over any source of tokens."""
+"""The session adapter, which converts messages to token ids and back for every source of tokens."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from agentkit_engine.chat.tokens import USER
 from agentkit_tools import Tool, ToolCall
 
 CLOSING_TOKENS = 2
-"""Room kept at the end of the context, so that a turn stopped inside a thought can be closed."""
+"""Positions reserved at the end of the context for closing a turn that is stopped while thinking."""
 
 
 class Sampled(Protocol):
-    """An id that was sampled, and its log-probability at temperature 1; or one that a grammar forced."""
+    """A token id that was sampled, with its log-probability at temperature 1, or that a grammar forced."""
 
     @property
     def id(self) -> int: ...
@@ -58,21 +58,21 @@ class Sampled(Protocol):
 
 
 class TokenSession(Protocol):
-    """An append-only list of ids that can be continued by sampling: an engine session, or a script."""
+    """An append-only list of token ids that sampling continues: an engine session or a script."""
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """Every id, fed and sampled."""
+        """All ids, fed and sampled."""
         ...
 
     @property
     def max_length(self) -> int | None:
-        """How many ids the session can hold; None when it does not matter."""
+        """Maximum number of ids of the session; None without a limit."""
         ...
 
     @property
     def cache_usage(self) -> tuple[int, int]:
-        """Of the fed ids, how many were found in a cache, and how many had to be computed."""
+        """Number of fed ids found in a cache, and number of fed ids computed."""
         ...
 
     async def append(self, ids: Sequence[int], /) -> None:
@@ -80,20 +80,20 @@ class TokenSession(Protocol):
         ...
 
     async def checkpoint(self) -> None:
-        """Say that other sessions are likely to begin with the ids so far."""
+        """Hint that other sessions are likely to start with the ids so far."""
         ...
 
     async def park(self) -> None:
-        """Say that nothing is asked for a while, so that others may have the memory."""
+        """Hint that the session will be idle, so that other sessions may use its memory."""
         ...
 
     def generate(self, *, max_tokens: int | None) -> AsyncGenerator[Sampled, None]:
-        """Go on, each id in `token_ids` when it is yielded; ends with the stop id or after `max_tokens` sampled ids."""
+        """Sample until a stop id, or for `max_tokens` sampled ids. Each id is in `token_ids` when it is yielded."""
         ...
 
 
 class TokenizedSession:
-    """A `ModelSession` over a `TokenSession`. What was once ids is never rendered again."""
+    """A `ModelSession` over a `TokenSession`. Token ids are never rendered again."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class TokenizedSession:
         self._tools = [tool.spec for tool in tools]
         self._effort = effort
         self._length = 0
-        self._counts = Counter[SegmentKind]()  # ids of this run, by how they came about
+        self._counts = Counter[SegmentKind]()  # ids of this run, by kind
         self._turn = 0
         self._unread: list[Message] = []
         self._eos = tokenizer.eos_id
@@ -124,7 +124,7 @@ class TokenizedSession:
         self._after_thought = (self._think_end, self._eos)
 
     async def restore(self, history: History) -> None:
-        """Take up a recorded conversation: its ids are fed as they stand."""
+        """Continue a recorded conversation by feeding its exact token ids."""
         await self._tokens.append([token for segment in history.segments for token in segment.ids])
         self.segments.extend(history.segments)
         self.messages.extend(history.messages)
@@ -134,15 +134,15 @@ class TokenizedSession:
         self._unread = self.messages[said[-1] + 1 if said else 0 :]
 
     async def append(self, messages: Sequence[Message]) -> None:
-        """Say `messages`; they become ids at the next `generate`, which knows whether the turn thinks."""
+        """Add `messages`. They are encoded at the next `generate`, which determines whether the turn thinks."""
         self.messages.extend(messages)
         self._unread.extend(messages)
 
     async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
-        """One turn; see `ModelSession.generate`.
+        """Generate one turn; see `ModelSession.generate`.
 
         Raises:
-            ContextFullError: the unread messages do not fit into the context; nothing of them was fed.
+            ContextFullError: the unread messages do not fit into the context; none of them was fed.
         """
         room = await self._feed_prompt(think)
         parser = StreamParser(
@@ -213,11 +213,11 @@ class TokenizedSession:
                 forced_tokens=self._counts["forced"],
                 turns=self.usage.turns + 1,
             )
-        await self._tokens.park()  # what was called runs now
+        await self._tokens.park()  # the session is idle while the calls run
         for new in last:
             if event := _model_event(new):
                 yield event
-        reason: StopReason = "stop"  # by the end of sentence, or by a stop id or text of the caller's
+        reason: StopReason = "stop"  # end-of-sentence id, or the caller's stop id or stop text
         if last_id != self._eos and sampled == limits.max_tokens:
             reason = "max_tokens"
         elif last_id != self._eos and length == room:
@@ -227,7 +227,7 @@ class TokenizedSession:
         yield Generated(message, reason)
 
     async def _feed_prompt(self, think: bool) -> int | None:
-        """Feed what is unread; how many ids may now be sampled, None without bound."""
+        """Feed the unread messages; return how many ids may now be sampled, None without a limit."""
         ids = prompt_ids(
             self._unread,
             first=not self.segments,
@@ -246,7 +246,7 @@ class TokenizedSession:
                     f"{self._tokens.max_length} positions are taken"
                 )
         head = ids.index(self._user) if not self.segments and self._user in ids else 0
-        if head:  # the system prompt and the tools: what all runs of an agent begin with
+        if head:  # system prompt and tools, which all runs of an agent share
             await self._tokens.append(ids[:head])
             await self._tokens.checkpoint()
         await self._tokens.append(ids[head:])
@@ -290,7 +290,7 @@ def prompt_ids(
     dialect: Dialect,
     tokenizer: Tokenizer,
 ) -> list[int]:
-    """What is fed to say `messages`: the opening of a session, or what follows an assistant turn."""
+    """Return the ids that feed `messages`, either at the start of a session or after an assistant turn."""
     shaped = to_openai_all(messages)
     if first:
         return chat.encode_ids(
@@ -300,9 +300,9 @@ def prompt_ids(
 
 
 def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]:
-    """The session's ids once more, with every prompt encoded anew from the recorded messages.
+    """Rebuild the token ids of a session, encoding every prompt anew from the recorded messages.
 
-    Equal to `trajectory.token_ids` when the record is whole and the encoder is the one that wrote it.
+    The result equals `trajectory.token_ids` if the record is complete and the encoder is the one that wrote it.
     """
     header = trajectory.header
     assert header.dialect is not None, "the record of a model behind an API has no ids"
@@ -332,7 +332,7 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
 
 
 def _model_event(parsed: chat.ParseEvent) -> ModelEvent | None:
-    """The parser's event in the loop's words; that a call has begun, or that parsing ended, is no event here."""
+    """Convert a parser event; return None for the start of a call and the end of parsing."""
     match parsed:
         case chat.ReasoningDelta():
             return ReasoningDelta(parsed.text)
