@@ -1,4 +1,4 @@
-"""One tool of your own, and the tiny model that ships with agentkit: python examples/hello_agent.py"""
+"""An agent with one custom tool and the packaged tiny model. Run it with `python examples/hello_agent.py`."""
 
 from agentkit import Agent, tool
 
