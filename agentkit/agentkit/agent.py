@@ -104,7 +104,7 @@ class Agent:
         self.tools: dict[str, Tool] = {}
         for tool in map(as_tool, tools):
             if tool.name in self.tools:
-                raise ValueError(f'two tools are called "{tool.name}"; the model needs to tell them apart')
+                raise ValueError(f'two tools are named "{tool.name}"; rename one of them')
             self.tools[tool.name] = tool
         self.system = DEFAULT_SYSTEM if system is None else system
         self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
@@ -218,7 +218,7 @@ class Agent:
         """Return the outcome of a run that has an answer. An empty answer or one that does not fit the schema is
         refused."""
         if status == "answered" and not answer.strip():
-            return run.outcome("no_answer", error="the last turn has no text, outside its thought, and no call")
+            return run.outcome("no_answer", error="the last turn has no call, and no text outside its reasoning")
         problem = None if self.output_schema is None else await misfit(answer, self.output_schema)
         return run.outcome(status, answer) if problem is None else run.outcome("invalid_output", error=problem)
 
@@ -281,7 +281,7 @@ class Agent:
             return "context"
         finally:
             run.note_session()
-        raise AssertionError("a generation ends with Generated")
+        raise AssertionError("the generation ended without a Generated event")
 
     async def act(self, run: Run, calls: TurnCalls) -> None:
         """Run the calls that have not been started yet, and wait for all calls of the turn."""
@@ -368,10 +368,10 @@ class Agent:
 
         async def go_on(text: str, elsewhere: Environment | None) -> RunResult:
             if len(trajectory.records) != end:
-                raise ValueError("this result was continued already; continue the newer result")
+                raise ValueError("this result was already continued; continue the newer result")
             here = elsewhere or environment
             if here is None and files is None:
-                raise ValueError("the work directory of that run could not be kept; say environment= where to go on")
+                raise ValueError("the work directory of that run was not saved; pass environment= to continue")
             return await self._run(text, _unheard, environment=here, history=trajectory, files=None if here else files)
 
         return go_on

@@ -22,7 +22,7 @@ def check_type(name: str, value: object, types: type | UnionType, expected: str)
         TypeError: the text has `name`, `expected` and the value.
     """
     if not isinstance(value, types):
-        hint = f"; make an instance of it: {value.__name__}()" if isinstance(value, type) else ""
+        hint = f"; pass an instance: {value.__name__}()" if isinstance(value, type) else ""
         raise TypeError(f"{name} must be {expected}, got {value!r}{hint}")
 
 
@@ -37,7 +37,7 @@ def check_model(model: M) -> M:
     """
     rooms = {base.__module__.partition(".")[0] for base in type(model).__mro__}
     if "agentkit_engine" in rooms or not all(hasattr(model, name) for name in ("name", "sampling", "open")):
-        hint = "EmbeddedModel(engine)" if "agentkit_engine" in rooms else 'a checkpoint folder, or "tiny"'
+        hint = "such as EmbeddedModel(engine)" if "agentkit_engine" in rooms else 'a checkpoint folder, or "tiny"'
         raise TypeError(f"Agent(model=...) must be a model, {hint}; got {model!r}")
     return model
 
@@ -69,6 +69,5 @@ def run_blocking(start: Callable[[], Awaitable[T]], *, instead: str) -> T:
     except RuntimeError:
         return anyio.run(start)
     raise RunningLoopError(
-        f"an event loop is running in this thread already (a notebook has one), and it cannot be blocked; "
-        f"write `{instead}` there"
+        f"cannot block, because an event loop is already running in this thread (as in a notebook); use `{instead}`"
     )

@@ -58,7 +58,7 @@ class TokenSegment:
         expected = len(self.ids) if self.kind == "sampled" else 0
         if len(self.logprobs) != expected:
             raise ValueError(
-                f"a {self.kind} segment of {len(self.ids)} ids has {expected} logprobs, got {len(self.logprobs)}"
+                f"a {self.kind} segment of {len(self.ids)} ids needs {expected} logprobs, got {len(self.logprobs)}"
             )
 
 

@@ -31,7 +31,7 @@ def check_output_schema(schema: Mapping[str, Any]) -> None:
         Validator(schema)
     except SchemaProblemError as problem:
         raise ValueError(
-            f"output_schema: {problem}; expected a JSON schema, of a pydantic model for one `Model.model_json_schema()`"
+            f"output_schema: {problem}; expected a JSON schema, such as `Model.model_json_schema()` of a pydantic model"
         ) from problem
 
 

@@ -61,13 +61,13 @@ def _inside(path: str) -> str:
 
 def _without_nul(text: str) -> str:
     if "\0" in text:
-        raise ValueError("must not have a NUL character, which no command line can carry")
+        raise ValueError("must not contain a NUL character")
     return text
 
 
 def _variable(name: str) -> str:
     if not name or "=" in name or "\0" in name:
-        raise ValueError(f"{shorten(name)} is no name of a variable; write `NAME: value`")
+        raise ValueError(f"{shorten(name)} is not a variable name; write `NAME: value`")
     return name
 
 
@@ -206,7 +206,7 @@ class Task(Strict):
     def _distinct_tools(cls, entries: list[str | ToolConfig]) -> list[str | ToolConfig]:
         names = [entry if isinstance(entry, str) else entry.name for entry in entries]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"tools named twice: {', '.join(sorted(twice))}")
+            raise ValueError(f"duplicate tools: {', '.join(sorted(twice))}")
         return entries
 
     def build_tools(self) -> list[Tool]:
@@ -225,7 +225,7 @@ class Task(Strict):
         for command in self.environment.setup:
             result = await environment.exec(command, timeout_s=self.agent.timeout_s)
             if result.exit_code != 0:
-                why = "ran out of time" if result.timed_out else f"exited {result.exit_code}"
+                why = "timed out" if result.timed_out else f"exited {result.exit_code}"
                 output = (result.stderr or result.stdout).strip()[-2000:]
                 raise TaskSetupError(f"task {self.id}: setup command {command!r} {why}: {output}")
 
@@ -273,7 +273,7 @@ def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
         data = read_regular(path, max_bytes=MAX_YAML_BYTES)
         text = data.decode("utf-8-sig")
     except OSError as exc:
-        hint = "; keep large texts in files beside it, and name them with `!file`" if exc.errno == errno.EFBIG else ""
+        hint = "; move large texts to other files, and include them with `!file`" if exc.errno == errno.EFBIG else ""
         raise TaskFileError(f"{path}: cannot be read: {exc.strerror}{hint}") from exc
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
@@ -301,13 +301,13 @@ def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
 
 
 _HINTS = {
-    "mapping values are not allowed": '; quote a text that contains ": "',
-    "could not find expected ':'": '; a line of a mapping is "key: value"',
-    "cannot start any token": "; indent with spaces, and quote a text that starts with @, `, % or a tab",
-    "undefined alias": "; quote a text that starts with *",
-    "while scanning an alias": "; quote a text that starts with *",
-    "while scanning an anchor": "; quote a text that starts with &",
-    "could not determine a constructor": "; quote a text that starts with !",
+    "mapping values are not allowed": '; quote text that contains ": "',
+    "could not find expected ':'": '; write each line of a mapping as "key: value"',
+    "cannot start any token": "; indent with spaces, and quote text that starts with @, `, % or a tab",
+    "undefined alias": "; quote text that starts with *",
+    "while scanning an alias": "; quote text that starts with *",
+    "while scanning an anchor": "; quote text that starts with &",
+    "could not determine a constructor": "; quote text that starts with !",
 }
 """Remedies for YAML errors, by a part of the error text."""
 
@@ -335,7 +335,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if node is not None and isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise _error(f"*{event.anchor} is inside what it stands for", mark)
+                raise _error(f"*{event.anchor} is inside its own anchor", mark)
             self._nodes += self._sizes[id(node)]
             self._check_size(mark)
         elif node is not None:
@@ -346,7 +346,7 @@ class _Loader(yaml.SafeLoader):
         if self._depth > MAX_YAML_DEPTH:
             raise _error(f"nested more than {MAX_YAML_DEPTH} deep", mark)
         if self._nodes > MAX_YAML_NODES:
-            raise _error(f"more than {MAX_YAML_NODES} values, those that aliases repeat included", mark)
+            raise _error(f"more than {MAX_YAML_NODES} values, including those repeated by aliases", mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -355,15 +355,15 @@ class _Loader(yaml.SafeLoader):
             raise
         except Exception as exc:  # PyYAML passes on errors of `int`, `float` and dict keys
             tag = node.tag.removeprefix("tag:yaml.org,2002:")
-            raise _error(f"{shorten(node.value)} is no {shorten(tag, quote=False)}", node.start_mark) from exc
+            raise _error(f"{shorten(node.value)} is not a valid {shorten(tag, quote=False)}", node.start_mark) from exc
         if isinstance(value, str) and not _is_text(value):
-            raise _error(f"{shorten(value)} holds half a surrogate pair", node.start_mark)
+            raise _error(f"{shorten(value)} contains a lone surrogate", node.start_mark)
         if isinstance(value, float) and not math.isfinite(value):
             raise _error(
-                f"{shorten(node.value, quote=False)} is not a finite number; quote it if it is a text", node.start_mark
+                f"{shorten(node.value, quote=False)} is not a finite number; quote it if it is text", node.start_mark
             )
         if isinstance(value, int) and value.bit_length() > 64:
-            raise _error("an integer of more than 64 bits; quote it if it is a text", node.start_mark)
+            raise _error("the integer has more than 64 bits; quote it if it is text", node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -371,7 +371,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    raise _error(f'key "{shorten(key.value, quote=False)}" twice', key.start_mark)
+                    raise _error(f'duplicate key "{shorten(key.value, quote=False)}"', key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -394,7 +394,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_none_of_json(self, node: yaml.Node) -> str:
         tag = node.tag.removeprefix("tag:yaml.org,2002:")
-        raise _error(f"!!{tag} is no value of JSON; write a text, a number, a list or a mapping", node.start_mark)
+        raise _error(f"!!{tag} is not a JSON value; write text, a number, a list or a mapping", node.start_mark)
 
 
 def _error(problem: str, mark: yaml.Mark) -> yaml.constructor.ConstructorError:
@@ -448,7 +448,7 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{where}: {message}"
     hint = {
         "string_type": "" if isinstance(error["input"], list | dict) else "; quote it to make it text",
-        "dict_type": "; write `NAME: value`, one on a line",
+        "dict_type": "; write one `NAME: value` per line",
         "list_type": "; write `- ` before each item",
     }.get(error["type"], "")
     return f"{where}: {message[0].lower()}{message[1:]}, got {_kind(error['input'])}{hint}"

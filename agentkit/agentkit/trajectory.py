@@ -133,7 +133,7 @@ class Trajectory:
             if line is None or isinstance(line.record, Header):
                 raise TrajectoryCorruptError(
                     f"{path}, line {seq + 1} of {seq + 1 + _count_lines(file)} is damaged. The {seq} lines before it "
-                    "are good; cut the file there to read them."
+                    "are valid; truncate the file there to read them."
                 )
             self.records.append(line.record)
             self.times_s.append(line.time_s)
@@ -230,8 +230,8 @@ class Trajectory:
         except OSError as exc:
             reason = exc.strerror
             if isinstance(exc, FileExistsError) and Path(exc.filename) == path:
-                reason = "it exists already, and a trajectory is never overwritten"
-            raise TrajectoryWriteError(f"Cannot write trajectory {path}: {reason}. Name another path.") from exc
+                reason = "it exists already, and trajectories are never overwritten"
+            raise TrajectoryWriteError(f"Cannot write trajectory {path}: {reason}. Choose another path.") from exc
         self.path = path
 
     def _write(self, seq: int, time_s: float, record: Header | Record) -> None:
@@ -272,31 +272,31 @@ def _parse(text: bytes, path: Path, seq: int) -> _Line | None:
     try:
         check_values(body, MAX_LINE_NUMBERS)
         if body.count(b'"') - body.count(b'\\"') > 2 * MAX_LINE_TEXTS:
-            raise ValueError(f"more than {MAX_LINE_TEXTS:,} texts")
+            raise ValueError(f"more than {MAX_LINE_TEXTS:,} strings")
         line = _LINES.validate_json(body + b"}", strict=True)
         _check_numbers(line, body)
     except ValidationError as exc:
         if (version := _version(body)) != VERSION:
             raise TrajectoryFormatError(
                 f"{path} has trajectory format version {shorten(version)}; this agentkit reads version {VERSION}. "
-                "Open it with the agentkit that wrote it."
+                "Open it with the agentkit version that wrote it."
             ) from exc
         raise TrajectoryFormatError(
-            f"{path}, line {seq + 1} is whole but no record of {FORMAT}: {describe(exc)}"
+            f"{path}, line {seq + 1} is intact but not a valid {FORMAT} record: {describe(exc)}"
         ) from exc
     except ValueError as exc:
-        raise TrajectoryFormatError(f"{path}, line {seq + 1} is whole but no record of {FORMAT}: {exc}") from exc
+        raise TrajectoryFormatError(f"{path}, line {seq + 1} is intact but not a valid {FORMAT} record: {exc}") from exc
     return line if line.seq == seq else None
 
 
 def _check_numbers(line: _Line, body: bytes) -> None:
     """Refuse numbers that the schema allows but that are out of range. Raises ValueError."""
     if not 0 <= line.time_s < 1e9:
-        raise ValueError(f"time_s is {shorten(line.time_s)}, expected seconds")
+        raise ValueError(f"time_s is {shorten(line.time_s)}, expected 0 to 1e9 seconds")
     if isinstance(line.record, TokenSegment) and line.record.ids:
         low, high = min(line.record.ids), max(line.record.ids)
         if low < 0 or high >= 1 << 31:
-            raise ValueError(f"ids from {shorten(low)} to {shorten(high)}, expected token ids")
+            raise ValueError(f"ids from {shorten(low)} to {shorten(high)}, expected token ids below 2**31")
     if b"NaN" in body or b"Infinity" in body:  # the schema allows them inside values of any type
         parse_json(body + b"}", max_values=MAX_LINE_NUMBERS)
 

@@ -172,7 +172,7 @@ def test_wrong_arguments_are_refused(script: Script) -> None:
         """Echo."""
         return text
 
-    with pytest.raises(ValueError, match='two tools are called "echo"'):
+    with pytest.raises(ValueError, match='two tools are named "echo"'):
         Agent(script(SUBMIT), [echo, echo])
     with pytest.raises(ValueError, match=r"Limits\.max_turns must be positive or None, got 0"):
         Limits(max_turns=0)
@@ -214,7 +214,7 @@ async def test_continue_goes_on_in_the_same_session(
     assert thinks(third.trajectory) == [True, True, True, True]  # the missing file; then the user spoke
     assert Trajectory.load(path).records == third.trajectory.records
     assert rebuild_token_ids(third.trajectory, tokenizer) == third.trajectory.token_ids
-    with pytest.raises(ValueError, match="continued already"):
+    with pytest.raises(ValueError, match="already continued"):
         await first.continue_("Again!")
 
 

@@ -43,12 +43,12 @@ DONE = AssistantTurn(None, "done")
         ({"effort": None}, ValueError, "effort must be one of"),
         ({"effort": ["high"]}, ValueError, "effort must be one of"),
         ({"sampling": {"temperature": 0}}, TypeError, "sampling=.* must be a SamplingParams or None"),
-        ({"sampling": SamplingParams}, TypeError, r"make an instance of it: SamplingParams\(\)"),
+        ({"sampling": SamplingParams}, TypeError, r"pass an instance: SamplingParams\(\)"),
         ({"sampling": 0.5}, TypeError, "sampling=.* must be a SamplingParams"),
         ({"output_schema": ["object"]}, ValueError, "expected a JSON schema"),
         ({"sampling": SamplingParams(output_schema={"type": "strin"})}, ValueError, "is not valid"),
         ({"limits": 5}, TypeError, "limits=.* must be a Limits or None, got 5"),
-        ({"limits": Limits}, TypeError, r"make an instance of it: Limits\(\)"),
+        ({"limits": Limits}, TypeError, r"pass an instance: Limits\(\)"),
         ({"concurrency": 5}, TypeError, "concurrency=.* must be a ConcurrencyLimits or None"),
     ],
 )
@@ -93,7 +93,7 @@ def test_models(script: Script) -> None:
         EmbeddedModel(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a folder or None, got 3"):
         EmbeddedModel("tiny", cache_dir=3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"give cache_dir and device to Engine\.load"):
+    with pytest.raises(TypeError, match=r"pass cache_dir and device to Engine\.load"):
         EmbeddedModel(Engine.load("tiny"), device="cpu")
     with pytest.raises(TypeError, match=r"a function of \(messages, think\), got 'hello'"):
         ScriptedModel("hello")  # type: ignore[arg-type]

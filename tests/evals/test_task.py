@@ -88,7 +88,7 @@ def test_a_task_survives_its_own_dump(tmp_path: Path) -> None:
         ),
         ("thinking: never", "thinking: often", "'always', 'never' or 'auto', got str 'often'"),
         ("  - bash", "  - bsah", 'task.yaml:12: tools.0: unknown tool "bsah"; built in: bash, read_file, write_file'),
-        ("  - submit", "  - bash", "task.yaml:11: tools: tools named twice: bash"),
+        ("  - submit", "  - bash", "task.yaml:11: tools: duplicate tools: bash"),
         ("name: weather", "name: the weather", "task.yaml:13: tools.1: tool name 'the weather': expected 1 to 64"),
         ("{type: object,", "{type: objct,", "task.yaml:13: tools.1: tool 'weather'"),
         ("  - submit", "  - 7", "task.yaml:17: tools.2: input should be a valid string, got int 7"),
@@ -101,7 +101,7 @@ def test_a_task_survives_its_own_dump(tmp_path: Path) -> None:
         ("!file app.log", "!file ../secret", "task.yaml:5: not valid YAML: !file ../secret lies outside"),
         ("!file app.log", "!shell date", "task.yaml:5: not valid YAML: could not determine a constructor"),
         ("metadata: {", "metadata: [", "task.yaml:22: not valid YAML: while parsing a flow sequence"),
-        ("metadata:", "id:", 'task.yaml:22: not valid YAML: key "id" twice'),
+        ("metadata:", "id:", 'task.yaml:22: not valid YAML: duplicate key "id"'),
     ],
 )
 def test_each_mistake_has_file_line_and_remedy(tmp_path: Path, old: str, new: str, expected: str) -> None:

@@ -17,11 +17,11 @@ RESULTS = Path("agentkit/results/cpu.json")
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help=f"Benchmarks, with commas between: {', '.join(BENCHMARKS)}.")] = None,
+    only: Annotated[str | None, typer.Option(help=f"Comma-separated benchmarks: {', '.join(BENCHMARKS)}.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Print the last results as a Markdown table.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes: shows that it works, not how fast.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes, to check that the benchmarks run.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help=f"File to merge the records into; {RESULTS} unless given or --quick.")
+        Path | None, typer.Option(help=f"File to merge the records into. Default: {RESULTS}; none with --quick.")
     ] = None,
 ) -> None:
     """Measure the loop beside its peers; each benchmark's new records replace its old ones in the results file.

@@ -66,7 +66,7 @@ def overhead(turns: int, rendered: int, repeats: int) -> Iterator[Measurement]:
     )
     through = [anyio.run(_converse_in_engine, turns, record.token_ids) for _ in range(repeats)]
     if any(run.record.token_ids != record.token_ids for run in through):
-        raise OutputsDifferError("the run through a session of the engine has other tokens than the scripted one")
+        raise OutputsDifferError("the tokens of the run in the engine differ from those of the scripted run")
     outputs = "the same tokens as with the script alone"
     in_engine = Median.of([run.us_per_turn for run in through])
     yield Measurement(
@@ -158,7 +158,7 @@ def _rendering_us(record: Trajectory, count: int, tokenizer: Tokenizer) -> float
         ids = encode_ids(said, tokenizer=tokenizer, tools=list(record.header.tools))
         taken_s.append(time.perf_counter() - start)
         if ids != record.token_ids[: ends[turn]]:
-            raise OutputsDifferError(f"rendered again, the prompt of turn {turn} is not what the session was fed")
+            raise OutputsDifferError(f"the rendered prompt of turn {turn} differs from the ids fed to the session")
     return 1e6 * mean(taken_s)
 
 

@@ -87,7 +87,7 @@ def sharing(shape: Shape) -> Iterator[Measurement]:
     if [(record.token_ids, record.logprobs) for record in ours] != [
         (record.token_ids, record.logprobs) for record in theirs
     ]:
-        raise OutputsDifferError("the trajectories depend on what the cache forgets; they must not by a single bit")
+        raise OutputsDifferError("the trajectories depend on what the cache evicts; expected the same bits")
     counts = Counts.of(ours)
     runs = (
         f"{shape.trajectories} trajectories of {shape.turns} turns, {shape.at_once} at the same time, "

@@ -51,7 +51,7 @@ class EmbeddedModel:
         check_type("EmbeddedModel(engine)", engine, AsyncEngine | Engine | str | Path, expected)
         check_type("EmbeddedModel(cache_dir=...)", cache_dir, str | Path | None, "a folder or None")
         if isinstance(engine, AsyncEngine | Engine) and (cache_dir, device) != (None, None):
-            raise TypeError("EmbeddedModel loads no engine here; give cache_dir and device to Engine.load")
+            raise TypeError("the engine is already loaded; pass cache_dir and device to Engine.load")
         self._running = engine if isinstance(engine, AsyncEngine) else None
         self.engine: Engine
         if isinstance(engine, AsyncEngine):
