@@ -1,4 +1,4 @@
-"""What the loop's tests share: a byte-level tokenizer, a scripted agent, and a local environment."""
+"""Shared fixtures: a byte-level tokenizer, a scripted model, and a local environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentkit_environments import Environment, open_environment
 
 
 def byte_tokenizer_json() -> str:
-    """One token per byte, and all control tokens after them."""
+    """Return a tokenizer with one token per byte, followed by all control tokens."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
@@ -70,7 +70,7 @@ async def environment() -> AsyncIterator[Environment]:
 
 @pytest.fixture
 def script(tokenizer: Tokenizer) -> Callable[..., ScriptedModel]:
-    """A model that says the given turns one after the other, and the last one for ever."""
+    """Return a function that makes a model of the given turns, the last of which repeats forever."""
 
     def make(*turns: AssistantTurn | Sequence[int]) -> ScriptedModel:
         def policy(messages: Sequence[Message], think: bool) -> AssistantTurn | Sequence[int]:

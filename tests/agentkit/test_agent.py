@@ -1,4 +1,4 @@
-"""The loop: ask, act, observe, and every way a run can end."""
+"""The agent loop: ask, act, observe, and every way a run can end."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def results(trajectory: Trajectory) -> list[str]:
     return [message.content for message in trajectory.messages if isinstance(message, ToolMessage)]
 
 
-async def test_it_acts_until_it_submits(script: Script, environment: Environment, tokenizer: Tokenizer) -> None:
+async def test_the_loop_runs_until_the_model_submits(
+    script: Script, environment: Environment, tokenizer: Tokenizer
+) -> None:
     await environment.write_file("a.txt", "forty-two")
     result = await Agent(script(LOOK, SUBMIT)).run("What is in a.txt?", environment=environment)
     assert (result.status, result.answer) == ("submitted", "42")
@@ -64,7 +66,7 @@ async def test_it_acts_until_it_submits(script: Script, environment: Environment
     assert user == UserMessage("What is in a.txt?")
     assert isinstance(looked, AssistantMessage) and (looked.reasoning, looked.content) == ("I shall look.", "Looking.")
     assert read == ToolMessage("call_0_0", "read_file", "forty-two")
-    assert isinstance(submitted, AssistantMessage) and submitted.reasoning is None  # auto: a routine step
+    assert isinstance(submitted, AssistantMessage) and submitted.reasoning is None  # auto: routine steps do not think
     assert isinstance(accepted, ToolMessage)
     assert (result.usage.turns, result.usage.calls, result.usage.forced_tokens) == (2, 2, 0)
     assert rebuild_token_ids(result.trajectory, tokenizer) == result.trajectory.token_ids
@@ -75,10 +77,10 @@ async def test_a_turn_without_calls_is_the_answer(script: Script, environment: E
     assert (result.status, result.answer, result.usage.turns) == ("answered", "Four.", 1)
 
 
-async def test_the_ids_are_those_of_the_whole_conversation(
+async def test_the_ids_encode_the_whole_conversation(
     script: Script, environment: Environment, tokenizer: Tokenizer
 ) -> None:
-    """Interleaved thinking: what was thought before a call is still in the session after it."""
+    """Reasoning before a call stays in the session after the call."""
     agent = Agent(script(LOOK, LOOK, SUBMIT), thinking="always", system="S")
     result = await agent.run("Q", environment=environment)
     shaped = [
@@ -110,12 +112,12 @@ async def test_the_ids_are_those_of_the_whole_conversation(
     assert result.trajectory.token_ids[:third_prompt] == prompt
 
 
-async def test_an_empty_system_prompt_is_none(script: Script, environment: Environment) -> None:
+async def test_an_empty_system_prompt_adds_no_message(script: Script, environment: Environment) -> None:
     result = await Agent(script(SUBMIT), system="").run("Q", environment=environment)
     assert result.trajectory.messages[0] == UserMessage("Q")
 
 
-async def test_mistakes_are_results(script: Script, environment: Environment) -> None:
+async def test_wrong_calls_get_error_results(script: Script, environment: Environment) -> None:
     calls = turn(("nope", {}), ("read_file", {"file": "b"}), ("read_file", {"path": "b"}), ("list_dir", {}))
     result = await Agent(script(calls, SUBMIT)).run("Q", environment=environment)
     unknown, invalid, missing, listed, _ = results(result.trajectory)
@@ -150,7 +152,7 @@ async def test_a_malformed_call_gets_one_error_result_in_its_place(
         (lambda news: len(news) == 1 and isinstance(news[0], ToolMessage), "high", [False, True, True, True]),
     ],
 )
-async def test_which_turns_think(
+async def test_the_thinking_policy_decides_which_turns_think(
     script: Script, environment: Environment, tokenizer: Tokenizer, thinking: object, effort: object, expected: object
 ) -> None:
     model = script(
@@ -178,7 +180,7 @@ def test_wrong_arguments_are_refused(script: Script) -> None:
         Limits(max_turns=0)
 
 
-async def test_stream_is_the_run(script: Script, environment: Environment) -> None:
+async def test_stream_yields_every_record(script: Script, environment: Environment) -> None:
     events: list[Event] = [event async for event in Agent(script(LOOK, SUBMIT)).stream("Q", environment=environment)]
     finished = events[-1]
     assert isinstance(finished, RunFinished)
@@ -197,7 +199,7 @@ async def test_leaving_a_stream_early_cancels_the_run(script: Script, environmen
     assert outcome is not None and outcome.status == "cancelled"
 
 
-async def test_continue_goes_on_in_the_same_session(
+async def test_continue_extends_the_same_session(
     script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     path = tmp_path / "t.jsonl"
@@ -211,14 +213,16 @@ async def test_continue_goes_on_in_the_same_session(
     assert second.trajectory.token_ids[: len(before)] == before
     third = await second.continue_("Bye!")
     assert third.answer == "Bye."
-    assert thinks(third.trajectory) == [True, True, True, True]  # the missing file; then the user spoke
+    assert thinks(third.trajectory) == [True, True, True, True]  # after the missing file, and after user messages
     assert Trajectory.load(path).records == third.trajectory.records
     assert rebuild_token_ids(third.trajectory, tokenizer) == third.trajectory.token_ids
     with pytest.raises(ValueError, match="already continued"):
         await first.continue_("Again!")
 
 
-async def test_a_dead_sandbox_is_no_result(script: Script, environment: Environment, tmp_path: Path) -> None:
+async def test_a_lost_sandbox_raises_and_is_not_a_tool_result(
+    script: Script, environment: Environment, tmp_path: Path
+) -> None:
     waiting = anyio.Event()
     cancelled = False
 
@@ -250,7 +254,7 @@ async def test_a_dead_sandbox_is_no_result(script: Script, environment: Environm
     assert (trajectory.outcome.status, trajectory.outcome.error) == ("error", "SandboxLostError: it stopped answering")
 
 
-async def test_cancelling_kills_and_leaves_a_complete_record(
+async def test_cancelling_kills_processes_and_leaves_a_complete_record(
     script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     path = tmp_path / "t.jsonl"
@@ -298,7 +302,7 @@ async def test_cancelling_at_any_event_leaves_a_complete_record(
 async def test_a_run_opens_and_closes_its_own_environment(
     script: Script, environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a continuation finds the files of the work directory."""
+    """A continuation has the files of the work directory."""
     opened: list[Environment] = []
 
     async def open_local() -> Environment:
@@ -318,7 +322,7 @@ async def test_a_run_opens_and_closes_its_own_environment(
 
 
 class TestLimits:
-    """Each limit stops the run where it is reached, and the record says which."""
+    """Each limit stops the run at the exact point, and the record names it."""
 
     async def run(self, model: ScriptedModel, environment: Environment, limits: Limits, **options: object) -> Outcome:
         result = await Agent(model, limits=limits, **options).run("Q", environment=environment)  # type: ignore[arg-type]
@@ -398,7 +402,9 @@ class TestLimits:
         assert (outcome.limit, outcome.usage.turns) == ("tool_time_s", 2)
         assert 0.4 < outcome.usage.tool_time_s < 5
 
-    async def test_a_slow_call_loses_its_own_result_only(self, script: Script, environment: Environment) -> None:
+    async def test_a_call_that_times_out_does_not_affect_other_calls(
+        self, script: Script, environment: Environment
+    ) -> None:
         @tool
         async def wait() -> str:
             """Wait."""
@@ -415,7 +421,7 @@ class TestLimits:
         assert outcome.status == "answered"
         assert results(self.trajectory) == ["Error: wait timed out after 0.1 s", "done"]
 
-    async def test_calls_beyond_the_most_are_refused(self, script: Script, environment: Environment) -> None:
+    async def test_calls_beyond_the_limit_are_refused(self, script: Script, environment: Environment) -> None:
         await self.run(script(turn(*[("list_dir", {})] * 3), SUBMIT), environment, Limits(max_calls_per_turn=2))
         assert results(self.trajectory)[:3] == [
             "(empty)",
@@ -424,7 +430,7 @@ class TestLimits:
         ]
 
 
-async def test_a_tool_sees_the_environment(script: Script, environment: Environment) -> None:
+async def test_a_tool_gets_the_environment(script: Script, environment: Environment) -> None:
     @tool
     async def where(context: ToolContext) -> str:
         """Where am I?"""

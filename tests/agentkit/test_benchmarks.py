@@ -1,4 +1,4 @@
-"""The loop's benchmarks at their smallest: they run, compare, and count tokens as their names say."""
+"""The benchmarks of the loop at their smallest sizes: they run, compare outputs, and count tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, [*arguments])
 
 
-def test_the_loop_and_what_trajectories_share_are_measured(tmp_path: Path) -> None:
+def test_the_quick_benchmarks_write_their_records(tmp_path: Path) -> None:
     out = tmp_path / "results" / "cpu.json"
     result = run("--quick", "--only", "decode,turn-overhead,shared-prefill", "--out", str(out))
     assert result.exit_code == 0, result.output
@@ -41,14 +41,14 @@ def test_the_loop_and_what_trajectories_share_are_measured(tmp_path: Path) -> No
     assert prefilled["command"] == "python -m agentkit.benchmarks --only shared-prefill --quick"
 
 
-def test_a_name_that_no_room_knows_is_an_error() -> None:
+def test_an_unknown_benchmark_is_an_error() -> None:
     result = run("--only", "shared-prefill,C99")
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())
     assert "unknown benchmark 'C99'; there are turn-overhead, shared-prefill, and elsewhere decode," in message
 
 
-def test_the_engine_knows_which_benchmarks_are_measured_here() -> None:
+def test_the_engine_lists_the_benchmarks_of_the_loop() -> None:
     assert tuple(BENCHMARKS) == ELSEWHERE
 
 

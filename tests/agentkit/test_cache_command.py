@@ -1,4 +1,4 @@
-"""`agentkit cache`: what it says of a folder, and what it removes from it."""
+"""`agentkit cache`: what `info` reports about a folder, and what `prune` removes from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def as_json(*arguments: str | Path) -> dict[str, Any]:
 
 @pytest.fixture
 def segments(tmp_path: Path) -> list[Path]:
-    """Three sessions in a segment each, the oldest first; only that one is longer than a span."""
+    """Segments of one session each, oldest first. Only the oldest session is longer than a span."""
     engine = Engine.load("tiny", cache_dir=tmp_path)
     for length in (SPAN + 20, 30, 40):
         with engine.session() as session:
@@ -38,7 +38,7 @@ def segments(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.rglob("*.segment"))
 
 
-def test_info_counts_what_sessions_left(segments: list[Path], tmp_path: Path) -> None:
+def test_info_counts_segments_spans_and_checkpoints(segments: list[Path], tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in segments)
     found = as_json("info", tmp_path)
     model = {"segments": 3, "bytes": size, "spans": 1, "checkpoints": 3, "damaged": 0}
@@ -47,7 +47,7 @@ def test_info_counts_what_sessions_left(segments: list[Path], tmp_path: Path) ->
     assert f"3 segments, {size:,} bytes: 1 spans, 3 checkpoints, 0 damaged" in said
 
 
-def test_info_counts_what_is_torn_or_altered(segments: list[Path], tmp_path: Path) -> None:
+def test_info_counts_damaged_segments(segments: list[Path], tmp_path: Path) -> None:
     torn, altered = segments[0].read_bytes(), bytearray(segments[1].read_bytes())
     segments[0].write_bytes(torn[:-1])
     altered[-1] ^= 1
@@ -56,9 +56,9 @@ def test_info_counts_what_is_torn_or_altered(segments: list[Path], tmp_path: Pat
     assert (model["spans"], model["checkpoints"], model["damaged"]) == (1, 1, 2)
 
 
-def test_prune_removes_what_was_unused_for_longest(segments: list[Path], tmp_path: Path) -> None:
+def test_prune_removes_the_least_recently_used_segments(segments: list[Path], tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in segments]
-    os.utime(segments[0])  # used again
+    os.utime(segments[0])  # now the most recently used
     left = sizes[0] + sizes[2]
     assert as_json("prune", tmp_path, "--bytes", str(left)) == {"removed_segments": 1, "bytes": left}
     assert [path.is_file() for path in segments] == [True, False, True]
@@ -66,7 +66,7 @@ def test_prune_removes_what_was_unused_for_longest(segments: list[Path], tmp_pat
     assert "removed 2 segments, 0 bytes left" in agentkit("prune", tmp_path, "--bytes", "0").stdout
 
 
-def test_what_is_no_part_of_a_cache_is_neither_counted_nor_removed(segments: list[Path], tmp_path: Path) -> None:
+def test_foreign_files_are_neither_counted_nor_removed(segments: list[Path], tmp_path: Path) -> None:
     foreign = [segments[0].parent / "notes.segment", tmp_path / "notes" / segments[0].name, tmp_path / "notes.txt"]
     for path in foreign:
         path.parent.mkdir(exist_ok=True)
@@ -90,6 +90,6 @@ def test_a_missing_folder_is_named(arguments: list[str], tmp_path: Path, monkeyp
     assert "there is no folder nowhere; give the one that was given as --cache-dir" in output
 
 
-def test_a_budget_must_be_said_and_not_be_negative(tmp_path: Path) -> None:
+def test_prune_requires_a_non_negative_budget(tmp_path: Path) -> None:
     assert "--bytes" in agentkit("prune", tmp_path, code=2).output
     assert "--bytes" in agentkit("prune", tmp_path, "--bytes", "-1", code=2).output

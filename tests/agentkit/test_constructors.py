@@ -1,4 +1,4 @@
-"""What is passed to a public constructor is checked at once, and the error says what to pass instead."""
+"""Public constructors check their arguments at once, and the error names the remedy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_agent(script: Script, options: dict[str, Any], error: Any, expected: st
         Agent(**{"model": script(DONE), **options})
 
 
-def test_an_engine_is_no_model_yet() -> None:
+def test_an_engine_must_be_wrapped_in_a_model() -> None:
     with pytest.raises(TypeError, match=r"EmbeddedModel\(engine\)"):
         Agent(Engine.load("tiny"))  # type: ignore[arg-type]
 
@@ -79,7 +79,7 @@ def test_limits(field: str) -> None:
 
 
 @pytest.mark.parametrize("bound", ["per_turn", "per_tool", "total"])
-def test_parallelism(bound: str) -> None:
+def test_concurrency_limits(bound: str) -> None:
     for value in (0, -1):
         with pytest.raises(ValueError, match=rf"ConcurrencyLimits\({bound}=...\) must be positive, got"):
             ConcurrencyLimits(**{bound: value})
@@ -136,10 +136,10 @@ sys.exit("torch" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-async def test_a_blocking_call_inside_a_running_loop_says_what_to_await(
+async def test_a_blocking_call_in_a_running_loop_names_the_code_to_await(
     script: Script, environment: Environment
 ) -> None:
-    """As in a notebook; and no coroutine is left behind that was never awaited."""
+    """A notebook is such a case. No coroutine is left un-awaited."""
     agent = Agent(script(DONE))
     with pytest.raises(RunningLoopError, match=r"`await agent.run\(...\)`"):
         agent.run_sync("Q")
@@ -157,6 +157,6 @@ async def test_max_tokens_of_the_sampling_bounds_a_turn(script: Script, environm
         assert (result.limit, result.usage.sampled_tokens) == ("max_tokens_per_turn", 5)
 
 
-def test_a_path_may_be_text(tmp_path: Path) -> None:
+def test_a_path_can_be_a_string(tmp_path: Path) -> None:
     model = EmbeddedModel("tiny", cache_dir=str(tmp_path))
     assert model.engine.cache_dir is not None

@@ -1,4 +1,4 @@
-"""Trajectories and task files that strangers made: a value or a typed error with its place, and soon."""
+"""Crafted trajectories and task files from untrusted sources give a value or a typed error with its place, quickly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from agentkit.task import MAX_YAML_NODES, Task, load_task
 
 in_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 SOON_S = 20.0
-"""Far above what any file here takes on a quiet machine (a second), and far below what the attacks took."""
+"""Far above the time of any file here on a quiet machine (a second), and far below that of a successful attack."""
 
 
 def make_fifo(path: Path) -> None:
@@ -112,7 +112,9 @@ RECORDS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_with_a_valid_checksum_that_is_none_is_named(name: str, good: bytes, tmp_path: Path) -> None:
+def test_an_invalid_record_with_a_valid_checksum_is_an_error_with_its_line(
+    name: str, good: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "crafted.jsonl"
     path.write_bytes(good + line(2, RECORDS[name]))
     begun = time.monotonic()
@@ -123,7 +125,7 @@ def test_a_record_with_a_valid_checksum_that_is_none_is_named(name: str, good: b
 
 
 @pytest.mark.parametrize("time_s", [b"NaN", b"Infinity", b"-1", b"1e300", b'"1"', b"true", b"null"])
-def test_a_time_that_is_none_is_named(time_s: bytes, good: bytes, tmp_path: Path) -> None:
+def test_an_invalid_time_is_an_error_with_its_line(time_s: bytes, good: bytes, tmp_path: Path) -> None:
     path = tmp_path / "crafted.jsonl"
     path.write_bytes(good + line(2, SEGMENT % b"1", time_s))
     with pytest.raises(TrajectoryFormatError, match="line 3 is intact but not a valid"):
@@ -142,14 +144,14 @@ def test_metadata_holds_finite_numbers_only(value: bytes, good: bytes, tmp_path:
     assert Trajectory.load(path).header.metadata == header["metadata"]
 
 
-def test_a_version_of_another_kind_is_named(good: bytes, tmp_path: Path) -> None:
+def test_a_version_of_another_type_is_named(good: bytes, tmp_path: Path) -> None:
     path = tmp_path / "crafted.jsonl"
     path.write_bytes(line(0, b'{"type":"header","version":%b}' % (b"[" * 150 + b"]" * 150)))
     with pytest.raises(TrajectoryFormatError, match=r"version \[\[\[\[...\]\]\]\]; this agentkit reads version 2"):
         Trajectory.load(path)
 
 
-def test_a_line_or_file_beyond_its_bound_is_refused(good: bytes, tmp_path: Path) -> None:
+def test_a_line_or_file_above_the_size_limit_is_refused(good: bytes, tmp_path: Path) -> None:
     path = tmp_path / "crafted.jsonl"
     path.write_bytes(good)
     os.truncate(path, 40 << 20)
@@ -161,7 +163,9 @@ def test_a_line_or_file_beyond_its_bound_is_refused(good: bytes, tmp_path: Path)
 
 
 @pytest.mark.parametrize("make", [make_fifo, make_device, make_loop, make_folder])
-def test_a_trajectory_that_is_no_file_never_hangs(make: Callable[[Path], None], good: bytes, tmp_path: Path) -> None:
+def test_a_trajectory_that_is_not_a_regular_file_never_hangs(
+    make: Callable[[Path], None], good: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "good.jsonl"
     trajectory = Trajectory.load(path)
     path.unlink()
@@ -294,14 +298,14 @@ def test_a_crafted_task_file_is_an_error_with_its_line(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("make", ODD)
-def test_a_task_file_that_is_no_file_never_hangs(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_task_file_that_is_not_a_regular_file_never_hangs(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "task.yaml")
     with pytest.raises(TaskFileError, match=r"task\.yaml: cannot be read: "):
         load_task(tmp_path / "task.yaml")
 
 
-def test_what_looks_odd_and_is_fine_is_read(tmp_path: Path) -> None:
-    """Dates are text, a byte order mark is no content, and anchors may be used within reason."""
+def test_unusual_but_valid_yaml_is_read(tmp_path: Path) -> None:
+    """Dates are text, a byte order mark is skipped, and anchors may be used within limits."""
     path = tmp_path / "task.yaml"
     path.write_bytes(
         b"\xef\xbb\xbfid: a\r\ninstruction: 2024-02-30\r\nmetadata:\r\n  base: &b {k: 1, at: 2024-02-28}\r\n"
@@ -314,7 +318,7 @@ def test_what_looks_odd_and_is_fine_is_read(tmp_path: Path) -> None:
     assert json.loads(task.model_dump_json())["metadata"] == task.metadata
 
 
-def test_a_bound_counts_values_and_not_what_is_left_of_them(tmp_path: Path) -> None:
+def test_the_value_limit_is_exact(tmp_path: Path) -> None:
     path = tmp_path / "task.yaml"
     path.write_text(HEAD + f"metadata: {{a: [{'1,' * (MAX_YAML_NODES - 9)}]}}")
     assert len(load_task(path).metadata["a"]) == MAX_YAML_NODES - 9
@@ -345,7 +349,7 @@ def test_any_bytes_are_a_task_or_a_task_file_error(tmp_path: Path, content: byte
             assert Task.model_validate_json(task.model_dump_json()) == task
 
 
-# Schemas of answers.
+# Output schemas.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The embedded engine under the loop: a random model says garbage, and the record is exact all the same."""
+"""The embedded engine in the loop: a random model generates garbage, and the record is still exact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_LENGTH = 2048
 
 
 class WatchedEngine(AsyncEngine):
-    """Remembers the sessions it opened, to compare their ids with the record's."""
+    """An engine that keeps the sessions it opened, to compare their ids with the record."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
@@ -64,7 +64,8 @@ def one_thread() -> Iterator[None]:
 
 
 def assert_exact(trajectory: Trajectory, engine: Engine, session_ids: list[int]) -> None:
-    """The ids are the engine's own, every prompt can be rebuilt, and every log-probability recomputed."""
+    """Check that the ids equal the engine's, and that prompts and log-probabilities can be recomputed from the
+    record."""
     ids = trajectory.token_ids
     assert ids == session_ids
     assert rebuild_token_ids(trajectory, engine.tokenizer) == ids
@@ -76,7 +77,9 @@ def assert_exact(trajectory: Trajectory, engine: Engine, session_ids: list[int])
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_the_record_is_the_session(engine: Engine, environment: Environment, tmp_path: Path, seed: int) -> None:
+async def test_the_record_has_the_ids_of_the_session(
+    engine: Engine, environment: Environment, tmp_path: Path, seed: int
+) -> None:
     async with WatchedEngine(engine) as watched:
         agent = Agent(
             EmbeddedModel(watched),
@@ -106,7 +109,7 @@ async def test_a_seed_repeats_a_run_and_runs_share_the_model(engine: Engine, env
     assert ids == [ids[0]] * 4
 
 
-async def test_runs_of_a_model_that_was_not_entered(engine: Engine, environment: Environment) -> None:
+async def test_concurrent_runs_of_a_model_that_was_not_entered(engine: Engine, environment: Environment) -> None:
     ids: list[list[int]] = []
     agent = Agent(EmbeddedModel(engine), [], sampling=SamplingParams(seed=7), limits=Limits(max_tokens=12))
 
@@ -120,7 +123,7 @@ async def test_runs_of_a_model_that_was_not_entered(engine: Engine, environment:
 
 
 async def test_a_session_is_parked_while_its_tools_run(environment: Environment) -> None:
-    """A tool that takes all memory away finds none held, and the run goes on as if it had not."""
+    """A tool can free all memory while it runs, and the run continues with the same ids."""
 
     async def run(*, away: bool) -> tuple[list[int], list[int]]:
         held = []
@@ -172,7 +175,7 @@ async def test_an_effort_is_text_at_the_start_of_the_session(
     assert_exact(trajectory, newer, ids)
 
 
-async def test_an_effort_that_the_dialect_lacks_is_refused(engine: Engine, environment: Environment) -> None:
+async def test_an_effort_missing_from_the_dialect_is_refused(engine: Engine, environment: Environment) -> None:
     agent = Agent(EmbeddedModel(engine), [], effort="low")
     with pytest.raises(EncodeError, match="'low' does not exist in dialect 'v4-preview'; it has none, high, max"):
         await agent.run("Q", environment=environment)
@@ -189,10 +192,10 @@ async def test_a_full_context_ends_the_run(engine: Engine, environment: Environm
     assert (result.limit, result.trajectory.token_ids, result.usage.turns) == ("context", [], 0)
 
 
-async def test_cancelling_stops_generation_and_leaves_a_whole_record(
+async def test_cancelling_stops_generation_and_leaves_a_complete_record(
     engine: Engine, environment: Environment, tmp_path: Path
 ) -> None:
-    """Cancelled between two tokens, at the tenth event."""
+    """The run is cancelled between two tokens, at the tenth event."""
     path = tmp_path / "t.jsonl"
     async with WatchedEngine(engine) as watched:
         agent = Agent(EmbeddedModel(watched), [], sampling=SamplingParams(seed=3), thinking="always")

@@ -1,4 +1,4 @@
-"""The examples run as they stand."""
+"""The example script runs and prints what the README claims."""
 
 from __future__ import annotations
 

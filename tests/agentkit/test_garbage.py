@@ -1,4 +1,4 @@
-"""Whatever ids a model samples, the run survives them and its record stays exact."""
+"""A run survives any ids that a model samples, and its record stays exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agents with a grammar: what it forced is recorded as forced, and the record is exact all the same."""
+"""Agents with a grammar: forced ids are recorded as forced, and the record is exact."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ async def test_forced_ids_are_recorded_as_forced(tiny: EmbeddedModel, environmen
             assert recorded == pytest.approx(logprobs[place - 1, trajectory.token_ids[place]].item(), abs=1e-4)
 
 
-async def test_it_changes_nothing_that_was_right(tiny: EmbeddedModel, environment: Environment) -> None:
+async def test_a_grammar_does_not_change_a_valid_generation(tiny: EmbeddedModel, environment: Environment) -> None:
     without = await ask(tiny, SamplingParams(temperature=0, grammar=False), environment)
     assert {segment.kind for segment in without.segments} == {"prompt", "sampled"}
     assert (await ask(tiny, WITH_GRAMMAR, environment)).token_ids == without.token_ids
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 25])
-async def test_a_limit_counts_what_was_sampled(tiny: EmbeddedModel, environment: Environment, tokens: int) -> None:
+async def test_max_tokens_counts_sampled_ids_but_not_forced_ids(
+    tiny: EmbeddedModel, environment: Environment, tokens: int
+) -> None:
     trajectory = await ask(tiny, WITH_GRAMMAR, environment, tokens=tokens)
     assert trajectory.outcome is not None
     assert (trajectory.outcome.limit, trajectory.outcome.usage.sampled_tokens) == ("max_tokens", tokens)
@@ -70,7 +72,7 @@ async def test_a_limit_counts_what_was_sampled(tiny: EmbeddedModel, environment:
     assert rebuild_token_ids(trajectory, tiny.tokenizer) == trajectory.token_ids
 
 
-async def test_wild_sampling_never_makes_a_bad_call(tiny: EmbeddedModel, environment: Environment) -> None:
+async def test_calls_fit_their_schema_even_at_a_high_temperature(tiny: EmbeddedModel, environment: Environment) -> None:
     calls = 0
     for seed in range(6):
         trajectory = await ask(tiny, SamplingParams(temperature=1.6, seed=seed, grammar=True), environment, tokens=120)
@@ -85,16 +87,14 @@ async def test_wild_sampling_never_makes_a_bad_call(tiny: EmbeddedModel, environ
     assert calls > 0
 
 
-def test_the_grammar_enforces_the_built_in_tools_to_the_letter(tiny: EmbeddedModel) -> None:
+def test_the_grammar_enforces_the_built_in_tools_completely(tiny: EmbeddedModel) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiny.engine.grammars.calls([each.spec for each in BUILTINS.values()])
 
 
-async def test_a_tool_that_no_grammar_can_hold_leaves_the_run_alone(
-    tiny: EmbeddedModel, environment: Environment
-) -> None:
-    """It is called in free form, a warning names it, and the others stay held to their schemas."""
+async def test_a_tool_without_a_grammar_does_not_stop_the_run(tiny: EmbeddedModel, environment: Environment) -> None:
+    """Its calls are unconstrained, a warning names the tool, and the other tools stay constrained."""
     odd = CommandTool("odd", "", {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}, "true")
     agent = Agent(tiny, [get_weather, odd], sampling=WITH_GRAMMAR, limits=Limits(max_tokens=300))
     with pytest.warns(GrammarWarning, match="calls of tool 'odd' are not held to its schema"):
@@ -105,10 +105,8 @@ async def test_a_tool_that_no_grammar_can_hold_leaves_the_run_alone(
     assert grammar is not None and told is not None and "'odd'" in told
 
 
-async def test_by_default_what_is_not_held_to_a_grammar_is_recorded(
-    tiny: EmbeddedModel, environment: Environment
-) -> None:
-    """Keywords are not told, since nobody asked for them; a tool that is not held to its schema is."""
+async def test_unconstrained_tools_are_recorded_by_default(tiny: EmbeddedModel, environment: Environment) -> None:
+    """A tool that is not constrained to its schema is reported; single keywords are not, with `grammar="auto"`."""
     assert tiny.sampling.grammar == "auto"
     unique = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
     odd = CommandTool("odd", "", {"type": "object", "properties": {"a": {"enum": []}}, "required": ["a"]}, "true")
@@ -123,7 +121,9 @@ async def test_by_default_what_is_not_held_to_a_grammar_is_recorded(
     assert "'odd'" in (told.trajectory.header.grammar_off or "")
 
 
-async def test_the_loop_goes_on_while_a_grammar_is_made(tiny: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_building_a_grammar_does_not_block_the_event_loop(
+    tiny: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun, release = threading.Event(), threading.Event()
     calls = tiny.engine.grammars.calls
 
@@ -135,11 +135,12 @@ async def test_the_loop_goes_on_while_a_grammar_is_made(tiny: EmbeddedModel, mon
     monkeypatch.setattr(tiny.engine.grammars, "calls", slow)
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(grammar_for, tiny.engine, [get_weather], WITH_GRAMMAR)
-        assert await anyio.to_thread.run_sync(begun.wait, 30)  # awaited in a loop that would stand still otherwise
+        # would never return if building the grammar blocked the event loop
+        assert await anyio.to_thread.run_sync(begun.wait, 30)
         release.set()
 
 
-async def test_no_tools_and_no_wish_need_no_grammar(tiny: EmbeddedModel) -> None:
+async def test_there_is_no_grammar_without_tools_or_with_grammar_false(tiny: EmbeddedModel) -> None:
     assert await grammar_for(tiny.engine, [], WITH_GRAMMAR) == (None, "there are no tools")
     assert await grammar_for(tiny.engine, [get_weather], tiny.sampling.override(grammar=False)) == (
         None,
@@ -147,7 +148,7 @@ async def test_no_tools_and_no_wish_need_no_grammar(tiny: EmbeddedModel) -> None
     )
 
 
-async def test_without_the_library_a_run_says_what_to_install(
+async def test_a_missing_llguidance_is_an_error_with_the_install_command(
     environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)

@@ -1,4 +1,4 @@
-"""A run in which nothing was said has no answer, and a call that was only written about does not run."""
+"""A run without text has no answer, and a call that is only quoted does not run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spent(read_only: bool) -> tuple[list[int], Any]:
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n\t"])
 @pytest.mark.parametrize("schema", [None, {"type": "object"}])
-async def test_silence_is_no_answer(script: Script, environment: Environment, text: str, schema: Any) -> None:
+async def test_an_empty_text_is_not_an_answer(script: Script, environment: Environment, text: str, schema: Any) -> None:
     for turn in (AssistantTurn("I think.", text), AssistantTurn(None, text)):
         result = await Agent(script(turn), [], output_schema=schema).run("Q", environment=environment)
         assert (result.status, result.answer, result.limit) == ("no_answer", None, None)
@@ -46,7 +46,7 @@ async def test_silence_is_no_answer(script: Script, environment: Environment, te
 
 
 @pytest.mark.parametrize("thought", ["", "I think", "I think.\n\n", f"I {D}", "<think>"])
-async def test_a_turn_that_ends_inside_its_thought_has_no_answer(
+async def test_a_turn_that_ends_while_thinking_has_no_answer(
     script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path, thought: str
 ) -> None:
     path = tmp_path / "t.jsonl"
@@ -72,13 +72,13 @@ async def test_a_turn_that_ends_inside_its_thought_has_no_answer(
         (f"</think>A call is{PAY}", None),
     ],
 )
-async def test_a_call_that_is_only_written_about_does_not_run(
+async def test_a_quoted_call_does_not_run(
     script: Script, environment: Environment, tokenizer: Tokenizer, read_only: bool, said: str, answer: str | None
 ) -> None:
     amounts, pay = spent(read_only)
     ids = [*tokenizer.encode(said), tokenizer.eos_id]
     result = await Agent(script(ids, AssistantTurn(None, "Done.")), [pay]).run("Q", environment=environment)
-    if answer is None:  # the turn ends right after it: it is a call
+    if answer is None:  # the turn ends right after the block, so it is a call
         assert (amounts, result.answer) == ([500], "Done.")
     else:
         assert (amounts, result.status, result.answer) == ([], "answered", answer)
@@ -86,7 +86,7 @@ async def test_a_call_that_is_only_written_about_does_not_run(
     assert rebuild_token_ids(result.trajectory, tokenizer) == result.trajectory.token_ids
 
 
-async def test_where_there_are_no_tools_text_stays_text(
+async def test_a_call_block_without_tools_is_text(
     script: Script, environment: Environment, tokenizer: Tokenizer
 ) -> None:
     ids = [*tokenizer.encode(f"</think>Like so:{BLOCK}"), tokenizer.eos_id]
@@ -94,10 +94,10 @@ async def test_where_there_are_no_tools_text_stays_text(
     assert (result.status, result.answer) == ("answered", f"Like so:{BLOCK}")
 
 
-async def test_calls_that_opened_an_answer_are_withdrawn_when_text_follows(
+async def test_calls_at_the_start_of_an_answer_are_withdrawn_when_text_follows(
     script: Script, environment: Environment, tokenizer: Tokenizer
 ) -> None:
-    """What reads has begun by then and is stopped; what pays has not, and does not."""
+    """The read-only call has started by then and is stopped; the other call never starts."""
     amounts, pay = spent(read_only=False)
     started, stopped = [], []
 
@@ -123,7 +123,7 @@ async def test_calls_that_opened_an_answer_are_withdrawn_when_text_follows(
     assert rebuild_token_ids(result.trajectory, tokenizer) == result.trajectory.token_ids
 
 
-async def test_a_misspelt_wrapper_gives_one_result(
+async def test_a_misspelt_block_tag_gives_one_result(
     script: Script, environment: Environment, tokenizer: Tokenizer
 ) -> None:
     amounts, pay = spent(read_only=False)
@@ -135,7 +135,7 @@ async def test_a_misspelt_wrapper_gives_one_result(
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-async def test_a_limit_right_after_a_rehearsed_call_runs_nothing(
+async def test_a_limit_right_after_a_call_block_runs_no_calls(
     script: Script, environment: Environment, tokenizer: Tokenizer, read_only: bool
 ) -> None:
     amounts, pay = spent(read_only)

@@ -1,4 +1,4 @@
-"""Answers with a schema: the model is held to it, and what does not fit all the same is never an answer."""
+"""Answers with a schema: the model is constrained to it, and an answer that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NESTED = {"$defs": {"n": {"anyOf": [{"type": "null"}, {"items": {"$ref": "#/$def
 
 
 @pytest.mark.parametrize("tools", [[], [get_weather]], ids=["alone", "with a tool"])
-async def test_a_model_is_held_to_the_schema(tiny: EmbeddedModel, environment: Environment, tools: list[Any]) -> None:
+async def test_answers_fit_the_output_schema(tiny: EmbeddedModel, environment: Environment, tools: list[Any]) -> None:
     calls = 0
     for seed, temperature in enumerate((0.0, 0.5, 1.6, 1.6, 1.6)):
         limits = Limits(max_turns=6, max_tokens=400, max_thinking_tokens_per_turn=20)
@@ -62,7 +62,7 @@ async def test_a_model_is_held_to_the_schema(tiny: EmbeddedModel, environment: E
     assert bool(calls) == bool(tools)
 
 
-async def test_the_model_is_told_and_the_record_says_so(
+async def test_the_output_schema_is_in_the_prompt_and_the_record(
     tiny: EmbeddedModel, environment: Environment, tmp_path: Path
 ) -> None:
     agent = Agent(tiny, [], system="", output_schema=SCHEMA, thinking="never")
@@ -75,7 +75,7 @@ async def test_the_model_is_told_and_the_record_says_so(
     assert rebuild_token_ids(record, tiny.tokenizer) == record.token_ids
 
 
-async def test_an_answer_that_a_limit_cuts_is_none(tiny: EmbeddedModel, environment: Environment) -> None:
+async def test_a_truncated_answer_is_not_an_answer(tiny: EmbeddedModel, environment: Environment) -> None:
     limits = Limits(max_tokens=2)
     schema = {"type": "string", "minLength": 9}
     result = await Agent(tiny, [], output_schema=schema, thinking="never", limits=limits).run(
@@ -98,7 +98,7 @@ async def test_an_answer_that_a_limit_cuts_is_none(tiny: EmbeddedModel, environm
     ],
 )
 @pytest.mark.parametrize("how", ["text", "submit"])
-async def test_what_does_not_fit_is_no_answer(
+async def test_an_answer_that_does_not_fit_is_invalid_output(
     script: Script, environment: Environment, schema: dict[str, Any], text: str, problem: str, how: str
 ) -> None:
     said = AssistantTurn(content=text) if how == "text" else AssistantTurn(calls=[("submit", {"answer": text})])
@@ -111,7 +111,7 @@ async def test_what_does_not_fit_is_no_answer(
     assert result.trajectory.outcome == result.outcome
 
 
-async def test_the_model_can_be_told_to_try_again(script: Script, environment: Environment) -> None:
+async def test_a_continuation_can_correct_an_invalid_answer(script: Script, environment: Environment) -> None:
     fits = '{"sky": "snowy", "degrees": -3}'
     agent = Agent(script(AssistantTurn(content="Snowy."), AssistantTurn(content=fits)), output_schema=SCHEMA)
     first = await agent.run("Q", environment=environment)
@@ -120,14 +120,14 @@ async def test_the_model_can_be_told_to_try_again(script: Script, environment: E
     assert (second.status, second.answer, second.error) == ("answered", fits, None)
 
 
-def test_submit_is_no_default_where_the_answer_has_a_schema(script: Script) -> None:
+def test_submit_is_not_a_default_tool_with_an_output_schema(script: Script) -> None:
     model = script(AssistantTurn())
     assert [*Agent(model, output_schema=SCHEMA).tools] == [name for name in BUILTINS if name != "submit"]
     assert [*Agent(model, sampling=SamplingParams(output_schema=SCHEMA)).tools] == [*BUILTINS][:-1]
     assert [*Agent(model).tools] == [*BUILTINS]
 
 
-async def test_without_a_schema_any_text_is_an_answer(script: Script, environment: Environment) -> None:
+async def test_any_text_is_an_answer_without_an_output_schema(script: Script, environment: Environment) -> None:
     result = await Agent(script(AssistantTurn(content="Snowy."))).run("Q", environment=environment)
     assert (result.status, result.answer, result.error) == ("answered", "Snowy.", None)
     assert result.trajectory.header.sampling.output_schema is None
@@ -145,7 +145,7 @@ async def test_without_a_schema_any_text_is_an_answer(script: Script, environmen
         (SamplingParams, "model_json_schema"),
     ],
 )
-def test_what_is_no_schema_is_refused(script: Script, schema: Any, problem: str) -> None:
+def test_an_invalid_output_schema_is_refused(script: Script, schema: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Agent(script(AssistantTurn()), output_schema=schema)
 
@@ -159,7 +159,7 @@ async def test_a_keyword_that_no_grammar_enforces_is_named(tiny: EmbeddedModel, 
         await Agent(tiny, [], output_schema=SCHEMA, limits=Limits(max_tokens=1)).run("Q", environment=environment)
 
 
-async def test_without_the_library_a_run_says_what_to_install(
+async def test_a_missing_llguidance_is_an_error_with_the_install_command(
     environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)

@@ -1,4 +1,4 @@
-"""The line about a run that `run_sync` keeps on a terminal."""
+"""The progress line of `run_sync`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentkit_tools import ToolCall
 
 
 class Terminal(io.StringIO):
-    """A terminal that says when something was written."""
+    """A terminal that signals each write."""
 
     def __init__(self, *, tty: bool = True) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-def test_it_shows_turns_tokens_and_calls_and_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_shows_turns_tokens_and_calls_and_is_erased(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     with shown_progress(stream=terminal, delay_s=0) as hear:
@@ -48,7 +48,7 @@ def test_it_shows_turns_tokens_and_calls_and_goes_away(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("wanted", "tty", "term"), [(False, True, "xterm"), (None, False, "xterm"), (None, True, "dumb")]
 )
-def test_it_is_silent(wanted: bool | None, tty: bool, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_line_is_shown(wanted: bool | None, tty: bool, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", term)
     terminal = Terminal(tty=tty)
     with shown_progress(wanted, terminal, delay_s=0) as hear:
@@ -56,7 +56,7 @@ def test_it_is_silent(wanted: bool | None, tty: bool, term: str, monkeypatch: py
     assert terminal.getvalue() == ""
 
 
-def test_a_short_run_shows_nothing_and_a_terminal_that_is_gone_stops_nothing() -> None:
+def test_a_short_run_shows_no_line_and_a_closed_terminal_does_not_stop_a_run() -> None:
     terminal = Terminal()
     with shown_progress(True, terminal, delay_s=60):
         pass

@@ -1,4 +1,4 @@
-"""Runaways: what only repeats is stopped, and what merely looks alike is not."""
+"""Runaway turns: a turn that only repeats itself is stopped, and similar-looking turns are not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOUND = Limits().max_repeated_tokens or 0
 
 
 def endless(text: Iterator[str], tokenizer: Tokenizer, start: str, size: int = 20_000) -> list[int]:
-    """Ids of a turn that starts with `start` and goes on with `text`, far beyond any bound."""
+    """Return the ids of a turn that starts with `start` and continues with `text`, far beyond any limit."""
     ids = tokenizer.encode(start)
     while len(ids) < size:
         ids += tokenizer.encode_text(next(text))
@@ -71,7 +71,7 @@ async def test_a_turn_that_only_repeats_is_stopped(
 
 
 @pytest.mark.parametrize("name", RUNAWAYS)
-async def test_inside_a_call_it_takes_four_times_as_many(
+async def test_the_limit_is_four_times_as_high_inside_a_call(
     script: Script, environment: Environment, tokenizer: Tokenizer, name: str
 ) -> None:
     start = f'</think><{D}tool_calls>\n<{D}invoke name="submit">\n<{D}parameter name="answer" string="true">'
@@ -80,7 +80,7 @@ async def test_inside_a_call_it_takes_four_times_as_many(
     assert 4 * BOUND <= result.usage.sampled_tokens <= 4 * BOUND + 4 * CHECK_EVERY
 
 
-async def test_it_can_be_switched_off_and_is_then_bounded_by_tokens(
+async def test_repetition_detection_can_be_switched_off(
     script: Script, environment: Environment, tokenizer: Tokenizer
 ) -> None:
     model = script(endless(forever("a"), tokenizer, ""))
@@ -103,7 +103,7 @@ HONEST = {
 
 
 @pytest.mark.parametrize("text", HONEST.values(), ids=HONEST.keys())
-async def test_what_looks_alike_is_not_stopped(script: Script, environment: Environment, text: str) -> None:
+async def test_similar_but_varying_text_is_not_stopped(script: Script, environment: Environment, text: str) -> None:
     result = await Agent(script(AssistantTurn(text[:20], text))).run("Q", environment=environment)
     assert (result.status, result.answer) == ("answered", text)
 
@@ -112,21 +112,21 @@ FILES = {"one line, often": "INFO ok\n" * 1000, "base64 of zeros": "A" * 8000, "
 
 
 @pytest.mark.parametrize("text", FILES.values(), ids=FILES.keys())
-async def test_a_file_may_repeat(script: Script, environment: Environment, text: str) -> None:
+async def test_a_file_can_repeat(script: Script, environment: Environment, text: str) -> None:
     write = AssistantTurn(None, "", [("write_file", {"path": "f", "content": text})])
     result = await Agent(script(write, AssistantTurn(None, "Done."))).run("Q", environment=environment)
     assert result.status == "answered"
     assert await environment.read_file("f") == text.encode()
 
 
-async def test_128_equal_calls_are_no_runaway(script: Script, environment: Environment) -> None:
+async def test_128_identical_calls_are_not_a_runaway(script: Script, environment: Environment) -> None:
     turn = AssistantTurn(None, "", [("list_dir", {})] * 128)
     result = await Agent(script(turn, AssistantTurn(None, "Done."))).run("Q", environment=environment)
     assert (result.status, result.usage.calls) == ("answered", 128)
 
 
-async def test_a_turn_counts_alone(script: Script, environment: Environment) -> None:
-    """The same turn again and again is not a turn that repeats itself."""
+async def test_identical_turns_are_not_a_runaway(script: Script, environment: Environment) -> None:
+    """Identical turns do not count as a turn that repeats itself."""
 
     def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
         return AssistantTurn(None, "a" * 1500, [("list_dir", {})])
@@ -146,7 +146,7 @@ def test_copies_of_a_block_repeat(block: list[int], before: list[int]) -> None:
 
 
 @given(ids=st.lists(st.integers(0, 1), min_size=8, max_size=200), count=st.integers(8, 100))
-def test_it_says_what_the_definition_says(ids: list[int], count: int) -> None:
+def test_repeats_matches_its_definition(ids: list[int], count: int) -> None:
     tail = ids[-count:]
     periods = range(1, min(MAX_PERIOD, count // 2) + 1)
     periodic = (

@@ -1,4 +1,4 @@
-"""What is sampled with is what the record says, whether the caller or the checkpoint's folder asked for it."""
+"""The record holds the sampling parameters in use, from the caller or from the checkpoint folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FOLDER_SAYS = {"temperature": 0.5, "top_p": 0.75, "top_k": 20, "min_p": 0.125, "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packaged model, with a generation_config.json that sets all that one can set."""
+    """The packaged model with a generation_config.json that sets every supported parameter."""
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
     shutil.copytree(PACKAGED_MODELS["tiny"], folder)
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, **FOLDER_SAYS}))
@@ -59,7 +59,7 @@ async def header_of(agent: Agent, environment: Environment, path: Path) -> Any:
     return Trajectory.load(path).header
 
 
-async def test_what_the_folder_sets_is_used_and_recorded(
+async def test_the_folder_parameters_are_used_and_recorded(
     model: EmbeddedModel, environment: Environment, used: list[SamplingParams], tmp_path: Path
 ) -> None:
     agent = Agent(model, [], limits=Limits(max_tokens=2))
@@ -69,7 +69,7 @@ async def test_what_the_folder_sets_is_used_and_recorded(
     assert used == [dataclasses.replace(model.sampling, stop_token_ids=frozenset({model.tokenizer.eos_id}))]
 
 
-async def test_a_part_is_changed_with_override_and_all_with_params(
+async def test_override_changes_some_parameters_and_sampling_params_sets_all(
     model: EmbeddedModel, environment: Environment, used: list[SamplingParams], tmp_path: Path
 ) -> None:
     limits = Limits(max_tokens=2)
@@ -133,7 +133,7 @@ async def test_a_stop_text_or_id_ends_the_turn(tiny: EmbeddedModel, environment:
         assert result.trajectory.token_ids[-1] == tiny.tokenizer.eos_id
 
 
-async def test_a_turn_is_held_to_the_tools_by_default_and_the_record_says_so(
+async def test_calls_are_constrained_by_default_and_the_record_has_the_reason_if_not(
     tiny: EmbeddedModel, environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = Limits(max_tokens=2)
@@ -154,9 +154,7 @@ async def test_a_turn_is_held_to_the_tools_by_default_and_the_record_says_so(
     assert "llguidance" in header.grammar_off
 
 
-async def test_nobody_is_warned_of_a_grammar_that_he_did_not_ask_for(
-    tiny: EmbeddedModel, environment: Environment
-) -> None:
+async def test_grammar_auto_gives_no_keyword_warnings(tiny: EmbeddedModel, environment: Environment) -> None:
     @tool
     def pick(words: list[str]) -> str:
         """Pick."""
@@ -168,7 +166,9 @@ async def test_nobody_is_warned_of_a_grammar_that_he_did_not_ask_for(
         await Agent(tiny, [pick], limits=Limits(max_tokens=1)).run("Q", environment=environment)
 
 
-async def test_a_script_says_that_it_has_no_grammar(script: Script, environment: Environment, tmp_path: Path) -> None:
+async def test_the_record_of_a_script_names_the_missing_grammar(
+    script: Script, environment: Environment, tmp_path: Path
+) -> None:
     from agentkit import AssistantTurn
 
     header = await header_of(Agent(script(AssistantTurn(None, "hi"))), environment, tmp_path / "t.jsonl")

@@ -1,4 +1,4 @@
-"""The record: whole after a crash at any byte, never misread, and clear about a full disk."""
+"""Trajectories: complete after a crash at any byte, never misread, and with a clear error for a full disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Script = Callable[..., ScriptedModel]
 
 @pytest.fixture
 def recorded(script: Script, tmp_path: Path) -> Trajectory:
-    """A short run, in a file."""
+    """A short run recorded in a file."""
     path = tmp_path / "whole.jsonl"
     calls = [("list_dir", {}), ("read_file", {"path": "nö \u2028"}), ("nope", {})]
     agent = Agent(script(AssistantTurn("Hm.", "Text.", calls), AssistantTurn(None, "Done.")))
@@ -57,7 +57,7 @@ def recorded(script: Script, tmp_path: Path) -> Trajectory:
     return Trajectory.load(path)
 
 
-def test_what_is_read_is_what_was_written(recorded: Trajectory, tmp_path: Path) -> None:
+def test_a_loaded_trajectory_equals_the_written_one(recorded: Trajectory, tmp_path: Path) -> None:
     assert recorded.path is not None
     read = Trajectory.load(recorded.path)
     assert MessageAdded(UserMessage("Q\ufffd")) in read.records
@@ -77,7 +77,7 @@ def test_every_line_is_json_with_a_checksum_of_what_comes_before_it(recorded: Tr
 
 
 def test_torn_at_every_byte(tmp_path: Path) -> None:
-    """What was written before the tear is read, and writing goes on from there."""
+    """Records before the tear are read, and writing continues after them."""
     written = tmp_path / "whole.jsonl"
     whole = Trajectory(header(), written)
     whole.append(MessageAdded(UserMessage("Grüße\n")))
@@ -119,7 +119,7 @@ def test_a_changed_byte_is_never_misread(recorded: Trajectory, tmp_path: Path, p
         assert str(changed) in str(error)
 
 
-def test_damage_in_the_middle_is_named(recorded: Trajectory, tmp_path: Path) -> None:
+def test_damage_before_the_last_line_is_an_error_with_its_line(recorded: Trajectory, tmp_path: Path) -> None:
     assert recorded.path is not None
     lines = recorded.path.read_bytes().splitlines(keepends=True)
     lines[3] = lines[3].replace(b"a", b"b")
@@ -129,7 +129,7 @@ def test_damage_in_the_middle_is_named(recorded: Trajectory, tmp_path: Path) -> 
         Trajectory.load(path)
 
 
-def test_another_version_is_refused_by_name(recorded: Trajectory, tmp_path: Path) -> None:
+def test_another_format_version_is_refused(recorded: Trajectory, tmp_path: Path) -> None:
     assert recorded.path is not None
     header = recorded.path.read_bytes().splitlines()[0].replace(b'"version":2', b'"version":1')
     body = header[: header.rindex(b',"crc32"')]
@@ -139,7 +139,7 @@ def test_another_version_is_refused_by_name(recorded: Trajectory, tmp_path: Path
         Trajectory.load(path)
 
 
-def test_what_is_no_trajectory_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_trajectory_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"\n", b"hello\n", b'{"role": "user"}\n{"role": "user"}\n', bytes(range(256))):
         path = tmp_path / "other"
         path.write_bytes(content)
@@ -170,10 +170,10 @@ def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
         Trajectory(header(), path / "below")
 
 
-async def test_a_full_disk_ends_the_run_clearly(
+async def test_a_full_disk_ends_the_run_with_a_clear_error(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the first call on, the file behind the trajectory's descriptor is /dev/full."""
+    """The trajectory's file descriptor is /dev/full from the first call on."""
     path = tmp_path / "t.jsonl"
     opened: list[Environment] = []
 
@@ -204,5 +204,5 @@ async def test_a_full_disk_ends_the_run_clearly(
     assert read.messages
 
 
-def test_a_tokenizer_reads_a_lone_surrogate_as_the_record_does(tokenizer: Tokenizer) -> None:
+def test_the_tokenizer_and_the_record_replace_lone_surrogates_alike(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_text("Q\ud800") == tokenizer.encode_text("Q\ufffd")

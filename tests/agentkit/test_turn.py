@@ -1,4 +1,4 @@
-"""The calls of one turn: side by side, bounded, in order, early. Order comes from events, never from sleeping."""
+"""The calls of one turn: concurrent, limited, in order, early. Events, not sleeps, determine the order."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def results(trajectory: Trajectory) -> list[str]:
     return [message.content for message in trajectory.messages if isinstance(message, ToolMessage)]
 
 
-async def test_128_calls_run_side_by_side_and_results_keep_their_order(
+async def test_128_calls_run_concurrently_and_results_keep_their_order(
     script: Script, environment: Environment
 ) -> None:
-    """Every call waits until all have started, and each for the one after it: they finish in reverse order."""
+    """Every call waits until all have started, and then for the call after it, so they finish in reverse order."""
     started = 0
     all_started = anyio.Event()
     finished = [anyio.Event() for _ in range(129)]
@@ -74,10 +74,10 @@ async def test_128_calls_run_side_by_side_and_results_keep_their_order(
     ("bounds", "most", "most_of_one"),
     [({"per_turn": 3}, 3, 2), ({"total": 4}, 4, 2), ({"per_tool": 2}, 4, 2), ({}, 12, 6)],
 )
-async def test_bounds(
+async def test_concurrency_limits_are_reached_and_never_exceeded(
     script: Script, environment: Environment, bounds: dict[str, int], most: int, most_of_one: int
 ) -> None:
-    """Two tools, six calls each; the numbers running at the same time never exceed a bound, and reach it."""
+    """With six calls each of two tools, the number of running calls reaches each limit but never exceeds it."""
     running = {"one": 0, "other": 0}
     seen: list[tuple[int, int]] = []
 
@@ -106,7 +106,7 @@ async def test_bounds(
     assert max(one for _, one in seen) == most_of_one
 
 
-async def test_the_total_bound_spans_runs(script: Script, environment: Environment) -> None:
+async def test_the_total_limit_spans_runs(script: Script, environment: Environment) -> None:
     running, most = 0, 0
 
     @tool
@@ -161,7 +161,7 @@ async def test_a_barrier_runs_alone(script: Script, environment: Environment) ->
 
 
 class GatedModel(ScriptedModel):
-    """Holds back the last id of its first turn until `gate` is set: the model is still generating."""
+    """A model that keeps generating its first turn, by holding back the last id until `gate` is set."""
 
     def __init__(self, policy: Policy, tokenizer: Tokenizer, gate: anyio.Event) -> None:
         super().__init__(policy, tokenizer)
@@ -187,8 +187,11 @@ class GatedModel(ScriptedModel):
         yield session
 
 
-async def test_reading_starts_while_the_model_still_generates(environment: Environment, tokenizer: Tokenizer) -> None:
-    """The model ends its turn only after both readers ran; the writer, and what stands after it, waits for that."""
+async def test_read_only_calls_start_while_the_model_still_generates(
+    environment: Environment, tokenizer: Tokenizer
+) -> None:
+    """The model ends its turn only after both readers ran. The writer and the calls after it wait for the end of the
+    turn."""
     log: list[str] = []
     gate = anyio.Event()
 
@@ -222,10 +225,10 @@ async def test_reading_starts_while_the_model_still_generates(environment: Envir
 
 
 @pytest.mark.parametrize("before", [0, 1])
-async def test_a_barrier_that_only_reads_does_not_start_early(
+async def test_a_read_only_barrier_does_not_start_early(
     environment: Environment, tokenizer: Tokenizer, before: int
 ) -> None:
-    """It waits for the turn's end like any barrier, and what stands after it waits too."""
+    """The barrier and the calls after it wait for the end of the turn."""
     log: list[str] = []
     gate = anyio.Event()
 
@@ -248,7 +251,7 @@ async def test_a_barrier_that_only_reads_does_not_start_early(
         return DONE if gate.is_set() else AssistantTurn(None, "", calls)
 
     async def open_gate() -> None:
-        for _ in range(50):  # long enough for anything that would start early
+        for _ in range(50):  # enough for any call that would start early
             await anyio.lowlevel.checkpoint()
         log.append("the turn ends")
         gate.set()
@@ -264,8 +267,8 @@ async def test_a_barrier_that_only_reads_does_not_start_early(
     assert starts == [True] * before + [False] * 3
 
 
-async def test_tool_time_that_was_spent_in_earlier_turns_counts(script: Script, environment: Environment) -> None:
-    """Each turn stays below the limit; two of them together do not, and the third is never asked for."""
+async def test_tool_time_of_earlier_turns_counts(script: Script, environment: Environment) -> None:
+    """Each turn stays below the limit, two together exceed it, and there is no third."""
 
     @tool
     async def work() -> str:
@@ -292,7 +295,7 @@ async def test_tool_time_that_was_spent_in_earlier_turns_counts(script: Script, 
 async def test_a_spent_tool_time_forbids_the_next_turn(
     script: Script, environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told by the clock of the calls, whatever this machine took: the run stops between two turns."""
+    """The times are faked, so the speed of the machine does not matter. The run stops between two turns."""
 
     @tool
     async def work() -> str:
@@ -326,8 +329,8 @@ async def test_wall_time_in_generation_stops_early_calls_too(environment: Enviro
     assert tokenizer.decode(forced.ids) == "<｜end▁of▁sentence｜>"
 
 
-async def test_as_many_synchronous_calls_run_as_the_bounds_allow(script: Script, environment: Environment) -> None:
-    """Each call waits for all others, so that they end only if each has a thread."""
+async def test_synchronous_calls_run_concurrently_up_to_the_limits(script: Script, environment: Environment) -> None:
+    """Each call waits for all others, so they finish only if each has its own thread."""
     everyone = threading.Barrier(64)
 
     def meet() -> str:
@@ -341,8 +344,10 @@ async def test_as_many_synchronous_calls_run_as_the_bounds_allow(script: Script,
     assert results(result.trajectory) == ["met"] * 64
 
 
-async def test_waiting_for_a_place_is_neither_call_time_nor_tool_time(script: Script, environment: Environment) -> None:
-    """Another agent holds the only place for longer than this one's calls may take."""
+async def test_waiting_for_a_slot_counts_as_neither_call_time_nor_tool_time(
+    script: Script, environment: Environment
+) -> None:
+    """Another agent holds the only slot for longer than a call of this agent may take."""
     bounds = ConcurrencyLimits(total=1)
     held, release = anyio.Event(), anyio.Event()
 
@@ -366,7 +371,7 @@ async def test_waiting_for_a_place_is_neither_call_time_nor_tool_time(script: Sc
         await held.wait()
 
         async def release_late() -> None:
-            await anyio.sleep(0.6)  # twice what a call may take
+            await anyio.sleep(0.6)  # twice the time limit of a call
             release.set()
 
         task_group.start_soon(release_late)
