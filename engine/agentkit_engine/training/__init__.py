@@ -1,1 +1,1 @@
-"""How the tiny model is made: tokenizer, data, optimiser, loop. `python -m agentkit_engine.training --help`."""
+"""Training of the tiny model: tokenizer, data, optimiser and loop. `python -m agentkit_engine.training --help`."""

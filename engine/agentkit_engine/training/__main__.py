@@ -30,7 +30,7 @@ def main(
     topk_steps: Annotated[int, typer.Option(help="The step at which selection binds in full.")] = DEFAULT.topk_steps,
     workers: Annotated[int, typer.Option(help="Processes of one thread each that share every step.")] = 2,
 ) -> None:
-    """Train, report held-out accuracy under teacher forcing, export. Progress goes to OUT/training.jsonl."""
+    """Train, measure held-out accuracy under teacher forcing, and export. Progress is logged to OUT/training.jsonl."""
     out.mkdir(parents=True)
     rendezvous = f"file://{(out / 'rendezvous').resolve()}"
     config = TrainingConfig(

@@ -1,4 +1,4 @@
-"""Training rows: token ids with a mask of what an assistant wrote, packed into batches of like lengths.
+"""Training rows: token ids and a mask of the assistant's tokens, in batches of rows of similar length.
 
 Dimension key: B rows of a batch, T tokens of a row (right-padded).
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Trajectories laid end to end: row i is `[offsets[i], offsets[i + 1])` of `ids` and `mask`."""
+    """Concatenated trajectories: row i is `[offsets[i], offsets[i + 1])` of `ids` and `mask`."""
 
     ids: Tensor  # int32 [N]
-    mask: Tensor  # uint8 [N], 1 where the assistant wrote the token
+    mask: Tensor  # uint8 [N], 1 for tokens the assistant wrote
     offsets: Tensor  # int64 [R + 1]
-    copied: Tensor  # int32 [C]: the ids that names and values are made of
-    spread: Tensor  # uint8 [R], 1 where the fact that the row is about is spread over a stretch of text
+    copied: Tensor  # int32 [C]: token ids that occur in names and values
+    spread: Tensor  # uint8 [R], 1 if the row's fact is spread over a stretch of text
 
     @classmethod
     def pack(
@@ -33,9 +33,9 @@ class Rows:
         copied: Sequence[int],
         spread: Sequence[bool] | None = None,
     ) -> Rows:
-        """Build from `(ids, mask)` pairs; no row's fact is `spread` by default.
+        """Build rows from `(ids, mask)` pairs; `spread` defaults to False for every row.
 
-        Raises ValueError when a pair's lengths differ, or `spread` has not one value per row.
+        Raises ValueError if a pair's lengths differ, or if `spread` does not have one value per row.
         """
         if spread is not None and len(spread) != len(rows):
             raise ValueError(f"spread has {len(spread)} values for {len(rows)} rows")
@@ -68,18 +68,17 @@ class Rows:
 @dataclass(frozen=True, slots=True)
 class Batch:
     ids_BT: Tensor  # int64, right-padded with the pad id
-    mask_BT: Tensor  # float32: 1 written by the assistant, 0 given or padding
+    mask_BT: Tensor  # float32: 1 for tokens the assistant wrote, 0 for the others and for padding
     real_BT: Tensor  # bool: not padding
-    window: int | None = None  # the sliding window to train it with, if not the model's
-    spread: bool = False  # whether its facts are spread over stretches of text
+    window: int | None = None  # sliding window to train with; None for the model's
+    spread: bool = False  # True if its facts are spread over stretches of text
 
 
 def batches(rows: Rows, *, tokens: int, pad_id: int, seed: int) -> Iterator[Batch]:
-    """One epoch of batches of at most `tokens` padded tokens, rows of like length together, order shuffled by `seed`.
+    """Yield one epoch of batches of at most `tokens` padded tokens, in an order shuffled by `seed`.
 
-    Rows whose facts are spread are in batches of their own.
-    Right padding is safe: every layer is causal, and compressed entries that a pad token enters are never visible
-    to a real one.
+    A batch holds rows of similar length. Rows with spread facts get batches of their own.
+    Right padding is safe: every layer is causal, and no real token sees a compressed entry that includes a pad token.
     """
     rng = random.Random(seed)
     order = sorted(range(len(rows)), key=lambda row: (int(rows.spread[row]), rows.length(row), rng.random()))

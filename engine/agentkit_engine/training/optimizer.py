@@ -1,7 +1,7 @@
-"""Muon for the matrices, AdamW for everything else, as DeepSeek-V4 was trained (its report names Muon).
+"""Muon for the matrices and AdamW for everything else, as in DeepSeek-V4's training (its report names Muon).
 
 Muon replaces a matrix's momentum by the nearest semi-orthogonal matrix, found by a Newton-Schulz iteration (Jordan et
-al. 2024, "Muon: An optimizer for hidden layers in neural networks"); the update is scaled to AdamW's usual root mean
+al. 2024, "Muon: An optimizer for hidden layers in neural networks"). The update is scaled to AdamW's usual root mean
 square (Liu et al. 2025, arXiv:2502.16982, section 2.2) so that both share one learning rate.
 """
 
@@ -29,10 +29,10 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; parameters have two or more dimensions, the leading ones are batches of matrices.
+    """Orthogonalised momentum, for parameters of two or more dimensions; leading dimensions are batches of matrices.
 
-    Inside a process group whose gradients are already averaged, each process orthogonalises its share and all add up
-    what the others found, instead of all doing all of it.
+    In a process group, where gradients are already averaged, each process orthogonalises its share of the parameters
+    and the results are all-reduced.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _share(sizes: Sequence[int], world: int) -> list[int]:
-    """The process that owns each parameter: largest first, to whoever has least."""
+    """Assign each parameter to a process: largest first, to the process with the least so far."""
     loads, owners = [0] * world, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         owner = loads.index(min(loads))

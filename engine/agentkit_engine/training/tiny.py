@@ -1,4 +1,4 @@
-"""The shape of the model that ships: every V4 mechanism, at a size that a laptop trains in an hour or two."""
+"""Architecture of the packaged model: every V4 mechanism, small enough to train on a laptop in an hour or two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ COMPRESS_RATIOS = (0, 4, 128, 4, 0)  # window, CSA, HCA, CSA; the last is the MT
 
 
 def tiny_spec(vocab_size: int) -> ModelSpec:
-    """About 6 M parameters. Ratios, streams, Sinkhorn iterations are V4-Flash's own; the window is twice its size."""
+    """Return the architecture: about 6 M parameters.
+
+    Ratios, streams and Sinkhorn iterations are those of V4-Flash. The window is twice as large.
+    """
     return ModelSpec.from_config(
         {
             "architectures": ["DeepseekV4ForCausalLM"],

@@ -1,13 +1,13 @@
 """A small byte-level BPE with every named V4 control token, in the `tokenizers` JSON format.
 
-Two things differ from V4's own vocabulary, both so that a model of a few million parameters can use it:
+It differs from V4's own tokenizer in two ways, so that a model of a few million parameters can use it:
 
 *Phrases.* Lines that never change (the frame of the tools block, one JSON line per built-in tool, the DSML frame of a
 call) are one vocabulary entry each. They are ordinary text, not added tokens: the pre-tokenizer isolates them and
-`ignore_merges` lets the whole piece match. A tools block of eight tools is then some sixty tokens, not eight hundred.
+`ignore_merges` lets the whole piece match. Eight tools then take some sixty tokens, not eight hundred.
 
-*Spaces and digits stand alone.* A name is tokenised alike after a space, a quote or a slash, so copying it is
-copying ids. Only the commonest words carry their space (`SPACED_WORDS`), because nobody copies those.
+*Spaces and digits are separate tokens.* A name has the same ids after a space, a quote or a slash, so the model copies
+a name by copying its ids. Only the most common words include their space (`SPACED_WORDS`), because they are not copied.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SPACED_WORDS = (
 def build_tokenizer(texts: Iterable[str], *, phrases: Sequence[str], vocab_size: int) -> str:
     """Train the vocabulary on `texts` and return a `tokenizer.json`.
 
-    `vocab_size` counts everything: control tokens, 256 bytes, phrases, spaced words and merges.
-    Raises ValueError when nothing would be left for merges.
+    `vocab_size` includes control tokens, 256 bytes, phrases, spaced words and merges.
+    Raises ValueError if no room is left for merges.
     """
     words = [f" {word}" for word in SPACED_WORDS]
     fixed = len(CONTROL_TOKENS) + len(set(phrases)) + len(words)
@@ -108,7 +108,8 @@ def build_tokenizer(texts: Iterable[str], *, phrases: Sequence[str], vocab_size:
 
 
 def _alternation(phrases: Sequence[str]) -> str:
-    """Longest first, so that a phrase is never cut short by one that is its prefix."""
+    """Return an alternation with the longest phrase first, so that no phrase matches in place of a longer one it
+    begins."""
     return "|".join(_escape(phrase) for phrase in sorted(set(phrases), key=lambda p: (-len(p), p)))
 
 

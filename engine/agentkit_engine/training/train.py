@@ -1,10 +1,10 @@
-"""The training loop: next-token loss on what the assistant wrote, plus what a V4 needs beside it.
+"""Training loop: next-token loss on the assistant's tokens, and the additional losses of V4.
 
-*Indexers* get no gradient from the selection they make; they learn from `indexer_kl`, while `index_topk` starts above
-every entry and is lowered to its final value, so that attention learns before selection binds. *Router biases* are
-not trained either: each is nudged by the sign of its expert's load error. The *MTP block* learns the token after
-next with a small weight. Sources: DeepSeek-V3 (arXiv:2412.19437) sections 2.1.2 and 2.2, DeepSeek-V3.2
-(arXiv:2512.02556) section 2.1.
+*Indexers* get no gradient from the selection they make; they learn from `indexer_kl`. `index_topk` starts at all
+entries and is lowered to its final value, so that attention learns before selection binds. *Router biases* are not
+trained by gradient: each is nudged by the sign of its expert's load error. The *MTP block* learns the token after next
+with a small weight. Sources: DeepSeek-V3 (arXiv:2412.19437) sections 2.1.2 and 2.2, DeepSeek-V3.2 (arXiv:2512.02556)
+section 2.1.
 Dimension key: B rows, T tokens, V vocabulary.
 """
 
@@ -27,18 +27,19 @@ from agentkit_engine.training.data import Batch, Rows, batches
 from agentkit_engine.training.optimizer import Muon
 
 Practice = Literal["copy", "far-copy", "majority"]
-"""Short made-up rows that bring about what trajectories alone would not for a long time, or never.
+"""Short synthetic rows for skills that trajectories teach late or not at all.
 
-copy: Random names said twice. Heads that copy form within sixty such steps.
-far-copy: The same with a sliding window so short that the first saying lies outside, and only heads that read CSA's
-    entries can copy. Within the full window there is no need for them, and a fact from far back was never found.
-majority: Which names were frequent, with next to no window and nothing picked in CSA: only HCA's entries can tell.
+copy: Random names, each repeated once. Copying heads form within sixty such steps.
+far-copy: The same with a sliding window so short that the first occurrence lies outside it, so that heads must copy
+    through CSA's entries. With the full window the model never learned to find distant facts.
+majority: Rows that ask which names are frequent, with a window of two and no CSA selection, so that only HCA's
+    entries carry the answer.
 """
 FAR_COPY_WINDOW = 12
 
 
 def practice_kinds(text: str) -> tuple[Practice, ...]:
-    """The kinds that `text` names, separated by commas. Raises ValueError for another name."""
+    """Parse comma-separated kinds of practice. Raises ValueError for an unknown name."""
     kinds = get_args(Practice)
     for name in (names := text.split(",")):
         if name not in kinds:
@@ -48,21 +49,21 @@ def practice_kinds(text: str) -> tuple[Practice, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """One run; with the same rows and machine it is repeatable.
+    """Settings of one run; the same rows and machine give the same model.
 
     Attributes:
-        steps: Optimiser steps, copying included.
-        practice: What practice batches are about, by turns (see `Practice`).
-        practice_steps: First steps, of practice alone.
+        steps: Optimiser steps, practice included.
+        practice: Kinds of practice batches, in rotation (see `Practice`).
+        practice_steps: Initial steps with practice only.
         mixed_steps: Steps after these in which two batches of four are still practice.
-        spread_steps: The steps in which CSA picks nothing in rows whose fact is spread over a stretch of text: HCA
-            learns to carry such facts, which CSA would learn sooner, and HCA then never.
-        renew_hca: Whether a model that training goes on from gets new HCA compressors first, see `renew_hca_`.
-        batches: Batches of a step, per process. A batch holds rows of one length, and so of few families: a step
-            needs several, or the model forgets one family while it learns another.
-        batch_tokens: Padded tokens of a batch at most.
+        spread_steps: Steps in which CSA selects nothing in rows with spread facts, so that HCA learns to carry them.
+            With CSA available, CSA learns them first and HCA never does.
+        renew_hca: Whether to give a continued model new HCA compressors first, see `renew_hca_`.
+        batches: Batches per step and process. A batch holds rows of one length, and so of few families. With one
+            batch per step, the model forgets one family while it learns another.
+        batch_tokens: Maximum padded tokens of a batch.
         learning_rate: Peak, shared by Muon and AdamW; warmed up, then cosine to a hundredth.
-        prompt_weight: Loss weight of tokens the assistant did not write (1 for those it wrote).
+        prompt_weight: Loss weight of tokens the assistant did not write (1 for the assistant's).
         mtp_weight: Loss weight of the MTP block.
         mtp_every: Steps between updates of the MTP block.
         index_every: Steps between indexer updates (they cost a second softmax).
@@ -94,10 +95,11 @@ class TrainingConfig:
 def train(
     model: Decoder, rows: Rows, config: TrainingConfig, *, pad_id: int, log: Callable[[dict[str, float]], None]
 ) -> None:
-    """Train `model` in place; `log` gets one record per ten steps.
+    """Train `model` in place; `log` receives one record per ten steps.
 
-    Inside a `torch.distributed` process group each process takes its own batches, and gradients are averaged: on a
-    CPU two processes of one thread are much faster than one process of two. `log` then sees this process's share.
+    Inside a `torch.distributed` process group each process draws its own batches, and gradients are averaged. On a
+    CPU two processes of one thread are much faster than one process of two threads. `log` then receives the numbers of
+    this process only.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizers = build_optimizers(model, config)
@@ -125,7 +127,9 @@ def train(
             tokens += int(batch.real_BT.sum())
             written += int(batch.mask_BT.sum())
         for parameter in model.parameters():
-            if parameter.grad is None:  # an indexer or MTP block in a step without its loss: momentum moves it
+            # indexers and MTP block in steps without their loss: zero gradients, because their momentum still moves
+            # them
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if world > 1:
             _average(model, loads)
@@ -146,8 +150,8 @@ def train(
 def renew_hca_(model: Decoder, generator: torch.Generator) -> None:
     """Give every HCA layer a new compressor and a new last head, in place.
 
-    In a model that never needed them, no query looks at HCA's entries any more (7e-6 of its attention in the tiny
-    model), so nothing would ever teach them.
+    In a model trained without need for HCA, queries ignore HCA's entries (7e-6 of the attention in the tiny model), so
+    they get almost no gradient and cannot be learned any more.
     """
     fresh = initialize_(Decoder(model.spec), generator)
     for block, new in zip(model.blocks, fresh.blocks, strict=True):
@@ -159,10 +163,10 @@ def renew_hca_(model: Decoder, generator: torch.Generator) -> None:
 
 
 def build_optimizers(model: Decoder, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, the head, gates, norms and vectors.
+    """Return Muon for the matrices inside the layers and AdamW for embeddings, the head, gates, norms and vectors.
 
-    The mHC maps read all streams at once, so one step of AdamW moves their outputs further than others': they get a
-    tenth of the learning rate.
+    The mHC maps get a tenth of the learning rate: they read all streams at once, so a step of AdamW changes their
+    outputs more than those of other parameters.
     """
     muon, decayed, maps, plain = [], [], [], []
     for name, parameter in model.named_parameters():
@@ -188,7 +192,7 @@ def build_optimizers(model: Decoder, config: TrainingConfig) -> list[torch.optim
 
 
 def _average(model: Decoder, loads: dict[int, Tensor]) -> None:
-    """Make gradients and expert counts those of all processes."""
+    """Average the gradients and sum the expert counts over all processes."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -200,7 +204,8 @@ def _average(model: Decoder, loads: dict[int, Tensor]) -> None:
 
 
 def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iterator[Batch]:
-    """Practice, then every second batch of it, then epoch after epoch."""
+    """Yield practice batches, then alternating pairs of practice and trajectories, then trajectories epoch after
+    epoch."""
     epochs = itertools.chain.from_iterable(
         batches(rows, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed + epoch)
         for epoch in itertools.count()
@@ -214,7 +219,7 @@ def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iter
 
 
 def _practice(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
-    """The practice batch of this draw."""
+    """Return the practice batch number `draw`."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
     kind = config.practice[draw // 2 % len(config.practice)]
     if kind == "majority":
@@ -223,7 +228,7 @@ def _practice(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
 
 
 def _copy_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generator, window: int | None) -> Batch:
-    """Rows of 48 random names and digits, each said twice."""
+    """Return rows of 48 random names and digits, each row repeated once."""
     half = 48
     picks_BT = torch.randint(len(copied), (config.batch_tokens // (2 * half), half), generator=generator)
     ids_BT = copied.long()[picks_BT].repeat(1, 2)
@@ -233,10 +238,11 @@ def _copy_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generat
 
 
 def _majority_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generator) -> Batch:
-    """Rows of 128 draws from eight names, one of them four times in ten, then six more draws, each when asked for.
+    """Return rows of 128 draws from eight names, followed by six more draws to predict.
 
-    The first id of `copied` asks. With a window of two a query knows the last four tokens at most, through four
-    layers, so the draw six tokens ago is out of sight; all it can see is the entry of the 128 draws.
+    One of the names has a probability of 0.4. The first id of `copied` precedes each draw to predict. With a window of
+    two, four layers reach back four tokens at most, so a query cannot see the previous draw, six tokens back; only the
+    entry of the 128 draws tells it the distribution.
     """
     stretch, answers, every, names = 128, 6, 6, 8
     length = stretch + answers * every
@@ -256,14 +262,14 @@ def _majority_batch(copied: Tensor, config: TrainingConfig, generator: torch.Gen
 
 
 def _learning_rate(step: int, config: TrainingConfig) -> float:
-    """Cosine to a hundredth, warmed up at the start and again where the trajectories begin."""
+    """Return the cosine schedule down to a hundredth, with a warm-up at the start and another after practice."""
     begun = step - config.practice_steps if step >= config.practice_steps else step
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return min(1.0, (begun + 1) / config.warmup_steps) * (0.01 + 0.99 * cosine)
 
 
 def _topk(step: int, config: TrainingConfig, final: int, length: int) -> int:
-    """All entries first, then linearly down to the final top-k."""
+    """Return the top-k: all entries at first, then linearly down to the final value."""
     entries = max(final, length // 4)
     return final if step >= config.topk_steps else round(entries + (final - entries) * step / config.topk_steps)
 
@@ -279,7 +285,7 @@ def _set_window(model: Decoder, window: int) -> None:
 
 
 def _losses(model: Decoder, batch: Batch, config: TrainingConfig, trace: Trace, *, draft: bool) -> dict[str, Tensor]:
-    """The weighted terms: `loss` (next token), with `draft` `mtp` (the one after) and, when traced, `index`."""
+    """Return the weighted losses: `loss` (next token), `mtp` (token after next) with `draft`, `index` if traced."""
     weight_BT = (config.prompt_weight + (1 - config.prompt_weight) * batch.mask_BT) * batch.real_BT
     logits_BTV = model(batch.ids_BT, trace=trace)
     losses = {"loss": _cross_entropy(logits_BTV, batch.ids_BT, weight_BT, ahead=1)}
@@ -292,7 +298,7 @@ def _losses(model: Decoder, batch: Batch, config: TrainingConfig, trace: Trace, 
 
 
 def _cross_entropy(logits_BTV: Tensor, ids_BT: Tensor, weight_BT: Tensor, *, ahead: int) -> Tensor:
-    """Mean loss of predicting `ids[t + ahead]` from row t, weighted by the weight of the predicted token."""
+    """Return the mean loss of predicting `ids[t + ahead]` from row t, weighted by the weight of the predicted token."""
     count = ids_BT.size(1) - ahead
     target, weight = ids_BT[:, ahead:].flatten(), weight_BT[:, ahead:].flatten()
     losses = F.cross_entropy(logits_BTV[:, :count].flatten(0, 1), target, reduction="none")
@@ -309,7 +315,8 @@ def nudge_router_biases(model: Decoder, loads: dict[int, Tensor], rate: float) -
 
 @torch.no_grad()
 def accuracy(model: Decoder, rows: Rows, *, pad_id: int, batch_tokens: int = 8192) -> dict[str, float]:
-    """Greedy agreement under teacher forcing with what the assistant wrote: share of tokens, share of whole rows."""
+    """Return the accuracy of greedy prediction under teacher forcing on the assistant's tokens: per token and per
+    row."""
     right = written = whole = 0
     for batch in batches(rows, tokens=batch_tokens, pad_id=pad_id, seed=0):
         mine_BT = batch.mask_BT[:, 1:].bool()

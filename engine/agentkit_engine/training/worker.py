@@ -1,4 +1,4 @@
-"""One process of a training run: data in, checkpoint out."""
+"""One process of a training run: from data to a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
 def work(
     rank: int, workers: int, rendezvous: str, data: Path, out: Path, config: TrainingConfig, start: Path | None
 ) -> None:
-    """Train as process `rank` of `workers`, which find each other at `rendezvous`; the first one writes the model.
+    """Train as process `rank` of `workers`, which meet at `rendezvous`; rank 0 writes the model.
 
-    Weights are those of the folder `start`, or random.
+    Weights are loaded from the folder `start`, or random if it is None.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
@@ -58,7 +58,7 @@ def work(
 
 
 def _export(model: Decoder, data: Path, folder: Path) -> None:
-    """A folder that `Engine.load` reads."""
+    """Write a folder that `Engine.load` reads."""
     export_checkpoint(model, folder, format="bf16")
     shutil.copyfile(data / "tokenizer.json", folder / "tokenizer.json")
     (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")

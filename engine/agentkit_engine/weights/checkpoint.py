@@ -1,21 +1,21 @@
-"""Loading a folder in the layout of the official DeepSeek-V4 checkpoints.
+"""Loader for a folder in the layout of the official DeepSeek-V4 checkpoints.
 
     config.json                        the architecture, official keys
     model.safetensors                  all tensors under their official names; or
     model.safetensors.index.json       {"weight_map": {tensor: file}}, and the files it names
     agentkit.json                      optional: {"format_version": 1, "dialect": "v4-preview"}
-    generation_config.json             optional: do_sample, temperature, top_p; its other keys are not ours
+    generation_config.json             optional: do_sample and the sampling parameters; other keys are ignored
 
-A tensor may be bf16, fp16 or fp32; a matrix may be FP8 e4m3 with a `.scale` per 128 x 128 block, a routed expert packed
-FP4 with a `.scale` per 32 inputs, scales being E8M0 or fp32. What is stored is read from the files, not from the
+A tensor is bf16, fp16 or fp32. A matrix may also be FP8 e4m3 with a `.scale` per 128 x 128 block, and a routed expert
+packed FP4 with a `.scale` per 32 inputs; scales are E8M0 or fp32. The dtypes are read from the files, not from the
 configuration. FP8 and FP4 weights are dequantised on load.
 
-Every tensor the architecture needs must be there, with its shape, and nothing else may be. What is ignored:
+Every tensor of the architecture must be present with its shape, and unknown tensors are an error. Ignored are:
 
-* `mtp.*` of checkpoints whose draft head is DSpark (the configuration has `dspark_*` keys, or there is an
-  `mtp.0.main_proj`): this engine does not run it, and plain decoding does not need it;
+* `mtp.*` of checkpoints with a DSpark draft head (the configuration has `dspark_*` keys, or there is an
+  `mtp.0.main_proj`): the engine does not implement DSpark, and plain decoding does not need it;
 * the index's `metadata`, and each file's `__metadata__`;
-* other files in the folder (tokenizer, README, ...), except a `*.safetensors` file that is no part of the checkpoint.
+* other files in the folder (tokenizer, README, ...), except a `*.safetensors` file that is not in the index.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ SIDECAR_FILE = "agentkit.json"
 GENERATION_FILE = "generation_config.json"
 MAX_JSON_BYTES = 1 << 20
 MAX_INDEX_BYTES = 32 << 20
-"""The index of 250,000 tensors; the largest released checkpoint has 140,000."""
+"""Enough for 250,000 tensors; the largest released checkpoint has 140,000."""
 READERS = 2
 """Threads that read weights: one copies while another waits for the disk or for memory."""
 RUN_BYTES = 1 << 20
-"""Of the tensors that lie one after the other in a file, so much is read at once."""
+"""Adjacent tensors of a file are read together, up to this many bytes."""
 
 
 class Sidecar(BaseModel):
-    """`agentkit.json`: what the official files do not say."""
+    """`agentkit.json`: settings that the official files lack."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,15 +80,23 @@ class _GenerationConfig(BaseModel):
 def load_checkpoint(
     folder: Path, *, device: torch.device, dtype: torch.dtype | None, lay_out: Callable[[Decoder], None] | None = None
 ) -> tuple[Decoder, Dialect]:
-    """The model in `folder` and the chat dialect it speaks.
+    """Load the model in `folder` and return it with its chat dialect.
 
-    Everything is checked before the first weight is read. Weights are read a few at a time, so beside the model itself
-    memory holds `READERS` runs of `RUN_BYTES` or of one larger tensor, as stored, and of each run one tensor (with its
-    scale spread out) in float32. What the official layout stores as float32 (mixing, sinks, biases, position
-    embeddings) stays float32 whatever `dtype` is. Without one, a weight is bfloat16 where that holds all that is stored
-    (bf16, and FP8 and FP4 whose scales are powers of two), else float32. `lay_out` may give the parameters, empty yet,
-    other places in memory.
-    The dialect is the sidecar's, or else `v4-0731` for DSpark checkpoints and `v4-preview` for all others.
+    All headers are checked before any weight is read. Peak memory beyond the model is `READERS` times the larger of
+    `RUN_BYTES` and the largest stored tensor, plus one tensor per reader in float32 with its expanded scale.
+
+    Tensors that the official layout stores as float32 (mixing, sinks, biases, position embeddings) stay float32.
+
+    Args:
+        folder: the model folder.
+        device: device of the parameters.
+        dtype: dtype of the other weights. If None, a weight is bfloat16 where that is lossless (stored as bf16, or as
+            FP8 or FP4 with E8M0 scales), else float32.
+        lay_out: called with the decoder while its parameters are uninitialised; may move them in memory.
+
+    Returns:
+        The decoder, and the dialect: the sidecar's if there is one, else `v4-0731` for DSpark checkpoints and
+        `v4-preview` for all others.
 
     Raises:
         CheckpointError: a file or tensor is missing, unknown, truncated, corrupted, or of the wrong shape or dtype.
@@ -105,7 +113,8 @@ def load_checkpoint(
         spec = dataclasses.replace(spec, mtp_layers=(), draft="dspark")
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
     least = 3 * spec.n_routed_experts * (len(spec.layers) + len(spec.mtp_layers))
-    if least > len(stored):  # said before the names of as many experts as a file may claim are made
+    # Check first: building the names below would take time and memory in proportion to the claimed experts.
+    if least > len(stored):
         raise CheckpointError(
             folder / CONFIG_FILE,
             f"{len(spec.layers)} layers of {spec.n_routed_experts} experts have more than {least} tensors, found "
@@ -140,7 +149,7 @@ def load_checkpoint(
 
 
 def read_sampling(folder: Path) -> SamplingParams:
-    """What `generation_config.json` says of sampling; the defaults without that file.
+    """Return the sampling parameters in `generation_config.json`, or the defaults if there is no such file.
 
     Raises:
         CheckpointError: the file is not JSON, or a value is of the wrong type or outside its range.
@@ -178,7 +187,7 @@ def _read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint's files, by name."""
+    """Return every tensor of the checkpoint's files, by name."""
     index_path, single_path = folder / INDEX_FILE, folder / WEIGHTS_FILE
     if index_path.is_file():
         stored = _read_indexed(index_path)
@@ -224,7 +233,7 @@ def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_names(folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec]) -> None:
-    """Nothing missing, nothing unknown; a scale belongs to a quantised weight."""
+    """Require every expected tensor, a scale for every quantised weight, and no other tensor."""
     for name, tensor in expected.items():
         if name not in stored:
             listing = INDEX_FILE if (folder / INDEX_FILE).is_file() else WEIGHTS_FILE
@@ -246,7 +255,7 @@ def _check_names(folder: Path, stored: Mapping[str, StoredTensor], expected: Map
 
 
 def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorSpec) -> None:
-    """The dtype is one this tensor may have, and the stored shape is what dtype and architecture demand."""
+    """Check the tensor's dtype, its shape, and the dtype and shape of its scale."""
     found = stored[name]
     allowed = ["I64"] if tensor.storage == "i64" else ["BF16", "F16", "F32"]
     if len(tensor.shape) == 2 and name.endswith(".weight"):
@@ -274,7 +283,7 @@ def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorS
 def _check_memory(
     folder: Path, expected: Mapping[str, TensorSpec], device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Refuse weights that no memory of this machine can hold; a sparse file of terabytes costs nothing to make."""
+    """Reject weights larger than this machine's memory; a sparse file can claim terabytes."""
     if device.type == "cpu":
         item = (dtype or torch.bfloat16).itemsize
         needed = item * sum(math.prod(tensor.shape) for tensor in expected.values())
@@ -290,7 +299,7 @@ def _check_memory(
 def _bf16_where_it_suffices(
     stored: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec]
 ) -> dict[str, torch.dtype]:
-    """For each parameter bfloat16 where it holds what the files have of it bit for bit, else float32."""
+    """Return bfloat16 for each parameter that is lossless in it, else float32."""
     dtypes: dict[str, torch.dtype] = {}
     for name, tensor in expected.items():
         found, scale = stored[name].dtype, stored.get(scale_name(name))
@@ -302,7 +311,7 @@ def _bf16_where_it_suffices(
 
 
 def _empty_decoder(spec: ModelSpec, device: torch.device, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Decoder:
-    """A decoder with uninitialised parameters of the right dtypes; what is float32 in the layout stays so."""
+    """Return a decoder with uninitialised parameters; tensors that are float32 in the layout stay float32."""
     with torch.device("meta"), _NoInitialisation():
         decoder = Decoder(spec)
     storage_of = {tensor.parameter: tensor.storage for tensor in checkpoint_tensors(spec).values()}
@@ -320,7 +329,7 @@ def _empty_decoder(spec: ModelSpec, device: torch.device, dtype: torch.dtype | M
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Modules draw no first weights. Those of meta tensors would be drawn by code whose import takes a second."""
+    """Skips `torch.nn.init`; on meta tensors it would import code that takes a second to load."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -331,7 +340,7 @@ class _NoInitialisation(TorchFunctionMode):
 
 
 def _checked(found: StoredTensor, value: Tensor, scale: Tensor | None, spec: ModelSpec) -> Tensor:
-    """A tensor as it was read, dequantised where it is quantised."""
+    """Return the tensor, dequantised if it has a scale; reject NaN, infinity and invalid expert ids."""
     if scale is not None:
         value = (dequantise_fp8 if found.dtype == "F8_E4M3" else dequantise_fp4)(value, scale)
     elif found.dtype == "I64":

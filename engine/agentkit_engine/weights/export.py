@@ -1,4 +1,4 @@
-"""Writing a model in the layout of the official DeepSeek-V4 checkpoints, so that any loader of that layout reads it."""
+"""Exporter in the layout of the official DeepSeek-V4 checkpoints, readable by any loader of that layout."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ def export_checkpoint(
     dialect: Dialect = "v4-preview",
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write config.json, agentkit.json and the weights into `folder`, which is made when missing.
+    """Write config.json, agentkit.json and the weights into `folder`, which is created if missing.
 
-    `"bf16"` rounds every weight to bfloat16 except those the official layout stores as float32; `"fp32"` keeps all
-    bits; `"official"` quantises like the released checkpoints: FP8 for the big matrices, FP4 for the routed experts,
-    both with E8M0 scales. More than `max_shard_bytes` of weights become several files with an index; a weight and its
-    scale stay in one file. Beside the model, memory holds one file's tensors.
+    Args:
+        decoder: the model to write.
+        folder: the target; must not hold safetensors files.
+        dialect: the chat dialect, for agentkit.json.
+        format: `"bf16"` rounds every weight to bfloat16 except those the official layout stores as float32. `"fp32"`
+            keeps all bits. `"official"` quantises like the released checkpoints: FP8 for large matrices, FP4 for routed
+            experts, both with E8M0 scales.
+        max_shard_bytes: larger models are split into several files with an index; a weight and its scale stay in one
+            file. Peak memory beyond the model is one file's tensors.
 
     Raises:
         FileExistsError: the folder already holds safetensors files.
@@ -89,7 +94,8 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _name_parts(folder: Path, parts: list[_Part]) -> None:
-    """Give the files their official names, now that their number is known, and write the index of several."""
+    """Rename the files to their official names, which contain their number, and write the index if there are
+    several."""
     if len(parts) == 1:
         parts[0].path.rename(folder / WEIGHTS_FILE)
         return
@@ -103,7 +109,7 @@ def _name_parts(folder: Path, parts: list[_Part]) -> None:
 
 
 def _stored_tensors(decoder: Decoder, format: Format) -> Iterator[dict[str, Tensor]]:
-    """Each tensor under its official name, in stored form on the CPU, together with its scale if it has one."""
+    """Yield each tensor in stored form on the CPU under its official name, with its scale if it has one."""
     parameters = decoder.state_dict()
     for name, tensor in checkpoint_tensors(decoder.spec).items():
         value = parameters[tensor.parameter].detach()

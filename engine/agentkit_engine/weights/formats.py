@@ -1,11 +1,11 @@
-"""The number formats of the official checkpoints, decoded to float32 and encoded from it.
+"""Number formats of the official checkpoints: decoding to float32 and encoding from it.
 
 * E8M0 scale: byte b is 2^(b - 127); 255 is NaN.
 * FP8 block: float8 e4m3 values (at most 448) with one scale per 128 x 128 block; the scale multiplies.
 * FP4 row: float4 e2m1 codes, two in a byte along the input dimension (low nibble = even index), with one E8M0 scale
   per 32 consecutive values of a row.
 
-Every e4m3 or e2m1 value times a power of two that bfloat16 can hold is exact in bfloat16.
+The product of an e4m3 or e2m1 value and a power of two is exact in bfloat16 unless it is out of range.
 Dimension key: O output rows, I input columns.
 Source: DeepSeek-V4 `inference/kernel.py` and `convert.py`; OCP Microscaling Formats 1.0.
 """
@@ -21,13 +21,13 @@ FP8_MAX = 448.0
 FP4_MAX = 6.0
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The value of each of the 16 e2m1 codes; bit 3 is the sign."""
+"""Values of the 16 e2m1 codes; bit 3 is the sign."""
 
 _FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def decode_e8m0(scale: Tensor) -> Tensor:
-    """Powers of two, float32, from E8M0 bytes (uint8 or float8_e8m0fnu) of any shape; byte 255 becomes NaN."""
+    """Return float32 powers of two from E8M0 bytes (uint8 or float8_e8m0fnu) of any shape; byte 255 becomes NaN."""
     exponent = scale.view(torch.uint8).to(torch.int32)
     value = (exponent << 23).view(torch.float32)
     value = torch.where(exponent == 0, 2.0**-127, value)  # exponent bits 0 mean a subnormal: its value is 2^-127
@@ -35,19 +35,22 @@ def decode_e8m0(scale: Tensor) -> Tensor:
 
 
 def encode_e8m0(scale: Tensor) -> Tensor:
-    """float8_e8m0fnu from float32 powers of two between 2^-127 and 2^127."""
+    """Return float8_e8m0fnu from float32 powers of two between 2^-127 and 2^127."""
     return (torch.frexp(scale).exponent + 126).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def dequantise_fp8(weight_OI: Tensor, scale: Tensor) -> Tensor:
-    """float32 [O, I] from e4m3 [O, I] and scales [ceil(O/128), ceil(I/128)] (E8M0 or a float dtype)."""
+    """Return float32 [O, I] from e4m3 [O, I] and scales [ceil(O/128), ceil(I/128)] (E8M0 or a float dtype)."""
     rows, columns = weight_OI.shape
     scale_OI = _decode_scale(scale).repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
     return weight_OI.float() * scale_OI
 
 
 def quantise_fp8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 [O, I] and E8M0 scales [ceil(O/128), ceil(I/128)]: the least power of two that fits each block into 448."""
+    """Return e4m3 [O, I] and E8M0 scales [ceil(O/128), ceil(I/128)].
+
+    Each scale is the smallest power of two that brings its block within 448.
+    """
     rows, columns = weight_OI.shape
     grid_rows, grid_columns = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
     padded = weight_OI.new_zeros(grid_rows * FP8_BLOCK, grid_columns * FP8_BLOCK, dtype=torch.float32)
@@ -59,7 +62,7 @@ def quantise_fp8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_fp4(packed: Tensor, scale: Tensor) -> Tensor:
-    """float32 [O, I] from bytes [O, I/2] (int8 or uint8) and scales [O, I/32] (E8M0 or a float dtype)."""
+    """Return float32 [O, I] from bytes [O, I/2] (int8 or uint8) and scales [O, I/32] (E8M0 or a float dtype)."""
     codes = packed.view(torch.uint8).to(torch.int32)
     table = torch.tensor(FP4_VALUES, device=packed.device)
     weight_OI = table[torch.stack((codes & 0xF, codes >> 4), dim=-1)].flatten(-2)
@@ -67,8 +70,9 @@ def dequantise_fp4(packed: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantise_fp4(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [O, I/2] and E8M0 scales [O, I/32]: the least power of two that fits each group into 6, then
-    round-to-nearest-even.
+    """Return int8 [O, I/2] and E8M0 scales [O, I/32], rounded to nearest even.
+
+    Each scale is the smallest power of two that brings its group within 6.
 
     Raises:
         ValueError: I is not a multiple of 32.
@@ -91,7 +95,7 @@ def _decode_scale(scale: Tensor) -> Tensor:
 
 
 def _power_of_two_scale(amax: Tensor, largest: float) -> Tensor:
-    """2^ceil(log2(amax / largest)), from the float's own exponent; 1 where everything is zero."""
+    """Return 2^ceil(log2(amax / largest)), computed from the float's exponent; 1 where `amax` is zero."""
     mantissa, exponent = torch.frexp(amax / largest)
     scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
     return torch.where(amax == 0, 1.0, scale).clamp(min=2.0**-126)

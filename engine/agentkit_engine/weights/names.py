@@ -1,7 +1,7 @@
-"""Every tensor of an official DeepSeek-V4 checkpoint: its name, shape and storage, and where it goes in the `Decoder`.
+"""Every tensor of an official DeepSeek-V4 checkpoint: its name, shape and storage, and its place in the `Decoder`.
 
-`Decoder` parameters carry the official names, with one exception: on disk each routed expert is three tensors of its
-own (`layers.3.ffn.experts.17.w1.weight`), in the decoder the experts of a layer are stacked (row 17 of
+`Decoder` parameters have the official names, with one exception. On disk each routed expert has three tensors of its
+own (`layers.3.ffn.experts.17.w1.weight`); in the decoder the experts of a layer are stacked (row 17 of
 `layers.3.ffn.experts.w1`). Source: the tensor tables of DeepSeek-V4-Flash and -Pro.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 from agentkit_engine.spec import LayerSpec, ModelSpec
 
 Storage = Literal["bf16", "f32", "i64", "fp8", "fp4"]
-"""How the released checkpoints store a tensor; fp8 and fp4 weights have a sibling `.scale`."""
+"""Storage of a tensor in the released checkpoints; fp8 and fp4 weights have a sibling `.scale`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class TensorSpec:
     """One tensor of the checkpoint.
 
     Attributes:
-        shape: in elements, [out, in] for matrices, whatever the storage packs.
-        storage: how the released checkpoints store it.
+        shape: in elements, [out, in] for matrices, before packing.
+        storage: storage in the released checkpoints.
         parameter: the name in `Decoder.state_dict()`.
         expert: the row of a stacked parameter; `None` when the tensor is the whole parameter.
     """
@@ -34,12 +34,12 @@ class TensorSpec:
 
 
 def scale_name(name: str) -> str:
-    """`X.scale` for `X.weight`."""
+    """Return `X.scale` for `X.weight`."""
     return name.removesuffix("weight") + "scale"
 
 
 def checkpoint_tensors(spec: ModelSpec) -> dict[str, TensorSpec]:
-    """Exactly the tensors (scales aside) that a checkpoint of this architecture holds, by official name."""
+    """Return all tensors of a checkpoint of this architecture by official name, except scales."""
     tensors: dict[str, TensorSpec] = {}
 
     def add(name: str, storage: Storage, *shape: int) -> None:

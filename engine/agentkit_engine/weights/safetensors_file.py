@@ -1,8 +1,8 @@
-"""Reading one safetensors file, one tensor at a time, with errors that say which tensor is wrong.
+"""Reader for safetensors files that loads one tensor at a time and names the faulty tensor in errors.
 
 The format is an 8-byte little-endian header length, that many bytes of JSON, then the tensors' bytes without gaps.
-Files are read, not mapped: a file that shrinks while it is being read is an error here and a crash of the process
-under mmap. Source: the safetensors format description, https://github.com/huggingface/safetensors.
+Files are read, not mapped: a file that shrinks while it is read is an error here, but crashes the process under mmap.
+Source: the safetensors format description, https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
-"""The dtypes that official checkpoints and saved sessions use."""
+"""Dtypes in official checkpoints and saved sessions."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor's bytes are: `size` bytes from `start` of file `path`."""
+    """A tensor's location: `size` bytes from `start` in file `path`."""
 
     path: Path
     name: str
@@ -59,7 +59,8 @@ class StoredTensor:
 
 
 def runs(tensors: Iterable[StoredTensor], most_bytes: int) -> list[list[StoredTensor]]:
-    """Tensors that lie one after the other in a file, together, up to so many bytes; a larger one by itself."""
+    """Group tensors that are adjacent in a file into runs of at most `most_bytes`; a larger tensor is a run of its
+    own."""
     found: list[list[StoredTensor]] = []
     for tensor in sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.start)):
         follows = found and found[-1][0].path == tensor.path and found[-1][-1].end == tensor.start
@@ -71,10 +72,10 @@ def runs(tensors: Iterable[StoredTensor], most_bytes: int) -> list[list[StoredTe
 
 
 def read(run: Sequence[StoredTensor]) -> Iterator[Tensor]:
-    """The tensors of a run as stored, on the CPU.
+    """Yield the tensors of a run as stored, on the CPU.
 
     Raises:
-        CheckpointError: the file is shorter than when its header was read.
+        CheckpointError: the file has become shorter since its header was read.
     """
     start = run[0].start
     bytes_X = torch.empty(run[-1].end - start, dtype=torch.uint8)
@@ -88,13 +89,13 @@ def read(run: Sequence[StoredTensor]) -> Iterator[Tensor]:
             held = max(0, found + start - tensor.start)
             raise CheckpointError(tensor.path, f"found {held} bytes, expected {tensor.size}", tensor=tensor.name)
         dtype, own_X = DTYPES[tensor.dtype], bytes_X[tensor.start - start : tensor.end - start]
-        if own_X.storage_offset() % dtype.itemsize:  # behind a tensor of smaller items
+        if own_X.storage_offset() % dtype.itemsize:  # unaligned: it follows a tensor with smaller items
             own_X = own_X.clone()
         yield own_X.view(dtype).view(tensor.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, checked against each other and against the file's size; reads no weights.
+    """Return the tensors of a safetensors file, checked against each other and the file's size; reads no weights.
 
     Raises:
         CheckpointError: the file cannot be read, the header is corrupted, a tensor has an unknown dtype or a size that
@@ -105,7 +106,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The same, with the texts that the file's writer added. Raises as `read_header`."""
+    """Like `read_header`, and also return the file's metadata strings."""
     try:
         with open_regular(path) as file:
             file_size = os.fstat(file.fileno()).st_size
@@ -154,7 +155,7 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
 
 
 def _stored(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
-    """One entry of a header; only what it says by itself is checked.
+    """Parse one entry of a header and check it in isolation.
 
     Raises:
         CheckpointError: the dtype is unknown.
