@@ -1,6 +1,6 @@
-"""How fast and how exact the engine is, next to its peers: `python -m agentkit_engine.benchmarks`.
+"""Speed and exactness of the engine beside its peers: `python -m agentkit_engine.benchmarks`.
 
-`registry.py` says what is measured, `peers.py` brings the competition into the same process with the same weights,
-`null_model.py` takes the model out where all else is measured, `record.py` says what a result is and where it is kept,
-`command.py` is what all rooms' benchmarks share, `timing.py` and `cold_start.py` hold the clocks.
+`registry.py` lists the benchmarks. `peers.py` runs the peer libraries in the same process with the same weights.
+`null_model.py` replaces the model where only the code around it is measured. `record.py` defines a result and its file.
+`command.py` is the command line that all rooms share. `timing.py` and `cold_start.py` measure time.
 """

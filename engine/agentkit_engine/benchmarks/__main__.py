@@ -1,4 +1,4 @@
-"""`python -m agentkit_engine.benchmarks`: measure the engine, print a table, keep the numbers in a JSON file."""
+"""`python -m agentkit_engine.benchmarks`: measure the engine, print a table, and store the numbers in a JSON file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def main(
         Path | None, typer.Option(help=f"File to merge the records into; {RESULTS} unless given or --quick.")
     ] = None,
 ) -> None:
-    """Measure the engine beside its peers; each benchmark's new records replace its old ones in the results file.
+    """Measure the engine beside its peers and replace the benchmarks' records in the results file.
 
-    A benchmark that fails is reported and leaves its old records; the others still run, and the exit status is 1.
+    If a benchmark fails, the failure is reported, its old records stay, the others still run, and the exit status is 1.
     """
     if table:
         show(RESULTS)

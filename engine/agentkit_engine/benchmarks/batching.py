@@ -1,6 +1,6 @@
-"""Several sessions that decode at the same time: continuous batching of mixed lengths beside the peer's best case.
+"""Decoding of several sessions at once: continuous batching of mixed lengths beside the peer's best case.
 
-The same contract as in `registry.py`.
+Benchmark functions follow the contract in `registry.py`.
 
 Dimension key: B batch, T tokens, V vocabulary.
 """
@@ -32,7 +32,7 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
     lengths = [longest * (index + 1) // BATCH for index in range(BATCH)]
     mean = sum(lengths) // BATCH
     prompts = [random_ids(engine.spec, longest, seed=index + 1) for index in range(BATCH)]
-    peer.chunk = 512  # eight times 2,048 rows of attention would take gigabytes
+    peer.chunk = 512  # attention scores of eight times 2,048 rows would take gigabytes
     peer.tune_decode(prompts[0][:decoded], together=BATCH)
 
     equal = _prefill(batcher, [prompt[:mean] for prompt in prompts])
@@ -71,7 +71,7 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
 def _time_both(
     batcher: Batcher, works: Sequence[Work], peer: Transformers, cache: Any, count: int, clock: Clock
 ) -> tuple[float, float]:
-    """Seconds of `count` forwards on each side."""
+    """Return the seconds of `count` forwards on each side."""
     tokens_TB: list[list[SampledToken]] = []
     our_s = seconds(clock, lambda: tokens_TB.extend(decode(batcher, works, count)))
     ids_TB = [[token.id for token in tokens_B] for tokens_B in tokens_TB]
@@ -85,7 +85,7 @@ def _prefill(batcher: Batcher, prompts: Sequence[Sequence[int]]) -> list[Work]:
 
 
 def decode(batcher: Batcher, works: Sequence[Work], count: int) -> list[list[SampledToken]]:
-    """`count` times a greedy token of each work, and the forward after it."""
+    """Decode `count` greedy tokens for every work, with a forward after each."""
     tokens_TB = []
     for _ in range(count):
         tokens_B = []

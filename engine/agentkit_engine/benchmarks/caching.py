@@ -1,6 +1,6 @@
-"""What the runtime saves: prefix lookups, sessions in files, a cache on disk, guesses. The peer is the same without.
+"""Savings of the runtime: prefix lookup, saved sessions, the disk cache and drafts. The peer does without them.
 
-The same contract as in `registry.py`: one function per benchmark, outputs compared in the same run.
+Benchmark functions follow the contract in `registry.py`: one per benchmark, with outputs compared in the same run.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from agentkit_engine.session import Session
 from agentkit_engine.spec import ModelSpec
 
 APPENDED = 50
-"""Ids of one turn."""
+"""Token ids appended per turn."""
 RESIDENT = 1000
 """Sessions that have left a checkpoint."""
 STRETCH_LENGTH = 131_072
-"""The prompt for which prefix-lookup has a bound in milliseconds."""
+"""Prompt length for which prefix-lookup has a stretch target."""
 SAID = 4
-"""Ids that are sampled in a turn where it matters little how many."""
+"""Token ids sampled in a turn where their number matters little."""
 SHORT = 1024
-"""Ids of the session that a long one is compared with."""
+"""Length of the short session that a long one is compared with."""
 DECODED = 16
-"""Ids of a timed run of decoding."""
+"""Tokens per timed run of decoding."""
 
 
 def lookup(lengths: Sequence[int], repeats: int) -> Iterator[Measurement]:
-    """prefix-lookup: find what is known of a long session after one more turn; the hashes of its past are kept."""
+    """prefix-lookup: find the cached prefix of a long session after one more turn, with the hashes of its past kept."""
     spec = tiny_v4()
     cache = PrefixCache(Pools(spec, slots=1, spans=1, device=torch.device("meta")))
     for number in range(RESIDENT):
@@ -76,7 +76,7 @@ def lookup(lengths: Sequence[int], repeats: int) -> Iterator[Measurement]:
 
 
 def restore(length: int, repeats: int) -> Iterator[Measurement]:
-    """restore: go on with a long session out of a file, or compute it again; the next token is compared."""
+    """restore: open a saved long session, or compute it again; the next token is compared."""
     with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
         engine = Engine.load(folder)
         path = Path(place, "session")
@@ -117,13 +117,14 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
 
 
 def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurement]:
-    """A session that grows to `length` tokens: what it holds, what a token costs there, and how fast it comes back.
+    """Memory, cost of a token and time to restore of a session that grows to `length` tokens.
 
-    It is prefilled, decoded, forked, saved and restored; the fork and the restored session have to say what it says.
+    The session is prefilled, decoded, forked, saved and restored; the fork and the restored session must produce the
+    same tokens.
     """
     with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
         engine, path = Engine.load(folder), Path(place, "session")
-        engine.batcher.speculate = False  # a token for each forward
+        engine.batcher.speculate = False  # one token per forward
         ids = random_ids(engine.spec, length - DECODED * (repeats + 1) - 1)
         short, session = engine.session(), engine.session()
         short.append(ids[:SHORT])
@@ -184,7 +185,7 @@ def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurem
 
 
 def bytes_per_token(spec: ModelSpec) -> float:
-    """What the compressed entries of one token need in float32: the only state that grows with length."""
+    """Return the bytes of one token's compressed entries in float32, the only state that grows with length."""
     return 4 * sum(
         (spec.head_dim + (spec.index_head_dim if layer.attention == "csa" else 0)) / layer.compress_ratio
         for layer in spec.layers
@@ -207,10 +208,10 @@ def _scan(engine: Engine, length: int) -> None:
 
 
 def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
-    """disk-writes: what a session of many turns writes to the disk cache, over what its state takes in the end.
+    """disk-writes: bytes that a session of many turns writes to the disk cache, relative to its final saved size.
 
-    The peer writes the whole session to a file again whenever `every` more tokens have come. The second measurement
-    has the session closed after each turn, as when a run ends there and is continued later.
+    The peer saves the whole session again after every `every` tokens. The second measurement closes the session after
+    each turn, as if each run ended there and was continued later.
     """
     for how, continued in (("parked after each", False), ("closed after each", True)):
         with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
@@ -253,7 +254,7 @@ def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:
 
 
 def _same_from_disk(folder: Path, cache_dir: Path, path: Path, ids: Sequence[int]) -> str:
-    """Go on from the disk cache and from the file, in an engine that computed neither, and compare."""
+    """Continue from the disk cache and from the file in an engine that computed neither, and compare."""
     engine = Engine.load(folder, cache_dir=cache_dir)
     with engine.session() as cached, engine.open(path) as opened:
         cached.append([*ids, 0])
@@ -279,7 +280,7 @@ NAMES = ("Anna", "Boris", "Clara", "Dora", "Emil", "Frida")
 
 
 def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
-    """speculation: the packaged model calls a tool in turn after turn, with guesses and without."""
+    """speculation: the packaged model calls a tool turn after turn, with drafts and without."""
     engine = Engine.load("tiny")
     said: list[list[tuple[int, float]]] = [[], []]
     per_forward, rates = [0.0, 0.0], [list[float](), list[float]()]
@@ -293,7 +294,7 @@ def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
             rates[side].append(len(tokens) / elapsed)
     if said[0] != said[1]:
         raise OutputsDifferError("guesses changed what was sampled")
-    medians = [Median.of(of_side[1:]) for of_side in rates]  # the first time kernels are compiled or loaded
+    medians = [Median.of(of_side[1:]) for of_side in rates]  # drop the first run, which compiles or loads kernels
     outputs = f"the same {len(said[0])} tokens and log-probabilities, bit for bit"
     doing = f"tiny calls one tool {turns} times in a session, greedy, one thread"
     yield Measurement(
@@ -321,7 +322,7 @@ def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
 
 
 def _calls(engine: Engine, turns: int, said: list[tuple[int, float]]) -> None:
-    """Add to `said` what the model samples over `turns` requests, each answered by a result of its call."""
+    """Answer `turns` requests, each with a result for the model's call, and add the sampled tokens to `said`."""
     tokenizer: Tokenizer = engine.tokenizer
     params = SamplingParams(temperature=0, max_tokens=60, stop_token_ids=frozenset([tokenizer.eos_id]))
     with engine.session() as session:

@@ -1,4 +1,4 @@
-"""From a folder of weights to the first token in a fresh process: seconds and peak memory.
+"""Time and peak memory from a folder of weights to the first token, in a fresh process.
 
 Run as `python -m agentkit_engine.benchmarks.cold_start {engine,transformers} FOLDER STARTED`; prints a `ColdStart` as
 JSON. Imports are done before the clock of `first_s` starts, and their memory is not counted. Needs Linux (/proc/self).
@@ -30,13 +30,13 @@ PROMPT = list(range(2, 18))
 
 @dataclass(frozen=True, slots=True)
 class ColdStart:
-    """What one process saw.
+    """Measurements of one process.
 
     Attributes:
         process_s: Seconds from the start of the process to the first token, imports included.
         first_s: Seconds from opening the folder to the first token.
-        warm_s: Seconds for the same token again, from a new session on the open model.
-        peak_bytes: Most resident memory meanwhile, less what was resident before.
+        warm_s: Seconds for the same token again, from a new session on the loaded model.
+        peak_bytes: Peak resident memory during that time, minus resident memory before it.
         token: The first token.
     """
 
@@ -51,7 +51,7 @@ def run(side: Side, folder: Path) -> ColdStart:
     """Measure in a new process.
 
     Raises:
-        BenchmarkError: the process failed; with what it said last.
+        BenchmarkError: the process failed; the message ends with its last output.
     """
     command = [sys.executable, "-m", __name__, side, str(folder), str(time.time())]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -62,12 +62,12 @@ def run(side: Side, folder: Path) -> ColdStart:
 
 
 def measure(side: Side, folder: Path, started: float) -> ColdStart:
-    """Measure in this process, which must be fresh and was started at `started`, in seconds since the epoch."""
+    """Measure in this process, which must be fresh; `started` is its start in seconds since the epoch."""
     if side == "transformers":
         import_transformers()
     else:
         can_compile(torch.device("cpu"))  # imports the kernels
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident_bytes("VmRSS")
     start = time.perf_counter()
     first_token = _open_engine(folder) if side == "engine" else _open_transformers(folder)

@@ -1,7 +1,7 @@
 """The command line of `python -m agentkit_engine.benchmarks` and `python -m agentkit.benchmarks`.
 
-Each room has benchmarks of its own. `make bench ONLY=...` passes the same names to all rooms, so a room skips the names
-of another one, and a name that no room has is an error.
+Each room has its own benchmarks. `make bench ONLY=...` passes the same names to all rooms, so a room skips the names of
+the others, and a name that no room has is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ S = TypeVar("S")
 def chosen_benchmarks(
     only: str | None, own: Collection[str], elsewhere: Collection[str], nightly: Collection[str] = ()
 ) -> list[str]:
-    """The benchmarks of this room that `only` names; without it all but the `nightly` ones.
+    """Return the benchmarks of this room named in `only`, or without it all except the `nightly` ones.
 
     Raises:
         typer.BadParameter: a name that belongs neither here nor elsewhere.
@@ -67,11 +67,11 @@ def measure(
 ) -> None:
     """Measure the benchmarks called `names`, print a table, and merge the records into `out`.
 
-    A benchmark that fails is reported and leaves its old records; the others still run, and the exit status is 1.
-    `rooms` are the folders of the code that is measured.
+    If a benchmark fails, the failure is reported, its old records stay, and the others still run. `rooms` are the
+    folders of the measured code.
 
     Raises:
-        typer.Exit: with status 1, a benchmark failed.
+        typer.Exit: with status 1, if a benchmark failed.
     """
     if not names:
         return

@@ -1,4 +1,4 @@
-"""What can go wrong in a benchmark.
+"""Errors of the benchmarks.
 
 BenchmarkError
 ├── PeerMissingError      the library to compare with is not installed
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class BenchmarkError(Exception):
-    """Base of every error the benchmarks raise on purpose."""
+    """Base class of the benchmarks' own errors."""
 
 
 class PeerMissingError(BenchmarkError):

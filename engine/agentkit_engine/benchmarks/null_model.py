@@ -1,4 +1,4 @@
-"""A model that costs nothing, for measuring all that goes on around one.
+"""A model that computes nothing, for measuring the code around it.
 
 Dimension key: B sequences, N rows of logits, M residual streams, D model width, V vocabulary.
 """
@@ -16,10 +16,10 @@ from agentkit_engine.runtime.segments import Computed
 
 
 class NullRunner(Runner):
-    """Forwards that compute nothing: sequences grow as they would, and `favourite` is always the likeliest id.
+    """Runner whose forwards only lengthen the sequences; `favourite` is always the most likely id.
 
-    Put it in a `Batcher`'s `runner`. `first` is when the first forward since it was last set to None began, and what
-    that forward was given, as (position, ids) of each sequence.
+    Replaces the `runner` of a `Batcher`. `first` describes the first forward since it was last set to None: its start
+    time, and the (position, ids) of each sequence.
     """
 
     def __init__(self, pools: Pools, *, favourite: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The competition in the same process, on the same weights: both sides read one folder in the official layout.
+"""Peer libraries in the same process, on the same weights: both sides read one folder in the official layout.
 
 Dimension key: B batch, T tokens, R compared rows, V vocabulary.
 """
@@ -24,16 +24,18 @@ from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.export import Format, export_checkpoint
 
 TYPICAL_TOLERANCE = 1e-4
-"""Most that log-probabilities of both sides may differ in the median row: float32 summed in another order."""
+"""Maximum difference between the two sides' log-probabilities in the median row; float32 sums in another order differ
+by less."""
 RARE_TOLERANCE, RARE = 2e-2, 0.02
-"""The same for all rows but this share. In a long sequence some index scores tie to the last bit; where the sides then
-choose different entries, the rows that look at them move a little."""
+"""Maximum difference in all rows except this share. In a long sequence some index scores tie to the last bit; if the
+two sides then choose different entries, the rows that read them move a little."""
 WORST_TOLERANCE = 0.5
-"""The same for every row."""
+"""Maximum difference in any row."""
 
 
 def tiny_v4(*, n_routed_experts: int = 16) -> ModelSpec:
-    """Every V4 mechanism at 13.5 M parameters (with 16 experts): the shape that CPU benchmarks are quoted for."""
+    """Return a spec with every V4 mechanism at 13.5 M parameters (with 16 experts); the CPU benchmarks use this
+    shape."""
     return ModelSpec.from_config(
         {
             "model_type": "deepseek_v4",
@@ -79,7 +81,7 @@ def tiny_v4(*, n_routed_experts: int = 16) -> ModelSpec:
 
 @torch.no_grad()
 def random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
-    """A decoder in which every parameter and buffer is random and of its usual size, so that no term is idle."""
+    """Return a decoder with random parameters and buffers of realistic magnitude, so that every term matters."""
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(spec)
     for name, tensor in decoder.state_dict().items():
@@ -100,19 +102,19 @@ def random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
 
 @contextmanager
 def random_model(spec: ModelSpec, *, format: Format = "fp32") -> Iterator[Path]:
-    """A folder with a random model in shards of at most 32 MiB; it is gone after the block."""
+    """Yield a folder with a random model in shards of at most 32 MiB; it is deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="agentkit-benchmarks-") as folder:
         export_checkpoint(random_decoder(spec), Path(folder), format=format, max_shard_bytes=32 << 20)
         yield Path(folder)
 
 
 def random_ids(spec: ModelSpec, count: int, seed: int = 1) -> list[int]:
-    """`count` token ids."""
+    """Return `count` token ids."""
     return torch.randint(spec.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def long_text(tokens: int, tokenizer: Tokenizer) -> str:
-    """Text of about so many tokens, no two lines alike."""
+    """Return a text of about `tokens` tokens in which no two lines are alike."""
     lines: list[str] = []
     while tokens > 0:
         lines.append(f"Rule {len(lines)}: what is told about case {7919 * len(lines) % 9973} holds for this one too.\n")
@@ -121,7 +123,7 @@ def long_text(tokens: int, tokenizer: Tokenizer) -> str:
 
 
 def import_transformers() -> Any:
-    """The transformers library with DeepSeek-V4, told to be quiet.
+    """Import a transformers that has DeepSeek-V4, with its logging silenced.
 
     Raises:
         PeerMissingError: it is not installed, or too old.
@@ -144,8 +146,8 @@ class Transformers:
     """transformers' DeepSeek-V4 in float32 with its own cache.
 
     Attributes:
-        prefill_experts: Which implementation of the experts `prefill` uses.
-        decode_experts: And which `decode` uses.
+        prefill_experts: The expert implementation that `prefill` uses.
+        decode_experts: The expert implementation that `decode` uses.
         chunk: Tokens per forward in `prefill`.
     """
 
@@ -163,18 +165,18 @@ class Transformers:
         return f"transformers {self._library.__version__}"
 
     def new_cache(self) -> Any:
-        """An empty cache, for one sequence or several of the same length."""
+        """Return an empty cache, for one sequence or several of the same length."""
         return self._library.DynamicCache(config=self._model.config)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """float32 [T, V] from one forward without a cache."""
+        """Return float32 [T, V] from one forward without a cache."""
         logits_BTV: Tensor = self._model(torch.tensor([token_ids]), use_cache=False).logits
         return logits_BTV[0]
 
     @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int], cache: Any) -> Tensor:
-        """float32 [V]: the logits after the last id; all ids are appended to the cache, in chunks."""
+        """Append all ids to the cache, in chunks, and return the logits after the last one, float32 [V]."""
         self._model.set_experts_implementation(self.prefill_experts)
         for start in range(0, len(token_ids), self.chunk):
             logits_V = self._step(token_ids[start : start + self.chunk], cache)
@@ -182,7 +184,7 @@ class Transformers:
 
     @torch.inference_mode()
     def decode(self, token_ids: Sequence[int], cache: Any) -> list[Tensor]:
-        """A forward and a greedy choice per id, which is given: the loop does what generating those ids would."""
+        """Run a forward and a greedy choice per id, as if these ids were being generated."""
         self._model.set_experts_implementation(self.decode_experts)
         logits = []
         for token_id in token_ids:
@@ -192,7 +194,7 @@ class Transformers:
 
     @torch.inference_mode()
     def prefill_together(self, ids_BT: Sequence[Sequence[int]], cache: Any) -> Tensor:
-        """`prefill` of B sequences of the same length: float32 [B, V]."""
+        """Run `prefill` for B sequences of the same length: float32 [B, V]."""
         self._model.set_experts_implementation(self.prefill_experts)
         for start in range(0, len(ids_BT[0]), self.chunk):
             logits_BV = self._forward([ids[start : start + self.chunk] for ids in ids_BT], cache)
@@ -200,7 +202,7 @@ class Transformers:
 
     @torch.inference_mode()
     def decode_together(self, ids_TB: Sequence[Sequence[int]], cache: Any) -> list[Tensor]:
-        """`decode` of B sequences, T times one id of each: T times [B, V]."""
+        """Run `decode` for B sequences over T steps; each result is [B, V]."""
         self._model.set_experts_implementation(self.decode_experts)
         logits = []
         for ids_B in ids_TB:
@@ -217,7 +219,7 @@ class Transformers:
         return logits_BTV[:, -1]
 
     def tune_prefill(self, token_ids: Sequence[int]) -> None:
-        """Prefill from here on with what takes least processor time for these ids.
+        """Set `prefill_experts` to the implementation that takes the least CPU time for these ids.
 
         `batched_mm` is not tried: it copies the weights of every token's experts, gigabytes per chunk.
         """
@@ -228,7 +230,7 @@ class Transformers:
         self.prefill_experts, self.chunk = min(taken, key=taken.__getitem__)
 
     def tune_decode(self, token_ids: Sequence[int], *, together: int = 1) -> None:
-        """Decode from here on with what takes least processor time for these ids, in `together` sequences at once."""
+        """Set `decode_experts` to the one that takes the least CPU time for these ids in `together` sequences."""
         count = len(token_ids)
         ids_TB = [[token_ids[(at + row) % count] for row in range(together)] for at in range(count)]
         taken: dict[str, float] = {}
@@ -243,9 +245,9 @@ class Transformers:
 
 
 def compare_tokens(ours: Sequence[SampledToken], theirs: Sequence[Tensor]) -> str:
-    """Check greedy tokens against the peer's logits [V] at the same places; says how far apart they are.
+    """Check greedy tokens against the peer's logits [V] at the same positions, and describe the difference.
 
-    The peer must give each token the log-probability that we gave it, and no other token a higher one.
+    The peer must give each token the same log-probability as the engine, and no other token a higher one.
 
     Raises:
         OutputsDifferError: they differ by more than rounding explains.

@@ -1,4 +1,4 @@
-"""What a benchmark result is, and the JSON file that keeps the last one of each."""
+"""Benchmark results, and the JSON file with the latest one of each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A limit on a measurement's ratio to its peer, or on its value."""
+    """A bound on a measurement's ratio to its peer, or on its value."""
 
     quantity: Literal["ratio", "value"]
     relation: Literal[">=", "<="]
     limit: float
 
     def holds(self, value: float, ratio: float | None) -> bool:
-        """Whether the measurement keeps this bound; a bound on a ratio that does not exist is not kept."""
+        """Return whether the measurement meets this bound; a missing ratio does not."""
         number = value if self.quantity == "value" else ratio
         if number is None:
             return False
@@ -38,19 +38,19 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One number, its peer's, and what was aimed at.
+    """One number, the peer's number, and the targets.
 
     Attributes:
-        benchmark: its name in `registry.BENCHMARKS`, such as `decode`.
+        benchmark: Its name in `registry.BENCHMARKS`, such as `decode`.
         what: What was measured, unique within the benchmark.
         value: The median over repeats, in `unit`.
-        spread: (max - min) / median over the repeats; None for what does not vary.
-        peer: Who else was measured in the same run, and how it was set up; None when there is nobody.
+        spread: (max - min) / median over the repeats; None for deterministic values.
+        peer: The peer measured in the same run, with its settings; None without a peer.
         peer_value: The peer's median, in the same unit.
-        higher_is_better: Which way the ratio points.
-        target: The least to reach; None when nothing was promised.
-        stretch: What to aim at.
-        outputs: How both sides' outputs were compared and how far they lay apart.
+        higher_is_better: Direction of the ratio.
+        target: The required minimum; None without one.
+        stretch: The goal beyond it.
+        outputs: How both sides' outputs were compared, and how much they differed.
     """
 
     benchmark: str
@@ -67,16 +67,16 @@ class Measurement:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better than the peer; None without a peer or when a side is 0."""
+        """The factor by which the value is better than the peer's; None without a peer or when a side is 0."""
         if not self.peer_value or not self.value:
             return None
         return self.value / self.peer_value if self.higher_is_better else self.peer_value / self.value
 
 
 class BenchmarkRecord(BaseModel):
-    """A measurement as the results file keeps it; the fields are those of `Measurement`, and where it comes from.
+    """A measurement as stored in the results file: the fields of `Measurement`, and its origin.
 
-    `target` and `stretch` read like `ratio >= 2`; `met` and `stretch_met` are None where there is no such bound.
+    `target` and `stretch` read like `ratio >= 2`; `met` and `stretch_met` are None without such a bound.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -103,7 +103,7 @@ _RECORDS = TypeAdapter(list[BenchmarkRecord])
 
 
 def make_record(measurement: Measurement, *, machine: str, commit: str, command: str) -> BenchmarkRecord:
-    """The record of a measurement made on `machine` at `commit` by `command`."""
+    """Return the record of a measurement made on `machine` at `commit` by `command`."""
     fields = asdict(measurement)
     del fields["higher_is_better"]
     value, ratio = measurement.value, measurement.ratio
@@ -115,7 +115,7 @@ def make_record(measurement: Measurement, *, machine: str, commit: str, command:
 
 
 def read_records(path: Path) -> list[BenchmarkRecord]:
-    """What a results file holds; nothing when there is none.
+    """Return the records in a results file; an empty list if it does not exist.
 
     Raises:
         pydantic.ValidationError: the file exists and is not a list of records.
@@ -124,13 +124,14 @@ def read_records(path: Path) -> list[BenchmarkRecord]:
 
 
 def merge_records(path: Path, benchmark: str, records: Sequence[BenchmarkRecord]) -> None:
-    """Replace the benchmark's records in the file, which is made when missing, and keep those of the other benchmarks.
+    """Replace the benchmark's records in the file, keeping those of other benchmarks; create the file if missing.
 
     Raises:
         pydantic.ValidationError: the file exists and is not a list of records.
     """
     kept = [record for record in read_records(path) if record.benchmark != benchmark]
-    merged = sorted([*kept, *records], key=lambda record: record.benchmark)  # stable: the order of measuring stays
+    # stable sort: records of a benchmark stay in the order of measurement
+    merged = sorted([*kept, *records], key=lambda record: record.benchmark)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(_RECORDS.dump_python(merged), indent=2) + "\n", encoding="utf-8")
@@ -138,7 +139,7 @@ def merge_records(path: Path, benchmark: str, records: Sequence[BenchmarkRecord]
 
 
 def table(records: Iterable[BenchmarkRecord]) -> Table:
-    """What a terminal has room for: one line per record, without peers' settings and comparisons."""
+    """Return a table for a terminal: one line per record, without peers' settings and comparisons."""
     rows = Table("benchmark", "what", "value", "spread", "peer", "ratio", "target", "stretch", highlight=False)
     for record in records:
         rows.add_row(
@@ -155,7 +156,7 @@ def table(records: Iterable[BenchmarkRecord]) -> Table:
 
 
 def markdown(records: Iterable[BenchmarkRecord]) -> str:
-    """The table of a README: what was measured, beside whom, and what was aimed at."""
+    """Return a table for a README: what was measured, the peer, and the targets."""
     lines = ["| benchmark | what | value | peer | ratio | at least | stretch |", "|---|---|---|---|---|---|---|"]
     for record in records:
         peer = f"{record.peer_value:.4g}: {record.peer}" if record.peer_value is not None else "–"
@@ -177,7 +178,7 @@ def _verdict(bound: str | None, met: bool | None) -> str:
 
 
 def describe_machine() -> str:
-    """Processor, cores, memory and the versions that decide the speed."""
+    """Return the processor, cores, memory and the versions that affect speed."""
     cpu_info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*:\s*(.+)$", cpu_info.read_text(), re.M) if cpu_info.is_file() else []
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
@@ -188,7 +189,10 @@ def describe_machine() -> str:
 
 
 def current_commit(*rooms: Path) -> str:
-    """The commit of the checkout these folders are in, `+changes` when tracked files there differ, or `unknown`."""
+    """Return the commit of the checkout that contains these folders, or `unknown`.
+
+    The commit ends with `+changes` if tracked files in the folders differ from it.
+    """
     try:
         commit = _git(rooms[0], "rev-parse", "--short=12", "HEAD")
         changes = _git(rooms[0], "status", "--porcelain", "--untracked-files=no", "--", *map(str, rooms))

@@ -1,7 +1,8 @@
 """The engine's benchmarks: one function each, which yields its measurements.
 
-A benchmark first compares what engine and peer compute, then (or meanwhile) times both in turns. Speeds are reported
-twice: tokens per CPU-second with one thread, to which the targets refer, and tokens per second with two threads.
+A benchmark first compares the outputs of engine and peer, then (or meanwhile) times them alternately. Speeds are
+reported twice: tokens per CPU-second with one thread, to which the targets refer, and tokens per second with two
+threads.
 
 Dimension key: 1 one sequence, B batch, T tokens, W compressed entries.
 """
@@ -48,24 +49,24 @@ CHUNKS = (1, 3, 127, 128, 512)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured; counts are tokens unless they say otherwise.
+    """Sizes of the benchmarks; counts are tokens unless stated otherwise.
 
     Attributes:
         repeats: Timed runs of each side.
         contexts: Lengths at which decoding is timed.
         decoded: Tokens per timed run of decoding.
-        prefilled: Lengths at which prefilling is timed: the first is where growth starts.
+        prefilled: Lengths at which prefilling is timed; growth is measured from the first.
         compared: Length of the parity check.
-        grown_from: Where growth of memory is measured from; a multiple of `TOKEN_BUDGET`, like the next two.
-        grown_to: And how far.
+        grown_from: Length from which memory growth is measured; a multiple of `TOKEN_BUDGET`, like the next two.
+        grown_to: Length to which memory growth is measured.
         grown_to_peer: The same for the peer, which is slower.
-        looked_up: Lengths of the prompts that are looked for in the prefix cache.
-        cold_experts: Routed experts of the model that is opened cold; 256 make it 600 MB.
-        guessed: Calls in a session that guesses.
-        scheduled: Sessions that decode at the same time in a step of the scheduler, and timed steps.
+        looked_up: Lengths of the prompts looked up in the prefix cache.
+        cold_experts: Routed experts of the cold-start model; 256 make it 600 MB.
+        guessed: Calls in the session of the speculation benchmark.
+        scheduled: Numbers of decoding sessions in a scheduler step, and the number of timed steps.
         appended_to: Length of the session to which a turn is appended.
-        stored: Turns of a session on disk, tokens fed in each, and tokens after which the peer writes it again.
-        long, nightly: Lengths of the long session in a run of all benchmarks, and of the one at night.
+        stored: Turns of a session on disk, tokens appended in each, and tokens after which the peer saves it again.
+        long, nightly: Lengths of the long session in a normal run and in the one that must be named.
     """
 
     repeats: int
@@ -125,7 +126,7 @@ QUICK = Sizes(
 
 
 def decode(sizes: Sizes) -> Iterator[Measurement]:
-    """decode: one session of a random tiny-V4 generating greedily."""
+    """decode: one session of a random tiny-V4 that decodes greedily."""
     target, stretch = Bound("ratio", ">=", 2), Bound("ratio", ">=", 5)
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
@@ -133,7 +134,7 @@ def decode(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
-    """tiny: the same with the model that ships.
+    """decode-tiny: the same with the packaged model.
 
     Raises:
         ModelNotFoundError: no model is packaged.
@@ -185,7 +186,8 @@ class _Run:
 
 
 def _decode_both(session: Session, peer: Transformers, cache: Any, count: int, clock: Clock) -> _Run:
-    """`count` forwards of one token on each side; the peer is given our tokens, so that both stay on one path."""
+    """Run `count` forwards of one token on each side; the peer is fed the engine's tokens, so that both stay in
+    step."""
     tokens: list[SampledToken] = []
     logits: list[Tensor] = []
     inputs = session.token_ids[-1:]
@@ -200,7 +202,7 @@ def _generate(session: Session, count: int) -> list[SampledToken]:
 
 
 def prefill(sizes: Sizes) -> Iterator[Measurement]:
-    """prefill: a long prompt of a random tiny-V4, and how its cost per token grows."""
+    """prefill: a long prompt of a random tiny-V4, and the growth of its cost per token."""
     first, *_, last = sizes.prefilled
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
@@ -256,7 +258,7 @@ def _prefill_both(
     engine: Engine, peer: Transformers, ids: Sequence[int], lengths: Sequence[int], clock: Clock
 ) -> _Prefill:
     run = _Prefill([], [], [], [])
-    engine.batcher.cache.clear()  # of the run before
+    engine.batcher.cache.clear()  # the previous run's
     cache = peer.new_cache()
     work = Work()
 
@@ -279,14 +281,14 @@ def _prefill_both(
 
 
 def exactness(sizes: Sizes) -> Iterator[Measurement]:
-    """exact: what it costs that results do not depend on the batch; the peer is the same engine without."""
+    """exact: cost of results that do not depend on the batch; the peer is the same engine with `exact=False`."""
     with random_model(tiny_v4()) as folder:
         exact, other = (Engine.load(folder, exact=promise) for promise in (True, False))
     yield from _beside("exact", exact, other, "the same engine with exact=False", sizes)
 
 
 def bfloat16(sizes: Sizes) -> Iterator[Measurement]:
-    """bf16: weights held in half the memory; the peer is the same engine with the same weights held as float32."""
+    """bf16: weights in half the memory; the peer is the same engine with the same weights in float32."""
     with random_model(tiny_v4(), format="bf16") as folder:
         half, whole = Engine.load(folder), Engine.load(folder, dtype=torch.float32)
     peer = "the same weights held as float32"
@@ -298,7 +300,7 @@ def bfloat16(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def _beside(benchmark: str, ours: Engine, theirs: Engine, peer: str, sizes: Sizes) -> Iterator[Measurement]:
-    """Prefill and decode of two engines that should say the same."""
+    """Measure prefill and decode of two engines that should produce the same tokens."""
     ids = random_ids(ours.spec, sizes.prefilled[0])
     away = float((ours.logits(ids) - theirs.logits(ids)).abs().max())
     sides: list[tuple[Engine, Work]] = []
@@ -331,7 +333,7 @@ def _beside(benchmark: str, ours: Engine, theirs: Engine, peer: str, sizes: Size
 
 
 def parity(sizes: Sizes) -> Iterator[Measurement]:
-    """parity: logits of a random tiny-V4 against the peer's, against other chunkings of the same ids, and restored."""
+    """parity: logits of a random tiny-V4 against the peer's, other chunk sizes and restored states."""
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
     ids = random_ids(engine.spec, sizes.compared)
@@ -372,7 +374,7 @@ def parity(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def _restored(engine: Engine, ids: Sequence[int]) -> Iterator[tuple[str, int, Tensor]]:
-    """The logits after `ids`, most of which are taken up from elsewhere: from where, how many, float32 [V]."""
+    """Yield the source of a restored state, the number of restored tokens, and the logits after `ids`, float32 [V]."""
     known = len(ids) - 40
     with tempfile.TemporaryDirectory() as place:
         cache_dir, path = Path(place, "cache"), Path(place, "session")
@@ -396,7 +398,7 @@ def _restored(engine: Engine, ids: Sequence[int]) -> Iterator[tuple[str, int, Te
 
 
 def _copy(engine: Engine, cache_dir: Path) -> Batcher:
-    """A batcher for the same model that has computed nothing yet."""
+    """Return a batcher for the same model that has computed nothing yet."""
     batcher = Batcher(engine.decoder, kv_cache_bytes=engine.kv_cache_bytes)
     batcher.disk = DiskCache(cache_dir, batcher.pools, model=engine.fingerprint, budget_bytes=CACHE_BYTES)
     return batcher
@@ -404,7 +406,7 @@ def _copy(engine: Engine, cache_dir: Path) -> Batcher:
 
 @torch.inference_mode()
 def _first_tie(decoder: Decoder, ids: Sequence[int]) -> int:
-    """The first position at which the last entry that is chosen is less than `TIE` ahead of the next."""
+    """Return the first position at which the last chosen entry scores less than `TIE` above the next one."""
     trace, top_k, first = Trace(), decoder.spec.index_topk, len(ids)
     decoder(torch.tensor([ids]), trace=trace)
     for record in trace.index:
@@ -417,7 +419,7 @@ def _first_tie(decoder: Decoder, ids: Sequence[int]) -> int:
 
 
 def _next_token(batcher: Batcher, work: Work, ids: Sequence[int]) -> SampledToken:
-    """Append the ids and compute them; the token that would come next is not added."""
+    """Append the ids, compute them, and return the greedy next token without appending it."""
     work.extend(ids)
     while work.logits_V is None:
         batcher.advance([work])
@@ -425,10 +427,11 @@ def _next_token(batcher: Batcher, work: Work, ids: Sequence[int]) -> SampledToke
 
 
 def memory(sizes: Sizes) -> Iterator[Measurement]:
-    """memory: bytes that one more token of a long sequence costs, from what the cache's tensors really occupy."""
+    """memory: bytes per additional token of a long sequence, from the storage that the cache's tensors occupy."""
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
-    peer.chunk = TOKEN_BUDGET  # so that neither side's window rows lie in a larger block at the end than at the start
+    # so that on both sides the window rows occupy the same number of bytes at the start and at the end
+    peer.chunk = TOKEN_BUDGET
     low, high, peer_high = sizes.grown_from, sizes.grown_to, sizes.grown_to_peer
     ids = random_ids(engine.spec, high)
 
@@ -465,7 +468,7 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
 
 
 def _held_while_filling(batcher: Batcher, ids: Sequence[int]) -> dict[int, int]:
-    """The bytes that a sequence holds after each of the engine's steps, by the number of tokens in it."""
+    """Return the bytes that a sequence holds after each of the engine's steps, by its length."""
     batcher.cache.clear()
     work, held = Work(), {}
     work.extend(ids)
@@ -478,7 +481,7 @@ def _held_while_filling(batcher: Batcher, ids: Sequence[int]) -> dict[int, int]:
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of memory behind every tensor reachable from `root`, spare capacity included, shared storage once."""
+    """Return the bytes behind every tensor reachable from `root`: spare capacity included, shared storage once."""
     sizes: dict[int, int] = {}
     seen: set[int] = set()
     waiting = [root]
@@ -500,7 +503,7 @@ def held_bytes(root: object) -> int:
 
 
 def cold(sizes: Sizes) -> Iterator[Measurement]:
-    """cold-start: open a sharded checkpoint and say the first token, each time in a new process."""
+    """cold-start: load a sharded checkpoint and produce the first token, each time in a new process."""
     library = import_transformers()
     peer = f"transformers {library.__version__}, from_pretrained"
     with random_model(tiny_v4(n_routed_experts=sizes.cold_experts)) as folder:
@@ -574,10 +577,10 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "context-1m": lambda sizes: caching.long_session("context-1m", sizes.nightly, sizes.repeats),
     "decode-tiny": decode_packaged,
 }
-"""What `--only` can name, in the order of running."""
+"""The names for `--only`, in the order in which they run."""
 
 NIGHTLY = ("context-1m",)
-"""The benchmarks that take an hour or more, and are measured only where they are named."""
+"""Benchmarks that take half an hour or more and run only when named."""
 
 ELSEWHERE = ("turn-overhead", "shared-prefill")
-"""The benchmarks of `agentkit.benchmarks`, which the engine knows by name only."""
+"""Benchmarks of `agentkit.benchmarks`, which the engine knows by name only."""

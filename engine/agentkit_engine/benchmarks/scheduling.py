@@ -1,6 +1,6 @@
-"""What the engine does around its forwards: a step of the scheduler, and a turn that is appended to a long session.
+"""The engine's work around its forwards: a scheduler step, and a turn appended to a long session.
 
-The same contract as in `registry.py`. The model computes nothing here (`null_model.py`), so that nothing else is left.
+Benchmark functions follow the contract in `registry.py`. The model computes nothing here (`null_model.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ earlier run on two cores, because nano-vllm is not on PyPI."""
 
 
 class PageScheduler:
-    """The least that continuous batching takes with one kind of page: a queue, a free list and block tables."""
+    """Minimal continuous batching with one kind of page: a queue, a free list and block tables."""
 
     def __init__(self, lengths: Sequence[int], pages: int) -> None:
         self.lengths = list(lengths)
@@ -41,7 +41,7 @@ class PageScheduler:
             self._reserve(index, length)
 
     def step(self) -> list[tuple[int, int]]:
-        """Whose next token is computed at which position; every sequence grows by it."""
+        """Lengthen every sequence by one token and return the (sequence, position) pairs."""
         scheduled = []
         for _ in range(len(self._running)):
             index = self._running.popleft()
@@ -59,7 +59,7 @@ class PageScheduler:
 
 
 def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measurement]:
-    """scheduler: one step of sessions that all decode: who takes part, in which memory, and what became of it."""
+    """scheduler: one step with every session decoding: scheduling, memory and bookkeeping."""
     decoder = random_decoder(tiny_v4())
     for batch in batches:
         batcher = Batcher(decoder, kv_cache_bytes=KV_CACHE_BYTES)
@@ -83,9 +83,9 @@ def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measureme
 
 
 def _step_both(batcher: Batcher, peer: PageScheduler, steps: int, repeats: int) -> tuple[Median, Median]:
-    """Microseconds per step on both sides, of sequences as long as the peer's are."""
+    """Return the microseconds per step on both sides, with sequences of the same lengths."""
     batcher.runner = runner = NullRunner(batcher.pools)
-    batcher.speculate = False  # the peer has no guesses
+    batcher.speculate = False  # the peer has no drafts
     works = [Work(random_ids(batcher.pools.spec, length, seed=length)) for length in peer.lengths]
     while waiting := [work for work in works if work.logits_V is None]:
         batcher.advance(waiting)
@@ -112,7 +112,7 @@ def _step_both(batcher: Batcher, peer: PageScheduler, steps: int, repeats: int) 
 
 
 def append(length: int, repeats: int) -> Iterator[Measurement]:
-    """append-turn: the time from a new message to the first forward with its tokens, in a long session of `tiny`."""
+    """append-turn: time from a new message to the first forward with its tokens, in a long session of `tiny`."""
     tokens, ours_ms, theirs_ms = anyio.run(_append, length, repeats)
     ours, theirs = Median.of(ours_ms), Median.of(theirs_ms)
     yield Measurement(
@@ -131,7 +131,7 @@ def append(length: int, repeats: int) -> Iterator[Measurement]:
 
 
 async def _append(length: int, repeats: int) -> tuple[int, list[float], list[float]]:
-    """The session's length, and the milliseconds of each repeat on both sides."""
+    """Return the session's length, and the milliseconds of each repeat on both sides."""
     engine = Engine.load("tiny")
     tokenizer = engine.tokenizer
     engine.batcher.runner = runner = NullRunner(engine.batcher.pools, favourite=tokenizer.eos_id)
@@ -163,10 +163,10 @@ async def _append(length: int, repeats: int) -> tuple[int, list[float], list[flo
             ours_ms.append(1e3 * (ours[0] - start))
             if (ours[1], session.token_ids) != (theirs[1], expected):
                 raise OutputsDifferError(f"turn {turn} was fed as {ours[1]}, and encoded anew as {theirs[1]}")
-    return tokens, ours_ms[1:], theirs_ms[1:]  # without the turn that warms up
+    return tokens, ours_ms[1:], theirs_ms[1:]  # without the warm-up turn
 
 
 async def _next(session: AsyncSession) -> None:
-    """Have everything computed and the end of the turn sampled."""
+    """Compute everything appended and sample the end of the turn."""
     async for _ in session.generate(SamplingParams(temperature=0, max_tokens=1)):
         pass

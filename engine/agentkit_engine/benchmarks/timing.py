@@ -13,12 +13,12 @@ import torch
 
 Clock = Literal["CPU-s", "s"]
 CLOCKS: tuple[tuple[Clock, int, str], ...] = (("CPU-s", 1, "one thread"), ("s", 2, "two threads"))
-"""Each clock, and with how many threads it is read: CPU time says what work costs, wall time what a user waits."""
+"""Each clock with its number of threads: CPU time measures the work, wall time the user's wait."""
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch computes with `count` threads inside the block."""
+    """Let torch use `count` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -28,7 +28,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def seconds(clock: Clock, work: Callable[[], object]) -> float:
-    """How long `work` takes: seconds of processor time over all threads, or of wall time."""
+    """Return how long `work` takes: seconds of CPU time over all threads, or of wall time."""
     now = time.process_time if clock == "CPU-s" else time.perf_counter
     start = now()
     work()
@@ -37,13 +37,13 @@ def seconds(clock: Clock, work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Median:
-    """Repeated measurements in one number; `spread` is (max - min) / median."""
+    """The median of repeated measurements; `spread` is (max - min) / median."""
 
     value: float
     spread: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Median:
-        """The median of at least one value."""
+        """Return the median of at least one value."""
         value = statistics.median(values)
         return cls(value, (max(values) - min(values)) / value)
