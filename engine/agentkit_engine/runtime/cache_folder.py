@@ -1,15 +1,15 @@
-"""The folder of a disk cache, and the key that signs what is written to it.
+"""The folder of a disk cache, and the key that signs its contents.
 
-The state in a segment becomes the state of the model, so whoever can write a segment decides what the model says next.
-Three rules keep strangers out:
+The state in a segment becomes the state of the model, so whoever can write a segment controls what the model generates.
+Three rules keep other users out:
 
-* The folder belongs to the user who runs this process, and nobody else may write to it. The same holds for each
-  segment. Segments are made with mode 0600, folders with 0700, because token ids are text.
+* The folder and every segment belong to the user of this process, and nobody else may write to them. Segments have mode
+  0600, folders 0700, because token ids are text.
 * Segments are regular files, opened relative to the folder's descriptor and never through a link.
-* Each frame carries a keyed BLAKE2b hash. The key is 32 random bytes in the user's own state folder, outside the cache,
-  so a segment that was downloaded, unpacked or copied from another user is not read, whatever its mode says.
+* Each frame carries a keyed BLAKE2b hash. The key is 32 random bytes in the user's own state folder, outside the cache.
+  A segment that was downloaded, unpacked or copied from another user is therefore not read, regardless of its mode.
 
-Nothing protects against somebody who can read the key or run code as this user.
+None of this protects against somebody who can read the key or run code as this user.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Seal:
 
 
 def key_path() -> Path:
-    """Where the key of this user is: `$XDG_STATE_HOME/agentkit/cache.key`, by default below `~/.local/state`.
+    """Return the path of this user's key: `$XDG_STATE_HOME/agentkit/cache.key`, by default in `~/.local/state`.
 
     Raises:
-        CacheFolderError: The user has no home folder.
+        CacheFolderError: the user has no home folder.
     """
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
@@ -66,10 +66,10 @@ def key_path() -> Path:
 
 
 def user_key() -> bytes:
-    """The key of this user, made on first use.
+    """Return this user's key, created on first use.
 
     Raises:
-        CacheFolderError: It cannot be made or read, or others could read or change it.
+        CacheFolderError: it cannot be created or read, or others could read or change it.
     """
     path = key_path()
     try:
@@ -81,7 +81,7 @@ def user_key() -> bytes:
         try:
             with open(fd, "wb") as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
-            with suppress(FileExistsError):  # another process made one meanwhile: theirs counts
+            with suppress(FileExistsError):  # another process created one first; that one is used
                 os.link(beside, path)
         finally:
             beside.unlink()
@@ -110,23 +110,23 @@ def _read_key(path: Path) -> bytes:
 
 
 def check_usable(folder: Path) -> None:
-    """Refuse a cache folder that others may write to, and a key that cannot be used. A missing folder is fine.
+    """Reject a cache folder that others may write to, and a key that cannot be used. A missing folder is fine.
 
     Raises:
-        CacheFolderError: With what was found, what is expected and the command that mends it.
+        CacheFolderError: with what was found, what is expected and the command that fixes it.
     """
     user_key()
-    with suppress(OSError), open_folder(folder):  # what else is wrong with it is said when it is written to
+    with suppress(OSError), open_folder(folder):  # other problems are reported when the cache is written
         pass
 
 
 @contextmanager
 def open_folder(folder: Path, model: str | None = None, *, create: bool = False) -> Iterator[int]:
-    """A descriptor of a cache folder, or of the folder of `model` in it.
+    """Yield a descriptor of a cache folder, or of the folder of `model` in it.
 
     Raises:
-        CacheFolderError: It belongs to somebody else, or others may write to it.
-        OSError: It is not there and cannot be made, or is not a folder.
+        CacheFolderError: it belongs to somebody else, or others may write to it.
+        OSError: it does not exist and cannot be created, or is not a folder.
     """
     if create:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _check_own(status: os.stat_result, folder: Path) -> None:
 
 
 def segments(fd: int) -> Iterator[tuple[str, os.stat_result]]:
-    """The segments in a folder: own regular files that nobody else may write to, under names the cache gives."""
+    """Yield the segments in a folder: the user's own regular files, not writable by others, with the cache's names."""
     with os.scandir(fd) as entries:
         for entry in entries:
             if SEGMENT_NAME.fullmatch(entry.name):
@@ -174,5 +174,5 @@ def segments(fd: int) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def is_own_file(status: os.stat_result) -> bool:
-    """Whether a file is a regular one that only this user can have written."""
+    """Return whether a file is a regular one that only this user can have written."""
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022

@@ -1,17 +1,17 @@
-"""Checkpoints on disk, for sessions of later processes and for more of them than memory holds.
+"""Checkpoints on disk, for later processes and for more checkpoints than memory holds.
 
-A checkpoint is stored as *frames*: one for each full span, shared by all that begin alike and written once, and one for
-the tail (the slot's rows and the open span). Frames are appended to segment files. Every process writes files of its
-own and reads everybody's, so nobody waits for a lock: a frame that is not whole yet is simply not there, and one that
-was torn by a crash never will be. What is read is checked before it is believed: the folder's owner and mode and a
-signature with the user's own key (`cache_folder.py`), then names, shapes and dtypes against the running model's.
+A checkpoint is stored as *frames*: one per full span, which all checkpoints with the same prefix share, and one for the
+tail (the slot's rows and the open span). Frames are appended to segment files. Every process writes its own segments
+and reads those of all processes, so no locks are needed: an incomplete frame counts as absent, and one that was cut off
+by a crash stays absent. Data is checked before it is used: the folder's owner and mode and a signature with the user's
+own key (`cache_folder.py`), then names, shapes and dtypes against the running model's.
 
-The disk is a cache and nothing depends on it: what is damaged, foreign or gone is computed again, and when the disk
-refuses to write there is one warning and no more writing.
+Nothing depends on the cache. Damaged, foreign or missing state is computed again, and after a failed write the cache
+logs one warning and stops writing.
 
     frame = MAGIC, header bytes (u32), payload bytes (u64), digest of the payload, signature, header, payload
 
-The signature covers all that stands before it, and the header; a header that is not signed is not parsed. Both hashes
+The signature covers everything before it, and the header; a header with a wrong signature is not parsed. Both hashes
 are keyed BLAKE2b of 16 bytes. The header is JSON, the payload a safetensors file.
 """
 
@@ -52,16 +52,16 @@ logger = logging.getLogger(__name__)
 MAGIC = b"AKCACHE2"
 _FRAME = struct.Struct(f"<8sIQ{DIGEST_BYTES}s{DIGEST_BYTES}s")
 SEGMENT_BYTES = 64 << 20
-"""A segment beyond this, or beyond a quarter of the budget, is closed; whole segments are what the budget removes."""
+"""A segment larger than this, or than a quarter of the budget, is closed; the budget removes whole segments."""
 BACKLOG_BYTES = 256 << 20
-"""With this much waiting to be written, further checkpoints are not stored."""
+"""While more than this waits to be written, new checkpoints are not stored."""
 MAX_HEADER_BYTES = 1 << 14
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a frame is: the name of its segment, and its bytes. `fixed` is what stands before the header."""
+    """A frame's location: segment name, offset and sizes. `fixed` holds the bytes before the header."""
 
     segment: str
     start: int
@@ -76,7 +76,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class StoredTail:
-    """A checkpoint on disk: its length, the most tokens its rings ever held, the ids behind its last full span."""
+    """A checkpoint on disk: its length, its largest length so far, and the ids after its last full span."""
 
     length: int
     written: int
@@ -86,7 +86,7 @@ class StoredTail:
 
 @dataclass(slots=True)
 class _Scan:
-    """How far a segment has been read, and whether anything more can be."""
+    """The offset up to which a segment has been read, and whether reading may continue."""
 
     end: int = 0
     readable: bool = True
@@ -107,9 +107,9 @@ class DiskCache:
     """The checkpoints of one model in one folder, shared by any number of processes."""
 
     def __init__(self, folder: Path, pools: Pools, *, model: str, budget_bytes: int) -> None:
-        """Open or make the cache; frames of another model or layout are in another folder, and left alone.
+        """Open or create the cache; frames of other models and layouts are in other folders and stay untouched.
 
-        `budget_bytes` bounds the segments of this model: the ones unused for longest are removed.
+        `budget_bytes` bounds this model's segments; the least recently used are removed first.
 
         Raises:
             CacheFolderError: others may write to the folder, or the user's key cannot be used.
@@ -126,7 +126,7 @@ class DiskCache:
         self._stored: set[bytes] = set()  # keys this process has handed to its writer
         self._queue: queue.SimpleQueue[tuple[dict[str, Any], dict[str, Tensor]] | None] = queue.SimpleQueue()
         self._backlog = 0
-        self._lock = threading.Lock()  # of `_backlog`
+        self._lock = threading.Lock()  # guards `_backlog`
         self._failed = False
         self._segment: BinaryIO | None = None
         self._segment_name = ""
@@ -136,7 +136,7 @@ class DiskCache:
     # Reading, on the model thread.
 
     def find(self, ids: Seq[int], chain: IdChain, *, above: int) -> StoredTail | None:
-        """The longest checkpoint of `ids` with more than `above` and fewer than all of them, if there is one."""
+        """Return the longest checkpoint of more than `above` and fewer than all of `ids`, or None."""
         self._refresh()
         full = (len(ids) - 1) // SPAN
         for spans in range(full, above // SPAN - 1, -1):
@@ -151,10 +151,10 @@ class DiskCache:
         return None
 
     def load(self, stored: StoredTail, ids: Seq[int], chain: IdChain) -> Sequence | None:
-        """A sequence with that state; None when a part of it is gone or damaged.
+        """Return a sequence with that state; None if a part of it is gone or damaged.
 
         Raises:
-            OutOfMemoryError: there is no slot or not enough spans for it.
+            OutOfMemoryError: there is no free slot, or not enough free spans.
         """
         keys = chain.upto(ids, stored.length // SPAN)[1:]
         places = [self._spans.get(key) for key in keys]
@@ -183,7 +183,7 @@ class DiskCache:
     # Writing: snapshots on the model thread, files on another.
 
     def store(self, ids: Seq[int], chain: IdChain, sequence: Sequence) -> None:
-        """Have the state of `sequence`, which holds the first of `ids`, written soon; what is there is not repeated."""
+        """Queue the state of `sequence`, which holds the first of `ids`, for writing; stored parts are skipped."""
         if self._failed or self._backlog > BACKLOG_BYTES:
             self.stats.not_stored += 1
             return
@@ -202,7 +202,7 @@ class DiskCache:
         self._put(header | {"tail": list(ids[full * SPAN : sequence.length])}, key, tensors)
 
     def close(self) -> None:
-        """Write what waits and stop. The cache can be used again afterwards."""
+        """Write everything queued and stop the writer. The cache can be used again afterwards."""
         if self._writer is not None:
             self._queue.put(None)
             self._writer.join()
@@ -210,7 +210,7 @@ class DiskCache:
 
     @property
     def _span_tensors(self) -> dict[str, Tensor]:
-        """The tensors of a span's frame, as this model has them: only shape and dtype count."""
+        """Tensors with the shapes and dtypes of a span's frame."""
         return {f"entries.{index}": entries[0] for index, entries in enumerate(self.pools.entries)}
 
     @property
@@ -230,7 +230,7 @@ class DiskCache:
         self._queue.put((header, tensors))
 
     def _write_all(self) -> None:
-        """The writer thread: frames in the order they came, until None comes."""
+        """Run the writer thread: write frames in order until None arrives."""
         while (job := self._queue.get()) is not None:
             header, tensors = job
             try:
@@ -263,7 +263,7 @@ class DiskCache:
             self._keep_to_budget(folder)
 
     def _keep_to_budget(self, folder: int) -> None:
-        """Remove the segments unused for longest, but for the one being written."""
+        """Remove the least recently used segments, except the one being written."""
         found = [(status.st_mtime_ns, status.st_size, name) for name, status in cache_folder.segments(folder)]
         total = sum(size for _, size, _ in found)
         for _, size, name in sorted(found):
@@ -277,7 +277,7 @@ class DiskCache:
     # The index.
 
     def _refresh(self) -> None:
-        """Take in frames that were added since, by whomever, and forget segments that are gone."""
+        """Index frames added since by any process, and forget segments that are gone."""
         try:
             with cache_folder.open_folder(self._root, self._name) as folder:
                 found = {name: status.st_size for name, status in cache_folder.segments(folder)}
@@ -288,7 +288,7 @@ class DiskCache:
                     scan = self._scans.setdefault(name, _Scan())
                     if scan.readable and found[name] > scan.end:
                         self._scan(folder, name, scan)
-        except (OSError, CacheFolderError):  # not made yet, or no folder of ours: then writing will say so
+        except (OSError, CacheFolderError):  # missing, or not safe to read; writing reports the reason
             for name in list(self._scans):
                 del self._scans[name]
                 self._forget_segment(name)
@@ -308,7 +308,7 @@ class DiskCache:
             )
 
     def _add(self, header: dict[str, Any], place: _Place) -> None:
-        """Enter a frame whose header is signed. What does not fit this model is left out all the same."""
+        """Index a frame with a valid signature, unless it does not fit this model."""
         key = bytes.fromhex(header["key"])
         if header["kind"] == "span":
             self._spans[key] = place
@@ -320,7 +320,7 @@ class DiskCache:
             self._tails.setdefault(key, []).append(tail)
 
     def _read(self, place: _Place, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """The tensors of a frame, if they are what was written and what this model expects."""
+        """Return the tensors of a frame; None, and forget the frame, if they are damaged or do not fit this model."""
         try:
             if place.payload_bytes > sum(tensor.nbytes for tensor in expected.values()) + MAX_HEADER_BYTES:
                 raise ValueError("size")
@@ -333,7 +333,7 @@ class DiskCache:
                 frame = os.pread(file.fileno(), place.payload_start - place.start + place.payload_bytes, place.start)
                 os.utime(file.fileno())
             payload = frame[_FRAME.size + place.header_bytes :]
-            # The same signature, not only a valid one: another frame of ours may have been put in its place.
+            # Require the indexed signature, not just a valid one: another of this user's frames could be at this offset.
             if frame[: _FRAME.size] != place.fixed or not _holds(self._seal, place, [payload]):
                 raise ValueError("checksum")
             self.stats.read_bytes += len(frame)
@@ -355,27 +355,27 @@ class DiskCache:
         }
 
     def _forget_segment(self, name: str) -> None:
-        self._stored.clear()  # what was in it may be stored again
+        self._stored.clear()  # its frames may be stored again
         self._spans = {key: place for key, place in self._spans.items() if place.segment != name}
         self._tails = {
             key: kept for key, tails in self._tails.items() if (kept := [t for t in tails if t.place.segment != name])
         }
 
 
-# The folder as a whole, for people who look after it.
+# Maintenance of a whole cache folder.
 
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """What a cache folder holds of one model and layout.
+    """The contents of a cache folder for one model and layout.
 
     Attributes:
-        name: The name of its folder there: the start of the model's fingerprint, and the layout.
-        segments, bytes: Its files, and their size.
-        spans, checkpoints: Frames that are whole, and what they are.
-        damaged: Frames with a wrong checksum, and segments that cannot be read to their end, because they are cut, or
-            because the rest is not signed with this user's key. The last frame of a segment that a process is writing
-            at this moment counts too.
+        name: The name of its subfolder: the start of the model's fingerprint, and the layout.
+        segments, bytes: The number of its files, and their total size.
+        spans, checkpoints: The numbers of intact frames of each kind.
+        damaged: The number of frames with a wrong checksum, plus segments that cannot be read to their end because they
+            are truncated or the rest is not signed with this user's key. The last frame of a segment that a process is
+            writing at this moment counts too.
     """
 
     name: str
@@ -387,11 +387,11 @@ class StoredModel:
 
 
 def survey(folder: Path) -> list[StoredModel]:
-    """What is in a cache folder, by name of model; every byte is read and checked. Foreign files are passed over.
+    """List the contents of a cache folder by model, reading and checking every byte; foreign files are skipped.
 
     Raises:
         CacheFolderError: the folder is not this user's own, or the user's key cannot be used.
-        OSError: the folder is not there, or a file cannot be read.
+        OSError: the folder does not exist, or a file cannot be read.
     """
     key = cache_folder.user_key()
     models = []
@@ -415,16 +415,16 @@ def survey(folder: Path) -> list[StoredModel]:
 
 
 def prune(folder: Path, budget_bytes: int) -> tuple[int, int]:
-    """Remove the segments of all models unused for longest, until `budget_bytes` are left at most.
+    """Remove the least recently used segments of all models until at most `budget_bytes` are left.
 
-    Foreign files are left alone. A process that uses the cache meanwhile computes again what it does not find.
+    Foreign files are left alone. A process that is using the cache computes missing state again.
 
     Returns:
-        How many segments were removed, and how many bytes are left.
+        The number of removed segments, and of bytes left.
 
     Raises:
         CacheFolderError: the folder is not this user's own.
-        OSError: the folder is not there, or a file cannot be removed.
+        OSError: the folder does not exist, or a file cannot be removed.
     """
     found: list[tuple[int, str, str, int]] = []
     for model in _models(folder):
@@ -445,7 +445,7 @@ _MODEL_FOLDER = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 
 
 def _models(folder: Path) -> list[str]:
-    """The names of the model folders below a cache folder; other names are foreign."""
+    """Return the names of the model folders in a cache folder; other names are foreign."""
     with cache_folder.open_folder(folder) as inside, os.scandir(inside) as entries:
         return sorted(
             entry.name
@@ -458,9 +458,9 @@ def _models(folder: Path) -> list[str]:
 
 
 def _frames(file: BinaryIO, segment: str, scan: _Scan, seal: Seal) -> Iterator[tuple[dict[str, Any], _Place]]:
-    """The frames from `scan.end` on whose headers are signed.
+    """Yield the signed frames from `scan.end` on.
 
-    Ends at one that is not whole, and for good at one that is not signed.
+    Stops at an incomplete frame, and sets `scan.readable` to False at an unsigned one.
     """
     size = os.fstat(file.fileno()).st_size
     while size - scan.end >= _FRAME.size:
@@ -483,7 +483,7 @@ def _frames(file: BinaryIO, segment: str, scan: _Scan, seal: Seal) -> Iterator[t
 
 
 def _holds(seal: Seal, place: _Place, payload: Iterable[bytes]) -> bool:
-    """Whether the payload is the one that the frame was signed for."""
+    """Return whether the payload has the digest in the frame."""
     digest = hashlib.blake2b(key=seal.key, digest_size=DIGEST_BYTES)
     for chunk in payload:
         digest.update(chunk)

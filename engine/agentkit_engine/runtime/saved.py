@@ -1,13 +1,14 @@
-"""A session in a file: its ids, and the state that was computed of them, so that going on costs no prefill.
+"""A session in a file: its ids and the state computed from them, so that continuing it needs no prefill.
 
-The file is a safetensors file: `ids`, `fed` (1 for an id that was fed, 0 for one that was sampled), one `tail.N` per
-tensor of a slot, one `entries.N` per tensor of the spans. Its metadata names the model and the layout of the state, and
-a checksum of everything; a file that differs in any of these is refused, never misread. Names, shapes, dtypes and
-lengths are checked against the running model before any data is read. It is written beside its place and moved there,
-so it is whole or not there, and with mode 0600, because token ids are text.
+The file is a safetensors file: `ids`, `fed` (1 for an id that was appended, 0 for one that was sampled), one `tail.N`
+per tensor of a slot, one `entries.N` per tensor of the spans. Its metadata holds the model, the layout of the state and
+a checksum of everything; a file that differs in any of these is rejected. Names, shapes, dtypes and lengths are checked
+against the running model before any data is read. The file is written under another name and then renamed, so it is
+complete or absent. Its mode is 0600, because token ids are text.
 
-The checksum finds damage and not malice: it has no key, so that a session can be opened on another machine. The state
-in a file decides what the model says next. Open only files whose maker you trust, or append their ids to a new session.
+The checksum detects damage, not tampering: it has no key, so that a session can be opened on another machine. The state
+in a file determines what the model generates. Open only files from people you trust, or append their ids to a new
+session.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ _RUN_BYTES = 1 << 20
 
 
 def layout(pools: Pools) -> str:
-    """What the state of a sequence looks like: another value means that its bytes mean something else."""
+    """Return a hash of the state's layout; states with different values are incompatible."""
     shapes = [tuple(tensor.shape[1:]) for tensor in (*pools.tails, *pools.entries)]
     return hashlib.blake2b(repr((SPAN, ROLLBACK, shapes)).encode(), digest_size=8).hexdigest()
 
 
 def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pools: Pools, *, model: str) -> None:
-    """Write a session. Without a sequence only the ids are kept.
+    """Write a session. Without a sequence only the ids are stored.
 
     Raises:
-        OSError: the file cannot be written; what was there before is untouched.
+        OSError: the file cannot be written; an existing file is left as it was.
     """
     tensors = {"ids": torch.tensor(ids, dtype=torch.int32), "fed": torch.tensor(list(fed), dtype=torch.uint8)}
     if sequence is not None:
@@ -53,7 +54,7 @@ def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pool
     metadata = {"format": FORMAT, "model": model, "layout": layout(pools)}
     metadata |= {"length": str(length), "written": str(written)}
     metadata["checksum"] = _checksum(metadata, tensors)
-    # A folder of our own, mode 0700: nobody can put a link where the file is about to be written.
+    # A private folder, mode 0700, so that nobody can place a link where the file is about to be written.
     with tempfile.TemporaryDirectory(prefix=".agentkit-", dir=path.parent, ignore_cleanup_errors=True) as folder:
         beside = Path(folder, "session")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
@@ -62,16 +63,16 @@ def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pool
 
 
 def read(path: Path, *, model: str, pools: Pools) -> tuple[list[int], bytes, dict[str, Tensor], int, int]:
-    """The ids, which of them were fed, the state's tensors, its length, and the most tokens it ever held.
+    """Return the ids, which of them were appended, the state's tensors, its length, and its largest length so far.
 
     Raises:
-        SavedSessionError: not such a file, of another model or layout, or its content is damaged.
+        SavedSessionError: the file is not a saved session, belongs to another model or layout, or is damaged.
         OSError: the file cannot be read.
-        OutOfMemoryError: its state is larger than all memory for sequences; nothing of it was read.
+        OutOfMemoryError: its state exceeds all memory for sequences; none of it was read.
     """
     if path.exists() and not path.is_file():
         raise SavedSessionError(path, "not a regular file")
-    open_regular(path).close()  # what else is wrong with the file itself is an OSError
+    open_regular(path).close()  # raises OSError for a file that cannot be opened
     try:
         stored, metadata = safetensors_file.read_header_and_metadata(path)
     except CheckpointError as error:
@@ -123,7 +124,7 @@ def _number(path: Path, metadata: Mapping[str, str], name: str, most: int) -> in
 
 
 def _forms(pools: Pools, count: int, length: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor in the file of a session of `count` ids, `length` of them computed."""
+    """Return the dtype and shape of every tensor in the file of a session of `count` ids, `length` of them computed."""
     forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "ids": (torch.int32, (count,)),
         "fed": (torch.uint8, (count,)),
@@ -139,7 +140,7 @@ def _forms(pools: Pools, count: int, length: int) -> dict[str, tuple[torch.dtype
 
 
 def restore(pools: Pools, sequence: Sequence, tensors: dict[str, Tensor]) -> None:
-    """Fill an open sequence that has the spans it needs."""
+    """Fill an open sequence whose spans are already reserved."""
     for index, tail in enumerate(pools.tails):
         tail[sequence.slot] = tensors[f"tail.{index}"].to(tail.device)
     for index, entries in enumerate(pools.entries):

@@ -1,7 +1,7 @@
-"""One torch thread for the thread that computes, and no side effect on any other.
+"""One torch thread for the computing thread, without side effects on other threads.
 
-torch keeps a thread count per OS thread, and a process-wide default that a thread takes over on its first torch call.
-`torch.set_num_threads` changes both, so a plain call would leave one thread to every thread the process starts later.
+torch keeps a thread count per OS thread, and a process-wide default that a thread adopts on its first torch call.
+`torch.set_num_threads` changes both, so a plain call would also limit all threads that the process starts later.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread in the calling thread; other threads, later ones too, keep their count."""
+    """Let torch use one thread in the calling thread; other threads, including later ones, keep their count."""
     count = torch.get_num_threads()
     _use_one_thread(count)
     try:
@@ -30,8 +30,8 @@ def one_thread() -> Iterator[None]:
 
 
 def _use_one_thread(count: int) -> None:
-    """Set this thread's count to one, and leave `count` as the default of threads to come."""
-    torch.get_num_threads()  # the first call in a thread takes the default over, and would do so later
+    """Set this thread's count to one and the default for new threads to `count`."""
+    torch.get_num_threads()  # adopt the default now, so that the first torch call does not do so later
     torch.set_num_threads(1)
     restore_default = threading.Thread(target=torch.set_num_threads, args=(count,))
     restore_default.start()
@@ -39,17 +39,17 @@ def _use_one_thread(count: int) -> None:
 
 
 class OneThread:
-    """Runs functions with one torch thread: here if that is the caller's count, else in a thread made for it."""
+    """Runs functions with one torch thread: in the caller's thread if it has that count, else in a dedicated one."""
 
     def __call__(self, function: Callable[[], T]) -> T:
-        """Return what `function` returns; a caller that is interrupted still waits until it has ended."""
+        """Return the result of `function`; a caller that is interrupted still waits for it to end."""
         if torch.get_num_threads() == 1:
             return function()
         future = self._executor.submit(function)
         try:
             return future.result()
         finally:
-            wait([future])  # after Ctrl-C: memory must not be given to others while it is written
+            wait([future])  # after Ctrl-C: the function may still be writing to memory that would be reused
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:

@@ -1,7 +1,7 @@
 """Compile every CPU kernel before the first token, once per machine.
 
-Numba compiles a kernel when it is first called and keeps it on disk. Without this, a first prompt would pay for some
-kernels, a longer one for others, and a later turn for the rest: twenty seconds in pieces that look like a slow model.
+Numba compiles a kernel on its first call and caches it on disk. Without a warm-up, the first prompt compiles some
+kernels, a longer one others, and a later turn the rest: twenty seconds in pieces that look like a slow model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from agentkit_engine.runtime.segments import Segment
 logger = logging.getLogger(__name__)
 
 ROWS = 512
-"""Rows of the prompt: enough for the path of many rows, in which each expert multiplies all its rows at once."""
+"""Rows of the prompt, enough for the code path in which each expert multiplies all its rows at once."""
 
 
 def warm_up(runner: Runner, decoder: Decoder) -> None:
-    """Run forwards that reach every kernel, unless an earlier process did so on this machine; the log says so."""
+    """Run forwards that reach every kernel, unless an earlier process on this machine did; logs a warning first."""
     from agentkit_kernels import cpu
 
     marker = _marker(decoder, [Path(cpu.__file__), Path(compiled.__file__)], cpu.cache_folder())
@@ -41,25 +41,26 @@ def warm_up(runner: Runner, decoder: Decoder) -> None:
     try:
         pools.reserve(sequence, deep + 2)
         runner.step([Segment(sequence, [0] * rows)])
-        sequence.length = deep  # where the indexer has more entries than it may choose; what they hold is irrelevant
+        sequence.length = deep  # far enough that the indexer must choose among the entries; their content is irrelevant
         computed = runner.step([Segment(sequence, [0], [0])])
         if decoder.mtp:
             runner.foresee(computed.streams_RMD[:1], [0])
     except OutOfMemoryError:
-        return  # too little memory for this; kernels are then compiled as they are met
+        return  # not enough memory; kernels are then compiled on first use
     finally:
         pools.close(sequence)
     marker.touch()
 
 
 def _marker(decoder: Decoder, sources: list[Path], folder: Path | None) -> Path | None:
-    """The file whose presence says that all kernels for such layers and weights are compiled; None without a cache."""
+    """Return the file that marks all kernels for these layers and weights as compiled; None without a cache folder."""
     if folder is None:
         return None
     layers = (*decoder.spec.layers, *decoder.spec.mtp_layers)
     kinds = sorted({(layer.attention, layer.router) for layer in layers})
     dtypes = sorted({str(weight.dtype) for weight in decoder.parameters()})
-    stamps = [(stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, sources)]  # by which Numba knows a source too
+    # Numba identifies a source the same way
+    stamps = [(stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, sources)]
     key = repr((machine(torch.device("cpu")), kinds, dtypes, stamps))
     digest = hashlib.blake2b(key.encode(), digest_size=8)
     return folder / f"warm-{digest.hexdigest()}"
