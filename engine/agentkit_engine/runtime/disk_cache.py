@@ -333,7 +333,7 @@ class DiskCache:
                 frame = os.pread(file.fileno(), place.payload_start - place.start + place.payload_bytes, place.start)
                 os.utime(file.fileno())
             payload = frame[_FRAME.size + place.header_bytes :]
-            # Require the indexed signature, not just a valid one: another of this user's frames could be at this offset.
+            # Require the indexed signature, not just a valid one: another signed frame could be at this offset.
             if frame[: _FRAME.size] != place.fixed or not _holds(self._seal, place, [payload]):
                 raise ValueError("checksum")
             self.stats.read_bytes += len(frame)
