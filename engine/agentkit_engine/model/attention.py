@@ -1,8 +1,9 @@
-"""V4 attention: one KV head whose rows are key and value at once, a sliding window, compressed entries and sinks.
+"""V4 attention: one KV head whose rows are both key and value, a sliding window, compressed entries and sinks.
 
-A query sees the raw rows of the last `sliding_window` tokens and the entries whose whole window of tokens lies in
-its past: all of them (HCA) or the indexer's choice (CSA), in one softmax with a learned sink per head. Queries are
-handled in blocks, so that memory does not grow with the length of the chunk. Source: the DeepSeek-V4 reference.
+A query attends to the raw rows of the last `sliding_window` tokens, and to the entries whose whole window of tokens
+lies in its past: all of them (HCA) or the indexer's choice (CSA). One softmax covers both, with a learned sink per
+head. Queries are processed in blocks, so that memory does not grow with the length of the chunk. Source: the
+DeepSeek-V4 reference.
 Dimension key: `model/__init__.py`.
 """
 
@@ -23,20 +24,20 @@ from agentkit_engine.model.trace import IndexTrace, Trace
 from agentkit_engine.spec import LayerSpec, ModelSpec, RopeSpec
 
 QUERY_BLOCK = 128
-"""Most queries of a chunk handled at once."""
+"""Maximum number of queries of a chunk processed at once."""
 SCORE_BUDGET = 1 << 24
-"""Most float32 scores held at once (64 MiB); long contexts shrink the query block to stay below it."""
+"""Maximum number of float32 scores held at once (64 MiB); in long contexts the query block shrinks to stay below it."""
 GATHER_ABOVE = 1024
-"""With more visible entries than this (and than four times top-k) CSA gathers its picks instead of masking scores."""
+"""Above this many visible entries (and four times top-k) CSA gathers its chosen entries instead of masking scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What the layers of one forward share.
+    """Data that the layers of one forward share.
 
     Attributes:
-        rotations: Of this forward's positions, per RoPE set, complex [T, R/2]; and the inverse rotations.
-        trace: Filled on the way when given.
+        rotations: Rotations of this forward's positions, per RoPE set, complex [T, R/2], with their inverses.
+        trace: Filled during the forward unless None.
     """
 
     rotations: dict[RopeSpec, tuple[Tensor, Tensor]]
@@ -44,10 +45,10 @@ class ForwardContext:
 
 
 def with_sink(rows_BSK: Tensor) -> Tensor:
-    """Shared key-value rows plus the sink's, float32 [B, S+1, K+1].
+    """Return the shared key-value rows plus the sink's, float32 [B, S+1, K+1].
 
-    The sink is one more key. Queries get one more dimension holding its score, in which only its key is 1; its value
-    is 0 in the other K dimensions. So it takes probability and gives nothing.
+    The sink is an extra key. Queries get one more dimension holding its score, in which only its key is 1; its value
+    is 0 in the other K dimensions. It therefore takes probability and contributes nothing.
     """
     rows = F.pad(rows_BSK.float(), (0, 1, 0, 1))
     rows[:, -1, -1] = 1.0
@@ -55,10 +56,10 @@ def with_sink(rows_BSK: Tensor) -> Tensor:
 
 
 def probabilities(q_BTHK: Tensor, rows: Tensor, sink_H: Tensor, hidden: Tensor | None) -> Tensor:
-    """Attention of every head over `with_sink` rows, the sink last: float32 [B, T*H, S+1], summing to 1.
+    """Return each head's attention over `with_sink` rows, float32 [B, T*H, S+1]; the sink is last, and rows sum to 1.
 
-    `hidden` ([1 or B, T, S], or None for nothing) is True where a query must not look. Scores are scaled by K^-0.5;
-    `sink_H` is taken as it is.
+    `hidden` ([1 or B, T, S], or None) is True for keys that a query must not attend to. Scores are scaled by K^-0.5;
+    `sink_H` is not scaled.
     """
     batch, tokens, heads, head_dim = q_BTHK.shape
     sink = sink_H.float().view(1, 1, heads, 1).expand(batch, tokens, heads, 1)
@@ -78,14 +79,14 @@ def attend(q_BTHK: Tensor, rows_BSK: Tensor, sink_H: Tensor, hidden: Tensor | No
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What the queries of one forward may look at.
+    """The rows and entries that the queries of one forward attend to.
 
     Attributes:
         window_BSK: Raw rows; the last one belongs to the last token of this forward.
         end: Position after the last row.
         entries_BWK: Compressed entries, or None in a window layer.
-        index: How to choose among the entries, or None to take all that are visible.
-        gather: Whether to gather the chosen entries rather than to mask the others.
+        index: Queries that choose among the entries, or None to take all visible ones.
+        gather: True to gather the chosen entries, False to mask the others.
     """
 
     window_BSK: Tensor
@@ -96,7 +97,7 @@ class Keys:
 
 
 class Attention(nn.Module):
-    """One layer's attention; what it looks at beside the window is decided by `layer.attention`."""
+    """The attention of one layer: a window, plus compressed entries according to `layer.attention`."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ class Attention(nn.Module):
         self.indexer = Indexer(spec, layer) if layer.attention == "csa" else None
 
     def forward(self, x_BTD: Tensor, cache: LayerCache, context: ForwardContext) -> Tensor:
-        """Attention output [B, T, D] of the normed inputs; appends their rows and entries to `cache`."""
+        """Return the attention output [B, T, D] of the normed inputs, and append their rows and entries to `cache`."""
         rotations_TR, inverse_TR = context.rotations[self.layer.rope]
         start, tokens = cache.window.end, x_BTD.shape[1]
         q_latent_BTQ = self.q_norm(self.wq_a(x_BTD))
@@ -157,7 +158,8 @@ class Attention(nn.Module):
         return max(1, min(QUERY_BLOCK, SCORE_BUDGET // (batch * per_query)))
 
     def _attend(self, q_BTHK: Tensor, first: int, start: int, keys: Keys, trace: Trace | None) -> Tensor:
-        """Queries at positions `first`, `first` + 1, ... of a forward that began at `start`; float32 [B, T, H, K]."""
+        """Attend from queries at positions `first`, `first` + 1, ... of a forward that began at `start`: [B, T, H,
+        K]."""
         tokens, device = q_BTHK.shape[1], q_BTHK.device
         stop = first + tokens
         low = max(0, first - self.sliding_window + 1)
@@ -187,7 +189,7 @@ class Attention(nn.Module):
         return attend(q_BTHK, rows, self.attn_sink, _join(hidden, chosen_BTW))
 
     def _attend_gathered(self, q_BTHK: Tensor, window_BSK: Tensor, entries_BWK: Tensor, chosen_BTW: Tensor) -> Tensor:
-        """`_attend` with a private copy of its window and its chosen entries for each query: cost follows top-k."""
+        """Like `_attend`, with a copy of the window and chosen entries for each query: cost grows with top-k only."""
         batch, tokens = q_BTHK.shape[:2]
         missing = self.sliding_window - 1 + tokens - window_BSK.shape[1]
         windows = F.pad(window_BSK, (0, 0, missing, 0)).unfold(1, self.sliding_window, 1).mT
@@ -201,5 +203,5 @@ class Attention(nn.Module):
 
 
 def _join(hidden_1TS: Tensor, taken_BTW: Tensor) -> Tensor:
-    """One mask over window rows and entries, True where a query must not look."""
+    """Join the masks of window rows and entries into one that is True for keys a query must not attend to."""
     return torch.cat((hidden_1TS.expand(taken_BTW.shape[0], -1, -1), ~taken_BTW), dim=-1)

@@ -1,4 +1,4 @@
-"""One decoder layer: attention and MoE, each between an mHC reading and an mHC writing of the residual streams.
+"""One decoder layer: attention and MoE, each between an mHC read and an mHC write of the residual streams.
 
 Dimension key: `model/__init__.py`.
 """
@@ -17,7 +17,7 @@ from agentkit_engine.spec import LayerSpec, ModelSpec
 
 
 class Block(nn.Module):
-    """A layer of the main stack (and the body of the MTP block). mHC parameters carry their official flat names."""
+    """A layer of the main stack (and the body of the MTP block). mHC parameters have their official flat names."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What a sequence leaves behind for its next tokens: raw KV rows of the window, compressed entries, compressor rows.
+"""State that later tokens of a sequence need: raw KV rows of the window, compressed entries, compressor rows.
 
-Layers append and get back the rows they need; nothing is concatenated per token. Dimension key: `model/__init__.py`.
+Layers append rows and get back those they need; nothing is concatenated per token. Dimension key: `model/__init__.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from agentkit_engine.spec import LayerSpec, ModelSpec
 class RowBuffer:
     """Rows [B, T, width] appended along T: all of them, or only the last `keep`.
 
-    The first rows are held as given, without a copy, so a forward on a fresh cache can be differentiated; later rows
-    are written into storage that doubles when it is full.
+    The first rows are stored as given, without a copy, so a forward on a fresh cache is differentiable. Later rows are
+    written into storage that doubles when it is full.
     """
 
     def __init__(self, keep: int | None = None) -> None:
@@ -50,7 +50,7 @@ class RowBuffer:
         return self._storage[:, :needed]
 
     def rows(self, like_BTX: Tensor) -> Tensor:
-        """The rows held now; an empty [B, 0, width] tensor shaped like `like_BTX` when there are none."""
+        """Return the current rows, or an empty [B, 0, width] tensor shaped like `like_BTX` if there are none."""
         return like_BTX[:, :0] if self._storage is None else self._storage[:, : self._used]
 
 
@@ -74,10 +74,10 @@ class LayerCache:
 
 
 class Cache:
-    """The state of one batch of equally long sequences; grows with every forward that is given it.
+    """The state of a batch of sequences of equal length, extended by every forward that receives it.
 
     Memory: per CSA layer T/4 rows of head_dim + index_head_dim, per HCA layer T/128 rows of head_dim, plus a
-    constant (window and compressor rows), doubled at worst by spare capacity.
+    constant (window and compressor rows). Spare capacity at most doubles it.
     """
 
     def __init__(self, spec: ModelSpec, batch_size: int = 1) -> None:

@@ -1,8 +1,8 @@
-"""KV compression: every m tokens become one entry, a gated average per channel over their rows.
+"""KV compression: m tokens become one entry, an average of their rows with a gate per channel.
 
 HCA pools the m rows of a window. CSA's rows hold two series, Ca and Cb: entry w pools the Ca half of window w-1 and
-the Cb half of window w, so neighbouring entries overlap. Windows are aligned to absolute positions, whatever the
-chunks of the forward. Source: the DeepSeek-V4 reference. Dimension key: `model/__init__.py`.
+the Cb half of window w, so neighbouring entries overlap. Windows are aligned to absolute positions, independent of the
+forward's chunks. Source: the DeepSeek-V4 reference. Dimension key: `model/__init__.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from agentkit_engine.spec import LayerSpec, ModelSpec
 
 
 def pool(values_BWLK: Tensor, scores_BWLK: Tensor) -> Tensor:
-    """Average the L rows of each window, weighted per channel by softmax of the scores over L: [B, W, K]."""
+    """Average the L rows of each window, weighted per channel by the softmax of the scores over L: [B, W, K]."""
     return (scores_BWLK.softmax(2) * values_BWLK).sum(2)
 
 
 class Compressor(nn.Module):
-    """Turns attention inputs into compressed entries of size `head_dim` (the indexer owns a smaller one)."""
+    """Turns attention inputs into compressed entries of size `head_dim` (the indexer has its own, smaller one)."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec, head_dim: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Compressor(nn.Module):
         return cache.entries.append(rotate(entries, rotations(self.rope, positions_W, self.rotary_dim)))
 
     def _windows(self, rows: Tensor, first: int, last: int, base: int, before_start: float) -> Tensor:
-        """The rows that windows first..last-1 pool, [B, W, L, K]; `rows` starts at position `base`."""
+        """Return the rows that windows first..last-1 pool, [B, W, L, K]; `rows` starts at position `base`."""
         ratio = self.ratio
         own = rows[:, first * ratio - base : last * ratio - base]
         if not self.overlap:

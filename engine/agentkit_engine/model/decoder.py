@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         return [block for block in (*self.layers, *self.mtp) if isinstance(block, Block)]
 
     def new_cache(self, batch_size: int = 1) -> Cache:
-        """An empty cache for `batch_size` sequences that advance together."""
+        """Return an empty cache for `batch_size` sequences that advance together."""
         return Cache(self.spec, batch_size)
 
     def forward(
@@ -54,14 +54,11 @@ class Decoder(nn.Module):
         last_only: bool = False,
         trace: Trace | None = None,
     ) -> Tensor:
-        """Logits of the tokens after `token_ids`, float32 [B, T, V] ([B, 1, V] with `last_only`).
+        """Return the logits of the tokens after `token_ids`, float32 [B, T, V] ([B, 1, V] with `last_only`).
 
-        Args:
-            token_ids_BT: The next T >= 1 tokens of every sequence, int64.
-            cache: What the sequences' earlier tokens left; these tokens are appended to it. None starts afresh
-                (and is the only case that can be differentiated).
-            last_only: Compute only the last token's logits.
-            trace: Filled with what training needs.
+        Args: token_ids_BT: The next T >= 1 tokens of every sequence, int64. cache: The state of the sequences' earlier
+        tokens; these tokens are appended to it. None starts at position 0 and is the only case that is differentiable.
+        last_only: Compute only the last token's logits. trace: Filled with intermediate results for training.
 
         Raises:
             ValueError: `token_ids` is not [B, T] with T >= 1 and the cache's B.
@@ -93,7 +90,7 @@ class Decoder(nn.Module):
     def draft_logits(
         self, streams_BTMD: Tensor, next_ids_BT: Tensor, cache: Cache | None = None, *, trace: Trace | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The MTP block at positions i: it sees token i+1 and predicts token i+2.
+        """Run the MTP block at positions i: it reads token i+1 and predicts token i+2.
 
         Args:
             streams_BTMD: The main stack's streams at positions i (`Trace.streams_BTMD`, cut to T), or the streams
@@ -131,9 +128,9 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def initialize_(decoder: Decoder, generator: torch.Generator, std: float = 0.02) -> Decoder:
-    """Starting weights for training, in place: normal matrices, unit norms, zero sinks, random distinct hash experts.
+    """Initialise for training, in place: normal matrices, unit norms, zero sinks, random distinct hash experts.
 
-    Residual streams start out nearly unmixed (the diagonal of each mHC matrix is favoured).
+    Residual streams start nearly unmixed (the diagonal of each mHC matrix dominates).
     """
     for name, parameter in decoder.named_parameters():
         if parameter.dim() >= 2 and not name.endswith("ape"):

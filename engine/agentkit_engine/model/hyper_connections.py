@@ -1,7 +1,7 @@
 """Manifold-constrained hyper-connections (mHC): M parallel residual streams, mixed per token.
 
-A sub-layer reads one vector, a weighted sum of the streams, and writes its output back to every stream, while the
-streams are mixed by a doubly stochastic matrix (softmax, then Sinkhorn normalisation). Source: Xie et al. 2025,
+A sub-layer reads one vector, a weighted sum of the streams, and writes its output back to every stream, while a
+doubly stochastic matrix (softmax, then Sinkhorn normalisation) mixes the streams. Source: Xie et al. 2025,
 arXiv:2512.24880, and DeepSeek-V4's reference. Everything is float32. Dimension key: `model/__init__.py`.
 """
 
@@ -21,7 +21,7 @@ SINKHORN_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
-    """How one sub-layer writes back: its output times `post_NM`, stream j to k by `comb_NMM`[n, j, k]."""
+    """Weights of a sub-layer's write: its output times `post_NM`, stream j to k by `comb_NMM`[n, j, k]."""
 
     post_NM: Tensor
     comb_NMM: Tensor
@@ -34,7 +34,7 @@ def mix_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
 
 
 def read(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
-    """The weighted sum of the streams that a sub-layer sees, [N, D]."""
+    """Return the weighted sum of the streams that a sub-layer reads, [N, D]."""
     x_ND: Tensor = _Read.apply(streams_NMD.float(), pre_NM)  # type: ignore[no-untyped-call]
     return x_ND.to(streams_NMD.dtype)
 
@@ -47,8 +47,7 @@ def write(streams_NMD: Tensor, y_ND: Tensor, mixing: Mixing) -> Tensor:
     return out_NMD.to(streams_NMD.dtype)
 
 
-# The streams are the widest tensors of the model, so these three are bound by memory: their backward passes are
-# written out to touch the streams as rarely as possible.
+# The streams are the widest tensors of the model, so these three functions are memory-bound. Their backward passes are written by hand to read and write the streams as rarely as possible.
 
 
 class _MixLogits(torch.autograd.Function):
@@ -101,8 +100,11 @@ class _Write(torch.autograd.Function):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def half_steps(size: int, iterations: int, eps: float, device: torch.device) -> list[Tensor]:
-    """Per half step, the matrix that turns a flattened M x M matrix, followed by a 1, into the divisors of its entries:
-    the sum of each entry's column (or row) + eps, and 1 for the 1."""
+    """Return one matrix per half step that maps a flattened M x M matrix, followed by a 1, to the divisors of its
+    entries.
+
+    An entry's divisor is the sum of its column (or row) + eps; the divisor of the 1 is 1.
+    """
     eye, ones = torch.eye(size, device=device), torch.ones(size, size, device=device)
 
     def divisors(sums: Tensor) -> Tensor:
@@ -118,15 +120,15 @@ def half_steps(size: int, iterations: int, eps: float, device: torch.device) -> 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def scale_of_output(size: int, device: torch.device) -> Tensor:
-    """Which of (pre, post, comb) each of the (2 + M) * M outputs belongs to."""
+    """Return the index of the scale (pre, post or comb) for each of the (2 + M) * M outputs."""
     return torch.tensor([0] * size + [1] * size + [2] * size * size, device=device)
 
 
 class _Sinkhorn(torch.autograd.Function):
     """Alternating column and row normalisation of positive matrices: each entry / (its line's sum + eps).
 
-    Two tensor operations per half step, a product and a division; the backward pass repeats the forward instead of
-    keeping its 2 * iterations results alive.
+    A half step takes two tensor operations, a product and a division. The backward pass repeats the forward instead
+    of storing its 2 * iterations results.
     """
 
     @staticmethod
@@ -158,8 +160,10 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 def sinkhorn(logits_NMM: Tensor, iterations: int, eps: float) -> Tensor:
-    """Nearly doubly stochastic matrices [N, M, M]: softmax over the last index + eps, then normalise columns, then
-    (rows, columns) `iterations` - 1 times. Float32 in and out; differentiable."""
+    """Return nearly doubly stochastic matrices [N, M, M], float32 and differentiable.
+
+    Softmax over the last index + eps, then normalise columns, then (rows, columns) `iterations` - 1 times.
+    """
     start = logits_NMM.softmax(-1) + eps
     size = logits_NMM.shape[-1]
     normalised: Tensor = _Sinkhorn.apply(start.flatten(1), size, iterations, eps)  # type: ignore[no-untyped-call]
@@ -169,7 +173,7 @@ def sinkhorn(logits_NMM: Tensor, iterations: int, eps: float) -> Tensor:
 def connect(
     streams_NMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, iterations: int
 ) -> tuple[Tensor, Mixing]:
-    """What a sub-layer reads ([N, D]) and how its output will be written back.
+    """Return the input of a sub-layer, [N, D], and the weights for writing its output back.
 
     Args:
         streams_NMD: The residual streams.
@@ -186,6 +190,6 @@ def connect(
 
 
 def collapse(streams_NMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
-    """The final reading of the streams before the output norm, [N, D]. fn [M, M*D], base [M], scale [1]."""
+    """Return the final sum of the streams before the output norm, [N, D]. fn [M, M*D], base [M], scale [1]."""
     mix = mix_logits(streams_NMD, fn, norm_eps)
     return read(streams_NMD, (mix * scale.float() + base.float()).sigmoid() + eps)

@@ -25,10 +25,10 @@ def index_scores(q_BTJC: Tensor, keys_BWC: Tensor, weights_BTJ: Tensor) -> Tenso
 
 
 def select_top_k(scores: Tensor, k: int, visible: Tensor | None = None) -> Tensor:
-    """True for the `k` highest of the last dimension among the visible ones (all of them when fewer are visible).
+    """Return True for the `k` highest visible scores of the last dimension (for all visible ones if there are fewer).
 
-    Equal scores go to the lowest index, whatever the device and the shape: `torch.topk` alone leaves that open. With
-    a `k` of 0 nothing is selected.
+    Ties go to the lowest index on every device and for every shape, which `torch.topk` does not guarantee. A `k` of 0
+    selects nothing.
     """
     if k == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -53,11 +53,11 @@ class IndexQueries:
 
     @property
     def heads(self) -> int:
-        """J."""
+        """J, the number of index heads."""
         return self.q_BTJC.shape[2]
 
     def scores(self, first: int, tokens: int, num_entries: int) -> Tensor:
-        """Index scores [B, tokens, num_entries] of the queries from the `first` of this forward on."""
+        """Return the index scores [B, tokens, num_entries] of this forward's queries from number `first` on."""
         block = slice(first, first + tokens)
         return index_scores(self.q_BTJC[:, block], self.keys_BWC[:, :num_entries], self.weights_BTJ[:, block])
 
@@ -81,10 +81,12 @@ class Indexer(nn.Module):
         top_k: int,
         recording: bool,
     ) -> IndexQueries | None:
-        """Append these tokens' index keys; what to score them with, or None when all entries fit in `top_k`.
+        """Append these tokens' index keys and return the queries.
 
-        Its inputs are detached: selection passes no gradient back, and the indexer's own loss (`indexer_kl`) trains
-        the indexer alone. Unless a trace is `recording` it, nothing here is differentiated at all.
+        Returns None when all entries fit in `top_k` and no trace is `recording`.
+
+        The inputs are detached: selection has no gradient, and the indexer's own loss (`indexer_kl`) trains the indexer
+        alone. Nothing here is differentiable unless a trace is `recording`.
         """
         with torch.set_grad_enabled(recording and torch.is_grad_enabled()):
             x_BTD, q_latent_BTQ = x_BTD.detach(), q_latent_BTQ.detach()

@@ -22,7 +22,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 class Gate(nn.Module):
     """The router. Affinities sqrt(softplus(x·W)) give the weights; experts come from a table or from the affinities.
 
-    `bias` is added for the choice only, never to the weights; it has no gradient (training nudges it by load).
+    `bias` affects the choice only, never the weights. It has no gradient; training nudges it by load.
     """
 
     tid2eid: Tensor
@@ -42,7 +42,7 @@ class Gate(nn.Module):
             self.register_buffer("bias", torch.zeros(spec.n_routed_experts))
 
     def forward(self, x_ND: Tensor, token_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids, int64 [N, A], and their weights, float32 [N, A]. Equal scores go to the lowest expert id."""
+        """Return expert ids, int64 [N, A], and their weights, float32 [N, A]. Ties go to the lowest expert id."""
         affinity_NE = F.softplus(F.linear(x_ND.float(), self.weight.float())).sqrt()
         if self.router == "hash":
             expert_ids_NA = self.tid2eid[token_ids_N]
@@ -67,7 +67,7 @@ class Experts(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def forward(self, x_ND: Tensor, expert_ids_NA: Tensor, weights_NA: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sum of each token's experts, float32 [N, D], and how many rows each expert got, int64 [E]."""
+        """Return the weighted sum of each token's experts, float32 [N, D], and the rows per expert, int64 [E]."""
         active = expert_ids_NA.shape[1]
         order = expert_ids_NA.flatten().argsort(stable=True)
         counts_E = torch.bincount(expert_ids_NA.flatten(), minlength=self.w1.shape[0])
@@ -87,7 +87,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert every token takes, neither gated nor scaled; its SwiGLU is clamped too."""
+    """The expert that every token uses, neither gated nor scaled; its SwiGLU is clamped too."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """One layer's feed-forward part."""
+    """The feed-forward part of one layer."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__()
@@ -113,7 +113,8 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(spec)
 
     def forward(self, x_ND: Tensor, token_ids_N: Tensor, trace: Trace | None) -> Tensor:
-        """[N, D] to [N, D]; routed experts are summed in float32, the shared one added, cast once."""
+        """[N, D] to [N, D]: routed experts are summed in float32, the shared one is added, and the result is cast
+        once."""
         expert_ids_NA, weights_NA = self.gate(x_ND, token_ids_N)
         routed_ND, counts_E = self.experts(x_ND, expert_ids_NA, weights_NA)
         if trace is not None:

@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block that sees the next token and predicts the one after it.
+"""Multi-token prediction: one more block that reads the next token and predicts the one after it.
 
 Embedding and output head are the main model's. Source: DeepSeek-V3 (arXiv:2412.19437), section 2.2, and the
 DeepSeek-V4 reference. Dimension key: `model/__init__.py`.
@@ -18,7 +18,7 @@ from agentkit_engine.spec import LayerSpec, ModelSpec
 
 
 class MTPBlock(Block):
-    """A window-only decoder block behind projections of the main stack's streams and of the next token's embedding."""
+    """A window-only decoder block on projections of the main stack's streams and the next token's embedding."""
 
     def __init__(self, spec: ModelSpec, layer: LayerSpec) -> None:
         super().__init__(spec, layer)
@@ -40,7 +40,7 @@ class MTPBlock(Block):
         cache: LayerCache,
         context: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
-        """Output vectors [B, T, D], normed and ready for the head, and the block's own streams [B, T, M, D]."""
+        """Return the normed output vectors for the head [B, T, D], and the block's own streams [B, T, M, D]."""
         e_BT1D = self.e_proj(self.enorm(next_embedding_BTD)).unsqueeze(2)
         streams_BTMD = self.h_proj(self.hnorm(streams_BTMD)) + e_BT1D
         streams_BTMD = self(streams_BTMD, next_ids_BT, cache, context)

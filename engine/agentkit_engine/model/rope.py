@@ -1,4 +1,4 @@
-"""Rotary position embedding: interleaved pairs on the last R dimensions, YaRN frequencies where the layer says so.
+"""Rotary position embedding: interleaved pairs on the last R dimensions, with YaRN frequencies if the layer has them.
 
 Sources: Su et al. 2021, arXiv:2104.09864; Peng et al. 2023 (YaRN), arXiv:2309.00071.
 Dimension key: `model/__init__.py`.
@@ -18,10 +18,11 @@ from agentkit_engine.spec import RopeSpec
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def frequencies(rope: RopeSpec, rotary_dim: int, device: torch.device) -> Tensor:
-    """Radians per position of each pair, float32 [R/2].
+    """Return the radians per position of each pair, float32 [R/2].
 
-    With `rope.factor` above 1 the slow pairs are interpolated (divided by the factor), the fast ones kept, and those
-    between the two correction dimensions blended linearly. It applies at every position, not only to long contexts.
+    With `rope.factor` above 1, slow pairs are interpolated (divided by the factor), fast ones are kept, and those
+    between the two correction dimensions are blended linearly. This applies at every position, not only in long
+    contexts.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     freqs = 1.0 / rope.theta**exponents
@@ -40,7 +41,7 @@ def frequencies(rope: RopeSpec, rotary_dim: int, device: torch.device) -> Tensor
 
 
 def rotations(rope: RopeSpec, positions_T: Tensor, rotary_dim: int) -> Tensor:
-    """The rotation of every pair at every position, as unit complex numbers [T, R/2] (complex64)."""
+    """Return the rotation of every pair at every position, as unit complex numbers [T, R/2] (complex64)."""
     angles = positions_T.float()[:, None] * frequencies(rope, rotary_dim, positions_T.device)
     return torch.polar(torch.ones_like(angles), angles)
 

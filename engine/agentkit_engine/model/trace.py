@@ -1,4 +1,4 @@
-"""What a training step wants to know about a forward, beyond its logits. Dimension key: `model/__init__.py`."""
+"""Intermediate results of a forward that training needs besides the logits. Dimension key: `model/__init__.py`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class IndexTrace:
 
 @dataclass(slots=True)
 class Trace:
-    """Pass one to `Decoder.forward` to have it filled.
+    """Record of one forward; pass it to `Decoder.forward`, which fills it.
 
     Attributes:
         index_scores: Whether to record the indexers (costs a second softmax per CSA layer).
         index: Their records, in order of layer and block.
-        expert_counts: Per layer index, how many tokens each expert got, int64 [E].
+        expert_counts: Tokens per expert, int64 [E], by layer index.
         streams_BTMD: The residual streams after the last layer: the input of the MTP block.
     """
 
@@ -46,11 +46,11 @@ class Trace:
 
 
 def indexer_kl(trace: Trace) -> Tensor:
-    """The indexers' own loss: KL(attention over compressed entries || softmax of the index scores), a scalar.
+    """Return the indexers' loss: KL(attention over compressed entries || softmax of the index scores), a scalar.
 
-    Selection passes no gradient, so this is the only thing that trains an indexer; its gradient reaches the
-    indexer's parameters and nothing else. Averaged over all (layer, sequence, query) that see at least two entries;
-    0 when there is none. Source: DeepSeek-V3.2 (arXiv:2512.02556), section 2.1, with every visible entry as target.
+    Selection has no gradient, so this loss alone trains an indexer, and its gradient reaches nothing else. It is the
+    mean over all (layer, sequence, query) with at least two visible entries; 0 if there are none. Source: DeepSeek-V3.2
+    (arXiv:2512.02556), section 2.1, with every visible entry as target.
     """
     total, count = torch.zeros(()), 0
     for record in trace.index:
