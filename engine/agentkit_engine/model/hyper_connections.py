@@ -47,7 +47,8 @@ def write(streams_NMD: Tensor, y_ND: Tensor, mixing: Mixing) -> Tensor:
     return out_NMD.to(streams_NMD.dtype)
 
 
-# The streams are the widest tensors of the model, so these three functions are memory-bound. Their backward passes are written by hand to read and write the streams as rarely as possible.
+# The streams are the widest tensors of the model, so these three functions are memory-bound. Their backward passes are
+# written by hand to read and write the streams as rarely as possible.
 
 
 class _MixLogits(torch.autograd.Function):
