@@ -45,7 +45,7 @@ def test_an_unknown_benchmark_is_an_error() -> None:
     result = run("--only", "shared-prefill,C99")
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())
-    assert "unknown benchmark 'C99'; there are turn-overhead, shared-prefill, and elsewhere decode," in message
+    assert "unknown benchmark 'C99'; expected turn-overhead, shared-prefill, or in the other rooms decode," in message
 
 
 def test_the_engine_lists_the_benchmarks_of_the_loop() -> None:

@@ -112,8 +112,8 @@ def test_an_unknown_benchmark_is_named_with_those_there_are() -> None:
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())
     assert (
-        "unknown benchmark 'C99'; there are decode, batch-decode, prefill," in message
-        and "and elsewhere turn-overhead, shared-prefill" in message
+        "unknown benchmark 'C99'; expected decode, batch-decode, prefill," in message
+        and "or in the other rooms turn-overhead, shared-prefill" in message
     )
 
 

@@ -360,7 +360,7 @@ def test_a_rewritten_session_without_changes_is_taken_up(engine: Engine, session
 
 def test_a_session_larger_than_all_memory_is_not_read(decoder: Decoder, session: Path) -> None:
     small = open_engine(decoder, kv_cache_bytes=1)
-    with pytest.raises(OutOfMemoryError, match="2 spans needed, and there are 1 in all; raise `kv_cache_bytes`"):
+    with pytest.raises(OutOfMemoryError, match="needs 2 spans, but only 1 exist; raise `kv_cache_bytes`"):
         small.open(session)
 
 

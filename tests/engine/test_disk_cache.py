@@ -184,7 +184,7 @@ def test_a_foreign_file_is_named_and_skipped(
         assert say(engine, some_ids(LENGTH + 20, 0)) == expected
         say(engine, some_ids(LENGTH + 20, 0))
     (record,) = caplog.records
-    assert f"{SEGMENT} is damaged, or not written by this user's agentkit, from byte 0 on" in record.message
+    assert f"{SEGMENT} is damaged or not signed with this user's key from byte 0 on" in record.message
 
 
 def test_a_disk_that_refuses_is_one_warning(
@@ -195,7 +195,7 @@ def test_a_disk_that_refuses_is_one_warning(
     with caplog.at_level(logging.WARNING):
         assert say(engine, some_ids(LENGTH + 20, 0)) == expected
         say(engine, some_ids(50, 1))
-    assert ["the disk cache stops writing" in record.message for record in caplog.records] == [True]
+    assert ["nothing more is stored" in record.message for record in caplog.records] == [True]
     assert disk(engine).stats.not_stored > 0
 
 

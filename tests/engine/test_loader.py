@@ -570,7 +570,7 @@ def test_header_that_is_no_header(broken: Path, header: bytes) -> None:
 def test_bytes_after_the_last_tensor(broken: Path) -> None:
     with (broken / "model.safetensors").open("ab") as file:
         file.write(b"more")
-    fails(broken, "model.safetensors", "the rest belongs to no tensor")
+    fails(broken, "model.safetensors", "the remaining bytes belong to no tensor")
 
 
 def test_missing_shard(sharded: Path) -> None:
@@ -594,17 +594,17 @@ def test_index_that_names_a_tensor_its_shard_does_not_hold(sharded: Path) -> Non
 
 def test_shard_that_holds_a_tensor_the_index_does_not_name(sharded: Path) -> None:
     edit_index(sharded, lambda weight_map: weight_map.__delitem__("norm.weight"))
-    fails(sharded, "tensor norm.weight: unknown here: model.safetensors.index.json says it is in no file")
+    fails(sharded, "tensor norm.weight: unexpected: model.safetensors.index.json places it in no file")
 
 
 def test_shard_outside_the_folder(sharded: Path) -> None:
     edit_index(sharded, lambda weight_map: weight_map.update({"norm.weight": "../model.safetensors"}))
-    fails(sharded, "found file '../model.safetensors', expected the plain name of a file beside it")
+    fails(sharded, "found file '../model.safetensors', expected the name of a file in the same folder")
 
 
 def test_safetensors_file_that_is_no_part_of_the_checkpoint(broken: Path) -> None:
     shutil.copy(broken / "model.safetensors", broken / "model-00002-of-00002.safetensors")
-    fails(broken, "model-00002-of-00002.safetensors: no part of the checkpoint")
+    fails(broken, "model-00002-of-00002.safetensors: not part of the checkpoint")
 
 
 def test_index_that_is_no_index(sharded: Path) -> None:

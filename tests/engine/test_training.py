@@ -135,7 +135,7 @@ def test_what_majority_practice_asks_for_was_drawn_before_and_is_out_of_sight() 
 @pytest.mark.parametrize("text", ["copy,majorities", "", "copy, far-copy"])
 def test_an_unknown_practice_is_refused(text: str) -> None:
     assert practice_kinds("majority,copy") == ("majority", "copy")
-    with pytest.raises(ValueError, match=r"no practice is called .*; expected some of copy, far-copy, majority"):
+    with pytest.raises(ValueError, match=r"unknown practice .*; expected one or more of copy, far-copy, majority"):
         practice_kinds(text)
 
 

@@ -15,11 +15,13 @@ RESULTS = Path("engine/results/cpu.json")
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help=f"Benchmarks, with commas between: {', '.join(BENCHMARKS)}.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help=f"Benchmarks to run, separated by commas: {', '.join(BENCHMARKS)}.")
+    ] = None,
     table: Annotated[bool, typer.Option("--table", help="Print the last results as a Markdown table.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes: shows that it works, not how fast.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smallest sizes, to check that the benchmarks run.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help=f"File to merge the records into; {RESULTS} unless given or --quick.")
+        Path | None, typer.Option(help=f"File to merge the records into; default {RESULTS}, none with --quick.")
     ] = None,
 ) -> None:
     """Measure the engine beside its peers and replace the benchmarks' records in the results file.

@@ -110,4 +110,4 @@ def _compare_alone(batcher: Batcher, prompts: Sequence[Sequence[int]], tokens_TB
         tokens_T1 = decode(batcher, [alone], len(tokens_TB))
         batcher.drop(alone)
         if [tokens_B[0] for tokens_B in tokens_T1] != [tokens_B[index] for tokens_B in tokens_TB]:
-            raise OutputsDifferError(f"session {index} of {len(prompts)} says something else than it says alone")
+            raise OutputsDifferError(f"session {index} of {len(prompts)} produced other tokens in the batch than alone")

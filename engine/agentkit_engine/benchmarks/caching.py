@@ -56,7 +56,7 @@ def lookup(lengths: Sequence[int], repeats: int) -> Iterator[Measurement]:
         longer = ids + ids[:APPENDED]
         found = [cache.find(longer, each) for each in (chain, IdChain())]
         if any(each is None or each[1] != length for each in found):
-            raise OutputsDifferError(f"of a checkpoint of {length} ids, kept and new hashes find {found}")
+            raise OutputsDifferError(f"lookups with kept and new hashes found {found}, expected {length} ids")
         ours = Median.of([1e3 * seconds("s", partial(cache.find, longer, chain)) for _ in range(repeats)])
         peers = [partial(cache.find, longer, IdChain()) for _ in range(repeats)]
         peer = Median.of([1e3 * seconds("s", hash_and_find) for hash_and_find in peers])
@@ -98,7 +98,7 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
         size = path.stat().st_size
         opened = engine.open(path)
         if next(opened.generate(SamplingParams(temperature=0))) != expected:
-            raise OutputsDifferError("the restored session says another token than the live one")
+            raise OutputsDifferError("the restored session produced another token than the live one")
         opened.close()
         restored = Median.of([seconds("s", lambda: engine.open(path).close()) for _ in range(5 * repeats)])
         yield Measurement(
@@ -147,7 +147,7 @@ def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurem
         again.batcher.speculate = False
         restored_s = Median.of([seconds("s", lambda: again.open(path).close()) for _ in range(repeats)])
         if any(_say(other, DECODED) != said for other in (fork, again.open(path))):
-            raise OutputsDifferError("the fork or the restored session says something else than the session itself")
+            raise OutputsDifferError("the fork or the restored session produced other tokens than the session")
     formula = length * bytes_per_token(engine.spec) + engine.batcher.pools.bytes_per_slot
     outputs = f"{DECODED} tokens at {length}, from a fork and restored, bit for bit; prefilled in {prefill_s:.0f} s"
     yield Measurement(
@@ -263,7 +263,7 @@ def _same_from_disk(folder: Path, cache_dir: Path, path: Path, ids: Sequence[int
         computed = cached.usage.miss_tokens
     engine.flush()
     if tokens[0] != tokens[1]:
-        raise OutputsDifferError(f"the session says {tokens[0]} from the disk cache and {tokens[1]} from its file")
+        raise OutputsDifferError(f"the next token is {tokens[0]} from the disk cache and {tokens[1]} from the file")
     return f"from both the same next token, bit for bit; {computed} tokens computed again from the disk cache"
 
 
@@ -293,7 +293,7 @@ def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
             per_forward[side], said[side] = len(tokens) / (engine.batcher.steps - before), tokens
             rates[side].append(len(tokens) / elapsed)
     if said[0] != said[1]:
-        raise OutputsDifferError("guesses changed what was sampled")
+        raise OutputsDifferError("drafts changed the sampled tokens")
     medians = [Median.of(of_side[1:]) for of_side in rates]  # drop the first run, which compiles or loads kernels
     outputs = f"the same {len(said[0])} tokens and log-probabilities, bit for bit"
     doing = f"tiny calls one tool {turns} times in a session, greedy, one thread"

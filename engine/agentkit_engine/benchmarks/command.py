@@ -43,8 +43,8 @@ def chosen_benchmarks(
     names = by_default if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in {*own, *elsewhere}]:
         raise typer.BadParameter(
-            f"unknown benchmark {', '.join(map(repr, unknown))}; there are {', '.join(own)}, "
-            f"and elsewhere {', '.join(elsewhere)}",
+            f"unknown benchmark {', '.join(map(repr, unknown))}; expected {', '.join(own)}, "
+            f"or in the other rooms {', '.join(elsewhere)}",
             param_hint="--only",
         )
     return [name for name in names if name in own]

@@ -92,7 +92,7 @@ def cost(repeats: int) -> Iterator[Measurement]:
         deque(_masked_alone(grammar, ids, begin, logits_V, theirs), maxlen=0)
         chosen = [at for at, masked_V in ours.items() if len(masked_V)]
         if any(not torch.equal(theirs[at], ours[at]) for at in chosen):
-            raise OutputsDifferError("llguidance alone allows other ids")
+            raise OutputsDifferError("the masks of the engine and of llguidance alone differ")
 
         def together(side: Callable[..., Iterator[None]], sessions: int) -> None:
             """Advance all sessions by one step before the next."""

@@ -99,7 +99,7 @@ def _step_both(batcher: Batcher, peer: PageScheduler, steps: int, repeats: int) 
     ours()
     assert runner.first is not None
     if sorted(at for at, _ in runner.first[1]) != sorted(at for _, at in peer.step()):
-        raise OutputsDifferError(f"the schedulers chose other tokens in a step of {len(works)} sequences")
+        raise OutputsDifferError(f"the schedulers chose different positions in a step of {len(works)} sequences")
 
     def microseconds(step: Callable[[], object]) -> Median:
         return Median.of([1e6 * seconds("s", lambda: [step() for _ in range(steps)]) / steps for _ in range(repeats)])
@@ -162,7 +162,9 @@ async def _append(length: int, repeats: int) -> tuple[int, list[float], list[flo
             assert ours is not None
             ours_ms.append(1e3 * (ours[0] - start))
             if (ours[1], session.token_ids) != (theirs[1], expected):
-                raise OutputsDifferError(f"turn {turn} was fed as {ours[1]}, and encoded anew as {theirs[1]}")
+                raise OutputsDifferError(
+                    f"turn {turn} was appended as {ours[1]}, but encoding the whole conversation gives {theirs[1]}"
+                )
     return tokens, ours_ms[1:], theirs_ms[1:]  # without the warm-up turn
 
 

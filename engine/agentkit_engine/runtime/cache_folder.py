@@ -59,7 +59,7 @@ def key_path() -> Path:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     except RuntimeError as exc:
         raise CacheFolderError(
-            "a disk cache needs a place for its key, and this user has no home folder; set XDG_STATE_HOME to a folder "
+            "the key of the disk cache has no place: this user has no home folder; set XDG_STATE_HOME to a folder "
             "of your own"
         ) from exc
     return Path(state) / "agentkit" / "cache.key"
@@ -89,7 +89,7 @@ def user_key() -> bytes:
     except OSError as exc:
         raise CacheFolderError(
             f"the key of the disk cache, {path}, cannot be used: {exc.strerror}; set XDG_STATE_HOME to a writable "
-            "folder of your own, or do without a cache folder"
+            "folder of your own, or run without a cache folder"
         ) from exc
 
 
@@ -150,13 +150,13 @@ def _check_own(status: os.stat_result, folder: Path) -> None:
     uid = os.geteuid()
     if status.st_uid != uid:
         raise CacheFolderError(
-            f"the cache folder {folder} belongs to user {status.st_uid}, expected {uid}, who runs this process: its "
-            "owner could decide what the model says. Name a folder of your own"
+            f"the cache folder {folder} belongs to user {status.st_uid}, expected {uid}, the user of this process: "
+            "its owner could control what the model generates. Use a folder of your own"
         )
     if status.st_mode & 0o022:
         raise CacheFolderError(
-            f"the cache folder {folder} has mode {status.st_mode & 0o7777:04o}, expected 0700: others could decide "
-            f"what the model says. Run `chmod 700 {folder}` if you trust what is in it, or name another folder"
+            f"the cache folder {folder} has mode {status.st_mode & 0o7777:04o}, expected 0700: others could control "
+            f"what the model generates. Run `chmod 700 {folder}` if you trust its contents, or use another folder"
         )
 
 

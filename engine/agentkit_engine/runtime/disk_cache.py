@@ -238,7 +238,7 @@ class DiskCache:
                     self._write(header, save(tensors))
             except (OSError, CacheFolderError) as error:
                 self._failed = True
-                logger.warning("the disk cache stops writing to %s: %s", self.folder, error)
+                logger.warning("disk cache: writing to %s failed, so nothing more is stored: %s", self.folder, error)
             finally:
                 with self._lock:
                     self._backlog -= sum(tensor.nbytes for tensor in tensors.values())
@@ -303,7 +303,7 @@ class DiskCache:
             return
         if not scan.readable:
             logger.warning(
-                "%s/%s is damaged, or not written by this user's agentkit, from byte %d on; that part is skipped",
+                "%s/%s is damaged or not signed with this user's key from byte %d on; the rest is skipped",
                 *(self.folder, name, scan.end),
             )
 

@@ -83,15 +83,17 @@ def read(path: Path, *, model: str, pools: Pools) -> tuple[list[int], bytes, dic
     count = stored["ids"].shape[0] if "ids" in stored and len(stored["ids"].shape) == 1 else 0
     most = pools.spec.max_position_embeddings
     if count > most:
-        raise SavedSessionError(path, f"it holds {count} ids, expected at most the model's {most}")
+        raise SavedSessionError(path, f"it holds {count} ids, but the model allows at most {most}")
     length, written = (_number(path, metadata, name, most) for name in ("length", "written"))
     if not (length <= count and length <= written and (length or not written)):
-        raise SavedSessionError(path, f"length is {length} and written {written}, which {count} ids do not allow")
+        raise SavedSessionError(
+            path,
+            f"length is {length} and written is {written}, expected a length of at most {count}, and written to be at "
+            "least the length, and 0 if the length is",
+        )
     spans = -(-length // SPAN)
     if spans > pools.spans:
-        raise OutOfMemoryError(
-            f"{path}: {spans} spans needed, and there are {pools.spans} in all; raise `kv_cache_bytes`"
-        )
+        raise OutOfMemoryError(f"{path} needs {spans} spans, but only {pools.spans} exist; raise `kv_cache_bytes`")
     forms = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in stored.items()}
     for name, form in _forms(pools, count, length).items():
         if (found := forms.pop(name, None)) != form:
@@ -112,14 +114,14 @@ def read(path: Path, *, model: str, pools: Pools) -> tuple[list[int], bytes, dic
     if count and not 0 <= int(ids.min()) <= int(ids.max()) < pools.spec.vocab_size:
         raise SavedSessionError(path, f"it holds ids outside the vocabulary 0..{pools.spec.vocab_size - 1}")
     if count and int(fed.max()) > 1:
-        raise SavedSessionError(path, "tensor fed holds other values than 0 and 1")
+        raise SavedSessionError(path, "tensor fed holds values other than 0 and 1")
     return ids.tolist(), bytes(fed.tolist()), tensors, length, written
 
 
 def _number(path: Path, metadata: Mapping[str, str], name: str, most: int) -> int:
     text = metadata.get(name, "")
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) <= most):
-        raise SavedSessionError(path, f"{name} is {shorten(text)}, expected a number of at most {most}")
+        raise SavedSessionError(path, f"{name} is {shorten(text)}, expected an integer from 0 to {most}")
     return int(text)
 
 

@@ -17,18 +17,24 @@ DEFAULT = TrainingConfig()
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with tokenizer.json, train.safetensors, heldout.safetensors.")],
     out: Annotated[Path, typer.Argument(help="New folder for the model, in the official layout.")],
-    start: Annotated[Path | None, typer.Option(help="A model folder to go on from, instead of random weights.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Model folder to continue from; random weights if omitted.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = DEFAULT.steps,
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = DEFAULT.learning_rate,
-    practice: Annotated[str, typer.Option(help="What to practise, by turns.")] = ",".join(DEFAULT.practice),
-    practice_steps: Annotated[int, typer.Option(help="First steps, of practice alone.")] = DEFAULT.practice_steps,
-    mixed_steps: Annotated[int, typer.Option(help="Steps after these, half of practice.")] = DEFAULT.mixed_steps,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULT.learning_rate,
+    practice: Annotated[str, typer.Option(help="Kinds of practice, in rotation.")] = ",".join(DEFAULT.practice),
+    practice_steps: Annotated[int, typer.Option(help="Initial steps with practice only.")] = DEFAULT.practice_steps,
+    mixed_steps: Annotated[
+        int, typer.Option(help="Steps after these in which half of the batches are practice.")
+    ] = DEFAULT.mixed_steps,
     spread_steps: Annotated[
-        int, typer.Option(help="Steps in which only HCA may carry facts that are spread over a stretch of text.")
+        int, typer.Option(help="Steps in which only HCA carries facts spread over a stretch of text.")
     ] = DEFAULT.spread_steps,
-    renew_hca: Annotated[bool, typer.Option(help="Go on with new HCA compressors.")] = False,
-    topk_steps: Annotated[int, typer.Option(help="The step at which selection binds in full.")] = DEFAULT.topk_steps,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each that share every step.")] = 2,
+    renew_hca: Annotated[bool, typer.Option(help="Give the HCA layers new compressors first.")] = False,
+    topk_steps: Annotated[
+        int, typer.Option(help="Step at which index_topk reaches its final value.")
+    ] = DEFAULT.topk_steps,
+    workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
 ) -> None:
     """Train, measure held-out accuracy under teacher forcing, and export. Progress is logged to OUT/training.jsonl."""
     out.mkdir(parents=True)

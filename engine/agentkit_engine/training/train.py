@@ -43,7 +43,9 @@ def practice_kinds(text: str) -> tuple[Practice, ...]:
     kinds = get_args(Practice)
     for name in (names := text.split(",")):
         if name not in kinds:
-            raise ValueError(f"no practice is called {name!r}; expected some of {', '.join(kinds)}, without spaces")
+            raise ValueError(
+                f"unknown practice {name!r}; expected one or more of {', '.join(kinds)}, with commas and no spaces"
+            )
     return tuple(kinds[kinds.index(name)] for name in names)
 
 

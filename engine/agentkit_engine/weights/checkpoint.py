@@ -198,7 +198,9 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     else:
         raise CheckpointError(folder, f"no weights: expected {WEIGHTS_FILE}, or {INDEX_FILE} and the files it names")
     if stray := sorted(path.name for path in set(folder.glob("*.safetensors")) - files):
-        raise CheckpointError(folder / stray[0], f"no part of the checkpoint: {INDEX_FILE} does not name it; remove it")
+        raise CheckpointError(
+            folder / stray[0], f"not part of the checkpoint: {INDEX_FILE} does not list it; remove it"
+        )
     return stored
 
 
@@ -210,13 +212,13 @@ def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(index_path, f"not a safetensors index: weight_map: found {shorten(weight_map)}")
     if wrong := next((name for name, file in weight_map.items() if not isinstance(file, str)), None):
-        raise CheckpointError(index_path, f"found {shorten(weight_map[wrong])}, expected a file's name", tensor=wrong)
+        raise CheckpointError(index_path, f"found {shorten(weight_map[wrong])}, expected a file name", tensor=wrong)
     stored: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         path = index_path.parent / file
         if Path(file).name != file or not file.isprintable() or len(file) > 255:
             raise CheckpointError(
-                index_path, f"found file {shorten(file)}, expected the plain name of a file beside it"
+                index_path, f"found file {shorten(file)}, expected the name of a file in the same folder"
             )
         if not path.is_file():
             names = sorted(name for name, home in weight_map.items() if home == file)
@@ -224,7 +226,7 @@ def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
         for name, tensor in read_header(path).items():
             if weight_map.get(name) != file:
                 home = weight_map.get(name, "no file")
-                raise CheckpointError(path, f"unknown here: {INDEX_FILE} says it is in {home}", tensor=name)
+                raise CheckpointError(path, f"unexpected: {INDEX_FILE} places it in {home}", tensor=name)
             stored[name] = tensor
     for name, file in weight_map.items():
         if name not in stored:

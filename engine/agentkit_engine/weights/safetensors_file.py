@@ -150,7 +150,7 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
                 tensor=tensor.name,
             )
     if end != file_size:
-        raise CheckpointError(path, f"found {file_size} bytes, expected {end}: the rest belongs to no tensor")
+        raise CheckpointError(path, f"found {file_size} bytes, expected {end}; the remaining bytes belong to no tensor")
     return {tensor.name: tensor for tensor in found}, metadata
 
 
