@@ -14,7 +14,8 @@ from agentkit_engine.spec import ModelSpec
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Generator[None, None, None]:
-    """Threads that share tiny products wait for each other longer than they compute, above all on a busy machine."""
+    """One torch thread: with tiny products, threads wait for each other longer than they compute, above all on a
+    busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,7 +70,7 @@ SMALL_CONFIG: dict[str, Any] = {
 
 
 def small_config(*ratios: int, mtp: bool = False, **overrides: Any) -> dict[str, Any]:
-    """An official-keys config of a small model whose layers have the given compress ratios."""
+    """Return an official-keys config of a small model whose layers have the given compress ratios."""
     return {
         **SMALL_CONFIG,
         "num_hidden_layers": len(ratios),
@@ -81,7 +82,7 @@ def small_config(*ratios: int, mtp: bool = False, **overrides: Any) -> dict[str,
 
 @torch.no_grad()
 def randomize_(decoder: Decoder, generator: torch.Generator) -> Decoder:
-    """Every parameter and buffer random and far from its default, so that no term can go missing unseen."""
+    """Make every parameter and buffer random and far from its default, so that a missing term changes the result."""
     spec = decoder.spec
     for name, tensor in decoder.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)
@@ -102,12 +103,12 @@ def randomize_(decoder: Decoder, generator: torch.Generator) -> Decoder:
 
 
 def make_random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
-    """A decoder in which every parameter and buffer is random."""
+    """Return a decoder in which every parameter and buffer is random."""
     return randomize_(Decoder(spec), torch.Generator().manual_seed(seed)).eval()
 
 
 def some_ids(count: int, seed: int = 1) -> list[int]:
-    """Random ids of `small_config`'s vocabulary."""
+    """Return random ids of `small_config`'s vocabulary."""
     ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return ids
 

@@ -18,7 +18,7 @@ def rand(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("sink", [-30.0, 0.5, 60.0])
-def test_attend_is_softmax_with_one_more_term_below(tokens: int, sink: float) -> None:
+def test_attend_is_softmax_with_an_extra_term_in_the_denominator(tokens: int, sink: float) -> None:
     q, rows, sinks = rand(2, tokens, 3, 8, seed=0), rand(2, 7, 8, seed=1), torch.full((3,), sink)
     hidden = rand(2, tokens, 7, seed=2) > 0
     hidden[..., 0] = False
@@ -29,7 +29,7 @@ def test_attend_is_softmax_with_one_more_term_below(tokens: int, sink: float) ->
     torch.testing.assert_close(attend(q, rows, sinks, hidden), expected.float(), atol=1e-5, rtol=1e-4)
 
 
-def test_index_scores_weigh_rectified_dot_products() -> None:
+def test_index_scores_are_weighted_relu_dot_products() -> None:
     q, keys, weights = rand(2, 3, 4, 8, seed=3), rand(2, 5, 8, seed=4), rand(2, 3, 4, seed=5)
     expected = (torch.einsum("btjc,bwc->btjw", q, keys).relu() * weights.unsqueeze(-1)).sum(2)
     torch.testing.assert_close(index_scores(q, keys, weights), expected)

@@ -1,4 +1,4 @@
-"""Who gets memory, who gives way, and what a session that only decodes must not miss."""
+"""Memory, eviction and preemption in the batcher, and the fast path of sessions that only decode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def computed(batcher: Batcher, ids: Sequence[int], *, priority: int = 0) -> Work
     return work
 
 
-def test_who_decodes_gives_way_to_a_higher_priority_that_needs_a_span(decoder: Decoder) -> None:
+def test_a_higher_priority_that_needs_a_span_preempts_decoding_sessions(decoder: Decoder) -> None:
     batcher = batcher_of(decoder, 4)
     high, low = computed(batcher, some_ids(250, 1), priority=5), computed(batcher, some_ids(2 * SPAN + 4, 2))
     batcher.cache.clear()
@@ -46,14 +46,14 @@ def test_who_decodes_gives_way_to_a_higher_priority_that_needs_a_span(decoder: D
                 work.push(3 + step % 50)
         batcher.advance([work for work in (high, low) if work.pending])
         assert high.logits_V is not None, step
-    assert low.length < 2 * SPAN + 4 + 300  # it did have to wait
+    assert low.length < 2 * SPAN + 4 + 300  # it had to wait
     batcher.drop(high)
     while low.logits_V is None:
         batcher.advance([low])
     assert torch.equal(low.logits_V, batcher.logits(list(low.ids))[-1])
 
 
-def test_a_checkpoint_between_two_tokens_of_a_session_that_only_decodes_is_taken(decoder: Decoder) -> None:
+def test_a_checkpoint_can_be_taken_between_two_decoded_tokens(decoder: Decoder) -> None:
     engine = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
     with engine.session() as session:
         session.append(some_ids(40, 0))
@@ -68,7 +68,7 @@ def test_a_checkpoint_between_two_tokens_of_a_session_that_only_decodes_is_taken
         assert engine.batcher.cache.holds(work.ids, work.chain, length)
 
 
-def test_decoding_on_from_a_cut_leaves_alone_what_a_fork_shares(decoder: Decoder) -> None:
+def test_decoding_after_a_cut_does_not_change_spans_shared_with_a_fork(decoder: Decoder) -> None:
     batcher = batcher_of(decoder, 100)
     work = computed(batcher, some_ids(SPAN - 6, 0))
     for token_id in range(3, 15):  # past the end of the span
@@ -85,7 +85,7 @@ def test_decoding_on_from_a_cut_leaves_alone_what_a_fork_shares(decoder: Decoder
     assert torch.equal(torch.as_tensor(fork.logits_V), batcher.logits(list(fork.ids))[-1])
 
 
-def test_guesses_stay_within_the_models_positions(decoder: Decoder) -> None:
+def test_drafts_stay_within_the_models_positions(decoder: Decoder) -> None:
     spec = ModelSpec.from_config(small_config(0, 4, max_position_embeddings=70))
     batcher = batcher_of(randomize_(Decoder(spec), torch.Generator().manual_seed(1)).eval(), 10)
     batcher.speculate, step = True, batcher.runner.step
@@ -105,7 +105,7 @@ def test_guesses_stay_within_the_models_positions(decoder: Decoder) -> None:
     assert max(ends) <= 70 and max(drafted) > 1
 
 
-def test_new_forks_are_not_the_first_to_lose_their_state(decoder: Decoder) -> None:
+def test_new_forks_are_not_evicted_first(decoder: Decoder) -> None:
     batcher = batcher_of(decoder, 400)
     idle = [computed(batcher, some_ids(3, seed)) for seed in range(batcher.pools.slots - 3)]
     parent = computed(batcher, some_ids(20, 99))
@@ -113,7 +113,7 @@ def test_new_forks_are_not_the_first_to_lose_their_state(decoder: Decoder) -> No
     forks = [batcher.fork(parent) for _ in range(6)]
     assert all(fork.sequence is not None for fork in forks)
     lost = [work.sequence is None for work in idle]
-    assert sum(lost) == 4 and all(lost[:4])  # those that waited longest
+    assert sum(lost) == 4 and all(lost[:4])  # the least recently used ones
 
 
 def test_forks_of_a_session_that_lost_its_state_share_one_computation(decoder: Decoder) -> None:
@@ -132,7 +132,7 @@ def test_forks_of_a_session_that_lost_its_state_share_one_computation(decoder: D
         assert engine.batcher.prefilled - before == 300
 
 
-def test_a_session_without_state_keeps_no_more_than_its_own_logits(decoder: Decoder) -> None:
+def test_a_session_without_state_keeps_only_its_own_logits(decoder: Decoder) -> None:
     batcher = batcher_of(decoder, 100)
     works = [Work(some_ids(10, seed)) for seed in range(4)]
     batcher.advance(works)
@@ -154,7 +154,7 @@ def test_a_session_without_state_keeps_no_more_than_its_own_logits(decoder: Deco
 def test_a_fork_of_a_session_that_was_shortened_can_be_shortened_too(
     decoder: Decoder, ahead: int, back: int, length: int
 ) -> None:
-    """The rings hold rows of ids that were cut. A fork has to know, or it takes them for rows of its own."""
+    """The rings hold rows of ids that were cut. A fork must know it, or it takes them for its own rows."""
     batcher = batcher_of(decoder, 100)
     ids = some_ids(length, length)
     work = computed(batcher, ids)

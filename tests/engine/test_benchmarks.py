@@ -1,4 +1,4 @@
-"""The benchmarks at their smallest: they run, compare what both sides computed, and keep their records in order."""
+"""The benchmarks at their smallest sizes: they run, compare both sides' outputs, and store their records in order."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_decode_and_parity_write_records_of_compared_outputs(tmp_path: Path) -> 
     assert together[1]["target"] == "ratio >= 1" and "bit for bit what each says alone" in together[1]["outputs"]
 
 
-def test_what_the_runtime_saves_is_measured_beside_doing_without(tmp_path: Path) -> None:
+def test_savings_are_measured_against_a_peer_without_them(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     names = ["scheduler", "prefix-lookup", "append-turn", "restore", "disk-writes", "speculation"]
     result = run("--quick", "--only", ",".join(names), "--out", str(out))
@@ -73,7 +73,7 @@ def test_what_the_runtime_saves_is_measured_beside_doing_without(tmp_path: Path)
     assert stored["met"] and "; 2 tokens computed again" in stored["outputs"]
 
 
-def test_long_sessions_and_what_exactness_costs(tmp_path: Path) -> None:
+def test_long_sessions_and_the_cost_of_exactness(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     result = run("--quick", "--only", "exact,context-64k,context-1m", "--out", str(out))
     assert result.exit_code == 0, result.output
@@ -84,18 +84,18 @@ def test_long_sessions_and_what_exactness_costs(tmp_path: Path) -> None:
     assert "bit for bit" in held["outputs"]
 
 
-def test_all_benchmarks_are_those_that_do_not_take_a_night() -> None:
+def test_nightly_benchmarks_run_only_when_named() -> None:
     chosen = chosen_benchmarks(None, registry.BENCHMARKS, (), registry.NIGHTLY)
     assert set(registry.BENCHMARKS) - set(chosen) == {"context-1m"}
 
 
-def test_a_benchmark_of_another_room_is_left_to_it(tmp_path: Path) -> None:
+def test_a_benchmark_of_another_room_is_skipped(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     result = run("--quick", "--only", "turn-overhead", "--out", str(out))
     assert (result.exit_code, result.output) == (0, "") and not out.exists()
 
 
-def test_what_a_grammar_costs_and_saves(tmp_path: Path) -> None:
+def test_costs_and_savings_of_a_grammar(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     result = run("--quick", "--only", "grammar-cost,forced-tokens", "--out", str(out))
     assert result.exit_code == 0, result.output
@@ -107,7 +107,7 @@ def test_what_a_grammar_costs_and_saves(tmp_path: Path) -> None:
     assert all(record["met"] for record in saved)
 
 
-def test_an_unknown_benchmark_is_named_with_those_there_are() -> None:
+def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones() -> None:
     result = run("--only", "decode,C99")
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""What a cache keeps, and that no chunking can be seen in the logits."""
+"""The rows a cache keeps, and logits that do not depend on the chunks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_row_buffer_grows_by_doubling_and_forgets() -> None:
 
 @torch.inference_mode()
 def chunked(decoder: Decoder, token_ids: Tensor, chunks: list[int]) -> Tensor:
-    """Logits of `token_ids` fed in chunks of the given lengths, the rest at once."""
+    """Return the logits of `token_ids` appended in chunks of the given lengths, and the rest at once."""
     cache, parts, start = decoder.new_cache(), [], 0
     for count in [*chunks, token_ids.shape[1]]:
         part = token_ids[:, start : start + count]
@@ -56,7 +56,7 @@ def chunked(decoder: Decoder, token_ids: Tensor, chunks: list[int]) -> Tensor:
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(chunks=st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 31, 127, 128, 129]), max_size=12))
-def test_no_chunking_changes_the_logits(
+def test_logits_do_not_depend_on_the_chunks(
     chunks: list[int], make_config: Callable[..., dict[str, Any]], random_decoder: Callable[..., Decoder]
 ) -> None:
     decoder = random_decoder(ModelSpec.from_config(make_config(0, 4, 128)), seed=3)
@@ -68,7 +68,7 @@ def test_no_chunking_changes_the_logits(
 def test_sequences_around_the_ratio(
     length: int, make_config: Callable[..., dict[str, Any]], random_decoder: Callable[..., Decoder]
 ) -> None:
-    """A prefix of a sequence has the logits it has inside the whole sequence, also before the first entry."""
+    """A prefix has the same logits alone and inside the whole sequence, also before the first entry."""
     decoder = random_decoder(ModelSpec.from_config(make_config(4, 128)))
     token_ids = torch.randint(96, (1, 9), generator=torch.Generator().manual_seed(9))
     whole = chunked(decoder, token_ids, [])
@@ -77,7 +77,7 @@ def test_sequences_around_the_ratio(
 
 
 @torch.inference_mode()
-def test_last_only_and_what_does_not_fit(
+def test_last_only_and_invalid_shapes(
     make_config: Callable[..., dict[str, Any]], random_decoder: Callable[..., Decoder]
 ) -> None:
     decoder = random_decoder(ModelSpec.from_config(make_config(0, 4)))

@@ -1,4 +1,4 @@
-"""A cache folder that strangers wrote to changes nothing, costs nothing and waits for nothing."""
+"""A cache folder that other users wrote to changes no results, costs no memory and never blocks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def expected(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Said
 
 @pytest.fixture(scope="module")
 def written(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder in which a session of `IDS` left one segment."""
+    """Return a cache folder in which a session of `IDS` left one segment."""
     folder = tmp_path_factory.mktemp("written")
     say(open_engine(decoder, folder), IDS)
     return folder
@@ -72,7 +72,7 @@ def written(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy of it; a copy of one's own is believed, as `test_an_own_copy_is_believed` shows."""
+    """Return a copy of it; the user's own copy is accepted, as `test_a_copy_by_the_same_user_is_accepted` shows."""
     copy = tmp_path / "cache"
     shutil.copytree(written, copy)
     return copy
@@ -83,16 +83,16 @@ def segment_in(folder: Path) -> Path:
     return path
 
 
-def test_an_own_copy_is_believed(decoder: Decoder, folder: Path, expected: Said) -> None:
+def test_a_copy_by_the_same_user_is_accepted(decoder: Decoder, folder: Path, expected: Said) -> None:
     engine = open_engine(decoder, folder)
     assert say(engine, PROMPT) == expected
     assert loaded(engine) == 1
 
 
-# Who may write.
+# Write permission.
 
 
-def test_only_the_user_can_read_what_is_written(decoder: Decoder, tmp_path: Path) -> None:
+def test_only_the_user_can_read_written_files(decoder: Decoder, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         say(open_engine(decoder, tmp_path / "made" / "cache"), IDS)
@@ -138,17 +138,17 @@ def test_a_segment_that_others_may_write_to_is_not_read(decoder: Decoder, folder
     assert loaded(engine) == 0
 
 
-# Who wrote it.
+# Signatures.
 
 
-def test_what_another_user_signed_is_not_believed(
+def test_frames_signed_by_another_user_are_rejected(
     decoder: Decoder, expected: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     with monkeypatch.context() as stranger:
         stranger.setenv("XDG_STATE_HOME", str(tmp_path / "stranger"))
         engine = open_engine(decoder, cache)
-        with engine.session() as session:  # a state that makes the model say something else
+        with engine.session() as session:  # a state that makes the model generate something else
             session.append(IDS)
             next(session.generate())
             for tails in engine.batcher.pools.tails:
@@ -160,9 +160,7 @@ def test_what_another_user_signed_is_not_believed(
     assert survey(cache)[0].damaged == 1
 
 
-def test_a_segment_moved_to_another_models_folder_is_not_believed(
-    decoder: Decoder, folder: Path, expected: Said
-) -> None:
+def test_a_segment_moved_to_another_models_folder_is_rejected(decoder: Decoder, folder: Path, expected: Said) -> None:
     other = open_engine(decoder, folder, exact=False)
     assert other.batcher.disk is not None
     segment_in(folder).parent.rename(other.batcher.disk.folder)
@@ -170,10 +168,10 @@ def test_a_segment_moved_to_another_models_folder_is_not_believed(
     assert loaded(other) == 0
 
 
-def test_a_frame_put_in_the_place_of_another_is_not_believed(
+def test_a_frame_swapped_for_another_is_rejected(
     decoder: Decoder, folder: Path, expected: Said, tmp_path: Path
 ) -> None:
-    """Both are signed with this user's key; the second lies where the index has the first."""
+    """Both are signed with this user's key; the second is at the first one's offset in the index."""
     engine = open_engine(decoder, folder)
     assert engine.batcher.disk is not None
     engine.batcher.disk.find(PROMPT, IdChain(), above=0)  # reads the index
@@ -184,7 +182,7 @@ def test_a_frame_put_in_the_place_of_another_is_not_believed(
     assert loaded(engine) == 0 and engine.batcher.disk.stats.damaged > 0
 
 
-# What is in it: the writer signs whatever it is given, so these frames carry good signatures.
+# Contents: the writer signs anything it is given, so these frames have valid signatures.
 
 
 def _drop(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -230,7 +228,7 @@ ALTERED: list[Alter] = [_drop, _narrow, _widen, _double, _halve, _add, _rename, 
 
 @pytest.mark.parametrize("alter", ALTERED)
 @pytest.mark.parametrize("kind", ["span", "tail"])
-def test_frames_with_other_tensors_are_not_taken_up(
+def test_frames_with_unexpected_tensors_are_not_used(
     decoder: Decoder, expected: Said, tmp_path: Path, kind: str, alter: Alter
 ) -> None:
     engine = open_engine(decoder, tmp_path)
@@ -255,7 +253,7 @@ def test_frames_with_other_tensors_are_not_taken_up(
         {"tail": [96] * 40},
     ],
 )
-def test_frames_out_of_bounds_are_not_taken_up(
+def test_frames_out_of_bounds_are_not_used(
     decoder: Decoder, expected: Said, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     engine = open_engine(decoder, tmp_path)
@@ -279,7 +277,7 @@ def _alter_what_is_written(engine: Engine, kind: str, alter: Alter) -> None:
     disk._put = altered  # type: ignore[method-assign]
 
 
-# Files that are no files, and files that claim to be large.
+# Entries that are not regular files, and files that claim to be large.
 
 
 def make_fifo(path: Path) -> None:
@@ -288,7 +286,7 @@ def make_fifo(path: Path) -> None:
 
 def make_socket(path: Path) -> None:
     here = os.getcwd()
-    os.chdir(path.parent)  # the name of a socket is short
+    os.chdir(path.parent)  # socket paths must be short
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path.name)
@@ -314,12 +312,12 @@ ODD = [make_fifo, make_socket, make_link, make_loop, make_folder]
 
 
 @pytest.mark.parametrize("make", ODD)
-def test_what_is_no_file_is_passed_over(
+def test_entries_that_are_not_regular_files_are_skipped(
     decoder: Decoder, folder: Path, expected: Said, make: Callable[[Path], None]
 ) -> None:
     odd = segment_in(folder).parent / SEGMENT
     make(odd)
-    engine = open_engine(decoder, folder, cache_bytes=1)  # the budget looks at every segment
+    engine = open_engine(decoder, folder, cache_bytes=1)  # enforcing the budget looks at every segment
     assert say(engine, PROMPT) == expected
     assert loaded(engine) == 1
     make(folder / f"{'0' * 16}-{'0' * 16}")
@@ -343,7 +341,7 @@ def test_a_segment_replaced_after_it_was_indexed_never_hangs(
 
 
 @pytest.mark.parametrize("make", [make_fifo, make_link, make_loop, make_folder])
-def test_a_key_that_is_no_file_is_an_error(
+def test_a_key_that_is_not_a_regular_file_is_an_error(
     make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -353,7 +351,9 @@ def test_a_key_that_is_no_file_is_an_error(
         user_key()
 
 
-def test_a_key_that_others_can_read_or_that_is_cut_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_is_readable_by_others_or_truncated_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     key = user_key()
     assert user_key() == key and len(key) == 32
@@ -372,8 +372,8 @@ def test_a_key_that_others_can_read_or_that_is_cut_is_an_error(tmp_path: Path, m
         user_key()
 
 
-def test_two_processes_that_make_a_key_get_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one makes its key between this one's look and its link."""
+def test_two_processes_that_create_a_key_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process creates its key between this one's check and its link."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     link = os.link
     others: list[bytes] = []
@@ -396,7 +396,7 @@ def peak_bytes() -> Iterator[Callable[[], int]]:
 
 
 def test_a_sparse_file_costs_no_memory(folder: Path, peak_bytes: Callable[[], int]) -> None:
-    """Unsigned and of 9 GiB; and signed, so that all of it is read, of 64 MiB."""
+    """One is unsigned, of 9 GiB. One is signed, of 64 MiB, so that all of it is read."""
     home = segment_in(folder).parent
     header = json.dumps({"kind": "span", "key": "00"}).encode()
     for number, (size, key) in enumerate([(9 << 30, bytes(32)), (64 << 20, user_key())]):
@@ -411,10 +411,10 @@ def test_a_sparse_file_costs_no_memory(folder: Path, peak_bytes: Callable[[], in
     assert peak_bytes() < 16 << 20
 
 
-# How it was computed.
+# Numerics.
 
 
-def test_state_computed_otherwise_is_not_taken_up(decoder: Decoder, tmp_path: Path) -> None:
+def test_state_of_other_numerics_is_not_used(decoder: Decoder, tmp_path: Path) -> None:
     ways = [{"exact": exact, "compiled": compiled} for exact in (True, False) for compiled in (True, False)]
     for way in ways:
         others = tmp_path / f"{way}"

@@ -1,4 +1,4 @@
-"""Model folders and saved sessions that strangers made: a typed error, soon, and no memory for what they claim."""
+"""Crafted model folders and saved sessions: a typed error, soon, and no memory for the sizes they claim."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_crafted_header_is_a_checkpoint_error(content: bytes, tmp_path: Path) 
     assert len(message) < 600 and message.isprintable()
 
 
-def test_a_header_that_claims_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+def test_a_header_that_claims_gigabytes_is_rejected_unread(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 33))
     os.truncate(path, 1 << 34)
@@ -171,7 +171,7 @@ BOMBS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", BOMBS, ids=lambda change: f"{next(iter(change))[:20]}={len(change)}")
-def test_a_configuration_that_claims_too_much_is_refused_soon(change: dict[str, Any], folder: Path) -> None:
+def test_a_configuration_that_claims_too_much_is_rejected_soon(change: dict[str, Any], folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError) as caught:
@@ -190,7 +190,7 @@ def test_a_configuration_that_claims_too_much_is_refused_soon(change: dict[str, 
 @pytest.mark.parametrize(
     "name", ["config.json", "generation_config.json", "agentkit.json", "model.safetensors.index.json"]
 )
-def test_a_file_that_is_no_such_json_is_named(name: str, text: bytes, folder: Path) -> None:
+def test_a_file_with_the_wrong_json_is_named(name: str, text: bytes, folder: Path) -> None:
     (folder / name).write_bytes(text)
     with pytest.raises(CheckpointError) as caught:
         Engine.load(folder, compiled=False)
@@ -253,7 +253,7 @@ def test_an_index_names_files_of_its_folder_only(index: object, folder: Path) ->
     assert len(message) < 600 and message.isprintable()
 
 
-def test_weights_beyond_all_memory_are_refused_before_they_are_read(
+def test_weights_larger_than_memory_are_rejected_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = os.sysconf
@@ -293,8 +293,8 @@ def test_only_the_user_can_read_a_saved_session(session: Path) -> None:
     assert [path.name for path in session.parent.iterdir()] == ["session"]
 
 
-def test_saving_writes_through_no_link_of_a_stranger(engine: Engine, tmp_path: Path) -> None:
-    """The name under which a file is written before it is moved was one that anybody could guess."""
+def test_saving_does_not_follow_another_users_link(engine: Engine, tmp_path: Path) -> None:
+    """The temporary name of a file used to be predictable."""
     target = tmp_path / "target"
     for name in (f".session.{os.getpid()}", "session"):
         (tmp_path / name).symlink_to(target)
@@ -353,7 +353,7 @@ def test_a_session_with_a_valid_checksum_that_does_not_fit_is_refused(name: str,
     assert str(session) in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_a_rewritten_session_without_changes_is_taken_up(engine: Engine, session: Path) -> None:
+def test_a_rewritten_session_without_changes_is_accepted(engine: Engine, session: Path) -> None:
     rewrite(session, lambda tensors, metadata: None)
     assert len(engine.open(session)) == 301
 
@@ -365,7 +365,9 @@ def test_a_session_larger_than_all_memory_is_not_read(decoder: Decoder, session:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
-def test_a_session_that_is_no_file_is_refused(make: Callable[[Path], Any], engine: Engine, tmp_path: Path) -> None:
+def test_a_session_that_is_not_a_regular_file_is_rejected(
+    make: Callable[[Path], Any], engine: Engine, tmp_path: Path
+) -> None:
     make(tmp_path / "odd")
     with pytest.raises(SavedSessionError, match="not a regular file"):
         engine.open(tmp_path / "odd")

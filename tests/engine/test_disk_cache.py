@@ -1,4 +1,4 @@
-"""Checkpoints on disk: later engines go on with them, and nothing that happens to the files changes a bit."""
+"""Checkpoints on disk: later engines continue from them, and no change to the files changes a bit of the results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def disk(engine: Engine) -> DiskCache:
 
 
 def say(engine: Engine, ids: list[int]) -> list[tuple[int, float]]:
-    """What a session says on these ids; its state is stored there and when it closes."""
+    """Return the tokens a session generates from these ids; its state is stored then and when it closes."""
     with engine.session() as session:
         session.append(ids)
         session.checkpoint()
@@ -61,14 +61,14 @@ def expected(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> list
 
 @pytest.fixture(scope="module")
 def segment(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The one file that a session of `LENGTH` ids leaves."""
+    """Return the only file that a session of `LENGTH` ids leaves."""
     folder = tmp_path_factory.mktemp("stored")
     say(open_engine(decoder, folder), some_ids(LENGTH, 0))
     (path,) = folder.rglob("*.segment")
     return path
 
 
-def test_a_later_process_goes_on_where_an_earlier_one_was(
+def test_a_later_process_continues_from_an_earlier_one(
     decoder: Decoder, expected: list[tuple[int, float]], tmp_path: Path
 ) -> None:
     say(open_engine(decoder, tmp_path), some_ids(LENGTH, 0))
@@ -78,7 +78,7 @@ def test_a_later_process_goes_on_where_an_earlier_one_was(
     assert disk(later).stats.loaded == 1
 
 
-def test_what_two_sessions_have_in_common_is_stored_once(decoder: Decoder, tmp_path: Path) -> None:
+def test_a_common_prefix_is_stored_once(decoder: Decoder, tmp_path: Path) -> None:
     head = some_ids(4 * SPAN, 3)
     engine = open_engine(decoder, tmp_path)
     say(engine, head + some_ids(10, 4))
@@ -106,7 +106,7 @@ def test_another_model_finds_nothing(decoder: Decoder, tmp_path: Path) -> None:
     assert disk(other).stats.loaded == 0
 
 
-def test_what_memory_had_to_give_up_comes_back_from_disk(decoder: Decoder, tmp_path: Path) -> None:
+def test_evicted_state_is_restored_from_disk(decoder: Decoder, tmp_path: Path) -> None:
     engine = open_engine(decoder, tmp_path)
     ids = some_ids(300, 1)
     with engine.session() as session:
@@ -114,7 +114,7 @@ def test_what_memory_had_to_give_up_comes_back_from_disk(decoder: Decoder, tmp_p
         before = [(token.id, token.logprob) for token in session.generate(PARAMS)]
         session.park()
         engine.flush()
-        assert not list(tmp_path.rglob("*.segment"))  # while there is memory nothing is written
+        assert not list(tmp_path.rglob("*.segment"))  # nothing is written while there is memory
         engine.batcher.cache.clear()
         engine.flush()
         after = [(token.id, token.logprob) for token in session.generate(PARAMS)]
@@ -122,8 +122,8 @@ def test_what_memory_had_to_give_up_comes_back_from_disk(decoder: Decoder, tmp_p
     assert (before + after)[4:] == after and disk(engine).stats.loaded == 1
 
 
-def test_what_fills_all_memory_is_still_taken_from_disk(decoder: Decoder, tmp_path: Path) -> None:
-    """There is no room for a second one beside it, which others could take up."""
+def test_a_session_that_fills_all_memory_is_still_restored_from_disk(decoder: Decoder, tmp_path: Path) -> None:
+    """There is no memory for a second copy that other sessions could resume from."""
     ids = some_ids(LENGTH, 1)
     say(open_engine(decoder, tmp_path), ids)
     roomy = open_engine(decoder, tmp_path)
@@ -152,7 +152,7 @@ def check_survives(
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 400) | st.integers(0, 1 << 32), flip=st.integers(0, 255))
 @example(place=45, flip=1)  # the kind of the frame
-def test_a_file_cut_or_damaged_anywhere_is_never_believed(
+def test_a_file_truncated_or_damaged_anywhere_is_never_trusted(
     decoder: Decoder,
     segment: Path,
     expected: list[tuple[int, float]],
@@ -162,11 +162,12 @@ def test_a_file_cut_or_damaged_anywhere_is_never_believed(
 ) -> None:
     whole = segment.read_bytes()
     at = place % len(whole)
-    content = whole[:at] + (bytes([whole[at] ^ flip]) + whole[at + 1 :] if flip else b"")  # cut there when none flips
+    # truncated there when `flip` is 0
+    content = whole[:at] + (bytes([whole[at] ^ flip]) + whole[at + 1 :] if flip else b"")
     check_survives(decoder, tmp_path_factory.mktemp("damaged"), segment, content, expected)
 
 
-def test_an_undamaged_copy_is_believed(
+def test_an_undamaged_copy_is_accepted(
     decoder: Decoder, segment: Path, expected: list[tuple[int, float]], tmp_path: Path
 ) -> None:
     engine = check_survives(decoder, tmp_path, segment, segment.read_bytes(), expected)
@@ -187,7 +188,7 @@ def test_a_foreign_file_is_named_and_skipped(
     assert f"{SEGMENT} is damaged or not signed with this user's key from byte 0 on" in record.message
 
 
-def test_a_disk_that_refuses_is_one_warning(
+def test_a_failing_disk_is_one_warning(
     decoder: Decoder, expected: list[tuple[int, float]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("where a folder should be")
@@ -199,7 +200,7 @@ def test_a_disk_that_refuses_is_one_warning(
     assert disk(engine).stats.not_stored > 0
 
 
-def test_the_budget_removes_what_was_unused_for_longest(
+def test_the_budget_removes_the_least_recently_used_segments(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_cache, "SEGMENT_BYTES", 0)  # a file for each frame
@@ -208,7 +209,7 @@ def test_the_budget_removes_what_was_unused_for_longest(
     for seed in range(3):
         say(engine, some_ids(60, seed))
     engine.batcher.cache.clear()
-    say(engine, [*some_ids(60, 0), 1])  # of use once more
+    say(engine, [*some_ids(60, 0), 1])  # used once more
     for seed in range(3, 5):
         say(engine, some_ids(60, seed))
     held = sum(path.stat().st_size for path in tmp_path.rglob("*.segment"))

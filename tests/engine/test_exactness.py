@@ -1,4 +1,4 @@
-"""What exact results rest on is tried out on each machine; and what an engine that is not exact still promises."""
+"""The machine checks behind exact results, and the guarantees of an engine that is not exact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=6)
 
 
 def products(*, alike_from: int) -> object:
-    """A product that gives a row other bits when there are fewer than `alike_from` rows."""
+    """Return a product whose rows have other bits when there are fewer than `alike_from` of them."""
 
     class Functional:
         @staticmethod
@@ -42,14 +42,14 @@ def products(*, alike_from: int) -> object:
 @pytest.mark.parametrize(
     ("alike_from", "at_least", "rows"), [(0, 0, 8), (8, 0, 8), (0, 16, 16), (9, 0, 16), (17, 0, 32)]
 )
-def test_the_fewest_rows_that_do_are_taken(
+def test_the_smallest_sufficient_number_of_rows_is_used(
     monkeypatch: pytest.MonkeyPatch, alike_from: int, at_least: int, rows: int
 ) -> None:
     monkeypatch.setattr(invariance, "F", products(alike_from=alike_from))
     assert least_rows([torch.eye(16)], at_least=at_least) == rows
 
 
-def test_a_machine_on_which_nothing_is_exact_is_warned_of(
+def test_a_machine_without_exact_products_causes_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(invariance, "F", products(alike_from=1000))
@@ -80,7 +80,7 @@ def test_without_exactness_logits_are_close(decoder: Decoder) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_without_exactness_forks_and_restored_sessions_say_the_same_bits(decoder: Decoder, tmp_path: Path) -> None:
+def test_without_exactness_forks_and_restored_sessions_have_the_same_bits(decoder: Decoder, tmp_path: Path) -> None:
     inexact = engine(decoder, exact=False)
     with inexact.session() as session:
         session.append(some_ids(300, 1))
@@ -92,13 +92,13 @@ def test_without_exactness_forks_and_restored_sessions_say_the_same_bits(decoder
         assert list(engine(decoder, exact=False).open(tmp_path / "saved").generate(PARAMS)) == said
 
 
-def test_states_of_other_numerics_are_foreign(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_other_numerics_are_not_used(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     now = engine(decoder, exact=True).fingerprint
     monkeypatch.setattr(agentkit_engine.engine, "NUMERICS", NUMERICS + 1)
     assert engine(decoder, exact=True).fingerprint != now
 
 
-def test_an_exact_engine_takes_nothing_from_one_that_is_not(decoder: Decoder, tmp_path: Path) -> None:
+def test_an_exact_engine_uses_no_state_of_an_inexact_one(decoder: Decoder, tmp_path: Path) -> None:
     with engine(decoder, exact=False).session() as session:
         session.append(some_ids(30, 1))
         list(session.generate(PARAMS))
@@ -107,7 +107,7 @@ def test_an_exact_engine_takes_nothing_from_one_that_is_not(decoder: Decoder, tm
         engine(decoder, exact=True).open(tmp_path / "saved")
 
 
-def test_what_another_machine_kept_on_disk_is_left_alone_and_what_a_user_saved_there_is_not(
+def test_another_machines_disk_cache_is_ignored_but_its_saved_sessions_open(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def engine_here() -> Engine:
@@ -139,7 +139,7 @@ def test_a_machine_is_its_device_its_processor_and_its_libraries() -> None:
 
 
 def test_bfloat16_is_widened_for_the_library_inside_and_outside_of_inference() -> None:
-    """In one thread, memory that was got inside is used outside by the next engine."""
+    """Memory allocated under inference mode is reused outside it by the next engine of the same thread."""
     x_NK, weight_KO = torch.randn(64, 48), torch.randn(48, 7000).bfloat16()
     with torch.inference_mode():
         inside = products_module.by_library(x_NK, weight_KO)
@@ -161,7 +161,7 @@ def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(d
 
 
 def test_a_few_rows_are_multiplied_as_the_library_multiplies_many(decoder: Decoder) -> None:
-    """On this machine: where a library is not met, products are padded, and this says so."""
+    """Products are padded on a machine whose library's sums cannot be reproduced."""
     layers = Runner(decoder, Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu")), compiled=True).layers
     assert isinstance(layers, CompiledLayers)
     for product in [layers.head, *(product for layer in layers.layers for product in layer.products)]:
@@ -179,12 +179,15 @@ def test_the_chains_of_a_library_are_found(inputs: int, block: int) -> None:
         return out_NO
 
     weight_KO = torch.randn(inputs, 9, generator=torch.Generator().manual_seed(0))
-    assert chain_block(weight_KO, 8, by=library) == (0 if block == 7 else block)  # nobody sums in sevens: padding it is
+    # no library sums in sevens, so products are padded
+    assert chain_block(weight_KO, 8, by=library) == (0 if block == 7 else block)
 
 
 @pytest.mark.parametrize("few", [0, products_module.FEW_QUERIES])
-def test_other_libraries_and_ways_are_as_exact(decoder: Decoder, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch without oneDNN, and one whose BLAS gives other bits for few queries than oneDNN for many."""
+def test_other_libraries_and_code_paths_are_exact_too(
+    decoder: Decoder, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Covers a torch without oneDNN, and one whose BLAS has other bits for few queries than oneDNN for many."""
     ids = some_ids(600, 0)
     expected = engine(decoder, exact=True).logits(ids)
     if few:
@@ -197,8 +200,9 @@ def test_other_libraries_and_ways_are_as_exact(decoder: Decoder, few: int, monke
         assert torch.equal(batcher.logits(ids, chunk=chunk), logits)
 
 
-def test_sizes_that_nothing_divides() -> None:
-    """Plain torch is not exact here, since BLAS takes products of one or five outputs apart; and says so."""
+def test_sizes_without_divisors() -> None:
+    """Plain torch is not exact here, because BLAS treats products of one or five outputs differently; the engine
+    warns."""
     sizes: dict[str, Any] = {
         "hidden_size": 20, "num_attention_heads": 3, "head_dim": 12, "qk_rope_head_dim": 4, "q_lora_rank": 7,
         "o_groups": 3, "o_lora_rank": 1, "index_n_heads": 1, "index_head_dim": 10, "index_topk": 5, "sliding_window": 5,

@@ -1,4 +1,4 @@
-"""Schema × value × grammar × validator: what one writes the other accepts, and nothing leads to a dead end."""
+"""Schema × value × grammar × validator: each accepts the other's output, and nothing leads to a dead end."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def slowly(examples: int) -> settings:
 
 
 def grammar_of(parameters: Any) -> tuple[Grammar, tuple[str, ...]]:
-    """The grammar that requires a call, and what it does not enforce."""
+    """Return the grammar that requires a call, and the keywords it does not enforce."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GrammarWarning)
         grammar = GRAMMARS.calls([tool(parameters)], required=True)
@@ -99,7 +99,7 @@ def grammar_of(parameters: Any) -> tuple[Grammar, tuple[str, ...]]:
 
 
 def arguments_of(ids: list[int], parameters: Any) -> list[dict[str, Any]]:
-    """The arguments of the calls; those that name a free parameter twice, which no grammar sees, are left out."""
+    """Return the arguments of the calls, except those that repeat a free parameter, which no grammar detects."""
     parser = StreamParser(False, tokenizer=TOKENIZER, tools=[tool(parameters)])
     events = [*parser.feed(ids), *parser.finish()]
     assert all("is given twice" in event.error for event in events if isinstance(event, CallMalformed))
@@ -107,7 +107,7 @@ def arguments_of(ids: list[int], parameters: Any) -> list[dict[str, Any]]:
 
 
 def spellings(value: Any) -> Iterator[Any]:
-    """The value with the keys of its objects in every order."""
+    """Yield the value with the keys of its objects in every order."""
     if isinstance(value, dict):
         for order in itertools.permutations(value):
             for items in itertools.product(*(list(spellings(value[key])) for key in order)):
@@ -120,7 +120,7 @@ def spellings(value: Any) -> Iterator[Any]:
 
 
 def named(parameters: Any, key: str) -> bool:
-    """Whether a call may name this parameter: what is declared nowhere needs an explicit opening."""
+    """Return whether a call may use this parameter: undeclared names must be allowed explicitly."""
 
     def declares(part: Any) -> bool:
         if not isinstance(part, dict):
@@ -138,7 +138,7 @@ def named(parameters: Any, key: str) -> bool:
 
 
 def stroll(grammar: Grammar, seed: int) -> list[int] | None:
-    """As `walk`, but None where chance does not come to an end."""
+    """Like `walk`, but None if the random walk does not end."""
     try:
         return walk(grammar, seed, longest=400)
     except AssertionError as error:
@@ -148,7 +148,7 @@ def stroll(grammar: Grammar, seed: int) -> list[int] | None:
 
 
 def check_what_is_written(parameters: Any, seed: int) -> None:
-    """A random call has no dead end, and fits the schema where nothing is left unenforced."""
+    """Assert that a random call has no dead end, and fits the schema if every keyword is enforced."""
     try:
         validator = Validator(parameters)
     except SchemaProblemError:
@@ -162,7 +162,7 @@ def check_what_is_written(parameters: Any, seed: int) -> None:
 
 
 def check_what_is_accepted(parameters: Any, value: Any) -> None:
-    """The grammar can write what the validator accepts, in some order of nested keys."""
+    """Assert that the grammar can write a value that the validator accepts, in some order of nested keys."""
     try:
         validator = Validator(parameters)
     except SchemaProblemError:
@@ -179,27 +179,27 @@ VALUES = st.dictionaries(NAMES | st.just("z"), JSON, max_size=3)
 
 @slowly(30)
 @given(PARAMETERS, st.integers(0, 2**32))
-def test_what_the_grammar_writes_fits(parameters: Any, seed: int) -> None:
+def test_values_written_by_the_grammar_are_valid(parameters: Any, seed: int) -> None:
     check_what_is_written(parameters, seed)
 
 
 @slowly(25)
 @given(PARAMETERS, VALUES)
-def test_what_the_validator_accepts_the_grammar_can_write(parameters: Any, value: Any) -> None:
+def test_valid_values_can_be_written_by_the_grammar(parameters: Any, value: Any) -> None:
     check_what_is_accepted(parameters, value)
 
 
 @pytest.mark.hostile
 @slowly(1000)
 @given(PARAMETERS, st.integers(0, 2**32))
-def test_what_the_grammar_writes_fits_at_length(parameters: Any, seed: int) -> None:
+def test_values_written_by_the_grammar_are_valid_at_length(parameters: Any, seed: int) -> None:
     check_what_is_written(parameters, seed)
 
 
 @pytest.mark.hostile
 @slowly(1500)
 @given(PARAMETERS, VALUES)
-def test_what_the_validator_accepts_the_grammar_can_write_at_length(parameters: Any, value: Any) -> None:
+def test_valid_values_can_be_written_by_the_grammar_at_length(parameters: Any, value: Any) -> None:
     check_what_is_accepted(parameters, value)
 
 
@@ -238,7 +238,7 @@ def test_grammar_and_validator_read_patterns_alike(start: str, body: str, end: s
         assert accepts(grammar, call_ids({"a": value})) is found
 
 
-def test_both_rooms_know_the_same_formats() -> None:
+def test_both_rooms_support_the_same_formats() -> None:
     assert formats.FORMATS == FORMATS
 
 
@@ -293,7 +293,7 @@ REAL: list[tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]] = 
          {"repo": "r", "owner": "o", "assignee": None, "state": "open"}],
         [{"owner": "o", "repo": "r", "state": "all"}, {"owner": "o", "repo": "r", "since": "yesterday"}],
     ),
-    (  # a weather function as function-calling guides have it
+    (  # a weather function as in function-calling guides
         o("location", location=t("string", description="City"), unit=t("string", enum=["celsius", "fahrenheit"])),
         [{"location": "Boston, MA", "unit": "celsius"}, {"location": "Paris"}],
         [{"unit": "celsius"}, {"location": "Paris", "unit": "kelvin"}],
@@ -319,7 +319,7 @@ REAL: list[tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]] = 
         [{"id": 1}, {"name": "n"}, {"name": "n", "id": 1}],
         [{}, {"id": "x"}],
     ),
-    (  # headers and environment: any names
+    (  # headers and environment: arbitrary names
         o("url", url=t("string"), headers=t("object", additionalProperties=t("string")),
           body={"type": ["object", "array", "string", "null"]}, matrix=t("array", items=t("array", items=t("number")))),
         [{"url": "u", "headers": {"X-A": "1", "b": ""}, "body": {"a": [1]}, "matrix": [[1, 2.5], []]},
@@ -327,7 +327,7 @@ REAL: list[tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]] = 
         [{"url": "u", "headers": {"a": 1}}, {"url": "u", "body": 3}],
     ),
     (t("object"), [{}], [{"a": 1}]),
-    (  # a scorer from a leaderboard: tuples, and `dict` for object never reaches us
+    (  # a scorer from a leaderboard: tuples; its `dict` for object is already rewritten
         o("point", point=t("array", prefixItems=[t("number"), t("number")], items=False, minItems=2),
           mode=t("string", enum=["fast", "exact"], default="fast"), seeds=t("array", items=t("integer"), maxItems=3)),
         [{"point": [1, -2.5], "seeds": [1, 2]}, {"mode": "exact", "point": [0, 0]}],
@@ -337,7 +337,7 @@ REAL: list[tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]] = 
 
 
 @pytest.mark.parametrize(("parameters", "good", "bad"), REAL, ids=range(len(REAL)))
-def test_schemas_of_the_wild(parameters: dict[str, Any], good: list[Any], bad: list[Any]) -> None:
+def test_schemas_from_real_tools(parameters: dict[str, Any], good: list[Any], bad: list[Any]) -> None:
     validator, (grammar, unenforced) = Validator(parameters), grammar_of(parameters)
     assert unenforced == ()
     for value in good:

@@ -1,4 +1,4 @@
-"""mHC: Sinkhorn, the direction of mixing, and the written-out gradients."""
+"""mHC: Sinkhorn, the direction of mixing, and the hand-written gradients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_sinkhorn_order_matters_and_is_columns_last() -> None:
 
 
 def test_streams_move_along_the_first_index() -> None:
-    """comb[j, k] takes stream j to stream k; its transpose is a silent bug."""
+    """comb[j, k] moves stream j to stream k; a transposed matrix would fail silently."""
     streams = rand(1, 4, 8, seed=2)
     comb = torch.zeros(1, 4, 4)
     comb[0, 1, 3] = 1.0
@@ -73,7 +73,7 @@ def test_collapse_adds_eps_and_does_not_average() -> None:
     torch.testing.assert_close(collapse(streams, fn, base, scale, norm_eps=EPS, eps=EPS), expected)
 
 
-def test_written_out_gradients_equal_autograd() -> None:
+def test_hand_written_gradients_equal_autograd() -> None:
     def gradients(reference: bool) -> tuple[Tensor, ...]:
         streams, fn, y = rand(5, 4, 8, seed=11), rand(24, 32, seed=12), rand(5, 8, seed=13)
         inputs = [tensor.requires_grad_() for tensor in (streams, fn, y)]

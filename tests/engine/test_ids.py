@@ -1,4 +1,4 @@
-"""`Ids` is a list, whatever is done to it and to its forks."""
+"""`Ids` behaves like a list, after any operation on it and its forks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_as_lists(first: int, todo: list[tuple[str, int, int]], start: int, stop
                     ids[place]
 
 
-def test_a_fork_holds_little_of_its_own() -> None:
+def test_a_fork_uses_little_memory() -> None:
     ids = Ids(range(1_000_000))
     fork = ids.fork()
     own = [fork._full, fork.last]

@@ -1,4 +1,4 @@
-"""Whatever sessions do, alone and side by side, they say what one says that computes everything from its ids."""
+"""Concurrent sessions produce the same tokens as one that computes everything from its ids."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Step = tuple[str, int, int]
 
 
 def steps(*more: str) -> st.SearchStrategy[list[Step]]:
-    """Actions, each with the number of a session, and an amount of ids which is also the number of another session."""
+    """Generate actions, each with a session number and a count of ids that is also used as another session's number."""
     step = st.tuples(st.sampled_from((*ACTIONS, *more)), st.integers(0, 4), st.sampled_from([1, 2, 17, 130]))
     return st.lists(step, min_size=2, max_size=12)
 
@@ -41,12 +41,12 @@ def decoder() -> Decoder:
 
 
 class World:
-    """An engine and its sessions, and one that computes everything anew.
+    """An engine and its sessions, and a reference engine that computes everything from scratch.
 
     Attributes:
-        computed: ids that went through a forward, but for guesses.
-        due: ids that had to: those that a session was told or said, once; the last one of a session once more whenever
-            its logits may be gone.
+        computed: ids that went through a forward, drafts excluded.
+        due: ids that had to: each appended or sampled id once; a session's last one again whenever its logits may be
+            gone.
         together: the most sessions that shared a forward.
     """
 
@@ -57,7 +57,7 @@ class World:
         self.computed = self.due = self.together = self.lives = 0
 
     async def live(self, todo: Sequence[Step], first: int) -> None:
-        """Take the steps. After "kill" a new engine goes on, with what was on disk in that moment."""
+        """Take the steps. After "kill" a new engine continues with the state on disk at that moment."""
         told, left = [some_ids(first, 0)], list(todo)
         while told:
             told, left = await self._one_life(told, left)
@@ -89,7 +89,7 @@ class World:
                 self.due += amount
             case "generate" | "cancel":
                 params = SamplingParams(temperature=float(seed % 2), seed=SEED, max_tokens=MOST_TOKENS)
-                gate = threading.Event()  # no forward until both have asked for one
+                gate = threading.Event()  # no forward until both have requested one
                 async with anyio.create_task_group() as task_group:
                     task_group.start_soon(running.call, gate.wait)
                     await anyio.wait_all_tasks_blocked()
@@ -99,7 +99,7 @@ class World:
                     gate.set()
             case "fork" if len(self.sessions) < MOST_SESSIONS:
                 self.sessions += await session.fork(2)
-                self.due += 1  # the id before a generation that was stopped, as above
+                self.due += 1  # the id before a cancelled generation, as above
             case "park":
                 await session.park()
             case "save":
@@ -117,7 +117,7 @@ class World:
                 await running.call(running.engine.batcher.cache.evict)
 
     async def _say(self, session: AsyncSession, params: SamplingParams, count: int) -> None:
-        """Take `count` tokens, which must be those that a session says that was never anything else."""
+        """Sample `count` tokens, which must equal those of a fresh session with the same ids."""
         said: list[SampledToken] = []
         generation = session.generate(params)
         async for token in generation:
@@ -125,7 +125,8 @@ class World:
             if len(said) == count:
                 break
         await generation.aclose()
-        self.due += len(said) + 2  # the id before the first is computed again, and so may be one that nobody took
+        # the id before the first is computed again, and so may be one that was never consumed
+        self.due += len(said) + 2
         begin = len(session) - len(said)
         rows = self.reference.logits(session.token_ids[:-1])[begin - 1 :]
         past = session.token_ids
@@ -156,7 +157,7 @@ def test_with_memory_nothing_is_computed_twice(decoder: Decoder, tmp_path_factor
 
     @settings(max_examples=15, deadline=None)
     @given(todo=steps(), first=st.sampled_from([3, 250, 260]))
-    @example(todo=[("fork", 0, 0), ("generate", 0, 1), ("generate", 1, 2)], first=3)  # two that speak together
+    @example(todo=[("fork", 0, 0), ("generate", 0, 1), ("generate", 1, 2)], first=3)  # two that generate together
     def live(todo: list[Step], first: int) -> None:
         nonlocal together
         world = World(decoder, ALL_SPANS, tmp_path_factory.mktemp("world"))
@@ -170,7 +171,7 @@ def test_with_memory_nothing_is_computed_twice(decoder: Decoder, tmp_path_factor
 
 @settings(max_examples=15, deadline=None)
 @given(todo=steps("evict", "kill"), first=st.sampled_from([3, 250, 260]))
-def test_without_memory_and_after_kills_all_is_as_before(
+def test_short_memory_and_kills_change_no_results(
     decoder: Decoder, tmp_path_factory: pytest.TempPathFactory, todo: list[Step], first: int
 ) -> None:
     anyio.run(World(decoder, FEW_SPANS, tmp_path_factory.mktemp("world")).live, todo, first)

@@ -1,4 +1,4 @@
-"""The official layout on disk: exports load bit for bit, transformers reads the same, and nothing bad slips by."""
+"""The official layout on disk: exports load bit for bit, transformers agrees, and bad input is rejected."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ CONFIG: dict[str, Any] = {
 
 
 def random_decoder(**changes: Any) -> Decoder:
-    """Every parameter and buffer random, so that a mix-up of any two tensors shows."""
+    """Return a decoder in which every parameter and buffer is random, so that swapped tensors show."""
     generator = torch.Generator().manual_seed(7)
     decoder = initialize_(Decoder(ModelSpec.from_config(CONFIG | changes)), generator)
     for name, tensor in decoder.state_dict().items():
@@ -239,7 +239,7 @@ def test_export_refuses_a_folder_with_weights(decoder: Decoder, bf16_folder: Pat
 
 @pytest.mark.filterwarnings("default")
 def test_loads_what_transformers_loads(official_folder: Path) -> None:
-    """The same official-layout files, dequantised by transformers: parameters bit-equal, logits equal."""
+    """transformers dequantises the same files: parameters bit-equal, logits equal."""
     transformers = pytest.importorskip("transformers")
     engine = Engine.load(official_folder)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(
@@ -313,7 +313,9 @@ def test_mtp_tensors_without_mtp_in_the_config_are_unknown(bf16_folder: Path, tm
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_folder_names_the_models_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_an_error_that_lists_the_packaged_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packaged = tmp_path / "packaged"
     packaged.mkdir()
     (packaged / "config.json").write_text("{}")
@@ -324,7 +326,7 @@ def test_a_missing_folder_names_the_models_there_are(tmp_path: Path, monkeypatch
         Engine.load("absent")
 
 
-def test_a_folder_without_tokenizer_loads_and_says_so_when_asked(bf16_folder: Path) -> None:
+def test_a_folder_without_tokenizer_loads_and_its_tokenizer_is_an_error(bf16_folder: Path) -> None:
     engine = Engine.load(bf16_folder)
     assert engine.name == bf16_folder.name
     with pytest.raises(TokenizerMissingError, match=r"holds no tokenizer\.json"):
@@ -333,7 +335,7 @@ def test_a_folder_without_tokenizer_loads_and_says_so_when_asked(bf16_folder: Pa
 
 @pytest.fixture
 def broken(bf16_folder: Path, tmp_path: Path) -> Path:
-    """A copy to damage, in one file."""
+    """Return a copy to damage, in one file."""
     return Path(shutil.copytree(bf16_folder, tmp_path / "model"))
 
 
@@ -345,7 +347,7 @@ def test_a_corrupted_tokenizer_is_named(broken: Path) -> None:
 
 @pytest.fixture
 def sharded(official_folder: Path, tmp_path: Path) -> Path:
-    """A copy to damage, in several files."""
+    """Return a copy to damage, in several files."""
     return Path(shutil.copytree(official_folder, tmp_path / "model"))
 
 
@@ -360,7 +362,7 @@ def change(folder: Path, **tensors: Tensor | None) -> None:
 
 
 def fails(folder: Path, *parts: str) -> None:
-    """Loading raises one CheckpointError whose message has all these parts."""
+    """Assert that loading raises a CheckpointError whose message contains all these parts."""
     with pytest.raises(CheckpointError) as info:
         Engine.load(folder)
     for part in parts:
@@ -373,7 +375,7 @@ def test_missing_config(broken: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\ufffe"])
-def test_config_that_is_no_json_object(broken: Path, text: str) -> None:
+def test_config_that_is_not_a_json_object(broken: Path, text: str) -> None:
     (broken / "config.json").write_text(text, encoding="utf-8")
     fails(broken, "config.json: ")
 
@@ -399,7 +401,7 @@ def test_unknown_tensor(broken: Path) -> None:
     fails(broken, "model.safetensors: tensor layers.1.attn.bias: unknown: found F32 [3]", "config.json")
 
 
-def test_mis_shaped_tensor(broken: Path) -> None:
+def test_tensor_of_the_wrong_shape(broken: Path) -> None:
     change(broken, layers__0__attn__attn_sink=torch.zeros(5))
     fails(broken, "model.safetensors: tensor layers.0.attn.attn_sink: found F32 [5], expected shape [4]")
 
@@ -411,7 +413,7 @@ def test_wrong_dtype(broken: Path, dtype: torch.dtype) -> None:
     fails(broken, "tensor norm.weight: found dtype", "expected BF16 or F16 or F32")
 
 
-def test_dtype_that_no_checkpoint_uses(broken: Path) -> None:
+def test_unknown_dtype(broken: Path) -> None:
     change(broken, norm__weight=torch.ones(256, dtype=torch.float64))
     fails(broken, "tensor norm.weight: found dtype F64, expected one of BF16")
 
@@ -441,7 +443,7 @@ def test_hash_table_with_an_expert_that_does_not_exist(broken: Path) -> None:
     fails(broken, "tensor layers.0.ffn.gate.tid2eid: found expert ids 4 to 4, expected 0 to 3")
 
 
-def test_truncated_file_names_the_first_tensor_that_is_cut(broken: Path) -> None:
+def test_truncated_file_names_the_first_truncated_tensor(broken: Path) -> None:
     path = broken / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-7])
@@ -461,10 +463,10 @@ def test_a_file_that_shrinks_while_it_is_read_names_the_tensor(tmp_path: Path) -
 
 
 @given(sizes=st.lists(st.sampled_from([1, 3, 4, 10]), min_size=1, max_size=8), most=st.integers(1, 60))
-def test_runs_hold_every_tensor_once_and_read_it_wherever_it_lies(
+def test_runs_contain_every_tensor_once_at_any_offset(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], most: int
 ) -> None:
-    """Bytes before floats: what follows an odd number of them is not where floats may lie in memory."""
+    """The tensor after an odd number of bytes is not aligned for its dtype."""
     path = tmp_path_factory.mktemp("runs") / "x.safetensors"
     tensors = {
         f"{index:02}": torch.arange(size, dtype=torch.int8 if index % 2 else torch.float32)
@@ -484,7 +486,7 @@ def test_runs_hold_every_tensor_once_and_read_it_wherever_it_lies(
     assert values.keys() == tensors.keys() and all(torch.equal(values[name], tensors[name]) for name in tensors)
 
 
-def test_whatever_dtype_is_asked_for_forwards_take_it(bf16_folder: Path) -> None:
+def test_forwards_accept_every_requested_dtype(bf16_folder: Path) -> None:
     ids = list(range(40))
     expected = Engine.load(bf16_folder).logits(ids)
     for dtype in (torch.float16, torch.float64):
@@ -492,7 +494,7 @@ def test_whatever_dtype_is_asked_for_forwards_take_it(bf16_folder: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_read_straight_to_where_products_want_them(bf16_folder: Path, dtype: torch.dtype) -> None:
+def test_weights_are_read_directly_into_their_packed_place(bf16_folder: Path, dtype: torch.dtype) -> None:
     engine = Engine.load(bf16_folder, dtype=dtype)
     before = {name: parameter.data_ptr() for name, parameter in engine.decoder.named_parameters()}
     engine.logits(range(40))
@@ -501,7 +503,7 @@ def test_weights_are_read_straight_to_where_products_want_them(bf16_folder: Path
 
 
 @pytest.mark.parametrize("format", ["bf16", "official"])
-def test_bfloat16_is_held_where_it_says_all_that_is_stored_and_gives_the_same_bits(
+def test_bfloat16_is_used_where_it_is_lossless_and_gives_the_same_bits(
     decoder: Decoder, tmp_path: Path, format: Format
 ) -> None:
     export_checkpoint(decoder, tmp_path, format=format)
@@ -512,7 +514,7 @@ def test_bfloat16_is_held_where_it_says_all_that_is_stored_and_gives_the_same_bi
     assert_same_state(half.decoder, whole.decoder)
     ids = torch.randint(0, 96, (300,), generator=torch.Generator().manual_seed(4)).tolist()
     assert torch.equal(half.logits(ids), whole.logits(ids))
-    assert half.fingerprint == whole.fingerprint  # so they take up each other's states
+    assert half.fingerprint == whole.fingerprint  # so they accept each other's states
     greedy = SamplingParams(temperature=0, max_tokens=9)
     with half.session() as a, whole.session() as b:
         for session in (a, b):
@@ -520,7 +522,7 @@ def test_bfloat16_is_held_where_it_says_all_that_is_stored_and_gives_the_same_bi
         assert list(a.generate(greedy)) == list(b.generate(greedy))
 
 
-def test_float32_is_held_where_it_is_stored_or_where_layers_are_plain_torch(broken: Path, bf16_folder: Path) -> None:
+def test_float32_is_used_where_it_is_stored_or_layers_are_plain_torch(broken: Path, bf16_folder: Path) -> None:
     assert Engine.load(bf16_folder, compiled=False).decoder.head.weight.dtype == torch.float32
     change(broken, head__weight=torch.randn(96, 256))
     decoder = Engine.load(broken).decoder
@@ -561,7 +563,7 @@ def test_header_that_contradicts_itself(broken: Path, edit: Callable[[dict[str, 
 
 
 @pytest.mark.parametrize("header", [b"\xff" * 40, b"[1, 2]", b'{"a": 1}', b"{", b'{"a": "' + b"x" * 40])
-def test_header_that_is_no_header(broken: Path, header: bytes) -> None:
+def test_invalid_header(broken: Path, header: bytes) -> None:
     path = broken / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
     fails(broken, "model.safetensors: corrupted safetensors header")
@@ -586,13 +588,13 @@ def edit_index(folder: Path, edit: Callable[[dict[str, str]], None]) -> None:
     path.write_text(json.dumps(index))
 
 
-def test_index_that_names_a_tensor_its_shard_does_not_hold(sharded: Path) -> None:
+def test_index_that_lists_a_tensor_missing_from_its_shard(sharded: Path) -> None:
     first = sorted(sharded.glob("*.safetensors"))[0].name
     edit_index(sharded, lambda weight_map: weight_map.update({"embed.wait": first}))
     fails(sharded, f"{first}: tensor embed.wait: missing; model.safetensors.index.json expects it here")
 
 
-def test_shard_that_holds_a_tensor_the_index_does_not_name(sharded: Path) -> None:
+def test_shard_with_a_tensor_missing_from_the_index(sharded: Path) -> None:
     edit_index(sharded, lambda weight_map: weight_map.__delitem__("norm.weight"))
     fails(sharded, "tensor norm.weight: unexpected: model.safetensors.index.json places it in no file")
 
@@ -602,12 +604,12 @@ def test_shard_outside_the_folder(sharded: Path) -> None:
     fails(sharded, "found file '../model.safetensors', expected the name of a file in the same folder")
 
 
-def test_safetensors_file_that_is_no_part_of_the_checkpoint(broken: Path) -> None:
+def test_safetensors_file_that_is_not_part_of_the_checkpoint(broken: Path) -> None:
     shutil.copy(broken / "model.safetensors", broken / "model-00002-of-00002.safetensors")
     fails(broken, "model-00002-of-00002.safetensors: not part of the checkpoint")
 
 
-def test_index_that_is_no_index(sharded: Path) -> None:
+def test_invalid_index(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text('{"weights": {}}')
     fails(sharded, "model.safetensors.index.json: not a safetensors index")
 
@@ -625,7 +627,7 @@ def test_index_that_is_no_index(sharded: Path) -> None:
         ({"top_k": 0}, SamplingParams()),
     ],
 )
-def test_sampling_is_what_generation_config_says(
+def test_sampling_parameters_come_from_generation_config(
     tmp_path: Path, config: dict[str, object] | None, expected: SamplingParams
 ) -> None:
     if config is not None:
@@ -634,7 +636,7 @@ def test_sampling_is_what_generation_config_says(
 
 
 @pytest.mark.parametrize("text", ['{"temperature": -1}', '{"top_p": "high"}', "[]", "{"])
-def test_an_unfit_generation_config_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_an_invalid_generation_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         read_sampling(tmp_path)

@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def expected_draft(decoder: Decoder, streams: Tensor, next_ids: Tensor) -> Tensor:
-    """The formulas of the MTP block, around transformers' decoder layer."""
+    """Compute the formulas of the MTP block around transformers' decoder layer."""
     spec, state = decoder.spec, decoder.state_dict()
     own = {name.removeprefix("mtp.0."): tensor for name, tensor in state.items() if name.startswith("mtp.0.")}
     config = DeepseekV4Config(
@@ -126,7 +126,7 @@ def test_drafts_with_a_cache_continue_where_the_last_call_ended(decoder: Decoder
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=0)
 
 
-def test_a_model_without_the_block_says_so(
+def test_a_model_without_the_block_is_an_error(
     make_config: Callable[..., dict[str, Any]], random_decoder: Callable[..., Decoder]
 ) -> None:
     decoder = random_decoder(ModelSpec.from_config(make_config(0)))

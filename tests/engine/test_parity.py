@@ -1,4 +1,4 @@
-"""The decoder against transformers' DeepSeek-V4 in float32, every parameter and buffer random."""
+"""The decoder against transformers' DeepSeek-V4 in float32, with every parameter and buffer random."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TOP_LEVEL = {
 
 
 def oracle_name(name: str) -> str:
-    """The name under which transformers keeps an official tensor."""
+    """Return the name of an official tensor in transformers."""
     if name in TOP_LEVEL:
         return TOP_LEVEL[name]
     layers, index, rest = name.split(".", 2)
@@ -71,7 +71,7 @@ def oracle_name(name: str) -> str:
 
 
 def oracle_of(decoder: Decoder) -> DeepseekV4ForCausalLM:
-    """transformers' model with the same weights; every one of its tensors must be set."""
+    """Return transformers' model with the same weights; every one of its tensors must be set."""
     config = decoder.spec.to_config()
     scaling = config.pop("rope_scaling")
     layers = decoder.spec.layers
@@ -113,7 +113,7 @@ def chunked_logits(decoder: Decoder, token_ids: Tensor, chunk: int) -> Tensor:
 
 
 def tied_from(trace: Trace, top_k: int, length: int) -> int:
-    """The first position at which the choice of the k-th entry hangs on less than `TIE`; `length` if there is none."""
+    """Return the first position at which the k-th entry leads by less than `TIE`; `length` if there is none."""
     first = length
     for record in trace.index:
         if record.scores_BTW.shape[-1] <= top_k:
@@ -133,7 +133,7 @@ def compare(
     random_decoder: Callable[..., Decoder],
     record_property: Callable[[str, object], None],
 ) -> Callable[..., None]:
-    """Compare a stack with the oracle on one random sequence, under several chunkings."""
+    """Compare a stack with the oracle on one random sequence, with several chunk sizes."""
 
     def run(ratios: tuple[int, ...], length: int, chunkings: tuple[int, ...], **overrides: Any) -> None:
         spec = ModelSpec.from_config(make_config(*ratios, **overrides))
@@ -176,7 +176,7 @@ def test_every_entry_selected_needs_no_mask(compare: Callable[..., None]) -> Non
 
 
 def test_positions_beyond_4096(compare: Callable[..., None]) -> None:
-    """Far enough for the RoPE sets to drift apart; with every entry selected, so that no row is masked."""
+    """Far enough for the RoPE sets to diverge; every entry is selected, so that no row is masked."""
     compare((0, 4, 128), 4300, (2000,), index_topk=1100)
 
 

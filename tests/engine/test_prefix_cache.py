@@ -1,4 +1,4 @@
-"""What one session computed another one takes up: the same bits, no token computed twice, and who goes first."""
+"""Sessions resume from each other's state: the same bits, no token computed twice, and the order of eviction."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ HEADS = (1, 100, SPAN - 1, SPAN, SPAN + 1, 300)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_marked_head_is_computed_once_for_all(batcher: Batcher, head: int) -> None:
+def test_a_marked_prefix_is_computed_once_for_all(batcher: Batcher, head: int) -> None:
     first = some_ids(head, 0) + some_ids(40, 1)
     run(batcher, first, mark=head)
     assert batcher.prefilled == head + 40
@@ -66,7 +66,7 @@ def test_a_marked_head_is_computed_once_for_all(batcher: Batcher, head: int) -> 
     assert batcher.prefilled == head + 3 * 40
 
 
-def test_sessions_that_begin_at_the_same_moment_compute_their_head_once(batcher: Batcher) -> None:
+def test_sessions_that_start_together_compute_their_prefix_once(batcher: Batcher) -> None:
     works = [Work(), Work(), Work()]
     for work, seed in zip(works, (1, 2, 2), strict=True):
         work.extend(some_ids(600, 0))
@@ -74,12 +74,12 @@ def test_sessions_that_begin_at_the_same_moment_compute_their_head_once(batcher:
         work.extend(some_ids(40, seed))
     while waiting := [work for work in works if work.logits_V is None]:
         batcher.advance(waiting)
-    assert batcher.prefilled == 600 + 40 + 40 + 1  # of two equal prompts the last id is computed twice
+    assert batcher.prefilled == 600 + 40 + 40 + 1  # the last id of the second of two equal prompts is computed again
     for work in works:
         assert torch.equal(torch.as_tensor(work.logits_V), batcher.logits(work.ids)[-1])
 
 
-def test_nobody_waits_for_a_session_that_has_left(batcher: Batcher) -> None:
+def test_sessions_do_not_wait_for_one_that_has_left(batcher: Batcher) -> None:
     leader, follower = Work(some_ids(700, 0)), Work(some_ids(700, 0))
     batcher.advance([leader, follower])
     assert (leader.computed, follower.computed) == (512, 0)
@@ -89,7 +89,7 @@ def test_nobody_waits_for_a_session_that_has_left(batcher: Batcher) -> None:
     assert torch.equal(follower.logits_V, batcher.logits(follower.ids)[-1])
 
 
-def test_a_closed_session_is_gone_on_with(batcher: Batcher) -> None:
+def test_a_closed_session_can_be_continued(batcher: Batcher) -> None:
     ids = some_ids(290, 0)
     work, _ = run(batcher, ids)
     work.push(5)
@@ -110,7 +110,7 @@ def test_the_same_prompt_again_costs_one_token(batcher: Batcher) -> None:
     assert (work.usage.hit_tokens, work.usage.miss_tokens) == (299, 1)
 
 
-def test_a_session_that_goes_another_way_a_few_tokens_back_takes_up_the_rest(batcher: Batcher) -> None:
+def test_a_session_that_diverges_a_few_tokens_back_reuses_the_rest(batcher: Batcher) -> None:
     ids = some_ids(300, 0)
     run(batcher, ids)
     other = [*ids[:298], (ids[298] + 1) % VOCAB, 3]
@@ -124,7 +124,7 @@ def test_a_session_that_goes_another_way_a_few_tokens_back_takes_up_the_rest(bat
 
 
 def test_a_shared_span_is_copied_before_it_is_written(batcher: Batcher) -> None:
-    """A session that is shortened into a span which a fork shares writes into a copy."""
+    """A session shortened into a span that it shares with a fork writes into a copy."""
     ids = some_ids(SPAN + 2, 0)
     work, _ = run(batcher, ids)
     fork = batcher.fork(work)
@@ -150,7 +150,7 @@ def test_a_fork_costs_a_slot_and_a_span(batcher: Batcher) -> None:
     assert batcher.pools.bytes_held == 0
 
 
-def test_a_parked_session_takes_its_own_state_back(batcher: Batcher) -> None:
+def test_a_parked_session_gets_its_own_state_back(batcher: Batcher) -> None:
     work, _ = run(batcher, some_ids(300, 0))
     batcher.cache.clear()
     before = batcher.pools.bytes_held
@@ -162,7 +162,7 @@ def test_a_parked_session_takes_its_own_state_back(batcher: Batcher) -> None:
     assert batcher.prefilled == 303 and work.usage.hit_tokens == 0
 
 
-def test_what_was_parked_and_found_by_another_stays_for_both(batcher: Batcher) -> None:
+def test_parked_state_found_by_another_session_serves_both(batcher: Batcher) -> None:
     ids = some_ids(300, 0)
     work, _ = run(batcher, ids)
     fork = batcher.fork(work)
@@ -177,7 +177,7 @@ def test_what_was_parked_and_found_by_another_stays_for_both(batcher: Batcher) -
     assert batcher.prefilled == 300 + 3 and finder.usage.hit_tokens == 300
 
 
-def test_a_parked_session_that_is_cut_and_goes_another_way_is_not_taken_for_what_it_was(batcher: Batcher) -> None:
+def test_a_parked_session_that_is_cut_and_diverges_is_not_found_under_its_old_ids(batcher: Batcher) -> None:
     work, _ = run(batcher, some_ids(300, 0))
     batcher.cache.clear()
     batcher.park(work)
@@ -187,7 +187,7 @@ def test_a_parked_session_that_is_cut_and_goes_another_way_is_not_taken_for_what
     assert torch.equal(torch.as_tensor(work.logits_V), batcher.logits(work.ids)[-1])
 
 
-def test_parked_sessions_give_way_when_memory_is_short_and_come_back_the_same(decoder: Decoder) -> None:
+def test_parked_sessions_are_evicted_when_memory_is_short_and_resume_unchanged(decoder: Decoder) -> None:
     batcher = Batcher(decoder, kv_cache_bytes=1)
     batcher = Batcher(decoder, kv_cache_bytes=4 * batcher.pools.bytes_per_span)
     ids = some_ids(300, 0)
@@ -201,14 +201,15 @@ def test_parked_sessions_give_way_when_memory_is_short_and_come_back_the_same(de
     assert batcher.prefilled == 800 + 300 + 301
 
 
-def test_long_prompts_leave_checkpoints_on_the_way(batcher: Batcher) -> None:
+def test_long_prompts_leave_intermediate_checkpoints(batcher: Batcher) -> None:
     ids = some_ids(CHECKPOINT_EVERY + 300, 0)
     run(batcher, ids)
     assert [batcher.cache.holds(ids, IdChain(), n) for n in (CHECKPOINT_EVERY, len(ids))] == [True, True]
 
 
-def test_what_saves_least_goes_first(decoder: Decoder) -> None:
-    """Ends of prompts, least recently used first; then turn ends, and of a branch its end before what it shares."""
+def test_the_least_valuable_checkpoint_is_evicted_first(decoder: Decoder) -> None:
+    """Ends of prompts are evicted first, least recently used first, then turn ends; a branch's end goes before its
+    prefix."""
     batcher = Batcher(decoder, kv_cache_bytes=64 << 20)
     cache = batcher.cache
     head, a, b = some_ids(SPAN, 0), some_ids(SHORT_PROMPT, 1), some_ids(SHORT_PROMPT, 2)
@@ -216,7 +217,7 @@ def test_what_saves_least_goes_first(decoder: Decoder) -> None:
     batcher.park(work)  # the end of the prompt is now the end of a turn
     run(batcher, head + b)
     run(batcher, some_ids(SHORT_PROMPT, 3))
-    run(batcher, head + a)  # of use again, and the head with it
+    run(batcher, head + a)  # a use of it, and of the head
     kept = {"head": head, "turn a": head + a, "prompt b": head + b, "prompt c": some_ids(SHORT_PROMPT, 3)}
     order = []
     while cache.evict():
@@ -231,10 +232,10 @@ def test_checkpoints_never_cost_a_session_its_state(decoder: Decoder) -> None:
     works = [run(batcher, some_ids(2 * SPAN, seed))[0] for seed in range(2)]
     assert [work.computed for work in works] == [2 * SPAN, 2 * SPAN]
     run(batcher, some_ids(SPAN, 5))
-    assert sorted(work.computed for work in works) == [0, 2 * SPAN]  # only a session that asks for memory gets it
+    assert sorted(work.computed for work in works) == [0, 2 * SPAN]  # only a session that requests memory gets it
 
 
-def test_equal_spans_of_other_prompts_do_not_mix(batcher: Batcher) -> None:
+def test_equal_spans_of_different_prompts_are_not_confused(batcher: Batcher) -> None:
     block = some_ids(SPAN, 0)
     run(batcher, block + block)
     work, logits_V = run(batcher, some_ids(SPAN, 1) + block)
@@ -242,7 +243,7 @@ def test_equal_spans_of_other_prompts_do_not_mix(batcher: Batcher) -> None:
     assert torch.equal(logits_V, batcher.logits(work.ids)[-1])
 
 
-def test_a_failed_session_leaves_nothing_to_be_found(decoder: Decoder) -> None:
+def test_a_failed_session_leaves_no_checkpoint(decoder: Decoder) -> None:
     engine = Engine(copy.deepcopy(decoder), name="small", dialect="v4-preview", folder=Path("none"))
     layers = engine.batcher.runner.layers
     assert isinstance(layers, CompiledLayers)
@@ -269,8 +270,8 @@ def test_nothing_is_computed_twice_while_there_is_memory(engine: Engine) -> None
     assert engine.batcher.sampled <= 3 + 3 * 3
 
 
-def test_a_checkpoint_can_be_asked_for_at_any_time(engine: Engine) -> None:
-    """Also where nothing is left to be computed: then it is taken at once."""
+def test_a_checkpoint_can_be_requested_at_any_time(engine: Engine) -> None:
+    """If nothing is left to compute, it is taken at once."""
     with engine.session() as session:
         session.append(some_ids(40, 0))
         for _ in session.generate(SamplingParams(temperature=0, max_tokens=6)):
@@ -282,7 +283,7 @@ def test_a_checkpoint_can_be_asked_for_at_any_time(engine: Engine) -> None:
             engine.batcher.drop(session._work)
 
 
-def test_a_saved_session_goes_on_without_prefill(engine: Engine, decoder: Decoder, tmp_path: Path) -> None:
+def test_a_saved_session_continues_without_prefill(engine: Engine, decoder: Decoder, tmp_path: Path) -> None:
     with engine.session() as session:
         session.append(some_ids(700, 0))
         list(session.generate(GREEDY))
@@ -302,7 +303,7 @@ def test_a_session_that_was_never_computed_can_be_saved(engine: Engine, tmp_path
     assert engine.open(tmp_path / "session").token_ids == (1, 2, 3)
 
 
-def test_a_file_that_is_not_that_is_refused(engine: Engine, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_saved_session_is_rejected(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "session"
     with engine.session() as session:
         session.append(some_ids(40, 0))
@@ -332,7 +333,7 @@ def test_a_file_that_is_not_that_is_refused(engine: Engine, tmp_path: Path) -> N
         engine.open(tmp_path / "nothing")
 
 
-def test_eviction_frees_what_nobody_else_holds(batcher: Batcher) -> None:
+def test_eviction_frees_unshared_memory(batcher: Batcher) -> None:
     work, _ = run(batcher, some_ids(SPAN + SHORT_PROMPT, 0), mark=SPAN)
     batcher.drop(work)
     assert len(batcher.cache) == 2

@@ -1,4 +1,4 @@
-"""The text of sampled tokens: whole characters, and nothing of a stop text or of what follows it."""
+"""The text of sampled tokens: whole characters, and nothing from a stop text on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def anyio_backend() -> str:
 
 
 def up_to_the_first_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """By the definition: of all places where a stop text ends the first, and of those that end there the longest."""
+    """Apply the definition: the first place where a stop text ends, and the longest stop text that ends there."""
     for end in range(len(text) + 1):
         for start in range(end):
             if text[start:end] in stop:
@@ -39,17 +39,17 @@ def up_to_the_first_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     st.lists(st.text("abc", max_size=4), max_size=12),
     st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
 )
-def test_however_text_is_cut_it_is_shown_up_to_the_first_stop(pieces: list[str], stop: list[str]) -> None:
+def test_text_in_any_pieces_is_shown_up_to_the_first_stop(pieces: list[str], stop: list[str]) -> None:
     stops = StopFilter(stop)
     shown = ""
     for index, piece in enumerate(pieces):
         shown += stops.feed(piece)
         so_far, stopped = up_to_the_first_stop("".join(pieces[: index + 1]), stop)
         assert stops.stopped is stopped
-        assert so_far.startswith(shown)  # never more than what turned out to be text
+        assert so_far.startswith(shown)  # nothing was shown that had to be taken back
         held = so_far[len(shown) :]
         assert stopped is False or not held
-        assert not held or any(text.startswith(held) for text in stop)  # and no longer held back than must be
+        assert not held or any(text.startswith(held) for text in stop)  # nothing is held back without need
     assert (shown + stops.finish(), stops.stopped) == up_to_the_first_stop("".join(pieces), stop)
 
 
@@ -64,7 +64,7 @@ def say(engine: Engine, params: SamplingParams) -> tuple[list[SampledToken], Seq
         return tokens, session.token_ids
 
 
-def test_the_texts_join_to_what_the_ids_say(engine: Engine) -> None:
+def test_the_texts_join_to_the_decoded_ids(engine: Engine) -> None:
     tokens, ids = say(engine, GREEDY)
     assert "".join(token.text for token in tokens) == engine.tokenizer.decode(ids[len(prompt(engine)) :])
     assert len(tokens) == 24
@@ -81,7 +81,7 @@ def test_a_stop_text_ends_the_generation_and_is_kept_but_not_shown(engine: Engin
     assert [token.id for token in tokens] == [token.id for token in plain[: len(tokens)]]
 
 
-def test_what_was_held_back_comes_with_the_last_token(engine: Engine) -> None:
+def test_text_held_back_comes_with_the_last_token(engine: Engine) -> None:
     plain, _ = say(engine, GREEDY)
     text = "".join(token.text for token in plain)
     tokens, _ = say(engine, replace(GREEDY, stop=(text + "and more",)))
@@ -103,7 +103,7 @@ def test_half_a_character_waits_for_its_other_half(engine: Engine) -> None:
 
 
 @pytest.mark.anyio
-async def test_an_async_session_stops_at_the_same_token_and_forgets_what_it_was_ahead(engine: Engine) -> None:
+async def test_an_async_session_stops_at_the_same_token_and_discards_later_ones(engine: Engine) -> None:
     plain, _ = say(engine, GREEDY)
     text = "".join(token.text for token in plain)
     params = replace(GREEDY, stop=(text[5:9],))

@@ -1,4 +1,4 @@
-"""The fast path: the twin's logits, and the same bits whatever shares the forward and whatever memory there is."""
+"""The fast path has the twin's logits, and the same bits in any batch and with any amount of memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def batcher(decoder: Decoder, compiled: bool) -> Batcher:
     return Batcher(decoder, kv_cache_bytes=64 << 20, compiled=compiled)
 
 
-def test_logits_are_the_twins(decoder: Decoder, batcher: Batcher) -> None:
+def test_logits_equal_the_twins(decoder: Decoder, batcher: Batcher) -> None:
     ids = some_ids(600, 0)
     with torch.inference_mode():
         expected = decoder(torch.tensor([ids]))[0]
@@ -57,7 +57,7 @@ def test_every_chunking_gives_the_same_bits(batcher: Batcher, chunk: int) -> Non
 
 
 class Session:
-    """A sequence fed in pieces; checks each row of logits it gets against the whole computed at once."""
+    """A sequence appended in pieces; checks each row of logits against a single forward over all ids."""
 
     def __init__(self, ids: Sequence[int], expected_TV: Tensor) -> None:
         self.ids, self.expected_TV = ids, expected_TV
@@ -84,7 +84,7 @@ ACTIONS = ("feed", "feed", "feed", "wait", "drop", "shorten", "park", "fork")
 def test_random_schedules_give_the_same_bits(
     batcher: Batcher, sessions: list[tuple[list[int], Tensor]], data: st.DataObject
 ) -> None:
-    """Sessions join, feed, wait, shorten by a token, fork, park, lose their state and go on, in any batch."""
+    """Sessions join, append, wait, shorten by a token, fork, park, lose their state and continue, in any batch."""
     live = [Session(*session) for session in sessions]
     try:
         for _ in range(data.draw(st.integers(1, 8), "steps")):
@@ -118,7 +118,7 @@ def test_random_schedules_give_the_same_bits(
     assert batcher.pools.bytes_held == 0
 
 
-def test_short_memory_costs_time_and_changes_nothing(decoder: Decoder) -> None:
+def test_short_memory_changes_no_results(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
     batcher = Batcher(decoder, kv_cache_bytes=3 * sizes.bytes_per_span)
     works = [Work() for _ in range(4)]
@@ -137,7 +137,7 @@ def test_short_memory_costs_time_and_changes_nothing(decoder: Decoder) -> None:
             work.extend([last])
 
 
-def test_a_sequence_that_does_not_fit_at_all_says_so_and_frees_what_it_had(decoder: Decoder) -> None:
+def test_a_sequence_that_can_never_fit_is_an_error_and_frees_its_memory(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
     engine = Engine(
         decoder, name="small", dialect="v4-preview", folder=Path("none"), kv_cache_bytes=2 * sizes.bytes_per_span
@@ -167,8 +167,8 @@ def test_more_sessions_than_slots(decoder: Decoder) -> None:
         batcher.drop(work)
 
 
-def test_a_sequence_that_is_not_finite_harms_no_other(decoder: Decoder, compiled: bool) -> None:
-    """Neither one in the same forward nor one that gets its slot and spans afterwards."""
+def test_a_non_finite_sequence_does_not_affect_others(decoder: Decoder, compiled: bool) -> None:
+    """This holds in the same forward, and for a sequence that gets its slot and spans afterwards."""
     poison = 7
     ids = [token_id if token_id != poison else 8 for token_id in [3, *some_ids(299, 0)]]
     decoder = copy.deepcopy(decoder)
@@ -177,7 +177,7 @@ def test_a_sequence_that_is_not_finite_harms_no_other(decoder: Decoder, compiled
     expected = batcher.logits(ids)
     healthy, ill = Work(), Work()
     ill.extend([poison] * 300)
-    batcher.advance([ill])  # first, so that it holds the lowest ids
+    batcher.advance([ill])  # first, so that it gets the lowest ids
     healthy.extend(ids[:130])
     ill.extend([poison])
     batcher.advance([ill, healthy])
@@ -188,7 +188,7 @@ def test_a_sequence_that_is_not_finite_harms_no_other(decoder: Decoder, compiled
     assert torch.equal(batcher.logits(ids), expected)
 
 
-def test_bytes_held_are_those_of_spans_and_slots(batcher: Batcher) -> None:
+def test_bytes_held_counts_spans_and_slots(batcher: Batcher) -> None:
     work = Work()
     work.extend(some_ids(SPAN + 1, 0))
     while work.pending:
@@ -206,7 +206,7 @@ def test_bytes_held_are_those_of_spans_and_slots(batcher: Batcher) -> None:
     assert pools.bytes_held == 0
 
 
-def test_prompts_of_a_higher_priority_are_computed_first_and_nobody_stops_decoding(decoder: Decoder) -> None:
+def test_prompts_of_a_higher_priority_come_first_and_decoding_continues(decoder: Decoder) -> None:
     batcher = Batcher(decoder, kv_cache_bytes=64 << 20)
     talking, low, high = Work(), Work(priority=1), Work(priority=2)
     talking.extend(some_ids(20, 0))
@@ -237,7 +237,7 @@ def test_when_memory_is_short_the_lowest_priority_loses_its_state(decoder: Decod
         batcher.drop(work)
 
 
-def test_what_fits_counts_shared_spans_once(decoder: Decoder) -> None:
+def test_fits_counts_shared_spans_once(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
     batcher = Batcher(decoder, kv_cache_bytes=8 * sizes.bytes_per_span)
     work = Work()
@@ -245,7 +245,7 @@ def test_what_fits_counts_shared_spans_once(decoder: Decoder) -> None:
     while work.pending:
         batcher.advance([work])
     forks = [batcher.fork(work) for _ in range(5)]
-    assert batcher.fits(forks) and not batcher.fits([*forks, work])  # three shared spans, and one for each to go on
+    assert batcher.fits(forks) and not batcher.fits([*forks, work])  # three shared spans, and one more for each
     fresh = Work()
     fresh.extend(some_ids(3 * SPAN, 1))
     assert batcher.fits([work, fresh]) and not batcher.fits([work, forks[0], fresh])

@@ -1,4 +1,4 @@
-"""Many sessions, many turns, too little memory and disk, random cancellations: nothing leaks, and no token is wrong.
+"""Many sessions, many turns, too little memory and disk, random cancellations: nothing leaks, and every token is right.
 
 It takes minutes, so it is not part of `make test`: `make test ARGS="-m slow"`.
 """
@@ -41,7 +41,7 @@ Said = list[tuple[int, SampledToken]]
 
 
 async def converse(session: AsyncSession, draw: random.Random) -> Said:
-    """Thirty turns; a third of them are left or cancelled, and the next one goes on all the same."""
+    """Take thirty turns; a third of them are abandoned or cancelled, and the next one continues."""
     said: Said = []
     await session.append(some_ids(draw.randint(100, 300), draw.randrange(HEADS)))
     await session.checkpoint()
@@ -95,7 +95,7 @@ async def test_soak(tmp_path: Path) -> None:
         async with anyio.create_task_group() as task_group:
             for number in range(SESSIONS):
                 task_group.start_soon(live, number)
-        assert held_on_disk(tmp_path / "disk") <= 1.5 * DISK_BYTES  # the file being written comes on top
+        assert held_on_disk(tmp_path / "disk") <= 1.5 * DISK_BYTES  # plus the file being written
     engine.batcher.cache.clear()
     engine.flush()
     assert engine.batcher.pools.bytes_held == 0

@@ -1,4 +1,4 @@
-"""Guesses change how many forwards there are, and nothing else."""
+"""Drafts change the number of forwards and nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from .conftest import randomize_, small_config, some_ids
 
 @torch.no_grad()
 def make_decoder(*, mtp: bool) -> Decoder:
-    """A model that likes to repeat itself, and an MTP block that expects it to: so guesses are both right and wrong."""
+    """Return a model that tends to repeat itself, and an MTP block that expects it to: some drafts are right, some
+    wrong."""
     spec = ModelSpec.from_config(small_config(0, 4, 128, mtp=mtp, sliding_window=48, index_topk=8))
     decoder = randomize_(Decoder(spec), torch.Generator().manual_seed(1))
     for block in decoder.mtp:
@@ -68,7 +69,7 @@ def test_the_same_bits_with_and_without(engine: Engine, ids: list[int], temperat
     assert said(engine, ids, stopped, speculate=True) == expected[: first + 1]
 
 
-def test_what_repeats_takes_fewer_forwards(engine: Engine) -> None:
+def test_repetition_takes_fewer_forwards(engine: Engine) -> None:
     params, steps = SamplingParams(temperature=0, logit_bias={5: 1e6}, max_tokens=200), []
     for speculate in (False, True):
         before = engine.batcher.steps
@@ -78,10 +79,10 @@ def test_what_repeats_takes_fewer_forwards(engine: Engine) -> None:
     assert steps[1] < 200 / LONGEST + 15
 
 
-def test_after_right_and_wrong_guesses_a_session_can_be_shortened_forked_and_saved(
+def test_after_right_and_wrong_drafts_a_session_can_be_shortened_forked_and_saved(
     engine: Engine, tmp_path: Path
 ) -> None:
-    """At every token of a generation that guesses."""
+    """At every token of a generation with drafts."""
     engine.batcher.speculate = True
     params = SamplingParams(temperature=0, max_tokens=40)
     rest = SamplingParams(temperature=0, max_tokens=3)
@@ -101,7 +102,7 @@ def test_after_right_and_wrong_guesses_a_session_can_be_shortened_forked_and_sav
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("mtp", [False, True])
-async def test_many_sessions_guess_in_the_same_forwards(mtp: bool) -> None:
+async def test_many_sessions_draft_in_the_same_forwards(mtp: bool) -> None:
     engine = make_engine(mtp=mtp)
     params = SamplingParams(temperature=0, max_tokens=60)
     prompts = [[seed, *REPEATING[seed:], 50 + seed, *REPEATING[:20]] for seed in range(5)]
@@ -123,7 +124,7 @@ async def test_many_sessions_guess_in_the_same_forwards(mtp: bool) -> None:
     assert (engine.batcher.foreseen > 0) == mtp
 
 
-def test_only_what_was_sampled_is_guessed_on(engine: Engine) -> None:
+def test_drafts_continue_sampled_ids_only(engine: Engine) -> None:
     work = Work(REPEATING)
     assert work.draft(4) == []  # a prompt is pending
     while work.logits_V is None:
@@ -134,7 +135,7 @@ def test_only_what_was_sampled_is_guessed_on(engine: Engine) -> None:
     assert work.draft(4) == []
 
 
-def test_the_length_follows_what_was_right() -> None:
+def test_the_draft_length_follows_the_accepted_ids() -> None:
     drafter, ids = Drafter(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12] * 2
     sizes = []
     for _ in range(4):
@@ -147,19 +148,19 @@ def test_the_length_follows_what_was_right() -> None:
     assert ids == [number % 12 + 1 for number in range(24 + sum(sizes))]
     wrong = [len(drafter.propose(ids, 100)) for _ in range(20)]
     assert wrong[0] == LONGEST and 0 in wrong and max(wrong[wrong.index(0) :]) <= 1
-    while not drafter.propose(ids, 100):  # nobody gives up for ever
+    while not drafter.propose(ids, 100):  # the drafter always tries again
         pass
 
 
 @pytest.mark.parametrize(
     ("chance", "cost", "length"), [(0.0, 0.1, 0), (0.1, 0.2, 0), (0.5, 0.2, 1), (0.9, 0.4, 4), (0.9, 0.0, 8), (1, 1, 0)]
 )
-def test_a_draft_is_as_long_as_makes_the_most_of_the_time(chance: float, cost: float, length: int) -> None:
+def test_the_draft_length_maximises_throughput(chance: float, cost: float, length: int) -> None:
     assert best_length(chance, cost, 8) == length
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8), st.integers(0, 5))
-def test_a_guess_is_what_followed_the_last_time(pieces: list[list[int]], most: int) -> None:
+def test_a_draft_repeats_what_followed_the_last_occurrence(pieces: list[list[int]], most: int) -> None:
     drafter, ids = Drafter(), []
     for piece in pieces:
         ids += piece
@@ -174,7 +175,7 @@ def test_a_guess_is_what_followed_the_last_time(pieces: list[list[int]], most: i
             assert draft == [follows[index % len(follows)] for index in range(len(draft))]
 
 
-def test_the_mtp_block_is_asked_where_there_is_nothing_to_look_up() -> None:
+def test_the_mtp_block_drafts_when_lookup_finds_nothing() -> None:
     drafter = Drafter()
     assert drafter.asks([1, 2, 3])
     assert drafter.propose([1, 2, 3], 8) == []
@@ -183,7 +184,7 @@ def test_the_mtp_block_is_asked_where_there_is_nothing_to_look_up() -> None:
     assert drafter.propose([1, 2, 3, 4, 1, 2], 1) == [3]
 
 
-def test_the_mtp_block_is_asked_less_while_it_is_wrong() -> None:
+def test_the_mtp_block_drafts_less_often_while_it_is_wrong() -> None:
     drafter, ids, asked = Drafter(), [1], []
     for index in range(40):
         asked.append(drafter.asks(ids))
@@ -199,9 +200,9 @@ def test_the_mtp_block_is_asked_less_while_it_is_wrong() -> None:
         drafter.accepted()
 
 
-def test_what_can_be_looked_up_is_tried_again_while_the_mtp_block_is_right() -> None:
+def test_lookup_is_tried_again_while_the_mtp_block_is_right() -> None:
     drafter, ids = Drafter(), list(range(12)) * 4
-    for _ in range(40):  # guesses fail, whoever makes them
+    for _ in range(40):  # drafts fail, from either source
         drafter.propose(ids, 8)
     for _ in range(PATIENCE + 1):
         assert drafter.propose(ids, 8, first=ids[-12]) == [ids[-12]]
@@ -209,14 +210,14 @@ def test_what_can_be_looked_up_is_tried_again_while_the_mtp_block_is_right() -> 
     assert len(drafter.propose(ids, 8)) >= 1
 
 
-def test_a_model_without_the_block_is_never_asked() -> None:
+def test_a_model_without_the_block_never_drafts_with_it() -> None:
     engine = make_engine(mtp=False)
     assert not engine.batcher.mtp
     said(engine, REPEATING, SamplingParams(temperature=0, max_tokens=20), speculate=True)
     assert engine.batcher.foreseen == 0
 
 
-def test_the_packaged_model_foresees_what_it_says_for_the_first_time() -> None:
+def test_the_packaged_models_mtp_block_drafts_new_text() -> None:
     engine = Engine.load("tiny")
     asked = {"role": "user", "content": "Read the file report.txt and submit the number in it."}
     ids = encode_ids([asked], tokenizer=engine.tokenizer, think=True)
@@ -244,12 +245,12 @@ SCRIPT = st.lists(
 
 
 def played(batcher: Batcher, script: list[tuple[str, int, int]], params: SamplingParams) -> list[list[object]]:
-    """What every work says while the script is carried out, each token with its log-probability."""
+    """Play the script and return every work's sampled tokens with their log-probabilities."""
     works, told = [Work(REPEATING), Work(range(1, 40))], list[list[object]]([[], []])
     for action, index, count in script:
         work = works[index % len(works)]
         match action:
-            case "say":  # as many ids from it, and from all others that are computed in the same forwards
+            case "say":  # sample this many ids from it, and from all others computed in the same forwards
                 for _ in range(count):
                     while waiting := [each for each in works if each.logits_V is None]:
                         batcher.advance(waiting)
@@ -282,7 +283,7 @@ def batcher() -> Batcher:
 
 @settings(max_examples=8, deadline=None)
 @given(script=SCRIPT, temperature=st.sampled_from([0, 0.3]))
-def test_whatever_happens_between_guesses_the_bits_are_the_same(
+def test_any_action_between_drafts_leaves_the_bits_unchanged(
     batcher: Batcher, script: list[tuple[str, int, int]], temperature: float
 ) -> None:
     params = SamplingParams(temperature=temperature)
@@ -294,7 +295,7 @@ def test_whatever_happens_between_guesses_the_bits_are_the_same(
     assert batcher.pools.bytes_held == 0
 
 
-def test_what_is_known_of_a_text_does_not_grow_with_it_and_forks_know_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lookup_index_is_bounded_and_shared_with_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentkit_engine.speculation.REACH", 50)
     drafter, ids = Drafter(), list[int]()
     for token_id in range(1000):
@@ -308,7 +309,7 @@ def test_what_is_known_of_a_text_does_not_grow_with_it_and_forks_know_it_too(mon
     assert drafter.propose([*ids, 8], 1) == [9]
 
 
-def test_guesses_leave_half_of_a_forward_to_prompts(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_leave_half_of_a_forward_to_prompts(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 16)
     batcher.speculate = True
     talkers, prompt = [Work(REPEATING), Work(REPEATING)], Work(range(1, 100))
@@ -328,8 +329,8 @@ def test_guesses_leave_half_of_a_forward_to_prompts(batcher: Batcher, monkeypatc
     batcher.cache.clear()
 
 
-def test_guesses_stay_within_the_spans_that_are_there(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the last id of a span too, and those of the block, which is always asked here."""
+def test_drafts_stay_within_the_allocated_spans(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holds at the last id of a span too, and for drafts of the MTP block, which is always asked here."""
     monkeypatch.setattr(Drafter, "asks", lambda drafter, ids: True)
     batcher.speculate, step = True, batcher.runner.step
     ends = []
@@ -353,7 +354,7 @@ def test_guesses_stay_within_the_spans_that_are_there(batcher: Batcher, monkeypa
 
 
 def test_only_the_ids_up_to_the_first_wrong_one_count_as_tried() -> None:
-    """Three right ids in a draft of seven are three of four tried, after three of three: the next draft has four."""
+    """Three right ids in a draft of seven are three of four tried, after three of three; so the next draft has four."""
     drafter, ids, lengths = Drafter(), list(range(20)) * 2, []
     for new in range(3):
         draft = drafter.propose(ids, LONGEST)

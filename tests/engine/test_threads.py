@@ -1,4 +1,4 @@
-"""Torch's thread count: one where an exact engine computes, and unchanged everywhere else."""
+"""torch's thread count: one where an exact engine computes, and unchanged everywhere else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_engine(*, exact: bool = True) -> Engine:
     return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), exact=exact)
 
 
-def test_the_block_has_one_thread_and_nobody_else_has() -> None:
+def test_only_the_block_has_one_thread() -> None:
     with one_thread():
         assert counts() == (1, 2)
     assert counts() == (2, 2)
@@ -72,7 +72,7 @@ def test_a_forward_of_an_exact_engine_has_one_thread(monkeypatch: pytest.MonkeyP
     assert counts() == (2, 2)
 
 
-def test_an_engine_that_is_not_exact_uses_the_callers_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inexact_engine_uses_the_callers_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(exact=False)
     layers, seen = engine.batcher.runner.layers, []
 
@@ -86,7 +86,7 @@ def test_an_engine_that_is_not_exact_uses_the_callers_threads(monkeypatch: pytes
 
 
 @pytest.mark.anyio
-async def test_an_async_engine_changes_no_count_while_it_runs_and_none_after() -> None:
+async def test_an_async_engine_changes_no_thread_count_of_others() -> None:
     engine = make_engine()
     async with AsyncEngine(engine) as running, running.session() as session:
         assert await running.call(torch.get_num_threads) == 1

@@ -1,4 +1,4 @@
-"""How the tiny model is made: tokenizer, rows, optimiser, and a training run small enough to watch the loss fall."""
+"""Training of the tiny model: tokenizer, rows, optimiser, and a run small enough to watch the loss fall."""
 
 from __future__ import annotations
 
@@ -55,30 +55,30 @@ def test_a_phrase_is_one_token_of_ordinary_text(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("frame", ["{}", " {}", "`{}`", '"{}"', "/{}.txt", "\n{}\n", "={}"])
-def test_a_name_has_the_same_ids_wherever_it_stands(tokenizer: Tokenizer, frame: str) -> None:
+def test_a_name_has_the_same_ids_in_any_context(tokenizer: Tokenizer, frame: str) -> None:
     ids, name = tokenizer.encode_text(frame.format("kalo")), tokenizer.encode_text("kalo")
     assert any(ids[start : start + len(name)] == name for start in range(len(ids)))
 
 
 @settings(deadline=None)
 @given(text=st.text())
-def test_any_text_survives(tokenizer: Tokenizer, text: str) -> None:
+def test_any_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode_text(text)) == text
 
 
-def test_a_vocabulary_too_small_for_its_phrases_is_refused() -> None:
+def test_a_vocabulary_too_small_for_its_phrases_is_an_error() -> None:
     with pytest.raises(ValueError, match="vocab_size=100 leaves no room"):
         build_tokenizer(TEXTS, phrases=[PHRASE], vocab_size=100)
 
 
 def _rows(count: int, length: int = 24) -> Rows:
-    """Rows that repeat their first half: a model that copies predicts the second half."""
+    """Return rows that repeat their first half, so that a model that copies predicts the second half."""
     generator = torch.Generator().manual_seed(0)
     halves = torch.randint(3, 40, (count, length // 2), generator=generator).tolist()
     return Rows.pack([(half + half, [0] * len(half) + [1] * len(half)) for half in halves], copied=range(3, 40))
 
 
-def test_rows_survive_the_disk_and_refuse_a_mask_of_another_length(tmp_path: Path) -> None:
+def test_rows_round_trip_and_reject_a_mask_of_another_length(tmp_path: Path) -> None:
     rows = _rows(5)
     rows.save(tmp_path / "rows.safetensors")
     loaded = Rows.load(tmp_path / "rows.safetensors")
@@ -110,7 +110,7 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -
     assert float(values.max()) < 1.3
 
 
-def test_practice_comes_first_then_every_second_pair_of_batches_and_takes_turns() -> None:
+def test_practice_comes_first_then_in_every_second_pair_of_batches_in_rotation() -> None:
     config = TrainingConfig(practice_steps=3, mixed_steps=0, batches=1, batch_tokens=192)
     drawn = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 8))
     assert [batch.window for batch in drawn] == [None, None, FAR_COPY_WINDOW, FAR_COPY_WINDOW, 2, 2, None, None]
@@ -121,25 +121,26 @@ def test_practice_comes_first_then_every_second_pair_of_batches_and_takes_turns(
     assert [batch.ids_BT.size(1) for batch in mixed] == [24, 24, 96, 96]
 
 
-def test_what_majority_practice_asks_for_was_drawn_before_and_is_out_of_sight() -> None:
+def test_majority_practice_asks_for_names_outside_the_window() -> None:
     config = TrainingConfig(practice=("majority",), practice_steps=1, batch_tokens=512)
     batch = next(_stream(_rows(8), config, pad_id=2, world=1))
     assert batch.spread and batch.window == 2
     for ids, mask in zip(batch.ids_BT.tolist(), batch.mask_BT.tolist(), strict=True):
         asked = [at for at, mine in enumerate(mask) if mine]
         assert asked == list(range(129, 164, 6))
-        assert all(ids[at] in ids[:128] and ids[at - 1] == 3 for at in asked)  # 3 is the first id of `copied`: it asks
+        # 3 is the first id of `copied`, which precedes each draw to predict
+        assert all(ids[at] in ids[:128] and ids[at - 1] == 3 for at in asked)
         assert len(set(ids[:128])) <= 8 and 3 not in ids[:128]
 
 
 @pytest.mark.parametrize("text", ["copy,majorities", "", "copy, far-copy"])
-def test_an_unknown_practice_is_refused(text: str) -> None:
+def test_an_unknown_practice_is_an_error(text: str) -> None:
     assert practice_kinds("majority,copy") == ("majority", "copy")
     with pytest.raises(ValueError, match=r"unknown practice .*; expected one or more of copy, far-copy, majority"):
         practice_kinds(text)
 
 
-def test_rows_of_spread_facts_have_batches_of_their_own_and_see_no_picks_until_told() -> None:
+def test_rows_of_spread_facts_have_their_own_batches_and_no_selection_at_first() -> None:
     rows = Rows.pack([([3] * 8, [1] * 8)] * 6, copied=[], spread=[False, True] * 3)
     drawn = list(batches(rows, tokens=32, pad_id=2, seed=0))
     assert sorted((batch.spread, batch.ids_BT.size(0)) for batch in drawn) == [(False, 3), (True, 3)]
@@ -164,7 +165,7 @@ def test_rows_of_spread_facts_have_batches_of_their_own_and_see_no_picks_until_t
     assert "spread" in records[0] and "loss" not in records[0] and "index" not in records[0]
 
 
-def test_renewed_hca_starts_anew_and_the_rest_goes_on() -> None:
+def test_renewing_hca_leaves_the_other_weights_unchanged() -> None:
     old, model = _small_model(), _small_model()
     renew_hca_(model, torch.Generator().manual_seed(1))
     changed = {
@@ -211,7 +212,7 @@ def test_the_loss_falls_and_training_gives_the_same_weights_twice() -> None:
 
 
 def _train_share(rank: int, world: int, folder: str) -> None:
-    """Three steps of two batches, shared by `world` processes; the first one writes the weights."""
+    """Train three steps of two batches, shared by `world` processes; rank 0 writes the weights."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -226,7 +227,7 @@ def _train_share(rank: int, world: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_two_processes_train_the_model_that_one_does(tmp_path: Path) -> None:
+def test_two_processes_train_the_same_model_as_one(tmp_path: Path) -> None:
     _train_share(0, 1, str(tmp_path))
     spawn(_train_share, (2, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
     alone, shared = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))

@@ -1,4 +1,4 @@
-"""What training needs: gradients everywhere they belong, the indexer's loss, expert counts, starting weights."""
+"""Support for training: gradients wherever they belong, the indexer's loss, expert counts, starting weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def token_ids() -> Tensor:
     return torch.randint(96, (2, 150), generator=torch.Generator().manual_seed(0))
 
 
-def test_language_loss_reaches_all_but_the_indexer(
+def test_language_loss_reaches_everything_but_the_indexer(
     make_config: MakeConfig, random_decoder: RandomDecoder, token_ids: Tensor
 ) -> None:
     decoder = random_decoder(ModelSpec.from_config(make_config(0, 4, 128)))
@@ -36,7 +36,7 @@ def test_language_loss_reaches_all_but_the_indexer(
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-def test_indexer_loss_reaches_the_indexer_alone(
+def test_indexer_loss_reaches_only_the_indexer(
     make_config: MakeConfig, random_decoder: RandomDecoder, token_ids: Tensor
 ) -> None:
     decoder, trace = random_decoder(ModelSpec.from_config(make_config(0, 4, 128))), Trace()
@@ -65,7 +65,8 @@ def test_indexer_loss_is_zero_at_its_target_and_without_entries(
 
 
 def test_gradients_equal_finite_differences(make_config: MakeConfig, random_decoder: RandomDecoder) -> None:
-    """A directional derivative of the loss over all parameters at once; every entry is selected, so it is smooth."""
+    """Check a directional derivative of the loss over all parameters; every entry is selected, so the loss is
+    smooth."""
     decoder = random_decoder(ModelSpec.from_config(make_config(0, 4, 128, index_topk=64)))
     token_ids = torch.randint(96, (1, 140), generator=torch.Generator().manual_seed(1))
     parameters = [p for name, p in decoder.named_parameters() if "gate.weight" not in name and "indexer" not in name]
@@ -126,7 +127,9 @@ def test_experts_equal_a_loop_over_tokens(layer: int, make_config: MakeConfig, r
     torch.testing.assert_close(moe(x, ids, None), torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
-def test_equal_router_scores_go_to_the_lowest_expert(make_config: MakeConfig, random_decoder: RandomDecoder) -> None:
+def test_ties_between_router_scores_go_to_the_lowest_expert(
+    make_config: MakeConfig, random_decoder: RandomDecoder
+) -> None:
     decoder = random_decoder(ModelSpec.from_config(make_config(0, num_hash_layers=0)))
     gate = decoder.blocks[0].ffn.gate
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Kernels are compiled before the first token, once, and the log says so."""
+"""Kernels are compiled before the first token, once, with a log message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def signatures() -> dict[str, int]:
     return {name: len(kernel.signatures) for name, kernel in vars(cpu).items() if hasattr(kernel, "signatures")}
 
 
-def test_afterwards_no_forward_compiles_anything(
+def test_no_forward_compiles_after_warm_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
@@ -41,7 +41,7 @@ def test_afterwards_no_forward_compiles_anything(
     }
 
 
-def test_a_later_process_does_it_no_more(
+def test_a_later_process_skips_warm_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
@@ -55,7 +55,7 @@ def test_a_later_process_does_it_no_more(
     assert again.batcher.pools.bytes_held == 0
 
 
-def test_it_leaves_no_state_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_leaves_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
     engine, ids = make_engine(), some_ids(600)
     expected = make_engine().logits(ids)
@@ -65,7 +65,7 @@ def test_it_leaves_no_state_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("folder", [None, "memory"])
-def test_without_a_folder_or_memory_it_is_left_out(
+def test_warm_up_is_skipped_without_a_folder_or_memory(
     folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path if folder else None)
@@ -73,7 +73,7 @@ def test_without_a_folder_or_memory_it_is_left_out(
     assert not list(tmp_path.iterdir())
 
 
-def test_other_kernels_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_kernels_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
     make_engine().warm_up()
     monkeypatch.setattr(warm_up, "machine", lambda device: ("another",))

@@ -1,4 +1,4 @@
-"""The checkpoint number formats: every code, every scale byte, and quantising as the inverse of decoding."""
+"""The checkpoint number formats: every code, every scale byte, and quantisation as the inverse of decoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_e8m0_byte() -> None:
 
 
 def e4m3(byte: int) -> float:
-    """The OCP e4m3fn value of a byte, from its bits."""
+    """Return the OCP e4m3fn value of a byte, from its bits."""
     sign, exponent, mantissa = -1 if byte & 0x80 else 1, byte >> 3 & 0xF, byte & 7
     if exponent == 0xF and mantissa == 7:
         return math.nan
@@ -98,7 +98,7 @@ def test_fp4_picks_a_nearest_value_and_requantising_is_exact() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(min_value=2.0**-60, max_value=2.0**60, width=32))
-def test_scales_are_the_least_power_of_two_that_fits(value: float) -> None:
+def test_scales_are_the_smallest_power_of_two_that_fits(value: float) -> None:
     for quantise, largest in ((quantise_fp8, 448.0), (quantise_fp4, 6.0)):
         scale = decode_e8m0(quantise(torch.full((1, 32), value))[1]).item()
         assert value <= scale * largest and value > scale / 2 * largest
@@ -110,6 +110,6 @@ def test_an_all_zero_weight_stays_zero() -> None:
     assert torch.equal(dequantise_fp4(*quantise_fp4(zero)), zero)
 
 
-def test_fp4_refuses_a_row_that_is_not_whole_groups() -> None:
+def test_fp4_rejects_a_row_of_partial_groups() -> None:
     with pytest.raises(ValueError, match=r"multiple of 32 input columns, got shape \(2, 40\)"):
         quantise_fp4(torch.zeros(2, 40))

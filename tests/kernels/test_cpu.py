@@ -1,4 +1,4 @@
-"""The CPU kernels against torch twins that they were not written from, on awkward shapes, and row by row."""
+"""CPU kernels against independent torch twins, on awkward shapes and row by row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_exp_is_within_two_units_of_the_last_place() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(1, 5), inputs=st.integers(1, 70), outputs=st.integers(1, 70), block=st.integers(1, 70))
-def test_products_whatever_the_block(rows: int, inputs: int, outputs: int, block: int) -> None:
+def test_products_for_any_block(rows: int, inputs: int, outputs: int, block: int) -> None:
     x, weight = randoms(rows, rows, inputs), randoms(inputs, inputs, outputs)
     out = np.empty((rows, outputs), np.float32)
     cpu.multiply(x, weight, block, out)
@@ -53,7 +53,7 @@ def test_products_whatever_the_block(rows: int, inputs: int, outputs: int, block
 
 
 @pytest.mark.parametrize(("inputs", "block"), [(150, 150), (150, 75), (37, 10), (3, 7)])
-def test_a_wide_product_is_taken_in_tiles_and_bfloat16_as_what_it_stands_for(inputs: int, block: int) -> None:
+def test_wide_products_are_tiled_and_bfloat16_is_exact(inputs: int, block: int) -> None:
     outputs = 2 * cpu.OUTPUTS_TOGETHER + 17
     x, weight = randoms(0, 3, inputs), torch.from_numpy(randoms(1, inputs, outputs)).bfloat16()
     out, half = np.empty((3, outputs), np.float32), np.empty((3, outputs), np.float32)
@@ -67,7 +67,7 @@ def test_a_wide_product_is_taken_in_tiles_and_bfloat16_as_what_it_stands_for(inp
 @given(
     rows=st.integers(1, 6), size=st.integers(1, 5), dim=st.integers(1, 40), iterations=st.integers(1, 20), seed=seeds
 )
-def test_connections(rows: int, size: int, dim: int, iterations: int, seed: int) -> None:
+def test_hyper_connections(rows: int, size: int, dim: int, iterations: int, seed: int) -> None:
     maps = (2 + size) * size
     streams, y = randoms(seed, rows, size, dim), randoms(seed + 1, rows, dim)
     fn, base, scale = (
@@ -94,10 +94,10 @@ def test_connections(rows: int, size: int, dim: int, iterations: int, seed: int)
     window=st.integers(1, 20), picking=st.booleans(), ratio=st.sampled_from([0, 2, 5]), heads=st.integers(1, 5),
     chunks=st.lists(st.integers(1, 150), min_size=1, max_size=3), seed=seeds,
 )  # fmt: skip
-def test_attention_sees_the_window_and_the_entries_whatever_the_chunks(
+def test_attention_covers_window_and_entries_for_any_chunks(
     window: int, picking: bool, ratio: int, heads: int, chunks: list[int], seed: int
 ) -> None:
-    """Against one softmax over all that a query sees; spans lie scattered, and rings are reused."""
+    """Compare with one softmax over all visible keys; spans are scattered, and rings wrap around."""
     length, size, per_span, rotary = sum(chunks), 6, 4, 4
     q, kv = randoms(seed, length, heads, size), randoms(seed + 1, length, size)
     sink = randoms(seed + 2, heads)
@@ -141,10 +141,10 @@ def test_attention_sees_the_window_and_the_entries_whatever_the_chunks(
     heads=st.integers(1, 4), entries=st.integers(1, 700), top_k=st.integers(1, 40), tile=st.integers(1, 300),
     levels=st.sampled_from([1, 3, 1000]), seed=seeds,
 )  # fmt: skip
-def test_choosing_is_a_stable_sort_whatever_the_tiles(
+def test_selection_is_a_stable_sort_for_any_tiles(
     heads: int, entries: int, top_k: int, tile: int, levels: int, seed: int
 ) -> None:
-    """With few levels most scores are equal: then the first entries win."""
+    """With few levels most scores tie, and the first entries win."""
     draws = np.random.default_rng(seed)
     dots = draws.integers(-levels, levels + 1, (2, heads, entries)).astype(np.float32)
     weights = draws.integers(-2, 3, (2, heads)).astype(np.float32)
@@ -164,7 +164,7 @@ def test_choosing_is_a_stable_sort_whatever_the_tiles(
 
 @settings(deadline=None, max_examples=30)
 @given(tokens=st.integers(1, 30), experts=st.integers(2, 9), padding=st.integers(1, 5), seed=seeds)
-def test_experts_one_by_one_and_sorted_are_the_same_bits(tokens: int, experts: int, padding: int, seed: int) -> None:
+def test_experts_have_the_same_bits_one_by_one_and_sorted(tokens: int, experts: int, padding: int, seed: int) -> None:
     active, dim, width = 2, 5, 3
     logits, bias = randoms(seed, tokens, experts), randoms(seed + 1, experts)
     chosen, weights = np.empty((tokens, active), np.int64), np.empty((tokens, active), np.float32)
@@ -207,7 +207,7 @@ def test_experts_one_by_one_and_sorted_are_the_same_bits(tokens: int, experts: i
     assert np.array_equal(out, one_by_one)
 
 
-def test_what_is_not_a_number_stays_none() -> None:
+def test_nan_stays_nan() -> None:
     nan = np.full((1, 4), np.nan, np.float32)
     out, ones = np.empty((1, 2), np.float32), np.ones(1, np.float32)
     cpu.swiglu(nan, ones, np.float32(7), out)
@@ -227,7 +227,7 @@ def test_what_is_not_a_number_stays_none() -> None:
     assert picks[0, :3].tolist() == [0, 7, 300]
 
 
-def test_where_no_cache_can_be_written_kernels_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     njit = numba.njit
 
     def read_only(signature: str | None, *, cache: bool, **options: Any) -> Any:
@@ -244,6 +244,6 @@ def test_where_no_cache_can_be_written_kernels_are_compiled_all_the_same(monkeyp
 
 
 @pytest.mark.parametrize("kernel", [cpu.multiply, cpu.attend, cpu.choose])
-def test_kernels_are_kept_on_disk(kernel: object) -> None:
-    """A second process loads them: compiling all of them takes ten seconds."""
+def test_kernels_are_cached_on_disk(kernel: object) -> None:
+    """A second process loads them; compiling all of them takes ten seconds."""
     assert type(kernel.stats.cache_path) is str  # type: ignore[attr-defined]
