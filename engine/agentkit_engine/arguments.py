@@ -9,7 +9,7 @@ import torch
 
 from agentkit_engine.errors import DeviceUnavailableError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Dtypes for weights, by the names that `dtype` accepts."""
 
 

@@ -17,7 +17,7 @@ NO_GPU = torch.cuda.device_count() == 0
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"dtype": "fp32"}, ValueError, "one of float32, bfloat16, float16 or None, got 'fp32'"),
+        ({"dtype": "fp32"}, ValueError, "one of float32, bfloat16, float16, float64 or None, got 'fp32'"),
         ({"dtype": torch.int8}, ValueError, "got 'torch.int8'"),
         ({"dtype": 32}, TypeError, "dtype must be a str"),
         ({"device": "gpu"}, ValueError, 'device must be "cpu", "cuda" or "cuda:N", got \'gpu\''),

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -229,12 +230,13 @@ async def test_a_command_that_finds_no_room_for_a_process_says_so() -> None:
 
 
 async def test_a_container_whose_first_program_dies_is_lost_without_blame_on_the_host(env: Environment) -> None:
-    with pytest.raises(SandboxLostError):  # only root can do this; commands do not run as root
+    with suppress(SandboxLostError):  # only root can do this; the command may end before the container does
         await env.exec("for p in /proc/[0-9]*; do kill -9 ${p#/proc/}; done", user="0:0")
     with pytest.raises(
         SandboxLostError, match=r"container \w+ has ended: its first program ended with exit code 137"
     ) as e:
-        await env.exec("echo never")
+        for _ in range(100):
+            await env.exec("echo never")
     assert not isinstance(e.value, HostFailureError)
 
 
