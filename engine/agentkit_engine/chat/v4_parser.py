@@ -681,12 +681,13 @@ class StreamParser:
         """End the turn in or after a block: its calls count, or it becomes text."""
         begun = tag is not None and tag.lead == "<" and block.state != "skip"
         complete = block.complete and not begun
+        followed = block.state == "between" and block.outcomes > 0 and block.ink not in _LEADS  # by text
         if self._mode == "reasoning":
             counts = complete and not stopped
         elif self._think_end is not None:
-            counts = complete or any(piece is DSML for piece in self._raw[self._think_end :])
-        else:  # text after the last call of a block without an end does not count
-            counts = not (block.state == "between" and block.outcomes and block.ink not in _LEADS)
+            counts = complete or (not followed and any(piece is DSML for piece in self._raw[self._think_end :]))
+        else:
+            counts = not followed
         if not counts:
             self._take_back()
             return

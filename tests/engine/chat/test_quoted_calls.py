@@ -417,7 +417,7 @@ def test_any_text_split_anywhere(pieces: list[str], think: bool, cuts: list[int]
     if read.calls and not read.errors:  # then only white space follows the last block
         end = max(text.rindex("invoke"), text.rfind("tool_calls>"), text.rfind("function_calls>"))
         rest = text[end:].partition(">")[2]
-        rest = re.sub(rf"</?think>|</(?:{D})*[a-z_]*>?|{D}", "", rest.removesuffix(E))  # surplus closing tags
+        rest = re.sub(rf"</?think>|</(?:{D})*\s*[a-z_]*>?|{D}", "", rest.removesuffix(E))  # surplus closing tags
         assert not rest.strip("<\n ")
     in_answer = think and "</think>" not in text
     assert not in_answer or read.content == ""
@@ -432,3 +432,10 @@ def test_a_thought_makes_no_call_if_the_answer_is_text(thought: list[str], answe
     read = Read(f"{''.join(thought)}</think>{answer}{E}")
     assert (read.calls, read.errors, read.content) == ([], [], answer)
     assert not any(isinstance(event, CallReady | CallOpened | CallMalformed) for event in read.events)
+
+
+@pytest.mark.parametrize("after", ["a", "\n\nNo.", "<", " but not now"])
+def test_a_block_that_ends_its_thought_and_is_followed_by_text_is_quoted(after: str) -> None:
+    """The tag of the block opens in the thought, the call comes after it, and text follows the call."""
+    read = Read(f"<{D}tool_calls></think>{PAY}{after}{E}", True)
+    assert (read.calls == []) == bool(after.strip("<"))
