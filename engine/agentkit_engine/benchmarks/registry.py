@@ -583,4 +583,4 @@ NIGHTLY = ("context-1m",)
 """Benchmarks that take half an hour or more and run only when named."""
 
 ELSEWHERE = ("turn-overhead", "shared-prefill")
-"""Benchmarks of `agentkit.benchmarks`, which the engine knows by name only."""
+"""Names of the benchmarks in `agentkit.benchmarks`; they are skipped here."""
