@@ -127,7 +127,7 @@ READ_ONLY = [
 @pytest.fixture(scope="module")
 async def files(backend: str, open_backend: Opener) -> AsyncIterator[Environment]:
     if backend == "unsafe-local":
-        pytest.skip("unsafe-local runs as the harness, whoever that is")
+        pytest.skip("unsafe-local runs commands as the harness user")
     async with await open_backend(backend, EnvironmentSpec(limits=ResourceLimits(file_size_mib=8, disk_mib=16))) as env:
         made = await env.exec(SETUP)
         assert (made.exit_code, made.stderr) == (0, ""), made
