@@ -56,7 +56,7 @@ def has_cgroup(request: pytest.FixtureRequest) -> bool:
         bounds_memory = group.bounds_memory
         group.remove()
         if not bounds_memory:
-            pytest.skip("no memory cgroup can be had here")
+            pytest.skip("no memory cgroup can be made here")
     return bool(request.param == "cgroup")
 
 
@@ -366,7 +366,7 @@ async def test_commands_that_use_too_much_memory_together_are_killed(launcher: L
 
 async def test_cpu_time_is_bounded(launcher: Launcher, has_cgroup: bool) -> None:
     if not has_cgroup or not any("cpu" in h.controllers for h in hierarchies() if os.access(h.parent, os.W_OK)):
-        pytest.skip("no cpu cgroup can be had here")
+        pytest.skip("no cpu cgroup can be made here")
     spec = EnvironmentSpec(limits=ResourceLimits(cpus=0.2))
     async with await ProcessEnvironment.open(spec, "cpu", launcher=launcher) as env:
         code = "import os, time\nend = time.time() + 1.5\nwhile time.time() < end: pass\nprint(sum(os.times()[:2]))"
