@@ -66,13 +66,15 @@ def command(
     from agentkit.cli.progress import result_table
     from agentkit_evals.suite import SynthSelection, synth_suite
 
+    no_grammar = no_grammar or grammar is None  # by default the model writes every token: its own solve rate
     flags = SamplingFlags.of(grammar, no_grammar, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     chosen = seed_or_random(seed)
     suite = synth_suite(SynthSelection(per_family=tasks_per_family), seed=chosen)
     terminal = console(quiet=as_json)
     terminal.print(
         f"{len(suite.cases)} held-out tasks of {len({case.family for case in suite.cases})} families, "
-        f"model {model}, seed {chosen}, {env.value} sandboxes. The model writes every token.",
+        f"model {model}, seed {chosen}, {env.value} sandboxes."
+        + (" The model writes every token." if no_grammar else ""),
         soft_wrap=True,
     )
     embedded = load_model(model, device=device, cache_dir=None)
