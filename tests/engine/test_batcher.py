@@ -171,3 +171,59 @@ def test_a_fork_of_a_session_that_was_shortened_can_be_shortened_too(
         batcher.advance([fork])
         rows.append(fork.logits_V)
     assert torch.equal(torch.as_tensor(rows[-1]), batcher.logits(list(fork.ids))[-1])
+
+
+def test_a_lower_priority_does_not_take_memory_that_a_higher_one_waits_for(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 3)
+    middle = computed(batcher, some_ids(200, 1), priority=3)
+    batcher.cache.clear()
+    middle.extend(some_ids(100, 2))  # needs a second span, but the highest priority takes the other two
+    high, low = Work(some_ids(300, 3), priority=5), Work(some_ids(50, 4), priority=1)
+    batcher.advance([low, middle, high])
+    assert (high.computed, middle.computed, low.computed) == (300, 0, 0)
+
+
+def test_the_last_tokens_are_cut_without_computing_the_others_again(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 10)
+    work = computed(batcher, some_ids(100, 1))
+    batcher.truncate(work, 97)
+    assert work.pending == 1
+
+
+def test_a_short_session_can_be_cut_to_nothing(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 10)
+    work = computed(batcher, some_ids(5, 1))
+    batcher.truncate(work, 0)
+    assert (work.length, work.computed) == (0, 0)
+    work.extend(some_ids(20, 2))
+    batcher.advance([work])
+    assert torch.equal(torch.as_tensor(work.logits_V), batcher.logits(some_ids(20, 2))[-1])
+
+
+def test_a_cut_forgets_the_checkpoints_requested_behind_it_and_no_others(decoder: Decoder) -> None:
+    batcher = batcher_of(decoder, 10)
+    work = Work(some_ids(60, 1))
+    batcher.mark(work)
+    work.extend(some_ids(30, 2))
+    batcher.mark(work)
+    batcher.truncate(work, 70)
+    work.extend(some_ids(50, 3))
+    while work.pending:
+        batcher.advance([work])
+    assert [length for length in (60, 70, 90) if batcher.cache.holds(work.ids, work.chain, length)] == [60]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("forced", [False, True])
+def test_the_mtp_block_drafts_from_what_a_token_was_sampled_from(decoder: Decoder, drafted: bool, forced: bool) -> None:
+    """Also where the draft turned out wrong; but no forward led to an id that a grammar forced."""
+    batcher = batcher_of(decoder, 10)
+    work = computed(batcher, some_ids(20, 1))
+    streams_MD = torch.as_tensor(work.streams_MD).clone()
+    work._drafted = (7, 8) if drafted else ()
+    work.push(9, forced=forced)
+    assert work.logits_V is None
+    if forced:
+        assert work.streams_MD is None
+    else:
+        assert torch.equal(torch.as_tensor(work.streams_MD), streams_MD)

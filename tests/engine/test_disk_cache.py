@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from agentkit_engine import Engine, ModelSpec, SamplingParams
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import disk_cache
+from agentkit_engine.runtime import Work, disk_cache
+from agentkit_engine.runtime.batcher import SHORT_PROMPT
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.state import SPAN
 
@@ -136,6 +137,23 @@ def test_a_session_that_fills_all_memory_is_still_restored_from_disk(decoder: De
         session.append([*ids, 1])
         assert [(token.id, token.logprob) for token in session.generate(PARAMS)] == expected
     assert (disk(small).stats.loaded, small.batcher.prefilled) == (1, 1)
+
+
+@pytest.mark.parametrize(("stored", "found"), [(48 + SHORT_PROMPT, 48), (49 + SHORT_PROMPT, 49 + SHORT_PROMPT)])
+def test_the_disk_is_read_where_it_saves_more_than_a_few_tokens(
+    decoder: Decoder, tmp_path: Path, stored: int, found: int
+) -> None:
+    ids = some_ids(100, 1)
+    for length in (stored, 48):  # the longer one on disk, the shorter one in memory
+        engine = open_engine(decoder, tmp_path)
+        work = Work(ids[:length])
+        engine.batcher.advance([work])
+        if length == stored:
+            engine.batcher.close(work)
+            engine.flush()
+    later = Work(ids)
+    engine.batcher.resume(later)
+    assert later.computed == found
 
 
 def check_survives(

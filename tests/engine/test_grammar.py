@@ -570,6 +570,7 @@ async def test_a_random_model_makes_valid_calls(engine: Engine, seed: int) -> No
             assert [token async for token in session.generate(params(engine, seed), grammar=required(engine))] == runs[
                 0
             ]
+            assert session.usage.hit_tokens + session.usage.miss_tokens == fed
         async with running.session() as session:
             await session.append(TURN)
             one = replace(params(engine, seed), max_tokens=1)
@@ -622,6 +623,34 @@ async def test_a_dead_end_does_not_end_the_run(engine: Engine) -> None:
         async with AsyncEngine(engine) as running, running.session() as session:
             await session.append(TURN)
             assert [token.id async for token in session.generate(free, grammar=stuck())] == alone
+
+
+@pytest.mark.anyio
+async def test_ids_that_the_grammar_forces_cost_no_forward(engine: Engine) -> None:
+    """From the first one on; and the end of the turn, which is forced too, ends the generation."""
+    grammar = Grammar(GRAMMARS, GRAMMARS._matcher('start: "abcdefgh"'), at_once=True)
+    free = SamplingParams(stop_ids=frozenset([EOS]))
+    before = engine.batcher.steps
+    async with AsyncEngine(engine) as running, running.session() as session:
+        await session.append(TURN)
+        tokens = [token async for token in session.generate(free, grammar=grammar)]
+    assert TOKENIZER.decode([token.id for token in tokens[:-1]]) == "abcdefgh" and tokens[-1].id == EOS
+    assert all(token.forced for token in tokens)
+    assert engine.batcher.steps == before
+
+
+@pytest.mark.anyio
+async def test_a_consumer_who_is_many_tokens_behind_causes_no_forward(engine: Engine) -> None:
+    grammar = Grammar(GRAMMARS, GRAMMARS._matcher('start: "abcdef" T\nT: /[xyz]{30}/'), at_once=True)
+    async with AsyncEngine(engine) as running, running.session() as session:
+        await session.append(TURN)
+        tokens = session.generate(SamplingParams(seed=1), grammar=grammar)
+        await anext(tokens)
+        before = await running.call(lambda: engine.batcher.steps)
+        for _ in range(20):  # the model thread looks for work between any two calls
+            after = await running.call(lambda: engine.batcher.steps)
+        await tokens.aclose()
+    assert after == before
 
 
 @pytest.mark.anyio

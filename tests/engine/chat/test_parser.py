@@ -262,6 +262,26 @@ def test_blocks_in_unusual_places(text: str, before: list[ParseEvent]) -> None:
     assert run([text])[0] == before + F_EVENTS
 
 
+@pytest.mark.parametrize("text", ["invite", "😀"])
+def test_a_tag_that_a_thought_breaks_off_and_the_answer_does_not_end_is_text(text: str) -> None:
+    events, _ = run([f"I <{D}inv</think>{text}", f" you.{E}"])
+    assert events == [ReasoningDelta("I <inv"), TextDelta(f"{text} you."), ParseFinished("stop")]
+
+
+def test_a_call_left_open_after_a_thought_does_not_begin_the_block_anew() -> None:
+    events, _ = run([f'r\n\n<{D}tool_calls>\n</think>{F}<{D}invoke name="g">\n{F}</{D}tool_calls>{E}'])
+    assert events == [
+        ReasoningDelta("r"),
+        CallStarted(0, "f"),
+        CallReady(0, "call_0_0", "f", "{}"),
+        CallStarted(1, "g"),
+        CallMalformed(1, "g", "the call is not closed"),
+        CallStarted(2, "f"),
+        CallReady(2, "call_0_2", "f", "{}"),
+        ParseFinished("tool_calls"),
+    ]
+
+
 def test_text_after_a_block_that_opens_the_answer_withdraws_its_calls() -> None:
     text = f"<{D}tool_calls>\n{F}</{D}tool_calls>\n\nand so"
     events, parser = run([f"</think>{text}{E}"])
@@ -285,6 +305,8 @@ def test_text_after_a_block_that_opens_the_answer_withdraws_its_calls() -> None:
         (f'<{D}invoke name="g">\n<{D}parameter>v', "g", "unexpected tag 'parameter>'"),
         (f'<{D}parameter name="k" string="true">v</{D}parameter>\n', None, "unexpected tag 'parameter name="),
         (f"</{D}invoke>\n", None, "unexpected tag 'invoke>'"),
+        (f'<{D}invoke name="g">\n</{D}parameter>\n', "g", "unexpected tag 'parameter>'"),
+        (f'<{D}invoke name="g">\n</{D}tool_calls>\n<{D}tool_calls>\n', "g", "the call is not closed"),
         (f'<{D}invoke name="g<', None, "unknown or unfinished tag"),
     ],
 )
