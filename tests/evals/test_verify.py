@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+import agentkit_evals.verify
 from agentkit.task import Task
-from agentkit_environments import available_backends, open_environment
+from agentkit_environments import Environment, ExecResult, available_backends, open_environment
 from agentkit_evals.errors import VerifierError
 from agentkit_evals.selfcheck import FORGERY, selfcheck
 from agentkit_evals.verify import Backend, Verdict, verify
@@ -107,6 +109,32 @@ async def test_a_verifier_that_times_out_scores_0(number_task: MakeTask) -> None
     task = number_task(verifier={"command": "echo begun; sh run.sh", "timeout_s": 0.3})
     verdict = await score(task, "echo 'sleep 60' > run.sh")
     assert (verdict.reward, verdict.timed_out, verdict.output) == (0, True, "begun")
+    assert verdict.error == "the verifier ran out of time after 0.3 s"
+    assert verdict.started
+
+
+@pytest.mark.parametrize("exit_code", [0, 127])
+async def test_the_exit_status_of_a_verifier_that_ran_out_of_time_does_not_count(
+    number_task: MakeTask, monkeypatch: pytest.MonkeyPatch, exit_code: int
+) -> None:
+    """A command that ends in the moment of its deadline may have one."""
+
+    async def open_late(*args: Any, **options: Any) -> Environment:
+        environment = await open_environment(*args, **options)
+        run = environment.exec
+
+        async def run_late(command: Any, **options: Any) -> ExecResult:
+            late = "AGENTKIT_ANSWER" in options.get("env", ())
+            result = await run(command, **options)
+            return replace(result, timed_out=True) if late else result
+
+        monkeypatch.setattr(environment, "exec", run_late)
+        return environment
+
+    monkeypatch.setattr(agentkit_evals.verify, "open_environment", open_late)
+    verdict = await score(number_task(verifier=verifier(f"exit {exit_code}")))
+    assert (verdict.reward, verdict.exit_code, verdict.started) == (0, exit_code, True)
+    assert verdict.error == "the verifier ran out of time after 20 s"
 
 
 async def test_a_task_without_a_verifier_cannot_be_scored(number_task: MakeTask) -> None:
