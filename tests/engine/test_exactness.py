@@ -98,6 +98,14 @@ def test_states_of_other_numerics_are_not_used(decoder: Decoder, monkeypatch: py
     assert engine(decoder, exact=True).fingerprint != now
 
 
+def test_states_that_other_kernels_computed_are_foreign(decoder: Decoder) -> None:
+    compiled, eager = (
+        Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), compiled=compiled).fingerprint
+        for compiled in (True, False)
+    )
+    assert compiled != eager
+
+
 def test_an_exact_engine_uses_no_state_of_an_inexact_one(decoder: Decoder, tmp_path: Path) -> None:
     with engine(decoder, exact=False).session() as session:
         session.append(some_ids(30, 1))

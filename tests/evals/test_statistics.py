@@ -79,3 +79,9 @@ def test_sums_of_tenths_are_solved() -> None:
     assert tenths < 1.0 and tenths >= SOLVED > 0.99999
     rate = pass_hat_k([[tenths, 1.0]], 2)
     assert rate is not None and rate.value == 1.0
+
+
+@pytest.mark.parametrize(("reward", "value"), [(SOLVED, 1.0), (math.nextafter(SOLVED, 0), 0.0)])
+def test_a_reward_of_at_least_the_threshold_is_solved(reward: float, value: float) -> None:
+    rate = pass_at_k([[reward]], 1)
+    assert rate is not None and rate.value == value

@@ -52,6 +52,14 @@ async def test_the_answer_is_in_a_file_and_a_variable(number_task: MakeTask) -> 
     assert len((await score(task, answer="x" * 200_000)).output) == 8_000
 
 
+@pytest.mark.parametrize(("size", "variable"), [(65_536, 65_536), (65_537, 0)])
+async def test_an_answer_that_is_too_long_for_a_variable_is_only_a_file(
+    number_task: MakeTask, size: int, variable: int
+) -> None:
+    task = number_task(verifier=verifier('wc -c < "$AGENTKIT_ANSWER_FILE"; printf "%s" "$AGENTKIT_ANSWER" | wc -c'))
+    assert (await score(task, answer="x" * size)).output.split() == [str(size), str(variable)]
+
+
 async def test_verifier_files_are_outside_the_workdir(number_task: MakeTask) -> None:
     command = 'python3 "$AGENTKIT_VERIFIER_DIR/sub/check.py" && test ! -e sub && ls'
     task = number_task(verifier=verifier(command, files={"sub/check.py": "print(open('n.txt').read())"}))
@@ -66,6 +74,7 @@ async def test_verifier_files_are_outside_the_workdir(number_task: MakeTask) -> 
         ("echo 0.25 > $AGENTKIT_REWARD_DIR/reward.txt; exit 3", 0.0, "exit"),
         ("cd $AGENTKIT_REWARD_DIR; echo 1 > reward.txt; echo '{\"reward\": 0.5}' > reward.json", 0.5, "reward.json"),
         ('echo \'{"reward": 0.5, "style": 1}\' > $AGENTKIT_REWARD_DIR/reward.json', 0.5, "reward.json"),
+        ("echo -1000000 > $AGENTKIT_REWARD_DIR/reward.txt", -1e6, "reward.txt"),
         ("exit 3", 0.0, "exit"),
         ("true", 1.0, "exit"),
     ],
@@ -86,6 +95,7 @@ async def test_reward_files_count_only_after_exit_status_0(
         ("echo nan > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number within"),
         ("echo -inf > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number within"),
         ("echo 1e300 > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number within"),
+        ("echo 1000001 > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number within"),
         ("printf '\\377\\0' > $AGENTKIT_REWARD_DIR/reward.txt", r"reward\.txt must hold a number"),
         ("echo '{\"reward\": NaN}' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number within"),
         ("echo '[]' > $AGENTKIT_REWARD_DIR/reward.json", r"reward\.json must hold a number"),
