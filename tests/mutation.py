@@ -133,11 +133,14 @@ def try_out(mutant: MutationSpec, covered: Covered) -> dict[str, object] | None:
         }
         if not tests:
             return {**said, "outcome": "not covered"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return {**said, "outcome": "killed", "by": "timeout"}
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as names:
+            names.write("\n".join(tests))  # too long for a command line
+            names.flush()
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
+            try:
+                done = subprocess.run([*command, f"@{names.name}"], cwd=ROOT, capture_output=True, timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                return {**said, "outcome": "killed", "by": "timeout"}
         return {**said, "outcome": "killed" if done.returncode else "survived"}
 
 

@@ -119,7 +119,7 @@ async def test_a_verifier_that_times_out_scores_0(number_task: MakeTask) -> None
     task = number_task(verifier={"command": "echo begun; sh run.sh", "timeout_s": 0.3})
     verdict = await score(task, "echo 'sleep 60' > run.sh")
     assert (verdict.reward, verdict.timed_out, verdict.output) == (0, True, "begun")
-    assert verdict.error == "the verifier ran out of time after 0.3 s"
+    assert verdict.error == "the verifier timed out after 0.3 s"
     assert verdict.started
 
 
@@ -144,7 +144,7 @@ async def test_the_exit_status_of_a_verifier_that_ran_out_of_time_does_not_count
     monkeypatch.setattr(agentkit_evals.verify, "open_environment", open_late)
     verdict = await score(number_task(verifier=verifier(f"exit {exit_code}")))
     assert (verdict.reward, verdict.exit_code, verdict.started) == (0, exit_code, True)
-    assert verdict.error == "the verifier ran out of time after 20 s"
+    assert verdict.error == "the verifier timed out after 20 s"
 
 
 async def test_a_task_without_a_verifier_cannot_be_scored(number_task: MakeTask) -> None:

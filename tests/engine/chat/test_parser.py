@@ -272,11 +272,11 @@ def test_a_call_left_open_after_a_thought_does_not_begin_the_block_anew() -> Non
     events, _ = run([f'r\n\n<{D}tool_calls>\n</think>{F}<{D}invoke name="g">\n{F}</{D}tool_calls>{E}'])
     assert events == [
         ReasoningDelta("r"),
-        CallStarted(0, "f"),
+        CallOpened(0, "f"),
         CallReady(0, "call_0_0", "f", "{}"),
-        CallStarted(1, "g"),
+        CallOpened(1, "g"),
         CallMalformed(1, "g", "the call is not closed"),
-        CallStarted(2, "f"),
+        CallOpened(2, "f"),
         CallReady(2, "call_0_2", "f", "{}"),
         ParseFinished("tool_calls"),
     ]
