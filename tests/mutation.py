@@ -67,7 +67,7 @@ class Covered:
         executed = [context for line in lines for context in contexts.get(line, [])]
         if executed and not any(executed):
             executed = [context for every in contexts.values() for context in every]
-        names = {context.partition("|")[0] for context in executed if context}
+        names = {context.rpartition("|")[0] for context in executed if context}
         chosen: list[str] = []
         total = 0.0
         for name in sorted(names & self.seconds.keys(), key=lambda name: self.seconds[name]):
