@@ -629,7 +629,7 @@ async def test_a_dead_end_does_not_end_the_run(engine: Engine) -> None:
 async def test_ids_that_the_grammar_forces_cost_no_forward(engine: Engine) -> None:
     """From the first one on; and the end of the turn, which is forced too, ends the generation."""
     grammar = Grammar(GRAMMARS, GRAMMARS._matcher('start: "abcdefgh"'), at_once=True)
-    free = SamplingParams(stop_ids=frozenset([EOS]))
+    free = SamplingParams(stop_token_ids=frozenset([EOS]))
     before = engine.batcher.steps
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(TURN)

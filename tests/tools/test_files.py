@@ -61,6 +61,8 @@ async def test_bad_paths_and_large_files_are_error_results(call: Call, environme
     for path in ("", "a\0b"):
         assert (await call("read_file", path=path)).content.startswith("Error: Bad path: ")
         assert (await call("write_file", path=path, content="")).content.startswith("Error: Bad path: ")
+    long = "x" * 300
+    assert (await call("write_file", path=long, content="")).content == f"Error: File name too long: {long}"
     await environment.exec("truncate -s 17M big")
     result = await call("read_file", path="big")
     assert result.content == "Error: File too large: big; use bash to read part of it"
