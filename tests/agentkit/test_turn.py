@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +19,8 @@ from agentkit import (
     Limits,
     ScriptedModel,
     Tool,
+    ToolCall,
+    ToolContext,
     ToolMessage,
     ToolResult,
     Trajectory,
@@ -379,3 +382,46 @@ async def test_waiting_for_a_slot_counts_as_neither_call_time_nor_tool_time(
     assert results(result.trajectory) == ["done"] * 3
     assert result.status == "answered"
     assert result.usage.tool_time_s < 0.3
+
+
+def read_only_calls(environment: Environment, *, hold: anyio.Event | None = None) -> TurnCalls:
+    """The calls of a turn with one read-only tool, `look`, which waits for `hold`."""
+
+    @tool(read_only=True)
+    async def look() -> str:
+        """Look."""
+        if hold is not None:
+            await hold.wait()
+        return "seen"
+
+    context = ToolContext(environment, timeout_s=60)
+    return TurnCalls({"look": look}, context, ConcurrencyLimits(), lambda record: None, max_calls=8)
+
+
+async def test_a_call_that_is_withdrawn_before_it_starts_leaves_the_clock_alone(environment: Environment) -> None:
+    hold = anyio.Event()
+    calls = read_only_calls(environment, hold=hold)
+    async with anyio.create_task_group() as task_group:
+        calls.open(task_group, deadline=math.inf, time_left_s=None)
+        calls.ready(0, ToolCall("call_0", "look", "{}"))
+        calls.withdraw()  # its task has not run yet
+        await anyio.wait_all_tasks_blocked()
+        calls.ready(1, ToolCall("call_1", "look", "{}"))
+        await anyio.wait_all_tasks_blocked()
+        hold.set()
+        await calls.finish()
+    assert [result.content for result in calls.results("x")] == ["seen"]
+    assert 0 < calls.time_s < 60  # seconds of one call, not seconds since the clock was last set
+
+
+async def test_the_tool_time_limit_counts_only_while_a_call_runs(environment: Environment) -> None:
+    hold = anyio.Event()
+    calls = read_only_calls(environment, hold=hold)
+    async with anyio.create_task_group() as task_group:
+        calls.open(task_group, deadline=math.inf, time_left_s=100)
+        calls.ready(0, ToolCall("call_0", "look", "{}"))
+        await anyio.wait_all_tasks_blocked()
+        assert task_group.cancel_scope.deadline < math.inf
+        hold.set()
+        await calls.finish()
+        assert task_group.cancel_scope.deadline == math.inf  # the model may generate for longer
