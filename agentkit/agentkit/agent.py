@@ -176,7 +176,13 @@ class Agent:
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`. This
         cancels the run.
+
+        Raises:
+            ValueError: `history` is given without `environment`, or with `trajectory` or `metadata`.
+            Other errors: as `run`.
         """
+        if history is not None and (environment is None or trajectory is not None or metadata is not None):
+            raise ValueError("history needs an environment, and takes neither trajectory nor metadata")
         send, receive = anyio.create_memory_object_stream[Event](inf)
 
         async def drive() -> None:

@@ -50,7 +50,7 @@ class TurnCalls:
         """Seconds during which at least one call was running."""
         self._tools = tools
         self._context = context
-        self._parallelism = concurrency
+        self._concurrency = concurrency
         self._in_turn = concurrency.turn()
         self._note = note
         self._max_calls = max_calls
@@ -140,7 +140,7 @@ class TurnCalls:
         began = False
         if call is not None:  # None if the call was withdrawn before it started
             with anyio.CancelScope() as self._scopes[index]:
-                async with self._in_turn, self._parallelism.of_tool(call.name), self._parallelism.in_all:
+                async with self._in_turn, self._concurrency.of_tool(call.name), self._concurrency.in_all:
                     self._begin()
                     began = True
                     self._note(CallStarted(call, early))

@@ -174,14 +174,17 @@ class Environment(ABC):
         `close`, but their output after the command's exit is discarded. When the caller is cancelled, the command and
         everything it started are killed before the cancellation continues.
 
-        Args: command: A string for `/bin/sh -c`, or the program and its arguments. As in a shell, the exit code is 127
-        if the program does not exist, and 126 if it cannot be executed or cannot start in `cwd`. stdin: Bytes for
-        standard input, followed by end of file; text is encoded as UTF-8. At most `MAX_STDIN_BYTES`. cwd: Directory to
-        start in; `spec.workdir` by default. env: Variables in addition to `spec.env`; they override it. user: A user
-        name or `uid[:gid]`; by default the environment's ordinary user. Docker only. timeout_s: Seconds until the
-        command and everything it started are killed; None means no timeout. max_output_bytes: Bytes kept of each of
-        stdout and stderr, half from the start and half from the end. The rest is read and discarded, so memory stays
-        bounded.
+        Args:
+            command: A string for `/bin/sh -c`, or the program and its arguments. As in a shell, the exit code is 127 if
+                the program does not exist, and 126 if it cannot be executed or cannot start in `cwd`.
+            stdin: Bytes for standard input, followed by end of file; text is encoded as UTF-8. At most
+                `MAX_STDIN_BYTES`.
+            cwd: Directory to start in; `spec.workdir` by default.
+            env: Variables in addition to `spec.env`; they override it.
+            user: A user name or `uid[:gid]`; by default the environment's ordinary user. Docker only.
+            timeout_s: Seconds until the command and everything it started are killed; None means no timeout.
+            max_output_bytes: Bytes kept of each of stdout and stderr, half from the start and half from the end. The
+                rest is read and discarded, so memory stays bounded.
 
         Raises:
             SandboxLostError: If the sandbox died before the command ended.
@@ -260,11 +263,13 @@ class Environment(ABC):
         links are never followed. The owner of a directory can always enter and write it, even if the archive's mode
         forbids it. After an error other than `UnsafeArchiveError`, part of the archive may have been unpacked.
 
-        Raises: UnsafeArchiveError: If the archive breaks a rule of `archive.check_archive`; nothing was unpacked.
-        FileExistsError: If a directory exists where the archive has a file or link, or a file or link where it has a
-        directory; the existing entry stays as it is. NotADirectoryError: If `path` or a parent of it is a file.
-        OSError: If the location is read-only (EROFS, EACCES) or full (ENOSPC). UnsafePathError, SandboxLostError: As
-        for `read_file`.
+        Raises:
+            UnsafeArchiveError: If the archive breaks a rule of `archive.check_archive`; nothing was unpacked.
+            FileExistsError: If a directory exists where the archive has a file or link, or a file or link where it has
+                a directory; the existing entry stays as it is.
+            NotADirectoryError: If `path` or a parent of it is a file.
+            OSError: If the location is read-only (EROFS, EACCES) or full (ENOSPC).
+            UnsafePathError, SandboxLostError: As for `read_file`.
         """
         members = await anyio.to_thread.run_sync(check_archive, archive)
         try:

@@ -106,11 +106,15 @@ class Command:
     ) -> None:
         """Take over a started process.
 
-        Args: pid: The process, leader of its session (or about to become it). pipes: Our ends of its standard input,
-        output and error; closed by this object. stdin: Data for standard input, which is closed afterwards. cookie:
-        Value of the variable `COOKIE` in its environment. timeout_s: Seconds from now to `deadline`. max_output_bytes:
-        Bytes kept of output and error each. status_fd: A pipe that ends when the process becomes the command's program.
-        If the program cannot be started, the reason is written to it first.
+        Args:
+            pid: The process, leader of its session (or about to become it).
+            pipes: Our ends of its standard input, output and error; closed by this object.
+            stdin: Data for standard input, which is closed afterwards.
+            cookie: Value of the variable `COOKIE` in its environment.
+            timeout_s: Seconds from now to `deadline`.
+            max_output_bytes: Bytes kept of output and error each.
+            status_fd: A pipe that ends when the process becomes the command's program. If the program cannot be
+                started, the reason is written to it first.
         """
         self.pid, self.cookie = pid, cookie
         self.stdout, self.stderr = BoundedOutput(max_output_bytes), BoundedOutput(max_output_bytes)
@@ -118,6 +122,7 @@ class Command:
         self.timed_out = False
         self.exit_code: int | None = None
         self.started = time.monotonic()
+        self.start_deadline = self.started + START_TIMEOUT_S
         self.deadline = float("inf") if timeout_s is None else self.started + timeout_s
         self._status_fd = status_fd
         self._stdin = [memoryview(part) for part in stdin if part]
@@ -734,7 +739,7 @@ class Executor:
 
     @staticmethod
     def _start_deadline(command: Command) -> float:
-        return command.started + START_TIMEOUT_S if command.is_starting else float("inf")
+        return command.start_deadline if command.is_starting else float("inf")
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -744,7 +749,7 @@ class Executor:
                 self._kill(command)
             elif self._start_deadline(command) <= now:
                 command.stderr.add(b"killed: something stopped this command before its program ran\n")
-                command.started = float("inf")
+                command.start_deadline = float("inf")
                 _signal([command.pid], signal.SIGKILL)
 
     def _forget(self, fd: int) -> None:

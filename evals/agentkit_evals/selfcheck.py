@@ -57,7 +57,8 @@ class SelfCheck:
         """One sentence per fault of the task; empty if the task is sound."""
         found = []
         if self.oracle.reward < SOLVED:
-            found.append(f"the oracle solution scores {self.oracle.reward:g}, expected 1: {self.oracle.output}")
+            why = "; ".join(filter(None, (self.oracle.error, self.oracle.output)))
+            found.append(f"the oracle solution scores {self.oracle.reward:g}, expected 1: {why}")
         if self.nothing.reward > 0:
             found.append(f"doing nothing scores {self.nothing.reward:g}, expected 0")
         if self.forged.reward != self.nothing.reward:
@@ -109,8 +110,8 @@ class StartChecks:
             VerifierError: the verifier does not start; the message has its output.
             SandboxUnavailableError, HostFailureError: the verifier could not be tried on the solution.
         """
-        if verdict.started or task.solution is None:
-            return
+        if verdict.started or verdict.exit_code is None or task.solution is None:
+            return  # without an exit code it started, and its sandbox was lost
         key = hashlib.sha256(task.model_dump_json().encode()).hexdigest()
         async with self._lock:
             if key not in self._known:

@@ -30,7 +30,7 @@ from agentkit_environments import (
     SandboxUnavailableError,
     open_environment,
 )
-from agentkit_evals.blame import blame, describe
+from agentkit_evals.blame import blame, describe, well_formed
 from agentkit_evals.errors import VerifierError
 
 Backend = Literal["auto", "docker", "process", "unsafe-local"]
@@ -116,8 +116,7 @@ async def verify(
     """
     if task.verifier is None:
         raise VerifierError(f"task {task.id} has no verifier; add `verifier: {{command: ...}}` to score it")
-    # JSON allows an unpaired surrogate, which UTF-8 cannot encode.
-    text = (answer or "").encode("utf-8", "replace").decode()
+    text = well_formed(answer or "")
     async with opened(task, backend, run_id) as environment:
         try:
             await environment.import_dir(environment.spec.workdir, archive)

@@ -465,3 +465,12 @@ async def test_plain_functions_are_tools(script: Script, environment: Environmen
     assert result.trajectory.header.tools[0]["function"]["description"] == "Add two numbers."
     with pytest.raises(ToolDefinitionError, match="has no name; use def"):
         Agent(script(), [lambda x: x, add])
+
+
+async def test_a_stream_that_continues_a_record_needs_its_environment(script: Script, environment: Environment) -> None:
+    agent = Agent(script(SUBMIT, SUBMIT))
+    record = (await agent.run("Q", environment=environment)).trajectory
+    for wrong in ({}, {"environment": environment, "metadata": {}}, {"environment": environment, "trajectory": "t"}):
+        with pytest.raises(ValueError, match="history needs an environment"):
+            async for _ in agent.stream("More", history=record, **wrong):  # type: ignore[arg-type]
+                pass

@@ -87,7 +87,7 @@ def test_a_missing_folder_is_named(arguments: list[str], tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     output = agentkit(*arguments, "nowhere", code=2).output
-    assert "there is no folder nowhere; give the one that was given as --cache-dir" in output
+    assert "there is no folder nowhere; give the --cache-dir of an earlier command" in output
 
 
 def test_prune_requires_a_non_negative_budget(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ async def test_a_command_that_is_stopped_before_its_program_runs_is_killed_witho
                 if result.exit_code == 137:
                     break
     assert "stopped this command before its program ran" in result.stderr
+    assert 0 < result.duration_s < 60
     await env.kill_all()
     assert await is_alive(env)
 

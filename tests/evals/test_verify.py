@@ -13,8 +13,8 @@ import agentkit_evals.verify
 from agentkit.task import Task
 from agentkit_environments import Environment, ExecResult, available_backends, open_environment
 from agentkit_evals.errors import VerifierError
-from agentkit_evals.selfcheck import FORGERY, selfcheck
-from agentkit_evals.verify import Backend, Verdict, verify
+from agentkit_evals.selfcheck import FORGERY, StartChecks, selfcheck
+from agentkit_evals.verify import Backend, Verdict, broken, verify
 
 pytestmark = pytest.mark.anyio
 MakeTask = Callable[..., Task]
@@ -211,3 +211,20 @@ async def test_selfcheck_accepts_a_sound_task(number_task: MakeTask) -> None:
 async def test_selfcheck_reports_unsound_tasks(number_task: MakeTask, changes: dict[str, Any], problem: str) -> None:
     checked = await selfcheck(number_task(**changes), backend="unsafe-local")
     assert [problem in found for found in checked.problems] == [True]
+
+
+@pytest.mark.anyio
+async def test_a_lost_sandbox_is_not_a_verifier_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It scores 0 without a try on the solution, whose own loss would make it infrastructure."""
+    task = Task.model_validate(
+        {"id": "t", "instruction": "Say it.", "verifier": {"command": "true"}, "solution": {"command": "true"}}
+    )
+
+    async def never(*arguments: object) -> None:
+        raise AssertionError("the solution was tried")
+
+    checks = StartChecks()
+    monkeypatch.setattr(checks, "_problem", never)
+    await checks.require(task, broken("SandboxLostError: it was killed"), backend="process")
+    with pytest.raises(AssertionError, match="tried"):
+        await checks.require(task, replace(broken("x"), exit_code=127), backend="process")

@@ -99,8 +99,9 @@ class Validator:
     def __init__(self, schema: Mapping[str, Any] | bool) -> None:
         """Check and resolve a schema.
 
-        Raises: SchemaProblemError: it is not a JSON schema (2020-12), is too deep or too large, contains an invalid
-        pattern, refers to something outside itself, or refers to itself so that no finite value is valid.
+        Raises:
+            SchemaProblemError: it is not a JSON schema (2020-12), is too deep or too large, contains an invalid
+                pattern, refers to something outside itself, or refers to itself so that no finite value is valid.
         """
         _check_size(schema)
         try:

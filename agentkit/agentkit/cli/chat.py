@@ -150,7 +150,10 @@ class Chat:
         """Return the user's next message; None at the end. This blocks the event loop, which has nothing else to do."""
 
         def at_prompt(number: int) -> bool:
-            raise KeyboardInterrupt if number == signal.SIGINT else EOFError
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signals.note(number)
+            raise EOFError
 
         signals.answer_with(at_prompt)
         try:
@@ -216,7 +219,9 @@ class Chat:
                 self._end_thought()
         if scope.cancelled_caught:
             self.terminal.print("\n(stopped)", style="yellow")
-            with suppress(OSError):
+            from agentkit.errors import TrajectoryError
+
+            with suppress(TrajectoryError):  # none yet if the turn was stopped before it began
                 # The trajectory of a stopped turn is complete, so the next turn continues it.
                 self.history = Trajectory.load(path)
 

@@ -60,13 +60,14 @@ def command(
 ) -> int:
     """Run the tiny model on held-out tasks of every family in sandboxes, and show the first one live.
 
-    The last line of output is `solved N/M`.
+    No grammar constrains the calls unless --grammar asks for one. The last line of output is `solved N/M`.
     """
     from agentkit.cli import evaluation
     from agentkit.cli.progress import result_table
     from agentkit_evals.suite import SynthSelection, synth_suite
 
-    no_grammar = no_grammar or grammar is None  # by default the model writes every token: its own solve rate
+    if grammar is None:  # by default the model writes every token: its own solve rate
+        no_grammar = True
     flags = SamplingFlags.of(grammar, no_grammar, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     chosen = seed_or_random(seed)
     suite = synth_suite(SynthSelection(per_family=tasks_per_family), seed=chosen)
@@ -74,7 +75,7 @@ def command(
     terminal.print(
         f"{len(suite.cases)} held-out tasks of {len({case.family for case in suite.cases})} families, "
         f"model {model}, seed {chosen}, {env.value} sandboxes."
-        + (" The model writes every token." if no_grammar else ""),
+        + (" The model writes every token." if flags.grammar is False else ""),
         soft_wrap=True,
     )
     embedded = load_model(model, device=device, cache_dir=None)

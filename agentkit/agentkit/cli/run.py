@@ -171,6 +171,8 @@ class Done:
     left_out: list[str]
     """One line for each entry of the folder that was not copied in or out."""
     verdict: Verdict | None
+    lost: str | None = None
+    """The reason the files could not be taken out of the sandbox, if the agent is at fault."""
 
     @property
     def failure(self) -> str | None:
@@ -182,6 +184,8 @@ class Done:
                 return "the answer does not match the schema"
             case "no_answer":
                 return "no answer was given"
+        if self.lost is not None:
+            return f"the files are lost: {self.lost}"
         if self.verdict is not None:
             return None if is_solved(self.verdict.reward) else f"reward {self.verdict.reward:g} is below 1"
         return None if self.result.answer else "no answer was given"
@@ -205,14 +209,13 @@ class Job:
             SandboxError, TaskSetupError, VerifierError, EngineError: The machine or the task failed.
         """
         from agentkit.cli import workdir as folder
-        from agentkit_environments import open_environment
         from agentkit_evals.blame import blame, describe
         from agentkit_evals.selfcheck import StartChecks
-        from agentkit_evals.verify import backend_for, broken, verify
+        from agentkit_evals.verify import backend_for, broken, opened, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
         mine = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
-        async with await open_environment(spec, backend=where) as environment:
+        async with opened(self.task, where) as environment:
             await environment.import_dir(spec.workdir, folder.pack(mine))
             await self.task.prepare(environment)
             # With --workdir the diff is against the user's folder and includes the task's setup.
@@ -226,7 +229,8 @@ class Job:
                 if blame(exc, "scoring") == "infrastructure":
                     raise
                 lost = describe(exc)
-                return Done(result, environment.backend, [], [lost], broken(lost) if self.task.verifier else None)
+                verdict = broken(lost) if self.task.verifier else None
+                return Done(result, environment.backend, [], [], verdict, lost)
         verdict = None
         if self.task.verifier is not None:
             verdict = await verify(self.task, archive=exported.data, answer=result.answer, backend=where)

@@ -48,6 +48,12 @@ def received() -> int | None:
     return _received[0] if _received else None
 
 
+def note(number: int) -> None:
+    """Record a signal that ends the command in another way than by cancelling it."""
+    global _received
+    _received = number, time.monotonic()
+
+
 def status() -> int:
     """Return the exit status for the received signal; that of Ctrl-C for any other KeyboardInterrupt."""
     return 128 + (received() or signal.SIGINT)

@@ -56,9 +56,12 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return the logits of the tokens after `token_ids`, float32 [B, T, V] ([B, 1, V] with `last_only`).
 
-        Args: token_ids_BT: The next T >= 1 tokens of every sequence, int64. cache: The state of the sequences' earlier
-        tokens; these tokens are appended to it. None starts at position 0 and is the only case that is differentiable.
-        last_only: Compute only the last token's logits. trace: Filled with intermediate results for training.
+        Args:
+            token_ids_BT: The next T >= 1 tokens of every sequence, int64.
+            cache: The state of the sequences' earlier tokens; these tokens are appended to it. None starts at position
+                0 and is the only case that is differentiable.
+            last_only: Compute only the last token's logits.
+            trace: Filled with intermediate results for training.
 
         Raises:
             ValueError: `token_ids` is not [B, T] with T >= 1 and the cache's B.

@@ -58,8 +58,9 @@ class DockerEnvironment(Environment):
     async def open(cls, spec: EnvironmentSpec, run_id: str) -> Self:
         """Start a container.
 
-        Raises: SandboxUnavailableError: If no engine answers, the image is missing and cannot be pulled, or the engine
-        refuses the container.
+        Raises:
+            SandboxUnavailableError: If no engine answers, the image is missing and cannot be pulled, or the engine
+                refuses the container.
         """
         started: list[Container] = []
 
