@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 from agentkit import Agent, AssistantMessage, AssistantTurn, CallStarted, Limits, ScriptedModel, Trajectory, tool
 from agentkit.model import CallsWithdrawn
+from agentkit.models.scripted import ScriptedToken, ScriptedTokens
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit_engine.chat import Tokenizer
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import Environment
 
 pytestmark = pytest.mark.anyio
@@ -143,3 +146,26 @@ async def test_a_limit_right_after_a_call_block_runs_no_calls(
     agent = Agent(script([*ids, tokenizer.eos_id]), [pay], limits=Limits(max_tokens=len(ids)))
     result = await agent.run("Q", environment=environment)
     assert (result.limit, amounts, result.trajectory.results) == ("max_tokens", [], [])
+
+
+async def test_a_turn_that_breaks_off_records_no_call_without_a_result(
+    script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block after text is ready only at the end of its turn, and nobody hears of that when the turn breaks off."""
+    generate = ScriptedTokens.generate
+
+    async def breaking(self: ScriptedTokens, *, max_tokens: int | None) -> AsyncGenerator[ScriptedToken, None]:
+        async with aclosing(generate(self, max_tokens=max_tokens)) as tokens:
+            async for token in tokens:
+                if token.id == tokenizer.eos_id:
+                    raise RuntimeError("the engine failed")
+                yield token
+
+    monkeypatch.setattr(ScriptedTokens, "generate", breaking)
+    turn = AssistantTurn(None, "Let me look first.", [("list_dir", {})])
+    agent = Agent(script(turn), thinking="never", sampling=SamplingParams(grammar=False))
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        await agent.run("Q", environment=environment, trajectory=tmp_path / "t.jsonl")
+    said = Trajectory.load(tmp_path / "t.jsonl").messages[-1]
+    assert isinstance(said, AssistantMessage) and said.content.startswith("Let me look first.")
+    assert said.calls == ()

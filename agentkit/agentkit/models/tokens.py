@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 import anyio
@@ -156,7 +157,7 @@ class TokenizedSession:
         thinking, thought, sampled, length, last_id = think, 0, 0, 0, -1
         run: list[Sampled] = []  # all sampled, or all forced
         said: list[int] = []  # all ids of the turn
-        cut, repeated = True, False
+        cut, repeated, left_early = True, False, True
         try:
             while cut:
                 cut = False
@@ -192,6 +193,7 @@ class TokenizedSession:
                     for new in parser.feed((self._think_end,)):
                         if event := _model_event(new):
                             yield event
+            left_early = False
         finally:
             self._record_run(run)
             closing: list[int] = []
@@ -201,6 +203,9 @@ class TokenizedSession:
                     await self._force(closing)
             last = parser.finish(stopped=last_id != self._eos)
             message = _message(parser.message, think)
+            if left_early:  # nobody will hear of calls that the end of the turn made ready, so they get no results
+                unheard = {event.id for event in last if isinstance(event, chat.CallReady)}
+                message = replace(message, calls=tuple(call for call in message.calls if call.id not in unheard))
             self.messages.append(message)
             self._turn += 1
             hits, misses = self._tokens.cache_usage
