@@ -56,7 +56,7 @@ def has_cgroup(request: pytest.FixtureRequest) -> bool:
         bounds_memory = group.bounds_memory
         group.remove()
         if not bounds_memory:
-            pytest.skip("no memory cgroup can be made here")
+            pytest.skip("not applicable: no memory cgroup can be made here")
     return bool(request.param == "cgroup")
 
 
@@ -322,7 +322,7 @@ async def test_memory_that_belongs_to_no_process_is_bounded(
 ) -> None:
     """Sizes are in MiB; empty files in thousands, at about 1 KiB each."""
     if (launcher, has_cgroup, code) == ("bwrap-plain", False, EMPTY_FILES):
-        pytest.skip("bubblewrap cannot bound the number of files")
+        pytest.skip("not applicable: bubblewrap cannot bound the number of files")
     result = await small.exec(["python3", "-c", code], timeout_s=120)
     assert not result.timed_out
     numbers = [int(line) for line in result.stdout.split() if line.isdecimal()]
@@ -332,7 +332,7 @@ async def test_memory_that_belongs_to_no_process_is_bounded(
 
 async def test_shared_memory_ends_with_its_last_process(small: Environment, launcher: Launcher) -> None:
     if launcher != "bwrap":
-        pytest.skip("only bubblewrap's IPC namespace lets us set it")
+        pytest.skip("not applicable: only bubblewrap's IPC namespace lets us set it")
     await small.exec(["python3", "-c", SHARED], timeout_s=60)
     assert len((await small.exec("cat /proc/sysvipc/shm")).stdout.splitlines()) == 1
 
@@ -349,7 +349,7 @@ print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3)])
 
 async def test_commands_that_use_too_much_memory_together_are_killed(launcher: Launcher, has_cgroup: bool) -> None:
     if not has_cgroup:
-        pytest.skip("without a cgroup memory is bounded for each process only")
+        pytest.skip("not applicable: without a cgroup memory is bounded for each process only")
     async with await ProcessEnvironment.open(SMALL, "hog", launcher=launcher) as env:
         assert await python(env, HOG) == "[-9, -9, -9]"
         await env.kill_all()
@@ -367,7 +367,7 @@ async def test_commands_that_use_too_much_memory_together_are_killed(launcher: L
 
 async def test_cpu_time_is_bounded(launcher: Launcher, has_cgroup: bool) -> None:
     if not has_cgroup or not any("cpu" in h.controllers for h in hierarchies() if os.access(h.parent, os.W_OK)):
-        pytest.skip("no cpu cgroup can be made here")
+        pytest.skip("not applicable: no cpu cgroup can be made here")
     spec = EnvironmentSpec(limits=ResourceLimits(cpus=0.2))
     async with await ProcessEnvironment.open(spec, "cpu", launcher=launcher) as env:
         code = "import os, time\nend = time.time() + 1.5\nwhile time.time() < end: pass\nprint(sum(os.times()[:2]))"
@@ -378,7 +378,7 @@ async def test_groups_are_gone_with_the_sandbox_and_with_a_killed_harness(
     launcher: Launcher, has_cgroup: bool, wait_until: WaitUntil
 ) -> None:
     if not has_cgroup:
-        pytest.skip("no cgroup")
+        pytest.skip("not applicable: no cgroup")
     parents = {h.parent for h in hierarchies()}
 
     def groups(pid: int) -> list[Path]:
@@ -412,7 +412,7 @@ async def test_inotify_instances_are_bounded(env: Environment) -> None:
 
 async def test_the_limits_of_the_namespaces_cannot_be_changed_back(env: Environment, launcher: Launcher) -> None:
     if launcher == "bwrap-plain":
-        pytest.skip("there are none")
+        pytest.skip("not applicable: there are none")
     for name in ("user/max_inotify_instances", "user/max_user_namespaces", "kernel/shmall", "kernel/shm_rmid_forced"):
         assert (await env.exec(f"cat /proc/sys/{name} > /proc/sys/{name}")).exit_code != 0, name
 
@@ -472,7 +472,7 @@ async def test_the_harness_keys_are_hidden(launcher: Launcher, tag: Tag) -> None
     name = f"secret-{tag.value}".encode()
     key = ctypes.CDLL(None, use_errno=True).syscall(add_key, b"user", name, b"secret", 6, session_keyring)
     if key < 0:
-        pytest.skip("this machine has no keyrings")
+        pytest.skip("not applicable: this machine has no keyrings")
     try:
         async with await ProcessEnvironment.open(EnvironmentSpec(), "keys", launcher=launcher) as env:
             assert (await env.exec("cat /proc/keys /proc/key-users")).stdout == ""
