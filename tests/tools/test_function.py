@@ -19,11 +19,10 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
-import anyio
-import anyio.lowlevel
 import pytest
 from pydantic import BaseModel, Field
 
+import agentkit_tools.function as function_module
 from agentkit_tools import (
     BUILTINS,
     ArgumentsError,
@@ -507,24 +506,27 @@ def test_options_are_checked_when_the_tool_is_defined() -> None:
     assert tool()(add).name == "add"
 
 
-async def test_a_large_result_does_not_block_the_event_loop(context: ToolContext) -> None:
-    """The event loop stays free while the result of an async tool is converted to text."""
-    turns = 0
+async def test_a_large_result_is_converted_to_text_in_a_thread(
+    context: ToolContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The conversion of a small result would cost less than the thread."""
+    converted_in: list[int] = []
+    output = function_module._output
+
+    def noted(value: object) -> Any:
+        converted_in.append(threading.get_ident())
+        return output(value)
+
+    monkeypatch.setattr(function_module, "_output", noted)
 
     async def large() -> list[list[int]]:
         return [[1, 2, 3]] * 300_000
 
-    async with anyio.create_task_group() as task_group:
+    async def small() -> list[int]:
+        return [1, 2, 3]
 
-        async def count() -> None:
-            nonlocal turns
-            while True:
-                await anyio.lowlevel.checkpoint()
-                turns += 1
-
-        task_group.start_soon(count)
-        content = await run(large, context)
-        task_group.cancel_scope.cancel()
+    content = await run(large, context)
     assert content.startswith("[[1, 2, 3], ")
     assert " bytes cut ...]" in content
-    assert turns > 10
+    assert await run(small, context) == "[1, 2, 3]"
+    assert converted_in[0] != threading.get_ident() == converted_in[1]
