@@ -155,3 +155,11 @@ async def test_a_missing_llguidance_is_an_error_with_the_install_command(
     agent = Agent("tiny", [get_weather], sampling=WITH_GRAMMAR)
     with pytest.raises(GrammarMissingError, match="pip install"):
         await agent.run("What is the weather in Oslo?", environment=environment)
+
+
+async def test_a_grammar_without_tools_has_nothing_to_constrain(tiny: EmbeddedModel, environment: Environment) -> None:
+    sampling = SamplingParams(temperature=0, grammar=True)
+    agent = Agent(tiny, [], sampling=sampling, limits=Limits(max_tokens=8))
+    result = await agent.run("Hello.", environment=environment)
+    assert result.status in ("answered", "no_answer", "limit")
+    assert result.trajectory.header.grammar_off == "there are no tools"

@@ -92,6 +92,8 @@ class EmbeddedModel:
 
         params = replace(sampling, stop_token_ids=sampling.stop_token_ids | {self.tokenizer.eos_id})
         grammar, grammar_off = await grammar_for(self.engine, tools, sampling)
+        if grammar is None and sampling.grammar is True:  # there are no tools to constrain calls to
+            params = replace(params, grammar="auto")
         async with AsyncExitStack() as stack:
             running = self._running
             if running is None:
