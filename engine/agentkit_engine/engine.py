@@ -165,7 +165,7 @@ class Engine:
     def warm_up(self) -> None:
         """Pack the weights and compile the CPU kernels, so that the first token is as fast as later ones.
 
-        Compiling takes about ten seconds, once per machine and kind of layer; a log warning announces it.
+        Compiling takes about twenty seconds, once per machine and kind of layer; a log warning announces it.
         """
         batcher = self.batcher
         if self.compiled:
