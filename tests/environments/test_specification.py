@@ -35,7 +35,7 @@ def test_cpus_are_finite_and_other_limits_whole(value: float) -> None:
         ({"network": "all"}, ValueError, "network must be one of none, public, got 'all'"),
         ({"image": 5}, TypeError, "image must be the name of a Docker image or None, got 5"),
         ({"workdir": 5}, TypeError, "workdir must be an absolute path, got 5"),
-        ({"workdir": "work"}, ValueError, "workdir must be an absolute path"),
+        ({"workdir": "work"}, ValueError, "workdir must be the absolute path of a dedicated directory, got 'work'"),
         ({"env": ["A=B"]}, TypeError, "env must be a mapping"),
         ({"env": {"A": 1}}, TypeError, "env must map texts to texts, got 'A': 1"),
         ({"env": {"A=B": "1"}}, ValueError, "env must have plain names"),
