@@ -29,6 +29,7 @@ from agentkit.model import (
     Model,
     ModelSession,
     ReasoningDelta,
+    Retried,
     TextDelta,
     ThoughtCut,
     TokenSegment,
@@ -39,7 +40,7 @@ from agentkit.models.scripted import AssistantTurn, ScriptedModel
 from agentkit.result import RunResult
 from agentkit.trajectory import Header, Trajectory
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, tool
+from agentkit_tools import ImagePart, TextPart, Tool, ToolCall, ToolContext, ToolResult, tool
 
 __all__ = [
     "DEFAULT_SYSTEM",
@@ -57,6 +58,7 @@ __all__ = [
     "EmbeddedModel",
     "Event",
     "Header",
+    "ImagePart",
     "LimitReached",
     "Limits",
     "Message",
@@ -65,12 +67,14 @@ __all__ = [
     "ModelSession",
     "Outcome",
     "ReasoningDelta",
+    "Retried",
     "RunFinished",
     "RunResult",
     "SamplingParams",
     "ScriptedModel",
     "SystemMessage",
     "TextDelta",
+    "TextPart",
     "ThoughtCut",
     "TokenSegment",
     "Tool",

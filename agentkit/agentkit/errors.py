@@ -3,6 +3,11 @@
 Mistakes of the model are never exceptions: they become tool results that the model reads.
 
     AgentkitError
+        ModelError                  a model could not be reached or refused to work; never the agent's fault
+            UnknownModelError       no such model or provider
+            MissingDependencyError  a package that the model needs is not installed
+            ApiError                a request to an API failed for good; has the HTTP status
+                ApiKeyError         the key is missing, wrong or not allowed
         ContextFullError            the next prompt does not fit; the loop ends the run with limit "context"
         TrajectoryError             a trajectory file cannot be used
             TrajectoryFormatError   not a trajectory, or one of another format version
@@ -19,6 +24,34 @@ from __future__ import annotations
 
 class AgentkitError(Exception):
     """Base class of the errors that this package raises."""
+
+
+class ModelError(AgentkitError):
+    """A model could not be reached, or refused to work. The text is one line with the remedy."""
+
+
+class UnknownModelError(ModelError, ValueError):
+    """There is no such model or provider. The text has what was given and what exists."""
+
+
+class MissingDependencyError(ModelError, ImportError):
+    """A package that the model needs is not installed. The text has the command that installs it."""
+
+
+class ApiError(ModelError):
+    """A request to an API failed, and trying again did not help or cannot help.
+
+    Attributes:
+        status: The HTTP status; None if there was no response.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ApiKeyError(ApiError):
+    """The API's key is missing, wrong, or not allowed to use the model. The text never contains the key."""
 
 
 class ContextFullError(AgentkitError):

@@ -11,6 +11,7 @@ from agentkit.model import (
     CallReady,
     CallsWithdrawn,
     ReasoningDelta,
+    Retried,
     TextDelta,
     ThoughtCut,
     TokenSegment,
@@ -118,6 +119,7 @@ Record = (
     | TokenSegment
     | MessageAdded
     | ThoughtCut
+    | Retried
     | CallReady
     | CallMalformed
     | CallsWithdrawn

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ConfigDict, FailFast, Field
 
 from agentkit_tools import ToolCall, ToolResult
+from agentkit_tools.parts import Part
 
 STRICT: Final = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Validation of data read from a file: unknown keys and non-finite numbers are errors."""
@@ -26,39 +27,53 @@ class SystemMessage:
 
 @dataclass(frozen=True, slots=True)
 class UserMessage:
-    """A message from the user: the task, or a later request in the same session."""
+    """A message from the user: the task, or a later request in the same session.
+
+    A message with images has `parts`, and in `content` one line for each image; a model that reads no images reads
+    `content`.
+    """
 
     content: str
+    parts: tuple[Part, ...] = ()
     role: Literal["user"] = "user"
     __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, slots=True)
 class AssistantMessage:
-    """One turn of the model. `reasoning` is None if the turn did not think; `calls` has only the well-formed calls."""
+    """One turn of the model. `reasoning` is None if the turn did not think; `calls` has only the well-formed calls.
+
+    `provider_data` is the turn as an API sent it, with signatures, encrypted reasoning and ids. It goes back to the
+    same API unchanged, and its key "api" names that API.
+    """
 
     content: str
     reasoning: str | None = None
     calls: Annotated[tuple[ToolCall, ...], FailFast()] = ()
+    provider_data: Mapping[str, Any] | None = None
     role: Literal["assistant"] = "assistant"
     __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, slots=True)
 class ToolMessage:
-    """The result of one call, as the model reads it. The tool messages of a turn are in call order."""
+    """The result of one call, as the model reads it. The tool messages of a turn are in call order.
+
+    `content` and `parts` are those of a `ToolResult`.
+    """
 
     call_id: str
     name: str
     content: str
     is_error: bool = False
+    parts: tuple[Part, ...] = ()
     role: Literal["tool"] = "tool"
     __pydantic_config__ = STRICT
 
     @classmethod
     def of(cls, result: ToolResult) -> ToolMessage:
         """Return the message that carries `result` to the model."""
-        return cls(result.call_id, result.name, result.content, result.is_error)
+        return cls(result.call_id, result.name, result.content, result.is_error, result.parts)
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]

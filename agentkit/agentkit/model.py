@@ -67,7 +67,11 @@ class Usage:
     """Token, call and time counts. `sampled_tokens` includes `thinking_tokens`.
 
     Every id that was fed (prompts, forced ids, the history of a continued run) was either found in the engine's prefix
-    cache (`cache_hit_tokens`) or computed (`cache_miss_tokens`). Both are 0 if the model does not report them.
+    cache (`cache_hit_tokens`) or computed (`cache_miss_tokens`). Both are 0 if the model does not report them. An API
+    is fed the whole conversation in every turn, so its `prompt_tokens` are the sum over the turns. `cache_write_tokens`
+    are those of the computed tokens that the API charges for storing.
+
+    `cost_usd` is the price of the tokens in US dollars; None if the price is unknown or the model runs in this process.
     """
 
     prompt_tokens: int = 0
@@ -76,6 +80,8 @@ class Usage:
     sampled_tokens: int = 0
     thinking_tokens: int = 0
     forced_tokens: int = 0
+    cache_write_tokens: int = 0
+    cost_usd: float | None = None
     turns: int = 0
     calls: int = 0
     tool_time_s: float = 0.0
@@ -105,6 +111,20 @@ class ThoughtCut:
 
     tokens: int
     type: Literal["thought_cut"] = "thought_cut"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """The request for a turn failed and is sent again after `wait_s` seconds; what the turn streamed so far is void.
+
+    `attempt` counts the failed requests of the turn from 1.
+    """
+
+    attempt: int
+    reason: str
+    wait_s: float
+    type: Literal["retried"] = "retried"
     __pydantic_config__ = STRICT
 
 
@@ -150,7 +170,7 @@ class Generated:
     reason: StopReason
 
 
-ModelEvent = ReasoningDelta | TextDelta | ThoughtCut | CallReady | CallMalformed | CallsWithdrawn | Generated
+ModelEvent = ReasoningDelta | TextDelta | ThoughtCut | Retried | CallReady | CallMalformed | CallsWithdrawn | Generated
 
 
 class History(Protocol):

@@ -31,7 +31,7 @@ from agentkit_engine.untrusted import check_values, describe, open_fd, open_regu
 from agentkit_tools import ToolResult
 
 FORMAT: Final = "agentkit.trajectory"
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_FILE_BYTES: Final = 256 << 20
 MAX_LINE_BYTES: Final = 32 << 20
 """A line holds one message, or the ids of one turn at up to 40 bytes per id with its log-probability."""
@@ -58,7 +58,7 @@ class Header:
     id: str = field(default_factory=lambda: uuid4().hex)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     format: Literal["agentkit.trajectory"] = FORMAT
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     type: Literal["header"] = "header"
     __pydantic_config__ = STRICT
 

@@ -31,7 +31,7 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_regular, parse_json, read_regular, shorten
 from agentkit_evals.errors import RunDirectoryError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_LOCK_BYTES = 64 << 20
 MAX_TRIALS_BYTES = 1 << 30
 MAX_TRIAL_BYTES = 16 << 20

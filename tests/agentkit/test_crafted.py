@@ -147,7 +147,7 @@ def test_metadata_holds_finite_numbers_only(value: bytes, good: bytes, tmp_path:
 def test_a_version_of_another_type_is_named(good: bytes, tmp_path: Path) -> None:
     path = tmp_path / "crafted.jsonl"
     path.write_bytes(line(0, b'{"type":"header","version":%b}' % (b"[" * 150 + b"]" * 150)))
-    with pytest.raises(TrajectoryFormatError, match=r"version \[\[\[\[...\]\]\]\]; this agentkit reads version 2"):
+    with pytest.raises(TrajectoryFormatError, match=r"version \[\[\[\[...\]\]\]\]; this agentkit reads version 3"):
         Trajectory.load(path)
 
 

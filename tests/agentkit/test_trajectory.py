@@ -131,11 +131,11 @@ def test_damage_before_the_last_line_is_an_error_with_its_line(recorded: Traject
 
 def test_another_format_version_is_refused(recorded: Trajectory, tmp_path: Path) -> None:
     assert recorded.path is not None
-    header = recorded.path.read_bytes().splitlines()[0].replace(b'"version":2', b'"version":1')
+    header = recorded.path.read_bytes().splitlines()[0].replace(b'"version":3', b'"version":2')
     body = header[: header.rindex(b',"crc32"')]
     path = tmp_path / "old.jsonl"
     path.write_bytes(body + b',"crc32":"%08x"}\n' % zlib.crc32(body))
-    with pytest.raises(TrajectoryFormatError, match="format version 1; this agentkit reads version 2"):
+    with pytest.raises(TrajectoryFormatError, match="format version 2; this agentkit reads version 3"):
         Trajectory.load(path)
 
 

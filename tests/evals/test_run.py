@@ -246,7 +246,7 @@ def test_directories_that_are_not_runs_are_refused(
     lock = run.path / "run.json"
     text = lock.read_text()
     for broken, message in (
-        (text.replace('"version": 2', '"version": 1'), "has run format 1; this agentkit reads format 2"),
+        (text.replace('"version": 3', '"version": 2'), "has run format 2; this agentkit reads format 3"),
         (text.replace('"epochs": 1', '"epochs": "x"'), "is damaged: "),
         (text[:-5], "cannot be read: "),
         ("[]", "is not an agentkit run"),

@@ -7,6 +7,7 @@ from agentkit_tools.edit import edit_file
 from agentkit_tools.errors import ArgumentsError, ToolDefinitionError, ToolError
 from agentkit_tools.files import list_dir, read_file, write_file
 from agentkit_tools.function import FunctionTool, as_tool, tool
+from agentkit_tools.parts import ImagePart, TextPart
 from agentkit_tools.python import python
 from agentkit_tools.search import search
 from agentkit_tools.shell import bash
@@ -30,6 +31,8 @@ __all__ = [
     "ArgumentsError",
     "CommandTool",
     "FunctionTool",
+    "ImagePart",
+    "TextPart",
     "Tool",
     "ToolCall",
     "ToolContext",

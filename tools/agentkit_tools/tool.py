@@ -11,7 +11,7 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import anyio.to_thread
 from agentkit_environments import Environment
 from agentkit_tools.errors import ToolDefinitionError, ToolError
 from agentkit_tools.model_texts import ERROR
+from agentkit_tools.parts import ImagePart, Part, TextPart, parts_text
 from agentkit_tools.results import belongs_to_the_loop, error_text, value_text
 from agentkit_tools.validation import NeedsTimeError, briefly
 
@@ -28,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
 CUT_NOTICE_BYTES = 48  # upper bound, for any byte count
 MIN_OUTPUT_BYTES = 128  # room for the notice and some text on both sides
+MAX_IMAGE_BYTES = 5 << 20  # the strictest limit of the APIs that take images
 GRACE_S = 5.0  # extra time for a tool with its own deadline in the environment, to return its output so far
 
 
@@ -45,7 +47,8 @@ class ToolResult:
     """The result of one call, as shown to the model.
 
     `is_error` is set if the call failed: bad arguments, an error, a deadline, or a non-zero exit code.
-    `final` is set by `submit`: `content` is the answer and the run ends. `duration_s` is in seconds.
+    `final` is set by `submit`: `content` is the answer and the run ends. `duration_s` is in seconds. A result with
+    images has `parts`, and in `content` one line for each image.
     """
 
     call_id: str
@@ -54,15 +57,20 @@ class ToolResult:
     is_error: bool = False
     duration_s: float = 0.0
     final: bool = False
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ToolOutput:
-    """Return value of a tool function that also sets `is_error` or `final`."""
+    """Return value of a tool function that also sets `is_error` or `final`, or has images among its `parts`.
 
-    content: str
+    With parts, `content` is not used: the text of the result is that of the parts.
+    """
+
+    content: str = ""
     is_error: bool = False
     final: bool = False
+    parts: tuple[TextPart | ImagePart, ...] = ()
 
 
 @dataclass(slots=True)
@@ -155,7 +163,7 @@ class Tool(ABC):
         with anyio.move_on_after(self.deadline_s(context)) as scope:
             try:
                 output = await self.run(await self._parse(call.arguments), context)
-                content = value_text(output.content)
+                content = parts_text(output.parts) if output.parts else value_text(output.content)
             except BaseException as error:  # a SystemExit or CancelledError raised by the tool must not end the run
                 if belongs_to_the_loop(error):
                     raise
@@ -164,7 +172,9 @@ class Tool(ABC):
             output, content = _failed(ToolError(f"{self.name} timed out after {context.timeout_s:g} s"))
         if not output.final:
             content = cut(content, context.max_output_bytes)
-        return ToolResult(call.id, self.name, content, output.is_error, time.perf_counter() - start, output.final)
+        duration_s = time.perf_counter() - start
+        parts = cut_parts(output.parts, context.max_output_bytes)
+        return ToolResult(call.id, self.name, content, output.is_error, duration_s, output.final, parts)
 
 
 def _failed(error: BaseException) -> tuple[ToolOutput, str]:
@@ -187,6 +197,20 @@ def refuse_nul(**arguments: str) -> None:
     for name, value in arguments.items():
         if "\0" in value:
             raise ToolError(f'"{name}" contains a NUL byte; remove it')
+
+
+def cut_parts(parts: Sequence[TextPart | ImagePart], max_bytes: int) -> tuple[TextPart | ImagePart, ...]:
+    """Limit the text of the parts to about `max_bytes`, and leave out images of more than `MAX_IMAGE_BYTES`."""
+    texts = sum(isinstance(part, TextPart) for part in parts)
+    each = max(MIN_OUTPUT_BYTES, max_bytes // max(texts, 1))
+    return tuple(
+        TextPart(cut(part.text, each))
+        if isinstance(part, TextPart)
+        else part
+        if len(part.data) <= MAX_IMAGE_BYTES * 4 // 3
+        else TextPart(f"{part} is larger than {MAX_IMAGE_BYTES:,} bytes and was left out")
+        for part in parts
+    )
 
 
 def cut(text: str, max_bytes: int) -> str:
