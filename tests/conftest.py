@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -25,6 +26,14 @@ def own_state_folder(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_signals() -> None:
+    """Heed Ctrl-C: a shell starts a background job with SIGINT and SIGQUIT ignored, and so would be all children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 class WaitUntil(Protocol):
