@@ -5,6 +5,7 @@ Mistakes of the model are never exceptions: they become tool results that the mo
     AgentkitError
         ModelError                  a model could not be reached or refused to work; never the agent's fault
             UnknownModelError       no such model or provider
+            ModelOptionError        the model does not have an effort or parameter that was asked for
             MissingDependencyError  a package that the model needs is not installed
             ApiError                a request to an API failed for good; has the HTTP status
                 ApiKeyError         the key is missing, wrong or not allowed
@@ -32,6 +33,11 @@ class ModelError(AgentkitError):
 
 class UnknownModelError(ModelError, ValueError):
     """There is no such model or provider. The text has what was given and what exists."""
+
+
+class ModelOptionError(ModelError, ValueError):
+    """The model does not have the effort or sampling parameter, or does not take so many tools. The text says which it
+    has."""
 
 
 class MissingDependencyError(ModelError, ImportError):

@@ -144,6 +144,14 @@ class Provider(Protocol):
         """The number of tools that a request may have; None without a limit."""
         ...
 
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """Refuse sampling parameters that the API does not have. A field with its default value is not sent.
+
+        Raises:
+            ModelOptionError: the text names the field, and what the API has instead.
+        """
+        ...
+
     def stream(self, request: TurnRequest) -> AsyncGenerator[Delta, None]:
         """Send the request and yield its deltas; the last one is `StreamFinished`.
 
