@@ -1,0 +1,305 @@
+"""The connection to an API through its SDK: the key, the event stream, and the SDK's errors as ours.
+
+The SDKs of OpenAI and Anthropic have the same structure, so one class serves both. It reads events as JSON objects,
+which go back to the API unchanged, and never follows a redirect, which would carry the key to another host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import os
+import re
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import fields
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from agentkit.errors import ApiError, ApiKeyError, ContextFullError, MissingDependencyError, UnknownModelError
+from agentkit.models.remote.provider import TransientError, TurnRequest
+from agentkit_engine.sampling_params import SamplingParams
+
+Sdk = Literal["openai", "anthropic"]
+
+TIMEOUT_S: Final = 600.0
+"""Default number of seconds that a connection may be silent."""
+CONNECT_TIMEOUT_S: Final = 15.0
+MAX_DETAIL: Final = 500
+
+CALL_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+KEY_ERRORS: Final = {"authentication_error", "permission_error", "invalid_api_key"}
+MODEL_ERRORS: Final = {"model_not_found"}
+CONTEXT_ERRORS: Final = {"context_length_exceeded", "request_too_large"}
+CONTEXT_TEXTS: Final = ("prompt is too long", "exceed context limit", "exceeds the context window", "context length")
+FINAL_ERRORS: Final = {"insufficient_quota", "billing_error", "billing_hard_limit_reached"}
+"""Errors that waiting does not cure, although their HTTP status says that it may."""
+TRANSIENT_ERRORS: Final = {
+    "api_error",
+    "overloaded_error",
+    "rate_limit_error",
+    "rate_limit_exceeded",
+    "server_error",
+    "timeout_error",
+    "vector_store_timeout",
+}
+"""Errors inside a stream, which have no HTTP status of their own, that may pass."""
+
+
+class Connection:
+    """A connection to one API, with one key, for one model. It opens with the first request and reopens after `aclose`.
+
+    Args:
+        sdk: The SDK that speaks to the API.
+        model: The model's name, for error texts.
+        base_url: The URL that the API's paths are appended to.
+        api_key: The key; None reads the environment variable `variable`.
+        timeout_s: Seconds that the connection may be silent.
+
+    Raises:
+        MissingDependencyError: the SDK is not installed.
+        ApiKeyError: there is no key, or it contains characters that no key has.
+        ValueError: `base_url` is not an HTTP URL.
+    """
+
+    def __init__(
+        self, sdk: Sdk, *, model: str, base_url: str, api_key: str | None, variable: str, timeout_s: float
+    ) -> None:
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.username is not None:
+            raise ValueError(f"base_url must be an http or https URL without a user name, got {base_url!r}")
+        self.model = model
+        self.host = url.netloc
+        self._base_url = base_url
+        self._variable = variable
+        self._key = _checked_key(api_key, variable)
+        self._timeout_s = timeout_s
+        self._sdk = _imported(sdk)
+        self._clients: dict[asyncio.AbstractEventLoop, Any] = {}
+
+    async def events(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Post the request and yield the events of the answer. Closing the generator closes the connection.
+
+        Raises:
+            TransientError, ContextFullError, ApiKeyError, UnknownModelError, ApiError: as for `Provider.stream`.
+        """
+        import httpx2
+
+        sdk = self._sdk
+        sent = _encodable(body)
+        try:
+            stream = await self._client().post(
+                path,
+                cast_to=object,
+                body=sent,
+                options={"headers": dict(headers or {})},
+                stream=True,
+                stream_cls=sdk.AsyncStream[object],
+            )
+            async with stream:
+                await self._refuse_other_content(stream.response)
+                async for event in stream:
+                    if not isinstance(event, dict):
+                        raise TransientError(f"{self.host} sent an event that is not a JSON object")
+                    yield event
+        except sdk.APITimeoutError as error:
+            raise TransientError(f"{self.host} sent nothing for {self._timeout_s:g} s") from error
+        except sdk.APIStatusError as error:
+            raise self._status_failure(error) from error
+        except sdk.APIConnectionError as error:
+            raise TransientError(self._redacted(f"no connection to {self.host}: {error.__cause__ or error}")) from error
+        except sdk.APIError as error:  # an error event of a stream
+            raise self.failure(error.message, kinds=_kinds(error.body)) from error
+        except httpx2.TimeoutException as error:
+            raise TransientError(f"{self.host} sent nothing for {self._timeout_s:g} s") from error
+        except httpx2.HTTPError as error:
+            raise TransientError(self._redacted(f"the stream of {self.host} broke: {error}")) from error
+        except ValueError as error:
+            raise TransientError(f"{self.host} sent an event that is not JSON") from error
+
+    def failure(
+        self,
+        detail: str,
+        *,
+        kinds: frozenset[str],
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Exception:
+        """Return the exception for an error that the API reports; `kinds` are its codes and types."""
+        where = f"{self.host}: HTTP {status}" if status is not None else self.host
+        request = f" (request {request_id})" if request_id else ""
+        text = self._redacted(f"{where}: {' '.join(detail.split())[:MAX_DETAIL]}{request}")
+        too_long = status in (None, 400, 422) and any(part in detail.lower() for part in CONTEXT_TEXTS)
+        if too_long or kinds & CONTEXT_ERRORS or status == 413:
+            return ContextFullError(text)
+        if kinds & FINAL_ERRORS or status == 402:
+            return ApiError(text, status=status)
+        if kinds & KEY_ERRORS or status in (401, 403):
+            return ApiKeyError(
+                f"{self.host} refuses the key{request}: check {self._variable}, and that the key may use {self.model}",
+                status=status,
+            )
+        if kinds & MODEL_ERRORS or (status == 404 and "not_found_error" in kinds):
+            return UnknownModelError(f"{self.host} has no model {self.model!r}{request}: check the name")
+        transient = status in (408, 409, 429) or status >= 500 if status is not None else bool(kinds & TRANSIENT_ERRORS)
+        if transient:
+            return TransientError(text, retry_after_s=retry_after_s, status=status)
+        if status is not None and (status == 404 or 300 <= status < 400):
+            return ApiError(f"{text}: check the base URL {self._base_url}", status=status)
+        return ApiError(text, status=status)
+
+    def incomplete(self) -> TransientError:
+        """Return the exception for a stream that ended before its last event."""
+        return TransientError(f"{self.host} ended the stream before its last event")
+
+    def malformed(self, event: Mapping[str, Any]) -> TransientError:
+        """Return the exception for an event that does not have the form of its type."""
+        return TransientError(f"{self.host} sent a malformed event of type {event.get('type')!r:.80}")
+
+    async def aclose(self) -> None:
+        """Close the connections that the current event loop has opened."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.close()
+
+    def _client(self) -> Any:
+        """Return the client of the current event loop, because connections cannot move to another loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            import httpx2
+
+            sdk = self._sdk
+            timeout = httpx2.Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s))
+            make = sdk.AsyncOpenAI if sdk.__name__ == "openai" else sdk.AsyncAnthropic
+            self._clients[loop] = make(
+                api_key=self._key,
+                base_url=self._base_url,
+                max_retries=0,
+                timeout=timeout,
+                http_client=sdk.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout),
+            )
+        return self._clients[loop]
+
+    async def _refuse_other_content(self, response: Any) -> None:
+        content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type in ("text/event-stream", "application/octet-stream", "text/plain"):
+            return
+        given = content_type or "no content type"
+        raise ApiError(
+            f"{self.host} answered with {given} instead of an event stream: {self._base_url} is not the base URL of "
+            f"{'an OpenAI' if self._sdk.__name__ == 'openai' else 'an Anthropic'}-compatible API",
+            status=response.status_code,
+        )
+
+    def _status_failure(self, error: Any) -> Exception:
+        body = error.body
+        status = error.status_code if error.status_code != 200 else None  # an error event of Anthropic's stream
+        detail = _message(body) or f"{error.response.reason_phrase}, without an error message"
+        return self.failure(
+            detail,
+            kinds=_kinds(body),
+            status=status,
+            retry_after_s=retry_after_s(error.response.headers),
+            request_id=error.request_id,
+        )
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "[key]")
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that the headers of a response ask to wait; None if they do not say."""
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit_s)
+        except (KeyError, ValueError):
+            continue
+    try:
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time())
+    except (KeyError, ValueError):
+        return None
+
+
+def wire_id(call_id: str) -> str:
+    """Return the id of a call in the form that every API accepts. An id that an API made is returned unchanged."""
+    return call_id if CALL_ID.fullmatch(call_id) else f"call_{hashlib.sha256(call_id.encode()).hexdigest()[:24]}"
+
+
+def turn_limit(request: TurnRequest) -> int | None:
+    """Return the number of tokens that the turn may have; None without a limit."""
+    given = [limit for limit in (request.max_tokens, request.sampling.max_tokens) if limit is not None]
+    return min(given, default=None)
+
+
+def refuse_unsupported(sampling: SamplingParams, api: str, supported: frozenset[str]) -> None:
+    """Refuse sampling parameters that the API does not have. A seed is a request, which an API may not honour.
+
+    Raises:
+        ValueError: a parameter outside `supported` differs from its default.
+    """
+    free = supported | {"seed", "max_tokens", "output_schema", "grammar"}
+    default = SamplingParams()
+    lacking = [
+        field.name
+        for field in fields(sampling)
+        if field.name not in free and getattr(sampling, field.name) != getattr(default, field.name)
+    ]
+    if sampling.grammar is True:
+        lacking.append("grammar")
+    if lacking:
+        raise ValueError(f"{api} has no {' and no '.join(lacking)}; leave the default")
+
+
+def _checked_key(api_key: str | None, variable: str) -> str:
+    key = (os.environ.get(variable, "") if api_key is None else api_key).strip()
+    if not key:
+        raise ApiKeyError(f"there is no key: set {variable}, or pass api_key")
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ApiKeyError(f"the key has characters that no key has: check {variable}")
+    return key
+
+
+def _imported(sdk: Sdk) -> Any:
+    try:
+        return importlib.import_module(sdk)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f'the {sdk} package is missing: pip install "agentkit-harness[api]"') from error
+
+
+def _encodable(value: Any) -> Any:
+    """Return the JSON value with lone surrogates, which UTF-8 does not have, replaced by "?"."""
+    match value:
+        case str():
+            return value if value.isascii() else value.encode("utf-8", "replace").decode()
+        case Mapping():
+            return {_encodable(key): _encodable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_encodable(item) for item in value]
+    return value
+
+
+def _error(body: object) -> object:
+    """Return the error object in the body of a response, which OpenAI's SDK has already taken out."""
+    return body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict | str) else body
+
+
+def _message(body: object) -> str | None:
+    match _error(body):
+        case {"message": str(message)} | str(message) if message and not message.lstrip().startswith("<"):
+            return message
+        case {"detail": str(detail)}:
+            return detail
+    return None
+
+
+def _kinds(body: object) -> frozenset[str]:
+    error = _error(body)
+    if not isinstance(error, dict):
+        return frozenset()
+    return frozenset(kind for kind in (error.get("code"), error.get("type")) if isinstance(kind, str))
