@@ -3,11 +3,17 @@
 from agentkit.agent import DEFAULT_SYSTEM, Agent
 from agentkit.errors import (
     AgentkitError,
+    ApiError,
+    ApiKeyError,
     ContextFullError,
+    MissingDependencyError,
+    ModelError,
+    ModelOptionError,
     TrajectoryCorruptError,
     TrajectoryError,
     TrajectoryFormatError,
     TrajectoryWriteError,
+    UnknownModelError,
 )
 from agentkit.events import (
     CallFinished,
@@ -36,6 +42,7 @@ from agentkit.model import (
     Usage,
 )
 from agentkit.models.embedded import EmbeddedModel
+from agentkit.models.remote.session import RemoteModel
 from agentkit.models.scripted import AssistantTurn, ScriptedModel
 from agentkit.result import RunResult
 from agentkit.trajectory import Header, Trajectory
@@ -46,6 +53,8 @@ __all__ = [
     "DEFAULT_SYSTEM",
     "Agent",
     "AgentkitError",
+    "ApiError",
+    "ApiKeyError",
     "AssistantMessage",
     "AssistantTurn",
     "CallFinished",
@@ -63,10 +72,14 @@ __all__ = [
     "Limits",
     "Message",
     "MessageAdded",
+    "MissingDependencyError",
     "Model",
+    "ModelError",
+    "ModelOptionError",
     "ModelSession",
     "Outcome",
     "ReasoningDelta",
+    "RemoteModel",
     "Retried",
     "RunFinished",
     "RunResult",
@@ -89,6 +102,7 @@ __all__ = [
     "TrajectoryWriteError",
     "TurnFinished",
     "TurnStarted",
+    "UnknownModelError",
     "Usage",
     "UserMessage",
     "tool",

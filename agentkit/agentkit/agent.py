@@ -25,8 +25,11 @@ from agentkit.model import (
     Model,
     ReasoningDelta,
     TextDelta,
+    default_effort,
 )
 from agentkit.models.embedded import EmbeddedModel
+from agentkit.models.remote.resolve import is_remote
+from agentkit.models.remote.session import RemoteModel
 from agentkit.output import check_output_schema, misfit
 from agentkit.progress import shown_progress
 from agentkit.result import Continue, RunResult
@@ -55,7 +58,7 @@ class Agent:
         *,
         system: str | None = None,
         thinking: Thinking | ThinkingPolicy = "auto",
-        effort: Effort = "high",
+        effort: Effort | None = None,
         sampling: SamplingParams | None = None,
         output_schema: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
@@ -64,14 +67,16 @@ class Agent:
         """Create an agent.
 
         Args:
-            model: A model, or an argument of `EmbeddedModel`: `"tiny"` or a checkpoint folder.
+            model: A model; an argument of `EmbeddedModel`: `"tiny"` or a checkpoint folder; or one of `RemoteModel`:
+                `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-chat"`.
             tools: Tools that the model may call, in prompt order, as tools or plain functions with typed parameters.
                 Default: the built-in tools; with an output schema all except `submit`, whose answer no grammar
                 constrains.
             system: The system prompt; `DEFAULT_SYSTEM` by default, none if empty.
             thinking: Turns that think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
-            effort: Reasoning effort for the whole session; "none" never thinks.
+            effort: Reasoning effort for the whole session; "none" never thinks. Default: "high", or the highest one
+                that the model has.
             sampling: All sampling parameters. Default: `model.sampling`, which the model's folder defines.
                 `model.sampling.override(temperature=0)` changes some of them.
             output_schema: JSON schema of the answer. The model is shown the schema and constrained to it.
@@ -90,12 +95,14 @@ class Agent:
         check_type("Agent(limits=...)", limits, Limits | None, "a Limits or None")
         check_type("Agent(concurrency=...)", concurrency, ConcurrencyLimits | None, "a ConcurrencyLimits or None")
         check_type("Agent(system=...)", system, str | None, "a text or None")
-        self._thinks = thinking_policy(thinking, effort)
+        thinking_policy(thinking, "high" if effort is None else effort)  # mistakes are found before a model is loaded
         if output_schema is not None:
             check_output_schema(output_schema)
         elif sampling is not None and sampling.output_schema is not None:
             check_output_schema(sampling.output_schema)
-        self.model = EmbeddedModel(model) if isinstance(model, str | Path) else check_model(model)
+        self.model = model_of(model) if isinstance(model, str | Path) else check_model(model)
+        self.effort = default_effort(self.model) if effort is None else effort
+        self._thinks = thinking_policy(thinking, self.effort)
         self.sampling = (sampling or self.model.sampling).override(output_schema=output_schema)
         self.output_schema = self.sampling.output_schema
         if tools is None:
@@ -108,7 +115,6 @@ class Agent:
             self.tools[tool.name] = tool
         self.system = DEFAULT_SYSTEM if system is None else system
         self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
-        self.effort: Effort = effort
         self.limits = limits or Limits()
         self.concurrency = concurrency or ConcurrencyLimits()
         if self.sampling.max_tokens is not None:
@@ -224,7 +230,9 @@ class Agent:
         """Return the outcome of a run that has an answer. An empty answer or one that does not fit the schema is
         refused."""
         if status == "answered" and not answer.strip():
-            return run.outcome("no_answer", error="the last turn has no call, and no text outside its reasoning")
+            refused = "the provider refused to answer: its filter stopped the last turn"
+            error = refused if run.refused else "the last turn has no call, and no text outside its reasoning"
+            return run.outcome("no_answer", error=error)
         problem = None if self.output_schema is None else await misfit(answer, self.output_schema)
         return run.outcome(status, answer) if problem is None else run.outcome("invalid_output", error=problem)
 
@@ -381,6 +389,16 @@ class Agent:
             return await self._run(text, _unheard, environment=here, history=trajectory, files=None if here else files)
 
         return go_on
+
+
+def model_of(name: str | Path) -> Model:
+    """Return the model behind an API, the packaged model or the checkpoint folder of this name.
+
+    Raises:
+        ModelError: as `RemoteModel`.
+        EngineError: as `EmbeddedModel`.
+    """
+    return RemoteModel(name) if isinstance(name, str) and is_remote(name) else EmbeddedModel(name)
 
 
 def _unheard(event: Event) -> None:

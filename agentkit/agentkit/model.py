@@ -23,9 +23,9 @@ Dialect = Literal["v4-preview", "v4-0731"]
 
 SegmentKind = Literal["prompt", "sampled", "forced"]
 
-StopReason = Literal["stop", "max_tokens", "context", "repetition"]
-"""The reason a generation ended: the model ended its turn, `max_tokens` was reached, the context is full, or the
-turn only repeated itself."""
+StopReason = Literal["stop", "max_tokens", "context", "repetition", "refused"]
+"""The reason a generation ended: the model ended its turn, `max_tokens` was reached, the context is full, the turn only
+repeated itself, or the API's filter stopped it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +43,27 @@ class TokenSegment:
 
     "prompt" ids were fed. "sampled" ids were drawn by the model. "forced" ids close a turn or thinking block that was
     stopped, or are the only ids that a grammar allowed. Each sampled id has a log-probability: the log-softmax of the
-    raw logits, at temperature 1. `top_logprobs` has the most likely ids at each position, if
-    `SamplingParams.top_logprobs` asks for them.
+    raw logits, at temperature 1. A server behind an API may report ids without log-probabilities; there are then none.
+    `top_logprobs` has the most likely ids at each position, if `SamplingParams.top_logprobs` asks for them.
+
+    `restart` marks a prompt that does not continue the ids before it, because a server rendered the conversation anew:
+    the session's ids begin with this segment.
     """
 
     kind: SegmentKind
     ids: Annotated[tuple[int, ...], FailFast()]
     logprobs: Annotated[tuple[float, ...], FailFast()] = ()
     top_logprobs: Annotated[tuple[tuple[tuple[int, float], ...], ...], FailFast()] = ()
+    restart: bool = False
     type: Literal["segment"] = "segment"
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        expected = len(self.ids) if self.kind == "sampled" else 0
-        if len(self.logprobs) != expected:
-            raise ValueError(
-                f"a {self.kind} segment of {len(self.ids)} ids needs {expected} logprobs, got {len(self.logprobs)}"
-            )
+        if self.logprobs and not (self.kind == "sampled" and len(self.logprobs) == len(self.ids)):
+            expected = f"{len(self.ids)} logprobs or none" if self.kind == "sampled" else "no logprobs"
+            raise ValueError(f"a {self.kind} segment of {len(self.ids)} ids needs {expected}, got {len(self.logprobs)}")
+        if self.restart and self.kind != "prompt":
+            raise ValueError(f"only a prompt can begin the ids anew, got restart=True on a {self.kind} segment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,3 +240,9 @@ class Model(Protocol):
     ) -> AbstractAsyncContextManager[ModelSession]:
         """Open a session; with `history`, one that continues at the end of that conversation."""
         ...
+
+
+def default_effort(model: Model) -> Effort:
+    """Return "high", or the highest effort of a model that tells in `efforts` that it lacks it."""
+    efforts: Sequence[Effort] = getattr(model, "efforts", EFFORTS)
+    return "high" if "high" in efforts else max(efforts, key=EFFORTS.index)

@@ -29,6 +29,7 @@ class Run:
         turn: Number of the next turn, counted from 0 over the session.
         deadline: Time at which the wall time is spent, on anyio's clock.
         calls, tool_time_s: Number of calls made, and seconds during which at least one was running.
+        refused: Whether the API's filter stopped the last turn.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Run:
         self.deadline = inf if limits.wall_time_s is None else anyio.current_time() + limits.wall_time_s
         self.calls = 0
         self.tool_time_s = 0.0
+        self.refused = False
         self._start = time.perf_counter()
         self._recorded_messages = len(session.messages)
         self._recorded_segments = len(session.segments)
@@ -117,7 +119,8 @@ class Run:
 
     def limit_of(self, reason: StopReason) -> LimitName | None:
         """Return the limit that ended a generation, if any."""
-        if reason == "stop":
+        self.refused = reason == "refused"
+        if reason == "stop" or reason == "refused":
             return None
         left = self._tokens_left
         return "max_tokens_per_turn" if reason == "max_tokens" and (left is None or left > 0) else reason

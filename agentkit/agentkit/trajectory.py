@@ -197,18 +197,29 @@ class Trajectory:
 
     @property
     def token_ids(self) -> list[int]:
-        """All token ids of the session in order; equal to the engine's own list."""
-        return [token for segment in self.segments for token in segment.ids]
+        """All token ids of the session in order; equal to the engine's own list.
+
+        If a server rendered the conversation anew, they are those since then: the conversation as it was fed last.
+        """
+        return [token for segment in self._joined_segments for token in segment.ids]
 
     @property
     def loss_mask(self) -> list[int]:
         """One number per id of `token_ids`: 1 if the model sampled it, 0 if it was fed or forced."""
-        return [int(segment.kind == "sampled") for segment in self.segments for _ in segment.ids]
+        return [int(segment.kind == "sampled") for segment in self._joined_segments for _ in segment.ids]
 
     @property
     def logprobs(self) -> list[float | None]:
-        """One log-probability per id of `token_ids`; None if the id was not sampled."""
-        return [logprob for segment in self.segments for logprob in segment.logprobs or [None] * len(segment.ids)]
+        """One log-probability per id of `token_ids`; None if the id was not sampled, or the server reports none."""
+        return [
+            logprob for segment in self._joined_segments for logprob in segment.logprobs or [None] * len(segment.ids)
+        ]
+
+    @property
+    def _joined_segments(self) -> list[TokenSegment]:
+        segments = self.segments
+        restarts = [index for index, segment in enumerate(segments) if segment.restart]
+        return segments[restarts[-1] if restarts else 0 :]
 
     @property
     def results(self) -> list[ToolResult]:

@@ -92,7 +92,7 @@ RECORDS: dict[str, bytes] = {
     "a million lists": SEGMENT % (b"[]," * 1_000_000 + b"1"),
     "more numbers than a context has": SEGMENT % (b"7," * 2_600_000 + b"7"),
     "deep ids": SEGMENT % (b"[" * 1_000_000),
-    "too few logprobs": b'{"type":"segment","kind":"sampled","ids":[1],"logprobs":[]}',
+    "too few logprobs": b'{"type":"segment","kind":"sampled","ids":[1,2],"logprobs":[-0.5]}',
     "a logprob that is no number": b'{"type":"segment","kind":"sampled","ids":[1],"logprobs":[NaN]}',
     "an infinite logprob": b'{"type":"segment","kind":"sampled","ids":[1],"logprobs":[-Infinity]}',
     "a logprob out of range": b'{"type":"segment","kind":"sampled","ids":[1],"logprobs":[-1e999]}',

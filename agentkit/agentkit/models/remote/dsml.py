@@ -1,0 +1,55 @@
+"""Calls that a DeepSeek model wrote as text, because its server did not parse them.
+
+The markers come with the bars of the token (`｜DSML｜`), with ASCII bars, or doubled. As in the embedded model's
+parser, a block of calls counts only if the turn ends right after it; any other is a quotation, and stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from agentkit.model import CallMalformed, CallReady
+from agentkit_engine import chat
+from agentkit_tools import ToolCall
+
+_MARKER: Final = r"\s?[|｜]{1,2}\s?DSML\s?[|｜]{1,2}\s?"
+_ANY: Final = re.compile(rf"(</?){_MARKER}")
+_START: Final = re.compile(rf"<{_MARKER}(?=\w*(?:tool|function|call|invo))", re.IGNORECASE)
+_BEGUN: Final = re.compile(r"<\s?(?:[|｜]{1,2}\s?(?:D(?:S(?:M(?:L\s?(?:[|｜]{1,2}\s?)?)?)?)?)?)?\w*\Z")
+_LONGEST: Final = 48
+_MAX_STARTS: Final = 32
+
+
+def shown_length(text: str) -> int:
+    """Return the length of the beginning of a text that is certainly not part of a block of calls."""
+    start = _START.search(text)
+    if start is not None:
+        return start.start()
+    offset = max(0, len(text) - _LONGEST)
+    begun = _BEGUN.search(text, offset)
+    return begun.start() if begun else len(text)
+
+
+def split_calls(
+    text: str, *, turn: int, tools: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[CallReady | CallMalformed]]:
+    """Return the text before the block of calls at its end, and the calls; the whole text if there is no such block."""
+    for count, start in enumerate(_START.finditer(text)):
+        if count == _MAX_STARTS:
+            break
+        parser = chat.StreamParser(False, turn=turn, tools=tools)
+        parsed = parser.feed(_ANY.sub(r"\1｜DSML｜", text[start.start() :])) + parser.finish()
+        if any(isinstance(event, chat.TextDelta) and event.text.strip() for event in parsed):
+            continue
+        calls: list[CallReady | CallMalformed] = []
+        for event in parsed:
+            match event:
+                case chat.CallReady():
+                    calls.append(CallReady(event.index, ToolCall(event.id, event.name, event.arguments_json)))
+                case chat.CallMalformed():
+                    calls.append(CallMalformed(event.index, event.name, event.error))
+        if calls:
+            return text[: start.start()].rstrip(), calls
+    return text, []

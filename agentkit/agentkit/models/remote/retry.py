@@ -1,0 +1,84 @@
+"""Waiting after a failed request, and the gate through which all requests with one key pass."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from math import inf
+from types import TracebackType
+from typing import Final, Self
+
+import anyio
+from anyio.lowlevel import RunVar
+
+BASE_S: Final = 0.5
+MAX_WAIT_S: Final = 60.0
+
+
+def wait_s(failures: int, retry_after_s: float | None) -> float | None:
+    """Return the seconds to wait after this many failures in a row; None if the server asks for more than MAX_WAIT_S.
+
+    Without a word from the server, this is exponential backoff with full jitter.
+    Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    if retry_after_s is None:
+        return random.uniform(0, min(MAX_WAIT_S, BASE_S * 2 ** (failures - 1)))
+    if retry_after_s > MAX_WAIT_S:
+        return None
+    return retry_after_s + random.uniform(0, min(1.0, retry_after_s / 10))
+
+
+class Gate:
+    """Bounds the number of requests in flight, and closes for a while when the API says that there are too many.
+
+    Use it as a context manager around each request. `throttle` halves the bound, and each success raises it again by
+    one request for each round of requests, as TCP does with its window.
+    """
+
+    def __init__(self) -> None:
+        self.max_connections = inf
+        self.active = 0
+        self._bound = inf
+        self._opens_at = -inf
+        self._changed = anyio.Event()
+
+    async def __aenter__(self) -> Self:
+        while True:
+            closed_s = self._opens_at - anyio.current_time()
+            if closed_s > 0:
+                await anyio.sleep(closed_s)
+            elif self.active < min(self._bound, self.max_connections):
+                self.active += 1
+                return self
+            else:
+                await self._changed.wait()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.active -= 1
+        if exc_type is None and self._bound < inf:
+            self._bound += 1 / self._bound
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def throttle(self, closed_s: float) -> None:
+        """Let no request pass for `closed_s` seconds, and then only half as many at a time."""
+        now = anyio.current_time()
+        if now >= self._opens_at:  # one burst of refusals counts once
+            self._bound = max(1.0, (self.active + 1) // 2)
+        self._opens_at = max(self._opens_at, now + closed_s)
+
+
+_GATES: RunVar[dict[tuple[str, bytes], Gate]] = RunVar("agentkit_gates")
+
+
+def gate_of(host: str, key: str | None, max_connections: int | None) -> Gate:
+    """Return the gate that all sessions of this event loop share for a host and key."""
+    gates = _GATES.get(None)
+    if gates is None:
+        _GATES.set(gates := {})
+    gate = gates.setdefault((host, hashlib.sha256((key or "").encode()).digest()), Gate())
+    if max_connections is not None:
+        gate.max_connections = max_connections
+    return gate

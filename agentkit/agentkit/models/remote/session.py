@@ -1,0 +1,314 @@
+"""A model behind an API as a `Model`: the conversation is kept here, and sent as a whole with every turn."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import anyio
+
+from agentkit.checks import check_positive, check_type
+from agentkit.errors import ApiError, ContextFullError, ModelOptionError
+from agentkit.messages import Message
+from agentkit.model import (
+    Effort,
+    Generated,
+    GenerationLimits,
+    History,
+    ModelEvent,
+    ModelSession,
+    Retried,
+    StopReason,
+    TokenSegment,
+    Usage,
+)
+from agentkit.models.remote.history import sendable
+from agentkit.models.remote.names import ToolNames
+from agentkit.models.remote.provider import Provider, StreamFinished, TokenIds, ToolSpec, TransientError, TurnRequest
+from agentkit.models.remote.resolve import endpoint_of, opener
+from agentkit.models.remote.retry import MAX_WAIT_S, Gate, gate_of, wait_s
+from agentkit.models.remote.turn import RemoteTurn
+from agentkit_engine.sampling_params import SamplingParams
+from agentkit_tools import Tool
+
+
+class RemoteModel:
+    """A model behind an API: `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-chat"`.
+
+    `openai:` with a base URL is every server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, Kimi, Qwen.
+
+    With `async with RemoteModel(...) as model:` all sessions share connections. Without it, each session has its own.
+
+    Attributes:
+        name: The name that was given.
+        host: The host that conversations are sent to.
+        efforts: The reasoning efforts that the model has.
+        sampling: `SamplingParams()`. A field with its default value is not sent, so that the API's own default holds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        max_retries: int = 5,
+        max_connections: int | None = None,
+        context_tokens: int | None = None,
+    ) -> None:
+        """Use the model `PROVIDER:MODEL`. Nothing is sent until a session generates.
+
+        Args:
+            name: `openai:MODEL`, `anthropic:MODEL` or `deepseek:MODEL`.
+            base_url: The API's URL. Default: the environment's `OPENAI_BASE_URL` (`ANTHROPIC_BASE_URL`,
+                `DEEPSEEK_BASE_URL`), else the provider's own. `openai:` speaks the Responses protocol at OpenAI itself,
+                and Chat Completions at any other URL.
+            api_key: The key. Default: the environment's `OPENAI_API_KEY` (`ANTHROPIC_API_KEY`, `DEEPSEEK_API_KEY`). It
+                is never recorded. A server at another URL may need none.
+            timeout_s: Seconds without a byte from the API after which a request has failed.
+            max_retries: Times that a request is sent again after a rate limit, a server's error, a timeout or a broken
+                stream.
+            max_connections: Requests of this key at the same time, over all sessions. Default: no limit, until the API
+                says that there are too many.
+            context_tokens: Size of the context, for servers that cut a long conversation silently.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range.
+            UnknownModelError: the provider does not exist.
+            ModelOptionError: the base URL is not a URL.
+            ApiKeyError: there is no key.
+            MissingDependencyError: the API's package is not installed.
+        """
+        check_type("RemoteModel(name)", name, str, 'a name such as "openai:gpt-5"')
+        check_type("RemoteModel(base_url=...)", base_url, str | None, "a URL or None")
+        check_type("RemoteModel(api_key=...)", api_key, str | None, "a key or None")
+        check_positive("RemoteModel(timeout_s=...)", timeout_s, whole=False)
+        check_positive("RemoteModel(max_connections=...)", max_connections, whole=True, none=True)
+        check_positive("RemoteModel(context_tokens=...)", context_tokens, whole=True, none=True)
+        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+            raise ValueError(f"RemoteModel(max_retries=...) must be a whole number from 0, got {max_retries!r}")
+        endpoint = endpoint_of(name, base_url=base_url, api_key=api_key, timeout_s=timeout_s)
+        self._open_provider = opener(endpoint)
+        self._api_key = endpoint.api_key
+        self._max_retries = max_retries
+        self._max_connections = max_connections
+        self._context_tokens = context_tokens
+        self._shared: Provider | None = None
+        about = self._open_provider()
+        self.name = name
+        self.host = endpoint.host
+        self.efforts = about.efforts
+        self.sampling = SamplingParams()
+
+    def __repr__(self) -> str:
+        return f"RemoteModel({self.name!r}, host={self.host!r})"
+
+    async def __aenter__(self) -> Self:
+        self._shared = self._open_provider()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            await shared.aclose()
+
+    @asynccontextmanager
+    async def open(
+        self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
+    ) -> AsyncIterator[ModelSession]:
+        """See `Model.open`.
+
+        Raises:
+            ModelOptionError: the API lacks the effort or a sampling parameter, or does not take so many tools.
+        """
+        provider = self._shared or self._open_provider()
+        try:
+            self._check(provider, tools, effort, sampling)
+            yield RemoteSession(
+                provider,
+                tools=tools,
+                effort=effort,
+                sampling=sampling,
+                gate=gate_of(self.host, self._api_key, self._max_connections),
+                max_retries=self._max_retries,
+                context_tokens=self._context_tokens,
+                history=history,
+            )
+        finally:
+            if provider is not self._shared:
+                with anyio.CancelScope(shield=True):
+                    await provider.aclose()
+
+    def _check(self, provider: Provider, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams) -> None:
+        if effort not in provider.efforts:
+            raise ModelOptionError(f"{self.name} has no effort {effort!r}; it has {', '.join(provider.efforts)}")
+        if provider.max_tools is not None and len(tools) > provider.max_tools:
+            raise ModelOptionError(
+                f"{self.name} takes at most {provider.max_tools} tools, and the agent has {len(tools)}; leave some out"
+            )
+        if sampling.grammar is True:
+            raise ModelOptionError(f"{self.name} is behind an API, where no grammar can be set; leave out grammar")
+        if sampling.top_logprobs:
+            raise ModelOptionError(f"{self.name} is behind an API, which reports no top_logprobs; leave it out")
+        provider.check_sampling(sampling)
+
+
+class RemoteSession:
+    """A `ModelSession` over a `Provider`."""
+
+    dialect = None
+    grammar_off = "the model is behind an API"
+
+    def __init__(
+        self,
+        provider: Provider,
+        *,
+        tools: Sequence[Tool],
+        effort: Effort,
+        sampling: SamplingParams,
+        gate: Gate,
+        max_retries: int,
+        context_tokens: int | None = None,
+        history: History | None = None,
+    ) -> None:
+        self.messages: list[Message] = list(history.messages) if history else []
+        self.segments: list[TokenSegment] = list(history.segments) if history else []
+        self.usage = Usage()
+        self._provider = provider
+        self._names = ToolNames(tool.name for tool in tools)
+        self._specs = [ToolSpec(self._names.sent(tool.name), tool.description, tool.parameters) for tool in tools]
+        self._tools = [tool.spec for tool in tools]
+        self._effort = effort
+        self._sampling = sampling
+        self._gate = gate
+        self._max_retries = max_retries
+        self._context_tokens = context_tokens
+        self._length = 0  # tokens of the conversation, as the API counted them last
+        self._ids = [token for segment in self.segments for token in segment.ids]
+        self._call_ids = {call.id for message in self.messages if message.role == "assistant" for call in message.calls}
+        self._turn = sum(message.role == "assistant" for message in self.messages)
+
+    async def append(self, messages: Sequence[Message]) -> None:
+        """Add `messages`; they are sent with the next `generate`."""
+        self.messages.extend(messages)
+
+    async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
+        """Generate one turn; see `ModelSession.generate`. Its calls are ready only once the whole turn has arrived.
+
+        Raises:
+            ContextFullError: the conversation does not fit into the context.
+            ApiKeyError, UnknownModelError, ApiError: the API refused the request, or all attempts failed.
+        """
+        if self._context_tokens is not None and self._length >= self._context_tokens:
+            raise ContextFullError(f"the conversation fills the context of {self._context_tokens} tokens")
+        request = TurnRequest(
+            messages=sendable(self.messages, self._names),
+            tools=self._specs,
+            think=think,
+            effort=self._effort,
+            sampling=self._sampling,
+            max_tokens=limits.max_tokens,
+            max_thinking_tokens=limits.max_thinking_tokens if think else None,
+        )
+        turn = self._new_turn(think)
+        failures, repeated, left_early = 0, False, True
+        try:
+            while turn.finished is None and not repeated:
+                try:
+                    async with self._gate, aclosing(self._provider.stream(request)) as deltas:
+                        async for delta in deltas:
+                            for shown in turn.add(delta):
+                                yield shown
+                            repeated = turn.repeats(limits.max_repeated_tokens)
+                            if repeated:
+                                break
+                        if turn.finished is None and not repeated:
+                            raise TransientError("the stream ended before the turn did")
+                except TransientError as error:
+                    turn = self._new_turn(think)
+                    failures += 1
+                    pause_s = self._pause(error, failures)
+                    if error.status == 429:
+                        self._gate.throttle(pause_s)  # this session then waits at the gate, with the others
+                    yield Retried(failures, error.reason, pause_s)
+                    if error.status != 429:
+                        await anyio.sleep(pause_s)
+            left_early = False
+        finally:
+            if left_early or repeated:
+                self._end_early(turn)
+        if turn.finished is None:
+            yield Generated(self.messages[-1], "repetition")  # type: ignore[arg-type]
+            return
+        message, events = turn.end()
+        self.messages.append(message)
+        self._turn += 1
+        self._count(turn.finished)
+        for event in events:
+            yield event
+        reason: StopReason = turn.finished.end
+        yield Generated(message, reason)
+
+    def _new_turn(self, think: bool) -> RemoteTurn:
+        return RemoteTurn(self._turn, think=think, tools=self._tools, names=self._names, taken_ids=self._call_ids)
+
+    def _pause(self, error: TransientError, failures: int) -> float:
+        """Return the seconds to wait before the next attempt. Raises ApiError if there is none."""
+        host = self._provider.host
+        pause_s = wait_s(failures, error.retry_after_s)
+        if pause_s is None:
+            raise ApiError(
+                f"{host}: {error.reason}; it asks to wait {error.retry_after_s:,.0f} s, and at most {MAX_WAIT_S:g} s "
+                "are waited: try again later",
+                status=error.status,
+            ) from error
+        if failures > self._max_retries:
+            raise ApiError(
+                f"{host}: {error.reason}, in {failures} attempts: try again later", status=error.status
+            ) from error
+        return pause_s
+
+    def _end_early(self, turn: RemoteTurn) -> None:
+        """Keep what a turn said that was stopped; the API reports no token counts for it."""
+        message = turn.stopped()
+        if message is None:
+            return
+        self.messages.append(message)
+        self._turn += 1
+        self.usage = replace(
+            self.usage, sampled_tokens=self.usage.sampled_tokens + turn.chunks, turns=self.usage.turns + 1
+        )
+
+    def _count(self, finished: StreamFinished) -> None:
+        """Add the usage and the token ids of a complete turn."""
+        counts, usage = finished.usage, self.usage
+        self.usage = Usage(
+            prompt_tokens=usage.prompt_tokens + counts.input_tokens,
+            cache_hit_tokens=usage.cache_hit_tokens + counts.cache_hit_tokens,
+            cache_miss_tokens=usage.cache_miss_tokens + counts.input_tokens - counts.cache_hit_tokens,
+            cache_write_tokens=usage.cache_write_tokens + counts.cache_write_tokens,
+            sampled_tokens=usage.sampled_tokens + counts.output_tokens,
+            thinking_tokens=usage.thinking_tokens + counts.reasoning_tokens,
+            turns=usage.turns + 1,
+        )
+        self._length = counts.input_tokens + counts.output_tokens
+        if finished.token_ids is not None:
+            self._record_ids(finished.token_ids)
+
+    def _record_ids(self, ids: TokenIds) -> None:
+        """Record the ids of a turn; of its prompt only the new ones, unless the server rendered it differently."""
+        if not (ids.prompt and ids.sampled):
+            return
+        known = len(self._ids)
+        continues = list(ids.prompt[:known]) == self._ids
+        new = ids.prompt[known:] if continues else ids.prompt
+        logprobs = ids.logprobs if len(ids.logprobs) == len(ids.sampled) else ()
+        self.segments.append(TokenSegment("prompt", new, restart=not continues))
+        self.segments.append(TokenSegment("sampled", ids.sampled, logprobs))
+        self._ids = [*ids.prompt, *ids.sampled]
