@@ -25,7 +25,6 @@ from agentkit.model import (
     Model,
     ReasoningDelta,
     TextDelta,
-    default_effort,
 )
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.resolve import is_remote
@@ -58,7 +57,7 @@ class Agent:
         *,
         system: str | None = None,
         thinking: Thinking | ThinkingPolicy = "auto",
-        effort: Effort | None = None,
+        effort: Effort = "high",
         sampling: SamplingParams | None = None,
         output_schema: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
@@ -75,8 +74,7 @@ class Agent:
             system: The system prompt; `DEFAULT_SYSTEM` by default, none if empty.
             thinking: Turns that think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
-            effort: Reasoning effort for the whole session; "none" never thinks. Default: "high", or the highest one
-                that the model has.
+            effort: Reasoning effort for the whole session; "none" never thinks.
             sampling: All sampling parameters. Default: `model.sampling`, which the model's folder defines.
                 `model.sampling.override(temperature=0)` changes some of them.
             output_schema: JSON schema of the answer. The model is shown the schema and constrained to it.
@@ -95,14 +93,12 @@ class Agent:
         check_type("Agent(limits=...)", limits, Limits | None, "a Limits or None")
         check_type("Agent(concurrency=...)", concurrency, ConcurrencyLimits | None, "a ConcurrencyLimits or None")
         check_type("Agent(system=...)", system, str | None, "a text or None")
-        thinking_policy(thinking, "high" if effort is None else effort)  # mistakes are found before a model is loaded
+        self._thinks = thinking_policy(thinking, effort)
         if output_schema is not None:
             check_output_schema(output_schema)
         elif sampling is not None and sampling.output_schema is not None:
             check_output_schema(sampling.output_schema)
         self.model = model_of(model) if isinstance(model, str | Path) else check_model(model)
-        self.effort = default_effort(self.model) if effort is None else effort
-        self._thinks = thinking_policy(thinking, self.effort)
         self.sampling = (sampling or self.model.sampling).override(output_schema=output_schema)
         self.output_schema = self.sampling.output_schema
         if tools is None:
@@ -115,6 +111,7 @@ class Agent:
             self.tools[tool.name] = tool
         self.system = DEFAULT_SYSTEM if system is None else system
         self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
+        self.effort: Effort = effort
         self.limits = limits or Limits()
         self.concurrency = concurrency or ConcurrencyLimits()
         if self.sampling.max_tokens is not None:

@@ -240,9 +240,3 @@ class Model(Protocol):
     ) -> AbstractAsyncContextManager[ModelSession]:
         """Open a session; with `history`, one that continues at the end of that conversation."""
         ...
-
-
-def default_effort(model: Model) -> Effort:
-    """Return "high", or the highest effort of a model that tells in `efforts` that it lacks it."""
-    efforts: Sequence[Effort] = getattr(model, "efforts", EFFORTS)
-    return "high" if "high" in efforts else max(efforts, key=EFFORTS.index)

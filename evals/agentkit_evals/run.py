@@ -16,7 +16,15 @@ import anyio
 
 from agentkit.agent import Agent
 from agentkit.checks import check_positive
-from agentkit.errors import TaskSetupError, TrajectoryError, first_cause
+from agentkit.errors import (
+    ApiKeyError,
+    MissingDependencyError,
+    ModelOptionError,
+    TaskSetupError,
+    TrajectoryError,
+    UnknownModelError,
+    first_cause,
+)
 from agentkit.events import CallStarted, RunFinished, Status, TurnStarted
 from agentkit.limits import Limits
 from agentkit.model import Model, Usage
@@ -33,6 +41,8 @@ from agentkit_evals.suite import Case, Suite
 from agentkit_evals.verify import Backend, Verdict, backend_for, opened, verify
 
 MAX_DROPS_SHOWN = 20
+NO_MODEL = (ApiKeyError, MissingDependencyError, ModelOptionError, UnknownModelError)
+"""Errors of a model that every other trial would meet, too."""
 MAX_ANSWER_CHARS = 1_000_000
 """Maximum characters of an answer in a trial's record. The verifier gets the whole answer."""
 
@@ -107,12 +117,13 @@ class EvalRun:
     async def execute(self) -> RunDirectory:
         """Run every trial, then read the finished run from disk.
 
-        A failed trial is recorded and does not stop the others. Cancellation stops running agents and removes
-        sandboxes; the directory then holds the trials that had finished.
+        A failed trial is recorded and does not stop the others, unless no trial can have the model. Cancellation stops
+        running agents and removes sandboxes; the directory then holds the trials that had finished.
 
         Raises:
             RunDirectoryError: the directory already exists.
             OSError: the directory cannot be written.
+            ModelError: one of `NO_MODEL`.
         """
         self._begin()
         plan = ((case, epoch) for epoch in range(self.epochs) for case in self.suite.cases)
@@ -184,6 +195,8 @@ class _Trial:
             verdict = await self._scored()
             reward, error = verdict.reward, verdict.error
         except Exception as exc:  # one failed trial must not stop the others
+            if isinstance(first_cause(exc), NO_MODEL):
+                raise
             error = str(exc) if isinstance(exc, TaskSetupError) else describe(exc)
             match blame(exc, self.phase):
                 case "agent":

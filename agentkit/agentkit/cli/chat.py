@@ -20,14 +20,16 @@ from agentkit.cli import signals
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
+    BaseUrlFlag,
     CacheFlag,
     DeviceFlag,
     EnvFlag,
     GrammarFlag,
     MinPFlag,
     ModelFlag,
-    NoApiFlag,
     NoGrammarFlag,
+    NoKeyFlag,
+    NoProviderFlag,
     PenaltyFlag,
     SamplingFlags,
     SeedFlag,
@@ -57,6 +59,7 @@ SHOWN_LINES = 12
 
 def command(
     model: ModelFlag = "tiny",
+    base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     env: EnvFlag = None,
     system: Annotated[str | None, typer.Option(help="The system prompt. Default: the agent's own.")] = None,
@@ -72,7 +75,8 @@ def command(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens per message.")] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     cache_dir: CacheFlag = None,
-    no_api: NoApiFlag = None,
+    no_key: NoKeyFlag = None,
+    no_provider: NoProviderFlag = None,
 ) -> ExitCode:
     """Talk to an agent that has the built-in tools, in one sandbox for the whole conversation.
 
@@ -95,9 +99,9 @@ def command(
             f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
         )
     terminal = console()
-    embedded = load_model(model, device=device, cache_dir=cache_dir)
-    sampling = embedded.sampling.override(seed=seed, **flags.changes())
-    agent = Agent(embedded, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens))
+    source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
+    sampling = source.sampling.override(seed=seed, **flags.changes())
+    agent = Agent(source, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens))
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():
         chat = Chat(agent, env.value if env else "auto", trajectory or Path(folder, "chat.jsonl"), terminal, thinking)
         run(chat.converse)
@@ -127,6 +131,7 @@ class Chat:
             SandboxError, EngineError: The sandbox or the engine failed.
         """
         from agentkit.models.embedded import EmbeddedModel
+        from agentkit.models.remote.session import RemoteModel
         from agentkit_environments import open_environment
 
         async with await open_environment(backend=self.backend) as environment:  # type: ignore[arg-type]
@@ -136,7 +141,7 @@ class Chat:
                     style="dim",
                 )
             model = self.agent.model
-            assert isinstance(model, EmbeddedModel)
+            assert isinstance(model, EmbeddedModel | RemoteModel)
             async with model:
                 while (said := self._read()) is not None:
                     if said.startswith("/"):

@@ -10,14 +10,16 @@ import typer
 from agentkit.cli.ending import run
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
+    BaseUrlFlag,
     DeviceFlag,
     Env,
     GrammarFlag,
     JsonFlag,
     MinPFlag,
     ModelFlag,
-    NoApiFlag,
     NoGrammarFlag,
+    NoKeyFlag,
+    NoProviderFlag,
     OutFlag,
     SamplingFlags,
     SeedFlag,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentkit.models.embedded import EmbeddedModel
+    from agentkit.models.remote.session import RemoteModel
     from agentkit_evals.suite import Case, Suite
     from agentkit_evals.verify import Backend
 
@@ -51,12 +54,14 @@ def command(
     no_grammar: NoGrammarFlag = False,
     tasks_per_family: Annotated[int, typer.Option(min=1, help="Held-out tasks per family.")] = 3,
     model: ModelFlag = "tiny",
+    base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
     env: Annotated[Env, typer.Option(help="The sandbox backend.")] = Env.PROCESS,
     out: OutFlag = None,
     as_json: JsonFlag = False,
-    no_api: NoApiFlag = None,
+    no_key: NoKeyFlag = None,
+    no_provider: NoProviderFlag = None,
 ) -> int:
     """Run the tiny model on held-out tasks of every family in sandboxes, and show the first one live.
 
@@ -78,14 +83,14 @@ def command(
         + (" The model writes every token." if flags.grammar is False else ""),
         soft_wrap=True,
     )
-    embedded = load_model(model, device=device, cache_dir=None)
+    source = load_model(model, device=device, cache_dir=None, base_url=base_url)
     if not as_json:
-        show_one(_first(suite), embedded, seed=chosen, sampling=flags.changes(), backend=env.value, console=terminal)
+        show_one(_first(suite), source, seed=chosen, sampling=flags.changes(), backend=env.value, console=terminal)
     terminal.print(f"\n[bold]All {len(suite.cases)} tasks, {concurrency} at a time[/]\n")
     finished = evaluation.evaluate(
         suite,
-        embedded,
-        directory=run_directory(out, f"demo-{embedded.name}"),
+        source,
+        directory=run_directory(out, f"demo-{source.name}"),
         epochs=1,
         concurrency=concurrency,
         backend=env.value,
@@ -111,7 +116,13 @@ def _first(suite: Suite) -> Case:
 
 
 def show_one(
-    case: Case, embedded: EmbeddedModel, *, seed: int, sampling: dict[str, Any], backend: Backend, console: Console
+    case: Case,
+    source: EmbeddedModel | RemoteModel,
+    *,
+    seed: int,
+    sampling: dict[str, Any],
+    backend: Backend,
+    console: Console,
 ) -> None:
     """Run one task and print the task, thoughts, calls, results, diff and verdict.
 
@@ -124,11 +135,11 @@ def show_one(
     from agentkit_evals.run import agent_for, trial_seed
 
     task = case.task
-    drawn = embedded.sampling.override(**sampling, seed=trial_seed(seed, f"{task.id}.0"))
+    drawn = source.sampling.override(**sampling, seed=trial_seed(seed, f"{task.id}.0"))
     say(console, f"\nOne task live: {task.id}", "bold")
     say(console, f"\ntask      {task.instruction}")
     if task.environment.files:
         say(console, f"files     {', '.join(task.environment.files)}", "dim")
-    done = run(Job(task, agent_for(task, embedded, drawn), backend, None, None, console).run)
+    done = run(Job(task, agent_for(task, source, drawn), backend, None, None, console).run)
     print_diff(console, done.changes)
     print_end(console, task, done)

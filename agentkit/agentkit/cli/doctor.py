@@ -27,6 +27,7 @@ def command(
 ) -> ExitCode:
     """Report which sandboxes, kernels, libraries and models work here. Exits with 3 if no sandbox does."""
     import agentkit_environments
+    from agentkit.models.remote.resolve import PROVIDERS, key_variable
     from agentkit_environments.process import LAUNCHERS, launcher_failure
     from agentkit_evals.record import agentkit_version
 
@@ -46,6 +47,8 @@ def command(
         "backends": backends,
         "launchers": {name: launcher_failure(name) for name in LAUNCHERS},
         "cgroup": _cgroup(),
+        "apis": {name: _version(name) for name in ("openai", "anthropic")},
+        "keys": {name: bool(os.environ.get(name)) for name in map(key_variable, PROVIDERS)},
         "models": {name: _missing(name) for name in packaged_models()},
     }
     if reap:
@@ -154,6 +157,11 @@ def _print(found: dict[str, Any]) -> None:
     line("cgroup", True if cgroup else None, cgroup or "none")
     title("tools")
     line("ripgrep", True if found["ripgrep"] else None, found["ripgrep"] or "not installed; `search` uses Python")
+    title("models behind an API")
+    for name, installed in found["apis"].items():
+        line(name, True if installed else None, installed or 'not installed: pip install "agentkit-harness[api]"')
+    for name, is_set in found["keys"].items():
+        line(name, True if is_set else None, "set" if is_set else "not set")
     title("models")
     for name, missing in found["models"].items():
         line(name, missing is None, missing or "")

@@ -3,8 +3,9 @@
 0   success; `run` produced an answer, with reward 1 if the task has a verifier; `eval` met --threshold, if given
 1   `run`: no answer, an answer that does not match the schema, a limit, or a reward below 1; `eval`: below
     --threshold; `check`: an unsound task
-2   usage: a wrong flag, file, model or family
-3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure
+2   usage: a wrong flag, file, model or family; an API's key that is missing or wrong
+3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached
+    or refuses the request
 130 Ctrl-C; 143 SIGTERM; 141 the reader of standard output closed the pipe
 """
 
@@ -126,11 +127,22 @@ def leave(code: object) -> NoReturn:
 
 def code_of(exc: BaseException) -> ExitCode | None:
     """Return the exit code of an expected error; None for a defect."""
-    from agentkit.errors import AgentkitError, TaskFileError, TrajectoryCorruptError, TrajectoryFormatError
+    from agentkit.errors import (
+        AgentkitError,
+        ApiKeyError,
+        MissingDependencyError,
+        ModelOptionError,
+        TaskFileError,
+        TrajectoryCorruptError,
+        TrajectoryFormatError,
+        UnknownModelError,
+    )
     from agentkit_environments import SandboxError
     from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError
 
     if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | TrajectoryFormatError | TrajectoryCorruptError):
+        return ExitCode.USAGE
+    if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | UnknownModelError):
         return ExitCode.USAGE
     if isinstance(exc, SandboxError | EvalError | AgentkitError | OSError):
         return ExitCode.INFRASTRUCTURE

@@ -9,6 +9,7 @@ import typer
 
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
+    BaseUrlFlag,
     CacheFlag,
     DeviceFlag,
     EnvFlag,
@@ -16,8 +17,9 @@ from agentkit.cli.options import (
     JsonFlag,
     MinPFlag,
     ModelFlag,
-    NoApiFlag,
     NoGrammarFlag,
+    NoKeyFlag,
+    NoProviderFlag,
     OutFlag,
     PenaltyFlag,
     SamplingFlags,
@@ -36,8 +38,12 @@ from agentkit.cli.terminal import console
 def command(
     suite: SuiteArgument,
     model: ModelFlag = "tiny",
+    base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
+    max_connections: Annotated[
+        int | None, typer.Option(min=1, help="Requests to the API at the same time. Default: until it says too many.")
+    ] = None,
     epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, help="Runs of each task.")] = 1,
     tasks_per_family: Annotated[
         int | None, typer.Option(min=1, help="Tasks to generate per family, for `synth` only. Default: 3.")
@@ -64,7 +70,8 @@ def command(
     out: OutFlag = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
-    no_api: NoApiFlag = None,
+    no_key: NoKeyFlag = None,
+    no_provider: NoProviderFlag = None,
 ) -> int:
     """Run a suite of tasks, each in its own sandbox, and write a report.
 
@@ -90,10 +97,10 @@ def command(
         typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
     directory = run_directory(out, f"{loaded.name}-{model}")
     terminal = console(quiet=as_json)
-    embedded = load_model(model, device=device, cache_dir=cache_dir)
+    source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url, max_connections=max_connections)
     finished = evaluation.evaluate(
         loaded,
-        embedded,
+        source,
         directory=directory,
         epochs=epochs,
         concurrency=concurrency,

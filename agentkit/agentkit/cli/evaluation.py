@@ -15,6 +15,7 @@ from agentkit.cli.progress import LiveProgress
 
 if TYPE_CHECKING:
     from agentkit.models.embedded import EmbeddedModel
+    from agentkit.models.remote.session import RemoteModel
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.suite import Suite
     from agentkit_evals.verify import Backend
@@ -31,7 +32,7 @@ class Finished:
 
 def evaluate(
     suite: Suite,
-    embedded: EmbeddedModel,
+    model: EmbeddedModel | RemoteModel,
     *,
     directory: Path,
     epochs: int,
@@ -41,23 +42,25 @@ def evaluate(
     sampling: dict[str, Any],
     console: Console,
 ) -> Finished:
-    """Run a suite on an embedded model with live progress on `console`, and write the report, even after Ctrl-C.
+    """Run a suite on a model with live progress on `console`, and write the report, even after Ctrl-C.
 
     `sampling` holds the overrides of the model's own sampling parameters.
 
     Raises:
         EngineError: A grammar was requested and cannot be built.
+        ModelError: The API refuses the key, the model or an option.
         SandboxUnavailableError: The first task's sandbox cannot be opened, so the suite cannot run on this machine.
         RunDirectoryError: The directory already exists.
         KeyboardInterrupt: A signal was received before the run began.
     """
+    from agentkit.models.embedded import EmbeddedModel
     from agentkit_environments import open_environment
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.report import write_report
-    from agentkit_evals.run import EvalRun
+    from agentkit_evals.run import EvalRun, agent_for
     from agentkit_evals.verify import backend_for
 
-    drawn = embedded.sampling.override(**sampling)
+    drawn = model.sampling.override(**sampling)
     if epochs > 1 and drawn.temperature == 0:
         typer.echo(
             f"Warning: at temperature 0 all {epochs} epochs of a task are the same, so `-k {epochs}` adds no "
@@ -66,9 +69,9 @@ def evaluate(
         )
     run_ = EvalRun(
         suite,
-        embedded,
+        model,
         directory,
-        model_name=embedded.name,
+        model_name=model.name,
         epochs=epochs,
         concurrency=concurrency,
         backend=backend,
@@ -80,7 +83,8 @@ def evaluate(
         first = suite.cases[0].task
         async with await open_environment(first.environment.spec(), backend=backend_for(first, backend)):
             pass
-        async with embedded, embedded.open(tools=first.build_tools(), effort="none", sampling=drawn):
+        agent = agent_for(first, model, drawn)
+        async with model, model.open(tools=list(agent.tools.values()), effort=agent.effort, sampling=drawn):
             await run_.execute()
 
     interrupted = False
@@ -93,7 +97,8 @@ def evaluate(
                 raise
             interrupted = True
     finished = RunDirectory.open(directory)
-    report = write_report(finished, decode=embedded.tokenizer.decode)
+    decode = model.tokenizer.decode if isinstance(model, EmbeddedModel) else None  # an API's ids stay numbers
+    report = write_report(finished, decode=decode)
     if interrupted:
         planned = len(suite.cases) * epochs
         typer.echo(f"interrupted {len(finished.trials)} of {planned} trials", err=True)

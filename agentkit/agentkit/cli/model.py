@@ -1,4 +1,4 @@
-"""Load a command's model on `--device` and compile its kernels before any timing starts."""
+"""Load a command's model on `--device` and compile its kernels before any timing starts, or connect to an API."""
 
 from __future__ import annotations
 
@@ -9,19 +9,38 @@ import typer
 
 if TYPE_CHECKING:
     from agentkit.models.embedded import EmbeddedModel
+    from agentkit.models.remote.session import RemoteModel
 
 
-def load_model(name: str, *, device: str | None, cache_dir: Path | None) -> EmbeddedModel:
-    """Load the model given by `--model` on `--device` and warm it up. Kernels are compiled, and logged, once per
-    machine.
+def load_model(
+    name: str, *, device: str | None, cache_dir: Path | None, base_url: str | None, max_connections: int | None = None
+) -> EmbeddedModel | RemoteModel:
+    """Return the model given by `--model`: one behind an API, or one loaded on `--device` and warmed up. Kernels are
+    compiled, and logged, once per machine.
 
     No event loop is running yet, so Ctrl-C ends the process at once, even inside the compiler.
 
     Raises:
+        ModelError: The API cannot be used: there is no key, or its package is not installed.
         EngineError: The model cannot be loaded.
-        BadParameter: The device does not exist.
+        BadParameter: The device does not exist, or an option does not belong to this kind of model.
     """
     from agentkit.models.embedded import EmbeddedModel
+    from agentkit.models.remote.resolve import is_remote
+    from agentkit.models.remote.session import RemoteModel
+
+    if is_remote(name):
+        for option, value in (("--device", device), ("--cache-dir", cache_dir)):
+            if value is not None:
+                raise typer.BadParameter(f"{name} runs behind an API; leave it out", param_hint=option)
+        return RemoteModel(name, base_url=base_url, max_connections=max_connections)
+    for option, given in (("--base-url", base_url), ("--max-connections", max_connections)):
+        if given is not None:
+            raise typer.BadParameter(
+                f"{name} runs in this process; name a model behind the API, such as `-m openai:MODEL`",
+                param_hint=option,
+            )
+
     from agentkit_engine import Engine
 
     try:

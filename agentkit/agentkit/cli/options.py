@@ -37,20 +37,29 @@ API_NAMES = re.compile(
     r"(gpt|chatgpt|o\d|claude|gemini|mistral|grok|command|deepseek-(chat|reasoner|coder|v\d))\b.*", re.I
 )
 """Model names that suggest an API."""
+API_OWNERS = {"claude": "anthropic", "deepseek": "deepseek"}
+API_PROVIDERS = ("openai", "anthropic", "deepseek")
+"""As `agentkit.models.remote.resolve.PROVIDERS`, without importing it."""
 
 
 def _model(name: str) -> str:
     """Check a model's name before any heavy import. Raises BadParameter with the available models."""
     packaged = packaged_models()
-    if name in packaged or Path(name).is_dir():
+    provider, colon, model = name.partition(":")
+    if name in packaged or Path(name).is_dir() or (provider in API_PROVIDERS and model.strip()):
         return name
     if Path(name).exists():
         why = f"{name} is a file; give the folder with config.json and the safetensors files"
-    elif ":" in name or API_NAMES.fullmatch(name):
+    elif provider in API_PROVIDERS and colon:
+        why = f"give the model's name after {provider}:"
+    elif colon:
         why = (
-            "agentkit runs models in its own process; models behind an API (OpenAI, Anthropic, DeepSeek, vLLM) are "
-            "not supported yet"
+            f"there is no provider {provider!r}, only {', '.join(API_PROVIDERS)}; any server that speaks OpenAI's "
+            "protocol is `openai:MODEL` with --base-url"
         )
+    elif API_NAMES.fullmatch(name):
+        owner = next((each for start, each in API_OWNERS.items() if name.lower().startswith(start)), "openai")
+        why = f"a model behind an API is named with its provider: `{owner}:{name}`"
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         why = (
             "there is no such folder, and agentkit does not download models: download the checkpoint (config.json, "
@@ -59,8 +68,8 @@ def _model(name: str) -> str:
     else:
         why = "it is neither a packaged model nor an existing folder"
     raise typer.BadParameter(
-        f'no model "{name}": {why}. Available: {", ".join(packaged)}, or the path of a folder with config.json and '
-        "safetensors files"
+        f'no model "{name}": {why}. Available: {", ".join(packaged)}, the path of a folder with config.json and '
+        "safetensors files, or PROVIDER:MODEL"
     )
 
 
@@ -81,13 +90,30 @@ def no_such_option(*names: str, instead: str) -> Any:
     return Annotated[str | None, typer.Option(*names, hidden=True, callback=refuse)]
 
 
-NoApiFlag = no_such_option(
-    *("--base-url", "--api-base", "--api-key", "--provider", "--endpoint"),
-    instead="agentkit runs models in its own process and does not support APIs yet; `--model` takes `tiny` or a folder",
+NoKeyFlag = no_such_option(
+    "--api-key",
+    instead="keys come from the environment: set OPENAI_API_KEY, ANTHROPIC_API_KEY or DEEPSEEK_API_KEY",
 )
+NoProviderFlag = no_such_option(
+    *("--provider", "--endpoint"), instead="give the provider with the model, as in `-m openai:MODEL --base-url URL`"
+)
+BaseUrlFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url",
+        "--api-base",
+        help="URL of the API, for example of a vLLM server: `http://localhost:8000/v1`. Default: the provider's own.",
+    ),
+]
 ModelFlag = Annotated[
     str,
-    typer.Option("--model", "-m", callback=_model, help="`tiny`, or a checkpoint in the official DeepSeek layout."),
+    typer.Option(
+        "--model",
+        "-m",
+        callback=_model,
+        help="`tiny`, a checkpoint in the official DeepSeek layout, or a model behind an API: `openai:MODEL`, "
+        "`anthropic:MODEL`, `deepseek:MODEL`.",
+    ),
 ]
 DeviceFlag = Annotated[
     str | None,

@@ -16,6 +16,7 @@ import typer
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
+    BaseUrlFlag,
     CacheFlag,
     DeviceFlag,
     EnvFlag,
@@ -23,8 +24,9 @@ from agentkit.cli.options import (
     JsonFlag,
     MinPFlag,
     ModelFlag,
-    NoApiFlag,
     NoGrammarFlag,
+    NoKeyFlag,
+    NoProviderFlag,
     PenaltyFlag,
     SamplingFlags,
     SeedFlag,
@@ -57,6 +59,7 @@ def command(
     ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Apply the changes to --workdir without asking.")] = False,
     model: ModelFlag = "tiny",
+    base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     env: EnvFlag = None,
     seed: SeedFlag = None,
@@ -81,7 +84,8 @@ def command(
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
-    no_api: NoApiFlag = None,
+    no_key: NoKeyFlag = None,
+    no_provider: NoProviderFlag = None,
 ) -> ExitCode:
     """Run an agent on a task file or on an instruction in words.
 
@@ -115,9 +119,9 @@ def command(
         schema = _read_schema(output_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
     terminal = console(quiet=as_json)
-    embedded = load_model(model, device=device, cache_dir=cache_dir)
-    sampling = embedded.sampling.override(seed=seed, output_schema=schema, **flags.changes())
-    agent = agent_for(task, embedded, sampling)
+    source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
+    sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
+    agent = agent_for(task, source, sampling)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal)
     return carry_out(job, apply=apply, as_json=as_json)
 
@@ -296,7 +300,7 @@ def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
 def show(console: Console, event: Event) -> None:
     """Print one event of a run."""
     from agentkit.events import CallFinished, CallStarted, LimitReached, TurnStarted
-    from agentkit.model import ReasoningDelta, TextDelta
+    from agentkit.model import ReasoningDelta, Retried, TextDelta
 
     match event:
         case TurnStarted():
@@ -309,6 +313,8 @@ def show(console: Console, event: Event) -> None:
             say(console, f"\n→ {event.call.name} {event.call.arguments}", "cyan")
         case CallFinished():
             say(console, event.result.content, "red" if event.result.is_error else "dim")
+        case Retried():
+            say(console, f"\nretrying in {event.wait_s:.1f} s: {event.reason}", "yellow")
         case LimitReached():
             console.print(f"\n[yellow]limit reached: {event.limit}[/]")
 
