@@ -135,16 +135,16 @@ def test_what_the_model_writes_under_a_strict_schema_fits_the_schema_of_the_tool
     Draft202012Validator.check_schema(sent.schema)
     assert sent.schema["type"] == "object"
     if not sent.strict:
-        assert sent.restore('{"a": null}') == '{"a": null}'
+        assert sent.restored('{"a": null}') == '{"a": null}'
         return
     for found in _objects(sent.schema):
         assert found["additionalProperties"] is False
         assert sorted(found["required"]) == sorted(found["properties"])
     written = data.draw(_values(sent.schema, sent.schema))
     Draft202012Validator(sent.schema).validate(written)
-    restored = json.loads(sent.restore(json.dumps(written)))
+    restored = json.loads(sent.restored(json.dumps(written)))
     Draft202012Validator(_without_one_of(schema)).validate(restored)
-    assert json.loads(sent.restore(json.dumps(restored))) == restored
+    assert json.loads(sent.restored(json.dumps(restored))) == restored
 
 
 @settings(deadline=None, max_examples=50)
@@ -163,7 +163,7 @@ def test_the_schema_of_an_answer_for_anthropic_has_closed_objects(schema: Json) 
     if sent is not None:
         for found in _objects(sent.schema):
             assert found["additionalProperties"] is False
-        assert sent.restore('{"a": 1}') == '{"a": 1}'
+        assert sent.restored('{"a": 1}') == '{"a": 1}'
 
 
 @pytest.mark.parametrize("builtin", BUILTINS.values(), ids=str)
@@ -184,7 +184,7 @@ class Shape(BaseModel):
 
 
 def restored(sent: SentSchema, value: object) -> Any:
-    return json.loads(sent.restore(json.dumps(value)))
+    return json.loads(sent.restored(json.dumps(value)))
 
 
 def test_an_optional_parameter_that_is_null_is_left_out() -> None:
@@ -216,7 +216,7 @@ def test_a_parameter_whose_absence_differs_from_null_is_not_strict() -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"x": 1', "\x00", "[" * 100_000])
 def test_text_that_is_no_object_is_left_for_the_tool_to_refuse(text: str) -> None:
-    assert openai_tool(Point.model_json_schema()).restore(text) == text
+    assert openai_tool(Point.model_json_schema()).restored(text) == text
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_an_answer_that_is_no_object_is_wrapped_in_one(send: Any, schema: Json, 
     assert sent.strict and sent.schema["type"] == "object"
     Draft202012Validator(sent.schema).validate({"value": answer})
     assert restored(sent, {"value": answer}) == answer
-    assert sent.restore("no JSON") == "no JSON"
+    assert sent.restored("no JSON") == "no JSON"
 
 
 def test_a_recursive_answer_is_strict_only_where_the_api_has_recursion() -> None:

@@ -12,13 +12,23 @@ import importlib
 import os
 import re
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-from agentkit.errors import ApiError, ApiKeyError, ContextFullError, MissingDependencyError, UnknownModelError
+import anyio
+
+from agentkit.errors import (
+    ApiError,
+    ApiKeyError,
+    ContextFullError,
+    MissingDependencyError,
+    ModelOptionError,
+    UnknownModelError,
+)
 from agentkit.models.remote.provider import TransientError, TurnRequest
 from agentkit_engine.sampling_params import SamplingParams
 
@@ -27,6 +37,7 @@ Sdk = Literal["openai", "anthropic"]
 TIMEOUT_S: Final = 600.0
 """Default number of seconds that a connection may be silent."""
 CONNECT_TIMEOUT_S: Final = 15.0
+DRAIN_S: Final = 1.0
 MAX_DETAIL: Final = 500
 
 CALL_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -158,6 +169,10 @@ class Connection:
         """Return the exception for a stream that ended before its last event."""
         return TransientError(f"{self.host} ended the stream before its last event")
 
+    def empty(self) -> ApiError:
+        """Return the exception for a stream without an event."""
+        return ApiError(f"{self.host} sent an empty stream: {self._not_an_api}", status=200)
+
     def malformed(self, event: Mapping[str, Any]) -> TransientError:
         """Return the exception for an event that does not have the form of its type."""
         return TransientError(f"{self.host} sent a malformed event of type {event.get('type')!r:.80}")
@@ -192,10 +207,13 @@ class Connection:
             return
         given = content_type or "no content type"
         raise ApiError(
-            f"{self.host} answered with {given} instead of an event stream: {self._base_url} is not the base URL of "
-            f"{'an OpenAI' if self._sdk.__name__ == 'openai' else 'an Anthropic'}-compatible API",
-            status=response.status_code,
+            f"{self.host} sent {given} instead of an event stream: {self._not_an_api}", status=response.status_code
         )
+
+    @property
+    def _not_an_api(self) -> str:
+        kind = "an OpenAI" if self._sdk.__name__ == "openai" else "an Anthropic"
+        return f"{self._base_url} is not the base URL of {kind}-compatible API"
 
     def _status_failure(self, error: Any) -> Exception:
         body = error.body
@@ -211,6 +229,13 @@ class Connection:
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "[key]")
+
+
+async def drain(events: AsyncGenerator[dict[str, Any], None]) -> None:
+    """Read a stream whose last event has been read to its end, so that the connection can be used again."""
+    with suppress(TransientError), anyio.move_on_after(DRAIN_S):
+        async for _ in events:
+            pass
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -237,23 +262,26 @@ def turn_limit(request: TurnRequest) -> int | None:
     return min(given, default=None)
 
 
-def refuse_unsupported(sampling: SamplingParams, api: str, supported: frozenset[str]) -> None:
-    """Refuse sampling parameters that the API does not have. A seed is a request, which an API may not honour.
+def refuse_sampling(sampling: SamplingParams, owner: str, *, has: frozenset[str]) -> None:
+    """Refuse sampling parameters that an API does not have. A seed is left out, since it never changes what is asked.
+
+    Args:
+        sampling: The parameters.
+        owner: The model or API, for the error's text.
+        has: Names of the parameters that it has.
 
     Raises:
-        ValueError: a parameter outside `supported` differs from its default.
+        ModelOptionError: another parameter differs from its default.
     """
-    free = supported | {"seed", "max_tokens", "output_schema", "grammar"}
+    free = has | {"seed", "max_tokens", "output_schema", "grammar"}
     default = SamplingParams()
-    lacking = [
+    given = [
         field.name
         for field in fields(sampling)
         if field.name not in free and getattr(sampling, field.name) != getattr(default, field.name)
     ]
-    if sampling.grammar is True:
-        lacking.append("grammar")
-    if lacking:
-        raise ValueError(f"{api} has no {' and no '.join(lacking)}; leave the default")
+    if given:
+        raise ModelOptionError(f"{owner} has no {', '.join(given)}: leave it out")
 
 
 def _checked_key(api_key: str | None, variable: str) -> str:

@@ -74,42 +74,53 @@ WRAPPER: Final = "value"
 
 @dataclass(frozen=True, slots=True)
 class SentSchema:
-    """A schema as it is sent. `restore` maps the JSON text that the model writes back to the schema that was given.
-
-    Text that is not a JSON object is restored to itself.
-    """
+    """A schema as it is sent. `mapping` is None if what the model writes under it needs no mapping back."""
 
     schema: dict[str, Any]
     strict: bool
-    restore: Callable[[str], str]
+    mapping: Callable[[str], str] | None = None
+
+    def restored(self, text: str) -> str:
+        """Return the JSON text that the model wrote, mapped back to the schema that was given.
+
+        Text that is not a JSON object is returned unchanged.
+        """
+        return text if self.mapping is None else self.mapping(text)
 
 
 class _NotStrictError(Exception):
     """The strict subset cannot describe the schema."""
 
 
-def openai_tool(parameters: Schema) -> SentSchema:
-    """Return the parameters of a tool for OpenAI. In a strict schema, an optional parameter is null if it is absent."""
-    return _openai_tool(json.dumps(parameters))
+def openai_tool(parameters: Schema, *, strict: bool = True) -> SentSchema:
+    """Return the parameters of a tool for OpenAI, with `strict` as strict if they fit the strict subset.
+
+    In a strict schema, an optional parameter is null if it is absent.
+    """
+    return _openai_tool(json.dumps(parameters), strict)
 
 
 @lru_cache(maxsize=1024)
-def _openai_tool(parameters: str) -> SentSchema:
+def _openai_tool(parameters: str, strict: bool) -> SentSchema:
     given = _modern(json.loads(parameters))
     try:
+        if not strict:
+            raise _NotStrictError
         sent = _strict_root(given, nullable=True)
     except _NotStrictError:
-        return SentSchema(object_root(given), False, _unchanged)
+        return SentSchema(object_root(given), False)
+    if all(set(node.get("properties", ())) <= set(node.get("required", ())) for node in _nodes(given)):
+        return SentSchema(sent, True)
     return SentSchema(sent, True, _mapping(lambda value: _without_nulls(value, given, given)))
 
 
-def openai_output(schema: Schema) -> SentSchema:
+def openai_output(schema: Schema, *, strict: bool = True) -> SentSchema:
     """Return the schema of an answer for OpenAI. A schema of anything but objects is wrapped in an object."""
     given = _modern(schema)
     if _is_object(given):
-        return openai_tool(given)
-    wrapped = openai_tool(_wrapped(given))
-    return SentSchema(wrapped.schema, wrapped.strict, lambda text: _unwrapped(wrapped.restore(text)))
+        return openai_tool(given, strict=strict)
+    wrapped = openai_tool(_wrapped(given), strict=strict)
+    return SentSchema(wrapped.schema, wrapped.strict, lambda text: _unwrapped(wrapped.restored(text)))
 
 
 def anthropic_tool(parameters: Schema) -> SentSchema:
@@ -127,7 +138,7 @@ def _anthropic_tool(parameters: str) -> SentSchema:
             accepted = f"{accepted[:56]}_{len(sent_names)}"
         sent_names[name] = accepted
     if all(name == sent for name, sent in sent_names.items()):
-        return SentSchema(root, False, _unchanged)
+        return SentSchema(root, False)
     root["properties"] = {sent_names[name]: property for name, property in root["properties"].items()}
     root["required"] = [sent_names.get(name, name) for name in root.get("required", ())]
     names = {sent: name for name, sent in sent_names.items()}
@@ -149,7 +160,7 @@ def anthropic_output(schema: Schema) -> SentSchema | None:
     unions = sum("anyOf" in node for node in nodes)
     if optional > MAX_OPTIONAL or unions > MAX_UNIONS or _is_recursive(sent):
         return None
-    return SentSchema(transform_schema(sent), True, _unchanged if is_object else _unwrapped)
+    return SentSchema(transform_schema(sent), True, None if is_object else _unwrapped)
 
 
 def object_root(schema: Schema) -> dict[str, Any]:
@@ -426,10 +437,6 @@ def _mapping(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]
         return text if value is None or changed == value else json.dumps(changed, ensure_ascii=False)
 
     return restore
-
-
-def _unchanged(text: str) -> str:
-    return text
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
