@@ -37,6 +37,7 @@ from agentkit_engine.errors import (
     TokenIdError,
     TokenizerMissingError,
 )
+from agentkit_engine.garbage import collection_paused
 
 if TYPE_CHECKING:
     from agentkit_engine.async_engine import AsyncEngine, AsyncSession
@@ -94,4 +95,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    with collection_paused():  # these modules import torch
+        module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+    return getattr(module, name)

@@ -5,11 +5,9 @@ Dimension key: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ from torch import Tensor
 from agentkit_engine.arguments import check_bytes, check_device, check_dtype, check_model
 from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
+from agentkit_engine.garbage import collection_paused, skip_collection_at_exit
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, Work, cache_folder
@@ -133,10 +132,11 @@ class Engine:
             )
         if compiled and device.type != "cpu":
             raise ValueError(f"compiled=True needs a CPU: its kernels do not run on device={str(device)!r}")
-        compiled = can_compile(device) if compiled is None else compiled
-        if held_as is None and not compiled:
-            held_as = torch.float32  # plain torch layers would convert bfloat16 weights and hold both copies
-        with _no_collection():
+        skip_collection_at_exit()
+        with collection_paused():
+            compiled = can_compile(device) if compiled is None else compiled
+            if held_as is None and not compiled:
+                held_as = torch.float32  # plain torch layers would convert bfloat16 weights and hold both copies
             decoder, dialect = load_checkpoint(
                 folder, device=device, dtype=held_as, lay_out=lay_out if compiled else None
             )
@@ -278,15 +278,3 @@ class Engine:
         return hashlib.blake2b(
             repr((self.fingerprint, machine(self.decoder.embed.weight.device))).encode(), digest_size=16
         ).hexdigest()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Disable garbage collection: amid thousands of live new objects, one run takes 0.1 s and frees nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
