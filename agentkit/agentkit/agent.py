@@ -37,7 +37,7 @@ from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
 from agentkit.trajectory import Header, Trajectory
 from agentkit.turn import TurnCalls
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_environments import Environment, SandboxError, open_environment
+from agentkit_environments import DeferredEnvironment, Environment, EnvironmentSpec, SandboxError, open_environment
 from agentkit_tools import BUILTINS, Tool, ToolContext, ToolResult, as_tool
 from agentkit_tools.model_texts import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 
@@ -130,7 +130,8 @@ class Agent:
 
         Args:
             task: The user message.
-            environment: Environment that calls run in; it stays open. Default: a sandbox opened for this run.
+            environment: Environment that calls run in; it stays open. Default: a sandbox of this run, which is opened
+                before the first turn if a tool needs it (`Tool.needs_environment`).
             trajectory: New file for the record, written during the run. Default: in memory only.
             metadata: JSON values for the header of the record.
 
@@ -316,15 +317,16 @@ class Agent:
     ) -> RunResult:
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
 
-        `files` is an archive that is unpacked into the work directory first.
+        `files` is an archive that is unpacked into the work directory first; empty bytes are an empty directory.
         """
         async with AsyncExitStack() as stack:
-            here = environment
-            if here is None:
-                here = await stack.enter_async_context(await open_environment())
-            if files is not None:
-                await here.import_dir(here.spec.workdir, files)
             tools = list(self.tools.values())
+            own = await stack.enter_async_context(DeferredEnvironment(EnvironmentSpec(), open_environment))
+            here = own if environment is None else environment
+            if environment is None and any(tool.needs_environment for tool in tools):
+                await own.open()
+            if files:
+                await here.import_dir(here.spec.workdir, files)
             opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=history)
             session = await stack.enter_async_context(opening)
             if history is None:
@@ -349,7 +351,7 @@ class Agent:
                 files = None
                 # only `continue_` needs the files, and it reports that they are missing
                 with suppress(SandboxError, OSError):
-                    files = (await here.export_dir(here.spec.workdir)).data
+                    files = (await own.export_dir(own.spec.workdir)).data if own.is_open else b""
         result = RunResult(outcome, trajectory, self._continuation(trajectory, environment, files))
         emit(RunFinished(result))
         return result

@@ -1,6 +1,7 @@
 """Sandboxes for commands: one contract (`environment.Environment`), several backends."""
 
 from agentkit_environments.archive import ExportedDir, check_archive
+from agentkit_environments.deferred import DeferredEnvironment
 from agentkit_environments.environment import (
     MAX_ARCHIVE_BYTES,
     MAX_ARCHIVE_ENTRIES,
@@ -27,6 +28,7 @@ __all__ = [
     "MAX_ARCHIVE_ENTRIES",
     "MAX_STDIN_BYTES",
     "Backend",
+    "DeferredEnvironment",
     "Environment",
     "EnvironmentSpec",
     "ExecResult",

@@ -32,8 +32,16 @@ from agentkit import (
     tool,
 )
 from agentkit.models.tokens import rebuild_token_ids
+from agentkit.run import Run
+from agentkit.turn import TurnCalls
 from agentkit_engine.chat import Tokenizer, encode_ids
-from agentkit_environments import Environment, SandboxLostError, open_environment
+from agentkit_environments import (
+    Environment,
+    EnvironmentSpec,
+    SandboxLostError,
+    SandboxUnavailableError,
+    open_environment,
+)
 from agentkit_tools import BUILTINS, ToolContext, ToolDefinitionError
 
 pytestmark = pytest.mark.anyio
@@ -41,6 +49,7 @@ Script = Callable[..., ScriptedModel]
 
 LOOK = AssistantTurn("I shall look.", "Looking.", [("read_file", {"path": "a.txt"})])
 SUBMIT = AssistantTurn("Found.", "", [("submit", {"answer": "42"})])
+DONE = AssistantTurn(None, "Done.")
 
 
 def turn(*calls: tuple[str, dict[str, object]], reasoning: str | None = None, content: str = "") -> AssistantTurn:
@@ -305,8 +314,8 @@ async def test_a_run_opens_and_closes_its_own_environment(
     """A continuation has the files of the work directory."""
     opened: list[Environment] = []
 
-    async def open_local() -> Environment:
-        opened.append(await open_environment(backend="unsafe-local"))
+    async def open_local(spec: EnvironmentSpec) -> Environment:
+        opened.append(await open_environment(spec, backend="unsafe-local"))
         return opened[-1]
 
     monkeypatch.setattr("agentkit.agent.open_environment", open_local)
@@ -319,6 +328,69 @@ async def test_a_run_opens_and_closes_its_own_environment(
     for environment in opened:
         with pytest.raises(SandboxLostError):
             await environment.exec("true")
+
+
+class TestSandbox:
+    """A run opens a sandbox before its first turn, and only if a tool needs it."""
+
+    @pytest.fixture(autouse=True)
+    def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[Environment]:
+        opened: list[Environment] = []
+
+        async def open_local(spec: EnvironmentSpec) -> Environment:
+            opened.append(await open_environment(spec, backend="unsafe-local"))
+            return opened[-1]
+
+        monkeypatch.setattr("agentkit.agent.open_environment", open_local)
+        return opened
+
+    async def test_plain_functions_need_none(self, script: Script, opened: list[Environment]) -> None:
+        def double(x: int) -> int:
+            return 2 * x
+
+        call = turn(("double", {"x": 4}))
+        result = await Agent(script(call, DONE, call, DONE), [double, BUILTINS["submit"]]).run("Q")
+        result = await result.continue_("And again?")
+        assert (result.status, results(result.trajectory)) == ("answered", ["8", "8"])
+        assert opened == []
+
+    async def test_a_tool_with_a_context_needs_one(self, script: Script, opened: list[Environment]) -> None:
+        async def look(context: ToolContext) -> str:
+            return (await context.environment.exec("pwd")).stdout
+
+        opened_before: list[int] = []
+
+        def think(news: Sequence[Message]) -> bool:
+            opened_before.append(len(opened))
+            return False
+
+        result = await Agent(script(turn(("look", {})), DONE), [look], thinking=think).run("Q")
+        assert results(result.trajectory) == ["/workspace\n"]
+        assert opened_before == [1, 1]
+
+    async def test_a_step_of_a_subclass_can_use_it(self, script: Script, opened: list[Environment]) -> None:
+        class Saves(Agent):
+            async def act(self, run: Run, calls: TurnCalls) -> None:
+                await super().act(run, calls)
+                await run.context.environment.write_file("turn", str(run.turn))
+
+        await Saves(script(DONE), []).run("Q")
+        assert len(opened) == 1
+
+    async def test_no_sandbox_is_an_error_before_the_model_is_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def fail(spec: EnvironmentSpec) -> Environment:
+            raise SandboxUnavailableError("no engine answers; start Docker")
+
+        monkeypatch.setattr("agentkit.agent.open_environment", fail)
+        asked: list[Sequence[Message]] = []
+
+        def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
+            asked.append(messages)
+            return DONE
+
+        with pytest.raises(SandboxUnavailableError, match="start Docker"):
+            await Agent(ScriptedModel(policy)).run("Q")
+        assert asked == []
 
 
 class TestLimits:

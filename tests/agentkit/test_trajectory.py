@@ -36,7 +36,8 @@ from agentkit import (
     tool,
 )
 from agentkit_engine.chat import Tokenizer
-from agentkit_environments import Environment, SandboxLostError, open_environment
+from agentkit_environments import Environment, EnvironmentSpec, SandboxLostError, open_environment
+from agentkit_tools import ToolContext
 
 pytestmark = pytest.mark.anyio
 Script = Callable[..., ScriptedModel]
@@ -177,14 +178,14 @@ async def test_a_full_disk_ends_the_run_with_a_clear_error(
     path = tmp_path / "t.jsonl"
     opened: list[Environment] = []
 
-    async def open_local() -> Environment:
-        opened.append(await open_environment(backend="unsafe-local"))
+    async def open_local(spec: EnvironmentSpec) -> Environment:
+        opened.append(await open_environment(spec, backend="unsafe-local"))
         return opened[-1]
 
     monkeypatch.setattr("agentkit.agent.open_environment", open_local)
 
     @tool
-    def fill() -> str:
+    def fill(context: ToolContext) -> str:
         """Fill the disk."""
         for number in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):

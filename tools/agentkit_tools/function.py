@@ -47,6 +47,7 @@ class FunctionTool(Tool, Generic[P, R]):
         self.fn = fn
         self._signature = signature
         self._is_async = _is_coroutine_function(fn)
+        self.needs_environment = bool(signature.injected)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the wrapped function."""

@@ -100,6 +100,9 @@ class Tool(ABC):
     earlier calls of the turn finish first, and later ones start after it ends.
     """
 
+    needs_environment: bool = True
+    """Whether calls use `ToolContext.environment`. If no tool of a run does, the run opens no sandbox."""
+
     def __init__(
         self,
         name: str,
