@@ -127,15 +127,17 @@ class Grammars:
         form = forms.json([schema])
         if form is None:
             raise GrammarError(f"no answer fits the schema {json.dumps(schema):.200}; loosen it")
-        unenforced, loose = [_sentence(forms.missed, "the answer")], list[str]()
+        unenforced, unenforced_tools = [_sentence(forms.missed, "the answer")], list[str]()
         rules = [f"start: answer{' | block' if tools else ''}", f"answer: %json {json.dumps(form)}"]
         if tools:
             block, *others = self._block(
-                [tool["function"] for tool in tools], unenforced, loose, opened=False, each_alone=True
+                [tool["function"] for tool in tools], unenforced, unenforced_tools, opened=False, each_alone=True
             )
             rules += [f"block: {block}", *others]
         matcher = self._matcher("\n".join(rules))
-        grammar = Grammar(self, matcher, at_once=True, unenforced=tuple(unenforced), loose=tuple(loose))
+        grammar = Grammar(
+            self, matcher, at_once=True, unenforced=tuple(unenforced), unenforced_tools=tuple(unenforced_tools)
+        )
         _warn(grammar, tell_keywords=True)
         return grammar
 
@@ -179,21 +181,23 @@ class Grammars:
             if required:
                 raise
             told = (f"calls are not held to a grammar: {error}",)
-            return Grammar(self, None, at_once=False, calls_are_free=True, loose=told)
+            return Grammar(self, None, at_once=False, calls_are_free=True, unenforced_tools=told)
 
     def _calls_of(self, tools: Sequence[Mapping[str, Any]], required: bool, *, each_alone: bool) -> Grammar:
-        unenforced, loose = list[str](), list[str]()
-        block, *rules = self._block(tools, unenforced, loose, opened=not required, each_alone=each_alone)
+        unenforced, unenforced_tools = list[str](), list[str]()
+        block, *rules = self._block(tools, unenforced, unenforced_tools, opened=not required, each_alone=each_alone)
         if not rules and required:
             raise GrammarError("a call is required, but none of the tools can be called; pass another tool")
         matcher = self._matcher("\n".join([f"start: {block}", *rules])) if rules else None
-        return Grammar(self, matcher, at_once=required, unenforced=tuple(unenforced), loose=tuple(loose))
+        return Grammar(
+            self, matcher, at_once=required, unenforced=tuple(unenforced), unenforced_tools=tuple(unenforced_tools)
+        )
 
     def _block(
         self,
         functions: Sequence[Mapping[str, Any]],
         unenforced: list[str],
-        loose: list[str],
+        unenforced_tools: list[str],
         *,
         opened: bool,
         each_alone: bool,
@@ -206,7 +210,7 @@ class Grammars:
         tools = {}
         for index, function in enumerate(functions):
             if re.search('["<>]', function["name"]):
-                loose.append(f"the call format cannot express the name of tool {function['name']!r}")
+                unenforced_tools.append(f"the call format cannot express the name of tool {function['name']!r}")
                 continue
             try:
                 missed: list[str] = []
@@ -215,11 +219,11 @@ class Grammars:
                     self._matcher(f"start: tool_{index}\n{rules}")
                 unenforced += missed
             except Exception as error:  # no content of a schema may end a run
-                loose.append(
+                unenforced_tools.append(
                     f"calls of tool {function['name']!r} are not held to its schema, and are checked after parsing: "
                     f"{error}"
                 )
-                rules = self._loose_tool(index, function["name"])
+                rules = self._unenforced_tool(index, function["name"])
             tools[index] = rules
         marker = f"<[{self.dsml}]>"
         opening = "" if opened else f'"\\n\\n<" {marker} '
@@ -229,7 +233,7 @@ class Grammars:
             *([call, *tools.values()] if tools else ()),
         ]
 
-    def _loose_tool(self, index: int, name: str) -> str:
+    def _unenforced_tool(self, index: int, name: str) -> str:
         """Return the rules of a tool whose schema cannot be enforced: only the call format."""
         values = _Values(self, index, Forms(True))
         rules = self._parameters(f"{index}_0", _Parameters({}, frozenset(), ((_ANY_NAME, True),)), values)
@@ -426,15 +430,15 @@ class Grammar:
         at_once: bool,
         calls_are_free: bool = False,
         unenforced: tuple[str, ...] = (),
-        loose: tuple[str, ...] = (),
+        unenforced_tools: tuple[str, ...] = (),
     ) -> None:
         """`form` parses the block of calls after its first marker or, with `at_once`, everything after the thought.
 
-        Without a `form` calls are forbidden, unless `calls_are_free`. `unenforced` lists keywords and `loose` tools
-        that the grammar does not enforce.
+        Without a `form` calls are forbidden, unless `calls_are_free`. `unenforced` are keywords that the grammar does
+        not enforce, `unenforced_tools` sentences about tools whose schemas it does not enforce.
         """
         self.unenforced = tuple(filter(None, unenforced))
-        self.loose = loose
+        self.unenforced_tools = unenforced_tools
         tokenizer = grammars.tokenizer
         self.form = form
         self.at_once = at_once
@@ -654,7 +658,7 @@ def _sentence(keywords: Collection[str], place: str) -> str:
 
 
 def _warn(grammar: Grammar, *, tell_keywords: bool) -> None:
-    told = list(grammar.loose)
+    told = list(grammar.unenforced_tools)
     if tell_keywords and grammar.unenforced:
         told.append(
             f"the grammar does not enforce {'; '.join(grammar.unenforced)}: such values are checked after parsing"

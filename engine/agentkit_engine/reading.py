@@ -57,7 +57,7 @@ class Reader:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop text is complete."""
+        """True if a stop text is complete."""
         return self._filter.stopped
 
     def read(self, token: SampledToken, *, last: bool) -> SampledToken:

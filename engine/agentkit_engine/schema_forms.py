@@ -181,7 +181,7 @@ class Forms:
                 others.append(other)
         return list(texts), others
 
-    def kept(self, schema: Schema, without: frozenset[str] = frozenset()) -> Schema:
+    def reduce(self, schema: Schema, without: frozenset[str] = frozenset()) -> Schema:
         """Return the schema reduced to keywords that are enforced in JSON and not in `without`."""
         if not isinstance(schema, Mapping):
             return schema
@@ -195,7 +195,7 @@ class Forms:
             elif key in ("$ref", "$dynamicRef"):
                 every.append(self._reference(key, value))
             elif key in ("allOf", "anyOf", "oneOf"):
-                parts = [self.kept(part, without) for part in value]
+                parts = [self.reduce(part, without) for part in value]
                 if key == "allOf":
                     every += parts
                 else:
@@ -207,13 +207,13 @@ class Forms:
             elif not self._is_enforced(key, value):
                 self.missed.add(key)
             elif key == "properties":
-                short[key] = {name: self.kept(part, without) for name, part in value.items()}
+                short[key] = {name: self.reduce(part, without) for name, part in value.items()}
             elif key == "patternProperties":
-                short[key] = {f"^(?:{whole_text(each)})$": self.kept(part, without) for each, part in value.items()}
+                short[key] = {f"^(?:{whole_text(each)})$": self.reduce(part, without) for each, part in value.items()}
             elif key in ("items", "additionalProperties"):
-                short[key] = self.kept(value, without)
+                short[key] = self.reduce(value, without)
             elif key == "prefixItems":
-                short[key] = [self.kept(part, without) for part in value]
+                short[key] = [self.reduce(part, without) for part in value]
             else:
                 short[key] = value
         if "patternProperties" in schema and "patternProperties" not in short:
@@ -230,7 +230,7 @@ class Forms:
         before = set(self.missed)
         for without in LOOSENED:
             self.missed = set(before)
-            parts = [self.kept(option, without) for option in options]
+            parts = [self.reduce(option, without) for option in options]
             parts = [part for part in parts if part is not False]
             if not parts:
                 return None
@@ -343,7 +343,7 @@ class Forms:
         """Return the targets of all references, including those inside other targets."""
         found = {}
         for target in _growing(self._targets):
-            found[self._names[id(target)]] = self.kept(target, without)
+            found[self._names[id(target)]] = self.reduce(target, without)
         return found
 
     def _loops(self, start: Schema) -> bool:

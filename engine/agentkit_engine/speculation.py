@@ -85,7 +85,7 @@ class Drafter:
         return fork
 
     def asks(self, ids: Sequence[int]) -> bool:
-        """Whether to ask the MTP block for the next id: no n-gram matches, and its guesses pay."""
+        """Return whether to ask the MTP block for the next id: no n-gram matches, and its guesses pay."""
         self._learn()
         self._index(ids)
         if any(not rest and self._follow(ids, kind, 1) for kind, rest in enumerate(self._rests)):

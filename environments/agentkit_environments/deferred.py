@@ -27,7 +27,7 @@ class DeferredEnvironment(Environment):
 
     @property
     def is_open(self) -> bool:
-        """Whether it has been opened; before that there are no files and no processes."""
+        """True once it has been opened; before that there are no files and no processes."""
         return self._environment is not None
 
     async def open(self) -> Environment:

@@ -50,9 +50,9 @@ class ExecResult:
     stderr: str
     """Standard error, likewise."""
     truncated: bool
-    """Whether `stdout` or `stderr` was cut; a line `[... N bytes cut ...]` marks the cut."""
+    """True if `stdout` or `stderr` was cut; a line `[... N bytes cut ...]` marks the cut."""
     timed_out: bool
-    """Whether `timeout_s` ran out and the command was killed with everything it had started."""
+    """True if `timeout_s` ran out and the command was killed with everything it had started."""
     duration_s: float
     """Wall-clock seconds from start to exit."""
 

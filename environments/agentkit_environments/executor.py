@@ -135,7 +135,7 @@ class Command:
 
     @property
     def is_starting(self) -> bool:
-        """Whether the process has not yet become the command's program."""
+        """True if the process has not yet become the command's program."""
         return self._status_fd in self._pipes
 
     def descriptors(self) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Whether the CPU kernels are compiled for this machine already: Numba keeps them on disk, by processor."""
+"""Tell whether the CPU kernels are compiled for this machine already: Numba keeps them on disk, by processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KERNELS = ("attend", "choose", "compress", "connect", "heads", "multiply", "rms_
 
 
 def is_compiled() -> bool:
-    """Whether a forward can start without waiting for the compiler.
+    """Return whether a forward can start without waiting for the compiler.
 
     Reads what Numba keeps in its cache folder through names that Numba does not document; where they are gone the
     answer is no, which costs a line on the terminal and no more.

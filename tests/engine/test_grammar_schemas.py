@@ -95,7 +95,7 @@ def grammar_of(parameters: Any) -> tuple[Grammar, tuple[str, ...]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GrammarWarning)
         grammar = GRAMMARS.calls([tool(parameters)], required=True)
-    return grammar, (*grammar.unenforced, *grammar.loose)
+    return grammar, (*grammar.unenforced, *grammar.unenforced_tools)
 
 
 def arguments_of(ids: list[int], parameters: Any) -> list[dict[str, Any]]:

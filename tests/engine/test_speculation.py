@@ -121,7 +121,7 @@ async def test_many_sessions_draft_in_the_same_forwards(mtp: bool) -> None:
             task_group.start_soon(run, running, number)
     assert [got[number] for number in range(len(prompts))] == expected
     assert engine.batcher.drafted > 0
-    assert (engine.batcher.foreseen > 0) == mtp
+    assert (engine.batcher.mtp_drafted > 0) == mtp
 
 
 def test_drafts_continue_sampled_ids_only(engine: Engine) -> None:
@@ -214,7 +214,7 @@ def test_a_model_without_the_block_never_drafts_with_it() -> None:
     engine = make_engine(mtp=False)
     assert not engine.batcher.mtp
     said(engine, REPEATING, SamplingParams(temperature=0, max_tokens=20), speculate=True)
-    assert engine.batcher.foreseen == 0
+    assert engine.batcher.mtp_drafted == 0
 
 
 def test_the_packaged_models_mtp_block_drafts_new_text() -> None:
@@ -230,7 +230,7 @@ def test_the_packaged_models_mtp_block_drafts_new_text() -> None:
         steps.append(engine.batcher.steps - before)
     assert outcomes[1] == outcomes[0] and outcomes[2] == outcomes[0]
     assert steps[2] < steps[1] <= steps[0] == 30
-    assert engine.batcher.foreseen > 0
+    assert engine.batcher.mtp_drafted > 0
 
 
 SCRIPT = st.lists(

@@ -101,7 +101,7 @@ class Tool(ABC):
     """
 
     needs_environment: bool = True
-    """Whether calls use `ToolContext.environment`. If no tool of a run does, the run opens no sandbox."""
+    """True if calls use `ToolContext.environment`. A run opens no sandbox if this is False for all of its tools."""
 
     def __init__(
         self,

@@ -112,13 +112,13 @@ async def _converse(model: Model, turns: int) -> _Run:
 
 async def _converse_in_engine(turns: int, ids: Sequence[int]) -> _Run:
     engine = Engine.load("tiny")
-    engine.batcher.runner = _ToldRunner(engine.batcher.pools, ids)
+    engine.batcher.runner = _ScriptedRunner(engine.batcher.pools, ids)
     async with EmbeddedModel(engine) as model:
         run = await _converse(model, turns)
     return replace(run, prefilled=engine.batcher.prefilled)
 
 
-class _ToldRunner(NullRunner):
+class _ScriptedRunner(NullRunner):
     """A runner whose forward passes make the next of `ids` practically certain."""
 
     def __init__(self, pools: Pools, ids: Sequence[int]) -> None:

@@ -48,7 +48,7 @@ async def grammar_for(
         if sampling.output_schema is not None or sampling.grammar is True:
             raise
         return None, f"{type(error).__name__}: {error}"
-    return grammar, "; ".join(grammar.loose) or None
+    return grammar, "; ".join(grammar.unenforced_tools) or None
 
 
 def _calls(engine: Engine, specs: list[dict[str, object]], *, tell_keywords: bool) -> Grammar:

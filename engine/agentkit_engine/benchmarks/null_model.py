@@ -48,6 +48,6 @@ class NullRunner(Runner):
             self._computed = Computed(logits_RV.expand(rows, -1), streams_RMD.expand(rows, -1, -1))
         return self._computed
 
-    def foresee(self, streams_BMD: Tensor, ids_B: Sequence[int]) -> list[int]:
-        """See `Runner.foresee`."""
+    def mtp_draft(self, streams_BMD: Tensor, ids_B: Sequence[int]) -> list[int]:
+        """See `Runner.mtp_draft`."""
         return [self._favourite] * len(ids_B)

@@ -152,7 +152,7 @@ class Work:
 
     @property
     def guessable(self) -> bool:
-        """Whether a single id is pending and that id was sampled."""
+        """True if a single id is pending and that id was sampled."""
         return self.pending == 1 and not self._fed[-1]
 
     def draft(self, most: int, first: int | None = None) -> list[int]:
@@ -226,7 +226,7 @@ class Batcher:
         prefilled: ids that were fed and computed, counted each time.
         sampled: ids that were sampled and computed.
         drafted: draft ids that were computed; accepted ones count neither as prefilled nor as sampled.
-        foreseen: draft ids that came from the MTP block.
+        mtp_drafted: draft ids that came from the MTP block.
         speculate: whether to draft.
         mtp: whether the model's MTP block drafts too; always False for a model without one.
         disk: the disk cache for checkpoints, if there is one.
@@ -244,7 +244,7 @@ class Batcher:
         self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.cache = PrefixCache(self.pools)
         self.runner = Runner(decoder, self.pools, exact=exact, compiled=compiled)
-        self.prefilled = self.sampled = self.drafted = self.foreseen = 0
+        self.prefilled = self.sampled = self.drafted = self.mtp_drafted = 0
         self.speculate = True
         self.mtp = bool(decoder.mtp)
         self.disk: DiskCache | None = None
@@ -262,7 +262,7 @@ class Batcher:
         Raises:
             OutOfMemoryError: not even the first work fits, after all others gave up their memory.
         """
-        firsts = self._foresee(works)
+        firsts = self._mtp_drafts(works)
         chosen, segments, others = self._steady(works, firsts)
         steady = len(chosen)
         if others:
@@ -288,7 +288,7 @@ class Batcher:
             if draft:
                 row += len(draft)
                 self.drafted += len(draft)
-                self.foreseen += work in firsts
+                self.mtp_drafted += work in firsts
         self.sampled += steady
         if others:
             for work, segment in zip(chosen[steady:], segments[steady:], strict=True):
@@ -352,7 +352,7 @@ class Batcher:
         work.sequence.steady_until = min(work.sequence.num_spans * SPAN, self._positions)
 
     def too_long(self, work: Work) -> bool:
-        """Whether the state exceeds the memory even with no other work in it."""
+        """Return whether the state exceeds the memory even with no other work in it."""
         return -(-work.length // SPAN) > self.pools.spans
 
     def _check_length(self, work: Work) -> None:
@@ -365,7 +365,7 @@ class Batcher:
             )
 
     def fits(self, works: Seq[Work]) -> bool:
-        """Whether the states of all `works`, with one more span each, fit into memory at once."""
+        """Return whether the states of all `works`, with one more span each, fit into memory at once."""
         held: set[int] = set()
         missing = 0
         for work in works:
@@ -488,7 +488,7 @@ class Batcher:
         finally:
             self.drop(work)
 
-    def _foresee(self, works: Seq[Work]) -> dict[Work, int]:
+    def _mtp_drafts(self, works: Seq[Work]) -> dict[Work, int]:
         """Ask the MTP block once for its guesses at the next id of all works that may draft from it."""
         asking: list[Work] = []
         streams: list[Tensor] = []
@@ -499,7 +499,7 @@ class Batcher:
                     streams.append(work.streams_MD)
         if not asking:
             return {}
-        guesses = self.runner.foresee(torch.stack(streams), [work.ids[-1] for work in asking])
+        guesses = self.runner.mtp_draft(torch.stack(streams), [work.ids[-1] for work in asking])
         return dict(zip(asking, guesses, strict=True))
 
     def _segment(self, work: Work, budget: int, keep: Seq[Work], first: int | None = None) -> Segment:

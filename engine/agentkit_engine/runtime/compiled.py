@@ -102,7 +102,7 @@ class CompiledLayers:
             streams_NMD = streams_NMD[np.concatenate([np.arange(end - count, end) for end, count in ends])]
         return Computed(torch.from_numpy(self.head(self.output(streams_NMD))), torch.from_numpy(streams_NMD))
 
-    def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
+    def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         assert self.drafts is not None
         batch = Batch(ids_B, [Sequence(0)] * len(ids_B), [1] * len(ids_B), self.angles)
         x_BD = self.drafts(streams_BMD.numpy(), self._embedded(batch), batch)

@@ -136,8 +136,8 @@ class EagerLayers:
             weights = [self._head, self._hc_fn, *(weight for layer in self._layers for weight in layer.weights())]
             padding.rows = least_rows(weights, at_least=-(-LANES // self.spec.hc_mult))
 
-    def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
-        """See `Runner.foresee`."""
+    def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
+        """See `Runner.mtp_draft`."""
         streams_B1MD = streams_BMD.unsqueeze(1).to(self._decoder.embed.weight.dtype)
         logits_B1V, _ = self._decoder.draft_logits(streams_B1MD, torch.tensor(ids_B).unsqueeze(1))
         ids: list[int] = logits_B1V[:, 0].argmax(-1).tolist()

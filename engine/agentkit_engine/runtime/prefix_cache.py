@@ -157,7 +157,7 @@ class PrefixCache:
         return checkpoint.sequence
 
     def holds(self, ids: Seq[int], chain: IdChain, length: int) -> bool:
-        """Whether there is a checkpoint of exactly the first `length` ids."""
+        """Return whether there is a checkpoint of exactly the first `length` ids."""
         full = length // SPAN
         here = self._nodes.get(chain.upto(ids, full)[-1], ())
         return any(checkpoint.tail == tuple(ids[full * SPAN : length]) for checkpoint in here)

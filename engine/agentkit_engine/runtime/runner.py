@@ -41,12 +41,12 @@ class Layers(Protocol):
     def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> Computed:
         """Write the state of the segments' tokens and return the output rows, of each segment from its `firsts` on."""
 
-    def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
-        """See `Runner.foresee`."""
+    def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
+        """See `Runner.mtp_draft`."""
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether this device has compiled kernels; plain torch computes on all others."""
+    """Return whether this device has compiled kernels; plain torch computes on all others."""
     if device.type != "cpu":
         return False
     try:
@@ -102,13 +102,13 @@ class Runner:
             segment.sequence.length += len(segment.ids)
         return computed
 
-    def foresee(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
+    def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         """Return the MTP block's guess at the id after each of `ids`; `streams` are those of the ids before them.
 
         The block sees no earlier position, as at the start of a text, so it has no state to keep between forwards, to
         roll back, to fork or to save. The next forward checks each guess.
         """
-        return self._compute(lambda: self.layers.foresee(streams_BMD, ids_B))
+        return self._compute(lambda: self.layers.mtp_draft(streams_BMD, ids_B))
 
     def _compute(self, function: Callable[[], T]) -> T:
         def here() -> T:

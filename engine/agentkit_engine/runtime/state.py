@@ -80,14 +80,14 @@ class Sequence:
         self.table = torch.zeros(4, dtype=torch.int64)
         """The span ids as a tensor, for gathers; the first `num_spans` are valid."""
         self.contiguous = True
-        """Whether the span ids are consecutive, so that a long scan needs no gather."""
+        """True if the span ids are consecutive, so that a long scan needs no gather."""
 
     @property
     def num_spans(self) -> int:
         return len(self.spans)
 
     def reaches(self, length: int) -> bool:
-        """Whether the sequence can be shortened to `length`: the rings still hold the rows before it."""
+        """Return whether the sequence can be shortened to `length`: the rings still hold the rows before it."""
         return length <= self.length and self.written - length <= ROLLBACK
 
     def shorten(self, length: int) -> None:

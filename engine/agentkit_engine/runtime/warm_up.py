@@ -44,7 +44,7 @@ def warm_up(runner: Runner, decoder: Decoder) -> None:
         sequence.length = deep  # far enough that the indexer must choose among the entries; their content is irrelevant
         computed = runner.step([Segment(sequence, [0], [0])])
         if decoder.mtp:
-            runner.foresee(computed.streams_RMD[:1], [0])
+            runner.mtp_draft(computed.streams_RMD[:1], [0])
     except OutOfMemoryError:
         return  # not enough memory; kernels are then compiled on first use
     finally:
