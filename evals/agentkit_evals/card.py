@@ -21,9 +21,15 @@ def main(
     ] = None,
 ) -> None:
     """Print the model card's tables."""
-    sections = [*measured_tables(json.loads(measured.read_text(encoding="utf-8")))]
-    if training:
-        sections.append(training_table([read_log(path) for path in training]))
+    try:
+        sections = [*measured_tables(json.loads(measured.read_text(encoding="utf-8")))]
+        if training:
+            sections.append(training_table([read_log(path) for path in training]))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        files = ", ".join(map(str, [measured, *(training or ())]))
+        raise typer.BadParameter(
+            f"expected the output of agentkit_evals.measure, then training.jsonl files; got {files}: {error!r}"
+        ) from error
     print("\n\n".join(sections))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.multiprocessing.spawn import spawn
 
 from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
@@ -88,6 +89,29 @@ def test_rows_round_trip_and_reject_a_mask_of_another_length(tmp_path: Path) -> 
     )
     with pytest.raises(ValueError, match="row 0 has 2 ids but a mask of 1"):
         Rows.pack([([1, 2], [1])], copied=[])
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"mask": torch.zeros(3, dtype=torch.uint8)}, "3 mask values for 48 ids"),
+        ({"spread": torch.zeros(3, dtype=torch.uint8)}, "3 spread values for 2 rows"),
+        ({"offsets": torch.tensor([0, 50])}, "offsets must rise from 0 to the 48 ids"),
+        ({"offsets": torch.tensor([0, 30, 20, 48])}, "offsets must rise"),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets must rise"),
+        ({"ids": torch.zeros(48)}, "expected .*'ids': .torch.int32, 1."),
+        ({"more": torch.zeros(1)}, "expected"),
+    ],
+)
+def test_a_file_of_other_rows_is_an_error(tmp_path: Path, changed: dict[str, torch.Tensor], problem: str) -> None:
+    path = tmp_path / "rows.safetensors"
+    rows = _rows(2)
+    save_file({**{name: getattr(rows, name) for name in Rows.__slots__}, **changed}, path)
+    with pytest.raises(ValueError, match=problem):
+        Rows.load(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        Rows.load(path)
 
 
 @settings(deadline=None, max_examples=30)

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+import typer
+
 from agentkit_engine.engine import PACKAGED_MODELS
-from agentkit_evals.card import measured_tables, read_log, training_table
+from agentkit_evals.card import main, measured_tables, read_log, training_table
 from agentkit_evals.synth import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,16 @@ def test_training_tokens_are_multiplied_by_processes() -> None:
     assert "| time | 2 minutes |" in text
     assert "| held-out trajectories right to the last token | 50.0 % |" in text
     assert "| steps | 7 of 9, 2 processes of one thread | 7 of 9, 2" in training_table([entries, entries])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"results": {"families": 3, "all": {}}}'])
+def test_another_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    measured = ROOT / "evals/results/measure-tiny.json"
+    other = tmp_path / "other.json"
+    other.write_text(text)
+    for given in ((other, None), (measured, [other])):
+        with pytest.raises(typer.BadParameter, match=r"expected the output of .*; got .*other\.json"):
+            main(*given)
 
 
 def test_the_packaged_model_card_matches_the_measurements() -> None:

@@ -8,11 +8,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+DTYPES = (torch.int32, torch.uint8, torch.int64, torch.int32, torch.uint8)
+"""Of the fields of `Rows`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,28 @@ class Rows:
 
     @classmethod
     def load(cls, path: Path) -> Rows:
-        return cls(**load_file(path))
+        """Read rows that `save` wrote.
+
+        Raises ValueError if the file holds anything else.
+        """
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        found = {name: (tensor.dtype, tensor.dim()) for name, tensor in tensors.items()}
+        expected = {name: (dtype, 1) for name, dtype in zip(cls.__slots__, DTYPES, strict=True)}
+        if found != expected:
+            raise ValueError(f"{path} holds {found}; expected {expected} (names with dtype and dimensions)")
+        rows = cls(**tensors)
+        offsets = rows.offsets.tolist()
+        if offsets[:1] != [0] or offsets[-1] != len(rows.ids) or any(a >= b for a, b in pairwise(offsets)):
+            raise ValueError(f"{path}: offsets must rise from 0 to the {len(rows.ids)} ids")
+        if len(rows.mask) != len(rows.ids) or len(rows.spread) != len(rows):
+            raise ValueError(
+                f"{path} has {len(rows.mask)} mask values for {len(rows.ids)} ids, "
+                f"and {len(rows.spread)} spread values for {len(rows)} rows"
+            )
+        return rows
 
     def save(self, path: Path) -> None:
         save_file({name: getattr(self, name) for name in self.__slots__}, path)
