@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -27,12 +28,15 @@ from agentkit import (
     TextDelta,
     ToolMessage,
     Trajectory,
+    TurnFinished,
     TurnStarted,
     UserMessage,
     tool,
 )
+from agentkit.events import LimitName
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit.run import Run
+from agentkit.thinking import ThinkingPolicy
 from agentkit.turn import TurnCalls
 from agentkit_engine.chat import Tokenizer, encode_ids
 from agentkit_environments import (
@@ -174,6 +178,27 @@ async def test_the_thinking_policy_decides_which_turns_think(
     assert rebuild_token_ids(result.trajectory, tokenizer) == result.trajectory.token_ids
 
 
+def rarely(news: Sequence[Message]) -> bool:
+    return len(news) > 9
+
+
+@pytest.mark.parametrize(
+    ("thinking", "named"), [("never", "never"), (rarely, "rarely"), (partial(rarely), repr(partial(rarely)))]
+)
+async def test_the_record_names_the_thinking_policy(
+    script: Script, environment: Environment, thinking: ThinkingPolicy, named: str
+) -> None:
+    result = await Agent(script(SUBMIT), thinking=thinking).run("Q", environment=environment)
+    assert result.trajectory.header.thinking == named
+
+
+async def test_turns_are_numbered_from_0_over_the_session(script: Script, environment: Environment) -> None:
+    result = await Agent(script(LOOK, LOOK, SUBMIT, SUBMIT)).run("Q", environment=environment)
+    result = await result.continue_("And now?")
+    turns = [record for record in result.trajectory.records if isinstance(record, TurnStarted | TurnFinished)]
+    assert [record.turn for record in turns] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_wrong_arguments_are_refused(script: Script) -> None:
     with pytest.raises(ValueError, match="always, never, auto or a function, got 'sometimes'"):
         Agent(script(SUBMIT), thinking="sometimes")  # type: ignore[arg-type]
@@ -266,20 +291,24 @@ async def test_a_lost_sandbox_raises_and_is_not_a_tool_result(
 async def test_cancelling_kills_processes_and_leaves_a_complete_record(
     script: Script, environment: Environment, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
+    """So it does to processes that an earlier, finished call has left behind."""
     path = tmp_path / "t.jsonl"
+    leave = turn(("bash", {"command": "sleep 1000 & echo $! > earlier"}))
     command = "sleep 1000 & echo $! $$ > pids; wait"
-    agent = Agent(script(turn(("bash", {"command": command}), ("bash", {"command": "sleep 1000"}))))
+    agent = Agent(script(leave, turn(("bash", {"command": command}), ("bash", {"command": "sleep 1000"}))))
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(lambda: agent.run("Q", environment=environment, trajectory=path))
-        written = await environment.exec("until [ -s pids ]; do sleep 0.01; done; cat pids", timeout_s=20)
+        written = await environment.exec("until [ -s pids ]; do sleep 0.01; done; cat pids earlier", timeout_s=20)
         start = anyio.current_time()
         task_group.cancel_scope.cancel()
     assert anyio.current_time() - start < 1.0
-    alive = await environment.exec(f"ps -o stat= {written.stdout.strip()} | grep -v Z")
+    pids = written.stdout.split()
+    assert len(pids) == 3
+    alive = await environment.exec(f"ps -o stat= {' '.join(pids)} | grep -v Z")
     assert alive.stdout == ""
     trajectory = Trajectory.load(path)
     assert trajectory.outcome is not None and trajectory.outcome.status == "cancelled"
-    assert results(trajectory) == ["Error: stopped before it finished: the run broke off"] * 2
+    assert results(trajectory)[1:] == ["Error: stopped before it finished: the run broke off"] * 2
     assert rebuild_token_ids(trajectory, tokenizer) == trajectory.token_ids
 
 
@@ -467,6 +496,15 @@ class TestLimits:
             "Error: stopped before it finished: the run's limit wall_time_s was reached",
             "(empty)",
         ]
+
+    async def test_wall_time_in_a_generation(self, script: Script, environment: Environment) -> None:
+        class Stalls(Agent):
+            async def ask(self, run: Run, calls: TurnCalls, *, think: bool) -> LimitName | None:
+                await anyio.sleep_forever()
+                raise AssertionError
+
+        result = await Stalls(script(SUBMIT), limits=Limits(wall_time_s=0.05)).run("Q", environment=environment)
+        assert (result.status, result.limit, result.answer) == ("limit", "wall_time_s", None)
 
     async def test_tool_time(self, script: Script, environment: Environment) -> None:
         model = script(turn(("list_dir", {})), turn(("bash", {"command": "sleep 1000"})))
