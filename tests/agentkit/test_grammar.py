@@ -88,9 +88,8 @@ async def test_calls_fit_their_schema_even_at_a_high_temperature(tiny: EmbeddedM
 
 
 def test_the_grammar_enforces_the_built_in_tools_completely(tiny: EmbeddedModel) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tiny.engine.grammars.calls([each.spec for each in BUILTINS.values()])
+    grammar = tiny.engine.grammars.calls([each.spec for each in BUILTINS.values()])
+    assert (grammar.unenforced, grammar.unenforced_tools) == ((), ())
 
 
 async def test_a_tool_without_a_grammar_does_not_stop_the_run(tiny: EmbeddedModel, environment: Environment) -> None:

@@ -312,6 +312,7 @@ async def main():
         print(result.content, flush=True)
 
 signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have had it ignored
 try:
     anyio.run(main)
 except (KeyboardInterrupt, SystemExit) as error:
