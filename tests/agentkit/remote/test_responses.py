@@ -11,6 +11,25 @@ from typing import Any
 
 import anyio
 import pytest
+from servers.http import Reply, Request, serve
+from servers.responses import (
+    Json,
+    ResponsesServer,
+    Script,
+    begin_item,
+    call,
+    error,
+    item_events,
+    message,
+    numbered,
+    reasoning,
+    refusal,
+    response,
+    says,
+    sse,
+    turn,
+)
+from servers.validation import Strictly
 
 from agentkit import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from agentkit.errors import ApiError, ApiKeyError, ContextFullError, ModelOptionError, UnknownModelError
@@ -31,26 +50,6 @@ from agentkit.models.remote.provider import (
 )
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import BUILTINS, ImagePart, TextPart, ToolCall
-
-from .servers.http import Reply, Request, serve
-from .servers.responses import (
-    Json,
-    ResponsesServer,
-    Script,
-    begin_item,
-    call,
-    error,
-    item_events,
-    message,
-    numbered,
-    reasoning,
-    refusal,
-    response,
-    says,
-    sse,
-    turn,
-)
-from .servers.validation import Strictly
 
 pytestmark = pytest.mark.anyio
 
@@ -190,7 +189,10 @@ async def test_interleaved_calls_are_told_apart() -> None:
 
 
 async def test_comments_unknown_events_and_split_bytes_do_not_matter() -> None:
-    odd = [{"type": "response.queued", "response": response("queued")}, {"type": "response.new_thing", "x": 1}]
+    odd: list[Json] = [
+        {"type": "response.queued", "response": response("queued")},
+        {"type": "response.new_thing", "x": 1},
+    ]
     whole = b": keep-alive\n\n" + sse(odd) + sse(turn(message("größer ✓"))) + b": end\n\n"
 
     async def bytewise() -> AsyncIterator[bytes]:

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
 
-from .http import Reply, Request, serve
-from .validation import Strictly
+from servers.http import Reply, Request, serve
+from servers.validation import Strictly
 
 Json = dict[str, Any]
 Script = Reply | Callable[[Json], Reply]
