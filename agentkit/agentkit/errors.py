@@ -9,6 +9,7 @@ Mistakes of the model are never exceptions: they become tool results that the mo
             MissingDependencyError  a package that the model needs is not installed
             ApiError                a request to an API failed for good; has the HTTP status
                 ApiKeyError         the key is missing, wrong or not allowed
+            PriceError              a price table cannot be used, or a price is needed and unknown
         ContextFullError            the next prompt does not fit; the loop ends the run with limit "context"
         TrajectoryError             a trajectory file cannot be used
             TrajectoryFormatError   not a trajectory, or one of another format version
@@ -58,6 +59,10 @@ class ApiError(ModelError):
 
 class ApiKeyError(ApiError):
     """The API's key is missing, wrong, or not allowed to use the model. The text never contains the key."""
+
+
+class PriceError(ModelError, ValueError):
+    """A price table cannot be used, or a limit on the cost needs a price that is unknown. The text has the remedy."""
 
 
 class ContextFullError(AgentkitError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Final, Literal, Protocol, get_args
 
 from pydantic import FailFast
@@ -75,7 +75,8 @@ class Usage:
     is fed the whole conversation in every turn, so its `prompt_tokens` are the sum over the turns. `cache_write_tokens`
     are those of the computed tokens that the API charges for storing.
 
-    `cost_usd` is the price of the tokens in US dollars; None if the price is unknown or the model runs in this process.
+    `cost_usd` is the price of the tokens in US dollars; None if the price of any of them is unknown, or if the model
+    runs in this process.
     """
 
     prompt_tokens: int = 0
@@ -91,6 +92,28 @@ class Usage:
     tool_time_s: float = 0.0
     wall_time_s: float = 0.0
     __pydantic_config__ = STRICT
+
+
+def total_cost(costs: Iterable[float | None]) -> float | None:
+    """Return the sum of costs in US dollars; None if one of them is unknown."""
+    total = 0.0
+    for cost in costs:
+        if cost is None:
+            return None
+        total += cost
+    return total
+
+
+def total_usage(parts: Iterable[Usage]) -> Usage:
+    """Return the usage of several runs together. A part without tokens costs nothing."""
+    parts = list(parts)
+    sums = {
+        field.name: sum(getattr(part, field.name) for part in parts)
+        for field in fields(Usage)
+        if field.name != "cost_usd"
+    }
+    billed = [part.cost_usd for part in parts if part.cost_usd is not None or part.prompt_tokens or part.sampled_tokens]
+    return Usage(**sums, cost_usd=total_cost(billed) if billed else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,9 @@ from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from agentkit.errors import TrajectoryCorruptError, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
-from agentkit.events import CallFinished, MessageAdded, Outcome, Record
+from agentkit.events import CallFinished, MessageAdded, Outcome, Record, TurnFinished
 from agentkit.messages import STRICT, Message
-from agentkit.model import Dialect, Effort, TokenSegment
+from agentkit.model import Dialect, Effort, TokenSegment, Usage, total_usage
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_fd, open_regular, parse_json, shorten
 from agentkit_tools import ToolResult
@@ -54,6 +54,8 @@ class Header:
     thinking: str
     grammar_off: str | None = None
     """The reason why calls were not constrained to the tools' schemas; None if they were."""
+    prices_as_of: str | None = None
+    """The date of the list price of `Usage.cost_usd`; None if there is no price."""
     metadata: dict[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid4().hex)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
@@ -225,6 +227,19 @@ class Trajectory:
     def results(self) -> list[ToolResult]:
         """The tool results, in the order in which the calls finished."""
         return [record.result for record in self.records if isinstance(record, CallFinished)]
+
+    @property
+    def usage(self) -> Usage:
+        """Usage of all runs of the session together, including one that was cut off."""
+        runs: list[Usage] = []
+        unfinished: list[Usage] = []
+        for record in self.records:
+            if isinstance(record, TurnFinished):
+                unfinished = [record.usage]
+            elif isinstance(record, Outcome):
+                runs.append(record.usage)
+                unfinished = []
+        return total_usage(runs + unfinished)
 
     @property
     def outcome(self) -> Outcome | None:
