@@ -9,6 +9,7 @@ from agentkit.errors import (
     MissingDependencyError,
     ModelError,
     ModelOptionError,
+    PriceError,
     TrajectoryCorruptError,
     TrajectoryError,
     TrajectoryFormatError,
@@ -26,7 +27,7 @@ from agentkit.events import (
     TurnFinished,
     TurnStarted,
 )
-from agentkit.limits import ConcurrencyLimits, Limits
+from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import (
     CallMalformed,
@@ -44,6 +45,7 @@ from agentkit.model import (
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.session import RemoteModel
 from agentkit.models.scripted import AssistantTurn, ScriptedModel
+from agentkit.prices import Price, Prices
 from agentkit.result import RunResult
 from agentkit.trajectory import Header, Trajectory
 from agentkit_engine.sampling_params import SamplingParams
@@ -64,6 +66,7 @@ __all__ = [
     "CallsWithdrawn",
     "ConcurrencyLimits",
     "ContextFullError",
+    "CostBudget",
     "EmbeddedModel",
     "Event",
     "Header",
@@ -78,6 +81,9 @@ __all__ = [
     "ModelOptionError",
     "ModelSession",
     "Outcome",
+    "Price",
+    "PriceError",
+    "Prices",
     "ReasoningDelta",
     "RemoteModel",
     "Retried",

@@ -14,7 +14,7 @@ import anyio
 from agentkit.checks import check_model, check_type, run_blocking
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
-from agentkit.limits import ConcurrencyLimits, Limits
+from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import (
     CallMalformed,
@@ -30,6 +30,7 @@ from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.resolve import is_remote
 from agentkit.models.remote.session import RemoteModel
 from agentkit.output import check_output_schema, misfit
+from agentkit.prices import check_price, price_of
 from agentkit.progress import shown_progress
 from agentkit.result import Continue, RunResult
 from agentkit.run import Run
@@ -62,6 +63,7 @@ class Agent:
         output_schema: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         concurrency: ConcurrencyLimits | None = None,
+        budget: CostBudget | None = None,
     ) -> None:
         """Create an agent.
 
@@ -81,6 +83,7 @@ class Agent:
             limits: The budget of each run.
             concurrency: Limits on calls that run at the same time. An agent that runs inside a call of another agent
                 needs its own.
+            budget: A limit on the cost of all runs of all agents that are given this object.
 
         Raises:
             TypeError: an argument is of the wrong type.
@@ -88,10 +91,12 @@ class Agent:
             ValueError: two tools have the same name, the thinking policy or effort is unknown, or `output_schema` is
                 not a JSON schema.
             EngineError: as `EmbeddedModel`.
+            PriceError: a limit on the cost is given, and the price of the model is unknown.
         """
         check_type("Agent(sampling=...)", sampling, SamplingParams | None, "a SamplingParams or None")
         check_type("Agent(limits=...)", limits, Limits | None, "a Limits or None")
         check_type("Agent(concurrency=...)", concurrency, ConcurrencyLimits | None, "a ConcurrencyLimits or None")
+        check_type("Agent(budget=...)", budget, CostBudget | None, "a CostBudget or None")
         check_type("Agent(system=...)", system, str | None, "a text or None")
         self._thinks = thinking_policy(thinking, effort)
         if output_schema is not None:
@@ -114,6 +119,9 @@ class Agent:
         self.effort: Effort = effort
         self.limits = limits or Limits()
         self.concurrency = concurrency or ConcurrencyLimits()
+        self.budget = budget
+        if self.limits.max_cost_usd is not None or budget is not None:
+            check_price(self.model, self.model.name)
         if self.sampling.max_tokens is not None:
             bounds = (self.sampling.max_tokens, self.limits.max_tokens_per_turn or self.sampling.max_tokens)
             self.limits = replace(self.limits, max_tokens_per_turn=min(bounds))
@@ -261,6 +269,7 @@ class Agent:
             run.turn += 1
             run.calls += len(results)
             run.tool_time_s += calls.time_s
+            run.charge()
             if results:
                 with anyio.CancelScope(shield=True):
                     await self.observe(run, [ToolMessage.of(result) for result in results])
@@ -337,6 +346,7 @@ class Agent:
                     thinking=self.thinking,
                     sampling=self.sampling,
                     grammar_off=session.grammar_off,
+                    prices_as_of=price.as_of if (price := price_of(self.model)) else None,
                     tools=tuple(tool.spec for tool in tools),
                     metadata=metadata or {},
                 )
@@ -345,7 +355,8 @@ class Agent:
                 trajectory = history
                 trajectory.reopen()
             stack.callback(trajectory.close)
-            run = Run(session, trajectory, ToolContext(here, timeout_s=self.limits.call_timeout_s), self.limits, emit)
+            context = ToolContext(here, timeout_s=self.limits.call_timeout_s)
+            run = Run(session, trajectory, context, self.limits, emit, self.budget)
             outcome = await self._to_the_end(run, text)
             if environment is None:
                 files = None

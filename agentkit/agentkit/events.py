@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from agentkit.result import RunResult
 
 LimitName = Literal[
-    "max_turns", "max_tokens", "max_tokens_per_turn", "wall_time_s", "tool_time_s", "context", "repetition"
+    "max_turns",
+    "max_tokens",
+    "max_tokens_per_turn",
+    "max_cost_usd",
+    "wall_time_s",
+    "tool_time_s",
+    "context",
+    "repetition",
 ]
-"""A limit that ends a run: a field of `Limits` ("repetition" is `max_repeated_tokens`), or the context window."""
+"""A limit that ends a run: a field of `Limits` ("repetition" is `max_repeated_tokens`), a `CostBudget`
+("max_cost_usd"), or the context window."""
 
 Status = Literal["submitted", "answered", "no_answer", "invalid_output", "limit", "cancelled", "error"]
 """The reason a run ended. Described at `RunResult.status`, except for two that have no result: "cancelled" from

@@ -29,6 +29,9 @@ class Limits:
     """Sampled thinking tokens, over all turns."""
     max_thinking_tokens_per_turn: int | None = None
     """Sampled thinking tokens of one turn."""
+    max_cost_usd: float | None = None
+    """Cost in US dollars, over all turns. Checked before each turn, because an API tells the cost of a turn at its end;
+    the last turn may exceed it. The price of the model must be known."""
     wall_time_s: float | None = None
     """Seconds since the start of the run."""
     tool_time_s: float | None = None
@@ -44,9 +47,40 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            seconds = field.name.endswith("_s")
+            whole = not field.name.endswith(("_s", "_usd"))
             none = field.name not in ("call_timeout_s", "max_calls_per_turn")
-            check_positive(f"Limits.{field.name}", getattr(self, field.name), whole=not seconds, none=none)
+            check_positive(f"Limits.{field.name}", getattr(self, field.name), whole=whole, none=none)
+
+
+class CostBudget:
+    """Maximum cost of all runs of the agents that are given the same object.
+
+    Once it is spent, no agent starts another turn, and a run that would need one ends with the limit "max_cost_usd".
+    Turns that are in progress go on. A cost that turns out to be unknown spends the whole budget.
+
+    Attributes:
+        max_cost_usd: The maximum, in US dollars.
+        cost_usd: The cost so far; None if it is unknown.
+    """
+
+    def __init__(self, max_cost_usd: float) -> None:
+        """Set the maximum, in US dollars.
+
+        Raises:
+            TypeError, ValueError: it is not a positive number.
+        """
+        check_positive("CostBudget(max_cost_usd)", max_cost_usd, whole=False)
+        self.max_cost_usd = max_cost_usd
+        self.cost_usd: float | None = 0.0
+
+    def add(self, cost_usd: float | None) -> None:
+        """Add the cost of a turn; None if it is unknown."""
+        self.cost_usd = None if self.cost_usd is None or cost_usd is None else self.cost_usd + cost_usd
+
+    @property
+    def spent(self) -> bool:
+        """True if no further turn may start."""
+        return self.cost_usd is None or self.cost_usd >= self.max_cost_usd
 
 
 class ConcurrencyLimits:

@@ -10,7 +10,7 @@ from math import inf
 import anyio
 
 from agentkit.events import Event, LimitName, MessageAdded, Outcome, Record, Status
-from agentkit.limits import Limits
+from agentkit.limits import CostBudget, Limits
 from agentkit.messages import AssistantMessage
 from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage
 from agentkit.trajectory import Trajectory
@@ -25,6 +25,7 @@ class Run:
         trajectory: The record.
         context: The context that calls run in.
         limits: The run's budget.
+        budget: A budget shared with other runs, if any.
         emit: Passes an event to the caller.
         turn: Number of the next turn, counted from 0 over the session.
         deadline: Time at which the wall time is spent, on anyio's clock.
@@ -39,17 +40,20 @@ class Run:
         context: ToolContext,
         limits: Limits,
         emit: Callable[[Event], None],
+        budget: CostBudget | None = None,
     ) -> None:
         self.session = session
         self.trajectory = trajectory
         self.context = context
         self.limits = limits
         self.emit = emit
+        self.budget = budget
         self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
         self.deadline = inf if limits.wall_time_s is None else anyio.current_time() + limits.wall_time_s
         self.calls = 0
         self.tool_time_s = 0.0
         self.refused = False
+        self._charged: float | None = 0.0
         self._start = time.perf_counter()
         self._recorded_messages = len(session.messages)
         self._recorded_segments = len(session.segments)
@@ -92,11 +96,26 @@ class Run:
             return "max_turns"
         if self._tokens_left is not None and self._tokens_left <= 0:
             return "max_tokens"
+        if self._cost_spent:
+            return "max_cost_usd"
         if limits.wall_time_s is not None and anyio.current_time() >= self.deadline:
             return "wall_time_s"
         if limits.tool_time_s is not None and self.tool_time_s >= limits.tool_time_s:
             return "tool_time_s"
         return None
+
+    def charge(self) -> None:
+        """Take the cost since the last call from the shared budget."""
+        cost = self.session.usage.cost_usd
+        if self.budget is not None and self._charged is not None:
+            self.budget.add(None if cost is None else cost - self._charged)
+        self._charged = cost
+
+    @property
+    def _cost_spent(self) -> bool:
+        cost, limit = self.session.usage.cost_usd, self.limits.max_cost_usd
+        over = limit is not None and self.session.usage.turns > 0 and (cost is None or cost >= limit)
+        return over or (self.budget is not None and self.budget.spent)
 
     @property
     def tool_time_left_s(self) -> float | None:

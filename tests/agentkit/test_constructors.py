@@ -64,11 +64,11 @@ def test_an_engine_must_be_wrapped_in_a_model() -> None:
 
 @pytest.mark.parametrize("field", Limits.__slots__)
 def test_limits(field: str) -> None:
-    seconds = field.endswith("_s")
-    for value in (0, -1, *((math.nan, math.inf, -0.5) if seconds else ())):
+    fractions = field.endswith(("_s", "_usd"))
+    for value in (0, -1, *((math.nan, math.inf, -0.5) if fractions else ())):
         with pytest.raises(ValueError, match=rf"Limits\.{field} must be positive"):
             Limits(**{field: value})
-    for wrong in ("1", True, [1], *(() if seconds else (1.5,))):
+    for wrong in ("1", True, [1], *(() if fractions else (1.5,))):
         with pytest.raises(TypeError, match=rf"Limits\.{field} must be a .*number"):
             Limits(**{field: wrong})
     if field in ("call_timeout_s", "max_calls_per_turn"):
