@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,8 +24,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
+from agentkit.errors import TrajectoryError
 from agentkit.events import Status
-from agentkit.model import Usage
+from agentkit.model import Usage, total_usage
 from agentkit.task import Strict, Task
 from agentkit.trajectory import Trajectory
 from agentkit_engine.sampling_params import SamplingParams
@@ -67,6 +69,9 @@ class RunLock(Strict):
     epochs: int = Field(ge=1, le=1 << 20)
     concurrency: int
     seed: int
+    max_cost_usd: float | None = Field(default=None, gt=0)
+    prices_as_of: str | None = None  # the date of the list price of `Usage.cost_usd`
+    list_price: str | None = None  # the list price of `TrialRecord.list_cost_usd`, in words
     sampling: SamplingParams  # its seed is not used: each trial derives one from `seed`
     tasks: list[Task]
     families: dict[str, str] = Field(default_factory=dict)  # task id -> group in reports
@@ -99,6 +104,7 @@ class TrialRecord(Strict):
     dropped: list[str] = Field(default_factory=list)  # workdir entries the verifier did not get, with reasons
     backend: str | None
     usage: Usage
+    list_cost_usd: float | None = None  # what an embedded model's run would have cost; None for a model behind an API
     started: str
     setup_s: float
     agent_s: float
@@ -150,6 +156,26 @@ class RunDirectory:
     def complete(self) -> bool:
         """True if every planned trial has finished."""
         return len(self.trials) == len(self.lock.tasks) * self.lock.epochs
+
+    @property
+    def usage(self) -> Usage:
+        """Usage of all trials together, including those that were interrupted and have only a trajectory."""
+        parts = [trial.usage for trial in self.trials]
+        recorded = {trial.trial for trial in self.trials}
+        for file in sorted((self.path / "trajectories").glob("*.jsonl")):
+            if file.stem not in recorded:
+                with suppress(TrajectoryError):
+                    parts.append(Trajectory.load(file).usage)
+        return total_usage(parts)
+
+    @property
+    def out_of_budget(self) -> bool:
+        """True if the limit on the cost stopped the run before all trials had finished."""
+        limit = self.lock.max_cost_usd
+        if limit is None or self.complete:
+            return False
+        cost = self.usage.cost_usd
+        return cost is None or cost >= limit
 
     def scores(self, family: str | None = None) -> list[list[float]]:
         """Return the rewards of the scored epochs of every planned task, optionally of one family only.

@@ -32,7 +32,8 @@ from agentkit.events import (
     TurnStarted,
 )
 from agentkit.messages import AssistantMessage, SystemMessage, UserMessage
-from agentkit.model import CallMalformed, ThoughtCut, TokenSegment, Usage
+from agentkit.model import CallMalformed, ThoughtCut, TokenSegment, Usage, total_usage
+from agentkit.prices import dollars
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
 from agentkit_evals.expected import expected_of
@@ -81,6 +82,8 @@ def render_report(run: RunDirectory, *, decode: Decode | None = None) -> str:
         "report.html.j2",
         lock=run.lock,
         complete=run.complete,
+        stopped=_stopped(run),
+        costs=any(trial.usage.cost_usd is not None for trial in trials),
         trials=len(trials),
         planned=len(run.lock.tasks) * run.lock.epochs,
         backends=", ".join(sorted({trial.backend for trial in trials if trial.backend})),
@@ -128,7 +131,8 @@ def render_trajectory(trajectory: Trajectory, name: str, *, decode: Decode | Non
         "answer": outcome.answer if outcome else None,
         "error": outcome.error if outcome else None,
         "agent_s": outcome.usage.wall_time_s if outcome else max(trajectory.times_s, default=0.0),
-        "usage": asdict(outcome.usage if outcome else Usage()),
+        "usage": asdict(trajectory.usage),
+        "cost": _cost(trajectory.usage),
         "turns": turns,
         "notes": notes,
     }
@@ -190,6 +194,15 @@ def _script_json(data: object) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
+def _stopped(run: RunDirectory) -> str:
+    """Return the reason why a run has fewer trials than planned."""
+    return f"stopped at the cost limit of {dollars(run.lock.max_cost_usd)}" if run.out_of_budget else "interrupted"
+
+
+def _cost(usage: Usage) -> str | None:
+    return None if usage.cost_usd is None else dollars(usage.cost_usd)
+
+
 def _kind(trial: TrialRecord) -> str:
     return trial.failure or "solved"
 
@@ -236,6 +249,7 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
         facts.insert(-2, ("prefix cache hits", share, f"of tokens fed; computed ÷ unique: {ratio:.2f}"))
     if agent_s:
         facts.append(("tokens per second", f"{sampled / agent_s:.0f}", "per trial, including tools"))
+    facts.extend(cost_facts(run))
     k = run.lock.epochs
     at, hat = pass_at_k(scores, k), pass_hat_k(scores, k)
     if k > 1 and at is not None and hat is not None:
@@ -244,6 +258,29 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
     elif k > 1:
         facts[1:1] = [(f"pass@{k}, pass^{k}", "–", f"no task has {k} scored epochs")]
     return facts
+
+
+def cost_facts(run: RunDirectory) -> list[tuple[str, str, str]]:
+    """Return names, values and notes on the cost of a run, and on what its embedded model's trials would have cost."""
+    if run.lock.list_price is None:  # recorded before there were costs
+        return []
+    usage = run.usage
+    facts = []
+    if usage.cost_usd is not None or any(_of_unknown_cost(trial) for trial in run.trials):
+        notes = [f"at list prices of {run.lock.prices_as_of}"] if run.lock.prices_as_of else []
+        recorded = total_usage(trial.usage for trial in run.trials).cost_usd or 0.0
+        if usage.cost_usd is not None and usage.cost_usd > recorded:
+            notes.append(f"{dollars(usage.cost_usd - recorded)} of it in unfinished trials")
+        facts.append(("cost", dollars(usage.cost_usd), ", ".join(notes)))
+    embedded = [trial.list_cost_usd for trial in run.trials if trial.list_cost_usd is not None]
+    if embedded:
+        facts.append(("would have cost", dollars(sum(embedded)), f"at {run.lock.list_price}"))
+    return facts
+
+
+def _of_unknown_cost(trial: TrialRecord) -> bool:
+    used = trial.usage.prompt_tokens or trial.usage.sampled_tokens
+    return bool(used) and trial.usage.cost_usd is None and trial.list_cost_usd is None
 
 
 def _of(mean: Estimate, trials: int, tasks: int) -> str:
@@ -284,6 +321,7 @@ def _family_row(name: str, trials: Sequence[TrialRecord]) -> dict[str, Any]:
         "turns": _mean([trial.usage.turns for trial in scored], 1),
         "tokens": _mean([trial.usage.sampled_tokens for trial in scored], 0),
         "seconds": _mean([trial.agent_s for trial in scored], 2),
+        "cost": dollars(total_usage(trial.usage for trial in trials).cost_usd),
         "squares": [{"id": trial.trial, "kind": _kind(trial)} for trial in trials],
     }
 
@@ -367,6 +405,7 @@ def _trial_view(run: RunDirectory, trial: TrialRecord, task: Task, fed: FedIds, 
             | {"backend", "setup_s", "agent_s", "verify_s"}
         ),
         "usage": asdict(trial.usage),
+        "cost": _cost(trial.usage),
     }
 
 
@@ -377,6 +416,7 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
         [] if with_tokens else [f"A report shows at most {MAX_TOKENS:,} ids; the ids of this trial are not shown."]
     )
     calls: dict[str, dict[str, Any]] = {}
+    spent = 0.0
     for time_s, record in zip(trajectory.times_s, trajectory.records, strict=True):
         if isinstance(record, TurnStarted):
             turn = _new_turn(record, time_s)
@@ -408,10 +448,12 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
                 turn["notes"].append("The thinking budget ran out: a forced id closed the thought.")
             case LimitReached():
                 notes.append(f"Limit reached: {record.limit}.")
-            case Outcome(error=str() as error):
-                notes.append(error)
-            case TurnFinished():
-                turn["end"] = time_s
+            case TurnFinished(usage=Usage(cost_usd=float() as cost)):
+                turn["cost"], spent = dollars(cost - spent), cost
+            case Outcome():
+                spent = 0.0  # the next run of the session counts anew
+                if record.error is not None:
+                    notes.append(record.error)
     return turns, notes
 
 
@@ -426,6 +468,7 @@ def _new_turn(record: TurnStarted, time_s: float) -> dict[str, Any]:
         "text": "",
         "calls": [],
         "notes": [],
+        "cost": None,
         "tokens": {"prompt": 0, "sampled": 0, "forced": 0},
         "segments": [],
     }

@@ -25,9 +25,10 @@ from agentkit.errors import (
     UnknownModelError,
     first_cause,
 )
-from agentkit.events import CallStarted, RunFinished, Status, TurnStarted
-from agentkit.limits import Limits
+from agentkit.events import CallStarted, LimitName, RunFinished, Status, TurnStarted
+from agentkit.limits import CostBudget, Limits
 from agentkit.model import Model, Usage
+from agentkit.prices import Price, check_price, describe_reference, list_cost, price_of, reference_price
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
 from agentkit_engine.sampling_params import SamplingParams
@@ -87,9 +88,15 @@ class EvalRun:
         backend: Sandbox backend; None uses the one that each task sets.
         seed: Base seed. Each trial derives its sampling seed from this seed, the task and the epoch.
         sampling: Sampling parameters, except the seed; None uses the model's own.
+        max_cost_usd: Maximum cost of the run in US dollars. Once it is spent, no trial and no turn starts; trials that
+            have not ended by then are not recorded, as after an interruption. None means no limit.
         listener: Function called with each update, on the event loop's thread.
         run_id: Label of the run's sandboxes.
         start_checks: Results for verifiers that did not start, shared by all trials.
+        list_price: List price that says what trials of embedded models would have cost.
+
+    Raises:
+        PriceError: `max_cost_usd` is given and the price of the model is unknown, or a price table cannot be used.
     """
 
     suite: Suite
@@ -101,11 +108,18 @@ class EvalRun:
     backend: Backend | None = None
     seed: int = 0
     sampling: SamplingParams | None = None
+    max_cost_usd: float | None = None
     listener: Callable[[Update], None] = field(default=lambda update: None)
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
     start_checks: StartChecks = field(default_factory=StartChecks)
+    list_price: Price = field(default_factory=reference_price)
+    budget: CostBudget | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        if self.max_cost_usd is not None:
+            self.budget = CostBudget(self.max_cost_usd)
+            if not callable(self.model):
+                check_price(self.model, self.model_name)
         check_positive("EvalRun(epochs=...)", self.epochs, whole=True)
         check_positive("EvalRun(concurrency=...)", self.concurrency, whole=True)
 
@@ -140,6 +154,7 @@ class EvalRun:
             self.directory.mkdir(parents=True)
         except FileExistsError as exc:
             raise RunDirectoryError(f"{self.directory} exists already; a run is never overwritten") from exc
+        price = None if callable(self.model) else price_of(self.model)
         lock = RunLock(
             name=self.suite.name,
             model=self.model_name,
@@ -150,12 +165,19 @@ class EvalRun:
             sampling=self.resolved_sampling,
             tasks=[case.task for case in self.suite.cases],
             families={case.task.id: case.family for case in self.suite.cases},
+            max_cost_usd=self.max_cost_usd,
+            prices_as_of=None if price is None else price.as_of,
+            list_price=describe_reference(self.list_price),
         )
         (self.directory / "run.json").write_text(lock.model_dump_json(indent=1), encoding="utf-8")
 
     async def _work(self, plan: Iterator[tuple[Case, int]]) -> None:
         for case, epoch in plan:
+            if self.budget is not None and self.budget.spent:
+                return
             record = await _Trial(self, case, epoch).run()
+            if record is None:
+                return
             self._write(record)
             self.listener(TrialFinished(record))
 
@@ -178,6 +200,7 @@ class _Trial:
         self.backend: str | None = None
         self.status: Status | None = None
         self.usage = Usage()
+        self.list_cost_usd: float | None = None
         self.answer: str | None = None
         self.phase: Phase = "setup"
         self.dropped: tuple[str, ...] = ()
@@ -185,7 +208,8 @@ class _Trial:
         self.seconds = {"setup_s": 0.0, "agent_s": 0.0, "verify_s": 0.0}
         self.trajectory = trajectory_path(run.directory, self.name)
 
-    async def run(self) -> TrialRecord:
+    async def run(self) -> TrialRecord | None:
+        """Run the trial and return its record; None if the run's budget was spent before the agent was done."""
         self.eval_run.listener(TrialStarted(self.name))
         started = datetime.now(UTC).isoformat(timespec="milliseconds")
         failure: Failure | None = None
@@ -193,6 +217,8 @@ class _Trial:
         reward: float | None = None
         try:
             verdict = await self._scored()
+            if verdict is None:
+                return None
             reward, error = verdict.reward, verdict.error
         except Exception as exc:  # one failed trial must not stop the others
             if isinstance(first_cause(exc), NO_MODEL):
@@ -222,14 +248,17 @@ class _Trial:
             dropped=list(self.dropped),
             backend=self.backend,
             usage=self.usage,
+            list_cost_usd=self.list_cost_usd,
             started=started,
             **self.seconds,
         )
 
-    async def _scored(self) -> Verdict:
-        """Run the agent, then score its workdir and answer."""
+    async def _scored(self) -> Verdict | None:
+        """Run the agent, then score its workdir and answer; None if the budget stopped the agent."""
         backend = backend_for(self.task, self.eval_run.backend)
         archive = await self._act(backend)
+        if archive is None:
+            return None
         with self._timed("verify_s"):
             run_id = self.eval_run.run_id
             verdict = await verify(self.task, archive=archive, answer=self.answer, backend=backend, run_id=run_id)
@@ -237,8 +266,8 @@ class _Trial:
             await self.eval_run.start_checks.require(self.task, verdict, backend=backend, run_id=run_id)
         return verdict
 
-    async def _act(self, backend: Backend) -> bytes:
-        """Run the agent in its sandbox and return an archive of its workdir."""
+    async def _act(self, backend: Backend) -> bytes | None:
+        """Run the agent in its sandbox and return an archive of its workdir; None if the budget stopped the agent."""
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
@@ -246,7 +275,9 @@ class _Trial:
                 await self.task.prepare(environment)
             self.phase = "agent"
             with self._timed("agent_s"):
-                await self._run_agent(environment)
+                limit = await self._run_agent(environment)
+            if limit == "max_cost_usd":
+                return None
             self.phase = "scoring"
             await environment.kill_all()
             exported = await environment.export_dir(environment.spec.workdir)
@@ -261,11 +292,13 @@ class _Trial:
             if len(self.dropped) > MAX_DROPS_SHOWN:
                 yield "[...]"
 
-    async def _run_agent(self, environment: Environment) -> None:
+    async def _run_agent(self, environment: Environment) -> LimitName | None:
+        """Run the agent and return the limit that stopped it, if any."""
         sampling = self.eval_run.resolved_sampling.override(seed=trial_seed(self.eval_run.seed, self.name))
-        agent = agent_for(self.task, self._model(), sampling)
+        agent = agent_for(self.task, self._model(), sampling, budget=self.eval_run.budget)
         metadata = {"trial": self.name, "family": self.case.family, "backend": environment.backend}
         turn = 0
+        limit: LimitName | None = None
         async with aclosing(
             agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory, metadata=metadata)
         ) as events:
@@ -277,19 +310,22 @@ class _Trial:
                     case CallStarted():
                         self._tell(turn, event.call.name)
                     case RunFinished():
-                        answer = event.result.answer
+                        answer, limit = event.result.answer, event.result.limit
                         self.answer = None if answer is None else well_formed(answer)
+        return limit
 
     def _model(self) -> Model:
         model = self.eval_run.model
         return model(self.case) if callable(model) else model
 
     def _recall(self) -> None:
-        """Set status and usage from the trajectory, which has them even when the run failed."""
+        """Set status, usage and list cost from the trajectory, which has them even when the run failed."""
         with suppress(TrajectoryError):
-            outcome = Trajectory.load(self.trajectory).outcome
+            trajectory = Trajectory.load(self.trajectory)
+            outcome = trajectory.outcome
             if outcome is not None:
                 self.status, self.usage = outcome.status, outcome.usage
+                self.list_cost_usd = list_cost(trajectory, self.eval_run.list_price)
 
     def _tell(self, turn: int, doing: str) -> None:
         self.eval_run.listener(TrialActed(self.name, turn, doing))
@@ -303,8 +339,19 @@ class _Trial:
             self.seconds[part] = round(self.seconds[part] + time.perf_counter() - start, 4)
 
 
-def agent_for(task: Task, model: Model, sampling: SamplingParams) -> Agent:
-    """Return the agent that a task specifies."""
+def agent_for(
+    task: Task,
+    model: Model,
+    sampling: SamplingParams,
+    *,
+    max_cost_usd: float | None = None,
+    budget: CostBudget | None = None,
+) -> Agent:
+    """Return the agent that a task specifies, with a limit on the cost of each run and a budget shared with others.
+
+    Raises:
+        PriceError: there is such a limit, and the price of the model is unknown.
+    """
     return Agent(
         model,
         task.build_tools(),
@@ -313,8 +360,12 @@ def agent_for(task: Task, model: Model, sampling: SamplingParams) -> Agent:
         effort=task.agent.effort,
         sampling=sampling,
         limits=Limits(
-            max_turns=task.agent.max_turns, max_tokens=task.agent.max_tokens, wall_time_s=task.agent.timeout_s
+            max_turns=task.agent.max_turns,
+            max_tokens=task.agent.max_tokens,
+            max_cost_usd=max_cost_usd,
+            wall_time_s=task.agent.timeout_s,
         ),
+        budget=budget,
     )
 
 

@@ -25,6 +25,7 @@ from agentkit.cli.options import (
     DeviceFlag,
     EnvFlag,
     GrammarFlag,
+    MaxCostFlag,
     MinPFlag,
     ModelFlag,
     NoGrammarFlag,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from agentkit.agent import Agent
     from agentkit.events import Event
+    from agentkit.model import Usage
     from agentkit.trajectory import Trajectory
     from agentkit_environments import Environment
 
@@ -73,6 +75,7 @@ def command(
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens per message.")] = None,
+    max_cost: MaxCostFlag = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     cache_dir: CacheFlag = None,
     no_key: NoKeyFlag = None,
@@ -83,7 +86,7 @@ def command(
     Ctrl-C stops the turn, Ctrl-D quits. If standard input is not a terminal, each of its lines is one message.
     """
     from agentkit.agent import Agent
-    from agentkit.limits import Limits
+    from agentkit.limits import CostBudget, Limits
 
     flags = SamplingFlags.of(
         grammar,
@@ -101,7 +104,8 @@ def command(
     terminal = console()
     source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, **flags.changes())
-    agent = Agent(source, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens))
+    budget = None if max_cost is None else CostBudget(max_cost)
+    agent = Agent(source, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens), budget=budget)
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():
         chat = Chat(agent, env.value if env else "auto", trajectory or Path(folder, "chat.jsonl"), terminal, thinking)
         run(chat.converse)
@@ -122,6 +126,7 @@ class Chat:
         self.tty = sys.stdin.isatty() if tty is None else tty
         self.history: Trajectory | None = None
         self.number = 0
+        self.usages: list[Usage] = []
         self._thought: tuple[float, int] | None = None
 
     async def converse(self) -> None:
@@ -130,8 +135,10 @@ class Chat:
         Raises:
             SandboxError, EngineError: The sandbox or the engine failed.
         """
+        from agentkit.model import total_usage
         from agentkit.models.embedded import EmbeddedModel
         from agentkit.models.remote.session import RemoteModel
+        from agentkit.prices import dollars
         from agentkit_environments import open_environment
 
         async with await open_environment(backend=self.backend) as environment:  # type: ignore[arg-type]
@@ -150,6 +157,12 @@ class Chat:
                         self._obey(said)
                     elif said:
                         await self._turn(said, environment)
+                        if self.agent.budget is not None and self.agent.budget.spent:
+                            limit = dollars(self.agent.budget.max_cost_usd)
+                            self.terminal.print(f"The cost limit of {limit} is reached.", style="yellow")
+                            break
+        if self.history is not None and self.history.header.dialect is None:
+            self.terminal.print(f"cost {dollars(total_usage(self.usages).cost_usd)}", style="dim")
 
     def _read(self) -> str | None:
         """Return the user's next message; None at the end. This blocks the event loop, which has nothing else to do."""
@@ -229,6 +242,8 @@ class Chat:
             with suppress(TrajectoryError):  # none yet if the turn was stopped before it began
                 # The trajectory of a stopped turn is complete, so the next turn continues it.
                 self.history = Trajectory.load(path)
+                if self.history.outcome is not None:
+                    self.usages.append(self.history.outcome.usage)
 
     def _show(self, event: Event) -> None:
         from agentkit.cli.run import say, show
@@ -253,6 +268,7 @@ class Chat:
                 say(self.terminal, "\n".join(lines[:SHOWN_LINES] + more), "red" if event.result.is_error else "dim")
             case RunFinished():
                 result = event.result
+                self.usages.append(result.usage)
                 if result.status == "submitted":
                     say(self.terminal, f"\n{result.answer}", "bold")
                 elif not result.answer and result.status != "limit":

@@ -2,8 +2,9 @@
 
 0   success; `run` produced an answer, with reward 1 if the task has a verifier; `eval` met --threshold, if given
 1   `run`: no answer, an answer that does not match the schema, a limit, or a reward below 1; `eval`: below
-    --threshold; `check`: an unsound task
-2   usage: a wrong flag, file, model or family; an API's key that is missing or wrong
+    --threshold, or stopped by --max-cost; `check`: an unsound task
+2   usage: a wrong flag, file, model or family; an API's key that is missing or wrong; --max-cost for a model without a
+    known price
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached
     or refuses the request
 130 Ctrl-C; 143 SIGTERM; 141 the reader of standard output closed the pipe
@@ -41,8 +42,8 @@ class ExitCode(IntEnum):
 
 
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 not solved (`run`), below --threshold (`eval`), unsound task (`check`); 2 usage error; "
-    "3 infrastructure failure; 130 Ctrl-C; 143 SIGTERM."
+    "Exit codes: 0 success; 1 not solved (`run`), below --threshold or stopped by --max-cost (`eval`), unsound task "
+    "(`check`); 2 usage error; 3 infrastructure failure; 130 Ctrl-C; 143 SIGTERM."
 )
 
 
@@ -132,6 +133,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
         ApiKeyError,
         MissingDependencyError,
         ModelOptionError,
+        PriceError,
         TaskFileError,
         TrajectoryCorruptError,
         TrajectoryFormatError,
@@ -142,7 +144,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
 
     if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE
-    if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | UnknownModelError):
+    if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | PriceError | UnknownModelError):
         return ExitCode.USAGE
     if isinstance(exc, SandboxError | EvalError | AgentkitError | OSError):
         return ExitCode.INFRASTRUCTURE

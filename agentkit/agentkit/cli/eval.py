@@ -15,6 +15,7 @@ from agentkit.cli.options import (
     EnvFlag,
     GrammarFlag,
     JsonFlag,
+    MaxCostFlag,
     MinPFlag,
     ModelFlag,
     NoGrammarFlag,
@@ -58,6 +59,7 @@ def command(
     threshold: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Exit with 1 if the mean reward is lower.")
     ] = None,
+    max_cost: MaxCostFlag = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
     top_p: TopPFlag = None,
@@ -75,10 +77,12 @@ def command(
 ) -> int:
     """Run a suite of tasks, each in its own sandbox, and write a report.
 
-    Exits with 0 after the run (if --threshold is met), 1 below --threshold, 3 if a trial could not be scored.
+    Exits with 0 after the run (if --threshold is met), 1 below --threshold or if --max-cost stopped the run, 3 if a
+    trial could not be scored. Trials that --max-cost stopped are not recorded; finished ones are reported.
     """
     from agentkit.cli import evaluation
     from agentkit.cli.progress import result_table
+    from agentkit_evals.report import cost_facts
     from agentkit_evals.suite import load_suite
 
     flags = SamplingFlags.of(
@@ -106,6 +110,7 @@ def command(
         concurrency=concurrency,
         backend=env.value if env else None,
         seed=chosen,
+        max_cost_usd=max_cost,
         sampling=flags.changes(),
         console=terminal,
     )
@@ -113,5 +118,7 @@ def command(
         typer.echo(json.dumps(evaluation.as_json(finished), indent=2))
     elif finished.run.trials or not finished.interrupted:
         terminal.print(result_table(finished.run))
+        for name, value, note in cost_facts(finished.run):
+            terminal.print(f"{name} {value}{f' {note}' if note else ''}", style="dim", soft_wrap=True)
         typer.echo(f"\nrun     {finished.run.path}\nreport  {finished.report}")
     return evaluation.ending(finished, threshold)

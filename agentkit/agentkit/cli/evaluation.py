@@ -41,12 +41,14 @@ def evaluate(
     seed: int,
     sampling: dict[str, Any],
     console: Console,
+    max_cost_usd: float | None = None,
 ) -> Finished:
     """Run a suite on a model with live progress on `console`, and write the report, even after Ctrl-C.
 
     `sampling` holds the overrides of the model's own sampling parameters.
 
     Raises:
+        PriceError: `max_cost_usd` is given and the price of the model is unknown.
         EngineError: A grammar was requested and cannot be built.
         ModelError: The API refuses the key, the model or an option.
         SandboxUnavailableError: The first task's sandbox cannot be opened, so the suite cannot run on this machine.
@@ -77,6 +79,7 @@ def evaluate(
         backend=backend,
         seed=seed,
         sampling=drawn,
+        max_cost_usd=max_cost_usd,
     )
 
     async def execute() -> None:
@@ -99,15 +102,17 @@ def evaluate(
     finished = RunDirectory.open(directory)
     decode = model.tokenizer.decode if isinstance(model, EmbeddedModel) else None  # an API's ids stay numbers
     report = write_report(finished, decode=decode)
+    planned = len(suite.cases) * epochs
     if interrupted:
-        planned = len(suite.cases) * epochs
         typer.echo(f"interrupted {len(finished.trials)} of {planned} trials", err=True)
+    elif finished.out_of_budget:
+        typer.echo(f"--max-cost reached after {len(finished.trials)} of {planned} trials", err=True)
     return Finished(finished, report, interrupted)
 
 
 def ending(finished: Finished, threshold: float | None = None) -> int:
-    """Return the exit code of a run; the first that applies of interrupted, not fully scored, below the threshold,
-    success."""
+    """Return the exit code of a run; the first that applies of interrupted, not fully scored, stopped at the cost limit
+    or below the threshold, success."""
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 
@@ -117,7 +122,7 @@ def ending(finished: Finished, threshold: float | None = None) -> int:
         return ExitCode.INFRASTRUCTURE
     mean = estimate(scores_by_task(finished.run.trials))
     below = threshold is not None and (not mean or mean.mean < threshold - 1e-6)
-    return ExitCode.UNSOLVED if below else ExitCode.OK
+    return ExitCode.UNSOLVED if below or finished.run.out_of_budget else ExitCode.OK
 
 
 def as_json(finished: Finished) -> dict[str, Any]:
@@ -148,6 +153,7 @@ def as_json(finished: Finished) -> dict[str, Any]:
         *("prompt_tokens", "cache_hit_tokens", "cache_miss_tokens"),
         *("sampled_tokens", "thinking_tokens", "forced_tokens"),
     )
+    embedded = [trial.list_cost_usd for trial in ran.trials if trial.list_cost_usd is not None]
     return {
         "suite": ran.lock.name,
         "model": ran.lock.model,
@@ -160,6 +166,11 @@ def as_json(finished: Finished) -> dict[str, Any]:
             for kind in ("model", "limit", "task", "infrastructure")
         },
         "backends": sorted({trial.backend for trial in ran.trials if trial.backend}),
+        "cost_usd": ran.usage.cost_usd,
+        "max_cost_usd": ran.lock.max_cost_usd,
+        "out_of_budget": ran.out_of_budget,
+        "list_cost_usd": sum(embedded) if embedded else None,
+        "list_price": ran.lock.list_price,
         "usage": {kind: sum(getattr(trial.usage, kind) for trial in ran.trials) for kind in kinds},
         "run": str(ran.path),
         "report": str(finished.report),

@@ -136,6 +136,21 @@ def finite(value: float | None) -> float | None:
     return value
 
 
+def _positive(value: float | None) -> float | None:
+    if finite(value) is not None and (value or 0.0) <= 0:
+        raise typer.BadParameter(f"{value} is not a positive number")
+    return value
+
+
+MaxCostFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--max-cost",
+        metavar="USD",
+        callback=_positive,
+        help="Start no further turn once this many US dollars are spent. Needs a model whose price is known.",
+    ),
+]
 TemperatureFlag = Annotated[
     float | None,
     typer.Option(

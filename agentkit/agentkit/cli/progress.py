@@ -72,6 +72,7 @@ class LiveProgress:
                 self._finished(update.record)
 
     def _finished(self, record: TrialRecord) -> None:
+        from agentkit.prices import dollars
         from agentkit_evals.expected import why_not
 
         self.done += 1
@@ -81,6 +82,7 @@ class LiveProgress:
             (f"{mark} ", colour),
             f"{record.trial}  ",
             (f"{record.usage.turns} turns, {record.usage.sampled_tokens} tokens, {record.agent_s:.1f} s", "dim"),
+            ("" if record.usage.cost_usd is None else f", {dollars(record.usage.cost_usd)}", "dim"),
         )
         if record.failure is not None:
             line.append(f"  {words}", colour)
@@ -97,7 +99,9 @@ class LiveProgress:
 
 
 def result_table(run: RunDirectory) -> Table:
-    """Return a table of scores per family and overall."""
+    """Return a table of scores per family and overall, with the cost of all trials if anything was charged."""
+    from agentkit.model import total_usage
+    from agentkit.prices import dollars
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 
@@ -106,7 +110,8 @@ def result_table(run: RunDirectory) -> Table:
         families.setdefault(trial.family, []).append(trial)
     table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, 2))
     table.add_column("family")
-    for column in ("solved", "mean ± stderr", "turns", "tokens", "seconds", "not scored"):
+    charged = any(trial.usage.cost_usd is not None for trial in run.trials)
+    for column in ("solved", "mean ± stderr", "turns", "tokens", "seconds", "not scored", *(["cost"] * charged)):
         table.add_column(column, justify="right")
     rows = [*families.items(), ("all", list(run.trials))] if len(families) != 1 else families.items()
     for name, trials in rows:
@@ -121,6 +126,7 @@ def result_table(run: RunDirectory) -> Table:
             f"{sum(trial.usage.sampled_tokens for trial in scored) / share:.0f}",
             f"{sum(trial.agent_s for trial in scored) / share:.1f}",
             str(len(trials) - len(scored)),
+            *([dollars(total_usage(trial.usage for trial in trials).cost_usd)] * charged),
             style="bold" if name == "all" else None,
         )
     return table

@@ -22,6 +22,7 @@ from agentkit.cli.options import (
     EnvFlag,
     GrammarFlag,
     JsonFlag,
+    MaxCostFlag,
     MinPFlag,
     ModelFlag,
     NoGrammarFlag,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from agentkit.events import Event
     from agentkit.result import RunResult
     from agentkit.task import Task
+    from agentkit.trajectory import Trajectory
     from agentkit_environments import Environment
     from agentkit_evals.verify import Backend, Verdict
 
@@ -80,6 +82,7 @@ def command(
     ] = None,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Maximum number of model turns.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens.")] = None,
+    max_cost: MaxCostFlag = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Time limit in seconds.")] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     cache_dir: CacheFlag = None,
@@ -92,6 +95,7 @@ def command(
     Exits with 0 if solved: the agent gave an answer, and reward 1 if the task has a verifier. Exits with 1 on no
     answer, an answer that does not match --output-schema, a limit, or a reward below 1, and prints the reason.
     """
+    from agentkit.prices import reference_price
     from agentkit.task import Task, load_task
     from agentkit_evals.run import agent_for
 
@@ -119,9 +123,10 @@ def command(
         schema = _read_schema(output_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
     terminal = console(quiet=as_json)
+    reference_price()  # reports a broken price table before the run, not after it
     source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
-    agent = agent_for(task, source, sampling)
+    agent = agent_for(task, source, sampling, max_cost_usd=max_cost)
     job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal)
     return carry_out(job, apply=apply, as_json=as_json)
 
@@ -349,6 +354,18 @@ def print_end(console: Console, task: Task, done: Done) -> None:
         f"({usage.forced_tokens} forced), {usage.wall_time_s:.1f} s, in a {done.backend} sandbox",
         "dim",
     )
+    say(console, cost_line(done.result.trajectory), "dim")
+
+
+def cost_line(trajectory: Trajectory) -> str:
+    """Return one line with the cost of a record's runs or, for an embedded model, what they would have cost."""
+    from agentkit.prices import describe_reference, dollars, list_cost, reference_price
+
+    if trajectory.header.dialect is None:
+        dated = f" at list prices of {as_of}" if (as_of := trajectory.header.prices_as_of) else ""
+        return f"cost {dollars(trajectory.usage.cost_usd)}{dated}"
+    price = reference_price()
+    return f"would have cost {dollars(list_cost(trajectory, price))} at {describe_reference(price)}"
 
 
 def _print_folder(console: Console, done: Done, workdir: Path | None, *, applied: bool, refused: list[str]) -> None:
@@ -369,6 +386,9 @@ def _print_folder(console: Console, done: Done, workdir: Path | None, *, applied
 
 
 def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]:
+    from agentkit.prices import describe_reference, list_cost, reference_price
+
+    price = reference_price()
     return {
         "status": done.result.status,
         "answer": done.result.answer,
@@ -378,6 +398,8 @@ def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]
         "failure": done.failure,
         "backend": done.backend,
         "usage": asdict(done.result.usage),
+        "list_cost_usd": list_cost(done.result.trajectory, price),
+        "list_price": describe_reference(price),
         "changes": [
             {"path": change.path, "change": change.verb, "diff": list(change.diff())} for change in done.changes
         ],

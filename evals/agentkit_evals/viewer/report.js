@@ -167,7 +167,7 @@ function turnView(turn) {
   const sampled = turn.tokens.sampled, forced = turn.tokens.forced, took = turn.generated - turn.start;
   return h("section", { class: "turn" },
     h("header", {}, h("span", {}, h("b", {}, `Turn ${turn.turn + 1}`), turn.think ? " · thinking" : " · direct"),
-      h("span", {}, `${plural(turn.tokens.prompt, "token")} fed · ${sampled} sampled${forced ? ` · ${forced} forced` : ""} · ${seconds(took)}${took > 0 && sampled ? ` · ${(sampled / took).toFixed(0)} tokens/s` : ""}`)),
+      h("span", {}, `${plural(turn.tokens.prompt, "token")} fed · ${sampled} sampled${forced ? ` · ${forced} forced` : ""} · ${seconds(took)}${took > 0 && sampled ? ` · ${(sampled / took).toFixed(0)} tokens/s` : ""}${turn.cost ? ` · ${turn.cost}` : ""}`)),
     turn.reasoning ? h("div", { class: "block thought" }, h("div", { class: "who" }, "Reasoning"), h("pre", {}, labelled(turn.reasoning))) : null,
     turn.text ? block("Text", h("pre", {}, labelled(turn.text))) : null,
     turn.calls.map((call) => h("div", { class: `tool call${call.failed ? " failed" : ""}` },
@@ -185,7 +185,7 @@ function show(trial) {
       trial.verifier === null ? null : meta("reward", trial.reward === null ? "not scored" : String(trial.reward)), meta("ended", trial.status || "did not start"),
       trial.verifier === null ? null : meta("sandbox", trial.backend || "none"), meta("turns", trial.usage.turns), meta("calls", trial.usage.calls),
       meta("tokens", `${trial.usage.prompt_tokens} fed, ${trial.usage.sampled_tokens} sampled, ${trial.usage.thinking_tokens} of them thinking`),
-      meta("forced ids", trial.usage.forced_tokens), meta("agent", seconds(trial.agent_s)),
+      meta("forced ids", trial.usage.forced_tokens), meta("cost", trial.cost), meta("agent", seconds(trial.agent_s)),
       ...(trial.verifier === null ? [] : [meta("setup", seconds(trial.setup_s)), meta("verifier", seconds(trial.verify_s))])),
     block("Task", h("pre", { class: "instruction" }, labelled(trial.instruction))),
     Object.keys(trial.files).length ? fold(`Files (${Object.keys(trial.files).length})`, false,
