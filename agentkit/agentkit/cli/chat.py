@@ -161,7 +161,7 @@ class Chat:
                             limit = dollars(self.agent.budget.max_cost_usd)
                             self.terminal.print(f"The cost limit of {limit} is reached.", style="yellow")
                             break
-        if self.history is not None and self.history.header.dialect is None:
+        if isinstance(model, RemoteModel) and self.usages:
             self.terminal.print(f"cost {dollars(total_usage(self.usages).cost_usd)}", style="dim")
 
     def _read(self) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -24,13 +26,23 @@ from agentkit.model import (
     StopReason,
     TokenSegment,
     Usage,
+    total_cost,
 )
 from agentkit.models.remote.history import sendable
 from agentkit.models.remote.names import ToolNames
-from agentkit.models.remote.provider import Provider, StreamFinished, TokenIds, ToolSpec, TransientError, TurnRequest
+from agentkit.models.remote.provider import (
+    Provider,
+    StreamFinished,
+    TokenCounts,
+    TokenIds,
+    ToolSpec,
+    TransientError,
+    TurnRequest,
+)
 from agentkit.models.remote.resolve import endpoint_of, opener
 from agentkit.models.remote.retry import MAX_WAIT_S, Gate, gate_of, wait_s
 from agentkit.models.remote.turn import RemoteTurn
+from agentkit.prices import Price, Prices
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import Tool
 
@@ -46,6 +58,7 @@ class RemoteModel:
         name: The name that was given.
         host: The host that conversations are sent to.
         efforts: The reasoning efforts that the model has.
+        price: The list price of the model at this host; None if it is unknown.
         sampling: `SamplingParams()`. A field with its default value is not sent, so that the API's own default holds.
     """
 
@@ -59,6 +72,7 @@ class RemoteModel:
         max_retries: int = 5,
         max_connections: int | None = None,
         context_tokens: int | None = None,
+        prices: Prices | str | Path | None = None,
     ) -> None:
         """Use the model `PROVIDER:MODEL`. Nothing is sent until a session generates.
 
@@ -75,6 +89,7 @@ class RemoteModel:
             max_connections: Requests of this key at the same time, over all sessions. Default: no limit, until the API
                 says that there are too many.
             context_tokens: Size of the context, for servers that cut a long conversation silently.
+            prices: A price table, or a file with one. Default: as `Prices.load`.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -82,10 +97,12 @@ class RemoteModel:
             ModelOptionError: the base URL is not a URL.
             ApiKeyError: there is no key.
             MissingDependencyError: the API's package is not installed.
+            PriceError: the price table cannot be used.
         """
         check_type("RemoteModel(name)", name, str, 'a name such as "openai:gpt-5"')
         check_type("RemoteModel(base_url=...)", base_url, str | None, "a URL or None")
         check_type("RemoteModel(api_key=...)", api_key, str | None, "a key or None")
+        check_type("RemoteModel(prices=...)", prices, Prices | str | Path | None, "a Prices, a file or None")
         check_positive("RemoteModel(timeout_s=...)", timeout_s, whole=False)
         check_positive("RemoteModel(max_connections=...)", max_connections, whole=True, none=True)
         check_positive("RemoteModel(context_tokens=...)", context_tokens, whole=True, none=True)
@@ -102,6 +119,8 @@ class RemoteModel:
         self.name = name
         self.host = endpoint.host
         self.efforts = about.efforts
+        table = prices if isinstance(prices, Prices) else Prices.load(prices)
+        self.price = table.find(endpoint.model, host=endpoint.host)
         self.sampling = SamplingParams()
 
     def __repr__(self) -> str:
@@ -138,6 +157,7 @@ class RemoteModel:
                 gate=gate_of(self.host, self._api_key, self._max_connections),
                 max_retries=self._max_retries,
                 context_tokens=self._context_tokens,
+                price=self.price,
                 history=history,
             )
         finally:
@@ -175,11 +195,14 @@ class RemoteSession:
         gate: Gate,
         max_retries: int,
         context_tokens: int | None = None,
+        price: Price | None = None,
         history: History | None = None,
     ) -> None:
         self.messages: list[Message] = list(history.messages) if history else []
         self.segments: list[TokenSegment] = list(history.segments) if history else []
-        self.usage = Usage()
+        self.usage = Usage(cost_usd=None if price is None else 0.0)
+        self._price = price
+        self._sent = datetime.now(UTC)  # time of the last request
         self._provider = provider
         self._names = ToolNames(tool.name for tool in tools)
         self._specs = [ToolSpec(self._names.sent(tool.name), tool.description, tool.parameters) for tool in tools]
@@ -222,6 +245,7 @@ class RemoteSession:
             while turn.finished is None and not repeated:
                 try:
                     async with self._gate, aclosing(self._provider.stream(request)) as deltas:
+                        self._sent = datetime.now(UTC)
                         async for delta in deltas:
                             for shown in turn.add(delta):
                                 yield shown
@@ -275,15 +299,31 @@ class RemoteSession:
         return pause_s
 
     def _end_early(self, turn: RemoteTurn) -> None:
-        """Keep what a turn said that was stopped; the API reports no token counts for it."""
+        """Keep what a turn said that was stopped. The API reports no token counts for it: its pieces are counted, and
+        its cost is estimated from them and from the length of the conversation."""
         message = turn.stopped()
         if message is None:
             return
         self.messages.append(message)
         self._turn += 1
         self.usage = replace(
-            self.usage, sampled_tokens=self.usage.sampled_tokens + turn.chunks, turns=self.usage.turns + 1
+            self.usage,
+            sampled_tokens=self.usage.sampled_tokens + turn.chunks,
+            cost_usd=self._cost_with(TokenCounts(self._estimated_length(), output_tokens=turn.chunks)),
+            turns=self.usage.turns + 1,
         )
+
+    def _cost_with(self, tokens: TokenCounts) -> float | None:
+        """Return the cost so far with that of one more request; None if the API reported no count of its prompt."""
+        if self._price is None or not tokens.input_tokens:
+            return None
+        return total_cost([self.usage.cost_usd, self._price.request(tokens, at=self._sent)])
+
+    def _estimated_length(self) -> int:
+        """Return the tokens of the conversation: at least as many as the API counted last, or one for 4 characters."""
+        letters = sum(len(message.content) for message in self.messages)
+        letters += sum(len(spec.description) + len(str(spec.parameters)) for spec in self._specs)
+        return max(self._length, letters // 4)
 
     def _count(self, finished: StreamFinished) -> None:
         """Add the usage and the token ids of a complete turn."""
@@ -295,6 +335,7 @@ class RemoteSession:
             cache_write_tokens=usage.cache_write_tokens + counts.cache_write_tokens,
             sampled_tokens=usage.sampled_tokens + counts.output_tokens,
             thinking_tokens=usage.thinking_tokens + counts.reasoning_tokens,
+            cost_usd=self._cost_with(counts),
             turns=usage.turns + 1,
         )
         self._length = counts.input_tokens + counts.output_tokens
