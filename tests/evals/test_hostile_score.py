@@ -21,6 +21,9 @@ from agentkit_environments import (
     SandboxUnavailableError,
     available_backends,
 )
+from agentkit_environments.docker import DockerEnvironment
+from agentkit_environments.local import LocalEnvironment
+from agentkit_environments.process import ProcessEnvironment
 from agentkit_evals import selfcheck as selfcheck_module
 from agentkit_evals.blame import Phase, blame
 from agentkit_evals.record import RunDirectory, TrialRecord
@@ -185,7 +188,7 @@ if os.fork() == 0:
     while True:
         try:
             if '0.25' in open(reward).read():
-                time.sleep(0.05)
+                time.sleep(0.5)
                 open(reward, 'w').write('1.0')
         except OSError:
             pass
@@ -202,13 +205,27 @@ def test_a_daemon_cannot_rewrite_the_reward(
     how: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read_file = Environment.read_file
+    """The daemon waits for half a second, so that a busy machine has time to kill it."""
+    kinds: dict[str, Any] = {
+        "docker": DockerEnvironment,
+        "process": ProcessEnvironment,
+        "unsafe-local": LocalEnvironment,
+    }
+    kind = kinds[backend]
+    kill_all, read_file = kind.kill_all, Environment.read_file
 
-    async def late(self: Environment, path: str, **options: Any) -> bytes:
-        await anyio.sleep(0.3)  # enough time for a daemon that is still alive
+    async def late_kill_all(self: Environment) -> None:
+        await anyio.sleep(1)  # enough time for a daemon that did not die with the verifier
+        await kill_all(self)
+
+    async def late_read_file(self: Environment, path: str, **options: Any) -> bytes:
+        await anyio.sleep(1)  # enough time for a daemon that is still alive
         return await read_file(self, path, **options)
 
-    monkeypatch.setattr(Environment, "read_file", late)
+    if backend == "unsafe-local":  # nothing dies with the verifier
+        monkeypatch.setattr(Environment, "read_file", late_read_file)
+    else:
+        monkeypatch.setattr(kind, "kill_all", late_kill_all)
     command = 'python3 run.py >/dev/null 2>&1; echo 0.25 > "$AGENTKIT_REWARD_DIR/reward.txt"'
     task = number_task(verifier={"command": command + ("; exit 0" if how == "exits" else ""), "timeout_s": 20.0})
     trial = trial_of(evaluate, task, script, f"cat > run.py <<'END'\n{DAEMON}END", backend)
