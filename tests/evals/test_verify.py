@@ -11,7 +11,7 @@ import pytest
 
 import agentkit_evals.verify
 from agentkit.task import Task
-from agentkit_environments import Environment, ExecResult, available_backends, open_environment
+from agentkit_environments import Environment, ExecResult, HostFailureError, available_backends, open_environment
 from agentkit_evals.errors import VerifierError
 from agentkit_evals.selfcheck import FORGERY, StartChecks, selfcheck
 from agentkit_evals.verify import Backend, Verdict, broken, verify
@@ -145,6 +145,24 @@ async def test_the_exit_status_of_a_verifier_that_ran_out_of_time_does_not_count
     verdict = await score(number_task(verifier=verifier(f"exit {exit_code}")))
     assert (verdict.reward, verdict.exit_code, verdict.started) == (0, exit_code, True)
     assert verdict.error == "the verifier timed out after 20 s"
+
+
+async def test_a_workdir_that_cannot_be_unpacked_scores_0(number_task: MakeTask) -> None:
+    verdict = await verify(number_task(), archive=b"not an archive", answer="42", backend="unsafe-local")
+    assert (verdict.reward, verdict.exit_code) == (0.0, None)
+    assert verdict.error is not None and verdict.error.startswith("scoring failed: UnsafeArchiveError: ")
+
+
+async def test_a_failure_of_the_host_during_scoring_is_no_score(
+    number_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: Environment, path: str, data: str | bytes) -> None:
+        raise HostFailureError("the engine is gone")
+
+    monkeypatch.setattr(Environment, "write_file", fail)
+    empty = bytes(10_240)  # an archive without entries
+    with pytest.raises(HostFailureError, match="the engine is gone"):
+        await verify(number_task(), archive=empty, answer="42", backend="unsafe-local")
 
 
 async def test_a_task_without_a_verifier_cannot_be_scored(number_task: MakeTask) -> None:
