@@ -34,6 +34,21 @@ def test_objects_that_the_program_froze_stay_frozen() -> None:
         gc.unfreeze()
 
 
+def test_the_heap_is_not_searched_while_torch_is_imported_and_a_model_loaded() -> None:
+    program = """
+import gc
+full = []
+gc.callbacks.append(lambda phase, info: full.append(info) if info["generation"] == 2 else None)
+from agentkit_engine import Engine
+Engine.load("tiny")
+assert gc.isenabled()
+gc.callbacks.clear()
+print(len(full))
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout == "0\n"
+
+
 def test_handlers_at_exit_run_after_loading_a_model() -> None:
     program = """
 import atexit, weakref
