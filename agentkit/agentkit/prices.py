@@ -128,7 +128,7 @@ class Price(Rates):
             fnmatchcase(model.lower(), pattern.lower()) for pattern in self.models
         )
 
-    def request(self, tokens: TokenCounts, *, at: datetime) -> float | None:
+    def request_cost(self, tokens: TokenCounts, *, at: datetime) -> float | None:
         """Return the cost of one request, sent at the time `at`, in US dollars; None if it is unknown."""
         at = at.astimezone(UTC)
         rates = next((tier for tier in self.tiers if tier.fits(tokens, at)), self)
@@ -168,11 +168,6 @@ class Prices:
     def find(self, model: str, *, host: str) -> Price | None:
         """Return the price of a model, by its name in the API of `host`; None if it is unknown."""
         return next((row for row in self.rows if row.lists(model, host)), None)
-
-    def cost(self, model: str, tokens: TokenCounts, *, host: str, at: datetime | None = None) -> float | None:
-        """Return the cost of one request in US dollars; None if it is unknown. `at` is now by default."""
-        price = self.find(model, host=host)
-        return None if price is None else price.request(tokens, at=at or datetime.now(UTC))
 
 
 @runtime_checkable
@@ -252,7 +247,7 @@ def list_cost(trajectory: Trajectory, price: Price) -> float | None:
     """
     if trajectory.header.dialect is None:
         return None
-    return total_cost(price.request(tokens, at=at) for at, tokens in requests_of(trajectory))
+    return total_cost(price.request_cost(tokens, at=at) for at, tokens in requests_of(trajectory))
 
 
 def describe_reference(price: Price) -> str:

@@ -45,6 +45,11 @@ prices:
 """
 
 
+def cost_of(prices: Prices, model: str, tokens: TokenCounts, *, host: str, at: datetime = NIGHT) -> float | None:
+    price = prices.find(model, host=host)
+    return None if price is None else price.request_cost(tokens, at=at)
+
+
 @pytest.fixture(autouse=True)
 def no_table_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AGENTKIT_PRICES", raising=False)
@@ -67,9 +72,9 @@ def test_every_packaged_price_is_dated_and_has_a_source() -> None:
 def test_the_price_depends_on_host_and_model() -> None:
     tokens = TokenCounts(MILLION, output_tokens=MILLION)
     prices = Prices.load()
-    assert prices.cost("gpt-5", tokens, host="api.openai.com") == pytest.approx(11.25)
-    assert prices.cost("gpt-5-2025-08-07", tokens, host="api.openai.com") == pytest.approx(11.25)
-    assert prices.cost("GLM-5.3", tokens, host="api.z.ai") == pytest.approx(5.8)
+    assert cost_of(prices, "gpt-5", tokens, host="api.openai.com") == pytest.approx(11.25)
+    assert cost_of(prices, "gpt-5-2025-08-07", tokens, host="api.openai.com") == pytest.approx(11.25)
+    assert cost_of(prices, "GLM-5.3", tokens, host="api.z.ai") == pytest.approx(5.8)
     for model, host in [
         ("gpt-5", "localhost:8000"),
         ("gpt-5", "eu.api.openai.com"),
@@ -79,12 +84,13 @@ def test_the_price_depends_on_host_and_model() -> None:
         ("", ""),
     ]:
         assert prices.find(model, host=host) is None
-        assert prices.cost(model, tokens, host=host) is None
+        assert cost_of(prices, model, tokens, host=host) is None
 
 
 def test_each_kind_of_token_has_its_price() -> None:
     """`input_tokens` includes the cached ones, and no token is charged twice."""
-    cost = Prices.load().cost(
+    cost = cost_of(
+        Prices.load(),
         "claude-opus-5-5",
         TokenCounts(MILLION, cache_hit_tokens=600_000, cache_write_tokens=300_000, output_tokens=50_000),
         host="api.anthropic.com",
@@ -108,14 +114,14 @@ def test_each_kind_of_token_has_its_price() -> None:
 )
 def test_peak_hours(at: str, peak: bool) -> None:
     tokens = TokenCounts(MILLION, cache_hit_tokens=500_000, output_tokens=MILLION)
-    cost = Prices.load().cost("deepseek-flash", tokens, host="api.deepseek.com", at=datetime.fromisoformat(at))
+    cost = cost_of(Prices.load(), "deepseek-flash", tokens, host="api.deepseek.com", at=datetime.fromisoformat(at))
     assert cost == pytest.approx((2 if peak else 1) * (0.5 * 0.15 + 0.5 * 0.003 + 0.6))
 
 
 def test_a_long_prompt_prices_the_whole_request() -> None:
     prices = Prices.load()
-    short = prices.cost("gpt-6-sol", TokenCounts(272_000, output_tokens=1000), host="api.openai.com")
-    long = prices.cost("gpt-6-sol", TokenCounts(272_001, output_tokens=1000), host="api.openai.com")
+    short = cost_of(prices, "gpt-6-sol", TokenCounts(272_000, output_tokens=1000), host="api.openai.com")
+    long = cost_of(prices, "gpt-6-sol", TokenCounts(272_001, output_tokens=1000), host="api.openai.com")
     assert short == pytest.approx((272_000 * 2 + 1000 * 10) / MILLION)
     assert long == pytest.approx((272_001 * 4 + 1000 * 15) / MILLION)
 
@@ -124,9 +130,9 @@ def test_a_part_without_a_price_makes_the_cost_unknown(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(ROW)
     prices = Prices.load(tmp_path / "own.yaml")
     known = TokenCounts(10, output_tokens=5)
-    assert prices.cost("llama-3", known, host="localhost:8000") == pytest.approx(20 / MILLION)
+    assert cost_of(prices, "llama-3", known, host="localhost:8000") == pytest.approx(20 / MILLION)
     for counts in (TokenCounts(10, cache_hit_tokens=1), TokenCounts(10, cache_write_tokens=1)):
-        assert prices.cost("llama-3", counts, host="localhost:8000") is None
+        assert cost_of(prices, "llama-3", counts, host="localhost:8000") is None
 
 
 def test_a_table_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +140,10 @@ def test_a_table_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "own.yaml").write_text(free)
     monkeypatch.setenv("AGENTKIT_PRICES", str(tmp_path / "own.yaml"))
     tokens = TokenCounts(MILLION)
-    assert Prices.load().cost("gpt-5", tokens, host="api.openai.com") == 1
-    assert Prices.load().cost("gpt-4.1", tokens, host="api.openai.com") == 2
+    assert cost_of(Prices.load(), "gpt-5", tokens, host="api.openai.com") == 1
+    assert cost_of(Prices.load(), "gpt-4.1", tokens, host="api.openai.com") == 2
     monkeypatch.setenv("AGENTKIT_PRICES", "")
-    assert Prices.load().cost("gpt-5", tokens, host="api.openai.com") == 1.25
+    assert cost_of(Prices.load(), "gpt-5", tokens, host="api.openai.com") == 1.25
 
 
 @pytest.mark.parametrize(
@@ -188,7 +194,7 @@ def test_a_cost_is_unknown_or_a_sum(
     """Also if an API reports more cached tokens than tokens."""
     row: dict[str, Any] = {"host": "*", "models": ["*"], "as_of": "2026-11", "source": "a test"}
     price = Price(**row, input=plain, cache_hit=hit, cache_write=write, output=out)
-    cost = price.request(tokens, at=NIGHT)
+    cost = price.request_cost(tokens, at=NIGHT)
     if (hit is None and tokens.cache_hit_tokens) or (write is None and tokens.cache_write_tokens):
         assert cost is None
         return

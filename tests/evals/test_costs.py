@@ -111,7 +111,7 @@ class HostedSession:
         self.messages.append(message)
         tokens = TokenCounts(1_600_000, cache_hit_tokens=1_000_000, output_tokens=150_000)
         price = self.model.price
-        cost = None if price is None else price.request(tokens, at=datetime.now(UTC))
+        cost = None if price is None else price.request_cost(tokens, at=datetime.now(UTC))
         self.usage = replace(
             self.usage,
             prompt_tokens=self.usage.prompt_tokens + tokens.input_tokens,
@@ -229,6 +229,7 @@ def test_the_cost_of_a_suite(make: Callable[..., EvalRun], number_task: MakeTask
     assert run.usage.cost_usd == pytest.approx(2.0)
     found = as_json(Finished(run, Path("report.html"), False))
     assert (found["cost_usd"], found["list_cost_usd"], found["max_cost_usd"]) == (pytest.approx(2.0), None, None)
+    assert found["prices_as_of"] == "2026-11"
     assert cost_facts(run) == [("cost", "$2.00", "at list prices of 2026-11")]
     page = render_report(run)
     assert "<th>cost</th>" in page and '"cost":"$2.00"' in page and "<dt>cost</dt><dd>$2.00</dd>" in page
@@ -307,6 +308,7 @@ def test_a_run_shows_its_cost(
     assert console.file.getvalue().splitlines()[-1] == shown  # type: ignore[attr-defined]
     assert carry_out(Job(number_task(), agent, "unsafe-local", None, None, console), apply=False, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
+    assert found["prices_as_of"] == (price and price.as_of)
     assert (found["usage"]["cost_usd"], found["list_cost_usd"]) == (price and pytest.approx(2.0), None)
 
 

@@ -167,6 +167,7 @@ def as_json(finished: Finished) -> dict[str, Any]:
         },
         "backends": sorted({trial.backend for trial in ran.trials if trial.backend}),
         "cost_usd": ran.usage.cost_usd,
+        "prices_as_of": ran.lock.prices_as_of,
         "max_cost_usd": ran.lock.max_cost_usd,
         "out_of_budget": ran.out_of_budget,
         "list_cost_usd": sum(embedded) if embedded else None,

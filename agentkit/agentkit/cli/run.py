@@ -398,6 +398,7 @@ def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]
         "failure": done.failure,
         "backend": done.backend,
         "usage": asdict(done.result.usage),
+        "prices_as_of": done.result.trajectory.header.prices_as_of,
         "list_cost_usd": list_cost(done.result.trajectory, price),
         "list_price": describe_reference(price),
         "changes": [

@@ -317,7 +317,7 @@ class RemoteSession:
         """Return the cost so far with that of one more request; None if the API reported no count of its prompt."""
         if self._price is None or not tokens.input_tokens:
             return None
-        return total_cost([self.usage.cost_usd, self._price.request(tokens, at=self._sent)])
+        return total_cost([self.usage.cost_usd, self._price.request_cost(tokens, at=self._sent)])
 
     def _estimated_length(self) -> int:
         """Return the tokens of the conversation: at least as many as the API counted last, or one for 4 characters."""
