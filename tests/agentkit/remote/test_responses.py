@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import chain
 
 import anyio
 import pytest
+from asking import USER, ask, calls_of, drained, reasoning_of, text_of
 from servers.http import Reply, Request, serve
 from servers.responses import (
     Json,
@@ -33,21 +34,9 @@ from servers.validation import Strictly
 
 from agentkit import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from agentkit.errors import ApiError, ApiKeyError, ContextFullError, ModelOptionError, UnknownModelError
-from agentkit.messages import Message
 from agentkit.model import Effort
 from agentkit.models.remote.openai_responses import OpenAIResponses
-from agentkit.models.remote.provider import (
-    CallChunk,
-    Delta,
-    Provider,
-    ReasoningChunk,
-    StreamFinished,
-    TextChunk,
-    TokenCounts,
-    ToolSpec,
-    TransientError,
-    TurnRequest,
-)
+from agentkit.models.remote.provider import StreamFinished, TextChunk, TokenCounts, ToolSpec, TransientError
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import BUILTINS, ImagePart, TextPart, ToolCall
 
@@ -57,28 +46,6 @@ KEY = "sk-secret-1234"
 SEARCH = ToolSpec("search", "Search files.", BUILTINS["search"].parameters)
 BASH = ToolSpec("bash", "Run a command.", BUILTINS["bash"].parameters)
 ANY = ToolSpec("any", "Take anything.", {"type": "object", "additionalProperties": True})
-USER = UserMessage("hello")
-
-
-def ask(*messages: Message, tools: Sequence[ToolSpec] = (), think: bool = True, **fields: Any) -> TurnRequest:
-    return TurnRequest(
-        messages or (USER,),
-        tools,
-        think=think,
-        effort=fields.pop("effort", "high"),
-        sampling=fields.pop("sampling", SamplingParams()),
-        max_tokens=fields.pop("max_tokens", None),
-        max_thinking_tokens=None,
-        **fields,
-    )
-
-
-async def drained(provider: Provider, request: TurnRequest) -> tuple[list[Delta], StreamFinished]:
-    async with aclosing(provider.stream(request)) as stream:
-        deltas = [delta async for delta in stream]
-    finished = deltas.pop()
-    assert isinstance(finished, StreamFinished)
-    return deltas, finished
 
 
 @asynccontextmanager
@@ -94,19 +61,6 @@ async def serving(
             await provider.aclose()
 
 
-def text_of(deltas: Sequence[Delta]) -> str:
-    return "".join(delta.text for delta in deltas if isinstance(delta, TextChunk))
-
-
-def calls_of(deltas: Sequence[Delta]) -> dict[int, tuple[str | None, str | None, str]]:
-    calls: dict[int, tuple[str | None, str | None, str]] = {}
-    for delta in deltas:
-        if isinstance(delta, CallChunk):
-            id, name, arguments = calls.get(delta.index, (None, None, ""))
-            calls[delta.index] = (delta.id or id, delta.name or name, arguments + delta.arguments)
-    return calls
-
-
 async def test_a_turn_with_reasoning_text_and_parallel_calls() -> None:
     items = [
         reasoning("First I look."),
@@ -116,7 +70,7 @@ async def test_a_turn_with_reasoning_text_and_parallel_calls() -> None:
     ]
     async with serving(says(*items)) as (provider, server):
         deltas, finished = await drained(provider, ask(SystemMessage("Be brief."), USER, tools=[SEARCH, BASH]))
-    assert "".join(d.text for d in deltas if isinstance(d, ReasoningChunk)) == "First I look."
+    assert reasoning_of(deltas) == "First I look."
     assert text_of(deltas) == "Let me see."
     assert calls_of(deltas) == {
         0: ("call_a", "search", '{"pattern": "x"}'),  # an optional parameter that is null is absent
@@ -179,10 +133,9 @@ async def test_a_turn_of_another_model_goes_back_as_text_and_calls(data: Json | 
 async def test_interleaved_calls_are_told_apart() -> None:
     items = [call("call_a", "any", '{"a": 1}'), call("call_b", "any", '{"b": null}')]
     first, second = begin_item(0, items[0]), begin_item(1, items[1])
-    mixed: list[Json] = [event for pair in zip(first, second, strict=True) for event in pair]
-    done = [item_events(at, item)[-1] for at, item in enumerate(items)]
-    last = turn()[-1]
-    async with serving(Reply(sse([*mixed, *reversed(done), last]))) as (provider, _):
+    mixed = chain.from_iterable(zip(first, second, strict=True))
+    done = [item_events(1, items[1])[-1], item_events(0, items[0])[-1]]
+    async with serving(Reply(sse([*mixed, *done, turn()[-1]]))) as (provider, _):
         deltas, finished = await drained(provider, ask(tools=[ANY]))
     assert calls_of(deltas) == {0: ("call_a", "any", '{"a": 1}'), 1: ("call_b", "any", '{"b": null}')}
     assert finished.provider_data is not None and finished.provider_data["output"] == items
@@ -209,7 +162,7 @@ async def test_several_messages_and_summaries_are_separated() -> None:
     items = [thoughts, reasoning("three", id="rs_2"), message("I look."), message("Done.", id="msg_2")]
     async with serving(says(*items)) as (provider, _):
         deltas, _ = await drained(provider, ask())
-    assert "".join(d.text for d in deltas if isinstance(d, ReasoningChunk)) == "one\n\ntwo\n\nthree"
+    assert reasoning_of(deltas) == "one\n\ntwo\n\nthree"
     assert text_of(deltas) == "I look.\n\nDone."
 
 

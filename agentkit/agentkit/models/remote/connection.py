@@ -224,7 +224,7 @@ class Connection:
             kinds=_kinds(body),
             status=status,
             retry_after_s=retry_after_s(error.response.headers),
-            request_id=error.request_id,
+            request_id=error.request_id or (body.get("request_id") if isinstance(body, dict) else None),
         )
 
     def _redacted(self, text: str) -> str:

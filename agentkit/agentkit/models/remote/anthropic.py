@@ -1,0 +1,493 @@
+"""Anthropic's Messages API.
+
+Sources: https://platform.claude.com/docs/en/api/messages, and for what each model takes the guides "Thinking",
+"Effort" and "Models overview".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from agentkit.errors import ApiError, ModelOptionError
+from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
+from agentkit.model import Effort
+from agentkit.models.remote.connection import TIMEOUT_S, Connection, drain, refuse_sampling, turn_limit, wire_id
+from agentkit.models.remote.provider import (
+    CallChunk,
+    Delta,
+    ReasoningChunk,
+    StreamEnd,
+    StreamFinished,
+    TextChunk,
+    TokenCounts,
+    TurnRequest,
+)
+from agentkit.models.remote.schemas import SentSchema, anthropic_output, anthropic_tool
+from agentkit_engine.sampling_params import SamplingParams
+from agentkit_tools import TextPart
+from agentkit_tools.parts import Part
+
+MIN_BUDGET: Final = 1_024
+BUDGETS: Final[dict[Effort, int]] = {"low": 4_096, "high": 16_384, "max": 32_000}
+"""Thinking tokens for each effort, for models that take a budget instead of an effort."""
+MAX_PAUSES: Final = 16
+INTERLEAVED: Final = "interleaved-thinking-2025-05-14"
+"""The beta that lets a model with a thinking budget think between its calls. Other models do so without it."""
+CACHED: Final = {"cache_control": {"type": "ephemeral"}}
+
+_ENDS: Final[dict[str, StreamEnd]] = {
+    "max_tokens": "max_tokens",
+    "model_context_window_exceeded": "context",
+    "refusal": "refused",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What the models of one generation take.
+
+    `thinking` is the way to turn thinking on, `off` the type that turns it off; None if it cannot be turned off.
+    """
+
+    thinking: Literal["budget", "adaptive"] | None
+    off: Literal["disabled", "between_tools"] | None
+    max_tokens: int
+    version: tuple[int, int] | None = None
+
+
+class Anthropic:
+    """The client of one model. It connects with its first request, and again after `aclose`.
+
+    In a turn that does not think, a model that always thinks has the least effort. A model that never thinks has the
+    efforts "none" and "high", the default of an agent, and takes both as the same.
+
+    The prefix of the conversation up to each of the last two user messages is cached for five minutes.
+    """
+
+    api: Final = "anthropic"
+    max_tools: Final = None
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str = "https://api.anthropic.com",
+        api_key: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """Make a client.
+
+        Args:
+            model: The model's name at the API.
+            base_url: The API's URL, with or without `/v1` at its end.
+            api_key: The key. Default: the environment's `ANTHROPIC_API_KEY`.
+            timeout_s: Seconds that the connection may be silent.
+
+        Raises:
+            MissingDependencyError, ApiKeyError, ValueError: as for `Connection`.
+        """
+        self._connection = Connection(
+            "anthropic",
+            model=model,
+            base_url=base_url.rstrip("/").removesuffix("/v1"),
+            api_key=api_key,
+            variable="ANTHROPIC_API_KEY",
+            timeout_s=timeout_s,
+        )
+        self._model = model
+        self._family = _family(model)
+        self._max_tokens = self._family.max_tokens
+        self._refused: set[str] = set()  # features that the API has refused: "format", "display"
+        self.host = self._connection.host
+        self.efforts: tuple[Effort, ...] = ("none", "high")
+        if self._family.thinking is not None:
+            self.efforts = (*(("none",) if self._family.off else ()), "low", "high", "max")
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """See `Provider.check_sampling`. Version 2026-10-21 of the API has no temperature, `top_p` and `top_k`."""
+        refuse_sampling(sampling, f"the API of {self.host}", has=frozenset({"stop"}))
+
+    async def stream(self, request: TurnRequest) -> AsyncGenerator[Delta, None]:
+        """See `Provider.stream`. A turn that the API pauses is continued.
+
+        Raises:
+            ModelOptionError: the model lacks the effort.
+        """
+        tools = {tool.name: anthropic_tool(tool.parameters) for tool in request.tools}
+        mapped = {name: tool for name, tool in tools.items() if tool.mapping}
+        schema = request.sampling.output_schema
+        output = None if schema is None else anthropic_output(schema)
+        reader = _Reader(self._connection, mapped, output, holds_text=schema is not None)
+        pauses = 0
+        while True:
+            body, headers = self._body(request, tools, output, reader.content)
+            try:
+                async with aclosing(self._connection.events("/v1/messages", body, headers)) as events:
+                    async for event in events:
+                        for delta in reader.read(event):
+                            yield delta
+                        if reader.stopped:
+                            await drain(events)
+            except ApiError as error:
+                if reader.begun or error.status != 400 or not self._learn(str(error)):
+                    raise
+                continue
+            if reader.stop_reason != "pause_turn" or pauses == MAX_PAUSES:
+                break
+            pauses += 1
+        for delta in reader.rest({"api": self.api, "model": self._model}):
+            yield delta
+
+    async def aclose(self) -> None:
+        """See `Provider.aclose`."""
+        await self._connection.aclose()
+
+    def _learn(self, said: str) -> bool:
+        """Note what the API refuses; return whether that was not noted before."""
+        if (most := re.search(r"max_tokens: \d+ > (\d+)", said)) and int(most[1]) < self._max_tokens:
+            self._max_tokens = int(most[1])
+            return True
+        features = {"format": r"output_config|output_format|schema", "display": r"thinking\S*display"}
+        found = {feature for feature, pattern in features.items() if re.search(pattern, said)} - self._refused
+        self._refused |= found
+        return bool(found)
+
+    def _body(
+        self,
+        request: TurnRequest,
+        tools: Mapping[str, SentSchema],
+        output: SentSchema | None,
+        said: Sequence[Mapping[str, Any]],
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the request that continues the conversation after `said`, the turn so far, and its headers."""
+        max_tokens = min(turn_limit(request) or self._max_tokens, self._max_tokens)
+        thinking, effort = self._thinking(request, max_tokens)
+        body: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": max_tokens,
+            "messages": self._messages(request.messages),
+            "stream": True,
+            **({"thinking": thinking} if thinking else {}),
+            **({"stop_sequences": list(request.sampling.stop)} if request.sampling.stop else {}),
+        }
+        if said:
+            body["messages"].append({"role": "assistant", "content": list(said)})
+        system = [message.content for message in request.messages if isinstance(message, SystemMessage)]
+        config: dict[str, Any] = {"effort": effort} if effort else {}
+        if request.sampling.output_schema is not None:
+            if output is None or "format" in self._refused:
+                asked = json.dumps(request.sampling.output_schema, ensure_ascii=False)
+                system.append(f"Answer with JSON that matches this schema, and with nothing else:\n{asked}")
+            else:
+                config["format"] = {"type": "json_schema", "schema": output.schema}
+        if config:
+            body["output_config"] = config
+        if request.tools:
+            body["tools"] = [
+                {"name": tool.name, "description": tool.description, "input_schema": tools[tool.name].schema}
+                for tool in request.tools
+            ]
+        blocks = [_text(text) for text in system if text.strip()]
+        if blocks:
+            body["system"] = blocks
+        if blocks or request.tools:  # tools come first in the prompt, so the end of the system prompt caches both
+            (blocks or body["tools"])[-1] |= CACHED
+        interleaved = request.tools and thinking.get("type") == "enabled" and self._family.version is not None
+        return body, {"anthropic-beta": INTERLEAVED} if interleaved else {}
+
+    def _thinking(self, request: TurnRequest, max_tokens: int) -> tuple[dict[str, Any], str | None]:
+        """Return the field `thinking`, and the API's effort if the model takes one."""
+        if request.effort not in self.efforts:
+            raise ModelOptionError(f"{self._model} has no effort {request.effort!r}; it has {', '.join(self.efforts)}")
+        match self._family.thinking:
+            case None:
+                return {}, None
+            case "budget":
+                thinks = request.think and not self._in_turn_without_thinking(request.messages)
+                budget = min(BUDGETS[request.effort], max_tokens // 2) if thinks else 0
+                if request.max_thinking_tokens is not None:
+                    budget = min(budget, request.max_thinking_tokens)
+                if budget < MIN_BUDGET:
+                    return {"type": "disabled"}, None
+                return {"type": "enabled", "budget_tokens": budget}, None
+            case "adaptive" if request.think or self._family.off is None:
+                version = self._family.version
+                shown = (version is None or version >= (4, 7)) and "display" not in self._refused
+                display = {"display": "summarized"} if shown else {}  # newer models show nothing by default
+                return {"type": "adaptive", **display}, request.effort if request.think else "low"
+            case _:
+                # no model takes the effort "max" while it does not think
+                effort = {"none": None, "low": "low"}.get(request.effort, "high")
+                return {"type": self._family.off}, effort
+
+    def _in_turn_without_thinking(self, messages: Sequence[Message]) -> bool:
+        """Return whether the model is to answer results of a turn without thinking. Claude refuses to begin there."""
+        if self._family.version is None or not isinstance(messages[-1], ToolMessage):
+            return False
+        turns = [message for message in messages if isinstance(message, AssistantMessage)]
+        return self._blocks(turns[-1])[0]["type"] not in ("thinking", "redacted_thinking")
+
+    def _messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return the messages with alternating roles. A user message begins with the results of the turn before."""
+        sent: list[dict[str, Any]] = []
+        for message in messages:
+            blocks = self._blocks(message)
+            role = "assistant" if isinstance(message, AssistantMessage) else "user"
+            if blocks and sent and sent[-1]["role"] == role:
+                sent[-1]["content"] += blocks
+            elif blocks:
+                sent.append({"role": role, "content": blocks})
+        users = [message["content"] for message in sent if message["role"] == "user"]
+        for content in users:
+            content.sort(key=lambda block: block["type"] != "tool_result")
+        for content in users[-2:]:  # the last one ends the prefix of the next turn, the one before that of this turn
+            content[-1] |= CACHED
+        return sent
+
+    def _blocks(self, message: Message) -> list[dict[str, Any]]:
+        match message:
+            case UserMessage():
+                return _content(message.parts or (TextPart(message.content),)) or [_text("(empty message)")]
+            case ToolMessage():
+                result: dict[str, Any] = {"type": "tool_result", "tool_use_id": wire_id(message.call_id)}
+                result["content"] = _content(message.parts or (TextPart(message.content),)) or "(no output)"
+                return [{**result, "is_error": True} if message.is_error else result]
+            case AssistantMessage():
+                match message.provider_data:
+                    case {"api": self.api, "model": self._model, "content": list(content)} if [
+                        block.get("id") for block in content if block.get("type") == "tool_use"
+                    ] == [call.id for call in message.calls]:
+                        return list(content)
+                calls = [
+                    {"type": "tool_use", "id": wire_id(call.id), "name": call.name, "input": _object(call.arguments)}
+                    for call in message.calls
+                ]
+                return [*_content([TextPart(message.content)]), *calls]
+        return []
+
+
+class _Reader:
+    """Turns the events of one turn into deltas. A turn that pauses has several responses.
+
+    Attributes:
+        begun: Whether the response has begun.
+        stopped: Whether the response is complete.
+        stop_reason: The API's reason for the end of the response.
+    """
+
+    def __init__(
+        self, connection: Connection, mapped: Mapping[str, SentSchema], output: SentSchema | None, *, holds_text: bool
+    ) -> None:
+        self.begun = False
+        self.stopped = False
+        self.stop_reason: str | None = None
+        self._connection = connection
+        self._mapped = mapped  # tools whose arguments have to be complete before they can be mapped back
+        self._output = output
+        self._holds_text = holds_text  # the answer is the last text, which may have to be mapped back
+        self._blocks: list[dict[str, Any]] = []
+        self._open: dict[int, dict[str, Any]] = {}  # blocks of this response that have not ended, by their index
+        self._arguments: dict[str, str] = {}  # what the model wrote, by the id of the call
+        self._indices: dict[str, int] = {}  # positions of the calls, by their id
+        self._usage: dict[str, Any] = {}
+        self._counts = TokenCounts()
+
+    @property
+    def content(self) -> list[dict[str, Any]]:
+        """The blocks so far, in the form that the API takes back: without thinking that was cut off, or ends the turn,
+        and without empty text."""
+        kept = [
+            block
+            for block in self._blocks
+            if not (block["type"] == "text" and not block["text"].strip())
+            and not (block["type"] == "thinking" and not block.get("signature"))
+        ]
+        while kept and kept[-1]["type"] in ("thinking", "redacted_thinking"):
+            kept.pop()
+        return kept
+
+    def read(self, event: Mapping[str, Any]) -> Iterator[Delta]:
+        """Yield the deltas of one event."""
+        self.begun = True
+        match event:
+            case {"type": "message_start", "message": dict(message)}:
+                self.stopped, self.stop_reason, self._open = False, None, {}
+                self._usage = _present(message.get("usage"))
+            case {"type": "content_block_start", "index": int(at), "content_block": {"type": str()} as block}:
+                yield from self._begin(at, event, dict(block))
+            case {"type": "content_block_delta", "index": int(at), "delta": {"type": str()} as delta} if (
+                at in self._open
+            ):
+                yield from self._extend(self._open[at], event, delta)
+            case {"type": "content_block_stop", "index": int(at)} if at in self._open:
+                yield from self._end(self._open.pop(at))
+            case {"type": "message_delta", "delta": dict(delta)}:
+                self.stop_reason = delta.get("stop_reason") or self.stop_reason
+                self._usage |= _present(event.get("usage"))
+            case {"type": "message_stop"} if self.stop_reason is not None:
+                for block in self._open.values():
+                    yield from self._end(block)
+                self._counts = _sum(self._counts, _counts(self._usage))
+                self.stopped = True
+            case {"type": str(kind)} if kind not in _READ:
+                pass  # an event of a later version of the API
+            case _:
+                raise self._connection.malformed(event)
+
+    def rest(self, data: Mapping[str, Any]) -> Iterator[Delta]:
+        """Yield what was held back until the end, and the end. Raises TransientError if the stream broke off."""
+        if not self.stopped:
+            raise self._connection.incomplete() if self.begun else self._connection.empty()
+        if self._holds_text and (texts := [block["text"] for block in self._blocks if block["type"] == "text"]):
+            yield TextChunk(texts[-1] if self._output is None else self._output.restored(texts[-1]))
+        end = _ENDS.get(self.stop_reason or "", "stop")
+        yield StreamFinished(end, self._counts, {**data, "content": self.content})
+
+    def _begin(self, at: int, event: Mapping[str, Any], block: dict[str, Any]) -> Iterator[Delta]:
+        before = self._blocks[-1]["type"] if self._blocks else None
+        match block:
+            case {"type": "text", "text": str(text)}:
+                apart = before not in (None, "text") and any(one["type"] == "text" for one in self._blocks)
+                if (text or apart) and not self._holds_text:
+                    yield TextChunk("\n\n" * apart + text)
+            case {"type": "thinking", "thinking": str(text)}:
+                apart = any(one.get("thinking") for one in self._blocks)
+                if text or apart:
+                    yield ReasoningChunk("\n\n" * apart + text)
+            case {"type": "tool_use", "id": str(call_id), "name": str(name)} if call_id not in self._indices:
+                self._indices[call_id] = len(self._indices)
+                self._arguments[call_id] = ""
+                yield CallChunk(self._indices[call_id], id=call_id, name=name)
+            case {"type": "text" | "thinking" | "tool_use"}:
+                raise self._connection.malformed(event)
+        self._blocks.append(block)
+        self._open[at] = block
+
+    def _extend(self, block: dict[str, Any], event: Mapping[str, Any], delta: Mapping[str, Any]) -> Iterator[Delta]:
+        match block["type"], delta:
+            case "text", {"type": "text_delta", "text": str(text)}:
+                block["text"] += text
+                if not self._holds_text:
+                    yield TextChunk(text)
+            case "text", {"type": "citations_delta", "citation": citation}:
+                block["citations"] = [*(block.get("citations") or ()), citation]
+            case "thinking", {"type": "thinking_delta", "thinking": str(text)}:
+                block["thinking"] += text
+                yield ReasoningChunk(text)
+            case "thinking", {"type": "signature_delta", "signature": str(signature)}:
+                block["signature"] = signature
+            case "tool_use", {"type": "input_json_delta", "partial_json": str(piece)}:
+                self._arguments[block["id"]] += piece
+                if piece and block["name"] not in self._mapped:
+                    yield CallChunk(self._indices[block["id"]], piece)
+            case _, {"type": str(kind)} if kind not in _DELTAS:
+                pass
+            case _:
+                raise self._connection.malformed(event)
+
+    def _end(self, block: dict[str, Any]) -> Iterator[Delta]:
+        if block["type"] != "tool_use":
+            return
+        call_id, name = block["id"], block["name"]
+        written = self._arguments[call_id]
+        arguments = written or json.dumps(block.get("input") or {}, ensure_ascii=False)
+        block["input"] = _object(arguments)
+        if name in self._mapped:
+            yield CallChunk(self._indices[call_id], self._mapped[name].restored(arguments))
+        elif not written:
+            yield CallChunk(self._indices[call_id], arguments)
+
+
+_READ: Final = {
+    "content_block_delta",
+    "content_block_start",
+    "content_block_stop",
+    "message_delta",
+    "message_start",
+    "message_stop",
+}
+_DELTAS: Final = {"citations_delta", "input_json_delta", "signature_delta", "text_delta", "thinking_delta"}
+
+
+def _family(model: str) -> _Family:
+    """Return what the model takes, by the line and version in its name."""
+    found = re.search(r"claude-(?P<line>[a-z]+)-(?P<major>\d)(?:-(?P<minor>\d{1,2}))?(?!\d)", model) or re.search(
+        r"claude-(?P<major>\d)(?:-(?P<minor>\d))?-(?P<line>[a-z]+)", model
+    )
+    if found is None:
+        if "claude-mythos" in model:
+            return _Family("adaptive", None, 128_000)
+        return _Family("budget", "disabled", 32_000)  # another server that speaks the protocol
+    line, version = found["line"], (int(found["major"]), int(found["minor"] or 0))
+    if version < (3, 7):
+        return _Family(None, None, 4_096, version)
+    if version <= (4, 5):
+        return _Family("budget", "disabled", 32_000 if line == "opus" and version < (4, 5) else 64_000, version)
+    if version == (4, 6):
+        return _Family("adaptive", "disabled", 128_000 if line == "opus" else 64_000, version)
+    if line in ("fable", "mythos") or (line == "opus" and version >= (5, 5)):
+        return _Family("adaptive", None, 128_000, version)
+    off: Literal["disabled", "between_tools"] = "disabled"
+    if line == "sonnet" and version >= (5, 5):
+        off = "between_tools"
+    return _Family("adaptive", off, 128_000, version)
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _content(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return the parts as blocks, without blank text, which the API refuses."""
+    return [
+        _text(part.text)
+        if isinstance(part, TextPart)
+        else {"type": "image", "source": {"type": "base64", "media_type": part.media_type, "data": part.data}}
+        for part in parts
+        if not isinstance(part, TextPart) or part.text.strip()
+    ]
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """Return a call's arguments as the object that the API insists on."""
+    try:
+        value = json.loads(arguments or "{}", parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"malformed_arguments": arguments}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _present(usage: object) -> dict[str, Any]:
+    return {key: value for key, value in usage.items() if value is not None} if isinstance(usage, dict) else {}
+
+
+def _counts(usage: Mapping[str, Any]) -> TokenCounts:
+    """Return the counts of one response. The API counts cached tokens apart from the others."""
+
+    def count(key: str, counts: Mapping[str, Any] = usage) -> int:
+        value = counts.get(key)
+        return value if isinstance(value, int) else 0
+
+    hits, writes = count("cache_read_input_tokens"), count("cache_creation_input_tokens")
+    details = usage.get("output_tokens_details")
+    thought = count("thinking_tokens", details) if isinstance(details, dict) else 0
+    return TokenCounts(count("input_tokens") + hits + writes, hits, writes, count("output_tokens"), thought)
+
+
+def _sum(one: TokenCounts, other: TokenCounts) -> TokenCounts:
+    return TokenCounts(
+        one.input_tokens + other.input_tokens,
+        one.cache_hit_tokens + other.cache_hit_tokens,
+        one.cache_write_tokens + other.cache_write_tokens,
+        one.output_tokens + other.output_tokens,
+        one.reasoning_tokens + other.reasoning_tokens,
+    )
