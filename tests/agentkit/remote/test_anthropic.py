@@ -10,15 +10,6 @@ from itertools import chain
 
 import anyio
 import pytest
-
-from agentkit import AssistantMessage, SystemMessage, ToolMessage, UserMessage
-from agentkit.errors import ApiError, ApiKeyError, ContextFullError, ModelOptionError, UnknownModelError
-from agentkit.model import Effort
-from agentkit.models.remote.anthropic import Anthropic
-from agentkit.models.remote.provider import StreamFinished, TextChunk, TokenCounts, ToolSpec, TransientError
-from agentkit_engine.sampling_params import SamplingParams
-from agentkit_tools import BUILTINS, ImagePart, TextPart, ToolCall
-
 from asking import USER, ask, calls_of, drained, reasoning_of, text_of
 from servers.anthropic import (
     AnthropicServer,
@@ -35,6 +26,14 @@ from servers.anthropic import (
 )
 from servers.http import Reply, Request, serve
 from servers.validation import Strictly
+
+from agentkit import AssistantMessage, SystemMessage, ToolMessage, UserMessage
+from agentkit.errors import ApiError, ApiKeyError, ContextFullError, ModelOptionError, UnknownModelError
+from agentkit.model import Effort
+from agentkit.models.remote.anthropic import Anthropic
+from agentkit.models.remote.provider import StreamFinished, TextChunk, TokenCounts, ToolSpec, TransientError
+from agentkit_engine.sampling_params import SamplingParams
+from agentkit_tools import BUILTINS, ImagePart, TextPart, ToolCall
 
 pytestmark = pytest.mark.anyio
 
@@ -93,11 +92,12 @@ async def test_a_turn_goes_back_unchanged_with_the_results_of_its_calls() -> Non
     blocks = [
         thinking("", "omitted"),
         redacted,
-        thinking("b", "sig2"),
+        text("b"),
         tool_use("toolu_a", "bash", '{"command": "ls"}'),
     ]
     async with serving(says(*blocks, stop="tool_use"), says(text("done"))) as (provider, server):
         _, finished = await drained(provider, ask(tools=[BASH]))
+        assert finished.provider_data is not None and finished.provider_data["content"][2] == blocks[2]
         image = ImagePart.of(b"png", "image/png")
         result = ToolMessage("toolu_a", "bash", "x", True, parts=(TextPart("found"), TextPart(" "), image))
         await drained(
@@ -105,7 +105,8 @@ async def test_a_turn_goes_back_unchanged_with_the_results_of_its_calls() -> Non
             ask(USER, said_in(finished, ToolCall("toolu_a", "bash", "{}")), UserMessage("and?"), result, tools=[BASH]),
         )
     first, own, answer = server.requests[1]["messages"]
-    assert own["content"] == [*blocks[:3], {**blocks[3], "input": {"command": "ls"}}]
+    called = {**blocks[3], "input": {"command": "ls"}}
+    assert own["content"] == [*blocks[:2], {"type": "text", "text": "b"}, called]  # without "citations": null
     source = {"type": "base64", "media_type": "image/png", "data": "cG5n"}
     assert answer["content"] == [
         {

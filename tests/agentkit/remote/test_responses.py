@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -33,7 +34,14 @@ from servers.responses import (
 from servers.validation import Strictly
 
 from agentkit import AssistantMessage, SystemMessage, ToolMessage, UserMessage
-from agentkit.errors import ApiError, ApiKeyError, ContextFullError, ModelOptionError, UnknownModelError
+from agentkit.errors import (
+    ApiError,
+    ApiKeyError,
+    ContextFullError,
+    MissingDependencyError,
+    ModelOptionError,
+    UnknownModelError,
+)
 from agentkit.model import Effort
 from agentkit.models.remote.openai_responses import OpenAIResponses
 from agentkit.models.remote.provider import StreamFinished, TextChunk, TokenCounts, ToolSpec, TransientError
@@ -88,6 +96,11 @@ async def test_a_turn_with_reasoning_text_and_parallel_calls() -> None:
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
 
 
+def without_nulls(item: Json) -> Json:
+    """Return the item as the API takes it back."""
+    return {key: value for key, value in item.items() if value is not None}
+
+
 async def test_a_turn_goes_back_unchanged_with_the_results_of_its_calls() -> None:
     items = [reasoning("", encrypted="secret thoughts"), call("call_a", "search", '{"pattern": "x", "path": null}')]
     async with serving(says(*items), says(message("done"))) as (provider, server):
@@ -102,7 +115,7 @@ async def test_a_turn_goes_back_unchanged_with_the_results_of_its_calls() -> Non
         result = ToolMessage("call_a", "search", "text", parts=(TextPart("found"), image))
         await drained(provider, ask(USER, said, result, tools=[SEARCH]))
     user, *own, output = server.requests[1]["input"]
-    assert user["role"] == "user" and own == items
+    assert user["role"] == "user" and own == [without_nulls(item) for item in items]
     assert output["output"] == [
         {"type": "input_text", "text": "found"},
         {"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64,cG5n"},
@@ -534,6 +547,12 @@ def test_a_missing_or_damaged_key_is_refused_before_any_request(key: str, monkey
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ApiKeyError, match="there is no key: set OPENAI_API_KEY"):
         OpenAIResponses("gpt-5")
+
+
+def test_a_missing_sdk_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install "agentkit-harness\[api\]"'):
+        OpenAIResponses("gpt-5", api_key=KEY)
 
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ class Anthropic:
                     case {"api": self.api, "model": self._model, "content": list(content)} if [
                         block.get("id") for block in content if block.get("type") == "tool_use"
                     ] == [call.id for call in message.calls]:
-                        return list(content)
+                        return [{key: value for key, value in block.items() if value is not None} for block in content]
                 calls = [
                     {"type": "tool_use", "id": wire_id(call.id), "name": call.name, "input": _object(call.arguments)}
                     for call in message.calls

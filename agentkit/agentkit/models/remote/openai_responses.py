@@ -208,7 +208,8 @@ class OpenAIResponses:
                     case {"api": self.api, "model": self._model, "output": list(output)} if (
                         "items" not in self._refused and _call_ids(output) == [call.id for call in message.calls]
                     ):
-                        yield from output
+                        for item in output:  # the API refuses the nulls that it sends
+                            yield {key: value for key, value in item.items() if value is not None}
                         return
                 if message.content:
                     yield {"type": "message", "role": "assistant", "content": message.content}

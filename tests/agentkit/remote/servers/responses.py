@@ -100,7 +100,7 @@ def _objects(schema: Any) -> Iterator[Json]:
 
 def reasoning(summary: str, *, id: str = "rs_1", encrypted: str = "gAAAA") -> Json:
     parts = [{"type": "summary_text", "text": summary}] if summary else []
-    return {"type": "reasoning", "id": id, "summary": parts, "encrypted_content": encrypted}
+    return {"type": "reasoning", "id": id, "summary": parts, "encrypted_content": encrypted, "status": None}
 
 
 def message(text: str, *, id: str = "msg_1") -> Json:
