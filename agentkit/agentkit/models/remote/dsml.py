@@ -50,6 +50,7 @@ def split_calls(
                     calls.append(CallReady(event.index, ToolCall(event.id, event.name, event.arguments_json)))
                 case chat.CallMalformed():
                     calls.append(CallMalformed(event.index, event.name, event.error))
-        if calls:
+        begins_line = text[: start.start()].rpartition("\n")[2].isspace() or text[: start.start()][-1:] in ("", "\n")
+        if any(isinstance(call, CallReady) for call in calls) or (calls and begins_line):
             return text[: start.start()].rstrip(), calls
     return text, []

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 from agentkit.errors import ApiError, ContextFullError, ModelOptionError, UnknownModelError
 from agentkit.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import EFFORTS, Effort
-from agentkit.models.remote.connection import Connection, turn_limit
+from agentkit.models.remote.connection import Connection, refuse_sampling, turn_limit
 from agentkit.models.remote.names import arguments_object
 from agentkit.models.remote.provider import (
     CallChunk,
@@ -33,11 +33,14 @@ from agentkit.models.remote.provider import (
     TurnRequest,
 )
 from agentkit.models.remote.resolve import Endpoint, key_variable
+from agentkit.models.remote.schemas import openai_tool
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import ImagePart, TextPart
 from agentkit_tools.parts import Part
 
 MAX_TOOLS: Final = 128
+NO_KEY: Final = "no-key-is-set"
+"""Sent to servers that need no key and ignore it, because the SDK insists on one."""
 MAX_LESSONS: Final = 8
 REASONING_KEYS: Final = ("reasoning_content", "reasoning")
 
@@ -127,12 +130,13 @@ class OpenAIChat:
         self._connection = _ChatConnection(endpoint)
 
     def check_sampling(self, sampling: SamplingParams) -> None:
-        """See `Provider.check_sampling`. A seed is left out where it has no effect."""
-        lacking = {"own": (), "deepseek": (*_OWN_SAMPLING, "logit_bias")}.get(self.dialect, _OWN_SAMPLING)
-        default = SamplingParams()
-        given = [name for name in lacking if getattr(sampling, name) != getattr(default, name)]
-        if given:
-            raise ModelOptionError(f"the API of {self.host} has no {', '.join(given)}; leave it out")
+        """See `Provider.check_sampling`."""
+        has = {*_SAMPLING, "stop"}
+        if self.dialect != "deepseek":
+            has.add("logit_bias")
+        if self.dialect == "own":
+            has.update(_OWN_SAMPLING)
+        refuse_sampling(sampling, f"the API of {self.host}", has=frozenset(has))
 
     async def stream(self, request: TurnRequest) -> AsyncGenerator[Delta, None]:
         """See `Provider.stream`."""
@@ -145,6 +149,8 @@ class OpenAIChat:
                     async for chunk in chunks:
                         for delta in reader.read(chunk):
                             yield delta
+                if not reader.begun:
+                    raise self._connection.empty()
                 for delta in reader.end(self.api):
                     yield delta
                 return
@@ -215,11 +221,7 @@ class OpenAIChat:
             body[self._server.max_tokens_field] = min(limits)
         schema = request.sampling.output_schema
         if schema is not None and not (request.tools and self.dialect == "own"):  # there it would forbid calls
-            body["response_format"] = (
-                {"type": "json_object"}
-                if self.dialect == "deepseek"
-                else {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
-            )
+            body["response_format"] = {"type": "json_object"} if self.dialect == "deepseek" else _answer_format(schema)
         if self.dialect == "own":
             body |= {"return_token_ids": True, "logprobs": True}
         return {name: value for name, value in body.items() if name not in self._server.refused}
@@ -243,7 +245,7 @@ class OpenAIChat:
 
     def _sampling(self, sampling: SamplingParams) -> dict[str, Any]:
         default = SamplingParams()
-        names = ["temperature", "top_p", "presence_penalty", "frequency_penalty", *_OWN_SAMPLING]
+        names = [*_SAMPLING, *_OWN_SAMPLING]
         if self.dialect != "deepseek":
             names.append("seed")
         fields = {name: getattr(sampling, name) for name in names if getattr(sampling, name) != getattr(default, name)}
@@ -309,6 +311,7 @@ class OpenAIChat:
         return sent
 
 
+_SAMPLING: Final = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 _OWN_SAMPLING: Final = ("top_k", "min_p", "repetition_penalty", "stop_token_ids")
 """Sampling parameters that servers of open models have."""
 
@@ -327,7 +330,7 @@ class _ChatConnection(Connection):
             "openai",
             model=endpoint.model,
             base_url=endpoint.base_url,
-            api_key=endpoint.api_key or "none",  # the SDK insists on a key; servers without keys ignore it
+            api_key=endpoint.api_key or NO_KEY,
             variable=key_variable(endpoint.provider),
             timeout_s=endpoint.timeout_s,
         )
@@ -454,10 +457,8 @@ class _Reader:
 
     def end(self, api: str) -> Iterator[Delta]:
         """End the answer. Raises TransientError if the stream broke off."""
-        if not self.begun:
-            raise TransientError("the stream has no events")
         if not self._complete:
-            raise TransientError("the stream ended before the turn did")
+            raise TransientError("the stream ended before the turn")
         if self._finish in ("insufficient_system_resource", "network_error", "error", "abort"):
             raise TransientError(f"the API stopped the turn: {self._finish}")
         for index, call in enumerate(self._calls):
@@ -561,6 +562,14 @@ class _Reader:
         if isinstance(index, int):
             self._by_index[index] = len(self._calls) - 1
         return len(self._calls) - 1
+
+
+def _answer_format(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the format of the answer: strict if the strict subset says the same."""
+    sent = openai_tool(schema) if schema.get("type") == "object" else None
+    if sent is not None and sent.strict and sent.mapping is None:
+        return {"type": "json_schema", "json_schema": {"name": "answer", "schema": sent.schema, "strict": True}}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema)}}
 
 
 def _dialect(endpoint: Endpoint) -> Dialect:

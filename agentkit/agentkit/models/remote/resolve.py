@@ -53,7 +53,7 @@ def endpoint_of(name: str, *, base_url: str | None, api_key: str | None, timeout
     Raises:
         UnknownModelError: the name is not `PROVIDER:MODEL` with one of `PROVIDERS`.
         ModelOptionError: the base URL is not one.
-        ApiKeyError: there is no key.
+        ApiKeyError: there is no key, and the URL is the provider's own.
     """
     provider, _, model = name.partition(":")
     if provider not in PROVIDERS or not model.strip():
@@ -74,8 +74,6 @@ def endpoint_of(name: str, *, base_url: str | None, api_key: str | None, timeout
         raise ApiKeyError(
             f"there is no key for {parts.hostname}: set the environment variable {key_variable(provider)}"
         )
-    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
-        raise ApiKeyError(f"the key for {parts.hostname} has white space or other characters that no key has")
     return Endpoint(provider, model, base_url.rstrip("/"), key, timeout_s)
 
 
@@ -85,6 +83,12 @@ def opener(endpoint: Endpoint) -> Callable[[], Provider]:
     Raises:
         MissingDependencyError: the API's package is not installed.
     """
+    if endpoint.provider == "openai" and urlsplit(endpoint.base_url).hostname == "api.openai.com":
+        from agentkit.models.remote.openai_responses import OpenAIResponses
+
+        return lambda: OpenAIResponses(
+            endpoint.model, base_url=endpoint.base_url, api_key=endpoint.api_key, timeout_s=endpoint.timeout_s
+        )
     from agentkit.models.remote.openai_chat import OpenAIChat, Server
 
     server = Server()

@@ -253,7 +253,7 @@ class RemoteSession:
                             if repeated:
                                 break
                         if turn.finished is None and not repeated:
-                            raise TransientError("the stream ended before the turn did")
+                            raise TransientError(f"{self._provider.host} ended the stream before the turn")
                 except TransientError as error:
                     turn = self._new_turn(think)
                     failures += 1
@@ -284,18 +284,16 @@ class RemoteSession:
 
     def _pause(self, error: TransientError, failures: int) -> float:
         """Return the seconds to wait before the next attempt. Raises ApiError if there is none."""
-        host = self._provider.host
         pause_s = wait_s(failures, error.retry_after_s)
         if pause_s is None:
             raise ApiError(
-                f"{host}: {error.reason}; it asks to wait {error.retry_after_s:,.0f} s, and at most {MAX_WAIT_S:g} s "
-                "are waited: try again later",
+                f"{error.reason}; it asks to wait {error.retry_after_s:,.0f} s, more than {MAX_WAIT_S:g} s: try again "
+                "later",
                 status=error.status,
             ) from error
         if failures > self._max_retries:
-            raise ApiError(
-                f"{host}: {error.reason}, in {failures} attempts: try again later", status=error.status
-            ) from error
+            remedy = "check the base URL, and that its server runs" if error.status is None else "try again later"
+            raise ApiError(f"{error.reason}, in {failures} attempts: {remedy}", status=error.status) from error
         return pause_s
 
     def _end_early(self, turn: RemoteTurn) -> None:

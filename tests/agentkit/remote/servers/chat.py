@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
-from pydantic import ConfigDict, TypeAdapter
-from servers.http import Reply, Request, serve
 
-_REQUESTS: TypeAdapter[Any] = TypeAdapter(list[CompletionCreateParamsStreaming], config=ConfigDict(extra="forbid"))
+from .http import Reply, Request, serve
+from .validation import Strictly
+
+_REQUESTS = Strictly(CompletionCreateParamsStreaming)
 
 OWN = ("chat_template_kwargs", "return_token_ids", "top_k", "min_p", "repetition_penalty", "stop_token_ids")
 DEEPSEEK = ("thinking",)
@@ -70,7 +71,7 @@ def check_request(body: Mapping[str, Any], extras: Sequence[str]) -> None:
         {name: value for name, value in message.items() if name not in ("reasoning_content", "reasoning")}
         for message in body["messages"]
     ]
-    _exhaust(_REQUESTS.validate_python([plain]))
+    _REQUESTS.check(plain)
     waiting: list[str] = []
     for message in body["messages"]:
         if message["role"] == "tool":
@@ -82,16 +83,6 @@ def check_request(body: Mapping[str, Any], extras: Sequence[str]) -> None:
             waiting.append(call["id"])
         assert message["role"] != "assistant" or message["content"] or message.get("tool_calls"), "an empty turn"
     assert not waiting, f"calls without a result: {waiting}"
-
-
-def _exhaust(value: object) -> None:
-    """Iterate over everything: pydantic checks the items of an Iterable only then."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            _exhaust(item)
-    elif not isinstance(value, str) and isinstance(value, Iterable):
-        for item in value:
-            _exhaust(item)
 
 
 def error(status: int, message: str, *, headers: Mapping[str, str] | None = None, **fields: Any) -> Reply:
