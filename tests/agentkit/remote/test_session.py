@@ -245,7 +245,7 @@ async def test_the_gate_lets_few_through_after_a_refusal() -> None:
         with anyio.fail_after(5):
             await first.wait()
         await anyio.wait_all_tasks_blocked()
-        assert gate.active == most == 8
+        assert 8 <= gate.active == most < 16
         hold.set()
     assert passed == 16 and most < 16
 

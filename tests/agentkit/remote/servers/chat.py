@@ -41,12 +41,11 @@ class ChatServer:
         self.key = key
         self.requests: list[dict[str, Any]] = []
         self.headers: list[Mapping[str, str]] = []
-        self.active = self.most_active = 0
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[str]:
+    async def serve(self, *, port: int = 0) -> AsyncIterator[str]:
         """Serve, and yield the base URL."""
-        async with serve(self._answer) as url:
+        async with serve(self._answer, port=port) as url:
             yield f"{url}/v1"
 
     async def _answer(self, request: Request) -> Reply:

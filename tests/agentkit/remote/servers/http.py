@@ -61,8 +61,11 @@ Handler = Callable[[Request], Awaitable[Reply]]
 
 
 @asynccontextmanager
-async def serve(handler: Handler) -> AsyncIterator[str]:
-    """Serve on a free port and yield the server's URL, without a path. An exception of the handler fails the test."""
+async def serve(handler: Handler, *, port: int = 0) -> AsyncIterator[str]:
+    """Serve on a port, by default a free one, and yield the server's URL, without a path.
+
+    An exception of the handler fails the test.
+    """
 
     async def connection(stream: SocketStream) -> None:
         async with stream:
@@ -72,7 +75,7 @@ async def serve(handler: Handler) -> AsyncIterator[str]:
                 with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # the client left early
                     await _write(stream, reply)
 
-    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=port)
     async with listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, connection)
         yield f"http://127.0.0.1:{listener.extra(SocketAttribute.local_port)}"
