@@ -13,9 +13,9 @@ import anyio.lowlevel
 import pytest
 import typer.testing
 from anyio.from_thread import start_blocking_portal
-from tests.agentkit.remote.servers import chat
-from tests.agentkit.remote.servers.chat import ChatServer, calls, text
-from tests.agentkit.remote.servers.http import Reply
+from servers import chat
+from servers.chat import ChatServer, calls, text
+from servers.http import Reply
 
 from agentkit import RemoteModel
 from agentkit.cli import app

@@ -8,6 +8,9 @@ from typing import Any
 
 import anyio
 import pytest
+from servers import chat
+from servers.chat import DEEPSEEK, Answer, ChatServer, calls, chunk, event, stream, text
+from servers.http import Reply
 
 from agentkit import (
     Agent,
@@ -27,10 +30,6 @@ from agentkit import (
 )
 from agentkit_environments import Environment
 from agentkit_tools import ToolOutput
-
-from .servers import chat
-from .servers.chat import DEEPSEEK, Answer, ChatServer, calls, chunk, event, stream, text
-from .servers.http import Reply
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from agentkit.errors import ApiKeyError, ModelOptionError, UnknownModelError
@@ -83,12 +83,19 @@ def opener(endpoint: Endpoint) -> Callable[[], Provider]:
     Raises:
         MissingDependencyError: the API's package is not installed.
     """
+    settings: dict[str, Any] = {
+        "base_url": endpoint.base_url,
+        "api_key": endpoint.api_key,
+        "timeout_s": endpoint.timeout_s,
+    }
+    if endpoint.provider == "anthropic":
+        from agentkit.models.remote.anthropic import Anthropic
+
+        return lambda: Anthropic(endpoint.model, **settings)
     if endpoint.provider == "openai" and urlsplit(endpoint.base_url).hostname == "api.openai.com":
         from agentkit.models.remote.openai_responses import OpenAIResponses
 
-        return lambda: OpenAIResponses(
-            endpoint.model, base_url=endpoint.base_url, api_key=endpoint.api_key, timeout_s=endpoint.timeout_s
-        )
+        return lambda: OpenAIResponses(endpoint.model, **settings)
     from agentkit.models.remote.openai_chat import OpenAIChat, Server
 
     server = Server()

@@ -9,9 +9,8 @@ from typing import Any
 
 import anyio
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
-
-from .http import Reply, Request, serve
-from .validation import Strictly
+from servers.http import Reply, Request, serve
+from servers.validation import Strictly
 
 _REQUESTS = Strictly(CompletionCreateParamsStreaming)
 
