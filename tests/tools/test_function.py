@@ -247,6 +247,19 @@ async def test_every_context_parameter_receives_the_context(context: ToolContext
         assert await run(fn, context) == "true"
 
 
+def test_tools_need_an_environment_unless_they_are_functions_without_a_context() -> None:
+    def plain(x: int) -> int:
+        return x
+
+    def with_context(x: int, context: ToolContext | None = None) -> int:
+        return x
+
+    assert not as_tool(plain).needs_environment
+    assert as_tool(with_context).needs_environment
+    assert [name for name, built_in in BUILTINS.items() if not built_in.needs_environment] == ["submit"]
+    assert CommandTool("count", "Count.", {"type": "object"}, "wc").needs_environment
+
+
 async def test_parameter_names_do_not_collide_with_internal_names(context: ToolContext) -> None:
     def fn(self: int, args: int, kwargs: int, func: int, name: int, call: int) -> int:
         return self + args + kwargs + func + name + call
