@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from agentkit_tools.command import CommandTool
 from agentkit_tools.edit import edit_file
-from agentkit_tools.errors import ArgumentsError, ToolDefinitionError, ToolError
+from agentkit_tools.errors import (
+    ArgumentsError,
+    MCPConfigError,
+    MCPError,
+    MCPServerError,
+    ToolDefinitionError,
+    ToolError,
+)
 from agentkit_tools.files import list_dir, read_file, write_file
 from agentkit_tools.function import FunctionTool, as_tool, tool
+from agentkit_tools.mcp import MCPServer, MCPServerStdio, MCPServerStreamableHttp, load_mcp_servers
 from agentkit_tools.parts import ImagePart, TextPart
 from agentkit_tools.python import python
 from agentkit_tools.search import search
@@ -32,6 +40,12 @@ __all__ = [
     "CommandTool",
     "FunctionTool",
     "ImagePart",
+    "MCPConfigError",
+    "MCPError",
+    "MCPServer",
+    "MCPServerError",
+    "MCPServerStdio",
+    "MCPServerStreamableHttp",
     "TextPart",
     "Tool",
     "ToolCall",
@@ -42,6 +56,7 @@ __all__ = [
     "ToolResult",
     "as_tool",
     "cut",
+    "load_mcp_servers",
     "tool",
     "unknown_tool",
 ]
