@@ -102,7 +102,7 @@ async def test_an_error_result_and_a_protocol_error_are_told_to_the_model(rough:
         result = await use(server, "fail")
         assert (result.content, result.is_error) == ("Error: there is no such file", True)
         assert "invalid result" in (await use(server, "invalid")).content
-        with pytest.raises(ToolError, match="^no tool is named none$"):
+        with pytest.raises(ToolError, match=r"^no tool is named none$"):
             await server.call_tool("none", {}, timeout_s=20)
         assert not (await use(server, "echo", text="a")).is_error
 

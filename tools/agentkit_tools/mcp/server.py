@@ -422,13 +422,13 @@ class MCPServerStreamableHttp(MCPServer):
         Raises:
             ValueError: the URL or a header is not valid, or as `MCPServer`.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        host = _host(url)
+        if host is None:
             raise ValueError(f"url: given {_public(url)!r}, expected http://... or https://...")
         for header, value in (headers or {}).items():
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", header) or not re.fullmatch(r"[\t\x20-\x7e]*", value):
                 raise ValueError(f"headers: {header!r}: expected a header's name and one line of ASCII text")
-        super().__init__(name=parts.hostname if name is None else name, **options)
+        super().__init__(name=host if name is None else name, **options)
         self.url = url
         self.headers = dict(headers or {})
         self._secrets = self.headers | {name: value.rpartition(" ")[2] for name, value in self.headers.items()}
@@ -522,6 +522,15 @@ def _leaves(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [leaf for member in error.exceptions for leaf in _leaves(member)]
     return [error]
+
+
+def _host(url: str) -> str | None:
+    """Return the host of a URL; None if it is not one of HTTP."""
+    try:
+        parts = urlsplit(url)
+        return parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
+    except ValueError:
+        return None
 
 
 def _public(url: str) -> str:
