@@ -49,7 +49,19 @@ from agentkit.prices import Price, Prices
 from agentkit.result import RunResult
 from agentkit.trajectory import Header, Trajectory
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_tools import ImagePart, TextPart, Tool, ToolCall, ToolContext, ToolResult, tool
+from agentkit_tools import (
+    ImagePart,
+    MCPServerError,
+    MCPServerStdio,
+    MCPServerStreamableHttp,
+    TextPart,
+    Tool,
+    ToolCall,
+    ToolContext,
+    ToolResult,
+    load_mcp_servers,
+    tool,
+)
 
 __all__ = [
     "DEFAULT_SYSTEM",
@@ -73,6 +85,9 @@ __all__ = [
     "ImagePart",
     "LimitReached",
     "Limits",
+    "MCPServerError",
+    "MCPServerStdio",
+    "MCPServerStreamableHttp",
     "Message",
     "MessageAdded",
     "MissingDependencyError",
@@ -111,5 +126,6 @@ __all__ = [
     "UnknownModelError",
     "Usage",
     "UserMessage",
+    "load_mcp_servers",
     "tool",
 ]

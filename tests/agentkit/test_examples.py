@@ -1,4 +1,4 @@
-"""The example script runs and prints what the README claims."""
+"""The example scripts run and print what the README claims."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from agentkit_environments import available_backends
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.sandbox
-@pytest.mark.skipif(not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the tiny model is not packaged")
-@pytest.mark.skipif(
-    all(reason for backend, reason in available_backends().items() if backend != "unsafe-local"),
-    reason="no sandbox can be opened here",
-)
+pytestmark = [
+    pytest.mark.sandbox,
+    pytest.mark.skipif(
+        not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the tiny model is not packaged"
+    ),
+    pytest.mark.skipif(
+        all(reason for backend, reason in available_backends().items() if backend != "unsafe-local"),
+        reason="no sandbox can be opened here",
+    ),
+]
+
+
 def test_hello_agent() -> None:
     path = EXAMPLES / "hello_agent.py"
     assert len(path.read_text().splitlines()) < 20
@@ -29,3 +35,10 @@ def test_hello_agent() -> None:
     assert f"```python\n{code}```" in shown
     assert f"It prints `{done.stdout.strip()}`" in shown
     assert done.stdout == "sunny, 21 degrees\n"
+
+
+def test_mcp() -> None:
+    path = EXAMPLES / "mcp.py"
+    assert len(path.read_text().splitlines()) < 30
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("-3.5h\n", "")

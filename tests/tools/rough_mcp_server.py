@@ -2,7 +2,8 @@
 
 Modes, at the start: `exit` ends with status 3, `silent` answers nothing, `garbage` prints only text that is not
 JSON-RPC, `refuse` answers with an error, `noisy` prints a line of garbage and then works, `odd` lists odd tools,
-`paged` lists one tool a page, `endless` lists pages without end, `once` starts only the first time.
+`paged` lists one tool a page, `endless` lists pages without end, `once` starts only the first time, and `twice` is
+silent the second time.
 """
 
 from __future__ import annotations
@@ -132,6 +133,11 @@ def main() -> None:
     print("starting", file=sys.stderr, flush=True)
     if MODE == "once" and Path("started").exists():
         sys.exit(4)
+    silent = MODE in ("silent", "garbage")
+    if MODE == "twice":
+        silent = Path("started").exists() and not Path("again").exists()
+        if silent:
+            Path("again").touch()
     Path("started").touch()
     if MODE == "exit":
         print("cannot log in with s3cret-value", file=sys.stderr)
@@ -140,7 +146,7 @@ def main() -> None:
         print("Hello, I am a server", flush=True)
     for line in sys.stdin:
         message = json.loads(line)
-        if MODE in ("silent", "garbage") or "id" not in message:
+        if silent or "id" not in message:
             continue
         try:
             if MODE == "refuse":

@@ -6,11 +6,14 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import anyio
@@ -261,6 +264,41 @@ def _cwd(pid: str) -> str | None:
         return os.readlink(f"/proc/{pid}/cwd")
     except OSError:
         return None
+
+
+@LINUX
+async def test_no_process_outlives_a_start_that_is_cancelled(rough: Any, tmp_path: Path) -> None:
+    with anyio.move_on_after(0.5) as scope:
+        async with rough("silent"):
+            pass
+    assert scope.cancelled_caught and (tmp_path / "started").exists()
+    assert not [entry for entry in os.listdir("/proc") if entry.isdigit() and _cwd(entry) == str(tmp_path)]
+
+
+async def test_a_cancelled_restart_leaves_the_server_usable(rough: Any, use: Any, tmp_path: Path) -> None:
+    async with rough("twice") as server:
+        await use(server, "crash")
+        with anyio.move_on_after(0.5) as scope:
+            await use(server, "echo", text="a")
+        assert scope.cancelled_caught
+        assert (await use(server, "echo", text="a")).content == '{"text": "a"}'
+    assert calls(tmp_path) == ["crash", "echo"]
+
+
+async def test_without_the_sdk(rough: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mcp", None)  # as if it were not installed
+    with pytest.raises(MCPServerError, match=re.escape('need the package mcp: pip install "agentkit-harness[mcp]"')):
+        async with rough():
+            pass
+
+
+async def test_a_file_that_hides_the_sdk(rough: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("mcp")
+    module.__spec__ = ModuleSpec("mcp", None, origin="/x/mcp.py")
+    monkeypatch.setitem(sys.modules, "mcp", module)
+    with pytest.raises(MCPServerError, match=r"the file /x/mcp.py hides the package mcp; rename the file"):
+        async with rough():
+            pass
 
 
 @pytest.mark.parametrize(

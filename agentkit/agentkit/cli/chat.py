@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +18,7 @@ import typer
 
 from agentkit.cli import signals
 from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.mcp import MCPFlag, equipped, read_servers
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
     BaseUrlFlag,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from agentkit.model import Usage
     from agentkit.trajectory import Trajectory
     from agentkit_environments import Environment
+    from agentkit_tools import MCPServer
 
 HELP = """\
 /new        start a new conversation; files are kept
@@ -64,6 +66,7 @@ def command(
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     env: EnvFlag = None,
+    mcp: MCPFlag = None,
     system: Annotated[str | None, typer.Option(help="The system prompt. Default: the agent's own.")] = None,
     thinking: Annotated[bool, typer.Option("--thinking", help="Show thoughts in full instead of folded.")] = False,
     seed: SeedFlag = None,
@@ -101,6 +104,7 @@ def command(
         raise typer.BadParameter(
             f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
         )
+    servers = read_servers(mcp)
     terminal = console()
     source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, **flags.changes())
@@ -108,7 +112,7 @@ def command(
     agent = Agent(source, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens), budget=budget)
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():
         chat = Chat(agent, env.value if env else "auto", trajectory or Path(folder, "chat.jsonl"), terminal, thinking)
-        run(chat.converse)
+        run(lambda: chat.converse(servers))
     return ExitCode.OK
 
 
@@ -129,11 +133,11 @@ class Chat:
         self.usages: list[Usage] = []
         self._thought: tuple[float, int] | None = None
 
-    async def converse(self) -> None:
-        """Read and answer messages until the end of the input.
+    async def converse(self, servers: Sequence[MCPServer] = ()) -> None:
+        """Read and answer messages until the end of the input, with the tools of the MCP servers too.
 
         Raises:
-            SandboxError, EngineError: The sandbox or the engine failed.
+            MCPServerError, SandboxError, EngineError: A server, the sandbox or the engine failed.
         """
         from agentkit.model import total_usage
         from agentkit.models.embedded import EmbeddedModel
@@ -141,7 +145,10 @@ class Chat:
         from agentkit.prices import dollars
         from agentkit_environments import open_environment
 
-        async with await open_environment(backend=self.backend) as environment:  # type: ignore[arg-type]
+        async with (
+            equipped(self.agent, servers) as self.agent,
+            await open_environment(backend=self.backend) as environment,  # type: ignore[arg-type]
+        ):
             if self.tty:
                 self.terminal.print(
                     f"{self.agent.model.name} in a {environment.backend} sandbox. /help for help, Ctrl-D to quit.",
@@ -165,7 +172,7 @@ class Chat:
             self.terminal.print(f"cost {dollars(total_usage(self.usages).cost_usd)}", style="dim")
 
     def _read(self) -> str | None:
-        """Return the user's next message; None at the end. This blocks the event loop, which has nothing else to do."""
+        """Return the user's next message; None at the end. This blocks the event loop; MCP servers can wait."""
 
         def at_prompt(number: int) -> bool:
             if number == signal.SIGINT:

@@ -141,12 +141,13 @@ def code_of(exc: BaseException) -> ExitCode | None:
     )
     from agentkit_environments import SandboxError
     from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError
+    from agentkit_tools.errors import MCPServerError
 
     if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE
     if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | PriceError | UnknownModelError):
         return ExitCode.USAGE
-    if isinstance(exc, SandboxError | EvalError | AgentkitError | OSError):
+    if isinstance(exc, SandboxError | MCPServerError | EvalError | AgentkitError | OSError):
         return ExitCode.INFRASTRUCTURE
     chat = sys.modules.get("agentkit_engine.chat.errors")
     # for example a reasoning effort that the model's dialect does not have

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.mcp import MCPFlag, equipped, read_servers
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
     BaseUrlFlag,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from agentkit.trajectory import Trajectory
     from agentkit_environments import Environment
     from agentkit_evals.verify import Backend, Verdict
+    from agentkit_tools import MCPServer
 
 
 def command(
@@ -64,6 +67,7 @@ def command(
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     env: EnvFlag = None,
+    mcp: MCPFlag = None,
     seed: SeedFlag = None,
     temperature: TemperatureFlag = None,
     top_p: TopPFlag = None,
@@ -122,12 +126,13 @@ def command(
     if output_schema is not None:
         schema = _read_schema(output_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
+    servers = read_servers(mcp)
     terminal = console(quiet=as_json)
     reference_price()  # reports a broken price table before the run, not after it
     source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost)
-    job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal)
+    job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal, servers)
     return carry_out(job, apply=apply, as_json=as_json)
 
 
@@ -210,12 +215,13 @@ class Job:
     workdir: Path | None
     trajectory: Path | None
     console: Console
+    servers: Sequence[MCPServer] = ()
 
     async def run(self) -> Done:
         """Copy the user's folder in, run the agent with live output on the console, and collect the changes.
 
         Raises:
-            SandboxError, TaskSetupError, VerifierError, EngineError: The machine or the task failed.
+            MCPServerError, SandboxError, TaskSetupError, VerifierError, EngineError: The machine or the task failed.
         """
         from agentkit.cli import workdir as folder
         from agentkit_evals.blame import blame, describe
@@ -224,13 +230,13 @@ class Job:
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
         mine = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
-        async with opened(self.task, where) as environment:
+        async with equipped(self.agent, self.servers) as agent, opened(self.task, where) as environment:
             await environment.import_dir(spec.workdir, folder.pack(mine))
             await self.task.prepare(environment)
             # With --workdir the diff is against the user's folder and includes the task's setup.
             # Otherwise it starts after the setup.
             before = mine if self.workdir else folder.unpack((await environment.export_dir(spec.workdir)).data)
-            result = await self._run_in(environment)
+            result = await self._run_in(environment, agent)
             try:
                 await environment.kill_all()
                 exported = await environment.export_dir(spec.workdir)
@@ -252,10 +258,10 @@ class Job:
             left_out = [*exported.dropped]
         return Done(result, environment.backend, changed, left_out, verdict)
 
-    async def _run_in(self, environment: Environment) -> RunResult:
+    async def _run_in(self, environment: Environment, agent: Agent) -> RunResult:
         from agentkit.events import RunFinished
 
-        stream = self.agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory)
+        stream = agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory)
         result: RunResult | None = None
         async with aclosing(stream) as events:
             async for event in events:

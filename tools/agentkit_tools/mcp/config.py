@@ -1,9 +1,11 @@
 """Read MCP servers from a JSON file in the shape that Claude Desktop, Cursor and others share.
 
-{"mcpServers": {
-    "time": {"command": "uvx", "args": ["mcp-server-time"], "env": {"TZ": "${TZ:-UTC}"}},
-    "wiki": {"url": "https://example.com/mcp", "headers": {"Authorization": "Bearer ${WIKI_TOKEN}"}}
-}}
+    {"mcpServers": {
+        "time": {"command": "uvx", "args": ["mcp-server-time"], "env": {"TZ": "${TZ:-UTC}"}},
+        "wiki": {"url": "https://example.com/mcp", "headers": {"Authorization": "Bearer ${WIKI_TOKEN}"}}
+    }}
+
+Entries are checked strictly; other keys of the file, which belong to the client that it was written for, are ignored.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from agentkit_tools.errors import MCPConfigError
 from agentkit_tools.mcp.server import MCPServer, MCPServerStdio, MCPServerStreamableHttp
@@ -67,27 +70,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _server(name: str, entry: Any, place: str) -> MCPServer | None:
-    if isinstance(entry, dict) and entry.get("disabled") is True:
+    if not isinstance(entry, dict):
+        raise MCPConfigError(f'{place}: expected an object such as {{"command": "...", "args": []}}')
+    if entry.get("disabled") is True:
         return None
-    if isinstance(entry, dict) and entry.get("type") == "sse":
+    if entry.get("type") == "sse":
         raise MCPConfigError(f"{place}.type: the SSE transport is not supported; use the server's streamable HTTP URL")
     try:
         read = _Entry.model_validate(_expanded(entry, place))
     except ValidationError as error:
-        problems = (f"{'.'.join([place, *map(str, item['loc'])])}: {item['msg']}" for item in error.errors())
+        problems = [f"{'.'.join([place, *map(str, item['loc'])])}: {_told(item)}" for item in error.errors()]
         raise MCPConfigError("; ".join(problems)) from None  # the original error holds values
     if (read.command is None) == (read.url is None):
         given = "neither" if read.url is None else "both"
         raise MCPConfigError(f'{place}: given {given}, expected either "command" (stdio) or "url" (streamable HTTP)')
-    other = [
-        key for key in (("headers",) if read.url is None else ("args", "env", "cwd")) if key in read.model_fields_set
-    ]
+    foreign = {"headers"} if read.url is None else {"args", "env", "cwd"}
     if read.type is not None and (read.type == "stdio") != (read.url is None):
-        other.append("type")
-    if other:
-        raise MCPConfigError(
-            f"{place}: {', '.join(other)} cannot be combined with {'command' if read.command else 'url'}"
-        )
+        foreign.add("type")
+    if misplaced := sorted(foreign & read.model_fields_set):
+        transport = "command" if read.url is None else "url"
+        raise MCPConfigError(f"{place}: {', '.join(misplaced)} does not go with {transport}; remove it")
     try:
         if read.url is not None:
             return MCPServerStreamableHttp(read.url, headers=read.headers, name=name)
@@ -95,6 +97,12 @@ def _server(name: str, entry: Any, place: str) -> MCPServer | None:
         return MCPServerStdio(read.command, read.args, env=read.env, cwd=read.cwd, name=name)
     except ValueError as error:
         raise MCPConfigError(f"{place}: {error}") from None
+
+
+def _told(problem: ErrorDetails) -> str:
+    if problem["type"] == "extra_forbidden":
+        return f"there is no such key; expected one of {', '.join(_Entry.model_fields)}"
+    return problem["msg"]
 
 
 def _expanded(value: Any, place: str) -> Any:

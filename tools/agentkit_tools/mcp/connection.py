@@ -11,12 +11,11 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import anyio.abc
 from mcp.client import Client
-from mcp.client._transport import ReadStream, TransportStreams
 from mcp.shared.message import SessionMessage
 from mcp.types import Implementation, JSONRPCResponse
 from pydantic import ValidationError
@@ -25,13 +24,14 @@ from agentkit_tools.errors import ToolDefinitionError
 from agentkit_tools.schema import check_schema
 from agentkit_tools.validation import Validator
 
+if TYPE_CHECKING:
+    from mcp.client._transport import ReadStream, TransportStreams
+
 CLOSE_S = 5.0  # to end a session properly; processes are then killed
 MAX_EXCERPT_CHARS = 200
 
-for sdk in (
-    "mcp",
-    "client",
-):  # the SDK logs tracebacks of what `Connection` handles; without a handler they go to stderr
+# The SDK logs tracebacks of what `Connection` handles. Without a handler, Python would print them to standard error.
+for sdk in ("mcp", "client"):
     logging.getLogger(sdk).addHandler(logging.NullHandler())
 
 
@@ -46,7 +46,6 @@ class Connection:
         calls: number of calls in flight.
         validators: one for the arguments of each tool that was listed.
         dropped: the reason for each listed tool that cannot be used.
-        failure: the exception that ended the connection, if any.
         garbage: the start of a line that is not JSON-RPC, if the server wrote any.
         stderr: the last lines of the server's standard error, once it has ended.
         status: the status of the last HTTP response.
@@ -61,7 +60,6 @@ class Connection:
         self.calls = 0
         self.validators: dict[str, Validator] = {}
         self.dropped: dict[str, str] = {}
-        self.failure: BaseException | None = None
         self.garbage = ""
         self.stderr = ""
         self.status: int | None = None
@@ -82,11 +80,13 @@ class Connection:
 
         Raises:
             TimeoutError: not connected in time.
-            Exception: cannot connect, for any other reason. After `started`, exceptions are stored in `failure`.
+            Exception: cannot connect, for any other reason. Later failures only end the connection: the calls in
+                flight report it.
         """
         started = False
+        scope = anyio.CancelScope(deadline=anyio.current_time() + timeout_s)
         try:
-            with anyio.CancelScope(deadline=anyio.current_time() + timeout_s) as scope:
+            with scope:
                 async with Client(self._watched(transport), cache=None, client_info=_identity()) as self.client:
                     scope.deadline = math.inf
                     started = True
@@ -95,10 +95,11 @@ class Connection:
                     scope.deadline = anyio.current_time() + CLOSE_S
             if not started:
                 raise TimeoutError
-        except Exception as error:
+        except Exception:
             if not started:
+                if scope.cancel_called:
+                    raise TimeoutError from None
                 raise
-            self.failure = error
         finally:
             self.over.set()
             self.ended.set()

@@ -23,6 +23,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from types import TracebackType
@@ -144,7 +145,7 @@ class MCPServer(ABC):
         """
         if self._tasks is not None:
             raise RuntimeError(f"{self!r} is running already; make another object for another connection")
-        self._restarts = 0
+        self._lock, self._restarts = anyio.Lock(), 0
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         try:
@@ -175,24 +176,29 @@ class MCPServer(ABC):
         Raises:
             MCPServerError: it cannot be opened.
         """
-        try:
-            from agentkit_tools.mcp.connection import Connection
-        except ModuleNotFoundError as error:
-            raise MCPServerError(
-                f'MCP servers need the package {error.name}: pip install "agentkit-harness[mcp]"'
-            ) from error
+        sdk = find_spec("mcp")
+        if sdk is None:
+            raise MCPServerError('MCP servers need the package mcp: pip install "agentkit-harness[mcp]"')
+        if sdk.submodule_search_locations is None:
+            raise MCPServerError(f"the file {sdk.origin} hides the package mcp; rename the file")
+        from agentkit_tools.mcp.connection import Connection
+
         assert self._tasks is not None
-        connection = self._connection = Connection()
+        connection = Connection()
         try:
             await self._tasks.start(connection.serve, self._transport(connection), self.connect_timeout_s)
         except Exception as error:
             trouble = self._trouble(connection, _cause(error))
             raise self._error(trouble) from None  # the cause may hold secrets
+        self._connection = connection
+        if self._tasks is None:  # the block was left meanwhile
+            connection.over.set()
         return connection
 
     async def _list_tools(self, connection: Connection) -> list[Tool]:
         from mcp import MCPError
         from mcp.types import METHOD_NOT_FOUND
+        from pydantic import ValidationError
 
         found: dict[str, RemoteTool] = {}
         cursor: str | None = None
@@ -212,6 +218,8 @@ class MCPServer(ABC):
         except TimeoutError:
             late = f"it did not list its tools within {self.connect_timeout_s:g} s{connection.noise}"
             raise self._error(late) from None
+        except ValidationError as error:
+            raise self._error(f"its list of tools is invalid: {error.errors()[0]['msg']}") from None
         except MCPError as error:
             if error.code != METHOD_NOT_FOUND:
                 raise self._error(f"it cannot list its tools: {error}") from None
@@ -273,7 +281,7 @@ class MCPServer(ABC):
                 raise _SessionUnknownError(f"MCP server {self.name} does not know its session") from None
             if isinstance(error, ValidationError):
                 raise ToolError(f"MCP server {self.name} gave an invalid result: {error.errors()[0]['msg']}") from None
-            raise ToolError(str(error)) from None
+            raise ToolError(self._redacted(str(error))) from None
         finally:
             connection.calls -= 1
         connection.suspect = True
@@ -293,9 +301,9 @@ class MCPServer(ABC):
             if connection is None or self._tasks is None:
                 raise ToolError(f"MCP server {self.name} is not running; call its tools inside its `async with`")
             if connection.suspect and not connection.calls and not connection.over.is_set():
-                with anyio.move_on_after(HEALTH_S), suppress(Exception):
+                with anyio.move_on_after(HEALTH_S) as scope, suppress(Exception):  # any answer will do
                     await connection.client.list_tools()
-                    connection.suspect = False
+                connection.suspect = scope.cancelled_caught
                 if connection.suspect:
                     connection.over.set()
             if not connection.over.is_set():
@@ -315,12 +323,14 @@ class MCPServer(ABC):
                 raise ToolError(f"not called: {error}") from None
 
     def _error(self, trouble: str) -> MCPServerError:
-        """Return the error with the values of environment variables and headers replaced by their names."""
-        text = f"MCP server {self.name}: {trouble}"
+        return MCPServerError(_printable(self._redacted(f"MCP server {self.name}: {trouble}")))
+
+    def _redacted(self, text: str) -> str:
+        """Return the text with the values of given environment variables and headers replaced by their names."""
         for name, value in sorted(self._secrets.items(), key=lambda item: -len(item[1])):
             if len(value) >= MIN_SECRET_CHARS:
                 text = text.replace(value, f"${{{name}}}")
-        return MCPServerError(_printable(text))
+        return text
 
 
 class MCPServerStdio(MCPServer):
@@ -392,7 +402,7 @@ class MCPServerStdio(MCPServer):
                 trouble = f"it did not answer within {self.connect_timeout_s:g} s of its start"
             case OSError():
                 return str(error)
-            case _ if connection.garbage or "closed" in str(error):
+            case _ if str(error) == "Connection closed":
                 trouble = "it ended before it answered"
             case _:
                 trouble = f"it refused the session: {error}"
@@ -442,9 +452,9 @@ class MCPServerStreamableHttp(MCPServer):
             connection.status = response.status_code
 
         hooks = {"response": [note]}
-        timeout = httpx2.Timeout(self.connect_timeout_s, read=None)  # each request has a deadline of its own
         async with (
-            httpx2.AsyncClient(headers=self.headers, timeout=timeout, event_hooks=hooks) as client,
+            # no timeout here: each request has its own deadline
+            httpx2.AsyncClient(headers=self.headers, timeout=None, event_hooks=hooks) as client,
             streamable_http_client(self.url, http_client=client, max_sse_event_size=MAX_EVENT_BYTES) as streams,
         ):
             yield streams
