@@ -132,7 +132,7 @@ class Connection:
         try:
             if not isinstance(schema, dict):
                 raise ToolDefinitionError(f"parameters: given {json.dumps(schema):.60}, expected a JSON schema")
-            self.validators[name] = check_schema(schema, name=name)
+            self.validators.setdefault(name, check_schema(schema, name=name))  # of one name, the first tool is used
         except ToolDefinitionError as error:
             self.dropped[name] = str(error).removeprefix(f"tool {name!r}, ")
             return None

@@ -358,7 +358,7 @@ class MCPServerStdio(MCPServer):
             options: See `MCPServer`.
 
         Raises:
-            ValueError: the command is empty, or as `MCPServer`.
+            ValueError: the command is empty, an argument or variable is not a text, or as `MCPServer`.
         """
         if not command.strip():
             raise ValueError("command: given an empty text, expected a program")
@@ -368,6 +368,8 @@ class MCPServerStdio(MCPServer):
         self.env = dict(env or {})
         self.cwd = cwd
         self._secrets = self.env
+        if not all(isinstance(text, str) for text in (*self.args, *self.env, *self.env.values())):
+            raise ValueError("args and env: expected only texts; convert numbers with str()")
 
     @asynccontextmanager
     async def _transport(self, connection: Connection) -> AsyncIterator[TransportStreams]:
