@@ -3,7 +3,7 @@
 Modes, at the start: `exit` ends with status 3, `silent` answers nothing, `garbage` prints only text that is not
 JSON-RPC, `refuse` answers with an error, `noisy` prints a line of garbage and then works, `odd` lists odd tools,
 `paged` lists one tool a page, `endless` lists pages without end, `once` starts only the first time, and `twice` is
-silent the second time.
+silent the second time. `strict` ends at a first message that is not `initialize`.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ def main() -> None:
     print("starting", file=sys.stderr, flush=True)
     if MODE == "once" and Path("started").exists():
         sys.exit(4)
+    initialized = False
     silent = MODE in ("silent", "garbage")
     if MODE == "twice":
         silent = Path("started").exists() and not Path("again").exists()
@@ -146,6 +147,9 @@ def main() -> None:
         print("Hello, I am a server", flush=True)
     for line in sys.stdin:
         message = json.loads(line)
+        if MODE == "strict" and not initialized and message["method"] != "initialize":
+            sys.exit("expected initialize")
+        initialized = True
         if silent or "id" not in message:
             continue
         try:

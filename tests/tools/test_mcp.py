@@ -185,6 +185,15 @@ async def test_calls_that_were_running_at_a_crash_all_end(rough: Any, use: Any, 
     assert len(calls(tmp_path)) == 12
 
 
+async def test_a_server_that_knows_only_older_protocols_is_started_again_for_them(
+    rough: Any, use: Any, tmp_path: Path
+) -> None:
+    async with rough("strict") as server:
+        assert "ended during this call" in (await use(server, "crash")).content
+        assert (await use(server, "echo", text="a")).content == '{"text": "a"}'
+    assert calls(tmp_path) == ["crash", "echo"]
+
+
 async def test_restarts_are_bounded(rough: Any, use: Any, tmp_path: Path) -> None:
     async with rough(max_restarts=2) as server:
         for _ in range(3):

@@ -72,11 +72,14 @@ class Connection:
     async def serve(
         self,
         transport: AbstractAsyncContextManager[TransportStreams],
+        mode: str,
         timeout_s: float,
         *,
         task_status: anyio.abc.TaskStatus[None],
     ) -> None:
         """Connect within `timeout_s`, report `started`, and stay connected until `over` is set.
+
+        `mode` is that of the SDK's `Client`: "auto" or "legacy".
 
         Raises:
             TimeoutError: not connected in time.
@@ -87,7 +90,9 @@ class Connection:
         scope = anyio.CancelScope(deadline=anyio.current_time() + timeout_s)
         try:
             with scope:
-                async with Client(self._watched(transport), cache=None, client_info=_identity()) as self.client:
+                async with Client(
+                    self._watched(transport), cache=None, client_info=_identity(), mode=mode
+                ) as self.client:
                     scope.deadline = math.inf
                     started = True
                     task_status.started()

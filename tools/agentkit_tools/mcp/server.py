@@ -54,6 +54,7 @@ HEALTH_S = 5.0  # for a sign of life from a server after a call has timed out
 MAX_PAGES = 100  # of a listing
 MAX_EVENT_BYTES = 64 << 20
 MAX_STDERR_LINES = 5  # in an error
+CLOSED = "Connection closed"  # the SDK's message
 MIN_SECRET_CHARS = 6  # shorter values are not worth hiding, and would hide ordinary text
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class MCPServer(ABC):
         self._tasks: anyio.abc.TaskGroup | None = None
         self._lock = anyio.Lock()
         self._restarts = 0
+        self._modes: tuple[str, ...] = ("auto", "legacy")  # of the SDK's client
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -184,13 +186,17 @@ class MCPServer(ABC):
         from agentkit_tools.mcp.connection import Connection
 
         assert self._tasks is not None
-        connection = Connection()
-        try:
-            await self._tasks.start(connection.serve, self._transport(connection), self.connect_timeout_s)
-        except Exception as error:
-            trouble = self._trouble(connection, _cause(error))
-            raise self._error(trouble) from None  # the cause may hold secrets
-        self._connection = connection
+        for mode in self._modes:
+            connection = Connection()
+            try:
+                await self._tasks.start(connection.serve, self._transport(connection), mode, self.connect_timeout_s)
+            except Exception as error:
+                cause = _cause(error)
+                if mode != self._modes[-1] and str(cause) == CLOSED:
+                    continue  # some servers end at a first message that is not the `initialize` of older protocols
+                raise self._error(self._trouble(connection, cause)) from None  # the cause may hold secrets
+            break
+        self._connection, self._modes = connection, (mode,)
         if self._tasks is None:  # the block was left meanwhile
             connection.over.set()
         return connection
@@ -404,7 +410,7 @@ class MCPServerStdio(MCPServer):
                 trouble = f"it did not answer within {self.connect_timeout_s:g} s of its start"
             case OSError():
                 return str(error)
-            case _ if str(error) == "Connection closed":
+            case _ if str(error) == CLOSED:
                 trouble = "it ended before it answered"
             case _:
                 trouble = f"it refused the session: {error}"
