@@ -1,10 +1,10 @@
-"""Run an MCP server, and leave none of its processes behind. A script of its own: `keeper.py COMMAND [ARGUMENT...]`.
+"""Run an MCP server and kill what it leaves behind. A script that needs only Python: `keeper.py COMMAND [ARGUMENT...]`.
 
-The server inherits standard input and output, which carry the protocol. Its end is the end of all its processes, and so
-are these: the harness closes standard input (the server then has a moment to leave on its own), SIGTERM, and on Linux
-the death of the harness by any cause. On Linux this finds every descendant, also daemons; elsewhere, the process group.
+The server inherits standard input and output, which carry the protocol. All its processes are killed when it ends, on
+SIGTERM, when the harness closes standard input (after a moment to exit on its own) and, on Linux, when the harness dies
+in any way. On Linux every descendant is found, also a daemon; elsewhere only the process group.
 
-Standard error holds, at the end, the last lines of the server's own, and its exit status if that is not 0.
+When the server has ended, the last lines of its standard error are written to ours, with its exit status if not 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-GRACE_S = 1.0  # for the server to leave after its standard input closes
+GRACE_S = 1.0  # for the server to exit after its standard input closes
 TERM_S = 0.5  # and then after SIGTERM
 TAIL_BYTES = 4096
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36

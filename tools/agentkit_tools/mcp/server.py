@@ -90,17 +90,17 @@ class MCPServer(ABC):
         max_restarts: int = 5,
         trust_hints: bool = False,
     ) -> None:
-        """Describe a server; nothing is started.
+        """Describe a server. It starts when its `async with` is entered.
 
         Args:
             name: The server's name in messages.
             prefix: The model sees `prefix__tool`. Default: the name. Empty: only the tool's name.
             timeout_s: Deadline of a call, in seconds since its start or its last report of progress. Default: the
                 time limit of calls of the agent (`Limits.call_timeout_s`).
-            max_timeout_s: Deadline of a call, in seconds since its start, with any progress.
+            max_timeout_s: Deadline of a call, in seconds since its start, however much progress is reported.
             connect_timeout_s: Deadline for the server to start, and for each page of its list of tools.
             max_restarts: Maximum number of restarts without a successful call in between.
-            trust_hints: Whether tools that the server calls read-only are taken to be (`Tool.read_only`).
+            trust_hints: Whether the server's `readOnlyHint` sets `Tool.read_only`, which lets calls start early.
 
         Raises:
             ValueError: a time is not positive, or the number of restarts is negative.
@@ -261,6 +261,7 @@ class MCPServer(ABC):
     async def _call(
         self, connection: Connection, name: str, arguments: dict[str, Any], timeout_s: float
     ) -> CallToolResult:
+        """Send one call on a connection and wait for its result, an error, the end of the server, or the deadline."""
         from mcp import MCPError
         from pydantic import ValidationError
 
