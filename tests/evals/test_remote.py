@@ -146,7 +146,7 @@ async def test_many_trials_of_one_key_do_not_storm_an_api_that_refuses(tmp_path:
         run = await evaluate(url, tmp_path / "run", number_task, tasks=24)
     assert [trial.failure for trial in run.trials].count("infrastructure") == 0
     assert sum(trial.usage.turns for trial in run.trials) == 48 == len(server.requests) - refused
-    assert refused < 96
+    assert refused < 60
 
 
 @pytest.mark.anyio
@@ -250,6 +250,15 @@ def test_chat_with_a_model_behind_an_api(serving: Serving) -> None:
     result = typer.testing.CliRunner().invoke(app, arguments, input="Hi\nBye\n", catch_exceptions=False)
     assert result.exit_code == ExitCode.OK and "Hello." in result.output and "Bye." in result.output
     assert [message["role"] for message in server.requests[1]["messages"]] == ["system", "user", "assistant", "user"]
+
+
+def test_a_chat_outlives_a_failure_of_the_api(serving: Serving) -> None:
+    odd = chat.error(400, "something odd")  # twice: the request is repeated without fields that not every server knows
+    server = ChatServer(text("Hello."), odd, odd, text("I am back."))
+    arguments = ["chat", "-m", "openai:toy", "--base-url", serving(server), "--env", "unsafe-local"]
+    result = typer.testing.CliRunner().invoke(app, arguments, input="Hi\nAnd?\nAgain\n", catch_exceptions=False)
+    assert result.exit_code == ExitCode.OK, result.output
+    assert "something odd" in result.output and "I am back." in result.output
 
 
 @pytest.mark.parametrize(

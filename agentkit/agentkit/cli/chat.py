@@ -214,9 +214,11 @@ class Chat:
             self.terminal.print(text, markup=False)
 
     async def _turn(self, said: str, environment: Environment) -> None:
+        from agentkit.errors import ApiError, ApiKeyError, TrajectoryError
         from agentkit.events import RunFinished
         from agentkit.trajectory import Trajectory
 
+        failed: ApiError | None = None
         loop = asyncio.get_running_loop()
         path = self.record if self.number == 0 else self.record.with_suffix(f".{self.number}{self.record.suffix}")
         with anyio.CancelScope() as scope:
@@ -239,15 +241,17 @@ class Chat:
                         self._show(event)
                         if isinstance(event, RunFinished):
                             self.history = event.result.trajectory
+            except ApiError as exc:
+                if isinstance(exc, ApiKeyError):
+                    raise
+                failed = exc
             finally:
                 signals.answer_with(None)
                 self._end_thought()
-        if scope.cancelled_caught:
-            self.terminal.print("\n(stopped)", style="yellow")
-            from agentkit.errors import TrajectoryError
-
+        if scope.cancelled_caught or failed:
+            self.terminal.print("\n(stopped)" if failed is None else f"\n{failed}", style="yellow", markup=False)
             with suppress(TrajectoryError):  # none yet if the turn was stopped before it began
-                # The trajectory of a stopped turn is complete, so the next turn continues it.
+                # The trajectory of a stopped or failed turn is complete, so the next turn continues it.
                 self.history = Trajectory.load(path)
                 if self.history.outcome is not None:
                     self.usages.append(self.history.outcome.usage)

@@ -176,6 +176,27 @@ async def test_content_in_parts(environment: Environment) -> None:
     assert [m.reasoning for m in result.trajectory.messages if isinstance(m, AssistantMessage)] == ["Hm."]
 
 
+@pytest.mark.parametrize("step", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("said", "thought", "answer"),
+    [
+        ("<think>Hm. </thin </think>\n\nSunny.", "Hm. </thin ", "Sunny."),
+        ("\n<think></think>Sunny.", None, "Sunny."),
+        ("<thinking> is a tag, </think> too", None, "<thinking> is a tag, </think> too"),
+        ("<thi", None, "<thi"),
+        ("It is <think>sunny</think>.", None, "It is <think>sunny</think>."),
+    ],
+)
+async def test_a_thought_in_tags_is_no_answer(
+    step: int, said: str, thought: str | None, answer: str, environment: Environment
+) -> None:
+    server = ChatServer(stream(*({"content": said[at : at + step]} for at in range(0, len(said), step))))
+    result = await run(server, environment, thinking="never")
+    assert result.answer == answer
+    message = result.trajectory.messages[-1]
+    assert isinstance(message, AssistantMessage) and message.reasoning == thought
+
+
 @pytest.mark.parametrize(
     ("arguments", "sent"),
     [

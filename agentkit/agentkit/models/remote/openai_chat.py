@@ -34,6 +34,7 @@ from agentkit.models.remote.provider import (
 )
 from agentkit.models.remote.resolve import Endpoint, key_variable
 from agentkit.models.remote.schemas import openai_tool
+from agentkit_engine.chat.tokens import THINK, THINK_END
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import ImagePart, TextPart
 from agentkit_tools.parts import Part
@@ -411,6 +412,8 @@ class _Reader:
         self._chunks = 0
         self._thoughts = 0
         self._refusal = False
+        self._inline: Literal["start", "thought", "after", "answer"] = "start"
+        self._held = ""  # the end of the text so far that may belong to a tag
         self._prompt_ids: tuple[int, ...] = ()
         self._ids: list[int] = []
         self._logprobs: list[float] = []
@@ -461,6 +464,8 @@ class _Reader:
             raise TransientError("the stream ended before the turn")
         if self._finish in ("insufficient_system_resource", "network_error", "error", "abort"):
             raise TransientError(f"the API stopped the turn: {self._finish}")
+        if self._held:
+            yield self._thought(self._held) if self._inline == "thought" else TextChunk(self._held)
         for index, call in enumerate(self._calls):
             if not call.announced:
                 yield CallChunk(index, "", call.id, call.name)
@@ -511,18 +516,48 @@ class _Reader:
     def _content(self, content: object) -> Iterator[Delta]:
         """Yield the content: text, or as at Mistral a list of parts."""
         if isinstance(content, str):
-            if content:
-                self._chunks += 1
-                yield TextChunk(content)
+            yield from self._text(content)
         elif isinstance(content, list):
             for part in content:
                 match part:
                     case {"type": "text", "text": str(text)}:
-                        yield from self._content(text)
+                        yield from self._text(text)
                     case {"type": "thinking", "thinking": str(text)}:
                         yield self._thought(text)
                     case {"type": "thinking", "thinking": list(thoughts)}:
                         yield from (self._thought(each["text"]) for each in thoughts if each.get("text"))
+
+    def _text(self, text: str) -> Iterator[Delta]:
+        """Yield the text, and as reasoning a thought in tags at its beginning, which a server did not parse."""
+        if self._inline == "after":
+            text = text.lstrip("\n")
+        if not text:
+            return
+        if self._inline in ("after", "answer"):
+            self._inline = "answer"
+            self._chunks += 1
+            yield TextChunk(text)
+            return
+        held, self._held = self._held + text, ""
+        if self._inline == "start":
+            begun = held.lstrip()
+            if not begun.startswith(THINK):
+                if THINK.startswith(begun):
+                    self._held = held
+                    return
+                self._inline = "answer"
+                yield from self._text(held)
+                return
+            self._inline, held = "thought", begun.removeprefix(THINK)
+        thought, end, rest = held.partition(THINK_END)
+        if not end:
+            kept = next(length for length in range(len(THINK_END) - 1, -1, -1) if thought.endswith(THINK_END[:length]))
+            thought, self._held = thought[: len(thought) - kept], thought[len(thought) - kept :]
+        if thought:
+            yield self._thought(thought)
+        if end:
+            self._inline = "after"
+            yield from self._text(rest)
 
     def _call(self, piece: Mapping[str, Any]) -> Iterator[CallChunk]:
         function = piece.get("function")

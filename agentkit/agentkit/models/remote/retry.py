@@ -31,14 +31,15 @@ def wait_s(failures: int, retry_after_s: float | None) -> float | None:
 class Gate:
     """Bounds the number of requests in flight, and closes for a while when the API says that there are too many.
 
-    Use it as a context manager around each request. `throttle` halves the bound, and each success raises it again by
-    one request for each round of requests, as TCP does with its window.
+    Use it as a context manager around each request. `throttle` lowers the bound to half of the requests in flight, or
+    to those that were not refused. Successes raise it again: by one for each round of requests, and ten times more
+    slowly close to the number that was refused.
     """
 
     def __init__(self) -> None:
         self.max_connections = inf
         self.active = 0
-        self._bound = inf
+        self._bound = self._refused_at = inf
         self._opens_at = -inf
         self._changed = anyio.Event()
 
@@ -58,15 +59,17 @@ class Gate:
     ) -> None:
         self.active -= 1
         if exc_type is None and self._bound < inf:
-            self._bound += 1 / self._bound
+            self._bound += (1.0 if self._bound < self._refused_at - 1 else 0.1) / self._bound
         self._changed.set()
         self._changed = anyio.Event()
 
     def throttle(self, closed_s: float) -> None:
-        """Let no request pass for `closed_s` seconds, and then only half as many at a time."""
+        """Let no request pass for `closed_s` seconds, and then fewer at a time."""
         now = anyio.current_time()
         if now >= self._opens_at:  # one burst of refusals counts once
-            self._bound = max(1.0, (self.active + 1) // 2)
+            self._refused_at = self.active + 1
+            self._bound = self._refused_at // 2
+        self._bound = max(1.0, min(self._bound, self.active))  # at the end of the burst, those that were not refused
         self._opens_at = max(self._opens_at, now + closed_s)
 
 
