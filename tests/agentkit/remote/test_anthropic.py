@@ -46,9 +46,9 @@ CACHED = {"cache_control": {"type": "ephemeral"}}
 
 @asynccontextmanager
 async def serving(
-    *script: Script, model: str = MODEL, timeout_s: float = 20.0
+    *script: Script, model: str = MODEL, timeout_s: float = 20.0, checks: bool = True
 ) -> AsyncIterator[tuple[Anthropic, AnthropicServer]]:
-    server = AnthropicServer(*script)
+    server = AnthropicServer(*script, checks=checks)
     async with server.running() as url:
         provider = Anthropic(model, base_url=url, api_key=KEY, timeout_s=timeout_s)
         try:
@@ -413,10 +413,37 @@ async def test_features_that_the_api_refuses_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "refused", "learned"),
+    [
+        ("claude-haiku-4-5", "enabled", {"type": "adaptive"}),
+        ("claude-haiku-5-5", "disabled", {"type": "adaptive", "display": "summarized"}),
+    ],
+)
+async def test_a_way_to_think_that_the_model_refuses_is_not_used_again(model: str, refused: str, learned: Json) -> None:
+    said = f'"thinking.type.{refused}" is not supported for this model. Use "thinking.type.adaptive".'
+
+    def refuse(body: Json) -> Reply:
+        return error(400, "invalid_request_error", said) if body["thinking"]["type"] == refused else says(text("a"))
+
+    async with serving(refuse, refuse, refuse, checks=False, model=model) as (provider, server):
+        for _ in range(2):
+            await drained(provider, ask(think=refused == "enabled"))
+    assert [request["thinking"] for request in server.requests[1:]] == [learned] * 2
+
+
+@pytest.mark.parametrize(
     ("reply", "kind", "said"),
     [
-        (error(401, "authentication_error", f"invalid x-api-key {KEY}"), ApiKeyError, "check ANTHROPIC_API_KEY"),
-        (error(403, "permission_error", "no"), ApiKeyError, f"and that the key may use {MODEL}"),
+        (
+            error(401, "authentication_error", f"invalid x-api-key {KEY[:9]}"),
+            ApiKeyError,
+            "key .request req_1.: check ANTH",
+        ),
+        (
+            error(403, "permission_error", "no"),
+            ApiKeyError,
+            f"HTTP 403: no .*check that the key of ANTHROPIC_API_KEY may use {MODEL}",
+        ),
         (error(402, "billing_error", "pay"), ApiError, "HTTP 402: pay"),
         (
             error(404, "not_found_error", f"model: {MODEL}"),
@@ -451,7 +478,7 @@ async def test_errors_that_do_not_pass(
         with pytest.raises(kind, match=said) as caught:
             await drained(provider, ask())
         assert KEY not in repr(provider.__dict__)
-    assert len(server.requests) == 1 and KEY not in str(caught.value) and "\n" not in str(caught.value)
+    assert len(server.requests) == 1 and KEY[:9] not in str(caught.value) and "\n" not in str(caught.value)
     assert KEY not in caplog.text
 
 

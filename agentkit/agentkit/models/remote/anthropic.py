@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from agentkit.errors import ApiError, ModelOptionError
@@ -101,7 +101,6 @@ class Anthropic:
         )
         self._model = model
         self._family = _family(model)
-        self._max_tokens = self._family.max_tokens
         self._refused: set[str] = set()  # features that the API has refused: "format", "display"
         self.host = self._connection.host
         self.efforts: tuple[Effort, ...] = ("none", "high")
@@ -149,13 +148,16 @@ class Anthropic:
 
     def _learn(self, said: str) -> bool:
         """Note what the API refuses; return whether that was not noted before."""
-        if (most := re.search(r"max_tokens: \d+ > (\d+)", said)) and int(most[1]) < self._max_tokens:
-            self._max_tokens = int(most[1])
-            return True
-        features = {"format": r"output_config|output_format|schema", "display": r"thinking\S*display"}
-        found = {feature for feature, pattern in features.items() if re.search(pattern, said)} - self._refused
-        self._refused |= found
-        return bool(found)
+        before = self._family, set(self._refused)
+        if most := re.search(r"max_tokens: \d+ > (\d+)", said):
+            self._family = replace(self._family, max_tokens=int(most[1]))
+        if re.search(r"thinking\.type\.enabled\W+is not supported", said):
+            self._family = replace(self._family, thinking="adaptive")
+        if re.search(r"thinking\.type\.(disabled|between_tools)\W+is not supported", said):
+            self._family = replace(self._family, off=None)
+        features = {"format": r"output_config\.format|output_format", "display": r"thinking\S*display"}
+        self._refused |= {feature for feature, pattern in features.items() if re.search(pattern, said)}
+        return before != (self._family, self._refused)
 
     def _body(
         self,
@@ -165,7 +167,7 @@ class Anthropic:
         said: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the request that continues the conversation after `said`, the turn so far, and its headers."""
-        max_tokens = min(turn_limit(request) or self._max_tokens, self._max_tokens)
+        max_tokens = min(turn_limit(request) or self._family.max_tokens, self._family.max_tokens)
         thinking, effort = self._thinking(request, max_tokens)
         body: dict[str, Any] = {
             "model": self._model,

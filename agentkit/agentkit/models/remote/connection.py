@@ -38,11 +38,13 @@ TIMEOUT_S: Final = 600.0
 """Default number of seconds that a connection may be silent."""
 CONNECT_TIMEOUT_S: Final = 15.0
 DRAIN_S: Final = 1.0
+MIN_SECRET: Final = 8
+"""Length of the shortest key that is kept out of texts. A shorter one is a placeholder for a server without keys."""
 MAX_DETAIL: Final = 500
 
 CALL_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-KEY_ERRORS: Final = {"authentication_error", "permission_error", "invalid_api_key"}
+KEY_ERRORS: Final = {"authentication_error", "invalid_api_key"}
 MODEL_ERRORS: Final = {"model_not_found"}
 CONTEXT_ERRORS: Final = {"context_length_exceeded", "request_too_large"}
 CONTEXT_TEXTS: Final = ("prompt is too long", "exceed context limit", "exceeds the context window", "context length")
@@ -151,11 +153,10 @@ class Connection:
             return ContextFullError(text)
         if kinds & FINAL_ERRORS or status == 402:
             return ApiError(text, status=status)
-        if kinds & KEY_ERRORS or status in (401, 403):
-            return ApiKeyError(
-                f"{self.host} refuses the key{request}: check {self._variable}, and that the key may use {self.model}",
-                status=status,
-            )
+        if status == 403 or "permission_error" in kinds:
+            return ApiKeyError(f"{text}: check that the key of {self._variable} may use {self.model}", status=status)
+        if kinds & KEY_ERRORS or status == 401:  # without the API's words, which may have part of the key
+            return ApiKeyError(f"{self.host} refuses the key{request}: check {self._variable}", status=status)
         if kinds & MODEL_ERRORS or (status == 404 and "not_found_error" in kinds):
             return UnknownModelError(f"{self.host} has no model {self.model!r}{request}: check the name")
         transient = status in (408, 409, 429) or status >= 500 if status is not None else bool(kinds & TRANSIENT_ERRORS)
@@ -228,7 +229,7 @@ class Connection:
         )
 
     def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "[key]")
+        return text.replace(self._key, "[key]") if len(self._key) >= MIN_SECRET else text
 
 
 async def drain(events: AsyncGenerator[dict[str, Any], None]) -> None:
