@@ -442,7 +442,7 @@ async def test_a_way_to_think_that_the_model_refuses_is_not_used_again(model: st
         (
             error(403, "permission_error", "no"),
             ApiKeyError,
-            f"HTTP 403: no .*check that the key of ANTHROPIC_API_KEY may use {MODEL}",
+            f"HTTP 403: no .*and that the key may use {MODEL}",
         ),
         (error(402, "billing_error", "pay"), ApiError, "HTTP 402: pay"),
         (

@@ -355,7 +355,7 @@ OK = "an error of the API"
         (
             error(403, "Country not supported"),
             ApiKeyError,
-            "HTTP 403: Country not .*that the key of OPENAI_API_KEY may use",
+            "HTTP 403: Country not .*check OPENAI_API_KEY, and that the key may use",
         ),
         (error(404, "no", code="model_not_found"), UnknownModelError, "has no model 'gpt-5.2'"),
         (error(400, "no", code="model_not_found"), UnknownModelError, "has no model 'gpt-5.2'"),

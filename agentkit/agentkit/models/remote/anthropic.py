@@ -17,6 +17,7 @@ from agentkit.errors import ApiError, ModelOptionError
 from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import Effort
 from agentkit.models.remote.connection import TIMEOUT_S, Connection, drain, refuse_sampling, turn_limit, wire_id
+from agentkit.models.remote.names import arguments_object
 from agentkit.models.remote.provider import (
     CallChunk,
     Delta,
@@ -266,7 +267,12 @@ class Anthropic:
                     ] == [call.id for call in message.calls]:
                         return [{key: value for key, value in block.items() if value is not None} for block in content]
                 calls = [
-                    {"type": "tool_use", "id": wire_id(call.id), "name": call.name, "input": _object(call.arguments)}
+                    {
+                        "type": "tool_use",
+                        "id": wire_id(call.id),
+                        "name": call.name,
+                        "input": arguments_object(call.arguments),
+                    }
                     for call in message.calls
                 ]
                 return [*_content([TextPart(message.content)]), *calls]
@@ -398,7 +404,7 @@ class _Reader:
         call_id, name = block["id"], block["name"]
         written = self._arguments[call_id]
         arguments = written or json.dumps(block.get("input") or {}, ensure_ascii=False)
-        block["input"] = _object(arguments)
+        block["input"] = arguments_object(arguments)
         if name in self._mapped:
             yield CallChunk(self._indices[call_id], self._mapped[name].restored(arguments))
         elif not written:
@@ -453,19 +459,6 @@ def _content(parts: Sequence[Part]) -> list[dict[str, Any]]:
         for part in parts
         if not isinstance(part, TextPart) or part.text.strip()
     ]
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """Return a call's arguments as the object that the API insists on."""
-    try:
-        value = json.loads(arguments or "{}", parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {"malformed_arguments": arguments}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _present(usage: object) -> dict[str, Any]:

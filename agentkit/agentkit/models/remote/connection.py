@@ -154,7 +154,7 @@ class Connection:
         if kinds & FINAL_ERRORS or status == 402:
             return ApiError(text, status=status)
         if status == 403 or "permission_error" in kinds:
-            return ApiKeyError(f"{text}: check that the key of {self._variable} may use {self.model}", status=status)
+            return ApiKeyError(f"{text}: check {self._variable}, and that the key may use {self.model}", status=status)
         if kinds & KEY_ERRORS or status == 401:  # without the API's words, which may have part of the key
             return ApiKeyError(f"{self.host} refuses the key{request}: check {self._variable}", status=status)
         if kinds & MODEL_ERRORS or (status == 404 and "not_found_error" in kinds):
