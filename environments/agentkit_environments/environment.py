@@ -97,6 +97,8 @@ class EnvironmentSpec:
     """Docker image; None is the base image of `images/base.py`. The other backends refuse an image."""
     workdir: str = "/workspace"
     """Absolute path of the work directory: commands start there, and relative paths begin there. Empty at first."""
+    workdir_from_image: bool = False
+    """Whether the work directory starts with the image's files at its path instead, owned by the commands' user."""
     network: Network = "none"
     """`none` is a loopback interface only; `public` is the engine's default network (docker only)."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class EnvironmentSpec:
         for name, kinds, expected in (
             ("image", str | None, "the name of a Docker image or None"),
             ("workdir", str, "an absolute path"),
+            ("workdir_from_image", bool, "True or False"),
             ("env", Mapping, 'a mapping of names to texts such as {"LANG": "C"}'),
             ("limits", ResourceLimits, "a ResourceLimits"),
         ):
@@ -115,6 +118,8 @@ class EnvironmentSpec:
         if self.network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
         exec_variables(self.env)
+        if self.workdir_from_image and self.image is None:
+            raise ValueError("workdir_from_image needs an image; the base image has an empty work directory")
         normal = posixpath.normpath(self.workdir)
         if not re.fullmatch(r"(/[\w.-]+)+", normal) or normal in SHARED_DIRECTORIES:
             raise ValueError(f"workdir must be the absolute path of a dedicated directory, got {self.workdir!r}")

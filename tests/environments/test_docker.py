@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import secrets
+import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import docker
@@ -10,6 +14,7 @@ import pytest
 
 from agentkit_environments import EnvironmentSpec, ResourceLimits, SandboxUnavailableError, open_environment
 from agentkit_environments.docker import docker_failure
+from agentkit_environments.docker.engine import BASE_IMAGE
 
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
 
@@ -98,3 +103,59 @@ async def test_containers_and_volumes_are_gone_after_close(client: docker.Docker
 async def test_an_image_that_cannot_be_pulled_is_named(client: docker.DockerClient) -> None:
     with pytest.raises(SandboxUnavailableError, match="localhost:1/no/such:image"):
         await open_environment(EnvironmentSpec(image="localhost:1/no/such:image"), backend="docker")
+
+
+async def test_the_work_directory_can_start_with_the_images_files(client: docker.DockerClient) -> None:
+    files = {"data/a/b.txt": b"text\n", "data/tool.sh": b"#!/bin/sh\necho ran\n"}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o755 if name.endswith(".sh") else 0o600
+            tar.addfile(member, io.BytesIO(data))
+        for kind, target in ((tarfile.SYMTYPE, "a/b.txt"), (tarfile.LNKTYPE, "data/a/b.txt"), (tarfile.FIFOTYPE, "")):
+            member = tarfile.TarInfo(f"data/{kind.decode()}")
+            member.type, member.linkname, member.mode = kind, target, 0o600
+            tar.addfile(member)
+    name = f"agentkit-test-{secrets.token_hex(4)}"
+    source = client.api.create_container(BASE_IMAGE, command=["true"])["Id"]
+    try:
+        client.api.put_archive(source, "/", archive.getvalue())
+        client.api.commit(source, name)
+        spec = EnvironmentSpec(image=name, workdir="/data", workdir_from_image=True)
+        async with await open_environment(spec, backend="docker") as env:
+            found = await env.exec("find . -printf '%p %u %m\\n' | sort; ./tool.sh; cat 2; echo more >> a/b.txt; cat 1")
+            assert found.stdout.split("\n") == [
+                ". agent 755", "./1 agent 600", "./2 agent 777", "./a agent 755", "./a/b.txt agent 600",
+                "./tool.sh agent 755", "ran", "text", "text", "more", ""
+            ]  # fmt: skip
+        # nothing is left over, and the image is as it was
+        async with await open_environment(spec, backend="docker") as env:
+            assert await env.read_file("a/b.txt") == b"text\n"
+        with pytest.raises(SandboxUnavailableError, match=f"image {name} has no directory /nowhere"):
+            await open_environment(replace(spec, workdir="/nowhere"), backend="docker", run_id="unfilled")
+        assert not client.api.containers(all=True, filters={"label": "agentkit.run=unfilled"})
+    finally:
+        client.api.remove_container(source, force=True)
+        client.images.remove(name, force=True)
+
+
+async def test_an_image_that_does_not_fit_the_work_directory_is_refused(client: docker.DockerClient) -> None:
+    spec = EnvironmentSpec(
+        image=BASE_IMAGE, workdir="/workspace/big", workdir_from_image=True, limits=ResourceLimits(disk_mib=1)
+    )
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        member = tarfile.TarInfo("big/file")
+        member.size = 2 << 20
+        tar.addfile(member, io.BytesIO(secrets.token_bytes(2 << 20)))
+    name = f"agentkit-test-{secrets.token_hex(4)}"
+    source = client.api.create_container(BASE_IMAGE, command=["true"])["Id"]
+    try:
+        client.api.put_archive(source, "/workspace", archive.getvalue())
+        client.api.commit(source, name)
+        with pytest.raises(SandboxUnavailableError, match=r"raise limits\.disk_mib"):
+            await open_environment(replace(spec, image=name), backend="docker")
+    finally:
+        client.api.remove_container(source, force=True)
+        client.images.remove(name, force=True)

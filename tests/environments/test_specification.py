@@ -34,6 +34,8 @@ def test_cpus_are_finite_and_other_limits_whole(value: float) -> None:
     [
         ({"network": "all"}, ValueError, "network must be one of none, public, got 'all'"),
         ({"image": 5}, TypeError, "image must be the name of a Docker image or None, got 5"),
+        ({"workdir_from_image": 1, "image": "x"}, TypeError, "workdir_from_image must be True or False, got 1"),
+        ({"workdir_from_image": True}, ValueError, "workdir_from_image needs an image"),
         ({"workdir": 5}, TypeError, "workdir must be an absolute path, got 5"),
         ({"workdir": "work"}, ValueError, "workdir must be the absolute path of a dedicated directory, got 'work'"),
         ({"env": ["A=B"]}, TypeError, "env must be a mapping"),

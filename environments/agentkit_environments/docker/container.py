@@ -32,13 +32,13 @@ class Container:
 
     def __init__(self, spec: EnvironmentSpec, run_id: str) -> None:
         """Start a container. Raises SandboxUnavailableError if that fails."""
-        self._client = connect()
-        self.api = self._client.api
+        self.client = connect()
+        self.api = self.client.api
         self._memory_mib = spec.limits.memory_mib
         try:
-            self.id = create_container(self.api, require_image(self._client, spec.image), spec, run_id)
+            self.id = create_container(self.api, require_image(self.client, spec.image), spec, run_id)
         except BaseException:
-            self._client.close()
+            self.client.close()
             raise
         self._keeper: Keeper | None = None
         try:
@@ -106,8 +106,8 @@ class Container:
         """Kill and remove the container and its volumes, and close the connection to the engine. Safe to call twice."""
         keeper, self._keeper = self._keeper, None
         try:
-            remove_container(self._client, self.id)
+            remove_container(self.client, self.id)
         finally:
             if keeper is not None:
                 keeper.close()
-            self._client.close()
+            self.client.close()

@@ -59,19 +59,22 @@ class DockerEnvironment(Environment):
         """Start a container.
 
         Raises:
-            SandboxUnavailableError: If no engine answers, the image is missing and cannot be pulled, or the engine
-                refuses the container.
+            SandboxUnavailableError: If no engine answers, the image is missing and cannot be pulled, the engine
+                refuses the container, or the image's files do not fit into the work directory.
         """
         started: list[Container] = []
 
         def start() -> None:
-            started.append(Container(spec, run_id))
+            container = Container(spec, run_id)
+            started.append(container)
+            if spec.workdir_from_image:
+                Files(container).copy_from_image(str(spec.image), spec.workdir, run_id)
 
         try:
             # Not abandoned on cancellation, so that a container that was started is known and removed.
             await anyio.to_thread.run_sync(start)
             await anyio.lowlevel.checkpoint_if_cancelled()
-        except anyio.get_cancelled_exc_class():
+        except BaseException:
             with anyio.CancelScope(shield=True):
                 for container in started:
                     await anyio.to_thread.run_sync(container.remove)

@@ -15,19 +15,24 @@ import json
 import os
 import posixpath
 import secrets
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import requests
+from docker.errors import DockerException
 
 from agentkit_environments.archive import MAX_LINKS_FOLLOWED, ExportedDir, rebase_archive, repack
 from agentkit_environments.docker.container import Container
-from agentkit_environments.docker.engine import API_TIMEOUT_S
+from agentkit_environments.docker.engine import API_TIMEOUT_S, OWNER_LABEL, RUN_LABEL, remove_container
 from agentkit_environments.docker.exec_stream import KILLED, ExecStream
 from agentkit_environments.docker.hardening import AGENT_ID, AGENT_USER
+from agentkit_environments.errors import SandboxUnavailableError
 from agentkit_environments.executor import COOKIE
+from agentkit_environments.owner import owner_token
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -162,6 +167,35 @@ class Files:
         directory, missing = self._existing_parent(posixpath.join(path, "x"), path)
         self._put(directory, rebase_archive(archive, prefix="/".join(missing[:-1]), uid=AGENT_ID), path)
 
+    def copy_from_image(self, image: str, path: str, run_id: str) -> None:
+        """Copy an image's directory into the volume that hides it, with the commands' user as owner of everything.
+
+        Raises:
+            SandboxUnavailableError: If the image has no such directory, or the volume is too small.
+        """
+        labels = {RUN_LABEL: run_id, OWNER_LABEL: owner_token()}
+        try:
+            source = self._api.create_container(image, entrypoint=["/bin/sh"], labels=labels)["Id"]
+            try:
+                url = self._url.replace(self._container.id, source)
+                with (
+                    self._api.get(url, params={"path": path}, stream=True, timeout=API_TIMEOUT_S) as response,
+                    tempfile.TemporaryFile() as file,
+                ):
+                    self._raise_for(response, path)
+                    _reown(io.BufferedReader(_Stream(response.iter_content(1 << 20))), file)
+                    file.seek(0)
+                    self._put(path, file, path)
+            finally:
+                remove_container(self._container.client, source)
+        except FileNotFoundError as error:
+            raise SandboxUnavailableError(f"image {image} has no directory {path}") from error
+        except (DockerException, requests.RequestException, tarfile.TarError, OSError) as error:
+            hint = "; raise limits.disk_mib" if getattr(error, "errno", None) == errno.ENOSPC else ""
+            raise SandboxUnavailableError(
+                f"the files of image {image} at {path} cannot be copied: {error}{hint}"
+            ) from error
+
     def stat(self, path: str) -> Stat:
         """Return what is at `path`; links are followed inside the container."""
         place = path
@@ -193,7 +227,7 @@ class Files:
             return stat.path, parts[length:]
         raise os_error(errno.ENOENT, shown)
 
-    def _put(self, directory: str, data: bytes, shown: str) -> None:
+    def _put(self, directory: str, data: bytes | IO[bytes], shown: str) -> None:
         """Unpack a tar archive into an existing directory; errors name the path `shown`.
 
         By default the engine would let a file replace a directory with everything in it.
@@ -213,6 +247,20 @@ class Files:
                 raise os_error(number, path)
         self._container.require_running()
         raise OSError(errno.EIO, f"the Docker engine answered {response.status_code}: {said.strip()}", path)
+
+
+def _reown(source: IO[bytes], out: IO[bytes]) -> None:
+    """Write the archive of a directory with names relative to that directory, and one owner."""
+    with tarfile.open(fileobj=source, mode="r|") as archive, tarfile.open(fileobj=out, mode="w|") as target:
+        for member in archive:
+            member.name = member.name.partition("/")[2]
+            if member.islnk():
+                member.linkname = member.linkname.partition("/")[2]
+            if not member.name or not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
+                continue
+            member.uid = member.gid = AGENT_ID
+            member.uname = member.gname = ""
+            target.addfile(member, archive.extractfile(member) if member.isreg() else None)
 
 
 class _Stream(io.RawIOBase):
