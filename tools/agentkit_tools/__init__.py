@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agentkit_tools.command import CommandTool
+from agentkit_tools.declared import DeclaredTool
 from agentkit_tools.edit import edit_file
 from agentkit_tools.errors import (
     ArgumentsError,
@@ -38,6 +39,7 @@ __all__ = [
     "BUILTINS",
     "ArgumentsError",
     "CommandTool",
+    "DeclaredTool",
     "FunctionTool",
     "ImagePart",
     "MCPConfigError",
