@@ -40,7 +40,7 @@ from pydantic import (
 from agentkit.errors import TaskFileError, TaskSetupError
 from agentkit_engine.untrusted import read_regular, shorten
 from agentkit_environments import Environment, EnvironmentSpec, ResourceLimits
-from agentkit_tools import BUILTINS, CommandTool, Tool, ToolDefinitionError
+from agentkit_tools import BUILTINS, CommandTool, DeclaredTool, Tool, ToolDefinitionError
 
 MAX_TIMEOUT_S = 1e7
 MAX_YAML_BYTES = 1 << 19
@@ -107,6 +107,7 @@ class EnvironmentConfig(Strict):
     files: dict[RelativePath, str] = Field(default_factory=dict)  # path in the workdir -> text
     setup: list[Shell] = Field(default_factory=list)  # shell commands; a non-zero exit status is an error of the task
     workdir: str = "/workspace"
+    workdir_from_image: bool = False  # the workdir starts with the image's files at its path, instead of empty
     network: Literal["none", "public"] = "none"
     env: dict[Annotated[str, AfterValidator(_variable)], Shell] = Field(default_factory=dict)
     limits: LimitsConfig = LimitsConfig()
@@ -121,6 +122,7 @@ class EnvironmentConfig(Strict):
         return EnvironmentSpec(
             image=self.image,
             workdir=self.workdir,
+            workdir_from_image=self.workdir_from_image,
             network=self.network,
             env=dict(self.env),
             limits=ResourceLimits(**self.limits.model_dump()),
@@ -133,7 +135,7 @@ class ToolConfig(Strict):
     name: str
     description: str
     parameters: dict[str, Any]  # JSON schema of an object
-    command: Shell
+    command: Shell | None = None  # None: the tool is not run, in a task whose verifier scores the calls
 
     @model_validator(mode="after")
     def _well_formed(self) -> Self:
@@ -143,8 +145,10 @@ class ToolConfig(Strict):
             raise ValueError(str(exc)) from exc
         return self
 
-    def build(self) -> CommandTool:
+    def build(self) -> Tool:
         """Return the tool."""
+        if self.command is None:
+            return DeclaredTool(self.name, self.description, self.parameters)
         return CommandTool(self.name, self.description, self.parameters, self.command)
 
 
@@ -171,6 +175,45 @@ class VerifierConfig(Strict):
     timeout_s: float = Field(default=60.0, gt=0, le=MAX_TIMEOUT_S)
 
 
+def _one_call(call: dict[str, Any]) -> dict[str, Any]:
+    if len(call) != 1:
+        raise ValueError(f"expected one `tool: {{argument: [allowed values]}}` per call, got {len(call)} tools")
+    return call
+
+
+ExpectedCall = Annotated[dict[str, dict[str, list[Any]]], AfterValidator(_one_call)]
+"""A tool's name and, for each argument, the allowed values; "" among them means that the argument may be left out."""
+
+
+class CallsConfig(Strict):
+    """Scoring of the calls of the model's first turn, as in BFCL: no tool is run, and the run ends with that turn.
+
+    `calls` has the expected calls in any order, none if the model should call no tool; "any" expects one call or more.
+    """
+
+    calls: Annotated[
+        Annotated[list[ExpectedCall], Tag("<calls>")] | Annotated[Literal["any"], Tag("<any>")],
+        Discriminator(lambda calls: "<any>" if isinstance(calls, str) else "<calls>"),
+    ]
+
+
+class TestsConfig(Strict):
+    """Scoring of a change to a git repository by named tests, as in SWE-bench.
+
+    The workdir is the repository. What the agent changed there, except for files that git ignores, is applied to a
+    fresh workdir; then `patch` is applied, whose files are never the agent's, and `command` runs. The reward is 1 if
+    every test of both lists passes. Tests that are skipped pass only in `pass_to_pass`.
+    """
+
+    __test__ = False  # not a test class of pytest
+
+    fail_to_pass: list[str] = Field(min_length=1)  # names as in the command's output
+    pass_to_pass: list[str] = Field(default_factory=list)
+    command: Shell  # a bash script, whose output is that of `pytest -rA` or `python -m unittest -v`
+    patch: str = ""  # changes to the tests
+    timeout_s: float = Field(default=1800.0, gt=0, le=MAX_TIMEOUT_S)
+
+
 class SolutionConfig(Strict):
     """The oracle solution: a shell command in the workdir. Its standard output, stripped, is the answer."""
 
@@ -182,6 +225,25 @@ ToolEntry = Annotated[
     Annotated[str, AfterValidator(_built_in), Tag("<name>")] | Annotated[ToolConfig, Tag("<definition>")],
     Discriminator(lambda entry: "<definition>" if isinstance(entry, Mapping | ToolConfig) else "<name>"),
 ]
+
+
+def _verifier_kind(entry: Any) -> str:
+    if isinstance(entry, CallsConfig) or (isinstance(entry, Mapping) and "calls" in entry):
+        return "<by calls>"
+    if isinstance(entry, TestsConfig) or (isinstance(entry, Mapping) and "fail_to_pass" in entry):
+        return "<by tests>"
+    return "<command>"
+
+
+Verifier = Annotated[
+    Annotated[VerifierConfig, Tag("<command>")]
+    | Annotated[CallsConfig, Tag("<by calls>")]
+    | Annotated[TestsConfig, Tag("<by tests>")],
+    Discriminator(_verifier_kind),
+]
+_TAGGED: dict[object, type[BaseModel]] = {"<by calls>": CallsConfig, "<by tests>": TestsConfig}
+_TAGS = {"<name>", "<definition>", "<command>", *_TAGGED, "<calls>", "<any>", "[key]"}
+"""Steps of an error's location that are not in the file."""
 
 
 def _every_built_in() -> list[str | ToolConfig]:
@@ -197,7 +259,7 @@ class Task(Strict):
     environment: EnvironmentConfig = EnvironmentConfig()
     tools: list[ToolEntry] = Field(default_factory=_every_built_in)
     agent: AgentConfig = AgentConfig()
-    verifier: VerifierConfig | None = None  # None: the task can be run but not scored
+    verifier: Verifier | None = None  # None: the task can be run but not scored
     solution: SolutionConfig | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
 
@@ -209,9 +271,25 @@ class Task(Strict):
             raise ValueError(f"duplicate tools: {', '.join(sorted(twice))}")
         return entries
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if isinstance(self.verifier, CallsConfig):
+            if self.environment != EnvironmentConfig() or self.solution is not None:
+                raise ValueError("a task with verifier.calls has no environment and no solution, as no tool is run")
+            known = [tool if isinstance(tool, str) else tool.name for tool in self.tools]
+            expected = [] if self.verifier.calls == "any" else self.verifier.calls
+            if unknown := {name for call in expected for name in call} - {*known}:
+                raise ValueError(f"verifier.calls: no tool {', '.join(sorted(unknown))}; tools: {', '.join(known)}")
+        elif missing := [tool.name for tool in self.tools if isinstance(tool, ToolConfig) and tool.command is None]:
+            raise ValueError(f'missing key "command" of tool {missing[0]}; only verifier.calls does without it')
+        return self
+
     def build_tools(self) -> list[Tool]:
-        """Return the task's tools, in the order of the file."""
-        return [BUILTINS[entry] if isinstance(entry, str) else entry.build() for entry in self.tools]
+        """Return the task's tools, in the order of the file. With `verifier.calls` none of them can be run."""
+        tools = [BUILTINS[entry] if isinstance(entry, str) else entry.build() for entry in self.tools]
+        if isinstance(self.verifier, CallsConfig):
+            return [DeclaredTool(tool.name, tool.description, tool.parameters) for tool in tools]
+        return tools
 
     async def prepare(self, environment: Environment) -> None:
         """Write the task's files to the workdir of a fresh environment and run its setup commands there, in order.
@@ -434,7 +512,7 @@ def _line(node: yaml.Node | None, loc: Sequence[int | str]) -> int:
 
 
 def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
-    loc = [step for step in error["loc"] if step not in ("<name>", "<definition>", "[key]")]
+    loc = [step for step in error["loc"] if step not in _TAGS]
     where = shorten(".".join(str(step) for step in loc), 120, quote=False)
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(model, error["loc"][:-1]))
@@ -445,7 +523,7 @@ def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f'missing key "{where}"'
     message = shorten(str(error["msg"]).removeprefix("Value error, "), 500, quote=False)
     if error["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else message
     hint = {
         "string_type": "" if isinstance(error["input"], list | dict) else "; quote it to make it text",
         "dict_type": "; write one `NAME: value` per line",
@@ -461,7 +539,9 @@ def _kind(value: object) -> str:
 def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> Iterable[str]:
     """Return the field names of the model at `loc`."""
     for step in loc:
-        if isinstance(step, str) and step in model.model_fields:
+        if step in _TAGGED:
+            model = _TAGGED[step]
+        elif isinstance(step, str) and step in model.model_fields:
             inner = list(_models_in(model.model_fields[step].annotation))
             model = inner[0] if inner else model
     return model.model_fields
