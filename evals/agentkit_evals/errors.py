@@ -4,6 +4,7 @@
         SuiteError          a suite cannot be run: no tasks, a duplicate id, an unknown family
         VerifierError       a task has no verifier, or its verifier does not start on the task's own solution
         RunDirectoryError   a folder is not a run, is damaged, or has another format version
+        ComparisonError     two runs cannot be compared: no task in common, or tasks with different content
 
 A task or suite file that cannot be read raises `agentkit.errors.TaskFileError`.
 """
@@ -25,3 +26,7 @@ class VerifierError(EvalError):
 
 class RunDirectoryError(EvalError):
     """A folder cannot be read as a run. The message has the folder, what was found and what was expected."""
+
+
+class ComparisonError(EvalError):
+    """Two runs cannot be compared. The message has both runs, the reason and the remedy."""

@@ -34,8 +34,9 @@ from agentkit.events import (
 from agentkit.messages import AssistantMessage, SystemMessage, UserMessage
 from agentkit.model import CallMalformed, ThoughtCut, TokenSegment, Usage, total_usage
 from agentkit.prices import dollars
-from agentkit.task import Task
+from agentkit.task import Task, VerifierConfig
 from agentkit.trajectory import Trajectory
+from agentkit_evals.compare import Comparison, Row
 from agentkit_evals.expected import expected_of
 from agentkit_evals.record import RunDirectory, TrialRecord, scores_by_task
 from agentkit_evals.statistics import Estimate, PassRate, estimate, pass_at_k, pass_hat_k
@@ -169,6 +170,58 @@ def render_index(name: str, runs: Sequence[tuple[RunDirectory, str]], problems: 
         )
     data = _script_json({"runs": rows, "about": {"name": f"runs-{name}"}})
     return _page("index.html.j2", name=name, problems=problems, data=data)
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Return a comparison of two runs as an HTML page in the style of a report."""
+    total = comparison.total
+    families = comparison.families if len(comparison.families) > 1 else ()
+    return _page(
+        "compare.html.j2",
+        first=comparison.first,
+        second=comparison.second,
+        total=total,
+        left=str(comparison.left),
+        settings=comparison.settings,
+        facts=_comparison_facts(total),
+        rows=[_comparison_row(row) for row in (*families, total)],
+        first_better=comparison.first_better,
+        second_better=comparison.second_better,
+        data=_script_json({"comparison": comparison.as_json(), "about": {"name": "comparison"}}),
+    )
+
+
+def _comparison_facts(total: Row) -> list[tuple[str, str, str]]:
+    found, sides = total.difference, (("A", total.first), ("B", total.second))
+    facts = [
+        (f"mean reward of {name}", f"{side.mean:.3f}", f"{side.solved}/{side.trials} trials") for name, side in sides
+    ]
+    facts.append(("B − A", str(found), "± standard error of paired differences"))
+    if found.low is not None and found.high is not None:
+        facts.append(("95 % interval", f"{found.low:+.3f} to {found.high:+.3f}", "paired bootstrap over tasks"))
+    if found.p_value is not None:
+        facts.append(("McNemar's exact test", f"p = {found.p_value:.3g}", "two-sided"))
+    for name, side in sides:
+        facts.append((f"tokens of {name}", f"{side.tokens:,.0f}", f"sampled; {side.prompt_tokens:,.0f} fed; per trial"))
+    return facts
+
+
+def _comparison_row(row: Row) -> dict[str, Any]:
+    found, sides = row.difference, (row.first, row.second)
+    interval = "–" if found.low is None or found.high is None else f"{found.low:+.3f} to {found.high:+.3f}"
+    return {
+        "name": "all" if row.family is None else row.family,
+        "total": row.family is None,
+        "tasks": found.tasks,
+        "means": [(_percent(side.mean), f"{side.mean:.3f}") for side in sides],
+        "cells": [
+            str(found),
+            interval,
+            *(f"{side.tokens:,.0f}" for side in sides),
+            *(f"{side.seconds:.1f}" for side in sides),
+            *("–" if side.cost_usd is None else dollars(side.cost_usd) for side in sides),
+        ],
+    }
 
 
 def _page(template: str, **values: Any) -> str:
@@ -396,7 +449,7 @@ def _trial_view(run: RunDirectory, trial: TrialRecord, task: Task, fed: FedIds, 
         "instruction": task.instruction,
         "system": task.system,
         "files": task.environment.files,
-        "verifier": task.verifier.command if task.verifier else "",
+        "verifier": task.verifier.command if isinstance(task.verifier, VerifierConfig) else "",
         "expected": expected_of(task),
         "turns": turns,
         "notes": notes,

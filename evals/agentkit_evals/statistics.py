@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 SOLVED = 1.0 - 1e-6
 """Minimum reward that counts as solved. It is below 1 because ten times 0.1 is a little less than 1."""
@@ -84,3 +85,93 @@ def _over_tasks(scores: Sequence[Sequence[float]], k: int, chance: Callable[[int
         raise ValueError(f"k must be at least 1, got {k}")
     chances = [chance(len(task), sum(score >= SOLVED for score in task)) for task in scores if len(task) >= k]
     return PassRate(math.fsum(chances) / len(chances), len(chances), len(scores)) if chances else None
+
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Mean over `tasks` tasks of the difference of two models' mean rewards, second minus first.
+
+    `stderr` and the bootstrap interval `low` to `high` are None for a single task. `p_value` is that of McNemar's exact
+    test; None unless every task has one trial per model with reward 0 or 1.
+    """
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+    tasks: int
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f}" if self.stderr is None else f"{self.value:+.3f} ± {self.stderr:.3f}"
+
+
+def paired_difference(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], *, seed: int = 0
+) -> Difference | None:
+    """Compare two models on the same tasks: `first[i]` and `second[i]` are the scored epochs of task i.
+
+    The task is the unit: epochs are averaged, tasks without a scored epoch of both models are ignored, and all others
+    weigh the same. The standard error is that of paired differences (Miller 2024, arXiv:2411.00640, section 4). The
+    95 % interval is the percentile interval of a paired bootstrap over tasks, whose random numbers depend on `seed`
+    only. Return None if no task can be paired.
+
+    Raises:
+        ValueError: the numbers of tasks differ.
+    """
+    pairs = [(one, other) for one, other in zip(first, second, strict=True) if one and other]
+    if not pairs:
+        return None
+    differences = [math.fsum(other) / len(other) - math.fsum(one) / len(one) for one, other in pairs]
+    n = len(differences)
+    mean = math.fsum(differences) / n
+    stderr = low = high = None
+    if n > 1:
+        stderr = math.sqrt(math.fsum((each - mean) ** 2 for each in differences) / (n - 1) / n)
+        low, high = bootstrap_interval(differences, seed=seed)
+    p_value = None
+    if all(len(one) == len(other) == 1 and _binary(one[0]) and _binary(other[0]) for one, other in pairs):
+        p_value = mcnemar_exact(
+            sum(one[0] >= SOLVED > other[0] for one, other in pairs),
+            sum(other[0] >= SOLVED > one[0] for one, other in pairs),
+        )
+    return Difference(mean, stderr, low, high, p_value, n)
+
+
+def _binary(reward: float) -> bool:
+    return reward == 0 or abs(reward - 1) <= 1 - SOLVED
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of `values`, from `RESAMPLES` resamples with replacement."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    numbers = np.asarray(values, dtype=float)
+    rows = max(1, (1 << 20) // len(numbers))  # resamples at a time, so that memory stays bounded
+    means = np.concatenate(
+        [
+            numbers[random.integers(len(numbers), size=(min(rows, RESAMPLES - start), len(numbers)))].mean(axis=1)
+            for start in range(0, RESAMPLES, rows)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def mcnemar_exact(first_only: int, second_only: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test, from the numbers of tasks that only one model solved.
+
+    If both models were equally good, each of these tasks would be a fair coin toss. Source: McNemar 1947, with the
+    binomial distribution in place of its approximation.
+    """
+    n, least = first_only + second_only, min(first_only, second_only)
+    tail = ways = 1  # ways to choose k of n, from k to k + 1
+    for k in range(least):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
+    return float(min(Fraction(1), Fraction(2 * tail, 2**n)))

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentkit_evals.statistics import SOLVED, estimate, pass_at_k, pass_hat_k
+from agentkit_evals.statistics import (
+    SOLVED,
+    bootstrap_interval,
+    estimate,
+    mcnemar_exact,
+    paired_difference,
+    pass_at_k,
+    pass_hat_k,
+)
 
 rewards = st.sampled_from([0.0, 0.25, 1.0])
 tables = st.lists(st.lists(rewards, max_size=5), max_size=6)
@@ -85,3 +93,67 @@ def test_sums_of_tenths_are_solved() -> None:
 def test_a_reward_of_at_least_the_threshold_is_solved(reward: float, value: float) -> None:
     rate = pass_at_k([[reward]], 1)
     assert rate is not None and rate.value == value
+
+
+@given(st.integers(0, 8), st.integers(0, 8))
+def test_mcnemar_is_the_share_of_coin_tosses_at_least_as_uneven(first_only: int, second_only: int) -> None:
+    n, uneven = first_only + second_only, abs(first_only - second_only)
+    tosses = itertools.product((1, -1), repeat=n)
+    share = statistics.fmean(abs(sum(toss)) >= uneven for toss in tosses)
+    assert mcnemar_exact(first_only, second_only) == pytest.approx(share)
+    assert mcnemar_exact(first_only, second_only) == mcnemar_exact(second_only, first_only)
+
+
+def test_mcnemar_agrees_with_published_values() -> None:
+    """Two-sided binomial tests of 9 out of 10, 1 out of 6, and 25 out of 37 tosses, from tables."""
+    assert mcnemar_exact(9, 1) == pytest.approx(0.021484375)
+    assert mcnemar_exact(5, 1) == pytest.approx(0.21875)
+    assert mcnemar_exact(12, 25) == pytest.approx(0.0470, abs=5e-5)
+    assert mcnemar_exact(0, 0) == 1.0
+    assert 0 <= mcnemar_exact(5000, 5000) <= 1
+
+
+@given(st.lists(st.tuples(rewards, rewards), min_size=2, max_size=30))
+def test_a_paired_difference_has_the_textbook_standard_error(pairs: list[tuple[float, float]]) -> None:
+    found = paired_difference([[one] for one, _ in pairs], [[other] for _, other in pairs])
+    differences = [other - one for one, other in pairs]
+    assert found is not None and None not in (found.stderr, found.low, found.high)
+    assert found.value == pytest.approx(statistics.fmean(differences))
+    assert found.stderr == pytest.approx(statistics.stdev(differences) / math.sqrt(len(pairs)), abs=1e-12)
+    assert found.low is not None and found.high is not None
+    assert min(differences) - 1e-12 <= found.low <= found.high <= max(differences) + 1e-12
+    assert (found.p_value is None) == any(reward == 0.25 for pair in pairs for reward in pair)
+
+
+@given(st.lists(st.tuples(rewards, rewards), min_size=2, max_size=8), st.integers(2, 4))
+def test_repeating_every_epoch_does_not_change_a_paired_difference(
+    pairs: list[tuple[float, float]], epochs: int
+) -> None:
+    once = paired_difference([[one] for one, _ in pairs], [[other] for _, other in pairs])
+    often = paired_difference([[one] * epochs for one, _ in pairs], [[other] * epochs for _, other in pairs])
+    assert once is not None and often is not None
+    assert often.value == pytest.approx(once.value) and often.stderr == pytest.approx(once.stderr)
+    assert (often.low, often.high) == pytest.approx((once.low, once.high)) and often.p_value is None
+
+
+def test_unpaired_tasks_are_left_out_of_a_difference() -> None:
+    found = paired_difference([[0.0], [], [1.0], [0.0]], [[1.0], [1.0], [], [0.0, 1.0]])
+    assert found is not None and (found.value, found.tasks, found.p_value) == (0.75, 2, None)
+    assert paired_difference([[]], [[1.0]]) is None
+    single = paired_difference([[0.0]], [[1.0]])
+    assert single is not None and (single.stderr, single.low, single.p_value) == (None, None, 1.0)
+    with pytest.raises(ValueError):
+        paired_difference([[0.0]], [])
+
+
+def test_the_bootstrap_interval_is_that_of_all_resamples() -> None:
+    """With 5 values all 3125 resamples can be listed; the random ones have the same quantiles."""
+    values = [0.0, 1.0, 1.0, -1.0, 0.5]
+    means = sorted(statistics.fmean(draw) for draw in itertools.product(values, repeat=len(values)))
+    exact = means[round(0.025 * len(means))], means[round(0.975 * len(means))]
+    assert bootstrap_interval(values) == pytest.approx(exact, abs=0.101)
+    assert bootstrap_interval(values) == bootstrap_interval(values) != bootstrap_interval([*values, 0.25])
+    spread = [((7 * i) % 11) / 10 for i in range(200)]
+    half = 1.96 * statistics.stdev(spread) / math.sqrt(len(spread))
+    middle = statistics.fmean(spread)
+    assert bootstrap_interval(spread) == pytest.approx((middle - half, middle + half), abs=half / 20)

@@ -82,7 +82,7 @@ function runRow(run) {
 if ($("runs")) sortable($("runs"), data.runs.map(runRow));
 $("download").onclick = () => {
   const plain = trials.map(({ turns, ...trial }) => ({ ...trial, turns: (turns || []).map(({ segments, ...turn }) => turn) }));
-  const content = data.runs ? { ...data.about, runs: data.runs } : { ...data.about, trials: plain };
+  const content = data.comparison || (data.runs ? { ...data.about, runs: data.runs } : { ...data.about, trials: plain });
   const address = URL.createObjectURL(new Blob([JSON.stringify(content, null, 1)], { type: "application/json" }));
   h("a", { href: address, download: `${data.about.name}.json` }).click();
   setTimeout(() => URL.revokeObjectURL(address), 1000);
