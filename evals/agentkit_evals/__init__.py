@@ -7,19 +7,32 @@
     write_report(run)
 
 `load_suite` reads or generates tasks. `EvalRun` runs them and returns a `RunDirectory`. `agentkit_evals.verify.verify`
-scores one trial. `SuiteError`, `VerifierError` and `RunDirectoryError` are all `EvalError`.
+scores one trial. `compare` compares two runs task by task. `SuiteError`, `VerifierError`, `RunDirectoryError`
+and `ComparisonError` are all `EvalError`.
 """
 
-from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError, VerifierError
+from agentkit_evals.compare import Comparison, compare
+from agentkit_evals.errors import ComparisonError, EvalError, RunDirectoryError, SuiteError, VerifierError
 from agentkit_evals.record import RunDirectory, RunLock, TrialRecord, scores_by_task
-from agentkit_evals.report import render_report, write_report
+from agentkit_evals.report import render_comparison, render_report, write_report
 from agentkit_evals.run import EvalRun, TrialActed, TrialFinished, TrialStarted, agent_for
-from agentkit_evals.statistics import Estimate, PassRate, estimate, pass_at_k, pass_hat_k
+from agentkit_evals.statistics import (
+    Difference,
+    Estimate,
+    PassRate,
+    estimate,
+    paired_difference,
+    pass_at_k,
+    pass_hat_k,
+)
 from agentkit_evals.suite import Case, Suite, SynthSelection, load_suite, synth_suite
 from agentkit_evals.verify import Verdict
 
 __all__ = [
     "Case",
+    "Comparison",
+    "ComparisonError",
+    "Difference",
     "Estimate",
     "EvalError",
     "EvalRun",
@@ -37,10 +50,13 @@ __all__ = [
     "Verdict",
     "VerifierError",
     "agent_for",
+    "compare",
     "estimate",
     "load_suite",
+    "paired_difference",
     "pass_at_k",
     "pass_hat_k",
+    "render_comparison",
     "render_report",
     "scores_by_task",
     "synth_suite",

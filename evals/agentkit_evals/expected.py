@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from agentkit.task import Task
+from agentkit.task import CallsConfig, Task, TestsConfig
+from agentkit_evals.calls import shown_calls
 
 VERDICT_LINES = 6
 """Number of lines of verifier output to show for a failure."""
@@ -22,12 +23,16 @@ _PRINTS = re.compile(rf"""(?:echo|printf\s+'%s(?:\\n)?')\s+{_LITERAL}\s*""")
 def expected_of(task: Task) -> str | None:
     """Return the answer that `task` expects, as readable text, or None if the task does not contain it.
 
-    Sources, in this order: `metadata.expected`; a verifier that compares the answer, or a file, with a literal; a
-    solution that only prints a literal.
+    Sources, in this order: `metadata.expected`; the expected calls; a verifier that compares the answer, or a file,
+    with a literal; a solution that only prints a literal.
     """
     if "expected" in task.metadata:
         return str(task.metadata["expected"])
     if task.verifier is None:
+        return None
+    if isinstance(task.verifier, CallsConfig):
+        return shown_calls(task.verifier.calls)
+    if isinstance(task.verifier, TestsConfig):
         return None
     command = task.verifier.command
     if match := _EQUALS.search(command):

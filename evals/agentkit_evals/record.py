@@ -3,6 +3,7 @@
     run.json            fixed at the start: tasks, model, seed, epochs, concurrency, versions
     trials.jsonl        one line per finished trial, appended when it finishes
     trajectories/       one file per trial, written while the trial runs
+    patches/            one file per trial whose task is scored by tests: the agent's change
     report.html         the report
 
 The directory can be read at any moment. An interrupted or killed run reads as a run with fewer trials.
@@ -35,6 +36,8 @@ from agentkit_evals.errors import RunDirectoryError
 
 FORMAT_VERSION = 3
 MAX_LOCK_BYTES = 64 << 20
+MAX_LOCK_VALUES = 2_000_000
+"""Maximum number of values in `run.json`, for about 5,000 rows of SWE-bench."""
 MAX_TRIALS_BYTES = 1 << 30
 MAX_TRIAL_BYTES = 16 << 20
 """Maximum bytes of one line of `trials.jsonl`. A line holds an answer and a verifier's output, both bounded."""
@@ -203,6 +206,11 @@ def trajectory_path(run: Path, trial: str) -> Path:
     return run / "trajectories" / f"{trial}.jsonl"
 
 
+def patch_path(run: Path, trial: str) -> Path:
+    """Return the path of the change that a trial made, if its task is scored by tests."""
+    return run / "patches" / f"{trial}.diff"
+
+
 def scores_by_task(trials: Sequence[TrialRecord]) -> list[list[float]]:
     """Return the rewards of the scored epochs of each task, as input for `agentkit_evals.statistics`."""
     scores: dict[str, list[float]] = {}
@@ -212,9 +220,31 @@ def scores_by_task(trials: Sequence[TrialRecord]) -> list[list[float]]:
     return list(scores.values())
 
 
+def lock_bytes(lock: RunLock) -> bytes:
+    """Return the contents of `run.json`.
+
+    Raises:
+        RunDirectoryError: they would be too large to be read.
+    """
+    data = lock.model_dump_json(indent=1).encode()
+    try:
+        check_values(data, MAX_LOCK_VALUES)
+    except ValueError as exc:
+        raise RunDirectoryError(
+            f"the {len(lock.tasks):,} tasks of {lock.name} are too large for one run: {exc}; run a part of them, as "
+            "with --limit"
+        ) from exc
+    if len(data) > MAX_LOCK_BYTES:
+        raise RunDirectoryError(
+            f"the {len(lock.tasks):,} tasks of {lock.name} have {len(data):,} bytes, expected at most "
+            f"{MAX_LOCK_BYTES:,}; run a part of them, as with --limit"
+        )
+    return data
+
+
 def _read_lock(file: Path) -> RunLock:
     try:
-        data: Any = parse_json(read_regular(file, max_bytes=MAX_LOCK_BYTES))
+        data: Any = parse_json(read_regular(file, max_bytes=MAX_LOCK_BYTES), max_values=MAX_LOCK_VALUES)
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise RunDirectoryError(f"{file.parent} is not a run: it has no run.json") from exc
     except OSError as exc:

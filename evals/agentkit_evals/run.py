@@ -29,17 +29,17 @@ from agentkit.events import CallStarted, LimitName, RunFinished, Status, TurnSta
 from agentkit.limits import CostBudget, Limits
 from agentkit.model import Model, Usage
 from agentkit.prices import Price, check_price, describe_reference, list_cost, price_of, reference_price
-from agentkit.task import Task
+from agentkit.task import CallsConfig, Task, TestsConfig
 from agentkit.trajectory import Trajectory
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import Environment
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
-from agentkit_evals.record import Failure, RunDirectory, RunLock, TrialRecord, trajectory_path
+from agentkit_evals.record import Failure, RunDirectory, RunLock, TrialRecord, lock_bytes, patch_path, trajectory_path
 from agentkit_evals.selfcheck import StartChecks
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.suite import Case, Suite
-from agentkit_evals.verify import Backend, Verdict, backend_for, opened, verify
+from agentkit_evals.verify import Backend, Verdict, answer_of, backend_for, begin, collect, opened, verify
 
 MAX_DROPS_SHOWN = 20
 NO_MODEL = (ApiKeyError, MissingDependencyError, ModelOptionError, UnknownModelError)
@@ -150,10 +150,6 @@ class EvalRun:
         return RunDirectory.open(self.directory)
 
     def _begin(self) -> None:
-        try:
-            self.directory.mkdir(parents=True)
-        except FileExistsError as exc:
-            raise RunDirectoryError(f"{self.directory} exists already; a run is never overwritten") from exc
         price = None if callable(self.model) else price_of(self.model)
         lock = RunLock(
             name=self.suite.name,
@@ -169,7 +165,12 @@ class EvalRun:
             prices_as_of=None if price is None else price.as_of,
             list_price=describe_reference(self.list_price),
         )
-        (self.directory / "run.json").write_text(lock.model_dump_json(indent=1), encoding="utf-8")
+        data = lock_bytes(lock)
+        try:
+            self.directory.mkdir(parents=True)
+        except FileExistsError as exc:
+            raise RunDirectoryError(f"{self.directory} exists already; a run is never overwritten") from exc
+        (self.directory / "run.json").write_bytes(data)
 
     async def _work(self, plan: Iterator[tuple[Case, int]]) -> None:
         for case, epoch in plan:
@@ -231,7 +232,8 @@ class _Trial:
                     failure = broken
         self._recall()
         if failure is None and reward is not None and reward < SOLVED:
-            failure = "limit" if self.status == "limit" else "model"
+            scored_turn = isinstance(self.task.verifier, CallsConfig) and self.answer is not None  # it was not cut
+            failure = "limit" if self.status == "limit" and not scored_turn else "model"
         return TrialRecord(
             trial=self.name,
             task=self.task.id,
@@ -267,12 +269,14 @@ class _Trial:
         return verdict
 
     async def _act(self, backend: Backend) -> bytes | None:
-        """Run the agent in its sandbox and return an archive of its workdir; None if the budget stopped the agent."""
+        """Run the agent in its sandbox and return its work; None if the budget stopped the agent."""
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
-                self.backend = environment.backend
+                if not isinstance(self.task.verifier, CallsConfig):  # whose folder is not used
+                    self.backend = environment.backend
                 await self.task.prepare(environment)
+                start = await begin(self.task, environment)
             self.phase = "agent"
             with self._timed("agent_s"):
                 limit = await self._run_agent(environment)
@@ -280,9 +284,13 @@ class _Trial:
                 return None
             self.phase = "scoring"
             await environment.kill_all()
-            exported = await environment.export_dir(environment.spec.workdir)
-            self.dropped = exported.dropped
-            return exported.data
+            work = await collect(self.task, environment, start)
+            self.dropped = work.dropped
+            if isinstance(self.task.verifier, TestsConfig):
+                patch = patch_path(self.eval_run.directory, self.name)
+                patch.parent.mkdir(exist_ok=True)
+                patch.write_bytes(work.data)
+            return work.data
 
     def _left_out(self) -> Iterator[str]:
         """Yield lines for the verifier's output that list the entries the verifier did not get."""
@@ -310,7 +318,7 @@ class _Trial:
                     case CallStarted():
                         self._tell(turn, event.call.name)
                     case RunFinished():
-                        answer, limit = event.result.answer, event.result.limit
+                        answer, limit = answer_of(self.task, event.result), event.result.limit
                         self.answer = None if answer is None else well_formed(answer)
         return limit
 
@@ -349,9 +357,12 @@ def agent_for(
 ) -> Agent:
     """Return the agent that a task specifies, with a limit on the cost of each run and a budget shared with others.
 
+    If the task scores calls, the agent has one turn.
+
     Raises:
         PriceError: there is such a limit, and the price of the model is unknown.
     """
+    max_turns = 1 if isinstance(task.verifier, CallsConfig) else task.agent.max_turns
     return Agent(
         model,
         task.build_tools(),
@@ -360,7 +371,7 @@ def agent_for(
         effort=task.agent.effort,
         sampling=sampling,
         limits=Limits(
-            max_turns=task.agent.max_turns,
+            max_turns=max_turns,
             max_tokens=task.agent.max_tokens,
             max_cost_usd=max_cost_usd,
             wall_time_s=task.agent.timeout_s,

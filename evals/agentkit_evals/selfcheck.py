@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import anyio
 
-from agentkit.task import SolutionConfig, Task
+from agentkit.task import CallsConfig, SolutionConfig, Task
 from agentkit_environments import Environment
 from agentkit_evals.blame import blame
+from agentkit_evals.calls import gold_calls
 from agentkit_evals.errors import SuiteError, VerifierError
 from agentkit_evals.statistics import SOLVED
-from agentkit_evals.verify import Backend, Verdict, backend_for, opened, verify
+from agentkit_evals.verify import Backend, Verdict, backend_for, begin, collect, opened, verify
 
 FORGERY = """\
 for place in . "$HOME" /tmp /tmp/reward /tmp/agentkit-verifier/reward /logs/verifier; do
@@ -45,12 +46,13 @@ and exits with 0 in every file that a shell or Python could load from the workdi
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """Verdicts of the three probes of one task."""
+    """Verdicts of the three probes of one task, and the reward that doing nothing should get."""
 
     task: str
     oracle: Verdict
     nothing: Verdict
     forged: Verdict
+    idle_reward: float = 0.0
 
     @property
     def problems(self) -> list[str]:
@@ -59,8 +61,8 @@ class SelfCheck:
         if self.oracle.reward < SOLVED:
             why = "; ".join(filter(None, (self.oracle.error, self.oracle.output)))
             found.append(f"the oracle solution scores {self.oracle.reward:g}, expected 1: {why}")
-        if self.nothing.reward > 0:
-            found.append(f"doing nothing scores {self.nothing.reward:g}, expected 0")
+        if self.nothing.reward > self.idle_reward:
+            found.append(f"doing nothing scores {self.nothing.reward:g}, expected {self.idle_reward:g}")
         if self.forged.reward != self.nothing.reward:
             found.append(f"a forged reward scores {self.forged.reward:g}, expected {self.nothing.reward:g}")
         return found
@@ -69,10 +71,17 @@ class SelfCheck:
 async def selfcheck(task: Task, *, backend: Backend | None = None) -> SelfCheck:
     """Probe a task three times, each in a fresh sandbox and with a real verification.
 
+    A task that is scored by calls needs no sandbox. Its solution is the expected calls, and doing nothing is right if
+    it expects none.
+
     Raises:
         SuiteError: the task has no solution to check.
         TaskSetupError, SandboxError: a probe could not run.
     """
+    if isinstance(task.verifier, CallsConfig):
+        gold = await verify(task, archive=b"", answer=gold_calls(task))
+        idle = await verify(task, archive=b"", answer="[]")
+        return SelfCheck(task.id, gold, nothing=idle, forged=idle, idle_reward=float(task.verifier.calls == []))
     if task.solution is None:
         raise SuiteError(f"task {task.id} has no solution; add `solution: {{command: ...}}` to check it")
     solution = task.solution
@@ -149,7 +158,8 @@ async def _probe(
     where = backend_for(task, backend)
     async with opened(task, where, run_id) as environment:
         await task.prepare(environment)
+        start = await begin(task, environment)
         answer = await act(environment)
         await environment.kill_all()
-        archive = (await environment.export_dir(environment.spec.workdir)).data
+        archive = (await collect(task, environment, start)).data
     return await verify(task, archive=archive, answer=answer, backend=where, run_id=run_id)

@@ -1,9 +1,10 @@
 """Suites: the tasks of an evaluation.
 
-A suite is a folder of task files, one task file, a suite file, or `synth`, the generated families:
+A suite is a folder of task files, one task file, a data set (`dataset.py`), a suite file, or `synth`, the generated
+families:
 
     name: nightly
-    tasks: [smoke.yaml, more/]                             # files and folders beside this file, in this order
+    tasks: [smoke.yaml, more/, rows.jsonl]                 # files and folders beside this file, in this order
     synth: {families: [logs, bugfix], per_family: 10}      # generated, held-out tasks
 """
 
@@ -20,7 +21,10 @@ from pydantic import Field
 from agentkit.errors import TaskFileError
 from agentkit.models.scripted import Policy
 from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, load_yaml, read_yaml
+from agentkit_evals.bfcl import is_bfcl, read_bfcl
+from agentkit_evals.dataset import is_dataset, read_rows
 from agentkit_evals.errors import SuiteError
+from agentkit_evals.swebench import is_swebench, read_swebench
 from agentkit_evals.synth import FAMILIES, sample
 
 Split = Literal["train", "heldout"]
@@ -105,6 +109,8 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
         raise SuiteError(f"{spec} is not generated, so the tasks per family cannot be set; use a limit")
     elif path.is_dir():
         suite = Suite(path.resolve().name, tuple(_folder(path)))
+    elif path.is_file() and is_dataset(path):
+        suite = Suite(path.stem, tuple(_dataset(path)))
     elif path.is_file() and _is_suite_file(path):
         suite = _suite_file(path, seed)
     else:
@@ -145,10 +151,29 @@ def _suite_file(path: Path, seed: int) -> Suite:
     cases: list[Case] = []
     for entry in content.tasks:
         target = path.parent / entry
-        cases += _folder(target) if target.is_dir() else [_case(load_task(target), name)]
+        if target.is_dir():
+            cases += _folder(target)
+        elif is_dataset(target):
+            cases += _dataset(target)
+        else:
+            cases.append(_case(load_task(target), name))
     if content.synth is not None:
         cases += synth_suite(content.synth, seed=seed).cases
     return Suite(name, tuple(cases))
+
+
+def _dataset(path: Path) -> Iterable[Case]:
+    """Return the tasks of a data set, whose first row tells its kind."""
+    for row in read_rows(path):
+        if is_bfcl(row.data):
+            return (Case(task, family) for task, family in read_bfcl(path))
+        if is_swebench(row.data):
+            return (Case(task, family) for task, family in read_swebench(path))
+        raise row.error(
+            f"unknown kind of row with the keys {', '.join(list(row.data)[:8])}; expected BFCL rows (id, question, "
+            "function) or SWE-bench rows (instance_id, base_commit, problem_statement, ...)"
+        )
+    raise SuiteError(f"{path} has no rows; expected one JSON object per line")
 
 
 def _folder(path: Path) -> Iterable[Case]:

@@ -23,18 +23,23 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from agentkit.task import Task, VerifierConfig
+from agentkit.result import RunResult
+from agentkit.task import CallsConfig, Task, TestsConfig, VerifierConfig
 from agentkit_environments import (
     Environment,
     ExecResult,
+    ExportedDir,
     SandboxUnavailableError,
     open_environment,
 )
 from agentkit_evals.blame import blame, describe, well_formed
+from agentkit_evals.calls import calls_made, mismatch
 from agentkit_evals.errors import VerifierError
+from agentkit_evals.patches import patch_since, snapshot
+from agentkit_evals.repository import MAX_NAMED, apply_and_test, not_passing, parse_log
 
 Backend = Literal["auto", "docker", "process", "unsafe-local"]
-RewardSource = Literal["exit", "reward.txt", "reward.json"]
+RewardSource = Literal["exit", "reward.txt", "reward.json", "calls", "tests"]
 
 MAX_ENV_ANSWER_BYTES = 65_536
 """Maximum bytes of AGENTKIT_ANSWER, as Linux limits a variable to 128 KiB. AGENTKIT_ANSWER_FILE has no limit."""
@@ -60,10 +65,13 @@ class Verdict:
     timed_out: bool
     duration_s: float
     error: str | None = None  # why the reward is 0, if not by the verifier's own decision
+    tests: int = 0  # number of tests with a result, if the source is "tests"
 
     @property
     def started(self) -> bool:
         """True if the verifier's command ran. A shell exits with 126 or 127 if a command cannot start."""
+        if self.source == "tests":
+            return self.timed_out or self.tests > 0
         return self.timed_out or self.exit_code not in (None, 126, 127)
 
 
@@ -73,8 +81,41 @@ def broken(error: str) -> Verdict:
 
 
 def backend_for(task: Task, override: Backend | None = None) -> Backend:
-    """Return the backend that the caller chose, else the task's own."""
+    """Return the backend that the caller chose, else the task's own.
+
+    A task that is scored by calls runs nothing, so it needs an empty folder but no sandbox.
+    """
+    if isinstance(task.verifier, CallsConfig):
+        return "unsafe-local"
     return override or task.environment.backend
+
+
+def answer_of(task: Task, result: RunResult) -> str | None:
+    """Return what the verifier of `task` gets as the answer of a run: the calls if it scores them, else the answer."""
+    return calls_made(result) if isinstance(task.verifier, CallsConfig) else result.answer
+
+
+async def begin(task: Task, environment: Environment) -> str:
+    """Return what `collect` needs to know about a prepared sandbox, before the agent starts in it.
+
+    Raises:
+        TaskSetupError: the task is scored by tests, and its workdir is not a git repository.
+    """
+    return await snapshot(environment) if isinstance(task.verifier, TestsConfig) else ""
+
+
+async def collect(task: Task, environment: Environment, start: str) -> ExportedDir:
+    """Return the agent's work, when all its processes are dead: the workdir, or a patch if the task is scored by tests.
+
+    Raises:
+        UnsafeArchiveError, FileTooLargeError: there is too much.
+        ValueError: the repository was damaged.
+    """
+    if isinstance(task.verifier, CallsConfig):
+        return ExportedDir(b"")
+    if isinstance(task.verifier, TestsConfig):
+        return ExportedDir(await patch_since(environment, start))
+    return await environment.export_dir(environment.spec.workdir)
 
 
 @asynccontextmanager
@@ -100,12 +141,12 @@ async def opened(task: Task, backend: Backend, run_id: str | None = None) -> Asy
 async def verify(
     task: Task, *, archive: bytes, answer: str | None, backend: Backend = "auto", run_id: str | None = None
 ) -> Verdict:
-    """Score a workdir and an answer.
+    """Score an agent's work and its answer.
 
     Args:
         task: The task, with a verifier.
-        archive: The agent's workdir, from `Environment.export_dir`.
-        answer: The agent's answer, or None if there is none.
+        archive: The agent's work, from `collect`.
+        answer: The agent's answer, from `answer_of`, or None if there is none.
         backend: Sandbox backend.
         run_id: Label of the sandbox.
 
@@ -116,15 +157,44 @@ async def verify(
     """
     if task.verifier is None:
         raise VerifierError(f"task {task.id} has no verifier; add `verifier: {{command: ...}}` to score it")
+    if isinstance(task.verifier, CallsConfig):
+        reason = mismatch(task, answer)
+        return Verdict(float(reason is None), "calls", 0, reason or "", False, 0.0)
     text = well_formed(answer or "")
     async with opened(task, backend, run_id) as environment:
         try:
+            if isinstance(task.verifier, TestsConfig):
+                return await _run_tests(task, task.verifier, environment, archive)
             await environment.import_dir(environment.spec.workdir, archive)
             return await _run_verifier(task.verifier, environment, text)
         except Exception as exc:
             if blame(exc, "scoring") == "infrastructure":
                 raise
             return broken(f"scoring failed: {describe(exc)}")
+
+
+async def _run_tests(task: Task, tests: TestsConfig, environment: Environment, patch: bytes) -> Verdict:
+    result = await apply_and_test(task, tests, environment, patch)
+    if isinstance(result, str):
+        return broken(result)
+    found = {} if result.timed_out else parse_log(result.stdout)
+    failed = not_passing(tests, found)
+    total = len(tests.fail_to_pass) + len(tests.pass_to_pass)
+    lines = [f"{total - len(failed)} of {total} tests pass", *failed[:MAX_NAMED]]
+    verdict = Verdict(
+        float(not failed and not result.timed_out),
+        "tests",
+        result.exit_code,
+        "\n".join([_tail(result), *lines]),
+        result.timed_out,
+        result.duration_s,
+        tests=len(found),
+    )
+    if result.timed_out:
+        return replace(verdict, error=f"the tests timed out after {tests.timeout_s:g} s")
+    if not found:
+        return replace(verdict, error="the output of the tests has no result of `pytest -rA` or `unittest -v`")
+    return verdict
 
 
 async def _run_verifier(verifier: VerifierConfig, environment: Environment, answer: str) -> Verdict:

@@ -67,7 +67,10 @@ def agentkit(*arguments: str, code: int) -> str:
         (["run", "harbor/one/task.toml"], "it looks like a Harbor task"),
         (["eval", "harbor"], "it looks like a Harbor task"),
         (["check", "harbor"], "it looks like a Harbor task"),
-        (["eval", "data.jsonl"], "it looks like a data set (.jsonl)"),
+        (["eval", "data.jsonl"], "data.jsonl has no rows; expected one JSON object per line"),
+        (["eval", "data.parquet"], "a data set must be JSON Lines, not .parquet; export it as JSONL"),
+        (["run", "data.jsonl"], "a data set has many tasks; `agentkit eval` runs them"),
+        (["run", "calls.yaml"], "calls.yaml is scored by calls or tests; run it with `agentkit eval calls.yaml`"),
         (["eval", "synth", "--out", "harbor"], "harbor already exists; a run is never overwritten"),
         (["eval", "good.yaml", "--tasks-per-family", "3"], "good.yaml is not generated"),
         (["check", "empty"], "empty has no tasks; add .yaml task files"),
@@ -83,6 +86,8 @@ def test_each_mistake_has_a_remedy(arguments: list[str], message: str) -> None:
     Path("harbor/one/task.toml").touch()
     Path("file.txt").touch()
     Path("data.jsonl").touch()
+    Path("data.parquet").touch()
+    Path("calls.yaml").write_text("id: c\ninstruction: Call.\ntools: [bash]\nverifier: {calls: any}\n")
     Path("good.yaml").write_text(TASK.format(id="good"))
     assert message in agentkit(*arguments, code=ExitCode.USAGE)
 

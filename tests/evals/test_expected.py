@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agentkit.task import Task
+from agentkit.task import Task, VerifierConfig
 from agentkit_evals.expected import expected_of, why_not
 from agentkit_evals.synth import FAMILIES, sample
 
@@ -53,6 +53,6 @@ def test_why_not_shows_expected_given_and_verifier_output() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_generated_task_or_its_verifier_shows_the_expected_answer(family: str) -> None:
     made = sample(family, 3, "heldout").task
-    assert made.verifier is not None
+    assert isinstance(made.verifier, VerifierConfig)
     says = any(word in made.verifier.command + made.verifier.files.get("check.py", "") for word in ("diff", "expected"))
     assert expected_of(made) is not None or says or family == "chat"

@@ -140,10 +140,12 @@ def code_of(exc: BaseException) -> ExitCode | None:
         UnknownModelError,
     )
     from agentkit_environments import SandboxError
-    from agentkit_evals.errors import EvalError, RunDirectoryError, SuiteError
+    from agentkit_evals.errors import ComparisonError, EvalError, RunDirectoryError, SuiteError
     from agentkit_tools.errors import MCPServerError
 
-    if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | TrajectoryFormatError | TrajectoryCorruptError):
+    if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | ComparisonError):
+        return ExitCode.USAGE
+    if isinstance(exc, TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE
     if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | PriceError | UnknownModelError):
         return ExitCode.USAGE

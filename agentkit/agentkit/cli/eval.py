@@ -1,8 +1,10 @@
-"""`agentkit eval SUITE`: run a suite of tasks and report its scores."""
+"""`agentkit eval SUITE`: run a suite of tasks on one or more models and report their scores."""
 
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +19,7 @@ from agentkit.cli.options import (
     JsonFlag,
     MaxCostFlag,
     MinPFlag,
-    ModelFlag,
+    ModelsFlag,
     NoGrammarFlag,
     NoKeyFlag,
     NoProviderFlag,
@@ -29,6 +31,7 @@ from agentkit.cli.options import (
     TemperatureFlag,
     TopKFlag,
     TopPFlag,
+    output_file,
     refuse_foreign_suite,
     run_directory,
     seed_or_random,
@@ -38,7 +41,7 @@ from agentkit.cli.terminal import console
 
 def command(
     suite: SuiteArgument,
-    model: ModelFlag = "tiny",
+    model: ModelsFlag,
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
@@ -70,6 +73,9 @@ def command(
     no_grammar: NoGrammarFlag = False,
     env: EnvFlag = None,
     out: OutFlag = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", callback=output_file, help="Also write the results as JUnit XML, for CI.")
+    ] = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
     no_key: NoKeyFlag = None,
@@ -77,11 +83,16 @@ def command(
 ) -> int:
     """Run a suite of tasks, each in its own sandbox, and write a report.
 
-    Exits with 0 after the run (if --threshold is met), 1 below --threshold or if --max-cost stopped the run, 3 if a
-    trial could not be scored. Trials that --max-cost stopped are not recorded; finished ones are reported.
+    With several models, the suite runs on one after the other, each with a run directory of its own in a common folder,
+    and each further model is compared with the first one, task by task. --max-cost is for all of them together.
+
+    Exits with 0 after the run (if every model meets --threshold), 1 below --threshold or if --max-cost stopped the run,
+    3 if a trial could not be scored. Trials that --max-cost stopped are not recorded; finished ones are reported.
     """
     from agentkit.cli import evaluation
+    from agentkit.cli.ending import ExitCode
     from agentkit.cli.progress import result_table
+    from agentkit.models.remote.resolve import is_remote
     from agentkit_evals.report import cost_facts
     from agentkit_evals.suite import load_suite
 
@@ -99,26 +110,69 @@ def command(
     loaded = load_suite(suite, seed=chosen, limit=limit, per_family=tasks_per_family)
     if limit is not None and len(loaded.cases) < limit:
         typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
-    directory = run_directory(out, f"{loaded.name}-{model}")
+    together = len(model) > 1
+    directory = run_directory(out, f"{loaded.name}-{'-'.join(model) if together else model[0]}")
     terminal = console(quiet=as_json)
-    source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url, max_connections=max_connections)
-    finished = evaluation.evaluate(
-        loaded,
-        source,
-        directory=directory,
-        epochs=epochs,
-        concurrency=concurrency,
-        backend=env.value if env else None,
-        seed=chosen,
-        max_cost_usd=max_cost,
-        sampling=flags.changes(),
-        console=terminal,
-    )
+    finished: list[evaluation.Finished] = []
+    remote = [is_remote(name) for name in model]
+    mixed = any(remote) and not all(remote)
+    for name, folder, behind_api in zip(model, _folders(model) if together else ["."], remote, strict=True):
+        left = None if max_cost is None else max_cost - sum(each.run.usage.cost_usd or 0.0 for each in finished)
+        if left is not None and left <= 0:
+            typer.echo(f"--max-cost reached before {folder}", err=True)
+            break
+        if together:
+            terminal.print(f"\n[bold]{len(loaded.cases)} tasks on {folder}[/]\n")
+        # with models of both kinds, each option is for the models that have it
+        source = load_model(
+            name,
+            device=None if mixed and behind_api else device,
+            cache_dir=None if mixed and behind_api else cache_dir,
+            base_url=None if mixed and not behind_api else base_url,
+            max_connections=None if mixed and not behind_api else max_connections,
+        )
+        finished.append(
+            evaluation.evaluate(
+                loaded,
+                source,
+                directory=directory / folder,
+                epochs=epochs,
+                concurrency=concurrency,
+                backend=env.value if env else None,
+                seed=chosen,
+                max_cost_usd=left,
+                sampling=flags.changes(),
+                console=terminal,
+            )
+        )
+        if finished[-1].interrupted:
+            break
+    if junit is not None:
+        from agentkit_evals.junit import write_junit
+
+        write_junit([each.run for each in finished], junit)
+    results = [evaluation.as_json(each) for each in finished] if as_json else []
+    if together:
+        code = evaluation.side_by_side(finished, directory, results, terminal, threshold)
+        return code or (ExitCode.UNSOLVED if len(finished) < len(model) else ExitCode.OK)
     if as_json:
-        typer.echo(json.dumps(evaluation.as_json(finished), indent=2))
-    elif finished.run.trials or not finished.interrupted:
-        terminal.print(result_table(finished.run))
-        for name, value, note in cost_facts(finished.run):
+        typer.echo(json.dumps(results[0], indent=2))
+    elif finished[0].run.trials or not finished[0].interrupted:
+        terminal.print(result_table(finished[0].run))
+        for name, value, note in cost_facts(finished[0].run):
             terminal.print(f"{name} {value}{f' {note}' if note else ''}", style="dim", soft_wrap=True)
-        typer.echo(f"\nrun     {finished.run.path}\nreport  {finished.report}")
-    return evaluation.ending(finished, threshold)
+        typer.echo(f"\nrun     {finished[0].run.path}\nreport  {finished[0].report}")
+    return evaluation.ending(finished[0], threshold)
+
+
+def _folders(models: list[str]) -> list[str]:
+    """Return a distinct folder name for the run of each model."""
+    names: list[str] = []
+    for model in models:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).resolve().name if Path(model).is_dir() else model)
+        stem = stem.strip("-.") or "model"
+        number = 1
+        while (name := stem if number == 1 else f"{stem}-{number}") in names:
+            number += 1
+        names.append(name)
+    return names

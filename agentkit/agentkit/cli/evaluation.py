@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from rich.console import Console
 from agentkit.cli import signals
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.progress import LiveProgress
+from agentkit.cli.terminal import visible
 
 if TYPE_CHECKING:
     from agentkit.models.embedded import EmbeddedModel
@@ -123,6 +126,55 @@ def ending(finished: Finished, threshold: float | None = None) -> int:
     mean = estimate(scores_by_task(finished.run.trials))
     below = threshold is not None and (not mean or mean.mean < threshold - 1e-6)
     return ExitCode.UNSOLVED if below or finished.run.out_of_budget else ExitCode.OK
+
+
+def side_by_side(
+    finished: Sequence[Finished],
+    directory: Path,
+    results: Sequence[dict[str, Any]],
+    console: Console,
+    threshold: float | None,
+) -> int:
+    """Report runs of several models on one suite, and compare each further one with the first.
+
+    Prints `results` and the comparisons as one JSON object if there are results; otherwise a table of all models and
+    the comparisons. Each comparison is also a page in `directory`.
+
+    Returns:
+        The exit code: the first that applies to any run of interrupted, not fully scored, below the threshold, success.
+    """
+    from agentkit.cli.compare import print_comparison
+    from agentkit.cli.progress import model_table
+    from agentkit_evals.compare import compare
+    from agentkit_evals.errors import ComparisonError
+    from agentkit_evals.report import render_comparison
+
+    comparisons: list[dict[str, Any]] = []
+    if not results:
+        console.print()
+        console.print(model_table([each.run for each in finished]))
+    for other in finished[1:]:
+        try:
+            comparison = compare(finished[0].run, other.run)
+        except ComparisonError as exc:  # without a scored trial, there is nothing to compare
+            typer.echo(f"Not compared: {visible(str(exc))}", err=True)
+            continue
+        page = directory / f"{finished[0].run.path.name}-{other.run.path.name}.html"
+        page.write_text(render_comparison(comparison), encoding="utf-8")
+        comparisons.append({**comparison.as_json(), "page": str(page)})
+        if not results:
+            console.print()
+            print_comparison(console, comparison)
+            typer.echo(f"\npage  {page}")
+    if results:
+        typer.echo(json.dumps({"runs": results, "comparisons": comparisons, "folder": str(directory)}, indent=2))
+    else:
+        typer.echo(f"\nruns  {directory}")
+    codes = {ending(each, threshold) for each in finished}
+    for each in finished:
+        if each.interrupted:
+            return ending(each)
+    return ExitCode.INFRASTRUCTURE if ExitCode.INFRASTRUCTURE in codes else max(codes)
 
 
 def as_json(finished: Finished) -> dict[str, Any]:

@@ -115,6 +115,28 @@ ModelFlag = Annotated[
         "`anthropic:MODEL`, `deepseek:MODEL`.",
     ),
 ]
+
+
+def _models(names: list[str]) -> list[str]:
+    """Check each model's name. Raises BadParameter for an unknown model, or one that is given twice."""
+    checked = [_model(name) for name in names]
+    if twice := [name for name in checked if checked.count(name) > 1]:
+        raise typer.BadParameter(f'model "{twice[0]}" is given twice; give each model once (`-k` repeats each task)')
+    return checked
+
+
+ModelsFlag = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        "-m",
+        callback=_models,
+        default_factory=lambda: ["tiny"],
+        show_default="tiny",
+        help="`tiny`, a checkpoint in the official DeepSeek layout, or a model behind an API: `openai:MODEL`, "
+        "`anthropic:MODEL`, `deepseek:MODEL`. Repeat it to compare models.",
+    ),
+]
 DeviceFlag = Annotated[
     str | None,
     typer.Option("--device", help="The model's device: `cpu`, `cuda`, `cuda:1`. Default: `cpu`."),
@@ -207,13 +229,26 @@ CacheFlag = Annotated[
 ]
 SuiteArgument = Annotated[
     str,
-    typer.Argument(metavar="SUITE", help="A folder of tasks, a suite or task file, `synth`, or `synth:FAMILY,FAMILY`."),
+    typer.Argument(
+        metavar="SUITE",
+        help="A folder of tasks, a suite or task file, rows of BFCL or SWE-bench (.jsonl), `synth`, or "
+        "`synth:FAMILY,FAMILY`.",
+    ),
 ]
 
 
 def _new_folder(path: Path | None) -> Path | None:
     if path is not None and path.exists():
         raise typer.BadParameter(f"{path} already exists; a run is never overwritten. Give a new path")
+    return path
+
+
+def output_file(path: Path | None) -> Path | None:
+    """Check that a file can be written at `path` before hours of work. Raises BadParameter."""
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; give the name of a file")
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {path.parent} does not exist; make it, or give another path")
     return path
 
 
@@ -256,8 +291,10 @@ def foreign_tasks(path: Path) -> str | None:
     folder = path if path.is_dir() else path.parent
     if path.suffix == ".toml" or any(folder.glob("task.toml")) or any(folder.glob("*/task.toml")):
         kind = "a Harbor task (task.toml)"
-    elif path.suffix in (".jsonl", ".parquet", ".csv"):
-        kind = f"a data set ({path.suffix})"
+    elif path.suffix in (".parquet", ".csv", ".arrow"):
+        return f"a data set must be JSON Lines, not {path.suffix}; export it as JSONL (with `datasets`: `to_json(...)`)"
+    elif path.suffix == ".jsonl":
+        return "a data set has many tasks; `agentkit eval` runs them"
     elif any(folder.glob("task.y*ml")) and any(folder.glob("docker-compose.y*ml")):
         kind = "a Terminal-Bench task"
     else:
@@ -268,7 +305,7 @@ def foreign_tasks(path: Path) -> str | None:
 def refuse_foreign_suite(suite: str) -> None:
     """Raise BadParameter with a remedy if a file or folder holds tasks in another project's format."""
     path = Path(suite)
-    ours = path.is_dir() and (any(path.rglob("*.yaml")) or any(path.rglob("*.yml")))
+    ours = path.suffix in (".json", ".jsonl") or any(any(path.rglob(pattern)) for pattern in ("*.yaml", "*.yml"))
     if path.exists() and not ours and (hint := foreign_tasks(path)):
         raise typer.BadParameter(f"{suite}: {hint}", param_hint="SUITE")
 

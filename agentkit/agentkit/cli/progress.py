@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -100,20 +100,28 @@ class LiveProgress:
 
 def result_table(run: RunDirectory) -> Table:
     """Return a table of scores per family and overall, with the cost of all trials if anything was charged."""
+    families: dict[str, list[TrialRecord]] = {}
+    for trial in sorted(run.trials, key=lambda trial: trial.family):
+        families.setdefault(trial.family, []).append(trial)
+    return _score_table("family", [*families.items(), *([("all", run.trials)] if len(families) != 1 else [])])
+
+
+def model_table(runs: Sequence[RunDirectory]) -> Table:
+    """Return a table of the overall scores of several models, which are named as their run directories are."""
+    return _score_table("model", [(run.path.name, run.trials) for run in runs])
+
+
+def _score_table(heading: str, rows: Sequence[tuple[str, Sequence[TrialRecord]]]) -> Table:
     from agentkit.model import total_usage
     from agentkit.prices import dollars
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 
-    families: dict[str, list[TrialRecord]] = {}
-    for trial in sorted(run.trials, key=lambda trial: trial.family):
-        families.setdefault(trial.family, []).append(trial)
     table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, 2))
-    table.add_column("family")
-    charged = any(trial.usage.cost_usd is not None for trial in run.trials)
+    table.add_column(heading)
+    charged = any(trial.usage.cost_usd is not None for _, trials in rows for trial in trials)
     for column in ("solved", "mean ± stderr", "turns", "tokens", "seconds", "not scored", *(["cost"] * charged)):
         table.add_column(column, justify="right")
-    rows = [*families.items(), ("all", list(run.trials))] if len(families) != 1 else families.items()
     for name, trials in rows:
         scored = [trial for trial in trials if trial.reward is not None]
         mean = estimate(scores_by_task(trials))

@@ -100,7 +100,7 @@ def command(
     answer, an answer that does not match --output-schema, a limit, or a reward below 1, and prints the reason.
     """
     from agentkit.prices import reference_price
-    from agentkit.task import Task, load_task
+    from agentkit.task import Task, VerifierConfig, load_task
     from agentkit_evals.run import agent_for
 
     flags = SamplingFlags.of(
@@ -113,6 +113,10 @@ def command(
         repetition_penalty=repetition_penalty,
     )
     task = load_task(what) if _names_task_file(what) else Task(id="run", instruction=what)
+    if not isinstance(task.verifier, VerifierConfig | None):
+        raise typer.BadParameter(
+            f"{what} is scored by calls or tests; run it with `agentkit eval {shlex.quote(what)}`", param_hint="TASK"
+        )
     if apply and workdir is None:
         raise typer.BadParameter("no folder to apply changes to; also give --workdir", param_hint="--apply")
     if trajectory is not None and trajectory.exists():

@@ -40,7 +40,7 @@ def _page(path: Path) -> Path:
     from agentkit_evals.record import RunDirectory
 
     if path.is_dir():
-        if (path / "run.json").exists() or not (runs := sorted(each.parent for each in path.glob("*/run.json"))):
+        if (path / "run.json").exists() or not (runs := _runs(path)):
             return _report(RunDirectory.open(path))
         return _index(path, runs)
     if path.suffix == ".html" and path.is_file():
@@ -50,6 +50,11 @@ def _page(path: Path) -> Path:
     if path.is_file():
         return _trajectory(path)
     raise RunDirectoryError(f"{path} does not exist; give a run, a folder of runs, a report or a trajectory (.jsonl)")
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Return the runs in a folder, also those of several models, which have a folder in common."""
+    return sorted(file.parent for pattern in ("*/run.json", "*/*/run.json") for file in folder.glob(pattern))
 
 
 def _report(run: object) -> Path:
@@ -73,7 +78,11 @@ def _index(folder: Path, runs: list[Path]) -> Path:
             report = path / "report.html"
             if not report.exists():  # killed, or still running
                 report = _report(run)
-            where = f"{quote(path.name)}/report.html" if report.parent == path else report.as_uri()
+            where = (
+                f"{quote(path.relative_to(folder).as_posix())}/report.html"
+                if report.parent == path
+                else report.as_uri()
+            )
             opened.append((run, where))
         except RunDirectoryError as exc:
             problems.append(str(exc))

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from agentkit.task import VerifierConfig
 from agentkit_engine.chat import Tokenizer
 from agentkit_environments import open_environment
 from agentkit_evals.synth import FAMILIES, sample
@@ -41,7 +42,7 @@ async def test_a_seed_gives_the_same_row_again(tokenizer: Tokenizer) -> None:
 async def test_far_facts_are_more_than_512_tokens_back(family: str, tokenizer: Tokenizer) -> None:
     async for row in generate([family], range(20, 40), tokenizer=tokenizer):
         verifier = sample(family, row.seed, "train").task.verifier
-        assert verifier is not None
+        assert isinstance(verifier, VerifierConfig)
         fact = verifier.command.split()[-1].split("-")[0]  # ledger: `... = FACT-total`; archive, poll: `... = FACT`
         pieces = [tokenizer.decode([token]) for token in row.ids]
         starts = list(itertools.accumulate((len(piece) for piece in pieces), initial=0))

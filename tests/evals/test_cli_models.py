@@ -1,0 +1,115 @@
+"""`agentkit eval` with several models: one run each in a common folder, one table, and the paired comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import typer.testing
+
+from agentkit.cli import app
+from agentkit_evals.record import RunDirectory
+
+TASK = """\
+id: {id}
+instruction: Say something.
+agent: {{effort: none, max_turns: 2, max_tokens: 12}}
+verifier: {{command: "true"}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AGENTKIT_HOME", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for name in ("first", "second"):
+        (folder / f"{name}.yaml").write_text(TASK.format(id=name))
+    return folder
+
+
+@pytest.fixture
+def models(untrained: Path, tmp_path: Path) -> list[str]:
+    """Three models; the second one's folder has the first one's name, and the third's context is too short to run."""
+    places = [tmp_path / "one" / "small", tmp_path / "two" / "small", tmp_path / "three" / "blind"]
+    for place in places:
+        shutil.copytree(untrained, place)
+    config = json.loads((places[2] / "config.json").read_text())
+    (places[2] / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    return [part for place in places for part in ("-m", str(place))]
+
+
+def agentkit(*arguments: str | Path, code: int = 0) -> typer.testing.Result:
+    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_models_are_compared_on_the_same_trials(suite: Path, models: list[str], tmp_path: Path) -> None:
+    options: tuple[str | Path, ...] = (
+        "eval",
+        suite,
+        *models,
+        "--env",
+        "unsafe-local",
+        "--seed",
+        "3",
+        "-k",
+        "2",
+        "--temperature",
+        "1",
+    )
+    shown = agentkit(*options, "--out", "together", "--junit", "results.xml").stdout
+    runs = [RunDirectory.open(Path("together", name)) for name in ("small", "small-2", "blind")]
+    assert all(run.complete and run.lock.seed == 3 for run in runs)
+    assert (
+        all(re.search(rf"{name} +4/4 ", shown) for name in ("small", "small-2", "blind")) and "runs  together" in shown
+    )
+    assert shown.count("B − A: +0.000 ± 0.000") == 2 and "page  together/small-small-2.html" in shown
+    assert Path("together/small-blind.html").read_text().startswith("<!doctype html>")
+    root = ElementTree.parse("results.xml").getroot()
+    assert (root.get("tests"), root.get("failures"), len(root.findall("testsuite"))) == ("12", "0", 3)
+    agentkit("view", "together")
+    agentkit("view", ".")
+    assert "together/small-2/report.html" in Path("index.html").read_text()
+    found: dict[str, Any] = json.loads(agentkit(*options, "--json").stdout)
+    assert [run["solved"] for run in found["runs"]] == [4, 4, 4]
+    assert [each["compared_tasks"] for each in found["comparisons"]] == [2, 2]
+    folder = Path(found["folder"])
+    assert folder.parent == Path("runs") and {Path(run["run"]).parent for run in found["runs"]} == {folder}
+
+
+def test_a_model_below_the_threshold_and_unscored_trials_decide_the_exit_code(
+    suite: Path, models: list[str], tmp_path: Path
+) -> None:
+    # only a model that can take a turn writes an answer
+    (suite / "second.yaml").write_text(TASK.format(id="second").replace('"true"', "'test -n \"$AGENTKIT_ANSWER\"'"))
+    options: tuple[str | Path, ...] = ("eval", suite, *models[:2], *models[4:], "--env", "unsafe-local")
+    agentkit(*options, "--threshold", "0.6", code=1)
+    (suite / "second.yaml").write_text(TASK.format(id="second").replace('"true"', "no-such-program"))
+    assert "1 tasks compared; left out: 1 not scored in A, 1 not scored in B" not in agentkit(*options).stdout
+    (suite / "second.yaml").write_text(
+        TASK.format(id="second").replace('"true"', "no-such-program") + 'solution: {command: "true"}\n'
+    )
+    assert "1 tasks compared; left out: 1 not scored in A, 1 not scored in B" in agentkit(*options, code=3).stdout
+
+
+def test_a_model_given_twice_is_refused(suite: Path, models: list[str]) -> None:
+    assert "is given twice" in agentkit("eval", suite, *models[:2], *models[:2], code=2).output
+    assert 'no model "none"' in agentkit("eval", suite, "-m", "tiny", "-m", "none", code=2).output
+
+
+def test_the_junit_file_is_checked_before_the_run(suite: Path, models: list[str]) -> None:
+    assert "does not exist" in agentkit("eval", suite, *models[:2], "--junit", "no/results.xml", code=2).output
+    assert not Path("runs").exists()
