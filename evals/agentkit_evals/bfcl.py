@@ -30,7 +30,7 @@ TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 
 def is_bfcl(data: dict[str, Any]) -> bool:
     """Return whether a row is one of BFCL."""
-    return "question" in data and ("function" in data or "involved_classes" in data or "id" in data)
+    return {"id", "question"} <= {*data}
 
 
 def read_bfcl(path: Path) -> Iterator[tuple[Task, str]]:

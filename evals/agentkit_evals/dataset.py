@@ -2,7 +2,7 @@
 
 | rows | recognised by | reader |
 |---|---|---|
-| BFCL | `question` and `function` | `bfcl.py` |
+| BFCL | `id` and `question` | `bfcl.py` |
 | SWE-bench | `instance_id` | `swebench.py` |
 """
 
@@ -20,7 +20,6 @@ from agentkit.errors import TaskFileError
 from agentkit.task import Task
 from agentkit_engine.untrusted import describe, open_regular, parse_json, shorten
 
-SUFFIXES = (".jsonl", ".json")
 MAX_ROW_BYTES = 16 << 20
 
 
@@ -56,11 +55,6 @@ class Row:
             return Task.model_validate(fields)
         except ValidationError as exc:
             raise self.error(describe(exc)) from exc
-
-
-def is_dataset(path: Path) -> bool:
-    """Return whether the suffix of a file is that of a data set."""
-    return path.suffix in SUFFIXES
 
 
 def read_rows(path: Path) -> Iterator[Row]:

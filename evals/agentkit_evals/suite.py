@@ -4,7 +4,7 @@ A suite is a folder of task files, one task file, a data set (`dataset.py`), a s
 families:
 
     name: nightly
-    tasks: [smoke.yaml, more/, rows.jsonl]                 # files and folders beside this file, in this order
+    tasks: [smoke.yaml, more/]                             # files and folders beside this file, in this order
     synth: {families: [logs, bugfix], per_family: 10}      # generated, held-out tasks
 """
 
@@ -22,7 +22,7 @@ from agentkit.errors import TaskFileError
 from agentkit.models.scripted import Policy
 from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, load_yaml, read_yaml
 from agentkit_evals.bfcl import is_bfcl, read_bfcl
-from agentkit_evals.dataset import is_dataset, read_rows
+from agentkit_evals.dataset import read_rows
 from agentkit_evals.errors import SuiteError
 from agentkit_evals.swebench import is_swebench, read_swebench
 from agentkit_evals.synth import FAMILIES, sample
@@ -109,7 +109,7 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
         raise SuiteError(f"{spec} is not generated, so the tasks per family cannot be set; use a limit")
     elif path.is_dir():
         suite = Suite(path.resolve().name, tuple(_folder(path)))
-    elif path.is_file() and is_dataset(path):
+    elif path.is_file() and _is_dataset(path):
         suite = Suite(path.stem, tuple(_dataset(path)))
     elif path.is_file() and _is_suite_file(path):
         suite = _suite_file(path, seed)
@@ -153,13 +153,24 @@ def _suite_file(path: Path, seed: int) -> Suite:
         target = path.parent / entry
         if target.is_dir():
             cases += _folder(target)
-        elif is_dataset(target):
+        elif _is_dataset(target):
             cases += _dataset(target)
         else:
             cases.append(_case(load_task(target), name))
     if content.synth is not None:
         cases += synth_suite(content.synth, seed=seed).cases
     return Suite(name, tuple(cases))
+
+
+def _is_dataset(path: Path) -> bool:
+    """Return whether a file is a data set. BFCL's files end in .json, which may also be one task."""
+    if path.suffix != ".json":
+        return path.suffix == ".jsonl"
+    try:
+        first = next(read_rows(path), None)
+    except TaskFileError:
+        return False
+    return first is not None and (is_bfcl(first.data) or is_swebench(first.data))
 
 
 def _dataset(path: Path) -> Iterable[Case]:

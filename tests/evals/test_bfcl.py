@@ -154,3 +154,10 @@ def test_the_commands_run_and_check_rows(tmp_path: Path, untrained: Path, monkey
     found = json.loads(ran.stdout)
     assert ran.exit_code == 0 and found["trials"] == found["scored"] == 2 and found["backends"] == []
     assert set(found["families"]) == {"simple_python", "irrelevance"}
+
+
+def test_a_json_file_may_also_be_one_task(tmp_path: Path) -> None:
+    task = {"id": "one", "instruction": "Do it.", "verifier": {"command": "true"}}
+    for text in (json.dumps(task), json.dumps(task, indent=1)):
+        (tmp_path / "task.json").write_text(text)
+        assert [case.task.id for case in load_suite(str(tmp_path / "task.json")).cases] == ["one"]

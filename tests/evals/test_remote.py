@@ -327,3 +327,53 @@ def test_doctor_says_which_keys_are_set(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["apis"]["openai"] and found["apis"]["anthropic"]
     said = agentkit("doctor").output
     assert "✓ OPENAI_API_KEY  set" in said and "– ANTHROPIC_API_KEY  not set" in said and KEY not in said
+
+
+def weather(body: dict[str, Any]) -> Reply:
+    """Call the tool for the city in the question; the model `worse` knows only Paris, and calls when it should not."""
+    city = body["messages"][-1]["content"]
+    if body["model"] == "worse":
+        return calls(("geo_weather", '{"city": "Paris"}'))
+    return (
+        text("There is no tool for that.") if city == "Nowhere" else calls(("geo_weather", json.dumps({"city": city})))
+    )
+
+
+def test_rows_of_bfcl_on_two_models_behind_an_api(
+    serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    function = {"name": "geo.weather", "description": "Weather.", "parameters": {
+        "type": "dict", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
+    rows = [
+        {"id": f"simple_{number}", "question": [[{"role": "user", "content": city}]], "function": [function],
+         "ground_truth": [{"geo.weather": {"city": [city.lower()]}}]}
+        for number, city in enumerate(("Paris", "Rome", "Bonn"))
+    ]  # fmt: skip
+    rows.append({"id": "irrelevance_0", "question": [[{"role": "user", "content": "Nowhere"}]], "function": [function]})
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    server = ChatServer(weather, key=KEY)
+    url = serving(server)
+    result = agentkit("eval", "rows.jsonl", "-m", "openai:good", "-m", "openai:worse", "--base-url", url, "--json")
+    assert result.exit_code == ExitCode.OK, result.output
+    found = json.loads(result.stdout)
+    assert [run["mean"] for run in found["runs"]] == [1.0, 0.25]
+    (compared,) = found["comparisons"]
+    assert compared["total"]["difference"]["value"] == -0.75 and compared["total"]["difference"]["p_value"] == 0.25
+    assert [flip["task"] for flip in compared["a_better"]] == ["simple_1", "simple_2", "irrelevance_0"]
+    assert {Path(run["run"]).name for run in found["runs"]} == {"openai-good", "openai-worse"}
+    # one request per trial, with the tool but without a system prompt
+    assert len(server.requests) == 8
+    assert {message["role"] for body in server.requests for message in body["messages"]} == {"user"}
+    assert {tool["function"]["name"] for body in server.requests for tool in body["tools"]} == {"geo_weather"}
+
+
+def test_a_missing_key_is_found_before_the_first_model_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number_task: MakeTask
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    Path("task.yaml").write_text(number_task().model_dump_json(exclude_defaults=True))
+    result = agentkit("eval", "task.yaml", "-m", "openai:toy", "-m", "anthropic:toy")
+    assert result.exit_code == ExitCode.USAGE and "ANTHROPIC_API_KEY" in result.output
+    assert not Path("runs").exists()

@@ -115,21 +115,32 @@ def command(
     terminal = console(quiet=as_json)
     finished: list[evaluation.Finished] = []
     remote = [is_remote(name) for name in model]
-    mixed = any(remote) and not all(remote)
-    for name, folder, behind_api in zip(model, _folders(model) if together else ["."], remote, strict=True):
+    mixed = any(remote) and not all(remote)  # then each option is for the models that have it
+    # connected before the first run, so that a missing key is found at once; embedded models take memory, one at a time
+    connected = {
+        name: load_model(
+            name,
+            device=None if mixed else device,
+            cache_dir=None if mixed else cache_dir,
+            base_url=base_url,
+            max_connections=max_connections,
+        )
+        for name, behind_api in zip(model, remote, strict=True)
+        if behind_api
+    }
+    for name, folder in zip(model, _folders(model) if together else ["."], strict=True):
         left = None if max_cost is None else max_cost - sum(each.run.usage.cost_usd or 0.0 for each in finished)
         if left is not None and left <= 0:
             typer.echo(f"--max-cost reached before {folder}", err=True)
             break
         if together:
             terminal.print(f"\n[bold]{len(loaded.cases)} tasks on {folder}[/]\n")
-        # with models of both kinds, each option is for the models that have it
-        source = load_model(
+        source = connected.get(name) or load_model(
             name,
-            device=None if mixed and behind_api else device,
-            cache_dir=None if mixed and behind_api else cache_dir,
-            base_url=None if mixed and not behind_api else base_url,
-            max_connections=None if mixed and not behind_api else max_connections,
+            device=device,
+            cache_dir=cache_dir,
+            base_url=None if mixed else base_url,
+            max_connections=None if mixed else max_connections,
         )
         finished.append(
             evaluation.evaluate(
