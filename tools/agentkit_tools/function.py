@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from agentkit_tools.errors import ToolDefinitionError
+from agentkit_tools.parts import ImagePart, TextPart
 from agentkit_tools.results import value_text
 from agentkit_tools.schema import read_arguments
 from agentkit_tools.signature import read_signature, underlying
@@ -46,6 +47,7 @@ class FunctionTool(Tool, Generic[P, R]):
         super().__init__(name, description, signature.parameters, read_only=read_only, barrier=barrier)
         self.fn = fn
         self._signature = signature
+        self.deps_types = signature.deps_types
         self._is_async = _is_coroutine_function(fn)
         self.needs_environment = bool(signature.injected)
 
@@ -79,7 +81,13 @@ def _settle(value: Any) -> Any:
 
 
 def _output(value: Any) -> ToolOutput:
-    return value if isinstance(value, ToolOutput) else ToolOutput(value_text(value))
+    if isinstance(value, ToolOutput):
+        return value
+    items = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(item, TextPart | ImagePart) for item in items):
+        parts = (item if isinstance(item, TextPart | ImagePart) else TextPart(value_text(item)) for item in items)
+        return ToolOutput(parts=tuple(parts))
+    return ToolOutput(value_text(value))
 
 
 def _is_small(value: Any) -> bool:
@@ -90,7 +98,7 @@ def _is_small(value: Any) -> bool:
 
 
 def _is_simple(value: Any) -> bool:
-    return value is None or isinstance(value, str | bool | int | float)
+    return value is None or isinstance(value, str | bool | int | float | TextPart | ImagePart)
 
 
 def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
@@ -149,9 +157,10 @@ def tool(
     """Make a tool of a typed function, with `@tool` or `@tool(read_only=True)`.
 
     The schema comes from the signature. Descriptions come from the docstring (prose, and `Args:` in Google style) or
-    from `Annotated[T, "text"]`. Defaults may be pydantic's `Field(3, ge=1)`. A parameter annotated `ToolContext`
-    receives the context and is left out of the schema. A function that is not async runs in its own thread. A returned
-    string is the result; other values are written as JSON, or described if JSON cannot represent them.
+    from `Annotated[T, "text"]`. Defaults may be pydantic's `Field(3, ge=1)`. A parameter annotated `ToolContext` or
+    `ToolContext[Database]` receives the context and is left out of the schema. A function that is not async runs in its
+    own thread. A returned string is the result; other values are written as JSON, or described if JSON cannot represent
+    them. An `ImagePart`, or a list with a `TextPart` or `ImagePart` in it, is shown to the model as text and images.
 
     Bound methods, `functools.partial` (bound arguments are left out of the schema) and objects with `__call__` work
     too. Objects with `__call__` and lambdas need a `name`.

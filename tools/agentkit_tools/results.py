@@ -22,6 +22,7 @@ from pydantic_core import to_jsonable_python
 
 from agentkit_environments import SandboxError
 from agentkit_tools.errors import ToolError
+from agentkit_tools.parts import ImagePart
 
 MAX_DEPTH = 64
 RAISE = opcode.opmap["RAISE_VARARGS"]
@@ -144,6 +145,8 @@ def _plain(value: Any, above: tuple[int, ...]) -> Any:
         return _bytes_text(value)
     if unfinished := _unfinished(value):
         return f"<{unfinished[0]}>"
+    if isinstance(value, ImagePart):
+        return str(value)
     if id(value) in above:
         return "<circular reference>"
     if len(above) == MAX_DEPTH:

@@ -39,15 +39,16 @@ class Signature:
     model: type[BaseModel]  # parses arguments; field i is named `p{i}`, with the parameter's name as its alias
     names: tuple[str, ...]  # parameter names, in the order of the model's fields
     injected: tuple[str, ...]  # parameters that receive the `ToolContext`
+    deps_types: tuple[type, ...]  # the class `Database` of a parameter annotated `ToolContext[Database]`
     defaults: Mapping[str, Callable[[], Any]]  # `Field(...)` defaults, which Python does not apply
 
 
 def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) -> Signature:
     """Read the parameters of `fn` from its signature, annotations and docstring.
 
-    Every parameter needs an annotation that JSON can represent. Parameters annotated `injected_type` and keyword
-    arguments bound by `functools.partial` are left out of the schema. Descriptions come from `Annotated[T, "text"]`,
-    `Field(description=...)` or the docstring's `Args:` section.
+    Every parameter needs an annotation that JSON can represent. Parameters annotated `injected_type` or
+    `injected_type[...]` and keyword arguments bound by `functools.partial` are left out of the schema. Descriptions
+    come from `Annotated[T, "text"]`, `Field(description=...)` or the docstring's `Args:` section.
 
     Raises:
         ToolDefinitionError: the signature is unsupported; names the tool, the parameter and a remedy.
@@ -58,6 +59,7 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
     fields: dict[str, Any] = {}
     names: list[str] = []
     injected: list[str] = []
+    deps_types: list[type] = []
     defaults: dict[str, Callable[[], Any]] = {}
     fixed = _fixed_names(fn)
     for parameter in _parameters(fn, name):
@@ -67,8 +69,9 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
         annotation = _annotation(parameter, where, scope, namespace)
         if _asks_for(annotation, injected_type):
             injected.append(parameter.name)
+            deps_types += _deps_types(annotation, injected_type)
             continue
-        annotation = _portable(annotation, where, namespace)
+        annotation = portable(annotation, where, namespace)
         field = f"p{len(names)}"
         fields[field], default = _field(parameter, annotation, documented.get(parameter.name), where)
         if default is not None:
@@ -86,7 +89,9 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
     except Exception as error:  # each parameter is valid, but not all of them together
         raise ToolDefinitionError(f"tool {name!r}: not all parameters are valid together ({error})") from error
     del parameters["additionalProperties"]  # only the validator needs it
-    return Signature(description, parameters, validator, model, tuple(names), tuple(injected), defaults)
+    return Signature(
+        description, parameters, validator, model, tuple(names), tuple(injected), tuple(deps_types), defaults
+    )
 
 
 def underlying(fn: Any) -> Any:
@@ -170,8 +175,20 @@ def _annotation(
 
 
 def _asks_for(annotation: Any, wanted: type) -> bool:
-    """Return whether an annotation is `wanted`, `Annotated[wanted, ...]` or `wanted | None`."""
-    return annotation is wanted or any(_asks_for(part, wanted) for part in _parts(annotation) or ())
+    """Return whether an annotation is `wanted`, `wanted[...]`, `Annotated[wanted, ...]` or `wanted | None`."""
+    if annotation is wanted or typing.get_origin(annotation) is wanted:
+        return True
+    return any(_asks_for(part, wanted) for part in _parts(annotation) or ())
+
+
+def _deps_types(annotation: Any, injected_type: type) -> list[type]:
+    """Return the class in `injected_type[...]`, if it is one that values can be checked against."""
+    if typing.get_origin(annotation) is not injected_type:
+        return [found for part in _parts(annotation) or () for found in _deps_types(part, injected_type)]
+    (argument,) = typing.get_args(annotation)
+    if argument is Any or not inspect.isclass(argument) or typing.is_typeddict(argument):
+        return []
+    return [] if getattr(argument, "_is_protocol", False) else [argument]
 
 
 def _parts(annotation: Any) -> tuple[Any, ...] | None:
@@ -182,7 +199,7 @@ def _parts(annotation: Any) -> tuple[Any, ...] | None:
     return typing.get_args(annotation) if origin in (typing.Union, types.UnionType) else None
 
 
-def _portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside: tuple[Any, ...] = ()) -> Any:
+def portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside: tuple[Any, ...] = ()) -> Any:
     """Replace each `typing.TypedDict` by a typing_extensions one, which pydantic needs before Python 3.12.
 
     TypedDicts inside dataclasses and models are left unchanged, and pydantic refuses them.
@@ -223,7 +240,7 @@ def _portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside:
                 qualifier = typing.Required
             else:
                 qualifier = typing.NotRequired
-            keys[key] = qualifier[_portable(hint, where, namespace, (*inside, annotation))]
+            keys[key] = qualifier[portable(hint, where, namespace, (*inside, annotation))]
         make: Any = typing_extensions.TypedDict
         made = make(annotation.__name__, keys)
         made.__doc__ = annotation.__doc__
@@ -231,17 +248,17 @@ def _portable(annotation: Any, where: str, namespace: Mapping[str, Any], inside:
     if not arguments or any(isinstance(argument, list) for argument in arguments):  # Callable[[...], ...]
         return annotation
     if origin is typing.Final:
-        return _portable(arguments[0], where, namespace, inside)
+        return portable(arguments[0], where, namespace, inside)
     if origin is Annotated:
-        inner = _portable(annotation.__origin__, where, namespace, inside)
+        inner = portable(annotation.__origin__, where, namespace, inside)
         return annotation if inner is annotation.__origin__ else Annotated[(inner, *annotation.__metadata__)]
-    portable = tuple(_portable(argument, where, namespace, inside) for argument in arguments)
-    if all(new is old for new, old in zip(portable, arguments, strict=True)):
+    converted = tuple(portable(argument, where, namespace, inside) for argument in arguments)
+    if all(new is old for new, old in zip(converted, arguments, strict=True)):
         return annotation
     if _parts(annotation) is not None:
-        return typing.Union[portable]  # noqa: UP007
+        return typing.Union[converted]  # noqa: UP007
     assert origin is not None  # it has arguments
-    return origin[portable]
+    return origin[converted]
 
 
 def _field(

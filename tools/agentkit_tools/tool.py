@@ -13,10 +13,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Generic, cast
 
 import anyio
 import anyio.to_thread
+from typing_extensions import TypeVar
 
 from agentkit_environments import Environment
 from agentkit_tools.errors import ToolDefinitionError, ToolError
@@ -30,6 +31,7 @@ CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
 CUT_NOTICE_BYTES = 48  # upper bound, for any byte count
 MIN_OUTPUT_BYTES = 128  # room for the notice and some text on both sides
 MAX_IMAGE_BYTES = 5 << 20  # the strictest limit of the APIs that take images
+Deps = TypeVar("Deps", default=Any)
 GRACE_S = 5.0  # extra time for a tool with its own deadline in the environment, to return its output so far
 
 
@@ -74,17 +76,20 @@ class ToolOutput:
 
 
 @dataclass(slots=True)
-class ToolContext:
+class ToolContext(Generic[Deps]):
     """The environment and limits of the calls of one run. All calls of a run share one context.
 
     `max_output_bytes` limits the UTF-8 size of each result (at least 128), `timeout_s` the time of each call in
-    seconds. Tools that read, modify and write a file hold `lock`, so that parallel edits are not lost.
+    seconds. Tools that read, modify and write a file hold `lock`, so that parallel edits are not lost. `deps` is the
+    object that the caller of the run gave for its tools, such as a database connection. A tool that declares
+    `context: ToolContext[Database]` runs only with a `Database`.
     """
 
     environment: Environment
     max_output_bytes: int = 16_384
     timeout_s: float = 60.0
     lock: anyio.Lock = field(default_factory=anyio.Lock, repr=False)
+    deps: Deps = field(default=cast(Any, None), repr=False)
 
     def __post_init__(self) -> None:
         if self.max_output_bytes < MIN_OUTPUT_BYTES:
@@ -97,11 +102,15 @@ class Tool(ABC):
     """Base class of tools. Subclasses parse the arguments in `parse` and do the work in `run`.
 
     `parameters` is a JSON schema (2020-12) of an object. A `read_only` tool changes nothing. A `barrier` runs alone:
-    earlier calls of the turn finish first, and later ones start after it ends.
+    earlier calls of the turn finish first, and later ones start after it ends. A tool that `delegates` makes calls of
+    its own, as a sub-agent does; while it waits for them it holds no place under limits that they may share.
+    `ToolContext.deps` must be an instance of each class in `deps_types`.
     """
 
     needs_environment: bool = True
     """True if calls use `ToolContext.environment`. A run opens no sandbox if this is False for all of its tools."""
+    delegates: ClassVar[bool] = False
+    deps_types: tuple[type, ...] = ()
 
     def __init__(
         self,
@@ -141,6 +150,16 @@ class Tool(ABC):
     @abstractmethod
     async def run(self, arguments: dict[str, Any], context: ToolContext) -> ToolOutput:
         """Run the tool with arguments from `parse`; a ToolError is reported to the model."""
+
+    async def refusal(self, call: ToolCall) -> ToolResult | None:
+        """Return the error result of a call whose arguments are invalid; None if they are valid."""
+        try:
+            await self._parse(call.arguments)
+        except BaseException as error:  # as in `call`
+            if belongs_to_the_loop(error):
+                raise
+            return ToolResult(call.id, self.name, _failed(error)[1], is_error=True)
+        return None
 
     async def _parse(self, arguments: str) -> dict[str, Any]:
         """Run `parse`, in a thread if it takes long, so that the event loop stays free."""
