@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from copy import copy
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic
 
 import anyio
 
+from agentkit.approval import Approvals, AskHuman, Policy
 from agentkit.checks import check_model, check_type, run_blocking
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
+from agentkit.history import MessageHistory, opening_messages
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
-from agentkit.messages import Message, SystemMessage, ToolMessage, UserMessage
+from agentkit.messages import AssistantMessage, Message, ToolMessage, UserMessage
 from agentkit.model import (
     CallMalformed,
     CallReady,
@@ -29,24 +32,28 @@ from agentkit.model import (
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.resolve import is_remote
 from agentkit.models.remote.session import RemoteModel
-from agentkit.output import check_output_schema, misfit
+from agentkit.output import RETRY, T, output_of
 from agentkit.prices import check_price, price_of
 from agentkit.progress import shown_progress
 from agentkit.result import Continue, RunResult
-from agentkit.run import Run
+from agentkit.run import Run, RunContext
+from agentkit.subagent import AgentTool
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
 from agentkit.trajectory import Header, Trajectory
 from agentkit.turn import TurnCalls
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import DeferredEnvironment, Environment, EnvironmentSpec, SandboxError, open_environment
-from agentkit_tools import BUILTINS, Tool, ToolContext, ToolResult, as_tool
+from agentkit_tools import BUILTINS, Tool, ToolResult, as_tool
 from agentkit_tools.model_texts import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 
 KILL_TIMEOUT_S: Final = 0.8
 
 
-class Agent:
+class Agent(Generic[T]):
     """A model with tools, a thinking policy and limits. An agent can run many tasks, also concurrently.
+
+    Type checkers infer from `output_type` the type of `RunResult.output`; for a union or `Literal`, which is no class,
+    write `output_type=cast(Any, int | str)`.
 
     Override `ask`, `act` or `observe` to change what a turn does.
     """
@@ -60,10 +67,13 @@ class Agent:
         thinking: Thinking | ThinkingPolicy = "auto",
         effort: Effort = "high",
         sampling: SamplingParams | None = None,
+        output_type: type[T] | None = None,
         output_schema: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         concurrency: ConcurrencyLimits | None = None,
         budget: CostBudget | None = None,
+        approval: Policy | Sequence[Policy] = (),
+        on_ask: AskHuman | None = None,
     ) -> None:
         """Create an agent.
 
@@ -71,25 +81,31 @@ class Agent:
             model: A model; an argument of `EmbeddedModel`: `"tiny"` or a checkpoint folder; or one of `RemoteModel`:
                 `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-chat"`.
             tools: Tools that the model may call, in prompt order, as tools or plain functions with typed parameters.
-                Default: the built-in tools; with an output schema all except `submit`, whose answer no grammar
-                constrains.
+                Default: the built-in tools; with an output type or schema all except `submit`, whose answer no
+                grammar constrains.
             system: The system prompt; `DEFAULT_SYSTEM` by default, none if empty.
             thinking: Turns that think: "always", "never", "auto" (the first, and after any failed result), or a
                 function of the messages that the turn answers.
             effort: Reasoning effort for the whole session; "none" never thinks.
             sampling: All sampling parameters. Default: `model.sampling`, which the model's folder defines.
                 `model.sampling.override(temperature=0)` changes some of them.
-            output_schema: JSON schema of the answer. The model is shown the schema and constrained to it.
+            output_type: Type of the answer: a pydantic model, dataclass, TypedDict, `list[int]`, `Literal`, union and
+                so on. The model is shown its JSON schema and constrained to it. The answer is validated with pydantic;
+                one that does not fit is returned to the model once, with the reason.
+            output_schema: The same for a JSON schema, whose answer is a JSON value.
             limits: The budget of each run.
-            concurrency: Limits on calls that run at the same time. An agent that runs inside a call of another agent
-                needs its own.
+            concurrency: Limits on calls that run at the same time. An agent that the code of a tool runs needs its
+                own, or both may wait for each other; one from `as_tool` does not.
             budget: A limit on the cost of all runs of all agents that are given this object.
+            approval: Policies that decide on each call before it runs; see `agentkit.approval`.
+            on_ask: Asks a human about a call, for policies that return `Ask()`; a function that is not async runs in a
+                thread. Without it such calls are refused.
 
         Raises:
             TypeError: an argument is of the wrong type.
             ToolDefinitionError: a function cannot be a tool; the text has the remedy.
-            ValueError: two tools have the same name, the thinking policy or effort is unknown, or `output_schema` is
-                not a JSON schema.
+            ValueError: two tools have the same name, the thinking policy or effort is unknown, `output_type` has no
+                JSON schema, `output_schema` is not one, or both are given.
             EngineError: as `EmbeddedModel`.
             PriceError: a limit on the cost is given, and the price of the model is unknown.
         """
@@ -99,12 +115,11 @@ class Agent:
         check_type("Agent(budget=...)", budget, CostBudget | None, "a CostBudget or None")
         check_type("Agent(system=...)", system, str | None, "a text or None")
         self._thinks = thinking_policy(thinking, effort)
-        if output_schema is not None:
-            check_output_schema(output_schema)
-        elif sampling is not None and sampling.output_schema is not None:
-            check_output_schema(sampling.output_schema)
+        if output_type is None and output_schema is None and sampling is not None:
+            output_schema = sampling.output_schema
+        self._output = output_of(output_type, output_schema)
         self.model = model_of(model) if isinstance(model, str | Path) else check_model(model)
-        self.sampling = (sampling or self.model.sampling).override(output_schema=output_schema)
+        self.sampling = (sampling or self.model.sampling).override(output_schema=self._output.schema)
         self.output_schema = self.sampling.output_schema
         if tools is None:
             tools = [tool for tool in BUILTINS.values() if self.output_schema is None or tool.name != "submit"]
@@ -117,14 +132,14 @@ class Agent:
         self.system = DEFAULT_SYSTEM if system is None else system
         self.thinking = thinking if isinstance(thinking, str) else getattr(thinking, "__name__", repr(thinking))
         self.effort: Effort = effort
-        self.limits = limits or Limits()
+        self.limits = self._bounded(limits or Limits())
         self.concurrency = concurrency or ConcurrencyLimits()
         self.budget = budget
         if self.limits.max_cost_usd is not None or budget is not None:
             check_price(self.model, self.model.name)
-        if self.sampling.max_tokens is not None:
-            bounds = (self.sampling.max_tokens, self.limits.max_tokens_per_turn or self.sampling.max_tokens)
-            self.limits = replace(self.limits, max_tokens_per_turn=min(bounds))
+        policies = [approval] if callable(approval) else approval
+        check_type("Agent(approval=...)", policies, list | tuple, "a policy or a list of policies")
+        self.approvals = Approvals(policies, on_ask)
 
     async def run(
         self,
@@ -133,7 +148,9 @@ class Agent:
         environment: Environment | None = None,
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
-    ) -> RunResult:
+        message_history: MessageHistory | None = None,
+        deps: object = None,
+    ) -> RunResult[T]:
         """Run a task.
 
         Args:
@@ -142,14 +159,28 @@ class Agent:
                 before the first turn if a tool needs it (`Tool.needs_environment`).
             trajectory: New file for the record, written during the run. Default: in memory only.
             metadata: JSON values for the header of the record.
+            message_history: Messages, or a run whose messages are used, that come before the task. The model reads
+                them anew, whereas `RunResult.continue_` goes on from the exact tokens. Their system prompt replaces
+                that of the agent.
+            deps: Object for the tools, which they receive as `ToolContext.deps`; it is not shown to the model.
 
         Raises:
+            TypeError: a tool needs `deps` of another class, or `message_history` has an item that is not a message.
+            ValueError: `message_history` is not a conversation; the text has the index.
             SandboxError: no sandbox can be opened, or the sandbox was lost.
             TrajectoryWriteError: the record cannot be written.
             EncodeError: the model's dialect does not have the effort.
             EngineError: the engine failed.
         """
-        return await self._run(task, _unheard, environment=environment, path=trajectory, metadata=metadata)
+        return await self._run(
+            task,
+            _unheard,
+            environment=environment,
+            path=trajectory,
+            metadata=metadata,
+            message_history=message_history,
+            deps=deps,
+        )
 
     def run_sync(
         self,
@@ -157,8 +188,10 @@ class Agent:
         *,
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
+        message_history: MessageHistory | None = None,
+        deps: object = None,
         progress: bool | None = None,
-    ) -> RunResult:
+    ) -> RunResult[T]:
         """Run a task from synchronous code, in its own sandbox.
 
         After one second, a progress line is shown on standard error if that is a terminal or `progress` is True.
@@ -168,7 +201,15 @@ class Agent:
         """
         with shown_progress(progress) as emit:
             return run_blocking(
-                lambda: self._run(task, emit, environment=None, path=trajectory, metadata=metadata),
+                lambda: self._run(
+                    task,
+                    emit,
+                    environment=None,
+                    path=trajectory,
+                    metadata=metadata,
+                    message_history=message_history,
+                    deps=deps,
+                ),
                 instead="await agent.run(...)",
             )
 
@@ -180,21 +221,24 @@ class Agent:
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
         history: Trajectory | None = None,
+        message_history: MessageHistory | None = None,
+        deps: object = None,
     ) -> AsyncGenerator[Event, None]:
         """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
         With `history`, the run continues that record and its file, as `RunResult.continue_` does. `environment` is then
-        required, and `trajectory` and `metadata` are not allowed.
+        required, and `trajectory`, `metadata` and `message_history` are not allowed.
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`. This
         cancels the run.
 
         Raises:
-            ValueError: `history` is given without `environment`, or with `trajectory` or `metadata`.
+            ValueError: `history` is given without `environment`, or with an argument that it does not allow.
             Other errors: as `run`.
         """
-        if history is not None and (environment is None or trajectory is not None or metadata is not None):
-            raise ValueError("history needs an environment, and takes neither trajectory nor metadata")
+        new = (trajectory, metadata, message_history)
+        if history is not None and (environment is None or any(given is not None for given in new)):
+            raise ValueError("history needs an environment, and takes no trajectory, metadata or message_history")
         send, receive = anyio.create_memory_object_stream[Event](inf)
 
         async def drive() -> None:
@@ -206,6 +250,8 @@ class Agent:
                     path=trajectory,
                     metadata=metadata,
                     history=history,
+                    message_history=message_history,
+                    deps=deps,
                 )
 
         with send, receive, _one_error():
@@ -214,21 +260,63 @@ class Agent:
                 async for event in receive:
                     yield event
 
-    async def _converse(self, run: Run, text: str) -> Outcome:
-        """Run turns until the model submits or answers, or a limit is reached."""
-        news: list[Message] = [UserMessage(text)]
-        if (self.system or self.output_schema is not None) and not run.session.messages:
-            news.insert(0, SystemMessage(self.system, self.output_schema))
+    def as_tool(
+        self, name: str, description: str, *, limits: Limits | None = None, own_sandbox: bool = False
+    ) -> AgentTool:
+        """Return a tool that runs this agent on a task that the calling model writes. Its result is the answer.
+
+        The agent sees nothing of the caller's conversation. It gets the `deps` of the caller's run, its calls also pass
+        the approvals of the caller, and cancelling the caller cancels it. A limit, no answer or a failure becomes an
+        error result. Its usage counts in `Usage.subagents` of the caller. Its record is in `Trajectory.subagents`, and
+        in a file beside that of the caller (`run.agent1.jsonl` beside `run.jsonl`).
+
+        Args:
+            name: Name of the tool.
+            description: Tells the calling model when to use the agent.
+            limits: The budget of each run; that of the agent by default.
+            own_sandbox: Run in a new sandbox rather than in the environment of the caller.
+
+        Raises:
+            ToolDefinitionError: the name or description is invalid.
+        """
+        agent = copy(self)
+        agent.limits = self._bounded(limits or self.limits)
+        return AgentTool(agent, name, description, own_sandbox=own_sandbox)
+
+    def _bounded(self, limits: Limits) -> Limits:
+        """Return the limits with the sampling parameter `max_tokens`, which bounds each turn."""
+        if self.sampling.max_tokens is None:
+            return limits
+        bounds = (self.sampling.max_tokens, limits.max_tokens_per_turn or self.sampling.max_tokens)
+        return replace(limits, max_tokens_per_turn=min(bounds))
+
+    async def _converse(self, run: Run, news: list[Message]) -> Outcome:
+        """Run turns until the model submits or answers, or a limit is reached.
+
+        An answer that does not fit is returned to the model once.
+        """
         await self.observe(run, news)
+        answered = [index for index, message in enumerate(news) if isinstance(message, AssistantMessage)]
+        if answered:  # a message history
+            run.turn = len(answered)
+            news = news[answered[-1] + 1 :]
+        may_retry = True
         while (limit := run.spent_limit) is None:
             results, limit = await self._turn(run, news)
-            if submitted := next((result for result in results if result.final), None):
-                return await self._conclude(run, "submitted", submitted.content)
-            if limit is not None:
-                break
-            if not results:
-                return await self._conclude(run, "answered", run.session.messages[-1].content)
             news = [ToolMessage.of(result) for result in results]
+            if submitted := next((result for result in results if result.final), None):
+                outcome = await self._conclude(run, "submitted", submitted.content)
+            elif limit is not None:
+                break
+            elif not results:
+                outcome = await self._conclude(run, "answered", run.session.messages[-1].content)
+            else:
+                continue
+            if outcome.status != "invalid_output" or not may_retry or limit is not None or run.spent_limit is not None:
+                return outcome
+            may_retry = False
+            news.append(UserMessage(RETRY.format(problem=outcome.error)))
+            await self.observe(run, news[-1:])
         run.note(LimitReached(limit))
         return run.outcome("limit", limit=limit)
 
@@ -239,7 +327,7 @@ class Agent:
             refused = "the provider refused to answer: its filter stopped the last turn"
             error = refused if run.refused else "the last turn has no call, and no text outside its reasoning"
             return run.outcome("no_answer", error=error)
-        problem = None if self.output_schema is None else await misfit(answer, self.output_schema)
+        problem = await self._output.misfit(answer)
         return run.outcome(status, answer) if problem is None else run.outcome("invalid_output", error=problem)
 
     async def _turn(self, run: Run, news: list[Message]) -> tuple[list[ToolResult], LimitName | None]:
@@ -250,7 +338,14 @@ class Agent:
         """
         think = self._thinks(news) and run.generation_limits.max_thinking_tokens != 0
         run.note(TurnStarted(run.turn, think))
-        calls = TurnCalls(self.tools, run.context, self.concurrency, run.note, max_calls=self.limits.max_calls_per_turn)
+        calls = TurnCalls(
+            self.tools,
+            run.context,
+            self.concurrency,
+            run.note,
+            approvals=run.approvals,
+            max_calls=self.limits.max_calls_per_turn,
+        )
         limit: LimitName | None = None
         stopped_by = "the run broke off"
         try:
@@ -322,12 +417,21 @@ class Agent:
         path: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
         history: Trajectory | None = None,
+        message_history: MessageHistory | None = None,
+        deps: object = None,
         files: bytes | None = None,
-    ) -> RunResult:
+        above: RunContext | None = None,
+    ) -> RunResult[T]:
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
 
         `files` is an archive that is unpacked into the work directory first; empty bytes are an empty directory.
+        `above` is the context of the call that runs this agent.
         """
+        self._check_deps(deps)
+        if history is not None and history.messages:
+            news: list[Message] = [UserMessage(text)]
+        else:
+            news = opening_messages(message_history, text, system=self.system, output_schema=self.output_schema)
         async with AsyncExitStack() as stack:
             tools = list(self.tools.values())
             own = await stack.enter_async_context(DeferredEnvironment(EnvironmentSpec(), open_environment))
@@ -339,6 +443,9 @@ class Agent:
             opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=history)
             session = await stack.enter_async_context(opening)
             if history is None:
+                if above is not None and above.call is not None:
+                    path = above.run.subagent_path()
+                    metadata = {"parent": above.run.trajectory.header.id, "call_id": above.call.id}
                 header = Header(
                     model=self.model.name,
                     dialect=session.dialect,
@@ -355,23 +462,30 @@ class Agent:
                 trajectory = history
                 trajectory.reopen()
             stack.callback(trajectory.close)
-            context = ToolContext(here, timeout_s=self.limits.call_timeout_s)
-            run = Run(session, trajectory, context, self.limits, emit, self.budget)
-            outcome = await self._to_the_end(run, text)
-            if environment is None:
+            approvals, budget = self.approvals, self.budget
+            if above is not None:
+                approvals = approvals.below(above.run.approvals)
+                if budget is None and price_of(self.model) is not None:
+                    budget = above.run.budget
+                if above.call is not None:
+                    stack.enter_context(above.run.subagent(above.call, trajectory))
+            run = Run(session, trajectory, here, self.limits, emit, budget, approvals=approvals, deps=deps, above=above)
+            outcome = await self._to_the_end(run, news)
+            if environment is None and above is None:
                 files = None
                 # only `continue_` needs the files, and it reports that they are missing
                 with suppress(SandboxError, OSError):
                     files = (await own.export_dir(own.spec.workdir)).data if own.is_open else b""
-        result = RunResult(outcome, trajectory, self._continuation(trajectory, environment, files))
+        output = None if outcome.answer is None else self._output.value(outcome.answer)
+        result = RunResult(outcome, output, trajectory, self._continuation(trajectory, environment, files, deps))
         emit(RunFinished(result))
         return result
 
-    async def _to_the_end(self, run: Run, text: str) -> Outcome:
+    async def _to_the_end(self, run: Run, news: list[Message]) -> Outcome:
         """Converse, and record an outcome in every case. If the run fails or is cancelled, kill its processes."""
         try:
             with _one_error():
-                outcome = await self._converse(run, text)
+                outcome = await self._converse(run, news)
         except BaseException as exc:
             cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
             with suppress(TrajectoryWriteError):
@@ -380,23 +494,36 @@ class Agent:
                     if cancelled
                     else run.outcome("error", error=f"{type(exc).__name__}: {exc}")
                 )
-            with anyio.move_on_after(KILL_TIMEOUT_S, shield=True), suppress(SandboxError):
-                await run.context.environment.kill_all()
+            if not run.is_guest:
+                with anyio.move_on_after(KILL_TIMEOUT_S, shield=True), suppress(SandboxError):
+                    await run.context.environment.kill_all()
             raise
         run.note(outcome)
         return outcome
 
-    def _continuation(self, trajectory: Trajectory, environment: Environment | None, files: bytes | None) -> Continue:
+    def _check_deps(self, deps: object) -> None:
+        for tool in self.tools.values():
+            for needed in tool.deps_types:
+                if not isinstance(deps, needed):
+                    raise TypeError(
+                        f"tool {tool.name!r} needs deps of type {needed.__name__}, got {deps!r:.100}; "
+                        f"pass deps=... to the run"
+                    )
+
+    def _continuation(
+        self, trajectory: Trajectory, environment: Environment | None, files: bytes | None, deps: object
+    ) -> Continue[T]:
         """Return the implementation of `RunResult.continue_`."""
         end = len(trajectory.records)
 
-        async def go_on(text: str, elsewhere: Environment | None) -> RunResult:
+        async def go_on(text: str, elsewhere: Environment | None) -> RunResult[T]:
             if len(trajectory.records) != end:
                 raise ValueError("this result was already continued; continue the newer result")
             here = elsewhere or environment
             if here is None and files is None:
                 raise ValueError("the work directory of that run was not saved; pass environment= to continue")
-            return await self._run(text, _unheard, environment=here, history=trajectory, files=None if here else files)
+            files_if_new = None if here else files
+            return await self._run(text, _unheard, environment=here, history=trajectory, deps=deps, files=files_if_new)
 
         return go_on
 

@@ -1,9 +1,9 @@
-"""Events of a run. All except the deltas and `RunFinished` are also records of the trajectory."""
+"""Events of a run. All except the deltas, `SubagentEvent` and `RunFinished` are also records of the trajectory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from agentkit.messages import STRICT, Message
 from agentkit.model import (
@@ -60,6 +60,27 @@ class MessageAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class CallDecided:
+    """The agent's approvals decided on a call of the tool `name`. `asked` means that a human was asked.
+
+    `policy` is the name of the policy that decided; None if all left the call to the next one, which approves it.
+    `arguments` is the JSON text that the model wrote, `modified` that of other arguments, which the call runs with.
+    `reason` is that of a refusal.
+    """
+
+    call_id: str
+    name: str
+    decision: Literal["approved", "modified", "refused"]
+    policy: str | None
+    arguments: str
+    modified: str | None = None
+    reason: str | None = None
+    asked: bool = False
+    type: Literal["call_decided"] = "call_decided"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
 class CallStarted:
     """A call started to run; `early` means while the model was still generating."""
 
@@ -76,6 +97,40 @@ class CallFinished:
     result: ToolResult
     type: Literal["call_finished"] = "call_finished"
     __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class SubagentStarted:
+    """A call started to run an agent, whose tool is `name`. `trajectory_id` is in the header of that agent's record.
+
+    `file` is the name of the record, in the folder of this one; None if the record is only in memory.
+    """
+
+    call_id: str
+    name: str
+    trajectory_id: str
+    file: str | None = None
+    type: Literal["subagent_started"] = "subagent_started"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class SubagentFinished:
+    """The agent that a call ran has ended."""
+
+    call_id: str
+    outcome: Outcome
+    type: Literal["subagent_finished"] = "subagent_finished"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class SubagentEvent:
+    """An event of an agent that a call runs. It is a record of that agent's trajectory, not of this one."""
+
+    call_id: str
+    event: Event
+    type: Literal["subagent_event"] = "subagent_event"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +173,7 @@ class Outcome:
 class RunFinished:
     """The last event of a run that was neither cancelled nor failed."""
 
-    result: RunResult
+    result: RunResult[Any]
     type: Literal["run_finished"] = "run_finished"
 
 
@@ -131,12 +186,15 @@ Record = (
     | CallReady
     | CallMalformed
     | CallsWithdrawn
+    | CallDecided
     | CallStarted
     | CallFinished
+    | SubagentStarted
+    | SubagentFinished
     | TurnFinished
     | LimitReached
     | Outcome
 )
 """A record of a trajectory."""
 
-Event = Record | ReasoningDelta | TextDelta | RunFinished
+Event = Record | ReasoningDelta | TextDelta | SubagentEvent | RunFinished

@@ -31,7 +31,8 @@ class Limits:
     """Sampled thinking tokens of one turn."""
     max_cost_usd: float | None = None
     """Cost in US dollars, over all turns. Checked before each turn, because an API tells the cost of a turn at its end;
-    the last turn may exceed it. The price of the model must be known."""
+    the last turn may exceed it. The cost of a sub-agent counts, as far as it is known, when that agent has ended. The
+    price of the model must be known."""
     wall_time_s: float | None = None
     """Seconds since the start of the run."""
     tool_time_s: float | None = None
@@ -40,6 +41,8 @@ class Limits:
     """Seconds that one call may run. A call that exceeds it gets an error result; the other calls keep theirs."""
     max_calls_per_turn: int = 128
     """Calls that one turn may run; every further call gets an error result."""
+    max_depth: int = 4
+    """Levels of sub-agents (`Agent.as_tool`) below the run. A call that would run one more gets an error result."""
     max_repeated_tokens: int | None = 2048
     """Repetitive tokens at the end of a turn: copies of one block of at most 256 tokens, only digits, or only white
     space. Inside a block of calls the limit is four times as high, because file contents may well repeat. It is
@@ -48,7 +51,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             whole = not field.name.endswith(("_s", "_usd"))
-            none = field.name not in ("call_timeout_s", "max_calls_per_turn")
+            none = field.name not in ("call_timeout_s", "max_calls_per_turn", "max_depth")
             check_positive(f"Limits.{field.name}", getattr(self, field.name), whole=whole, none=none)
 
 

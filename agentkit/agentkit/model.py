@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Final, Literal, Protocol, get_args
 
 from pydantic import FailFast
@@ -76,7 +76,8 @@ class Usage:
     are those of the computed tokens that the API charges for storing.
 
     `cost_usd` is the price of the tokens in US dollars; None if the price of any of them is unknown, or if the model
-    runs in this process.
+    runs in this process. `subagents` is the usage of all agents that ran inside calls, which the other fields do not
+    include.
     """
 
     prompt_tokens: int = 0
@@ -91,7 +92,16 @@ class Usage:
     calls: int = 0
     tool_time_s: float = 0.0
     wall_time_s: float = 0.0
+    subagents: Usage | None = None
     __pydantic_config__ = STRICT
+
+    @property
+    def total(self) -> Usage:
+        """The usage including that of all sub-agents; the times are those of the run itself."""
+        if self.subagents is None:
+            return self
+        both = total_usage([replace(self, subagents=None), self.subagents.total])
+        return replace(both, tool_time_s=self.tool_time_s, wall_time_s=self.wall_time_s)
 
 
 def total_cost(costs: Iterable[float | None]) -> float | None:
@@ -110,10 +120,15 @@ def total_usage(parts: Iterable[Usage]) -> Usage:
     sums = {
         field.name: sum(getattr(part, field.name) for part in parts)
         for field in fields(Usage)
-        if field.name != "cost_usd"
+        if field.name not in ("cost_usd", "subagents")
     }
     billed = [part.cost_usd for part in parts if part.cost_usd is not None or part.prompt_tokens or part.sampled_tokens]
-    return Usage(**sums, cost_usd=total_cost(billed) if billed else None)
+    below = [part.subagents for part in parts if part.subagents is not None]
+    return Usage(
+        **sums,
+        cost_usd=total_cost(billed) if billed else None,
+        subagents=total_usage(below) if below else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +252,10 @@ class ModelSession(History, Protocol):
         ...
 
     async def append(self, messages: Sequence[Message]) -> None:
-        """Add user messages and tool results; the model reads them at the next `generate`."""
+        """Add user messages and tool results; the model reads them at the next `generate`.
+
+        The first messages of a session may be a whole conversation, with assistant turns.
+        """
         ...
 
     def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from agentkit.checks import run_blocking
 from agentkit.events import LimitName, Outcome, Status
@@ -13,21 +14,25 @@ from agentkit.model import Usage
 from agentkit.trajectory import Trajectory
 from agentkit_environments import Environment
 
-Continue = Callable[[str, Environment | None], Awaitable["RunResult"]]
+T = TypeVar("T", default=Any)
+Continue = Callable[[str, Environment | None], Awaitable["RunResult[T]"]]
 
 
 @dataclass(frozen=True, slots=True)
-class RunResult:
+class RunResult(Generic[T]):
     """The outcome of a run, and its trajectory.
 
     Attributes:
         outcome: The outcome, as recorded.
+        output: The answer as a value of the agent's `output_type`, or as a JSON value if it has an `output_schema`,
+            else its text; None without an answer.
         trajectory: The record of the session; it grows when the run is continued.
     """
 
     outcome: Outcome
+    output: T | None
     trajectory: Trajectory = field(repr=False)
-    _continue: Continue = field(repr=False, compare=False)
+    _continue: Continue[T] = field(repr=False, compare=False)
 
     @property
     def status(self) -> Status:
@@ -36,7 +41,8 @@ class RunResult:
         - "submitted": the model called `submit`.
         - "answered": a turn had text and no calls.
         - "no_answer": a turn had neither: it ended while thinking, or its text was empty or white space.
-        - "invalid_output": the answer (submitted or not) does not fit the agent's `output_schema`.
+        - "invalid_output": the answer (submitted or not) does not fit the agent's `output_type` or `output_schema`,
+          also after the model was told why and answered once more.
         - "limit": a limit stopped the run; `limit` names it.
         """
         return self.outcome.status
@@ -45,13 +51,6 @@ class RunResult:
     def answer(self) -> str | None:
         """The argument of `submit`, or the text of the last turn; None with any other status."""
         return self.outcome.answer
-
-    @property
-    def output(self) -> Any:
-        """The answer as a JSON value if the agent has an `output_schema`, else its text; None without an answer."""
-        if self.answer is None or self.trajectory.header.sampling.output_schema is None:
-            return self.answer
-        return json.loads(self.answer)
 
     @property
     def error(self) -> str | None:
@@ -65,15 +64,15 @@ class RunResult:
 
     @property
     def usage(self) -> Usage:
-        """Tokens, calls and seconds of this run."""
+        """Tokens, calls and seconds of this run; `usage.total` includes those of its sub-agents."""
         return self.outcome.usage
 
-    async def continue_(self, text: str, *, environment: Environment | None = None) -> RunResult:
+    async def continue_(self, text: str, *, environment: Environment | None = None) -> RunResult[T]:
         """Send `text` in the same session and trajectory, and run again.
 
-        The model continues from exactly the recorded token ids. Calls run in `environment` if given, else in the
-        environment given to the run. If the run opened its own sandbox, they run in a new one that starts with the
-        files of its work directory.
+        The model continues from exactly the recorded token ids. Tools get the `deps` of the run. Calls run in
+        `environment` if given, else in the environment given to the run. If the run opened its own sandbox, they run in
+        a new one that starts with the files of its work directory.
 
         Raises:
             ValueError: this result was already continued; continue the newer one.
@@ -81,7 +80,7 @@ class RunResult:
         """
         return await self._continue(text, environment)
 
-    def continue_sync(self, text: str) -> RunResult:
+    def continue_sync(self, text: str) -> RunResult[T]:
         """Run `continue_` from synchronous code, after `run_sync`.
 
         Raises:

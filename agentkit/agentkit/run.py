@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from math import inf
+from pathlib import Path
+from typing import Any
 
 import anyio
 
-from agentkit.events import Event, LimitName, MessageAdded, Outcome, Record, Status
+from agentkit.approval import Approvals
+from agentkit.events import (
+    Event,
+    LimitName,
+    MessageAdded,
+    Outcome,
+    Record,
+    Status,
+    SubagentFinished,
+    SubagentStarted,
+)
 from agentkit.limits import CostBudget, Limits
 from agentkit.messages import AssistantMessage
-from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage
+from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage, total_usage
 from agentkit.trajectory import Trajectory
-from agentkit_tools import ToolContext
+from agentkit_environments import Environment
+from agentkit_tools import ToolCall, ToolContext
+from agentkit_tools.tool import Deps
 
 
 class Run:
@@ -26,6 +41,9 @@ class Run:
         context: The context that calls run in.
         limits: The run's budget.
         budget: A budget shared with other runs, if any.
+        approvals: The policies that decide on its calls.
+        depth: Levels of sub-agents that may run below this run.
+        is_guest: Whether this is the run of a sub-agent in the environment of the run above.
         emit: Passes an event to the caller.
         turn: Number of the next turn, counted from 0 over the session.
         deadline: Time at which the wall time is spent, on anyio's clock.
@@ -37,15 +55,24 @@ class Run:
         self,
         session: ModelSession,
         trajectory: Trajectory,
-        context: ToolContext,
+        environment: Environment,
         limits: Limits,
         emit: Callable[[Event], None],
         budget: CostBudget | None = None,
+        *,
+        approvals: Approvals,
+        deps: Any = None,
+        above: RunContext | None = None,
     ) -> None:
         self.session = session
         self.trajectory = trajectory
-        self.context = context
+        self.context = RunContext(environment, timeout_s=limits.call_timeout_s, deps=deps, run=self)
         self.limits = limits
+        self.approvals = approvals
+        self.depth: int = limits.max_depth if above is None else min(limits.max_depth, above.run.depth - 1)
+        self.is_guest = above is not None and above.environment is environment
+        if above is not None and self.is_guest:
+            self.context.lock = above.lock
         self.emit = emit
         self.budget = budget
         self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
@@ -54,6 +81,8 @@ class Run:
         self.tool_time_s = 0.0
         self.refused = False
         self._charged: float | None = 0.0
+        self._subagents: Usage | None = None
+        self._subagents_cost_usd = 0.0  # as far as it is known
         self._start = time.perf_counter()
         self._recorded_messages = len(session.messages)
         self._recorded_segments = len(session.segments)
@@ -80,7 +109,31 @@ class Run:
             calls=self.calls,
             tool_time_s=self.tool_time_s,
             wall_time_s=time.perf_counter() - self._start,
+            subagents=self._subagents,
         )
+
+    def subagent_path(self) -> Path | None:
+        """Return the file for the record of the next sub-agent, beside the file of this one, if any."""
+        path, records = self.trajectory.path, self.trajectory.records
+        number = sum(isinstance(record, SubagentStarted) for record in records) + 1
+        return None if path is None else path.with_name(f"{path.stem}.agent{number}{path.suffix}")
+
+    @contextmanager
+    def subagent(self, call: ToolCall, trajectory: Trajectory) -> Iterator[None]:
+        """Record that `call` runs an agent, keep that agent's record, and count its usage at the end."""
+        self.trajectory.subagents.append(trajectory)
+        file = None if trajectory.path is None else trajectory.path.name
+        self.note(SubagentStarted(call.id, call.name, trajectory.header.id, file))
+        try:
+            yield
+        finally:
+            if (outcome := trajectory.outcome) is not None:
+                self._subagents = total_usage([*filter(None, [self._subagents]), outcome.usage])
+                usage: Usage | None = outcome.usage
+                while usage is not None:
+                    self._subagents_cost_usd += usage.cost_usd or 0.0
+                    usage = usage.subagents
+                self.note(SubagentFinished(call.id, outcome))
 
     def outcome(
         self, status: Status, answer: str | None = None, *, limit: LimitName | None = None, error: str | None = None
@@ -114,7 +167,8 @@ class Run:
     @property
     def _cost_spent(self) -> bool:
         cost, limit = self.session.usage.cost_usd, self.limits.max_cost_usd
-        over = limit is not None and self.session.usage.turns > 0 and (cost is None or cost >= limit)
+        known = None if cost is None else cost + self._subagents_cost_usd
+        over = limit is not None and self.session.usage.turns > 0 and (known is None or known >= limit)
         return over or (self.budget is not None and self.budget.spent)
 
     @property
@@ -148,3 +202,12 @@ class Run:
     def _tokens_left(self) -> int | None:
         """Tokens that may still be sampled; None without a limit."""
         return None if self.limits.max_tokens is None else self.limits.max_tokens - self.session.usage.sampled_tokens
+
+
+@dataclass(slots=True)
+class RunContext(ToolContext[Deps]):
+    """The context of the calls of a `Run`."""
+
+    run: Run = field(kw_only=True, repr=False)
+    call: ToolCall | None = field(kw_only=True, default=None)
+    """The call that runs in this context, if it runs an agent."""

@@ -94,6 +94,8 @@ class Trajectory:
         self.path: Path | None = None
         self.records: list[Record] = []
         self.times_s: list[float] = []
+        self.subagents: list[Trajectory] = []
+        """The records of the agents that calls of this process's runs ran; `load` leaves it empty."""
         self._file: int | None = None
         self._size = 0  # bytes of valid lines in the file
         self._start_ns = time.monotonic_ns()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 
 import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from agentkit.events import CallFinished, CallStarted
+from agentkit.approval import Approvals, refused, told_of_change
+from agentkit.events import CallDecided, CallFinished, CallStarted
 from agentkit.limits import ConcurrencyLimits
 from agentkit.model import CallMalformed
 from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, unknown_tool
@@ -21,7 +24,8 @@ class TurnCalls:
 
     `ready` announces a call, usually while the model is still generating. The call starts at once if it and all calls
     before it are read-only; otherwise it waits for `finish`. A barrier runs alone: it starts after all earlier calls
-    have finished, and later calls start after it has ended.
+    have finished, and later calls start after it has ended. A call that has been started first waits for its approval,
+    which counts neither as a running call nor as tool time.
 
     A call that fails only affects its own result. Only an infrastructure failure (`SandboxError`) stops all calls,
     through the task group.
@@ -32,8 +36,9 @@ class TurnCalls:
         tools: Mapping[str, Tool],
         context: ToolContext,
         concurrency: ConcurrencyLimits,
-        note: Callable[[CallStarted | CallFinished], None],
+        note: Callable[[CallDecided | CallStarted | CallFinished], None],
         *,
+        approvals: Approvals,
         max_calls: int,
     ) -> None:
         """Create the calls of a turn; `open` sets the task group they run in.
@@ -42,7 +47,8 @@ class TurnCalls:
             tools: Tools by name.
             context: Context passed to each call.
             concurrency: Limits on calls that run at the same time.
-            note: Called with each start and each result, when it happens.
+            note: Called with each decision, each start and each result, when it happens.
+            approvals: Policies that decide on each call.
             max_calls: Number of calls to run; every further call gets an error result.
         """
         self.task_group: TaskGroup
@@ -53,6 +59,7 @@ class TurnCalls:
         self._concurrency = concurrency
         self._in_turn = concurrency.turn()
         self._note = note
+        self._approvals = approvals
         self._max_calls = max_calls
         self._calls: dict[int, ToolCall] = {}
         self._results: dict[int, ToolResult] = {}
@@ -134,29 +141,51 @@ class TurnCalls:
                 self.task_group.cancel_scope.deadline = min(self._deadline, spent_at)
         self._running += 1
 
+    def _end(self) -> None:
+        """Stop the clock."""
+        self._running -= 1
+        if self._running == 0:
+            self.time_s += time.perf_counter() - self._running_since
+            if self._time_left_s is not None:
+                self.task_group.cancel_scope.deadline = self._deadline
+
     async def _run(self, index: int, early: bool) -> None:
         call = self._calls.get(index)
         result: ToolResult | None = None
-        began = False
         if call is not None:  # None if the call was withdrawn before it started
             with anyio.CancelScope() as self._scopes[index]:
-                async with self._in_turn, self._concurrency.of_tool(call.name), self._concurrency.in_all:
-                    self._begin()
-                    began = True
-                    self._note(CallStarted(call, early))
-                    result = await self._tools[call.name].call(call, self._context)
-                    await checkpoint_if_cancelled()  # discard the output of a command that was just killed
-        if began:
-            self._running -= 1
-            if self._running == 0:
-                self.time_s += time.perf_counter() - self._running_since
-                if self._time_left_s is not None:
-                    self.task_group.cancel_scope.deadline = self._deadline
+                result = await self._decide_and_run(call, early)
         self._pending -= 1
         if result is not None and index in self._calls:
             self._finish(index, result)
         if self._idle is not None and self._pending == 0:
             self._idle.set()
+
+    async def _decide_and_run(self, call: ToolCall, early: bool) -> ToolResult:
+        tool = self._tools[call.name]
+        if self._approvals.is_empty:
+            return await self._run_tool(call, tool, early)
+        if (invalid := await tool.refusal(call)) is not None:
+            return invalid
+        decided = await self._approvals.decide(call, tool, self._context)
+        self._note(decided)
+        if decided.decision == "refused":
+            return refused(call, decided)
+        approved = replace(call, arguments=decided.modified or call.arguments)
+        return told_of_change(await self._run_tool(approved, tool, early), decided)
+
+    async def _run_tool(self, call: ToolCall, tool: Tool, early: bool) -> ToolResult:
+        shared = (self._concurrency.of_tool(call.name), self._concurrency.in_all)
+        of_tool, in_all = (nullcontext(), nullcontext()) if tool.delegates else shared
+        async with self._in_turn, of_tool, in_all:
+            self._begin()
+            try:
+                self._note(CallStarted(call, early))
+                result = await tool.call(call, self._context)
+                await checkpoint_if_cancelled()  # discard the output of a command that was just killed
+                return result
+            finally:
+                self._end()
 
     def _finish(self, index: int, result: ToolResult) -> None:
         self._results[index] = result

@@ -71,7 +71,7 @@ def test_limits(field: str) -> None:
     for wrong in ("1", True, [1], *(() if fractions else (1.5,))):
         with pytest.raises(TypeError, match=rf"Limits\.{field} must be a .*number"):
             Limits(**{field: wrong})
-    if field in ("call_timeout_s", "max_calls_per_turn"):
+    if field in ("call_timeout_s", "max_calls_per_turn", "max_depth"):
         with pytest.raises(TypeError, match="got None"):
             Limits(**{field: None})  # type: ignore[arg-type]
     else:

@@ -113,7 +113,7 @@ async def test_an_answer_that_does_not_fit_is_invalid_output(
 
 async def test_a_continuation_can_correct_an_invalid_answer(script: Script, environment: Environment) -> None:
     fits = '{"sky": "snowy", "degrees": -3}'
-    agent = Agent(script(AssistantTurn(content="Snowy."), AssistantTurn(content=fits)), output_schema=SCHEMA)
+    agent = Agent(script(*map(AssistantTurn, [None] * 3, ["Snowy.", "Snow.", fits])), output_schema=SCHEMA)
     first = await agent.run("Q", environment=environment)
     assert first.status == "invalid_output" and first.error is not None
     second = await first.continue_(first.error)

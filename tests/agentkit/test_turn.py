@@ -26,6 +26,7 @@ from agentkit import (
     Trajectory,
     tool,
 )
+from agentkit.approval import Approvals
 from agentkit.model import Effort, History, ModelSession
 from agentkit.models.scripted import Policy, ScriptedToken, ScriptedTokens
 from agentkit.models.tokens import TokenizedSession
@@ -395,7 +396,9 @@ def read_only_calls(environment: Environment, *, hold: anyio.Event | None = None
         return "seen"
 
     context = ToolContext(environment, timeout_s=60)
-    return TurnCalls({"look": look}, context, ConcurrencyLimits(), lambda record: None, max_calls=8)
+    return TurnCalls(
+        {"look": look}, context, ConcurrencyLimits(), lambda record: None, approvals=Approvals(), max_calls=8
+    )
 
 
 async def test_a_call_that_is_withdrawn_before_it_starts_leaves_the_clock_alone(environment: Environment) -> None:

@@ -132,10 +132,14 @@ class TokenizedSession:
         self._length = len(self._tokens.token_ids)
         said = [index for index, message in enumerate(self.messages) if isinstance(message, AssistantMessage)]
         self._turn = len(said)
-        self._unread = self.messages[said[-1] + 1 if said else 0 :]
+        self._unread = self.messages[said[-1] + 1 if said and self.segments else 0 :]
 
     async def append(self, messages: Sequence[Message]) -> None:
-        """Add `messages`. They are encoded at the next `generate`, which determines whether the turn thinks."""
+        """Add `messages`. They are encoded at the next `generate`, which determines whether the turn thinks.
+
+        Assistant turns, which nobody sampled in this session, may only be among the first messages.
+        """
+        self._turn += sum(isinstance(message, AssistantMessage) for message in messages)
         self.messages.extend(messages)
         self._unread.extend(messages)
 
@@ -316,7 +320,7 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
     think = False
     for record in trajectory.records:
         match record:
-            case MessageAdded(message) if not isinstance(message, AssistantMessage):
+            case MessageAdded(message) if not (ids and isinstance(message, AssistantMessage)):  # not one sampled here
                 unread.append(message)
             case TurnStarted():
                 think = record.think

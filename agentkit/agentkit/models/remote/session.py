@@ -220,6 +220,10 @@ class RemoteSession:
     async def append(self, messages: Sequence[Message]) -> None:
         """Add `messages`; they are sent with the next `generate`."""
         self.messages.extend(messages)
+        for message in messages:
+            if message.role == "assistant":  # of a message history
+                self._turn += 1
+                self._call_ids.update(call.id for call in message.calls)
 
     async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
         """Generate one turn; see `ModelSession.generate`. Its calls are ready only once the whole turn has arrived.
