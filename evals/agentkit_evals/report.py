@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from agentkit.errors import TrajectoryError
 from agentkit.events import (
+    CallDecided,
     CallFinished,
     CallStarted,
     LimitReached,
@@ -490,6 +491,9 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
                     _call(turn, calls, call.id, call.name, call.arguments)
             case CallMalformed():
                 turn["notes"].append(f"Malformed call{f' of {record.name}' if record.name else ''}: {record.error}")
+            case CallDecided(decision="refused" | "modified"):
+                what = f"{record.name} was {record.decision} by {record.policy}"
+                turn["notes"].append(f"{what}: {record.reason or record.modified}")
             case CallStarted():
                 view = _call(turn, calls, record.call.id, record.call.name, record.call.arguments)
                 view["start"], view["early"] = time_s, record.early

@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 
 from agentkit.agent import Agent
+from agentkit.approval import AskHuman, Policy
 from agentkit.checks import check_positive
 from agentkit.errors import (
     ApiKeyError,
@@ -354,8 +355,11 @@ def agent_for(
     *,
     max_cost_usd: float | None = None,
     budget: CostBudget | None = None,
+    approval: Policy | Sequence[Policy] = (),
+    on_ask: AskHuman | None = None,
 ) -> Agent:
-    """Return the agent that a task specifies, with a limit on the cost of each run and a budget shared with others.
+    """Return the agent that a task specifies, with a limit on the cost of each run, a budget shared with others, and
+    approvals.
 
     If the task scores calls, the agent has one turn.
 
@@ -377,6 +381,8 @@ def agent_for(
             wall_time_s=task.agent.timeout_s,
         ),
         budget=budget,
+        approval=approval,
+        on_ask=on_ask,
     )
 
 

@@ -86,6 +86,18 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+def test_the_user_is_asked_before_a_call_that_may_change_something(tmp_path: Path) -> None:
+    chat = Terminal(tmp_path, "--approve", "ask")
+    chat.wait_for("> ")
+    chat.type("What is the sum of 19, 23 and 31? Submit it.\n")
+    chat.wait_for(r"python [^✗]*a reason to refuse: ")
+    chat.type("y\n")
+    chat.wait_for("73")
+    chat.wait_for("> ")
+    chat.type("\x04")
+    assert chat.end() == 0
+
+
 def test_ctrl_c_stops_the_turn_and_ctrl_d_quits(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "--trajectory", "chat.jsonl")
     terminal.wait_for("Ctrl-D to quit")

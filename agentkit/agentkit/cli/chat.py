@@ -17,6 +17,7 @@ import anyio
 import typer
 
 from agentkit.cli import signals
+from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers
 from agentkit.cli.model import load_model
@@ -77,6 +78,7 @@ def command(
     repetition_penalty: PenaltyFlag = None,
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
+    approve: ApproveFlag = ApproveChoice.ALL,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens per message.")] = None,
     max_cost: MaxCostFlag = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
@@ -109,7 +111,9 @@ def command(
     source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, **flags.changes())
     budget = None if max_cost is None else CostBudget(max_cost)
-    agent = Agent(source, system=system, sampling=sampling, limits=Limits(max_tokens=max_tokens), budget=budget)
+    limits = Limits(max_tokens=max_tokens)
+    approvals = approval_options(approve)
+    agent = Agent(source, system=system, sampling=sampling, limits=limits, budget=budget, **approvals)
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():
         chat = Chat(agent, env.value if env else "auto", trajectory or Path(folder, "chat.jsonl"), terminal, thinking)
         run(lambda: chat.converse(servers))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers
 from agentkit.cli.model import load_model
@@ -84,6 +85,7 @@ def command(
             help="A file with a JSON schema for the answer; the agent then has no `submit` tool.",
         ),
     ] = None,
+    approve: ApproveFlag = ApproveChoice.ALL,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Maximum number of model turns.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens.")] = None,
     max_cost: MaxCostFlag = None,
@@ -135,7 +137,7 @@ def command(
     reference_price()  # reports a broken price table before the run, not after it
     source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
-    agent = agent_for(task, source, sampling, max_cost_usd=max_cost)
+    agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal, servers)
     return carry_out(job, apply=apply, as_json=as_json)
 
@@ -314,7 +316,7 @@ def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
 
 def show(console: Console, event: Event) -> None:
     """Print one event of a run."""
-    from agentkit.events import CallFinished, CallStarted, LimitReached, TurnStarted
+    from agentkit.events import CallDecided, CallFinished, CallStarted, LimitReached, TurnStarted
     from agentkit.model import ReasoningDelta, Retried, TextDelta
 
     match event:
@@ -324,6 +326,8 @@ def show(console: Console, event: Event) -> None:
             say(console, event.text, "italic dim", end="")
         case TextDelta():
             say(console, event.text, end="")
+        case CallDecided(decision="refused"):
+            say(console, f"\n✗ {event.name} {event.arguments}", "red")
         case CallStarted():
             say(console, f"\n→ {event.call.name} {event.call.arguments}", "cyan")
         case CallFinished():
