@@ -1,4 +1,4 @@
-"""The example scripts run and print what the README claims."""
+"""The example scripts run and print what they claim."""
 
 from __future__ import annotations
 
@@ -42,3 +42,17 @@ def test_mcp() -> None:
     assert len(path.read_text().splitlines()) < 30
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("-3.5h\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("typed_output", "sunny, 21\n"),
+        ("subagents", "sunny, 21 degrees / rainy, 14 degrees\n2 turns, 6 with sub-agents\n"),
+    ],
+)
+def test_an_example_is_short_and_prints_its_answer(name: str, printed: str) -> None:
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 30
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == printed
