@@ -19,6 +19,7 @@ from agentkit import (
     Price,
     PriceError,
     Prices,
+    RemoteModel,
     ScriptedModel,
     Trajectory,
     Usage,
@@ -80,11 +81,20 @@ def test_the_price_depends_on_host_and_model() -> None:
         ("gpt-5", "eu.api.openai.com"),
         ("gpt-5-pro", "api.openai.com"),
         ("gpt-5-2025", "api.openai.com"),
-        ("deepseek-chat", "api.deepseek.com"),
+        ("deepseek-v2", "api.deepseek.com"),
         ("", ""),
     ]:
         assert prices.find(model, host=host) is None
         assert cost_of(prices, model, tokens, host=host) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "priced"), [("deepseek:deepseek-chat", True), ("anthropic:claude-opus-5-5", True), ("openai:gpt-5", False)]
+)
+def test_a_company_has_its_prices_behind_a_gateway_too(name: str, priced: bool) -> None:
+    """`openai:` at another URL is any server, so the name of its model says nothing of the price."""
+    model = RemoteModel(name, base_url="http://gateway:8000/v1", api_key="none")
+    assert (model.price is not None) is priced
 
 
 def test_each_kind_of_token_has_its_price() -> None:

@@ -75,7 +75,7 @@ async def cancel_once(file: Path, scope: anyio.CancelScope, wait_until: Any) -> 
 async def test_a_server_that_is_not_ours(use: Any) -> None:
     async with MCPServerStdio(sys.executable, ["-m", "mcp_server_time"], name="time") as server:
         assert [tool.name for tool in server.tools] == ["time__get_current_time", "time__convert_time"]
-        assert not server.dropped
+        assert not server.dropped and not any(tool.needs_environment for tool in server.tools)
         result = await use(server, "time__get_current_time", timezone="Asia/Tokyo")
         assert json.loads(result.content)["timezone"] == "Asia/Tokyo" and not result.is_error
         result = await use(server, "time__get_current_time", timezone="Nowhere")

@@ -486,6 +486,8 @@ class MCPServerStreamableHttp(MCPServer):
 class MCPTool(Tool):
     """A tool of an MCP server. `remote_name` is the server's name for it."""
 
+    needs_environment = False
+
     def __init__(
         self,
         server: MCPServer,

@@ -35,6 +35,12 @@ class Endpoint:
         """The host, with its port if the URL has one."""
         return urlsplit(self.base_url).netloc
 
+    @property
+    def billing_host(self) -> str:
+        """The host whose list prices hold. `openai:` may be any server; the other providers are companies, whose prices
+        also hold behind a gateway."""
+        return self.host if self.provider == "openai" else urlsplit(PROVIDERS[self.provider]).netloc
+
 
 def is_remote(name: str) -> bool:
     """Return whether `name` is `PROVIDER:MODEL`. A folder of that name wins."""

@@ -58,7 +58,7 @@ class RemoteModel:
         name: The name that was given.
         host: The host that conversations are sent to.
         efforts: The reasoning efforts that the model has.
-        price: The list price of the model at this host; None if it is unknown.
+        price: The list price of the model; None if it is unknown.
         sampling: `SamplingParams()`. A field with its default value is not sent, so that the API's own default holds.
     """
 
@@ -120,7 +120,8 @@ class RemoteModel:
         self.host = endpoint.host
         self.efforts = about.efforts
         table = prices if isinstance(prices, Prices) else Prices.load(prices)
-        self.price = table.find(endpoint.model, host=endpoint.host)
+        own = table.find(endpoint.model, host=endpoint.host)
+        self.price = own or table.find(endpoint.model, host=endpoint.billing_host)
         self.sampling = SamplingParams()
 
     def __repr__(self) -> str:
