@@ -30,7 +30,6 @@ from agentkit.model import (
     TextDelta,
 )
 from agentkit.models.embedded import EmbeddedModel
-from agentkit.models.remote.resolve import is_remote
 from agentkit.models.remote.session import RemoteModel
 from agentkit.output import RETRY, T, output_of
 from agentkit.prices import check_price, price_of
@@ -171,6 +170,7 @@ class Agent(Generic[T]):
             TrajectoryWriteError: the record cannot be written.
             EncodeError: the model's dialect does not have the effort.
             EngineError: the engine failed.
+            ModelError: an API cannot be reached, or refuses the key, the model or the request.
         """
         return await self._run(
             task,
@@ -535,7 +535,8 @@ def model_of(name: str | Path) -> Model:
         ModelError: as `RemoteModel`.
         EngineError: as `EmbeddedModel`.
     """
-    return RemoteModel(name) if isinstance(name, str) and is_remote(name) else EmbeddedModel(name)
+    remote = isinstance(name, str) and ":" in name and not Path(name).exists()
+    return RemoteModel(str(name)) if remote else EmbeddedModel(name)
 
 
 def _unheard(event: Event) -> None:

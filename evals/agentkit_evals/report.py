@@ -298,9 +298,9 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
     ]
     hits = sum(trial.usage.cache_hit_tokens for trial in trials)
     misses = sum(trial.usage.cache_miss_tokens for trial in trials)
-    if misses and unique:
-        share, ratio = f"{100 * hits / (hits + misses):.1f} %", misses / unique
-        facts.insert(-2, ("prefix cache hits", share, f"of tokens fed; computed ÷ unique: {ratio:.2f}"))
+    if misses:
+        ratio = f"; computed ÷ unique: {misses / unique:.2f}" if unique else ""  # an API may report no ids
+        facts.insert(-2, ("prefix cache hits", f"{100 * hits / (hits + misses):.1f} %", f"of tokens fed{ratio}"))
     if agent_s:
         facts.append(("tokens per second", f"{sampled / agent_s:.0f}", "per trial, including tools"))
     facts.extend(cost_facts(run))

@@ -379,6 +379,17 @@ async def test_what_a_server_refuses_is_learned_once(environment: Environment) -
     assert not {"chat_template_kwargs", "return_token_ids", "logprobs", "stream_options", "reasoning_effort"} & {*last}
 
 
+async def test_an_error_that_is_not_about_a_field_teaches_nothing(environment: Environment) -> None:
+    server = ChatServer(chat.error(400, "something odd"), chat.error(400, "something odd"), text("Hi."))
+    async with server.serve() as url:
+        agent = Agent(RemoteModel("openai:toy", base_url=url, api_key=KEY), [get_weather])
+        with pytest.raises(ApiError, match="something odd"):
+            await agent.run("Hi", environment=environment)
+        await agent.run("Hi", environment=environment)
+    assert "reasoning_effort" in server.requests[0] and "reasoning_effort" not in server.requests[1]
+    assert server.requests[2] == server.requests[0]
+
+
 async def test_a_turn_gets_what_the_context_has_left(environment: Environment) -> None:
     said = (
         "'max_tokens' is too large: 32768. This model's maximum context length is 1000 tokens and your request has "

@@ -100,6 +100,8 @@ def test_an_agent_takes_the_name_of_a_model(monkeypatch: pytest.MonkeyPatch) -> 
     model = Agent("deepseek:deepseek-chat", []).model
     assert isinstance(model, RemoteModel) and not isinstance(model, EmbeddedModel)
     assert (model.name, model.host) == ("deepseek:deepseek-chat", "api.deepseek.com")
+    with pytest.raises(UnknownModelError, match="'mistral:large' is not the name of a model behind an API"):
+        Agent("mistral:large")
     assert KEY not in repr(model) + repr(vars(model)["_open_provider"]) + repr(
         Endpoint("openai", "m", "http://h", KEY, 1)
     )

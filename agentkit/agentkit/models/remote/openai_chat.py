@@ -142,9 +142,11 @@ class OpenAIChat:
     async def stream(self, request: TurnRequest) -> AsyncGenerator[Delta, None]:
         """See `Provider.stream`."""
         room: int | None = None  # tokens that the context has left, once the server said so
+        left_out: set[str] = set()
         for _ in range(MAX_LESSONS):
-            body = self._body(request, room)
-            reader = _Reader(body.get(self._server.max_tokens_field), room)
+            body = {name: value for name, value in self._body(request, room).items() if name not in left_out}
+            limit = body.get(self._server.max_tokens_field)
+            reader = _Reader(limit, room)
             try:
                 async with aclosing(self._connection.events("/chat/completions", body)) as chunks:
                     async for chunk in chunks:
@@ -152,6 +154,7 @@ class OpenAIChat:
                             yield delta
                 if not reader.begun:
                     raise self._connection.empty()
+                self._server.refused |= left_out
                 for delta in reader.end(self.api):
                     yield delta
                 return
@@ -161,12 +164,16 @@ class OpenAIChat:
                 return
             except ContextFullError as error:
                 left = _room(str(error))
-                if left < 1 or left >= body.get(self._server.max_tokens_field, 0):
+                if left < 1 or limit is None or left >= limit:
                     raise
                 room = left
             except ApiError as error:
-                if reader.begun or error.status not in (400, 404, 422) or not self._learn(str(error), body):
+                if reader.begun or error.status not in (400, 404, 422):
                     raise
+                if not self._learn(str(error), body):  # perhaps it is a field that the error does not name
+                    if left_out or error.status == 404 or _NO_TOOLS.search(str(error)):
+                        raise
+                    left_out = {name for name in OPTIONAL if name in body}
             except UnknownModelError as error:
                 raise UnknownModelError(f"{error}{await self._available()}") from error
         raise ApiError(f"{self.host} refuses one field after the other; is it an OpenAI-compatible API?")
@@ -176,8 +183,8 @@ class OpenAIChat:
         await self._connection.aclose()
 
     def _learn(self, said: str, body: Mapping[str, Any]) -> bool:
-        """Change what is sent if the server refuses a field of the request; return whether that may help."""
-        server, name = self._server, self._server.max_tokens_field
+        """Change what is sent if the server refuses a field that the error names; return whether it does."""
+        server, name = self._server, "max_tokens" if "max_tokens" in body else "max_completion_tokens"
         sent = body.get(name)
         if sent is not None and name == "max_tokens" and re.search(r"use ['\"`]?max_completion_tokens", said, re.I):
             server.max_tokens_field = "max_completion_tokens"
@@ -187,10 +194,9 @@ class OpenAIChat:
             return True
         if "reasoning_effort" in body and _BAD_EFFORT.search(said):
             raise ModelOptionError(f"{self.host} does not have the effort {body['reasoning_effort']!r}: {said}")
-        sent_fields = [each for each in OPTIONAL if each in body]
-        named = [each for each in sent_fields if each in said]
-        server.refused.update(named or sent_fields)
-        return bool(named or sent_fields)
+        named = {each for each in OPTIONAL if each in body and each in said}
+        server.refused |= named
+        return bool(named)
 
     async def _available(self) -> str:
         """Return a sentence with some models that the API has; nothing if it does not tell."""
@@ -237,7 +243,8 @@ class OpenAIChat:
             case "thinking":
                 return {"thinking": switch}
             case "enable_thinking":
-                return {"enable_thinking": request.think}
+                budget = {"thinking_budget": request.max_thinking_tokens} if request.max_thinking_tokens else {}
+                return {"enable_thinking": request.think, **budget}
             case "hosted":
                 return effort
             case "own":
@@ -431,32 +438,28 @@ class _Reader:
         if not choices:
             self._complete = self._complete or self._usage is not None
             return
-        choice = choices[0]
-        if not isinstance(choice, dict):
-            raise TransientError("the stream has a chunk that is malformed")
+        choice = _object(choices[0])
         self._prompt_ids = _ids(choice.get("prompt_token_ids")) or self._prompt_ids
         self._ids += _ids(choice.get("token_ids"))
         self._logprobs += _logprobs(choice.get("logprobs"))
         if choice.get("finish_reason"):
             self._finish = str(choice["finish_reason"])
             self._complete = True
-        message = choice.get("delta") or choice.get("message") or {}
-        if not isinstance(message, dict):
-            raise TransientError("the stream has a chunk that is malformed")
+        message = _object(choice.get("delta") or choice.get("message"))
         for key in REASONING_KEYS:
-            if isinstance(message.get(key), str) and message[key]:
+            if thought := _string(message.get(key)):
                 self._reasoning_key = self._reasoning_key or key
-                yield self._thought(message[key])
+                yield self._thought(thought)
                 break
         if isinstance(message.get("reasoning_details"), list):
             self._details += message["reasoning_details"]
         yield from self._content(message.get("content"))
-        if isinstance(message.get("refusal"), str) and message["refusal"]:
+        if refusal := _string(message.get("refusal")):
             self._refusal = True
-            yield TextChunk(message["refusal"])
-        for piece in message.get("tool_calls") or ():
-            if isinstance(piece, dict):
-                yield from self._call(piece)
+            yield TextChunk(refusal)
+        pieces = message.get("tool_calls")
+        for piece in pieces if isinstance(pieces, list) else ():
+            yield from self._call(_object(piece))
 
     def end(self, api: str) -> Iterator[Delta]:
         """End the answer. Raises TransientError if the stream broke off."""
@@ -496,13 +499,13 @@ class _Reader:
         if usage is None:
             output = len(self._ids) or self._chunks
             return TokenCounts(len(self._prompt_ids), 0, 0, output, min(self._thoughts, output))
-        details, thought = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens_details") or {}
-        output = _count(usage.get("completion_tokens"))
+        details, thought = _object(usage.get("prompt_tokens_details")), _object(usage.get("completion_tokens_details"))
+        read, output = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
         hits = (details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"))
         reasoning = thought.get("reasoning_tokens")
         return TokenCounts(
-            input_tokens=_count(usage.get("prompt_tokens")),
-            cache_hit_tokens=max(map(_count, hits)),
+            input_tokens=read,
+            cache_hit_tokens=min(read, max(map(_count, hits))),
             cache_write_tokens=_count(details.get("cache_write_tokens")),
             output_tokens=output,
             reasoning_tokens=min(self._thoughts if reasoning is None else _count(reasoning), output),
@@ -525,7 +528,9 @@ class _Reader:
                     case {"type": "thinking", "thinking": str(text)}:
                         yield self._thought(text)
                     case {"type": "thinking", "thinking": list(thoughts)}:
-                        yield from (self._thought(each["text"]) for each in thoughts if each.get("text"))
+                        for each in thoughts:
+                            if text := _string(_object(each).get("text")):
+                                yield self._thought(text)
 
     def _text(self, text: str) -> Iterator[Delta]:
         """Yield the text, and as reasoning a thought in tags at its beginning, which a server did not parse."""
@@ -560,12 +565,11 @@ class _Reader:
             yield from self._text(rest)
 
     def _call(self, piece: Mapping[str, Any]) -> Iterator[CallChunk]:
-        function = piece.get("function")
-        function = function if isinstance(function, dict) else {}
-        name = function.get("name") or ""
-        position = self._position(piece, name)
+        function = _object(piece.get("function"))
+        name, call_id = _string(function.get("name")), _string(piece.get("id"))
+        position = self._position(piece.get("index"), call_id, name)
         call = self._calls[position]
-        call.id = call.id or piece.get("id") or None
+        call.id = call.id or call_id or None
         if not call.announced and name != call.name:
             call.name += name  # some servers split it, some repeat it
         call.extra |= {
@@ -579,9 +583,8 @@ class _Reader:
             yield CallChunk(position, str(arguments), None if call.announced else call.id, call.name)
             call.announced = True
 
-    def _position(self, piece: Mapping[str, Any], name: str) -> int:
+    def _position(self, index: object, call_id: str, name: str) -> int:
         """Return the call that a piece belongs to. Some servers send no index, or the same index for all calls."""
-        index, call_id = piece.get("index"), piece.get("id")
         position: int | None = None
         if isinstance(index, int) and index in self._by_index:
             position = self._by_index[index]
@@ -639,6 +642,14 @@ def _valid_arguments(text: str) -> str:
     return json.dumps(arguments, ensure_ascii=False) if "malformed_arguments" in arguments else text or "{}"
 
 
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _string(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _count(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
@@ -650,8 +661,6 @@ def _ids(value: object) -> tuple[int, ...]:
 
 
 def _logprobs(value: object) -> list[float]:
-    content = value.get("content") if isinstance(value, dict) else None
-    if not isinstance(content, list):
-        return []
-    found = [each.get("logprob") if isinstance(each, dict) else None for each in content]
+    content = _object(value).get("content")
+    found = [_object(each).get("logprob") for each in content] if isinstance(content, list) else []
     return [float(each) for each in found if isinstance(each, int | float)]

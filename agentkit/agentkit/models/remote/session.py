@@ -59,7 +59,8 @@ class RemoteModel:
         host: The host that conversations are sent to.
         efforts: The reasoning efforts that the model has.
         price: The list price of the model; None if it is unknown.
-        sampling: `SamplingParams()`. A field with its default value is not sent, so that the API's own default holds.
+        sampling: `SamplingParams()`. A field with its default value is not sent, so that the API's own default holds. A
+            seed is sent only to APIs that take one.
     """
 
     def __init__(
