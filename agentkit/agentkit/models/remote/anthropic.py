@@ -334,8 +334,10 @@ class _Reader:
                 yield from self._extend(self._open[at], event, delta)
             case {"type": "content_block_stop", "index": int(at)} if at in self._open:
                 yield from self._end(self._open.pop(at))
-            case {"type": "message_delta", "delta": dict(delta)}:
-                self.stop_reason = delta.get("stop_reason") or self.stop_reason
+            case {"type": "message_delta", "delta": {"stop_reason": str(reason)}}:
+                self.stop_reason = reason
+                self._usage |= _present(event.get("usage"))
+            case {"type": "message_delta", "delta": dict()}:
                 self._usage |= _present(event.get("usage"))
             case {"type": "message_stop"} if self.stop_reason is not None:
                 for block in self._open.values():
