@@ -426,8 +426,10 @@ async def test_a_way_to_think_that_the_model_refuses_is_not_used_again(model: st
         return error(400, "invalid_request_error", said) if body["thinking"]["type"] == refused else says(text("a"))
 
     async with serving(refuse, refuse, refuse, checks=False, model=model) as (provider, server):
-        for _ in range(2):
-            await drained(provider, ask(think=refused == "enabled"))
+        await drained(provider, ask(think=refused == "enabled"))
+        other = Anthropic(model, base_url=f"http://{provider.host}", api_key=KEY, like=provider)
+        await drained(other, ask(think=refused == "enabled"))
+        await other.aclose()
     assert [request["thinking"] for request in server.requests[1:]] == [learned] * 2
 
 

@@ -320,28 +320,33 @@ async def test_an_answer_with_a_schema(schema: Json, written: str, answer: objec
     assert finished.provider_data is not None and finished.provider_data["output"] == items
 
 
-async def test_features_that_the_api_refuses_are_left_out() -> None:
+async def test_what_the_api_refuses_is_left_out() -> None:
     said = AssistantMessage(
         "Hi.", None, (), {"api": "openai-responses", "model": "gpt-5.2", "output": [message("Hi.")]}
     )
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     script = [
         error(400, "Invalid schema for function 'search': In context=('properties', 'path')", code="invalid_function"),
+        error(400, "Invalid schema for response_format 'answer': no", code="invalid_json_schema"),
         error(400, "Your organization must be verified to generate reasoning summaries."),
         error(400, "The encrypted content for item rs_1 could not be verified.", code="invalid_encrypted_content"),
-        says(message("done")),
-        says(message("done")),
+        says(message("{}")),
+        says(message("{}")),
     ]
+    request = ask(USER, said, USER, tools=[SEARCH, BASH], sampling=SamplingParams(output_schema=schema))
     async with serving(*script) as (provider, server):
-        await drained(provider, ask(USER, said, USER, tools=[SEARCH]))
-        await drained(provider, ask(USER, said, USER, tools=[SEARCH]))
-    assert len(server.requests) == 5
-    for request in server.requests[3:]:
-        assert request["tools"][0]["strict"] is False and "summary" not in request["reasoning"]
-        assert request["input"][1] == {"type": "message", "role": "assistant", "content": "Hi."}
-    assert server.requests[3]["tools"][0]["parameters"] == BUILTINS["search"].parameters
-
-
-OK = "an error of the API"
+        await drained(provider, request)
+        other = OpenAIResponses("gpt-5.2", base_url=f"http://{provider.host}/v1", api_key=KEY, like=provider)
+        await drained(other, request)
+        await other.aclose()
+    *_, first, second = server.requests
+    assert len(server.requests) == 6
+    for sent in (first, second):
+        assert [tool["strict"] for tool in sent["tools"]] == [False, True] and "summary" not in sent["reasoning"]
+        assert sent["tools"][0]["parameters"] == BUILTINS["search"].parameters
+        assert sent["text"]["format"]["strict"] is False
+    assert first["input"][1] == {"type": "message", "role": "assistant", "content": "Hi."}
+    assert second["input"][1] == message("Hi.")
 
 
 @pytest.mark.parametrize(

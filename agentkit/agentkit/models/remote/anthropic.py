@@ -61,6 +61,15 @@ class _Family:
     version: tuple[int, int] | None = None
 
 
+@dataclass(slots=True)
+class _Known:
+    """What the clients of one model have learned about it, and the features that the API has refused: "format" and
+    "display"."""
+
+    family: _Family
+    refused: set[str]
+
+
 class Anthropic:
     """The client of one model. It connects with its first request, and again after `aclose`.
 
@@ -80,6 +89,7 @@ class Anthropic:
         base_url: str = "https://api.anthropic.com",
         api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
+        like: Anthropic | None = None,
     ) -> None:
         """Make a client.
 
@@ -88,6 +98,7 @@ class Anthropic:
             base_url: The API's URL, with or without `/v1` at its end.
             api_key: The key. Default: the environment's `ANTHROPIC_API_KEY`.
             timeout_s: Seconds that the connection may be silent.
+            like: Another client of the model; both share what they learn about it.
 
         Raises:
             MissingDependencyError, ApiKeyError, ValueError: as for `Connection`.
@@ -101,12 +112,11 @@ class Anthropic:
             timeout_s=timeout_s,
         )
         self._model = model
-        self._family = _family(model)
-        self._refused: set[str] = set()  # features that the API has refused: "format", "display"
+        self._known: _Known = _Known(_family(model), set()) if like is None else like._known
         self.host = self._connection.host
         self.efforts: tuple[Effort, ...] = ("none", "high")
-        if self._family.thinking is not None:
-            self.efforts = (*(("none",) if self._family.off else ()), "low", "high", "max")
+        if self._known.family.thinking is not None:
+            self.efforts = (*(("none",) if self._known.family.off else ()), "low", "high", "max")
 
     def check_sampling(self, sampling: SamplingParams) -> None:
         """See `Provider.check_sampling`. Version 2026-10-21 of the API has no temperature, `top_p` and `top_k`."""
@@ -149,16 +159,18 @@ class Anthropic:
 
     def _learn(self, said: str) -> bool:
         """Note what the API refuses; return whether that was not noted before."""
-        before = self._family, set(self._refused)
+        family, refused = self._known.family, set(self._known.refused)
         if most := re.search(r"max_tokens: \d+ > (\d+)", said):
-            self._family = replace(self._family, max_tokens=int(most[1]))
+            family = replace(family, max_tokens=int(most[1]))
         if re.search(r"thinking\.type\.enabled\W+is not supported", said):
-            self._family = replace(self._family, thinking="adaptive")
+            family = replace(family, thinking="adaptive")
         if re.search(r"thinking\.type\.(disabled|between_tools)\W+is not supported", said):
-            self._family = replace(self._family, off=None)
+            family = replace(family, off=None)
         features = {"format": r"output_config\.format|output_format", "display": r"thinking\S*display"}
-        self._refused |= {feature for feature, pattern in features.items() if re.search(pattern, said)}
-        return before != (self._family, self._refused)
+        refused |= {feature for feature, pattern in features.items() if re.search(pattern, said)}
+        is_new = (family, refused) != (self._known.family, self._known.refused)
+        self._known.family, self._known.refused = family, refused
+        return is_new
 
     def _body(
         self,
@@ -168,7 +180,7 @@ class Anthropic:
         said: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the request that continues the conversation after `said`, the turn so far, and its headers."""
-        max_tokens = min(turn_limit(request) or self._family.max_tokens, self._family.max_tokens)
+        max_tokens = min(turn_limit(request) or self._known.family.max_tokens, self._known.family.max_tokens)
         thinking, effort = self._thinking(request, max_tokens)
         body: dict[str, Any] = {
             "model": self._model,
@@ -183,7 +195,7 @@ class Anthropic:
         system = [message.content for message in request.messages if isinstance(message, SystemMessage)]
         config: dict[str, Any] = {"effort": effort} if effort else {}
         if request.sampling.output_schema is not None:
-            if output is None or "format" in self._refused:
+            if output is None or "format" in self._known.refused:
                 asked = json.dumps(request.sampling.output_schema, ensure_ascii=False)
                 system.append(f"Answer with JSON that matches this schema, and with nothing else:\n{asked}")
             else:
@@ -200,14 +212,14 @@ class Anthropic:
             body["system"] = blocks
         if blocks or request.tools:  # tools come first in the prompt, so the end of the system prompt caches both
             (blocks or body["tools"])[-1] |= CACHED
-        interleaved = request.tools and thinking.get("type") == "enabled" and self._family.version is not None
+        interleaved = request.tools and thinking.get("type") == "enabled" and self._known.family.version is not None
         return body, {"anthropic-beta": INTERLEAVED} if interleaved else {}
 
     def _thinking(self, request: TurnRequest, max_tokens: int) -> tuple[dict[str, Any], str | None]:
         """Return the field `thinking`, and the API's effort if the model takes one."""
         if request.effort not in self.efforts:
             raise ModelOptionError(f"{self._model} has no effort {request.effort!r}; it has {', '.join(self.efforts)}")
-        match self._family.thinking:
+        match self._known.family.thinking:
             case None:
                 return {}, None
             case "budget":
@@ -218,19 +230,19 @@ class Anthropic:
                 if budget < MIN_BUDGET:
                     return {"type": "disabled"}, None
                 return {"type": "enabled", "budget_tokens": budget}, None
-            case "adaptive" if request.think or self._family.off is None:
-                version = self._family.version
-                shown = (version is None or version >= (4, 7)) and "display" not in self._refused
+            case "adaptive" if request.think or self._known.family.off is None:
+                version = self._known.family.version
+                shown = (version is None or version >= (4, 7)) and "display" not in self._known.refused
                 display = {"display": "summarized"} if shown else {}  # newer models show nothing by default
                 return {"type": "adaptive", **display}, request.effort if request.think else "low"
             case _:
                 # no model takes the effort "max" while it does not think
                 effort = {"none": None, "low": "low"}.get(request.effort, "high")
-                return {"type": self._family.off}, effort
+                return {"type": self._known.family.off}, effort
 
     def _in_turn_without_thinking(self, messages: Sequence[Message]) -> bool:
         """Return whether the model is to answer results of a turn without thinking. Claude refuses to begin there."""
-        if self._family.version is None or not isinstance(messages[-1], ToolMessage):
+        if self._known.family.version is None or not isinstance(messages[-1], ToolMessage):
             return False
         turns = [message for message in messages if isinstance(message, AssistantMessage)]
         return self._blocks(turns[-1])[0]["type"] not in ("thinking", "redacted_thinking")

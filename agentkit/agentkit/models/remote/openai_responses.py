@@ -31,6 +31,8 @@ from agentkit_tools import TextPart
 from agentkit_tools.parts import Part
 
 MAX_TOOLS: Final = 128
+ANSWER: Final = "answer"
+"""The name of the schema of an answer."""
 MIN_OUTPUT_TOKENS: Final = 16
 """The least `max_output_tokens` that the API takes."""
 
@@ -76,6 +78,7 @@ class OpenAIResponses:
         base_url: str = "https://api.openai.com/v1",
         api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
+        like: OpenAIResponses | None = None,
     ) -> None:
         """Make a client.
 
@@ -84,6 +87,7 @@ class OpenAIResponses:
             base_url: The API's URL.
             api_key: The key. Default: the environment's `OPENAI_API_KEY`.
             timeout_s: Seconds that the connection may be silent.
+            like: Another client of the model; both share what they learn about it.
 
         Raises:
             MissingDependencyError, ApiKeyError, ValueError: as for `Connection`.
@@ -93,7 +97,8 @@ class OpenAIResponses:
         )
         self._model = model
         self._efforts, self._samples = _family(model)
-        self._refused: set[str] = set()  # features that the API has refused: "strict", "summary", "items"
+        # what the API has refused: "summary", and names of the strict schemas
+        self._refused: set[str] = set() if like is None else like._refused
         self.host = self._connection.host
         self.efforts: tuple[Effort, ...] = tuple(self._efforts) or ("none", "high")
 
@@ -108,8 +113,9 @@ class OpenAIResponses:
         Raises:
             ModelOptionError: the model lacks the effort, or takes no temperature while it reasons.
         """
+        verbatim = True
         while True:
-            body, tools, output = self._body(request)
+            body, tools, output = self._body(request, verbatim=verbatim)
             reader = _Reader(self._connection, {name: tool for name, tool in tools.items() if tool.mapping}, output)
             try:
                 async with aclosing(self._connection.events("/responses", body)) as events:
@@ -119,7 +125,11 @@ class OpenAIResponses:
                         if reader.end is not None:
                             await drain(events)
             except ApiError as error:
-                if reader.begun or error.status != 400 or not self._learn(str(error)):
+                if reader.begun or error.status != 400:
+                    raise
+                if verbatim and "encrypted" in str(error):  # reasoning of another account cannot be read
+                    verbatim = False
+                elif not self._learn(str(error)):
                     raise
                 continue
             for delta in reader.rest({"api": self.api, "model": self._model}):
@@ -131,24 +141,29 @@ class OpenAIResponses:
         await self._connection.aclose()
 
     def _learn(self, said: str) -> bool:
-        """Note the feature that the API refuses; return whether there is one that was not noted before."""
-        features = {"strict": r"[Ii]nvalid schema", "summary": r"reasoning.summar", "items": r"encrypted"}
-        found = {feature for feature, pattern in features.items() if re.search(pattern, said)} - self._refused
+        """Note what the API refuses; return whether that was not noted before."""
+        found = set(re.findall(r"[Ii]nvalid schema for \w+ '([^']+)'", said))
+        if re.search(r"reasoning.summar", said):
+            found.add("summary")
+        is_new = not found <= self._refused
         self._refused |= found
-        return bool(found)
+        return is_new
 
-    def _body(self, request: TurnRequest) -> tuple[dict[str, Any], dict[str, SentSchema], SentSchema | None]:
+    def _body(
+        self, request: TurnRequest, *, verbatim: bool
+    ) -> tuple[dict[str, Any], dict[str, SentSchema], SentSchema | None]:
         """Return the request, and the schemas of its tools and answer as they are sent."""
-        strict = "strict" not in self._refused
-        tools = {tool.name: openai_tool(tool.parameters, strict=strict) for tool in request.tools}
+        tools = {
+            tool.name: openai_tool(tool.parameters, strict=tool.name not in self._refused) for tool in request.tools
+        }
         schema = request.sampling.output_schema
-        output = None if schema is None else openai_output(schema, strict=strict)
+        output = None if schema is None else openai_output(schema, strict=ANSWER not in self._refused)
         reasoning = self._reasoning(request)
         system = [message.content for message in request.messages if isinstance(message, SystemMessage)]
         limit = turn_limit(request)
         body: dict[str, Any] = {
             "model": self._model,
-            "input": [item for message in request.messages for item in self._items(message)],
+            "input": [item for message in request.messages for item in self._items(message, verbatim=verbatim)],
             "store": False,
             "stream": True,
             **({"instructions": "\n\n".join(system)} if any(system) else {}),
@@ -169,7 +184,7 @@ class OpenAIResponses:
                 for tool in request.tools
             ]
         if output is not None:
-            answer = {"type": "json_schema", "name": "answer", "schema": output.schema, "strict": output.strict}
+            answer = {"type": "json_schema", "name": ANSWER, "schema": output.schema, "strict": output.strict}
             body["text"] = {"format": answer}
         return body, tools, output
 
@@ -194,7 +209,7 @@ class OpenAIResponses:
             raise ModelOptionError(f'{self._model} takes {", ".join(given)} only with effort "none"; leave it out')
         return given
 
-    def _items(self, message: object) -> Iterator[dict[str, Any]]:
+    def _items(self, message: object, *, verbatim: bool) -> Iterator[dict[str, Any]]:
         """Yield the input items for a message."""
         match message:
             case UserMessage():
@@ -205,9 +220,9 @@ class OpenAIResponses:
                 yield {"type": "function_call_output", "call_id": wire_id(message.call_id), "output": output}
             case AssistantMessage():
                 match message.provider_data:
-                    case {"api": self.api, "model": self._model, "output": list(output)} if (
-                        "items" not in self._refused and _call_ids(output) == [call.id for call in message.calls]
-                    ):
+                    case {"api": self.api, "model": self._model, "output": list(output)} if verbatim and _call_ids(
+                        output
+                    ) == [call.id for call in message.calls]:
                         for item in output:  # the API refuses the nulls that it sends
                             yield {key: value for key, value in item.items() if value is not None}
                         return

@@ -97,11 +97,13 @@ def opener(endpoint: Endpoint) -> Callable[[], Provider]:
     if endpoint.provider == "anthropic":
         from agentkit.models.remote.anthropic import Anthropic
 
-        return lambda: Anthropic(endpoint.model, **settings)
+        messages = Anthropic(endpoint.model, **settings)
+        return lambda: Anthropic(endpoint.model, **settings, like=messages)
     if endpoint.provider == "openai" and urlsplit(endpoint.base_url).hostname == "api.openai.com":
         from agentkit.models.remote.openai_responses import OpenAIResponses
 
-        return lambda: OpenAIResponses(endpoint.model, **settings)
+        responses = OpenAIResponses(endpoint.model, **settings)
+        return lambda: OpenAIResponses(endpoint.model, **settings, like=responses)
     from agentkit.models.remote.openai_chat import OpenAIChat, Server
 
     server = Server()
