@@ -504,6 +504,7 @@ def failing(kind: str) -> Reply:
         (failing("overloaded_error"), "oops", None),
         (failing("api_error"), "oops", None),
         (Reply(sse(turn(text("half"))[:-1])), "ended the stream before its last event", None),
+        (Reply(sse(turn(text("half"), stop="pause_turn")[:-1])), "ended the stream before its last event", None),
         (Reply(sse(turn(text("half"))[:4]), cut=True), "broke|no connection", None),
         (Reply(b"", cut=True), "broke|no connection", None),
         (Reply(b"event: message_start\ndata: {not json\n\n"), "not JSON", None),

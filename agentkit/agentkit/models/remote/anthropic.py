@@ -147,7 +147,7 @@ class Anthropic:
                 if reader.begun or error.status != 400 or not self._learn(str(error)):
                     raise
                 continue
-            if reader.stop_reason != "pause_turn" or pauses == MAX_PAUSES:
+            if not reader.stopped or reader.stop_reason != "pause_turn" or pauses == MAX_PAUSES:
                 break
             pauses += 1
         for delta in reader.rest({"api": self.api, "model": self._model}):
