@@ -183,7 +183,9 @@ def rarely(news: Sequence[Message]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("thinking", "named"), [("never", "never"), (rarely, "rarely"), (partial(rarely), repr(partial(rarely)))]
+    ("thinking", "named"),
+    [("never", "never"), (rarely, "rarely"), (partial(rarely), repr(partial(rarely)))],
+    ids=["name", "function", "partial"],
 )
 async def test_the_record_names_the_thinking_policy(
     script: Script, environment: Environment, thinking: ThinkingPolicy, named: str

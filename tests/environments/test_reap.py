@@ -78,6 +78,7 @@ def test_leftovers_of_a_dead_harness_are_removed(shared: Path) -> None:
         DEAD + "\n",
         "elsewhere" + DEAD,
     ],
+    ids=map(str, range(13)),
 )
 def test_malformed_tokens_are_not_orphans(token: str) -> None:
     assert not is_orphan(token)
