@@ -20,7 +20,6 @@ from agentkit.checks import check_positive
 from agentkit.errors import (
     ApiKeyError,
     MissingDependencyError,
-    ModelOptionError,
     TaskSetupError,
     TrajectoryError,
     UnknownModelError,
@@ -43,7 +42,7 @@ from agentkit_evals.suite import Case, Suite
 from agentkit_evals.verify import Backend, Verdict, answer_of, backend_for, begin, collect, opened, verify
 
 MAX_DROPS_SHOWN = 20
-NO_MODEL = (ApiKeyError, MissingDependencyError, ModelOptionError, UnknownModelError)
+NO_MODEL = (ApiKeyError, MissingDependencyError, UnknownModelError)
 """Errors of a model that every other trial would meet, too."""
 MAX_ANSWER_CHARS = 1_000_000
 """Maximum characters of an answer in a trial's record. The verifier gets the whole answer."""

@@ -91,6 +91,13 @@ async def test_openai(environment: Environment) -> None:
     assert [item["output"] for item in sent if item["type"] == "function_call_output"] == ["sunny", "snowy"]
 
 
+def test_one_model_in_two_event_loops() -> None:
+    server = ChatServer(chat.text("One."), chat.text("Two."))
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(server.serve()) as url:
+        agent = Agent(RemoteModel("openai:toy", base_url=url), [])
+        assert [agent.run_sync("Hi").answer for _ in range(2)] == ["One.", "Two."]
+
+
 @pytest.mark.sandbox
 def test_the_example_runs() -> None:
     assert len(EXAMPLE.read_text().splitlines()) < 30

@@ -459,6 +459,40 @@ async def test_deepseek(environment: Environment) -> None:
     assert [message["reasoning_content"] for message in said] == ["Hm.", ""]
 
 
+async def test_deepseek_reads_the_reasoning_of_its_answers_too(environment: Environment) -> None:
+    server = ChatServer(stream({"reasoning_content": "Hm."}, {"content": "Hi."}), text("Bye."), extras=DEEPSEEK)
+    async with server.serve() as url:
+        agent = Agent(RemoteModel("deepseek:deepseek-chat", base_url=url, api_key=KEY), [get_weather])
+        await (await agent.run("Hi", environment=environment)).continue_("Bye", environment=environment)
+    assert server.requests[1]["messages"][2]["reasoning_content"] == "Hm."
+
+
+async def test_a_server_that_refuses_reasoning_in_messages(environment: Environment) -> None:
+    refuses = chat.error(400, "'messages.2' : property 'reasoning_content' is unsupported")
+    server = ChatServer(calls(("get_weather", PARIS), thought="Hm."), refuses, text("Sunny."))
+    assert (await run(server, environment)).answer == "Sunny."
+    assert "reasoning_content" not in server.requests[2]["messages"][2] and "reasoning_effort" in server.requests[0]
+
+
+async def test_a_turn_that_only_thought_is_not_sent(environment: Environment) -> None:
+    server = ChatServer(stream({"reasoning": "Hm."}), text("Bye."))
+    async with server.serve() as url:
+        agent = Agent(RemoteModel("openai:toy", base_url=url, api_key=KEY), [])
+        first = await agent.run("Hi", environment=environment)
+        assert first.status == "no_answer"
+        await first.continue_("Well?", environment=environment)
+    assert [message["role"] for message in server.requests[1]["messages"]] == ["system", "user", "user"]
+
+
+async def test_what_else_a_call_carries_goes_back(environment: Environment) -> None:
+    """Gemini's thought signatures, for example."""
+    signature = {"google": {"thought_signature": "abc"}}
+    piece = call_piece(index=0, id="a", name="get_weather", arguments=PARIS, extra_content=signature)
+    server = ChatServer(stream(piece), text("Sunny."))
+    await run(server, environment)
+    assert server.requests[1]["messages"][2]["tool_calls"][0]["extra_content"] == signature
+
+
 async def test_the_chat_template_of_an_own_server_is_told_whether_to_think(environment: Environment) -> None:
     server = ChatServer(text("Hi."))
     await run(server, environment, effort="none")

@@ -44,6 +44,8 @@ NO_KEY: Final = "no-key-is-set"
 """Sent to servers that need no key and ignore it, because the SDK insists on one."""
 MAX_LESSONS: Final = 8
 REASONING_KEYS: Final = ("reasoning_content", "reasoning")
+REASONING: Final = "messages.reasoning"
+"""In `Server.refused`: the reasoning of earlier turns."""
 
 Dialect = Literal["deepseek", "thinking", "enable_thinking", "hosted", "own"]
 """The fields that switch thinking: `thinking: {"type": ...}` with DeepSeek's other rules or without, `enable_thinking`,
@@ -192,6 +194,11 @@ class OpenAIChat:
         if sent is not None and "max" in said and (found := _MOST.search(said)) and 0 < int(found[1]) < sent:
             server.max_tokens = int(found[1])
             return True
+        if self.dialect != "deepseek" and re.search(r"\breasoning(_content|_details)?\b", said):
+            known = REASONING in server.refused
+            server.refused.add(REASONING)
+            if not known:
+                return True
         if "reasoning_effort" in body and _BAD_EFFORT.search(said):
             raise ModelOptionError(f"{self.host} does not have the effort {body['reasoning_effort']!r}: {said}")
         named = {each for each in OPTIONAL if each in body and each in said}
@@ -282,8 +289,10 @@ class OpenAIChat:
                     shown = [part for part in message.parts if isinstance(part, ImagePart)]
                     if shown and self.dialect != "deepseek":
                         images += [TextPart(f"Images in the result of {message.call_id}:"), *shown]
+                case AssistantMessage(content="", calls=()):
+                    pass  # it only thought, and an empty turn is refused
                 case AssistantMessage():
-                    sent.append(self._assistant(message))
+                    sent.append(self._assistant(message, has_tools=bool(request.tools)))
                 case SystemMessage(output_schema=schema) if schema is not None:
                     asked = f"Answer with JSON that matches this schema:\n{json.dumps(schema, ensure_ascii=False)}"
                     sent.append({"role": "system", "content": "\n\n".join(filter(None, (message.content, asked)))})
@@ -293,9 +302,9 @@ class OpenAIChat:
             sent.append(_user(images))
         return sent
 
-    def _assistant(self, message: AssistantMessage) -> dict[str, Any]:
-        """Return a turn of the model. Its reasoning goes back with calls: DeepSeek insists on it, and templates of open
-        models show it until the next user message."""
+    def _assistant(self, message: AssistantMessage, *, has_tools: bool) -> dict[str, Any]:
+        """Return a turn of the model. Its reasoning goes back with calls, and at DeepSeek, which insists on it, with
+        every turn of a conversation that has tools."""
         own = message.provider_data if message.provider_data and message.provider_data.get("api") == self.api else {}
         sent: dict[str, Any] = {"role": "assistant", "content": message.content or None}
         if message.calls:
@@ -309,13 +318,14 @@ class OpenAIChat:
                 }
                 for call, extra in zip(message.calls, extras, strict=False)
             ]
-            key = own.get("reasoning_key", "reasoning_content")
-            if message.reasoning or self.dialect == "deepseek":
-                sent[key] = message.reasoning or ""
+        if self.dialect == "deepseek":
+            if has_tools:
+                sent["reasoning_content"] = message.reasoning or ""
+        elif message.calls and REASONING not in self._server.refused:
+            if message.reasoning:
+                sent[own.get("reasoning_key", "reasoning_content")] = message.reasoning
             if "reasoning_details" in own:
                 sent["reasoning_details"] = own["reasoning_details"]
-        elif not message.content:
-            sent["content"] = ""
         return sent
 
 

@@ -65,10 +65,7 @@ class ChatServer:
 def check_request(body: Mapping[str, Any], extras: Sequence[str]) -> None:
     """Check a request against the SDK's types, except for the `extras`, and for the rules that the types do not say."""
     plain = {name: value for name, value in body.items() if name not in extras}
-    plain["messages"] = [
-        {name: value for name, value in message.items() if name not in ("reasoning_content", "reasoning")}
-        for message in body["messages"]
-    ]
+    plain["messages"] = [_plain(message) for message in body["messages"]]
     _REQUESTS.check(plain)
     waiting: list[str] = []
     for message in body["messages"]:
@@ -81,6 +78,16 @@ def check_request(body: Mapping[str, Any], extras: Sequence[str]) -> None:
             waiting.append(call["id"])
         assert message["role"] != "assistant" or message["content"] or message.get("tool_calls"), "an empty turn"
     assert not waiting, f"calls without a result: {waiting}"
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message without the fields that servers add to OpenAI's and want back."""
+    plain = {name: value for name, value in message.items() if name not in ("reasoning_content", "reasoning")}
+    if "tool_calls" in plain:
+        plain["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "extra_content"} for call in plain["tool_calls"]
+        ]
+    return plain
 
 
 def error(status: int, message: str, *, headers: Mapping[str, str] | None = None, **fields: Any) -> Reply:
