@@ -1,4 +1,4 @@
-"""agentkit: tool-using agents on a model that runs in the same process.
+"""agentkit: tool-using agents on a model that runs in the same process, or behind an API.
 
     from agentkit import Agent, tool
 

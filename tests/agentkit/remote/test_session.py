@@ -198,7 +198,8 @@ def test_what_was_shown_is_never_part_of_a_call(before: str, step: int) -> None:
     text = f"{before}\n\n{WRITTEN}"
     shown = 0
     for end in range(0, len(text), step):
-        shown = max(shown, dsml.shown_length(text[:end]))
+        assert dsml.shown_length(text[:end], shown) >= shown
+        shown = dsml.shown_length(text[:end], shown)
     assert shown <= text.index("<|DSML|")
     rest, calls = dsml.split_calls(text, turn=0, tools=TOOLS)
     assert rest == text[: text.index("<|DSML|")].rstrip() and len(calls) == 1

@@ -22,12 +22,12 @@ _LONGEST: Final = 48
 _MAX_STARTS: Final = 32
 
 
-def shown_length(text: str) -> int:
-    """Return the length of the beginning of a text that is certainly not part of a block of calls."""
-    start = _START.search(text)
+def shown_length(text: str, known: int = 0) -> int:
+    """Return the length of the beginning of a text that is certainly not part of a block of calls; at least `known`."""
+    start = _START.search(text, known)
     if start is not None:
         return start.start()
-    offset = max(0, len(text) - _LONGEST)
+    offset = max(known, len(text) - _LONGEST)
     begun = _BEGUN.search(text, offset)
     return begun.start() if begun else len(text)
 

@@ -44,7 +44,8 @@ class RemoteTurn:
         self._text = ""
         self._shown = 0  # characters of the text that were passed on; the rest may be calls in DSML
         self._calls: dict[int, _Call] = {}
-        self._pieces: dict[str, int] = {}  # numbers for the texts of the chunks, which stand for token ids
+        self._numbers: dict[str, int] = {}  # of the texts of the chunks, which stand for token ids
+        self._texts: list[str] = []
         self._said: list[int] = []
 
     def add(self, delta: Delta) -> Iterator[ReasoningDelta | TextDelta]:
@@ -57,7 +58,7 @@ class RemoteTurn:
             case TextChunk(text):
                 self._count(text)
                 self._text += text
-                yield from self._show(dsml.shown_length(self._text) if self._tools else len(self._text))
+                yield from self._show(dsml.shown_length(self._text, self._shown) if self._tools else len(self._text))
             case CallChunk():
                 call = self._calls.setdefault(delta.index, _Call())
                 call.id = delta.id or call.id
@@ -72,8 +73,9 @@ class RemoteTurn:
         """Return whether the last `bound` chunks only repeat."""
         if bound is None or not is_due(len(self._said), bound):
             return False
-        texts = [text.encode() for text in self._pieces]
-        return repeats(self._said, bound * IN_CALLS if self._calls else bound, texts.__getitem__)
+        return repeats(
+            self._said, bound * IN_CALLS if self._calls else bound, lambda number: self._texts[number].encode()
+        )
 
     def end(self) -> tuple[AssistantMessage, list[TextDelta | CallReady | CallMalformed]]:
         """Return the message of the complete turn, and the events that were held back until its end."""
@@ -116,4 +118,7 @@ class RemoteTurn:
 
     def _count(self, text: str) -> None:
         self.chunks += 1
-        self._said.append(self._pieces.setdefault(text, len(self._pieces)))
+        if text not in self._numbers:
+            self._numbers[text] = len(self._texts)
+            self._texts.append(text)
+        self._said.append(self._numbers[text])
