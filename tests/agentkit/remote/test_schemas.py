@@ -200,8 +200,19 @@ def test_an_optional_parameter_that_is_null_is_left_out() -> None:
 
 
 def test_a_required_parameter_may_be_null() -> None:
-    sent = openai_tool({"type": "object", "properties": {"a": {"type": ["string", "null"]}}, "required": ["a"]})
-    assert sent.strict and restored(sent, {"a": None}) == {"a": None}
+    properties = {"a": {"type": ["string", "null"]}, "b": {"type": "string"}}
+    sent = openai_tool({"type": "object", "properties": properties, "required": ["a"]})
+    assert sent.strict and restored(sent, {"a": None, "b": None, "unknown": None}) == {"a": None, "unknown": None}
+
+
+def test_patterns_and_formats_are_kept_where_the_api_has_them() -> None:
+    properties = {
+        "id": {"type": "string", "format": "uuid", "pattern": "^[a-f0-9-]+$"},
+        "url": {"type": "string", "format": "uri", "pattern": "^(?!http:)"},
+        "n": {"type": "integer", "minimum": 1, "multipleOf": 2},
+    }
+    schema = {"type": "object", "properties": properties, "required": ["id", "url", "n"]}
+    assert openai_tool(schema).schema["properties"] == {**properties, "url": {"type": "string"}}
 
 
 @tool
