@@ -521,6 +521,23 @@ async def test_the_prompt_asks_again_and_remembers_always(tools: list[Tool]) -> 
         assert answers == [Approve(), Approve()]
 
 
+async def test_what_was_typed_before_the_question_is_no_answer(tools: list[Tool]) -> None:
+    answers: list[Any] = []
+
+    async def ask() -> None:
+        answers.append(await TerminalPrompt()(pending(tools), ""))
+
+    with screen() as terminal:
+        terminal.type("y\n")
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(ask)
+            await terminal.until("a reason to refuse: ")
+            await anyio.wait_all_tasks_blocked()
+            assert answers == []
+            terminal.type("n\n")
+    assert answers == [Refuse("the user does not want this call")]
+
+
 async def test_a_waiting_prompt_can_be_cancelled(tools: list[Tool]) -> None:
     with screen() as terminal:
         async with anyio.create_task_group() as task_group:

@@ -72,6 +72,7 @@ class TerminalPrompt:
         if reason:
             terminal.print(visible(reason), markup=False)
         while True:
+            _forget_typed()
             terminal.print(f"Run it? (y)es, (n)o, (a)lways {name}, a JSON object of other arguments, or ", end="")
             terminal.print("a reason to refuse: ", end="")
             line = await _read_line()
@@ -113,11 +114,15 @@ def read_answer(line: str) -> Approve | Modify | Refuse | str | None:
     return Refuse(f"the user does not want this call: {said}")
 
 
-async def _read_line() -> str:
-    """Read a line from the terminal, and nothing that was typed before. Cancellation interrupts it."""
+def _forget_typed() -> None:
+    """Drop what was typed before the question is shown, which cannot be the answer."""
     import termios
 
+    termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+
+
+async def _read_line() -> str:
+    """Read a line from the terminal. Cancellation interrupts it."""
     fd = sys.stdin.fileno()
-    termios.tcflush(fd, termios.TCIFLUSH)
     await anyio.wait_readable(fd)  # a terminal is readable when a line is complete
     return os.read(fd, MAX_LINE_BYTES).decode(sys.stdin.encoding, "replace")
