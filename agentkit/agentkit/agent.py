@@ -18,7 +18,7 @@ from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
 from agentkit.history import MessageHistory, opening_messages
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
-from agentkit.messages import AssistantMessage, Message, ToolMessage, UserMessage
+from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, user_message
 from agentkit.model import (
     CallMalformed,
     CallReady,
@@ -142,7 +142,7 @@ class Agent(Generic[T]):
 
     async def run(
         self,
-        task: str,
+        task: Prompt,
         *,
         environment: Environment | None = None,
         trajectory: str | Path | None = None,
@@ -153,7 +153,7 @@ class Agent(Generic[T]):
         """Run a task.
 
         Args:
-            task: The user message.
+            task: The user message: a text, or a list of texts and images (`ImagePart`) for a model that reads images.
             environment: Environment that calls run in; it stays open. Default: a sandbox of this run, which is opened
                 before the first turn if a tool needs it (`Tool.needs_environment`).
             trajectory: New file for the record, written during the run. Default: in memory only.
@@ -184,7 +184,7 @@ class Agent(Generic[T]):
 
     def run_sync(
         self,
-        task: str,
+        task: Prompt,
         *,
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
@@ -215,7 +215,7 @@ class Agent(Generic[T]):
 
     async def stream(
         self,
-        task: str,
+        task: Prompt,
         *,
         environment: Environment | None = None,
         trajectory: str | Path | None = None,
@@ -410,7 +410,7 @@ class Agent(Generic[T]):
 
     async def _run(
         self,
-        text: str,
+        task: Prompt,
         emit: Callable[[Event], None],
         *,
         environment: Environment | None,
@@ -428,10 +428,11 @@ class Agent(Generic[T]):
         `above` is the context of the call that runs this agent.
         """
         self._check_deps(deps)
+        asked = user_message(task)
         if history is not None and history.messages:
-            news: list[Message] = [UserMessage(text)]
+            news: list[Message] = [asked]
         else:
-            news = opening_messages(message_history, text, system=self.system, output_schema=self.output_schema)
+            news = opening_messages(message_history, asked, system=self.system, output_schema=self.output_schema)
         async with AsyncExitStack() as stack:
             tools = list(self.tools.values())
             own = await stack.enter_async_context(DeferredEnvironment(EnvironmentSpec(), open_environment))
@@ -516,14 +517,14 @@ class Agent(Generic[T]):
         """Return the implementation of `RunResult.continue_`."""
         end = len(trajectory.records)
 
-        async def go_on(text: str, elsewhere: Environment | None) -> RunResult[T]:
+        async def go_on(task: Prompt, elsewhere: Environment | None) -> RunResult[T]:
             if len(trajectory.records) != end:
                 raise ValueError("this result was already continued; continue the newer result")
             here = elsewhere or environment
             if here is None and files is None:
                 raise ValueError("the work directory of that run was not saved; pass environment= to continue")
             files_if_new = None if here else files
-            return await self._run(text, _unheard, environment=here, history=trajectory, deps=deps, files=files_if_new)
+            return await self._run(task, _unheard, environment=here, history=trajectory, deps=deps, files=files_if_new)
 
         return go_on
 

@@ -15,7 +15,7 @@ MessageHistory = Sequence[Message] | RunResult[Any] | Trajectory
 
 
 def opening_messages(
-    history: MessageHistory | None, task: str, *, system: str, output_schema: Mapping[str, Any] | None
+    history: MessageHistory | None, task: UserMessage, *, system: str, output_schema: Mapping[str, Any] | None
 ) -> list[Message]:
     """Return the messages that a run begins with: the system prompt, the history, and the task.
 
@@ -34,7 +34,7 @@ def opening_messages(
     if messages and isinstance(messages[0], SystemMessage):
         system = messages.pop(0).content
     head = [SystemMessage(system, output_schema)] if system or output_schema is not None else []
-    return [*head, *messages, UserMessage(task)]
+    return [*head, *messages, task]
 
 
 def check_history(messages: Sequence[Message]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ConfigDict, FailFast, Field
 
 from agentkit_tools import ToolCall, ToolResult
-from agentkit_tools.parts import Part
+from agentkit_tools.parts import ImagePart, Part, TextPart, parts_text
 
 STRICT: Final = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Validation of data read from a file: unknown keys and non-finite numbers are errors."""
@@ -77,6 +77,28 @@ class ToolMessage:
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+Prompt = str | Sequence[str | TextPart | ImagePart]
+"""A user's message: a text, or texts and images in order."""
+
+
+def user_message(prompt: Prompt) -> UserMessage:
+    """Return the message with this content.
+
+    Raises:
+        TypeError: the prompt, or an item of it, is neither text nor an image.
+    """
+    if isinstance(prompt, str):
+        return UserMessage(prompt)
+    expected = "expected a text, or a list of texts and ImageParts"
+    if not isinstance(prompt, list | tuple):
+        raise TypeError(f"given {prompt!r:.200} as a task; {expected}")
+    for item in prompt:
+        if not isinstance(item, str | TextPart | ImagePart):
+            raise TypeError(f"given {item!r:.200} in a task; {expected}")
+    parts = tuple(TextPart(item) if isinstance(item, str) else item for item in prompt)
+    return UserMessage(parts_text(parts), parts)
 
 
 def to_openai(message: Message) -> dict[str, Any]:

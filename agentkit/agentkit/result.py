@@ -10,12 +10,13 @@ from typing_extensions import TypeVar
 
 from agentkit.checks import run_blocking
 from agentkit.events import LimitName, Outcome, Status
+from agentkit.messages import Prompt
 from agentkit.model import Usage
 from agentkit.trajectory import Trajectory
 from agentkit_environments import Environment
 
 T = TypeVar("T", default=Any)
-Continue = Callable[[str, Environment | None], Awaitable["RunResult[T]"]]
+Continue = Callable[[Prompt, Environment | None], Awaitable["RunResult[T]"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,8 @@ class RunResult(Generic[T]):
         """Tokens, calls and seconds of this run; `usage.total` includes those of its sub-agents."""
         return self.outcome.usage
 
-    async def continue_(self, text: str, *, environment: Environment | None = None) -> RunResult[T]:
-        """Send `text` in the same session and trajectory, and run again.
+    async def continue_(self, task: Prompt, *, environment: Environment | None = None) -> RunResult[T]:
+        """Send `task` in the same session and trajectory, and run again.
 
         The model continues from exactly the recorded token ids. Tools get the `deps` of the run. Calls run in
         `environment` if given, else in the environment given to the run. If the run opened its own sandbox, they run in
@@ -78,12 +79,12 @@ class RunResult(Generic[T]):
             ValueError: this result was already continued; continue the newer one.
             Other errors: as `Agent.run`.
         """
-        return await self._continue(text, environment)
+        return await self._continue(task, environment)
 
-    def continue_sync(self, text: str) -> RunResult[T]:
+    def continue_sync(self, task: Prompt) -> RunResult[T]:
         """Run `continue_` from synchronous code, after `run_sync`.
 
         Raises:
             RunningLoopError: an event loop is running, as in a notebook. Use `await result.continue_(...)` there.
         """
-        return run_blocking(lambda: self.continue_(text), instead="await result.continue_(...)")
+        return run_blocking(lambda: self.continue_(task), instead="await result.continue_(...)")

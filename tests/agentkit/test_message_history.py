@@ -212,7 +212,7 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 
 @given(conversations())
 def test_conversations_are_accepted_and_kept(messages: list[Message]) -> None:
-    opening = opening_messages(messages, "Q", system="", output_schema=None)
+    opening = opening_messages(messages, UserMessage("Q"), system="", output_schema=None)
     assert opening == [*messages, UserMessage("Q")]
 
 
@@ -249,6 +249,6 @@ def test_a_record_with_results_of_malformed_calls_is_a_conversation(messages: li
             return self._messages
 
     record = Record([forget(message) for message in messages])
-    opening = opening_messages(record, "Q", system="", output_schema=None)
+    opening = opening_messages(record, UserMessage("Q"), system="", output_schema=None)
     check_history(opening)
     assert len(opening) == len(messages) + 1

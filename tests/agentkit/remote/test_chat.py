@@ -50,12 +50,12 @@ def picture(name: str) -> ToolOutput:
 
 
 async def run(server: ChatServer, environment: Environment, *, model: str = "openai:toy", **options: Any) -> RunResult:
-    tools = options.pop("tools", [get_weather])
+    tools, task = options.pop("tools", [get_weather]), options.pop("task", "Weather?")
     settings = {name: options.pop(name) for name in ("max_retries", "timeout_s", "context_tokens") if name in options}
     async with server.serve() as url:
         agent = Agent(RemoteModel(model, base_url=url, api_key=KEY, **settings), tools, **options)
         try:
-            return await agent.run("Weather?", environment=environment)
+            return await agent.run(task, environment=environment)
         except Exception as exc:  # raised outside, because the server's task group would wrap it
             error = exc
     raise error
@@ -556,6 +556,22 @@ async def test_images_of_tools_follow_as_a_user_message(environment: Environment
     assert first["content"] == "[image: image/png, 6 bytes]"
     assert [part["type"] for part in images["content"]] == ["text", "image_url"] * 2
     assert images["content"][1]["image_url"]["url"] == "data:image/png;base64,cGl4ZWxz"
+
+
+async def test_a_task_has_texts_and_images_in_order(environment: Environment) -> None:
+    server = ChatServer(text("A cat."))
+    task = ["What is this?", ImagePart.of(b"pixels", "image/png"), "Be brief."]
+    result = await run(server, environment, task=task)
+    content = server.requests[0]["messages"][-1]["content"]
+    assert [part["type"] for part in content] == ["text", "image_url", "text"]
+    assert content[1]["image_url"]["url"] == "data:image/png;base64,cGl4ZWxz"
+    assert result.trajectory.messages[1].content == "What is this?\n[image: image/png, 6 bytes]\nBe brief."
+
+
+@pytest.mark.parametrize(("task", "told"), [(5, "given 5 as a task"), (["a", b"b"], "given b'b' in a task")])
+async def test_a_task_is_text_and_images(task: Any, told: str, environment: Environment) -> None:
+    with pytest.raises(TypeError, match=told):
+        await run(ChatServer(), environment, task=task)
 
 
 DSML = """{lead}<{m}function_calls>
