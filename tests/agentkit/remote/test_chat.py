@@ -276,6 +276,7 @@ ERRORS: Mapping[str, tuple[Answer, type[Exception], str]] = {
     ),
     "DeepSeek's unknown model": (chat.error(400, "Model Not Exist"), UnknownModelError, "it has big, small"),
     "no such path": (chat.error(404, "Not Found"), ApiError, "check the base URL"),
+    "a server of files": (Reply(b"<html>", 501, {"content-type": "text/html"}), ApiError, "check the base URL"),
     "a web page": (
         Reply(b"<html>hi</html>", 200, {"content-type": "text/html"}),
         ApiError,

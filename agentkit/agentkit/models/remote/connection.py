@@ -60,6 +60,8 @@ TRANSIENT_ERRORS: Final = {
     "vector_store_timeout",
 }
 """Errors inside a stream, which have no HTTP status of their own, that may pass."""
+NO_API: Final = {404, 405, 501, 505}
+"""HTTP statuses of a server that does not know the path or the method."""
 
 
 class Connection:
@@ -159,11 +161,11 @@ class Connection:
             return ApiKeyError(f"{self.host} refuses the key{request}: check {self._variable}", status=status)
         if kinds & MODEL_ERRORS or (status == 404 and "not_found_error" in kinds):
             return UnknownModelError(f"{self.host} has no model {self.model!r}{request}: check the name")
+        if status in NO_API or (status is not None and 300 <= status < 400):
+            return ApiError(f"{text}: check the base URL {self._base_url}", status=status)
         transient = status in (408, 409, 429) or status >= 500 if status is not None else bool(kinds & TRANSIENT_ERRORS)
         if transient:
             return TransientError(text, retry_after_s=retry_after_s, status=status)
-        if status is not None and (status == 404 or 300 <= status < 400):
-            return ApiError(f"{text}: check the base URL {self._base_url}", status=status)
         return ApiError(text, status=status)
 
     def incomplete(self) -> TransientError:
