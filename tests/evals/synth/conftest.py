@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import anyio
 import pytest
 
 from agentkit_engine.chat import Tokenizer
@@ -9,12 +10,11 @@ from agentkit_evals.synth.generate import phrases, texts
 
 
 @pytest.fixture(scope="session")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="session")
-async def tokenizer(anyio_backend: str) -> Tokenizer:
+def tokenizer() -> Tokenizer:
     """Return a tokenizer like the tiny model's, trained on a few conversations of each family."""
-    corpus = [text async for text in texts(list(FAMILIES), range(3))]
-    return Tokenizer.from_json(build_tokenizer(corpus, phrases=phrases(), vocab_size=1024))
+
+    async def corpus() -> list[str]:
+        return [text async for text in texts(list(FAMILIES), range(3))]
+
+    # not an async fixture: its event loop would last for the session, and tests could not run their own
+    return Tokenizer.from_json(build_tokenizer(anyio.run(corpus), phrases=phrases(), vocab_size=1024))
