@@ -10,7 +10,7 @@ import io
 import posixpath
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -95,9 +95,7 @@ def drop_links(data: bytes, dropped: Sequence[str] = (), *, max_entries: int, ma
     """
     drops = DropList(dropped)
     members = _members(data, max_entries, max_bytes)
-    links = {posixpath.normpath(member.name): member.linkname for member in members if member.issym()}
-    resolver = _Resolver(links)
-    bad = {name: problem for name in links if (problem := resolver.problem(name))}
+    bad = link_problems({posixpath.normpath(member.name): member.linkname for member in members if member.issym()})
     if not bad:
         return ExportedDir(data, drops.lines)
     view, parts = memoryview(data), []
@@ -107,6 +105,16 @@ def drop_links(data: bytes, dropped: Sequence[str] = (), *, max_entries: int, ma
         else:
             parts.append(view[member.offset : member.offset_data + -(-_stored(member) // 512) * 512])
     return ExportedDir(b"".join([*parts, bytes(1024)]), drops.lines)
+
+
+def link_problems(links: Mapping[str, str]) -> dict[str, str]:
+    """Return the links that lead out of a directory or form a loop, each with the reason.
+
+    Args:
+        links: Target by relative path of every link in the directory.
+    """
+    resolver = _Resolver(links)
+    return {name: problem for name in links if (problem := resolver.problem(name))}
 
 
 def _stored(member: tarfile.TarInfo) -> int:
@@ -150,7 +158,7 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
 class _Resolver:
     """Resolves the links of one archive as the kernel would, with the archive's directory as the working directory."""
 
-    def __init__(self, links: dict[str, str]) -> None:
+    def __init__(self, links: Mapping[str, str]) -> None:
         self._links = links
         self._steps_left = MAX_STEPS
 

@@ -61,7 +61,7 @@ def build(layout: dict[str, Any]) -> None:
     """Mount the sandbox's root on `ROOT`."""
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     # The new root hides the host's /tmp, which may contain paths to bind: open them all first.
-    binds = {path: os.open(path, os.O_PATH) for path in layout["binds"]}
+    binds = {target: os.open(source, os.O_PATH) for source, target in layout["binds"]}
     devices = {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
     mount("none", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     mkdir("/dev")

@@ -1,4 +1,4 @@
-"""Last step into a process sandbox: close open descriptors, drop every capability, become the executor.
+"""Last step into a process sandbox: mount what is writable, drop every capability, become the executor.
 
     python3 -I -S /opt/agentkit/confine.py
 
@@ -15,6 +15,7 @@ import errno
 import json
 import marshal
 import os
+import stat
 import struct
 
 TYPE_CHECKING = False  # as in `typing`; importing `typing` would make opening a sandbox a tenth slower
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HERE = os.path.dirname(__file__)
 CLONE_NEWNS = 0x00020000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
+MNT_DETACH = 2
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 22, 24, 38
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 SECCOMP_MODE_FILTER = 2
@@ -43,6 +45,53 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     check(status, f"mount {source} on {target}")
 
 
+def mount_overlay(overlay: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Mount an overlay over the read-only folder at the work directory, with a private layer in memory for changes.
+
+    Returns a descriptor of that layer, which no path leads to, and the hidden names.
+    """
+    lower, stage = os.fsencode(overlay["path"]), b"/tmp"  # its own tmpfs is mounted later
+    mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, overlay["options"])
+    upper, work = stage + b"/upper", stage + b"/work"
+    os.mkdir(upper)
+    os.mkdir(work)
+    try:
+        os.setxattr(upper, "user.agentkit", b"")
+        os.removexattr(upper, "user.agentkit")
+    except OSError:
+        raise SystemExit("files in memory have no extended attributes: an overlay needs Linux 6.6") from None
+    os.lseek(overlay["hidden_fd"], 0, os.SEEK_SET)
+    with open(overlay["hidden_fd"], "rb") as file:
+        hidden = file.read().split(b"\0")[:-1]
+    hide(lower, upper, hidden)
+    options = b"lowerdir=%b,upperdir=%b,workdir=%b,userxattr" % (lower, upper, work)
+    mount("overlay", overlay["path"], "overlay", MS_NOSUID | MS_NODEV, os.fsdecode(options))
+    upper_fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    check(libc.umount2(stage, MNT_DETACH), "umount")
+    return upper_fd, [os.fsdecode(name) for name in hidden]
+
+
+def hide(lower: bytes, upper: bytes, names: list[bytes]) -> None:
+    """Make whiteouts in the upper layer: an overlay shows nothing at these names, and a new file can take them."""
+    made = {b""}
+    for name in names:
+        parts = name.split(b"/")
+        for length in range(1, len(parts)):
+            parent = b"/".join(parts[:length])
+            if parent not in made:
+                made.add(parent)
+                os.mkdir(os.path.join(upper, parent))
+        os.mknod(os.path.join(upper, name), stat.S_IFCHR, 0)
+    for directory in made:
+        path = os.path.join(upper, directory)
+        try:
+            info = os.lstat(os.path.join(lower, directory))
+        except OSError:  # it has been removed meanwhile
+            continue
+        os.chmod(path, stat.S_IMODE(info.st_mode))
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
 def write_sysctls(values: Mapping[str, int | str]) -> bool:
     """Write settings of the sandbox's own namespaces; return whether every setting that the kernel has was written."""
     written = True
@@ -58,12 +107,10 @@ def write_sysctls(values: Mapping[str, int | str]) -> bool:
 
 
 def limit_namespaces(settings: Mapping[str, Any]) -> list[str]:
-    """Mount the writable directories, set the namespaces' limits and drop all capabilities.
+    """Mount the directories in memory, set the namespaces' limits and drop all capabilities.
 
     Returns the names of what stays unlimited.
     """
-    # Bubblewrap's mount namespace belongs to an outer user namespace, over which we have no capabilities.
-    check(libc.unshare(CLONE_NEWNS), "unshare")
     for path, options in settings["tmpfs"]:
         mount("none", path, "tmpfs", MS_NOSUID | MS_NODEV, options)
     if not write_sysctls(settings["namespace_limits"]):
@@ -105,7 +152,13 @@ def main() -> None:
         settings = json.load(file)
     if os.getpid() != 1 or os.getuid() == 0:
         raise SystemExit(f"the executor must be PID 1 and not root, but it is PID {os.getpid()}, uid {os.getuid()}")
-    missing = limit_namespaces(settings) if settings["has_capabilities"] else ["ipc", "inotify"]
+    missing = ["ipc", "inotify"]
+    if settings["has_capabilities"]:
+        # Bubblewrap's mount namespace belongs to an outer user namespace, over which we have no capabilities.
+        check(libc.unshare(CLONE_NEWNS), "unshare")
+        if settings["overlay"] is not None:
+            settings["upper_fd"], settings["hidden_names"] = mount_overlay(settings["overlay"])
+        missing = limit_namespaces(settings)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl no_new_privs")
     check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl dumpable")
     install_filter(bytes.fromhex(settings["filters"][" ".join(missing)]))

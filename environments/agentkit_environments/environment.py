@@ -237,7 +237,7 @@ class Environment(ABC):
         """
         await self._transfer("write_file", path, input_bytes(data))
 
-    async def export_dir(self, path: str) -> ExportedDir:
+    async def export_dir(self, path: str, *, max_entries: int | None = None) -> ExportedDir:
         """Return a directory as an uncompressed tar archive with names relative to the directory.
 
         The archive contains directories, regular files and links that stay inside it, in sorted order, with permission
@@ -247,12 +247,12 @@ class Environment(ABC):
         counted before anything is read, or as they arrive.
 
         Raises:
-            UnsafeArchiveError: If the directory has more than `MAX_ARCHIVE_ENTRIES` entries or more than
-                `MAX_ARCHIVE_BYTES` bytes of files and names, or cannot be archived.
+            UnsafeArchiveError: If the directory has more than `max_entries` (by default `MAX_ARCHIVE_ENTRIES`) entries
+                or more than `MAX_ARCHIVE_BYTES` bytes of files and names, or cannot be archived.
             FileNotFoundError, NotADirectoryError: If `path` is not a directory.
             UnsafePathError, SandboxLostError: As for `read_file`.
         """
-        bounds = {"max_entries": MAX_ARCHIVE_ENTRIES, "max_bytes": MAX_ARCHIVE_BYTES}
+        bounds = {"max_entries": max_entries or MAX_ARCHIVE_ENTRIES, "max_bytes": MAX_ARCHIVE_BYTES}
         try:
             exported = await self._export_dir(self.resolve(path), **bounds)
         except OSError as error:

@@ -330,6 +330,8 @@ MAX_DROPS_TOLD = 1_000
 MAX_TIME = 8**11 - 1
 """The last second that a tar header can store (in the year 2242); file systems and engines support it too."""
 PIECE = 1 << 20
+OPAQUE = "SCHILY.xattr.user.overlay.opaque"
+"""How tar stores the attribute of a directory that replaces one of an overlay's lower layer."""
 
 
 class DropList:
@@ -373,10 +375,27 @@ class Packer:
     has no permission for is opened up while it is read, and archived with its original mode.
     """
 
-    def __init__(self, path: str, max_entries: int, max_bytes: int) -> None:
-        """Count entries and bytes. Raises EFBIG, before anything is read, if there are more than allowed."""
+    def __init__(
+        self,
+        path: str,
+        max_entries: int,
+        max_bytes: int,
+        hidden: Collection[str] | None = None,
+        skip: Collection[str] = (),
+    ) -> None:
+        """Count entries and bytes. Raises EFBIG, before anything is read, if there are more than allowed.
+
+        Args:
+            path: The directory.
+            max_entries: Maximum number of entries.
+            max_bytes: Maximum bytes of file content and names.
+            hidden: None, or the names that an overlay hides: `path` is its upper layer then, whiteouts are archived as
+                the character devices that they are, and opaque directories keep their attribute.
+            skip: Names that are left out without a word.
+        """
         require_directory(path)
         self._path, self._max_entries, self._max_bytes = path, max_entries, max_bytes
+        self._is_upper, self._hidden, self._skip = hidden is not None, hidden or (), skip
         for _ in self._entries(DropList()):
             pass
         self.drops = DropList()
@@ -412,14 +431,18 @@ class Packer:
                     if kind == stat.S_IFDIR:
                         if info.st_mode & 0o500 != 0o500 and _try_chmod(path, info.st_mode | 0o700):
                             unlocked.append((path, info.st_mode))
-                        children = _children(path, self._max_entries - entries)
+                        children = _children(path, self._max_entries - entries + len(self._hidden))
                 except OSError as error:
                     if not name:
                         raise
                     drops.add(name, f"cannot be read: {error.strerror}")
                     continue
+                if name in self._hidden:
+                    if not _is_whiteout(info) and name not in self._skip:
+                        drops.add(name, "new, but something of this name is hidden")
+                    continue
                 if kind == stat.S_IFDIR:
-                    entries += len(children)
+                    entries += sum(os.path.join(name, child) not in self._hidden for child in children)
                     if entries > self._max_entries:
                         raise OSError(errno.EFBIG, f"more than {self._max_entries} entries", self._path)
                     for child in sorted(children, reverse=True):
@@ -428,7 +451,7 @@ class Packer:
                             drops.add(below, problem)
                         else:
                             pending.append(below)
-                elif kind not in (stat.S_IFREG, stat.S_IFLNK):
+                elif kind not in (stat.S_IFREG, stat.S_IFLNK) and not (self._is_upper and _is_whiteout(info)):
                     drops.add(name, "a pipe, a socket or a device")
                     continue
                 first = name
@@ -456,6 +479,10 @@ class Packer:
                 try:
                     if stat.S_ISDIR(info.st_mode):
                         member.type = tarfile.DIRTYPE
+                        if self._is_upper and _is_opaque(path):
+                            member.pax_headers = {OPAQUE: "y"}
+                    elif _is_whiteout(info):
+                        member.type = tarfile.CHRTYPE
                     elif stat.S_ISLNK(info.st_mode):
                         member.type, member.linkname = tarfile.SYMTYPE, os.readlink(path)
                     elif first in left_out:
@@ -479,6 +506,18 @@ class Packer:
             yield bytes(1024)
         finally:
             entries.close()
+
+
+def _is_whiteout(info: os.stat_result) -> bool:
+    """Return whether an entry of an overlay's upper layer stands for a deletion. No command can make such an entry."""
+    return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+
+
+def _is_opaque(directory: str) -> bool:
+    try:
+        return os.getxattr(directory, "user.overlay.opaque") == b"y"
+    except OSError:
+        return False
 
 
 def _children(directory: str, most: int) -> list[str]:
@@ -695,6 +734,7 @@ class Executor:
         self._commands: dict[int, tuple[dict[str, Any], Command]] = {}
         self._pipes: dict[int, Command] = {}
         self._exports: dict[int, Packer] = {}
+        self._hidden = frozenset(settings.get("hidden_names", ()))
 
     def serve(self) -> None:
         self._wakeup_fd, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -823,6 +863,9 @@ class Executor:
             if operation in ("export_open", "export_next", "export_close"):
                 self._export(operation, request)
                 return
+            if operation == "upper_directories":
+                self._reply({"id": request["id"]}, self._upper_directories())
+                return
             reply = OPERATIONS[operation](request, bytes(body))
             self._reap()
             header: dict[str, Any] = {}
@@ -836,13 +879,32 @@ class Executor:
         handle = request["handle"]
         header, piece = {"id": request["id"]}, b""
         if operation == "export_open":
-            self._exports[handle] = Packer(request["path"], request["max_entries"], request["max_bytes"])
+            bounds = request["max_entries"], request["max_bytes"]
+            if request["path"]:
+                self._exports[handle] = Packer(request["path"], *bounds)
+            else:
+                skip = frozenset(request["skip"])
+                self._exports[handle] = Packer(self._upper(), *bounds, self._hidden | skip, skip)
         elif operation == "export_next":
             piece = self._exports[handle].piece()
             header["dropped"] = [] if piece else self._exports[handle].drops.lines
         elif packer := self._exports.pop(handle, None):
             packer.close()
         self._reply(header, piece)
+
+    def _upper(self) -> str:
+        return f"/proc/self/fd/{self._settings['upper_fd']}"
+
+    def _upper_directories(self) -> bytes:
+        """Return the names of the directories in the overlay's upper layer that are not hidden."""
+        found: list[str] = []
+        root = self._upper()
+        for parent, directories, _ in os.walk(root):
+            names = [os.path.relpath(os.path.join(parent, name), root) for name in directories]
+            names = [name for name in names if name not in self._hidden and not os.path.islink(f"{root}/{name}")]
+            directories[:] = [os.path.basename(name) for name in names]
+            found += names
+        return b"".join(os.fsencode(name) + b"\0" for name in found)
 
     def _start(self, request: dict[str, Any], body: bytes) -> None:
         argv, cookie = request["argv"], os.urandom(12).hex()

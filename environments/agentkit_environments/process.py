@@ -45,6 +45,8 @@ from agentkit_environments.archive import ExportedDir, pieces
 from agentkit_environments.cgroups import CommandGroup
 from agentkit_environments.connection import Connection
 from agentkit_environments.environment import (
+    MAX_ARCHIVE_BYTES,
+    MAX_ARCHIVE_ENTRIES,
     Environment,
     EnvironmentSpec,
     ExecRequest,
@@ -53,8 +55,9 @@ from agentkit_environments.environment import (
     ResourceLimits,
     input_bytes,
 )
-from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, UnsafeArchiveError
 from agentkit_environments.executor import start_failure
+from agentkit_environments.overlay import Overlay, hidden_names
 from agentkit_environments.seccomp import AUDIT_ARCH, INOTIFY, SYSV_IPC, UNACCOUNTED, seccomp_program
 
 Launcher = Literal["bwrap", "unshare", "bwrap-plain"]
@@ -119,8 +122,8 @@ IPC_LIMITS: dict[str, int | str] = {
 class Layout:
     """The root directory of a sandbox as data. Both launchers build the same one, and `confine.py` completes it."""
 
-    binds: list[str]
-    """Directories and files of the host, read-only, each under its own name."""
+    binds: list[tuple[str, str]]
+    """(path on the host, path in the sandbox) of directories and files, read-only."""
     symlinks: list[tuple[str, str]]
     """(path, target)."""
     files: list[tuple[str, str]]
@@ -129,9 +132,18 @@ class Layout:
     """(path, mode, bytes) of the writable directories."""
     prefix: str
     python: str
+    folder: str | None
+    """The lower layer of an overlay."""
 
     @classmethod
-    def of(cls, spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup) -> Self:
+    def of(
+        cls,
+        spec: EnvironmentSpec,
+        launcher: Launcher,
+        group: CommandGroup,
+        overlay: Overlay | None = None,
+        hidden_fd: int | None = None,
+    ) -> Self:
         prefix = os.path.realpath(sys.base_prefix)
         python = os.path.realpath(f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}")
         if prefix in ("/", "/home", "/root") or not python.startswith(prefix + "/"):
@@ -146,10 +158,18 @@ class Layout:
             binds.append(prefix)
         binds += [path for path in (f"/etc/{name}" for name in ETC) if os.path.exists(path)]
         disk_bytes = spec.limits.disk_mib << 20
-        tmpfs = [("/dev/shm", "1777", SHM_BYTES), ("/tmp", "1777", disk_bytes), (spec.workdir, "0755", disk_bytes)]
-        settings = _settings(spec, launcher, group, tmpfs)
+        tmpfs = [("/dev/shm", "1777", SHM_BYTES), ("/tmp", "1777", disk_bytes)]
+        settings = _settings(spec, launcher, group)
+        pairs = [(path, path) for path in binds]
+        if overlay is None:
+            tmpfs.append((spec.workdir, "0755", disk_bytes))
+        else:
+            pairs.append((overlay.folder, spec.workdir))
+            options = _tmpfs_options("0700", disk_bytes)
+            settings["overlay"] = {"path": spec.workdir, "options": options, "hidden_fd": hidden_fd}
+        settings["tmpfs"] = [(path, _tmpfs_options(mode, size)) for path, mode, size in tmpfs]
         return cls(
-            binds=binds,
+            binds=pairs,
             symlinks=symlinks,
             files=[
                 (CONFINE, _source("confine.py")),
@@ -159,6 +179,7 @@ class Layout:
             tmpfs=tmpfs,
             prefix=prefix,
             python=python,
+            folder=None if overlay is None else overlay.folder,
         )
 
 
@@ -174,7 +195,7 @@ def launch_argv(layout: Layout, launcher: Launcher, file_fds: Mapping[str, int])
     build = {"bwrap": _bwrap_argv, "bwrap-plain": _bwrap_plain_argv, "unshare": _unshare_argv}[launcher]
     uid = str(secrets.choice(HOST_UIDS)) if os.geteuid() == 0 else "-"
     enter = [layout.python, "-I", "-S", str(Path(__file__).with_name("enter.py"))]
-    return [*enter, str(os.getpid()), uid, layout.prefix, *build(layout, executor, file_fds)]
+    return [*enter, str(os.getpid()), uid, layout.prefix, layout.folder or "-", *build(layout, executor, file_fds)]
 
 
 def _bwrap_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, int]) -> list[str]:
@@ -200,8 +221,8 @@ def _bwrap_with(
     argv = ["bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--as-pid-1"]
     argv += ["--new-session", "--clearenv", "--hostname", "sandbox", *privileges]
     argv += ["--uid", str(USER_ID), "--gid", str(USER_ID)]
-    for path in layout.binds:
-        argv += ["--ro-bind", path, path]
+    for source, target in layout.binds:
+        argv += ["--ro-bind", source, target]
     argv += ["--proc", "/proc", "--dev", "/dev", *writable]
     for path, _ in layout.files:
         argv += ["--perms", "0644", "--file", str(file_fds[path]), path]
@@ -224,19 +245,19 @@ def _unshare_argv(layout: Layout, executor: list[str], file_fds: Mapping[str, in
     return [*argv, layout.python, "-I", "-S", "-c", _source("build_root.py"), json.dumps(root)]
 
 
-def _settings(
-    spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup, tmpfs: list[tuple[str, str, int]]
-) -> dict[str, Any]:
-    """Return the settings for `confine.py` and the executor."""
+def _tmpfs_options(mode: str, size_bytes: int) -> str:
+    return f"mode={mode},size={size_bytes},nr_inodes={(size_bytes >> 20) * INODES_PER_MIB}"
+
+
+def _settings(spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup) -> dict[str, Any]:
+    """Return the settings for `confine.py` and the executor, without the mounts."""
     limits = spec.limits
     memory = () if group.bounds_memory else tuple(UNACCOUNTED)
     ipc = () if group.bounds_memory else tuple(SYSV_IPC)
     return {
         "workdir": spec.workdir,
         "has_capabilities": launcher != "bwrap-plain",
-        "tmpfs": [
-            (path, f"mode={mode},size={size},nr_inodes={(size >> 20) * INODES_PER_MIB}") for path, mode, size in tmpfs
-        ],
+        "overlay": None,
         "hidden": HIDDEN,
         "executor": _compiled("executor.py"),
         "namespace_limits": NAMESPACE_LIMITS,
@@ -340,6 +361,7 @@ class _Files:
     """The generated files of a sandbox's /etc, as descriptors for bubblewrap to read."""
 
     def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.fds: dict[str, int] = {}
         for path, text in layout.files:
             fd = os.memfd_create(path, os.MFD_CLOEXEC)
@@ -361,18 +383,29 @@ class ProcessEnvironment(Environment):
 
     backend = "process"
 
-    def __init__(self, spec: EnvironmentSpec, run_id: str, connection: Connection, group: CommandGroup) -> None:
+    def __init__(
+        self, spec: EnvironmentSpec, run_id: str, connection: Connection, group: CommandGroup, *, has_overlay: bool
+    ) -> None:
         self.spec, self.run_id = spec, run_id
-        self._connection, self._group = connection, group
+        self._connection, self._group, self._has_overlay = connection, group, has_overlay
         self._handles = count()
         self._env = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "HOME": spec.workdir, "LANG": "C.UTF-8"}
 
     @classmethod
-    async def open(cls, spec: EnvironmentSpec, run_id: str, *, launcher: Launcher | None = None) -> Self:
+    async def open(
+        cls, spec: EnvironmentSpec, run_id: str, *, launcher: Launcher | None = None, overlay: Overlay | None = None
+    ) -> Self:
         """Open a sandbox with the given launcher, or with the first one that works here.
 
+        Args:
+            spec: The specification of the environment.
+            run_id: Label of everything that the environment makes.
+            launcher: The program that builds the sandbox.
+            overlay: The folder that the work directory shows; it is empty by default.
+
         Raises:
-            SandboxUnavailableError: If none works, or `spec` requests an image or a network.
+            SandboxUnavailableError: If none works, `spec` requests an image or a network, or the kernel, the file
+                system or a policy permits no overlay.
         """
         if spec.image is not None or spec.network != "none":
             raise SandboxUnavailableError(
@@ -381,8 +414,11 @@ class ProcessEnvironment(Environment):
             )
         for candidate in (launcher,) if launcher else LAUNCHERS:
             if await anyio.to_thread.run_sync(launcher_failure, candidate) is None:
+                if overlay is not None and candidate == "bwrap-plain":
+                    raise SandboxUnavailableError("a policy of this machine permits no mounts in a sandbox")
                 group = CommandGroup.create(spec.limits)
-                return cls(spec, run_id, await _launch(spec, candidate, group), group)
+                connection = await _launch(spec, candidate, group, overlay)
+                return cls(spec, run_id, connection, group, has_overlay=overlay is not None)
         reason = launcher_failure(launcher) if launcher else process_failure()
         raise SandboxUnavailableError(f"no process sandbox can be opened here: {reason}")
 
@@ -423,11 +459,53 @@ class ProcessEnvironment(Environment):
         fields = {"path": path, **bounds}
         return (await self._connection.request(operation, fields, self._fitting(body), FILE_TIMEOUT_S))[1]
 
+    async def upper_directories(self) -> list[str]:
+        """Return the directories in the overlay's upper layer: new ones, and those with something changed in them.
+
+        Raises:
+            ValueError: If the environment was opened without an overlay.
+            SandboxLostError: If the sandbox is gone.
+        """
+        self._require_overlay()
+        _, body = await self._connection.request("upper_directories", {}, b"", FILE_TIMEOUT_S)
+        return [os.fsdecode(name) for name in body.split(b"\0")[:-1]]
+
+    async def export_upper(self, skip: Sequence[str] = ()) -> ExportedDir:
+        """Return the upper layer of the overlay, which holds what commands have changed, as a tar archive.
+
+        As in any archive of an overlay's layer, a whiteout (a deleted entry of the folder) is a character device 0/0,
+        and an opaque directory (it replaces one of the folder) has the attribute `user.overlay.opaque`. New entries at
+        hidden names are left out. Kill all processes first.
+
+        Args:
+            skip: Directories of the layer to leave out without a word.
+
+        Raises:
+            ValueError: If the environment was opened without an overlay.
+            UnsafeArchiveError: If the layer has more than `MAX_ARCHIVE_ENTRIES` entries or more than
+                `MAX_ARCHIVE_BYTES` bytes of files and names.
+            SandboxLostError: If the sandbox is gone.
+        """
+        self._require_overlay()
+        try:
+            bounds = {"max_entries": MAX_ARCHIVE_ENTRIES, "max_bytes": MAX_ARCHIVE_BYTES}
+            return await self._export({"path": "", "skip": list(skip), **bounds})
+        except OSError as error:
+            if error.errno in (errno.EFBIG, errno.ENOMEM):
+                raise UnsafeArchiveError(f"the changes are too large: {error.strerror}") from error
+            raise
+
+    def _require_overlay(self) -> None:
+        if not self._has_overlay:
+            raise ValueError("the environment has no overlay; use export_dir")
+
     async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
+        return await self._export({"path": path, "max_entries": max_entries, "max_bytes": max_bytes})
+
+    async def _export(self, what: Mapping[str, Any]) -> ExportedDir:
         request, export = self._connection.request, {"handle": next(self._handles)}
         data = bytearray()
-        bounds = {"max_entries": max_entries, "max_bytes": max_bytes}
-        await request("export_open", {**export, "path": path, **bounds}, b"", FILE_TIMEOUT_S)
+        await request("export_open", {**export, **what}, b"", FILE_TIMEOUT_S)
         try:
             while True:
                 header, piece = await request("export_next", export, b"", FILE_TIMEOUT_S)
@@ -460,20 +538,21 @@ class ProcessEnvironment(Environment):
         return data
 
 
-async def _launch(spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup) -> Connection:
+async def _launch(
+    spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup, overlay: Overlay | None = None
+) -> Connection:
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the connection closes it)
     connection: Connection | None = None
     try:
-        layout = Layout.of(spec, launcher, group)
-        with _Files(layout) as files:
+        with hidden_names(overlay) as hidden_fd, _Files(Layout.of(spec, launcher, group, overlay, hidden_fd)) as files:
             process = await anyio.open_process(
-                launch_argv(layout, launcher, files.fds),
+                launch_argv(files.layout, launcher, files.fds),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env={"PATH": os.environ.get("PATH", os.defpath)},
                 start_new_session=True,
-                pass_fds=[*files.fds.values(), *group.procs_fds],
+                pass_fds=[*files.fds.values(), *group.procs_fds, *([] if hidden_fd is None else [hidden_fd])],
             )
         connection = Connection(process, stderr, group.host_failure)
         with anyio.fail_after(START_TIMEOUT_S):

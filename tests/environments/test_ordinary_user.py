@@ -20,7 +20,9 @@ ROOT = HERE.parents[1]
 
 @pytest.mark.sandbox
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become an ordinary user")
-@pytest.mark.parametrize("file", ["test_contract.py", "test_escape.py", "test_crash.py", "test_survival.py"])
+@pytest.mark.parametrize(
+    "file", ["test_contract.py", "test_escape.py", "test_crash.py", "test_survival.py", "test_overlay.py"]
+)
 def test_the_same_as_an_ordinary_user(file: str) -> None:
     uid = 50_000 + secrets.randbelow(10_000)
     enter = str(Path(agentkit_environments.__file__).with_name("enter.py"))
@@ -30,7 +32,7 @@ def test_the_same_as_an_ordinary_user(file: str) -> None:
         tests = [sys.executable, "-m", "pytest", "-q", "-m", "sandbox and not hostile", "-p", "no:cacheprovider"]
         tests += ["--basetemp", f"{home}/pytest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
         finished = subprocess.run(
-            [sys.executable, "-I", enter, str(os.getpid()), str(uid), expose, *tests, str(HERE / file)],
+            [sys.executable, "-I", enter, str(os.getpid()), str(uid), expose, "-", *tests, str(HERE / file)],
             env={"PATH": os.environ["PATH"], "HOME": home, "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,

@@ -482,7 +482,7 @@ async def test_the_harness_keys_are_hidden(launcher: Launcher, tag: Tag) -> None
         # looking.
         enter = Path(cgroups_module.__file__).with_name("enter.py")
         search = f"import ctypes; print(ctypes.CDLL(None).syscall({KEYCTL}, 10, -3, b'user', {name!r}, 0))"
-        for prefix, found in (([sys.executable, str(enter), str(os.getpid()), "-", ""], False), ([], True)):
+        for prefix, found in (([sys.executable, str(enter), str(os.getpid()), "-", "", "-"], False), ([], True)):
             command = [*prefix, sys.executable, "-c", search]
             said = await anyio.run_process(command)
             assert (int(said.stdout) == key) == found

@@ -1,0 +1,59 @@
+"""A folder of the host as the work directory of a process sandbox, without copying it.
+
+    lower   the folder, read-only                                what commands do not change is read from here
+    upper   a private layer in the sandbox's memory              changed files, new files, whiteouts
+    merged  the work directory that commands see                 a whiteout hides an entry of the folder
+
+`hidden` names are whiteouts from the beginning. `confine.py` mounts the overlay (Linux 6.6: `tmpfs` with extended
+attributes); no command can unmount it, and no path leads to a layer. The executor reads the upper layer through a
+descriptor (`ProcessEnvironment.export_upper`).
+
+The kernel leaves open what an overlay shows of an entry that is changed below it. Today, commands see such a change
+unless they have changed that file, and they see entries that appear in the folder later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """The lower layer of an overlay.
+
+    Attributes:
+        folder: Absolute path of a directory of the host, without links.
+        hidden: Relative paths that the sandbox does not see, none below another.
+    """
+
+    folder: str
+    hidden: tuple[str, ...] = ()
+
+
+def owner_in_sandbox(folder: str) -> tuple[int, int]:
+    """Return the user and group of the host that own, in a sandbox, what its commands own.
+
+    Commands cannot change a file of anybody else in place, because a sandbox has one user and one group.
+    """
+    if os.geteuid() != 0:
+        return os.geteuid(), os.getegid()
+    info = os.stat(folder)  # `enter.py` maps the folder's owner to the sandbox's throw-away uid
+    return info.st_uid, info.st_gid
+
+
+@contextmanager
+def hidden_names(overlay: Overlay | None) -> Iterator[int | None]:
+    """Yield a descriptor of a file with the hidden names, each with a NUL byte after it, for `confine.py`."""
+    if overlay is None:
+        yield None
+        return
+    fd = os.memfd_create("hidden", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(b"".join(os.fsencode(name) + b"\0" for name in overlay.hidden))
+        yield fd
+    finally:
+        os.close(fd)
