@@ -23,6 +23,7 @@ from rich.console import Console
 
 from agentkit.agent import Agent
 from agentkit.cli import app
+from agentkit.cli.listing import list_folder
 from agentkit.cli.run import Job, carry_out
 from agentkit.cli.workdir import (
     Change,
@@ -31,7 +32,8 @@ from agentkit.cli.workdir import (
     changes,
     compare,
     pack,
-    read_folder,
+    read_file,
+    read_files,
     unpack,
     without_dropped,
 )
@@ -56,6 +58,12 @@ def folder(tmp_path: Path) -> Path:
     (root / "here").symlink_to("a.txt")
     (root / "code").symlink_to("src")
     return root
+
+
+def read_folder(folder: Path) -> dict[str, File]:
+    """Return every file and link of a folder that an agent sees."""
+    found = {path: read_file(folder / path) for path in sorted(list_folder(folder).files)}
+    return {path: file for path, file in found.items() if isinstance(file, File)}
 
 
 def test_unpack_reverses_pack(folder: Path) -> None:
@@ -106,8 +114,10 @@ def test_a_folder_that_is_too_large_names_its_largest_entry(folder: Path) -> Non
     (folder / "data").mkdir()
     (folder / "data" / "large").touch()
     os.truncate(folder / "data" / "large", MAX_ARCHIVE_BYTES + 1)
-    with pytest.raises(typer.BadParameter, match=r"more than 256 MiB, most of it in data \(257 MiB\), "):
-        read_folder(folder)
+    with pytest.raises(
+        typer.BadParameter, match=r"more than 256 MiB, most of it in data \(257 MiB\), .* and --copy was given; "
+    ):
+        read_files(folder, list_folder(folder), "--copy was given")
 
 
 @pytest.mark.anyio
@@ -259,9 +269,10 @@ def odd(folder: Path) -> Path:
 
 
 def test_entries_other_than_files_and_links_are_left_out_and_named(odd: Path) -> None:
-    found = read_folder(odd)
-    assert sorted(found.left_out) == ["pipe: a named pipe", "sock: a socket"]
-    assert set(found) == {"a.txt", "bin", "code", "here", "src/run.sh"}
+    found = list_folder(odd)
+    assert found.left_out == ["pipe: a named pipe", "sock: a socket"]
+    assert set(found.files) == {"a.txt", "bin", "code", "here", "src/run.sh"}
+    assert found.hidden == [".git", "pipe", "sock"]
 
 
 @pytest.mark.parametrize("path", ["pipe", "sock", "empty", "pipe/x", "src"])
@@ -289,9 +300,9 @@ def test_a_new_file_does_not_replace_an_ignored_entry(folder: Path, there: str, 
     assert read_folder(folder) == before
     assert (folder / there).read_text() == "precious"
     # `compare` leaves out the ignored path, and the other change is applied.
-    wanted, left_out = compare(folder, before, pack(after))
+    wanted, left_out = compare(folder, list_folder(folder), before, pack(after))
     assert [change.path for change in wanted] == ["a.txt"]
-    assert left_out == [f"{path}: new, and ignored by git"]
+    assert left_out == [f"{path}: added, and ignored by git"]
     assert apply(folder, wanted) == []
 
 
@@ -299,10 +310,10 @@ def test_paths_dropped_by_an_export_are_not_deleted(folder: Path) -> None:
     before = read_folder(folder)
     after = {path: file for path, file in before.items() if path not in ("a.txt", "src/run.sh", "here")}
     dropped = ["'a.txt': a pipe, a socket or a device", "'src': cannot be read: x"]
-    wanted, left_out = compare(folder, before, pack(after), dropped)
+    wanted, left_out = compare(folder, list_folder(folder), before, pack(after), dropped)
     assert [(change.path, change.verb) for change in wanted] == [("here", "deleted")]
     assert left_out == dropped
-    assert compare(folder, before, pack(after), [*dropped, "... and 3 more"])[0] == []
+    assert compare(folder, list_folder(folder), before, pack(after), [*dropped, "... and 3 more"])[0] == []
     long = "n" * 250
     shown = f"'{long[:100]}...{long[-80:]}': a pipe"
     assert without_dropped([Change(long, File(b""), None)], [shown]) == []
@@ -314,11 +325,9 @@ def test_paths_dropped_by_an_export_are_not_deleted(folder: Path) -> None:
 def test_unreadable_entries_are_left_out(folder: Path) -> None:
     (folder / "a.txt").chmod(0)
     (folder / "src").chmod(0)
-    found = read_folder(folder)
-    assert sorted(found.left_out) == [
-        "a.txt: a file that cannot be read (Permission denied)",
-        "src: Permission denied",
-    ]
+    listing = list_folder(folder)
+    assert listing.left_out == ["src: Permission denied"]
+    assert read_files(folder, listing, "")[1] == ["a.txt: a file that cannot be read (Permission denied)"]
     (folder / "src").chmod(0o755)
 
 
@@ -601,7 +610,7 @@ def test_without_apply_the_user_is_asked(
     shown = capsys.readouterr().out
     assert "+2\n" in shown.partition("Apply these changes? [y/N]")[0]
     assert read_folder(folder) == (WANTED if applied else before)
-    end = f"Applied 5 changes to {folder}." if applied else f"{folder} is unchanged; use `--apply` to apply the changes"
+    end = f"Applied 5 changes to {folder}." if applied else f"{folder} is unchanged; use --apply, --patch or --branch"
     assert end in shown
 
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,27 +18,34 @@ import typer
 
 from agentkit.cli import signals
 from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
+from agentkit.cli.changes import Written, check_flags, is_confirmed, name_host, print_diff, print_written, write
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
+    ApplyFlag,
     BaseUrlFlag,
+    BranchFlag,
     CacheFlag,
+    CopyFlag,
     DeviceFlag,
     EnvFlag,
     GrammarFlag,
+    IncludeIgnoredFlag,
     MaxCostFlag,
     MinPFlag,
     ModelFlag,
     NoGrammarFlag,
     NoKeyFlag,
     NoProviderFlag,
+    PatchFlag,
     PenaltyFlag,
     SamplingFlags,
     SeedFlag,
     TemperatureFlag,
     TopKFlag,
     TopPFlag,
+    WorkdirFlag,
 )
 from agentkit.cli.terminal import console
 
@@ -46,6 +53,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentkit.agent import Agent
+    from agentkit.cli.workdir import Change
+    from agentkit.cli.workspace import Workspace
     from agentkit.events import Event
     from agentkit.model import Usage
     from agentkit.trajectory import Trajectory
@@ -54,6 +63,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /new        start a new conversation; files are kept
+/diff       show the changes to the files of --workdir so far
 /thinking   switch between full and folded thoughts
 /help       show this help
 /quit       quit (or Ctrl-D)
@@ -63,6 +73,12 @@ SHOWN_LINES = 12
 
 
 def command(
+    workdir: WorkdirFlag = None,
+    include_ignored: IncludeIgnoredFlag = False,
+    copy: CopyFlag = False,
+    apply: ApplyFlag = False,
+    patch: PatchFlag = None,
+    branch: BranchFlag = None,
     model: ModelFlag = "tiny",
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
@@ -88,7 +104,8 @@ def command(
 ) -> ExitCode:
     """Talk to an agent that has the built-in tools, in one sandbox for the whole conversation.
 
-    Ctrl-C stops the turn, Ctrl-D quits. If standard input is not a terminal, each of its lines is one message.
+    Ctrl-C stops the turn, Ctrl-D quits. If standard input is not a terminal, each of its lines is one message. With
+    --workdir, the changes are shown at the end, and you are asked whether to apply them.
     """
     from agentkit.agent import Agent
     from agentkit.limits import CostBudget, Limits
@@ -102,6 +119,7 @@ def command(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
+    check_flags(workdir, include_ignored=include_ignored, copy=copy, apply=apply, patch=patch, branch=branch)
     if trajectory is not None and trajectory.exists():
         raise typer.BadParameter(
             f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
@@ -115,9 +133,14 @@ def command(
     approvals = approval_options(approve)
     agent = Agent(source, system=system, sampling=sampling, limits=limits, budget=budget, **approvals)
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():
-        chat = Chat(agent, env.value if env else "auto", trajectory or Path(folder, "chat.jsonl"), terminal, thinking)
+        record, backend = trajectory or Path(folder, "chat.jsonl"), env.value if env else "auto"
+        chat = Chat(agent, backend, record, terminal, thinking)
+        if workdir is None:
+            run(lambda: chat.converse(servers))
+            return ExitCode.OK
+        chat.workdir, chat.include_ignored, chat.copy = workdir, include_ignored, copy
         run(lambda: chat.converse(servers))
-    return ExitCode.OK
+    return ExitCode.UNSOLVED if chat.keep(apply=apply, patch=patch, branch=branch).refused else ExitCode.OK
 
 
 class Chat:
@@ -135,6 +158,12 @@ class Chat:
         self.history: Trajectory | None = None
         self.number = 0
         self.usages: list[Usage] = []
+        self.workdir: Path | None = None
+        self.include_ignored = self.copy = False
+        self._workspace: Workspace | None = None
+        self._changes: list[Change] = []
+        self._left_out: list[str] = []
+        self._first = ""
         self._thought: tuple[float, int] | None = None
 
     async def converse(self, servers: Sequence[MCPServer] = ()) -> None:
@@ -147,12 +176,10 @@ class Chat:
         from agentkit.models.embedded import EmbeddedModel
         from agentkit.models.remote.session import RemoteModel
         from agentkit.prices import dollars
-        from agentkit_environments import open_environment
 
-        async with (
-            equipped(self.agent, servers) as self.agent,
-            await open_environment(backend=self.backend) as environment,  # type: ignore[arg-type]
-        ):
+        async with AsyncExitStack() as stack:
+            self.agent = await stack.enter_async_context(equipped(self.agent, servers))
+            environment = await self._open(stack)
             if self.tty:
                 self.terminal.print(
                     f"{self.agent.model.name} in a {environment.backend} sandbox. /help for help, Ctrl-D to quit.",
@@ -165,15 +192,52 @@ class Chat:
                     if said.startswith("/"):
                         if said in ("/quit", "/exit", "/q"):
                             break
-                        self._obey(said)
+                        await self._obey(said)
                     elif said:
+                        self._first = self._first or said
                         await self._turn(said, environment)
                         if self.agent.budget is not None and self.agent.budget.spent:
                             limit = dollars(self.agent.budget.max_cost_usd)
                             self.terminal.print(f"The cost limit of {limit} is reached.", style="yellow")
                             break
+            if self._workspace is not None:
+                await environment.kill_all()
+                self._changes, self._left_out, _ = await self._workspace.changes()
         if isinstance(model, RemoteModel) and self.usages:
             self.terminal.print(f"cost {dollars(total_usage(self.usages).cost_usd)}", style="dim")
+
+    def keep(self, *, apply: bool, patch: Path | None, branch: str | None) -> Written:
+        """Show the changes to the user's folder, and write them where the user wants them."""
+        assert self.workdir is not None
+        print_diff(self.terminal, self._changes)
+        written = Written()
+        if self._changes:
+            apply = apply or is_confirmed(patch, branch)
+            written = write(self.workdir, self._changes, self._first or "Chat", apply=apply, patch=patch, branch=branch)
+        print_written(self.terminal, self.workdir, self._changes, self._left_out, written)
+        return written
+
+    async def _open(self, stack: AsyncExitStack) -> Environment:
+        from agentkit_environments import open_environment
+
+        if self.workdir is None:
+            return await stack.enter_async_context(await open_environment(backend=self.backend))  # type: ignore[arg-type]
+        from agentkit.cli.workspace import open_workspace
+        from agentkit.task import Task
+
+        name_host(self.agent.model, self.workdir)
+        workspace = await stack.enter_async_context(
+            open_workspace(
+                Task(id="chat", instruction="Chat."),
+                self.backend,  # type: ignore[arg-type]
+                self.workdir.resolve(),
+                self.terminal,
+                include_ignored=self.include_ignored,
+                copy=self.copy,
+            )
+        )
+        self._workspace = workspace
+        return workspace.environment
 
     def _read(self) -> str | None:
         """Return the user's next message; None at the end. This blocks the event loop; MCP servers can wait."""
@@ -205,11 +269,16 @@ class Chat:
         finally:
             signals.answer_with(None)
 
-    def _obey(self, said: str) -> None:
+    async def _obey(self, said: str) -> None:
         if said == "/new":
             self.history = None
             self.number += 1
             self.terminal.print("Started a new conversation.", style="dim")
+        elif said == "/diff" and self._workspace is not None:
+            changes, _, _ = await self._workspace.changes()
+            print_diff(self.terminal, changes)
+            if not changes:
+                self.terminal.print("No files were changed.", style="dim")
         elif said == "/thinking":
             self.thinking = not self.thinking
             self.terminal.print(f"Thoughts are {'shown in full' if self.thinking else 'folded'}.", style="dim")
@@ -261,7 +330,8 @@ class Chat:
                     self.usages.append(self.history.outcome.usage)
 
     def _show(self, event: Event) -> None:
-        from agentkit.cli.run import say, show
+        from agentkit.cli.run import show
+        from agentkit.cli.terminal import say
         from agentkit.events import CallFinished, RunFinished, TurnStarted
         from agentkit.model import ReasoningDelta
 

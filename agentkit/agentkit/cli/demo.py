@@ -131,7 +131,9 @@ def show_one(
     Raises:
         SandboxError, TaskSetupError, VerifierError, EngineError: See `Job.run`.
     """
-    from agentkit.cli.run import Job, print_diff, print_end, say
+    from agentkit.cli.changes import print_diff
+    from agentkit.cli.run import Job, print_end
+    from agentkit.cli.terminal import say
     from agentkit_evals.run import agent_for, trial_seed
 
     task = case.task

@@ -137,6 +137,29 @@ ModelsFlag = Annotated[
         "`anthropic:MODEL`, `deepseek:MODEL`. Repeat it to compare models.",
     ),
 ]
+WorkdirFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--workdir",
+        exists=True,
+        file_okay=False,
+        help="A folder to work on. The agent cannot change it: you get a diff.",
+    ),
+]
+IncludeIgnoredFlag = Annotated[
+    bool, typer.Option("--include-ignored", help="Also show the agent the files of --workdir that git ignores.")
+]
+CopyFlag = Annotated[
+    bool, typer.Option("--copy", help="Copy --workdir, so that the agent does not see what you change meanwhile.")
+]
+ApplyFlag = Annotated[bool, typer.Option("--apply", help="Apply the changes to --workdir without asking.")]
+PatchFlag = Annotated[
+    Path | None, typer.Option("--patch", metavar="FILE", help="Write the changes to this new file, for `git apply`.")
+]
+BranchFlag = Annotated[
+    str | None,
+    typer.Option("--branch", metavar="NAME", help="Commit the changes to this new branch, which starts from HEAD."),
+]
 DeviceFlag = Annotated[
     str | None,
     typer.Option("--device", help="The model's device: `cpu`, `cuda`, `cuda:1`. Default: `cpu`."),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,15 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
+from agentkit.cli.changes import Written, check_flags, is_confirmed, name_host, print_diff, print_written, write
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
+    ApplyFlag,
     BaseUrlFlag,
+    BranchFlag,
     CacheFlag,
+    CopyFlag,
     DeviceFlag,
     EnvFlag,
     GrammarFlag,
+    IncludeIgnoredFlag,
     JsonFlag,
     MaxCostFlag,
     MinPFlag,
@@ -31,23 +35,26 @@ from agentkit.cli.options import (
     NoGrammarFlag,
     NoKeyFlag,
     NoProviderFlag,
+    PatchFlag,
     PenaltyFlag,
     SamplingFlags,
     SeedFlag,
     TemperatureFlag,
     TopKFlag,
     TopPFlag,
+    WorkdirFlag,
     finite,
     foreign_tasks,
     is_solved,
 )
-from agentkit.cli.terminal import console, visible
+from agentkit.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from agentkit.agent import Agent
     from agentkit.cli.workdir import Change
+    from agentkit.cli.workspace import Workspace
     from agentkit.events import Event
     from agentkit.result import RunResult
     from agentkit.task import Task
@@ -59,11 +66,12 @@ if TYPE_CHECKING:
 
 def command(
     what: Annotated[str, typer.Argument(metavar="TASK", help="A task file (.yaml), or an instruction in words.")],
-    workdir: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="A folder to work on: the agent gets a copy, you get a diff."),
-    ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Apply the changes to --workdir without asking.")] = False,
+    workdir: WorkdirFlag = None,
+    include_ignored: IncludeIgnoredFlag = False,
+    copy: CopyFlag = False,
+    apply: ApplyFlag = False,
+    patch: PatchFlag = None,
+    branch: BranchFlag = None,
     model: ModelFlag = "tiny",
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
@@ -119,8 +127,7 @@ def command(
         raise typer.BadParameter(
             f"{what} is scored by calls or tests; run it with `agentkit eval {shlex.quote(what)}`", param_hint="TASK"
         )
-    if apply and workdir is None:
-        raise typer.BadParameter("no folder to apply changes to; also give --workdir", param_hint="--apply")
+    check_flags(workdir, include_ignored=include_ignored, copy=copy, apply=apply, patch=patch, branch=branch)
     if trajectory is not None and trajectory.exists():
         raise typer.BadParameter(
             f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
@@ -138,8 +145,9 @@ def command(
     source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
-    job = Job(task, agent, env.value if env else None, workdir, trajectory, terminal, servers)
-    return carry_out(job, apply=apply, as_json=as_json)
+    backend: Backend | None = env.value if env else None
+    job = Job(task, agent, backend, workdir, trajectory, terminal, servers, include_ignored=include_ignored, copy=copy)
+    return carry_out(job, apply=apply, as_json=as_json, patch=patch, branch=branch)
 
 
 def _names_task_file(what: str) -> bool:
@@ -222,12 +230,17 @@ class Job:
     trajectory: Path | None
     console: Console
     servers: Sequence[MCPServer] = ()
+    include_ignored: bool = False
+    """Whether the agent sees the files of `workdir` that git ignores."""
+    copy: bool = False
+    """Whether `workdir` is copied even where there can be an overlay."""
 
     async def run(self) -> Done:
-        """Copy the user's folder in, run the agent with live output on the console, and collect the changes.
+        """Show the user's folder to the agent, run it with live output on the console, and collect the changes.
 
         Raises:
             MCPServerError, SandboxError, TaskSetupError, VerifierError, EngineError: The machine or the task failed.
+            typer.BadParameter: The user's folder cannot be listed, or is too large to copy.
         """
         from agentkit.cli import workdir as folder
         from agentkit_evals.blame import blame, describe
@@ -235,17 +248,25 @@ class Job:
         from agentkit_evals.verify import backend_for, broken, opened, verify
 
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
-        mine = folder.read_folder(self.workdir) if self.workdir else folder.Folder({})
-        async with equipped(self.agent, self.servers) as agent, opened(self.task, where) as environment:
-            await environment.import_dir(spec.workdir, folder.pack(mine))
+        async with AsyncExitStack() as stack:
+            agent = await stack.enter_async_context(equipped(self.agent, self.servers))
+            workspace = await stack.enter_async_context(self._workspace(self.workdir)) if self.workdir else None
+            environment = (
+                workspace.environment if workspace else await stack.enter_async_context(opened(self.task, where))
+            )
             await self.task.prepare(environment)
             # With --workdir the diff is against the user's folder and includes the task's setup.
             # Otherwise it starts after the setup.
-            before = mine if self.workdir else folder.unpack((await environment.export_dir(spec.workdir)).data)
+            before = {} if workspace else folder.unpack((await environment.export_dir(spec.workdir)).data)
             result = await self._run_in(environment, agent)
             try:
                 await environment.kill_all()
-                exported = await environment.export_dir(spec.workdir)
+                if workspace:
+                    changed, left_out, archive = await workspace.changes()
+                else:
+                    exported = await environment.export_dir(spec.workdir)
+                    archive, left_out = exported.data, [*exported.dropped]
+                    changed = folder.without_dropped(folder.changes(before, folder.unpack(archive)), left_out)
             except Exception as exc:
                 if blame(exc, "scoring") == "infrastructure":
                     raise
@@ -254,15 +275,17 @@ class Job:
                 return Done(result, environment.backend, [], [], verdict, lost)
         verdict = None
         if self.task.verifier is not None:
-            verdict = await verify(self.task, archive=exported.data, answer=result.answer, backend=where)
+            assert archive is not None, "a task with a verifier gets a copy"
+            verdict = await verify(self.task, archive=archive, answer=result.answer, backend=where)
             await StartChecks().require(self.task, verdict, backend=where)
-        if self.workdir:
-            changed, left_out = folder.compare(self.workdir, mine, exported.data, exported.dropped)
-        else:
-            after = folder.unpack(exported.data)
-            changed = folder.without_dropped(folder.changes(before, after), exported.dropped)
-            left_out = [*exported.dropped]
         return Done(result, environment.backend, changed, left_out, verdict)
+
+    def _workspace(self, workdir: Path) -> AbstractAsyncContextManager[Workspace]:
+        from agentkit.cli.workspace import open_workspace
+
+        name_host(self.agent.model, workdir)
+        how = {"include_ignored": self.include_ignored, "copy": self.copy}
+        return open_workspace(self.task, self.backend, workdir.resolve(), self.console, **how)
 
     async def _run_in(self, environment: Environment, agent: Agent) -> RunResult:
         from agentkit.events import RunFinished
@@ -278,40 +301,37 @@ class Job:
         return result
 
 
-def carry_out(job: Job, *, apply: bool, as_json: bool) -> ExitCode:
-    """Run the job, print how it ended, and apply the changes to the user's folder with `apply` or after confirmation.
+def carry_out(
+    job: Job, *, apply: bool, as_json: bool, patch: Path | None = None, branch: str | None = None
+) -> ExitCode:
+    """Run the job, print how it ended, and write the changes to the user's folder where the user wants them.
+
+    Args:
+        job: The job.
+        apply: Apply the changes to the folder. Without this, `patch` and `branch`, a user at a terminal is asked.
+        as_json: Print one JSON object instead of text.
+        patch: A new file for the changes, in the form of `git apply`.
+        branch: A new branch for a commit of the changes.
 
     Raises:
         SandboxError, TaskSetupError, VerifierError, EngineError: See `Job.run`.
     """
-    from agentkit.cli.workdir import apply as apply_changes
-
     done = run(job.run)
-    refused: list[str] = []
-    applied = False
+    print_diff(job.console, done.changes)
+    written = Written()
     if job.workdir and done.changes:
-        print_diff(job.console, done.changes)
-        applied = apply or (not as_json and sys.stdin.isatty() and typer.confirm("Apply these changes?", default=False))
-        refused = apply_changes(job.workdir, done.changes) if applied else []
-        applied = applied and not refused
+        apply = apply or (not as_json and is_confirmed(patch, branch))
+        written = write(job.workdir, done.changes, job.task.instruction, apply=apply, patch=patch, branch=branch)
     if as_json:
-        typer.echo(json.dumps(_as_json(done, applied=applied, refused=refused), indent=2))
+        typer.echo(json.dumps(_as_json(done, written), indent=2))
     else:
-        if not job.workdir:
-            print_diff(job.console, done.changes)
         print_end(job.console, job.task, done)
-        _print_folder(job.console, done, job.workdir, applied=applied, refused=refused)
+        if job.workdir:
+            print_written(job.console, job.workdir, done.changes, done.left_out, written)
     if done.failure is None:
-        return ExitCode.UNSOLVED if refused else ExitCode.OK
+        return ExitCode.UNSOLVED if written.refused else ExitCode.OK
     typer.echo(f"Not solved: {done.failure}.", err=True)
     return ExitCode.UNSOLVED
-
-
-def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
-    """Print text written by a model, a tool or a task, without markup or control characters."""
-    from rich.text import Text
-
-    console.print(Text(visible(text), style), end=end, soft_wrap=True)
 
 
 def show(console: Console, event: Event) -> None:
@@ -336,15 +356,6 @@ def show(console: Console, event: Event) -> None:
             say(console, f"\nretrying in {event.wait_s:.1f} s: {event.reason}", "yellow")
         case LimitReached():
             console.print(f"\n[yellow]limit reached: {event.limit}[/]")
-
-
-def print_diff(console: Console, changes: list[Change]) -> None:
-    """Print changes as a unified diff."""
-    if changes:
-        console.print()
-    for change in changes:
-        for line in change.diff():
-            say(console, line, {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], ""))
 
 
 def print_end(console: Console, task: Task, done: Done) -> None:
@@ -382,24 +393,7 @@ def cost_line(trajectory: Trajectory) -> str:
     return f"would have cost {dollars(list_cost(trajectory, price))} at {describe_reference(price)}"
 
 
-def _print_folder(console: Console, done: Done, workdir: Path | None, *, applied: bool, refused: list[str]) -> None:
-    if workdir is None:
-        return
-    if not done.changes:
-        console.print("No files were changed.")
-    elif applied:
-        say(console, f"Applied {len(done.changes)} changes to {workdir}.")
-    elif refused:
-        say(console, f"Nothing was applied; {workdir} is unchanged:", "yellow")
-    else:
-        say(console, f"{workdir} is unchanged; use `--apply` to apply the changes above.")
-    for sentence in refused:
-        say(console, f"  {sentence}", "yellow")
-    for line in done.left_out:
-        say(console, f"Left out: {line}", "dim")
-
-
-def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]:
+def _as_json(done: Done, written: Written) -> dict[str, Any]:
     from agentkit.prices import describe_reference, list_cost, reference_price
 
     price = reference_price()
@@ -418,8 +412,11 @@ def _as_json(done: Done, *, applied: bool, refused: list[str]) -> dict[str, Any]
         "changes": [
             {"path": change.path, "change": change.verb, "diff": list(change.diff())} for change in done.changes
         ],
-        "applied": applied,
-        "refused": refused,
+        "applied": written.applied,
+        "patch": None if written.patch is None else str(written.patch),
+        "branch": written.branch,
+        "notes": written.sentences,
+        "refused": written.refused,
         "left_out": done.left_out,
         "trajectory": str(done.result.trajectory.path) if done.result.trajectory.path else None,
     }

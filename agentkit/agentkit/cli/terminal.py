@@ -75,6 +75,13 @@ def console(*, quiet: bool = False, stderr: bool = False) -> Console:
     return Terminal(quiet=quiet, stderr=stderr, highlight=False)
 
 
+def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
+    """Print text written by a model, a tool or a task, without markup or control characters."""
+    from rich.text import Text
+
+    console.print(Text(visible(text), style), end=end, soft_wrap=True)
+
+
 def visible_line(text: str) -> str:
     """Return text as one line without invisible characters, for names and for lines to be compared."""
     text = visible(text).replace("\n", "\u240a")

@@ -1,7 +1,6 @@
-"""The user's own folder as a work directory: copy it into the sandbox, show the agent's changes as a diff, apply them.
+"""The agent's changes to the user's own folder: find them, show them as a diff, apply them.
 
-Regular files and links are copied; in a git checkout, only those that git does not ignore. `.git` is never copied, so
-an agent cannot plant a hook. Applying makes exactly the changes in the diff: all of them, or none.
+Applying makes exactly the changes in the diff: all of them, or none. `listing.py` says what the agent sees.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,21 +21,15 @@ from pathlib import Path, PurePosixPath
 
 import typer
 
+from agentkit.cli.listing import KINDS, Listing, ignored_by_git, is_git_directory
 from agentkit.cli.switch import NotUndoneError, Switch
 from agentkit.cli.terminal import visible_line
+from agentkit_environments.archive import link_problems
 from agentkit_environments.environment import MAX_ARCHIVE_BYTES
 
-SKIPPED = ".git"
 MAX_DIFF_LINES = 20_000
 """Files with more lines are not compared line by line, because the time can grow quadratically."""
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFBLK: "a device",
-    stat.S_IFCHR: "a device",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +41,6 @@ class File:
     link: str | None = None
 
 
-class Folder(dict[str, File]):
-    """The files and links of a folder by POSIX path."""
-
-    def __init__(self, files: Mapping[str, File], left_out: Sequence[str] = ()) -> None:
-        super().__init__(files)
-        self.left_out = list(left_out)
-        """One line for each entry that is not copied: its name and its kind."""
-
-
 @dataclass(frozen=True, slots=True)
 class Change:
     """One path that differs: `before` is None for a new file, `after` is None for a deleted one."""
@@ -65,6 +48,8 @@ class Change:
     path: str
     before: File | None
     after: File | None
+    is_stale: bool = False
+    """Whether the user changed the file during the run, so that the agent had started from something else."""
 
     @property
     def verb(self) -> str:
@@ -79,6 +64,8 @@ class Change:
         Changes that a unified diff cannot express come first: the executable bit, and links.
         """
         path = visible_line(self.path)
+        if self.is_stale:
+            yield f"{path}: it changed in your folder during the run"
         if note := self._note():
             yield f"{path}: {note}"
         old, new = _lines(self.before), _lines(self.after)
@@ -108,74 +95,47 @@ class Change:
         return None
 
 
-def read_folder(folder: Path) -> Folder:
-    """Read a folder: the files that git does not ignore in a git checkout, otherwise everything.
+def read_files(folder: Path, listing: Listing, reason: str) -> tuple[dict[str, File], list[str]]:
+    """Read the files and links of a listing; return them by path, and one line for each that cannot be copied.
 
-    `.git` is always skipped, and so are checkouts inside a checkout. A folder that git ignores entirely is read in
-    full. Entries that are neither files nor links, and entries that cannot be read, are skipped and listed in
-    `left_out`.
+    Args:
+        folder: The user's folder.
+        listing: What to read.
+        reason: Why they are copied.
 
     Raises:
-        typer.BadParameter: The folder is larger than a sandbox accepts.
+        typer.BadParameter: There is more than a sandbox accepts.
     """
-    unread: list[str] = []
-    paths = sorted(_listed_by_git(folder) or _walked(folder, unread))
-    sizes: Counter[str] = Counter()
-    for path in paths:
-        with contextlib.suppress(OSError):  # git still lists a deleted file
-            sizes[path.split("/")[0]] += (folder / path).lstat().st_size
-    if sizes.total() > MAX_ARCHIVE_BYTES:
+    if listing.size > MAX_ARCHIVE_BYTES:
+        sizes: Counter[str] = Counter()
+        for path, signature in listing.files.items():
+            sizes[path.split("/")[0]] += signature[1]
         largest = ", ".join(f"{name} ({-(-size >> 20)} MiB)" for name, size in sizes.most_common(3))
         raise typer.BadParameter(
             visible_line(
-                f"{folder} holds more than {MAX_ARCHIVE_BYTES >> 20} MiB, most of it in {largest}; "
-                "give a smaller folder, or add what the agent does not need to .gitignore"
+                f"{folder} holds more than {MAX_ARCHIVE_BYTES >> 20} MiB, most of it in {largest}, which is too much "
+                f"to copy, and {reason}; give a smaller folder, or add what the agent does not need to .gitignore"
             ),
             param_hint="--workdir",
         )
     files: dict[str, File] = {}
-    for path in paths:
-        found = _read(folder / path)
+    unread: list[str] = []
+    for path in sorted(listing.files):
+        found = read_file(folder / path)
         if isinstance(found, File):
             files[path] = found
         elif found is not None:
             unread.append(f"{path}: {found}")
-    return Folder(files, [visible_line(line) for line in unread])
+    links = {path: file.link for path, file in files.items() if file.link is not None}
+    for path, problem in link_problems(links).items():
+        del files[path]
+        unread.append(f"{path}: {problem}")
+    return files, [visible_line(line) for line in unread]
 
 
-def _listed_by_git(folder: Path) -> set[str]:
-    """Return the tracked and the untracked, not ignored files of a folder; empty without git or outside a checkout."""
-    listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    return {path for path in listed if not _is_skipped(path)}
-
-
-def _git(folder: Path, *arguments: str, stdin: bytes = b"") -> list[str]:
-    """Return the NUL-terminated names printed by a git command; empty without git or outside a checkout."""
-    argv = ["git", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(argv, capture_output=True, input=stdin)
-    except OSError:
-        return []
-    return [os.fsdecode(path) for path in done.stdout.split(b"\0") if path] if done.returncode == 0 else []
-
-
-def _walked(folder: Path, unread: list[str]) -> set[str]:
-    """Return all files and links of a folder except `.git`; directories that cannot be read are added to `unread`."""
-
-    def failed(error: OSError) -> None:
-        unread.append(f"{Path(error.filename).relative_to(folder).as_posix()}: {error.strerror}")
-
-    found: set[str] = set()
-    for parent, directories, names in os.walk(folder, onerror=failed):
-        directories[:] = [name for name in directories if not _is_skipped(name)]
-        links = [name for name in directories if Path(parent, name).is_symlink()]
-        found.update(Path(parent, name).relative_to(folder).as_posix() for name in [*names, *links])
-    return {path for path in found if not _is_skipped(path)}
-
-
-def _is_skipped(path: str) -> bool:
-    """Return whether a path is in a `.git` folder, in any letter case, for case-insensitive file systems."""
-    return any(part.casefold() == SKIPPED for part in path.split("/"))
+def is_skipped(path: str) -> bool:
+    """Return whether a path is in a `.git` folder."""
+    return any(is_git_directory(part) for part in path.split("/"))
 
 
 def pack(files: Mapping[str, File]) -> bytes:
@@ -199,15 +159,20 @@ def unpack(archive: bytes) -> dict[str, File]:
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for entry in tar:
             path = str(PurePosixPath(entry.name))
-            if _is_skipped(path):
+            if is_skipped(path):
                 continue
-            if entry.issym():
-                files[path] = File(b"", link=entry.linkname)
-            elif entry.isreg() or entry.islnk():
-                content = tar.extractfile(entry)
-                assert content is not None
-                files[path] = File(content.read(), bool(entry.mode & 0o100))
+            if not entry.isdir():
+                files[path] = file_of(tar, entry)
     return files
+
+
+def file_of(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> File:
+    """Return a file, a hard link or a symbolic link of an archive from an environment."""
+    if entry.issym():
+        return File(b"", link=entry.linkname)
+    content = tar.extractfile(entry)
+    assert content is not None
+    return File(content.read(), bool(entry.mode & 0o100))
 
 
 def changes(before: Mapping[str, File], after: Mapping[str, File]) -> list[Change]:
@@ -239,32 +204,32 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 200 else f"{name[:100]}...{name[-80:]}"
 
 
-def without_ignored(folder: Path, wanted: list[Change]) -> tuple[list[Change], list[str]]:
-    """Return the changes without new files that git ignores in `folder`, and one line for each of those.
+def without_ignored(folder: Path, listing: Listing, wanted: list[Change]) -> tuple[list[Change], list[str]]:
+    """Return the changes without paths that git ignores in `folder`, and one line for each of those.
 
-    Files that git ignores were not copied, so a new file of such a name (Python byte code, for example) would replace a
-    file that was never compared.
+    Unless the user asked for them, such files were not shown to the agent, so a new one (Python byte code, for
+    example) would replace a file that was never compared.
     """
-    new = b"".join(os.fsencode(change.path) + b"\0" for change in wanted if change.before is None)
-    ignored = set(_git(folder, "check-ignore", "-z", "--stdin", stdin=new)) if new else set()
-    kept = [change for change in wanted if change.before is not None or change.path not in ignored]
-    left_out = [change.path for change in wanted if change.before is None and change.path in ignored]
-    return kept, [f"{visible_line(path)}: new, and ignored by git" for path in left_out]
+    ignored = ignored_by_git(folder, listing.checkouts, [change.path for change in wanted])
+    kept = [change for change in wanted if change.path not in ignored]
+    left_out = [change for change in wanted if change.path in ignored]
+    return kept, [visible_line(f"{change.path}: {change.verb}, and ignored by git") for change in left_out]
 
 
 def compare(
-    folder: Path, before: Folder, archive: bytes, dropped: Sequence[str] = ()
+    folder: Path, listing: Listing, before: Mapping[str, File], archive: bytes, dropped: Sequence[str] = ()
 ) -> tuple[list[Change], list[str]]:
     """Return the agent's changes to the copy of `folder`, and one line for each entry that was left out.
 
     Args:
         folder: The user's folder.
+        listing: What the folder held.
         before: The copy given to the agent.
         archive: The agent's result, from `Environment.export_dir`.
         dropped: The entries that the export left out.
     """
-    wanted, ignored = without_ignored(folder, without_dropped(changes(before, unpack(archive)), dropped))
-    return wanted, [*before.left_out, *ignored, *map(visible_line, dropped)]
+    wanted, ignored = without_ignored(folder, listing, without_dropped(changes(before, unpack(archive)), dropped))
+    return wanted, [*ignored, *map(visible_line, dropped)]
 
 
 class Refused(Exception):
@@ -294,7 +259,7 @@ def apply(folder: Path, wanted: list[Change]) -> list[str]:
 def _apply(switch: Switch, folder: Path, wanted: list[Change]) -> None:
     prepared = {change.path: _prepare(switch, folder, change) for change in wanted if change.after is not None}
     for change in wanted:
-        if change.before is not None and _read(switch.move_away(folder / change.path)) != change.before:
+        if change.before is not None and read_file(switch.move_away(folder / change.path)) != change.before:
             raise Refused(f"{change.path}: it changed during the run")
     for path, new in prepared.items():
         target = folder / path
@@ -313,7 +278,9 @@ def _apply(switch: Switch, folder: Path, wanted: list[Change]) -> None:
 def _problem(folder: Path, change: Change, wanted: list[Change]) -> str | None:
     """Return the reason a change cannot be applied, or None."""
     parts = change.path.split("/")
-    if change.path.startswith("/") or _is_skipped(change.path) or {"", ".", ".."} & set(parts):
+    if change.is_stale:
+        return "it changed during the run"
+    if change.path.startswith("/") or is_skipped(change.path) or {"", ".", ".."} & set(parts):
         return "agents cannot change this path"
     deleted = {other.path for other in wanted if other.before is not None and other.after is None}
     for above in _above(change.path):
@@ -323,7 +290,7 @@ def _problem(folder: Path, change: Change, wanted: list[Change]) -> str | None:
             return "one of its parent directories is a link"
         if os.path.lexists(folder / above) and not (folder / above).is_dir():
             return f"{above} is not a directory"
-    found = _read(folder / change.path)
+    found = read_file(folder / change.path)
     if found == KINDS[stat.S_IFDIR] and change.before is None:
         return _only_holds(folder, change.path, deleted)
     if found == change.before:
@@ -366,7 +333,7 @@ def _prepare(switch: Switch, folder: Path, change: Change) -> Path:
     return new
 
 
-def _read(path: Path) -> File | str | None:
+def read_file(path: Path) -> File | str | None:
     """Return the file or link at a path, None if there is nothing, or the kind of any other entry in words.
 
     Only regular files are opened.
