@@ -231,9 +231,9 @@ class Job:
     console: Console
     servers: Sequence[MCPServer] = ()
     include_ignored: bool = False
-    """Whether the agent sees the files of `workdir` that git ignores."""
+    """True if the agent sees the files of `workdir` that git ignores."""
     copy: bool = False
-    """Whether `workdir` is copied even where there can be an overlay."""
+    """True if `workdir` is copied even where there can be an overlay."""
 
     async def run(self) -> Done:
         """Show the user's folder to the agent, run it with live output on the console, and collect the changes.
