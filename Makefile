@@ -31,8 +31,9 @@ check: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two processes; each runs whole files, whose tests share fixtures. Without make, pytest runs in one.
 test: .venv/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # pytest exits with 5 if ARGS selects no test.
 hostile: .venv/.test

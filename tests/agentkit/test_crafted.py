@@ -294,7 +294,8 @@ def test_a_crafted_task_file_is_an_error_with_its_line(name: str, tmp_path: Path
     with pytest.raises(TaskFileError, match=r"task\.yaml" + message) as caught:
         load_task(path)
     assert time.monotonic() - begun < SOON_S
-    assert len(str(caught.value)) < 10_000 and str(caught.value).replace("\n", "").isprintable()
+    told = str(caught.value).replace(str(tmp_path), "")
+    assert len(told) < 10_000 and told.replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("make", ODD)
