@@ -111,7 +111,7 @@ def command(
     if limit is not None and len(loaded.cases) < limit:
         typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
     together = len(model) > 1
-    directory = run_directory(out, f"{loaded.name}-{'-'.join(model) if together else model[0]}")
+    directory = run_directory(out, f"{loaded.name}-{'-'.join(_folders(model))}")
     terminal = console(quiet=as_json)
     finished: list[evaluation.Finished] = []
     remote = [is_remote(name) for name in model]

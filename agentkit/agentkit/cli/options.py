@@ -349,6 +349,6 @@ def run_directory(out: Path | None, name: str) -> Path:
     """Return `out`, or a new path in `runs`, which is in AGENTKIT_HOME if set, otherwise in the current folder."""
     if out is not None:
         return out
-    label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")[:100]  # a model may be a long path
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path(os.environ.get("AGENTKIT_HOME", "."), "runs", f"{stamp}-{label}-{secrets.token_hex(2)}")
