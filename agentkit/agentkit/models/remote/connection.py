@@ -107,6 +107,7 @@ class Connection:
 
         sdk = self._sdk
         sent = _encodable(body)
+        stream: Any = None
         try:
             stream = await self._client().post(
                 path,
@@ -125,11 +126,12 @@ class Connection:
         except sdk.APITimeoutError as error:
             raise TransientError(f"{self.host} sent nothing for {self._timeout_s:g} s") from error
         except sdk.APIStatusError as error:
-            raise self._status_failure(error) from error
+            raise self._status_failure(error) from None  # its text may quote the key
         except sdk.APIConnectionError as error:
-            raise TransientError(self._redacted(f"no connection to {self.host}: {error.__cause__ or error}")) from error
+            what = f"no connection to {self.host}" if stream is None else f"the stream of {self.host} broke"
+            raise TransientError(self._redacted(f"{what}: {error.__cause__ or error}")) from None
         except sdk.APIError as error:  # an error event of a stream
-            raise self.failure(error.message, kinds=_kinds(error.body)) from error
+            raise self.failure(error.message, kinds=_kinds(error.body)) from None
         except httpx2.TimeoutException as error:
             raise TransientError(f"{self.host} sent nothing for {self._timeout_s:g} s") from error
         except httpx2.HTTPError as error:
@@ -162,7 +164,8 @@ class Connection:
         if kinds & MODEL_ERRORS or (status == 404 and "not_found_error" in kinds):
             return UnknownModelError(f"{self.host} has no model {self.model!r}{request}: check the name")
         if status in NO_API or (status is not None and 300 <= status < 400):
-            return ApiError(f"{text}: check the base URL {self._base_url}", status=status)
+            hint = ", which usually ends in /v1" if self._lacks_path else ""
+            return ApiError(f"{text}: check the base URL {self._base_url}{hint}", status=status)
         transient = status in (408, 409, 429) or status >= 500 if status is not None else bool(kinds & TRANSIENT_ERRORS)
         if transient:
             return TransientError(text, retry_after_s=retry_after_s, status=status)
@@ -212,6 +215,10 @@ class Connection:
         raise ApiError(
             f"{self.host} sent {given} instead of an event stream: {self._not_an_api}", status=response.status_code
         )
+
+    @property
+    def _lacks_path(self) -> bool:
+        return self._sdk.__name__ == "openai" and not urlsplit(self._base_url).path
 
     @property
     def _not_an_api(self) -> str:
