@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,12 @@ PROVIDERS: Final = {
     "deepseek": "https://api.deepseek.com",
 }
 """The base URL of each provider. `openai` is also every server that speaks its protocol."""
+
+NO_KEY: Final = "no-key-is-set"
+"""Sent to servers that need no key and ignore it, because the SDKs insist on one."""
+
+_PATHS: Final = re.compile(r"/*((?<!/)/(chat/completions|responses|messages)/*)?$")
+"""The paths that follow a base URL, which is often given with one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,7 @@ def endpoint_of(name: str, *, base_url: str | None, api_key: str | None, timeout
             f"{', '.join(PROVIDERS)}; use openai: with a base URL for any server that speaks its protocol"
         )
     base_url = base_url or os.environ.get(f"{provider.upper()}_BASE_URL") or PROVIDERS[provider]
+    base_url = _PATHS.sub("", base_url)
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ModelOptionError(f"the base URL {base_url!r} is not a URL; expected one such as http://localhost:8000/v1")
@@ -75,12 +83,12 @@ def endpoint_of(name: str, *, base_url: str | None, api_key: str | None, timeout
         raise ModelOptionError(
             f"the base URL of {parts.hostname} contains a user name; give the key in {key_variable(provider)}"
         )
-    key = api_key or os.environ.get(key_variable(provider))
-    if key is None and base_url == PROVIDERS[provider]:
+    key = api_key or os.environ.get(key_variable(provider)) or None
+    if key is None and parts.hostname == urlsplit(PROVIDERS[provider]).hostname:
         raise ApiKeyError(
             f"there is no key for {parts.hostname}: set the environment variable {key_variable(provider)}"
         )
-    return Endpoint(provider, model, base_url.rstrip("/"), key, timeout_s)
+    return Endpoint(provider, model, base_url, key, timeout_s)
 
 
 def opener(endpoint: Endpoint) -> Callable[[], Provider]:
@@ -91,7 +99,7 @@ def opener(endpoint: Endpoint) -> Callable[[], Provider]:
     """
     settings: dict[str, Any] = {
         "base_url": endpoint.base_url,
-        "api_key": endpoint.api_key,
+        "api_key": endpoint.api_key or NO_KEY,
         "timeout_s": endpoint.timeout_s,
     }
     if endpoint.provider == "anthropic":
