@@ -1,7 +1,8 @@
 """Calls that a DeepSeek model wrote as text, because its server did not parse them.
 
 The markers come with the bars of the token (`｜DSML｜`), with ASCII bars, or doubled. As in the embedded model's
-parser, a block of calls counts only if the turn ends right after it; any other is a quotation, and stays text.
+parser, a block of calls counts only if the turn ends right after it; any other is a quotation, and stays text. A block
+at the start of the answer with more lines after it is no quotation, though: its calls are malformed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from agentkit_tools import ToolCall
 _MARKER: Final = r"\s?[|｜]{1,2}\s?DSML\s?[|｜]{1,2}\s?"
 _ANY: Final = re.compile(rf"(</?){_MARKER}")
 _START: Final = re.compile(rf"<{_MARKER}(?=\w*(?:tool|function|call|invo))", re.IGNORECASE)
+_CLOSING: Final = re.compile(rf"</{_MARKER}\w+>")
 _BEGUN: Final = re.compile(r"<\s?(?:[|｜]{1,2}\s?(?:D(?:S(?:M(?:L\s?(?:[|｜]{1,2}\s?)?)?)?)?)?)?\w*\Z")
 _LONGEST: Final = 48
 _MAX_STARTS: Final = 32
@@ -42,6 +44,10 @@ def split_calls(
         parser = chat.StreamParser(False, turn=turn, tools=tools)
         parsed = parser.feed(_ANY.sub(r"\1｜DSML｜", text[start.start() :])) + parser.finish()
         if any(isinstance(event, chat.TextDelta) and event.text.strip() for event in parsed):
+            names = [event.name for event in parsed if isinstance(event, chat.CallReady)]
+            is_alone = not text[: start.start()].strip() and _CLOSING.split(text)[-1].startswith("\n")
+            if names and is_alone:
+                return "", [CallMalformed(index, name, "text follows the calls") for index, name in enumerate(names)]
             continue
         calls: list[CallReady | CallMalformed] = []
         for event in parsed:
