@@ -340,14 +340,15 @@ async def test_a_thinking_budget_fits_the_limits_of_the_turn(fields: Json, think
     assert server.requests[0]["thinking"] == thinking
 
 
-async def test_a_model_with_a_budget_does_not_begin_to_think_between_its_calls() -> None:
+@pytest.mark.parametrize("after", [(), (UserMessage("And?"),)])
+async def test_a_model_with_a_budget_does_not_begin_to_think_between_its_calls(after: tuple[UserMessage, ...]) -> None:
     called, answered = tool_use("toolu_a", "bash", "{}"), ToolMessage("toolu_a", "bash", "x")
     script = [says(called), says(text("a")), says(thinking("b"), called), says(text("a"))]
     async with serving(*script, model="claude-haiku-4-5") as (provider, server):
         for think in (False, True):
             _, finished = await drained(provider, ask(tools=[BASH], think=think))
             said = said_in(finished, ToolCall("toolu_a", "bash", "{}"))
-            await drained(provider, ask(USER, said, answered, tools=[BASH]))
+            await drained(provider, ask(USER, said, answered, *after, tools=[BASH]))
     types = [request["thinking"]["type"] for request in server.requests]
     assert types == ["disabled", "disabled", "enabled", "enabled"]
 

@@ -242,10 +242,12 @@ class Anthropic:
 
     def _in_turn_without_thinking(self, messages: Sequence[Message]) -> bool:
         """Return whether the model is to answer results of a turn without thinking. Claude refuses to begin there."""
-        if self._known.family.version is None or not isinstance(messages[-1], ToolMessage):
+        turns = [index for index, message in enumerate(messages) if isinstance(message, AssistantMessage)]
+        if self._known.family.version is None or not turns:
             return False
-        turns = [message for message in messages if isinstance(message, AssistantMessage)]
-        return self._blocks(turns[-1])[0]["type"] not in ("thinking", "redacted_thinking")
+        [last, *news] = messages[turns[-1] :]
+        answers = any(isinstance(message, ToolMessage) for message in news)  # a user message may follow them
+        return answers and self._blocks(last)[0]["type"] not in ("thinking", "redacted_thinking")
 
     def _messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return the messages with alternating roles. A user message begins with the results of the turn before."""
