@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from traceback import format_exception
 from typing import Any
 
 import anyio
@@ -315,7 +316,7 @@ async def test_an_error_is_one_line_with_a_remedy(name: str, environment: Enviro
     with pytest.raises(kind) as caught:
         await run(server, environment, max_retries=2)
     assert said in str(caught.value)
-    assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+    assert KEY not in "".join(format_exception(caught.value)) and "\n" not in str(caught.value)
 
 
 async def test_a_server_that_is_not_there(environment: Environment) -> None:
@@ -401,6 +402,49 @@ async def test_a_turn_gets_what_the_context_has_left(environment: Environment) -
     result = await run(server, environment)
     assert [request["max_tokens"] for request in server.requests] == [32768, 100]
     assert (result.status, result.limit) == ("limit", "context")
+
+
+CLASSIC = "maximum context length is {size} tokens. However, you requested {all} tokens ({prompt} in the messages"
+TRUNCATED = "You passed {counted} input tokens and requested {sent} output tokens. However, the model's context "
+
+
+@pytest.mark.parametrize(
+    ("size", "prompt", "said", "sent"),
+    [
+        (8192, 900, CLASSIC, [32768, 7292]),
+        (8192, 900, "maximum context length of {size} tokens. {prompt} tokens from the input messages", [32768, 7292]),
+        (32768, 9000, TRUNCATED + "length is only {size}", [32768, 16384]),
+        (32768, 30000, TRUNCATED + "length is only {size}", [32768, 16384, 8192, 4096, 2048]),
+        (4096, 900, "maximum context length is {size} tokens, your prompt has at least {counted} input tokens", None),
+        (4096, 5000, "maximum context length is {size} tokens, your prompt has at least {counted} input tokens", None),
+    ],
+)
+async def test_servers_say_in_many_ways_what_the_context_has_left(
+    size: int, prompt: int, said: str, sent: list[int] | None, environment: Environment
+) -> None:
+    """The last four count no more of a prompt than shows that it does not fit, as vLLM does."""
+
+    def answer(body: dict[str, Any]) -> Reply:
+        asked = body["max_tokens"]
+        if asked > size:
+            return chat.error(400, f"max_tokens={asked}cannot be greater than max_model_len=max_total_tokens={size}.")
+        if asked + prompt <= size:
+            return text("Hi.")
+        counted = min(prompt, max(0, size - asked) + 1)
+        return chat.error(400, said.format(size=size, all=asked + prompt, prompt=prompt, counted=counted, sent=asked))
+
+    def at_once(body: dict[str, Any]) -> Reply:
+        asked = body["max_tokens"]
+        return chat.error(400, said.format(size=size, all=asked + prompt, prompt=prompt, sent=asked))
+
+    server = ChatServer(answer) if "{counted}" in said else ChatServer(at_once, text("Hi."))
+    result = await run(server, environment)
+    if prompt > size:
+        assert (result.status, result.limit) == ("limit", "context")
+    else:
+        assert result.answer == "Hi."
+    if sent is not None:
+        assert [request["max_tokens"] for request in server.requests] == sent
 
 
 async def test_a_refusal_is_told(environment: Environment) -> None:
@@ -601,6 +645,13 @@ async def test_calls_written_as_text_that_do_not_parse_are_an_error_for_the_mode
     *_, said, told = server.requests[1]["messages"]
     assert said["content"].startswith("<|DSML|function_calls>") and told["role"] == "user"
     assert "malformed call" in told["content"]
+
+
+async def test_calls_written_as_text_with_more_lines_after_them_are_no_answer(environment: Environment) -> None:
+    server = ChatServer(text(DSML.format(m="|DSML|", lead="") + "\n\nLet me wait."), text("Sorry."))
+    result = await run(server, environment)
+    assert result.answer == "Sorry."
+    assert "text follows the calls" in result.trajectory.results[0].content
 
 
 async def test_a_quotation_of_calls_stays_text(environment: Environment) -> None:

@@ -31,8 +31,9 @@ from agentkit.models.remote import dsml
 from agentkit.models.remote.history import sendable
 from agentkit.models.remote.names import ToolNames, arguments_object
 from agentkit.models.remote.openai_chat import OpenAIChat, Server
-from agentkit.models.remote.resolve import Endpoint, is_remote
+from agentkit.models.remote.resolve import Endpoint, endpoint_of, is_remote
 from agentkit.models.remote.retry import MAX_WAIT_S, Gate, gate_of, wait_s
+from agentkit_environments import Environment
 from agentkit_tools.tool import NAME
 
 KEY = "sk-secret-0123456789"
@@ -67,6 +68,9 @@ def test_a_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("openai:gpt-5", {}, ApiKeyError, "no key for api.openai.com: set the environment variable OPENAI_API_KEY"),
         ("deepseek:deepseek-chat", {}, ApiKeyError, "set the environment variable DEEPSEEK_API_KEY"),
+        ("deepseek:deepseek-chat", {"api_key": ""}, ApiKeyError, "set the environment variable DEEPSEEK_API_KEY"),
+        ("anthropic:m", {"base_url": "https://api.anthropic.com/v1"}, ApiKeyError, "no key for api.anthropic.com"),
+        ("openai:gpt-5", {"base_url": "https://api.openai.com/v1/"}, ApiKeyError, "no key for api.openai.com"),
         ("gpt-5", {}, UnknownModelError, "expected PROVIDER:MODEL, with the provider openai, anthropic, deepseek"),
         ("mistral:large", {}, UnknownModelError, "use openai: with a base URL for any server"),
         ("openai:toy", {"base_url": "localhost:8000"}, ModelOptionError, "expected one such as http://localhost:8000"),
@@ -124,6 +128,33 @@ def test_openai_speaks_responses_only_at_openai(
     if base_url:
         monkeypatch.setenv("OPENAI_BASE_URL", base_url)
         assert RemoteModel("openai:gpt-5")._open_provider().api == api
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("http://h:1/v1//", "http://h:1/v1"),
+        ("http://h/v1/chat/completions", "http://h/v1"),
+        ("http://h/v1/responses/", "http://h/v1"),
+        ("https://h/v1/messages", "https://h/v1"),
+        ("http://messages/", "http://messages"),
+    ],
+)
+def test_a_base_url_may_end_with_the_path_of_a_request(given: str, used: str) -> None:
+    assert endpoint_of("openai:toy", base_url=given, api_key=None, timeout_s=1.0).base_url == used
+
+
+@pytest.mark.parametrize("name", ["openai:m", "anthropic:m", "deepseek:m"])
+def test_a_server_of_ones_own_may_need_no_key(name: str) -> None:
+    assert RemoteModel(name, base_url="http://localhost:8000").host == "localhost:8000"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["api.moonshot.ai", "dashscope-intl.aliyuncs.com"])
+async def test_an_effort_that_a_host_lacks_is_refused(host: str, environment: Environment) -> None:
+    model = RemoteModel("openai:m", base_url=f"https://{host}/v1", api_key=KEY)
+    with pytest.raises(ModelOptionError, match="openai:m has no effort 'low'; it has none, high"):
+        await Agent(model, [], effort="low").run("Q", environment=environment)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +237,15 @@ def test_what_was_shown_is_never_part_of_a_call(before: str, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a < b", "<|DSML", "`<|DSML|tool_calls>` begins a block", f"{WRITTEN} is an example"]
+    "text",
+    [
+        "",
+        "a < b",
+        f"So:\n{WRITTEN}\nThat is all.",
+        "<|DSML",
+        "`<|DSML|tool_calls>` begins a block",
+        f"{WRITTEN} is an example",
+    ],
 )
 def test_other_text_is_left_alone(text: str) -> None:
     assert dsml.split_calls(text, turn=0, tools=TOOLS) == (text, [])

@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Final, Literal
 
 from agentkit.errors import ApiError, ContextFullError, ModelOptionError, UnknownModelError
@@ -32,7 +33,7 @@ from agentkit.models.remote.provider import (
     TransientError,
     TurnRequest,
 )
-from agentkit.models.remote.resolve import Endpoint, key_variable
+from agentkit.models.remote.resolve import NO_KEY, Endpoint, key_variable
 from agentkit.models.remote.schemas import openai_tool
 from agentkit_engine.chat.tokens import THINK, THINK_END
 from agentkit_engine.sampling_params import SamplingParams
@@ -40,9 +41,7 @@ from agentkit_tools import ImagePart, TextPart
 from agentkit_tools.parts import Part
 
 MAX_TOOLS: Final = 128
-NO_KEY: Final = "no-key-is-set"
-"""Sent to servers that need no key and ignore it, because the SDK insists on one."""
-MAX_LESSONS: Final = 8
+MAX_LESSONS: Final = 12
 REASONING_KEYS: Final = ("reasoning_content", "reasoning")
 REASONING: Final = "messages.reasoning"
 """In `Server.refused`: the reasoning of earlier turns."""
@@ -50,6 +49,9 @@ REASONING: Final = "messages.reasoning"
 Dialect = Literal["deepseek", "thinking", "enable_thinking", "hosted", "own"]
 """The fields that switch thinking: `thinking: {"type": ...}` with DeepSeek's other rules or without, `enable_thinking`,
 only `reasoning_effort`, or for a server of one's own the variables of its chat template."""
+
+SWITCHES: Final = ("thinking", "enable_thinking")
+"""Dialects without efforts."""
 
 _HOSTS: Final[Mapping[str, Dialect]] = {
     "deepseek.com": "deepseek",
@@ -93,12 +95,13 @@ _NO_TOOLS: Final = re.compile(
 )
 _NO_CREDIT: Final = re.compile(r"insufficient.?(quota|balance|credit|funds)|credit balance", re.IGNORECASE)
 _LASTING: Final = re.compile(r"invalid_request|invalid request|authentication|permission", re.IGNORECASE)
-_ROOM: Final = re.compile(
-    r"maximum context length (?:is|of) (\d+).{0,200}?(?:(\d+) (?:input tokens|in the messages)|contains (\d+))",
-    re.DOTALL,
-)
+_SIZE: Final = re.compile(r"context length (?:is only|is|of) (\d+)")
+_PROMPT: Final = re.compile(r"(\d+) (?:input tokens|tokens from the input|in the messages)|contains (\d+)")
+MIN_ROOM: Final = 256
+"""Tokens of a turn below which a conversation that a server refuses is said to be full."""
 _MOST: Final = re.compile(
-    r"(?:at most|less than or equal to|maximum(?: allowed)?(?: value)?(?: is| of)?|\[\d+,) ?(\d+)"
+    r"(?:at most|less than or equal to|maximum(?: allowed)?(?: value)?(?: is| of)?|\[\d+,"
+    r"|greater than [a-z_=]*=) ?(\d+)"
 )
 _BAD_EFFORT: Final = re.compile(r"reasoning.?effort.{0,120}(value|input should be|one of|expected)", re.I | re.DOTALL)
 
@@ -127,7 +130,8 @@ class OpenAIChat:
         self.host = endpoint.host
         self.dialect = _dialect(endpoint)
         self.max_tools = None if self.dialect == "own" else MAX_TOOLS
-        self.efforts: tuple[Effort, ...] = EFFORTS
+        # some have a switch only, and the default of an agent is "high"
+        self.efforts: tuple[Effort, ...] = ("none", "high") if self.dialect in SWITCHES else EFFORTS
         self._model = endpoint.model
         self._server = server
         self._connection = _ChatConnection(endpoint)
@@ -165,10 +169,9 @@ class OpenAIChat:
                     yield delta
                 return
             except ContextFullError as error:
-                left = _room(str(error))
-                if left < 1 or limit is None or left >= limit:
+                room = _room(str(error), limit)
+                if room is None:
                     raise
-                room = left
             except ApiError as error:
                 if reader.begun or error.status not in (400, 404, 422):
                     raise
@@ -630,10 +633,19 @@ def _dialect(endpoint: Endpoint) -> Dialect:
     return "own"
 
 
-def _room(said: str) -> int:
-    """Return the tokens that an error says the context has left for the turn; 0 if it does not say."""
-    found = _ROOM.search(said)
-    return int(found[1]) - int(found[2] or found[3]) if found else 0
+def _room(said: str, limit: int | None) -> int | None:
+    """Return the tokens to ask for in a turn that an error says does not fit with `limit`; None if none would fit.
+
+    vLLM stops counting a prompt where it no longer fits. It then says that there is one token less than `limit`, and
+    the half is asked for.
+    """
+    size, prompt = _SIZE.search(said), _PROMPT.search(said)
+    if size is None or prompt is None or limit is None:
+        return None
+    left = int(size[1]) - int(prompt[1] or prompt[2])
+    if left == limit - 1:
+        return limit // 2 if limit // 2 >= MIN_ROOM else None
+    return left if 0 < left < limit else None
 
 
 def _user(parts: Sequence[Part]) -> dict[str, Any]:
@@ -673,4 +685,4 @@ def _ids(value: object) -> tuple[int, ...]:
 def _logprobs(value: object) -> list[float]:
     content = _object(value).get("content")
     found = [_object(each).get("logprob") for each in content] if isinstance(content, list) else []
-    return [float(each) for each in found if isinstance(each, int | float)]
+    return [float(each) for each in found if isinstance(each, int | float) and isfinite(each)]
