@@ -327,6 +327,7 @@ class Agent(Generic[T]):
             refused = "the provider refused to answer: its filter stopped the last turn"
             error = refused if run.refused else "the last turn has no call, and no text outside its reasoning"
             return run.outcome("no_answer", error=error)
+        answer = self._output.bare(answer)
         problem = await self._output.misfit(answer)
         return run.outcome(status, answer) if problem is None else run.outcome("invalid_output", error=problem)
 
@@ -352,6 +353,7 @@ class Agent(Generic[T]):
             async with anyio.create_task_group() as task_group:
                 calls.open(task_group, deadline=run.deadline, time_left_s=run.tool_time_left_s)
                 limit = await self.ask(run, calls, think=think)
+                run.charge()  # sub-agents that its calls run must not spend it again
                 if limit is None:
                     await self.act(run, calls)
                 else:

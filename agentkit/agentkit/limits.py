@@ -31,8 +31,8 @@ class Limits:
     """Sampled thinking tokens of one turn."""
     max_cost_usd: float | None = None
     """Cost in US dollars, over all turns. Checked before each turn, because an API tells the cost of a turn at its end;
-    the last turn may exceed it. The cost of a sub-agent counts, as far as it is known, when that agent has ended. The
-    price of the model must be known."""
+    the last turn may exceed it. The cost of sub-agents counts, as far as it is known, and no sub-agent starts another
+    turn once the limit is reached. The price of the model must be known."""
     wall_time_s: float | None = None
     """Seconds since the start of the run."""
     tool_time_s: float | None = None

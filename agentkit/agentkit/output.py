@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, cast
@@ -28,6 +29,7 @@ T = TypeVar("T", default=Any)
 
 RETRY: Final = "{problem}\n\nAnswer again, with nothing but JSON that fits the schema."
 """The user message that gives the model a second try."""
+FENCED: Final = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL | re.IGNORECASE)
 MAX_PROBLEMS: Final = 3
 """Problems of an answer that are told; the model can repair it from the first few."""
 
@@ -45,6 +47,11 @@ class Output(Generic[T]):
     schema: Mapping[str, Any] | None
     value: Callable[[str], T]
     check: Callable[[str], list[str]]
+
+    def bare(self, answer: str) -> str:
+        """Return an answer that is to be JSON without the Markdown fence that models put around it."""
+        found = FENCED.fullmatch(answer) if self.schema is not None else None
+        return answer if found is None else found[1]
 
     async def misfit(self, answer: str) -> str | None:
         """Return a sentence on why an answer does not fit, or None if it fits.

@@ -50,7 +50,10 @@ class RunResult(Generic[T]):
 
     @property
     def answer(self) -> str | None:
-        """The argument of `submit`, or the text of the last turn; None with any other status."""
+        """The argument of `submit`, or the text of the last turn; None with any other status.
+
+        An answer that is to be JSON is without the Markdown fence that models put around it.
+        """
         return self.outcome.answer
 
     @property

@@ -83,6 +83,7 @@ class Run:
         self._charged: float | None = 0.0
         self._subagents: Usage | None = None
         self._subagents_cost_usd = 0.0  # as far as it is known
+        self._above = None if above is None else above.run
         self._start = time.perf_counter()
         self._recorded_messages = len(session.messages)
         self._recorded_segments = len(session.segments)
@@ -129,10 +130,6 @@ class Run:
         finally:
             if (outcome := trajectory.outcome) is not None:
                 self._subagents = total_usage([*filter(None, [self._subagents]), outcome.usage])
-                usage: Usage | None = outcome.usage
-                while usage is not None:
-                    self._subagents_cost_usd += usage.cost_usd or 0.0
-                    usage = usage.subagents
                 self.note(SubagentFinished(call.id, outcome))
 
     def outcome(
@@ -158,10 +155,15 @@ class Run:
         return None
 
     def charge(self) -> None:
-        """Take the cost since the last call from the shared budget."""
+        """Take the cost since the last call from the shared budget, and count it in the runs above."""
         cost = self.session.usage.cost_usd
+        new = None if cost is None or self._charged is None else cost - self._charged
         if self.budget is not None and self._charged is not None:
-            self.budget.add(None if cost is None else cost - self._charged)
+            self.budget.add(new)
+        above = self._above
+        while above is not None:
+            above._subagents_cost_usd += new or 0.0
+            above = above._above
         self._charged = cost
 
     @property
@@ -169,7 +171,8 @@ class Run:
         cost, limit = self.session.usage.cost_usd, self.limits.max_cost_usd
         known = None if cost is None else cost + self._subagents_cost_usd
         over = limit is not None and self.session.usage.turns > 0 and (known is None or known >= limit)
-        return over or (self.budget is not None and self.budget.spent)
+        above = self._above is not None and self._above._cost_spent
+        return over or above or (self.budget is not None and self.budget.spent)
 
     @property
     def tool_time_left_s(self) -> float | None:

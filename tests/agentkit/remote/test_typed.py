@@ -76,6 +76,16 @@ async def test_an_answer_that_does_not_fit_is_returned_once(kind: str, environme
     assert "Field required" in json.dumps(server.requests[1]) and "degrees" in json.dumps(server.requests[0])
 
 
+@pytest.mark.parametrize("fence", ["```json\n{}\n```", "\n```\n{}```\n", "```JSON \r\n{}\r\n```"])
+async def test_an_answer_may_be_in_a_fence(fence: str, environment: Environment) -> None:
+    server = ChatServer(chat.text(fence.replace("{}", FITS)))
+    async with server.serve() as url:
+        result = await Agent(model("chat", url), [], output_type=Weather).run("Q", environment=environment)
+        assert (result.output, result.answer) == (Weather(sky="snowy", degrees=-3), FITS)
+        plain = await Agent(model("chat", url), []).run("Q", environment=environment)
+        assert plain.answer is not None and "```" in plain.answer
+
+
 @pytest.mark.parametrize("kind", ["anthropic", "chat", "responses"])
 async def test_a_history_is_sent_to_every_api(kind: str, environment: Environment) -> None:
     call = ToolCall("call_1_0", "get_weather", '{"city": "Oslo"}')
@@ -135,3 +145,22 @@ async def test_the_cost_of_sub_agents_counts_against_the_limits_of_the_run(envir
             assert (result.limit, result.usage.turns) == ("max_cost_usd", 2)
             assert result.usage.cost_usd == pytest.approx(2 * turn)
             assert result.usage.total.cost_usd == pytest.approx(4 * turn)
+
+
+async def test_a_sub_agent_stops_at_the_limit_on_the_cost_of_the_run(environment: Environment) -> None:
+    price = Price(host="127.0.0.1:*", models=["toy"], as_of="2026-11", source="a test", input=1, output=2)
+    turn = 30e-6
+    never_done = ChatServer(chat.calls(("get_weather", '{"city": "Oslo"}')))
+    asking = ChatServer(chat.calls(("outer", '{"task": "T"}')))
+    async with asking.serve() as url, never_done.serve() as below:
+
+        def priced(url: str) -> RemoteModel:
+            return RemoteModel("openai:toy", base_url=url, api_key=KEY, prices=Prices([price]))
+
+        inner = Agent(priced(below), [get_weather]).as_tool("outer", "Helps.")
+        outer = Agent(priced(url), [inner]).as_tool("outer", "Helps.")
+        main = Agent(priced(url), [outer], limits=Limits(max_cost_usd=4.5 * turn))
+        result = await main.run("Q", environment=environment)
+    assert result.limit == "max_cost_usd"
+    assert result.usage.total.cost_usd == pytest.approx(5 * turn)
+    assert len(never_done.requests) == 3
