@@ -292,11 +292,15 @@ class Job:
 
         stream = agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory)
         result: RunResult | None = None
-        async with aclosing(stream) as events:
-            async for event in events:
-                show(self.console, event)
-                if isinstance(event, RunFinished):
-                    result = event.result
+        try:
+            async with aclosing(stream) as events:
+                async for event in events:
+                    show(self.console, event)
+                    if isinstance(event, RunFinished):
+                        result = event.result
+        except BaseException:
+            self.console.print()  # the line of a text that broke off
+            raise
         assert result is not None, "a run that does not raise ends with RunFinished"
         return result
 

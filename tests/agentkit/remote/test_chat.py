@@ -447,6 +447,17 @@ async def test_servers_say_in_many_ways_what_the_context_has_left(
         assert [request["max_tokens"] for request in server.requests] == sent
 
 
+async def test_characters_that_are_split_between_chunks_are_joined(environment: Environment) -> None:
+    halves = [{"content": "\ud83d"}, {"content": "\ude00 \ud83d"}]
+    arguments = [{"index": 0, "id": "a", "function": {"name": "get_weather", "arguments": '{"city": "\ud83d'}}]
+    rest = [{"index": 0, "function": {"arguments": '\ude00"}'}}]
+    server = ChatServer(stream({"tool_calls": arguments}, {"tool_calls": rest}, finish="tool_calls"), stream(*halves))
+    result = await run(server, environment)
+    assert result.answer == "\U0001f600 \ufffd"
+    said = result.trajectory.messages[2]
+    assert isinstance(said, AssistantMessage) and json.loads(said.calls[0].arguments) == {"city": "\U0001f600"}
+
+
 async def test_a_refusal_is_told(environment: Environment) -> None:
     result = await run(ChatServer(stream(finish="content_filter")), environment)
     assert (result.status, result.error) == (

@@ -94,22 +94,22 @@ class RemoteTurn:
         held = list(self._show(len(self._text)))
         ready = tuple(event.call for event in calls if isinstance(event, CallReady))
         self._taken_ids.update(call.id for call in ready)
-        return AssistantMessage(self._text, self._thought, ready, data), [*held, *calls]
+        return AssistantMessage(_whole(self._text), self._thought, ready, data), [*held, *calls]
 
     def stopped(self) -> AssistantMessage | None:
         """Return the message of a turn that was left early: without its calls; None if it said nothing."""
         if not (self._text or self._reasoning):
             return None
-        return AssistantMessage(self._text, self._thought)
+        return AssistantMessage(_whole(self._text), self._thought)
 
     @property
     def _thought(self) -> str | None:
-        return "".join(self._reasoning) if self._think or self._reasoning else None
+        return _whole("".join(self._reasoning)) if self._think or self._reasoning else None
 
     def _call(self, position: int, call: _Call) -> ToolCall:
         call_id = call.id if call.id and call.id not in self._taken_ids else f"call_{self._number}_{position}"
         self._taken_ids.add(call_id)
-        return ToolCall(call_id, self._names.ours(call.name), "".join(call.arguments) or "{}")
+        return ToolCall(call_id, self._names.ours(call.name), _whole("".join(call.arguments)) or "{}")
 
     def _show(self, end: int) -> Iterator[TextDelta]:
         if end > self._shown:
@@ -122,3 +122,12 @@ class RemoteTurn:
             self._numbers[text] = len(self._texts)
             self._texts.append(text)
         self._said.append(self._numbers[text])
+
+
+def _whole(text: str) -> str:
+    """Return the text with characters whose two UTF-16 halves arrived apart; a half alone becomes U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
