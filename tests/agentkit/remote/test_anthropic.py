@@ -340,6 +340,17 @@ async def test_a_thinking_budget_fits_the_limits_of_the_turn(fields: Json, think
     assert server.requests[0]["thinking"] == thinking
 
 
+async def test_an_id_that_the_api_does_not_take_is_changed_in_the_turn_and_its_result() -> None:
+    """Other servers of the protocol make such ids."""
+    odd = "functions.bash:0"
+    async with serving(says(tool_use(odd, "bash", "{}"), stop="tool_use"), says(text("a"))) as (provider, server):
+        _, finished = await drained(provider, ask(tools=[BASH]))
+        said = said_in(finished, ToolCall(odd, "bash", "{}"))
+        await drained(provider, ask(USER, said, ToolMessage(odd, "bash", "x"), tools=[BASH]))
+    _, own, answer = server.requests[1]["messages"]
+    assert own["content"][-1]["id"] == answer["content"][0]["tool_use_id"] != odd
+
+
 @pytest.mark.parametrize("after", [(), (UserMessage("And?"),)])
 async def test_a_model_with_a_budget_does_not_begin_to_think_between_its_calls(after: tuple[UserMessage, ...]) -> None:
     called, answered = tool_use("toolu_a", "bash", "{}"), ToolMessage("toolu_a", "bash", "x")

@@ -279,7 +279,7 @@ class Anthropic:
                     case {"api": self.api, "model": self._model, "content": list(content)} if [
                         block.get("id") for block in content if block.get("type") == "tool_use"
                     ] == [call.id for call in message.calls]:
-                        return [{key: value for key, value in block.items() if value is not None} for block in content]
+                        return [_as_sent(block) for block in content]
                 calls = [
                     {
                         "type": "tool_use",
@@ -460,6 +460,12 @@ def _family(model: str) -> _Family:
     if line == "sonnet" and version >= (5, 5):
         off = "between_tools"
     return _Family("adaptive", off, 128_000, version)
+
+
+def _as_sent(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a block that the API sent in the form that it takes back."""
+    kept = {key: value for key, value in block.items() if value is not None}
+    return {**kept, "id": wire_id(kept["id"])} if kept.get("type") == "tool_use" else kept
 
 
 def _text(text: str) -> dict[str, Any]:
