@@ -29,7 +29,7 @@ def opening_messages(
     check_type("message_history", history, list | tuple | RunResult | Trajectory | None, "a list of messages, or a run")
     if isinstance(history, RunResult):
         history = history.trajectory
-    messages = list(_paired(history.messages) if isinstance(history, Trajectory) else history or ())
+    messages = list(_paired(history.messages if isinstance(history, Trajectory) else history or ()))
     check_history(messages)
     if messages and isinstance(messages[0], SystemMessage):
         system = messages.pop(0).content
@@ -77,14 +77,14 @@ def check_history(messages: Sequence[Message]) -> None:
 
 
 def _paired(messages: Sequence[Message]) -> Iterator[Message]:
-    """Yield the messages of a record; results of malformed calls, which no turn has, become user messages.
+    """Yield the messages; error results of malformed calls, which no turn has, become user messages.
 
     They follow the results of the turn's other calls.
     """
     calls: set[str] = set()
     unpaired: list[Message] = []
     for message in messages:
-        if isinstance(message, ToolMessage) and message.call_id not in calls:
+        if isinstance(message, ToolMessage) and message.is_error and message.call_id not in calls:
             unpaired.append(UserMessage(message.content))
             continue
         if not isinstance(message, ToolMessage):

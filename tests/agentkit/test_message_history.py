@@ -75,8 +75,9 @@ async def test_calls_after_a_history_have_new_ids(script: Script, environment: E
     assert continued.status == "answered"
 
 
+@pytest.mark.parametrize("as_list", [False, True])
 async def test_a_malformed_call_after_a_history_has_its_own_id(
-    script: Script, environment: Environment, tokenizer: Tokenizer
+    as_list: bool, script: Script, environment: Environment, tokenizer: Tokenizer
 ) -> None:
     broken = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n<oops'
     ids = [*tokenizer.encode(broken), tokenizer.eos_id]
@@ -85,7 +86,8 @@ async def test_a_malformed_call_after_a_history_has_its_own_id(
     )
     told = [message for message in result.trajectory.messages if isinstance(message, ToolMessage)]
     assert [message.call_id for message in told] == ["call_0_0", "call_2_0"]
-    again = await Agent(script(answer()), [get_weather]).run("Q", environment=environment, message_history=result)
+    history = result.trajectory.messages if as_list else result
+    again = await Agent(script(answer()), [get_weather]).run("Q", environment=environment, message_history=history)
     assert UserMessage(told[1].content) in again.trajectory.messages
     assert again.status == "answered"
 
@@ -238,6 +240,8 @@ def test_a_conversation_without_one_result_is_refused_with_the_index_of_the_call
 @given(conversations())
 def test_a_record_with_results_of_malformed_calls_is_a_conversation(messages: list[Message]) -> None:
     def forget(message: Message) -> Message:
+        if isinstance(message, ToolMessage):
+            return replace(message, is_error=True)
         return replace(message, calls=message.calls[1:]) if isinstance(message, AssistantMessage) else message
 
     class Record(Trajectory):
