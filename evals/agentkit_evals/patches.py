@@ -1,7 +1,7 @@
 """What an agent changed in a git repository, as a patch.
 
-Both ends are trees of git, made with an index of their own, so commits, the index and the branch do not matter. Files
-that git ignores are left out.
+Both ends are trees of git, made with an index of their own, so the agent's commits, index and branch do not matter.
+Files that git ignores are left out; it ignores none that was tracked at the start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from agentkit_environments import Environment
 
 MAX_PATCH_BYTES = 16 << 20
 TIMEOUT_S = 300.0
-SNAPSHOT = 'GIT_INDEX_FILE="$0.index" git add -A && GIT_INDEX_FILE="$0.index" git write-tree'
+SNAPSHOT = """\
+export GIT_INDEX_FILE="$0.index"
+if git rev-parse --quiet --verify "$1^{tree}" > "$0.tree"; then git read-tree "$1"; fi && git add -A && git write-tree
+"""
 DIFF = (
     "git diff --binary --full-index --no-renames --no-color --no-ext-diff --no-textconv "
     '--src-prefix=a/ --dst-prefix=b/ "$1" "$2" > "$0.patch"'
@@ -26,7 +29,7 @@ async def snapshot(environment: Environment) -> str:
     Raises:
         TaskSetupError: git does not run, or the work directory is not in a repository.
     """
-    result = await environment.exec(["/bin/sh", "-c", SNAPSHOT, _new_place()], timeout_s=TIMEOUT_S)
+    result = await environment.exec(["/bin/sh", "-c", SNAPSHOT, _new_place(), "HEAD"], timeout_s=TIMEOUT_S)
     if result.exit_code != 0:
         raise TaskSetupError(
             f"{environment.spec.workdir} must be a git repository of an image with git, to score the change by tests: "
@@ -43,7 +46,7 @@ async def patch_since(environment: Environment, start: str) -> bytes:
         FileTooLargeError: the patch has more than `MAX_PATCH_BYTES`.
     """
     place = _new_place()
-    end = await environment.exec(["/bin/sh", "-c", SNAPSHOT, place], timeout_s=TIMEOUT_S)
+    end = await environment.exec(["/bin/sh", "-c", SNAPSHOT, place, start], timeout_s=TIMEOUT_S)
     if end.exit_code == 0:
         argv = ["/bin/sh", "-c", DIFF, place, start, end.stdout.strip()]
         end = await environment.exec(argv, timeout_s=TIMEOUT_S)

@@ -99,6 +99,20 @@ def test_a_fix_scores_1_and_leaves_its_patch(does: Callable[..., Any]) -> None:
     assert "-    return a - b\n+    return a + b" in patch and "+new" in patch and "debug.log" not in patch
 
 
+def test_a_tracked_file_is_never_ignored(does: Callable[..., Any]) -> None:
+    environment = a_task().model_dump(include={"environment"})["environment"]
+    environment["files"] |= {"kept.log": "old\n", "gone.log": "old\n", "setup.cfg": ""}
+    environment["setup"] = [f"{GIT} init -q && {GIT} add -f . && {GIT} commit -qm start"]
+    task = a_task(environment=environment)
+    command = (
+        f"{GIT} rm -q --cached kept.log; echo new > kept.log; rm gone.log; echo '*.cfg' >> .gitignore; echo > a.log"
+    )
+    trial, patch = does(f"{FIX}; {command}", task)
+    assert trial.reward == 1.0
+    assert "-old\n+new" in patch and "a.log" not in patch
+    assert patch.count("deleted file") == 1 and "a/gone.log" in patch
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
