@@ -302,7 +302,7 @@ def test_the_flags_write_a_patch_and_a_branch_and_leave_the_folder(
     assert carry_out(job, apply=True, as_json=True, patch=tmp_path / "no" / "p", branch="agent") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["applied"], found["patch"], found["branch"]) == (True, None, None)
-    assert len(found["refused"]) == 1 and "agent" in found["refused"][0]
+    assert len(found["refused"]) == 2 and "agent" in found["refused"][0] and "No such file" in found["refused"][1]
     assert os.readlink(repository / "new") == "a.txt"
 
 
@@ -313,3 +313,13 @@ def test_a_file_that_changed_meanwhile_goes_to_a_branch_but_not_into_a_patch(rep
     assert (written.branch, written.patch, written.applied) == ("b", None, False)
     assert written.refused == ["a.txt: it changed during the run; use --branch", "a.txt: it changed during the run"]
     assert git(repository, "show", "b:a.txt") == "theirs\n" and not (tmp_path / "p").exists()
+
+
+def test_a_branch_that_cannot_be_made_does_not_cost_the_patch(repository: Path, tmp_path: Path) -> None:
+    git(repository, "branch", "taken")
+    change = Change("new.txt", None, File(b"new\n"))
+    where = {"apply": False, "patch": tmp_path / "p", "branch": "taken"}
+    written = write(repository, [change], "x", **where)  # type: ignore[arg-type]
+    assert (written.branch, written.patch) == (None, tmp_path / "p") and "taken" in written.refused[0]
+    git(repository, "apply", str(tmp_path / "p"))
+    assert (repository / "new.txt").read_bytes() == b"new\n"

@@ -87,20 +87,23 @@ def write(
 
     written = Written()
     stale = [change.path for change in changes if change.is_stale]
-    try:
-        if branch is not None:
-            subject = instruction.strip().splitlines()[0][:72]
-            message = f"{subject}\n\nMade by agentkit.\n"
+    if branch is not None:
+        message = f"{instruction.strip().splitlines()[0][:72]}\n\nMade by agentkit.\n"
+        try:
             written.sentences += make_branch(folder, branch, changes, message)
             written.branch = branch
-        if patch is not None and stale:
-            written.refused += [f"{path}: it changed during the run; use --branch" for path in stale]
-        elif patch is not None:
+        except (GitError, OSError) as error:
+            written.refused.append(str(error))
+    if patch is not None and stale:
+        written.refused += [f"{path}: it changed during the run; use --branch" for path in stale]
+    elif patch is not None:
+        try:
+            data = make_patch(folder, changes)
             with open(patch, "xb") as file:
-                file.write(make_patch(folder, changes))
+                file.write(data)
             written.patch = patch
-    except (GitError, OSError) as error:
-        written.refused.append(str(error))
+        except (GitError, OSError) as error:
+            written.refused.append(str(error))
     if apply:
         refused = apply_changes(folder, changes)
         written.applied = not refused
