@@ -15,6 +15,7 @@ unless they have changed that file, and they see entries that appear in the fold
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,24 @@ def owner_in_sandbox(folder: str) -> tuple[int, int]:
         return os.geteuid(), os.getegid()
     info = os.stat(folder)  # `enter.py` maps the folder's owner to the sandbox's throw-away uid
     return info.st_uid, info.st_gid
+
+
+def mounts_in(overlay: Overlay) -> list[str]:
+    """Return the relative paths at which something is mounted in the folder, without hidden ones.
+
+    An overlay would show the directory below a mount instead of its content.
+    """
+    with open("/proc/self/mountinfo", "rb") as file:
+        points = [re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), line.split()[4]) for line in file]
+    inside = [os.path.relpath(point, overlay.folder) for point in map(os.fsdecode, points)]
+    hidden = frozenset(overlay.hidden)
+    return [path for path in inside if path.split("/")[0] not in (".", "..") and not _is_hidden(path, hidden)]
+
+
+def _is_hidden(path: str, hidden: frozenset[str]) -> bool:
+    while path and path not in hidden:
+        path = path.rpartition("/")[0]
+    return bool(path)
 
 
 @contextmanager

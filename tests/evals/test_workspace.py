@@ -359,7 +359,55 @@ def test_a_secret_that_git_does_not_ignore_is_named(tmp_path: Path, capsys: pyte
         (tmp_path / name).write_text("")
     anyio.run(lambda: in_workspace(tmp_path, "true", "unsafe-local"))
     told = [line for line in capsys.readouterr().err.splitlines() if "can read" in line]
-    assert sorted(told) == [f"The agent can read {name}, which git does not ignore." for name in (".env", ".env.local")]
+    assert sorted(told) == [
+        f"The agent can read {name}, because git does not ignore it." for name in (".env", ".env.local")
+    ]
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_link_that_becomes_a_directory_hides_what_it_led_to(repository: Path, tmp_path: Path, copy: bool) -> None:
+    outside = tmp_path / "outside"
+    write(outside, secret="mine\n")
+    (repository / "latest").symlink_to("src")
+    (repository / "other").symlink_to("../outside")
+    (repository / "loop").symlink_to("loop")
+    command = "rm latest other loop; cp -r src latest; mkdir other loop; echo theirs > other/secret; echo x > loop/x"
+    _, changes, _, _ = anyio.run(lambda: in_workspace(repository, command, "process", copy=copy))
+    found = {change.path: (change.verb, change.is_stale) for change in changes}
+    if copy:  # two of the links were not copied
+        assert found.pop("other/secret") and found.pop("loop/x")
+    else:
+        assert {found.pop(path) for path in ("other", "loop")} == {("deleted", False)}
+        assert {found.pop(path) for path in ("other/secret", "loop/x")} == {("added", False)}
+    assert found.pop("latest") == ("deleted", False)
+    assert found == {"latest/main.py": ("added", False), "latest/new.py": ("added", False)}
+    if not copy:
+        assert apply(repository, changes) == []
+        assert (repository / "latest" / "new.py").read_text() == "new\n" and not (repository / "latest").is_symlink()
+    assert (outside / "secret").read_text() == "mine\n"
+
+
+@pytest.mark.sandbox
+@pytest.mark.skipif(os.geteuid() != 0, reason="not applicable: needs root to mount")
+def test_a_folder_with_a_mount_in_it_is_copied(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mounted = [repository / "da ta", repository / "node_modules" / "x"]
+    for point in mounted:
+        point.mkdir()
+        write(point, below="below\n")
+    try:
+        for point in mounted:
+            if subprocess.run(["mount", "-t", "tmpfs", "none", str(point)]).returncode != 0:
+                pytest.skip("not applicable: nothing can be mounted here")
+        write(mounted[0], above="above\n")
+        said, _, _, workspace = anyio.run(lambda: in_workspace(repository, "ls 'da ta'", "process"))
+        assert (said, workspace.copied is not None) == ("above\n", True)
+        assert "copied, because something is mounted at da ta" in capsys.readouterr().err
+        subprocess.run(["umount", str(mounted[0])], check=True)
+        assert anyio.run(lambda: in_workspace(repository, "true", "process"))[3].copied is None
+    finally:
+        for point in mounted:
+            subprocess.run(["umount", "-q", str(point)])
 
 
 def test_a_copy_of_many_files_arrives_in_parts(tmp_path: Path) -> None:

@@ -72,8 +72,10 @@ def compare_upper(folder: Path, listing: Listing, exported: ExportedDir) -> tupl
         )
     wanted: list[Change] = []
     for path in sorted({*gone, *layer.files}):
-        before, after = read_file(folder / path), layer.files.get(path)
-        is_stale = _signature(folder / path) != listing.files.get(path)
+        # below a link of the folder, there is nothing of it: the agent has replaced the link by a directory
+        is_below_link = any((folder / above).is_symlink() for above in above_all(path))
+        before, after = None if is_below_link else read_file(folder / path), layer.files.get(path)
+        is_stale = (None if is_below_link else _signature(folder / path)) != listing.files.get(path)
         if before == KINDS[stat.S_IFDIR] and path not in listing.files:
             before, is_stale = None, False  # a file replaces a directory, whose files are among `gone`
         if isinstance(before, str):
@@ -111,5 +113,5 @@ def _target(path: Path) -> str:
 def _signature(path: Path) -> object:
     try:
         return signature(path.lstat())
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None

@@ -21,7 +21,7 @@ from agentkit.cli.overlay import compare_upper
 from agentkit.cli.terminal import say, visible_line
 from agentkit.cli.workdir import Change, File, compare, pack, read_files
 from agentkit_environments import Environment, SandboxUnavailableError
-from agentkit_environments.overlay import Overlay, owner_in_sandbox
+from agentkit_environments.overlay import Overlay, mounts_in, owner_in_sandbox
 from agentkit_environments.process import ProcessEnvironment
 from agentkit_evals.verify import Backend, backend_for, opened
 
@@ -86,8 +86,9 @@ async def open_workspace(
     variables = {"HOME": "/tmp", **task.environment.env}
     task = task.model_copy(update={"environment": task.environment.model_copy(update={"env": variables})})
     listing = await anyio.to_thread.run_sync(lambda: list_folder(folder, include_ignored=include_ignored))
+    why = "--include-ignored was given" if include_ignored else "git does not ignore it"
     for path in filter(_is_secret, listing.files):
-        say(console, f"The agent can read {visible_line(path)}, which git does not ignore.", "yellow")
+        say(console, f"The agent can read {visible_line(path)}, because {why}.", "yellow")
     reason = "--copy was given" if copy else _no_overlay(task, where, folder, listing)
     async with AsyncExitStack() as stack:
         if reason is None:
@@ -132,6 +133,8 @@ def _no_overlay(task: Task, backend: Backend, folder: Path, listing: Listing) ->
         return "the task's verifier needs a copy"
     if listing.owners - {owner_in_sandbox(str(folder))}:
         return "some files belong to another user or group"
+    if mounted := mounts_in(Overlay(str(folder), tuple(listing.hidden))):
+        return f"something is mounted at {visible_line(mounted[0])}"
     return None
 
 
