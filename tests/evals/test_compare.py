@@ -189,6 +189,16 @@ def test_the_command_prints_a_table_json_and_a_page(
     assert "p = 0.375" in html
 
 
+def test_no_number_is_cut_on_a_narrow_terminal(
+    runs: tuple[RunDirectory, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = agentkit("compare", tmp_path / "a", tmp_path / "b")
+    total = next(line for line in shown.splitlines() if line.startswith("all"))
+    assert total.split()[1:7] == ["10", "0.400", "0.700", "+0.300", "±", "0.213"] and "$0.2500" in total
+    assert "…" not in shown
+
+
 def test_hostile_names_are_only_text(tmp_path: Path) -> None:
     one = make_run(tmp_path / "a", {"x": [1.0]}, model=HOSTILE, agentkit=HOSTILE)
     other = make_run(tmp_path / "b", {"x": [0.0]}, model=":smile: [red]B[/]")

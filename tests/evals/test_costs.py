@@ -239,7 +239,7 @@ def test_the_cost_of_a_suite(make: Callable[..., EvalRun], number_task: MakeTask
         progress.running["number.0"] = progress.progress.add_task("number.0")
         progress(TrialFinished(next(trial for trial in run.trials if trial.solved)))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "cost" in shown.splitlines()[0] and "$2.00" in shown.splitlines()[1]
+    assert "cost" in shown.splitlines()[1] and "$2.00" in shown.splitlines()[2]
     assert " s, $2.00" in shown.splitlines()[-1]
 
 

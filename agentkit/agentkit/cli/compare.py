@@ -102,17 +102,14 @@ def _lines(flips: Sequence[Flip]) -> list[str]:
 
 
 def _table(comparison: Comparison) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
+    from agentkit.cli.progress import number_table
     from agentkit.prices import dollars
 
     priced = any(side.cost_usd is not None for side in (comparison.total.first, comparison.total.second))
-    table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, 2))
-    table.add_column("family")
-    columns = ["tasks", "mean A", "mean B", "B − A ± stderr", "tokens A", "tokens B", "seconds A", "seconds B"]
-    for column in columns + (["cost A", "cost B"] if priced else []):
-        table.add_column(column, justify="right")
+    columns = ["n", "mean\nA", "mean\nB", "B − A\n± stderr", "tokens\nA", "tokens\nB", "time\nA (s)", "time\nB (s)"]
+    table = number_table("family", *columns, *(["cost\nA", "cost\nB"] if priced else []))
     families = comparison.families if len(comparison.families) > 1 else ()
     for row in (*families, comparison.total):
         sides = (row.first, row.second)

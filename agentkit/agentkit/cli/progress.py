@@ -98,6 +98,16 @@ class LiveProgress:
         self.progress.update(self.overall, advance=1, description=f"solved {self.solved}/{self.done}")
 
 
+def number_table(heading: str, *columns: str) -> Table:
+    """Return an empty table of names and numbers. In a narrow terminal, names are broken before any number is."""
+    between = 2 if len(columns) <= 8 else 1
+    table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, between, 0, 0))
+    table.add_column(heading, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def result_table(run: RunDirectory) -> Table:
     """Return a table of scores per family and overall, with the cost of all trials if anything was charged."""
     families: dict[str, list[TrialRecord]] = {}
@@ -117,11 +127,9 @@ def _score_table(heading: str, rows: Sequence[tuple[str, Sequence[TrialRecord]]]
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 
-    table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, 2))
-    table.add_column(heading)
     charged = any(trial.usage.cost_usd is not None for _, trials in rows for trial in trials)
-    for column in ("solved", "mean ± stderr", "turns", "tokens", "seconds", "not scored", *(["cost"] * charged)):
-        table.add_column(column, justify="right")
+    columns = ("solved", "mean\n± stderr", "turns", "tokens", "seconds", "not\nscored", *(["cost"] * charged))
+    table = number_table(heading, *columns)
     for name, trials in rows:
         scored = [trial for trial in trials if trial.reward is not None]
         mean = estimate(scores_by_task(trials))
