@@ -105,6 +105,17 @@ def test_a_model_below_the_threshold_and_unscored_trials_decide_the_exit_code(
     assert "1 tasks compared; left out: 1 not scored in A, 1 not scored in B" in agentkit(*options, code=3).stdout
 
 
+def test_runs_before_a_model_that_fails_are_reported(suite: Path, models: list[str], tmp_path: Path) -> None:
+    (tmp_path / "two" / "small" / "config.json").write_text("{")
+    options: tuple[str | Path, ...] = ("eval", suite, *models, "--env", "unsafe-local", "--out", "out")
+    result = agentkit(*options, "--junit", "results.xml", code=2)
+    assert re.search(r"small +2/2 ", result.stdout) and "runs  out" in result.stdout
+    assert "config.json" in result.stderr and result.stderr.startswith("Error: ")
+    assert ElementTree.parse("results.xml").getroot().get("tests") == "2"
+    found = json.loads(agentkit(*options[:-1], "again", "--json", code=2).stdout)
+    assert [run["solved"] for run in found["runs"]] == [2] and found["comparisons"] == []
+
+
 def test_a_model_given_twice_is_refused(suite: Path, models: list[str]) -> None:
     assert "is given twice" in agentkit("eval", suite, *models[:2], *models[:2], code=2).output
     assert 'no model "none"' in agentkit("eval", suite, "-m", "tiny", "-m", "none", code=2).output

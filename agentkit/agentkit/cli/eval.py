@@ -84,7 +84,8 @@ def command(
     """Run a suite of tasks, each in its own sandbox, and write a report.
 
     With several models, the suite runs on one after the other, each with a run directory of its own in a common folder,
-    and each further model is compared with the first one, task by task. --max-cost is for all of them together.
+    and each further model is compared with the first one, task by task. --max-cost is for all of them together. If a
+    further model fails, the runs before it are reported first.
 
     Exits with 0 after the run (if every model meets --threshold), 1 below --threshold or if --max-cost stopped the run,
     3 if a trial could not be scored. Trials that --max-cost stopped are not recorded; finished ones are reported.
@@ -93,6 +94,7 @@ def command(
     from agentkit.cli.ending import ExitCode
     from agentkit.cli.progress import result_table
     from agentkit.models.remote.resolve import is_remote
+    from agentkit.prices import check_price
     from agentkit_evals.report import cost_facts
     from agentkit_evals.suite import load_suite
 
@@ -128,6 +130,10 @@ def command(
         for name, behind_api in zip(model, remote, strict=True)
         if behind_api
     }
+    if max_cost is not None:
+        for name, hosted in connected.items():
+            check_price(hosted, name)
+    failure: BaseException | None = None
     for name, folder in zip(model, _folders(model) if together else ["."], strict=True):
         left = None if max_cost is None else max_cost - sum(each.run.usage.cost_usd or 0.0 for each in finished)
         if left is not None and left <= 0:
@@ -135,15 +141,15 @@ def command(
             break
         if together:
             terminal.print(f"\n[bold]{len(loaded.cases)} tasks on {folder}[/]\n")
-        source = connected.get(name) or load_model(
-            name,
-            device=device,
-            cache_dir=cache_dir,
-            base_url=None if mixed else base_url,
-            max_connections=None if mixed else max_connections,
-        )
-        finished.append(
-            evaluation.evaluate(
+        try:
+            source = connected.get(name) or load_model(
+                name,
+                device=device,
+                cache_dir=cache_dir,
+                base_url=None if mixed else base_url,
+                max_connections=None if mixed else max_connections,
+            )
+            done = evaluation.evaluate(
                 loaded,
                 source,
                 directory=directory / folder,
@@ -151,11 +157,16 @@ def command(
                 concurrency=concurrency,
                 backend=env.value if env else None,
                 seed=chosen,
-                max_cost_usd=left,
+                max_cost_usd=None if mixed and name not in connected else left,
                 sampling=flags.changes(),
                 console=terminal,
             )
-        )
+        except (Exception, KeyboardInterrupt) as exc:
+            if not finished:
+                raise
+            failure = exc  # raised once the finished runs are reported
+            break
+        finished.append(done)
         if finished[-1].interrupted:
             break
     if junit is not None:
@@ -165,6 +176,8 @@ def command(
     results = [evaluation.as_json(each) for each in finished] if as_json else []
     if together:
         code = evaluation.side_by_side(finished, directory, results, terminal, threshold)
+        if failure is not None:
+            raise failure
         return code or (ExitCode.UNSOLVED if len(finished) < len(model) else ExitCode.OK)
     if as_json:
         typer.echo(json.dumps(results[0], indent=2))
