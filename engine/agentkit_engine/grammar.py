@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from agentkit_engine.chat import Tokenizer, TokenizerError
+from agentkit_engine.chat import format as dsml
 from agentkit_engine.chat.tokens import ASSISTANT, DSML, THINK, THINK_END
 from agentkit_engine.errors import GrammarError, GrammarMissingError
 from agentkit_engine.schema_forms import ANNOTATIONS, ANY_TEXT, Conjunction, Forms, finds, lark, whole_text
@@ -54,11 +55,10 @@ MOST_BITS = 64
 """Bits in a rule of the grammar, one for each tracked parameter; required parameters come first."""
 MOST_PATTERNS = 3
 """Maximum number of `patternProperties` at the top of a tool's parameters whose overlaps are distinguished."""
-_ANY_NAME = '/[^"<>]*/'
-"""Parameter names that the call format can express."""
+_ANY_NAME = f"/{dsml.NAME}/"
 MOST_ITEMS = 10_000
 """llguidance's limit on parser items per position (default 2,000), raised for tools with thousands of parameters."""
-_BEFORE_BLOCK = b"\n\n<"
+_BEFORE_BLOCK = dsml.BLOCK_START[0].encode()
 _CONTROL = re.compile(rb"\xff\[(\d+)\]")
 """A control token among llguidance's forced bytes."""
 
@@ -209,7 +209,7 @@ class Grammars:
         """
         tools = {}
         for index, function in enumerate(functions):
-            if re.search('["<>]', function["name"]):
+            if not re.fullmatch(dsml.NAME, function["name"]):
                 unenforced_tools.append(f"the call format cannot express the name of tool {function['name']!r}")
                 continue
             try:
@@ -225,20 +225,19 @@ class Grammars:
                 )
                 rules = self._unenforced_tool(index, function["name"])
             tools[index] = rules
-        marker = f"<[{self.dsml}]>"
-        opening = "" if opened else f'"\\n\\n<" {marker} '
-        call = f'call: "<" {marker} "invoke name=\\"" ({" | ".join(f"tool_{index}" for index in tools)})'
-        return [
-            f'{opening}"tool_calls>\\n" call+ "</" {marker} "tool_calls>"',
-            *([call, *tools.values()] if tools else ()),
-        ]
+        start = self._terms(dsml.BLOCK_START[2:] if opened else dsml.BLOCK_START)
+        call = f"call: {self._terms(dsml.INVOKE_START)} ({' | '.join(f'tool_{index}' for index in tools)})"
+        return [f"{start} call+ {self._terms(dsml.BLOCK_END)}", *([call, *tools.values()] if tools else ())]
+
+    def _terms(self, pieces: Sequence[str]) -> str:
+        """Return pieces of the call format as terms of a rule."""
+        return " ".join(f"<[{self.dsml}]>" if piece is DSML else json.dumps(piece) for piece in pieces)
 
     def _unenforced_tool(self, index: int, name: str) -> str:
         """Return the rules of a tool whose schema cannot be enforced: only the call format."""
         values = _Values(self, index, Forms(True))
         rules = self._parameters(f"{index}_0", _Parameters({}, frozenset(), ((_ANY_NAME, True),)), values)
-        head = json.dumps(f'{name}">\n')
-        return "\n".join([f"tool_{index}: {head} open_{index}_0", rules, *values.rules])
+        return "\n".join([f"tool_{index}: {json.dumps(dsml.invoke_name(name))} open_{index}_0", rules, *values.rules])
 
     def _tool(self, index: int, function: Mapping[str, Any], unenforced: list[str]) -> str:
         """Return the rules of one tool: parameters in any order, each at most once, all required ones present."""
@@ -273,15 +272,14 @@ class Grammars:
         missed = {key for conjunction in alternatives for part in conjunction for key in part} - known
         unenforced.append(_sentence(missed | forms.missed, name))
         opens = " | ".join(f"open_{index}_{number}" for number in range(len(rules)))
-        head = json.dumps(f'{name}">\n')
-        return "\n".join([f"tool_{index}: {head} ({opens})", *rules, *values.rules])
+        return "\n".join([f"tool_{index}: {json.dumps(dsml.invoke_name(name))} ({opens})", *rules, *values.rules])
 
     def _read(self, conjunction: Conjunction, names: Sequence[str], forms: Forms) -> _Parameters:
         """Return the parameters that satisfy all of `conjunction`."""
         declared: dict[str, Schema] = {}
         for key in names:
             every = [each for part in conjunction for each in _schemas_of(key, part, names, forms) if each is not True]
-            if False not in every and not re.search('["<>]', key):
+            if False not in every and re.fullmatch(dsml.NAME, key):
                 declared[key] = {"allOf": every} if len(every) > 1 else every[0] if every else True
         required = frozenset(key for part in conjunction for key in part.get("required", ()))
         return _Parameters(declared, required, tuple(self._free(conjunction, names, forms)))
@@ -317,35 +315,32 @@ class Grammars:
 
     def _parameters(self, place: str, parameters: _Parameters, values: _Values) -> str:
         """Return the rules from the end of a call's first line to the end of the call."""
-        marker = f"<[{self.dsml}]>"
-        end = f'"</" {marker} "invoke>\\n"'
+        marker, head = self._terms(dsml.PARAMETER_START[:2]), self._terms(dsml.PARAMETER_START[2:])
+        tail = f"{self._terms(dsml.PARAMETER_END[1:])} next_{place}::"  # the rule of the value includes the `</`
+        end, empty = self._terms(dsml.INVOKE_END), self._terms([dsml.NO_PARAMETERS, *dsml.INVOKE_END])
         rules = {key: values.rule(schema, key) for key, schema in parameters.declared.items()}
         keys = sorted((key for key in rules if rules[key]), key=lambda key: key not in parameters.required)
         watched = keys[:MOST_BITS]
         unwatched = keys[MOST_BITS:]
         if len(parameters.required) > MOST_BITS or unwatched:
             values.missed.setdefault("(more than 64 parameters)", set()).add("required")
-        close = f'{marker} "parameter>\\n"'
-        one = [
-            f'"parameter name=\\"" {rules[key]} {close} next_{place}::set_bit({bit}) %if bit_clear({bit})'
-            for bit, key in enumerate(watched)
-        ]
-        one += [f'"parameter name=\\"" {rules[key]} {close} next_{place}::_' for key in unwatched]
+        one = [f"{head} {rules[key]} {tail}set_bit({bit}) %if bit_clear({bit})" for bit, key in enumerate(watched)]
+        one += [f"{head} {rules[key]} {tail}_" for key in unwatched]
         terminals = []
         for number, (name, schema) in enumerate(parameters.free):
             if rule := values.rule(schema, None):
                 terminals.append(f"NAME_{place}_{number}: {name}")
-                one.append(f'"parameter name=\\"" NAME_{place}_{number} {rule} {close} next_{place}::_')
+                one.append(f"{head} NAME_{place}_{number} {rule} {tail}_")
         if not one:
-            return f'open_{place}: "\\n" {end}'
+            return f"open_{place}: {empty}"
         needed = [f"bit_set({bit})" for bit, key in enumerate(watched) if key in parameters.required]
         enough = functools.reduce(lambda left, right: f"and({left}, {right})", needed) if needed else "true"
         more = "" if len(one) > len(watched) else f" %if not(is_ones([0:{len(watched)}]))"
         return "\n".join(
             [
-                f'open_{place}: "<" {marker} param_{place}::0x0' + ("" if needed else f'\n  | "\\n" {end}'),
+                f"open_{place}: {marker} param_{place}::0x0" + ("" if needed else f"\n  | {empty}"),
                 f"param_{place}::_ : " + "\n  | ".join(one),
-                f'next_{place}::_ : "<" {marker} param_{place}::_{more}',
+                f"next_{place}::_ : {marker} param_{place}::_{more}",
                 f"  | {end} %if {enough}",
                 *terminals,
             ]
@@ -359,12 +354,13 @@ class Grammars:
         raw, json_options = forms.split(schema)
         text = " | ".join(f"({term})" for term in raw if len(raw) > 1 or self._matches_some(term))
         form = forms.json(json_options)
+        close = json.dumps(dsml.PARAMETER_END[0])
         options, rules = [], []
         if text:
-            options.append(json.dumps(f'{key or ""}" string="true">') + f" TEXT_{place}")
-            rules.append(f'TEXT_{place}: ({text}) "</"')
+            options.append(json.dumps(dsml.parameter_name(key or "", string=True)) + f" TEXT_{place}")
+            rules.append(f"TEXT_{place}: ({text}) {close}")
         if form is not None:
-            options.append(json.dumps(f'{key or ""}" string="false">') + f' json_{place} "</"')
+            options.append(json.dumps(dsml.parameter_name(key or "", string=False)) + f" json_{place} {close}")
             rules.append(f"json_{place}: %json {json.dumps(form)}")
         return "\n".join([f"value_{place}: {' | '.join(options)}", *rules]) if options else ""
 

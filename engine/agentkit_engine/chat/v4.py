@@ -25,11 +25,11 @@ from itertools import groupby
 from typing import Any, Literal
 
 from agentkit_engine.chat.errors import EncodeError
+from agentkit_engine.chat.format import json_text, render_block, render_result
 from agentkit_engine.chat.tokenizer import Tokenizer
 from agentkit_engine.chat.tokens import (
     ASSISTANT,
     BOS,
-    DSML,
     EOS,
     FIM_BEGIN,
     FIM_END,
@@ -102,9 +102,6 @@ _TOOLS_TAIL = """
 You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
 """
 _RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
-
-_RESULT_END = "</tool_result>"
-_RESULT_END_ESCAPED = "&lt;/tool_result>"
 
 
 def encode(
@@ -233,7 +230,7 @@ def _to_ids(pieces: Iterable[str], tokenizer: Tokenizer) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """One tool result inside a user turn."""
+    """One rendered tool result inside a user turn."""
 
     call_id: str | None
     text: str
@@ -263,9 +260,7 @@ def _merge_turns(messages: Sequence[Message], *, escape: bool) -> list[_Turn]:
         text = _text(message.get("content"), role)
         block: str | _Result = text
         if role == "tool":
-            block = _Result(
-                message.get("tool_call_id"), text.replace(_RESULT_END, _RESULT_END_ESCAPED) if escape else text
-            )
+            block = _Result(message.get("tool_call_id"), render_result(text, escape=escape))
         if turns and turns[-1].role == "user" and (role == "tool" or not turns[-1].message.get("task")):
             turns[-1].blocks.append(block)
         else:
@@ -368,7 +363,7 @@ def _render_turns(turns: Sequence[_Turn], *, thinking: bool, keep_all: bool, thi
 def _asking(turn: _Turn) -> list[str]:
     """Return a system, developer, user or reminder turn, without its transition."""
     if turn.role == "user":
-        blocks = [f"<tool_result>{b.text}{_RESULT_END}" if isinstance(b, _Result) else b for b in turn.blocks]
+        blocks = [block.text if isinstance(block, _Result) else block for block in turn.blocks]
         return [USER, "\n\n".join(blocks)]
     message = turn.message
     text = _text(message.get("content"), turn.role)
@@ -380,7 +375,7 @@ def _asking(turn: _Turn) -> list[str]:
     if message.get("tools"):
         pieces += ["\n\n", *_tools_block(message["tools"])]
     if message.get("response_format"):
-        pieces += ["\n\n", _RESPONSE_FORMAT, _json(message["response_format"])]
+        pieces += ["\n\n", _RESPONSE_FORMAT, json_text(message["response_format"])]
     return pieces
 
 
@@ -388,7 +383,7 @@ def _tools_block(tools: Sequence[Mapping[str, Any]]) -> list[str]:
     for tool in tools:
         if not isinstance(tool.get("function"), Mapping):
             raise EncodeError(f'a tool is {{"type": "function", "function": {{...}}}}; got {dict(tool)!r:.200}')
-    schemas = "\n".join(_json(tool["function"]) for tool in tools)
+    schemas = "\n".join(json_text(tool["function"]) for tool in tools)
     return [*split_template(_TOOLS_HEAD), schemas, _TOOLS_TAIL]
 
 
@@ -409,29 +404,18 @@ def _assistant(message: Message, *, reasoning: bool) -> list[str]:
     pieces.append(_text(message.get("content"), "assistant"))
     calls = message.get("tool_calls") or []
     if calls:
-        pieces += ["\n\n<", DSML, "tool_calls>\n"]
-        for call in calls:
-            pieces += _invoke(call)
-        pieces += ["</", DSML, "tool_calls>"]
+        pieces += render_block(map(_call, calls))
     if not message.get("wo_eos"):
         pieces.append(EOS)
     return pieces
 
 
-def _invoke(call: Mapping[str, Any]) -> list[str]:
+def _call(call: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments of a call."""
     function = call.get("function")
     if not isinstance(function, Mapping) or not {"name", "arguments"} <= function.keys():
         raise EncodeError(f'a tool call is {{"function": {{"name": ..., "arguments": ...}}}}; got {dict(call)!r:.200}')
-    pieces = ["<", DSML, f'invoke name="{function["name"]}">\n']
-    for i, (key, value) in enumerate(_arguments(function).items()):
-        is_string = isinstance(value, str)
-        pieces += [
-            "\n" if i else "",
-            *("<", DSML, f'parameter name="{key}" string="{"true" if is_string else "false"}">'),
-            value if is_string else _json(value),
-            *("</", DSML, "parameter>"),
-        ]
-    return [*pieces, "\n</", DSML, "invoke>\n"]
+    return function["name"], _arguments(function)
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -449,7 +433,3 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise EncodeError(f"arguments of {function['name']!r} must be a JSON object; got {text[:200]}")
     return arguments
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

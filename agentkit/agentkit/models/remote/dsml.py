@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
 
 from agentkit.model import CallMalformed, CallReady
 from agentkit_engine import chat
+from agentkit_engine.chat.format import BLOCK_WORD
+from agentkit_engine.chat.tokens import DSML
 from agentkit_tools import ToolCall
 
 _MARKER: Final = r"\s?[|｜]{1,2}\s?DSML\s?[|｜]{1,2}\s?"
 _ANY: Final = re.compile(rf"(</?){_MARKER}")
-_START: Final = re.compile(rf"<{_MARKER}(?=\w*(?:tool|function|call|invo))", re.IGNORECASE)
+_START: Final = re.compile(rf"<{_MARKER}(?={BLOCK_WORD})", re.IGNORECASE)
 _CLOSING: Final = re.compile(rf"</{_MARKER}\w+>")
 _BEGUN: Final = re.compile(r"<\s?(?:[|｜]{1,2}\s?(?:D(?:S(?:M(?:L\s?(?:[|｜]{1,2}\s?)?)?)?)?)?)?\w*\Z")
 _LONGEST: Final = 48
@@ -38,11 +41,9 @@ def split_calls(
     text: str, *, turn: int, tools: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[CallReady | CallMalformed]]:
     """Return the text before the block of calls at its end, and the calls; the whole text if there is no such block."""
-    for count, start in enumerate(_START.finditer(text)):
-        if count == _MAX_STARTS:
-            break
+    for start in islice(_START.finditer(text), _MAX_STARTS):
         parser = chat.StreamParser(False, turn=turn, tools=tools)
-        parsed = parser.feed(_ANY.sub(r"\1｜DSML｜", text[start.start() :])) + parser.finish()
+        parsed = parser.feed(_ANY.sub(rf"\1{DSML}", text[start.start() :])) + parser.finish()
         if any(isinstance(event, chat.TextDelta) and event.text.strip() for event in parsed):
             names = [event.name for event in parsed if isinstance(event, chat.CallReady)]
             is_alone = not text[: start.start()].strip() and _CLOSING.split(text)[-1].startswith("\n")
