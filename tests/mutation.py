@@ -35,7 +35,7 @@ FILES = (
     "agentkit/agentkit/agent.py",
     "agentkit/agentkit/turn.py",
     "engine/agentkit_engine/async_engine.py",
-    "engine/agentkit_engine/chat/v4_parser.py",
+    "engine/agentkit_engine/chat/v4_*.py",
     "engine/agentkit_engine/runtime/batcher.py",
     "engine/agentkit_engine/runtime/state.py",
     "evals/agentkit_evals/statistics.py",

@@ -1,8 +1,8 @@
 """JSON types and values that a JSON Schema can accept.
 
 The answers are upper bounds, found without validation: `type`, `enum`, `const`, references and their combinations are
-evaluated, and every other keyword is assumed to accept. `chat.v4_parser` uses them to interpret a parameter's text, and
-`schema_forms` to choose its forms in a grammar.
+evaluated, and every other keyword is assumed to accept. `chat.v4_arguments` uses them to interpret a parameter's text,
+and `schema_forms` to choose its forms in a grammar.
 """
 
 from __future__ import annotations

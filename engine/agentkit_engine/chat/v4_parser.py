@@ -30,16 +30,17 @@ Otherwise the parser is lenient:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from agentkit_engine.chat.errors import ParseError
+from agentkit_engine.chat.format import BLOCK, PARAMETER
 from agentkit_engine.chat.tokenizer import Tokenizer
-from agentkit_engine.chat.tokens import BOS, DSML, EOS, THINK, THINK_END
-from agentkit_engine.schema_types import MAX_LOOKS, could_accept, read_json, resolve
+from agentkit_engine.chat.tokens import DSML, EOS, THINK, THINK_END
+from agentkit_engine.chat.v4_arguments import body_json, parameters_json
+from agentkit_engine.chat.v4_strict import parse_strict
+from agentkit_engine.chat.v4_tags import MAX_TAG, Head, Tag, read_tag, value_end
 
 FinishReason = Literal["stop", "tool_calls", "length"]
 
@@ -107,21 +108,10 @@ _State = Literal[
     "call",  # inside an invoke, between parameters
     "value",  # inside a parameter
 ]
-_Kind = Literal["wrapper", "invoke", "parameter"]
 
-MAX_TAG = 1024
-"""Maximum length of a tag after its marker, in characters; the longest names are far shorter."""
-_HELD = re.compile(r"\n{0,2}</?\Z|\n{1,2}\Z")
+_HELD = re.compile(r"\n{0,2}(?:</?)?\Z")
 """End of a text that may belong to a tag: up to two newlines, then `<` or `</`."""
 _LEADS = ("", "<", "</")
-_TAG_NAME = re.compile(r"\s*+([A-Za-z][\w:-]*+)?")
-_TAG_END = re.compile(r"""(?:[^>"']++|"[^"]*+"|'[^']*+')*+>""")
-_ATTRIBUTE = re.compile(r"""([A-Za-z]\w*+)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s>"'/]++))""")
-_WRAPPER = re.compile(r"\w*(?:tool|function|call|invo)[\w:-]*", re.IGNORECASE)
-"""`tool_calls`, and the words that models write instead."""
-_PARAMETER_TAGS = ("parameter", "param", "argument", "arg")
-_WRAPPING_KEYS = ("arguments", "input", "parameters")
-"""Names of a parameter that wraps all arguments, if the tool does not declare that parameter."""
 
 
 class _Pieces:
@@ -152,29 +142,6 @@ class _Pieces:
 
 
 @dataclass(slots=True)
-class _Tag:
-    """A DSML tag being read: `lead` is the `<` or `</` before the marker, `text` everything after it."""
-
-    lead: str
-    place: int
-    """Index of the marker in the parser's `_raw`."""
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """A complete tag."""
-
-    kind: _Kind
-    word: str
-    attributes: dict[str, str]
-    text: str
-    closing: bool
-    empty: bool
-    """The tag ends with `/>`."""
-
-
-@dataclass(slots=True)
 class _Call:
     """The call being read; `parameters` holds (raw value, `string` attribute or None)."""
 
@@ -184,7 +151,7 @@ class _Call:
     parameters: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     key: str = ""
     string: str | None = None
-    value_word: str = "parameter"
+    value_word: str = PARAMETER
 
 
 @dataclass(slots=True)
@@ -256,7 +223,7 @@ class StreamParser:
         self._held = ""  # end of the text that may belong to a tag
         self._carried = ""  # `_held` of a thought that just ended; its tag may continue after `</think>`
         self._said = False  # True once the answer has text
-        self._tag: _Tag | None = None
+        self._tag: Tag | None = None
         self._block: _Block | None = None
         self._before = ""  # newlines and lead before the first marker of the current tag or block
         self._raw: list[str] = []  # everything from that marker on; each marker is a piece of its own
@@ -341,14 +308,13 @@ class StreamParser:
     def _read_control(self, token: str) -> None:
         if self._mode == "done":
             return
-        in_value = self._block is not None and self._block.state == "value"
         if token == EOS:
             self._end(cut=False, stopped=False)
         elif token == DSML and self._reads_calls:
             self._read_marker()
         elif token == THINK_END and self._mode == "reasoning":
             self._end_thought()
-        elif in_value or token not in (THINK, THINK_END):
+        elif token not in (THINK, THINK_END) or (self._block and self._block.state == "value"):
             self._read_text(token)
 
     def _read_text(self, text: str) -> None:
@@ -397,25 +363,25 @@ class StreamParser:
             else:
                 self._before, self._held = lead, held[: -len(lead)]
             self._raw = [DSML]
-            self._tag = _Tag(lead, 0)
+            self._tag = Tag(lead, 0)
             return
         self._raw.append(DSML)
         lead = _lead(block.text.tail)
         if lead and (block.state != "value" or lead == "</" or self._think_end is not None):
             block.text.chop(len(lead))
             block.ink = "" if block.ink in _LEADS else block.ink
-            self._tag = _Tag(lead, len(self._raw) - 1)
+            self._tag = Tag(lead, len(self._raw) - 1)
         elif block.state == "value":
             block.text.add(DSML)
 
-    def _read_tag(self, tag: _Tag, text: str) -> None:
+    def _read_tag(self, tag: Tag, text: str) -> None:
         tag.text += text
         block = self._block
         if block is not None and block.state == "value":
             self._read_value_tag(block, tag, text)
             return
-        head = _parse_tag(tag, ended=">" in text)
-        if head is None and len(tag.text) < MAX_TAG and _may_be_tag(tag.text):
+        head = read_tag(tag, ended=">" in text)
+        if head == "partial":
             return
         self._tag = None
         if head is None:
@@ -428,25 +394,23 @@ class StreamParser:
         elif block is None:  # otherwise the block was turned back into text, including the rest
             self._read_text(rest)
 
-    def _read_value_tag(self, block: _Block, tag: _Tag, text: str) -> None:
+    def _read_value_tag(self, block: _Block, tag: Tag, text: str) -> None:
         """Read a tag inside a value; it either ends the parameter or is part of the value."""
         call = block.call
         assert call is not None
+        found, rest = value_end(tag.text, call.value_word)
         if self._think_end is not None and tag.lead == "<":  # the answer may start a block of its own
-            head = _parse_tag(tag, ended=">" in text)
-            if head is None and len(tag.text) < MAX_TAG and _may_be_tag(tag.text):
+            head = read_tag(tag, ended=">" in text)
+            if head == "partial":
                 return
             if head is not None and self._begins_anew(head, block):
                 self._tag = None
                 self._enter(head, tag)
                 self._consume(tag.text[len(head.text) :])
                 return
-            found: bool | None = False
-            rest = ""
-        else:
-            found, rest = _value_end(tag.text, call.value_word)
-            if found is None and len(tag.text) < MAX_TAG:
-                return
+            found = False
+        elif found is None and len(tag.text) < MAX_TAG:
+            return
         self._tag = None
         if not found:
             block.text.add(tag.lead + DSML + tag.text)
@@ -460,12 +424,12 @@ class StreamParser:
             call.parameters[call.key] = (value, call.string)
         self._consume(rest)
 
-    def _break_tag(self, tag: _Tag) -> None:
+    def _break_tag(self, tag: Tag) -> None:
         """End the tag being read at a control token; the end of its text may be the start of the next tag."""
         self._tag = None
         block = self._block
         if block is None:
-            self._give_back(_lead(tag.text), whole=False)
+            self._drop_tag(_lead(tag.text))
         elif block.state == "value":
             block.text.add(tag.lead + DSML + tag.text)
         else:
@@ -474,35 +438,28 @@ class StreamParser:
             if lead := _lead(tag.text):
                 block.text.add(lead)
 
-    def _fail_tag(self, tag: _Tag) -> None:
+    def _fail_tag(self, tag: Tag) -> None:
         """Handle text that is not a tag: in a block the call is malformed; elsewhere only the marker is dropped."""
         block = self._block
-        if block is None:
-            self._give_back(tag.text)
-        elif block.closed:
-            self._take_back()
+        if block is None or block.closed:
+            self._take_back(markers=block is not None)
         elif block.state in ("between", "call"):
             self._malformed("unknown or unfinished tag")
             block.text.add(tag.text)  # its end may be the start of the next tag
 
-    def _give_back(self, text: str, *, whole: bool = True) -> None:
-        """Outside a block, emit text that is not a tag: all of it except the marker, or only `text` if not `whole`."""
-        before, think_end, raw = self._before, self._think_end, self._raw
+    def _drop_tag(self, rest: str) -> None:
+        """Outside a block, drop the tag and emit only `rest`, the end of its text."""
         self._before, self._think_end, self._raw = "", None, []
-        if not whole or think_end is None:
-            self._give(before + text if whole else text)
-            return
-        self._emit("reasoning", before + "".join(piece for piece in raw[:think_end] if piece is not DSML))
-        self._give("".join(piece for piece in raw[think_end:] if piece is not DSML))
+        self._give(rest)
 
-    def _begins_anew(self, head: _Head, block: _Block) -> bool:
+    def _begins_anew(self, head: Head, block: _Block) -> bool:
         """Return whether a tag after `</think>` opens a new block instead of continuing the thought's open one."""
         if self._think_end is None or head.closing or head.kind == "parameter":
             return False
         cut_call = block.call is not None and block.call.index < block.begun_in_thought
         return head.kind == "wrapper" or block.made_in_thought > 0 or cut_call
 
-    def _enter(self, head: _Head, tag: _Tag) -> None:
+    def _enter(self, head: Head, tag: Tag) -> None:
         """Process a complete tag."""
         block = self._block
         if block is not None and self._begins_anew(head, block):
@@ -512,12 +469,13 @@ class StreamParser:
             self._raw, block = fresh, None
         if block is None:
             if head.closing or head.kind == "parameter":  # it has no meaning here
-                self._give_back("", whole=False)
+                self._drop_tag("")
                 return
             block = self._open_block()
+        word = block.call.word if block.call else ""
         if head.kind == "invoke" and not head.closing:
             self._open_call(block, head)
-        elif block.state == "call" and head.closing and (head.kind == "invoke" or head.word == _word(block)):
+        elif block.state == "call" and head.closing and (head.kind == "invoke" or head.word == word):
             self._end_call(block)
         elif head.kind == "wrapper" and head.closing:
             if block.state == "call":
@@ -530,7 +488,7 @@ class StreamParser:
             self._open_value(block, head)
         elif head.kind == "wrapper" and block.state == "between":
             block.wrapped, block.closed = True, False
-            block.misspelt = head.word != "tool_calls"
+            block.misspelt = head.word != BLOCK
             block.clear_text()
         elif block.state == "skip":
             if head.kind == "invoke":
@@ -540,16 +498,20 @@ class StreamParser:
         elif not block.closed:
             self._malformed(f"unexpected tag {head.text[:40]!r}")
 
-    def _open_block(self) -> _Block:
+    def _begin_block(self) -> None:
+        """Emit the text before a block, except the newlines that belong to the block."""
         newlines = _newlines(self._held)
-        self._held = self._held[: len(self._held) - len(newlines)]
+        self._held = self._held.removesuffix(newlines)
         self._before = newlines + self._before
         self._flush()
+
+    def _open_block(self) -> _Block:
+        self._begin_block()
         opens = self._mode == "content" and self._think_end is None and (not self._said or self._ends_after_block)
         self._block = _Block(opens, self._index, len(self._ready))
         return self._block
 
-    def _open_call(self, block: _Block, head: _Head) -> None:
+    def _open_call(self, block: _Block, head: Head) -> None:
         if block.state == "call":
             self._malformed("the call is not closed")
         block.state, block.closed = "call", False
@@ -564,7 +526,7 @@ class StreamParser:
         if head.empty:
             self._end_call(block)
 
-    def _open_value(self, block: _Block, head: _Head) -> None:
+    def _open_value(self, block: _Block, head: Head) -> None:
         assert block.call is not None
         if block.ink:
             self._malformed(f"text between parameters: {str(block.text).strip()[:40]!r}")
@@ -581,13 +543,13 @@ class StreamParser:
         schema = self._schemas.get(call.name)
         text = str(block.text).strip()
         if text:
-            arguments = None if call.parameters else _from_body(text, schema)
+            arguments = None if call.parameters else body_json(text, schema)
             if arguments is None:
                 self._malformed(f"text between parameters: {text[:40]!r}")
                 self._after_call(block)
                 return
         else:
-            arguments = _arguments(call.parameters, schema)
+            arguments = parameters_json(call.parameters, schema)
         ready = CallReady(call.index, f"call_{self._turn}_{call.index}", call.name, arguments)
         self._ready.append(ready)
         self._note(block, ready)
@@ -624,27 +586,21 @@ class StreamParser:
         """Handle `</think>`: an incomplete tag or block may continue in the answer."""
         if self._tag is None and self._block is None:
             if self._held.endswith("<"):
-                newlines = _newlines(self._held[:-1])
-                self._carried = newlines + "<"
+                self._carried = _newlines(self._held[:-1]) + "<"
                 self._held = self._held[: -len(self._carried)]
             self._flush()
         else:
             self._think_end = len(self._raw)
             if self._block is None:
-                newlines = _newlines(self._held)
-                self._held = self._held[: len(self._held) - len(newlines)]
-                self._before = newlines + self._before
-                self._flush()
+                self._begin_block()
             else:
                 self._block.made_in_thought, self._block.begun_in_thought = self._block.outcomes, self._index
         self._mode = "content"
 
     def _take_back(self, *, upto: int | None = None, markers: bool = True) -> None:
-        """Turn the block back into text: the part before `</think>` into reasoning, the rest into content."""
+        """Turn the tag or block back into text: the part before `</think>` into reasoning, the rest into content."""
         block, before, think_end = self._block, self._before, self._think_end
-        raw = self._raw[:upto]
-        if not markers:
-            raw = ["" if piece is DSML else piece for piece in raw]
+        raw = [piece if markers or piece is not DSML else "" for piece in self._raw[:upto]]
         self._block, self._tag, self._before, self._raw, self._think_end = None, None, "", [], None
         if block is not None:
             del self._ready[block.first_ready :]
@@ -666,18 +622,16 @@ class StreamParser:
             if self._mode == "content" and self._think_end is None and tag.lead == "<":
                 block = self._open_block()
             else:
-                self._tag = None
-                self._give_back(tag.text)
+                self._take_back(markers=False)
         if block is not None:
             self._end_block(block, tag, stopped=stopped)
         self._emit_carried()
         if not (cut and self._held == "\n\n<"):
             self._flush()
         self._mode = "done"
-        calls = bool(self._ready or self._failed)
-        self._events.append(ParseFinished("length" if cut else "tool_calls" if calls else "stop"))
+        self._events.append(ParseFinished("length" if cut else "tool_calls" if self._ready or self._failed else "stop"))
 
-    def _end_block(self, block: _Block, tag: _Tag | None, *, stopped: bool) -> None:
+    def _end_block(self, block: _Block, tag: Tag | None, *, stopped: bool) -> None:
         """End the turn in or after a block: its calls count, or it becomes text."""
         begun = tag is not None and tag.lead == "<" and block.state != "skip"
         complete = block.complete and not begun
@@ -702,12 +656,10 @@ class StreamParser:
     def _give(self, text: str) -> None:
         """Emit text, except an end that may belong to a tag."""
         text = self._held + text
-        self._held = ""
-        if text[-1:] in ("\n", "<", "/"):
-            held = _HELD.search(text, max(0, len(text) - 4))
-            if held is not None:
-                text, self._held = text[: held.start()], held.group()
-        self._emit(self._mode, text)
+        held = _HELD.search(text, max(0, len(text) - 4))
+        assert held is not None  # it may be empty
+        self._held = held.group()
+        self._emit(self._mode, text[: held.start()])
 
     def _flush(self) -> None:
         """Emit the text that was held back."""
@@ -746,57 +698,6 @@ def _newlines(text: str) -> str:
     return text[-2:] if text.endswith("\n\n") else text[-1:] if text.endswith("\n") else ""
 
 
-def _word(block: _Block) -> str:
-    return "" if block.call is None else block.call.word
-
-
-def _kind(word: str) -> _Kind | None:
-    if word == "invoke":
-        return "invoke"
-    if word in _PARAMETER_TAGS:
-        return "parameter"
-    return "wrapper" if _WRAPPER.fullmatch(word) else None
-
-
-def _may_be_tag(text: str) -> bool:
-    """Return whether more input can make `text`, which follows a marker and has no end yet, a tag."""
-    name = _TAG_NAME.match(text)
-    assert name is not None
-    if name.end() == len(text):
-        return True  # the name may be incomplete
-    return name[1] is not None and _kind(name[1]) is not None
-
-
-def _parse_tag(tag: _Tag, *, ended: bool) -> _Head | None:
-    """Return the tag after a marker, or None if it has no end or is invalid. `ended`: the new text contains `>`."""
-    if not ended:
-        return None
-    name = _TAG_NAME.match(tag.text)
-    assert name is not None
-    word = name[1]
-    kind = _kind(word) if word else None
-    end = _TAG_END.match(tag.text, name.end(), MAX_TAG) if kind else None
-    if kind is None or end is None:
-        return None
-    attributes = {
-        found[1].lower(): next(value for value in found.groups()[1:] if value is not None)
-        for found in _ATTRIBUTE.finditer(tag.text, name.end(), end.end())
-    }
-    if kind == "wrapper" and word != "tool_calls" and "name" in attributes:
-        kind = "invoke"
-    text = tag.text[: end.end()]
-    return _Head(kind, word, attributes, text, closing=tag.lead == "</", empty=text.endswith("/>"))
-
-
-def _value_end(text: str, word: str) -> tuple[bool | None, str]:
-    """Return whether `text`, after `</` and a marker, ends the parameter (None: too short to decide), and the rest."""
-    text = text.lstrip()
-    if not text.startswith(word):
-        return (None if word.startswith(text) else False), ""
-    rest = text[len(word) :].lstrip()
-    return (None, "") if not rest else (rest[0] == ">", rest[1:])
-
-
 _SPELT_TOKENS = (THINK, THINK_END, DSML, EOS)
 _SPELT = re.compile("|".join(map(re.escape, _SPELT_TOKENS)))
 _LONGEST_SPELT = max(map(len, _SPELT_TOKENS))
@@ -804,111 +705,8 @@ _LONGEST_SPELT = max(map(len, _SPELT_TOKENS))
 
 def _partial_length(text: str) -> int:
     """Return the length of the longest suffix of `text` that begins a spelt control token."""
-    for length in range(min(len(text), _LONGEST_SPELT - 1), 0, -1):
-        if any(token.startswith(text[-length:]) for token in _SPELT_TOKENS):
-            return length
-    return 0
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _arguments(parameters: Mapping[str, tuple[str, str | None]], schema: Any) -> str:
-    """Return a call's arguments as JSON text, unwrapped if one parameter holds them all."""
-    properties = (schema or {}).get("properties") or {}
-    values = {
-        key: _value_json(value, string, _parameter(schema, key), schema) for key, (value, string) in parameters.items()
-    }
-    if schema is not None and len(values) == 1:
-        [(key, value)] = values.items()
-        if key not in properties and not schema.get("additionalProperties"):
-            unwrapped = _unwrapped(key, _loads(value), schema)
-            if unwrapped is not None:
-                return _dumps(unwrapped)
-    return "{" + ", ".join(f"{_dumps(key)}: {value}" for key, value in values.items()) + "}"
-
-
-def _unwrapped(key: str, value: Any, schema: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments inside the one parameter `key` if they fit: an object, its JSON text, or a single value."""
-    inner = _loads(value) if isinstance(value, str) else value
-    if isinstance(inner, dict) and _fits(inner, schema):
-        return inner
-    needed = schema.get("required") or list(schema.get("properties") or {})
-    if key in _WRAPPING_KEYS and len(needed) == 1 and _fits({needed[0]: value}, schema):
-        return {needed[0]: value}
-    return None
-
-
-def _from_body(text: str, schema: Any) -> str | None:
-    """Return as JSON text the arguments written as an invoke's body, if they fit the tool's schema."""
-    body = _loads(text)
-    if schema is None or not isinstance(body, dict):
-        return None
-    if _fits(body, schema):
-        return text
-    for key in _WRAPPING_KEYS:
-        inner = body.get(key)
-        inner = _loads(inner) if isinstance(inner, str) else inner
-        if isinstance(inner, dict) and body.keys() <= {key, "name"} and _fits(inner, schema):
-            return _dumps(inner)
-    return None
-
-
-def _fits(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
-    """Return whether the arguments have the schema's parameters, with values of its types."""
-    properties = schema.get("properties") or {}
-    if not arguments.keys() >= set(schema.get("required") or ()):
-        return False
-    if not (arguments.keys() <= properties.keys() or schema.get("additionalProperties")):
-        return False
-    return all(could_accept(_parameter(schema, key), schema, value) for key, value in arguments.items())
-
-
-def _loads(text: str) -> Any:
-    """Return the value of a JSON text, or None if it is not JSON (NaN and Infinity are not)."""
-    is_json, value = read_json(text)
-    return value if is_json else None
-
-
-def _value_json(value: str, string: str | None, schema: Any, root: Any) -> str:
-    """Return a parameter as JSON text, decided by its raw value, its `string` attribute and, if unclear, its schema.
-
-    The attribute decides unless the schema rejects its interpretation and accepts the other one.
-    """
-    is_json, read = read_json(value)
-    if not is_json:
-        return _dumps(value)
-    as_text, as_json = could_accept(schema, root, value), could_accept(schema, root, read)
-    if string == "false":
-        text = as_text and not as_json and read is not None  # null means no value, not the text "null"
-        return _dumps(value) if text else value
-    return _dumps(value) if as_text or not as_json else value
-
-
-def _parameter(schema: Any, key: str) -> Any:
-    """Return the schema of one parameter from `properties`, including those behind references and in branches."""
-    found: list[Any] = []
-    looks = 0
-
-    def look(part: Any, inside: tuple[int, ...]) -> None:
-        nonlocal looks
-        looks += 1
-        if not isinstance(part, Mapping) or id(part) in inside or looks > MAX_LOOKS:
-            return
-        inside = (*inside, id(part))
-        properties = part.get("properties")
-        if isinstance(properties, Mapping) and key in properties:
-            found.append(properties[key])
-        look(resolve(part.get("$ref"), schema), inside)
-        for keyword in ("allOf", "anyOf", "oneOf"):
-            for branch in part.get(keyword) or ():
-                look(branch, inside)
-        if not found and isinstance(part.get("additionalProperties"), Mapping):
-            found.append(part["additionalProperties"])
-
-    look(schema, ())
-    return {"anyOf": found} if found else True
+    lengths = range(min(len(text), _LONGEST_SPELT - 1), 0, -1)
+    return next((n for n in lengths if any(token.startswith(text[-n:]) for token in _SPELT_TOKENS)), 0)
 
 
 def parse(text: str, *, effort: str, strict: bool = False) -> dict[str, Any]:
@@ -924,85 +722,8 @@ def parse(text: str, *, effort: str, strict: bool = False) -> dict[str, Any]:
         ParseError: `strict`, and the text violates the grammar.
     """
     if strict:
-        return _parse_strict(text, think=effort != "none")
+        return parse_strict(text, think=effort != "none")
     parser = StreamParser(effort != "none")
     parser.feed(text)
     parser.finish()
     return parser.message
-
-
-_BLOCK_START = f"\n\n<{DSML}tool_calls"
-_STRICT_INVOKE = re.compile(rf'<{DSML}invoke name="([^"<>]*)">\n')
-_STRICT_PARAMETER = re.compile(rf'<{DSML}parameter name="([^"<>]*)"( string="(?:true|false)")?>')
-
-
-def _parse_strict(text: str, *, think: bool) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant"}
-    rest = text
-    reasoning = ""
-    if think:
-        reasoning, found, rest = rest.partition(THINK_END)
-        if not found or _BLOCK_START in reasoning or EOS in reasoning:
-            raise ParseError(f"missing {THINK_END} before the answer; the completion starts {text[:60]!r}")
-    content, block_start, block = rest.partition(_BLOCK_START)
-    calls: list[dict[str, Any]] = []
-    if EOS in content or not block_start:
-        content, found, after = rest.partition(EOS)
-        if not found:
-            raise ParseError(f"missing {EOS} at the end; the completion ends {text[-60:]!r}")
-    else:
-        calls, after = _parse_block_strict(block)
-        if not after.startswith(EOS):
-            raise ParseError(f"expected {EOS} right after the tool_calls block; got {after[:60]!r}")
-        after = after.removeprefix(EOS)
-    if after:
-        raise ParseError(f"text after {EOS}: {after[:60]!r}")
-    for part, name in ((reasoning, "reasoning"), (content, "content")):
-        for token in (BOS, EOS, THINK, THINK_END, DSML):
-            if token in part:
-                raise ParseError(f"control token {token} inside the {name}")
-    message["content"] = content
-    if think:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
-    return message
-
-
-def _parse_block_strict(block: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the calls of a block, and the text after it. `block` starts after `<｜DSML｜tool_calls`."""
-    calls: list[dict[str, Any]] = []
-    end = f"</{DSML}tool_calls>"
-    if not block.startswith(">\n"):
-        raise ParseError(f"expected '>\\n' after the tool_calls marker; got {block[:60]!r}")
-    rest = block[2:]
-    while not rest.startswith(end):
-        invoke = _STRICT_INVOKE.match(rest)
-        if invoke is None:
-            raise ParseError(f"expected an invoke or the end of the tool_calls block; got {rest[:60]!r}")
-        arguments, rest = _parse_parameters_strict(rest[invoke.end() :])
-        function = {"name": invoke[1], "arguments": arguments}
-        calls.append({"id": f"call_0_{len(calls)}", "type": "function", "function": function})
-    return calls, rest[len(end) :]
-
-
-def _parse_parameters_strict(text: str) -> tuple[str, str]:
-    """Return the arguments of a call as JSON text, and the text after its `</invoke>` line."""
-    arguments: dict[str, str] = {}
-    end = f"</{DSML}invoke>\n"
-    rest = text.removeprefix("\n")  # a call without parameters has an empty line
-    while not rest.startswith(end):
-        parameter = _STRICT_PARAMETER.match(rest)
-        if parameter is None:
-            raise ParseError(f"expected a parameter or the end of the invoke; got {rest[:60]!r}")
-        key, string = parameter.groups()
-        if string is None:
-            raise ParseError(f"parameter {key!r} lacks its string attribute")
-        if key in arguments:
-            raise ParseError(f"parameter {key!r} is given twice")
-        value, found, rest = rest[parameter.end() :].partition(f"/{DSML}parameter")
-        if not found or not value.endswith("<") or not rest.startswith(">\n"):
-            raise ParseError(f"parameter {key!r} is not closed by its tag and a newline; got {rest[:60]!r}")
-        rest = rest[2:]
-        arguments[key] = _dumps(value[:-1]) if "true" in string else value[:-1]
-    return "{" + ", ".join(f"{_dumps(key)}: {value}" for key, value in arguments.items()) + "}", rest[len(end) :]
