@@ -15,7 +15,7 @@ def get_weather(city: str) -> str:
     return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
 
 
-name = sys.argv[1] if len(sys.argv) > 1 else "deepseek:deepseek-chat"
+name = sys.argv[1] if len(sys.argv) > 1 else "deepseek:deepseek-flash"
 result = Agent(name, tools=[get_weather]).run_sync("What is the weather in Paris and Oslo?")
 usage = result.usage
 print(result.answer)

@@ -40,6 +40,7 @@ from agentkit.subagent import AgentTool
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
 from agentkit.trajectory import Header, Trajectory
 from agentkit.turn import TurnCalls
+from agentkit_engine.errors import ModelNotFoundError
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import DeferredEnvironment, Environment, EnvironmentSpec, SandboxError, open_environment
 from agentkit_tools import BUILTINS, Tool, ToolResult, as_tool
@@ -78,7 +79,7 @@ class Agent(Generic[T]):
 
         Args:
             model: A model; an argument of `EmbeddedModel`: `"tiny"` or a checkpoint folder; or one of `RemoteModel`:
-                `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-chat"`.
+                `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-flash"`.
             tools: Tools that the model may call, in prompt order, as tools or plain functions with typed parameters.
                 Default: the built-in tools; with an output type or schema all except `submit`, whose answer no
                 grammar constrains.
@@ -539,7 +540,13 @@ def model_of(name: str | Path) -> Model:
         EngineError: as `EmbeddedModel`.
     """
     remote = isinstance(name, str) and ":" in name and not Path(name).exists()
-    return RemoteModel(str(name)) if remote else EmbeddedModel(name)
+    if remote:
+        return RemoteModel(str(name))
+    try:
+        return EmbeddedModel(name)
+    except ModelNotFoundError as error:
+        hint = "a model behind an API is named with its provider, such as openai:MODEL"
+        raise ModelNotFoundError(f"{error}; {hint}") from None
 
 
 def _unheard(event: Event) -> None:

@@ -47,6 +47,7 @@ def agentkit(*arguments: str, code: int) -> str:
         (["run", "Hi", "-m", "vllm:toy"], "there is no provider 'vllm', only openai, anthropic, deepseek"),
         (["run", "Hi", "-m", "openai:"], "give the model's name after openai:"),
         (["chat", "-m", "deepseek-ai/DeepSeek-V4-Flash"], "agentkit does not download models"),
+        (["run", "Hi", "-m", "good"], "safetensors files, or a model behind an API as openai:MODEL, anthropic:MODEL"),
         (["run", "Hi", "-m", "tinny"], "it is neither a packaged model nor an existing folder. Available: tiny"),
         (["run", "Hi", "-m", "file.txt"], "file.txt is a file; give the folder"),
         (["run", "Hi", "--base-url", "http://localhost:8000/v1"], "tiny runs in this process; name a model behind the"),

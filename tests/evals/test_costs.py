@@ -229,6 +229,7 @@ def test_the_cost_of_a_suite(make: Callable[..., EvalRun], number_task: MakeTask
     assert run.usage.cost_usd == pytest.approx(2.0)
     found = as_json(Finished(run, Path("report.html"), False))
     assert (found["cost_usd"], found["list_cost_usd"], found["max_cost_usd"]) == (pytest.approx(2.0), None, None)
+    assert found["list_price"] is None
     assert found["prices_as_of"] == "2026-11"
     assert cost_facts(run) == [("cost", "$2.00", "at list prices of 2026-11")]
     page = render_report(run)
@@ -310,6 +311,7 @@ def test_a_run_shows_its_cost(
     found = json.loads(capsys.readouterr().out)
     assert found["prices_as_of"] == (price and price.as_of)
     assert (found["usage"]["cost_usd"], found["list_cost_usd"]) == (price and pytest.approx(2.0), None)
+    assert found["list_price"] is None
 
 
 def test_a_run_stopped_by_its_cost_is_not_solved(number_task: MakeTask, capsys: pytest.CaptureFixture[str]) -> None:

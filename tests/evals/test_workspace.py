@@ -534,7 +534,7 @@ def test_a_chat_on_a_folder_shows_the_changes_and_writes_them(
     written = chat.keep(apply=apply, patch=None if apply else patch, branch=None if apply else "agent")
     assert (written.applied, written.refused) == (apply, [])
     assert (repository / "a.txt").read_text() == ("dirty\nmore\n" if apply else "dirty\n")
-    assert ("Applied 1 changes" if apply else f"Wrote {patch}") in capsys.readouterr().out
+    assert ("Applied 1 change to" if apply else f"Wrote {patch}") in capsys.readouterr().out
     if not apply:
         assert patch.read_text().endswith("+more\n")
         assert git(repository, "log", "-1", "--format=%s", "agent") == "echo more >> a.txt\n"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from agentkit.cli.terminal import say, visible
+from agentkit.cli.terminal import counted, say, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def check_flags(workdir: Path | None, *, patch: Path | None, branch: str | None,
 def name_host(model: Model, folder: Path) -> None:
     """Say, on standard error, which host a model sends the content of the folder to, if it sends it anywhere."""
     if host := getattr(model, "host", None):
-        typer.echo(visible(f"Files of {folder} are sent to {host} as the agent reads them."), err=True)
+        typer.echo(visible(f"Files of {folder.resolve()} are sent to {host} as the agent reads them."), err=True)
 
 
 def print_diff(console: Console, changes: list[Change]) -> None:
@@ -113,16 +113,17 @@ def write(
 
 def print_written(console: Console, folder: Path, changes: list[Change], left_out: list[str], written: Written) -> None:
     """Print where the changes to the user's folder went, and what was left out."""
+    folder = folder.resolve()
     if written.patch is not None:
         say(console, f"Wrote {written.patch}; `git apply {shlex.quote(str(written.patch))}` applies it.")
     if written.branch is not None:
-        say(console, f"Committed {len(changes)} changes to the branch {written.branch}.")
+        say(console, f"Committed {counted(len(changes), 'change')} to the branch {written.branch}.")
     for sentence in written.sentences:
         say(console, sentence)
     if not changes:
         console.print("No files were changed.")
     elif written.applied:
-        say(console, f"Applied {len(changes)} changes to {folder}.")
+        say(console, f"Applied {counted(len(changes), 'change')} to {folder}.")
     elif written.refused:
         say(console, f"Nothing was applied; {folder} is unchanged:", "yellow")
     elif written.patch is None and written.branch is None:

@@ -12,7 +12,7 @@ from agentkit.cli.ending import EXIT_CODES, ends_well
 
 app = typer.Typer(
     name="agentkit",
-    help="Run tool-using agents on a model in the same process.",
+    help="Run tool-using agents on any model: behind an API, on your own server, or in the same process.",
     epilog=f"{EXIT_CODES} AGENTKIT_HOME is the folder that holds `runs`. Default: the current folder.",
     no_args_is_help=True,
     add_completion=False,

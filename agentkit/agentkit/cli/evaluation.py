@@ -223,7 +223,7 @@ def as_json(finished: Finished) -> dict[str, Any]:
         "max_cost_usd": ran.lock.max_cost_usd,
         "out_of_budget": ran.out_of_budget,
         "list_cost_usd": sum(embedded) if embedded else None,
-        "list_price": ran.lock.list_price,
+        "list_price": ran.lock.list_price if embedded else None,
         "usage": {kind: sum(getattr(trial.usage, kind) for trial in ran.trials) for kind in kinds},
         "run": str(ran.path),
         "report": str(finished.report),

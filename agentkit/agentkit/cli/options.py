@@ -69,7 +69,8 @@ def _model(name: str) -> str:
         why = "it is neither a packaged model nor an existing folder"
     raise typer.BadParameter(
         f'no model "{name}": {why}. Available: {", ".join(packaged)}, the path of a folder with config.json and '
-        "safetensors files, or PROVIDER:MODEL"
+        "safetensors files, or a model behind an API as "
+        f"{', '.join(f'{each}:MODEL' for each in API_PROVIDERS)}"
     )
 
 

@@ -47,7 +47,7 @@ from agentkit.cli.options import (
     foreign_tasks,
     is_solved,
 )
-from agentkit.cli.terminal import console, say
+from agentkit.cli.terminal import console, counted, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -367,6 +367,7 @@ def print_end(console: Console, task: Task, done: Done) -> None:
     from agentkit_evals.expected import why_not
 
     usage = done.result.usage
+    forced = f" ({usage.forced_tokens} forced)" if usage.forced_tokens else ""
     say(console, f"\nanswer    {done.result.answer or '(none)'}", "bold")
     if done.result.error:
         say(console, done.result.error, "yellow")
@@ -379,8 +380,8 @@ def print_end(console: Console, task: Task, done: Done) -> None:
             say(console, done.verdict.error, "yellow")
     say(
         console,
-        f"{done.result.status} after {usage.turns} turns, {usage.calls} calls, {usage.sampled_tokens} tokens "
-        f"({usage.forced_tokens} forced), {usage.wall_time_s:.1f} s, in a {done.backend} sandbox",
+        f"{done.result.status} after {counted(usage.turns, 'turn')}, {counted(usage.calls, 'call')}, "
+        f"{counted(usage.sampled_tokens, 'token')}{forced}, {usage.wall_time_s:.1f} s, in a {done.backend} sandbox",
         "dim",
     )
     say(console, cost_line(done.result.trajectory), "dim")
@@ -401,6 +402,7 @@ def _as_json(done: Done, written: Written) -> dict[str, Any]:
     from agentkit.prices import describe_reference, list_cost, reference_price
 
     price = reference_price()
+    listed = list_cost(done.result.trajectory, price)
     return {
         "status": done.result.status,
         "answer": done.result.answer,
@@ -411,8 +413,8 @@ def _as_json(done: Done, written: Written) -> dict[str, Any]:
         "backend": done.backend,
         "usage": asdict(done.result.usage),
         "prices_as_of": done.result.trajectory.header.prices_as_of,
-        "list_cost_usd": list_cost(done.result.trajectory, price),
-        "list_price": describe_reference(price),
+        "list_cost_usd": listed,
+        "list_price": None if listed is None else describe_reference(price),
         "changes": [
             {"path": change.path, "change": change.verb, "diff": list(change.diff())} for change in done.changes
         ],

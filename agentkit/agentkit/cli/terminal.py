@@ -82,6 +82,11 @@ def say(console: Console, text: str, style: str = "", end: str = "\n") -> None:
     console.print(Text(visible(text), style), end=end, soft_wrap=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return the number with its noun, in the plural unless it is 1."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def visible_line(text: str) -> str:
     """Return text as one line without invisible characters, for names and for lines to be compared."""
     text = visible(text).replace("\n", "\u240a")

@@ -33,6 +33,7 @@ from agentkit.models.remote.names import ToolNames, arguments_object
 from agentkit.models.remote.openai_chat import OpenAIChat, Server
 from agentkit.models.remote.resolve import Endpoint, endpoint_of, is_remote
 from agentkit.models.remote.retry import MAX_WAIT_S, Gate, gate_of, wait_s
+from agentkit_engine import ModelNotFoundError
 from agentkit_environments import Environment
 from agentkit_tools.tool import NAME
 
@@ -66,7 +67,7 @@ def test_a_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "error", "said"),
     [
-        ("openai:gpt-5", {}, ApiKeyError, "no key for api.openai.com: set the environment variable OPENAI_API_KEY"),
+        ("openai:gpt-5", {}, ApiKeyError, "no key for api.openai.com: set the environment variable OPENAI_API_KEY, or"),
         ("deepseek:deepseek-chat", {}, ApiKeyError, "set the environment variable DEEPSEEK_API_KEY"),
         ("deepseek:deepseek-chat", {"api_key": ""}, ApiKeyError, "set the environment variable DEEPSEEK_API_KEY"),
         ("anthropic:m", {"base_url": "https://api.anthropic.com/v1"}, ApiKeyError, "no key for api.anthropic.com"),
@@ -104,6 +105,8 @@ def test_an_agent_takes_the_name_of_a_model(monkeypatch: pytest.MonkeyPatch) -> 
     model = Agent("deepseek:deepseek-chat", []).model
     assert isinstance(model, RemoteModel) and not isinstance(model, EmbeddedModel)
     assert (model.name, model.host) == ("deepseek:deepseek-chat", "api.deepseek.com")
+    with pytest.raises(ModelNotFoundError, match="named with its provider, such as openai:MODEL"):
+        Agent("gpt-5", [])
     with pytest.raises(UnknownModelError, match="'mistral:large' is not the name of a model behind an API"):
         Agent("mistral:large")
     assert KEY not in repr(model) + repr(vars(model)["_open_provider"]) + repr(

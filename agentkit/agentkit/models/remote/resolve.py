@@ -86,7 +86,8 @@ def endpoint_of(name: str, *, base_url: str | None, api_key: str | None, timeout
     key = api_key or os.environ.get(key_variable(provider)) or None
     if key is None and parts.hostname == urlsplit(PROVIDERS[provider]).hostname:
         raise ApiKeyError(
-            f"there is no key for {parts.hostname}: set the environment variable {key_variable(provider)}"
+            f"there is no key for {parts.hostname}: set the environment variable {key_variable(provider)}, or give the "
+            "base URL of another server"
         )
     return Endpoint(provider, model, base_url, key, timeout_s)
 

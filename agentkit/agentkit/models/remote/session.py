@@ -48,7 +48,7 @@ from agentkit_tools import Tool
 
 
 class RemoteModel:
-    """A model behind an API: `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-chat"`.
+    """A model behind an API: `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-flash"`.
 
     `openai:` with a base URL is every server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, Kimi, Qwen.
 
