@@ -610,7 +610,7 @@ def test_without_apply_the_user_is_asked(
     shown = capsys.readouterr().out
     assert "+2\n" in shown.partition("Apply these changes? [y/N]")[0]
     assert read_folder(folder) == (WANTED if applied else before)
-    end = f"Applied 5 changes to {folder}." if applied else f"{folder} is unchanged; use --apply, --patch or --branch"
+    end = f"Applied 5 changes to {folder}." if applied else f"{folder} is unchanged. Give --apply, --patch or --branch"
     assert end in shown
 
 
