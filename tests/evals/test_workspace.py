@@ -17,14 +17,17 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from typer.testing import CliRunner
 
 from agentkit.agent import Agent
+from agentkit.cli import app, chat
 from agentkit.cli.changes import print_diff
 from agentkit.cli.chat import Chat
 from agentkit.cli.listing import ignored_by_git, ignored_directories, list_folder
 from agentkit.cli.run import Job, carry_out
 from agentkit.cli.workdir import Change, File, apply, read_file, unpack
 from agentkit.cli.workspace import Workspace, open_workspace
+from agentkit.errors import ApiKeyError
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.scripted import Policy, ScriptedModel
 from agentkit.task import Task
@@ -525,16 +528,35 @@ def test_a_chat_on_a_folder_shows_the_changes_and_writes_them(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("/diff\necho more >> a.txt\n/diff\n"))
     agent = Agent(EmbeddedModel(Engine.load(untrained)))
-    chat = ShellChat(agent, "unsafe-local", repository.parent / "chat.jsonl", Console(file=sys.stdout), False)
-    chat.workdir = repository
-    anyio.run(chat.converse)
+    talk = ShellChat(agent, "unsafe-local", repository.parent / "chat.jsonl", Console(file=sys.stdout), False)
+    talk.workdir = repository
+    anyio.run(talk.converse)
     shown = capsys.readouterr().out
     assert "No files were changed." in shown.partition("+more")[0] and shown.count("+more") == 1
     patch = repository.parent / "patch"
-    written = chat.keep(apply=apply, patch=None if apply else patch, branch=None if apply else "agent")
+    written = talk.keep(apply=apply, patch=None if apply else patch, branch=None if apply else "agent")
     assert (written.applied, written.refused) == (apply, [])
     assert (repository / "a.txt").read_text() == ("dirty\nmore\n" if apply else "dirty\n")
     assert ("Applied 1 change to" if apply else f"Wrote {patch}") in capsys.readouterr().out
     if not apply:
         assert patch.read_text().endswith("+more\n")
         assert git(repository, "log", "-1", "--format=%s", "agent") == "echo more >> a.txt\n"
+
+
+@pytest.mark.sandbox
+def test_a_chat_that_fails_keeps_the_changes_made_before(
+    repository: Path, untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(ShellChat):
+        async def _turn(self, said: str, environment: Environment) -> None:
+            await super()._turn(said, environment)
+            if said == "fail":
+                raise ApiKeyError("the key was revoked")
+
+    lines = "seq 60000 | (mkdir many; cd many; xargs touch)\n/diff\nrm -r many; echo more >> a.txt\nfail\n"
+    monkeypatch.setattr(chat, "Chat", Failing)
+    options = ["chat", "--workdir", str(repository), "--env", "process", "-m", str(untrained), "--apply"]
+    result = CliRunner().invoke(app, options, input=lines, catch_exceptions=False)
+    assert result.exit_code == 2 and "the key was revoked" in result.output
+    assert "too large: more than 50000 entries" in result.output
+    assert (repository / "a.txt").read_text() == "dirty\nmore\n"

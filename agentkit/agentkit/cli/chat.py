@@ -139,7 +139,12 @@ def command(
             run(lambda: chat.converse(servers))
             return ExitCode.OK
         chat.workdir, chat.include_ignored, chat.copy = workdir, include_ignored, copy
-        run(lambda: chat.converse(servers))
+        try:
+            run(lambda: chat.converse(servers))
+        except Exception:
+            if chat.changes:  # by the turns before the failure
+                chat.keep(apply=apply, patch=patch, branch=branch)
+            raise
     return ExitCode.UNSOLVED if chat.keep(apply=apply, patch=patch, branch=branch).refused else ExitCode.OK
 
 
@@ -161,7 +166,7 @@ class Chat:
         self.workdir: Path | None = None
         self.include_ignored = self.copy = False
         self._workspace: Workspace | None = None
-        self._changes: list[Change] = []
+        self.changes: list[Change] = []
         self._left_out: list[str] = []
         self._first = ""
         self._thought: tuple[float, int] | None = None
@@ -187,34 +192,49 @@ class Chat:
                 )
             model = self.agent.model
             assert isinstance(model, EmbeddedModel | RemoteModel)
-            async with model:
-                while (said := self._read()) is not None:
-                    if said.startswith("/"):
-                        if said in ("/quit", "/exit", "/q"):
-                            break
-                        await self._obey(said)
-                    elif said:
-                        self._first = self._first or said
-                        await self._turn(said, environment)
-                        if self.agent.budget is not None and self.agent.budget.spent:
-                            limit = dollars(self.agent.budget.max_cost_usd)
-                            self.terminal.print(f"The cost limit of {limit} is reached.", style="yellow")
-                            break
-            if self._workspace is not None:
-                await environment.kill_all()
-                self._changes, self._left_out, _ = await self._workspace.changes()
+            try:
+                async with model:
+                    await self._talk(environment)
+            except Exception:
+                with suppress(Exception):  # the failure stands; without a sandbox, the changes are lost
+                    await self._collect(environment)
+                raise
+            await self._collect(environment)
         if isinstance(model, RemoteModel) and self.usages:
             self.terminal.print(f"cost {dollars(total_usage(self.usages).cost_usd)}", style="dim")
+
+    async def _talk(self, environment: Environment) -> None:
+        """Read and answer messages until the end of the input or of the budget."""
+        from agentkit.prices import dollars
+
+        while (said := self._read()) is not None:
+            if said.startswith("/"):
+                if said in ("/quit", "/exit", "/q"):
+                    break
+                await self._obey(said)
+            elif said:
+                self._first = self._first or said
+                await self._turn(said, environment)
+                if self.agent.budget is not None and self.agent.budget.spent:
+                    limit = dollars(self.agent.budget.max_cost_usd)
+                    self.terminal.print(f"The cost limit of {limit} is reached.", style="yellow")
+                    break
+
+    async def _collect(self, environment: Environment) -> None:
+        """Find the changes to the user's folder, if there is one."""
+        if self._workspace is not None:
+            await environment.kill_all()
+            self.changes, self._left_out, _ = await self._workspace.changes()
 
     def keep(self, *, apply: bool, patch: Path | None, branch: str | None) -> Written:
         """Show the changes to the user's folder, and write them where the user wants them."""
         assert self.workdir is not None
-        print_diff(self.terminal, self._changes)
+        print_diff(self.terminal, self.changes)
         written = Written()
-        if self._changes:
+        if self.changes:
             apply = apply or is_confirmed(patch, branch)
-            written = write(self.workdir, self._changes, self._first or "Chat", apply=apply, patch=patch, branch=branch)
-        print_written(self.terminal, self.workdir, self._changes, self._left_out, written)
+            written = write(self.workdir, self.changes, self._first or "Chat", apply=apply, patch=patch, branch=branch)
+        print_written(self.terminal, self.workdir, self.changes, self._left_out, written)
         return written
 
     async def _open(self, stack: AsyncExitStack) -> Environment:
@@ -270,12 +290,18 @@ class Chat:
             signals.answer_with(None)
 
     async def _obey(self, said: str) -> None:
+        from agentkit_environments import UnsafeArchiveError
+
         if said == "/new":
             self.history = None
             self.number += 1
             self.terminal.print("Started a new conversation.", style="dim")
         elif said == "/diff" and self._workspace is not None:
-            changes, _, _ = await self._workspace.changes()
+            try:
+                changes, _, _ = await self._workspace.changes()
+            except UnsafeArchiveError as exc:
+                self.terminal.print(str(exc), style="yellow", markup=False)
+                return
             print_diff(self.terminal, changes)
             if not changes:
                 self.terminal.print("No files were changed.", style="dim")
