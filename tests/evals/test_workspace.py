@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -27,9 +27,10 @@ from agentkit.cli.listing import ignored_by_git, ignored_directories, list_folde
 from agentkit.cli.run import Job, carry_out
 from agentkit.cli.workdir import Change, File, apply, read_file, unpack
 from agentkit.cli.workspace import Workspace, open_workspace
-from agentkit.errors import ApiKeyError
+from agentkit.errors import ApiError, ApiKeyError
+from agentkit.messages import AssistantMessage, Message
 from agentkit.models.embedded import EmbeddedModel
-from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit.models.scripted import AssistantTurn, Policy, ScriptedModel
 from agentkit.task import Task
 from agentkit_engine import Engine
 from agentkit_engine.chat import Tokenizer
@@ -509,6 +510,26 @@ def test_the_upper_layer_tells_what_the_agent_did(steps: list[tuple[str, str, st
             path: file for path, file in seen.items() if path != "secret" and path.split("/")[0] != "hidden"
         }
         assert (folder / "secret").read_text() == "secret\n" and (folder / "hidden" / "y").read_text() == "hidden/y\n"
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_run_that_fails_keeps_the_changes_made_before(
+    repository: Path, tokenizer: Tokenizer, script: Callable[..., Policy], copy: bool
+) -> None:
+    one_turn = script([("bash", {"command": "echo more >> a.txt"})])
+
+    def policy(messages: Sequence[Message], think: bool) -> AssistantTurn | Sequence[int]:
+        if any(isinstance(message, AssistantMessage) for message in messages):
+            raise ApiError("the API cannot be reached")
+        return one_turn(messages, think)
+
+    agent = Agent(ScriptedModel(policy, tokenizer))
+    job = Job(TASK, agent, "process", repository, None, Console(quiet=True), copy=copy)
+    with pytest.raises(ApiError):
+        carry_out(job, apply=False, as_json=False, branch="agent")
+    assert git(repository, "show", "agent:a.txt") == "dirty\nmore\n"
+    assert (repository / "a.txt").read_text() == "dirty\n"
 
 
 class ShellChat(Chat):

@@ -6,8 +6,8 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
-from dataclasses import asdict, dataclass
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -234,6 +234,8 @@ class Job:
     """True if the agent sees the files of `workdir` that git ignores."""
     copy: bool = False
     """True if `workdir` is copied even where there can be an overlay."""
+    rescued: list[Change] = field(default_factory=list)
+    """The changes to `workdir` before the agent's run failed, for example because its API could not be reached."""
 
     async def run(self) -> Done:
         """Show the user's folder to the agent, run it with live output on the console, and collect the changes.
@@ -258,7 +260,14 @@ class Job:
             # With --workdir the diff is against the user's folder and includes the task's setup.
             # Otherwise it starts after the setup.
             before = {} if workspace else folder.unpack((await environment.export_dir(spec.workdir)).data)
-            result = await self._run_in(environment, agent)
+            try:
+                result = await self._run_in(environment, agent)
+            except Exception:
+                if workspace:
+                    with suppress(Exception):  # the failure stands; without a sandbox, the changes are lost
+                        await environment.kill_all()
+                        self.rescued.extend((await workspace.changes())[0])
+                raise
             try:
                 await environment.kill_all()
                 if workspace:
@@ -320,12 +329,21 @@ def carry_out(
     Raises:
         SandboxError, TaskSetupError, VerifierError, EngineError: See `Job.run`.
     """
-    done = run(job.run)
-    print_diff(job.console, done.changes)
-    written = Written()
-    if job.workdir and done.changes:
-        apply = apply or (not as_json and is_confirmed(patch, branch))
-        written = write(job.workdir, done.changes, job.task.instruction, apply=apply, patch=patch, branch=branch)
+
+    def keep(changes: list[Change]) -> Written:
+        print_diff(job.console, changes)
+        if not job.workdir or not changes:
+            return Written()
+        into_folder = apply or (not as_json and is_confirmed(patch, branch))
+        return write(job.workdir, changes, job.task.instruction, apply=into_folder, patch=patch, branch=branch)
+
+    try:
+        done = run(job.run)
+    except Exception:
+        if job.workdir and job.rescued:
+            print_written(job.console, job.workdir, job.rescued, [], keep(job.rescued))
+        raise
+    written = keep(done.changes)
     if as_json:
         typer.echo(json.dumps(_as_json(done, written), indent=2))
     else:
