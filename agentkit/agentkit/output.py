@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, cast
@@ -29,7 +28,7 @@ T = TypeVar("T", default=Any)
 
 RETRY: Final = "{problem}\n\nAnswer again, with nothing but JSON that fits the schema."
 """The user message that gives the model a second try."""
-FENCED: Final = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL | re.IGNORECASE)
+FENCE: Final = "```"
 MAX_PROBLEMS: Final = 3
 """Problems of an answer that are told; the model can repair it from the first few."""
 
@@ -50,8 +49,11 @@ class Output(Generic[T]):
 
     def bare(self, answer: str) -> str:
         """Return an answer that is to be JSON without the Markdown fence that models put around it."""
-        found = FENCED.fullmatch(answer) if self.schema is not None else None
-        return answer if found is None else found[1]
+        text = answer.strip()
+        if self.schema is None or not (text.startswith(FENCE) and text.endswith(FENCE)):
+            return answer
+        inner = text[len(FENCE) : -len(FENCE)]
+        return inner[4:].strip() if inner[:4].lower() == "json" else inner.strip()
 
     async def misfit(self, answer: str) -> str | None:
         """Return a sentence on why an answer does not fit, or None if it fits.
