@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from agentkit_environments import Environment, SandboxLostError
 from agentkit_tools import (
     BUILTINS,
+    ImagePart,
+    TextPart,
     ToolCall,
     ToolContext,
     ToolDefinitionError,
@@ -27,7 +29,7 @@ from agentkit_tools import (
     tool,
     unknown_tool,
 )
-from agentkit_tools.tool import MIN_OUTPUT_BYTES
+from agentkit_tools.tool import MIN_OUTPUT_BYTES, cut_parts
 
 pytestmark = pytest.mark.anyio
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first example builds tables
@@ -246,3 +248,13 @@ def test_cut_adds_the_count_of_an_earlier_cut(max_bytes: int, earlier: int) -> N
     head, _, rest = cut(text, max_bytes).partition("\n[... ")
     count, _, tail = rest.partition(" bytes cut ...]\n")
     assert int(count) + len(head) + len(tail) == 2 * max_bytes + earlier
+
+
+def test_large_images_are_left_out() -> None:
+    """One image may have 5 MiB, and the images of a result 20 MiB together."""
+    large, small = ImagePart.of(bytes((5 << 20) + 1), "image/png"), ImagePart.of(bytes(5 << 20), "image/png")
+    kept = cut_parts([large, *[small] * 5, TextPart("end")], 1000)
+    assert [isinstance(part, ImagePart) for part in kept] == [False, True, True, True, True, False, False]
+    assert isinstance(kept[0], TextPart) and "is larger than 5,242,880 bytes and was left out" in kept[0].text
+    assert isinstance(kept[5], TextPart) and "was left out: a result has 20,971,520 bytes" in kept[5].text
+    assert kept[6] == TextPart("end")

@@ -31,6 +31,7 @@ CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
 CUT_NOTICE_BYTES = 48  # upper bound, for any byte count
 MIN_OUTPUT_BYTES = 128  # room for the notice and some text on both sides
 MAX_IMAGE_BYTES = 5 << 20  # the strictest limit of the APIs that take images
+MAX_IMAGES_BYTES = 20 << 20  # of one result, which has to fit into a request and into a line of a record
 Deps = TypeVar("Deps", default=Any)
 GRACE_S = 5.0  # extra time for a tool with its own deadline in the environment, to return its output so far
 
@@ -222,17 +223,23 @@ def refuse_nul(**arguments: str) -> None:
 
 
 def cut_parts(parts: Sequence[TextPart | ImagePart], max_bytes: int) -> tuple[TextPart | ImagePart, ...]:
-    """Limit the text of the parts to about `max_bytes`, and leave out images of more than `MAX_IMAGE_BYTES`."""
+    """Limit the text of the parts to about `max_bytes`, and leave out images of more than `MAX_IMAGE_BYTES`, and those
+    that make more than `MAX_IMAGES_BYTES` together."""
     texts = sum(isinstance(part, TextPart) for part in parts)
     each = max(MIN_OUTPUT_BYTES, max_bytes // max(texts, 1))
-    return tuple(
-        TextPart(cut(part.text, each))
-        if isinstance(part, TextPart)
-        else part
-        if len(part.data) <= MAX_IMAGE_BYTES * 4 // 3
-        else TextPart(f"{part} is larger than {MAX_IMAGE_BYTES:,} bytes and was left out")
-        for part in parts
-    )
+    left = MAX_IMAGES_BYTES
+    kept: list[TextPart | ImagePart] = []
+    for part in parts:
+        if isinstance(part, TextPart):
+            kept.append(TextPart(cut(part.text, each)))
+        elif (size := len(part.content)) > MAX_IMAGE_BYTES:
+            kept.append(TextPart(f"{part} is larger than {MAX_IMAGE_BYTES:,} bytes and was left out"))
+        elif size > left:
+            kept.append(TextPart(f"{part} was left out: a result has {MAX_IMAGES_BYTES:,} bytes of images at most"))
+        else:
+            kept.append(part)
+            left -= size
+    return tuple(kept)
 
 
 def cut(text: str, max_bytes: int) -> str:
