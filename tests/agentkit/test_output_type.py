@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, TypeAdapter, field_validator
 
@@ -234,11 +234,15 @@ async def test_a_second_try_of_the_embedded_model_is_rebuilt(tiny: EmbeddedModel
     assert rebuild_token_ids(result.trajectory, tiny.tokenizer) == result.trajectory.token_ids
 
 
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first example builds tables
+
+
 @functools.cache
 def forecast() -> TypeAdapter[Forecast]:
     return TypeAdapter(Forecast)
 
 
+@relaxed
 @given(
     st.builds(
         Forecast,
@@ -252,6 +256,7 @@ def test_every_value_survives_its_json(value: Forecast) -> None:
     assert output.check(text) == [] and output.value(text) == value
 
 
+@relaxed
 @given(st.text() | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(json.dumps))
 def test_any_text_either_converts_or_has_problems(text: str) -> None:
     output = output_of(Forecast, None)

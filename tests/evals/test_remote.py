@@ -302,7 +302,7 @@ def test_a_refusal_is_one_line(
         (
             ["-m", "openai:toy", "--base-url", "http://127.0.0.1:9/v1"],
             ExitCode.INFRASTRUCTURE,
-            "in 6 attempts: check the base URL, and that its server runs",
+            "in 6 attempts: check the base URL, and that its server runs, or try again later",
         ),
         (
             ["-m", "openai:toy", "--base-url", "http://127.0.0.1:9/v1", "--grammar", "on"],

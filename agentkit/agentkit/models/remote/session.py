@@ -298,8 +298,9 @@ class RemoteSession:
                 status=error.status,
             ) from error
         if failures > self._max_retries:
-            remedy = "check the base URL, and that its server runs" if error.status is None else "try again later"
-            raise ApiError(f"{error.reason}, in {failures} attempts: {remedy}", status=error.status) from error
+            first = "check the base URL, and that its server runs, or " if error.status is None else ""
+            text = f"{error.reason}, in {failures} attempts: {first}try again later"
+            raise ApiError(text, status=error.status) from error
         return pause_s
 
     def _end_early(self, turn: RemoteTurn) -> None:
