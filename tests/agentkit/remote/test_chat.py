@@ -648,6 +648,13 @@ async def test_calls_written_as_text_are_made(marker: str, lead: str, environmen
     assert server.requests[1]["messages"][2]["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
+async def test_calls_written_as_text_are_no_answer_without_tools_either(environment: Environment) -> None:
+    server = ChatServer(text(DSML.format(m="|DSML|", lead="")), text("I have no tools."))
+    result = await run(server, environment, tools=[])
+    assert result.answer == "I have no tools."
+    assert "unknown tool" in result.trajectory.results[0].content
+
+
 async def test_calls_written_as_text_that_do_not_parse_are_an_error_for_the_model(environment: Environment) -> None:
     server = ChatServer(text(DSML.format(m="|DSML|", lead="")[:60]), text("Sorry."))
     result = await run(server, environment)

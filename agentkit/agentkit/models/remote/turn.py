@@ -58,7 +58,7 @@ class RemoteTurn:
             case TextChunk(text):
                 self._count(text)
                 self._text += text
-                yield from self._show(dsml.shown_length(self._text, self._shown) if self._tools else len(self._text))
+                yield from self._show(dsml.shown_length(self._text, self._shown))
             case CallChunk():
                 call = self._calls.setdefault(delta.index, _Call())
                 call.id = delta.id or call.id
@@ -87,7 +87,7 @@ class RemoteTurn:
                 CallReady(position, self._call(position, self._calls[index]))
                 for position, index in enumerate(sorted(self._calls))
             ]
-            if not calls and self._tools and self._shown < len(self._text):
+            if not calls and self._shown < len(self._text):
                 before, calls = dsml.split_calls(self._text, turn=self._number, tools=self._tools)
                 if any(isinstance(call, CallReady) for call in calls):
                     self._text, data = before, None
