@@ -261,7 +261,9 @@ class Grammars:
         missing = ["an object"]
         for conjunction in alternatives:
             parameters = self._read(conjunction, names, forms)
-            missing = [key for key in parameters.required if not values.rule(parameters.declared.get(key, False), key)]
+            missing = [
+                key for key in sorted(parameters.required) if not values.rule(parameters.declared.get(key, False), key)
+            ]
             if not missing:
                 rules.append(self._parameters(f"{index}_{len(rules)}", parameters, values))
         if not rules:
