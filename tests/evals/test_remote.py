@@ -272,6 +272,11 @@ def test_a_chat_outlives_a_failure_of_the_api(serving: Serving) -> None:
             "is not the base URL of an OpenAI",
         ),
         (chat.error(400, "toy does not support tools"), ExitCode.INFRASTRUCTURE, "choose a model that calls tools"),
+        (
+            chat.error(400, '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'),
+            ExitCode.INFRASTRUCTURE,
+            "(vLLM: start it with --enable-auto-tool-choice and --tool-call-parser)",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "eval"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -25,6 +25,9 @@ MARKS = {
     "task": ("magenta", "!", "task defect"),
     "infrastructure": ("bright_black", "!", "infrastructure"),
 }
+
+MAX_ERROR: Final = 1000
+"""Characters of an error's first line, whose end has the remedy."""
 
 
 class LiveProgress:
@@ -87,7 +90,7 @@ class LiveProgress:
         if record.failure is not None:
             line.append(f"  {words}", colour)
         if record.error:
-            line.append(f": {visible(record.error.splitlines()[0][:200])}", "dim")
+            line.append(f": {visible(record.error.splitlines()[0][:MAX_ERROR])}", "dim")
         if not self.console.is_terminal:
             line.append(f"  [{self.done}/{self.total}]", "dim")
         self.console.print(line, soft_wrap=True, highlight=False)
