@@ -19,4 +19,5 @@ name = sys.argv[1] if len(sys.argv) > 1 else "deepseek:deepseek-flash"
 result = Agent(name, tools=[get_weather]).run_sync("What is the weather in Paris and Oslo?")
 usage = result.usage
 print(result.answer)
-print(f"{usage.turns} turns, {usage.prompt_tokens} tokens read, {usage.sampled_tokens} written")
+cost = "an unknown price" if usage.cost_usd is None else f"${usage.cost_usd:.6f}"
+print(f"{usage.turns} turns, {usage.prompt_tokens} tokens read, {usage.sampled_tokens} written, for {cost}")

@@ -325,6 +325,17 @@ def test_a_model_that_cannot_be_reached(
     assert said in " ".join(result.output.split()), result.output
 
 
+@pytest.mark.parametrize(("effort", "sent"), [(["--effort", "low"], "low"), (["--effort", "none"], None), ([], "high")])
+def test_the_effort_of_a_run(effort: list[str], sent: str | None, serving: Serving) -> None:
+    server = ChatServer(chat.text("Hello."))
+    result = agentkit(
+        *("run", "Say hello.", "-m", "openai:toy", "--base-url", serving(server), "--env", "unsafe-local"), *effort
+    )
+    assert result.exit_code == 0, result.output
+    assert server.requests[0].get("reasoning_effort") == sent
+    assert server.requests[0]["chat_template_kwargs"]["thinking"] is (sent is not None)
+
+
 def test_doctor_says_which_keys_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
     found = json.loads(agentkit("doctor", "--json").output)

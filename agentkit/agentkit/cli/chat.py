@@ -29,6 +29,7 @@ from agentkit.cli.options import (
     CacheFlag,
     CopyFlag,
     DeviceFlag,
+    EffortFlag,
     EnvFlag,
     GrammarFlag,
     IncludeIgnoredFlag,
@@ -82,6 +83,7 @@ def command(
     model: ModelFlag = "tiny",
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
+    effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
     system: Annotated[str | None, typer.Option(help="The system prompt. Default: the agent's own.")] = None,
@@ -131,7 +133,15 @@ def command(
     budget = None if max_cost is None else CostBudget(max_cost)
     limits = Limits(max_tokens=max_tokens)
     approvals = approval_options(approve)
-    agent = Agent(source, system=system, sampling=sampling, limits=limits, budget=budget, **approvals)
+    agent = Agent(
+        source,
+        system=system,
+        effort=effort.value if effort else "high",
+        sampling=sampling,
+        limits=limits,
+        budget=budget,
+        **approvals,
+    )
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():
         record, backend = trajectory or Path(folder, "chat.jsonl"), env.value if env else "auto"
         chat = Chat(agent, backend, record, terminal, thinking)

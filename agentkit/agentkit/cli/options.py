@@ -25,6 +25,15 @@ class Env(StrEnum):
     UNSAFE_LOCAL = "unsafe-local"
 
 
+class EffortChoice(StrEnum):
+    """Reasoning efforts, named as in `agentkit.Agent`."""
+
+    NONE = "none"
+    LOW = "low"
+    HIGH = "high"
+    MAX = "max"
+
+
 class GrammarChoice(StrEnum):
     """When a grammar constrains calls to the schemas of their tools."""
 
@@ -167,6 +176,10 @@ DeviceFlag = Annotated[
 ]
 EnvFlag = Annotated[
     Env | None, typer.Option("--env", help="The sandbox backend. Default: the task's setting, else `auto`.")
+]
+EffortFlag = Annotated[
+    EffortChoice | None,
+    typer.Option("--effort", help="Reasoning effort; `none` never thinks. Default: the task's setting, else `high`."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print only one JSON object on standard output.")]
 SeedFlag = Annotated[

@@ -25,6 +25,7 @@ from agentkit.cli.options import (
     CacheFlag,
     CopyFlag,
     DeviceFlag,
+    EffortFlag,
     EnvFlag,
     GrammarFlag,
     IncludeIgnoredFlag,
@@ -75,6 +76,7 @@ def command(
     model: ModelFlag = "tiny",
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
+    effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
     seed: SeedFlag = None,
@@ -132,8 +134,13 @@ def command(
         raise typer.BadParameter(
             f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
         )
-    bounds = {"max_turns": max_turns, "max_tokens": max_tokens, "timeout_s": timeout}
-    given = {name: value for name, value in bounds.items() if value is not None}
+    settings = {
+        "max_turns": max_turns,
+        "max_tokens": max_tokens,
+        "timeout_s": timeout,
+        "effort": effort and effort.value,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
     schema = None
     if output_schema is not None:

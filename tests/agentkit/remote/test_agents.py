@@ -112,6 +112,6 @@ def test_the_example_runs() -> None:
             timeout=60,
             env=os.environ | {"OPENAI_BASE_URL": url, "NO_PROXY": "*"},
         )
-    assert done.stdout == "Paris is sunny, Oslo is snowy.\n2 turns, 40 tokens read, 10 written\n"
+    assert done.stdout == "Paris is sunny, Oslo is snowy.\n2 turns, 40 tokens read, 10 written, for an unknown price\n"
     results = [message["content"] for message in server.requests[1]["messages"] if message["role"] == "tool"]
     assert results == ["sunny, 21 degrees", "snowy, -3 degrees"]
