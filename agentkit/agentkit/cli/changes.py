@@ -127,7 +127,7 @@ def print_written(console: Console, folder: Path, changes: list[Change], left_ou
     elif written.refused:
         say(console, f"Nothing was applied; {folder} is unchanged:", "yellow")
     elif written.patch is None and written.branch is None:
-        say(console, f"{folder} is unchanged; use --apply, --patch or --branch to keep the changes above.")
+        say(console, f"{folder} is unchanged. Give --apply, --patch or --branch to keep the changes of the next run.")
     for sentence in written.refused:
         say(console, f"  {sentence}", "yellow")
     for line in left_out[:SHOWN_LEFT_OUT]:
