@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from agentkit.task import Task
 
 PIECE_FILES, PIECE_BYTES = 2_000, 16 << 20
-SECRETS = (".env", ".netrc", ".npmrc", ".pypirc")
+SECRETS = (".env", ".netrc", ".npmrc", ".pypirc", ".git-credentials", "id_rsa", "id_ecdsa", "id_ed25519")
 EXAMPLES = (".example", ".sample", ".template", ".dist")
 
 
