@@ -246,7 +246,9 @@ def _read_lock(file: Path) -> RunLock:
     try:
         data: Any = parse_json(read_regular(file, max_bytes=MAX_LOCK_BYTES), max_values=MAX_LOCK_VALUES)
     except (FileNotFoundError, NotADirectoryError) as exc:
-        raise RunDirectoryError(f"{file.parent} is not a run: it has no run.json") from exc
+        inside = sorted(path.parent.name for path in file.parent.glob("*/run.json"))
+        hint = f"; give one of the runs in it: {', '.join(inside[:8])}" if inside else ""
+        raise RunDirectoryError(f"{file.parent} is not a run: it has no run.json{hint}") from exc
     except OSError as exc:
         raise RunDirectoryError(f"{file} cannot be read: {exc.strerror}") from exc
     except ValueError as exc:

@@ -108,7 +108,10 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
     elif per_family is not None:
         raise SuiteError(f"{spec} is not generated, so the tasks per family cannot be set; use a limit")
     elif path.is_dir():
-        suite = Suite(path.resolve().name, tuple(_folder(path)))
+        cases = tuple(_folder(path))
+        if not cases and (rows := sorted(file.name for file in path.glob("*.jsonl"))):
+            raise SuiteError(f"{spec} has no task files, but data sets; give one of them: {', '.join(rows[:8])}")
+        suite = Suite(path.resolve().name, cases)
     elif path.is_file() and _is_dataset(path):
         suite = Suite(path.stem, tuple(_dataset(path)))
     elif path.is_file() and _is_suite_file(path):

@@ -210,6 +210,12 @@ def test_a_verifier_that_cannot_start_is_infrastructure(suite: Path, untrained: 
             'unknown-tool.yaml:4: tools.0: unknown tool "bsh"; built in: bash, read_file',
         ),
         (["view", "suite"], 2, "suite is not a run: it has no run.json"),
+        (
+            ["compare", "several", "several"],
+            2,
+            "several is not a run: it has no run.json; give one of the runs in it: a",
+        ),
+        (["eval", "rows"], 2, "rows has no task files, but data sets; give one of them: simple.jsonl"),
         (["eval", "suite", "-k", "0"], 2, "Invalid value for '--epochs'"),
         (["run", "suite"], 2, "suite is not a task file: `agentkit eval suite` runs every task in a folder"),
         (["run", "suite/"], 2, "suite/ is not a task file"),
@@ -232,6 +238,9 @@ def test_each_mistake_is_one_message(
     (tmp_path / "unknown-tool.yaml").write_text(f"{head}tools: [bsh]\n")
     (tmp_path / "low-effort.yaml").write_text(f"{head}agent: {{effort: low}}\nverifier: {{command: 'true'}}\n")
     (tmp_path / "notes").write_text("not a task\n")
+    for file in ("several/a/run.json", "rows/simple.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("{}")
     (tmp_path / "no-solution.yaml").write_text(f"{head}verifier: {{command: 'true'}}\n")
     result = agentkit(*arguments, code=code)
     assert message in " ".join(result.stderr.replace("│", " ").split())
