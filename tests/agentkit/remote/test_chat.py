@@ -648,6 +648,14 @@ async def test_calls_written_as_text_are_made(marker: str, lead: str, environmen
     assert server.requests[1]["messages"][2]["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
+async def test_an_answer_of_nothing_but_fenced_calls_makes_them(environment: Environment) -> None:
+    block = DSML.format(m="|DSML|", lead="")
+    result = await run(ChatServer(text(f"```xml\n{block}\n```"), text("Sunny.")), environment)
+    assert result.answer == "Sunny." and [done.content for done in result.trajectory.results] == ["sunny"]
+    quoted = f"Such a call reads:\n```xml\n{block}\n```"
+    assert (await run(ChatServer(text(quoted)), environment)).answer == quoted
+
+
 async def test_calls_written_as_text_are_no_answer_without_tools_either(environment: Environment) -> None:
     server = ChatServer(text(DSML.format(m="|DSML|", lead="")), text("I have no tools."))
     result = await run(server, environment, tools=[])

@@ -2,7 +2,8 @@
 
 The markers come with the bars of the token (`｜DSML｜`), with ASCII bars, or doubled. As in the embedded model's
 parser, a block of calls counts only if the turn ends right after it; any other is a quotation, and stays text. A block
-at the start of the answer with more lines after it is no quotation, though: its calls are malformed.
+at the start of the answer with more lines after it is no quotation, though: its calls are malformed. An answer that is
+nothing but a block in a Markdown fence is that block.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _ANY: Final = re.compile(rf"(</?){_MARKER}")
 _START: Final = re.compile(rf"<{_MARKER}(?={BLOCK_WORD})", re.IGNORECASE)
 _CLOSING: Final = re.compile(rf"</{_MARKER}\w+>")
 _BEGUN: Final = re.compile(r"<\s?(?:[|｜]{1,2}\s?(?:D(?:S(?:M(?:L\s?(?:[|｜]{1,2}\s?)?)?)?)?)?)?\w*\Z")
+_FENCED: Final = re.compile(r"\s*```[\w-]*\n(.*?)\n?```\s*", re.DOTALL)
 _LONGEST: Final = 48
 _MAX_STARTS: Final = 32
 
@@ -41,6 +43,9 @@ def split_calls(
     text: str, *, turn: int, tools: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[CallReady | CallMalformed]]:
     """Return the text before the block of calls at its end, and the calls; the whole text if there is no such block."""
+    fenced = _FENCED.fullmatch(text)
+    if fenced and _START.match(fenced[1]):
+        text = fenced[1]
     for start in islice(_START.finditer(text), _MAX_STARTS):
         parser = chat.StreamParser(False, turn=turn, tools=tools)
         parsed = parser.feed(_ANY.sub(rf"\1{DSML}", text[start.start() :])) + parser.finish()
