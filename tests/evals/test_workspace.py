@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from agentkit.agent import Agent
-from agentkit.cli import app, chat
+from agentkit.cli import app, chat, signals
 from agentkit.cli.changes import print_diff
 from agentkit.cli.chat import Chat
 from agentkit.cli.listing import ignored_by_git, ignored_directories, list_folder
@@ -533,6 +534,28 @@ def test_a_run_that_fails_keeps_the_changes_made_before(
     job = Job(TASK, agent, "process", repository, None, Console(quiet=True), copy=copy)
     with pytest.raises(ApiError):
         carry_out(job, apply=False, as_json=False, branch="agent")
+    assert git(repository, "show", "agent:a.txt") == "dirty\nmore\n"
+    assert (repository / "a.txt").read_text() == "dirty\n"
+
+
+@pytest.mark.sandbox
+def test_a_run_that_is_interrupted_keeps_the_changes_made_before(
+    repository: Path, tokenizer: Tokenizer, script: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go to a patch or branch, but not into the folder, even with --apply: half of the work may be missing."""
+    monkeypatch.setattr(signals, "_received", None)
+    one_turn = script([("bash", {"command": "echo more >> a.txt"})])
+
+    def policy(messages: Sequence[Message], think: bool) -> AssistantTurn | Sequence[int]:
+        if any(isinstance(message, AssistantMessage) for message in messages):
+            signals._handle(signal.SIGINT, None)
+            return AssistantTurn(calls=[("bash", {"command": "sleep 60"})])
+        return one_turn(messages, think)
+
+    agent = Agent(ScriptedModel(policy, tokenizer))
+    job = Job(TASK, agent, "process", repository, None, Console(quiet=True))
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(job, apply=True, as_json=False, branch="agent")
     assert git(repository, "show", "agent:a.txt") == "dirty\nmore\n"
     assert (repository / "a.txt").read_text() == "dirty\n"
 

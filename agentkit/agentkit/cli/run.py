@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import anyio
 import typer
 
 from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
@@ -49,6 +50,9 @@ from agentkit.cli.options import (
     is_solved,
 )
 from agentkit.cli.terminal import console, counted, say
+
+RESCUE_S = 10.0
+"""Seconds for reading the changes of a run that failed or was interrupted."""
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,7 +246,7 @@ class Job:
     copy: bool = False
     """True if `workdir` is copied even where there can be an overlay."""
     rescued: list[Change] = field(default_factory=list)
-    """The changes to `workdir` before the agent's run failed, for example because its API could not be reached."""
+    """The changes to `workdir` before the agent's run failed or was interrupted."""
 
     async def run(self) -> Done:
         """Show the user's folder to the agent, run it with live output on the console, and collect the changes.
@@ -269,9 +273,9 @@ class Job:
             before = {} if workspace else folder.unpack((await environment.export_dir(spec.workdir)).data)
             try:
                 result = await self._run_in(environment, agent)
-            except Exception:
-                if workspace:
-                    with suppress(Exception):  # the failure stands; without a sandbox, the changes are lost
+            except BaseException:  # also Ctrl-C
+                if workspace:  # the failure stands; without a sandbox, the changes are lost
+                    with anyio.move_on_after(RESCUE_S, shield=True), suppress(Exception):
                         await environment.kill_all()
                         self.rescued.extend((await workspace.changes())[0])
                 raise
@@ -337,7 +341,7 @@ def carry_out(
         SandboxError, TaskSetupError, VerifierError, EngineError: See `Job.run`.
     """
 
-    def keep(changes: list[Change]) -> Written:
+    def keep(changes: list[Change], *, apply: bool = apply) -> Written:
         print_diff(job.console, changes)
         if not job.workdir or not changes:
             return Written()
@@ -346,9 +350,10 @@ def carry_out(
 
     try:
         done = run(job.run)
-    except Exception:
-        if job.workdir and job.rescued:
-            print_written(job.console, job.workdir, job.rescued, [], keep(job.rescued))
+    except (Exception, KeyboardInterrupt) as exc:
+        if job.workdir and job.rescued:  # what was interrupted is applied only if the user says so now
+            written = keep(job.rescued, apply=apply and not isinstance(exc, KeyboardInterrupt))
+            print_written(job.console, job.workdir, job.rescued, [], written)
         raise
     written = keep(done.changes)
     if as_json:
