@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from asking import ask
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from agentkit import (
     UserMessage,
 )
 from agentkit.errors import MissingDependencyError
+from agentkit.model import Effort
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote import dsml
 from agentkit.models.remote.history import sendable
@@ -173,6 +175,15 @@ async def test_an_effort_that_a_host_lacks_is_refused(host: str, environment: En
 )
 def test_hosts_get_the_fields_that_they_know(host: str, dialect: str) -> None:
     assert OpenAIChat(Endpoint("openai", "m", f"https://{host}/v1", KEY, 1.0), Server()).dialect == dialect
+
+
+@pytest.mark.parametrize(
+    ("effort", "think", "sent"),
+    [("none", False, {"reasoning_effort": "none"}), ("high", False, {}), ("low", True, {"reasoning_effort": "low"})],
+)
+def test_effort_at_a_host_without_a_switch(effort: Effort, think: bool, sent: dict[str, str]) -> None:
+    chat = OpenAIChat(Endpoint("openai", "m", "https://openrouter.ai/api/v1", KEY, 1.0), Server())
+    assert chat._thinking(ask(think=think, effort=effort)) == sent
 
 
 @given(st.lists(st.text(max_size=80), unique=True, max_size=20))

@@ -255,8 +255,8 @@ class OpenAIChat:
             case "enable_thinking":
                 budget = {"thinking_budget": request.max_thinking_tokens} if request.max_thinking_tokens else {}
                 return {"enable_thinking": request.think, **budget}
-            case "hosted":
-                return effort
+            case "hosted":  # only "none" turns reasoning off there; a turn that happens not to think sends nothing
+                return {"reasoning_effort": "none"} if request.effort == "none" else effort
             case "own":
                 template = {"thinking": request.think, "enable_thinking": request.think}
                 return {"chat_template_kwargs": template, **effort}
