@@ -26,7 +26,8 @@ from agentkit_tools.validation import NeedsTimeError, SchemaProblemError, Valida
 
 T = TypeVar("T", default=Any)
 
-RETRY: Final = "{problem}\n\nAnswer again, with nothing but JSON that fits the schema."
+ANSWER_AGAIN: Final = "Answer again, with nothing but JSON that fits the schema."
+RETRY: Final = "{problem}\n\n" + ANSWER_AGAIN
 """The user message that gives the model a second try."""
 FENCE: Final = "```"
 MAX_PROBLEMS: Final = 3

@@ -599,6 +599,11 @@ async def test_structured_output(environment: Environment) -> None:
     sent = server.requests[0]
     assert sent["response_format"]["json_schema"] == {"name": "answer", "schema": SCHEMA, "strict": True}
     assert '"n": {"type": "integer"}' in sent["messages"][0]["content"]
+    server = ChatServer(text("three"), text('{"n": 3}'))
+    assert (await run(server, environment, output_schema=SCHEMA)).output == {"n": 3}
+    first, again = server.requests
+    assert "response_format" not in first, "a server of one's own would hold calls to it too"
+    assert again["response_format"]["type"] == "json_schema" and again["tool_choice"] == "none" and again["tools"]
     server = ChatServer(text('{"n": "3"}'), extras=DEEPSEEK)
     result = await run(server, environment, model="deepseek:deepseek-chat", output_schema=SCHEMA)
     assert result.status == "invalid_output" and server.requests[0]["response_format"] == {"type": "json_object"}

@@ -35,6 +35,7 @@ from agentkit.models.remote.provider import (
 )
 from agentkit.models.remote.resolve import NO_KEY, Endpoint, key_variable
 from agentkit.models.remote.schemas import openai_tool
+from agentkit.output import ANSWER_AGAIN
 from agentkit_engine.chat.tokens import THINK, THINK_END
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import ImagePart, TextPart
@@ -76,6 +77,7 @@ OPTIONAL: Final = (
     "logprobs",
     "response_format",
     "seed",
+    "tool_choice",
 )
 """Fields that are left out once a server refuses them. None changes what the agent may do."""
 
@@ -236,9 +238,14 @@ class OpenAIChat:
         limits = [limit for limit in (turn_limit(request), self._server.max_tokens, room) if limit is not None]
         if limits:
             body[self._server.max_tokens_field] = min(limits)
-        schema = request.sampling.output_schema
-        if schema is not None and not (request.tools and self.dialect == "own"):  # there it would forbid calls
-            body["response_format"] = {"type": "json_object"} if self.dialect == "deepseek" else _answer_format(schema)
+        if (schema := request.sampling.output_schema) is not None:
+            again = request.messages[-1].role == "user" and request.messages[-1].content.endswith(ANSWER_AGAIN)
+            forbids_calls = bool(request.tools) and self.dialect == "own"  # there the format holds for calls too
+            if again and forbids_calls:
+                body["tool_choice"] = "none"
+            if again or not forbids_calls:
+                as_json = self.dialect == "deepseek"
+                body["response_format"] = {"type": "json_object"} if as_json else _answer_format(schema)
         if self.dialect == "own":
             body |= {"return_token_ids": True, "logprobs": True}
         return {name: value for name, value in body.items() if name not in self._server.refused}
