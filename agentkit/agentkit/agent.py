@@ -52,8 +52,8 @@ KILL_TIMEOUT_S: Final = 0.8
 class Agent(Generic[T]):
     """A model with tools, a thinking policy and limits. An agent can run many tasks, also concurrently.
 
-    Type checkers infer from `output_type` the type of `RunResult.output`; for a union or `Literal`, which is no class,
-    write `output_type=cast(Any, int | str)`.
+    Type checkers infer the type of `RunResult.output` from `output_type`. A union or `Literal` is not a class; write
+    `output_type=cast(Any, int | str)` for it.
 
     Override `ask`, `act` or `observe` to change what a turn does.
     """
@@ -78,35 +78,36 @@ class Agent(Generic[T]):
         """Create an agent.
 
         Args:
-            model: A model; an argument of `EmbeddedModel`: `"tiny"` or a checkpoint folder; or one of `RemoteModel`:
-                `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-flash"`.
+            model: A model, or a name: `"tiny"` or a checkpoint folder (see `EmbeddedModel`), or a model behind an API
+                such as `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"` or `"deepseek:deepseek-flash"` (see
+                `RemoteModel`).
             tools: Tools that the model may call, in prompt order, as tools or plain functions with typed parameters.
-                Default: the built-in tools; with an output type or schema all except `submit`, whose answer no
-                grammar constrains.
+                Default: the built-in tools. With an output type or schema, `submit` is left out, because no grammar
+                constrains its answer.
             system: The system prompt; `DEFAULT_SYSTEM` by default, none if empty.
-            thinking: Turns that think: "always", "never", "auto" (the first, and after any failed result), or a
-                function of the messages that the turn answers.
-            effort: Reasoning effort for the whole session; "none" never thinks.
+            thinking: The turns that think: "always", "never", "auto" (the first turn, and every turn after a failed
+                result), or a function of the messages that the turn answers.
+            effort: Reasoning effort for the whole session. With "none", the model never thinks.
             sampling: All sampling parameters. Default: `model.sampling`, which the model's folder defines.
                 `model.sampling.override(temperature=0)` changes some of them.
             output_type: Type of the answer: a pydantic model, dataclass, TypedDict, `list[int]`, `Literal`, union and
-                so on. The model is shown its JSON schema and constrained to it. The answer is validated with pydantic;
-                one that does not fit is returned to the model once, with the reason.
-            output_schema: The same for a JSON schema, whose answer is a JSON value.
+                so on. The model is shown its JSON schema and constrained to it. The answer is validated with pydantic.
+                An answer that does not fit is returned to the model once, with the reason.
+            output_schema: A JSON schema of the answer, instead of `output_type`. The output is a JSON value.
             limits: The budget of each run.
-            concurrency: Limits on calls that run at the same time. An agent that the code of a tool runs needs its
-                own, or both may wait for each other; one from `as_tool` does not.
+            concurrency: Limits on calls that run at the same time. An agent that is run by a tool's own code needs
+                separate limits, or the two agents may wait for each other. An agent from `as_tool` does not.
             budget: A limit on the cost of all runs of all agents that are given this object.
             approval: Policies that decide on each call before it runs; see `agentkit.approval`.
             on_ask: Asks a human about a call, for policies that return `Ask()`; a function that is not async runs in a
-                thread. Without it such calls are refused.
+                thread. Without `on_ask`, such calls are refused.
 
         Raises:
             TypeError: an argument is of the wrong type.
-            ToolDefinitionError: a function cannot be a tool; the text has the remedy.
+            ToolDefinitionError: a function cannot be a tool; the message says what to change.
             ValueError: two tools have the same name, the thinking policy or effort is unknown, `output_type` has no
                 JSON schema, `output_schema` is not one, or both are given.
-            EngineError: as `EmbeddedModel`.
+            EngineError: see `EmbeddedModel`.
             PriceError: a limit on the cost is given, and the price of the model is unknown.
         """
         check_type("Agent(sampling=...)", sampling, SamplingParams | None, "a SamplingParams or None")
@@ -155,21 +156,21 @@ class Agent(Generic[T]):
 
         Args:
             task: The user message: a text, or a list of texts and images (`ImagePart`) for a model that reads images.
-            environment: Environment that calls run in; it stays open. Default: a sandbox of this run, which is opened
-                before the first turn if a tool needs it (`Tool.needs_environment`).
+            environment: Environment that calls run in; the run does not close it. Default: a new sandbox for this
+                run, opened before the first turn if a tool needs one (`Tool.needs_environment`).
             trajectory: New file for the record, written during the run. Default: in memory only.
             metadata: JSON values for the header of the record.
-            message_history: Messages, or a run whose messages are used, that come before the task. The model reads
-                them anew, whereas `RunResult.continue_` goes on from the exact tokens. Their system prompt replaces
-                that of the agent.
+            message_history: Messages that come before the task, or a run whose messages are used. The model reads
+                them again, whereas `RunResult.continue_` continues from the exact tokens. A system prompt among them
+                replaces the agent's.
             deps: Object for the tools, which they receive as `ToolContext.deps`; it is not shown to the model.
 
         Raises:
             TypeError: a tool needs `deps` of another class, or `message_history` has an item that is not a message.
-            ValueError: `message_history` is not a conversation; the text has the index.
+            ValueError: `message_history` is not a conversation; the message has the index.
             SandboxError: no sandbox can be opened, or the sandbox was lost.
             TrajectoryWriteError: the record cannot be written.
-            EncodeError: the model's dialect does not have the effort.
+            EncodeError: the model's prompt format does not have the effort.
             EngineError: the engine failed.
             ModelError: an API cannot be reached, or refuses the key, the model or the request.
         """
@@ -235,7 +236,7 @@ class Agent(Generic[T]):
 
         Raises:
             ValueError: `history` is given without `environment`, or with an argument that it does not allow.
-            Other errors: as `run`.
+            Other errors: see `run`.
         """
         new = (trajectory, metadata, message_history)
         if history is not None and (environment is None or any(given is not None for given in new)):
@@ -266,16 +267,16 @@ class Agent(Generic[T]):
     ) -> AgentTool:
         """Return a tool that runs this agent on a task that the calling model writes. Its result is the answer.
 
-        The agent sees nothing of the caller's conversation. It gets the `deps` of the caller's run, its calls also pass
-        the approvals of the caller, and cancelling the caller cancels it. A limit, no answer or a failure becomes an
-        error result. Its usage counts in `Usage.subagents` of the caller. Its record is in `Trajectory.subagents`, and
-        in a file beside that of the caller (`run.agent1.jsonl` beside `run.jsonl`).
+        The agent does not see the caller's conversation. It gets the `deps` of the caller's run, its calls also go
+        through the caller's approvals, and cancelling the caller cancels it. If it reaches a limit, gives no answer or
+        fails, the call gets an error result. Its usage counts in the caller's `Usage.subagents`. Its record is in
+        `Trajectory.subagents`, and in a file beside the caller's (`run.agent1.jsonl` beside `run.jsonl`).
 
         Args:
             name: Name of the tool.
             description: Tells the calling model when to use the agent.
-            limits: The budget of each run; that of the agent by default.
-            own_sandbox: Run in a new sandbox rather than in the environment of the caller.
+            limits: The budget of each run. Default: the agent's own limits.
+            own_sandbox: Run in a new sandbox rather than in the caller's environment.
 
         Raises:
             ToolDefinitionError: the name or description is invalid.
@@ -428,7 +429,7 @@ class Agent(Generic[T]):
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
 
         `files` is an archive that is unpacked into the work directory first; empty bytes are an empty directory.
-        `above` is the context of the call that runs this agent.
+        `above` is the context of the call that runs this agent as a sub-agent.
         """
         self._check_deps(deps)
         asked = user_message(task)
@@ -536,8 +537,8 @@ def model_of(name: str | Path) -> Model:
     """Return the model behind an API, the packaged model or the checkpoint folder of this name.
 
     Raises:
-        ModelError: as `RemoteModel`.
-        EngineError: as `EmbeddedModel`.
+        ModelError: see `RemoteModel`.
+        EngineError: see `EmbeddedModel`.
     """
     remote = isinstance(name, str) and ":" in name and not Path(name).exists()
     if remote:

@@ -12,8 +12,8 @@
     agent = Agent("tiny", approval=[no_network, ask_before_changes], on_ask=yes_or_no)
 
 The first policy that returns a decision ends the chain, and a call on which no policy decides is approved. Every call
-with valid arguments passes the chain, also of read-only tools. The policies of an agent also decide on the calls of its
-sub-agents, after the sub-agents' own.
+with valid arguments goes through the chain, including calls of read-only tools. The policies of an agent also decide on
+the calls of its sub-agents, after the sub-agents' own policies.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from agentkit_tools.schema import parse_object
 from agentkit_tools.workers import run_in_thread
 
 MAX_SHOWN_BYTES: Final = 2_000
-"""Size of changed arguments as they are told to the model."""
+"""Maximum bytes of changed arguments in the line that tells the model about the change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ Decision = Approve | Modify | Refuse
 Policy = Callable[[PendingCall], Decision | Ask | Awaitable[Decision | Ask | None] | None]
 """A function, async or not, that decides on a call. None leaves it to the next policy."""
 AskHuman = Callable[[PendingCall, str], Decision | Awaitable[Decision]]
-"""A function, async or not, of a call and the reason to ask, that returns the human's decision. One call at a time."""
+"""A function, async or not, that takes a call and the reason to ask, and returns the human's decision. It is called for
+one call at a time."""
 
 
 class ApprovalWarning(UserWarning):
@@ -93,12 +94,12 @@ class ApprovalWarning(UserWarning):
 
 
 def ask_before_changes(call: PendingCall) -> Ask | None:
-    """Ask about every call, except of read-only tools and `submit`, which change nothing."""
+    """Ask about every call, except calls of read-only tools and `submit`, which change nothing."""
     return None if _changes_nothing(call.tool) else Ask()
 
 
 def refuse_changes(call: PendingCall) -> Refuse | None:
-    """Refuse every call, except of read-only tools and `submit`."""
+    """Refuse every call, except calls of read-only tools and `submit`."""
     return None if _changes_nothing(call.tool) else Refuse("only read-only tools may be used in this run")
 
 
@@ -110,7 +111,7 @@ class Approvals:
     """The policies of an agent, and the function that asks a human."""
 
     def __init__(self, policies: Sequence[Policy] = (), on_ask: AskHuman | None = None) -> None:
-        """Take policies in order.
+        """Create a chain of policies, which are asked in order.
 
         Raises:
             TypeError: a policy or `on_ask` is not a function.
@@ -125,7 +126,7 @@ class Approvals:
         self._lock = anyio.Lock(fast_acquire=True)  # held while a human is asked
 
     def below(self, above: Approvals) -> Approvals:
-        """Return the approvals of a sub-agent: first these policies decide, then those of the agent that runs it."""
+        """Return the approvals of a sub-agent: these policies decide first, then the policies of the agent above it."""
         if above.is_empty:
             return self
         both = Approvals(self._policies, self._on_ask or above._on_ask)
@@ -134,7 +135,7 @@ class Approvals:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no policy."""
+        """True if there is no policy."""
         return not self._policies and self._above is None
 
     async def decide(self, call: ToolCall, tool: Tool, context: ToolContext) -> CallDecided:
@@ -167,7 +168,7 @@ class Approvals:
         return decided
 
     async def _consult(self, policy: Policy, call: PendingCall) -> tuple[Decision | None, bool]:
-        """Return the decision of a policy, or of the human that it asks, and whether one was asked."""
+        """Return the decision of a policy, or of the human that it asks, and whether a human was asked."""
         asked = False
         try:
             answer = policy(call)
@@ -202,7 +203,7 @@ class Approvals:
 
 
 async def _checked(change: Modify, call: PendingCall) -> Modify:
-    """Return the change with plain JSON arguments, which the tool accepts."""
+    """Return the change with its arguments as plain JSON. Raise ValueError if the tool rejects them."""
     text = to_json(change.arguments).decode()
     if (problem := await call.tool.refusal(ToolCall(call.id, call.tool.name, text))) is not None:
         raise ValueError(f"it changed the arguments to invalid ones: {problem.content}")
@@ -221,7 +222,7 @@ def refused(call: ToolCall, decided: CallDecided) -> ToolResult:
 
 
 def told_of_change(result: ToolResult, decided: CallDecided) -> ToolResult:
-    """Return the result of a call that ran with other arguments, with a line that says so. An answer stays as it is."""
+    """Return the result, with a line about the change if the call ran with other arguments. Answers are unchanged."""
     if decided.modified is None or result.final:
         return result
     line = f"[This call was changed before it ran. Its arguments were: {cut(decided.modified, MAX_SHOWN_BYTES)}]"

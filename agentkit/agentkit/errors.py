@@ -29,24 +29,24 @@ class AgentkitError(Exception):
 
 
 class ModelError(AgentkitError):
-    """A model could not be reached, or refused to work. The text is one line with the remedy."""
+    """A model could not be reached, or refused to work. The message is one line that also says what to do."""
 
 
 class UnknownModelError(ModelError, ValueError):
-    """There is no such model or provider. The text has what was given and what exists."""
+    """There is no such model or provider. The message has what was given and what exists."""
 
 
 class ModelOptionError(ModelError, ValueError):
-    """The model does not have the effort or sampling parameter, or does not take so many tools. The text says which it
-    has."""
+    """The model does not support the effort, the sampling parameter or the number of tools. The message says what it
+    supports."""
 
 
 class MissingDependencyError(ModelError, ImportError):
-    """A package that the model needs is not installed. The text has the command that installs it."""
+    """A package that the model needs is not installed. The message has the command that installs it."""
 
 
 class ApiError(ModelError):
-    """A request to an API failed, and trying again did not help or cannot help.
+    """A request to an API failed, and a retry did not help or cannot help.
 
     Attributes:
         status: The HTTP status; None if there was no response.
@@ -58,11 +58,11 @@ class ApiError(ModelError):
 
 
 class ApiKeyError(ApiError):
-    """The API's key is missing, wrong, or not allowed to use the model. The text never contains the key."""
+    """The API's key is missing, wrong, or not allowed to use the model. The message never contains the key."""
 
 
 class PriceError(ModelError, ValueError):
-    """A price table cannot be used, or a limit on the cost needs a price that is unknown. The text has the remedy."""
+    """A price table cannot be used, or a cost limit needs a price that is unknown. The message says what to do."""
 
 
 class ContextFullError(AgentkitError):

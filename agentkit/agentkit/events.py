@@ -63,9 +63,9 @@ class MessageAdded:
 class CallDecided:
     """The agent's approvals decided on a call of the tool `name`. `asked` means that a human was asked.
 
-    `policy` is the name of the policy that decided; None if all left the call to the next one, which approves it.
-    `arguments` is the JSON text that the model wrote, `modified` that of other arguments, which the call runs with.
-    `reason` is that of a refusal.
+    `policy` is the name of the policy that decided; None if no policy did, which approves the call. `arguments` is the
+    JSON text that the model wrote. `modified` is the JSON text of the changed arguments that the call runs with, if
+    any. `reason` is the reason of a refusal.
     """
 
     call_id: str
@@ -101,7 +101,7 @@ class CallFinished:
 
 @dataclass(frozen=True, slots=True)
 class SubagentStarted:
-    """A call started to run an agent, whose tool is `name`. `trajectory_id` is in the header of that agent's record.
+    """A call of the tool `name` started a sub-agent. `trajectory_id` is in the header of the sub-agent's record.
 
     `file` is the name of the record, in the folder of this one; None if the record is only in memory.
     """
@@ -116,7 +116,7 @@ class SubagentStarted:
 
 @dataclass(frozen=True, slots=True)
 class SubagentFinished:
-    """The agent that a call ran has ended."""
+    """The sub-agent that a call ran has ended."""
 
     call_id: str
     outcome: Outcome
@@ -126,7 +126,7 @@ class SubagentFinished:
 
 @dataclass(frozen=True, slots=True)
 class SubagentEvent:
-    """An event of an agent that a call runs. It is a record of that agent's trajectory, not of this one."""
+    """An event of a sub-agent. It is a record of the sub-agent's trajectory, not of this one."""
 
     call_id: str
     event: Event

@@ -1,4 +1,4 @@
-"""Message histories: conversations that a new run begins with."""
+"""Message histories: conversations that a new run starts from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def opening_messages(
 
     Raises:
         TypeError: `history` is not a history, or one of its items is not a message.
-        ValueError: as `check_history`.
+        ValueError: see `check_history`.
     """
     check_type("message_history", history, list | tuple | RunResult | Trajectory | None, "a list of messages, or a run")
     if isinstance(history, RunResult):
@@ -38,12 +38,12 @@ def opening_messages(
 
 
 def check_history(messages: Sequence[Message]) -> None:
-    """Refuse messages that no model could read as a conversation.
+    """Check that messages form a conversation that a model can read.
 
     Raises:
         TypeError: an item is not a message.
-        ValueError: a system message is not the first; a turn follows no user message or result; a call has no result,
-            or a result no call. The text has the index.
+        ValueError: a system message is not the first message; an assistant turn does not follow a user message or a
+            tool result; a call has no result, or a result has no call. The message has the index.
     """
     open_calls: dict[str, int] = {}  # calls without results so far, with the index of their message
     before: Message | None = None
@@ -77,9 +77,9 @@ def check_history(messages: Sequence[Message]) -> None:
 
 
 def _paired(messages: Sequence[Message]) -> Iterator[Message]:
-    """Yield the messages; error results of malformed calls, which no turn has, become user messages.
+    """Yield the messages, with error results of malformed calls, which are in no turn, as user messages.
 
-    They follow the results of the turn's other calls.
+    These user messages follow the results of the turn's other calls.
     """
     calls: set[str] = set()
     unpaired: list[Message] = []

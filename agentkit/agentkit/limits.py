@@ -30,8 +30,8 @@ class Limits:
     max_thinking_tokens_per_turn: int | None = None
     """Sampled thinking tokens of one turn."""
     max_cost_usd: float | None = None
-    """Cost in US dollars, over all turns. Checked before each turn, because an API tells the cost of a turn at its end;
-    the last turn may exceed it. The cost of sub-agents counts, as far as it is known, and no sub-agent starts another
+    """Cost in US dollars, over all turns. Checked before each turn, because an API reports the cost of a turn at its
+    end; the last turn may exceed the limit. The known cost of sub-agents counts too, and no sub-agent starts another
     turn once the limit is reached. The price of the model must be known."""
     wall_time_s: float | None = None
     """Seconds since the start of the run."""
@@ -42,7 +42,7 @@ class Limits:
     max_calls_per_turn: int = 128
     """Calls that one turn may run; every further call gets an error result."""
     max_depth: int = 4
-    """Levels of sub-agents (`Agent.as_tool`) below the run. A call that would run one more gets an error result."""
+    """Maximum levels of sub-agents (`Agent.as_tool`) below the run. A call beyond them gets an error result."""
     max_repeated_tokens: int | None = 2048
     """Repetitive tokens at the end of a turn: copies of one block of at most 256 tokens, only digits, or only white
     space. Inside a block of calls the limit is four times as high, because file contents may well repeat. It is
@@ -56,10 +56,10 @@ class Limits:
 
 
 class CostBudget:
-    """Maximum cost of all runs of the agents that are given the same object.
+    """A limit on the total cost of all runs of the agents that share this object.
 
-    Once it is spent, no agent starts another turn, and a run that would need one ends with the limit "max_cost_usd".
-    Turns that are in progress go on. A cost that turns out to be unknown spends the whole budget.
+    Once it is spent, no agent starts another turn, and a run that needs one ends with the limit "max_cost_usd".
+    Turns in progress continue. A cost that turns out to be unknown spends the whole budget.
 
     Attributes:
         max_cost_usd: The maximum, in US dollars.

@@ -29,8 +29,8 @@ class SystemMessage:
 class UserMessage:
     """A message from the user: the task, or a later request in the same session.
 
-    A message with images has `parts`, and in `content` one line for each image; a model that reads no images reads
-    `content`.
+    `parts` is set if the message has images. `content` then has one line in place of each image, for models that do not
+    read images.
     """
 
     content: str
@@ -43,8 +43,8 @@ class UserMessage:
 class AssistantMessage:
     """One turn of the model. `reasoning` is None if the turn did not think; `calls` has only the well-formed calls.
 
-    `provider_data` is the turn as an API sent it, with signatures, encrypted reasoning and ids. It goes back to the
-    same API unchanged, and its key "api" names that API.
+    `provider_data` is the turn as an API sent it, with signatures, encrypted reasoning and ids. It is sent
+    back to the same API unchanged, and its key "api" names that API.
     """
 
     content: str
@@ -59,7 +59,7 @@ class AssistantMessage:
 class ToolMessage:
     """The result of one call, as the model reads it. The tool messages of a turn are in call order.
 
-    `content` and `parts` are those of a `ToolResult`.
+    `content` and `parts` are as in `ToolResult`.
     """
 
     call_id: str

@@ -41,13 +41,13 @@ class GenerationLimits:
 class TokenSegment:
     """Consecutive token ids of a session that have the same origin.
 
-    "prompt" ids were fed. "sampled" ids were drawn by the model. "forced" ids close a turn or thinking block that was
+    "prompt" ids are input. "sampled" ids were drawn by the model. "forced" ids close a turn or thinking block that was
     stopped, or are the only ids that a grammar allowed. Each sampled id has a log-probability: the log-softmax of the
-    raw logits, at temperature 1. A server behind an API may report ids without log-probabilities; there are then none.
+    raw logits, at temperature 1. A server behind an API may report ids without them; `logprobs` is then empty.
     `top_logprobs` has the most likely ids at each position, if `SamplingParams.top_logprobs` asks for them.
 
-    `restart` marks a prompt that does not continue the ids before it, because a server rendered the conversation anew:
-    the session's ids begin with this segment.
+    `restart` marks a prompt that does not continue the ids before it, because a server rendered the conversation
+    again from the start: the session's ids begin with this segment.
     """
 
     kind: SegmentKind
@@ -70,10 +70,10 @@ class TokenSegment:
 class Usage:
     """Token, call and time counts. `sampled_tokens` includes `thinking_tokens`.
 
-    Every id that was fed (prompts, forced ids, the history of a continued run) was either found in the engine's prefix
+    Every input id (prompts, forced ids, the history of a continued run) was either found in the engine's prefix
     cache (`cache_hit_tokens`) or computed (`cache_miss_tokens`). Both are 0 if the model does not report them. An API
-    is fed the whole conversation in every turn, so its `prompt_tokens` are the sum over the turns. `cache_write_tokens`
-    are those of the computed tokens that the API charges for storing.
+    receives the whole conversation in every turn, so its `prompt_tokens` are the sum over the turns.
+    `cache_write_tokens` are the computed tokens that the API charges for storing in its cache.
 
     `cost_usd` is the price of the tokens in US dollars; None if the price of any of them is unknown, or if the model
     runs in this process. `subagents` is the usage of all agents that ran inside calls, which the other fields do not
@@ -97,7 +97,7 @@ class Usage:
 
     @property
     def total(self) -> Usage:
-        """The usage including that of all sub-agents; the times are those of the run itself."""
+        """The usage including all sub-agents. The times are only those of the run itself."""
         if self.subagents is None:
             return self
         both = total_usage([replace(self, subagents=None), self.subagents.total])
@@ -105,7 +105,7 @@ class Usage:
 
 
 def total_cost(costs: Iterable[float | None]) -> float | None:
-    """Return the sum of costs in US dollars; None if one of them is unknown."""
+    """Return the sum of costs in US dollars; None if any cost is unknown."""
     total = 0.0
     for cost in costs:
         if cost is None:
@@ -158,7 +158,7 @@ class ThoughtCut:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """The request for a turn failed and is sent again after `wait_s` seconds; what the turn streamed so far is void.
+    """The request for a turn failed and is sent again after `wait_s` seconds. Discard what the turn has streamed.
 
     `attempt` counts the failed requests of the turn from 1.
     """

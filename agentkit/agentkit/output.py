@@ -31,7 +31,7 @@ RETRY: Final = "{problem}\n\n" + ANSWER_AGAIN
 """The user message that gives the model a second try."""
 FENCE: Final = "```"
 MAX_PROBLEMS: Final = 3
-"""Problems of an answer that are told; the model can repair it from the first few."""
+"""Maximum number of problems of an answer that the model is told; the first few are enough to repair it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Output(Generic[T]):
     check: Callable[[str], list[str]]
 
     def bare(self, answer: str) -> str:
-        """Return an answer that is to be JSON without the Markdown fence that models put around it."""
+        """Return the answer without a Markdown fence around it, if the answer must be JSON."""
         text = answer.strip()
         if self.schema is None or not (text.startswith(FENCE) and text.endswith(FENCE)):
             return answer
@@ -135,7 +135,7 @@ def _typed(output_type: type[T]) -> Output[T]:
 
 
 def _closed(schema: Any) -> Any:
-    """Return a schema whose objects have no other properties than those named, as far as it does not say otherwise.
+    """Return the schema with `additionalProperties: false` in each object with `properties` that does not set it.
 
     Python types ignore unknown properties, and a model that is constrained to the schema should not invent any.
     """

@@ -54,7 +54,7 @@ def _a_date(text: str) -> str:
 
 
 def _minutes(hours: str) -> tuple[int, int]:
-    """Return the first minute of the day of "HH:MM-HH:MM", and the one after the last."""
+    """Return the minutes of the day at which "HH:MM-HH:MM" starts (inclusive) and ends (exclusive)."""
     start, end = (int(clock[:2]) * 60 + int(clock[3:]) for clock in hours.split("-"))
     return start, end
 
@@ -148,7 +148,7 @@ class Prices:
     """A table of list prices."""
 
     def __init__(self, rows: Sequence[Price]) -> None:
-        """Use these rows; the first one that matches counts."""
+        """Create a table from rows. The first row that matches a model counts."""
         self.rows = rows
 
     @classmethod
@@ -172,7 +172,7 @@ class Prices:
 
 @runtime_checkable
 class PricedModel(Protocol):
-    """A model that is paid for."""
+    """A model whose tokens have a price."""
 
     @property
     def price(self) -> Price | None:
@@ -189,7 +189,7 @@ def check_price(model: object, name: str) -> None:
     """Refuse a limit on the cost of a model whose price is unknown.
 
     Raises:
-        PriceError: the text has the remedy.
+        PriceError: the price is unknown; the message says what to do.
     """
     if not isinstance(model, PricedModel):
         raise PriceError(f"{name} is not a hosted model, and nothing is charged for it; leave out the limit on cost")
@@ -201,10 +201,10 @@ def check_price(model: object, name: str) -> None:
 
 
 def reference_price() -> Price:
-    """Return the list price that says what runs of embedded models would have cost.
+    """Return the list price that is used to estimate what runs of embedded models would have cost.
 
     Raises:
-        PriceError: as `Prices.load`.
+        PriceError: see `Prices.load`.
     """
     host, model = REFERENCE
     price = Prices.load().find(model, host=host)
@@ -213,10 +213,10 @@ def reference_price() -> Price:
 
 
 def requests_of(trajectory: Trajectory) -> Iterator[tuple[datetime, TokenCounts]]:
-    """Yield time and token counts of the requests to an API that would have generated the turns of an embedded model.
+    """Yield the times and token counts of the API requests that would have generated an embedded model's turns.
 
     Each request has the whole conversation so far. The tokens of earlier turns count as cache hits, and so do those
-    that the engine found in its prefix cache. Forced ids of a turn are output.
+    that the engine found in its prefix cache. Forced ids of a turn count as output.
     """
     created = datetime.fromisoformat(trajectory.header.created)
     at, earlier, prompt, output, found, found_before = created, 0, 0, 0, 0, 0
@@ -243,7 +243,7 @@ def requests_of(trajectory: Trajectory) -> Iterator[tuple[datetime, TokenCounts]
 def list_cost(trajectory: Trajectory, price: Price) -> float | None:
     """Return what the turns of an embedded model would have cost at a list price, in US dollars; None if unknown.
 
-    None also if the trajectory is of a model behind an API, whose cost is in its usage.
+    The result is also None for a model behind an API: its cost is in the trajectory's usage.
     """
     if trajectory.header.dialect is None:
         return None
@@ -251,12 +251,12 @@ def list_cost(trajectory: Trajectory, price: Price) -> float | None:
 
 
 def describe_reference(price: Price) -> str:
-    """Return the words for the reference price, such as "deepseek-flash list prices (2026-10-27)"."""
+    """Return a description of the reference price, such as "deepseek-flash list prices (2026-10-27)"."""
     return f"{REFERENCE[1]} list prices ({price.as_of})"
 
 
 def dollars(cost: float | None) -> str:
-    """Return a cost for people, with at least two digits that are not 0; "unknown" for None."""
+    """Return a cost as text for people, with at least two significant digits; "unknown" for None."""
     if cost is None:
         return "unknown"
     if cost >= 1 or cost == 0:

@@ -43,7 +43,7 @@ class RunResult(Generic[T]):
         - "answered": a turn had text and no calls.
         - "no_answer": a turn had neither: it ended while thinking, or its text was empty or white space.
         - "invalid_output": the answer (submitted or not) does not fit the agent's `output_type` or `output_schema`,
-          also after the model was told why and answered once more.
+          even after the model was told why and answered once more.
         - "limit": a limit stopped the run; `limit` names it.
         """
         return self.outcome.status
@@ -52,7 +52,7 @@ class RunResult(Generic[T]):
     def answer(self) -> str | None:
         """The argument of `submit`, or the text of the last turn; None with any other status.
 
-        An answer that is to be JSON is without the Markdown fence that models put around it.
+        A Markdown fence around an answer that must be JSON is removed.
         """
         return self.outcome.answer
 
@@ -80,7 +80,7 @@ class RunResult(Generic[T]):
 
         Raises:
             ValueError: this result was already continued; continue the newer one.
-            Other errors: as `Agent.run`.
+            Other errors: see `Agent.run`.
         """
         return await self._continue(task, environment)
 

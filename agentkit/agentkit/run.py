@@ -41,14 +41,14 @@ class Run:
         context: The context that calls run in.
         limits: The run's budget.
         budget: A budget shared with other runs, if any.
-        approvals: The policies that decide on its calls.
+        approvals: The policies that decide on the run's calls.
         depth: Levels of sub-agents that may run below this run.
-        is_guest: Whether this is the run of a sub-agent in the environment of the run above.
+        is_guest: True if this is the run of a sub-agent in the environment of the run above it.
         emit: Passes an event to the caller.
         turn: Number of the next turn, counted from 0 over the session.
         deadline: Time at which the wall time is spent, on anyio's clock.
         calls, tool_time_s: Number of calls made, and seconds during which at least one was running.
-        refused: Whether the API's filter stopped the last turn.
+        refused: True if the API's filter stopped the last turn.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Run:
         return None
 
     def charge(self) -> None:
-        """Take the cost since the last call from the shared budget, and count it in the runs above."""
+        """Charge the cost since the previous charge to the shared budget and to the runs above this one."""
         cost = self.session.usage.cost_usd
         new = None if cost is None or self._charged is None else cost - self._charged
         if self.budget is not None and self._charged is not None:
@@ -213,4 +213,4 @@ class RunContext(ToolContext[Deps]):
 
     run: Run = field(kw_only=True, repr=False)
     call: ToolCall | None = field(kw_only=True, default=None)
-    """The call that runs in this context, if it runs an agent."""
+    """The call that runs in this context, if it runs a sub-agent."""

@@ -47,7 +47,7 @@ class AgentTool(Tool):
         return value
 
     def deadline_s(self, context: ToolContext) -> float:
-        """Return infinity: the limits of the agent end it, and those of the run that calls it."""
+        """Return infinity, because the limits of the agent and of the calling run end the call."""
         return inf
 
     async def call(self, call: ToolCall, context: ToolContext) -> ToolResult:

@@ -182,13 +182,14 @@ def _one_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 ExpectedCall = Annotated[dict[str, dict[str, list[Any]]], AfterValidator(_one_call)]
-"""A tool's name and, for each argument, the allowed values; "" among them means that the argument may be left out."""
+"""A tool's name and, for each argument, the allowed values. The value "" means that the argument may be left out."""
 
 
 class CallsConfig(Strict):
     """Scoring of the calls of the model's first turn, as in BFCL: no tool is run, and the run ends with that turn.
 
-    `calls` has the expected calls in any order, none if the model should call no tool; "any" expects one call or more.
+    `calls` lists the expected calls in any order. An empty list means that the model should call no tool; "any" expects
+    at least one call.
     """
 
     calls: Annotated[
@@ -200,9 +201,9 @@ class CallsConfig(Strict):
 class TestsConfig(Strict):
     """Scoring of a change to a git repository by named tests, as in SWE-bench.
 
-    The workdir is the repository. What the agent changed there, except for files that git ignores, is applied to a
-    fresh workdir; then `patch` is applied, whose files are never the agent's, and `command` runs. The reward is 1 if
-    every test of both lists passes. Tests that are skipped pass only in `pass_to_pass`.
+    The workdir is the repository. The agent's changes, except for files that git ignores, are applied to a fresh
+    workdir. Then `patch` is applied, which replaces the agent's versions of its files, and `command` runs. The reward
+    is 1 if every test of both lists passes. A skipped test passes only in `pass_to_pass`.
     """
 
     __test__ = False  # not a test class of pytest
@@ -243,7 +244,7 @@ Verifier = Annotated[
 ]
 _TAGGED: dict[object, type[BaseModel]] = {"<by calls>": CallsConfig, "<by tests>": TestsConfig}
 _TAGS = {"<name>", "<definition>", "<command>", *_TAGGED, "<calls>", "<any>", "[key]"}
-"""Steps of an error's location that are not in the file."""
+"""Parts of a pydantic error's location that do not appear in the file."""
 
 
 def _every_built_in() -> list[str | ToolConfig]:

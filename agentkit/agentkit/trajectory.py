@@ -95,7 +95,7 @@ class Trajectory:
         self.records: list[Record] = []
         self.times_s: list[float] = []
         self.subagents: list[Trajectory] = []
-        """The records of the agents that calls of this process's runs ran; `load` leaves it empty."""
+        """The trajectories of sub-agents that ran in this process; empty after `load`."""
         self._file: int | None = None
         self._size = 0  # bytes of valid lines in the file
         self._start_ns = time.monotonic_ns()
@@ -203,7 +203,7 @@ class Trajectory:
     def token_ids(self) -> list[int]:
         """All token ids of the session in order; equal to the engine's own list.
 
-        If a server rendered the conversation anew, they are those since then: the conversation as it was fed last.
+        If a server rendered the conversation again from the start, these are the ids since the last such rendering.
         """
         return [token for segment in self._joined_segments for token in segment.ids]
 
@@ -214,7 +214,7 @@ class Trajectory:
 
     @property
     def logprobs(self) -> list[float | None]:
-        """One log-probability per id of `token_ids`; None if the id was not sampled, or the server reports none."""
+        """One log-probability per id of `token_ids`; None if the id was not sampled or none was reported."""
         return [
             logprob for segment in self._joined_segments for logprob in segment.logprobs or [None] * len(segment.ids)
         ]

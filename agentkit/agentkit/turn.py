@@ -24,8 +24,8 @@ class TurnCalls:
 
     `ready` announces a call, usually while the model is still generating. The call starts at once if it and all calls
     before it are read-only; otherwise it waits for `finish`. A barrier runs alone: it starts after all earlier calls
-    have finished, and later calls start after it has ended. A call that has been started first waits for its approval,
-    which counts neither as a running call nor as tool time.
+    have finished, and later calls start after it has ended. A started call first waits for its approval. While it
+    waits, it counts neither as a running call nor as tool time.
 
     A call that fails only affects its own result. Only an infrastructure failure (`SandboxError`) stops all calls,
     through the task group.
@@ -142,7 +142,7 @@ class TurnCalls:
         self._running += 1
 
     def _end(self) -> None:
-        """Stop the clock."""
+        """Stop the clock of the tool time, if no other call is running."""
         self._running -= 1
         if self._running == 0:
             self.time_s += time.perf_counter() - self._running_since

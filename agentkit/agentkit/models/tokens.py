@@ -137,7 +137,7 @@ class TokenizedSession:
     async def append(self, messages: Sequence[Message]) -> None:
         """Add `messages`. They are encoded at the next `generate`, which determines whether the turn thinks.
 
-        Assistant turns, which nobody sampled in this session, may only be among the first messages.
+        Assistant turns, which come from a message history, may only be among the first messages.
         """
         self._turn += sum(isinstance(message, AssistantMessage) for message in messages)
         self.messages.extend(messages)
