@@ -1,7 +1,7 @@
 """Anthropic's Messages API.
 
-Sources: https://platform.claude.com/docs/en/api/messages, and for what each model takes the guides "Thinking",
-"Effort" and "Models overview".
+Source: https://platform.claude.com/docs/en/api/messages. The guides "Thinking", "Effort" and "Models overview" say what
+each model accepts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BUDGETS: Final[dict[Effort, int]] = {"low": 4_096, "high": 16_384, "max": 32_000
 """Thinking tokens for each effort, for models that take a budget instead of an effort."""
 MAX_PAUSES: Final = 16
 INTERLEAVED: Final = "interleaved-thinking-2025-05-14"
-"""The beta that lets a model with a thinking budget think between its calls. Other models do so without it."""
+"""The beta that lets a model with a thinking budget think between its calls. Other models do not need it."""
 CACHED: Final = {"cache_control": {"type": "ephemeral"}}
 
 _ENDS: Final[dict[str, StreamEnd]] = {
@@ -50,9 +50,10 @@ _ENDS: Final[dict[str, StreamEnd]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What the models of one generation take.
+    """The parameters that the models of one generation accept.
 
-    `thinking` is the way to turn thinking on, `off` the type that turns it off; None if it cannot be turned off.
+    `thinking` is the way to turn thinking on; None if the models never think. `off` is the type that turns it off; None
+    if it cannot be turned off.
     """
 
     thinking: Literal["budget", "adaptive"] | None
@@ -63,7 +64,7 @@ class _Family:
 
 @dataclass(slots=True)
 class _Known:
-    """What the clients of one model have learned about it, and the features that the API has refused: "format" and
+    """Facts that the clients of one model share. `refused` has the features that the API has refused: "format" and
     "display"."""
 
     family: _Family
@@ -73,10 +74,10 @@ class _Known:
 class Anthropic:
     """The client of one model. It connects with its first request, and again after `aclose`.
 
-    In a turn that does not think, a model that always thinks has the least effort. A model that never thinks has the
-    efforts "none" and "high", the default of an agent, and takes both as the same.
+    If thinking cannot be turned off, a turn without thinking has the lowest effort. A model that never thinks accepts
+    the efforts "none" and "high" (an agent's default), which then mean the same.
 
-    The prefix of the conversation up to each of the last two user messages is cached for five minutes.
+    The API caches the prefix of the conversation up to each of the last two user messages for five minutes.
     """
 
     api: Final = "anthropic"
@@ -91,17 +92,17 @@ class Anthropic:
         timeout_s: float = TIMEOUT_S,
         like: Anthropic | None = None,
     ) -> None:
-        """Make a client.
+        """Create a client.
 
         Args:
             model: The model's name at the API.
             base_url: The API's URL, with or without `/v1` at its end.
             api_key: The key. Default: the environment's `ANTHROPIC_API_KEY`.
-            timeout_s: Seconds that the connection may be silent.
+            timeout_s: Seconds without data from the API after which a request fails.
             like: Another client of the model; both share what they learn about it.
 
         Raises:
-            MissingDependencyError, ApiKeyError, ValueError: as for `Connection`.
+            MissingDependencyError, ApiKeyError, ValueError: see `Connection`.
         """
         self._connection = Connection(
             "anthropic",
@@ -119,7 +120,7 @@ class Anthropic:
             self.efforts = (*(("none",) if self._known.family.off else ()), "low", "high", "max")
 
     def check_sampling(self, sampling: SamplingParams) -> None:
-        """See `Provider.check_sampling`. Version 2026-10-21 of the API has no temperature, `top_p` and `top_k`."""
+        """See `Provider.check_sampling`. Version 2026-10-21 of the API has no temperature, `top_p` or `top_k`."""
         refuse_sampling(sampling, f"the API of {self.host}", has=frozenset({"stop"}))
 
     async def stream(self, request: TurnRequest) -> AsyncGenerator[Delta, None]:
@@ -158,7 +159,7 @@ class Anthropic:
         await self._connection.aclose()
 
     def _learn(self, said: str) -> bool:
-        """Note what the API refuses; return whether that was not noted before."""
+        """Record what the API refuses; return True if it was not known before."""
         family, refused = self._known.family, set(self._known.refused)
         if most := re.search(r"max_tokens: \d+ > (\d+)", said):
             family = replace(family, max_tokens=int(most[1]))
@@ -179,7 +180,7 @@ class Anthropic:
         output: SentSchema | None,
         said: Sequence[Mapping[str, Any]],
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the request that continues the conversation after `said`, the turn so far, and its headers."""
+        """Return the body and headers of the request that continues the conversation; `said` is the turn so far."""
         max_tokens = min(turn_limit(request) or self._known.family.max_tokens, self._known.family.max_tokens)
         thinking, effort = self._thinking(request, max_tokens)
         body: dict[str, Any] = {
@@ -241,7 +242,7 @@ class Anthropic:
                 return {"type": self._known.family.off}, effort
 
     def _in_turn_without_thinking(self, messages: Sequence[Message]) -> bool:
-        """Return whether the model is to answer results of a turn without thinking. Claude refuses to begin there."""
+        """Return True if the model answers results of a turn without thinking; Claude cannot start to think there."""
         turns = [index for index, message in enumerate(messages) if isinstance(message, AssistantMessage)]
         if self._known.family.version is None or not turns:
             return False
@@ -250,7 +251,7 @@ class Anthropic:
         return answers and self._blocks(last)[0]["type"] not in ("thinking", "redacted_thinking")
 
     def _messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Return the messages with alternating roles. A user message begins with the results of the turn before."""
+        """Return the messages with alternating roles. A user message begins with the results of the previous turn."""
         sent: list[dict[str, Any]] = []
         for message in messages:
             blocks = self._blocks(message)
@@ -262,7 +263,7 @@ class Anthropic:
         users = [message["content"] for message in sent if message["role"] == "user"]
         for content in users:
             content.sort(key=lambda block: block["type"] != "tool_result")
-        for content in users[-2:]:  # the last one ends the prefix of the next turn, the one before that of this turn
+        for content in users[-2:]:  # the ends of the prefixes that this turn reads and writes
             content[-1] |= CACHED
         return sent
 
@@ -297,8 +298,8 @@ class _Reader:
     """Turns the events of one turn into deltas. A turn that pauses has several responses.
 
     Attributes:
-        begun: Whether the response has begun.
-        stopped: Whether the response is complete.
+        begun: True if the response has begun.
+        stopped: True if the response is complete.
         stop_reason: The API's reason for the end of the response.
     """
 
@@ -314,15 +315,15 @@ class _Reader:
         self._holds_text = holds_text  # the answer is the last text, which may have to be mapped back
         self._blocks: list[dict[str, Any]] = []
         self._open: dict[int, dict[str, Any]] = {}  # blocks of this response that have not ended, by their index
-        self._arguments: dict[str, str] = {}  # what the model wrote, by the id of the call
+        self._arguments: dict[str, str] = {}  # the text that the model wrote, by the id of the call
         self._indices: dict[str, int] = {}  # positions of the calls, by their id
         self._usage: dict[str, Any] = {}
         self._counts = TokenCounts()
 
     @property
     def content(self) -> list[dict[str, Any]]:
-        """The blocks so far, in the form that the API takes back: without thinking that was cut off, or ends the turn,
-        and without empty text."""
+        """The blocks so far, in the form that the API accepts in a later request: without empty text, and without
+        thinking that was cut off or ends the turn."""
         kept = [
             block
             for block in self._blocks
@@ -364,7 +365,7 @@ class _Reader:
                 raise self._connection.malformed(event)
 
     def rest(self, data: Mapping[str, Any]) -> Iterator[Delta]:
-        """Yield what was held back until the end, and the end. Raises TransientError if the stream broke off."""
+        """Yield the deltas that were held back, then the end. Raises TransientError if the stream broke off."""
         if not self.stopped:
             raise self._connection.incomplete() if self.begun else self._connection.empty()
         if self._holds_text and (texts := [block["text"] for block in self._blocks if block["type"] == "text"]):
@@ -439,7 +440,7 @@ _DELTAS: Final = {"citations_delta", "input_json_delta", "signature_delta", "tex
 
 
 def _family(model: str) -> _Family:
-    """Return what the model takes, by the line and version in its name."""
+    """Return the family of a model, from the product line and version in its name."""
     found = re.search(r"claude-(?P<line>[a-z]+)-(?P<major>\d)(?:-(?P<minor>\d{1,2}))?(?!\d)", model) or re.search(
         r"claude-(?P<major>\d)(?:-(?P<minor>\d))?-(?P<line>[a-z]+)", model
     )
@@ -463,7 +464,7 @@ def _family(model: str) -> _Family:
 
 
 def _as_sent(block: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a block that the API sent in the form that it takes back."""
+    """Return a block from a response in the form that the API accepts in a request."""
     kept = {key: value for key, value in block.items() if value is not None}
     return {**kept, "id": wire_id(kept["id"])} if kept.get("type") == "tool_use" else kept
 
@@ -488,7 +489,7 @@ def _present(usage: object) -> dict[str, Any]:
 
 
 def _counts(usage: Mapping[str, Any]) -> TokenCounts:
-    """Return the counts of one response. The API counts cached tokens apart from the others."""
+    """Return the counts of one response. The API counts cached input tokens separately."""
 
     def count(key: str, counts: Mapping[str, Any] = usage) -> int:
         value = counts.get(key)

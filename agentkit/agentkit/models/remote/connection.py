@@ -1,7 +1,7 @@
-"""The connection to an API through its SDK: the key, the event stream, and the SDK's errors as ours.
+"""The connection to an API through its SDK: the key, the event stream, and the conversion of the SDK's errors.
 
-The SDKs of OpenAI and Anthropic have the same structure, so one class serves both. It reads events as JSON objects,
-which go back to the API unchanged, and never follows a redirect, which would carry the key to another host.
+The SDKs of OpenAI and Anthropic have the same structure, so one class serves both. It reads events as JSON objects, so
+that they can be sent back unchanged. It never follows a redirect, because that would send the key to another host.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from agentkit_engine.sampling_params import SamplingParams
 Sdk = Literal["openai", "anthropic"]
 
 TIMEOUT_S: Final = 600.0
-"""Default number of seconds that a connection may be silent."""
+"""Default number of seconds without data after which a request fails."""
 CONNECT_TIMEOUT_S: Final = 15.0
 DRAIN_S: Final = 1.0
 MIN_SECRET: Final = 8
-"""Length of the shortest key that is kept out of texts. A shorter one is a placeholder for a server without keys."""
+"""Minimum length of a key that is redacted from messages. A shorter key is a placeholder for a server without keys."""
 MAX_DETAIL: Final = 500
 
 CALL_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -49,7 +49,7 @@ MODEL_ERRORS: Final = {"model_not_found"}
 CONTEXT_ERRORS: Final = {"context_length_exceeded", "request_too_large"}
 CONTEXT_TEXTS: Final = ("prompt is too long", "exceed context limit", "exceeds the context window", "context length")
 FINAL_ERRORS: Final = {"insufficient_quota", "billing_error", "billing_hard_limit_reached"}
-"""Errors that waiting does not cure, although their HTTP status says that it may."""
+"""Permanent errors, although their HTTP status says that a retry may help."""
 TRANSIENT_ERRORS: Final = {
     "api_error",
     "overloaded_error",
@@ -59,7 +59,7 @@ TRANSIENT_ERRORS: Final = {
     "timeout_error",
     "vector_store_timeout",
 }
-"""Errors inside a stream, which have no HTTP status of their own, that may pass."""
+"""Transient errors inside a stream, where errors have no HTTP status."""
 NO_API: Final = {404, 405, 501, 505}
 """HTTP statuses of a server that does not know the path or the method."""
 
@@ -69,10 +69,10 @@ class Connection:
 
     Args:
         sdk: The SDK that speaks to the API.
-        model: The model's name, for error texts.
+        model: The model's name, for error messages.
         base_url: The URL that the API's paths are appended to.
         api_key: The key; None reads the environment variable `variable`.
-        timeout_s: Seconds that the connection may be silent.
+        timeout_s: Seconds without data from the API after which a request fails.
 
     Raises:
         MissingDependencyError: the SDK is not installed.
@@ -98,10 +98,10 @@ class Connection:
     async def events(
         self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Post the request and yield the events of the answer. Closing the generator closes the connection.
+        """Post the request and yield the events of the response. Closing the generator closes the connection.
 
         Raises:
-            TransientError, ContextFullError, ApiKeyError, UnknownModelError, ApiError: as for `Provider.stream`.
+            TransientError, ContextFullError, ApiKeyError, UnknownModelError, ApiError: see `Provider.stream`.
         """
         import httpx2
 
@@ -159,7 +159,7 @@ class Connection:
             return ApiError(text, status=status)
         if status == 403 or "permission_error" in kinds:
             return ApiKeyError(f"{text}: check {self._variable}, and that the key may use {self.model}", status=status)
-        if kinds & KEY_ERRORS or status == 401:  # without the API's words, which may have part of the key
+        if kinds & KEY_ERRORS or status == 401:  # the API's own message may contain a part of the key
             return ApiKeyError(f"{self.host} refuses the key{request}: check {self._variable}", status=status)
         if kinds & MODEL_ERRORS or (status == 404 and "not_found_error" in kinds):
             return UnknownModelError(f"{self.host} has no model {self.model!r}{request}: check the name")
@@ -184,7 +184,7 @@ class Connection:
         return TransientError(f"{self.host} sent a malformed event of type {event.get('type')!r:.80}")
 
     async def aclose(self) -> None:
-        """Close the connections that the current event loop has opened."""
+        """Close the connections that were opened on the current event loop."""
         client = self._clients.pop(asyncio.get_running_loop(), None)
         if client is not None:
             await client.close()
@@ -242,14 +242,14 @@ class Connection:
 
 
 async def drain(events: AsyncGenerator[dict[str, Any], None]) -> None:
-    """Read a stream whose last event has been read to its end, so that the connection can be used again."""
+    """Read the rest of a stream after its last event, so that the connection can be reused."""
     with suppress(TransientError), anyio.move_on_after(DRAIN_S):
         async for _ in events:
             pass
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that the headers of a response ask to wait; None if they do not say."""
+    """Return the seconds to wait that the headers of a response ask for; None if they ask for none."""
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             return max(0.0, float(headers[name]) * unit_s)
@@ -267,18 +267,18 @@ def wire_id(call_id: str) -> str:
 
 
 def turn_limit(request: TurnRequest) -> int | None:
-    """Return the number of tokens that the turn may have; None without a limit."""
+    """Return the maximum number of tokens of the turn; None without a limit."""
     given = [limit for limit in (request.max_tokens, request.sampling.max_tokens) if limit is not None]
     return min(given, default=None)
 
 
 def refuse_sampling(sampling: SamplingParams, owner: str, *, has: frozenset[str]) -> None:
-    """Refuse sampling parameters that an API does not have. A seed is left out, since it never changes what is asked.
+    """Refuse sampling parameters that an API does not have. A seed is ignored, because it only makes draws repeatable.
 
     Args:
         sampling: The parameters.
-        owner: The model or API, for the error's text.
-        has: Names of the parameters that it has.
+        owner: The model or API, for the error message.
+        has: Names of the parameters that the API has.
 
     Raises:
         ModelOptionError: another parameter differs from its default.

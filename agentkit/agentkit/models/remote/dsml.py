@@ -1,9 +1,9 @@
 """Calls that a DeepSeek model wrote as text, because its server did not parse them.
 
-The markers come with the bars of the token (`｜DSML｜`), with ASCII bars, or doubled. As in the embedded model's
-parser, a block of calls counts only if the turn ends right after it; any other is a quotation, and stays text. A block
-at the start of the answer with more lines after it is no quotation, though: its calls are malformed. An answer that is
-nothing but a block in a Markdown fence is that block.
+The markers have the bars of the token (`｜DSML｜`), ASCII bars, or double bars. As in the embedded model's parser, a
+block of calls counts only if the turn ends right after it; any other block is a quotation, and stays text. There are
+two exceptions: if a block starts the answer and more lines follow it, its calls are malformed, and if the answer is
+only a block in a Markdown fence, the block counts.
 """
 
 from __future__ import annotations

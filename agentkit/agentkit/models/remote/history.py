@@ -1,4 +1,4 @@
-"""A conversation in a form that every API accepts, whatever happened in it."""
+"""Convert a conversation to a form that every API accepts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agentkit_tools.parts import Part
 
 
 def sendable(messages: Sequence[Message], names: ToolNames) -> list[Message]:
-    """Return the conversation with tool names as they are sent, and without what an API would refuse.
+    """Return the conversation with tool names as they are sent, changed where an API would refuse it.
 
-    Each call has exactly one result, right after its turn. A result without a call, such as that of a call that could
-    not be parsed, becomes a user message. A turn that was stopped before it said anything is left out, and consecutive
+    Each call has exactly one result, right after its turn. A result without a call, such as the result of a malformed
+    call, becomes a user message. A turn that was stopped before it said anything is left out, and consecutive
     user messages become one.
     """
     sent: list[Message] = []

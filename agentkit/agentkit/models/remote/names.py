@@ -1,4 +1,4 @@
-"""Names and arguments of calls in the form that every API takes."""
+"""Names and arguments of calls in the form that every API accepts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MAX_NAME: int = 64
 
 
 class ToolNames:
-    """Maps the names of tools to names that every API takes, and back: 1 to 64 letters, digits, `_` and `-`."""
+    """Maps tool names to names that every API accepts (1 to 64 letters, digits, `_` and `-`), and back."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._sent: dict[str, str] = {}
         self._ours: dict[str, str] = {}
-        for name in sorted(names, key=lambda name: _plain(name) != name):  # a fitting name stays as it is
+        for name in sorted(names, key=lambda name: _plain(name) != name):  # first the valid names, which stay unchanged
             sent = _plain(name)
             if sent in self._ours:
                 digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
@@ -26,11 +26,11 @@ class ToolNames:
             self._sent[name], self._ours[sent] = sent, name
 
     def sent(self, name: str) -> str:
-        """Return the name that the API gets; for a name that no tool has, one without the characters it refuses."""
+        """Return the name that is sent. For a name that no tool has, replace the characters that APIs refuse."""
         return self._sent.get(name) or _plain(name)
 
     def ours(self, sent: str) -> str:
-        """Return the tool's own name; a name that no tool has comes back unchanged."""
+        """Return the tool's own name; a name that no tool has is returned unchanged."""
         return self._ours.get(sent, sent)
 
 
@@ -39,7 +39,7 @@ def _plain(name: str) -> str:
 
 
 def arguments_object(text: str) -> dict[str, Any]:
-    """Return a call's arguments as the object that APIs insist on. A text that is none becomes the only member."""
+    """Return a call's arguments as a JSON object, which APIs require. Other text becomes the only member of one."""
     try:
         value = from_json(text or "{}", allow_inf_nan=False)
     except ValueError:

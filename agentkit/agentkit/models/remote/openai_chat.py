@@ -1,9 +1,9 @@
 """Chat Completions, the protocol that DeepSeek, vLLM, SGLang, llama.cpp and most other servers speak.
 
-Source: https://platform.openai.com/docs/api-reference/chat, and for DeepSeek https://api-docs.deepseek.com.
+Sources: https://platform.openai.com/docs/api-reference/chat and, for DeepSeek, https://api-docs.deepseek.com.
 
-Servers differ in the fields that they know. A field that the server's owner documents is always sent. A field that only
-some servers know is left out once the server refuses it.
+Servers differ in the fields that they support. A field that the server's documentation has is always sent. A field that
+only some servers support is left out once the server refuses it.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ MAX_TOOLS: Final = 128
 MAX_LESSONS: Final = 12
 REASONING_KEYS: Final = ("reasoning_content", "reasoning")
 REASONING: Final = "messages.reasoning"
-"""In `Server.refused`: the reasoning of earlier turns."""
+"""The entry of `Server.refused` for the reasoning of earlier turns."""
 
 Dialect = Literal["deepseek", "thinking", "enable_thinking", "hosted", "own"]
-"""The fields that switch thinking: `thinking: {"type": ...}` with DeepSeek's other rules or without, `enable_thinking`,
-only `reasoning_effort`, or for a server of one's own the variables of its chat template."""
+"""How thinking is turned on and off. "deepseek" and "thinking": `thinking: {"type": ...}`, with or without DeepSeek's
+other rules; "enable_thinking": that field; "hosted": only `reasoning_effort`; "own", for self-hosted servers: variables
+of the chat template."""
 
 SWITCHES: Final = ("thinking", "enable_thinking")
 """Dialects without efforts."""
@@ -79,7 +80,7 @@ OPTIONAL: Final = (
     "seed",
     "tool_choice",
 )
-"""Fields that are left out once a server refuses them. None changes what the agent may do."""
+"""Fields that are left out once a server refuses them. None of them changes what the agent may do."""
 
 _CONTEXT: Final = re.compile(
     r"context.?(length|window|size)|maximum context|exceed.{0,20}context|prompt is too long|longer than the model"
@@ -100,7 +101,7 @@ _LASTING: Final = re.compile(r"invalid_request|invalid request|authentication|pe
 _SIZE: Final = re.compile(r"context length (?:is only|is|of) (\d+)")
 _PROMPT: Final = re.compile(r"(\d+) (?:input tokens|tokens from the input|in the messages)|contains (\d+)")
 MIN_ROOM: Final = 256
-"""Tokens of a turn below which a conversation that a server refuses is said to be full."""
+"""If a refused conversation leaves fewer tokens than this for a turn, the context counts as full."""
 _MOST: Final = re.compile(
     r"(?:at most|less than or equal to|maximum(?: allowed)?(?: value)?(?: is| of)?|\[\d+,"
     r"|greater than [a-z_=]*=) ?(\d+)"
@@ -110,11 +111,11 @@ _BAD_EFFORT: Final = re.compile(r"reasoning.?effort.{0,120}(value|input should b
 
 @dataclass(slots=True)
 class Server:
-    """What the clients of one endpoint have learned about it."""
+    """Facts about one endpoint that its clients have learned and share."""
 
     refused: set[str] = field(default_factory=set)
     max_tokens: int | None = None
-    """The most tokens of a turn that the server takes."""
+    """The largest token limit of a turn that the server accepts; None if it is not known."""
     max_tokens_field: str = "max_tokens"
 
 
@@ -124,7 +125,7 @@ class OpenAIChat:
     api = "openai-chat"
 
     def __init__(self, endpoint: Endpoint, server: Server) -> None:
-        """Make a client. It connects with its first request.
+        """Create a client. It connects with its first request.
 
         Raises:
             MissingDependencyError: the SDK is not installed.
@@ -132,7 +133,7 @@ class OpenAIChat:
         self.host = endpoint.host
         self.dialect = _dialect(endpoint)
         self.max_tools = None if self.dialect == "own" else MAX_TOOLS
-        # some have a switch only, and the default of an agent is "high"
+        # some models only turn thinking on or off; "high" is an agent's default
         self.efforts: tuple[Effort, ...] = ("none", "high") if self.dialect in SWITCHES else EFFORTS
         self._model = endpoint.model
         self._server = server
@@ -149,7 +150,7 @@ class OpenAIChat:
 
     async def stream(self, request: TurnRequest) -> AsyncGenerator[Delta, None]:
         """See `Provider.stream`."""
-        room: int | None = None  # tokens that the context has left, once the server said so
+        room: int | None = None  # tokens left in the context, once an error has said so
         left_out: set[str] = set()
         for _ in range(MAX_LESSONS):
             body = {name: value for name, value in self._body(request, room).items() if name not in left_out}
@@ -177,7 +178,7 @@ class OpenAIChat:
             except ApiError as error:
                 if reader.begun or error.status not in (400, 404, 422):
                     raise
-                if not self._learn(str(error), body):  # perhaps it is a field that the error does not name
+                if not self._learn(str(error), body):  # the error may be about a field that it does not name
                     if left_out or error.status == 404 or _NO_TOOLS.search(str(error)):
                         raise
                     left_out = {name for name in OPTIONAL if name in body}
@@ -190,7 +191,7 @@ class OpenAIChat:
         await self._connection.aclose()
 
     def _learn(self, said: str, body: Mapping[str, Any]) -> bool:
-        """Change what is sent if the server refuses a field that the error names; return whether it does."""
+        """Adapt later requests if the error names a field that can be changed or left out; return True if it does."""
         server, name = self._server, "max_tokens" if "max_tokens" in body else "max_completion_tokens"
         sent = body.get(name)
         if sent is not None and name == "max_tokens" and re.search(r"use ['\"`]?max_completion_tokens", said, re.I):
@@ -211,7 +212,7 @@ class OpenAIChat:
         return bool(named)
 
     async def _available(self) -> str:
-        """Return a sentence with some models that the API has; nothing if it does not tell."""
+        """Return a clause with some of the API's models; an empty text if the API does not list them."""
         names = await self._connection.models()
         if not names:
             return ""
@@ -240,7 +241,7 @@ class OpenAIChat:
             body[self._server.max_tokens_field] = min(limits)
         if (schema := request.sampling.output_schema) is not None:
             again = request.messages[-1].role == "user" and request.messages[-1].content.endswith(ANSWER_AGAIN)
-            forbids_calls = bool(request.tools) and self.dialect == "own"  # there the format holds for calls too
+            forbids_calls = bool(request.tools) and self.dialect == "own"  # there, the format also constrains calls
             if again and forbids_calls:
                 body["tool_choice"] = "none"
             if again or not forbids_calls:
@@ -251,7 +252,7 @@ class OpenAIChat:
         return {name: value for name, value in body.items() if name not in self._server.refused}
 
     def _thinking(self, request: TurnRequest) -> dict[str, Any]:
-        """Return the fields that switch thinking on or off."""
+        """Return the fields that turn thinking on or off."""
         effort = {"reasoning_effort": request.effort} if request.think else {}
         switch = {"type": "enabled" if request.think else "disabled"}
         match self.dialect:
@@ -262,7 +263,7 @@ class OpenAIChat:
             case "enable_thinking":
                 budget = {"thinking_budget": request.max_thinking_tokens} if request.max_thinking_tokens else {}
                 return {"enable_thinking": request.think, **budget}
-            case "hosted":  # only "none" turns reasoning off there; a turn that happens not to think sends nothing
+            case "hosted":  # only "none" turns reasoning off; other turns without thinking send nothing
                 return {"reasoning_effort": "none"} if request.effort == "none" else effort
             case "own":
                 template = {"thinking": request.think, "enable_thinking": request.think}
@@ -286,7 +287,7 @@ class OpenAIChat:
 
     def _messages(self, request: TurnRequest) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
-        images: list[Part] = []  # of the tool results since the last turn; tool messages take text only
+        images: list[Part] = []  # from the tool results since the last turn; tool messages have only text
         for message in request.messages:
             if images and not isinstance(message, ToolMessage):
                 sent.append(_user(images))
@@ -300,7 +301,7 @@ class OpenAIChat:
                     if shown and self.dialect != "deepseek":
                         images += [TextPart(f"Images in the result of {message.call_id}:"), *shown]
                 case AssistantMessage(content="", calls=()):
-                    pass  # it only thought, and an empty turn is refused
+                    pass  # the turn has only reasoning, and servers refuse empty turns
                 case AssistantMessage():
                     sent.append(self._assistant(message, has_tools=bool(request.tools)))
                 case SystemMessage(output_schema=schema) if schema is not None:
@@ -313,8 +314,8 @@ class OpenAIChat:
         return sent
 
     def _assistant(self, message: AssistantMessage, *, has_tools: bool) -> dict[str, Any]:
-        """Return a turn of the model. Its reasoning goes back with calls, and at DeepSeek, which insists on it, with
-        every turn of a conversation that has tools."""
+        """Return a turn of the model. Its reasoning is sent back if the turn has calls. DeepSeek requires the reasoning
+        of every turn if the conversation has tools."""
         own = message.provider_data if message.provider_data and message.provider_data.get("api") == self.api else {}
         sent: dict[str, Any] = {"role": "assistant", "content": message.content or None}
         if message.calls:
@@ -341,7 +342,7 @@ class OpenAIChat:
 
 _SAMPLING: Final = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
 _OWN_SAMPLING: Final = ("top_k", "min_p", "repetition_penalty", "stop_token_ids")
-"""Sampling parameters that servers of open models have."""
+"""Sampling parameters that servers of open models support."""
 
 
 class _WholeAnswerError(Exception):
@@ -372,7 +373,7 @@ class _ChatConnection(Connection):
         retry_after_s: float | None = None,
         request_id: str | None = None,
     ) -> Exception:
-        """See `Connection.failure`; servers of many makers say the same things in other words."""
+        """See `Connection.failure`. This also recognises the error messages of many other servers."""
         usual = super().failure(detail, kinds=kinds, status=status, retry_after_s=retry_after_s, request_id=request_id)
         coded = f"{' '.join(kinds)} {detail}"
         if status in (401, 403, 413):
@@ -394,11 +395,11 @@ class _ChatConnection(Connection):
         return usual
 
     async def models(self) -> list[str]:
-        """Return the names of the API's models; none if it does not tell within five seconds."""
+        """Return the names of the API's models; an empty list if it does not answer within five seconds."""
         try:
             listed = await self._client().get("/models", cast_to=object, options={"timeout": 5.0})
             return sorted(str(each["id"]) for each in listed["data"])
-        except Exception:  # whatever goes wrong, the error that is being reported matters more
+        except Exception:  # the error that is being reported matters more
             return []
 
     async def _refuse_other_content(self, response: Any) -> None:
@@ -440,7 +441,7 @@ class _Reader:
         self._thoughts = 0
         self._refusal = False
         self._inline: Literal["start", "thought", "after", "answer"] = "start"
-        self._held = ""  # the end of the text so far that may belong to a tag
+        self._held = ""  # the end of the text so far, if it may belong to a tag
         self._prompt_ids: tuple[int, ...] = ()
         self._ids: list[int] = []
         self._logprobs: list[float] = []
@@ -482,7 +483,7 @@ class _Reader:
             yield from self._call(_object(piece))
 
     def end(self, api: str) -> Iterator[Delta]:
-        """End the answer. Raises TransientError if the stream broke off."""
+        """Yield the last deltas and the end. Raises TransientError if the stream broke off."""
         if not self._complete:
             raise TransientError("the stream ended before the turn")
         if self._finish in ("insufficient_system_resource", "network_error", "error", "abort"):
@@ -514,7 +515,7 @@ class _Reader:
         return "stop"
 
     def _counts(self) -> TokenCounts:
-        """Return the usage; where the server does not report it, one token for each chunk."""
+        """Return the usage. If the server does not report it, each chunk counts as one token."""
         usage = self._usage
         if usage is None:
             output = len(self._ids) or self._chunks
@@ -537,7 +538,7 @@ class _Reader:
         return ReasoningChunk(text)
 
     def _content(self, content: object) -> Iterator[Delta]:
-        """Yield the content: text, or as at Mistral a list of parts."""
+        """Yield the content: text, or a list of parts as from Mistral."""
         if isinstance(content, str):
             yield from self._text(content)
         elif isinstance(content, list):
@@ -553,7 +554,7 @@ class _Reader:
                                 yield self._thought(text)
 
     def _text(self, text: str) -> Iterator[Delta]:
-        """Yield the text, and as reasoning a thought in tags at its beginning, which a server did not parse."""
+        """Yield the text. A thought in tags at its beginning, which the server did not parse, becomes reasoning."""
         if self._inline == "after":
             text = text.lstrip("\n")
         if not text:
@@ -591,7 +592,7 @@ class _Reader:
         call = self._calls[position]
         call.id = call.id or call_id or None
         if not call.announced and name != call.name:
-            call.name += name  # some servers split it, some repeat it
+            call.name += name  # some servers split the name, some repeat it
         call.extra |= {
             key: value for key, value in piece.items() if key not in ("index", "id", "type", "function") and value
         }
@@ -604,7 +605,7 @@ class _Reader:
             call.announced = True
 
     def _position(self, index: object, call_id: str, name: str) -> int:
-        """Return the call that a piece belongs to. Some servers send no index, or the same index for all calls."""
+        """Return the call that a chunk belongs to. Some servers send no index, or the same index for all calls."""
         position: int | None = None
         if isinstance(index, int) and index in self._by_index:
             position = self._by_index[index]
@@ -623,7 +624,7 @@ class _Reader:
 
 
 def _answer_format(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the format of the answer: strict if the strict subset says the same."""
+    """Return the format of the answer: strict if the strict subset can express the schema."""
     sent = openai_tool(schema) if schema.get("type") == "object" else None
     if sent is not None and sent.strict and sent.mapping is None:
         return {"type": "json_schema", "json_schema": {"name": "answer", "schema": sent.schema, "strict": True}}
@@ -641,10 +642,10 @@ def _dialect(endpoint: Endpoint) -> Dialect:
 
 
 def _room(said: str, limit: int | None) -> int | None:
-    """Return the tokens to ask for in a turn that an error says does not fit with `limit`; None if none would fit.
+    """Return a token limit that fits, for a turn of which an error says that `limit` does not; None if none fits.
 
-    vLLM stops counting a prompt where it no longer fits. It then says that there is one token less than `limit`, and
-    the half is asked for.
+    vLLM stops counting a prompt once it no longer fits. It then reports one token less than `limit`, and half of
+    `limit` is returned.
     """
     size, prompt = _SIZE.search(said), _PROMPT.search(said)
     if size is None or prompt is None or limit is None:
@@ -666,7 +667,7 @@ def _user(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _valid_arguments(text: str) -> str:
-    """Return arguments that are JSON: chat templates parse them, and fail on anything else."""
+    """Return the arguments as valid JSON, because chat templates fail on anything else."""
     arguments = arguments_object(text)
     return json.dumps(arguments, ensure_ascii=False) if "malformed_arguments" in arguments else text or "{}"
 

@@ -1,6 +1,6 @@
-"""OpenAI's Responses API, which keeps nothing: each request has the whole conversation, with encrypted reasoning.
+"""OpenAI's Responses API, without stored responses: each request has the whole conversation, with encrypted reasoning.
 
-Source: https://developers.openai.com/api/reference/responses, and for the efforts of each model the guide "Reasoning".
+Source: https://developers.openai.com/api/reference/responses. The guide "Reasoning" has the efforts of each model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_TOOLS: Final = 128
 ANSWER: Final = "answer"
 """The name of the schema of an answer."""
 MIN_OUTPUT_TOKENS: Final = 16
-"""The least `max_output_tokens` that the API takes."""
+"""The smallest `max_output_tokens` that the API accepts."""
 
 _ALL: Final = ("none", "low", "medium", "high", "xhigh", "max")
 _Samples = Literal["always", "without_reasoning", "never"]
@@ -51,21 +51,21 @@ _FAMILIES: Final[tuple[tuple[str, tuple[str, ...], _Samples], ...]] = (
     (r"gpt-6(\.\d+)?-astra", ("low", "medium", "high", "xhigh", "max"), "never"),
     (r"gpt-[56]", _ALL, "never"),
 )
-"""For names that begin with the pattern: the API's efforts, and when it takes a temperature."""
+"""For models whose name starts with the pattern: their efforts, and when they accept a temperature."""
 _OURS: Final[dict[Effort, tuple[str, ...]]] = {
     "none": ("none", "minimal"),
     "low": ("low",),
     "high": ("high",),
     "max": ("max", "xhigh"),
 }
-"""The API's efforts that stand for ours, the first that the model has."""
+"""The API's efforts for each of ours; the first one that the model has is used."""
 
 
 class OpenAIResponses:
     """The client of one model. It connects with its first request, and again after `aclose`.
 
-    In a turn that does not think, a model that always reasons has the least effort. A model that never reasons has the
-    efforts "none" and "high", the default of an agent, and takes both as the same.
+    If reasoning cannot be turned off, a turn without thinking has the lowest effort. A model that never reasons accepts
+    the efforts "none" and "high" (an agent's default), which then mean the same.
     """
 
     api: Final = "openai-responses"
@@ -80,24 +80,24 @@ class OpenAIResponses:
         timeout_s: float = TIMEOUT_S,
         like: OpenAIResponses | None = None,
     ) -> None:
-        """Make a client.
+        """Create a client.
 
         Args:
             model: The model's name at the API.
             base_url: The API's URL.
             api_key: The key. Default: the environment's `OPENAI_API_KEY`.
-            timeout_s: Seconds that the connection may be silent.
+            timeout_s: Seconds without data from the API after which a request fails.
             like: Another client of the model; both share what they learn about it.
 
         Raises:
-            MissingDependencyError, ApiKeyError, ValueError: as for `Connection`.
+            MissingDependencyError, ApiKeyError, ValueError: see `Connection`.
         """
         self._connection = Connection(
             "openai", model=model, base_url=base_url, api_key=api_key, variable="OPENAI_API_KEY", timeout_s=timeout_s
         )
         self._model = model
         self._efforts, self._samples = _family(model)
-        # what the API has refused: "summary", and names of the strict schemas
+        # features that the API has refused: "summary", and names of strict schemas
         self._refused: set[str] = set() if like is None else like._refused
         self.host = self._connection.host
         self.efforts: tuple[Effort, ...] = tuple(self._efforts) or ("none", "high")
@@ -111,7 +111,7 @@ class OpenAIResponses:
         """See `Provider.stream`. A schema that the API refuses is sent again without strictness.
 
         Raises:
-            ModelOptionError: the model lacks the effort, or takes no temperature while it reasons.
+            ModelOptionError: the model lacks the effort, or accepts no temperature while it reasons.
         """
         verbatim = True
         while True:
@@ -141,7 +141,7 @@ class OpenAIResponses:
         await self._connection.aclose()
 
     def _learn(self, said: str) -> bool:
-        """Note what the API refuses; return whether that was not noted before."""
+        """Record what the API refuses; return True if it was not known before."""
         found = set(re.findall(r"[Ii]nvalid schema for \w+ '([^']+)'", said))
         if re.search(r"reasoning.summar", said):
             found.add("summary")
@@ -189,7 +189,7 @@ class OpenAIResponses:
         return body, tools, output
 
     def _reasoning(self, request: TurnRequest) -> dict[str, str]:
-        """Return the field `reasoning`; nothing for a model that does not reason."""
+        """Return the field `reasoning`, which is empty for a model that does not reason."""
         if request.effort not in self.efforts:
             raise ModelOptionError(f"{self._model} has no effort {request.effort!r}; it has {', '.join(self.efforts)}")
         if not self._efforts:
@@ -223,7 +223,7 @@ class OpenAIResponses:
                     case {"api": self.api, "model": self._model, "output": list(output)} if verbatim and _call_ids(
                         output
                     ) == [call.id for call in message.calls]:
-                        for item in output:  # the API refuses the nulls that it sends
+                        for item in output:  # the API refuses null fields, although it sends them
                             yield {key: value for key, value in item.items() if value is not None}
                         return
                 if message.content:
@@ -245,8 +245,8 @@ class _Reader:
     """Turns the events of one response into deltas.
 
     Attributes:
-        begun: Whether the response has begun.
-        end: The reason for the end of the response; None while it runs.
+        begun: True if the response has begun.
+        end: The reason for the end of the response; None before the end.
     """
 
     def __init__(self, connection: Connection, mapped: Mapping[str, SentSchema], output: SentSchema | None) -> None:
@@ -304,12 +304,12 @@ class _Reader:
             case {"type": "error"}:
                 raise self._failure(event)
             case {"type": str(kind)} if kind not in _READ:
-                pass  # an event for another kind of tool, or one that repeats what deltas have said
+                pass  # an event for another kind of tool, or one that repeats earlier deltas
             case _:
                 raise self._connection.malformed(event)
 
     def rest(self, data: Mapping[str, Any]) -> Iterator[Delta]:
-        """Yield what was held back until the end, and the end. Raises TransientError if the stream broke off."""
+        """Yield the deltas that were held back, then the end. Raises TransientError if the stream broke off."""
         if self.end is None:
             raise self._connection.incomplete() if self.begun else self._connection.empty()
         for at, call in self._calls.items():
@@ -322,7 +322,7 @@ class _Reader:
             yield TextChunk(self._output.restored(self._texts[max(self._texts)]))
         items = [item for _, item in sorted(self._items.items())]
         while items and items[-1]["type"] == "reasoning":
-            items.pop()  # the API refuses reasoning that nothing follows
+            items.pop()  # the API refuses reasoning at the end
         yield StreamFinished(self.end, _counts(self._usage), {**data, "output": items})
 
     def _begin_call(self, at: int, event: Mapping[str, Any], item: Mapping[str, Any]) -> CallChunk:
@@ -344,7 +344,7 @@ class _Reader:
             yield CallChunk(call.index, arguments)
 
     def _text(self, at: int, text: str) -> Iterator[TextChunk]:
-        """Yield a piece of message `at`. With a schema, the answer is the last message, held until it is complete."""
+        """Yield a chunk of message `at`. With a schema, the answer is the last message, held until it is complete."""
         begins = at not in self._texts
         if self._output is None:
             yield TextChunk(f"\n\n{text}" if begins and self._texts else text)
@@ -358,7 +358,7 @@ class _Reader:
         return "max_tokens" if reason == "max_output_tokens" else "stop"
 
     def _failure(self, error: object) -> Exception:
-        """Return the exception for the error of an event. An error without a code may pass."""
+        """Return the exception for the error of an event. An error without a code is transient."""
         found = error if isinstance(error, dict) else {}
         code, message = found.get("code"), found.get("message")
         kinds = frozenset({code if isinstance(code, str) else "server_error"})
@@ -381,10 +381,10 @@ _READ: Final = {
 
 
 def _family(model: str) -> tuple[dict[Effort, str], _Samples]:
-    """Return the API's effort for each of ours that the model has, and when the model takes a temperature."""
+    """Return the API's effort for each of ours that the model has, and when the model accepts a temperature."""
     name = model.removeprefix("ft:")
     known = (family[1:] for family in _FAMILIES if re.match(family[0], name))
-    efforts, samples = next(known, (_ALL, "always"))  # a new model's API says what it lacks
+    efforts, samples = next(known, (_ALL, "always"))  # if a new model lacks one of them, the API says so
     found = {ours: next((name for name in names if name in efforts), None) for ours, names in _OURS.items()}
     return {ours: name for ours, name in found.items() if name is not None}, samples
 

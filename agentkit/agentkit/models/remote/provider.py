@@ -1,8 +1,8 @@
 """The interface between a conversation behind an API and the client of one API.
 
-A `Provider` turns one request into a stream of deltas. It knows the wire format and nothing of turns, retries or tools
-that run. `RemoteSession` (in `session.py`) owns the conversation: it retries, maps tool names, validates what arrives
-and builds the assistant message.
+A `Provider` turns one request into a stream of deltas. It handles only the wire format: it does not know turns or
+retries, and runs no tools. `RemoteSession` (in `session.py`) owns the conversation: it retries, maps tool names,
+validates what arrives and builds the assistant message.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from agentkit.model import Effort
 from agentkit_engine.sampling_params import SamplingParams
 
 StreamEnd = Literal["stop", "max_tokens", "context", "refused"]
-"""The reason the API gives for the end of a turn: the model was done (calls included), the turn's token limit or the
-context window was reached, or the provider's filter stopped it."""
+"""The reason that the API gives for the end of a turn: the model was done (calls included), the turn's token limit or
+the context window was reached, or the provider's filter stopped the turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +44,21 @@ class TurnRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningChunk:
-    """A piece of reasoning, or of the summary of it that the API shows."""
+    """A chunk of reasoning, or of the API's summary of it."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """A piece of the answer."""
+    """A chunk of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallChunk:
-    """A piece of call number `index` of the turn. `id` and `name` come with the first piece at the latest."""
+    """A chunk of call number `index` of the turn. The first chunk of a call has its `id` and `name`."""
 
     index: int
     arguments: str = ""
@@ -82,7 +82,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """Token ids that the endpoint reports: those of the whole prompt, and those sampled with their log-probabilities.
+    """Token ids that the endpoint reports: the ids of the whole prompt, and the sampled ids with log-probabilities.
 
     Some endpoints report only one of the two lists; the other is then empty.
     """
@@ -94,7 +94,7 @@ class TokenIds:
 
 @dataclass(frozen=True, slots=True)
 class StreamFinished:
-    """The last item of a complete stream. `provider_data` goes into the assistant message (see there)."""
+    """The last item of a complete stream. `provider_data` is for `AssistantMessage.provider_data`."""
 
     end: StreamEnd
     usage: TokenCounts
@@ -106,10 +106,10 @@ Delta = ReasoningChunk | TextChunk | CallChunk | StreamFinished
 
 
 class TransientError(Exception):
-    """A request failed in a way that may pass: 408, 409, 429, 5xx, a timeout, a broken or incomplete stream.
+    """A request failed with an error that may pass: 408, 409, 429, 5xx, a timeout, a broken or incomplete stream.
 
     Attributes:
-        retry_after_s: Seconds that the server asks to wait; None if it does not say.
+        retry_after_s: Seconds to wait that the server asks for; None if it asks for none.
         status: The HTTP status; None without a response.
         reason: What happened, in one line, without the key.
     """
@@ -122,7 +122,7 @@ class TransientError(Exception):
 
 
 class Provider(Protocol):
-    """The client of one API. It never retries by itself."""
+    """The client of one API. It never retries a request."""
 
     @property
     def api(self) -> str:
@@ -131,7 +131,7 @@ class Provider(Protocol):
 
     @property
     def host(self) -> str:
-        """The host, with its port if that is not the default one, that prompts are sent to."""
+        """The host that prompts are sent to, with its port if that is not the default port."""
         ...
 
     @property
@@ -141,14 +141,14 @@ class Provider(Protocol):
 
     @property
     def max_tools(self) -> int | None:
-        """The number of tools that a request may have; None without a limit."""
+        """The maximum number of tools in a request; None without a limit."""
         ...
 
     def check_sampling(self, sampling: SamplingParams) -> None:
         """Refuse sampling parameters that the API does not have. A field with its default value is not sent.
 
         Raises:
-            ModelOptionError: the text names the field, and what the API has instead.
+            ModelOptionError: the message names the field, and what the API has instead.
         """
         ...
 
@@ -162,7 +162,7 @@ class Provider(Protocol):
             ContextFullError: the conversation does not fit into the model's context.
             ApiKeyError: the key is missing, wrong or not allowed.
             UnknownModelError: the API does not have the model.
-            ApiError: the request failed for another reason, which will not pass.
+            ApiError: the request failed for another reason that a retry cannot fix.
         """
         ...
 

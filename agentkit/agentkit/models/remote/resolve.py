@@ -18,18 +18,18 @@ PROVIDERS: Final = {
     "anthropic": "https://api.anthropic.com",
     "deepseek": "https://api.deepseek.com",
 }
-"""The base URL of each provider. `openai` is also every server that speaks its protocol."""
+"""The base URL of each provider. `openai` also stands for every other server that speaks its protocol."""
 
 NO_KEY: Final = "no-key-is-set"
 """Sent to servers that need no key and ignore it, because the SDKs insist on one."""
 
 _PATHS: Final = re.compile(r"/*((?<!/)/(chat/completions|responses|messages)/*)?$")
-"""The paths that follow a base URL, which is often given with one of them."""
+"""Paths of the APIs. Users often give a base URL that ends in one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A model and the way to it. `timeout_s` is the number of seconds without a byte after which a request fails."""
+    """A model and how to reach it. `timeout_s` is the number of seconds without data after which a request fails."""
 
     provider: str
     model: str
@@ -44,13 +44,13 @@ class Endpoint:
 
     @property
     def billing_host(self) -> str:
-        """The host whose list prices hold. `openai:` may be any server; the other providers are companies, whose prices
-        also hold behind a gateway."""
+        """The host whose list prices apply. With `openai:` it is the host of the URL, which may be any server. With the
+        other providers it is the provider's own host, even if the URL is that of a gateway."""
         return self.host if self.provider == "openai" else urlsplit(PROVIDERS[self.provider]).netloc
 
 
 def is_remote(name: str) -> bool:
-    """Return whether `name` is `PROVIDER:MODEL`. A folder of that name wins."""
+    """Return whether `name` is `PROVIDER:MODEL`. A folder of that name takes precedence."""
     provider, colon, model = name.partition(":")
     return bool(colon) and provider in PROVIDERS and bool(model) and not Path(name).is_dir()
 
@@ -65,7 +65,7 @@ def endpoint_of(name: str, *, base_url: str | None, api_key: str | None, timeout
 
     Raises:
         UnknownModelError: the name is not `PROVIDER:MODEL` with one of `PROVIDERS`.
-        ModelOptionError: the base URL is not one.
+        ModelOptionError: the base URL is not a URL, or contains a user name.
         ApiKeyError: there is no key, and the URL is the provider's own.
     """
     provider, _, model = name.partition(":")
@@ -93,7 +93,7 @@ def endpoint_of(name: str, *, base_url: str | None, api_key: str | None, timeout
 
 
 def opener(endpoint: Endpoint) -> Callable[[], Provider]:
-    """Return a function that opens a client of the endpoint's API; its clients share what they learn of the server.
+    """Return a function that opens a client of the endpoint's API; its clients share what they learn about the server.
 
     Raises:
         MissingDependencyError: the API's package is not installed.

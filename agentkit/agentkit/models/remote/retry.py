@@ -1,4 +1,4 @@
-"""Waiting after a failed request, and the gate through which all requests with one key pass."""
+"""Retries: the wait after a failed request, and a rate limiter that all requests with one key share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_WAIT_S: Final = 60.0
 def wait_s(failures: int, retry_after_s: float | None) -> float | None:
     """Return the seconds to wait after this many failures in a row; None if the server asks for more than MAX_WAIT_S.
 
-    Without a word from the server, this is exponential backoff with full jitter.
+    If the server does not ask for a wait, this is exponential backoff with full jitter.
     Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
     if retry_after_s is None:
@@ -29,11 +29,11 @@ def wait_s(failures: int, retry_after_s: float | None) -> float | None:
 
 
 class Gate:
-    """Bounds the number of requests in flight, and closes for a while when the API says that there are too many.
+    """A rate limiter: bounds the number of requests in flight, and pauses them when the API reports a rate limit.
 
     Use it as a context manager around each request. `throttle` lowers the bound to half of the requests in flight, or
-    to those that were not refused. Successes raise it again: by one for each round of requests, and ten times more
-    slowly close to the number that was refused.
+    to the number that were not refused, if that is lower. Successful requests raise it again: by one for each round of
+    requests, and ten times more slowly close to the number that was refused.
     """
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class Gate:
         self._changed = anyio.Event()
 
     def throttle(self, closed_s: float) -> None:
-        """Let no request pass for `closed_s` seconds, and then fewer at a time."""
+        """Start no request for `closed_s` seconds, and then fewer at a time."""
         now = anyio.current_time()
         if now >= self._opens_at:  # one burst of refusals counts once
             self._refused_at = self.active + 1
             self._bound = self._refused_at // 2
-        self._bound = max(1.0, min(self._bound, self.active))  # at the end of the burst, those that were not refused
+        self._bound = max(1.0, min(self._bound, self.active))  # at the end of the burst: the number not refused
         self._opens_at = max(self._opens_at, now + closed_s)
 
 
@@ -77,7 +77,7 @@ _GATES: RunVar[dict[tuple[str, bytes], Gate]] = RunVar("agentkit_gates")
 
 
 def gate_of(host: str, key: str | None, max_connections: int | None) -> Gate:
-    """Return the gate that all sessions of this event loop share for a host and key."""
+    """Return the rate limiter that all sessions of this event loop share for a host and key."""
     gates = _GATES.get(None)
     if gates is None:
         _GATES.set(gates := {})

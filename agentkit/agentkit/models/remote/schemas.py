@@ -1,8 +1,8 @@
-"""JSON schemas in the form that each API accepts, and what the model writes under them mapped back.
+"""JSON schemas in the form that each API accepts, and how the model's JSON is mapped back to the original schema.
 
 The APIs take a subset of JSON Schema. A schema is sent as strict, which constrains the model to it, if the strict
 subset can describe every value that it allows; otherwise it is sent with the least change that the API needs. Keywords
-that only forbid values are left out where the subset lacks them: arguments and answers are checked in any case.
+that only forbid values are left out if the subset lacks them, because arguments and answers are always validated.
 
 Sources: "Structured Outputs" in OpenAI's API guides, "Structured outputs" and "Tool use" in Anthropic's.
 """
@@ -44,7 +44,7 @@ KEPT: Final[dict[str, tuple[str, ...]]] = {
     "boolean": (),
     "null": (),
 }
-"""Keywords that the strict subset has for each type; objects have none beside their properties."""
+"""Keywords that the strict subset supports for each type, apart from an object's properties."""
 FORMATS: Final = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
 SHAPING: Final = frozenset(
     (
@@ -52,9 +52,9 @@ SHAPING: Final = frozenset(
         *(keyword for keywords in KEPT.values() for keyword in keywords),
     )
 )
-"""Keywords that the strict subset has, beside the combiners."""
+"""Keywords that the strict subset supports, apart from the combiners."""
 BEYOND: Final = {"$dynamicRef", "$recursiveRef", "patternProperties", "prefixItems"}
-"""Keywords that say which values are allowed, in ways that the strict subset lacks."""
+"""Keywords that allow values and that the strict subset does not support."""
 COMBINERS: Final = ("$ref", "allOf", "anyOf", "oneOf")
 ROOT_ALTERNATIVES: Final = {"$ref", "allOf", "anyOf", "oneOf", "not", "enum", "const", "if", "then", "else"}
 
@@ -64,17 +64,17 @@ MAX_ENUM_VALUES: Final = 1_000
 MAX_CHARACTERS: Final = 120_000
 MAX_OPTIONAL: Final = 24
 MAX_UNIONS: Final = 16
-"""OpenAI's limits of a strict schema, and Anthropic's on optional properties and unions."""
+"""OpenAI's limits on strict schemas, and Anthropic's limits on optional properties and unions."""
 
 PROPERTY_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """Property names that Anthropic accepts at the root of a tool's parameters."""
 WRAPPER: Final = "value"
-"""The property that holds an answer whose schema is not that of an object."""
+"""The property that holds an answer that is not an object."""
 
 
 @dataclass(frozen=True, slots=True)
 class SentSchema:
-    """A schema as it is sent. `mapping` is None if what the model writes under it needs no mapping back."""
+    """A schema as it is sent. `mapping` is None if the model's JSON needs no mapping back."""
 
     schema: dict[str, Any]
     strict: bool
@@ -93,7 +93,7 @@ class _NotStrictError(Exception):
 
 
 def openai_tool(parameters: Schema, *, strict: bool = True) -> SentSchema:
-    """Return the parameters of a tool for OpenAI, with `strict` as strict if they fit the strict subset.
+    """Return the parameters of a tool for OpenAI. With `strict`, they are strict if they fit the strict subset.
 
     In a strict schema, an optional parameter is null if it is absent.
     """
@@ -164,17 +164,17 @@ def anthropic_output(schema: Schema) -> SentSchema | None:
 
 
 def object_root(schema: Schema) -> dict[str, Any]:
-    """Return the schema with type "object" and no alternatives at its root, which every API wants.
+    """Return the schema with type "object" and no alternatives at its root, as every API requires.
 
-    Alternatives at the root become one object with the properties of all of them; required are those that every
-    alternative requires. The result allows all that the schema allows.
+    Alternatives at the root become one object with the properties of all of them; a property is required if
+    every alternative requires it. The result allows everything that the schema allows.
     """
     root = _merged(schema, schema, depth=0)
     return {**root, "$defs": dict(schema["$defs"])} if "$defs" in schema else root
 
 
 def _merged(schema: object, root: Schema, *, depth: int) -> dict[str, Any]:
-    """Return the schema, and all that it refers to or combines, as one object schema without definitions."""
+    """Return the schema, with everything that it refers to or combines, as one object schema without definitions."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return {"type": "object", "properties": {}}
     merged = {key: value for key, value in schema.items() if key not in ROOT_ALTERNATIVES and key != "$defs"}
@@ -295,7 +295,7 @@ def _described(schema: Schema) -> dict[str, Any]:
 
 
 def _is_kept(keyword: str, value: object) -> bool:
-    """Whether the strict subset has the keyword with this value."""
+    """Return True if the strict subset supports the keyword with this value."""
     if keyword == "format":
         return value in FORMATS
     return keyword != "pattern" or "(?" not in str(value)  # no lookarounds
@@ -324,7 +324,7 @@ def _depth(schema: Schema) -> int:
 
 
 def _is_recursive(sent: Schema) -> bool:
-    """Whether a definition refers to itself, through others or not."""
+    """Return True if a definition refers to itself, directly or through others."""
     parts = {"#": {**sent, "$defs": {}}, **{f"#/$defs/{name}": one for name, one in sent.get("$defs", {}).items()}}
     refers = {name: {node["$ref"] for node in _nodes(one) if "$ref" in node} for name, one in parts.items()}
     while leaves := [name for name, targets in refers.items() if not targets & refers.keys()]:
@@ -364,7 +364,7 @@ def _allows(schema: object, value: object, root: Schema) -> bool:
 
 
 def _modern(schema: Schema) -> dict[str, Any]:
-    """Return the schema in the words of 2020-12, with the definitions at the root in `$defs`.
+    """Return the schema with the keywords of JSON Schema 2020-12, and all definitions in `$defs` at the root.
 
     A reference at the root is replaced by its target. A schema that is not valid becomes one that allows everything.
     """

@@ -1,4 +1,4 @@
-"""A model behind an API as a `Model`: the conversation is kept here, and sent as a whole with every turn."""
+"""A `Model` behind an API. The session keeps the conversation, and sends all of it with every turn."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from agentkit_tools import Tool
 class RemoteModel:
     """A model behind an API: `"openai:gpt-5"`, `"anthropic:claude-sonnet-4-5"`, `"deepseek:deepseek-flash"`.
 
-    `openai:` with a base URL is every server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, Kimi, Qwen.
+    `openai:` with a base URL is for every server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, Kimi, Qwen.
 
     With `async with RemoteModel(...) as model:` all sessions share connections. Without it, each session has its own.
 
@@ -84,13 +84,13 @@ class RemoteModel:
                 and Chat Completions at any other URL.
             api_key: The key. Default: the environment's `OPENAI_API_KEY` (`ANTHROPIC_API_KEY`, `DEEPSEEK_API_KEY`). It
                 is never recorded. A server at another URL may need none.
-            timeout_s: Seconds without a byte from the API after which a request has failed.
-            max_retries: Times that a request is sent again after a rate limit, a server's error, a timeout or a broken
-                stream.
-            max_connections: Requests of this key at the same time, over all sessions. Default: no limit, until the API
-                says that there are too many.
-            context_tokens: Size of the context, for servers that cut a long conversation silently.
-            prices: A price table, or a file with one. Default: as `Prices.load`.
+            timeout_s: Seconds without data from the API after which a request fails.
+            max_retries: Maximum number of times that a request is sent again after a rate limit, a server error, a
+                timeout or a broken stream.
+            max_connections: Maximum number of requests in flight with this key, over all sessions. Default: no limit
+                until the API reports a rate limit.
+            context_tokens: Size of the context in tokens, for servers that silently truncate a long conversation.
+            prices: A price table, or the path of one. Default: see `Prices.load`.
 
         Raises:
             TypeError, ValueError: an argument is of the wrong type or out of range.
@@ -214,7 +214,7 @@ class RemoteSession:
         self._gate = gate
         self._max_retries = max_retries
         self._context_tokens = context_tokens
-        self._length = 0  # tokens of the conversation, as the API counted them last
+        self._length = 0  # tokens of the conversation, by the API's last count
         self._ids = [token for segment in self.segments for token in segment.ids]
         self._call_ids = {call.id for message in self.messages if message.role == "assistant" for call in message.calls}
         self._turn = sum(message.role == "assistant" for message in self.messages)
@@ -223,7 +223,7 @@ class RemoteSession:
         """Add `messages`; they are sent with the next `generate`."""
         self.messages.extend(messages)
         for message in messages:
-            if message.role == "assistant":  # of a message history
+            if message.role == "assistant":  # from a message history
                 self._turn += 1
                 self._call_ids.update(call.id for call in message.calls)
 
@@ -265,7 +265,7 @@ class RemoteSession:
                     failures += 1
                     pause_s = self._pause(error, failures)
                     if error.status == 429:
-                        self._gate.throttle(pause_s)  # this session then waits at the gate, with the others
+                        self._gate.throttle(pause_s)  # all sessions of the key, this one too, then wait
                     yield Retried(failures, error.reason, pause_s)
                     if error.status != 429:
                         await anyio.sleep(pause_s)
@@ -304,8 +304,8 @@ class RemoteSession:
         return pause_s
 
     def _end_early(self, turn: RemoteTurn) -> None:
-        """Keep what a turn said that was stopped. The API reports no token counts for it: its pieces are counted, and
-        its cost is estimated from them and from the length of the conversation."""
+        """Keep the output of a turn that was stopped. The API reports no token counts for such a turn, so its chunks
+        are counted, and its cost is estimated from them and from the length of the conversation."""
         message = turn.stopped()
         if message is None:
             return
@@ -319,13 +319,13 @@ class RemoteSession:
         )
 
     def _cost_with(self, tokens: TokenCounts) -> float | None:
-        """Return the cost so far with that of one more request; None if the API reported no count of its prompt."""
+        """Return the cost including one more request; None if the API did not report the length of the prompt."""
         if self._price is None or not tokens.input_tokens:
             return None
         return total_cost([self.usage.cost_usd, self._price.request_cost(tokens, at=self._sent)])
 
     def _estimated_length(self) -> int:
-        """Return the tokens of the conversation: at least as many as the API counted last, or one for 4 characters."""
+        """Return an estimate of the conversation's tokens: one for 4 characters, but at least the API's last count."""
         letters = sum(len(message.content) for message in self.messages)
         letters += sum(len(spec.description) + len(str(spec.parameters)) for spec in self._specs)
         return max(self._length, letters // 4)
@@ -348,7 +348,7 @@ class RemoteSession:
             self._record_ids(finished.token_ids)
 
     def _record_ids(self, ids: TokenIds) -> None:
-        """Record the ids of a turn; of its prompt only the new ones, unless the server rendered it differently."""
+        """Record the ids of a turn. Of its prompt, record only new ids, unless the server rendered it differently."""
         if not (ids.prompt and ids.sampled):
             return
         known = len(self._ids)

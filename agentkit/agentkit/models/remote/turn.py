@@ -1,4 +1,4 @@
-"""One turn of a model behind an API while it is streamed: deltas to events, and at its end to calls and a message."""
+"""Convert the deltas of one streamed turn to events and, at its end, to calls and a message."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class RemoteTurn:
     """Collects the deltas of one turn.
 
     Attributes:
-        finished: The last item of the stream; None while it runs.
-        chunks: Number of pieces of reasoning, text and arguments so far. Servers send about one token in each.
+        finished: The last item of the stream; None before the end.
+        chunks: Number of chunks of reasoning, text and arguments so far. Servers send about one token in each.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class RemoteTurn:
         self._text = ""
         self._shown = 0  # characters of the text that were passed on; the rest may be calls in DSML
         self._calls: dict[int, _Call] = {}
-        self._numbers: dict[str, int] = {}  # of the texts of the chunks, which stand for token ids
+        self._numbers: dict[str, int] = {}  # a number for each distinct chunk, in place of token ids
         self._texts: list[str] = []
         self._said: list[int] = []
 
     def add(self, delta: Delta) -> Iterator[ReasoningDelta | TextDelta]:
-        """Take the next delta, and yield what is to be shown."""
+        """Take the next delta, and yield the events to show."""
         match delta:
             case ReasoningChunk(text):
                 self._count(text)
@@ -70,7 +70,7 @@ class RemoteTurn:
                 self.finished = delta
 
     def repeats(self, bound: int | None) -> bool:
-        """Return whether the last `bound` chunks only repeat."""
+        """Return whether the last `bound` chunks only repeat themselves."""
         if bound is None or not is_due(len(self._said), bound):
             return False
         return repeats(
@@ -97,7 +97,7 @@ class RemoteTurn:
         return AssistantMessage(_whole(self._text), self._thought, ready, data), [*held, *calls]
 
     def stopped(self) -> AssistantMessage | None:
-        """Return the message of a turn that was left early: without its calls; None if it said nothing."""
+        """Return the message of a turn that was stopped early, without its calls; None if the turn is empty."""
         if not (self._text or self._reasoning):
             return None
         return AssistantMessage(_whole(self._text), self._thought)
@@ -125,7 +125,7 @@ class RemoteTurn:
 
 
 def _whole(text: str) -> str:
-    """Return the text with characters whose two UTF-16 halves arrived apart; a half alone becomes U+FFFD."""
+    """Join the two UTF-16 halves of characters that arrived in separate chunks; a half alone becomes U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
