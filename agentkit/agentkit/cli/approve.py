@@ -31,8 +31,8 @@ ApproveFlag = Annotated[
     ApproveChoice,
     typer.Option(
         "--approve",
-        help="Calls that may run: `all`, those of `read-only` tools, or `ask` on the terminal before a call of any "
-        "other tool.",
+        help="Calls that may run: `all`; only calls of `read-only` tools; or `ask` on the terminal before every call "
+        "of another tool.",
     ),
 ]
 
@@ -90,7 +90,7 @@ class TerminalPrompt:
 
 
 def read_answer(line: str) -> Approve | Modify | Refuse | str | None:
-    """Return the decision that a line means: None to always approve the tool, or a text if the line is not understood.
+    """Return the decision in a line: None to always approve the tool, or a text about a JSON object that is not valid.
 
     An empty line refuses.
     """
@@ -115,7 +115,7 @@ def read_answer(line: str) -> Approve | Modify | Refuse | str | None:
 
 
 def _forget_typed() -> None:
-    """Drop what was typed before the question is shown, which cannot be the answer."""
+    """Discard input that was typed before the question is shown, because it cannot be the answer."""
     import termios
 
     termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)

@@ -1,4 +1,4 @@
-"""The flags on the user's folder, and the end of a run on it: show the changes, ask, and write them where they go."""
+"""The flags for the user's folder, and the end of a run on it: show the changes, ask, and write them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from agentkit.model import Model
 
 SHOWN_LEFT_OUT = 20
-"""Entries that were left out, as listed on the terminal; `--json` lists all of them."""
+"""Maximum number of left-out entries listed on the terminal; `--json` lists all of them."""
 
 
 def check_flags(workdir: Path | None, *, patch: Path | None, branch: str | None, **flags: bool) -> None:
-    """Refuse flags on the user's folder that have no folder, and outputs that could not be made at the end.
+    """Check that the flags for the user's folder come with a folder, and that their outputs can be written at the end.
 
     Raises:
-        typer.BadParameter: One of them cannot be used.
+        typer.BadParameter: A flag cannot be used.
     """
     if workdir is None:
         given = {**flags, "patch": patch is not None, "branch": branch is not None}
@@ -44,7 +44,7 @@ def check_flags(workdir: Path | None, *, patch: Path | None, branch: str | None,
 
 
 def name_host(model: Model, folder: Path) -> None:
-    """Say, on standard error, which host a model sends the content of the folder to, if it sends it anywhere."""
+    """Print on standard error the host that the folder's content is sent to, if the model is behind an API."""
     if host := getattr(model, "host", None):
         typer.echo(visible(f"Files of {folder.resolve()} are sent to {host} as the agent reads them."), err=True)
 
@@ -59,14 +59,14 @@ def print_diff(console: Console, changes: list[Change]) -> None:
 
 
 def is_confirmed(patch: Path | None, branch: str | None) -> bool:
-    """Ask a user at a terminal whether to apply the changes, unless they go elsewhere."""
+    """Ask a user at a terminal whether to apply the changes, unless they are written to a patch or branch."""
     asks = patch is None and branch is None and sys.stdin.isatty()
     return asks and typer.confirm("Apply these changes?", default=False)
 
 
 @dataclass(slots=True)
 class Written:
-    """Where the changes to the user's folder went."""
+    """The outcome of writing the changes to the user's folder."""
 
     applied: bool = False
     patch: Path | None = None
@@ -80,7 +80,7 @@ class Written:
 def write(
     folder: Path, changes: list[Change], instruction: str, *, apply: bool, patch: Path | None, branch: str | None
 ) -> Written:
-    """Write the changes as a patch, as a branch and into the folder, each if it is wanted."""
+    """Write the changes to a patch, to a branch and into the folder, whichever are requested."""
     from agentkit.cli.git import GitError
     from agentkit.cli.patch import make_branch, make_patch
     from agentkit.cli.workdir import apply as apply_changes
@@ -112,7 +112,7 @@ def write(
 
 
 def print_written(console: Console, folder: Path, changes: list[Change], left_out: list[str], written: Written) -> None:
-    """Print where the changes to the user's folder went, and what was left out."""
+    """Print where the changes to the user's folder were written, and the entries that were left out."""
     folder = folder.resolve()
     if written.patch is not None:
         say(console, f"Wrote {written.patch}; `git apply {shlex.quote(str(written.patch))}` applies it.")

@@ -152,7 +152,7 @@ def command(
         try:
             run(lambda: chat.converse(servers))
         except Exception:
-            if chat.changes:  # by the turns before the failure
+            if chat.changes:  # made by the turns before the failure
                 chat.keep(apply=apply, patch=patch, branch=branch)
             raise
     return ExitCode.UNSOLVED if chat.keep(apply=apply, patch=patch, branch=branch).refused else ExitCode.OK
@@ -206,7 +206,7 @@ class Chat:
                 async with model:
                     await self._talk(environment)
             except Exception:
-                with suppress(Exception):  # the failure stands; without a sandbox, the changes are lost
+                with suppress(Exception):  # report the first failure; without a sandbox, the changes are lost
                     await self._collect(environment)
                 raise
             await self._collect(environment)
@@ -270,7 +270,7 @@ class Chat:
         return workspace.environment
 
     def _read(self) -> str | None:
-        """Return the user's next message; None at the end. This blocks the event loop; MCP servers can wait."""
+        """Return the user's next message; None at the end. This blocks the event loop, which only MCP servers use."""
 
         def at_prompt(number: int) -> bool:
             if number == signal.SIGINT:

@@ -46,7 +46,8 @@ def command(
     device: DeviceFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
     max_connections: Annotated[
-        int | None, typer.Option(min=1, help="Requests to the API at the same time. Default: until it says too many.")
+        int | None,
+        typer.Option(min=1, help="Maximum API requests in flight. Default: no limit until the API sets one."),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, help="Runs of each task.")] = 1,
     tasks_per_family: Annotated[
@@ -117,7 +118,7 @@ def command(
     terminal = console(quiet=as_json)
     finished: list[evaluation.Finished] = []
     remote = [is_remote(name) for name in model]
-    mixed = any(remote) and not all(remote)  # then each option is for the models that have it
+    mixed = any(remote) and not all(remote)  # then each option applies to the models that have it
     # connected before the first run, so that a missing key is found at once; embedded models take memory, one at a time
     connected = {
         name: load_model(

@@ -114,8 +114,8 @@ def evaluate(
 
 
 def ending(finished: Finished, threshold: float | None = None) -> int:
-    """Return the exit code of a run; the first that applies of interrupted, not fully scored, stopped at the cost limit
-    or below the threshold, success."""
+    """Return the exit code of a run: the first that applies of interrupted, not fully scored, unsolved (stopped at the
+    cost limit or below the threshold), and success."""
     from agentkit_evals.record import scores_by_task
     from agentkit_evals.statistics import estimate
 
@@ -141,7 +141,7 @@ def side_by_side(
     the comparisons. Each comparison is also a page in `directory`.
 
     Returns:
-        The exit code: the first that applies to any run of interrupted, not fully scored, below the threshold, success.
+        The exit code: the first of those of `ending` that applies to any run.
     """
     from agentkit.cli.compare import print_comparison
     from agentkit.cli.progress import model_table

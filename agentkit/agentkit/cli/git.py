@@ -1,4 +1,4 @@
-"""Run git on the user's folder: without hooks, and without what the environment says about another repository."""
+"""Run git on the user's folder, without hooks and without environment variables about another repository."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 QUIET = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
-"""A hook, or a file system monitor, is a program that a repository names."""
+"""Options that disable hooks and file system monitors, which are programs that a repository can choose."""
 ELSEWHERE = (
     *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE"),
     *("GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_PREFIX", "GIT_CEILING_DIRECTORIES", "GIT_LITERAL_PATHSPECS"),
 )
-"""Variables that git sets for its hooks, for example; they would point to another repository."""
+"""Variables that are not passed on, because they point to another repository. Git sets them for its hooks."""
 
 
 class GitError(Exception):
-    """Git failed, or is not installed; the message is the first line of git's own."""
+    """Git failed, or is not installed; the message is the first line of git's own message."""
 
     def __init__(self, message: str, status: int = 127) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ def git(folder: Path, *arguments: str, stdin: bytes = b"", env: Mapping[str, str
 
 
 def names(output: bytes) -> list[str]:
-    """Return the names, each with a NUL byte after it, that a git command has printed."""
+    """Return the NUL-terminated names in the output of a git command."""
     return [os.fsdecode(name) for name in output.split(b"\0") if name]
 
 

@@ -1,4 +1,4 @@
-"""What an agent may see of the user's folder: the files that git does not ignore, their state, and what is hidden.
+"""List the user's folder: the files that an agent may see, which git does not ignore, and the hidden entries.
 
 `.git` is always hidden, so an agent can neither plant a hook nor read credentials of a remote. Checkouts inside a
 checkout, and entries other than files, links and directories, are hidden too.
@@ -33,27 +33,27 @@ Signature = tuple[int, int, int, int, int]
 
 @dataclass(slots=True)
 class Listing:
-    """A folder when the agent starts, without the content of its files; paths are relative POSIX paths."""
+    """The state of a folder when the agent starts, without file contents. Paths are relative POSIX paths."""
 
     files: dict[str, Signature] = field(default_factory=dict)
     """The files and links that the agent sees. A signature changes when the file does."""
     hidden: list[str] = field(default_factory=list)
-    """The entries that the agent does not see, none below another."""
+    """The entries that the agent does not see. No entry is below another."""
     left_out: list[str] = field(default_factory=list)
     """One line for each hidden entry that git does not ignore: its name and its kind."""
     checkouts: list[str] = field(default_factory=list)
-    """The checkouts that the agent sees into; the first, "", is the folder, which need not be in a checkout."""
+    """The git checkouts with files that the agent sees. The first, "", is the folder, even without a checkout."""
     owners: set[tuple[int, int]] = field(default_factory=set)
     """User and group of every entry that the agent sees."""
 
     @property
     def size(self) -> int:
-        """The bytes of all files."""
+        """The total size of all files in bytes."""
         return sum(signature[1] for signature in self.files.values())
 
 
 def signature(info: os.stat_result) -> Signature:
-    """Return what tells a file from one that was changed or replaced."""
+    """Return values that change when the file is changed or replaced."""
     return info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
 
@@ -64,7 +64,7 @@ def list_folder(folder: Path, *, include_ignored: bool = False) -> Listing:
     is not in a checkout, each checkout below it is listed by git.
 
     Raises:
-        typer.BadParameter: Git cannot list a checkout, so that nobody knows what it ignores.
+        typer.BadParameter: Git cannot list a checkout, so the ignored files are not known.
     """
     listing = Listing()
     _list_into(listing, folder, "", include_ignored=include_ignored)
@@ -100,8 +100,8 @@ def _ignored(checkout: Path, paths: list[str]) -> list[str]:
 def ignored_directories(folder: Path, listing: Listing, directories: Iterable[str]) -> list[str]:
     """Return the topmost of `directories` that git ignores and of which the agent saw no file in `folder`.
 
-    They need not exist in the folder. Git ignores most of these by rules for directories alone, so that it has to see
-    directories: it is asked in a copy of the folder that holds only them and the files with the rules.
+    The directories need not exist in the folder. Most rules that ignore directories match only existing directories, so
+    git runs in a temporary copy of the folder that holds only these directories and the files with the rules.
     """
     seen = _parents(listing.files)
     unseen = sorted(path for path in directories if path not in seen)
@@ -190,7 +190,7 @@ def _shown_by_git(folder: Path) -> set[str] | None:
     ignored."""
     try:
         printed = names(git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard"))
-        shown = {name.removesuffix("/") for name in printed}  # a checkout of its own has a slash
+        shown = {name.removesuffix("/") for name in printed}  # a nested checkout ends with a slash
         if not shown and git(folder, "rev-parse", "--show-prefix").strip():
             return None if _is_ignored(folder) else shown
         return shown
@@ -211,7 +211,7 @@ def _shown_by_git(folder: Path) -> set[str] | None:
 def _is_ignored(folder: Path) -> bool:
     try:
         return bool(git(folder, "check-ignore", "."))
-    except GitError:  # exit status 1: it is not
+    except GitError:  # exit status 1: the folder is not ignored
         return False
 
 
@@ -230,7 +230,7 @@ def _parents(paths: Iterable[str]) -> set[str]:
 
 
 def _holds_nothing(directory: str) -> bool:
-    """Return whether there is nothing but directories below a directory."""
+    """Return whether a directory holds only directories, at every depth."""
     pending = [directory]
     while pending:
         try:

@@ -1,4 +1,4 @@
-"""`agentkit mcp`: list the tools of MCP servers; and `--mcp`, which gives them to an agent."""
+"""`agentkit mcp`, which lists the tools of MCP servers, and `--mcp`, which gives the tools to an agent."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def command(
 
 
 def read_servers(path: Path | None, *, hint: str = "--mcp") -> list[MCPServer]:
-    """Return the servers of a file, none without one. Raises BadParameter if the file is wrong."""
+    """Return the servers of a file; an empty list without a file. Raises BadParameter if the file is wrong."""
     from agentkit_tools import MCPConfigError, load_mcp_servers
 
     try:

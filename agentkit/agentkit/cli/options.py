@@ -48,7 +48,7 @@ API_NAMES = re.compile(
 """Model names that suggest an API."""
 API_OWNERS = {"claude": "anthropic", "deepseek": "deepseek"}
 API_PROVIDERS = ("openai", "anthropic", "deepseek")
-"""As `agentkit.models.remote.resolve.PROVIDERS`, without importing it."""
+"""The providers in `agentkit.models.remote.resolve.PROVIDERS`, repeated to avoid the import."""
 
 
 def _model(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The agent's changes to a folder that it sees through an overlay, from the overlay's upper layer alone."""
+"""Find the agent's changes to a folder under an overlay, from the overlay's upper layer alone."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class UpperLayer:
     """The content of an upper layer."""
 
     files: dict[str, File] = field(default_factory=dict)
-    """Changed and new files and links, and those that are only copied, because their attributes changed."""
+    """Changed and new files and links, and files that were only copied because their attributes changed."""
     replaced: set[str] = field(default_factory=set)
-    """Paths at which the folder's entry, and everything below it, is gone or replaced."""
+    """Paths at which the folder's entry, with everything below it, was deleted or replaced."""
     directories: set[str] = field(default_factory=set)
 
 
@@ -53,7 +53,7 @@ def compare_upper(folder: Path, listing: Listing, exported: ExportedDir) -> tupl
 
     Args:
         folder: The user's folder, which the agent saw through an overlay.
-        listing: What the folder held when the overlay was made.
+        listing: The listing of the folder from when the overlay was made.
         exported: The result of `ProcessEnvironment.export_upper`.
 
     Raises:
@@ -72,7 +72,7 @@ def compare_upper(folder: Path, listing: Listing, exported: ExportedDir) -> tupl
         )
     wanted: list[Change] = []
     for path in sorted({*gone, *layer.files}):
-        # below a link of the folder, there is nothing of it: the agent has replaced the link by a directory
+        # the folder has nothing below a link: the agent has replaced the link with a directory
         is_below_link = any((folder / above).is_symlink() for above in above_all(path))
         before, after = None if is_below_link else read_file(folder / path), layer.files.get(path)
         is_stale = (None if is_below_link else _signature(folder / path)) != listing.files.get(path)
@@ -87,7 +87,7 @@ def compare_upper(folder: Path, listing: Listing, exported: ExportedDir) -> tupl
 
 
 def _is_gone(path: str, layer: UpperLayer) -> bool:
-    """Return whether a file of the folder is not there any more in the overlay; it is not in the upper layer."""
+    """Return whether a file of the folder that is not in the upper layer was deleted or replaced."""
     return (
         path in layer.directories or path in layer.replaced or any(above in layer.replaced for above in above_all(path))
     )

@@ -23,7 +23,7 @@ ALONE = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
 
 
 def check_patch(path: Path) -> None:
-    """Refuse a patch that could not be written at the end of the run.
+    """Check that a patch can be written at the end of the run.
 
     Raises:
         typer.BadParameter: The file exists, its directory does not, or git is not installed.
@@ -39,7 +39,7 @@ def check_patch(path: Path) -> None:
 
 
 def check_branch(folder: Path, branch: str) -> None:
-    """Refuse a branch that could not be made at the end of the run.
+    """Check that a branch can be created at the end of the run.
 
     Raises:
         typer.BadParameter: The folder is not in a checkout, the name is not valid or taken, or git does not know who
@@ -88,10 +88,10 @@ def make_patch(folder: Path, wanted: Sequence[Change]) -> bytes:
 
 
 def make_branch(folder: Path, branch: str, wanted: Sequence[Change], message: str) -> list[str]:
-    """Commit the changes to a new branch that starts from HEAD; return sentences on the user's uncommitted changes.
+    """Commit the changes to a new branch that starts from HEAD; return sentences about the user's uncommitted changes.
 
     Raises:
-        GitError: Git failed; there is no new branch then.
+        GitError: Git failed. No branch was created.
     """
     git_dir = os.fsdecode(git(folder, "rev-parse", "--absolute-git-dir").removesuffix(b"\n"))
     prefix = os.fsdecode(git(folder, "rev-parse", "--show-prefix").removesuffix(b"\n"))
@@ -130,7 +130,7 @@ def _succeeds(folder: Path, *arguments: str) -> bool:
 
 
 def _flips(change: Change, is_executable: bool) -> bool:
-    """Return whether a change makes a file executable, or makes it stop being so."""
+    """Return whether a change turns a file's executable bit to `is_executable`."""
     if change.after is None or change.after.link is not None or change.after.executable != is_executable:
         return False
     before = change.before
@@ -138,7 +138,7 @@ def _flips(change: Change, is_executable: bool) -> bool:
 
 
 def _uncommitted(folder: Path, paths: Sequence[str]) -> list[str]:
-    """Return sentences on the user's changes since HEAD, in `paths` and in other files."""
+    """Return sentences about the user's changes since HEAD, in `paths` and in other files."""
     shown = names(
         git(folder, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--ignore-submodules=all")
     )

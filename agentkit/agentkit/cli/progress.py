@@ -27,7 +27,7 @@ MARKS = {
 }
 
 MAX_ERROR: Final = 1000
-"""Characters of an error's first line, whose end has the remedy."""
+"""Maximum characters of an error's first line. The advice is at its end, so this is generous."""
 
 
 class LiveProgress:
@@ -102,7 +102,7 @@ class LiveProgress:
 
 
 def number_table(heading: str, *columns: str) -> Table:
-    """Return an empty table of names and numbers. In a narrow terminal, names are broken before any number is."""
+    """Return an empty table of names and numbers. In a narrow terminal, names wrap before numbers do."""
     between = 2 if len(columns) <= 8 else 1
     table = Table(header_style="dim", box=None, pad_edge=False, padding=(0, between, 0, 0))
     table.add_column(heading, overflow="fold")
@@ -120,7 +120,7 @@ def result_table(run: RunDirectory) -> Table:
 
 
 def model_table(runs: Sequence[RunDirectory]) -> Table:
-    """Return a table of the overall scores of several models, which are named as their run directories are."""
+    """Return a table of the overall scores of several models, named after their run directories."""
     return _score_table("model", [(run.path.name, run.trials) for run in runs])
 
 

@@ -244,7 +244,7 @@ class Job:
     include_ignored: bool = False
     """True if the agent sees the files of `workdir` that git ignores."""
     copy: bool = False
-    """True if `workdir` is copied even where there can be an overlay."""
+    """True if `workdir` is copied even if an overlay is possible."""
     rescued: list[Change] = field(default_factory=list)
     """The changes to `workdir` before the agent's run failed or was interrupted."""
 
@@ -274,7 +274,7 @@ class Job:
             try:
                 result = await self._run_in(environment, agent)
             except BaseException:  # also Ctrl-C
-                if workspace:  # the failure stands; without a sandbox, the changes are lost
+                if workspace:  # report the first failure; without a sandbox, the changes are lost
                     with anyio.move_on_after(RESCUE_S, shield=True), suppress(Exception):
                         await environment.kill_all()
                         self.rescued.extend((await workspace.changes())[0])
@@ -319,7 +319,7 @@ class Job:
                     if isinstance(event, RunFinished):
                         result = event.result
         except BaseException:
-            self.console.print()  # the line of a text that broke off
+            self.console.print()  # end the line of an incomplete text
             raise
         assert result is not None, "a run that does not raise ends with RunFinished"
         return result
@@ -351,7 +351,7 @@ def carry_out(
     try:
         done = run(job.run)
     except (Exception, KeyboardInterrupt) as exc:
-        if job.workdir and job.rescued:  # what was interrupted is applied only if the user says so now
+        if job.workdir and job.rescued:  # changes of an interrupted run are applied only if the user now agrees
             written = keep(job.rescued, apply=apply and not isinstance(exc, KeyboardInterrupt))
             print_written(job.console, job.workdir, job.rescued, [], written)
         raise

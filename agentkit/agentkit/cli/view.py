@@ -53,7 +53,7 @@ def _page(path: Path) -> Path:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """Return the runs in a folder, also those of several models, which have a folder in common."""
+    """Return the runs in a folder, including runs of several models, which share a folder."""
     return sorted(file.parent for pattern in ("*/run.json", "*/*/run.json") for file in folder.glob(pattern))
 
 

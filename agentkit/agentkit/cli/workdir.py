@@ -49,7 +49,7 @@ class Change:
     before: File | None
     after: File | None
     is_stale: bool = False
-    """Whether the user changed the file during the run, so that the agent had started from something else."""
+    """True if the user changed the file during the run, so the agent's change is based on an older version."""
 
     @property
     def verb(self) -> str:
@@ -100,11 +100,11 @@ def read_files(folder: Path, listing: Listing, reason: str) -> tuple[dict[str, F
 
     Args:
         folder: The user's folder.
-        listing: What to read.
-        reason: Why they are copied.
+        listing: The files and links to read.
+        reason: The reason for copying, for the error message.
 
     Raises:
-        typer.BadParameter: There is more than a sandbox accepts.
+        typer.BadParameter: The files are larger than a sandbox accepts.
     """
     if listing.size > MAX_ARCHIVE_BYTES:
         sizes: Counter[str] = Counter()
@@ -223,7 +223,7 @@ def compare(
 
     Args:
         folder: The user's folder.
-        listing: What the folder held.
+        listing: The folder's listing from before the run.
         before: The copy given to the agent.
         archive: The agent's result, from `Environment.export_dir`.
         dropped: The entries that the export left out.

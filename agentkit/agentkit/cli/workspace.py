@@ -1,6 +1,6 @@
-"""The user's own folder in a sandbox: through an overlay where there can be one, else as a copy.
+"""The user's own folder in a sandbox: under an overlay if possible, else as a copy.
 
-An overlay starts at once and needs no room for what the agent does not change, but it needs the process backend, a
+An overlay starts at once and takes no space for unchanged files, but it needs the process backend, a
 recent kernel, and files that all belong to the user (`agentkit_environments.overlay`).
 """
 
@@ -72,7 +72,7 @@ class Workspace:
 async def open_workspace(
     task: Task, backend: Backend | None, folder: Path, console: Console, *, include_ignored: bool, copy: bool
 ) -> AsyncIterator[Workspace]:
-    """Open a sandbox of the task's specification with `folder` as its work directory; say how, and how long it took.
+    """Open a sandbox of the task's specification with `folder` as its work directory; print how and how fast it opened.
 
     `folder` is an absolute path without links.
 
@@ -114,7 +114,7 @@ async def open_workspace(
 
 
 async def _close(environment: Environment) -> None:
-    with suppress(Exception):  # the result of the block stands
+    with suppress(Exception):  # keep the result of the block
         await environment.close()
 
 
@@ -124,7 +124,7 @@ def _is_secret(path: str) -> bool:
 
 
 def _no_overlay(task: Task, backend: Backend, folder: Path, listing: Listing) -> str | None:
-    """Return the reason why there can be no overlay, or None if it is worth a try."""
+    """Return the reason why no overlay is possible, or None if one can be tried."""
     if backend not in ("auto", "process"):
         return f"the {backend} backend has no overlay"
     if task.environment.image is not None or task.environment.network != "none":
