@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Pause garbage collection while the block makes many objects that stay; searching them once takes 0.2 s.
+    """Pause garbage collection while the block creates many long-lived objects; searching them once takes 0.2 s.
 
-    Afterwards all objects are in the oldest generation, as if the collector had found them alive.
+    Afterwards, all objects are in the oldest generation, as if the collector had found them alive.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -27,6 +27,6 @@ def collection_paused() -> Iterator[None]:
 
 
 def skip_collection_at_exit() -> None:
-    """Let the collector ignore all objects when the process exits; its last search would take 0.7 s."""
+    """Make the collector ignore all objects at process exit, where its last search would take 0.7 s."""
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)

@@ -1,4 +1,4 @@
-"""The text of calls and tool results: what encoder, parsers and grammar share.
+"""The text format of calls and tool results, shared by the encoder, the parsers and the grammar.
 
     <｜DSML｜tool_calls>
     <｜DSML｜invoke name="NAME">
@@ -8,8 +8,8 @@
     </｜DSML｜tool_calls>
 
 The block of calls follows an empty line and ends the turn. A call without parameters has an empty line in their place.
-A tag is a sequence of pieces, `Control` tokens and plain text. The encoder converts them to ids, the grammar to terms
-of its rules.
+A tag is a sequence of pieces: `Control` tokens and plain text. The encoder converts pieces to ids, and the grammar
+converts them to terms of its rules.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULT_END: Final = "</tool_result>"
 NAME: Final = '[^"<>]*'
 """Pattern of the names that the format can express."""
 BLOCK_WORD: Final = r"\w*(?:tool|function|call|invo)"
-"""Pattern of the beginning of `tool_calls`, and of the words that models write instead, in any case."""
+"""Pattern of the beginning of `tool_calls`, and of words that models write instead, in upper or lower case."""
 
 
 def invoke_name(name: str) -> str:
@@ -47,7 +47,7 @@ def invoke_name(name: str) -> str:
 
 
 def parameter_name(key: str, *, string: bool) -> str:
-    """Return the rest of a parameter's start tag, from the name on. `string`: the value is text as it is, not JSON."""
+    """Return the rest of a parameter's start tag, from the name on. `string` means that the value is text, not JSON."""
     return f'{key}" string="{"true" if string else "false"}">'
 
 

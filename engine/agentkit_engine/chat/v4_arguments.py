@@ -1,4 +1,4 @@
-"""The arguments of a call as JSON text: parameters interpreted by attribute and schema, unwrapped if wrapped."""
+"""Convert a call's arguments to JSON text: interpret parameters by attribute and schema, and unwrap wrapped ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _unwrapped(key: str, value: Any, schema: Mapping[str, Any]) -> dict[str, Any
 
 
 def body_json(text: str, schema: Any) -> str | None:
-    """Return as JSON text the arguments written as an invoke's body, if they fit the tool's schema."""
+    """Return the arguments written as the body of an invoke as JSON text; None if they do not fit the schema."""
     body = read_json(text)[1]
     if schema is None or not isinstance(body, dict):
         return None

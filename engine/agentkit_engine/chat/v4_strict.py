@@ -1,4 +1,4 @@
-"""DeepSeek's own grammar of completions: the only spelling that its parser accepts."""
+"""A parser for DeepSeek's own grammar of completions, without leniency: one spelling is accepted."""
 
 from __future__ import annotations
 

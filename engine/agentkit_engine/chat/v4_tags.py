@@ -1,4 +1,4 @@
-"""The tags inside a block of calls, read leniently: white space, other quotes, other words, attributes in any order."""
+"""A lenient reader of tags in a block of calls: white space, other quotes, other words, attributes in any order."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _kind(word: str) -> Kind | None:
 def read_tag(tag: Tag, *, ended: bool) -> Head | Literal["partial"] | None:
     """Return the tag after a marker, "partial" if more input can make it one, or None.
 
-    `ended`: the new text contains `>`.
+    `ended` is True if the new text contains `>`.
     """
     name = _TAG_NAME.match(tag.text)
     assert name is not None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 DTYPES = (torch.int32, torch.uint8, torch.int64, torch.int32, torch.uint8)
-"""Of the fields of `Rows`."""
+"""The dtypes of the fields of `Rows`, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
