@@ -111,7 +111,7 @@ def link_problems(links: Mapping[str, str]) -> dict[str, str]:
     """Return the links that lead out of a directory or form a loop, each with the reason.
 
     Args:
-        links: Target by relative path of every link in the directory.
+        links: The target of every link in the directory, by the relative path of the link.
     """
     resolver = _Resolver(links)
     return {name: problem for name in links if (problem := resolver.problem(name))}

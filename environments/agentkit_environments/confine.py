@@ -48,7 +48,7 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 def mount_overlay(overlay: Mapping[str, Any]) -> tuple[int, list[str]]:
     """Mount an overlay over the read-only folder at the work directory, with a private layer in memory for changes.
 
-    Returns a descriptor of that layer, which no path leads to, and the hidden names.
+    Returns a descriptor of that layer, which has no path, and the hidden names.
     """
     lower, stage = os.fsencode(overlay["path"]), b"/tmp"  # its own tmpfs is mounted later
     mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, overlay["options"])
@@ -72,7 +72,7 @@ def mount_overlay(overlay: Mapping[str, Any]) -> tuple[int, list[str]]:
 
 
 def hide(lower: bytes, upper: bytes, names: list[bytes]) -> None:
-    """Make whiteouts in the upper layer: an overlay shows nothing at these names, and a new file can take them."""
+    """Create whiteouts in the upper layer, so that the overlay shows nothing at these names. New files can use them."""
     made = {b""}
     for name in names:
         parts = name.split(b"/")
@@ -109,7 +109,7 @@ def write_sysctls(values: Mapping[str, int | str]) -> bool:
 def limit_namespaces(settings: Mapping[str, Any]) -> list[str]:
     """Mount the directories in memory, set the namespaces' limits and drop all capabilities.
 
-    Returns the names of what stays unlimited.
+    Returns the names of the resources that stay unlimited.
     """
     for path, options in settings["tmpfs"]:
         mount("none", path, "tmpfs", MS_NOSUID | MS_NODEV, options)

@@ -27,7 +27,7 @@ class DeferredEnvironment(Environment):
 
     @property
     def is_open(self) -> bool:
-        """True once it has been opened; before that there are no files and no processes."""
+        """True once the environment has been opened. Before that, it has no files and no processes."""
         return self._environment is not None
 
     async def open(self) -> Environment:
@@ -35,7 +35,7 @@ class DeferredEnvironment(Environment):
 
         Raises:
             SandboxLostError: If `close` was called.
-            SandboxUnavailableError and others: As `opener`.
+            SandboxUnavailableError and others: See `opener`.
         """
         async with self._lock:
             if self._closed:

@@ -4,10 +4,10 @@ run the launcher.
     python3 -I -S enter.py PARENT_PID UID EXPOSE FOLDER COMMAND [ARGUMENT ...]
 
 UID is the uid to change to, or `-` to stay. EXPOSE is a list of paths separated by colons, for a harness that runs as
-root. Each of them (the interpreter's prefix, which may be in a directory that only root can enter) becomes reachable
-for every user, in a mount namespace of its own and without the rest of that directory. FOLDER, or `-` for none, becomes
-reachable in the same way, and in that mount UID owns what FOLDER's owner owns. This file imports as little of the
-standard library as it can, because its start-up time adds to that of every sandbox.
+root. Each path (the interpreter's prefix, which may be in a directory that only root can enter) becomes reachable for
+every user, in a mount namespace of its own and without the rest of that directory. FOLDER, or `-` for none, becomes
+reachable in the same way; in its mount, UID owns everything that FOLDER's owner owns. This file imports as little of
+the standard library as it can, because its start-up time adds to that of every sandbox.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def user_namespace(uids: str, gids: str) -> int:
     if child == 0:
         os.close(kept_write)
         os.write(made_write, b"1" if libc.unshare(CLONE_NEWUSER) == 0 else b"0")
-        os.read(kept_read, 1)  # the end of the pipe: the maps are written, or the parent is gone
+        os.read(kept_read, 1)  # the pipe ends when the maps are written or the parent is gone
         os._exit(0)
     try:
         if os.read(made_read, 1) != b"1":
@@ -76,7 +76,7 @@ def user_namespace(uids: str, gids: str) -> int:
 
 
 def mapped_tree(folder: str, uid: int) -> int:
-    """Return a detached mount of a folder in which `uid` owns what the folder's owner and group own."""
+    """Return a detached mount of a folder in which `uid` owns everything that the folder's owner and group own."""
     fd = libc.syscall(SYS_OPEN_TREE, AT_FDCWD, os.fsencode(folder), OPEN_TREE_CLONE | os.O_CLOEXEC)
     check(min(fd, 0), f"open_tree {folder}")
     owner = os.fstat(fd)

@@ -98,7 +98,7 @@ class EnvironmentSpec:
     workdir: str = "/workspace"
     """Absolute path of the work directory: commands start there, and relative paths begin there. Empty at first."""
     workdir_from_image: bool = False
-    """Whether the work directory starts with the image's files at its path instead, owned by the commands' user."""
+    """True if the work directory starts with the image's files at its path, owned by the commands' user."""
     network: Network = "none"
     """`none` is a loopback interface only; `public` is the engine's default network (docker only)."""
     env: Mapping[str, str] = field(default_factory=dict)

@@ -331,7 +331,7 @@ MAX_TIME = 8**11 - 1
 """The last second that a tar header can store (in the year 2242); file systems and engines support it too."""
 PIECE = 1 << 20
 OPAQUE = "SCHILY.xattr.user.overlay.opaque"
-"""How tar stores the attribute of a directory that replaces one of an overlay's lower layer."""
+"""The tar header of the attribute that marks a directory as replacing one of an overlay's lower layer."""
 
 
 class DropList:
@@ -389,9 +389,9 @@ class Packer:
             path: The directory.
             max_entries: Maximum number of entries.
             max_bytes: Maximum bytes of file content and names.
-            hidden: None, or the names that an overlay hides: `path` is its upper layer then, whiteouts are archived as
-                the character devices that they are, and opaque directories keep their attribute.
-            skip: Names that are left out without a word.
+            hidden: None, or the names that an overlay hides. `path` is then the overlay's upper layer, whiteouts are
+                archived as character devices, and opaque directories keep their attribute.
+            skip: Names that are left out without being reported.
         """
         require_directory(path)
         self._path, self._max_entries, self._max_bytes = path, max_entries, max_bytes
@@ -509,7 +509,7 @@ class Packer:
 
 
 def _is_whiteout(info: os.stat_result) -> bool:
-    """Return whether an entry of an overlay's upper layer stands for a deletion. No command can make such an entry."""
+    """Return whether an entry of an overlay's upper layer marks a deletion. No command can create such an entry."""
     return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
 
 

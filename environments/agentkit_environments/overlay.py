@@ -1,6 +1,6 @@
 """A folder of the host as the work directory of a process sandbox, without copying it.
 
-    lower   the folder, read-only                                what commands do not change is read from here
+    lower   the folder, read-only                                files that commands have not changed
     upper   a private layer in the sandbox's memory              changed files, new files, whiteouts
     merged  the work directory that commands see                 a whiteout hides an entry of the folder
 
@@ -8,8 +8,8 @@
 attributes); no command can unmount it, and no path leads to a layer. The executor reads the upper layer through a
 descriptor (`ProcessEnvironment.export_upper`).
 
-The kernel leaves open what an overlay shows of an entry that is changed below it. Today, commands see such a change
-unless they have changed that file, and they see entries that appear in the folder later.
+The kernel does not define what an overlay shows of an entry that is changed in the lower layer. Today, commands see
+such a change unless they have changed the same file, and they see entries that appear in the folder later.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Overlay:
 
     Attributes:
         folder: Absolute path of a directory of the host, without links.
-        hidden: Relative paths that the sandbox does not see, none below another.
+        hidden: Relative paths that the sandbox does not see. No path is below another.
     """
 
     folder: str
@@ -35,9 +35,9 @@ class Overlay:
 
 
 def owner_in_sandbox(folder: str) -> tuple[int, int]:
-    """Return the user and group of the host that own, in a sandbox, what its commands own.
+    """Return the host's user and group that the commands of a sandbox on this folder are mapped to.
 
-    Commands cannot change a file of anybody else in place, because a sandbox has one user and one group.
+    A sandbox has one user and one group, so commands cannot change the files of other users in place.
     """
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
@@ -46,7 +46,7 @@ def owner_in_sandbox(folder: str) -> tuple[int, int]:
 
 
 def mounts_in(overlay: Overlay) -> list[str]:
-    """Return the relative paths at which something is mounted in the folder, without hidden ones.
+    """Return the relative paths of mounts in the folder, except hidden ones.
 
     An overlay would show the directory below a mount instead of its content.
     """
@@ -65,7 +65,7 @@ def _is_hidden(path: str, hidden: frozenset[str]) -> bool:
 
 @contextmanager
 def hidden_names(overlay: Overlay | None) -> Iterator[int | None]:
-    """Yield a descriptor of a file with the hidden names, each with a NUL byte after it, for `confine.py`."""
+    """Yield a descriptor of a file with the hidden names, NUL-terminated, for `confine.py`."""
     if overlay is None:
         yield None
         return

@@ -399,13 +399,13 @@ class ProcessEnvironment(Environment):
 
         Args:
             spec: The specification of the environment.
-            run_id: Label of everything that the environment makes.
+            run_id: Label of everything that the environment creates.
             launcher: The program that builds the sandbox.
-            overlay: The folder that the work directory shows; it is empty by default.
+            overlay: The folder that the work directory shows. Default: an empty work directory.
 
         Raises:
-            SandboxUnavailableError: If none works, `spec` requests an image or a network, or the kernel, the file
-                system or a policy permits no overlay.
+            SandboxUnavailableError: If no launcher works, `spec` requests an image or a network, or the kernel, the
+                file system or a policy permits no overlay.
         """
         if spec.image is not None or spec.network != "none":
             raise SandboxUnavailableError(
@@ -460,7 +460,7 @@ class ProcessEnvironment(Environment):
         return (await self._connection.request(operation, fields, self._fitting(body), FILE_TIMEOUT_S))[1]
 
     async def upper_directories(self) -> list[str]:
-        """Return the directories in the overlay's upper layer: new ones, and those with something changed in them.
+        """Return the directories in the overlay's upper layer: new directories, and directories with changes in them.
 
         Raises:
             ValueError: If the environment was opened without an overlay.
@@ -474,11 +474,11 @@ class ProcessEnvironment(Environment):
         """Return the upper layer of the overlay, which holds what commands have changed, as a tar archive.
 
         As in any archive of an overlay's layer, a whiteout (a deleted entry of the folder) is a character device 0/0,
-        and an opaque directory (it replaces one of the folder) has the attribute `user.overlay.opaque`. New entries at
-        hidden names are left out. Kill all processes first.
+        and an opaque directory (which replaces one of the folder) has the attribute `user.overlay.opaque`. New entries
+        at hidden names are left out. Kill all processes first.
 
         Args:
-            skip: Directories of the layer to leave out without a word.
+            skip: Directories of the layer to leave out without reporting them.
 
         Raises:
             ValueError: If the environment was opened without an overlay.

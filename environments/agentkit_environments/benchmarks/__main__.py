@@ -1,8 +1,8 @@
 """Time opening, commands and closing on every backend that works here: `python -m agentkit_environments.benchmarks`.
 
 Prints one JSON object per line, in milliseconds: p50 and p99 of 200 runs of `true` in a warm environment, the same for
-`subprocess.run` in this process, and the median of ten openings and closings. Then the median of ten openings of a
-process sandbox with its first command, where the work directory shows a folder of 50,000 files through an overlay, of
+`subprocess.run` in this process, and the median of ten openings and closings. The last line is the median of ten
+openings of a process sandbox with its first command, whose work directory is an overlay of a folder of 50,000 files, of
 which 1,000 are hidden one by one.
 """
 

@@ -168,7 +168,7 @@ class Files:
         self._put(directory, rebase_archive(archive, prefix="/".join(missing[:-1]), uid=AGENT_ID), path)
 
     def copy_from_image(self, image: str, path: str, run_id: str) -> None:
-        """Copy an image's directory into the volume that hides it, with the commands' user as owner of everything.
+        """Copy a directory of the image into the volume mounted over it, and make the commands' user own everything.
 
         Raises:
             SandboxUnavailableError: If the image has no such directory, or the volume is too small.
@@ -250,7 +250,7 @@ class Files:
 
 
 def _reown(source: IO[bytes], out: IO[bytes]) -> None:
-    """Write the archive of a directory with names relative to that directory, and one owner."""
+    """Copy the archive of a directory, with names relative to that directory and one owner for all entries."""
     with tarfile.open(fileobj=source, mode="r|") as archive, tarfile.open(fileobj=out, mode="w|") as target:
         for member in archive:
             member.name = member.name.partition("/")[2]
