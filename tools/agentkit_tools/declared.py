@@ -1,4 +1,4 @@
-"""`DeclaredTool`: a tool that the model can call, but that is never run."""
+"""`DeclaredTool`: a tool that the model can call but that never runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from agentkit_tools.tool import Tool, ToolContext, ToolOutput
 
 @lru_cache(maxsize=8192)
 def _check(name: str, parameters: str) -> None:
-    """Check a schema. It takes milliseconds, and a data set declares the same tools in many of its rows."""
+    """Check a schema. Results are cached, because a check takes milliseconds and many rows declare the same tools."""
     check_schema(json.loads(parameters), name=name)
 
 
 class DeclaredTool(Tool):
     """A tool without an implementation, for tasks that score the calls themselves. A call ends the run.
 
-    The arguments must be a JSON object, but they are not checked against `parameters`: scoring does that.
+    The arguments must be a JSON object, but they are not checked against `parameters`; scoring does that.
 
     Raises:
         ToolDefinitionError: the name is invalid, or `parameters` is not a valid JSON schema of an object.

@@ -3,7 +3,7 @@
 ToolDefinitionError      invalid signature, name or schema; raised where the tool is defined
 ToolError                failure reported to the model as the result "Error: <message>"
   ArgumentsError         the arguments of a call do not match the tool's schema
-MCPError                 base of the errors of MCP servers
+MCPError                 base class of errors of MCP servers
   MCPServerError         a server cannot be started or reached, or does not speak the protocol
   MCPConfigError         a file that lists servers is wrong
 
@@ -35,7 +35,7 @@ class ArgumentsError(ToolError):
 
 
 class MCPError(Exception):
-    """Base of the errors of MCP servers."""
+    """Base class of errors of MCP servers."""
 
 
 class MCPServerError(MCPError):
@@ -43,4 +43,4 @@ class MCPServerError(MCPError):
 
 
 class MCPConfigError(MCPError):
-    """A file that lists MCP servers is wrong; the message names the file and the place, and holds no value."""
+    """A file that lists MCP servers is wrong; the message names the file and the place, and never contains a value."""

@@ -160,7 +160,7 @@ def tool(
     from `Annotated[T, "text"]`. Defaults may be pydantic's `Field(3, ge=1)`. A parameter annotated `ToolContext` or
     `ToolContext[Database]` receives the context and is left out of the schema. A function that is not async runs in its
     own thread. A returned string is the result; other values are written as JSON, or described if JSON cannot represent
-    them. An `ImagePart`, or a list with a `TextPart` or `ImagePart` in it, is shown to the model as text and images.
+    them. An `ImagePart`, or a list that contains a `TextPart` or `ImagePart`, is shown to the model as text and images.
 
     Bound methods, `functools.partial` (bound arguments are left out of the schema) and objects with `__call__` work
     too. Objects with `__call__` and lambdas need a `name`.

@@ -15,7 +15,7 @@ IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Text of a message."""
+    """A text in a message."""
 
     text: str
     type: Literal["text"] = "text"
@@ -24,7 +24,7 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
-    """An image of a message: its media type and its bytes in base64.
+    """An image in a message: its media type and its bytes in base64.
 
     Raises:
         ValueError: the media type is not one of `IMAGE_TYPES`, or `data` is not base64.
@@ -45,7 +45,7 @@ class ImagePart:
 
     @classmethod
     def of(cls, content: bytes, media_type: str) -> ImagePart:
-        """Return the part with these bytes."""
+        """Return a part with the bytes of an image."""
         return cls(media_type, base64.b64encode(content).decode())
 
     @property
@@ -61,5 +61,5 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 def parts_text(parts: Sequence[TextPart | ImagePart]) -> str:
-    """Return the parts as text, for a model that reads no images: each image is one line with its type and size."""
+    """Return the parts as text, for models that do not read images: an image becomes a line with its type and size."""
     return "\n".join(part.text if isinstance(part, TextPart) else str(part) for part in parts)

@@ -51,7 +51,7 @@ def read_signature(fn: Callable[..., Any], *, name: str, injected_type: type) ->
     come from `Annotated[T, "text"]`, `Field(description=...)` or the docstring's `Args:` section.
 
     Raises:
-        ToolDefinitionError: the signature is unsupported; names the tool, the parameter and a remedy.
+        ToolDefinitionError: the signature is unsupported; the message names the tool, the parameter and a remedy.
     """
     base = underlying(fn)
     description, documented = parse_docstring(inspect.getdoc(base) or "")
@@ -182,7 +182,7 @@ def _asks_for(annotation: Any, wanted: type) -> bool:
 
 
 def _deps_types(annotation: Any, injected_type: type) -> list[type]:
-    """Return the class in `injected_type[...]`, if it is one that values can be checked against."""
+    """Return the class in `injected_type[...]`, if `isinstance` can check values against it."""
     if typing.get_origin(annotation) is not injected_type:
         return [found for part in _parts(annotation) or () for found in _deps_types(part, injected_type)]
     (argument,) = typing.get_args(annotation)

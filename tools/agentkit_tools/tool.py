@@ -31,7 +31,7 @@ CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
 CUT_NOTICE_BYTES = 48  # upper bound, for any byte count
 MIN_OUTPUT_BYTES = 128  # room for the notice and some text on both sides
 MAX_IMAGE_BYTES = 5 << 20  # the strictest limit of the APIs that take images
-MAX_IMAGES_BYTES = 20 << 20  # of one result, which has to fit into a request and into a line of a record
+MAX_IMAGES_BYTES = 20 << 20  # in one result, which must fit into a request and into a line of a record
 Deps = TypeVar("Deps", default=Any)
 GRACE_S = 5.0  # extra time for a tool with its own deadline in the environment, to return its output so far
 
@@ -51,7 +51,7 @@ class ToolResult:
 
     `is_error` is set if the call failed: bad arguments, an error, a deadline, or a non-zero exit code.
     `final` is set by `submit`: `content` is the answer and the run ends. `duration_s` is in seconds. A result with
-    images has `parts`, and in `content` one line for each image.
+    images has `parts`; `content` then has one line in place of each image.
     """
 
     call_id: str
@@ -67,7 +67,7 @@ class ToolResult:
 class ToolOutput:
     """Return value of a tool function that also sets `is_error` or `final`, or has images among its `parts`.
 
-    With parts, `content` is not used: the text of the result is that of the parts.
+    If `parts` is given, `content` is not used; the parts have the text of the result.
     """
 
     content: str = ""
@@ -104,7 +104,7 @@ class Tool(ABC):
 
     `parameters` is a JSON schema (2020-12) of an object. A `read_only` tool changes nothing. A `barrier` runs alone:
     earlier calls of the turn finish first, and later ones start after it ends. A tool that `delegates` makes calls of
-    its own, as a sub-agent does; while it waits for them it holds no place under limits that they may share.
+    its own, as a sub-agent does. While it waits for them, it does not count under limits that they may share.
     `ToolContext.deps` must be an instance of each class in `deps_types`.
     """
 
@@ -223,8 +223,8 @@ def refuse_nul(**arguments: str) -> None:
 
 
 def cut_parts(parts: Sequence[TextPart | ImagePart], max_bytes: int) -> tuple[TextPart | ImagePart, ...]:
-    """Limit the text of the parts to about `max_bytes`, and leave out images of more than `MAX_IMAGE_BYTES`, and those
-    that make more than `MAX_IMAGES_BYTES` together."""
+    """Limit the text of the parts to about `max_bytes`. Leave out images that are larger than `MAX_IMAGE_BYTES`, or
+    that exceed a total of `MAX_IMAGES_BYTES`."""
     texts = sum(isinstance(part, TextPart) for part in parts)
     each = max(MIN_OUTPUT_BYTES, max_bytes // max(texts, 1))
     left = MAX_IMAGES_BYTES

@@ -1,11 +1,11 @@
-"""Read MCP servers from a JSON file in the shape that Claude Desktop, Cursor and others share.
+"""Read MCP servers from a JSON file in the format of Claude Desktop, Cursor and others.
 
     {"mcpServers": {
         "time": {"command": "uvx", "args": ["mcp-server-time"], "env": {"TZ": "${TZ:-UTC}"}},
         "wiki": {"url": "https://example.com/mcp", "headers": {"Authorization": "Bearer ${WIKI_TOKEN}"}}
     }}
 
-Entries are checked strictly; other keys of the file, which belong to the client that it was written for, are ignored.
+Entries are checked strictly. Other keys of the file, which are for the client that it was written for, are ignored.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class _Entry(BaseModel):
 
 
 def load_mcp_servers(path: str | Path) -> list[MCPServer]:
-    """Return the servers of a JSON file, not yet started, without the disabled ones.
+    """Return the servers of a JSON file, except disabled ones. They are not started yet.
 
     `${NAME}` and `${NAME:-default}` in any text are replaced by environment variables.
 
     Raises:
-        MCPConfigError: the file cannot be read or has another shape, or a variable is not set. The message names the
-            place, and never a value.
+        MCPConfigError: the file cannot be read or has another format, or a variable is not set. The message names
+            the place, and never contains a value.
     """
     try:
         data = json.loads(Path(path).read_bytes(), object_pairs_hook=_unique)

@@ -1,6 +1,6 @@
-"""One connection to an MCP server: from start to end in one task, as the SDK's scopes require.
+"""One connection to an MCP server. It starts and ends in the same task, as the SDK's cancel scopes require.
 
-Listings of tools are checked here, before the SDK sees them, because one invalid tool would void the whole listing.
+Lists of tools are checked here, before the SDK sees them, because the SDK rejects a list with one invalid tool.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from agentkit_tools.validation import Validator
 if TYPE_CHECKING:
     from mcp.client._transport import ReadStream, TransportStreams
 
-CLOSE_S = 5.0  # to end a session properly; processes are then killed
+CLOSE_S = 5.0  # time to end a session properly, before processes are killed
 MAX_EXCERPT_CHARS = 200
 
 # The SDK logs tracebacks of what `Connection` handles. Without a handler, Python would print them to standard error.
@@ -36,15 +36,15 @@ for sdk in ("mcp", "client"):
 
 
 class Connection:
-    """A connection, its state, and what is needed to explain its failure.
+    """A connection, its state, and the information that explains its failure.
 
     Attributes:
         client: the SDK's client, once connected.
-        over: set when the server can answer nothing more. Set it to close the connection.
+        over: set when the server can give no more answers. Set it to close the connection.
         ended: set when everything is cleaned up, and the server's processes are dead.
-        suspect: a call has timed out since the server last answered.
+        suspect: True if a call has timed out since the server last answered.
         calls: number of calls in flight.
-        validators: one for the arguments of each tool that was listed.
+        validators: the validator of the arguments of each listed tool, by name.
         dropped: the reason for each listed tool that cannot be used.
         garbage: the start of a line that is not JSON-RPC, if the server wrote any.
         stderr: the last lines of the server's standard error, once it has ended.
@@ -79,12 +79,12 @@ class Connection:
     ) -> None:
         """Connect within `timeout_s`, report `started`, and stay connected until `over` is set.
 
-        `mode` is that of the SDK's `Client`: "auto" or "legacy".
+        `mode` is passed to the SDK's `Client`: "auto" or "legacy".
 
         Raises:
-            TimeoutError: not connected in time.
-            Exception: cannot connect, for any other reason. Later failures only end the connection: the calls in
-                flight report it.
+            TimeoutError: the connection was not made in time.
+            Exception: the connection failed for another reason. Failures after that only end the connection; the calls
+                in flight report them.
         """
         started = False
         scope = anyio.CancelScope(deadline=anyio.current_time() + timeout_s)
@@ -117,7 +117,7 @@ class Connection:
             yield _Watched(incoming, self), outgoing
 
     def receive(self, item: SessionMessage | Exception) -> None:
-        """Look at a message before the SDK does; change a listing so that each tool is one the SDK accepts."""
+        """Inspect a message before the SDK does. In a list of tools, keep only tools that the SDK accepts."""
         if isinstance(item, Exception):
             if isinstance(item, ValidationError):
                 self.garbage = str(item.errors()[0]["input"])[:MAX_EXCERPT_CHARS]
@@ -125,9 +125,9 @@ class Connection:
             item.message.result["tools"] = [kept for tool in tools if (kept := self._sifted(tool)) is not None]
 
     def _sifted(self, tool: Any) -> dict[str, Any] | None:
-        """Return the parts of a listed tool that are used; None, with the reason in `dropped`, if it cannot be.
+        """Return the fields of a listed tool that are used; None, with the reason in `dropped`, if it is invalid.
 
-        Output schemas are not among them: the SDK would check results in the event loop, without a time limit.
+        Output schemas are left out, because the SDK would validate results in the event loop, without a time limit.
         """
         name = tool.get("name") if isinstance(tool, dict) else None
         if not isinstance(name, str):
@@ -137,7 +137,7 @@ class Connection:
         try:
             if not isinstance(schema, dict):
                 raise ToolDefinitionError(f"parameters: given {json.dumps(schema):.60}, expected a JSON schema")
-            self.validators.setdefault(name, check_schema(schema, name=name))  # of one name, the first tool is used
+            self.validators.setdefault(name, check_schema(schema, name=name))  # the first tool of a name is used
         except ToolDefinitionError as error:
             self.dropped[name] = str(error).removeprefix(f"tool {name!r}, ")
             return None
@@ -166,7 +166,7 @@ class _Watched:
     async def receive(self) -> SessionMessage | Exception:
         try:
             item = await self._stream.receive()
-        except BaseException:  # also the cancellation by a transport that fails
+        except BaseException:  # including the cancellation by a transport that fails
             self._connection.over.set()
             raise
         self._connection.receive(item)

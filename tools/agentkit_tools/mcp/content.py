@@ -51,5 +51,5 @@ def _part(block: ContentBlock) -> str | ImagePart:
 
 
 def _size(data: str) -> str:
-    """Return the number of bytes that a text in base64 stands for."""
+    """Return the number of bytes in base64 data, as text."""
     return f"{len(data) * 3 // 4 - data.count('=', -2):,}"

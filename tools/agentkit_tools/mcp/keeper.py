@@ -1,8 +1,9 @@
-"""Run an MCP server and kill what it leaves behind. A script that needs only Python: `keeper.py COMMAND [ARGUMENT...]`.
+"""Run an MCP server and kill the processes that it leaves behind: `keeper.py COMMAND [ARGUMENT...]`.
 
-The server inherits standard input and output, which carry the protocol. All its processes are killed when it ends, on
-SIGTERM, when the harness closes standard input (after a moment to exit on its own) and, on Linux, when the harness dies
-in any way. On Linux every descendant is found, also a daemon; elsewhere only the process group.
+This script uses only the standard library. The server inherits standard input and output, which carry the protocol. All
+its processes are killed when it ends, on SIGTERM, when the harness closes standard input (after a moment to exit on its
+own) and, on Linux, when the harness dies in any way. On Linux every descendant is found, including daemons; elsewhere
+only the process group.
 
 When the server has ended, the last lines of its standard error are written to ours, with its exit status if not 0.
 """
@@ -19,15 +20,15 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-GRACE_S = 1.0  # for the server to exit after its standard input closes
-TERM_S = 0.5  # and then after SIGTERM
+GRACE_S = 1.0  # time for the server to exit after its standard input closes
+TERM_S = 0.5  # time to exit after SIGTERM, which follows
 TAIL_BYTES = 4096
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LINUX = sys.platform == "linux"
 
 
 def keep(argv: list[str]) -> int:
-    """Run the server to its end, kill what it leaves, and return its exit status."""
+    """Run the server to its end, kill the processes that it leaves, and return its exit status."""
     terminated: list[int] = []
     woken, wakeup = os.pipe()
     os.set_blocking(wakeup, False)

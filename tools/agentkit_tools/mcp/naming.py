@@ -1,4 +1,4 @@
-"""Names of a server's tools as the model sees them: `server__tool`, with at most 64 letters, digits, `_` and `-`."""
+"""The names of a server's tools for the model: `server__tool`, with at most 64 letters, digits, `_` and `-`."""
 
 from __future__ import annotations
 

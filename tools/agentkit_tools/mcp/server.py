@@ -1,15 +1,16 @@
-"""Tools of MCP servers, over stdio and streamable HTTP, by the official SDK.
+"""Tools of MCP servers over stdio and streamable HTTP, through the official SDK.
 
     async with MCPServerStdio("mcp-server-time", name="time") as server:
         agent = Agent("tiny", [*server.tools])
 
-A server starts and lists its tools when its `async with` is entered; later changes of the list are not seen. When the
-block is left, in any way, its processes are dead. A server runs outside the sandbox, as the user.
+A server starts and lists its tools when its `async with` is entered. Later changes of the list have no effect. All its
+processes are dead once the block has been left, in any way. A server runs outside the sandbox, as the user.
 
 - Every request has a deadline. A call's deadline starts again when the server reports progress. At the deadline the
-  call is cancelled and becomes an error result. If the server then answers nothing at all, the next call restarts it.
-- A server that ends is restarted by the next call. The call that it was working on becomes an error result that says
-  that its outcome is unknown; it is never repeated.
+  call is cancelled and becomes an error result. If the server then answers no other request either, the next call
+  restarts it.
+- A server that ends is restarted by the next call. The call in progress becomes an error result that says that its
+  outcome is unknown; it is never repeated.
 """
 
 from __future__ import annotations
@@ -49,19 +50,19 @@ if TYPE_CHECKING:
     from agentkit_tools.mcp.connection import Connection
 
 KEEPER = Path(__file__).with_name("keeper.py")
-BACKOFF_S = 0.5  # before the second restart in a row; doubles with each
-HEALTH_S = 5.0  # for a sign of life from a server after a call has timed out
-MAX_PAGES = 100  # of a listing
+BACKOFF_S = 0.5  # wait before the second restart in a row; doubles with each further one
+HEALTH_S = 5.0  # deadline of a health check after a call has timed out
+MAX_PAGES = 100  # of a list of tools
 MAX_EVENT_BYTES = 64 << 20
-MAX_STDERR_LINES = 5  # in an error
+MAX_STDERR_LINES = 5  # in an error message
 CLOSED = "Connection closed"  # the SDK's message
-MIN_SECRET_CHARS = 6  # shorter values are not worth hiding, and would hide ordinary text
+MIN_SECRET_CHARS = 6  # shorter values are hardly secrets, and redacting them would garble ordinary text
 
 logger = logging.getLogger(__name__)
 
 
 class MCPServerOptions(TypedDict, total=False):
-    """Options of every server; `MCPServer` explains them."""
+    """Options of every server; see `MCPServer`."""
 
     prefix: str | None
     timeout_s: float | None
@@ -76,7 +77,7 @@ class MCPServer(ABC):
 
     Attributes:
         tools: the server's tools, in its order.
-        dropped: for each tool that cannot be used, the reason; each is also logged as a warning.
+        dropped: the reason for each tool that cannot be used. Each is also logged as a warning.
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class MCPServer(ABC):
             name: The server's name in messages.
             prefix: The model sees `prefix__tool`. Default: the name. Empty: only the tool's name.
             timeout_s: Deadline of a call, in seconds since its start or its last report of progress. Default: the
-                time limit of calls of the agent (`Limits.call_timeout_s`).
-            max_timeout_s: Deadline of a call, in seconds since its start, however much progress is reported.
+                agent's time limit of calls (`Limits.call_timeout_s`).
+            max_timeout_s: Deadline of a call in seconds since its start, even if progress is reported.
             connect_timeout_s: Deadline for the server to start, and for each page of its list of tools.
             max_restarts: Maximum number of restarts without a successful call in between.
-            trust_hints: Whether the server's `readOnlyHint` sets `Tool.read_only`, which lets calls start early.
+            trust_hints: If True, the server's `readOnlyHint` sets `Tool.read_only`, which lets calls start early.
 
         Raises:
             ValueError: a time is not positive, or the number of restarts is negative.
@@ -125,14 +126,14 @@ class MCPServer(ABC):
         self._tasks: anyio.abc.TaskGroup | None = None
         self._lock = anyio.Lock()
         self._restarts = 0
-        self._modes: tuple[str, ...] = ("auto", "legacy")  # of the SDK's client
+        self._modes: tuple[str, ...] = ("auto", "legacy")  # modes of the SDK's client to try
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
 
     @abstractmethod
     def _transport(self, connection: Connection) -> AbstractAsyncContextManager[TransportStreams]:
-        """Start the server, or reach it."""
+        """Return the streams to the server, which is started or connected to."""
 
     @abstractmethod
     def _trouble(self, connection: Connection, error: BaseException) -> str:
@@ -193,7 +194,7 @@ class MCPServer(ABC):
             except Exception as error:
                 cause = _cause(error)
                 if mode != self._modes[-1] and str(cause) == CLOSED:
-                    continue  # some servers end at a first message that is not the `initialize` of older protocols
+                    continue  # some servers exit if the first message is not the `initialize` of older protocols
                 raise self._error(self._trouble(connection, cause)) from None  # the cause may hold secrets
             break
         self._connection, self._modes = connection, (mode,)
@@ -247,7 +248,7 @@ class MCPServer(ABC):
         ]
 
     async def call_tool(self, name: str, arguments: dict[str, Any], *, timeout_s: float) -> CallToolResult:
-        """Call a tool by the server's name for it. It is called once, or not at all.
+        """Call a tool by the server's name for it. The server gets the call at most once.
 
         Raises:
             ToolError: the server cannot be restarted, ended during the call, answered with an error, or neither
@@ -255,13 +256,13 @@ class MCPServer(ABC):
         """
         try:
             return await self._call(await self._live(), name, arguments, timeout_s)
-        except _SessionUnknownError:  # the server was restarted by somebody, and has refused the call unread
+        except _SessionUnknownError:  # the server was restarted, and refused the call without reading it
             return await self._call(await self._live(), name, arguments, timeout_s)
 
     async def _call(
         self, connection: Connection, name: str, arguments: dict[str, Any], timeout_s: float
     ) -> CallToolResult:
-        """Send one call on a connection and wait for its result, an error, the end of the server, or the deadline."""
+        """Send a call on a connection and wait for its result, an error, the end of the server, or the deadline."""
         from mcp import MCPError
         from pydantic import ValidationError
 
@@ -308,7 +309,7 @@ class MCPServer(ABC):
             if connection is None or self._tasks is None:
                 raise ToolError(f"MCP server {self.name} is not running; call its tools inside its `async with`")
             if connection.suspect and not connection.calls and not connection.over.is_set():
-                with anyio.move_on_after(HEALTH_S) as scope, suppress(Exception):  # any answer will do
+                with anyio.move_on_after(HEALTH_S) as scope, suppress(Exception):  # an error is an answer too
                     await connection.client.list_tools()
                 connection.suspect = scope.cancelled_caught
                 if connection.suspect:
@@ -333,7 +334,7 @@ class MCPServer(ABC):
         return MCPServerError(_printable(self._redacted(f"MCP server {self.name}: {trouble}")))
 
     def _redacted(self, text: str) -> str:
-        """Return the text with the values of given environment variables and headers replaced by their names."""
+        """Replace the values of given environment variables and headers in the text by their names."""
         for name, value in sorted(self._secrets.items(), key=lambda item: -len(item[1])):
             if len(value) >= MIN_SECRET_CHARS:
                 text = text.replace(value, f"${{{name}}}")
@@ -358,14 +359,14 @@ class MCPServerStdio(MCPServer):
         Args:
             command: A program, by its path or its name in PATH.
             args: Its arguments.
-            env: Environment variables. Of the harness's own only HOME, LOGNAME, PATH, SHELL, TERM and USER are
-                passed on.
-            cwd: Working directory. Default: that of the harness.
+            env: Environment variables. Of the harness's own variables, only HOME, LOGNAME, PATH, SHELL, TERM and USER
+                are passed on.
+            cwd: Working directory. Default: the harness's.
             name: Default: the program's name.
             options: See `MCPServer`.
 
         Raises:
-            ValueError: the command is empty, an argument or variable is not a text, or as `MCPServer`.
+            ValueError: the command is empty, or an argument or variable is not text; see also `MCPServer`.
         """
         if not command.strip():
             raise ValueError("command: given an empty text, expected a program")
@@ -439,7 +440,7 @@ class MCPServerStreamableHttp(MCPServer):
             options: See `MCPServer`.
 
         Raises:
-            ValueError: the URL or a header is not valid, or as `MCPServer`.
+            ValueError: the URL or a header is not valid; see also `MCPServer`.
         """
         host = _host(url)
         if host is None:
@@ -507,7 +508,7 @@ class MCPTool(Tool):
     def parse(self, arguments: str) -> dict[str, Any]:
         value = parse_object(arguments, name=self.name)
         found = problems(self._validator, value)
-        if found:  # many models write null for an optional parameter that they mean to omit
+        if found:  # many models write null for an optional parameter instead of omitting it
             required = self.parameters.get("required", ())
             fewer = {key: item for key, item in value.items() if item is not None or key in required}
             if len(fewer) == len(value) or problems(self._validator, fewer):
@@ -530,11 +531,11 @@ class MCPTool(Tool):
 
 
 class _SessionUnknownError(ToolError):
-    """The server does not know the session any more; it has not read the call."""
+    """The server no longer knows the session, and has not read the call."""
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the first exception of a group, before those that only report the connection's end."""
+    """Return the first exception of a group, preferably one that does not only report the end of the connection."""
     leaves = _leaves(error)
     return next((leaf for leaf in leaves if type(leaf).__name__ != "MCPError"), leaves[0])
 
@@ -546,7 +547,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 def _host(url: str) -> str | None:
-    """Return the host of a URL; None if it is not one of HTTP."""
+    """Return the host of a URL; None if it is not an HTTP URL."""
     try:
         parts = urlsplit(url)
         return parts.hostname if parts.scheme in ("http", "https") and parts.port != 0 else None
