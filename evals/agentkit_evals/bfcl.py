@@ -2,9 +2,9 @@
 
     {"id": "simple_python_0", "question": [[{"role": "user", "content": "..."}]], "function": [{"name": ..., ...}]}
 
-The ground truth is in the row (`ground_truth`) or, as BFCL has it, in the file of the same name in the folder
-`possible_answer` beside the file. The model gets one turn. Its calls are not run but compared with the ground truth
-(`calls.py` has the rules).
+The ground truth is in the row (`ground_truth`) or, as in BFCL's repository, in the file of the same name in the folder
+`possible_answer` beside the file. The model gets one turn. Its calls do not run; they are compared with the ground
+truth (`calls.py` has the rules).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ BY_TRUTH = (
 )
 CATEGORIES = (*BY_TRUTH, *NO_CALL, *ANY_CALL)
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
-"""BFCL's names of types that JSON Schema names otherwise. None: values of any type."""
+"""JSON Schema's names for BFCL's types, where they differ. None stands for values of any type."""
 
 
 def is_bfcl(data: dict[str, Any]) -> bool:
-    """Return whether a row is one of BFCL."""
+    """Return whether a row is a BFCL row."""
     return {"id", "question"} <= {*data}
 
 
@@ -37,7 +37,7 @@ def read_bfcl(path: Path) -> Iterator[tuple[Task, str]]:
     """Yield a task and its category for each row.
 
     Raises:
-        TaskFileError: a row is malformed, of another category, or has no ground truth. The text has file and line.
+        TaskFileError: a row is malformed, of another category, or has no ground truth. The message has file and line.
     """
     answers = _answers(path.parent / "possible_answer" / path.name)
     for row in read_rows(path):
@@ -84,7 +84,7 @@ def _category(row: Row) -> str:
 def _prompt(row: Row) -> tuple[str, str]:
     """Return the system prompt, which may be empty, and the user's message.
 
-    A few questions have several messages; they become one message, in which those of the assistant are marked.
+    A few questions have several messages. They become one message, in which the assistant's messages are marked.
     """
     turns = row.get("question", list, "a list with one turn, which is a list of messages")
     messages = turns[0] if turns and isinstance(turns[0], list) else turns

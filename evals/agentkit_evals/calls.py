@@ -1,12 +1,12 @@
 """Scoring of calls against the expected ones, with the rules of BFCL's AST checker for Python.
 
-- The number of calls is that of the expected calls. Each expected call takes the first remaining call that matches.
+- There are as many calls as expected calls. Each expected call takes the first remaining call that matches.
 - A call matches if it has the tool's name, all required arguments, no other arguments than the expected ones, and an
   allowed value for each. An argument may be missing if "" is among its allowed values.
 - A value has the type of the tool's schema; an integer is accepted for a number. A value of another type is accepted
   if the allowed values have that type: datasets write variables as text.
-- Texts are compared without case, spaces and the characters `,./-_*^`, and with all quotes alike; also those in a list
-  or an object. An object is compared key by key, each with its own allowed values; a list of objects in order.
+- Texts, also inside lists and objects, are compared without case, spaces and the characters `,./-_*^`, and with all
+  quotes alike. Objects are compared key by key, each with its own allowed values; lists of objects in order.
 
 A turn with a malformed call counts as a turn without calls. Source: `bfcl_eval` 2026.3.23,
 `eval_checker/ast_eval/ast_checker.py` (Apache-2.0).
@@ -34,7 +34,7 @@ TYPES: Mapping[object, type] = {
     "array": list,
     "object": dict,
 }
-"""Python's type for a type of a JSON schema. A schema without a type is one of text, as in BFCL."""
+"""The Python type for each type of JSON Schema. A schema without a type means text, as in BFCL."""
 
 Call = tuple[str, dict[str, Any]]
 
@@ -42,8 +42,8 @@ Call = tuple[str, dict[str, Any]]
 def calls_made(result: RunResult) -> str | None:
     """Return the calls of a run's first turn as a JSON list of `{"name": ..., "arguments": {...}}`.
 
-    The arguments of a malformed call are its text, or the reason why it cannot be parsed. Return None if a limit cut
-    the turn, so that its calls are not known.
+    The arguments of a malformed call are its text, or the reason why it cannot be parsed. Return None if a limit
+    cut off the turn, because its calls are then not known.
     """
     if result.outcome.limit not in (None, "max_turns"):
         return None
@@ -199,7 +199,7 @@ def _type_of(schema: Mapping[str, Any]) -> type:
 
 
 def _items_fit(value: Sequence[Any], allowed: Sequence[Any], kind: type) -> bool:
-    """Return whether each item has the type `kind`, or else that of the allowed items."""
+    """Return whether each item has the type `kind`, or the type of the allowed items."""
     given_kind = next((type(each) for each in allowed if each != ""), None)
     return all(type(item) in (kind, given_kind) for item in value)
 

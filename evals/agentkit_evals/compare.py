@@ -24,7 +24,7 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One model on the compared tasks of one family: its mean reward, each task weighing the same, and means per trial.
+    """One model on the compared tasks of one family: its mean reward, with equal weight per task, and means per trial.
 
     `cost_usd` is None if the price of a trial is unknown.
     """
@@ -61,7 +61,7 @@ class Flip:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Numbers of tasks that are not compared: in one run only, or without a scored trial in the first or second run."""
+    """Numbers of tasks that are not compared: tasks in one run only, and tasks without a scored trial in a run."""
 
     only_first: int
     only_second: int
@@ -90,7 +90,7 @@ class Comparison:
     second_better: tuple[Flip, ...]
     left: Left
     settings: tuple[tuple[str, str, str], ...]
-    """Settings in which the runs differ, with both values."""
+    """The settings that differ between the runs, with both values."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the comparison as JSON data."""
@@ -114,8 +114,8 @@ def compare(first: RunDirectory, second: RunDirectory) -> Comparison:
     """Compare two runs on the tasks that both have.
 
     Raises:
-        ComparisonError: no task is in both runs, a task of the same id has different content, or no task in both runs
-            has a scored trial in each.
+        ComparisonError: no task is in both runs, a task of the same id has different content, or no task has a scored
+            trial in both runs.
     """
     tasks, others = ({task.id: task for task in run.lock.tasks} for run in (first, second))
     shared = [task for task in tasks if task in others]

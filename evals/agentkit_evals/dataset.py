@@ -25,7 +25,7 @@ MAX_ROW_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and its place, for error messages."""
+    """One row, with its file and line for error messages."""
 
     path: Path
     line: int
@@ -39,7 +39,7 @@ class Row:
         """Return the value of `key`, which has the type `kind`. Without a default it must be present.
 
         Raises:
-            TaskFileError: it is missing, or has another type.
+            TaskFileError: the key is missing, or its value has another type.
         """
         if key not in self.data and default is not None:
             return default
@@ -61,7 +61,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a JSON Lines file; blank lines are skipped.
 
     Raises:
-        TaskFileError: the file cannot be read, or a line is not a JSON object. The text has file and line.
+        TaskFileError: the file cannot be read, or a line is not a JSON object. The message has file and line.
     """
     try:
         with io.BufferedReader(open_regular(path)) as file:

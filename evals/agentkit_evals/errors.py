@@ -29,4 +29,4 @@ class RunDirectoryError(EvalError):
 
 
 class ComparisonError(EvalError):
-    """Two runs cannot be compared. The message has both runs, the reason and the remedy."""
+    """Two runs cannot be compared. The message names both runs, the reason and a remedy."""

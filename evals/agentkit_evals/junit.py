@@ -15,7 +15,7 @@ _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_junit(runs: Sequence[RunDirectory], path: Path) -> None:
-    """Write the results of runs to a JUnit XML file, and replace an existing one."""
+    """Write the results of runs to a JUnit XML file. An existing file is replaced."""
     path.write_bytes(render_junit(runs))
 
 

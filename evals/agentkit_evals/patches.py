@@ -1,7 +1,7 @@
-"""What an agent changed in a git repository, as a patch.
+"""An agent's changes to a git repository, as a patch.
 
-Both ends are trees of git, made with an index of their own, so the agent's commits, index and branch do not matter.
-Files that git ignores are left out; it ignores none that was tracked at the start.
+The patch is the difference of two git trees, which are written with a separate index, so the agent's commits, index and
+branch do not matter. Files that git ignores are left out, unless they were tracked at the start.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     run.json            fixed at the start: tasks, model, seed, epochs, concurrency, versions
     trials.jsonl        one line per finished trial, appended when it finishes
     trajectories/       one file per trial, written while the trial runs
-    patches/            one file per trial whose task is scored by tests: the agent's change
+    patches/            one file per trial whose task is scored by tests: the agent's changes
     report.html         the report
 
 The directory can be read at any moment. An interrupted or killed run reads as a run with fewer trials.
@@ -37,7 +37,7 @@ from agentkit_evals.errors import RunDirectoryError
 FORMAT_VERSION = 3
 MAX_LOCK_BYTES = 64 << 20
 MAX_LOCK_VALUES = 2_000_000
-"""Maximum number of values in `run.json`, for about 5,000 rows of SWE-bench."""
+"""Maximum number of values in `run.json`; enough for about 5,000 rows of SWE-bench."""
 MAX_TRIALS_BYTES = 1 << 30
 MAX_TRIAL_BYTES = 16 << 20
 """Maximum bytes of one line of `trials.jsonl`. A line holds an answer and a verifier's output, both bounded."""
@@ -207,7 +207,7 @@ def trajectory_path(run: Path, trial: str) -> Path:
 
 
 def patch_path(run: Path, trial: str) -> Path:
-    """Return the path of the change that a trial made, if its task is scored by tests."""
+    """Return the path of the patch with a trial's changes, which exists if its task is scored by tests."""
     return run / "patches" / f"{trial}.diff"
 
 
@@ -224,7 +224,7 @@ def lock_bytes(lock: RunLock) -> bytes:
     """Return the contents of `run.json`.
 
     Raises:
-        RunDirectoryError: they would be too large to be read.
+        RunDirectoryError: the contents would be too large to be read.
     """
     data = lock.model_dump_json(indent=1).encode()
     try:

@@ -316,7 +316,7 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
 
 def cost_facts(run: RunDirectory) -> list[tuple[str, str, str]]:
     """Return names, values and notes on the cost of a run, and on what its embedded model's trials would have cost."""
-    if run.lock.list_price is None:  # recorded before there were costs
+    if run.lock.list_price is None:  # the run was recorded by a version without costs
         return []
     usage = run.usage
     facts = []
@@ -508,7 +508,7 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
             case TurnFinished(usage=Usage(cost_usd=float() as cost)):
                 turn["cost"], spent = dollars(cost - spent), cost
             case Outcome():
-                spent = 0.0  # the next run of the session counts anew
+                spent = 0.0  # the next run of the session counts from 0
                 if record.error is not None:
                     notes.append(record.error)
     return turns, notes

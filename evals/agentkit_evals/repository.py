@@ -22,7 +22,7 @@ PASSES = ("PASSED", "XFAIL", "XPASS")
 MAX_LOG_BYTES = 16 << 20
 MAX_NAMED = 20
 START, END = ">>>>> Start Test Output", ">>>>> End Test Output"
-"""Marks of the part of the output that counts, in the evaluation scripts of SWE-bench."""
+"""Markers that SWE-bench's evaluation scripts print around the part of the output that counts."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _PYTEST = re.compile(r"(PASSED|FAILED|ERROR|XFAIL|XPASS) ([^\s(].*)")
@@ -39,8 +39,8 @@ _UNITTEST_STATUS: Mapping[str, TestStatus] = {
 def parse_log(log: str) -> dict[str, TestStatus]:
     """Return the status of each test in the output of `pytest -rA` or `python -m unittest -v`.
 
-    A test with several results has a failed one if there is one. Names of pytest with spaces are also listed up to the
-    first space, as they are in SWE-bench. pytest lists skipped tests without their names, so they have no status.
+    A test with several results has failed if one of them has. A pytest name that contains spaces is also listed up to
+    its first space, as in SWE-bench. pytest lists skipped tests without their names, so they have no status.
     """
     log = _ANSI.sub("", log)
     if START in log and END in log:
@@ -63,7 +63,7 @@ def parse_log(log: str) -> dict[str, TestStatus]:
 
 
 def not_passing(tests: TestsConfig, found: Mapping[str, TestStatus]) -> list[str]:
-    """Return one line for each test that has to pass and does not: its name and its status."""
+    """Return one line for each test that must pass but does not: its name and its status."""
     failing = [name for name in tests.fail_to_pass if found.get(name) not in PASSES]
     broken = [name for name in tests.pass_to_pass if found.get(name) not in (*PASSES, "SKIPPED")]
     return [f"{name}: {found.get(name, 'no result')}" for name in failing] + [

@@ -43,7 +43,7 @@ from agentkit_evals.verify import Backend, Verdict, answer_of, backend_for, begi
 
 MAX_DROPS_SHOWN = 20
 NO_MODEL = (ApiKeyError, MissingDependencyError, UnknownModelError)
-"""Errors of a model that every other trial would meet, too."""
+"""Errors of a model that would occur in every other trial, too."""
 MAX_ANSWER_CHARS = 1_000_000
 """Maximum characters of an answer in a trial's record. The verifier gets the whole answer."""
 
@@ -93,7 +93,7 @@ class EvalRun:
         listener: Function called with each update, on the event loop's thread.
         run_id: Label of the run's sandboxes.
         start_checks: Results for verifiers that did not start, shared by all trials.
-        list_price: List price that says what trials of embedded models would have cost.
+        list_price: List price used to estimate what trials of embedded models would have cost.
 
     Raises:
         PriceError: `max_cost_usd` is given and the price of the model is unknown, or a price table cannot be used.
@@ -131,13 +131,13 @@ class EvalRun:
     async def execute(self) -> RunDirectory:
         """Run every trial, then read the finished run from disk.
 
-        A failed trial is recorded and does not stop the others, unless no trial can have the model. Cancellation stops
+        A failed trial is recorded and does not stop the others, unless no trial can use the model. Cancellation stops
         running agents and removes sandboxes; the directory then holds the trials that had finished.
 
         Raises:
             RunDirectoryError: the directory already exists.
             OSError: the directory cannot be written.
-            ModelError: one of `NO_MODEL`.
+            ModelError: an error of a type in `NO_MODEL` occurred.
         """
         self._begin()
         plan = ((case, epoch) for epoch in range(self.epochs) for case in self.suite.cases)
@@ -232,7 +232,7 @@ class _Trial:
                     failure = broken
         self._recall()
         if failure is None and reward is not None and reward < SOLVED:
-            scored_turn = isinstance(self.task.verifier, CallsConfig) and self.answer is not None  # it was not cut
+            scored_turn = isinstance(self.task.verifier, CallsConfig) and self.answer is not None  # not cut off
             failure = "limit" if self.status == "limit" and not scored_turn else "model"
         return TrialRecord(
             trial=self.name,
@@ -273,7 +273,7 @@ class _Trial:
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
-                if not isinstance(self.task.verifier, CallsConfig):  # whose folder is not used
+                if not isinstance(self.task.verifier, CallsConfig):  # a task scored by calls does not use its folder
                     self.backend = environment.backend
                 await self.task.prepare(environment)
                 start = await begin(self.task, environment)
@@ -327,7 +327,7 @@ class _Trial:
         return model(self.case) if callable(model) else model
 
     def _recall(self) -> None:
-        """Set status, usage and list cost from the trajectory, which has them even when the run failed."""
+        """Set status, usage and list cost from the trajectory, which has them even if the run failed."""
         with suppress(TrajectoryError):
             trajectory = Trajectory.load(self.trajectory)
             outcome = trajectory.outcome
@@ -363,7 +363,7 @@ def agent_for(
     If the task scores calls, the agent has one turn.
 
     Raises:
-        PriceError: there is such a limit, and the price of the model is unknown.
+        PriceError: there is a limit on the cost, and the price of the model is unknown.
     """
     max_turns = 1 if isinstance(task.verifier, CallsConfig) else task.agent.max_turns
     return Agent(

@@ -71,8 +71,8 @@ class SelfCheck:
 async def selfcheck(task: Task, *, backend: Backend | None = None) -> SelfCheck:
     """Probe a task three times, each in a fresh sandbox and with a real verification.
 
-    A task that is scored by calls needs no sandbox. Its solution is the expected calls, and doing nothing is right if
-    it expects none.
+    A task that is scored by calls needs no sandbox. Its solution is the expected calls, and doing nothing is correct if
+    no call is expected.
 
     Raises:
         SuiteError: the task has no solution to check.

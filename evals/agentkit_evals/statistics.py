@@ -95,7 +95,7 @@ CONFIDENCE = 0.95
 class Difference:
     """Mean over `tasks` tasks of the difference of two models' mean rewards, second minus first.
 
-    `stderr` and the bootstrap interval `low` to `high` are None for a single task. `p_value` is that of McNemar's exact
+    `stderr` and the bootstrap interval `low` to `high` are None for a single task. `p_value` is from McNemar's exact
     test; None unless every task has one trial per model with reward 0 or 1.
     """
 
@@ -116,7 +116,7 @@ def paired_difference(
     """Compare two models on the same tasks: `first[i]` and `second[i]` are the scored epochs of task i.
 
     The task is the unit: epochs are averaged, tasks without a scored epoch of both models are ignored, and all others
-    weigh the same. The standard error is that of paired differences (Miller 2024, arXiv:2411.00640, section 4). The
+    have the same weight. The standard error is for paired differences (Miller 2024, arXiv:2411.00640, section 4). The
     95 % interval is the percentile interval of a paired bootstrap over tasks, whose random numbers depend on `seed`
     only. Return None if no task can be paired.
 
@@ -152,7 +152,7 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float
 
     random = np.random.default_rng(seed)
     numbers = np.asarray(values, dtype=float)
-    rows = max(1, (1 << 20) // len(numbers))  # resamples at a time, so that memory stays bounded
+    rows = max(1, (1 << 20) // len(numbers))  # resamples per batch, so that memory stays bounded
     means = np.concatenate(
         [
             numbers[random.integers(len(numbers), size=(min(rows, RESAMPLES - start), len(numbers)))].mean(axis=1)
@@ -170,7 +170,7 @@ def mcnemar_exact(first_only: int, second_only: int) -> float:
     binomial distribution in place of its approximation.
     """
     n, least = first_only + second_only, min(first_only, second_only)
-    tail = ways = 1  # ways to choose k of n, from k to k + 1
+    tail = ways = 1  # `ways` to choose k of n, updated from k to k + 1
     for k in range(least):
         ways = ways * (n - k) // (k + 1)
         tail += ways

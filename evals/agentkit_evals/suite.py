@@ -177,7 +177,7 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _dataset(path: Path) -> Iterable[Case]:
-    """Return the tasks of a data set, whose first row tells its kind."""
+    """Return the tasks of a data set. Its first row determines the kind of rows."""
     for row in read_rows(path):
         if is_bfcl(row.data):
             return (Case(task, family) for task, family in read_bfcl(path))

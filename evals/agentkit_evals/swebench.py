@@ -1,4 +1,4 @@
-"""Tasks from rows in the shape of SWE-bench: a repository in a Docker image, an issue, and tests that decide.
+"""Tasks from rows in the format of SWE-bench: a repository in a Docker image, an issue, and tests that score.
 
 | key | value |
 |---|---|
@@ -10,7 +10,7 @@
 | `patch` | the gold patch, which `agentkit check` scores |
 | `repo` | the family in reports |
 
-The output of the tests must be that of `pytest -rA` or `python -m unittest -v`.
+The tests must print the output of `pytest -rA` or `python -m unittest -v`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LIMITS = {
 
 
 def is_swebench(data: dict[str, Any]) -> bool:
-    """Return whether a row has the shape of SWE-bench."""
+    """Return whether a row has the format of SWE-bench."""
     return "instance_id" in data
 
 
@@ -52,7 +52,7 @@ def read_swebench(path: Path) -> Iterator[tuple[Task, str]]:
     """Yield a task and its repository for each row.
 
     Raises:
-        TaskFileError: a row is malformed, has no image, or no command that runs its tests. The text has file and line.
+        TaskFileError: a row is malformed, or has no image or test command. The message has file and line.
     """
     for row in read_rows(path):
         name = row.get("instance_id", str, "a text such as django__django-11099")

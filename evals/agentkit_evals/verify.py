@@ -83,7 +83,7 @@ def broken(error: str) -> Verdict:
 def backend_for(task: Task, override: Backend | None = None) -> Backend:
     """Return the backend that the caller chose, else the task's own.
 
-    A task that is scored by calls runs nothing, so it needs an empty folder but no sandbox.
+    A task that is scored by calls runs no command, so it needs an empty folder but no sandbox.
     """
     if isinstance(task.verifier, CallsConfig):
         return "unsafe-local"
@@ -91,12 +91,12 @@ def backend_for(task: Task, override: Backend | None = None) -> Backend:
 
 
 def answer_of(task: Task, result: RunResult) -> str | None:
-    """Return what the verifier of `task` gets as the answer of a run: the calls if it scores them, else the answer."""
+    """Return the answer of a run for the verifier of `task`: the calls if it scores calls, else the text."""
     return calls_made(result) if isinstance(task.verifier, CallsConfig) else result.answer
 
 
 async def begin(task: Task, environment: Environment) -> str:
-    """Return what `collect` needs to know about a prepared sandbox, before the agent starts in it.
+    """Return the state of a prepared sandbox before the agent starts in it; `collect` needs it.
 
     Raises:
         TaskSetupError: the task is scored by tests, and its workdir is not a git repository.
@@ -105,10 +105,10 @@ async def begin(task: Task, environment: Environment) -> str:
 
 
 async def collect(task: Task, environment: Environment, start: str) -> ExportedDir:
-    """Return the agent's work, when all its processes are dead: the workdir, or a patch if the task is scored by tests.
+    """Return the agent's work once all its processes are dead: the workdir, or a patch if tests score the task.
 
     Raises:
-        UnsafeArchiveError, FileTooLargeError: there is too much.
+        UnsafeArchiveError, FileTooLargeError: the work is too large.
         ValueError: the repository was damaged.
     """
     if isinstance(task.verifier, CallsConfig):
@@ -122,7 +122,7 @@ async def collect(task: Task, environment: Environment, start: str) -> ExportedD
 async def opened(task: Task, backend: Backend, run_id: str | None = None) -> AsyncIterator[Environment]:
     """Open a sandbox of the task's specification, and close it at the end.
 
-    Errors on closing are ignored: the result of the block stands, and `reap` removes what is left.
+    Errors on closing are ignored, so that the block keeps its result; `reap` removes what is left.
 
     Raises:
         SandboxUnavailableError: no sandbox can be opened.
