@@ -12,7 +12,7 @@ def get_weather(city: str) -> str:
 
 
 def plan(messages: Sequence[Message], think: bool) -> AssistantTurn:
-    """Delegate to the forecaster and join its answers, in the place of a large model."""
+    """Stand in for a large model: delegate to the forecaster and join its answers."""
     if answers := [message.content for message in messages if message.role == "tool"]:
         return AssistantTurn(content=" / ".join(answers))
     tasks = [{"task": f"What is the weather in {city}?"} for city in ("Paris", "Rome")]

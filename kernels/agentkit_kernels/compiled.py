@@ -1,4 +1,4 @@
-"""Tell whether the CPU kernels are compiled for this machine already: Numba keeps them on disk, by processor."""
+"""Find out if the CPU kernels are already compiled for this machine. Numba keeps them on disk, by processor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ KERNELS = ("attend", "choose", "compress", "connect", "heads", "multiply", "rms_
 def is_compiled() -> bool:
     """Return whether a forward can start without waiting for the compiler.
 
-    Reads what Numba keeps in its cache folder through names that Numba does not document; where they are gone the
-    answer is no, which costs a line on the terminal and no more.
+    The function reads Numba's cache folder through names that Numba does not document. If a version lacks these names,
+    the result is False, which only causes an extra line on the terminal.
     """
     try:
         processor = cpu_target.target_context.codegen().magic_tuple()
