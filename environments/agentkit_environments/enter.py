@@ -64,7 +64,7 @@ def user_namespace(uids: str, gids: str) -> int:
         os._exit(0)
     try:
         if os.read(made_read, 1) != b"1":
-            raise OSError(errno.EPERM, "no user namespace can be made")
+            raise OSError(errno.EPERM, "no user namespace can be created")
         for name, text in (("uid_map", uids), ("gid_map", gids)):
             with open(f"/proc/{child}/{name}", "w") as file:
                 file.write(text)

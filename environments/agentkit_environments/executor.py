@@ -439,7 +439,7 @@ class Packer:
                     continue
                 if name in self._hidden:
                     if not _is_whiteout(info) and name not in self._skip:
-                        drops.add(name, "new, but something of this name is hidden")
+                        drops.add(name, "new, but a hidden entry has this name")
                     continue
                 if kind == stat.S_IFDIR:
                     entries += sum(os.path.join(name, child) not in self._hidden for child in children)

@@ -177,8 +177,8 @@ async def test_new_entries_at_hidden_names_do_not_come_back(folder: Path, launch
         found, dropped = await upper(env)
         assert "ok" in found and not {".env", "node_modules"} & found.keys()
         assert sorted(dropped) == [
-            "'.env': new, but something of this name is hidden",
-            "'node_modules': new, but something of this name is hidden",
+            "'.env': new, but a hidden entry has this name",
+            "'node_modules': new, but a hidden entry has this name",
         ]
     assert (folder / ".env").read_text() == "SECRET"
 
