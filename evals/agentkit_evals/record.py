@@ -231,13 +231,13 @@ def lock_bytes(lock: RunLock) -> bytes:
         check_values(data, MAX_LOCK_VALUES)
     except ValueError as exc:
         raise RunDirectoryError(
-            f"the {len(lock.tasks):,} tasks of {lock.name} are too large for one run: {exc}; run a part of them, as "
-            "with --limit"
+            f"the {len(lock.tasks):,} tasks of {lock.name} are too large for one run: {exc}; run fewer of them, for "
+            "example with --limit"
         ) from exc
     if len(data) > MAX_LOCK_BYTES:
         raise RunDirectoryError(
             f"the {len(lock.tasks):,} tasks of {lock.name} have {len(data):,} bytes, expected at most "
-            f"{MAX_LOCK_BYTES:,}; run a part of them, as with --limit"
+            f"{MAX_LOCK_BYTES:,}; run fewer of them, for example with --limit"
         )
     return data
 
