@@ -230,7 +230,7 @@ def test_where_no_patch_can_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(typer.BadParameter, match=reason):
             check_patch(tmp_path / path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(typer.BadParameter, match="git makes the patch, but it is not installed"):
+    with pytest.raises(typer.BadParameter, match="git is needed to make the patch, but it is not installed"):
         check_patch(tmp_path / "new")
 
 

@@ -35,7 +35,7 @@ def check_patch(path: Path) -> None:
     if not path.parent.is_dir():
         raise typer.BadParameter(f"there is no directory {path.parent}; make it first", param_hint="--patch")
     if shutil.which("git") is None:
-        raise typer.BadParameter("git makes the patch, but it is not installed", param_hint="--patch")
+        raise typer.BadParameter("git is needed to make the patch, but it is not installed", param_hint="--patch")
 
 
 def check_branch(folder: Path, branch: str) -> None:
