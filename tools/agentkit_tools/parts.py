@@ -37,11 +37,11 @@ class ImagePart:
 
     def __post_init__(self) -> None:
         if self.media_type not in IMAGE_TYPES:
-            raise ValueError(f"an image is one of {', '.join(IMAGE_TYPES)}, got {self.media_type!r}")
+            raise ValueError(f"an image's media type must be one of {', '.join(IMAGE_TYPES)}, got {self.media_type!r}")
         try:
             base64.b64decode(self.data, validate=True)
         except (binascii.Error, ValueError) as exc:
-            raise ValueError(f"the data of an image is base64, got {self.data!r:.40}") from exc
+            raise ValueError(f"the data of an image must be base64, got {self.data!r:.40}") from exc
 
     @classmethod
     def of(cls, content: bytes, media_type: str) -> ImagePart:

@@ -56,7 +56,7 @@ def load_mcp_servers(path: str | Path) -> list[MCPServer]:
         raise MCPConfigError(f"{path}: not JSON: {error}") from None
     entries = data.get("mcpServers") if isinstance(data, dict) else None
     if not isinstance(entries, dict):
-        raise MCPConfigError(f"{path}: no object mcpServers; expected {SHAPE}")
+        raise MCPConfigError(f"{path}: no mcpServers object; expected {SHAPE}")
     servers = (_server(name, entry, f"{path}: mcpServers.{name}") for name, entry in entries.items())
     return [server for server in servers if server is not None]
 
@@ -65,7 +65,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} appears twice in one object")
     return found
 
 
@@ -89,7 +89,7 @@ def _server(name: str, entry: Any, place: str) -> MCPServer | None:
         foreign.add("type")
     if misplaced := sorted(foreign & read.model_fields_set):
         transport = "command" if read.url is None else "url"
-        raise MCPConfigError(f"{place}: {', '.join(misplaced)} does not go with {transport}; remove it")
+        raise MCPConfigError(f"{place}: {', '.join(misplaced)} cannot be used with {transport}; remove it")
     try:
         if read.url is not None:
             return MCPServerStreamableHttp(read.url, headers=read.headers, name=name)
@@ -101,7 +101,7 @@ def _server(name: str, entry: Any, place: str) -> MCPServer | None:
 
 def _told(problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
-        return f"there is no such key; expected one of {', '.join(_Entry.model_fields)}"
+        return f"unknown key; expected one of {', '.join(_Entry.model_fields)}"
     return problem["msg"]
 
 
