@@ -1,4 +1,4 @@
-"""What holds for every API: names of models and tools, conversations that an API accepts, retries and the gate."""
+"""Tests of all APIs: names of models and tools, conversations that an API accepts, retries and the rate limiter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from agentkit.models.remote.history import sendable
 from agentkit.models.remote.names import ToolNames, arguments_object
 from agentkit.models.remote.openai_chat import OpenAIChat, Server
 from agentkit.models.remote.resolve import Endpoint, endpoint_of, is_remote
-from agentkit.models.remote.retry import MAX_WAIT_S, Gate, gate_of, wait_s
+from agentkit.models.remote.retry import MAX_WAIT_S, RateLimiter, limiter_of, wait_s
 from agentkit_engine import ModelNotFoundError
 from agentkit_environments import Environment
 from agentkit_tools.tool import NAME
@@ -272,15 +272,15 @@ def test_waits() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_gate_lets_few_through_after_a_refusal() -> None:
-    gate = Gate()
+async def test_the_rate_limiter_lets_few_through_after_a_refusal() -> None:
+    limiter = RateLimiter()
     first = anyio.Event()
     most = passed = 0
 
     async def request(hold: anyio.Event) -> None:
         nonlocal most, passed
-        async with gate:
-            most = max(most, gate.active)
+        async with limiter:
+            most = max(most, limiter.active)
             passed += 1
             first.set()
             await hold.wait()
@@ -290,8 +290,8 @@ async def test_the_gate_lets_few_through_after_a_refusal() -> None:
         for _ in range(16):
             tasks.start_soon(request, hold)
         await anyio.wait_all_tasks_blocked()
-        assert gate.active == most == 16
-        gate.throttle(0.01)
+        assert limiter.active == most == 16
+        limiter.throttle(0.01)
         hold.set()
     most, passed, first = 0, 0, anyio.Event()
     hold = anyio.Event()
@@ -301,13 +301,13 @@ async def test_the_gate_lets_few_through_after_a_refusal() -> None:
         with anyio.fail_after(5):
             await first.wait()
         await anyio.wait_all_tasks_blocked()
-        assert 8 <= gate.active == most < 16
+        assert 8 <= limiter.active == most < 16
         hold.set()
     assert passed == 16 and most < 16
 
 
 @pytest.mark.anyio
-async def test_sessions_of_a_key_share_a_gate() -> None:
-    gate = gate_of("host", "key", None)
-    assert gate is gate_of("host", "key", 3) and gate.max_connections == 3
-    assert gate is not gate_of("host", "other", None) and gate is not gate_of("elsewhere", "key", None)
+async def test_sessions_of_a_key_share_a_rate_limiter() -> None:
+    limiter = limiter_of("host", "key", None)
+    assert limiter is limiter_of("host", "key", 3) and limiter.max_connections == 3
+    assert limiter is not limiter_of("host", "other", None) and limiter is not limiter_of("elsewhere", "key", None)

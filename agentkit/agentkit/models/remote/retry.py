@@ -28,8 +28,8 @@ def wait_s(failures: int, retry_after_s: float | None) -> float | None:
     return retry_after_s + random.uniform(0, min(1.0, retry_after_s / 10))
 
 
-class Gate:
-    """A rate limiter: bounds the number of requests in flight, and pauses them when the API reports a rate limit.
+class RateLimiter:
+    """Bounds the number of requests in flight, and pauses them when the API reports a rate limit.
 
     Use it as a context manager around each request. `throttle` lowers the bound to half of the requests in flight, or
     to the number that were not refused, if that is lower. Successful requests raise it again: by one for each round of
@@ -73,15 +73,15 @@ class Gate:
         self._opens_at = max(self._opens_at, now + closed_s)
 
 
-_GATES: RunVar[dict[tuple[str, bytes], Gate]] = RunVar("agentkit_gates")
+_LIMITERS: RunVar[dict[tuple[str, bytes], RateLimiter]] = RunVar("agentkit_rate_limiters")
 
 
-def gate_of(host: str, key: str | None, max_connections: int | None) -> Gate:
+def limiter_of(host: str, key: str | None, max_connections: int | None) -> RateLimiter:
     """Return the rate limiter that all sessions of this event loop share for a host and key."""
-    gates = _GATES.get(None)
-    if gates is None:
-        _GATES.set(gates := {})
-    gate = gates.setdefault((host, hashlib.sha256((key or "").encode()).digest()), Gate())
+    limiters = _LIMITERS.get(None)
+    if limiters is None:
+        _LIMITERS.set(limiters := {})
+    limiter = limiters.setdefault((host, hashlib.sha256((key or "").encode()).digest()), RateLimiter())
     if max_connections is not None:
-        gate.max_connections = max_connections
-    return gate
+        limiter.max_connections = max_connections
+    return limiter

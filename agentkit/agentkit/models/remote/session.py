@@ -40,7 +40,7 @@ from agentkit.models.remote.provider import (
     TurnRequest,
 )
 from agentkit.models.remote.resolve import endpoint_of, opener
-from agentkit.models.remote.retry import MAX_WAIT_S, Gate, gate_of, wait_s
+from agentkit.models.remote.retry import MAX_WAIT_S, RateLimiter, limiter_of, wait_s
 from agentkit.models.remote.turn import RemoteTurn
 from agentkit.prices import Price, Prices
 from agentkit_engine.sampling_params import SamplingParams
@@ -156,7 +156,7 @@ class RemoteModel:
                 tools=tools,
                 effort=effort,
                 sampling=sampling,
-                gate=gate_of(self.host, self._api_key, self._max_connections),
+                limiter=limiter_of(self.host, self._api_key, self._max_connections),
                 max_retries=self._max_retries,
                 context_tokens=self._context_tokens,
                 price=self.price,
@@ -194,7 +194,7 @@ class RemoteSession:
         tools: Sequence[Tool],
         effort: Effort,
         sampling: SamplingParams,
-        gate: Gate,
+        limiter: RateLimiter,
         max_retries: int,
         context_tokens: int | None = None,
         price: Price | None = None,
@@ -211,7 +211,7 @@ class RemoteSession:
         self._tools = [tool.spec for tool in tools]
         self._effort = effort
         self._sampling = sampling
-        self._gate = gate
+        self._limiter = limiter
         self._max_retries = max_retries
         self._context_tokens = context_tokens
         self._length = 0  # tokens of the conversation, by the API's last count
@@ -250,7 +250,7 @@ class RemoteSession:
         try:
             while turn.finished is None and not repeated:
                 try:
-                    async with self._gate, aclosing(self._provider.stream(request)) as deltas:
+                    async with self._limiter, aclosing(self._provider.stream(request)) as deltas:
                         self._sent = datetime.now(UTC)
                         async for delta in deltas:
                             for shown in turn.add(delta):
@@ -265,7 +265,7 @@ class RemoteSession:
                     failures += 1
                     pause_s = self._pause(error, failures)
                     if error.status == 429:
-                        self._gate.throttle(pause_s)  # all sessions of the key, this one too, then wait
+                        self._limiter.throttle(pause_s)  # all sessions of the key, this one too, then wait
                     yield Retried(failures, error.reason, pause_s)
                     if error.status != 429:
                         await anyio.sleep(pause_s)
