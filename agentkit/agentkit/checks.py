@@ -19,7 +19,7 @@ def check_type(name: str, value: object, types: type | UnionType, expected: str)
     """Refuse a value that is not an instance of `types`.
 
     Raises:
-        TypeError: the text has `name`, `expected` and the value.
+        TypeError: the message has `name`, `expected` and the value.
     """
     if not isinstance(value, types):
         hint = f"; pass an instance: {value.__name__}()" if isinstance(value, type) else ""
@@ -62,7 +62,7 @@ def run_blocking(start: Callable[[], Awaitable[T]], *, instead: str) -> T:
     """Run the awaitable that `start` returns in a new event loop.
 
     Raises:
-        RunningLoopError: an event loop is already running in this thread; the text names `instead`.
+        RunningLoopError: an event loop is already running in this thread; the message names `instead`.
     """
     try:
         asyncio.get_running_loop()

@@ -74,15 +74,15 @@ class TrajectoryError(AgentkitError):
 
 
 class TrajectoryFormatError(TrajectoryError):
-    """The file is not a trajectory in the format version that this package reads. The text names both versions."""
+    """The file is not a trajectory in the format version that this package reads. The message names both versions."""
 
 
 class TrajectoryCorruptError(TrajectoryError):
-    """A record before the end of the file fails its checksum or schema. The text names the file and line."""
+    """A record before the end of the file fails its checksum or schema. The message names the file and line."""
 
 
 class TrajectoryWriteError(TrajectoryError):
-    """A record could not be written. The text names the file, the reason and the remedy."""
+    """A record could not be written. The message names the file, the reason and the remedy."""
 
 
 class TaskError(AgentkitError):
@@ -90,15 +90,15 @@ class TaskError(AgentkitError):
 
 
 class TaskFileError(TaskError):
-    """A task or suite file cannot be used. The text has one `FILE:LINE: problem` per problem."""
+    """A task or suite file cannot be used. The message has one `FILE:LINE: problem` per problem."""
 
 
 class TaskSetupError(TaskError):
-    """A setup command of the task failed in a working sandbox. The text has the command and its output."""
+    """A setup command of the task failed in a working sandbox. The message has the command and its output."""
 
 
 class RunningLoopError(AgentkitError, RuntimeError):
-    """`run_sync` or `continue_sync` was called while an event loop is running. The text has the code to await."""
+    """`run_sync` or `continue_sync` was called while an event loop is running. The message has the code to await."""
 
 
 def first_cause(exc: BaseException) -> BaseException:

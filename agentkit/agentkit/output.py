@@ -91,7 +91,7 @@ def check_output_schema(schema: Mapping[str, Any]) -> None:
     """Refuse an invalid JSON schema (2020-12), or one with references outside itself: nothing is ever fetched.
 
     Raises:
-        ValueError: the schema is invalid; the text names the place in it.
+        ValueError: the schema is invalid; the message names the place in it.
     """
     try:
         if not isinstance(schema, Mapping):

@@ -156,7 +156,7 @@ class Prices:
         """Read the table at `path`, by default the one named in AGENTKIT_PRICES, followed by the packaged one.
 
         Raises:
-            PriceError: a table cannot be read; the text has one `FILE:LINE: problem` line per problem.
+            PriceError: a table cannot be read; the message has one `FILE:LINE: problem` line per problem.
         """
         path = path or os.environ.get(VARIABLE) or None
         try:

@@ -210,7 +210,7 @@ class TestsConfig(Strict):
 
     fail_to_pass: list[str] = Field(min_length=1)  # names as in the command's output
     pass_to_pass: list[str] = Field(default_factory=list)
-    command: Shell  # a bash script, whose output is that of `pytest -rA` or `python -m unittest -v`
+    command: Shell  # a bash script that runs `pytest -rA` or `python -m unittest -v`
     patch: str = ""  # changes to the tests
     timeout_s: float = Field(default=1800.0, gt=0, le=MAX_TIMEOUT_S)
 
@@ -296,7 +296,7 @@ class Task(Strict):
         """Write the task's files to the workdir of a fresh environment and run its setup commands there, in order.
 
         Raises:
-            TaskSetupError: a setup command exited with a non-zero status; the text has its output.
+            TaskSetupError: a setup command exited with a non-zero status; the message has its output.
             SandboxError: the sandbox itself failed.
         """
         for path, text in self.environment.files.items():
@@ -316,7 +316,7 @@ def load_task(path: str | Path) -> Task:
     """Read one task from a YAML file.
 
     Raises:
-        TaskFileError: the file is missing, is not YAML, or is not a task. The text has file, line and what is expected.
+        TaskFileError: the file is missing, is not YAML, or is not a task. The message has file, line and remedy.
     """
     return load_yaml(path, Task)
 
@@ -325,7 +325,7 @@ def load_yaml(path: str | Path, model: type[M]) -> M:
     """Read a YAML file as `model`. `!file NAME` stands for the text of a file beside or below the YAML file.
 
     Raises:
-        TaskFileError: the file is invalid; the text has one `FILE:LINE: problem` line per problem.
+        TaskFileError: the file is invalid; the message has one `FILE:LINE: problem` line per problem.
     """
     path = Path(path)
     root, data = read_yaml(path)
@@ -346,7 +346,7 @@ def read_yaml(path: Path) -> tuple[yaml.Node | None, Any]:
     """Return the root node and the value of a YAML file.
 
     Raises:
-        TaskFileError: the file cannot be read, is not YAML, or exceeds a size limit. The text has file and line.
+        TaskFileError: the file cannot be read, is not YAML, or exceeds a size limit. The message has file and line.
     """
     try:
         data = read_regular(path, max_bytes=MAX_YAML_BYTES)

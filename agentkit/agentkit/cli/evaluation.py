@@ -141,7 +141,7 @@ def side_by_side(
     the comparisons. Each comparison is also a page in `directory`.
 
     Returns:
-        The exit code: the first of those of `ending` that applies to any run.
+        The exit code: the first of the cases of `ending` that applies to any run.
     """
     from agentkit.cli.compare import print_comparison
     from agentkit.cli.progress import model_table

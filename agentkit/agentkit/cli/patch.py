@@ -162,8 +162,8 @@ def _write(path: Path, file: File) -> None:
 
 
 def _commit(branch: str, files: Sequence[tuple[str, File | None]], parent: str | None = None) -> Iterator[bytes]:
-    """Yield a commit in the input format of `git fast-import`. Deletions come first, so that a file can take the place
-    of a directory, and a directory that of a file."""
+    """Yield a commit in the input format of `git fast-import`. Deletions come first, so that a file can replace a
+    directory, and a directory can replace a file."""
     yield b"commit refs/heads/%b\ncommitter a <a> 0 +0000\ndata 0\n" % branch.encode()
     if parent is not None:
         yield b"from refs/heads/%b\n" % parent.encode()

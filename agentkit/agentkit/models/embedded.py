@@ -42,7 +42,7 @@ class EmbeddedModel:
         Raises:
             TypeError: `engine` is not an engine, name or folder; or it is an engine, and `cache_dir` or `device` is
                 given.
-            ModelNotFoundError, CheckpointError and others: as `Engine.load`.
+            ModelNotFoundError, CheckpointError and others: see `Engine.load`.
             TokenizerMissingError: the model's folder has no tokenizer.
         """
         from agentkit_engine import AsyncEngine, Engine
@@ -86,7 +86,7 @@ class EmbeddedModel:
         """See `Model.open`.
 
         Raises:
-            GrammarMissingError, GrammarError: as `grammar_for`.
+            GrammarMissingError, GrammarError: see `grammar_for`.
         """
         from agentkit_engine import AsyncEngine
 

@@ -21,7 +21,7 @@ PROVIDERS: Final = {
 """The base URL of each provider. `openai` also stands for every other server that speaks its protocol."""
 
 NO_KEY: Final = "no-key-is-set"
-"""Sent to servers that need no key and ignore it, because the SDKs insist on one."""
+"""Sent to servers that need no key and ignore it, because the SDKs require one."""
 
 _PATHS: Final = re.compile(r"/*((?<!/)/(chat/completions|responses|messages)/*)?$")
 """Paths of the APIs. Users often give a base URL that ends in one of them."""
@@ -45,7 +45,7 @@ class Endpoint:
     @property
     def billing_host(self) -> str:
         """The host whose list prices apply. With `openai:` it is the host of the URL, which may be any server. With the
-        other providers it is the provider's own host, even if the URL is that of a gateway."""
+        other providers it is the provider's own host, even if the URL names a gateway."""
         return self.host if self.provider == "openai" else urlsplit(PROVIDERS[self.provider]).netloc
 
 
