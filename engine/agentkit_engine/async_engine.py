@@ -364,7 +364,7 @@ class AsyncSession(SessionIds):
 
         Raises:
             SessionBusyError: a step of this session is running for another task.
-            TokenIdError, ContextLengthError, SessionClosedError: as `Session.append`.
+            TokenIdError, ContextLengthError, SessionClosedError: see `Session.append`.
         """
         self._check_idle()
         self._append(token_ids)
@@ -379,7 +379,7 @@ class AsyncSession(SessionIds):
 
         Raises:
             SessionBusyError: a step of this session is running.
-            OutOfMemoryError, SessionClosedError, EngineClosedError: as `generate`.
+            OutOfMemoryError, SessionClosedError, EngineClosedError: see `generate`.
         """
         check_count(n)
         work, ids, engine = self._settle(), self._ids.fork(), self._engine.engine
@@ -417,7 +417,7 @@ class AsyncSession(SessionIds):
             SessionBusyError: two tasks generate on this session at once.
             EngineClosedError: the AsyncEngine's block was left.
             SessionEmptyError, ContextLengthError, NonFiniteLogitsError, GrammarError, OutOfMemoryError,
-                SessionClosedError, TokenizerMissingError: as `Session.generate`.
+                SessionClosedError, TokenizerMissingError: see `Session.generate`.
         """
         params = params or SamplingParams()
         check_grammar(params, grammar)

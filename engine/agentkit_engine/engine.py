@@ -206,7 +206,7 @@ class Engine:
 
         Raises:
             GrammarMissingError: llguidance is not installed.
-            TokenizerMissingError, CheckpointError: as `tokenizer`.
+            TokenizerMissingError, CheckpointError: see `tokenizer`.
         """
         from agentkit_engine.grammar import Grammars
 

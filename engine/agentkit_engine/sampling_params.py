@@ -120,7 +120,7 @@ class SamplingParams:
         """Return a copy with these fields changed; None leaves a field unchanged.
 
         Raises:
-            SamplingParamsError: as for `SamplingParams`.
+            SamplingParamsError: see `SamplingParams`.
             TypeError: there is no field of that name.
         """
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
