@@ -7,7 +7,7 @@ UID is the uid to change to, or `-` to stay. EXPOSE is a list of paths separated
 root. Each path (the interpreter's prefix, which may be in a directory that only root can enter) becomes reachable for
 every user, in a mount namespace of its own and without the rest of that directory. FOLDER, or `-` for none, becomes
 reachable in the same way; in its mount, UID owns everything that FOLDER's owner owns. This file imports as little of
-the standard library as it can, because its start-up time adds to that of every sandbox.
+the standard library as it can, because every sandbox waits for it to start.
 """
 
 from __future__ import annotations

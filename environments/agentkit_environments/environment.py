@@ -233,7 +233,7 @@ class Environment(ABC):
             OSError: If the location is read-only (EROFS, EACCES), the disk is full (ENOSPC), the file would exceed
                 `limits.file_size_mib` (EFBIG), or `path` is not a regular file.
             ValueError: If there is too much data.
-            UnsafePathError, SandboxLostError: As for `read_file`.
+            UnsafePathError, SandboxLostError: See `read_file`.
         """
         await self._transfer("write_file", path, input_bytes(data))
 
@@ -250,7 +250,7 @@ class Environment(ABC):
             UnsafeArchiveError: If the directory has more than `max_entries` (by default `MAX_ARCHIVE_ENTRIES`) entries
                 or more than `MAX_ARCHIVE_BYTES` bytes of files and names, or cannot be archived.
             FileNotFoundError, NotADirectoryError: If `path` is not a directory.
-            UnsafePathError, SandboxLostError: As for `read_file`.
+            UnsafePathError, SandboxLostError: See `read_file`.
         """
         bounds = {"max_entries": max_entries or MAX_ARCHIVE_ENTRIES, "max_bytes": MAX_ARCHIVE_BYTES}
         try:
@@ -274,7 +274,7 @@ class Environment(ABC):
                 a directory; the existing entry stays as it is.
             NotADirectoryError: If `path` or a parent of it is a file.
             OSError: If the location is read-only (EROFS, EACCES) or full (ENOSPC).
-            UnsafePathError, SandboxLostError: As for `read_file`.
+            UnsafePathError, SandboxLostError: See `read_file`.
         """
         members = await anyio.to_thread.run_sync(check_archive, archive)
         try:
