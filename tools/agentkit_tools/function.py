@@ -179,7 +179,7 @@ def as_tool(function_or_tool: Tool | Callable[..., Any]) -> Tool:
     """Return a tool unchanged; make a tool of a plain function as `@tool` does.
 
     Raises:
-        ToolDefinitionError: as for `tool`; the message says what to pass instead.
+        ToolDefinitionError: see `tool`; the message says what to pass instead.
     """
     if isinstance(function_or_tool, Tool):
         return function_or_tool
