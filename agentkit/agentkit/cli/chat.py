@@ -270,7 +270,7 @@ class Chat:
         return workspace.environment
 
     def _read(self) -> str | None:
-        """Return the user's next message; None at the end. This blocks the event loop, which only MCP servers use."""
+        """Return the user's next message; None at the end. This blocks the event loop; only MCP servers wait for it."""
 
         def at_prompt(number: int) -> bool:
             if number == signal.SIGINT:

@@ -242,7 +242,7 @@ class Anthropic:
                 return {"type": self._known.family.off}, effort
 
     def _in_turn_without_thinking(self, messages: Sequence[Message]) -> bool:
-        """Return True if the model answers results of a turn without thinking; Claude cannot start to think there."""
+        """Return True if the model answers tool results of a turn that did not think. Claude cannot start there."""
         turns = [index for index, message in enumerate(messages) if isinstance(message, AssistantMessage)]
         if self._known.family.version is None or not turns:
             return False

@@ -642,7 +642,7 @@ def _dialect(endpoint: Endpoint) -> Dialect:
 
 
 def _room(said: str, limit: int | None) -> int | None:
-    """Return a token limit that fits, for a turn of which an error says that `limit` does not; None if none fits.
+    """Return a smaller token limit of a turn, after an error that says that `limit` does not fit; None if none fits.
 
     vLLM stops counting a prompt once it no longer fits. It then reports one token less than `limit`, and half of
     `limit` is returned.
