@@ -16,7 +16,9 @@ from agentkit_engine.benchmarks import caching, peers, registry
 from agentkit_engine.benchmarks.__main__ import main
 from agentkit_engine.benchmarks.command import chosen_benchmarks
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
+from agentkit_engine.benchmarks.floor import Floor
 from agentkit_engine.benchmarks.record import BenchmarkRecord, Bound, Measurement, make_record, merge_records, table
+from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.sampler import SampledToken
 
 FIELDS = {
@@ -42,7 +44,7 @@ def test_decode_and_parity_write_records_of_compared_outputs(tmp_path: Path) -> 
     result = run("--quick", "--only", "parity,batch-decode,decode", "--out", str(out))
     assert result.exit_code == 0, result.output
     records = json.loads(out.read_text())
-    assert [record["benchmark"] for record in records].count("decode") == 2
+    assert [record["benchmark"] for record in records].count("decode") == 3
     assert len({(record["benchmark"], record["what"]) for record in records}) == len(records)
     for record in records:
         assert record.keys() == FIELDS
@@ -55,9 +57,48 @@ def test_decode_and_parity_write_records_of_compared_outputs(tmp_path: Path) -> 
     parity, *same = [record for record in records if record["benchmark"] == "parity"]
     assert 0 < parity["value"] < 1e-4 and parity["met"]
     assert len(same) == 8 and all(record["value"] == 0 and record["stretch_met"] for record in same)
-    together = [record for record in records if record["benchmark"] == "batch-decode"]
+    together = [record for record in records if record["benchmark"] == "batch-decode" and record["unit"] != "ms"]
     assert [record["unit"] for record in together] == ["tokens/CPU-s", "tokens/s"]
     assert together[1]["target"] == "ratio >= 1" and "bit for bit what each says alone" in together[1]["outputs"]
+    floors = [record for record in records if record["what"].startswith("bare matrix products of a step, ")]
+    assert [record["benchmark"] for record in floors] == ["batch-decode", "decode"]
+    for bare in floors:
+        assert bare["ratio"] == pytest.approx(bare["peer_value"] / bare["value"])
+        assert bare["stretch"] == "ratio <= 1.35" and bare["stretch_met"] is (bare["ratio"] <= 1.35)
+    assert [bare["outputs"].split(" of ")[0] for bare in floors] == ["446 products", "110 products"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_prefill_is_measured_beside_its_products(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "prefill", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    *speeds, bare = json.loads(out.read_text())
+    assert [record["unit"] for record in speeds] == ["tokens/CPU-s", "x", "tokens/s"]
+    assert bare["what"] == "bare matrix products of a prefill of 128 tokens, one thread"
+    assert bare["stretch"] == "ratio <= 1.5" and bare["stretch_met"] is (bare["ratio"] <= 1.5)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 100])  # experts one token at a time, and all rows of an expert together
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_floor_holds_every_product_with_a_weight(rows: int, dtype: torch.dtype) -> None:
+    spec = peers.tiny_v4()
+    decoder = peers.random_decoder(spec).to(dtype)
+    batcher = Batcher(decoder, kv_cache_bytes=1 << 24)
+    work, floor = Work(peers.random_ids(spec, rows)), Floor()
+    with floor.recording():
+        batcher.advance([work])
+    assert work.logits_V is not None
+    expected = 0
+    for name, weight in decoder.named_parameters():
+        if weight.dim() == 3:  # all experts
+            expected += rows * weight[0].numel() * spec.num_experts_per_tok
+        elif name in ("head.weight", "hc_head_fn"):
+            expected += weight.numel()
+        elif weight.dim() == 2 and name != "embed.weight" and not name.endswith("ape"):
+            expected += rows * weight.numel()
+    assert expected <= floor.multiply_adds <= (1 if rows <= 20 else 1.3) * expected  # padding of an expert's rows
+    floor()
 
 
 def test_savings_are_measured_against_a_peer_without_them(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ Dimension key: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from agentkit_engine.benchmarks.errors import OutputsDifferError
+from agentkit_engine.benchmarks.floor import DECODE_GOAL, beside_products
 from agentkit_engine.benchmarks.peers import Transformers, compare_tokens, random_ids, random_model, tiny_v4
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
@@ -66,6 +68,14 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
             stretch=Bound("ratio", ">=", 2) if bounded else None,
             outputs=f"at {mean} tokens each: {outputs}; mixed: bit for bit what each says alone",
         )
+    yield beside_products(
+        "batch-decode",
+        f"a step, {BATCH} sessions at {lengths[0]} to {lengths[-1]} tokens",
+        partial(decode, batcher, works, decoded),
+        repeats,
+        goal=DECODE_GOAL,
+        steps=decoded,
+    )
 
 
 def _time_both(

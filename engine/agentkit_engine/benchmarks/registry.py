@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import batching, caching, cold_start, grammars, scheduling
+from agentkit_engine.benchmarks import batching, caching, cold_start, floor, grammars, scheduling
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
@@ -127,10 +127,9 @@ QUICK = Sizes(
 
 def decode(sizes: Sizes) -> Iterator[Measurement]:
     """decode: one session of a random tiny-V4 that decodes greedily."""
-    target, stretch = Bound("ratio", ">=", 2), Bound("ratio", ">=", 5)
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
-    yield from _decode("decode", engine, peer, sizes, target, stretch)
+    yield from _decode("decode", engine, peer, sizes, bounded=True)
 
 
 def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
@@ -140,11 +139,11 @@ def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
         ModelNotFoundError: no model is packaged.
     """
     engine = Engine.load("tiny")
-    yield from _decode("decode-tiny", engine, Transformers(engine.folder), sizes, None, None)
+    yield from _decode("decode-tiny", engine, Transformers(engine.folder), sizes, bounded=False)
 
 
 def _decode(
-    benchmark: str, engine: Engine, peer: Transformers, sizes: Sizes, target: Bound | None, stretch: Bound | None
+    benchmark: str, engine: Engine, peer: Transformers, sizes: Sizes, *, bounded: bool
 ) -> Iterator[Measurement]:
     engine.batcher.speculate = False  # one token per forward on both sides; `speculation` measures drafts
     ids = random_ids(engine.spec, max(sizes.contexts))
@@ -169,10 +168,18 @@ def _decode(
                     ours.spread,
                     f"{peer}, {peer.decode_experts} experts",
                     median(sizes.decoded / run.their_s for run in runs),
-                    target=target if clock == "CPU-s" else None,
-                    stretch=stretch if clock == "CPU-s" else None,
+                    target=Bound("ratio", ">=", 2) if bounded and clock == "CPU-s" else None,
+                    stretch=Bound("ratio", ">=", 5) if bounded and clock == "CPU-s" else None,
                     outputs=outputs,
                 )
+            yield floor.beside_products(
+                benchmark,
+                f"a step, one session at {context} tokens",
+                partial(_generate, session, sizes.decoded),
+                sizes.repeats,
+                goal=floor.DECODE_GOAL if bounded else None,
+                steps=sizes.decoded,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +249,21 @@ def prefill(sizes: Sizes) -> Iterator[Measurement]:
                 stretch=Bound("value", "<=", 1.3),
                 outputs=outputs,
             )
+    for length in sizes.prefilled[1:]:
+        yield floor.beside_products(
+            "prefill",
+            f"a prefill of {length} tokens",
+            partial(_prefill_alone, engine.batcher, ids[:length]),
+            sizes.repeats,
+            goal=floor.PREFILL_GOAL,
+        )
+
+
+def _prefill_alone(batcher: Batcher, ids: Sequence[int]) -> None:
+    batcher.cache.clear()  # the previous run's
+    work = Work()
+    _next_token(batcher, work, ids)
+    batcher.drop(work)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,133 @@
+"""The floor of a step: the time of its products with weights, and of nothing else.
+
+The step runs once while the runtime's product routines are recorded, so that the products need no list of their own.
+Then the same routines multiply rows of the same shapes with the same weights. Attention scores and index scores are
+products of activations, not of weights: they belong to the step, not to its floor.
+
+Dimension key: `runtime/compiled.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentkit_engine.benchmarks.record import Bound, Measurement
+from agentkit_engine.benchmarks.timing import Median, seconds, threads
+from agentkit_engine.runtime import compiled
+from agentkit_engine.runtime.products import Product, by_library
+from agentkit_kernels import cpu
+from agentkit_kernels.cpu import Floats, Ints, Weights
+
+DECODE_GOAL, PREFILL_GOAL = 1.35, 1.5
+"""Goals: the time of a step of decoding, and of a prefill, over that of its products."""
+
+
+class Floor:
+    """The products with weights in everything that was computed inside `recording`; a call repeats them.
+
+    Attributes:
+        products: Number of products.
+        multiply_adds: Multiply-adds in them, except those of padding that `Product` adds.
+    """
+
+    def __init__(self) -> None:
+        self.products = self.multiply_adds = 0
+        self._calls: list[Callable[[], object]] = []
+        self._rows: dict[tuple[int, ...], Floats] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the products of the compiled layers, in any engine of this process."""
+        multiply, mix_experts = Product.__call__, cpu.mix_experts
+
+        def recorded_multiply(product: Product, x_NK: Floats) -> Floats:
+            self._add(partial(multiply, product, self._like(x_NK.shape)), 1, len(x_NK) * product.weight.numel())
+            return multiply(product, x_NK)
+
+        def recorded_by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
+            rows_NK = torch.from_numpy(self._like(x_NK.shape))
+            self._add(partial(by_library, rows_NK, weight_KO), 1, len(x_NK) * weight_KO.numel())
+            return by_library(x_NK, weight_KO)
+
+        def recorded_mix_experts(
+            x_ND: Floats, experts_NA: Ints, weights_NA: Floats,
+            w13_EDX: Weights, block13: int, w2_EID: Weights, block2: int, *rest: Any,
+        ) -> None:  # fmt: skip
+            weights = w13_EDX, block13, w2_EID, block2
+            hidden_1I = self._like((1, w2_EID.shape[1]))
+            call = partial(_multiply_experts, self._like(x_ND.shape), hidden_1I, experts_NA, *weights)
+            self._add(call, 2 * experts_NA.size, experts_NA.size * (w13_EDX[0].size + w2_EID[0].size))
+            mix_experts(x_ND, experts_NA, weights_NA, *weights, *rest)
+
+        with (
+            patch.object(Product, "__call__", recorded_multiply),
+            patch.object(compiled, "by_library", recorded_by_library),
+            patch.object(cpu, "mix_experts", recorded_mix_experts),
+        ):
+            yield
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        for call in self._calls:
+            call()
+
+    def _add(self, call: Callable[[], object], products: int, multiply_adds: int) -> None:
+        self._calls.append(call)
+        self.products += products
+        self.multiply_adds += multiply_adds
+
+    def _like(self, shape: tuple[int, ...]) -> Floats:
+        if shape not in self._rows:
+            self._rows[shape] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
+        return self._rows[shape]
+
+
+def beside_products(
+    benchmark: str, what: str, run: Callable[[], object], repeats: int, *, goal: float | None, steps: int = 1
+) -> Measurement:
+    """Measure the products of `run`, which computes `steps` steps, alternately with `run` itself on one thread.
+
+    The measurement's ratio is the time of a whole step over that of its products; `goal` is the most it should be.
+    """
+    floor = Floor()
+    with threads(1):
+        with floor.recording():
+            run()
+        floor()  # compiles
+        runs = [(seconds("CPU-s", run), seconds("CPU-s", floor)) for _ in range(repeats)]
+    whole, bare = (Median.of([1e3 * each[side] / steps for each in runs]) for side in (0, 1))
+    count, multiply_adds = floor.products // steps, floor.multiply_adds / steps / 1e6
+    return Measurement(
+        benchmark,
+        f"bare matrix products of {what}, one thread",
+        bare.value,
+        "ms",
+        bare.spread,
+        "all of it, these products included",
+        whole.value,
+        higher_is_better=False,
+        stretch=Bound("ratio", "<=", goal) if goal else None,
+        outputs=f"{count} products of {multiply_adds:.1f} M multiply-adds: the same weights, routines and row counts",
+    )
+
+
+@numba.njit(error_model="numpy", fastmath={"contract"})
+def _multiply_experts(
+    x_ND: Floats, hidden_1I: Floats, experts_NA: Ints, w13_EDX: Weights, block13: int, w2_EID: Weights, block2: int
+) -> None:
+    """The products of `cpu.mix_experts`. Not cached on disk, because Numba would not notice changes of `cpu.py`."""
+    gate_up_1X, down_1D = np.empty((1, w13_EDX.shape[2]), np.float32), np.empty((1, w2_EID.shape[2]), np.float32)
+    for n in range(experts_NA.shape[0]):
+        for a in range(experts_NA.shape[1]):
+            expert = experts_NA[n, a]
+            cpu.multiply(x_ND[n : n + 1], w13_EDX[expert], block13, gate_up_1X)
+            cpu.multiply(hidden_1I, w2_EID[expert], block2, down_1D)
