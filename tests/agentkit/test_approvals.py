@@ -303,11 +303,14 @@ async def test_an_early_call_waits_for_its_decision(
 
 
 async def test_a_cancelled_run_stops_asking(script: Script, environment: Environment, tools: list[Tool]) -> None:
-    asked = anyio.Event()
+    asked, stopped = anyio.Event(), anyio.Event()
 
     async def on_ask(call: PendingCall, reason: str) -> Approve:
         asked.set()
-        await anyio.sleep_forever()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            stopped.set()
         return Approve()
 
     agent = Agent(script(use(("write", "a")), say("ok")), tools, approval=ask_before_changes, on_ask=on_ask)
@@ -315,6 +318,7 @@ async def test_a_cancelled_run_stops_asking(script: Script, environment: Environ
         task_group.start_soon(lambda: agent.run("Q", environment=environment))
         await asked.wait()
         task_group.cancel_scope.cancel()
+    assert stopped.is_set()
 
 
 async def test_time_for_a_decision_is_not_tool_time(
@@ -544,6 +548,7 @@ async def test_a_waiting_prompt_can_be_cancelled(tools: list[Tool]) -> None:
             task_group.start_soon(TerminalPrompt(), pending(tools), "")
             await terminal.until("a reason to refuse: ")
             task_group.cancel_scope.cancel()
+        assert task_group.cancel_scope.cancelled_caught
 
 
 @pytest.mark.parametrize("stdin", [io.StringIO("y\n"), None])
