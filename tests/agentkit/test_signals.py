@@ -37,7 +37,7 @@ COMMANDS = (
     ("chat", "--env", "unsafe-local"),
 )
 ENDS = {"run": "list prices", "check": "tasks are sound", "doctor": "models"}
-"""What commands that may be done before a signal comes print last; signals are ignored while the interpreter ends."""
+"""The last words of commands that may be done before a signal comes; signals are ignored while the interpreter ends."""
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""What of the user's folder an agent sees, through an overlay or as a copy, and which of its changes come back."""
+"""The user's folder as an agent sees it, through an overlay or as a copy, and the changes that come back."""
 
 from __future__ import annotations
 

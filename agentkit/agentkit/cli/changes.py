@@ -72,7 +72,7 @@ class Written:
     patch: Path | None = None
     branch: str | None = None
     sentences: list[str] = field(default_factory=list)
-    """What the user should know about the branch."""
+    """Remarks on the branch for the user, one sentence each."""
     refused: list[str] = field(default_factory=list)
     """The reasons why something was not written."""
 

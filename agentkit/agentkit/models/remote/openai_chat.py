@@ -48,9 +48,11 @@ REASONING: Final = "messages.reasoning"
 """The entry of `Server.refused` for the reasoning of earlier turns."""
 
 Dialect = Literal["deepseek", "thinking", "enable_thinking", "hosted", "own"]
-"""How thinking is turned on and off. "deepseek" and "thinking": `thinking: {"type": ...}`, with or without DeepSeek's
-other rules; "enable_thinking": that field; "hosted": only `reasoning_effort`; "own", for self-hosted servers: variables
-of the chat template."""
+"""The request fields that turn thinking on and off.
+
+"deepseek" and "thinking": `thinking: {"type": ...}`, with or without DeepSeek's other rules; "enable_thinking": that
+field; "hosted": only `reasoning_effort`; "own", for self-hosted servers: variables of the chat template.
+"""
 
 SWITCHES: Final = ("thinking", "enable_thinking")
 """Dialects without efforts."""
