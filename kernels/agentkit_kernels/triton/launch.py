@@ -1,0 +1,26 @@
+"""Launch Triton kernels, and count the launches, so that a test can tell a kernel from a fallback."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+
+LAUNCHES: Counter[str] = Counter()
+"""Launches since the process started, by kernel name."""
+INTERPRET = (
+    bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else os.environ.get("TRITON_INTERPRET") == "1"
+)
+"""Whether kernels run in Triton's interpreter, on CPU tensors. Its `tl.dot` of bfloat16 operands is wrong, so kernels
+take `INTERPRET` as a constexpr and convert the operands to float32 then."""
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+    """Run `kernel` on a grid; an empty grid is no launch. Options are constexprs, `num_warps` and `num_stages`."""
+    if 0 in grid:
+        return
+    LAUNCHES[kernel.__name__] += 1
+    kernel[tuple(grid)](*args, **options)
