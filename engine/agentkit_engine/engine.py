@@ -23,12 +23,12 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, Work, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
-from agentkit_engine.runtime.packing import lay_out
-from agentkit_engine.runtime.runner import NUMERICS, can_compile, machine
+from agentkit_engine.runtime.runner import NUMERICS, choose_backend, machine
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session, check_ids, check_priority
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
+from agentkit_kernels.packing import lay_out
 
 if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammars
@@ -64,7 +64,7 @@ class Engine:
         cache_dir: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
-        compiled: bool | None = None,
+        backend: str = "auto",
     ) -> None:
         self.decoder = decoder.eval()
         self.lock = threading.Lock()
@@ -73,7 +73,7 @@ class Engine:
         if cache_dir is not None:
             cache_folder.check_usable(cache_dir)
         self.exact = exact
-        self.compiled = can_compile(decoder.embed.weight.device) if compiled is None else compiled
+        self.backend = choose_backend(backend, decoder.embed.weight.device)
         self.spec: ModelSpec = decoder.spec
         self.name = name
         self.dialect: Dialect = dialect
@@ -85,18 +85,20 @@ class Engine:
         path_or_name: str | Path,
         *,
         device: str | torch.device = "cpu",
+        backend: str = "auto",
         dtype: str | torch.dtype | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
-        compiled: bool | None = None,
     ) -> Engine:
         """Load a packaged model by name (`"tiny"`), or a folder in the official layout by path.
 
         Args:
             path_or_name: A `str` equal to a packaged name means that model; write `"./tiny"` for a folder of that name.
             device: `"cpu"` or a GPU.
+            backend: What computes forwards: `"cpu"`, kernels that Numba compiles for this CPU; `"reference"`, plain
+                torch on any device, several times slower; `"auto"`, the fastest that this machine and device have.
             dtype: Dtype of the weights: `"float32"`, `"bfloat16"`, `"float16"` or the torch dtype. Tensors that the
                 official layout stores as float32 stay float32. By default weights are bfloat16 if it represents every
                 stored value exactly and the compiled kernels are used, else float32; results are the same bits.
@@ -106,8 +108,6 @@ class Engine:
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
                 False, forwards may use all threads and be faster, and the last bits of a result depend on the batch.
-            compiled: Whether forwards use kernels that Numba compiles for this CPU, which are several times as fast as
-                plain torch. By default they do if Numba is installed.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -130,15 +130,13 @@ class Engine:
                 f'no model "{path_or_name}": it is neither a packaged model ({names}) nor an existing folder; '
                 "give one of those names, or the path of a folder with config.json and safetensors files"
             )
-        if compiled and device.type != "cpu":
-            raise ValueError(f"compiled=True needs a CPU: its kernels do not run on device={str(device)!r}")
         skip_collection_at_exit()
         with collection_paused():
-            compiled = can_compile(device) if compiled is None else compiled
-            if held_as is None and not compiled:
-                held_as = torch.float32  # plain torch layers would convert bfloat16 weights and hold both copies
+            backend = choose_backend(backend, device)
+            if backend != "cpu" and held_as is None:
+                held_as = torch.float32  # plain torch would convert bfloat16 weights in every product
             decoder, dialect = load_checkpoint(
-                folder, device=device, dtype=held_as, lay_out=lay_out if compiled else None
+                folder, device=device, dtype=held_as, lay_out=lay_out if backend == "cpu" else None
             )
         return cls(
             decoder,
@@ -149,13 +147,13 @@ class Engine:
             cache_dir=None if cache_dir is None else Path(cache_dir),
             cache_bytes=cache_bytes,
             exact=exact,
-            compiled=compiled,
+            backend=backend,
         )
 
     @cached_property
     def batcher(self) -> Batcher:
         """The batcher that computes for all sessions; packs the weights on first use."""
-        batcher = Batcher(self.decoder, kv_cache_bytes=self.kv_cache_bytes, exact=self.exact, compiled=self.compiled)
+        batcher = Batcher(self.decoder, kv_cache_bytes=self.kv_cache_bytes, exact=self.exact, backend=self.backend)
         if self.cache_dir is not None:
             batcher.disk = DiskCache(
                 self.cache_dir, batcher.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
@@ -168,7 +166,7 @@ class Engine:
         Compiling takes about twenty seconds, once per machine and kind of layer; a log warning announces it.
         """
         batcher = self.batcher
-        if self.compiled:
+        if self.backend == "cpu":
             from agentkit_engine.runtime.warm_up import warm_up
 
             warm_up(batcher.runner, self.decoder)
@@ -265,7 +263,7 @@ class Engine:
     @cached_property
     def fingerprint(self) -> str:
         """Hash that identifies compatible state: numerics, architecture, and each weight's name, shape and samples."""
-        digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact, self.compiled)).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact, self.backend)).encode(), digest_size=16)
         for name, tensor in self.decoder.state_dict().items():
             flat = tensor.detach().flatten()
             some = flat[:: max(1, flat.numel() // 256)].cpu()

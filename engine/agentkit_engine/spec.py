@@ -55,6 +55,11 @@ class LayerSpec:
     router: Router
     rope: RopeSpec
 
+    @property
+    def series(self) -> int:
+        """Rows that a compressor computes of each token: CSA's entries overlap, so it has two series."""
+        return 2 if self.attention == "csa" else 1
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:

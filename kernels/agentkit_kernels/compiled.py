@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba.core.registry import cpu_target
 
-from agentkit_kernels import cpu
+from agentkit_kernels.cpu import loops
 
 KERNELS = ("attend", "choose", "compress", "connect", "heads", "multiply", "rms_norm", "route", "swiglu")
 """Kernels that a forward of any length calls; the others are compiled with them, or right after."""
@@ -19,7 +19,7 @@ def is_compiled() -> bool:
     try:
         processor = cpu_target.target_context.codegen().magic_tuple()
         for name in KERNELS:
-            index = getattr(cpu, name)._cache._cache_file._load_index()  # empty when the source has changed
+            index = getattr(loops, name)._cache._cache_file._load_index()  # empty when the source has changed
             if not any(processor in key for key in index):
                 return False
     except (AttributeError, OSError, ValueError):

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from agentkit_kernels.trace import Trace
+
 Array = Any
 """A backend's array: a torch tensor (`reference`, `triton`) or a numpy array (`cpu`)."""
 Weight = Any
@@ -45,7 +47,7 @@ class Plan:
         starts: Position of each sequence's first new token.
         slots: Tail slot of each sequence.
         block_tables: Span ids of each sequence.
-        trace: Filled by the `reference` backend for training; see `agentkit_engine.model.trace`.
+        trace: Filled by the `reference` backend, for training.
     """
 
     ids: Sequence[int] | Tensor
@@ -53,14 +55,12 @@ class Plan:
     starts: Sequence[int]
     slots: Sequence[int] = ()
     block_tables: Sequence[Sequence[int]] = ()
-    trace: Any = None
+    trace: Trace | None = None
 
 
-class Batch(Protocol):
-    """A `Plan` on the device; backends add arrays of their own."""
-
-    ids: Array
-    """int64 [N]; N is a multiple of `Ops.row_multiple`, and the rows after the last token are padding."""
+Batch = Any
+"""A `Plan` on the device, with `ids` and the number of `tokens`. The `reference` backend has rows of padding after
+them."""
 
 
 class HyperConnection(NamedTuple):
@@ -91,13 +91,19 @@ class HyperHead(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Sizes of one layer's queries and keys. J is 0 in a layer without an indexer."""
+    """One layer's queries and keys: their sizes, and their columns in the fused projection of the layer's input.
+
+    J (`index_heads`) is 0 in a layer without an indexer.
+    """
 
     heads: int
     head_dim: int
-    index_heads: int
-    index_head_dim: int
+    kv_column: int
+    kv_norm: Array
     eps: float
+    index_heads: int = 0
+    index_head_dim: int = 0
+    index_column: int = 0
 
 
 class Compressor(NamedTuple):
@@ -133,12 +139,9 @@ class Router(NamedTuple):
 
 
 class Ops(Protocol):
-    """The operations of one backend. Shapes are those of the module's dimension key; arrays are float32 or, on a GPU,
-    the backend's compute dtype."""
+    """The operations of one backend. Arrays are float32 or, on a GPU, the backend's compute dtype."""
 
     name: str
-    row_multiple: int
-    """The rows of a `Batch` are padded to a multiple of this."""
 
     # --- memory ---
 
@@ -149,28 +152,39 @@ class Ops(Protocol):
         """Return one layer's state pools as the backend reads and writes them.
 
         V4's pools: `window` [slots, ring, K] holds token t in row t mod ring. Each compressor has `entries` [spans + 1,
-        entries per span, K], and the open rows `values` and `scores` [slots, rows, X], token t in row t mod rows.
+        entries per span, K], and the open rows `values` and `scores` [slots, rows, X], token t in row t mod rows; those
+        of the indexer's compressor begin with `index_`. Without pools, `reference` keeps this forward's rows only, and
+        is differentiable.
         """
 
     def weight(self, *parts_XK: Tensor, detached: Sequence[Tensor] = ()) -> Weight:
-        """Pack matrices [X, K] that share an input. No gradient flows from `detached` ones, which come last, to that
-        input."""
+        """Pack matrices [X, K] that share an input. No gradient flows from the product with `detached` ones, which come
+        last, to that input."""
 
     def stack(self, *parts_EXK: Tensor) -> Weight:
         """Pack the experts' matrices [E, X, K] that share an input."""
 
+    def table(self, rows: Tensor) -> Array:
+        """Return a table whose rows are looked up: embeddings [V, D], or experts by token id [V, A]."""
+
     def vector(self, parameter: Tensor) -> Array:
-        """Return a small parameter as the backend's operations take it."""
+        """Return a small parameter as the backend's operations take it, float32."""
 
     def settle(self, *, exact: bool) -> None:
-        """Choose the products' kernels, once all weights are packed; `exact=False` drops the contract on bits."""
+        """Choose the kernels of the products, once all weights are packed; `exact=False` drops the contract on bits."""
 
     def batch(self, plan: Plan) -> Batch:
         """Move a plan to the device."""
 
+    def array(self, rows: Tensor, batch: Batch) -> Array:
+        """Return rows of an earlier forward as input of this one."""
+
+    def tensor(self, array: Array) -> Tensor:
+        """Return an array as a torch tensor, without a copy."""
+
     # --- rows ---
 
-    def embed(self, batch: Batch, weight: Weight, streams: int) -> Array:
+    def embed(self, batch: Batch, table: Array, streams: int) -> Array:
         """Return the embeddings of the batch's ids, repeated for every stream: [N, M, D]."""
 
     def linear(self, x: Array, weight: Weight) -> Array:
@@ -186,18 +200,19 @@ class Ops(Protocol):
         """silu(min(gate, limit)) * clamp(up, -limit, limit): [N, 2 * I] to [N, I]."""
 
     def take(self, x: Array, rows: Sequence[int]) -> Array:
-        """Return some rows."""
+        """Return some rows; `reference` pads them."""
 
     # --- residual streams (mHC: Xie et al. 2025, arXiv:2512.24880) ---
 
-    def hc_pre(self, streams: Array, hc: HyperConnection) -> tuple[Array, Array]:
+    def hc_pre(self, streams: Array, hc: HyperConnection) -> tuple[Array, Any]:
         """Return a sub-layer's normed input [N, D], and the weights for writing its output back (opaque)."""
 
-    def hc_post(self, streams: Array, y: Array, mixing: Array) -> Array:
+    def hc_post(self, streams: Array, y: Array, mixing: Any) -> Array:
         """Write a sub-layer's output: stream k becomes post[k] * y + sum_j comb[j, k] * stream j."""
 
-    def hc_post_pre(self, streams: Array, y: Array, mixing: Array, hc: HyperConnection) -> tuple[Array, Array, Array]:
-        """`hc_post`, then `hc_pre` of the next sub-layer, in one pass over the streams where a backend can."""
+    def hc_post_pre(self, streams: Array, y: Array, mixing: Any, hc: HyperConnection) -> tuple[Array, Array, Any]:
+        """`hc_post`, then `hc_pre` of the next sub-layer, in one pass over the streams where a backend can: the new
+        streams, the input and the weights for the next write."""
 
     def hc_head(self, streams: Array, head: HyperHead) -> Array:
         """Collapse the streams into the normed input of the head: [N, M, D] to [N, D]."""
@@ -207,18 +222,12 @@ class Ops(Protocol):
     def rotations(self, batch: Batch, frequencies: Array) -> Array:
         """Return cosine and sine of every pair's angle at each row's position, interleaved: float32 [N, R]."""
 
-    def qkv(
-        self, q: Array, projected: Array, column: int, kv_norm: Array, rotations: Array, sizes: Heads
-    ) -> tuple[Array, Array, Array, Array]:
-        """Norm and rotate a layer's queries and its key-value row.
-
-        Args:
-            q: [N, H * K + J * C], from the query latent.
-            projected: [N, X]; the key-value row begins at `column`, and J index weights follow it.
+    def qkv(self, q: Array, projected: Array, rotations: Array, heads: Heads) -> tuple[Array, Array, Array, Array]:
+        """Norm and rotate a layer's queries and its key-value row; q [N, H * K + J * C] comes from the query latent.
 
         Returns:
-            Queries [N, H, K], normed per head, rotated and scaled by K^-0.5; rows [N, K], which are both key and value;
-            index queries [N, J, C], rotated; index weights [N, J], scaled by (J * C)^-0.5.
+            Queries [N, H, K], normed per head, rotated and scaled by K^-0.5; rows [N, K], which are both key and value,
+            normed and rotated; index queries [N, J, C], rotated; index weights [N, J], scaled by (J * C)^-0.5.
         """
 
     def compress(self, projected: Array, compressor: Compressor, batch: Batch, state: State) -> None:
@@ -230,7 +239,7 @@ class Ops(Protocol):
 
     def index_topk(
         self, index_q: Array, index_weights: Array, batch: Batch, state: State, *, ratio: int, top_k: int
-    ) -> Array:
+    ) -> Any:
         """Choose each query's `top_k` best entries among the (position + 1) // ratio that it may see (opaque).
 
         The score of entry w is sum_j weight[j] * relu(q[j] · index key w); ties go to the lowest entry. Source:
@@ -248,7 +257,7 @@ class Ops(Protocol):
         *,
         window: int,
         ratio: int = 0,
-        topk: Array | None = None,
+        topk: Any = None,
     ) -> Array:
         """Store the rows in the window, and attend to it, to compressed entries and to the sink: [N, H, K].
 
@@ -277,7 +286,7 @@ class Ops(Protocol):
         shared: Array,
         batch: Batch,
     ) -> Array:
-        """Sum each token's weighted experts, in the order of its choice, and `shared` [N, D].
+        """Sum each token's weighted experts, in the order of its choice, and then `shared`: [N, D].
 
         An expert is w2 · swiglu(w13 · x), its hidden row multiplied by the token's weight.
         """

@@ -19,7 +19,7 @@ from agentkit_engine.benchmarks.timing import Median, seconds, threads
 from agentkit_engine.chat import Tokenizer, encode_continuation_ids, encode_ids
 from agentkit_engine.engine import Engine
 from agentkit_engine.runtime.prefix_cache import IdChain, Keep, PrefixCache
-from agentkit_engine.runtime.state import Pools
+from agentkit_engine.runtime.state import SPAN, Pools
 from agentkit_engine.runtime.state import Sequence as CachedSequence
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.sampling_params import SamplingParams
@@ -202,9 +202,10 @@ def _scan(engine: Engine, length: int) -> None:
     """Score every index key of a session of `length` tokens against one query, in each layer."""
     heads_CJ = torch.ones(engine.spec.index_head_dim, engine.spec.index_n_heads)
     with threads(1):
-        for state in (layer.indexer for layer in engine.batcher.pools.layers):
-            if state is not None:
-                state.entries.flatten(0, 1)[: length // state.ratio] @ heads_CJ
+        for pools in engine.batcher.pools.layers:
+            if "index_entries" in pools:
+                entries = pools["index_entries"]
+                entries.flatten(0, 1)[: length * entries.shape[1] // SPAN] @ heads_CJ
 
 
 def amplification(turns: int, fed: int, every: int) -> Iterator[Measurement]:

@@ -20,7 +20,7 @@ import torch
 from agentkit_engine.benchmarks.errors import BenchmarkError
 from agentkit_engine.benchmarks.peers import Transformers, import_transformers
 from agentkit_engine.engine import Engine
-from agentkit_engine.runtime.runner import can_compile
+from agentkit_engine.runtime.runner import choose_backend
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.sampling_params import SamplingParams
 
@@ -66,7 +66,7 @@ def measure(side: Side, folder: Path, started: float) -> ColdStart:
     if side == "transformers":
         import_transformers()
     else:
-        can_compile(torch.device("cpu"))  # imports the kernels
+        choose_backend("auto", torch.device("cpu"))  # imports the kernels
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident_bytes("VmRSS")
     start = time.perf_counter()

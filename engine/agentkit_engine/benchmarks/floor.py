@@ -4,7 +4,7 @@ The step runs once while the runtime's product routines are recorded, so that th
 Then the same routines multiply rows of the same shapes with the same weights. Attention scores and index scores are
 products of activations, not of weights: they belong to the step, not to its floor.
 
-Dimension key: `runtime/compiled.py`.
+Dimension key: `agentkit_kernels.ops`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from torch import Tensor
 
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds, threads
-from agentkit_engine.runtime import compiled
-from agentkit_engine.runtime.products import Product, by_library
-from agentkit_kernels import cpu
-from agentkit_kernels.cpu import Floats, Ints, Weights
+from agentkit_kernels.cpu import experts, loops
+from agentkit_kernels.cpu.linear import Product, by_library
+from agentkit_kernels.cpu.loops import Floats, Ints, Weights
 
 DECODE_GOAL, PREFILL_GOAL = 1.35, 1.5
 """Goals: the time of a step of decoding, and of a prefill, over that of its products."""
@@ -46,8 +45,8 @@ class Floor:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Record the products of the compiled layers, in any engine of this process."""
-        multiply, mix_experts = Product.__call__, cpu.mix_experts
+        """Record the products of the `cpu` backend, in any engine of this process."""
+        multiply, mix_experts = Product.__call__, loops.mix_experts
 
         def recorded_multiply(product: Product, x_NK: Floats) -> Floats:
             self._add(partial(multiply, product, self._like(x_NK.shape)), 1, len(x_NK) * product.weight.numel())
@@ -70,8 +69,8 @@ class Floor:
 
         with (
             patch.object(Product, "__call__", recorded_multiply),
-            patch.object(compiled, "by_library", recorded_by_library),
-            patch.object(cpu, "mix_experts", recorded_mix_experts),
+            patch.object(experts, "by_library", recorded_by_library),
+            patch.object(loops, "mix_experts", recorded_mix_experts),
         ):
             yield
 
@@ -124,10 +123,10 @@ def beside_products(
 def _multiply_experts(
     x_ND: Floats, hidden_1I: Floats, experts_NA: Ints, w13_EDX: Weights, block13: int, w2_EID: Weights, block2: int
 ) -> None:
-    """The products of `cpu.mix_experts`. Not cached on disk, because Numba would not notice changes of `cpu.py`."""
+    """The products of `loops.mix_experts`. Not cached on disk, because Numba would not notice changes of `cpu.py`."""
     gate_up_1X, down_1D = np.empty((1, w13_EDX.shape[2]), np.float32), np.empty((1, w2_EID.shape[2]), np.float32)
     for n in range(experts_NA.shape[0]):
         for a in range(experts_NA.shape[1]):
             expert = experts_NA[n, a]
-            cpu.multiply(x_ND[n : n + 1], w13_EDX[expert], block13, gate_up_1X)
-            cpu.multiply(hidden_1I, w2_EID[expert], block2, down_1D)
+            loops.multiply(x_ND[n : n + 1], w13_EDX[expert], block13, gate_up_1X)
+            loops.multiply(hidden_1I, w2_EID[expert], block2, down_1D)

@@ -316,7 +316,7 @@ def bfloat16(sizes: Sizes) -> Iterator[Measurement]:
     peer = "the same weights held as float32"
     yield from _beside("bf16", half, whole, peer, sizes)
     ours, theirs = (
-        held_bytes([engine.decoder.state_dict(), engine.batcher.runner.layers]) / 1e6 for engine in (half, whole)
+        held_bytes([engine.decoder.state_dict(), engine.batcher.runner.forward]) / 1e6 for engine in (half, whole)
     )
     yield Measurement("bf16", "memory of the weights", ours, "MB", None, peer, theirs, higher_is_better=False)
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding: interleaved pairs on the last R dimensions, with YaRN frequencies if the layer has them.
+"""Rotary frequencies, with YaRN if the layer has it.
 
 Sources: Su et al. 2021, arXiv:2104.09864; Peng et al. 2023 (YaRN), arXiv:2309.00071.
 Dimension key: `model/__init__.py`.
@@ -38,23 +38,3 @@ def frequencies(rope: RopeSpec, rotary_dim: int, device: torch.device) -> Tensor
         keep = 1 - ramp.clamp(0, 1)
         freqs = freqs / rope.factor * (1 - keep) + freqs * keep
     return freqs.to(device)
-
-
-def rotations(rope: RopeSpec, positions_T: Tensor, rotary_dim: int) -> Tensor:
-    """Return the rotation of every pair at every position, as unit complex numbers [T, R/2] (complex64)."""
-    angles = positions_T.float()[:, None] * frequencies(rope, rotary_dim, positions_T.device)
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, rotations_TR: Tensor) -> Tensor:
-    """Rotate the last R dimensions of `x` [B, T, ..., K] by its token's rotations [T, R/2]; the rest passes through.
-
-    The inverse rotation is `rotate(x, rotations.conj())`. Computed in float32, returned in the dtype of `x`.
-    """
-    rotary_dim = 2 * rotations_TR.shape[-1]
-    middle = x.dim() - 3
-    rotations_T1R = rotations_TR.view(-1, *([1] * middle), rotary_dim // 2)
-    plain, rotary = torch.split(x, [x.shape[-1] - rotary_dim, rotary_dim], dim=-1)
-    pairs = torch.view_as_complex(rotary.float().contiguous().view(*rotary.shape[:-1], -1, 2))
-    rotated = torch.view_as_real(pairs * rotations_T1R).flatten(-2)
-    return torch.cat((plain, rotated.to(x.dtype)), dim=-1)

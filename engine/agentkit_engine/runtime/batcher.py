@@ -233,9 +233,7 @@ class Batcher:
         steps: number of forwards.
     """
 
-    def __init__(
-        self, decoder: Decoder, *, kv_cache_bytes: int, exact: bool = True, compiled: bool | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, kv_cache_bytes: int, exact: bool = True, backend: str = "auto") -> None:
         """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used."""
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
@@ -243,7 +241,7 @@ class Batcher:
         slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
         self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.cache = PrefixCache(self.pools)
-        self.runner = Runner(decoder, self.pools, exact=exact, compiled=compiled)
+        self.runner = Runner(decoder, self.pools, exact=exact, backend=backend)
         self.prefilled = self.sampled = self.drafted = self.mtp_drafted = 0
         self.speculate = True
         self.mtp = bool(decoder.mtp)

@@ -1,7 +1,7 @@
 """One forward for a ragged batch of live sequences, with the same bits in any batch.
 
-`compiled.py` runs it on a CPU with Numba, `eager.py` in plain torch everywhere else. In both, a row's bits do not
-depend on its neighbours.
+The model is `model/forward.py`, computed by a backend of `agentkit_kernels`. In all of them a row's bits do not depend
+on its neighbours.
 
 With `exact=False` the runner skips the probing of matrix products and lets the library use all threads. The bits then
 depend on the batch; only forks and restored sessions, which see the same forwards, still agree.
@@ -15,46 +15,63 @@ import logging
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext, suppress
-from typing import Protocol, TypeVar
+from contextlib import suppress
+from itertools import accumulate
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from agentkit_engine.model.decoder import Decoder
-from agentkit_engine.runtime.eager import EagerLayers
+from agentkit_engine.model.forward import Forward
 from agentkit_engine.runtime.segments import Computed, Segment
-from agentkit_engine.runtime.state import Pools
+from agentkit_engine.runtime.state import Pools, rows_of
 from agentkit_engine.runtime.threads import OneThread
+from agentkit_kernels.ops import Ops, Plan
+from agentkit_kernels.reference import Reference
 
 T = TypeVar("T")
+Backend = Literal["reference", "cpu"]
+BACKENDS = ("auto", *get_args(Backend))
 logger = logging.getLogger(__name__)
 
-NUMERICS = 3
+NUMERICS = 4
 """Version of the numerics. Increment it with every change to a bit of a forward's output: stored states of another
 version are not used."""
 
 
-class Layers(Protocol):
-    """A decoder's packed weights over `Pools`."""
+def choose_backend(backend: str, device: torch.device) -> Backend:
+    """Return the backend for a device; `auto` is `triton` on a GPU and `cpu` on a CPU, or `reference` without those.
 
-    def __call__(self, segments: Seq[Segment], firsts: Seq[int]) -> Computed:
-        """Write the state of the segments' tokens and return the output rows, of each segment from its `firsts` on."""
+    Raises:
+        ValueError: there is no such backend, or it does not run on the device.
+        BackendUnavailableError: a library that it needs is missing.
+    """
+    if backend == "reference":
+        return "reference"
+    if backend == "auto" and device.type == "cpu":
+        try:
+            import agentkit_kernels.cpu  # noqa: F401
+        except ImportError as error:
+            logger.warning("forwards will be slow: the compiled kernels cannot be loaded: %s", error)
+            return "reference"
+        return "cpu"
+    if backend == "auto":
+        return "reference"
+    if backend == "cpu" and device.type == "cpu":
+        return "cpu"
+    if backend == "cpu":
+        raise ValueError(f'backend="cpu" needs a CPU: its kernels do not run on device={str(device)!r}')
+    raise ValueError(f'no backend "{backend}"; choose one of {", ".join(BACKENDS)}')
 
-    def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
-        """See `Runner.mtp_draft`."""
 
+def make_ops(backend: Backend, device: torch.device) -> Ops:
+    """Return the operations of a backend."""
+    if backend == "cpu":
+        from agentkit_kernels.cpu import Cpu
 
-def can_compile(device: torch.device) -> bool:
-    """Return whether this device has compiled kernels; plain torch computes on all others."""
-    if device.type != "cpu":
-        return False
-    try:
-        import agentkit_kernels.cpu  # noqa: F401
-    except ImportError as error:
-        logger.warning("forwards will be slow: the compiled kernels cannot be loaded: %s", error)
-        return False
-    return True
+        return Cpu()
+    return Reference(device)
 
 
 def machine(device: torch.device) -> tuple[str, ...]:
@@ -71,21 +88,24 @@ def machine(device: torch.device) -> tuple[str, ...]:
 
 
 class Runner:
-    """A decoder's layers, packed once for forwards over `Pools`. Not differentiable."""
+    """A decoder's weights, packed once for forwards over `Pools`. Not differentiable."""
 
-    def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool = True, compiled: bool | None = None) -> None:
-        """`compiled` selects compiled kernels; None selects them where they exist."""
+    def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool = True, backend: str = "auto") -> None:
         self.pools, self.exact = pools, exact
+        self.backend = choose_backend(backend, pools.device)
         self._on_one_thread = OneThread()
-        self.layers: Layers = self._compute(lambda: self._packed(decoder, compiled))
+        self.forward = self._compute(lambda: self._packed(decoder))
 
-    def _packed(self, decoder: Decoder, compiled: bool | None) -> Layers:
+    def _packed(self, decoder: Decoder) -> Forward:
         with torch.inference_mode(False), torch.no_grad():  # a packed decoder can still be trained
-            if can_compile(self.pools.device) if compiled is None else compiled:
-                from agentkit_engine.runtime.compiled import CompiledLayers
-
-                return CompiledLayers(decoder, self.pools, exact=self.exact)
-            return EagerLayers(decoder, self.pools, exact=self.exact)
+            ops = make_ops(self.backend, self.pools.device)
+            states = [ops.state(pools) for pools in self.pools.layers]
+            for layer in decoder.spec.mtp_layers:  # its tokens see no others, so they can share a ring
+                window = next(rows for rows in rows_of(layer, decoder.spec) if rows.name == "window")
+                states.append(ops.state({"window": ops.zeros((1, window.count, window.width), window.dtype)}))
+            forward = Forward(decoder, ops, states)
+            ops.settle(exact=self.exact)
+            return forward
 
     def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> Computed:
         """Extend every segment's sequence by its ids and draft, for which `Pools.reserve` has made room.
@@ -95,12 +115,24 @@ class Runner:
         Returns:
             Logits and streams of each segment's last id and draft; with `all_rows` a row for every id.
         """
-        firsts = [0 if all_rows else len(segment.ids) - 1 for segment in segments]
-        computed = self._compute(lambda: self.layers(segments, firsts))
-        for segment in segments:
-            segment.sequence.written = max(segment.sequence.written, segment.sequence.length + len(segment))
-            segment.sequence.length += len(segment.ids)
-        return computed
+        sequences = [segment.sequence for segment in segments]
+        lengths = [len(segment) for segment in segments]
+        plan = Plan(
+            [token_id for segment in segments for token_id in (*segment.ids, *segment.draft)],
+            lengths,
+            [sequence.length for sequence in sequences],
+            [sequence.slot for sequence in sequences],
+            [sequence.spans for sequence in sequences],
+        )
+        rows = None
+        if not all_rows and any(len(segment.ids) > 1 for segment in segments):
+            ends, wanted = accumulate(lengths), [len(segment.draft) + 1 for segment in segments]
+            rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+        computed = self._compute(lambda: self.forward(plan, rows))
+        for sequence, segment in zip(sequences, segments, strict=True):
+            sequence.written = max(sequence.written, sequence.length + len(segment))
+            sequence.length += len(segment.ids)
+        return Computed(*computed)
 
     def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         """Return the MTP block's guess at the id after each of `ids`; `streams` are those of the ids before them.
@@ -108,11 +140,14 @@ class Runner:
         The block sees no earlier position, as at the start of a text, so it has no state to keep between forwards, to
         roll back, to fork or to save. The next forward checks each guess.
         """
-        return self._compute(lambda: self.layers.mtp_draft(streams_BMD, ids_B))
+        count = len(ids_B)
+        plan = Plan(ids_B, [1] * count, [0] * count, [0] * count, [()] * count)
+        ids: list[int] = self._compute(lambda: self.forward.draft(streams_BMD, plan).logits.numpy().argmax(-1)).tolist()
+        return ids
 
     def _compute(self, function: Callable[[], T]) -> T:
         def here() -> T:
-            with torch.inference_mode(), nullcontext() if self.pools.device.type == "cpu" else self.pools.device:
+            with torch.inference_mode():
                 return function()
 
         return self._on_one_thread(here) if self.exact else here()

@@ -47,7 +47,7 @@ def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pool
     """
     tensors = {"ids": torch.tensor(ids, dtype=torch.int32), "fed": torch.tensor(list(fed), dtype=torch.uint8)}
     if sequence is not None:
-        spans = sequence.table[: -(-sequence.length // SPAN)]
+        spans = sequence.spans[: -(-sequence.length // SPAN)]
         tensors |= {f"tail.{index}": tail[sequence.slot].cpu() for index, tail in enumerate(pools.tails)}
         tensors |= {f"entries.{index}": entries[spans].cpu() for index, entries in enumerate(pools.entries)}
     length, written = (0, 0) if sequence is None else (sequence.length, sequence.written)
@@ -146,7 +146,7 @@ def restore(pools: Pools, sequence: Sequence, tensors: dict[str, Tensor]) -> Non
     for index, tail in enumerate(pools.tails):
         tail[sequence.slot] = tensors[f"tail.{index}"].to(tail.device)
     for index, entries in enumerate(pools.entries):
-        entries[sequence.table[: sequence.num_spans]] = tensors[f"entries.{index}"].to(entries.device)
+        entries[sequence.spans] = tensors[f"entries.{index}"].to(entries.device)
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -15,51 +15,73 @@ Dimension key: `runtime/__init__.py`.
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections import Counter
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.spec import LayerSpec, ModelSpec
+from agentkit_kernels.ops import QUERY_BLOCK
+from agentkit_kernels.reference import Reference
 
 SPAN = 256
 """Tokens per span; a multiple of every compression ratio."""
 ROLLBACK = 12
 """Maximum number of tokens by which a sequence can be shortened; the rings keep this many rows more than they need. One
 of the remaining tokens is computed again for its logits."""
-QUERY_BLOCK = 128
-"""Tokens of one sequence whose attention is computed together; blocks start at multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
-class CompressorState:
-    """One compressor's entries, by span, and its open rows, by slot: token t is in row t mod O.
+class Rows:
+    """Rows of one kind that a layer keeps of earlier tokens. Pools, forks, saved sessions and the disk cache need no
+    more than this to store them.
 
-    O is the number of rows that the next entry may pool, plus `ROLLBACK`: 8 for CSA, which pools two windows of 4, and
-    128 for HCA.
+    Attributes:
+        name: Their name within the layer; see `agentkit_kernels.ops.Ops.state`.
+        per: Where they lie: `span` for state that grows with length, `slot` for state of constant size.
+        count: Rows per span of `SPAN` tokens, or per slot.
+        width: Elements per row.
+        dtype: Dtype of the elements; uint8 for rows in a packed format.
+        fill: Value of the elements in a new sequence. Rows of spans start as zeros.
+        source: Index of the layer that owns the rows, if this layer only reads them.
     """
 
-    ratio: int
-    entries: Tensor  # [spans + 1, SPAN // ratio, K]
-    values: Tensor  # [slots, O, K or 2K]
-    scores: Tensor  # the same shape as `values`; includes `ape`
+    name: str
+    per: Literal["span", "slot"]
+    count: int
+    width: int
+    dtype: torch.dtype = torch.float32
+    fill: float = 0.0
+    source: int | None = None
 
-    @property
-    def entries_per_span(self) -> int:
-        return self.entries.shape[1]
+
+def ring_rows(window: int) -> int:
+    """Rows of a window's ring: a whole number of vectors, and a block of queries more than the window."""
+    return -(-window // 32) * 32 + QUERY_BLOCK
 
 
-@dataclass(frozen=True, slots=True)
-class LayerState:
-    """One layer's state: `window` [slots, R, K] with token t in row t mod R, and the compressors' state."""
+def rows_of(layer: LayerSpec, spec: ModelSpec) -> list[Rows]:
+    """Return what a layer of DeepSeek-V4 keeps: the window's ring, and the entries and open rows of its compressors.
 
-    window: Tensor
-    compressor: CompressorState | None
-    indexer: CompressorState | None
+    A compressor keeps as many open rows as the next entry may pool, and `ROLLBACK` more: CSA pools two windows of 4
+    tokens, HCA one of 128.
+    """
+    kept = [Rows("window", "slot", ring_rows(spec.sliding_window), spec.head_dim)]
+    compressors = [("", spec.head_dim)] if layer.compress_ratio else []
+    if layer.attention == "csa":
+        compressors.append(("index_", spec.index_head_dim))
+    for prefix, size in compressors:
+        rows, width = layer.series * layer.compress_ratio + ROLLBACK, layer.series * size
+        kept += [
+            Rows(f"{prefix}entries", "span", SPAN // layer.compress_ratio, size),
+            Rows(f"{prefix}values", "slot", rows, width),
+            Rows(f"{prefix}scores", "slot", rows, width, fill=-torch.inf),  # weight 0 before the first token
+        ]
+    return kept
 
 
 class Sequence:
@@ -77,10 +99,6 @@ class Sequence:
         """Up to this length the batcher adds single ids without checking memory and checkpoints; the batcher sets
         it."""
         self.spans: list[int] = []
-        self.table = torch.zeros(4, dtype=torch.int64)
-        """The span ids as a tensor, for gathers; the first `num_spans` are valid."""
-        self.contiguous = True
-        """True if the span ids are consecutive, so that a long scan needs no gather."""
 
     @property
     def num_spans(self) -> int:
@@ -96,27 +114,6 @@ class Sequence:
         self.length = length
         self.steady_until = 0  # a span that is written again may be shared
 
-    def add_span(self, span: int) -> None:
-        if self.num_spans == len(self.table):
-            self.table = torch.cat((self.table, torch.zeros_like(self.table)))
-        if self.spans and span != self.spans[-1] + 1:
-            self.contiguous = False
-        self.table[self.num_spans] = span
-        self.spans.append(span)
-
-    def replace_span(self, index: int, span: int) -> None:
-        self.table[index] = self.spans[index] = span
-        self._look_at_steps()
-
-    def share_spans(self, source: Sequence, count: int) -> None:
-        """Replace the spans by the first `count` spans of `source`."""
-        self.table, self.spans = source.table.clone(), source.spans[:count]
-        self._look_at_steps()
-
-    def _look_at_steps(self) -> None:
-        steps = self.table[1 : self.num_spans] - self.table[: max(0, self.num_spans - 1)]
-        self.contiguous = bool((steps == 1).all())
-
 
 class Pools:
     """The state of one model, for at most `slots` sequences and `spans` spans.
@@ -124,20 +121,41 @@ class Pools:
     `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is the memory in use, with shared spans counted once.
     """
 
-    def __init__(self, spec: ModelSpec, *, slots: int, spans: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        slots: int,
+        spans: int,
+        device: torch.device,
+        rows: Seq[Seq[Rows]] | None = None,
+    ) -> None:
+        """`rows` lists what each layer keeps; by default what the layers of `spec` do."""
         self.spec, self.device = spec, device
         self.slots, self.spans = slots, spans
-        self.ring = -(-spec.sliding_window // 32) * 32 + QUERY_BLOCK
-        self.layers = [self._layer(layer) for layer in spec.layers]
+        self.rows = [rows_of(layer, spec) for layer in spec.layers] if rows is None else rows
+        self.layers: list[dict[str, Tensor]] = []
+        """Each layer's pools by name; their first dimension is the span id or the slot."""
+        owned: list[tuple[Rows, Tensor]] = []
+        for kinds in self.rows:
+            pools = {}
+            for kind in kinds:
+                if kind.source is not None:
+                    pools[kind.name] = self.layers[kind.source][kind.name]
+                    continue
+                number = spans + 1 if kind.per == "span" else slots
+                pools[kind.name] = Reference(device).zeros((number, kind.count, kind.width), kind.dtype)
+                owned.append((kind, pools[kind.name]))
+            self.layers.append(pools)
         self._free_slots = list(range(slots - 1, -1, -1))
         self._unused_spans = spans  # span ids up to `spans - _unused_spans` have been used before
         self._free_spans: list[int] = []
         self._holders: Counter[int] = Counter()  # number of sequences that hold each span in use
-        states = [state for layer in self.layers for state in (layer.compressor, layer.indexer) if state is not None]
-        self.entries = [state.entries for state in states]
-        """The tensors stored by span: their first dimension is the span id."""
-        self.tails = [layer.window for layer in self.layers] + [t for s in states for t in (s.values, s.scores)]
-        """The tensors stored by slot: their first dimension is the slot."""
+        self.entries = [pool for kind, pool in owned if kind.per == "span"]
+        """The tensors stored by span."""
+        self.tails = [pool for kind, pool in owned if kind.per == "slot"]
+        """The tensors stored by slot."""
+        self._fills = [kind.fill for kind, _ in owned if kind.per == "slot"]
         self.bytes_per_span = sum(tensor[0].nbytes for tensor in self.entries)
         self.bytes_per_slot = sum(tensor[0].nbytes for tensor in self.tails)
 
@@ -162,12 +180,8 @@ class Pools:
             OutOfMemoryError: every slot is taken.
         """
         sequence = self._take_slot()
-        for layer in self.layers:
-            layer.window[sequence.slot] = 0.0
-            for state in (layer.compressor, layer.indexer):
-                if state is not None:  # rows before the first token get weight 0 in the first entry
-                    state.values[sequence.slot] = 0.0
-                    state.scores[sequence.slot] = -torch.inf
+        for tail, fill in zip(self.tails, self._fills, strict=True):
+            tail[sequence.slot] = fill
         return sequence
 
     def fork(self, source: Sequence) -> Sequence:
@@ -184,9 +198,9 @@ class Pools:
         for tail in self.tails:
             tail[fork.slot] = tail[source.slot]
         self._holders.update(source.spans[:full])
-        fork.share_spans(source, full)
+        fork.spans = source.spans[:full]
         if open_tokens:
-            fork.add_span(self._copy_span(source.spans[full]))
+            fork.spans.append(self._copy_span(source.spans[full]))
         return fork
 
     def reserve(self, sequence: Sequence, length: int) -> None:
@@ -209,13 +223,13 @@ class Pools:
             )
         for index in shared:
             span = sequence.spans[index]
-            sequence.replace_span(index, self._copy_span(span))
+            sequence.spans[index] = self._copy_span(span)
             self._release(span)
         for _ in range(missing):
             span = self._take_span()
             for entries in self.entries:
                 entries[span] = 0.0
-            sequence.add_span(span)
+            sequence.spans.append(span)
 
     def close(self, sequence: Sequence) -> None:
         """Free the slot and the spans."""
@@ -249,28 +263,3 @@ class Pools:
         if not self._holders[span]:
             del self._holders[span]
             self._free_spans.append(span)
-
-    def _layer(self, layer: LayerSpec) -> LayerState:
-        spec = self.spec
-        csa = layer.attention == "csa"
-        return LayerState(
-            self._zeros(self.slots, self.ring, spec.head_dim),
-            self._compressor(layer, spec.head_dim) if layer.compress_ratio else None,
-            self._compressor(layer, spec.index_head_dim) if csa else None,
-        )
-
-    def _compressor(self, layer: LayerSpec, head_dim: int) -> CompressorState:
-        ratio, series = layer.compress_ratio, 2 if layer.attention == "csa" else 1
-        open_rows = (self.slots, series * ratio + ROLLBACK, series * head_dim)
-        return CompressorState(
-            ratio,
-            self._zeros(self.spans + 1, SPAN // ratio, head_dim),
-            self._zeros(*open_rows),
-            self._zeros(*open_rows),
-        )
-
-    def _zeros(self, *shape: int) -> Tensor:
-        """Return float32 zeros; on a CPU each page is allocated when it is first written."""
-        if self.device.type != "cpu":
-            return torch.zeros(shape, device=self.device)
-        return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).view(shape)

@@ -14,7 +14,6 @@ import torch
 
 from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
-from agentkit_engine.runtime import compiled
 from agentkit_engine.runtime.runner import Runner, machine
 from agentkit_engine.runtime.segments import Segment
 
@@ -26,9 +25,9 @@ ROWS = 512
 
 def warm_up(runner: Runner, decoder: Decoder) -> None:
     """Run forwards that reach every kernel, unless an earlier process on this machine did; logs a warning first."""
-    from agentkit_kernels import cpu
+    from agentkit_kernels.cpu import loops
 
-    marker = _marker(decoder, [Path(cpu.__file__), Path(compiled.__file__)], cpu.cache_folder())
+    marker = _marker(decoder, Path(loops.__file__), loops.cache_folder())
     if marker is None or marker.exists():
         return
     logger.warning("compiling kernels for this CPU (once) ...")
@@ -52,7 +51,7 @@ def warm_up(runner: Runner, decoder: Decoder) -> None:
     marker.touch()
 
 
-def _marker(decoder: Decoder, sources: list[Path], folder: Path | None) -> Path | None:
+def _marker(decoder: Decoder, source: Path, folder: Path | None) -> Path | None:
     """Return the file that marks all kernels for these layers and weights as compiled; None without a cache folder."""
     if folder is None:
         return None
@@ -60,7 +59,7 @@ def _marker(decoder: Decoder, sources: list[Path], folder: Path | None) -> Path 
     kinds = sorted({(layer.attention, layer.router) for layer in layers})
     dtypes = sorted({str(weight.dtype) for weight in decoder.parameters()})
     # Numba identifies a source the same way
-    stamps = [(stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, sources)]
-    key = repr((machine(torch.device("cpu")), kinds, dtypes, stamps))
+    stat = source.stat()
+    key = repr((machine(torch.device("cpu")), kinds, dtypes, stat.st_mtime_ns, stat.st_size))
     digest = hashlib.blake2b(key.encode(), digest_size=8)
     return folder / f"warm-{digest.hexdigest()}"

@@ -78,7 +78,11 @@ class _GenerationConfig(BaseModel):
 
 
 def load_checkpoint(
-    folder: Path, *, device: torch.device, dtype: torch.dtype | None, lay_out: Callable[[Decoder], None] | None = None
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    lay_out: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> tuple[Decoder, Dialect]:
     """Load the model in `folder` and return it with its chat dialect.
 
@@ -92,7 +96,7 @@ def load_checkpoint(
         device: device of the parameters.
         dtype: dtype of the other weights. If None, a weight is bfloat16 where that is lossless (stored as bf16, or as
             FP8 or FP4 with E8M0 scales), else float32.
-        lay_out: called with the decoder while its parameters are uninitialised; may move them in memory.
+        lay_out: called with each group of `Decoder.fused_weights` while it is uninitialised; may move it in memory.
 
     Returns:
         The decoder, and the dialect: the sidecar's if there is one, else `v4-0731` for DSpark checkpoints and
@@ -128,7 +132,8 @@ def load_checkpoint(
     _check_memory(folder, expected, device, dtype)
     decoder = _empty_decoder(spec, device, dtype or _bf16_where_it_suffices(stored, expected))
     if lay_out is not None:
-        lay_out(decoder)
+        for group in decoder.fused_weights():
+            lay_out(group)
     parameters = decoder.state_dict()
 
     def read_run(run: Sequence[StoredTensor]) -> None:

@@ -2,7 +2,7 @@
 
 A sub-layer reads one vector, a weighted sum of the streams, and writes its output back to every stream, while a
 doubly stochastic matrix (softmax, then Sinkhorn normalisation) mixes the streams. Source: Xie et al. 2025,
-arXiv:2512.24880, and DeepSeek-V4's reference. Everything is float32. Dimension key: `model/__init__.py`.
+arXiv:2512.24880, and DeepSeek-V4's reference. Everything is float32. Dimension key: `agentkit_kernels.ops`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from agentkit_kernels.ops import HyperConnection, HyperHead
+from agentkit_kernels.reference.linear import Weight
+from agentkit_kernels.reference.norm import rms_norm
 
 SINKHORN_ROWS = 4096
 """Rows normalised together, so that the iterations stay in the processor's cache."""
@@ -27,24 +31,25 @@ class Mixing:
     comb_NMM: Tensor
 
 
-def mix_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
+def mix_logits(streams_NMD: Tensor, fn: Weight, eps: float) -> Tensor:
     """fn · v / rms(v) for the M*D values v of each token (one rms over all streams, no weight)."""
-    logits: Tensor = _MixLogits.apply(streams_NMD.flatten(1).float(), fn.float(), eps)  # type: ignore[no-untyped-call]
+    (matrix,) = fn.parts
+    logits: Tensor = _MixLogits.apply(streams_NMD.flatten(1), matrix.float(), eps)  # type: ignore[no-untyped-call]
     return logits
 
 
 def read(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
     """Return the weighted sum of the streams that a sub-layer reads, [N, D]."""
-    x_ND: Tensor = _Read.apply(streams_NMD.float(), pre_NM)  # type: ignore[no-untyped-call]
-    return x_ND.to(streams_NMD.dtype)
+    x_ND: Tensor = _Read.apply(streams_NMD, pre_NM)  # type: ignore[no-untyped-call]
+    return x_ND
 
 
 def write(streams_NMD: Tensor, y_ND: Tensor, mixing: Mixing) -> Tensor:
     """X'_k = post_k * y + sum_j comb[j, k] * X_j (the sum runs over the first index of `comb`)."""
     out_NMD: Tensor = _Write.apply(  # type: ignore[no-untyped-call]
-        streams_NMD.float(), y_ND.float(), mixing.post_NM, mixing.comb_NMM
+        streams_NMD, y_ND, mixing.post_NM, mixing.comb_NMM
     )
-    return out_NMD.to(streams_NMD.dtype)
+    return out_NMD
 
 
 # The streams are the widest tensors of the model, so these three functions are memory-bound. Their backward passes are
@@ -171,26 +176,25 @@ def sinkhorn(logits_NMM: Tensor, iterations: int, eps: float) -> Tensor:
     return normalised.reshape(-1, size, size)
 
 
-def connect(
-    streams_NMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float, iterations: int
-) -> tuple[Tensor, Mixing]:
-    """Return the input of a sub-layer, [N, D], and the weights for writing its output back.
-
-    Args:
-        streams_NMD: The residual streams.
-        fn: [(2 + M) * M, M * D]; its outputs are pre (M), post (M) and comb (M*M, row-major).
-        base: [(2 + M) * M], added after scaling.
-        scale: [3], for pre, post and comb.
-    """
-    size = streams_NMD.shape[1]
-    scales = scale.float()[scale_of_output(size, scale.device)]
-    mix = torch.addcmul(base.float(), mix_logits(streams_NMD, fn, norm_eps), scales)
+def hc_pre(streams: Tensor, hc: HyperConnection) -> tuple[Tensor, Mixing]:
+    size = streams.shape[1]
+    scales = hc.scale.float()[scale_of_output(size, hc.scale.device)]
+    mix = torch.addcmul(hc.base.float(), mix_logits(streams, hc.fn, hc.norm_eps), scales)
     pre, post, comb = torch.split(mix, [size, size, size * size], dim=-1)
-    mixing = Mixing(2 * post.sigmoid(), sinkhorn(comb.reshape(-1, size, size), iterations, eps))
-    return read(streams_NMD, pre.sigmoid() + eps), mixing
+    mixing = Mixing(2 * post.sigmoid(), sinkhorn(comb.reshape(-1, size, size), hc.iterations, hc.eps))
+    return rms_norm(read(streams, pre.sigmoid() + hc.eps), hc.norm, hc.norm_eps), mixing
 
 
-def collapse(streams_NMD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
-    """Return the final sum of the streams before the output norm, [N, D]. fn [M, M*D], base [M], scale [1]."""
-    mix = mix_logits(streams_NMD, fn, norm_eps)
-    return read(streams_NMD, (mix * scale.float() + base.float()).sigmoid() + eps)
+def hc_post(streams: Tensor, y: Tensor, mixing: Mixing) -> Tensor:
+    return write(streams, y, mixing)
+
+
+def hc_post_pre(streams: Tensor, y: Tensor, mixing: Mixing, hc: HyperConnection) -> tuple[Tensor, Tensor, Mixing]:
+    streams = write(streams, y, mixing)
+    return streams, *hc_pre(streams, hc)
+
+
+def hc_head(streams: Tensor, head: HyperHead) -> Tensor:
+    mix = mix_logits(streams, head.fn, head.norm_eps)
+    x = read(streams, (mix * head.scale.float() + head.base.float()).sigmoid() + head.eps)
+    return rms_norm(x, head.norm, head.norm_eps)

@@ -1,20 +1,17 @@
 """Memory layout of weights for products on a CPU: inputs first, and weights that share an input side by side.
 
-A decoder's parameters become views of the packed weights, so memory holds each weight once. A checkpoint's weights are
-read straight into place (`lay_out`); those of any other decoder are moved when they are packed.
+A model's parameters become views of the packed weights, so memory holds each weight once. A checkpoint's weights are
+read straight into place (`lay_out`); all others are moved when they are packed.
 
 Dimension key: E experts, K inputs, O outputs of one parameter, X outputs of all parameters side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from agentkit_engine.model.attention import Attention
-from agentkit_engine.model.decoder import Decoder
 
 
 def packed(*parts_OK: Tensor) -> Tensor:
@@ -32,35 +29,11 @@ def packed(*parts_OK: Tensor) -> Tensor:
     return whole_KX
 
 
-def lay_out(decoder: Decoder) -> None:
-    """Allocate the large weights of an empty decoder where `packed` expects them."""
-    for parts_OK in _groups(decoder):
-        for part_OK, place_OK in zip(parts_OK, _side_by_side(parts_OK)[1], strict=True):
-            if part_OK.dtype == place_OK.dtype:
-                part_OK.data = place_OK
-
-
-def projections(attention: Attention) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the weights that multiply a layer's input, and those that multiply the latent query."""
-    parts, latent = [attention.wq_a, attention.wkv], [attention.wq_b]
-    compressors = [attention.compressor] if attention.compressor is not None else []
-    if attention.indexer is not None:
-        parts.append(attention.indexer.weights_proj)
-        latent.append(attention.indexer.wq_b)
-        compressors.append(attention.indexer.compressor)
-    for compressor in compressors:
-        parts += [compressor.wkv, compressor.wgate]
-    return [part.weight for part in parts], [part.weight for part in latent]
-
-
-def _groups(decoder: Decoder) -> Iterator[Sequence[Tensor]]:
-    yield [decoder.head.weight]
-    for block in decoder.blocks:
-        yield from projections(block.attn)
-        yield [block.attn.wo_b.weight]
-        experts, shared = block.ffn.experts, block.ffn.shared_experts
-        yield from ([experts.w1, experts.w3], [experts.w2])
-        yield from ([shared.w1.weight, shared.w3.weight], [shared.w2.weight])
+def lay_out(parts_OK: Sequence[Tensor]) -> None:
+    """Allocate uninitialised parameters where `packed` expects them."""
+    for part_OK, place_OK in zip(parts_OK, _side_by_side(parts_OK)[1], strict=True):
+        if part_OK.dtype == place_OK.dtype:
+            part_OK.data = place_OK
 
 
 def _side_by_side(parts_OK: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -3,7 +3,7 @@
 A decoding step consists of some thousand tiny operations, and dispatching one in torch costs more than its arithmetic.
 Each kernel here is one step of the model, as loops over all rows of a forward. It computes every row by itself, with
 the same instructions, in an order that depends on the row's position only, so its bits cannot depend on the rows beside
-it. The torch twins are in `agentkit_engine.runtime.eager` and `agentkit_engine.model`, with formulas and sources.
+it. The torch twins are in `agentkit_kernels.reference`, with formulas and sources.
 
 There are two kinds of arithmetic. `strict` code may fuse a product and a sum and nothing else: its sums are chains in
 loop order. `reduced` code may also sum a row in lanes, which is faster. All kernels are in one file because Numba
@@ -26,6 +26,8 @@ import numpy as np
 from numba.extending import overload
 from numpy.typing import NDArray
 
+from agentkit_kernels.ops import QUERY_BLOCK
+
 Floats = NDArray[np.float32]
 Halves = NDArray[np.uint16]
 """bfloat16 as uint16, because numpy has no bfloat16."""
@@ -34,8 +36,6 @@ Ints = NDArray[np.int64]
 Ints32 = NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-QUERY_BLOCK = 128
-"""Rows of a sequence that are written to its window ring together; a ring has this many rows more than the window."""
 TOGETHER = 64
 """Index scores that `choose` reads between two checks for too many candidates."""
 LINE = 16
@@ -238,7 +238,7 @@ def connect(
     streams_NMD: Floats,
     raw_NX: Floats,
     base_X: Floats,
-    scale_X: Floats,
+    scale_3: Floats,
     norm_D: Floats,
     norm_eps: np.float32,
     eps: np.float32,
@@ -258,7 +258,7 @@ def connect(
     for n in range(rows):
         scale = _inverse_rms(flat_NX[n], norm_eps)
         for x in range(base_X.shape[0]):
-            mix[x] = raw_NX[n, x] * scale * scale_X[x] + base_X[x]
+            mix[x] = raw_NX[n, x] * scale * scale_3[min(x // size, 2)] + base_X[x]
         for m in range(size):
             pre[m] = sigmoid(mix[m]) + eps
             post_NM[n, m] = _TWO * sigmoid(mix[size + m])
@@ -295,7 +295,7 @@ def collapse(
     streams_NMD: Floats,
     raw_NM: Floats,
     base_M: Floats,
-    scale: np.float32,
+    scale_1: Floats,
     norm_D: Floats,
     norm_eps: np.float32,
     eps: np.float32,
@@ -306,7 +306,7 @@ def collapse(
     for n in range(streams_NMD.shape[0]):
         rms = _inverse_rms(flat_NX[n], norm_eps)
         for m in range(base_M.shape[0]):
-            pre[m] = sigmoid(raw_NM[n, m] * rms * scale + base_M[m]) + eps
+            pre[m] = sigmoid(raw_NM[n, m] * rms * scale_1[0] + base_M[m]) + eps
         _read(streams_NMD[n], pre, norm_D, norm_eps, x_ND[n])
 
 
@@ -347,6 +347,7 @@ def heads(
     q_NX: Floats,
     projected_NX: Floats,
     column: int,
+    index_column: int,
     kv_norm_K: Floats,
     turns_NR: Floats,
     eps: np.float32,
@@ -356,7 +357,7 @@ def heads(
     weights_NJ: Floats,
 ) -> None:
     """Compute the queries (normed per head, rotated, scaled by K^-0.5), the key-value row (from column `column` of
-    `projected`), and, unless J is 0, the indexer's queries and head weights, which follow them."""
+    `projected`), and, unless J is 0, the indexer's queries and its head weights (from column `index_column`)."""
     rows, num_heads, size = q_NHK.shape
     _, index_heads, index_size = q_index_NJC.shape
     scale, at = np.float32(size) ** -_HALF, num_heads * size
@@ -379,7 +380,7 @@ def heads(
         for j in range(index_heads):
             q_index_NJC[n, j] = q_NX[n, at + j * index_size : at + (j + 1) * index_size]
             _rotate(q_index_NJC[n, j], turns_NR[n], _ONE)
-            weights_NJ[n, j] = projected_NX[n, column + size + j] * index_scale
+            weights_NJ[n, j] = projected_NX[n, index_column + j] * index_scale
 
 
 @reduced

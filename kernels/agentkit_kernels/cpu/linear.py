@@ -4,7 +4,7 @@ Weights are float32 or bfloat16; products of both are computed in float32. So bf
 give the same bits as if they had been widened to float32 when they were loaded.
 
 A library multiplies many rows: oneDNN where this torch has it, which on AVX-512 is twice as fast as torch's BLAS. For a
-few rows the call alone costs more than the arithmetic; `cpu.multiply` computes them if it gives the library's bits,
+few rows the call alone costs more than the arithmetic; `loops.multiply` computes them if it gives the library's bits,
 which is probed when a model is packed.
 
 Dimension key: N rows, K inputs, O outputs.
@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agentkit_engine.runtime.invariance import chain_block, least_rows
-from agentkit_kernels import cpu
-from agentkit_kernels.cpu import Floats, Weights
+from agentkit_kernels.cpu import loops
+from agentkit_kernels.cpu.batch import Batch
+from agentkit_kernels.cpu.loops import Floats, Weights
+from agentkit_kernels.invariance import OUTPUTS, least_rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ FEW, FEW_OF_BF16 = 12, 32
 """Row counts up to which the kernel is faster than the library, which takes float32 weights only."""
 FEW_QUERIES = 16
 """Row count up to which the BLAS multiplies keys faster than oneDNN."""
+BLOCKS = (128, 192, 256, 384, 512, 768, 1024)
+"""Block sizes that libraries are known to sum in one chain, besides all inputs and half of them."""
 _local = threading.local()
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.enabled else None
 
@@ -97,14 +100,14 @@ class Product:
         self.rows = 1
         """From this row count on, the library gives a row the same bits whatever the other rows."""
         self.block = 0
-        """The block size with which `cpu.multiply` gives those bits too; 0 if none does."""
+        """The block size with which `loops.multiply` gives those bits too; 0 if none does."""
 
     def __call__(self, x_NK: Floats) -> Floats:
         rows = len(x_NK)
         if not self.block or rows > self.few:
             return multiply(x_NK, self.weight, self.rows)
         out_NO = np.empty((rows, self.array.shape[1]), np.float32)
-        cpu.multiply(x_NK, self.array, self.block, out_NO)
+        loops.multiply(x_NK, self.array, self.block, out_NO)
         return out_NO
 
 
@@ -144,7 +147,7 @@ def _library_linear(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
     return by_library(x_NK, weight_OK.t())
 
 
-def settle(products: Seq[Product], *, exact: bool) -> None:
+def settle(products: Sequence[Product], *, exact: bool) -> None:
     """Probe the row count that the library needs, and the products that a kernel can compute with the same bits."""
     if not exact:
         for product in products:
@@ -157,3 +160,53 @@ def settle(products: Seq[Product], *, exact: bool) -> None:
         if product.weight.shape not in blocks:
             blocks[product.weight.shape] = chain_block(product.weight, rows, by=by_library)
         product.rows, product.block = rows, blocks[product.weight.shape]
+
+
+def chain_block(weight_KO: Tensor, rows: int, *, by: Callable[[Tensor, Tensor], Tensor]) -> int:
+    """Return the block size with which `loops.multiply` gives the bits of `by` for `rows` rows and more; 0 if none.
+
+    This covers libraries that sum each block of inputs in one chain and add the blocks in order, as oneDNN and MKL do.
+    """
+    weight_KO = weight_KO[:, :OUTPUTS].float().contiguous()
+    inputs, outputs = weight_KO.shape
+    x_NK = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
+    expected, out_NO = by(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)
+    for block in dict.fromkeys((inputs, max(1, inputs // 2), *BLOCKS)):
+        loops.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO)
+        if np.array_equal(out_NO, expected):
+            return block
+    return 0
+
+
+class Stacked:
+    """The matrices [E, K, O] of all experts."""
+
+    def __init__(self, weights_EKO: Tensor) -> None:
+        self.array = as_array(weights_EKO)
+        self.all = weights_EKO.unbind()
+        self.product = Product(weights_EKO[0])  # all experts have the same shape
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+
+def linear(x: Floats, weight: Product) -> Floats:
+    return weight(x)
+
+
+def grouped_linear(x: Floats, weights: Sequence[Product]) -> Floats:
+    parts_GNX = np.ascontiguousarray(x.reshape(len(x), len(weights), -1).transpose(1, 0, 2))
+    return np.concatenate([weight(part) for weight, part in zip(weights, parts_GNX, strict=True)], 1)
+
+
+def embed(batch: Batch, table: Weights, streams: int) -> Floats:
+    rows_ND = table[batch.ids]
+    if rows_ND.dtype == np.uint16:
+        rows_ND = (rows_ND.astype(np.uint32) << 16).view(np.float32)
+    streams_NMD: Floats = np.repeat(rows_ND[:, None], streams, 1)
+    return streams_NMD
+
+
+def take(x: Floats, rows: Sequence[int]) -> Floats:
+    some: Floats = x[np.array(rows)]
+    return some

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +21,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 Padded = Callable[[int, int], int]
 
 CANDIDATES = (8, 16, 32)
-"""Row counts to try. 8 rows of the four mHC streams are the fewest whose element-wise functions fill `LANES`."""
-BLOCKS = (128, 192, 256, 384, 512, 768, 1024)
-"""Block sizes that libraries are known to sum in one chain, besides all inputs and half of them."""
+"""Row counts to try."""
 MOST = 512
 """Row count of the product that others are compared with: a full forward."""
 OUTPUTS = 4096
@@ -32,22 +29,24 @@ OUTPUTS = 4096
 
 
 def least_rows(
-    weights: Iterable[Tensor], *, at_least: int = 0, by: Sequence[Multiply] | None = None, padded: Padded | None = None
+    weights: Iterable[Tensor],
+    *,
+    candidates: Sequence[int] = CANDIDATES,
+    by: Sequence[Multiply] | None = None,
+    padded: Padded | None = None,
 ) -> int:
     """Return the smallest row count from which all products with `weights`, each [O, K], give each row the same bits.
 
     `by` lists the functions that compute the products; by default torch's linear and its batched product. If they
     only ever get certain row counts, `padded` maps a row count to the one they get, and no others are tried. If even
-    the largest candidate does not suffice, a warning says that results depend on the batch.
+    the largest of the `candidates` does not suffice, a warning says that results depend on the batch.
     """
     shapes = {weight.shape: weight for weight in weights}
-    for rows in CANDIDATES:
-        if rows >= at_least and all(
-            _holds(weight[:OUTPUTS], rows, by or (F.linear, _batched), padded) for weight in shapes.values()
-        ):
+    for rows in candidates:
+        if all(_holds(weight[:OUTPUTS], rows, by or (F.linear, _batched), padded) for weight in shapes.values()):
             return rows
     logger.warning("matrix products on this machine depend on their number of rows: results depend on the batch")
-    return max(CANDIDATES)
+    return max(candidates)
 
 
 def _holds(weight_OK: Tensor, rows: int, by: Sequence[Multiply], padded: Padded | None) -> bool:
@@ -65,21 +64,3 @@ def _holds(weight_OK: Tensor, rows: int, by: Sequence[Multiply], padded: Padded 
 
 def _batched(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
     return torch.bmm(x_NK[None], weight_OK.mT[None])[0]
-
-
-def chain_block(weight_KO: Tensor, rows: int, *, by: Multiply) -> int:
-    """Return the block size with which `cpu.multiply` gives the same bits as `by` for `rows` rows and more; 0 if none.
-
-    This covers libraries that sum each block of inputs in one chain and add the blocks in order, as oneDNN and MKL do.
-    """
-    from agentkit_kernels import cpu
-
-    weight_KO = weight_KO[:, :OUTPUTS].float().contiguous()
-    inputs, outputs = weight_KO.shape
-    x_NK = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
-    expected, out_NO = by(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)
-    for block in dict.fromkeys((inputs, max(1, inputs // 2), *BLOCKS)):
-        cpu.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO)
-        if np.array_equal(out_NO, expected):
-            return block
-    return 0

@@ -1,0 +1,108 @@
+"""`Cpu`: the operations of this folder, as `agentkit_kernels.ops.Ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agentkit_kernels.cpu.attention import attend
+from agentkit_kernels.cpu.batch import Batch
+from agentkit_kernels.cpu.compressor import compress
+from agentkit_kernels.cpu.experts import experts, swiglu
+from agentkit_kernels.cpu.hyper_connections import hc_head, hc_post, hc_post_pre, hc_pre
+from agentkit_kernels.cpu.indexer import COLUMNS, SCORED_ENTRIES, TopK, index_topk
+from agentkit_kernels.cpu.linear import (
+    Dots,
+    Product,
+    Stacked,
+    as_array,
+    embed,
+    grouped_linear,
+    linear,
+    settle,
+    take,
+)
+from agentkit_kernels.cpu.loops import Floats
+from agentkit_kernels.cpu.norm import rms_norm
+from agentkit_kernels.cpu.qkv import qkv
+from agentkit_kernels.cpu.rope import rotations
+from agentkit_kernels.cpu.router import route
+from agentkit_kernels.cpu.state import LayerState
+from agentkit_kernels.ops import Plan
+from agentkit_kernels.packing import packed
+from agentkit_kernels.reference import host_zeros
+
+
+class Cpu:
+    """See `ops.Ops`."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+        self._dots = Dots()
+        self._index_head_dim = 0
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return host_zeros(shape, dtype)
+
+    def state(self, pools: Mapping[str, Tensor]) -> LayerState:
+        if "index_entries" in pools:
+            self._index_head_dim = pools["index_entries"].shape[-1]
+        return LayerState(pools)
+
+    def weight(self, *parts_XK: Tensor, detached: Sequence[Tensor] = ()) -> Product:
+        self.products.append(Product(packed(*parts_XK, *detached)))
+        return self.products[-1]
+
+    def stack(self, *parts_EXK: Tensor) -> Stacked:
+        stacked = Stacked(packed(*parts_EXK))
+        self.products.append(stacked.product)
+        return stacked
+
+    def table(self, rows: Tensor) -> Any:
+        return as_array(rows.detach()) if rows.is_floating_point() else rows.numpy()
+
+    def vector(self, parameter: Tensor) -> Floats:
+        array: Floats = parameter.detach().float().contiguous().numpy()
+        return array
+
+    def settle(self, *, exact: bool) -> None:
+        settle(self.products, exact=exact)
+        if exact and self._index_head_dim:
+            self._dots.settle(self._index_head_dim, SCORED_ENTRIES, COLUMNS)
+
+    def batch(self, plan: Plan) -> Batch:
+        return Batch(plan)
+
+    def array(self, rows: Tensor, batch: Batch) -> Floats:
+        array: Floats = rows.numpy()
+        return array
+
+    def tensor(self, array: Floats) -> Tensor:
+        return torch.from_numpy(array)
+
+    def index_topk(
+        self, index_q: Floats, index_weights: Floats, batch: Batch, state: LayerState, *, ratio: int, top_k: int
+    ) -> TopK:
+        return index_topk(index_q, index_weights, batch, state, self._dots, ratio=ratio, top_k=top_k)
+
+    attend = staticmethod(attend)
+    compress = staticmethod(compress)
+    embed = staticmethod(embed)
+    experts = staticmethod(experts)
+    grouped_linear = staticmethod(grouped_linear)
+    hc_head = staticmethod(hc_head)
+    hc_post = staticmethod(hc_post)
+    hc_post_pre = staticmethod(hc_post_pre)
+    hc_pre = staticmethod(hc_pre)
+    linear = staticmethod(linear)
+    qkv = staticmethod(qkv)
+    rms_norm = staticmethod(rms_norm)
+    rotations = staticmethod(rotations)
+    route = staticmethod(route)
+    swiglu = staticmethod(swiglu)
+    take = staticmethod(take)

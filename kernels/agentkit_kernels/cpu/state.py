@@ -1,0 +1,36 @@
+"""One layer's state pools as numpy arrays. Dimension key: `agentkit_kernels.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from agentkit_kernels.cpu.loops import Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Pools of one compressor: entries by span, [spans * entries per span, K], and open rows by slot."""
+
+    entries: Floats
+    per_span: int
+    spans: Tensor
+    """The entries as a tensor [spans, entries per span, K]."""
+    values: Floats
+    scores: Floats
+
+
+class LayerState:
+    """See `ops.Ops.state`; `compressors` has one `Pool` per prefix."""
+
+    def __init__(self, pools: Mapping[str, Tensor]) -> None:
+        self.ring: Floats = pools["window"].numpy()
+        self.compressors = {prefix: _pool(pools, prefix) for prefix in ("", "index_") if f"{prefix}entries" in pools}
+
+
+def _pool(pools: Mapping[str, Tensor], prefix: str) -> Pool:
+    entries = pools[f"{prefix}entries"]
+    values, scores = pools[f"{prefix}values"], pools[f"{prefix}scores"]
+    return Pool(entries.flatten(0, 1).numpy(), entries.shape[1], entries, values.numpy(), scores.numpy())

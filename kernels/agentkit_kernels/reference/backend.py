@@ -1,0 +1,95 @@
+"""`Reference`: the operations of this folder, as `agentkit_kernels.ops.Ops`."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from agentkit_kernels.invariance import least_rows
+from agentkit_kernels.ops import Plan
+from agentkit_kernels.reference.attention import attend
+from agentkit_kernels.reference.batch import ROWS, Batch, pad_rows
+from agentkit_kernels.reference.compressor import compress
+from agentkit_kernels.reference.experts import experts, swiglu
+from agentkit_kernels.reference.hyper_connections import hc_head, hc_post, hc_post_pre, hc_pre
+from agentkit_kernels.reference.indexer import index_topk
+from agentkit_kernels.reference.linear import Weight, embed, grouped_linear, linear, take
+from agentkit_kernels.reference.norm import rms_norm
+from agentkit_kernels.reference.qkv import qkv
+from agentkit_kernels.reference.rope import rotations
+from agentkit_kernels.reference.router import route
+from agentkit_kernels.reference.state import FreshState, LayerState, PooledState
+
+
+def host_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros in host memory, of which the operating system allocates each page when it is first written."""
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    return torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(*shape)
+
+
+class Reference:
+    """See `ops.Ops`."""
+
+    name = "reference"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._shapes: dict[torch.Size, Tensor] = {}
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.device.type == "cpu":
+            return host_zeros(shape, dtype)
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+    def state(self, pools: Mapping[str, Tensor]) -> LayerState:
+        return PooledState(pools) if pools else FreshState()
+
+    def weight(self, *parts_XK: Tensor, detached: Sequence[Tensor] = ()) -> Weight:
+        self._shapes |= {part.shape: part for part in (*parts_XK, *detached)}
+        return Weight(parts_XK, tuple(detached))
+
+    def stack(self, *parts_EXK: Tensor) -> Weight:
+        self._shapes |= {part[0].shape: part[0] for part in parts_EXK}
+        return Weight(parts_EXK)
+
+    def table(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def vector(self, parameter: Tensor) -> Tensor:
+        return parameter
+
+    def settle(self, *, exact: bool) -> None:
+        if exact:
+            with torch.no_grad():
+                least_rows([weight.float() for weight in self._shapes.values()], candidates=(ROWS,))
+
+    def batch(self, plan: Plan) -> Batch:
+        return Batch(plan, self.device)
+
+    def array(self, rows: Tensor, batch: Batch) -> Tensor:
+        return pad_rows(rows)
+
+    def tensor(self, array: Tensor) -> Tensor:
+        return array
+
+    attend = staticmethod(attend)
+    compress = staticmethod(compress)
+    embed = staticmethod(embed)
+    experts = staticmethod(experts)
+    grouped_linear = staticmethod(grouped_linear)
+    hc_head = staticmethod(hc_head)
+    hc_post = staticmethod(hc_post)
+    hc_post_pre = staticmethod(hc_post_pre)
+    hc_pre = staticmethod(hc_pre)
+    index_topk = staticmethod(index_topk)
+    linear = staticmethod(linear)
+    qkv = staticmethod(qkv)
+    rms_norm = staticmethod(rms_norm)
+    rotations = staticmethod(rotations)
+    route = staticmethod(route)
+    swiglu = staticmethod(swiglu)
+    take = staticmethod(take)

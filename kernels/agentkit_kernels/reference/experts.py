@@ -1,0 +1,42 @@
+"""Mixture of experts: each expert multiplies the rows routed to it. Source: the DeepSeek-V4 reference.
+
+Dimension key: `agentkit_kernels.ops`; P (token, expert) pairs, in the order of the experts, padded per expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agentkit_kernels.reference.batch import ROWS, Batch
+from agentkit_kernels.reference.linear import Weight, linear
+
+
+def swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float, shared: Tensor, batch: Batch
+) -> Tensor:
+    active, flat = experts.shape[1], experts[: batch.tokens].flatten()
+    order = flat.argsort(stable=True)
+    counts: list[int] = torch.bincount(flat, minlength=len(w2.parts[0])).tolist()
+    pairs, places, sizes, first = [], [], {}, 0
+    for expert, mine in enumerate(torch.split(order, counts)):
+        if len(mine):
+            sizes[expert] = -(-len(mine) // ROWS) * ROWS
+            pairs += [mine, mine[:1].expand(sizes[expert] - len(mine))]
+            places.append(torch.arange(first, first + len(mine), device=x.device))
+            first += sizes[expert]
+    pairs_P = torch.cat(pairs)
+    rows = torch.split(x.index_select(0, pairs_P // active), list(sizes.values()))
+    gate_up = torch.cat([linear(part, w13.of(expert)) for expert, part in zip(sizes, rows, strict=True)])
+    hidden = swiglu(gate_up, limit) * weights.flatten()[pairs_P].unsqueeze(1)
+    parts = torch.split(hidden, list(sizes.values()))
+    down = torch.cat([linear(part, w2.of(expert)) for expert, part in zip(sizes, parts, strict=True)])
+    place_of_pair = torch.empty_like(order).scatter_(0, order, torch.cat(places))
+    routed = down.index_select(0, place_of_pair).view(batch.tokens, active, -1).sum(1)
+    return F.pad(routed, (0, 0, 0, len(x) - batch.tokens)) + shared
