@@ -37,13 +37,13 @@ def index_topk(
     room = 2 * top_k + loops.TOGETHER
     picks_NP, best_NP = np.empty((batch.tokens, room), np.int64), empty(batch.tokens, room)
     least_N = np.full(batch.tokens, -np.inf, np.float32)
-    for table, (low, high) in zip(batch.block_tables, pairwise(batch.cu_seqlens.tolist()), strict=True):
+    for sequence, (low, high) in enumerate(pairwise(batch.cu_seqlens.tolist())):
         most = int(visible_N[high - 1])
         if most <= top_k:
             picks_NP[low:high, :top_k] = np.arange(top_k)
             continue
         counts_N[low:high] = 0
-        for entry, keys_SC in _tiles(pool, table, most):
+        for entry, keys_SC in _tiles(pool, batch, sequence, most):
             together = max(1, SCORE_TILE // (len(keys_SC) * heads))
             for some in (slice(first, min(first + together, high)) for first in range(low, high, together)):
                 dots_XS = dots(index_q[some].reshape(-1, index_q.shape[2]), keys_SC)
@@ -55,7 +55,7 @@ def index_topk(
     return picks_NP, counts_N
 
 
-def _tiles(pool: Pool, table: Ints, count: int) -> Iterator[tuple[int, Tensor]]:
+def _tiles(pool: Pool, batch: Batch, sequence: int, count: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the first `count` index keys of a sequence in tiles: the number of the first entry, and the keys [S, C].
 
     Consecutive spans are not copied. The last tile may hold further keys, up to a multiple of `COLUMNS`.
@@ -63,9 +63,9 @@ def _tiles(pool: Pool, table: Ints, count: int) -> Iterator[tuple[int, Tensor]]:
     per_span = pool.per_span
     spans_of_tile = SCORED_ENTRIES // per_span
     needed = -(-count // per_span)
-    consecutive = bool((np.diff(table[:needed]) == 1).all())
     for first in range(0, needed, spans_of_tile):
-        spans = table[first : min(first + spans_of_tile, needed)]
+        spans = batch.spans[sequence][first : min(first + spans_of_tile, needed)]
         entries = min(len(spans) * per_span, -(-(count - first * per_span) // COLUMNS) * COLUMNS)
-        keys_SC = pool.spans[int(spans[0]) : int(spans[0]) + len(spans)] if consecutive else pool.spans[spans]
+        some = slice(spans[0], spans[0] + len(spans)) if batch.consecutive[sequence] else list(spans)
+        keys_SC = pool.spans[some]
         yield first * per_span, keys_SC.flatten(0, 1)[:entries]

@@ -23,15 +23,15 @@ SCORE_BUDGET = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens [low, high) of a group, whose attention is computed together; `positions` are theirs."""
+    """Tokens of a group whose attention is computed together.
 
-    low: int
-    high: int
+    They share products with all rows and entries up to `end`, the next multiple of `QUERY_BLOCK`, and what a query must
+    not see is masked. So the shapes of the products depend on positions only, and not on the cut into forwards.
+    """
+
+    tokens: slice
     positions: Tensor
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.low, self.high)
+    end: int
 
 
 class Group:
@@ -51,7 +51,10 @@ class Group:
         while size > 1 and size * self.sequences * self.end > SCORE_BUDGET:
             size //= 2
         bounds = [0, *range(size - self.start % size, self.tokens, size), self.tokens]
-        self.blocks = [Block(low, high, self.positions[low:high]) for low, high in itertools.pairwise(bounds)]
+        self.blocks = [
+            Block(slice(low, high), self.positions[low:high], -(-(self.start + high) // QUERY_BLOCK) * QUERY_BLOCK)
+            for low, high in itertools.pairwise(bounds)
+        ]
 
     def take(self, rows: Tensor) -> Tensor:
         """Return this group's part of a forward's rows, a view [B, T, ...]."""
@@ -75,7 +78,8 @@ class Batch:
 
     def gather(self, parts_BTX: list[Tensor]) -> Tensor:
         """Return the rows of all groups, end to end and padded: the inverse of `Group.take`."""
-        return pad_rows(torch.cat([part.flatten(0, 1) for part in parts_BTX]))
+        flat = [part.flatten(0, 1) for part in parts_BTX]
+        return pad_rows(flat[0] if len(flat) == 1 else torch.cat(flat))
 
 
 def pad_rows(x: Tensor) -> Tensor:

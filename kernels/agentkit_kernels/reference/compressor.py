@@ -13,21 +13,24 @@ from torch import Tensor
 
 from agentkit_kernels.ops import Compressor
 from agentkit_kernels.reference.batch import Batch, Group, pad_rows
+from agentkit_kernels.reference.linear import Columns, columns
 from agentkit_kernels.reference.norm import rms_norm
 from agentkit_kernels.reference.rope import rotate, rotations_at
 from agentkit_kernels.reference.state import LayerState
 
 
-def compress(projected: Tensor, compressor: Compressor, batch: Batch, state: LayerState) -> None:
+def compress(projected: Tensor | Columns, compressor: Compressor, batch: Batch, state: LayerState) -> None:
     width = compressor.ape.shape[1]
-    columns = slice(compressor.column, compressor.column + 2 * width)
+    values = columns(projected, compressor.column, width)
+    scores = columns(projected, compressor.column + width, width)
     for group in batch.groups:
-        values_BTX, scores_BTX = torch.split(group.take(projected)[..., columns], width, dim=-1)
-        scores_BTX = scores_BTX + compressor.ape.float()[group.positions % compressor.ratio]
+        values_BTX = group.take(values)
+        scores_BTX = group.take(scores) + compressor.ape.float()[group.positions % compressor.ratio]
         first, last = group.start // compressor.ratio, group.end // compressor.ratio
+        entries_BWK = values.new_empty(group.sequences, 0, len(compressor.norm))
         if last > first:
             entries_BWK = _entries(values_BTX, scores_BTX, first, last, compressor, group, state)
-            state.store_entries(group, compressor.prefix, first, entries_BWK)
+        state.store_entries(group, compressor.prefix, first, entries_BWK)
         state.store_open_rows(group, compressor.prefix, values_BTX, scores_BTX)
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.reference.batch import ROWS, Batch
-from agentkit_kernels.reference.linear import Weight, linear
+from agentkit_kernels.reference.linear import Columns, Weight
 
 
-def swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
+def swiglu(gate_up: Tensor | Columns, limit: float) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1) if isinstance(gate_up, Tensor) else gate_up.parts
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
@@ -31,12 +31,16 @@ def experts(
             pairs += [mine, mine[:1].expand(sizes[expert] - len(mine))]
             places.append(torch.arange(first, first + len(mine), device=x.device))
             first += sizes[expert]
+
+    def multiply(rows_PK: Tensor, weight_EXK: Tensor) -> Tensor:
+        parts, weights_XK = torch.split(rows_PK, list(sizes.values())), weight_EXK.unbind()
+        return torch.cat([F.linear(part, weights_XK[e].float()) for e, part in zip(sizes, parts, strict=True)])
+
     pairs_P = torch.cat(pairs)
-    rows = torch.split(x.index_select(0, pairs_P // active), list(sizes.values()))
-    gate_up = torch.cat([linear(part, w13.of(expert)) for expert, part in zip(sizes, rows, strict=True)])
+    rows_PD = x.index_select(0, pairs_P // active)
+    gate_up = Columns(tuple(multiply(rows_PD, part) for part in w13.parts))
     hidden = swiglu(gate_up, limit) * weights.flatten()[pairs_P].unsqueeze(1)
-    parts = torch.split(hidden, list(sizes.values()))
-    down = torch.cat([linear(part, w2.of(expert)) for expert, part in zip(sizes, parts, strict=True)])
     place_of_pair = torch.empty_like(order).scatter_(0, order, torch.cat(places))
-    routed = down.index_select(0, place_of_pair).view(batch.tokens, active, -1).sum(1)
-    return F.pad(routed, (0, 0, 0, len(x) - batch.tokens)) + shared
+    routed = multiply(hidden, w2.parts[0]).index_select(0, place_of_pair).view(batch.tokens, active, -1).sum(1)
+    padding = len(x) - batch.tokens
+    return (F.pad(routed, (0, 0, 0, padding)) if padding else routed) + shared

@@ -2,7 +2,7 @@
 
 I(t, w) = sum_j weight_j(t) * relu(q_j(t) · k_w). Selection has no gradient; the indexer learns from its own loss, for
 which a `Trace` records its scores. Source: DeepSeek-V3.2 (arXiv:2512.02556) and the DeepSeek-V4 reference.
-Dimension key: `reference/batch.py`; U queries of a block, S entries of its tiles.
+Dimension key: `reference/batch.py`; U queries of a block, S entries up to its end.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.reference.batch import ROWS, Batch
 from agentkit_kernels.reference.state import LayerState
 from agentkit_kernels.trace import IndexTrace
-
-TILES = (0, 32, 128, 256, 512)
-"""Starts of the first tiles of entries; from the last start on, every tile has that size. A library may compute the
-columns of a product differently when there are more of them, so products with entries have these sizes only."""
 
 
 @dataclass(slots=True)
@@ -26,7 +23,7 @@ class TopK:
     """The choice of every query block of a batch, in order.
 
     Attributes:
-        chosen: bool [B, U, S] over the tiles' entries, or None if a block's queries attend to all they may see.
+        chosen: bool [B, U, S], or None if a block's queries attend to all they may see.
         traces: The records of the blocks, if the batch has a trace.
     """
 
@@ -34,21 +31,12 @@ class TopK:
     traces: list[IndexTrace | None] = field(default_factory=list)
 
 
-def tiles(count: int) -> list[tuple[int, int]]:
-    """Return the bounds of the tiles that hold the first `count` entries."""
-    bounds = [start for start in TILES if start < count]
-    if bounds and bounds[-1] == TILES[-1]:
-        bounds += range(2 * TILES[-1], count, TILES[-1])
-    ends = [*bounds[1:], next((start for start in TILES if start >= count), -(-count // TILES[-1]) * TILES[-1])]
-    return list(zip(bounds, ends, strict=True)) if bounds else []
-
-
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Batched product [B, X, K] · [B, K, S] whose left rows are padded to `ROWS`."""
     missing = ROWS - a.shape[1]
     if missing <= 0:
         return torch.bmm(a, b)
-    return torch.bmm(torch.nn.functional.pad(a, (0, 0, 0, missing)), b)[:, : a.shape[1]]
+    return torch.bmm(F.pad(a, (0, 0, 0, missing)), b)[:, : a.shape[1]]
 
 
 def index_scores(q_BUJC: Tensor, keys_BSC: Tensor, weights_BUJ: Tensor) -> Tensor:
@@ -79,17 +67,17 @@ def index_topk(
     for group in batch.groups:
         q_BTJC, weights_BTJ = group.take(index_q), group.take(index_weights)
         for block in group.blocks:
-            counts_U1 = ((block.positions + 1) // ratio).unsqueeze(1)
-            most = (group.start + block.high) // ratio
-            if most == 0 or (most <= top_k and not recording):
+            visible = int(block.positions[-1] + 1) // ratio
+            if visible == 0 or (visible <= top_k and not recording):
                 result.chosen.append(None)
                 result.traces.append(None)
                 continue
-            some = q_BTJC[:, block.tokens], weights_BTJ[:, block.tokens]
-            parts = [index_scores(some[0], state.entries(group, "index_", *tile), some[1]) for tile in tiles(most)]
-            scores_BUS = torch.cat(parts, dim=-1)
-            visible_US = torch.arange(scores_BUS.shape[-1], device=scores_BUS.device) < counts_U1
+            keys_BSC = state.entries(group, "index_", block.end // ratio)
+            scores_BUS = index_scores(q_BTJC[:, block.tokens], keys_BSC, weights_BTJ[:, block.tokens])
+            visible_US = (
+                torch.arange(keys_BSC.shape[1], device=keys_BSC.device) < (block.positions[:, None] + 1) // ratio
+            )
             result.chosen.append(select_top_k(scores_BUS.detach(), top_k, visible_US))
-            start = group.start + block.low
+            start = group.start + block.tokens.start
             result.traces.append(IndexTrace(start, scores_BUS, visible_US) if recording else None)
     return result

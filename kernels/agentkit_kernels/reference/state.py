@@ -19,7 +19,7 @@ class LayerState(Protocol):
     """One layer's state, as the operations read and write it."""
 
     def window(self, group: Group, positions: Tensor, like: Tensor) -> Tensor:
-        """Return the window rows of earlier tokens, [B, S, K]; any finite values where a position is negative."""
+        """Return the window rows of earlier tokens, [B, S, K]."""
 
     def store_window(self, group: Group, kv_BTK: Tensor) -> None:
         """Store the rows of the group's tokens."""
@@ -30,8 +30,8 @@ class LayerState(Protocol):
     def store_open_rows(self, group: Group, prefix: str, values_BTX: Tensor, scores_BTX: Tensor) -> None:
         """Store the values and scores of the group's tokens."""
 
-    def entries(self, group: Group, prefix: str, low: int, high: int) -> Tensor:
-        """Return the entries from `low` on, [B, high - low, K]; zeros where none is stored."""
+    def entries(self, group: Group, prefix: str, count: int) -> Tensor:
+        """Return the first `count` entries, [B, count, K]; zeros where none is stored."""
 
     def store_entries(self, group: Group, prefix: str, first: int, entries_BWK: Tensor) -> None:
         """Store entries, from number `first` on."""
@@ -59,9 +59,9 @@ class PooledState:
         self._store(group, f"{prefix}values", values_BTX)
         self._store(group, f"{prefix}scores", scores_BTX)
 
-    def entries(self, group: Group, prefix: str, low: int, high: int) -> Tensor:
+    def entries(self, group: Group, prefix: str, count: int) -> Tensor:
         pool = self.pools[f"{prefix}entries"]
-        numbers = torch.arange(low, high, device=pool.device)
+        numbers = torch.arange(count, device=pool.device)
         columns = numbers // pool.shape[1]
         missing = int(columns[-1]) + 1 - group.block_tables.shape[1]
         tables = F.pad(group.block_tables, (0, max(0, missing)))  # span 0 stays zero
@@ -100,9 +100,9 @@ class FreshState:
     def store_open_rows(self, group: Group, prefix: str, values_BTX: Tensor, scores_BTX: Tensor) -> None:
         pass
 
-    def entries(self, group: Group, prefix: str, low: int, high: int) -> Tensor:
-        entries = self._entries[group.rows.start, prefix][:, low:high]
-        return F.pad(entries, (0, 0, 0, high - low - entries.shape[1]))
+    def entries(self, group: Group, prefix: str, count: int) -> Tensor:
+        entries = self._entries[group.rows.start, prefix][:, :count]
+        return F.pad(entries, (0, 0, 0, count - entries.shape[1]))
 
     def store_entries(self, group: Group, prefix: str, first: int, entries_BWK: Tensor) -> None:
         self._entries[group.rows.start, prefix] = entries_BWK
