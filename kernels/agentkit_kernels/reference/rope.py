@@ -23,6 +23,6 @@ def rotate(x: Tensor, rotations_NR: Tensor, *, inverse: bool = False) -> Tensor:
     rotary = rotations_NR.shape[-1]
     turns = torch.view_as_complex(rotations_NR.view(len(rotations_NR), *[1] * (x.dim() - 2), -1, 2))
     plain, rest = torch.split(x, [x.shape[-1] - rotary, rotary], dim=-1)
-    pairs = torch.view_as_complex(rest.contiguous().view(*rest.shape[:-1], -1, 2))
+    pairs = torch.view_as_complex(rest.clone(memory_format=torch.contiguous_format).view(*rest.shape[:-1], -1, 2))
     rotated = torch.view_as_real(pairs * (turns.conj_physical() if inverse else turns)).flatten(-2)
     return torch.cat((plain, rotated), dim=-1)
