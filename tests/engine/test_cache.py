@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from agentkit_engine.model.cache import RowBuffer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from agentkit_engine.model import Decoder
-from agentkit_engine.model.cache import RowBuffer
 from agentkit_engine.spec import ModelSpec
 
 

@@ -11,6 +11,8 @@ import numba
 import numpy as np
 import pytest
 import torch
+from agentkit_engine.runtime.compiled import CompiledLayers
+from agentkit_engine.runtime.invariance import chain_block, least_rows
 from torch import Tensor
 
 import agentkit_engine.engine
@@ -18,8 +20,6 @@ from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Batcher, Pools, Runner, invariance
 from agentkit_engine.runtime import products as products_module
-from agentkit_engine.runtime.compiled import CompiledLayers
-from agentkit_engine.runtime.invariance import chain_block, least_rows
 from agentkit_engine.runtime.runner import NUMERICS, machine
 from agentkit_kernels import cpu
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from agentkit_engine.runtime.compiled import CompiledLayers
 from torch import Tensor
 
 from agentkit_engine import Engine, ModelSpec, NonFiniteLogitsError, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Batcher, Pools, Work
 from agentkit_engine.runtime.batcher import CHECKPOINT_EVERY, SHORT_PROMPT
-from agentkit_engine.runtime.compiled import CompiledLayers
 from agentkit_engine.runtime.prefix_cache import IdChain
 from agentkit_engine.runtime.state import SPAN
 

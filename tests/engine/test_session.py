@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from agentkit_engine.runtime.compiled import Batch, CompiledLayers
 from anyio import lowlevel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,6 @@ from agentkit_engine import (
 )
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.runtime import Segment
-from agentkit_engine.runtime.compiled import Batch, CompiledLayers
 from agentkit_engine.runtime.segments import Computed
 from agentkit_engine.sampler import _change, sample, uniform
 from agentkit_kernels.cpu import Floats

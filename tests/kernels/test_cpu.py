@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkit_engine.model import attention, hyper_connections, moe
-from agentkit_engine.model.rope import rotate
-from agentkit_kernels import cpu
-from agentkit_kernels.cpu import Floats, Ints
+from agentkit_kernels.cpu import loops
+from agentkit_kernels.cpu.loops import Floats, Ints
+from agentkit_kernels.ops import QUERY_BLOCK, Heads, HyperConnection, HyperHead
+from agentkit_kernels.reference import experts as experts_twin
+from agentkit_kernels.reference import hyper_connections
+from agentkit_kernels.reference.linear import Weight
+from agentkit_kernels.reference.qkv import qkv
+from agentkit_kernels.reference.rope import rotate, rotations_at
 
 EPS = np.float32(1e-6)
 sizes = st.integers(1, 9)
@@ -32,11 +36,11 @@ def close(actual: Floats, expected: torch.Tensor, tolerance: float = 2e-5) -> No
 
 def test_exp_is_within_two_units_of_the_last_place() -> None:
     xs = np.concatenate([np.linspace(-87, 88, 20_001), np.linspace(-1e-3, 1e-3, 101)]).astype(np.float32)
-    found = np.array([cpu.exp(x) for x in xs])
+    found = np.array([loops.exp(x) for x in xs])
     expected = np.exp(xs.astype(np.float64))
     assert float(np.max(np.abs(found - expected) / np.spacing(expected.astype(np.float32)))) <= 2
-    assert cpu.exp(np.float32(-np.inf)) == cpu.exp(np.float32(-200)) == 0
-    assert np.isnan(cpu.exp(np.float32(np.nan))) and np.isfinite(cpu.exp(np.float32(1000)))
+    assert loops.exp(np.float32(-np.inf)) == loops.exp(np.float32(-200)) == 0
+    assert np.isnan(loops.exp(np.float32(np.nan))) and np.isfinite(loops.exp(np.float32(1000)))
 
 
 @settings(deadline=None, max_examples=30)
@@ -44,22 +48,22 @@ def test_exp_is_within_two_units_of_the_last_place() -> None:
 def test_products_for_any_block(rows: int, inputs: int, outputs: int, block: int) -> None:
     x, weight = randoms(rows, rows, inputs), randoms(inputs, inputs, outputs)
     out = np.empty((rows, outputs), np.float32)
-    cpu.multiply(x, weight, block, out)
+    loops.multiply(x, weight, block, out)
     close(out, torch.from_numpy(x) @ torch.from_numpy(weight))
     one = np.empty((1, outputs), np.float32)
     for row in range(rows):
-        cpu.multiply(x[row : row + 1], weight, block, one)
+        loops.multiply(x[row : row + 1], weight, block, one)
         assert np.array_equal(one[0], out[row])
 
 
 @pytest.mark.parametrize(("inputs", "block"), [(150, 150), (150, 75), (37, 10), (3, 7)])
 def test_wide_products_are_tiled_and_bfloat16_is_exact(inputs: int, block: int) -> None:
-    outputs = 2 * cpu.OUTPUTS_TOGETHER + 17
+    outputs = 2 * loops.OUTPUTS_TOGETHER + 17
     x, weight = randoms(0, 3, inputs), torch.from_numpy(randoms(1, inputs, outputs)).bfloat16()
     out, half = np.empty((3, outputs), np.float32), np.empty((3, outputs), np.float32)
-    cpu.multiply(x, weight.float().numpy(), block, out)
+    loops.multiply(x, weight.float().numpy(), block, out)
     close(out, torch.from_numpy(x) @ weight.float(), 1e-4)
-    cpu.multiply(x, weight.view(torch.uint16).numpy(), block, half)
+    loops.multiply(x, weight.view(torch.uint16).numpy(), block, half)
     assert np.array_equal(out, half)
 
 
@@ -74,19 +78,40 @@ def test_hyper_connections(rows: int, size: int, dim: int, iterations: int, seed
         torch.from_numpy(randoms(seed + i, *shape)) for i, shape in enumerate([(maps, size * dim), (maps,), (3,)])
     )
     norm = randoms(seed + 5, dim)
-    x_ND, mixing = hyper_connections.connect(
-        torch.from_numpy(streams), fn, base, scale, norm_eps=1e-6, eps=1e-6, iterations=iterations
-    )
+    connection = HyperConnection(Weight((fn,)), base, scale, torch.from_numpy(norm), 1e-6, 1e-6, iterations)
+    x_ND, mixing = hyper_connections.hc_pre(torch.from_numpy(streams), connection)
     raw = (torch.from_numpy(streams).flatten(1) @ fn.T).numpy()
-    scales = scale[hyper_connections.scale_of_output(size, torch.device("cpu"))].numpy()
     x, post, comb = (np.empty(shape, np.float32) for shape in [(rows, dim), (rows, size), (rows, size, size)])
-    cpu.connect(streams, raw, base.numpy(), scales, norm, EPS, EPS, iterations, x, post, comb)
+    loops.connect(streams, raw, base.numpy(), scale.numpy(), norm, EPS, EPS, iterations, x, post, comb)
     close(post, mixing.post_NM)
     close(comb, mixing.comb_NMM, 1e-4)
-    close(x, F.rms_norm(x_ND, (dim,), torch.from_numpy(norm), 1e-6), 1e-3)
+    close(x, x_ND, 1e-3)
     out = np.empty_like(streams)
-    cpu.write(streams, y, post, comb, out)
-    close(out, hyper_connections.write(torch.from_numpy(streams), torch.from_numpy(y), mixing), 1e-3)
+    loops.write(streams, y, post, comb, out)
+    close(out, hyper_connections.hc_post(torch.from_numpy(streams), torch.from_numpy(y), mixing), 1e-3)
+    head = HyperHead(Weight((fn[:size],)), base[:size], scale[:1], torch.from_numpy(norm), 1e-6, 1e-6)
+    collapsed = np.empty_like(x)
+    raw_NM = np.ascontiguousarray(raw[:, :size])
+    loops.collapse(streams, raw_NM, base.numpy()[:size], scale.numpy()[:1], norm, EPS, EPS, collapsed)
+    close(collapsed, hyper_connections.hc_head(torch.from_numpy(streams), head), 1e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=sizes, heads=st.integers(1, 4), index_heads=st.integers(0, 3), size=st.integers(2, 9), seed=seeds)
+def test_queries_and_key_value_rows(rows: int, heads: int, index_heads: int, size: int, seed: int) -> None:
+    """The columns of the fused projection lie behind and between others."""
+    index_size, kv_column, index_column = size + 1, 3, 3 + size + 2
+    q = randoms(seed, rows, heads * size + index_heads * index_size)
+    projected, kv_norm = randoms(seed + 1, rows, index_column + index_heads + 1), randoms(seed + 2, size)
+    turns = rotations_at(torch.arange(7, 7 + rows), torch.tensor([0.7]))
+    layout = Heads(heads, size, kv_column, torch.from_numpy(kv_norm), 1e-6, index_heads, index_size, index_column)
+    expected = qkv(torch.from_numpy(q), torch.from_numpy(projected), turns, layout)
+    shapes = [(rows, heads, size), (rows, size), (rows, index_heads, index_size), (rows, index_heads)]
+    outs = [np.full(shape, np.nan, np.float32) for shape in shapes]
+    loops.heads(q, projected, kv_column, index_column, kv_norm, turns.numpy(), EPS, *outs)
+    for out, twin in zip(outs, expected, strict=True):
+        if out.size:
+            close(out, twin, 1e-4)
 
 
 @settings(deadline=None, max_examples=40)
@@ -113,13 +138,13 @@ def test_attention_covers_window_and_entries_for_any_chunks(
         for n in range(length):
             picks[n, : counts[n]] = np.sort(draws.permutation(seen[n])[: counts[n]])
     turns = np.empty((length, rotary), np.float32)
-    cpu.rotations(np.arange(length), np.array([0.7, 0.01], np.float32), turns)
-    ring = np.zeros((3, window + cpu.QUERY_BLOCK, size), np.float32)
+    loops.rotations(np.arange(length), np.array([0.7, 0.01], np.float32), turns)
+    ring = np.zeros((3, window + QUERY_BLOCK, size), np.float32)
     out = np.empty_like(q)
     low = 0
     for chunk in chunks:
         some = slice(low, low + chunk)
-        cpu.attend(
+        loops.attend(
             q[some], kv[some], turns[some], np.array([0, chunk]), np.arange(low, low + chunk), np.array([1]), ring,
             window, ratio, entries, per_span, spans[None], picks[some], counts[some], sink, out[some],
         )  # fmt: skip
@@ -129,11 +154,10 @@ def test_attention_covers_window_and_entries_for_any_chunks(
         if ratio:
             chosen = picks[n, : counts[n]] if picking else np.arange((n + 1) // ratio)
             seen_rows.append(entries[spans[chosen // per_span] * per_span + chosen % per_span])
-        rows = torch.from_numpy(np.concatenate(seen_rows))[None]
-        query = torch.from_numpy(q[n])[None, None] * size**0.5  # the twin scales queries itself
-        expected = attention.attend(query, rows, torch.from_numpy(sink))
-        turned_back = torch.view_as_complex(torch.from_numpy(turns[n]).view(1, -1, 2)).conj()
-        close(out[n], rotate(expected, turned_back)[0, 0])
+        rows = torch.from_numpy(np.concatenate(seen_rows))
+        scores = torch.cat((torch.from_numpy(q[n]) @ rows.T, torch.from_numpy(sink).unsqueeze(1)), dim=1)
+        expected = scores.softmax(1)[:, :-1] @ rows
+        close(out[n], rotate(expected[None], torch.from_numpy(turns[n : n + 1]), inverse=True)[0])
 
 
 @settings(deadline=None, max_examples=60)
@@ -149,13 +173,13 @@ def test_selection_is_a_stable_sort_for_any_tiles(
     dots = draws.integers(-levels, levels + 1, (2, heads, entries)).astype(np.float32)
     weights = draws.integers(-2, 3, (2, heads)).astype(np.float32)
     visible = draws.integers(0, entries + 1, 2)
-    room = 2 * top_k + cpu.TOGETHER
+    room = 2 * top_k + loops.TOGETHER
     best, picks = np.empty((2, room), np.float32), np.empty((2, room), np.int64)
     counts, least = np.zeros(2, np.int64), np.full(2, -np.inf, np.float32)
     for first in range(0, entries, tile):
         some = np.ascontiguousarray(dots[:, :, first : first + tile])
-        cpu.choose(some, weights, first, visible, top_k, best, picks, counts, least)
-    cpu.finish(top_k, best, picks, counts)
+        loops.choose(some, weights, first, visible, top_k, best, picks, counts, least)
+    loops.finish(top_k, best, picks, counts)
     for n in range(2):
         scores = np.einsum("j,js->s", weights[n], np.maximum(dots[n], 0))[: visible[n]]
         expected = np.sort(np.argsort(-scores, kind="stable")[:top_k])
@@ -168,7 +192,7 @@ def test_experts_have_the_same_bits_one_by_one_and_sorted(tokens: int, experts: 
     active, dim, width = 2, 5, 3
     logits, bias = randoms(seed, tokens, experts), randoms(seed + 1, experts)
     chosen, weights = np.empty((tokens, active), np.int64), np.empty((tokens, active), np.float32)
-    cpu.route(logits, bias, np.float32(1.5), False, chosen, weights)
+    loops.route(logits, bias, np.float32(1.5), False, chosen, weights)
     affinity = F.softplus(torch.from_numpy(logits)).sqrt()
     expected = (affinity + torch.from_numpy(bias)).sort(dim=-1, descending=True, stable=True).indices[:, :active]
     assert chosen.tolist() == expected.tolist()
@@ -178,52 +202,52 @@ def test_experts_have_the_same_bits_one_by_one_and_sorted(tokens: int, experts: 
     x, shared = randoms(seed + 2, tokens, dim), randoms(seed + 3, tokens, dim)
     w13, w2 = randoms(seed + 4, experts, dim, 2 * width), randoms(seed + 5, experts, width, dim)
     limit, one_by_one = np.float32(1.0), np.empty((tokens, dim), np.float32)
-    cpu.mix_experts(x, chosen, weights, w13, dim, w2, width, limit, shared, one_by_one)
+    loops.mix_experts(x, chosen, weights, w13, dim, w2, width, limit, shared, one_by_one)
     twin = torch.from_numpy(shared).clone()
     for n in range(tokens):
         for a in range(active):
-            gate, up = (torch.from_numpy(x[n]) @ torch.from_numpy(w13[chosen[n, a]])).chunk(2)
-            hidden = moe.clamped_swiglu(gate, up, 1.0) * weights[n, a]
+            gate_up_X = torch.from_numpy(x[n]) @ torch.from_numpy(w13[chosen[n, a]])
+            hidden = experts_twin.swiglu(gate_up_X, 1.0) * weights[n, a]
             twin[n] += hidden @ torch.from_numpy(w2[chosen[n, a]])
     close(one_by_one, twin)
 
     room = tokens * active + experts * padding
     counts, rows, row_weights = np.empty(experts, np.int64), np.empty(room, np.int64), np.empty(room, np.float32)
     places: Ints = np.empty_like(chosen)
-    end = cpu.sort_by_expert(chosen, weights, padding, counts, rows, row_weights, places)
+    end = loops.sort_by_expert(chosen, weights, padding, counts, rows, row_weights, places)
     assert end == counts.sum() and not (counts % padding).any()
     taken, hidden_rows = x[rows[:end]], np.empty((end, width), np.float32)
     gate_up, down = np.empty((end, 2 * width), np.float32), np.empty((end, dim), np.float32)
     bounds = np.cumsum([0, *counts])
     for expert in range(experts):
         some = slice(bounds[expert], bounds[expert + 1])
-        cpu.multiply(taken[some], w13[expert], dim, gate_up[some])
-    cpu.swiglu(gate_up, row_weights[:end], limit, hidden_rows)
+        loops.multiply(taken[some], w13[expert], dim, gate_up[some])
+    loops.swiglu(gate_up, row_weights[:end], limit, hidden_rows)
     for expert in range(experts):
         some = slice(bounds[expert], bounds[expert + 1])
-        cpu.multiply(hidden_rows[some], w2[expert], width, down[some])
+        loops.multiply(hidden_rows[some], w2[expert], width, down[some])
     out = np.empty_like(one_by_one)
-    cpu.sum_experts(down, places, shared, out)
+    loops.sum_experts(down, places, shared, out)
     assert np.array_equal(out, one_by_one)
 
 
 def test_nan_stays_nan() -> None:
     nan = np.full((1, 4), np.nan, np.float32)
     out, ones = np.empty((1, 2), np.float32), np.ones(1, np.float32)
-    cpu.swiglu(nan, ones, np.float32(7), out)
+    loops.swiglu(nan, ones, np.float32(7), out)
     assert np.isnan(out).all()
     normed = np.empty((1, 4), np.float32)
-    cpu.rms_norm(nan, np.ones(4, np.float32), EPS, normed)
+    loops.rms_norm(nan, np.ones(4, np.float32), EPS, normed)
     assert np.isnan(normed).all()
     weights, chosen = np.empty((1, 2), np.float32), np.empty((1, 2), np.int64)
-    cpu.route(nan, np.zeros(4, np.float32), np.float32(1), False, chosen, weights)
+    loops.route(nan, np.zeros(4, np.float32), np.float32(1), False, chosen, weights)
     assert np.isnan(weights).all() and ((chosen >= 0) & (chosen < 4)).all()
     dots = np.ones((1, 1, 500), np.float32)
     dots[0, 0, [7, 300]] = np.nan
-    best, picks = np.empty((1, 2 * 3 + cpu.TOGETHER), np.float32), np.empty((1, 2 * 3 + cpu.TOGETHER), np.int64)
+    best, picks = np.empty((1, 2 * 3 + loops.TOGETHER), np.float32), np.empty((1, 2 * 3 + loops.TOGETHER), np.int64)
     counts, least = np.zeros(1, np.int64), np.full(1, -np.inf, np.float32)
-    cpu.choose(dots, np.ones((1, 1), np.float32), 0, np.array([500]), 3, best, picks, counts, least)
-    cpu.finish(3, best, picks, counts)
+    loops.choose(dots, np.ones((1, 1), np.float32), 0, np.array([500]), 3, best, picks, counts, least)
+    loops.finish(3, best, picks, counts)
     assert picks[0, :3].tolist() == [0, 7, 300]
 
 
@@ -240,10 +264,10 @@ def test_kernels_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPatc
     def twice(x: np.float32) -> np.float32:
         return x + x
 
-    assert cpu.strict(twice)(np.float32(4)) == 8
+    assert loops.strict(twice)(np.float32(4)) == 8
 
 
-@pytest.mark.parametrize("kernel", [cpu.multiply, cpu.attend, cpu.choose])
+@pytest.mark.parametrize("kernel", [loops.multiply, loops.attend, loops.choose])
 def test_kernels_are_cached_on_disk(kernel: object) -> None:
     """A second process loads them; compiling all of them takes ten seconds."""
     assert type(kernel.stats.cache_path) is str  # type: ignore[attr-defined]

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
-from agentkit_engine.model.hyper_connections import Mixing, collapse, connect, mix_logits, read, sinkhorn, write
+from agentkit_kernels.ops import HyperConnection, HyperHead
+from agentkit_kernels.reference.hyper_connections import (
+    Mixing,
+    hc_head,
+    hc_post_pre,
+    hc_pre,
+    mix_logits,
+    read,
+    sinkhorn,
+    write,
+)
+from agentkit_kernels.reference.linear import Weight
 
 EPS = 1e-6
+NORM_EPS = 0.5
+"""So large that a norm does not hide the scale of its input."""
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -25,9 +39,9 @@ def reference_sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return c
 
 
-def reference_mix(streams: Tensor, fn: Tensor) -> Tensor:
+def reference_mix(streams: Tensor, fn: Tensor, eps: float = EPS) -> Tensor:
     v = streams.flatten(1)
-    return v @ fn.T * (v.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return v @ fn.T * (v.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
 def test_sinkhorn_rows_and_columns_sum_to_one() -> None:
@@ -54,30 +68,48 @@ def test_streams_move_along_the_first_index() -> None:
     assert not out[0, :3].any()
 
 
-def test_connect_equals_transformers() -> None:
-    config = DeepseekV4Config(hidden_size=8, num_hidden_layers=1, layer_types=["sliding_attention"])
+def test_a_read_equals_transformers() -> None:
+    config = DeepseekV4Config(
+        hidden_size=8, num_hidden_layers=1, layer_types=["sliding_attention"], rms_norm_eps=NORM_EPS
+    )
     oracle = DeepseekV4HyperConnection(config)
     streams, fn, base, scale = rand(6, 4, 8, seed=3), rand(24, 32, seed=4), rand(24, seed=5), rand(3, seed=6)
+    norm = rand(8, seed=15)
     oracle.load_state_dict({"fn": fn, "base": base, "scale": scale})
-    x, mixing = connect(streams, fn, base, scale, norm_eps=EPS, eps=EPS, iterations=20)
+    x, mixing = hc_pre(streams, HyperConnection(Weight((fn,)), base, scale, norm, NORM_EPS, EPS, iterations=20))
     post, comb, collapsed = oracle(streams.unsqueeze(0))
-    torch.testing.assert_close(x, collapsed[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x, F.rms_norm(collapsed[0], (8,), norm, NORM_EPS), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mixing.post_NM, post[0], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(mixing.comb_NMM, comb[0], atol=1e-6, rtol=1e-5)
 
 
-def test_collapse_adds_eps_and_does_not_average() -> None:
+def test_a_write_and_the_next_read_in_one_are_both() -> None:
+    streams, y, comb = rand(6, 4, 8, seed=16), rand(6, 8, seed=17), rand(6, 4, 4, seed=18)
+    base, scale, norm = rand(24, seed=5), rand(3, seed=6), rand(8, seed=15)
+    hc = HyperConnection(Weight((rand(24, 32, seed=4),)), base, scale, norm, EPS, EPS, iterations=20)
+    mixing = Mixing(rand(6, 4, seed=19), comb)
+    written, x, following = hc_post_pre(streams, y, mixing, hc)
+    expected = mixing.post_NM.unsqueeze(2) * y.unsqueeze(1) + torch.einsum("njk,njd->nkd", comb, streams)
+    torch.testing.assert_close(written, expected)
+    x_alone, following_alone = hc_pre(written, hc)
+    assert torch.equal(x, x_alone)
+    assert torch.equal(following.post_NM, following_alone.post_NM)
+    assert torch.equal(following.comb_NMM, following_alone.comb_NMM)
+
+
+def test_the_head_adds_eps_and_does_not_average() -> None:
     streams, fn, base, scale = rand(6, 4, 8, seed=7), rand(4, 32, seed=8), rand(4, seed=9), rand(1, seed=10)
-    pre = torch.sigmoid(reference_mix(streams, fn) * scale + base) + EPS
-    expected = (pre.unsqueeze(-1) * streams).sum(1)
-    torch.testing.assert_close(collapse(streams, fn, base, scale, norm_eps=EPS, eps=EPS), expected)
+    norm, eps = rand(8, seed=15), 0.25
+    pre = torch.sigmoid(reference_mix(streams, fn, NORM_EPS) * scale + base) + eps
+    expected = F.rms_norm((pre.unsqueeze(-1) * streams).sum(1), (8,), norm, NORM_EPS)
+    torch.testing.assert_close(hc_head(streams, HyperHead(Weight((fn,)), base, scale, norm, NORM_EPS, eps)), expected)
 
 
 def test_hand_written_gradients_equal_autograd() -> None:
     def gradients(reference: bool) -> tuple[Tensor, ...]:
         streams, fn, y = rand(5, 4, 8, seed=11), rand(24, 32, seed=12), rand(5, 8, seed=13)
         inputs = [tensor.requires_grad_() for tensor in (streams, fn, y)]
-        mix = reference_mix(streams, fn) if reference else mix_logits(streams, fn, EPS)
+        mix = reference_mix(streams, fn) if reference else mix_logits(streams, Weight((fn,)), EPS)
         pre, post, comb = mix[:, :4], mix[:, 4:8], mix[:, 8:].reshape(5, 4, 4)
         if reference:
             x = (pre.unsqueeze(-1) * streams).sum(1) + y
