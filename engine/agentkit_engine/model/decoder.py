@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         """
         if token_ids_BT.dim() != 2 or token_ids_BT.shape[1] == 0:
             raise ValueError(f"token_ids must have shape [B, T] with T >= 1, got {list(token_ids_BT.shape)}")
-        computed = self._forward()(_plan(token_ids_BT, trace))
+        computed = self._forward(trace)(_plan(token_ids_BT, trace))
         if trace is not None:
             trace.streams_BTMD = computed.streams.view(*token_ids_BT.shape, *computed.streams.shape[1:])
         return computed.logits.view(*token_ids_BT.shape, -1)
@@ -75,16 +75,16 @@ class Decoder(nn.Module):
         """
         if not self.mtp:
             raise ValueError("this model has no MTP block (num_nextn_predict_layers is 0, or its drafts are DSpark)")
-        computed = self._forward().draft(streams_BTMD.flatten(0, 1), _plan(next_ids_BT, trace))
+        computed = self._forward(trace).draft(streams_BTMD.flatten(0, 1), _plan(next_ids_BT, trace))
         return computed.logits.view(*next_ids_BT.shape, -1), computed.streams.view(streams_BTMD.shape)
 
     def fused_weights(self) -> list[list[Tensor]]:
         """Return the large weights, in the groups that share an input: backends pack each group side by side."""
         return [[self.head.weight], *(group for block in self.blocks for group in block.fused_weights())]
 
-    def _forward(self) -> Forward:
+    def _forward(self, trace: Trace | None) -> Forward:
         """Return a forward without state; to bind it anew takes a millisecond, and training changes `top_k`."""
-        ops = Reference(self.embed.weight.device)
+        ops = Reference(self.embed.weight.device, train_detached=trace is not None and trace.index_scores)
         return Forward(self, ops, [ops.state({}) for _ in self.blocks])
 
 

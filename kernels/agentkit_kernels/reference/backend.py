@@ -36,8 +36,11 @@ class Reference:
 
     name = "reference"
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, train_detached: bool = False) -> None:
+        """`train_detached`: whether gradients reach the weights that are `detached` from their input. Without a loss of
+        their own these gradients are zeros, with which an optimizer still decays a weight and applies its momentum."""
         self.device = torch.device(device)
+        self.train_detached = train_detached
         self._shapes: dict[torch.Size, Tensor] = {}
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -50,7 +53,7 @@ class Reference:
 
     def weight(self, *parts_XK: Tensor, detached: Sequence[Tensor] = ()) -> Weight:
         self._shapes |= {part.shape: part for part in (*parts_XK, *detached)}
-        return Weight(parts_XK, tuple(detached))
+        return Weight(parts_XK, tuple(detached if self.train_detached else [part.detach() for part in detached]))
 
     def stack(self, *parts_EXK: Tensor) -> Weight:
         self._shapes |= {part[0].shape: part[0] for part in parts_EXK}
