@@ -39,7 +39,7 @@ def decoder() -> Decoder:
 
 
 def open_engine(decoder: Decoder, folder: Path, **options: Any) -> Engine:
-    options = {"compiled": False} | options
+    options = {"backend": "reference"} | options
     return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), cache_dir=folder, **options)
 
 
@@ -415,7 +415,7 @@ def test_a_sparse_file_costs_no_memory(folder: Path, peak_bytes: Callable[[], in
 
 
 def test_state_of_other_numerics_is_not_used(decoder: Decoder, tmp_path: Path) -> None:
-    ways = [{"exact": exact, "compiled": compiled} for exact in (True, False) for compiled in (True, False)]
+    ways = [{"exact": exact, "backend": on} for exact in (True, False) for on in ("cpu", "reference")]
     for way in ways:
         others = tmp_path / f"{way}"
         say(open_engine(decoder, others, **way), IDS)

@@ -175,7 +175,7 @@ def test_a_configuration_that_claims_too_much_is_rejected_soon(change: dict[str,
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError) as caught:
-        Engine.load(folder, compiled=False)
+        Engine.load(folder, backend="reference")
     assert len(str(caught.value)) < 6000
 
 
@@ -193,7 +193,7 @@ def test_a_configuration_that_claims_too_much_is_rejected_soon(change: dict[str,
 def test_a_file_with_the_wrong_json_is_named(name: str, text: bytes, folder: Path) -> None:
     (folder / name).write_bytes(text)
     with pytest.raises(CheckpointError) as caught:
-        Engine.load(folder, compiled=False)
+        Engine.load(folder, backend="reference")
         read_sampling(folder)
     assert name in str(caught.value) and len(str(caught.value)) < 600
 
@@ -203,7 +203,7 @@ def test_a_fifo_in_a_model_folder_never_hangs(name: str, folder: Path) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(CheckpointError):
-        Engine.load(folder, compiled=False)
+        Engine.load(folder, backend="reference")
 
 
 @given(key=st.sampled_from(sorted(small_config(0))), value=values)
@@ -248,7 +248,7 @@ def test_an_index_names_files_of_its_folder_only(index: object, folder: Path) ->
     os.mkfifo(folder / "fifo")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError) as caught:
-        Engine.load(folder, compiled=False)
+        Engine.load(folder, backend="reference")
     message = str(caught.value).removeprefix(str(folder))
     assert len(message) < 600 and message.isprintable()
 
@@ -261,7 +261,7 @@ def test_weights_larger_than_memory_are_rejected_before_they_are_read(
     with pytest.raises(
         CheckpointError, match=r"the weights take 0 GiB of memory, and this machine has 0; load a smaller"
     ):
-        Engine.load(folder, compiled=False)
+        Engine.load(folder, backend="reference")
 
 
 # Saved sessions.
@@ -269,7 +269,7 @@ def test_weights_larger_than_memory_are_rejected_before_they_are_read(
 
 def open_engine(decoder: Decoder, **options: Any) -> Engine:
     return Engine(
-        decoder, name="small", dialect="v4-preview", folder=Path("none"), **({"compiled": False} | options)
+        decoder, name="small", dialect="v4-preview", folder=Path("none"), **({"backend": "reference"} | options)
     )  # fmt: skip
 
 
@@ -390,7 +390,7 @@ def test_any_bytes_are_a_session_or_a_saved_session_error(
 
 
 def test_a_session_saved_with_other_arithmetic_is_refused(decoder: Decoder, tmp_path: Path) -> None:
-    engines = [open_engine(decoder, exact=exact, compiled=on) for exact in (True, False) for on in (True, False)]
+    engines = [open_engine(decoder, exact=exact, backend=on) for exact in (True, False) for on in ("cpu", "reference")]
     for writer in engines:
         with writer.session() as running:
             running.append([1, 2, 3])

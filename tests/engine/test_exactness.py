@@ -11,17 +11,18 @@ import numba
 import numpy as np
 import pytest
 import torch
-from agentkit_engine.runtime.compiled import CompiledLayers
-from agentkit_engine.runtime.invariance import chain_block, least_rows
 from torch import Tensor
 
 import agentkit_engine.engine
 from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Batcher, Pools, Runner, invariance
-from agentkit_engine.runtime import products as products_module
+from agentkit_engine.runtime import Batcher, Pools, Runner
 from agentkit_engine.runtime.runner import NUMERICS, machine
-from agentkit_kernels import cpu
+from agentkit_kernels import invariance
+from agentkit_kernels.cpu import Cpu, loops
+from agentkit_kernels.cpu import linear as products_module
+from agentkit_kernels.cpu.linear import chain_block
+from agentkit_kernels.invariance import least_rows
 
 from .conftest import make_random_decoder, randomize_, small_config, some_ids
 
@@ -40,13 +41,14 @@ def products(*, alike_from: int) -> object:
 
 
 @pytest.mark.parametrize(
-    ("alike_from", "at_least", "rows"), [(0, 0, 8), (8, 0, 8), (0, 16, 16), (9, 0, 16), (17, 0, 32)]
+    ("alike_from", "candidates", "rows"),
+    [(0, (8, 16, 32), 8), (8, (8, 16, 32), 8), (0, (16, 32), 16), (9, (8, 16, 32), 16), (17, (8, 16, 32), 32)],
 )
 def test_the_smallest_sufficient_number_of_rows_is_used(
-    monkeypatch: pytest.MonkeyPatch, alike_from: int, at_least: int, rows: int
+    monkeypatch: pytest.MonkeyPatch, alike_from: int, candidates: tuple[int, ...], rows: int
 ) -> None:
     monkeypatch.setattr(invariance, "F", products(alike_from=alike_from))
-    assert least_rows([torch.eye(16)], at_least=at_least) == rows
+    assert least_rows([torch.eye(16)], candidates=candidates) == rows
 
 
 def test_a_machine_without_exact_products_causes_a_warning(
@@ -99,11 +101,11 @@ def test_states_of_other_numerics_are_not_used(decoder: Decoder, monkeypatch: py
 
 
 def test_states_that_other_kernels_computed_are_foreign(decoder: Decoder) -> None:
-    compiled, eager = (
-        Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), compiled=compiled).fingerprint
-        for compiled in (True, False)
+    cpu, reference = (
+        Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), backend=backend).fingerprint
+        for backend in ("cpu", "reference")
     )
-    assert compiled != eager
+    assert cpu != reference
 
 
 def test_an_exact_engine_uses_no_state_of_an_inexact_one(decoder: Decoder, tmp_path: Path) -> None:
@@ -155,11 +157,17 @@ def test_bfloat16_is_widened_for_the_library_inside_and_outside_of_inference() -
     assert torch.equal(products_module.by_library(x_NK, weight_KO.float()), inside)
 
 
+def cpu_ops(decoder: Decoder) -> Cpu:
+    """Return the operations that packed the decoder's weights."""
+    pools = Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu"))
+    ops = Runner(decoder, pools, backend="cpu").forward.ops
+    assert isinstance(ops, Cpu)
+    return ops
+
+
 def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(decoder: Decoder) -> None:
     packed, ids = copy.deepcopy(decoder), some_ids(40, 0)
-    layers = Runner(packed, Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu")), compiled=True).layers
-    assert isinstance(layers, CompiledLayers)
-    storages = {product.weight.untyped_storage().data_ptr() for layer in layers.layers for product in layer.products}
+    storages = {product.weight.untyped_storage().data_ptr() for product in cpu_ops(packed).products}
     for name, parameter in packed.named_parameters():
         if parameter.dim() > 1 and name.startswith("layers") and not name.endswith(("ape", "wo_a.weight")):
             assert parameter.untyped_storage().data_ptr() in storages, name
@@ -170,9 +178,7 @@ def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(d
 
 def test_a_few_rows_are_multiplied_as_the_library_multiplies_many(decoder: Decoder) -> None:
     """Products are padded on a machine whose library's sums cannot be reproduced."""
-    layers = Runner(decoder, Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu")), compiled=True).layers
-    assert isinstance(layers, CompiledLayers)
-    for product in [layers.head, *(product for layer in layers.layers for product in layer.products)]:
+    for product in cpu_ops(decoder).products:
         x_NK = np.random.default_rng(0).standard_normal((40, len(product.weight)), dtype=np.float32)
         many = product(x_NK)
         for rows in range(1, 40):
@@ -183,7 +189,7 @@ def test_a_few_rows_are_multiplied_as_the_library_multiplies_many(decoder: Decod
 def test_the_chains_of_a_library_are_found(inputs: int, block: int) -> None:
     def library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
         out_NO = torch.empty(len(x_NK), weight_KO.shape[1])
-        cpu.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO.numpy())
+        loops.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO.numpy())
         return out_NO
 
     weight_KO = torch.randn(inputs, 9, generator=torch.Generator().manual_seed(0))
@@ -201,7 +207,7 @@ def test_other_libraries_and_code_paths_are_exact_too(
     if few:
         monkeypatch.setattr(products_module, "_ONEDNN", None)
     monkeypatch.setattr(products_module, "FEW_QUERIES", few)
-    batcher = Batcher(decoder, kv_cache_bytes=64 << 20, compiled=True)
+    batcher = Batcher(decoder, kv_cache_bytes=64 << 20, backend="cpu")
     logits = batcher.logits(ids)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for chunk in (1, 7, 130):
@@ -217,7 +223,7 @@ def test_sizes_without_divisors() -> None:
         "n_routed_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 5, "hc_mult": 3,
     }  # fmt: skip
     decoder = make_random_decoder(ModelSpec.from_config(small_config(0, 4, 128, **sizes)))
-    batcher, ids = Batcher(decoder, kv_cache_bytes=64 << 20, compiled=True), some_ids(600, 0)
+    batcher, ids = Batcher(decoder, kv_cache_bytes=64 << 20, backend="cpu"), some_ids(600, 0)
     logits = batcher.logits(ids)
     with torch.inference_mode():
         torch.testing.assert_close(logits, decoder(torch.tensor([ids]))[0], atol=1e-4, rtol=0)

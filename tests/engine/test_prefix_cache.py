@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from agentkit_engine.runtime.compiled import CompiledLayers
 from torch import Tensor
 
 from agentkit_engine import Engine, ModelSpec, NonFiniteLogitsError, SamplingParams, SavedSessionError
@@ -245,11 +244,10 @@ def test_equal_spans_of_different_prompts_are_not_confused(batcher: Batcher) -> 
 
 def test_a_failed_session_leaves_no_checkpoint(decoder: Decoder) -> None:
     engine = Engine(copy.deepcopy(decoder), name="small", dialect="v4-preview", folder=Path("none"))
-    layers = engine.batcher.runner.layers
-    assert isinstance(layers, CompiledLayers)
+    unembedding = engine.batcher.runner.forward.unembedding
     with engine.session() as session:
         session.append([1, 2, 3])
-        layers.head.array[:] = torch.nan
+        unembedding.array[:] = torch.nan
         with pytest.raises(NonFiniteLogitsError):
             next(session.generate())
     assert len(engine.batcher.cache) == 0

@@ -12,7 +12,6 @@ from typing import Any
 import anyio
 import pytest
 import torch
-from agentkit_engine.runtime.compiled import Batch, CompiledLayers
 from anyio import lowlevel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,10 +33,12 @@ from agentkit_engine import (
     TokenIdError,
 )
 from agentkit_engine.model import Decoder, initialize_
+from agentkit_engine.model.forward import ExpertLayer, Rotations
 from agentkit_engine.runtime import Segment
 from agentkit_engine.runtime.segments import Computed
 from agentkit_engine.sampler import _change, sample, uniform
-from agentkit_kernels.cpu import Floats
+from agentkit_kernels.cpu.batch import Batch
+from agentkit_kernels.cpu.loops import Floats
 
 from .conftest import some_ids
 
@@ -367,18 +368,17 @@ POISON = 66
 
 @pytest.fixture
 def poisoned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """Return an engine whose forward raises on an appended (not a sampled) id 66, after layer 1 wrote its state."""
-    layers = engine.batcher.runner.layers
-    assert isinstance(layers, CompiledLayers)
-    last, call = layers.layers[-1], type(layers.layers[-1]).__call__
+    """Return an engine whose forward raises on an appended (not a sampled) id 66, after every layer wrote its state."""
+    last, call = engine.batcher.runner.forward.layers[-1], ExpertLayer.__call__
+    assert isinstance(last, ExpertLayer)
 
-    def raise_on_poison(layer: Any, streams_NMD: Floats, batch: Batch) -> Floats:
-        prompts = [batch.ids_N[low:high] for low, high in pairwise(batch.rows_B1) if high - low > 1]
+    def raise_on_poison(layer: ExpertLayer, x: Floats, rotations: Rotations, batch: Batch) -> Any:
+        prompts = [batch.ids[low:high] for low, high in pairwise(batch.cu_seqlens) if high - low > 1]
         if layer is last and any(POISON in ids for ids in prompts):
             raise RuntimeError("poison")
-        return call(layer, streams_NMD, batch)
+        return call(layer, x, rotations, batch)
 
-    monkeypatch.setattr(type(last), "__call__", raise_on_poison)
+    monkeypatch.setattr(ExpertLayer, "__call__", raise_on_poison)
     return engine
 
 

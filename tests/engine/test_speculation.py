@@ -8,13 +8,13 @@ from pathlib import Path
 import anyio
 import pytest
 import torch
-from agentkit_engine.model.mtp import MTPBlock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit_engine import AsyncEngine, Engine, ModelSpec, SamplingParams
 from agentkit_engine.chat import encode_ids
 from agentkit_engine.model import Decoder
+from agentkit_engine.model.parameters import MTPBlock
 from agentkit_engine.runtime import Batcher, Computed, Segment, Work
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampler import sample

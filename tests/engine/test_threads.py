@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,13 +57,13 @@ def test_an_error_of_the_function_reaches_the_caller() -> None:
 
 def test_a_forward_of_an_exact_engine_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    layers, seen = engine.batcher.runner.layers, []
+    forward, seen = engine.batcher.runner.forward, []
 
-    def note(*args: object) -> object:
+    def note(*args: Any) -> object:
         seen.append(torch.get_num_threads())
-        return layers(*args)  # type: ignore[arg-type]
+        return forward(*args)
 
-    monkeypatch.setattr(engine.batcher.runner, "layers", note)
+    monkeypatch.setattr(engine.batcher.runner, "forward", note)
     with engine.session() as session:
         session.append(some_ids(20))
         for _ in session.generate(PARAMS):
@@ -74,13 +75,13 @@ def test_a_forward_of_an_exact_engine_has_one_thread(monkeypatch: pytest.MonkeyP
 
 def test_an_inexact_engine_uses_the_callers_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(exact=False)
-    layers, seen = engine.batcher.runner.layers, []
+    forward, seen = engine.batcher.runner.forward, []
 
-    def note(*args: object) -> object:
+    def note(*args: Any) -> object:
         seen.append((torch.get_num_threads(), threading.current_thread()))
-        return layers(*args)  # type: ignore[arg-type]
+        return forward(*args)
 
-    monkeypatch.setattr(engine.batcher.runner, "layers", note)
+    monkeypatch.setattr(engine.batcher.runner, "forward", note)
     engine.logits(some_ids(5))
     assert seen == [(2, threading.current_thread())]
 

@@ -9,7 +9,7 @@ import pytest
 
 from agentkit_engine import Engine, ModelSpec, SamplingParams
 from agentkit_engine.runtime import warm_up
-from agentkit_kernels import cpu
+from agentkit_kernels.cpu import loops
 
 from .conftest import make_random_decoder, small_config, some_ids
 
@@ -21,13 +21,13 @@ def make_engine(*, kv_cache_bytes: int = 1 << 26) -> Engine:
 
 
 def signatures() -> dict[str, int]:
-    return {name: len(kernel.signatures) for name, kernel in vars(cpu).items() if hasattr(kernel, "signatures")}
+    return {name: len(kernel.signatures) for name, kernel in vars(loops).items() if hasattr(kernel, "signatures")}
 
 
 def test_no_forward_compiles_after_warm_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(loops, "cache_folder", lambda: tmp_path)
     engine = make_engine()
     engine.warm_up()
     assert "compiling kernels for this CPU (once)" in caplog.text
@@ -44,7 +44,7 @@ def test_no_forward_compiles_after_warm_up(
 def test_a_later_process_skips_warm_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(loops, "cache_folder", lambda: tmp_path)
     make_engine().warm_up()
     caplog.clear()
     again = make_engine()
@@ -56,7 +56,7 @@ def test_a_later_process_skips_warm_up(
 
 
 def test_warm_up_leaves_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(loops, "cache_folder", lambda: tmp_path)
     engine, ids = make_engine(), some_ids(600)
     expected = make_engine().logits(ids)
     engine.warm_up()
@@ -68,13 +68,13 @@ def test_warm_up_leaves_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_warm_up_is_skipped_without_a_folder_or_memory(
     folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path if folder else None)
+    monkeypatch.setattr(loops, "cache_folder", lambda: tmp_path if folder else None)
     make_engine(kv_cache_bytes=1).warm_up()
     assert not list(tmp_path.iterdir())
 
 
 def test_changed_kernels_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(loops, "cache_folder", lambda: tmp_path)
     make_engine().warm_up()
     monkeypatch.setattr(warm_up, "machine", lambda device: ("another",))
     make_engine().warm_up()
