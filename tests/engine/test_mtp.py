@@ -14,7 +14,9 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4DecoderLayer, DeepseekV4RotaryEmbedding
 
 from agentkit_engine.model import Decoder, Trace
+from agentkit_engine.runtime import Pools, Runner
 from agentkit_engine.spec import ModelSpec
+from agentkit_kernels.ops import Plan
 
 LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -110,20 +112,22 @@ def test_drafts_follow_the_formulas(decoder: Decoder) -> None:
 
 
 @torch.inference_mode()
-def test_drafts_with_a_cache_continue_where_the_last_call_ended(decoder: Decoder) -> None:
-    token_ids = torch.randint(96, (1, 301), generator=torch.Generator().manual_seed(7))
-    trace = Trace()
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_served_draft_is_the_blocks_at_the_start_of_a_text(decoder: Decoder, backend: str) -> None:
+    """Its guesses are computed together, and see no earlier token."""
+    token_ids = torch.randint(96, (1, 41), generator=torch.Generator().manual_seed(7))
+    trace = Trace(index_scores=False)
     decoder(token_ids[:, :-1], trace=trace)
     assert trace.streams_BTMD is not None
-    whole, _ = decoder.draft_logits(trace.streams_BTMD, token_ids[:, 1:])
-    cache = decoder.new_cache()
-    parts = [
-        decoder.draft_logits(streams, ids, cache)[0]
-        for streams, ids in zip(
-            torch.split(trace.streams_BTMD, 37, 1), torch.split(token_ids[:, 1:], 37, 1), strict=True
-        )
-    ]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=0)
+    streams, next_ids = trace.streams_BTMD[0], token_ids[0, 1:]
+    alone = [decoder.draft_logits(streams[t : t + 1, None], next_ids[t : t + 1, None])[0][0, 0] for t in range(40)]
+    runner = Runner(decoder, Pools(decoder.spec, slots=1, spans=1, device=torch.device("cpu")), backend=backend)
+    plan = Plan(next_ids, [1] * 40, [0] * 40, [0] * 40, [()] * 40)
+    together = runner.forward.draft(streams, plan).logits
+    if backend == "reference":
+        assert torch.equal(together, torch.stack(alone))
+    torch.testing.assert_close(together, torch.stack(alone), atol=2e-5, rtol=0)
+    assert runner.mtp_draft(streams, next_ids.tolist()) == together.argmax(-1).tolist()
 
 
 def test_a_model_without_the_block_is_an_error(
