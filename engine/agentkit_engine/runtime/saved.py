@@ -35,8 +35,8 @@ _RUN_BYTES = 1 << 20
 
 def layout(pools: Pools) -> str:
     """Return a hash of the state's layout; states with different values are incompatible."""
-    shapes = [tuple(tensor.shape[1:]) for tensor in (*pools.tails, *pools.entries)]
-    return hashlib.blake2b(repr((SPAN, ROLLBACK, shapes)).encode(), digest_size=8).hexdigest()
+    rows = [list(kinds) for kinds in pools.rows]
+    return hashlib.blake2b(repr((SPAN, ROLLBACK, rows)).encode(), digest_size=8).hexdigest()
 
 
 def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pools: Pools, *, model: str) -> None:
