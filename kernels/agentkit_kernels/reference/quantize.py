@@ -43,6 +43,16 @@ def _grouped(x_NK: Tensor, group: int) -> Tensor:
     return padded.view(len(padded), padded.shape[1] // group, group)
 
 
+def hadamard(x: Tensor) -> Tensor:
+    """Return x · H / sqrt(K) for x [..., K], where H is Sylvester's matrix [[H, H], [H, -H]] and K a power of two."""
+    size = x.shape[-1]
+    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    product: Tensor = x @ matrix
+    return product * float(size) ** -0.5
+
+
 def quantise_fp8(
     x_NK: Tensor, *, group: int = 128, e8m0: bool = True, floor: float = ACTIVATION_FLOOR
 ) -> tuple[Tensor, Tensor]:

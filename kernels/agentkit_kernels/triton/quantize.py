@@ -115,6 +115,20 @@ def inverse_scale(byte):
     return ((254 - byte) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Return x · H / sqrt(SIZE) for x [ROWS, SIZE], float32, where H is Sylvester's matrix and SIZE a power of two.
+
+    A step adds and subtracts neighbours, and moves the bit in which they differ to the front. After a step for each bit
+    of the column, the columns are in their places again.
+    """
+    bits: tl.constexpr = SIZE.bit_length() - 1
+    for _ in tl.static_range(bits):
+        even, odd = tl.split(tl.reshape(x, (ROWS, SIZE // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, SIZE))
+    return x * (SIZE**-0.5)
+
+
 # --- FP8 ---------------------------------------------------------------------------------------------------------
 
 
