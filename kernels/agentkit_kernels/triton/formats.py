@@ -4,6 +4,7 @@
   NaN).
 * `e2m1_to_float`: FP4 E2M1 (1 sign, 2 exponent, 1 mantissa bits, bias 1): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and negatives.
 * `e8m0_to_float`: a power-of-two scale 2^(code - 127); 255 is NaN.
+* `mxfp4_to_float`: E2M1 codes, eight in a 32-bit word, with a scale per 32 values.
 
 Targets disagree on native types: sm_80 has no FP8 conversion, and gfx942's FP8 has another exponent bias. Bytes decode
 alike on all of them. An E4M3 or E2M1 code, shifted into place, is a float16 that is too small by a power of two;
@@ -20,7 +21,7 @@ import triton.language as tl
 
 
 @triton.jit
-def e4m3_to_float(code):  # type: ignore[no-untyped-def]
+def e4m3_to_float(code):
     """Return float32 from E4M3 codes (uint8), of any shape."""
     bits = code.to(tl.int16)
     half = ((bits & 0x7F) << 7 | (bits & 0x80) << 8).to(tl.float16, bitcast=True)  # too small by 2^(15 - 7)
@@ -28,7 +29,7 @@ def e4m3_to_float(code):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def e2m1_to_float(code):  # type: ignore[no-untyped-def]
+def e2m1_to_float(code):
     """Return float32 from the low four bits of E2M1 codes (uint8), of any shape."""
     bits = code.to(tl.int16)
     half = ((bits & 0x7) << 9 | (bits & 0x8) << 12).to(tl.float16, bitcast=True)  # too small by 2^(15 - 1)
@@ -36,7 +37,7 @@ def e2m1_to_float(code):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def e8m0_to_float(code):  # type: ignore[no-untyped-def]
+def e8m0_to_float(code):
     """Return float32 powers of two from E8M0 codes (uint8), of any shape."""
     exponent = code.to(tl.int32)
     bits = tl.where(exponent == 0, 0x00400000, exponent << 23)  # 2^-127 is subnormal
@@ -44,8 +45,34 @@ def e8m0_to_float(code):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scale_to_float(scale):  # type: ignore[no-untyped-def]
+def scale_to_float(scale):
     """Return float32 from scales that are E8M0 codes (uint8) or floats."""
     if scale.dtype == tl.uint8:
         return e8m0_to_float(scale)
     return scale.to(tl.float32)
+
+
+@triton.jit
+def mxfp4_to_float(words, scales, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """Return float32 [ROWS, 8 * WORDS] from words (int32 [ROWS, WORDS]) and scales ([ROWS, WORDS // 4]).
+
+    A word's lowest four bits are its first code. Codes j and j + 4 are 16 bits apart, so that one shift and one mask
+    decode both: about half the instructions of decoding them one by one.
+    """
+    v0, v4 = _e2m1_pair(words)
+    v1, v5 = _e2m1_pair(words >> 4)
+    v2, v6 = _e2m1_pair(words >> 8)
+    v3, v7 = _e2m1_pair(words >> 12)
+    # Each join adds a last dimension of 2, so the innermost one becomes the highest bit of the position in a word.
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    groups = tl.reshape(tl.join(even, odd), (ROWS, WORDS // 4, 32)).to(tl.float32)
+    factors = scale_to_float(scales) * 16384.0
+    return tl.reshape(groups * factors[:, :, None], (ROWS, 8 * WORDS))
+
+
+@triton.jit
+def _e2m1_pair(words):
+    halves = (words & 0x00070007) << 9 | (words & 0x00080008) << 12
+    low = halves.to(tl.int16).to(tl.float16, bitcast=True)
+    return low, (halves >> 16).to(tl.int16).to(tl.float16, bitcast=True)
