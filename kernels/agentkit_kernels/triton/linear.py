@@ -214,6 +214,15 @@ class Operand:
         """Elements from one group's data to the next, and from its scales to the next's."""
         return self.data.stride(0), self.scale.stride(0)
 
+    def like(self, other: Operand) -> bool:
+        """Whether a kernel reads both with the same code."""
+        return (self.format, self.data.dtype, self.scale.dtype, self.strides) == (
+            other.format,
+            other.data.dtype,
+            other.scale.dtype,
+            other.strides,
+        )
+
     def type(self, x: Tensor) -> Any:
         """The type of the product's operands: bfloat16 where both sides are exact in it, else float32."""
         both = x.dtype == torch.bfloat16 and self.data.dtype != torch.float32
@@ -396,7 +405,7 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     ]
     for number_format in ("bfloat16", "fp8", "int8", "mxfp4"):
         for name, shape in stacks:
-            weight = _random(number_format, shape, make)
+            weight = random_weight(number_format, shape, make)
             groups, outputs, inputs = 1 if len(shape) == 2 else shape[0], shape[-2], shape[-1]
             moved = weight.nbytes + 2 * rows * groups * (inputs + outputs)
             for exact in (True, False) if rows > FEW_ROWS else (True,):
@@ -411,7 +420,8 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
                 )
 
 
-def _random(number_format: str, shape: tuple[int, ...], make: Make) -> Tensor | Packed:
+def random_weight(number_format: str, shape: tuple[int, ...], make: Make) -> Tensor | Packed:
+    """Return a weight of random codes, for `calls`."""
     *lead, outputs, inputs = shape
     scale = torch.float8_e8m0fnu
     if number_format == "fp8":
