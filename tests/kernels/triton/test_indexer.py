@@ -1,0 +1,202 @@
+"""The indexer's scores and exact top-k against their definition."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from agentkit_kernels.triton.indexer import FAN, index_topk
+
+NAN = float("nan")
+SPLIT = 128
+"""Entries per program for a top-k of 32 or less."""
+
+
+@dataclass
+class Case:
+    """Arguments of one call. Keys that no query may see are NaN."""
+
+    q: Tensor
+    weights: Tensor
+    positions: Tensor
+    sequences: Tensor
+    block_tables: Tensor
+    entries: Tensor
+    ratio: int
+    top_k: int
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        return index_topk(**vars(self))
+
+    def keys(self, b: int, count: int) -> Tensor:
+        """Return the first `count` keys of a sequence."""
+        per_span = self.entries.shape[1]
+        spans = self.block_tables[b, : -(-count // per_span)]
+        return self.entries[spans].flatten(0, 1)[:count]
+
+
+def case(
+    lengths: Sequence[int],
+    starts: Sequence[int],
+    *,
+    heads: int = 3,
+    size: int = 24,
+    ratio: int = 2,
+    per_span: int = 8,
+    top_k: int = 5,
+    whole: bool = False,
+) -> Case:
+    """Make sequences with `lengths` queries after `starts` tokens; `whole` numbers have exact scores, with ties."""
+    generator = torch.Generator().manual_seed(sum(lengths) + sum(starts))
+
+    def random(*shape: int) -> Tensor:
+        if whole:
+            return torch.randint(-2, 3, shape, generator=generator).float()
+        return torch.randn(*shape, generator=generator)
+
+    count = sum(lengths)
+    ends = [(start + length) // ratio for start, length in zip(starts, lengths, strict=True)]
+    spans = [-(-end // per_span) for end in ends]
+    ids = torch.split(torch.randperm(sum(spans), generator=generator) + 1, spans)
+    made = Case(
+        q=random(count, 2 * heads, size)[:, ::2],
+        weights=random(count, heads + 2)[:, 1:-1],
+        positions=torch.cat([torch.arange(s, s + length) for s, length in zip(starts, lengths, strict=True)]),
+        sequences=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)),
+        block_tables=torch.zeros(len(lengths), max(spans) + 1, dtype=torch.int64),
+        entries=torch.full((sum(spans) + 1, per_span, size), NAN),
+        ratio=ratio,
+        top_k=top_k,
+    )
+    for b, some in enumerate(ids):
+        made.block_tables[b, : len(some)] = some
+        for entry in range(ends[b]):
+            made.entries[some[entry // per_span], entry % per_span] = random(size)
+    return made
+
+
+def scores(case: Case, n: int) -> Tensor:
+    """Return the scores of a query, float64."""
+    keys = case.keys(int(case.sequences[n]), int(case.positions[n] + 1) // case.ratio).double()
+    return case.weights[n].double() @ (case.q[n].double() @ keys.T).relu()
+
+
+def check(case: Case) -> None:
+    """Compare the choice with that of a stable sort of the scores."""
+    indices, counts = case.run()
+    for n in range(len(case.q)):
+        answer = scores(case, n).sort(descending=True, stable=True).indices[: case.top_k].sort().values
+        assert indices[n, : int(counts[n])].tolist() == answer.tolist()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["random", "ties"])
+@pytest.mark.parametrize(("size", "heads", "per_span"), [(24, 3, 8), (16, 8, 1), (32, 17, 64)])
+def test_queries_of_a_ragged_batch(size: int, heads: int, per_span: int, whole: bool) -> None:
+    check(case([1, 5, 1], [0, 7, 300], size=size, heads=heads, per_span=per_span, whole=whole))
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 63, 64, 65, SPLIT - 1, SPLIT, SPLIT + 1, FAN * SPLIT, FAN * SPLIT + 1])
+def test_numbers_of_entries_around_every_edge(count: int) -> None:
+    check(case([1, 1], [2 * count - 2, 2 * count - 1], whole=True))
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 16, 60])
+def test_numbers_of_chosen_entries(top_k: int) -> None:
+    check(case([2], [600], top_k=top_k))
+
+
+def test_equal_scores_choose_the_first_entries() -> None:
+    made = case([1], [2 * 3 * SPLIT - 1])
+    made.weights.zero_()
+    indices, _ = made.run()
+    assert indices[0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_negative_weights_and_no_positive_dot_tie_at_zero() -> None:
+    made = case([1], [41])
+    made.weights.fill_(-1.0)
+    made.entries.zero_()
+    made.entries[made.block_tables[0, 0], 0] = made.q[0, 0]  # the only entry below zero
+    indices, _ = made.run()
+    assert indices[0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_nan_score_is_chosen() -> None:
+    made = case([1], [2 * 2 * SPLIT - 1])
+    made.entries[made.block_tables[0, 150 // 8], 150 % 8] = NAN
+    indices, _ = made.run()
+    assert 150 in indices[0].tolist()
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    indices, counts = case([0], [3]).run()
+    assert indices.shape == (0, 5) and counts.shape == (0,)
+
+
+def test_padding_rows_choose_nothing() -> None:
+    made = case([1, 1], [300, 300])
+    made.sequences[0] = -1
+    assert made.run()[1].tolist() == [0, 5]
+
+
+def test_the_choice_of_a_row_does_not_depend_on_the_other_rows() -> None:
+    made = case([1, 3], [500, 90])
+    indices, _ = made.run()
+    for n in range(4):
+        alone = replace(
+            made,
+            q=made.q[n : n + 1],
+            weights=made.weights[n : n + 1],
+            positions=made.positions[n : n + 1],
+            sequences=torch.zeros(1, dtype=torch.int64),
+            block_tables=made.block_tables[made.sequences[n] :][:1],
+        )
+        assert torch.equal(alone.run()[0][0], indices[n])
+
+
+def fp8_keys(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return spans of keys as FP8 pages (codes of all rows, then their scales), and their values."""
+    finite = entries.nan_to_num()
+    scales = finite.abs().amax(-1).clamp(min=1e-4) / 448
+    codes = (finite / scales[..., None]).to(torch.float8_e4m3fn)
+    parts = codes.view(torch.uint8).flatten(1), scales.contiguous().view(torch.uint8).flatten(1)
+    return torch.cat(parts, 1).view(*entries.shape[:2], -1), codes.float() * scales[..., None]
+
+
+def test_fp8_keys_give_the_choice_of_their_values() -> None:
+    made = case([2, 1], [300, 7])
+    pages, values = fp8_keys(made.entries)
+    indices, counts = replace(made, entries=pages).run()
+    check(replace(made, entries=values))
+    answer, answer_counts = replace(made, entries=values).run()
+    assert torch.equal(counts, answer_counts)
+    for n in range(3):
+        assert torch.equal(indices[n, : int(counts[n])], answer[n, : int(counts[n])])
+
+
+def test_addresses_beyond_32_bits() -> None:
+    made = case([1], [15], ratio=1, per_span=16, top_k=3)
+    stride = 16 * 28
+    spans = (1 << 31) // stride + 8
+    memory = torch.frombuffer(
+        mmap.mmap(-1, spans * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+    )
+    pages, values = fp8_keys(made.entries)
+    entries = memory.view(spans, 16, 28)
+    entries[spans - 1] = pages[made.block_tables[0, 0]]
+    indices, _ = replace(made, entries=entries, block_tables=torch.tensor([[spans - 1]])).run()
+    answer, _ = replace(made, entries=values).run()
+    assert torch.equal(indices, answer)
+
+
+def test_shapes_that_do_not_fit_together_are_refused() -> None:
+    made = case([1], [15])
+    with pytest.raises(ValueError, match="contiguous rows of 24 elements"):
+        replace(made, entries=made.entries[..., :-1]).run()
+    with pytest.raises(ValueError, match="at least 1"):
+        replace(made, top_k=0).run()
