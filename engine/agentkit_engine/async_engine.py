@@ -16,13 +16,10 @@ several `AsyncEngine`s over one `Engine` take turns.
 
 from __future__ import annotations
 
-import math
 import queue
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -36,56 +33,58 @@ from torch import Tensor
 
 from agentkit_engine.engine import Engine
 from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionClosedError
-from agentkit_engine.ids import Ids
-from agentkit_engine.runtime import PromptUsage, Work
-from agentkit_engine.runtime.threads import one_thread
-from agentkit_engine.sampler import SampledToken, fresh_seed, sample
-from agentkit_engine.sampling_params import SamplingParams, check_grammar
-from agentkit_engine.session import SessionIds, check_count, check_priority
+from agentkit_engine.generation import Generation, Outcome, next_tokens
+from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.runtime.threads import OneThread
+from agentkit_engine.sampler import SampledToken
+from agentkit_engine.sampling_params import SamplingParams
+from agentkit_engine.session import SessionBase, check_whole
 
 if TYPE_CHECKING:
-    from agentkit_engine.grammar import Grammar, Matcher
+    from agentkit_engine.grammar import Grammar
 
 T = TypeVar("T")
-_Delivery = SampledToken | BaseException | None
-
 TOKENS_AHEAD = 2
 """A generation with this many tokens that its consumer has not taken gets no further forward."""
 GIVE_WAY_S = 0.05
 """Seconds for which the thread waits for consumers before it admits a generation that does not fit."""
 
 
-@dataclass(slots=True, eq=False)
-class _Generation:
-    """One `generate` call, or (`only_computes`) a request to compute pending ids, whose outcome is None.
+class _Generation(Generation):
+    """A generation with its consumer.
 
-    `inbox` and `news` belong to the event loop, all other fields to the model thread.
+    Attributes:
+        admitted: takes part in forwards. This and `ahead` belong to the model thread, as do those of `Generation`.
+        ahead: number of tokens that the consumer has not taken.
+        inbox: outcomes, each with the number of ids that may be sampled after it; belongs to the event loop.
+        news: set when the inbox is not empty.
     """
 
-    work: Work
-    params: SamplingParams
-    seed: int
-    matcher: Matcher | None = None
-    only_computes: bool = False
-    admitted: bool = False
-    ahead: int = 0
-    sampled: int = 0
-    done: bool = False
-    inbox: deque[_Delivery] = field(default_factory=deque)
-    news: anyio.Event = field(default_factory=anyio.Event)
+    admitted, ahead = False, 0
 
-    def put(self, outcome: _Delivery) -> None:
-        self.inbox.append(outcome)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.inbox: deque[tuple[Outcome, float]] = deque()
+        self.news = anyio.Event()
+
+    def put(self, outcome: Outcome, left: float) -> None:
+        self.inbox.append((outcome, left))
         self.news.set()
 
-    async def get(self) -> SampledToken | None:
+    async def get(self) -> tuple[SampledToken | None, float]:
         while not self.inbox:
             self.news = anyio.Event()
             await self.news.wait()
-        outcome = self.inbox.popleft()
+        outcome, left = self.inbox.popleft()
         if isinstance(outcome, BaseException):
             raise outcome
-        return outcome
+        return outcome, left
+
+    def taken(self) -> None:
+        self.ahead -= 1
+
+
+_Delivery = tuple[_Generation, Outcome, float]
 
 
 class AsyncEngine:
@@ -105,15 +104,15 @@ class AsyncEngine:
         self._generations: dict[_Generation, None] = {}
         self._task_group: anyio.abc.TaskGroup | None = None
         self._soon: Callable[..., object]  # schedules a function on the event loop without waiting for it
-        self._closing = False
 
     async def __aenter__(self) -> Self:
         if self._task_group is not None:
             raise EngineClosedError("this AsyncEngine is already running")
         task_group = anyio.create_task_group()
         await task_group.__aenter__()
-        self._closing = False
-        self._soon = _call_soon()
+        loop: Any = current_token().native_token
+        # of asyncio, or of trio; `anyio.from_thread` would wait for the result
+        self._soon = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
         task_group.start_soon(self._run_model_thread, name="agentkit_engine: model thread")
         self._task_group = task_group
         return self
@@ -121,11 +120,11 @@ class AsyncEngine:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        task_group, self._task_group = self._task_group, None
-        assert task_group is not None
         for session in list(self._sessions):
             await session.close()
-        self._commands.put(self._close)
+        task_group, self._task_group = self._task_group, None
+        assert task_group is not None
+        self._commands.put(lambda: None)  # wakes the thread
         # without `exc`, which the task group would wrap in an ExceptionGroup
         await task_group.__aexit__(None, None, None)
 
@@ -136,18 +135,14 @@ class AsyncEngine:
             EngineClosedError: outside the `async with` block.
         """
         self._check_running()
-        session = AsyncSession(self, Work(priority=check_priority(priority)), Ids())
-        self._sessions.add(session)
-        return session
+        return AsyncSession(self, Work(priority=check_whole("priority", priority)))
 
     async def open(self, path: str | Path) -> AsyncSession:
         """Open the session that `save` wrote; see `Engine.open`."""
         engine = self.engine
         batcher = engine.batcher
         work = await self.call(lambda: batcher.open(Path(path), model=engine.fingerprint), undo=batcher.drop)
-        session = AsyncSession(self, work, work.ids.fork())
-        self._sessions.add(session)
-        return session
+        return AsyncSession(self, work)
 
     async def logits(self, token_ids: Iterable[int]) -> Tensor:
         """Run `Engine.logits` on the model thread: float32 [T, vocab]."""
@@ -193,171 +188,123 @@ class AsyncEngine:
             raise EngineClosedError("the AsyncEngine is not running; use it inside `async with AsyncEngine(...)`")
 
     async def _run_model_thread(self) -> None:
+        serve = partial(OneThread(), self._serve) if self.engine.exact else self._serve
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self._serve, limiter=anyio.CapacityLimiter(1))
+            await anyio.to_thread.run_sync(serve, limiter=anyio.CapacityLimiter(1))
 
     # The methods below run on the model thread.
 
     def _serve(self) -> None:
-        masks = ThreadPoolExecutor(1, thread_name_prefix="agentkit_engine: masks")
-        with one_thread() if self.engine.exact else nullcontext(), masks as helper:
-            self._serve_with(helper)
+        with ThreadPoolExecutor(1, thread_name_prefix="agentkit_engine: masks") as masks:
+            while self._turn(masks):
+                pass
 
-    def _serve_with(self, helper: ThreadPoolExecutor) -> None:
-        while True:
-            with self.engine.lock:  # another AsyncEngine over the same engine may preempt these sessions
-                self._admit()
-                ready = [
-                    generation
-                    for generation in self._generations
-                    if generation.admitted and (generation.ahead < TOKENS_AHEAD or generation.work.logits_V is not None)
-                ]
-            idle = not ready and not self._closing
-            waiting = self._waiting() if idle else []
-            try:
-                command = self._commands.get(block=idle, timeout=GIVE_WAY_S if waiting else None)
-            except queue.Empty:
-                if waiting:  # the consumer of an admitted generation may be waiting for this one
-                    waiting[0].admitted = True
-                    continue
-            else:
-                with self.engine.lock:
-                    command()
-                    for _ in range(self._commands.qsize()):
-                        self._commands.get_nowait()()
-                continue
-            if self._closing:
-                with self.engine.lock:
-                    self.engine.flush()
-                return
+    def _turn(self, masks: ThreadPoolExecutor) -> bool:
+        """Run the queued commands, or a step if there are none; return False once the block was left."""
+        closing = self._task_group is None  # before the queue is found to be empty
+        with self.engine.lock:  # another AsyncEngine over the same engine may preempt these sessions
+            self._admit()
+            ready = [each for each in self._generations if each.admitted and each.ahead < TOKENS_AHEAD]
+        idle = not ready and not closing
+        waiting = self._waiting() if idle else []
+        try:
+            command = self._commands.get(block=idle, timeout=GIVE_WAY_S if waiting else None)
+        except queue.Empty:
+            if waiting:  # the consumer of an admitted generation may be waiting for this one
+                waiting[0].admitted = True
+                return True
+        else:
             with self.engine.lock:
-                outcomes = self._step(ready, helper)
-            if outcomes:
-                self._soon(_hand_over, outcomes)
+                command()
+                for _ in range(self._commands.qsize()):
+                    self._commands.get_nowait()()
+            return True
+        with self.engine.lock:
+            if closing:
+                self.engine.flush()
+                return False
+            outcomes = self._step(ready, masks)
+        if outcomes:
+            self._soon(_hand_over, outcomes)
+        return True
 
     def _waiting(self) -> list[_Generation]:
         """Generations that are not admitted yet, in order of admission."""
         waiting = [generation for generation in self._generations if not generation.admitted]
-        return sorted(waiting, key=lambda generation: -generation.work.priority)
+        return sorted(waiting, key=lambda generation: -generation.request.priority)
 
     def _admit(self) -> None:
         """Admit the generations that fit beside the admitted ones, in order, up to the first that does not fit."""
-        inside = [generation.work for generation in self._generations if generation.admitted]
+        inside = [generation.request for generation in self._generations if generation.admitted]
         batcher = self.engine.batcher
         for generation in self._waiting():  # one that can never fit is admitted, and fails with its error
-            if inside and not batcher.too_long(generation.work) and not batcher.fits([*inside, generation.work]):
+            if inside and not batcher.too_long(generation.request) and not batcher.fits([*inside, generation.request]):
                 return
             generation.admitted = True
-            inside.append(generation.work)
+            inside.append(generation.request)
 
-    def _close(self) -> None:
-        self._closing = True
-
-    def _step(self, ready: list[_Generation], helper: ThreadPoolExecutor) -> list[tuple[_Generation, _Delivery]]:
+    def _step(self, ready: list[_Generation], masks: ThreadPoolExecutor) -> list[_Delivery]:
         """Run one forward; return the outcomes of the generations that have one."""
-        outcomes: list[tuple[_Generation, _Delivery]] = []
-        for generation in ready:
-            outcomes += self._jump(generation)
-        waiting = [g for g in ready if g.work.logits_V is None and not g.done]
-        held = [g for g in self._generations if g.work.sequence is not None]
-        # `_sample` reads the cached mask
-        masks = [helper.submit(g.matcher.mask) for g in waiting if g.matcher is not None]
+        batcher = self.engine.batcher
+        outcomes = self._decide(ready)
+        waiting = [generation for generation in ready if not generation.ended]
+        held = [generation for generation in self._generations if generation.request.sequence is not None]
+        # `next_tokens` reads the cached masks
+        computing = [masks.submit(each.matcher.mask) for each in waiting if each.matcher is not None]
         if waiting:
             try:
-                self.engine.batcher.advance([generation.work for generation in waiting])
+                batcher.advance([generation.request for generation in waiting])
             except BaseException:
                 for generation in waiting:  # one of them caused the failure; the others continue
                     try:
-                        self.engine.batcher.advance([generation.work])
+                        batcher.advance([generation.request])
                     except BaseException as error:
-                        outcomes.append((generation, error))
+                        generation.ended = True
+                        outcomes.append((generation, error, 0))
         for generation in held:
-            if generation.work.sequence is None:  # it was preempted, and waits until it fits again
+            if generation.request.sequence is None:  # it was preempted, and waits until it fits again
                 generation.admitted = False
-        if masks:
-            wait(masks)
-        for generation in ready:  # accepted drafts already have their logits
-            while generation.work.logits_V is not None and not generation.done:
-                outcomes.append((generation, self._sample(generation, generation.work.logits_V)))
-                outcomes += self._jump(generation)
-        for generation, outcome in outcomes:
-            if generation.done or isinstance(outcome, BaseException):
+        wait(computing)
+        outcomes += self._decide(waiting)
+        for generation, _, _ in outcomes:
+            if generation.ended:
                 self._generations.pop(generation, None)
         return outcomes
 
-    def _sample(self, generation: _Generation, logits_V: Tensor) -> _Delivery:
-        work, params = generation.work, generation.params
-        if generation.only_computes:
-            generation.done = True
-            return None
-        try:
-            mask_V = None if generation.matcher is None else generation.matcher.mask()
-            token = sample(logits_V, params, seed=generation.seed, position=work.length, past=work.past, mask_V=mask_V)
-        except Exception as error:
-            self.engine.batcher.drop(work)  # so that no cache keeps what it computed
-            generation.done = True
-            return error
-        generation.sampled += 1
-        generation.ahead += 1
-        generation.done = (
-            token.id in params.stop_token_ids
-            or generation.sampled == params.max_tokens
-            or work.length + 1 == self.engine.spec.max_position_embeddings
-        )
-        work.push(token.id)
-        return token
-
-    def _jump(self, generation: _Generation) -> list[tuple[_Generation, _Delivery]]:
-        """Append the ids that the generation's grammar forces at this point."""
-        outcomes: list[tuple[_Generation, _Delivery]] = []
-        work, matcher = generation.work, generation.matcher
-        while matcher is not None and not generation.done:
-            try:
-                matcher.follow(work.ids)
-                token_id = matcher.forced()
-            except Exception as error:
-                generation.done = True
-                return [*outcomes, (generation, error)]
-            if token_id is None:
-                break
-            generation.ahead += 1
-            generation.done = (
-                token_id in generation.params.stop_token_ids
-                or work.length + 1 == self.engine.spec.max_position_embeddings
-            )
-            work.push(token_id, forced=True)
-            outcomes.append((generation, SampledToken(token_id, math.nan, forced=True)))
+    def _decide(self, generations: list[_Generation]) -> list[_Delivery]:
+        """Append all ids that need no forward: forced ids, and ids after accepted drafts."""
+        outcomes: list[_Delivery] = []
+        while generations:
+            decided = next_tokens(generations, self.engine.batcher)
+            generations = [generation for generation, _ in decided]
+            for generation, outcome in decided:
+                generation.ahead += 1
+                outcomes.append((generation, outcome, generation.left))
         return outcomes
 
 
-def _call_soon() -> Callable[..., object]:
-    """Return the thread-safe call_soon of asyncio or trio; `anyio.from_thread` would wait for the result."""
-    loop: Any = current_token().native_token
-    soon: Callable[..., object] = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
-    return soon
+def _hand_over(outcomes: list[_Delivery]) -> None:
+    for generation, outcome, left in outcomes:
+        generation.put(outcome, left)
 
 
-def _hand_over(outcomes: list[tuple[_Generation, _Delivery]]) -> None:
-    for generation, outcome in outcomes:
-        generation.put(outcome)
-
-
-class AsyncSession(SessionIds):
+class AsyncSession(SessionBase):
     """`Session` for async code; made by `AsyncEngine.session()`, freed by `close()` or `async with`."""
 
-    def __init__(self, engine: AsyncEngine, work: Work, ids: Ids) -> None:
-        """`ids` are the ids of `work`, which belongs to the model thread."""
-        super().__init__(engine.engine.spec, ids)
-        self._engine = engine
-        self._work = work
+    def __init__(self, engine: AsyncEngine, request: Work) -> None:
+        """`request` belongs to the model thread."""
+        super().__init__(engine.engine.spec, request, request.ids.fork())
+        self._engine, self._put = engine, engine._commands.put
         self._in_step = False
         self._generation: _Generation | None = None
-        self._known = len(self._ids)  # number of ids that the thread's work has, or will have after the queued commands
+        self._known = len(
+            self._ids
+        )  # number of ids that the thread's request has, or will have after the queued commands
+        engine._sessions.add(self)
 
     @property
-    def usage(self) -> PromptUsage:
-        """Prompt tokens found in the prefix cache, and prompt tokens computed."""
-        return self._work.usage
+    def _batcher(self) -> Batcher:
+        return self._engine.engine.batcher
 
     async def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; see `Session.append`.
@@ -367,12 +314,12 @@ class AsyncSession(SessionIds):
             TokenIdError, ContextLengthError, SessionClosedError: see `Session.append`.
         """
         self._check_idle()
-        self._append(token_ids)
+        self._ids.extend(self._check_new(token_ids))
 
     async def checkpoint(self) -> None:
         """Keep the state at this length for other sessions, once it is computed; see `Session.checkpoint`."""
-        work = self._settle()
-        self._engine._commands.put(lambda: self._engine.engine.batcher.mark(work))
+        self._settle()
+        self._put(lambda: self._batcher.mark(self._request))
 
     async def fork(self, n: int = 1) -> list[AsyncSession]:
         """Return `n` sessions that continue from here; see `Session.fork`.
@@ -381,29 +328,28 @@ class AsyncSession(SessionIds):
             SessionBusyError: a step of this session is running.
             OutOfMemoryError, SessionClosedError, EngineClosedError: see `generate`.
         """
-        check_count(n)
-        work, ids, engine = self._settle(), self._ids.fork(), self._engine.engine
-        if len(ids):
-            await self._compute(work)
-
-        def drop(forks: list[Work]) -> None:
-            for fork in forks:
-                engine.batcher.drop(fork)
-
-        works = await self._engine.call(lambda: [engine.batcher.fork(work) for _ in range(n)], undo=drop)
-        forks = [AsyncSession(self._engine, fork, ids.fork()) for fork in works]
-        self._engine._sessions.update(forks)
-        return forks
+        self._check_forks(n)
+        self._settle()
+        request, batcher = self._request, self._batcher
+        if self._ids:
+            await self._busy(self._engine.call(lambda: batcher.resume(request)))
+            self._check_open()
+            await self._busy(self._begin(_Generation(request, SamplingParams(), left=0)).get())
+        forks = await self._engine.call(
+            lambda: [batcher.fork(request) for _ in range(n)], undo=lambda forks: [*map(batcher.drop, forks)]
+        )
+        return [AsyncSession(self._engine, fork) for fork in forks]
 
     async def park(self) -> None:
         """Let the engine evict this session first, for example while a tool runs; see `Session.park`."""
-        work = self._settle()
-        self._engine._commands.put(lambda: self._engine.engine.batcher.park(work))
+        self._settle()
+        self._put(lambda: self._batcher.park(self._request))
 
     async def save(self, path: str | Path) -> None:
         """Write the session to a file; see `Session.save`."""
-        work, engine = self._settle(), self._engine.engine
-        await self._engine.call(lambda: engine.batcher.save(work, Path(path), model=engine.fingerprint))
+        self._settle()
+        request, engine = self._request, self._engine.engine
+        await self._engine.call(lambda: engine.batcher.save(request, Path(path), model=engine.fingerprint))
 
     async def generate(
         self, params: SamplingParams | None = None, *, grammar: Grammar | None = None
@@ -419,41 +365,26 @@ class AsyncSession(SessionIds):
             SessionEmptyError, ContextLengthError, NonFiniteLogitsError, GrammarError, OutOfMemoryError,
                 SessionClosedError, TokenizerMissingError: see `Session.generate`.
         """
-        params = params or SamplingParams()
-        check_grammar(params, grammar)
-        reader = self._engine.engine.reader(params)
-        seed = fresh_seed() if params.seed is None else params.seed
-        count = 0
-        generation = None
+        generation = _Generation(self._request, params or SamplingParams(), grammar)
+        reader, left = self._engine.engine.reader(generation.params), generation.left
         try:
-            while True:
+            while left and not reader.stopped:
                 self._check_idle()
                 self._check_can_generate()
                 self._engine._check_running()
-                if generation is None or generation is not self._generation or self._known != len(self._ids):
-                    left = None if params.max_tokens is None else params.max_tokens - count
-                    rest = params if left == params.max_tokens else replace(params, max_tokens=left)
-                    generation = self._start(rest, seed, grammar)
-                self._in_step = True
-                try:
-                    token = await generation.get()
-                except BaseException:
-                    self._stop(generation)
-                    raise
-                finally:
-                    self._in_step = False
+                if generation is not self._generation or self._known != len(self._ids):
+                    self._settle()
+                    again = _Generation(self._request, generation.params, grammar, seed=generation.seed, left=left)
+                    generation = self._begin(again)
+                token, left = await self._busy(generation.get())
                 assert token is not None
                 self._ids.append(token.id)
                 self._known += 1
-                self._engine._commands.put(lambda taken=generation: _take(taken))  # type: ignore[misc]
-                count += not token.forced
-                ended = token.id in params.stop_token_ids or count == params.max_tokens
-                yield reader.read(token, last=ended or self._is_full)
-                if ended or reader.stopped:
-                    return
+                self._put(generation.taken)
+                yield reader.read(token, last=not left or len(self._ids) == self._spec.max_position_embeddings)
         finally:
-            if generation is not None:
-                self._stop(generation)
+            if generation is self._generation:
+                self._stop()
 
     async def close(self) -> None:
         """Free the state, after the current step. Closing twice is harmless."""
@@ -462,9 +393,9 @@ class AsyncSession(SessionIds):
         self._closed = True
         self._engine._sessions.discard(self)
         if self._generation is not None:
-            self._generation.put(SessionClosedError("the session was closed; open a new one with engine.session()"))
-            self._stop(self._generation)
-        self._engine._commands.put(self._drop)
+            self._generation.put(SessionClosedError("the session was closed; open a new one with engine.session()"), 0)
+        self._stop()
+        self._put(lambda: self._batcher.close(self._request))
 
     async def __aenter__(self) -> Self:
         return self
@@ -474,72 +405,39 @@ class AsyncSession(SessionIds):
     ) -> None:
         await self.close()
 
-    def _start(self, params: SamplingParams, seed: int, grammar: Grammar | None) -> _Generation:
-        """Send new ids to the model thread, and start a generation there."""
-        if self._generation is not None:
-            self._stop(self._generation)
-        matcher = None if grammar is None else grammar.matcher()
-        generation = _Generation(self._take_in(), params, seed, matcher)
-        self._begin(generation)
-        return generation
-
-    async def _compute(self, work: Work) -> None:
-        """Have the model thread restore the state and compute all pending ids."""
-        generation = _Generation(work, SamplingParams(), 0, only_computes=True)
+    async def _busy(self, step: Awaitable[T]) -> T:
+        """Await a step, during which no other task may use the session. A step that fails stops the generation."""
         self._in_step = True
         try:
-            await self._engine.call(lambda: self._engine.engine.batcher.resume(work))
-            self._check_open()
-            self._begin(generation)
-            await generation.get()
+            return await step
+        except BaseException:
+            self._stop()
+            raise
         finally:
             self._in_step = False
-            self._stop(generation)
 
-    def _begin(self, generation: _Generation) -> None:
-        def command() -> None:
-            self._engine._generations[generation] = None
-
+    def _begin(self, generation: _Generation) -> _Generation:
         self._generation = generation
-        self._engine._commands.put(command)
+        self._put(lambda: self._engine._generations.setdefault(generation))
+        return generation
 
-    def _take_in(self) -> Work:
-        """Queue a command that appends the new ids to the thread's work."""
-        work, news, self._known = self._work, self._ids[self._known :], len(self._ids)
-        if news:
-            self._engine._commands.put(lambda: work.extend(news))
-        return work
-
-    def _settle(self) -> Work:
-        """Stop the generation and make the thread's work end with the ids of this session."""
+    def _settle(self) -> None:
+        """Stop the generation and make the thread's request end with the ids of this session."""
         self._check_idle()
         self._check_open()
         self._engine._check_running()
-        if self._generation is not None:
-            self._stop(self._generation)
-        return self._take_in()
+        self._stop()
+        request, news, self._known = self._request, self._ids[self._known :], len(self._ids)
+        if news:
+            self._put(lambda: request.extend(news))
 
-    def _stop(self, generation: _Generation) -> None:
-        """Queue a command that ends a generation and discards its tokens that were not taken."""
-        if generation is not self._generation:
-            return
-        self._generation = None
-        length = self._known
-
-        def command() -> None:
-            self._engine._generations.pop(generation, None)
-            self._engine.engine.batcher.truncate(generation.work, length)
-
-        self._engine._commands.put(command)
-
-    def _drop(self) -> None:
-        """Free the state; runs on the model thread."""
-        self._engine.engine.batcher.close(self._work)
+    def _stop(self) -> None:
+        """Queue a command that ends the generation, if there is one, and discards its tokens that were not taken."""
+        generation, self._generation, length = self._generation, None, self._known
+        if generation is not None:
+            self._put(lambda: self._engine._generations.pop(generation, None))
+            self._put(lambda: self._batcher.truncate(self._request, length))
 
     def _check_idle(self) -> None:
         if self._in_step:
             raise SessionBusyError("a step of this session is running for another task; one task drives a session")
-
-
-def _take(generation: _Generation) -> None:
-    generation.ahead -= 1

@@ -25,7 +25,7 @@ from agentkit_engine.runtime import Batcher, Work, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.runner import NUMERICS, choose_backend, machine
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_engine.session import Session, check_ids, check_priority
+from agentkit_engine.session import Session, check_ids, check_whole
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 from agentkit_kernels.packing import lay_out
@@ -233,7 +233,7 @@ class Engine:
 
     def session(self, *, priority: int = 0) -> Session:
         """Return a new, empty session. When memory is short, sessions with a higher priority are evicted later."""
-        return Session(self, Work(priority=check_priority(priority)))
+        return Session(self, Work(priority=check_whole("priority", priority)))
 
     def open(self, path: str | Path) -> Session:
         """Open a session that `Session.save` wrote and continue where it stopped, without recomputing its state.

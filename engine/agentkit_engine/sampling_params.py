@@ -130,21 +130,13 @@ class SamplingParams:
         """True if the logits depend on earlier ids."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
+    @property
+    def filters(self) -> bool:
+        """True if some ids may be dropped before sampling."""
+        return (self.top_k, self.top_p, self.min_p) != (None, 1, 0)
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # normalise the frozen instance: 0 becomes 0.0, a list becomes a tuple
-
-
-def check_grammar(params: SamplingParams, grammar: object | None) -> None:
-    """Refuse parameters that request a grammar from a session of the engine without passing one.
-
-    Raises:
-        ValueError: `params` requests a grammar, and `grammar` is None.
-    """
-    if grammar is None and (params.grammar is True or params.output_schema is not None):
-        raise ValueError(
-            "grammar=True and output_schema work only in agents, which have tools; pass a grammar to the session, "
-            "for example generate(params, grammar=engine.grammars.calls(tools))"
-        )
 
 
 _NUMBERS: Final[dict[str, tuple[str, Callable[[float], bool]]]] = {

@@ -6,7 +6,6 @@ memory is short or after a failed step, without changing the session.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,21 +14,21 @@ from typing import TYPE_CHECKING, Self
 
 from agentkit_engine.errors import (
     ContextLengthError,
-    NonFiniteLogitsError,
     SessionClosedError,
     SessionEmptyError,
     TokenIdError,
 )
+from agentkit_engine.generation import Generation, next_tokens
 from agentkit_engine.ids import Ids
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Batcher, PromptUsage, Work
-from agentkit_engine.sampler import SampledToken, fresh_seed, sample
-from agentkit_engine.sampling_params import SamplingParams, check_grammar
+from agentkit_engine.sampler import SampledToken
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.spec import ModelSpec
 
 if TYPE_CHECKING:
     from agentkit_engine.engine import Engine
-    from agentkit_engine.grammar import Grammar, Matcher
+    from agentkit_engine.grammar import Grammar
 
 
 def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -53,35 +52,22 @@ def check_ids(token_ids: Iterable[int], vocab_size: int) -> list[int]:
     return ids
 
 
-def check_count(n: int) -> None:
-    """Check the number of forks: an int of at least 0.
-
-    Raises:
-        TypeError, ValueError: it is no whole number, or negative.
-    """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"fork(n) takes a whole number, got {n!r}")
-    if n < 0:
-        raise ValueError(f"fork(n) takes at least 0, got {n}")
-
-
-def check_priority(priority: int) -> int:
-    """Return the priority.
+def check_whole(name: str, value: int) -> int:
+    """Return the number.
 
     Raises:
         TypeError: it is not a whole number.
     """
-    if isinstance(priority, bool) or not isinstance(priority, int):
-        raise TypeError(f"priority must be a whole number, got {priority!r}")
-    return priority
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    return value
 
 
-class SessionIds:
-    """The append-only ids of a session, and the checks on them."""
+class SessionBase:
+    """The append-only ids of a session and the checks on them; the base of `Session` and `AsyncSession`."""
 
-    def __init__(self, spec: ModelSpec, ids: Ids) -> None:
-        self._spec = spec
-        self._ids = ids
+    def __init__(self, spec: ModelSpec, request: Work, ids: Ids) -> None:
+        self._spec, self._request, self._ids = spec, request, ids
         self._closed = False
 
     @property
@@ -92,15 +78,17 @@ class SessionIds:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def _append(self, token_ids: Iterable[int]) -> None:
+    @property
+    def usage(self) -> PromptUsage:
+        """Prompt tokens found in the prefix cache, and prompt tokens computed."""
+        return self._request.usage
+
+    def _check_new(self, token_ids: Iterable[int]) -> list[int]:
+        """Return the ids as a list of int, checked to fit into this session."""
         self._check_open()
         ids = check_ids(token_ids, self._spec.vocab_size)
         self._check_room(len(ids))
-        self._ids.extend(ids)
-
-    @property
-    def _is_full(self) -> bool:
-        return len(self._ids) >= self._spec.max_position_embeddings
+        return ids
 
     def _check_can_generate(self) -> None:
         self._check_open()
@@ -112,6 +100,11 @@ class SessionIds:
         if self._closed:
             raise SessionClosedError("the session is closed; open a new one with engine.session()")
 
+    def _check_forks(self, n: int) -> None:
+        self._check_open()
+        if check_whole("n of fork(n)", n) < 0:
+            raise ValueError(f"fork(n) takes at least 0, got {n}")
+
     def _check_room(self, count: int) -> None:
         limit = self._spec.max_position_embeddings
         if len(self._ids) + count > limit:
@@ -120,22 +113,16 @@ class SessionIds:
             )
 
 
-class Session(SessionIds):
+class Session(SessionBase):
     """One conversation with a model; made by `Engine.session()`, freed by `close()` or `with`.
 
     A session belongs to one thread and has forwards of its own. `AsyncEngine.session()` makes sessions that share
     forwards.
     """
 
-    def __init__(self, engine: Engine, work: Work | None = None) -> None:
+    def __init__(self, engine: Engine, request: Work) -> None:
+        super().__init__(engine.spec, request, request.ids)
         self._engine = engine
-        self._work = work or Work()
-        super().__init__(engine.spec, self._work.ids.fork())
-
-    @property
-    def usage(self) -> PromptUsage:
-        """Prompt tokens found in the prefix cache, and prompt tokens computed."""
-        return self._work.usage
 
     @property
     def _batcher(self) -> Batcher:
@@ -149,7 +136,7 @@ class Session(SessionIds):
             ContextLengthError: the ids would exceed the model's positions.
             SessionClosedError: the session was closed.
         """
-        self._append(token_ids)
+        self._request.extend(self._check_new(token_ids))
 
     def generate(
         self, params: SamplingParams | None = None, *, grammar: Grammar | None = None
@@ -170,9 +157,8 @@ class Session(SessionIds):
             TokenizerMissingError: stop texts need a tokenizer, and the model has none.
         """
         self._check_can_generate()
-        params = params or SamplingParams()
-        check_grammar(params, grammar)
-        return self._generate(params, self._engine.reader(params), grammar)
+        generation = Generation(self._request, params or SamplingParams(), grammar)
+        return self._generate(generation, self._engine.reader(generation.params))
 
     def checkpoint(self) -> None:
         """Keep the state at this length, once it is computed, for other sessions with the same prefix.
@@ -181,8 +167,7 @@ class Session(SessionIds):
         share, such as an agent's system prompt and tools.
         """
         self._check_open()
-        self._take_in()
-        self._batcher.mark(self._work)
+        self._batcher.mark(self._request)
 
     def fork(self, n: int = 1) -> list[Session]:
         """Return `n` independent sessions that continue from here and share the state so far.
@@ -193,14 +178,11 @@ class Session(SessionIds):
             OutOfMemoryError: the session does not fit into the engine's memory.
             SessionClosedError: the session was closed.
         """
-        self._check_open()
-        check_count(n)
-        self._take_in()
-        self._batcher.resume(self._work)
-        while self._work.pending:
-            self._batcher.advance([self._work])
-        works = [self._batcher.fork(self._work) for _ in range(n)]
-        return [Session(self._engine, work) for work in works]
+        self._check_forks(n)
+        self._batcher.resume(self._request)
+        while self._request.pending:
+            self._batcher.advance([self._request])
+        return [Session(self._engine, self._batcher.fork(self._request)) for _ in range(n)]
 
     def park(self) -> None:
         """Let the engine evict this session first, for example while a tool runs.
@@ -208,7 +190,7 @@ class Session(SessionIds):
         The session continues where it stopped; evicted state is computed again.
         """
         self._check_open()
-        self._batcher.park(self._work)
+        self._batcher.park(self._request)
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file. `Engine.open` continues from it without recomputation.
@@ -218,14 +200,13 @@ class Session(SessionIds):
             OSError: the file cannot be written.
         """
         self._check_open()
-        self._take_in()
-        self._batcher.save(self._work, Path(path), model=self._engine.fingerprint)
+        self._batcher.save(self._request, Path(path), model=self._engine.fingerprint)
 
     def close(self) -> None:
         """Free the state. The ids stay readable; every other use raises from now on. Closing twice is harmless."""
         if not self._closed:
             self._closed = True
-            self._batcher.close(self._work)
+            self._batcher.close(self._request)
 
     def __enter__(self) -> Self:
         return self
@@ -235,38 +216,13 @@ class Session(SessionIds):
     ) -> None:
         self.close()
 
-    def _generate(self, params: SamplingParams, reader: Reader, grammar: Grammar | None) -> Iterator[SampledToken]:
-        seed = fresh_seed() if params.seed is None else params.seed
-        matcher = None if grammar is None else grammar.matcher()
-        count = 0
-        while True:
+    def _generate(self, generation: Generation, reader: Reader) -> Iterator[SampledToken]:
+        while generation.left and not reader.stopped:
             self._check_can_generate()
-            self._take_in()
-            forced = None
-            if matcher is not None:
-                matcher.follow(self._ids)
-                forced = matcher.forced()
-            if forced is None:
-                token = self._sample(params, seed, matcher)
-            else:
-                token = SampledToken(forced, math.nan, forced=True)
-            self._ids.append(token.id)
-            self._work.push(token.id, forced=token.forced)
-            count += not token.forced
-            ended = token.id in params.stop_token_ids or count == params.max_tokens
-            yield reader.read(token, last=ended or self._is_full)
-            if ended or reader.stopped:
-                return
-
-    def _sample(self, params: SamplingParams, seed: int, matcher: Matcher | None) -> SampledToken:
-        while self._work.logits_V is None:
-            self._batcher.advance([self._work])
-        logits_V, mask_V = self._work.logits_V, None if matcher is None else matcher.mask()
-        try:
-            return sample(logits_V, params, seed=seed, position=len(self._ids), past=self._work.past, mask_V=mask_V)
-        except NonFiniteLogitsError:
-            self._batcher.drop(self._work)
-            raise
-
-    def _take_in(self) -> None:
-        self._work.extend(self._ids[self._work.length :])
+            while not (outcomes := next_tokens([generation], self._batcher)):
+                self._batcher.advance([self._request])
+            [(_, outcome)] = outcomes
+            if isinstance(outcome, BaseException):
+                raise outcome
+            assert outcome is not None
+            yield reader.read(outcome, last=generation.ended)

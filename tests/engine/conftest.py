@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from agentkit_engine.model import Decoder
+from agentkit_engine.sampler import Draw, SampledToken, sample
+from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.spec import ModelSpec
 
 
@@ -111,6 +113,14 @@ def some_ids(count: int, seed: int = 1) -> list[int]:
     """Return random ids of `small_config`'s vocabulary."""
     ids: list[int] = torch.randint(0, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return ids
+
+
+def sample_one(logits_V: torch.Tensor, params: SamplingParams, **draw: Any) -> SampledToken:
+    """Sample from a single row, and raise its error; `draw` has the other fields of `Draw`."""
+    [token] = sample(logits_V[None], [Draw(params, **draw)])
+    if isinstance(token, Exception):
+        raise token
+    return token
 
 
 @pytest.fixture

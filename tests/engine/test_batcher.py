@@ -64,7 +64,7 @@ def test_a_checkpoint_can_be_taken_between_two_decoded_tokens(decoder: Decoder) 
         length = len(session)
         for _ in range(5):
             next(said)
-        work = session._work
+        work = session._request
         assert engine.batcher.cache.holds(work.ids, work.chain, length)
 
 
@@ -121,7 +121,7 @@ def test_forks_of_a_session_that_lost_its_state_share_one_computation(decoder: D
     with engine.session() as session:
         session.append(some_ids(300, 0))
         session.fork(0)
-        engine.batcher.drop(session._work)  # as when memory is short
+        engine.batcher.drop(session._request)  # as when memory is short
         engine.batcher.cache.clear()
         before = engine.batcher.prefilled
         for seed, fork in enumerate(session.fork(3)):

@@ -17,9 +17,8 @@ from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, Sample
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Pools
 from agentkit_engine.runtime.segments import Computed, Segment
-from agentkit_engine.sampler import sample
 
-from .conftest import randomize_, small_config, some_ids
+from .conftest import randomize_, sample_one, small_config, some_ids
 
 SEED, MOST_TOKENS, MOST_SESSIONS = 5, 4, 5
 ALL_SPANS, FEW_SPANS = 1000, 6
@@ -131,7 +130,7 @@ class World:
         rows = self.reference.logits(session.token_ids[:-1])[begin - 1 :]
         past = session.token_ids
         for place, (row, token) in enumerate(zip(rows, said, strict=True), begin):
-            expected = sample(row, params, seed=SEED, position=place, past=lambda: (past, past))
+            expected = sample_one(row, params, seed=SEED, position=place, past=lambda: (past, past))
             assert (token.id, token.logprob) == (expected.id, expected.logprob)
 
     def _engine(self) -> Engine:

@@ -278,7 +278,7 @@ def test_a_checkpoint_can_be_requested_at_any_time(engine: Engine) -> None:
                 other.append([*session.token_ids, 1])
                 next(other.generate(GREEDY))
                 assert other.usage.miss_tokens <= 2  # the id sampled last is computed by the next step
-            engine.batcher.drop(session._work)
+            engine.batcher.drop(session._request)
 
 
 def test_a_saved_session_continues_without_prefill(engine: Engine, decoder: Decoder, tmp_path: Path) -> None:

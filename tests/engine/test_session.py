@@ -13,9 +13,6 @@ import anyio
 import pytest
 import torch
 from anyio import lowlevel
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 from agentkit_engine import (
     AsyncEngine,
@@ -24,7 +21,6 @@ from agentkit_engine import (
     Engine,
     EngineClosedError,
     ModelSpec,
-    NonFiniteLogitsError,
     SampledToken,
     SamplingParams,
     SessionBusyError,
@@ -36,7 +32,6 @@ from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.model.forward import ExpertLayer, Rotations
 from agentkit_engine.runtime import Segment
 from agentkit_engine.runtime.segments import Computed
-from agentkit_engine.sampler import _change, sample, uniform
 from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.loops import Floats
 
@@ -107,128 +102,6 @@ def alone(engine: Engine, ids: Sequence[int], params: SamplingParams) -> list[Sa
         return list(session.generate(params))
 
 
-# --- the sampler ---------------------------------------------------------------------------------------------------
-
-
-def naive_probabilities(logits: Tensor, temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
-    """Compute the probabilities from their definitions in plain Python."""
-    scaled = [float(x) / temperature for x in logits.double()]
-    weights = [math.exp(x - max(scaled)) for x in scaled]
-    probabilities = [w / sum(weights) for w in weights]
-    likely = sorted(range(len(probabilities)), key=lambda i: (-probabilities[i], i))[:top_k]
-    whole = sum(probabilities[index] for index in likely)
-    kept, mass = [], 0.0
-    for index in likely:
-        if mass >= top_p * whole or probabilities[index] < min_p * probabilities[likely[0]]:
-            break
-        kept.append(index)
-        mass += probabilities[index]
-    return [probabilities[i] / mass if i in kept else 0.0 for i in range(len(probabilities))]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    logits=st.lists(st.integers(-64, 64).map(lambda x: x / 16), min_size=1, max_size=12),
-    temperature=st.sampled_from([0.25, 0.7, 1.0, 3.0]),
-    top_p=st.sampled_from([0.01, 0.35, 0.613, 0.93, 1.0]),
-    top_k=st.sampled_from([1, 2, 5, 20]),
-    min_p=st.sampled_from([0.0, 0.0, 0.13, 0.51, 1.0]),
-    seed=st.integers(0, 2**63 - 1),
-)
-def test_filters_match_their_definitions(
-    logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float, seed: int
-) -> None:
-    row = torch.tensor(logits)
-    expected = naive_probabilities(row, temperature, top_p, top_k, min_p)
-    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    draws = 300
-    counts = [0] * len(logits)
-    for position in range(draws):
-        token = sample(row, params, seed=seed, position=position)
-        counts[token.id] += 1
-        assert token.logprob == pytest.approx(float(torch.log_softmax(row, 0)[token.id]), abs=1e-6)
-    for count, probability in zip(counts, expected, strict=True):
-        if probability == 0:
-            assert count == 0
-        spread = math.sqrt(probability * (1 - probability) / draws)
-        assert abs(count / draws - probability) <= 6 * spread + 1e-9 + 2 / draws
-
-
-@pytest.mark.parametrize(("ids", "top_p", "kept"), [(2, 0.5, 1), (4, 0.25, 1), (4, 0.5, 2), (4, 0.75, 3), (4, 1.0, 4)])
-def test_top_p_keeps_no_more_ids_than_reach_the_mass_exactly(ids: int, top_p: float, kept: int) -> None:
-    params = SamplingParams(top_p=top_p)
-    drawn = {sample(torch.zeros(ids), params, seed=seed, position=0).id for seed in range(200)}
-    assert drawn == set(range(kept))
-
-
-def test_greedy_takes_the_lowest_of_equal_maxima_and_ignores_top_p() -> None:
-    params = SamplingParams(temperature=0, top_p=0.01)
-    assert sample(torch.tensor([1.0, 3.0, 3.0]), params, seed=0, position=0).id == 1
-
-
-def test_a_tiny_temperature_is_greedy_and_an_extreme_draw_stays_inside() -> None:
-    row = torch.tensor([-1e4, 2.0, 1.0])
-    assert {sample(row, SamplingParams(temperature=1e-9), seed=0, position=p).id for p in range(20)} == {1}
-    assert {sample(row, SamplingParams(top_p=1e-9), seed=0, position=p).id for p in range(20)} == {1}
-
-
-def test_the_draw_is_a_pinned_function_of_seed_and_position() -> None:
-    assert uniform(0, 0) == uniform(0, 0) != uniform(0, 1) != uniform(1, 1)
-    assert all(0 <= uniform(seed, 3) < 1 for seed in range(100))
-    assert uniform(7, 11) == 0.25451285741534824  # any other value would change all existing seeded runs
-
-
-def test_penalties_count_what_came_before() -> None:
-    row = torch.tensor([4.0, 3.0, -1.0, 2.5])
-    past = [0, 2, 1, 1], [1, 1]
-
-    def odds(**penalties: float) -> list[float]:
-        params = SamplingParams(temperature=0, **penalties)  # type: ignore[arg-type]
-        return _change(row, params, lambda: past, None).tolist()
-
-    assert odds() == row.tolist()
-    assert odds(repetition_penalty=2.0) == [2.0, 1.5, -2.0, 2.5]
-    assert odds(presence_penalty=0.5) == [4.0, 2.5, -1.0, 2.5]
-    assert odds(frequency_penalty=0.5) == [4.0, 2.0, -1.0, 2.5]
-    params = SamplingParams(temperature=0, repetition_penalty=2.0)
-    token = sample(row, params, seed=0, position=0, past=lambda: past)
-    assert token == SampledToken(3, row.log_softmax(0)[3].item())
-
-
-def test_biases_favour_and_forbid() -> None:
-    row = torch.tensor([1.0, 3.0, 2.0])
-    assert sample(row, SamplingParams(temperature=0, logit_bias={1: -math.inf}), seed=0, position=0).id == 2
-    assert sample(row, SamplingParams(temperature=0, logit_bias={0: 2.5}), seed=0, position=0).id == 0
-    only = SamplingParams(logit_bias={0: -math.inf, 2: -math.inf})
-    assert {sample(row, only, seed=0, position=position).id for position in range(30)} == {1}
-    with pytest.raises(ValueError, match=r"id 3, outside the vocabulary 0\.\.2"):
-        sample(row, SamplingParams(logit_bias={3: 1.0}), seed=0, position=0)
-    with pytest.raises(ValueError, match="forbids every id"):
-        sample(row, SamplingParams(logit_bias=dict.fromkeys(range(3), -math.inf)), seed=0, position=0)
-
-
-def test_top_logprobs_are_the_models_own() -> None:
-    row = torch.tensor([1.0, 3.0, 2.0, 3.0])
-    token = sample(row, SamplingParams(temperature=0, top_logprobs=3, logit_bias={0: 9.0}), seed=0, position=0)
-    own = row.log_softmax(0).tolist()
-    assert token.top == ((1, own[1]), (3, own[3]), (2, own[2]))
-    assert (token.id, token.logprob) == (0, own[0])
-
-
-def test_penalties_use_the_sessions_own_past(engine: Engine) -> None:
-    with engine.session() as session:
-        session.append([1, 2, 3])
-        params = SamplingParams(temperature=0, frequency_penalty=1e9, max_tokens=30)
-        ids = [token.id for token in session.generate(params)]
-    assert len(set(ids)) == 30
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
-    with pytest.raises(NonFiniteLogitsError, match="position 4"):
-        sample(torch.tensor([0.0, value]), SamplingParams(), seed=0, position=4)
-
-
 @pytest.mark.parametrize(
     "bad",
     [
@@ -244,6 +117,14 @@ def test_sampling_params_outside_their_range(bad: dict[str, Any]) -> None:
 
 
 # --- sessions ------------------------------------------------------------------------------------------------------
+
+
+def test_penalties_use_the_sessions_own_past(engine: Engine) -> None:
+    with engine.session() as session:
+        session.append([1, 2, 3])
+        params = SamplingParams(temperature=0, frequency_penalty=1e9, max_tokens=30)
+        ids = [token.id for token in session.generate(params)]
+    assert len(set(ids)) == 30
 
 
 @pytest.mark.parametrize("chunks", [[700], [1] * 7 + [693], [128, 129, 127, 316], [512, 188], [3, 5, 600, 92]])

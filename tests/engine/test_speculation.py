@@ -17,10 +17,9 @@ from agentkit_engine.model import Decoder
 from agentkit_engine.model.parameters import MTPBlock
 from agentkit_engine.runtime import Batcher, Computed, Segment, Work
 from agentkit_engine.runtime.state import SPAN
-from agentkit_engine.sampler import sample
 from agentkit_engine.speculation import LONGEST, PATIENCE, Drafter, best_length
 
-from .conftest import randomize_, small_config, some_ids
+from .conftest import randomize_, sample_one, small_config, some_ids
 
 
 @torch.no_grad()
@@ -256,7 +255,7 @@ def played(batcher: Batcher, script: list[tuple[str, int, int]], params: Samplin
                         batcher.advance(waiting)
                     for each, tokens in zip(works, told, strict=True):
                         assert each.logits_V is not None
-                        token = sample(each.logits_V, params, seed=4, position=len(each.ids), past=each.past)
+                        token = sample_one(each.logits_V, params, seed=4, position=len(each.ids), past=each.past)
                         tokens.append((token, each.logits_V.tolist()))
                         each.push(token.id)
             case "feed":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agentkit_engine import AsyncEngine, Engine, ModelSpec, SamplingParams
-from agentkit_engine.runtime.threads import OneThread, one_thread
+from agentkit_engine.runtime.threads import OneThread
 
 from .conftest import make_random_decoder, small_config, some_ids
 
@@ -35,18 +35,12 @@ def make_engine(*, exact: bool = True) -> Engine:
     return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), exact=exact)
 
 
-def test_only_the_block_has_one_thread() -> None:
-    with one_thread():
-        assert counts() == (1, 2)
-    assert counts() == (2, 2)
-
-
 def test_a_function_runs_on_one_thread_wherever_it_is_called() -> None:
     run = OneThread()
     assert run(torch.get_num_threads) == 1
     assert counts() == (2, 2)
-    with one_thread():
-        assert run(threading.current_thread) is threading.current_thread()
+    # a function that is already on that thread stays there
+    assert run(lambda: run(threading.current_thread)) is run(threading.current_thread)
     assert run(threading.current_thread) is not threading.current_thread()
 
 

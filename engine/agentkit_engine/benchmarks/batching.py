@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.floor import DECODE_GOAL, beside_products
 from agentkit_engine.benchmarks.peers import Transformers, compare_tokens, random_ids, random_model, tiny_v4
@@ -18,7 +20,7 @@ from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
 from agentkit_engine.engine import Engine
 from agentkit_engine.runtime import Batcher, Work
-from agentkit_engine.sampler import SampledToken, sample
+from agentkit_engine.sampler import Draw, SampledToken, sample
 from agentkit_engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -98,14 +100,20 @@ def decode(batcher: Batcher, works: Sequence[Work], count: int) -> list[list[Sam
     """Decode `count` greedy tokens for every work, with a forward after each."""
     tokens_TB = []
     for _ in range(count):
-        tokens_B = []
-        for work in works:
-            assert work.logits_V is not None
-            tokens_B.append(sample(work.logits_V, GREEDY, seed=0, position=len(work.ids)))
-            work.push(tokens_B[-1].id)
+        tokens_TB.append(most_likely(works))
+        for work, token in zip(works, tokens_TB[-1], strict=True):
+            work.push(token.id)
         _compute(batcher, works)
-        tokens_TB.append(tokens_B)
     return tokens_TB
+
+
+def most_likely(works: Sequence[Work]) -> list[SampledToken]:
+    """Return the most likely next token of each work, whose ids have all been computed."""
+    logits = [work.logits_V for work in works if work.logits_V is not None]
+    tokens = sample(torch.stack(logits), [Draw(GREEDY, seed=0, position=work.length) for work in works])
+    if errors := [token for token in tokens if isinstance(token, Exception)]:
+        raise errors[0]
+    return [token for token in tokens if isinstance(token, SampledToken)]
 
 
 def _compute(batcher: Batcher, works: Sequence[Work]) -> None:

@@ -37,7 +37,7 @@ from agentkit_engine.model import Decoder, Trace
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.batcher import TOKEN_BUDGET
 from agentkit_engine.runtime.disk_cache import DiskCache
-from agentkit_engine.sampler import SampledToken, sample
+from agentkit_engine.sampler import SampledToken
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session
 
@@ -445,7 +445,8 @@ def _next_token(batcher: Batcher, work: Work, ids: Sequence[int]) -> SampledToke
     work.extend(ids)
     while work.logits_V is None:
         batcher.advance([work])
-    return sample(work.logits_V, GREEDY, seed=0, position=len(work.ids))
+    [token] = batching.most_likely([work])
+    return token
 
 
 def memory(sizes: Sizes) -> Iterator[Measurement]:

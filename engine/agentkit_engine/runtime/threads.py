@@ -1,41 +1,20 @@
 """One torch thread for the computing thread, without side effects on other threads.
 
 torch keeps a thread count per OS thread, and a process-wide default that a thread adopts on its first torch call.
-`torch.set_num_threads` changes both, so a plain call would also limit all threads that the process starts later.
+`torch.set_num_threads` changes both. So it is called once, when a computing thread starts, and the default is restored.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread in the calling thread; other threads, including later ones, keep their count."""
-    count = torch.get_num_threads()
-    _use_one_thread(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-
-
-def _use_one_thread(count: int) -> None:
-    """Set this thread's count to one and the default for new threads to `count`."""
-    torch.get_num_threads()  # adopt the default now, so that the first torch call does not do so later
-    torch.set_num_threads(1)
-    restore_default = threading.Thread(target=torch.set_num_threads, args=(count,))
-    restore_default.start()
-    restore_default.join()
 
 
 class OneThread:
@@ -53,9 +32,13 @@ class OneThread:
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(
-            1,
-            thread_name_prefix="agentkit_engine: forward",
-            initializer=_use_one_thread,
-            initargs=(torch.get_num_threads(),),
-        )
+        return ThreadPoolExecutor(1, "agentkit_engine: forward", _use_one_thread, (torch.get_num_threads(),))
+
+
+def _use_one_thread(default: int) -> None:
+    """Set this thread's count to one, and the count of threads that start later to `default`."""
+    torch.get_num_threads()  # adopt the default now, so that the first torch call does not do so later
+    torch.set_num_threads(1)
+    restore = threading.Thread(target=torch.set_num_threads, args=(default,))
+    restore.start()
+    restore.join()
