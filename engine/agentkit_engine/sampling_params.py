@@ -95,26 +95,20 @@ class SamplingParams:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        for name, (expected, fits) in _NUMBERS.items():
-            self._set(name, _number(name, getattr(self, name), expected, fits))
-        for name, least in _INTEGERS.items():
+        for name, (kind, expected, fits) in _CHECKS.items():
             value = getattr(self, name)
-            if value is not None or name == "top_logprobs":
-                self._set(name, _integer(name, value, least))
-        bias = _mapping("logit_bias", self.logit_bias)
-        biases = {_integer("an id in logit_bias", key, 0): _bias(key, value) for key, value in bias.items()}
-        self._set("logit_bias", biases)
-        self._set(
-            "stop_token_ids",
-            frozenset(
-                _integer("an id in stop_token_ids", id, 0) for id in _items("stop_token_ids", self.stop_token_ids)
-            ),
-        )
-        self._set("stop", tuple(_text(text) for text in _items("stop", self.stop)))
-        if not (isinstance(self.grammar, bool) or self.grammar == "auto"):
+            if value is not None or name not in _OPTIONAL:
+                self._set(name, kind(_checked(name, value, Real if kind is float else Integral, expected, fits)))
+        bias = _checked("logit_bias", self.logit_bias, Mapping, "a mapping")
+        self._set("logit_bias", {_id("logit_bias", key): _bias(value) for key, value in bias.items()})
+        stop_ids = _items("stop_token_ids", self.stop_token_ids)
+        self._set("stop_token_ids", frozenset(_id("stop_token_ids", token_id) for token_id in stop_ids))
+        texts = _items("stop", self.stop)
+        self._set("stop", tuple(_checked("stop", text, str, "a tuple of non-empty texts", bool) for text in texts))
+        if not isinstance(self.grammar, bool) and self.grammar != "auto":
             raise SamplingParamsError(f'grammar must be "auto", True or False, got {self.grammar!r}')
         if self.output_schema is not None:
-            _mapping("output_schema", self.output_schema)
+            _checked("output_schema", self.output_schema, Mapping, "a mapping")
 
     def override(self, **changes: Any) -> Self:
         """Return a copy with these fields changed; None leaves a field unchanged.
@@ -139,55 +133,36 @@ class SamplingParams:
         object.__setattr__(self, name, value)  # normalise the frozen instance: 0 becomes 0.0, a list becomes a tuple
 
 
-_NUMBERS: Final[dict[str, tuple[str, Callable[[float], bool]]]] = {
-    "temperature": ("a finite number >= 0", lambda x: x >= 0),
-    "top_p": ("a number in (0, 1]", lambda x: 0 < x <= 1),
-    "min_p": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "repetition_penalty": ("a finite number > 0", lambda x: x > 0),
-    "presence_penalty": ("a finite number", lambda x: True),
-    "frequency_penalty": ("a finite number", lambda x: True),
+_CHECKS: Final[dict[str, tuple[type[float], str, Callable[[Any], bool]]]] = {
+    "temperature": (float, "a finite number >= 0", lambda x: 0 <= x < math.inf),
+    "top_p": (float, "a number in (0, 1]", lambda x: 0 < x <= 1),
+    "min_p": (float, "a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "repetition_penalty": (float, "a finite number > 0", lambda x: 0 < x < math.inf),
+    "presence_penalty": (float, "a finite number", math.isfinite),
+    "frequency_penalty": (float, "a finite number", math.isfinite),
+    "top_k": (int, "an integer >= 1", lambda x: x >= 1),
+    "seed": (int, "an integer", lambda x: True),
+    "max_tokens": (int, "an integer >= 1", lambda x: x >= 1),
+    "top_logprobs": (int, "an integer >= 0", lambda x: x >= 0),
 }
-_INTEGERS: Final[dict[str, int | None]] = {"top_k": 1, "seed": None, "max_tokens": 1, "top_logprobs": 0}
-"""Minimum value of each field."""
+_OPTIONAL: Final = {"top_k", "seed", "max_tokens"}
 
 
-def _number(name: str, value: object, expected: str, fits: Callable[[float], bool]) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+def _checked(
+    name: str, value: Any, kind: type[Any], expected: str, fits: Callable[[Any], bool] = lambda x: True
+) -> Any:
+    """Return the value, checked to be of this kind, which never includes a bool, and to fit."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
         raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
-    if not (math.isfinite(value) and fits(float(value))):
-        raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
-    return float(value)
-
-
-def _integer(name: str, value: object, least: int | None) -> int:
-    expected = "an integer" if least is None else f"an integer >= {least}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
-    if least is not None and value < least:
-        raise SamplingParamsError(f"{name} must be {expected}, got {value!r}")
-    return int(value)
-
-
-def _bias(token_id: int, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise SamplingParamsError(f"logit_bias must map ids to numbers, got {token_id}: {value!r}")
-    if math.isnan(value) or value == math.inf:
-        raise SamplingParamsError(f"logit_bias must map ids to numbers below infinity, got {token_id}: {value!r}")
-    return float(value)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise SamplingParamsError(f"stop must be a tuple of non-empty texts, got {value!r} in it")
-    if not value:
-        raise SamplingParamsError("stop must be a tuple of non-empty texts, got '' in it")
     return value
 
 
-def _mapping(name: str, value: object) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise SamplingParamsError(f"{name} must be a mapping, got {value!r}")
-    return value
+def _id(name: str, value: object) -> int:
+    return int(_checked(f"an id in {name}", value, Integral, "an integer >= 0", lambda x: x >= 0))
+
+
+def _bias(value: object) -> float:
+    return float(_checked("a bias in logit_bias", value, Real, "a number below infinity", lambda x: x < math.inf))
 
 
 def _items(name: str, value: object) -> Iterable[Any]:
