@@ -22,7 +22,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from agentkit_engine.engine import Engine
 from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionClosedError
-from agentkit_engine.generation import Generation, Outcome, next_tokens
+from agentkit_engine.generation import Generation, TokenOrError, next_tokens
 from agentkit_engine.runtime import Batcher, Work
 from agentkit_engine.runtime.threads import OneThread
 from agentkit_engine.sampler import SampledToken
@@ -64,10 +63,10 @@ class _Generation(Generation):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.inbox: deque[tuple[Outcome, float]] = deque()
+        self.inbox: deque[tuple[TokenOrError, float]] = deque()
         self.news = anyio.Event()
 
-    def put(self, outcome: Outcome, left: float) -> None:
+    def put(self, outcome: TokenOrError, left: float) -> None:
         self.inbox.append((outcome, left))
         self.news.set()
 
@@ -84,7 +83,7 @@ class _Generation(Generation):
         self.ahead -= 1
 
 
-_Delivery = tuple[_Generation, Outcome, float]
+_Delivery = tuple[_Generation, TokenOrError, float]
 
 
 class AsyncEngine:
@@ -117,15 +116,13 @@ class AsyncEngine:
         self._task_group = task_group
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         for session in list(self._sessions):
             await session.close()
         task_group, self._task_group = self._task_group, None
         assert task_group is not None
         self._commands.put(lambda: None)  # wakes the thread
-        # without `exc`, which the task group would wrap in an ExceptionGroup
+        # without `error`, which the task group would wrap in an ExceptionGroup
         await task_group.__aexit__(None, None, None)
 
     def session(self, *, priority: int = 0) -> AsyncSession:
@@ -139,8 +136,7 @@ class AsyncEngine:
 
     async def open(self, path: str | Path) -> AsyncSession:
         """Open the session that `save` wrote; see `Engine.open`."""
-        engine = self.engine
-        batcher = engine.batcher
+        engine, batcher = self.engine, self.engine.batcher
         work = await self.call(lambda: batcher.open(Path(path), model=engine.fingerprint), undo=batcher.drop)
         return AsyncSession(self, work)
 
@@ -297,9 +293,7 @@ class AsyncSession(SessionBase):
         self._engine, self._put = engine, engine._commands.put
         self._in_step = False
         self._generation: _Generation | None = None
-        self._known = len(
-            self._ids
-        )  # number of ids that the thread's request has, or will have after the queued commands
+        self._known = len(self._ids)  # ids that the thread's request has, or will have after the queued commands
         engine._sessions.add(self)
 
     @property
@@ -400,9 +394,7 @@ class AsyncSession(SessionBase):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def _busy(self, step: Awaitable[T]) -> T:

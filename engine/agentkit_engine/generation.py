@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammar
 
 G = TypeVar("G", bound="Generation")
-Outcome = SampledToken | BaseException | None
+TokenOrError = SampledToken | BaseException | None
 
 
 class Generation:
@@ -78,7 +78,7 @@ class Generation:
         mask_V = None if self.matcher is None else self.matcher.mask()
         return Draw(self.params, self.seed, self.request.length, self.request.past, mask_V)
 
-    def take(self, outcome: Outcome, batcher: Batcher) -> Outcome:
+    def take(self, outcome: TokenOrError, batcher: Batcher) -> TokenOrError:
         """Append a token to the sequence, or end the generation with an error or None; return it."""
         if not isinstance(outcome, SampledToken):
             self.ended = True
@@ -91,18 +91,18 @@ class Generation:
         return outcome
 
 
-def next_tokens(generations: Sequence[G], batcher: Batcher) -> list[tuple[G, Outcome]]:
+def next_tokens(generations: Sequence[G], batcher: Batcher) -> list[tuple[G, TokenOrError]]:
     """Append one id to each generation that needs no forward for it, and return what became of these generations.
 
     A generation needs a forward if its grammar forces no id and there are no logits after its last one. An error ends
     its own generation only.
     """
-    outcomes: list[tuple[G, Outcome]] = []
+    outcomes: list[tuple[G, TokenOrError]] = []
     sampling: list[tuple[G, Tensor, Draw]] = []
     for generation in generations:
         if generation.ended:
             continue
-        outcome: Outcome
+        outcome: TokenOrError
         try:
             outcome, logits_V = generation.forced(), generation.request.logits_V
             if outcome is None and (logits_V is None or generation.left):

@@ -261,46 +261,41 @@ class Batcher:
             OutOfMemoryError: not even the first work fits, after all others gave up their memory.
         """
         firsts = self._mtp_drafts(works)
-        chosen, segments, others = self._steady(works, firsts)
-        steady = len(chosen)
+        chosen, others = self._steady(works, firsts)
         if others:
-            self._choose(others, firsts, chosen, segments)
-            if any(work.sequence is None for work in chosen):  # they were preempted
-                steady = sum(work.sequence is not None for work in chosen[:steady])
-                kept = [pair for pair in zip(chosen, segments, strict=True) if pair[0].sequence is not None]
-                chosen, segments = [work for work, _ in kept], [segment for _, segment in kept]
+            self._choose(others, firsts, chosen)
         try:
-            computed = self.runner.step(segments)
+            computed = self.runner.step(list(chosen.values()))
         except BaseException:
             for work in chosen:
                 self.drop(work)
             raise
         self.steps += 1
         row = 0
-        for work, segment in zip(chosen, segments, strict=True):
+        for work, segment in chosen.items():
             work.last_step = self.steps
-            draft = segment.draft
             if segment.sequence.length == work.length:
-                work._said, work._row, work._fresh, work._drafted = computed, row, True, draft
+                work._said, work._row, work._fresh, work._drafted = computed, row, True, segment.draft
             row += 1
-            if draft:
-                row += len(draft)
-                self.drafted += len(draft)
+            if segment.draft:
+                row += len(segment.draft)
+                self.drafted += len(segment.draft)
                 self.mtp_drafted += work in firsts
-        self.sampled += steady
-        if others:
-            for work, segment in zip(chosen[steady:], segments[steady:], strict=True):
-                self._account(work, len(segment.ids))
+        unsteady = set(others)
+        for work in chosen:
+            if work in unsteady:
+                self._account(work, len(chosen[work].ids))
+            else:
+                self.sampled += 1
 
-    def _steady(self, works: Seq[Work], firsts: dict[Work, int]) -> tuple[list[Work], list[Segment], list[Work]]:
+    def _steady(self, works: Seq[Work], firsts: dict[Work, int]) -> tuple[dict[Work, Segment], list[Work]]:
         """Split off the works that add the id they sampled last and need neither memory nor a checkpoint for it. Nearly
         all works are of this kind nearly always.
 
         Returns:
-            These works, their segments, and the remaining works.
+            The segments of these works, and the remaining works.
         """
-        chosen: list[Work] = []
-        segments: list[Segment] = []
+        chosen: dict[Work, Segment] = {}
         others: list[Work] = []
         spare = (TOKEN_BUDGET - len(works)) // 2 if self.speculate else 0
         for work in works:
@@ -313,28 +308,27 @@ class Batcher:
                 most = min(spare, sequence.steady_until - length, LONGEST)
                 draft = work.drafter.propose(work.ids, most, firsts.get(work))
                 spare -= len(draft)
-            chosen.append(work)
-            segments.append(Segment(sequence, (work.ids.last[-1],), draft))
-        return chosen, segments, others
+            chosen[work] = Segment(sequence, (work.ids.last[-1],), draft)
+        return chosen, others
 
-    def _choose(self, works: Seq[Work], firsts: dict[Work, int], chosen: list[Work], segments: list[Segment]) -> None:
-        """Add the other works of this forward to `chosen` and `segments`; lower priorities may be preempted."""
+    def _choose(self, works: Seq[Work], firsts: dict[Work, int], chosen: dict[Work, Segment]) -> None:
+        """Add the other works of this forward to `chosen`; works in it with a lower priority may be preempted."""
         for work in works:
             self._check_length(work)
-        budget = TOKEN_BUDGET - sum(map(len, segments))
+        budget = TOKEN_BUDGET - sum(map(len, chosen.values()))
         for work in sorted(_leaders(works), key=lambda work: (work.pending != 1, -work.priority, work.last_step)):
             if budget <= 0:
                 break
             try:
                 keep = [other for other in chosen if other.priority >= work.priority]
-                segment = self._segment(work, budget, keep, first=firsts.get(work))
+                chosen[work] = self._segment(work, budget, keep, first=firsts.get(work))
             except OutOfMemoryError:
                 if all(other.sequence is None for other in chosen):
                     raise
                 break
-            segments.append(segment)
-            chosen.append(work)
-            budget -= len(segment)
+            budget -= len(chosen[work])
+        for work in [work for work in chosen if work.sequence is None]:  # it was preempted
+            del chosen[work]
 
     def _account(self, work: Work, count: int) -> None:
         """Account for the last `count` ids of the state, which are new, and take a checkpoint where one is due."""
