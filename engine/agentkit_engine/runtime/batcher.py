@@ -135,20 +135,15 @@ class Work:
         self.length += 1
         self._fed.append(forced)
         self.jumped = forced
-        self._fresh = False
-        if not self._drafted:
-            if forced:
-                self._said = None
-            return
-        first, self._drafted = self._drafted[0], self._drafted[1:]
-        if first != token_id or self.sequence is None:
-            self._drafted = ()
-            self._said = None if forced else self._said
-            return
-        self.drafter.accepted()
-        self.sequence.length += 1
-        self.count(self.sequence.length - 1, self.sequence.length, hit=False)
-        self._row, self._fresh = self._row + 1, True
+        drafted, self._drafted = self._drafted, ()
+        self._fresh = self.sequence is not None and bool(drafted) and drafted[0] == token_id
+        if self.sequence is not None and self._fresh:
+            self.drafter.accepted()
+            self.sequence.length += 1
+            self.count(self.sequence.length - 1, self.sequence.length, hit=False)
+            self._row, self._drafted = self._row + 1, drafted[1:]
+        elif forced:
+            self._said = None
 
     @property
     def guessable(self) -> bool:
