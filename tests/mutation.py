@@ -36,7 +36,7 @@ FILES = (
     "agentkit/agentkit/turn.py",
     "engine/agentkit_engine/async_engine.py",
     "engine/agentkit_engine/chat/v4_*.py",
-    "engine/agentkit_engine/runtime/batcher.py",
+    "engine/agentkit_engine/runtime/scheduler.py",
     "engine/agentkit_engine/runtime/state.py",
     "evals/agentkit_evals/statistics.py",
     "evals/agentkit_evals/verify.py",

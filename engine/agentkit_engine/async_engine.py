@@ -10,7 +10,7 @@ already admitted. When a higher priority preempts it, it has to be admitted agai
 turns.
 
 While a forward runs, a second thread computes the grammar masks for the next tokens. Only commands change the state
-that belongs to the model thread (`Work`, `_Generation.ahead`). The thread uses the engine under its lock, so that
+that belongs to the model thread (`Request`, `_Generation.ahead`). The thread uses the engine under its lock, so that
 several `AsyncEngine`s over one `Engine` take turns.
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from agentkit_engine.engine import Engine
 from agentkit_engine.errors import EngineClosedError, SessionBusyError, SessionClosedError
 from agentkit_engine.generation import Generation, TokenOrError, next_tokens
-from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.runtime.threads import OneThread
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.sampling_params import SamplingParams
@@ -132,13 +132,13 @@ class AsyncEngine:
             EngineClosedError: outside the `async with` block.
         """
         self._check_running()
-        return AsyncSession(self, Work(priority=check_whole("priority", priority)))
+        return AsyncSession(self, Request(priority=check_whole("priority", priority)))
 
     async def open(self, path: str | Path) -> AsyncSession:
         """Open the session that `save` wrote; see `Engine.open`."""
-        engine, batcher = self.engine, self.engine.batcher
-        work = await self.call(lambda: batcher.open(Path(path), model=engine.fingerprint), undo=batcher.drop)
-        return AsyncSession(self, work)
+        engine, scheduler = self.engine, self.engine.scheduler
+        request = await self.call(lambda: scheduler.open(Path(path), model=engine.fingerprint), undo=scheduler.preempt)
+        return AsyncSession(self, request)
 
     async def logits(self, token_ids: Iterable[int]) -> Tensor:
         """Run `Engine.logits` on the model thread: float32 [T, vocab]."""
@@ -232,16 +232,20 @@ class AsyncEngine:
     def _admit(self) -> None:
         """Admit the generations that fit beside the admitted ones, in order, up to the first that does not fit."""
         inside = [generation.request for generation in self._generations if generation.admitted]
-        batcher = self.engine.batcher
+        scheduler = self.engine.scheduler
         for generation in self._waiting():  # one that can never fit is admitted, and fails with its error
-            if inside and not batcher.too_long(generation.request) and not batcher.fits([*inside, generation.request]):
+            if (
+                inside
+                and not scheduler.too_long(generation.request)
+                and not scheduler.fits([*inside, generation.request])
+            ):
                 return
             generation.admitted = True
             inside.append(generation.request)
 
     def _step(self, ready: list[_Generation], masks: ThreadPoolExecutor) -> list[_Delivery]:
         """Run one forward; return the outcomes of the generations that have one."""
-        batcher = self.engine.batcher
+        scheduler = self.engine.scheduler
         outcomes = self._decide(ready)
         waiting = [generation for generation in ready if not generation.ended]
         held = [generation for generation in self._generations if generation.request.sequence is not None]
@@ -249,11 +253,11 @@ class AsyncEngine:
         computing = [masks.submit(each.matcher.mask) for each in waiting if each.matcher is not None]
         if waiting:
             try:
-                batcher.advance([generation.request for generation in waiting])
+                scheduler.step([generation.request for generation in waiting])
             except BaseException:
                 for generation in waiting:  # one of them caused the failure; the others continue
                     try:
-                        batcher.advance([generation.request])
+                        scheduler.step([generation.request])
                     except BaseException as error:
                         generation.ended = True
                         outcomes.append((generation, error, 0))
@@ -271,7 +275,7 @@ class AsyncEngine:
         """Append all ids that need no forward: forced ids, and ids after accepted drafts."""
         outcomes: list[_Delivery] = []
         while generations:
-            decided = next_tokens(generations, self.engine.batcher)
+            decided = next_tokens(generations, self.engine.scheduler)
             generations = [generation for generation, _ in decided]
             for generation, outcome in decided:
                 generation.ahead += 1
@@ -287,7 +291,7 @@ def _hand_over(outcomes: list[_Delivery]) -> None:
 class AsyncSession(SessionBase):
     """`Session` for async code; made by `AsyncEngine.session()`, freed by `close()` or `async with`."""
 
-    def __init__(self, engine: AsyncEngine, request: Work) -> None:
+    def __init__(self, engine: AsyncEngine, request: Request) -> None:
         """`request` belongs to the model thread."""
         super().__init__(engine.engine.spec, request, request.ids.fork())
         self._engine, self._put = engine, engine._commands.put
@@ -297,8 +301,8 @@ class AsyncSession(SessionBase):
         engine._sessions.add(self)
 
     @property
-    def _batcher(self) -> Batcher:
-        return self._engine.engine.batcher
+    def _scheduler(self) -> Scheduler:
+        return self._engine.engine.scheduler
 
     async def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; see `Session.append`.
@@ -313,7 +317,7 @@ class AsyncSession(SessionBase):
     async def checkpoint(self) -> None:
         """Keep the state at this length for other sessions, once it is computed; see `Session.checkpoint`."""
         self._settle()
-        self._put(lambda: self._batcher.mark(self._request))
+        self._put(lambda: self._scheduler.mark(self._request))
 
     async def fork(self, n: int = 1) -> list[AsyncSession]:
         """Return `n` sessions that continue from here; see `Session.fork`.
@@ -324,26 +328,26 @@ class AsyncSession(SessionBase):
         """
         self._check_forks(n)
         self._settle()
-        request, batcher = self._request, self._batcher
+        request, scheduler = self._request, self._scheduler
         if self._ids:
-            await self._busy(self._engine.call(lambda: batcher.resume(request)))
+            await self._busy(self._engine.call(lambda: scheduler.resume(request)))
             self._check_open()
             await self._busy(self._begin(_Generation(request, SamplingParams(), left=0)).get())
         forks = await self._engine.call(
-            lambda: [batcher.fork(request) for _ in range(n)], undo=lambda forks: [*map(batcher.drop, forks)]
+            lambda: [scheduler.fork(request) for _ in range(n)], undo=lambda forks: [*map(scheduler.preempt, forks)]
         )
         return [AsyncSession(self._engine, fork) for fork in forks]
 
     async def park(self) -> None:
         """Let the engine evict this session first, for example while a tool runs; see `Session.park`."""
         self._settle()
-        self._put(lambda: self._batcher.park(self._request))
+        self._put(lambda: self._scheduler.park(self._request))
 
     async def save(self, path: str | Path) -> None:
         """Write the session to a file; see `Session.save`."""
         self._settle()
         request, engine = self._request, self._engine.engine
-        await self._engine.call(lambda: engine.batcher.save(request, Path(path), model=engine.fingerprint))
+        await self._engine.call(lambda: engine.scheduler.save(request, Path(path), model=engine.fingerprint))
 
     async def generate(
         self, params: SamplingParams | None = None, *, grammar: Grammar | None = None
@@ -389,7 +393,7 @@ class AsyncSession(SessionBase):
         if self._generation is not None:
             self._generation.put(SessionClosedError("the session was closed; open a new one with engine.session()"), 0)
         self._stop()
-        self._put(lambda: self._batcher.close(self._request))
+        self._put(lambda: self._scheduler.close(self._request))
 
     async def __aenter__(self) -> Self:
         return self
@@ -428,7 +432,7 @@ class AsyncSession(SessionBase):
         generation, self._generation, length = self._generation, None, self._known
         if generation is not None:
             self._put(lambda: self._engine._generations.pop(generation, None))
-            self._put(lambda: self._batcher.truncate(self._request, length))
+            self._put(lambda: self._scheduler.truncate(self._request, length))
 
     def _check_idle(self) -> None:
         if self._in_step:

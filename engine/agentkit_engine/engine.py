@@ -21,7 +21,7 @@ from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNot
 from agentkit_engine.garbage import collection_paused, skip_collection_at_exit
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
-from agentkit_engine.runtime import Batcher, Work, cache_folder
+from agentkit_engine.runtime import Request, Scheduler, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.runner import NUMERICS, choose_backend, machine
 from agentkit_engine.sampling_params import SamplingParams
@@ -151,25 +151,25 @@ class Engine:
         )
 
     @cached_property
-    def batcher(self) -> Batcher:
-        """The batcher that computes for all sessions; packs the weights on first use."""
-        batcher = Batcher(self.decoder, kv_cache_bytes=self.kv_cache_bytes, exact=self.exact, backend=self.backend)
+    def scheduler(self) -> Scheduler:
+        """The scheduler that computes for all sessions; packs the weights on first use."""
+        scheduler = Scheduler(self.decoder, kv_cache_bytes=self.kv_cache_bytes, exact=self.exact, backend=self.backend)
         if self.cache_dir is not None:
-            batcher.disk = DiskCache(
-                self.cache_dir, batcher.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
+            scheduler.disk = DiskCache(
+                self.cache_dir, scheduler.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
             )
-        return batcher
+        return scheduler
 
     def warm_up(self) -> None:
         """Pack the weights and compile the CPU kernels, so that the first token is as fast as later ones.
 
         Compiling takes about twenty seconds, once per machine and kind of layer; a log warning announces it.
         """
-        batcher = self.batcher
+        scheduler = self.scheduler
         if self.backend == "cpu":
             from agentkit_engine.runtime.warm_up import warm_up
 
-            warm_up(batcher.runner, self.decoder)
+            warm_up(scheduler.runner, self.decoder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -182,7 +182,7 @@ class Engine:
         if not self._has_tokenizer:
             raise TokenizerMissingError(
                 f'{self.folder} holds no tokenizer.json, so model "{self.name}" takes token ids only; '
-                "put the model's tokenizer.json there to work with text"
+                "put the model's tokenizer.json there to request with text"
             )
         try:
             return Tokenizer.from_dir(self.folder)
@@ -212,8 +212,8 @@ class Engine:
 
     def flush(self) -> None:
         """Wait until all pending state is written to the disk cache. `AsyncEngine` does so when its block ends."""
-        if self.cache_dir is not None and self.batcher.disk is not None:
-            self.batcher.disk.close()
+        if self.cache_dir is not None and self.scheduler.disk is not None:
+            self.scheduler.disk.close()
 
     def logits(self, token_ids: Iterable[int]) -> Tensor:
         """Return the logits after each of the T ids, float32 [T, V]: the same bits that a session computes.
@@ -229,11 +229,11 @@ class Engine:
             raise ValueError("logits() needs at least one token id")
         if len(ids) > (limit := self.spec.max_position_embeddings):
             raise ContextLengthError(f"{len(ids)} ids exceed the model's {limit} positions")
-        return self.batcher.logits(ids)
+        return self.scheduler.logits(ids)
 
     def session(self, *, priority: int = 0) -> Session:
         """Return a new, empty session. When memory is short, sessions with a higher priority are evicted later."""
-        return Session(self, Work(priority=check_whole("priority", priority)))
+        return Session(self, Request(priority=check_whole("priority", priority)))
 
     def open(self, path: str | Path) -> Session:
         """Open a session that `Session.save` wrote and continue where it stopped, without recomputing its state.
@@ -243,8 +243,8 @@ class Engine:
             OSError: the file cannot be read.
             OutOfMemoryError: its state does not fit into the engine's memory.
         """
-        work = self.batcher.open(Path(path), model=self.fingerprint)
-        return Session(self, work)
+        request = self.scheduler.open(Path(path), model=self.fingerprint)
+        return Session(self, request)
 
     def reader(self, params: SamplingParams) -> Reader:
         """Return the reader that adds text to the tokens of one generation.

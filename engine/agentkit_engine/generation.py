@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.sampler import Draw, SampledToken, sample
 from agentkit_engine.sampling_params import SamplingParams
 
@@ -37,7 +37,7 @@ class Generation:
 
     def __init__(
         self,
-        request: Work,
+        request: Request,
         params: SamplingParams,
         grammar: Grammar | None = None,
         *,
@@ -78,20 +78,20 @@ class Generation:
         mask_V = None if self.matcher is None else self.matcher.mask()
         return Draw(self.params, self.seed, self.request.length, self.request.past, mask_V)
 
-    def take(self, outcome: TokenOrError, batcher: Batcher) -> TokenOrError:
+    def take(self, outcome: TokenOrError, scheduler: Scheduler) -> TokenOrError:
         """Append a token to the sequence, or end the generation with an error or None; return it."""
         if not isinstance(outcome, SampledToken):
             self.ended = True
             if outcome is not None:
-                batcher.drop(self.request)  # so that no cache keeps what it computed
+                scheduler.preempt(self.request)  # so that no cache keeps what it computed
             return outcome
         self.request.push(outcome.id, forced=outcome.forced)
         self.left = 0 if outcome.id in self.params.stop_token_ids else self.left - (not outcome.forced)
-        self.ended = not self.left or self.request.length == batcher.pools.spec.max_position_embeddings
+        self.ended = not self.left or self.request.length == scheduler.pools.spec.max_position_embeddings
         return outcome
 
 
-def next_tokens(generations: Sequence[G], batcher: Batcher) -> list[tuple[G, TokenOrError]]:
+def next_tokens(generations: Sequence[G], scheduler: Scheduler) -> list[tuple[G, TokenOrError]]:
     """Append one id to each generation that needs no forward for it, and return what became of these generations.
 
     A generation needs a forward if its grammar forces no id and there are no logits after its last one. An error ends
@@ -111,9 +111,9 @@ def next_tokens(generations: Sequence[G], batcher: Batcher) -> list[tuple[G, Tok
                 continue
         except Exception as error:
             outcome = error
-        outcomes.append((generation, generation.take(outcome, batcher)))
+        outcomes.append((generation, generation.take(outcome, scheduler)))
     if sampling:
         sampled, logits, draws = zip(*sampling, strict=True)
         tokens = sample(torch.stack(logits) if len(logits) > 1 else logits[0][None], draws)
-        outcomes += [(each, each.take(token, batcher)) for each, token in zip(sampled, tokens, strict=True)]
+        outcomes += [(each, each.take(token, scheduler)) for each, token in zip(sampled, tokens, strict=True)]
     return outcomes

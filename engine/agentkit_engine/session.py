@@ -20,7 +20,7 @@ from agentkit_engine.errors import (
 from agentkit_engine.generation import Generation, next_tokens
 from agentkit_engine.ids import Ids
 from agentkit_engine.reading import Reader
-from agentkit_engine.runtime import Batcher, PromptUsage, Work
+from agentkit_engine.runtime import PromptUsage, Request, Scheduler
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.spec import ModelSpec
@@ -65,7 +65,7 @@ def check_whole(name: str, value: int) -> int:
 class SessionBase:
     """The append-only ids of a session and the checks on them; the base of `Session` and `AsyncSession`."""
 
-    def __init__(self, spec: ModelSpec, request: Work, ids: Ids) -> None:
+    def __init__(self, spec: ModelSpec, request: Request, ids: Ids) -> None:
         self._spec, self._request, self._ids = spec, request, ids
         self._closed = False
 
@@ -119,13 +119,13 @@ class Session(SessionBase):
     forwards.
     """
 
-    def __init__(self, engine: Engine, request: Work) -> None:
+    def __init__(self, engine: Engine, request: Request) -> None:
         super().__init__(engine.spec, request, request.ids)
         self._engine = engine
 
     @property
-    def _batcher(self) -> Batcher:
-        return self._engine.batcher
+    def _scheduler(self) -> Scheduler:
+        return self._engine.scheduler
 
     def append(self, token_ids: Iterable[int]) -> None:
         """Add ids to the end; the next `generate` computes them. Either all are added or none.
@@ -166,7 +166,7 @@ class Session(SessionBase):
         share, such as an agent's system prompt and tools.
         """
         self._check_open()
-        self._batcher.mark(self._request)
+        self._scheduler.mark(self._request)
 
     def fork(self, n: int = 1) -> list[Session]:
         """Return `n` independent sessions that continue from here and share the state so far.
@@ -178,10 +178,10 @@ class Session(SessionBase):
             SessionClosedError: the session was closed.
         """
         self._check_forks(n)
-        self._batcher.resume(self._request)
+        self._scheduler.resume(self._request)
         while self._request.pending:
-            self._batcher.advance([self._request])
-        return [Session(self._engine, self._batcher.fork(self._request)) for _ in range(n)]
+            self._scheduler.step([self._request])
+        return [Session(self._engine, self._scheduler.fork(self._request)) for _ in range(n)]
 
     def park(self) -> None:
         """Let the engine evict this session first, for example while a tool runs.
@@ -189,7 +189,7 @@ class Session(SessionBase):
         The session continues where it stopped; evicted state is computed again.
         """
         self._check_open()
-        self._batcher.park(self._request)
+        self._scheduler.park(self._request)
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file. `Engine.open` continues from it without recomputation.
@@ -199,13 +199,13 @@ class Session(SessionBase):
             OSError: the file cannot be written.
         """
         self._check_open()
-        self._batcher.save(self._request, Path(path), model=self._engine.fingerprint)
+        self._scheduler.save(self._request, Path(path), model=self._engine.fingerprint)
 
     def close(self) -> None:
         """Free the state. The ids stay readable; every other use raises from now on. Closing twice is harmless."""
         if not self._closed:
             self._closed = True
-            self._batcher.close(self._request)
+            self._scheduler.close(self._request)
 
     def __enter__(self) -> Self:
         return self
@@ -216,8 +216,8 @@ class Session(SessionBase):
     def _generate(self, generation: Generation, reader: Reader) -> Iterator[SampledToken]:
         while generation.left and not reader.stopped:
             self._check_can_generate()
-            while not (outcomes := next_tokens([generation], self._batcher)):
-                self._batcher.advance([self._request])
+            while not (outcomes := next_tokens([generation], self._scheduler)):
+                self._scheduler.step([self._request])
             [(_, outcome)] = outcomes
             if isinstance(outcome, BaseException):
                 raise outcome

@@ -128,14 +128,14 @@ async def test_a_session_is_parked_while_its_tools_run(environment: Environment)
     async def run(*, away: bool) -> tuple[list[int], list[int]]:
         held = []
         async with AsyncEngine(Engine.load("tiny")) as running:
-            batcher = running.engine.batcher
+            scheduler = running.engine.scheduler
 
             @tool
             async def get_weather(city: str) -> str:
                 """Return the weather of a city."""
                 if away:
-                    await running.call(batcher.cache.clear)
-                held.append(batcher.pools.bytes_held)
+                    await running.call(scheduler.cache.clear)
+                held.append(scheduler.pools.bytes_held)
                 return "sunny, 21 degrees"
 
             agent = Agent(EmbeddedModel(running), [get_weather], sampling=SamplingParams(temperature=0))

@@ -24,7 +24,7 @@ from agentkit_engine import (
     SessionBusyError,
 )
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Work
+from agentkit_engine.runtime import Request
 from agentkit_engine.runtime.state import SPAN, Pools
 
 from .conftest import make_random_decoder, randomize_, small_config, some_ids
@@ -60,8 +60,8 @@ def short_of_memory(engine: Engine, spans: int = 4) -> Engine:
 async def test_concurrent_forks_match_sessions_alone(engine: Engine) -> None:
     told = [some_ids(280, 0) + some_ids(20, seed) for seed in range(4)]
     expected = [alone(engine, ids) for ids in told]
-    engine.batcher.cache.clear()
-    before = engine.batcher.prefilled
+    engine.scheduler.cache.clear()
+    before = engine.scheduler.prefilled
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(some_ids(280, 0))
         async for _ in session.generate(PARAMS):
@@ -77,7 +77,7 @@ async def test_concurrent_forks_match_sessions_alone(engine: Engine) -> None:
         async with anyio.create_task_group() as task_group:
             for number, fork in enumerate(forks):
                 task_group.start_soon(go_on, number, fork)
-    assert engine.batcher.prefilled - before == 280 + 4 * 20
+    assert engine.scheduler.prefilled - before == 280 + 4 * 20
     first = forks[0].token_ids[280]
     for number, ids in enumerate(told):
         assert said[number] == alone(engine, [*ids[:280], first, *ids[280:]])
@@ -87,21 +87,21 @@ async def test_concurrent_forks_match_sessions_alone(engine: Engine) -> None:
 async def test_a_parked_session_continues_where_it_stopped(engine: Engine) -> None:
     ids = some_ids(300, 1)
     expected = alone(engine, ids)
-    engine.batcher.cache.clear()
+    engine.scheduler.cache.clear()
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(ids)
-        before, said = engine.batcher.prefilled, []
+        before, said = engine.scheduler.prefilled, []
         async for token in session.generate(PARAMS):
             said.append((token.id, token.logprob))
             if len(said) == 2:
                 await session.park()
         assert said == expected
-        assert engine.batcher.prefilled - before == 300
+        assert engine.scheduler.prefilled - before == 300
         assert (session.usage.hit_tokens, session.usage.miss_tokens) == (0, 300)
 
 
 async def test_a_checkpoint_serves_sessions_with_the_same_prefix(engine: Engine) -> None:
-    engine.batcher.cache.clear()
+    engine.scheduler.cache.clear()
     async with AsyncEngine(engine) as running:
         for seed in (2, 3):
             async with running.session() as session:
@@ -116,7 +116,7 @@ async def test_a_checkpoint_serves_sessions_with_the_same_prefix(engine: Engine)
 def alone_from_nothing(engine: Engine, session: AsyncSession, prompt: int) -> list[tuple[int, float]]:
     """Return the sampled ids with their log-probabilities, recomputed from the ids alone."""
     ids = session.token_ids
-    rows = engine.batcher.logits(ids[:-1])[prompt - 1 :].log_softmax(-1)
+    rows = engine.scheduler.logits(ids[:-1])[prompt - 1 :].log_softmax(-1)
     return [(token_id, row[token_id].item()) for token_id, row in zip(ids[prompt:], rows, strict=True)]
 
 
@@ -126,13 +126,13 @@ async def test_a_saved_session_continues_in_another_block(engine: Engine, tmp_pa
         await say(session)
         await session.save(tmp_path / "saved")
         expected, ids = await say(session), session.token_ids
-    engine.batcher.cache.clear()
-    before = engine.batcher.prefilled
+    engine.scheduler.cache.clear()
+    before = engine.scheduler.prefilled
     async with AsyncEngine(engine) as running:
         session = await running.open(tmp_path / "saved")
         assert await say(session) == expected
         assert session.token_ids == ids
-    assert engine.batcher.prefilled == before
+    assert engine.scheduler.prefilled == before
 
 
 async def test_forking_a_generating_session_is_refused(engine: Engine) -> None:
@@ -150,8 +150,8 @@ async def test_forking_a_generating_session_is_refused(engine: Engine) -> None:
 async def test_pending_ids_are_computed_once_for_all_forks(engine: Engine) -> None:
     ids = some_ids(300, 11)
     expected, longer = alone(engine, ids), alone(engine, [*ids, 1])
-    engine.batcher.cache.clear()
-    before = engine.batcher.prefilled
+    engine.scheduler.cache.clear()
+    before = engine.scheduler.prefilled
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(ids)
         said = [await say(fork) for fork in await session.fork(3)]
@@ -162,7 +162,7 @@ async def test_pending_ids_are_computed_once_for_all_forks(engine: Engine) -> No
         assert all([(t.id, t.logprob) for t in fork.generate(PARAMS)] == longer for fork in forks)
         for fork in forks:
             fork.close()
-    assert engine.batcher.prefilled - before == 301
+    assert engine.scheduler.prefilled - before == 301
     async with AsyncEngine(engine) as running, running.session() as session:
         [empty] = await session.fork()
         assert not len(empty)
@@ -171,7 +171,7 @@ async def test_pending_ids_are_computed_once_for_all_forks(engine: Engine) -> No
 async def test_a_cancelled_fork_leaves_the_session_unchanged(engine: Engine) -> None:
     ids = some_ids(900, 12)
     expected = alone(engine, ids)
-    engine.batcher.cache.clear()
+    engine.scheduler.cache.clear()
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(ids)
         async with anyio.create_task_group() as task_group:
@@ -228,7 +228,7 @@ async def test_a_preempted_session_waits_until_it_fits_and_recomputes_once(engin
             session.append(ids)
             expected[priority] = [token.id for token in session.generate(many)]
     scarce, said = short_of_memory(engine, spans=7), dict[int, list[int]]()
-    scarce.batcher.speculate = False
+    scarce.scheduler.speculate = False
     async with AsyncEngine(scarce) as running:
 
         async def speak(priority: int) -> None:
@@ -240,29 +240,29 @@ async def test_a_preempted_session_waits_until_it_fits_and_recomputes_once(engin
             for priority in prompts:
                 task_group.start_soon(speak, priority)
     assert said == expected
-    assert 1000 + 300 <= scarce.batcher.prefilled <= 1000 + 2 * 300
+    assert 1000 + 300 <= scarce.scheduler.prefilled <= 1000 + 2 * 300
 
 
 async def test_forks_of_a_cancelled_call_hold_no_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    fork, begun, go_on = engine.batcher.fork, threading.Event(), threading.Event()
+    fork, begun, go_on = engine.scheduler.fork, threading.Event(), threading.Event()
 
-    def slow_fork(work: Work) -> Work:
+    def slow_fork(request: Request) -> Request:
         begun.set()
         go_on.wait(10)
-        return fork(work)
+        return fork(request)
 
     async with AsyncEngine(engine) as running:
         session = running.session()
         await session.append(some_ids(30, 17))
         await say(session)
-        monkeypatch.setattr(engine.batcher, "fork", slow_fork)
+        monkeypatch.setattr(engine.scheduler, "fork", slow_fork)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(session.fork, 3)
             assert await anyio.to_thread.run_sync(begun.wait, 10)
             task_group.cancel_scope.cancel()
             go_on.set()
-    engine.batcher.cache.clear()
-    assert engine.batcher.pools.bytes_held == 0
+    engine.scheduler.cache.clear()
+    assert engine.scheduler.pools.bytes_held == 0
 
 
 async def test_trio_works_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ async def test_trio_works_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 async def test_two_threads_over_one_engine_take_turns(engine: Engine) -> None:
     prompts = [some_ids(200, seed) for seed in range(6)]
     expected = [alone(engine, ids) for ids in prompts]
-    engine.batcher.cache.clear()
+    engine.scheduler.cache.clear()
     said: dict[int, list[tuple[int, float]]] = {}
 
     async def run(number: int) -> None:
@@ -314,7 +314,7 @@ async def test_sessions_that_do_not_fit_wait_by_priority_and_evict_no_active_ses
             first += [token async for token in holder]
         assert [(token.id, token.logprob) for token in first] == expected[0]
     assert order == [3, 2, 1]
-    assert small.batcher.prefilled == 4 * 300  # no prompt was computed twice
+    assert small.scheduler.prefilled == 4 * 300  # no prompt was computed twice
 
 
 async def test_a_session_whose_consumer_waits_for_one_that_does_not_fit_is_preempted(engine: Engine) -> None:
@@ -330,18 +330,18 @@ async def test_a_session_whose_consumer_waits_for_one_that_does_not_fit_is_preem
     assert said == alone(engine, some_ids(300, 0))
 
 
-async def test_admission_reads_the_batcher_under_the_engines_lock(
+async def test_admission_reads_the_scheduler_under_the_engines_lock(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, held = short_of_memory(engine), []
     for name in ("fits", "too_long"):
-        look = getattr(small.batcher, name)
+        look = getattr(small.scheduler, name)
 
         def noted(*args: object, look: Callable[..., bool] = look) -> bool:
             held.append(small.lock.locked())
             return look(*args)
 
-        monkeypatch.setattr(small.batcher, name, noted)
+        monkeypatch.setattr(small.scheduler, name, noted)
     async with AsyncEngine(small) as running, running.session() as first, running.session() as second:
         for session in (first, second):
             await session.append(some_ids(20, 1))
@@ -358,13 +358,13 @@ async def test_a_generation_ends_at_the_last_position_and_computes_nothing_beyon
     decoder = make_random_decoder(ModelSpec.from_config(small_config(0, 4, max_position_embeddings=70)))
     short = Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"))
     lengths: list[int] = []
-    advance = short.batcher.advance
+    step = short.scheduler.step
 
-    def noted(works: Sequence[Work]) -> None:
-        lengths.extend(work.length for work in works)
-        advance(works)
+    def noted(requests: Sequence[Request]) -> None:
+        lengths.extend(request.length for request in requests)
+        step(requests)
 
-    monkeypatch.setattr(short.batcher, "advance", noted)
+    monkeypatch.setattr(short.scheduler, "step", noted)
     async with AsyncEngine(short) as running, running.session() as session:
         await session.append(some_ids(60))
         with pytest.raises(ContextLengthError):

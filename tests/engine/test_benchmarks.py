@@ -18,7 +18,7 @@ from agentkit_engine.benchmarks.command import chosen_benchmarks
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.floor import Floor
 from agentkit_engine.benchmarks.record import BenchmarkRecord, Bound, Measurement, make_record, merge_records, table
-from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.sampler import SampledToken
 
 FIELDS = {
@@ -84,11 +84,11 @@ def test_prefill_is_measured_beside_its_products(tmp_path: Path) -> None:
 def test_a_floor_holds_every_product_with_a_weight(rows: int, dtype: torch.dtype) -> None:
     spec = peers.tiny_v4()
     decoder = peers.random_decoder(spec).to(dtype)
-    batcher = Batcher(decoder, kv_cache_bytes=1 << 24)
-    work, floor = Work(peers.random_ids(spec, rows)), Floor()
+    scheduler = Scheduler(decoder, kv_cache_bytes=1 << 24)
+    request, floor = Request(peers.random_ids(spec, rows)), Floor()
     with floor.recording():
-        batcher.advance([work])
-    assert work.logits_V is not None
+        scheduler.step([request])
+    assert request.logits_V is not None
     expected = 0
     for name, weight in decoder.named_parameters():
         if weight.dim() == 3:  # all experts

@@ -53,8 +53,8 @@ def say(engine: Engine, ids: list[int]) -> Said:
 
 
 def loaded(engine: Engine) -> int:
-    assert engine.batcher.disk is not None
-    return engine.batcher.disk.stats.loaded
+    assert engine.scheduler.disk is not None
+    return engine.scheduler.disk.stats.loaded
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_frames_signed_by_another_user_are_rejected(
         with engine.session() as session:  # a state that makes the model generate something else
             session.append(IDS)
             next(session.generate())
-            for tails in engine.batcher.pools.tails:
+            for tails in engine.scheduler.pools.tails:
                 tails.mul_(-3.0)
         engine.flush()
     mine = open_engine(decoder, cache)
@@ -162,8 +162,8 @@ def test_frames_signed_by_another_user_are_rejected(
 
 def test_a_segment_moved_to_another_models_folder_is_rejected(decoder: Decoder, folder: Path, expected: Said) -> None:
     other = open_engine(decoder, folder, exact=False)
-    assert other.batcher.disk is not None
-    segment_in(folder).parent.rename(other.batcher.disk.folder)
+    assert other.scheduler.disk is not None
+    segment_in(folder).parent.rename(other.scheduler.disk.folder)
     say(other, PROMPT)
     assert loaded(other) == 0
 
@@ -173,13 +173,13 @@ def test_a_frame_swapped_for_another_is_rejected(
 ) -> None:
     """Both are signed with this user's key; the second is at the first one's offset in the index."""
     engine = open_engine(decoder, folder)
-    assert engine.batcher.disk is not None
-    engine.batcher.disk.find(PROMPT, IdChain(), above=0)  # reads the index
+    assert engine.scheduler.disk is not None
+    engine.scheduler.disk.find(PROMPT, IdChain(), above=0)  # reads the index
     other = open_engine(decoder, tmp_path / "other")
     say(other, some_ids(SPAN + 40, 5))
     segment_in(folder).write_bytes(segment_in(tmp_path / "other").read_bytes())
     assert say(engine, PROMPT) == expected
-    assert loaded(engine) == 0 and engine.batcher.disk.stats.damaged > 0
+    assert loaded(engine) == 0 and engine.scheduler.disk.stats.damaged > 0
 
 
 # Contents: the writer signs anything it is given, so these frames have valid signatures.
@@ -265,7 +265,7 @@ def test_frames_out_of_bounds_are_not_used(
 
 
 def _alter_what_is_written(engine: Engine, kind: str, alter: Alter) -> None:
-    disk = engine.batcher.disk
+    disk = engine.scheduler.disk
     assert disk is not None
     put = disk._put
 
@@ -332,7 +332,7 @@ def test_a_segment_replaced_after_it_was_indexed_never_hangs(
     decoder: Decoder, folder: Path, expected: Said, make: Callable[[Path], None]
 ) -> None:
     engine = open_engine(decoder, folder)
-    assert engine.batcher.disk is not None
+    assert engine.scheduler.disk is not None
     path = segment_in(folder)
     path.unlink()
     make(path)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from agentkit_engine import Engine, ModelSpec, SamplingParams
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Work, disk_cache
-from agentkit_engine.runtime.batcher import SHORT_PROMPT
+from agentkit_engine.runtime import Request, disk_cache
 from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.scheduler import SHORT_PROMPT
 from agentkit_engine.runtime.state import SPAN
 
 from .conftest import randomize_, small_config, some_ids
@@ -41,8 +41,8 @@ def open_engine(decoder: Decoder, folder: Path, *, cache_bytes: int = 1 << 30) -
 
 
 def disk(engine: Engine) -> DiskCache:
-    assert engine.batcher.disk is not None
-    return engine.batcher.disk
+    assert engine.scheduler.disk is not None
+    return engine.scheduler.disk
 
 
 def say(engine: Engine, ids: list[int]) -> list[tuple[int, float]]:
@@ -75,7 +75,7 @@ def test_a_later_process_continues_from_an_earlier_one(
     say(open_engine(decoder, tmp_path), some_ids(LENGTH, 0))
     later = open_engine(decoder, tmp_path)
     assert say(later, some_ids(LENGTH, 0) + some_ids(LENGTH + 20, 0)[LENGTH:]) == expected
-    assert later.batcher.prefilled == 20
+    assert later.scheduler.prefilled == 20
     assert disk(later).stats.loaded == 1
 
 
@@ -86,7 +86,7 @@ def test_a_common_prefix_is_stored_once(decoder: Decoder, tmp_path: Path) -> Non
     first = disk(engine).stats.written_bytes
     say(engine, head + some_ids(10, 5))
     second = disk(engine).stats.written_bytes - first
-    pools = engine.batcher.pools
+    pools = engine.scheduler.pools
     assert 4 * pools.bytes_per_span < first - second < 4 * pools.bytes_per_span + 8192
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.segment")) == first + second
 
@@ -97,7 +97,7 @@ def test_engines_over_one_folder_read_each_others_sessions(decoder: Decoder, tmp
     say(engines[1], some_ids(60, 2))
     for engine, seed in zip(engines, (2, 1), strict=True):
         say(engine, [*some_ids(60, seed), 1, 2])
-        assert (disk(engine).stats.loaded, engine.batcher.prefilled) == (1, 62)
+        assert (disk(engine).stats.loaded, engine.scheduler.prefilled) == (1, 62)
 
 
 def test_another_model_finds_nothing(decoder: Decoder, tmp_path: Path) -> None:
@@ -116,10 +116,10 @@ def test_evicted_state_is_restored_from_disk(decoder: Decoder, tmp_path: Path) -
         session.park()
         engine.flush()
         assert not list(tmp_path.rglob("*.segment"))  # nothing is written while there is memory
-        engine.batcher.cache.clear()
+        engine.scheduler.cache.clear()
         engine.flush()
         after = [(token.id, token.logprob) for token in session.generate(PARAMS)]
-    assert engine.batcher.prefilled == 300
+    assert engine.scheduler.prefilled == 300
     assert (before + after)[4:] == after and disk(engine).stats.loaded == 1
 
 
@@ -131,12 +131,12 @@ def test_a_session_that_fills_all_memory_is_still_restored_from_disk(decoder: De
     expected = say(roomy, [*ids, 1])
     small = Engine(
         decoder, name="small", dialect="v4-preview", folder=Path("none"), cache_dir=tmp_path,
-        kv_cache_bytes=2 * roomy.batcher.pools.bytes_per_span,
+        kv_cache_bytes=2 * roomy.scheduler.pools.bytes_per_span,
     )  # fmt: skip
     with small.session() as session:
         session.append([*ids, 1])
         assert [(token.id, token.logprob) for token in session.generate(PARAMS)] == expected
-    assert (disk(small).stats.loaded, small.batcher.prefilled) == (1, 1)
+    assert (disk(small).stats.loaded, small.scheduler.prefilled) == (1, 1)
 
 
 @pytest.mark.parametrize(("stored", "found"), [(48 + SHORT_PROMPT, 48), (49 + SHORT_PROMPT, 49 + SHORT_PROMPT)])
@@ -146,13 +146,13 @@ def test_the_disk_is_read_where_it_saves_more_than_a_few_tokens(
     ids = some_ids(100, 1)
     for length in (stored, 48):  # the longer one on disk, the shorter one in memory
         engine = open_engine(decoder, tmp_path)
-        work = Work(ids[:length])
-        engine.batcher.advance([work])
+        request = Request(ids[:length])
+        engine.scheduler.step([request])
         if length == stored:
-            engine.batcher.close(work)
+            engine.scheduler.close(request)
             engine.flush()
-    later = Work(ids)
-    engine.batcher.resume(later)
+    later = Request(ids)
+    engine.scheduler.resume(later)
     assert later.computed == found
 
 
@@ -189,7 +189,7 @@ def test_an_undamaged_copy_is_accepted(
     decoder: Decoder, segment: Path, expected: list[tuple[int, float]], tmp_path: Path
 ) -> None:
     engine = check_survives(decoder, tmp_path, segment, segment.read_bytes(), expected)
-    assert (engine.batcher.prefilled, disk(engine).stats.damaged) == (20, 0)
+    assert (engine.scheduler.prefilled, disk(engine).stats.damaged) == (20, 0)
 
 
 def test_a_foreign_file_is_named_and_skipped(
@@ -222,11 +222,11 @@ def test_the_budget_removes_the_least_recently_used_segments(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk_cache, "SEGMENT_BYTES", 0)  # a file for each frame
-    size = 1 + sum(tail[0].nbytes for tail in open_engine(decoder, tmp_path).batcher.pools.tails)
+    size = 1 + sum(tail[0].nbytes for tail in open_engine(decoder, tmp_path).scheduler.pools.tails)
     engine = open_engine(decoder, tmp_path, cache_bytes=int(4.5 * size))
     for seed in range(3):
         say(engine, some_ids(60, seed))
-    engine.batcher.cache.clear()
+    engine.scheduler.cache.clear()
     say(engine, [*some_ids(60, 0), 1])  # used once more
     for seed in range(3, 5):
         say(engine, some_ids(60, seed))

@@ -16,7 +16,7 @@ from torch import Tensor
 import agentkit_engine.engine
 from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Batcher, Pools, Runner
+from agentkit_engine.runtime import Pools, Runner, Scheduler
 from agentkit_engine.runtime.runner import NUMERICS, machine
 from agentkit_kernels import invariance
 from agentkit_kernels.cpu import Cpu, loops
@@ -207,11 +207,11 @@ def test_other_libraries_and_code_paths_are_exact_too(
     if few:
         monkeypatch.setattr(products_module, "_ONEDNN", None)
     monkeypatch.setattr(products_module, "FEW_QUERIES", few)
-    batcher = Batcher(decoder, kv_cache_bytes=64 << 20, backend="cpu")
-    logits = batcher.logits(ids)
+    scheduler = Scheduler(decoder, kv_cache_bytes=64 << 20, backend="cpu")
+    logits = scheduler.logits(ids)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for chunk in (1, 7, 130):
-        assert torch.equal(batcher.logits(ids, chunk=chunk), logits)
+        assert torch.equal(scheduler.logits(ids, chunk=chunk), logits)
 
 
 def test_sizes_without_divisors() -> None:
@@ -223,9 +223,9 @@ def test_sizes_without_divisors() -> None:
         "n_routed_experts": 5, "num_experts_per_tok": 5, "moe_intermediate_size": 5, "hc_mult": 3,
     }  # fmt: skip
     decoder = make_random_decoder(ModelSpec.from_config(small_config(0, 4, 128, **sizes)))
-    batcher, ids = Batcher(decoder, kv_cache_bytes=64 << 20, backend="cpu"), some_ids(600, 0)
-    logits = batcher.logits(ids)
+    scheduler, ids = Scheduler(decoder, kv_cache_bytes=64 << 20, backend="cpu"), some_ids(600, 0)
+    logits = scheduler.logits(ids)
     with torch.inference_mode():
         torch.testing.assert_close(logits, decoder(torch.tensor([ids]))[0], atol=1e-4, rtol=0)
     for chunk in (1, 7, 129):
-        assert torch.equal(batcher.logits(ids, chunk=chunk), logits)
+        assert torch.equal(scheduler.logits(ids, chunk=chunk), logits)

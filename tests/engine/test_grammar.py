@@ -26,7 +26,7 @@ from agentkit_engine.chat.tokens import ASSISTANT, DSML, THINK, THINK_END
 from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_engine.grammar import Grammar, Grammars, GrammarWarning, Matcher
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime.segments import Computed, Segment
+from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
 from agentkit_engine.schema_forms import whole_text
 
 from .conftest import randomize_, small_config
@@ -547,9 +547,9 @@ async def test_a_random_model_makes_valid_calls(engine: Engine, seed: int) -> No
     """Calls are the same with drafts, on the model thread and one token at a time; forced ids cost no forward."""
     runs = []
     for speculate in (False, True):
-        engine.batcher.cache.clear()
-        engine.batcher.speculate = speculate
-        before = engine.batcher.steps
+        engine.scheduler.cache.clear()
+        engine.scheduler.speculate = speculate
+        before = engine.scheduler.steps
         with engine.session() as session:
             session.append(TURN)
             runs.append(list(session.generate(params(engine, seed), grammar=required(engine))))
@@ -558,7 +558,7 @@ async def test_a_random_model_makes_valid_calls(engine: Engine, seed: int) -> No
     sampled = [token for token in runs[0] if not token.forced]
     assert runs[1] == runs[0]
     check(ids, TOOLS)
-    assert engine.batcher.steps - before <= len(sampled) < len(ids)
+    assert engine.scheduler.steps - before <= len(sampled) < len(ids)
     logprobs = engine.logits([*TURN, *ids]).log_softmax(-1)
     for place, token in enumerate(runs[0], start=len(TURN)):
         raw = logprobs[place - 1, token.id].item()
@@ -630,13 +630,13 @@ async def test_ids_that_the_grammar_forces_cost_no_forward(engine: Engine) -> No
     """From the first one on; and the end of the turn, which is forced too, ends the generation."""
     grammar = Grammar(GRAMMARS, GRAMMARS._matcher('start: "abcdefgh"'), at_once=True)
     free = SamplingParams(stop_token_ids=frozenset([EOS]))
-    before = engine.batcher.steps
+    before = engine.scheduler.steps
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(TURN)
         tokens = [token async for token in session.generate(free, grammar=grammar)]
     assert TOKENIZER.decode([token.id for token in tokens[:-1]]) == "abcdefgh" and tokens[-1].id == EOS
     assert all(token.forced for token in tokens)
-    assert engine.batcher.steps == before
+    assert engine.scheduler.steps == before
 
 
 @pytest.mark.anyio
@@ -646,16 +646,16 @@ async def test_a_consumer_who_is_many_tokens_behind_causes_no_forward(engine: En
         await session.append(TURN)
         tokens = session.generate(SamplingParams(seed=1), grammar=grammar)
         await anext(tokens)
-        before = await running.call(lambda: engine.batcher.steps)
+        before = await running.call(lambda: engine.scheduler.steps)
         for _ in range(20):  # the model thread looks for work between any two calls
-            after = await running.call(lambda: engine.batcher.steps)
+            after = await running.call(lambda: engine.scheduler.steps)
         await tokens.aclose()
     assert after == before
 
 
 @pytest.mark.anyio
 async def test_a_mask_is_computed_while_the_forward_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    masked, step, mask = threading.Event(), engine.batcher.runner.step, Matcher.mask
+    masked, step, mask = threading.Event(), engine.scheduler.runner.step, Matcher.mask
     in_time = []
 
     def noted_mask(matcher: Matcher) -> torch.Tensor | None:
@@ -663,13 +663,13 @@ async def test_a_mask_is_computed_while_the_forward_runs(engine: Engine, monkeyp
         masked.set()
         return mask_V
 
-    def waiting_step(segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
+    def waiting_step(scheduled: Sequence[ScheduledTokens], *, all_rows: bool = False) -> Computed:
         in_time.append(masked.wait(10))
-        return step(segments, all_rows=all_rows)
+        return step(scheduled, all_rows=all_rows)
 
     monkeypatch.setattr(Matcher, "mask", noted_mask)
-    monkeypatch.setattr(engine.batcher.runner, "step", waiting_step)
-    engine.batcher.cache.clear()
+    monkeypatch.setattr(engine.scheduler.runner, "step", waiting_step)
+    engine.scheduler.cache.clear()
     async with AsyncEngine(engine) as running, running.session() as session:
         await session.append(TURN)
         async for _ in session.generate(replace(params(engine, 0), max_tokens=1), grammar=required(engine)):

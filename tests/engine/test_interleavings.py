@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, SampledToken, SamplingParams
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Pools
-from agentkit_engine.runtime.segments import Computed, Segment
+from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
 
 from .conftest import randomize_, sample_one, small_config, some_ids
 
@@ -76,8 +76,8 @@ class World:
                 await self._take(running, action, number % len(self.sessions), amount, at)
             for session in self.sessions:
                 await session.close()
-            await running.call(engine.batcher.cache.clear)
-            assert await running.call(lambda: engine.batcher.pools.bytes_held) == 0
+            await running.call(engine.scheduler.cache.clear)
+            assert await running.call(lambda: engine.scheduler.pools.bytes_held) == 0
         return [], []
 
     async def _take(self, running: AsyncEngine, action: str, number: int, amount: int, seed: int) -> None:
@@ -113,7 +113,7 @@ class World:
             case "checkpoint":
                 await session.checkpoint()
             case "evict":
-                await running.call(running.engine.batcher.cache.evict)
+                await running.call(running.engine.scheduler.cache.evict)
 
     async def _say(self, session: AsyncSession, params: SamplingParams, count: int) -> None:
         """Sample `count` tokens, which must equal those of a fresh session with the same ids."""
@@ -140,14 +140,14 @@ class World:
             kv_cache_bytes=self.spans * sizes.bytes_per_span, cache_dir=self.folder / f"disk{self.lives}",
         )  # fmt: skip
         (self.folder / f"disk{self.lives}").mkdir(exist_ok=True)
-        step = engine.batcher.runner.step
+        step = engine.scheduler.runner.step
 
-        def watched(segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
-            self.together = max(self.together, len(segments))
-            self.computed += sum(len(segment.ids) for segment in segments)
-            return step(segments, all_rows=all_rows)
+        def watched(scheduled: Sequence[ScheduledTokens], *, all_rows: bool = False) -> Computed:
+            self.together = max(self.together, len(scheduled))
+            self.computed += sum(len(part.ids) for part in scheduled)
+            return step(scheduled, all_rows=all_rows)
 
-        engine.batcher.runner.step = watched  # type: ignore[method-assign]
+        engine.scheduler.runner.step = watched  # type: ignore[method-assign]
         return engine
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agentkit_engine import ModelSpec
 from agentkit_engine.model import Decoder, Trace
-from agentkit_engine.runtime import Batcher, Pools, Runner, Segment
+from agentkit_engine.runtime import Pools, Runner, ScheduledTokens, Scheduler
 from agentkit_kernels.ops import Plan
 
 from .conftest import make_random_decoder, small_config, some_ids
@@ -49,25 +49,25 @@ def trained(decoder: Decoder) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def served(decoder: Decoder) -> Batcher:
-    return Batcher(decoder, kv_cache_bytes=64 << 20, backend="reference")
+def served(decoder: Decoder) -> Scheduler:
+    return Scheduler(decoder, kv_cache_bytes=64 << 20, backend="reference")
 
 
 @pytest.mark.parametrize("chunk", [LENGTH, 129, 37])
-def test_a_prefill_has_the_bits_of_training(trained: Tensor, served: Batcher, chunk: int) -> None:
+def test_a_prefill_has_the_bits_of_training(trained: Tensor, served: Scheduler, chunk: int) -> None:
     assert torch.equal(served.logits(some_ids(LENGTH), chunk=chunk), trained)
 
 
-def test_token_by_token_has_the_bits_of_training(trained: Tensor, served: Batcher) -> None:
+def test_token_by_token_has_the_bits_of_training(trained: Tensor, served: Scheduler) -> None:
     """Single ids around the ends of windows of both ratios; the ids between them come at once."""
     runner, ids = served.runner, some_ids(LENGTH)
     sequence = runner.pools.open()
     for low, high in ((0, 10), (120, 135), (250, 260)):
         runner.pools.reserve(sequence, high)
         if low:
-            runner.step([Segment(sequence, ids[sequence.length : low])])
+            runner.step([ScheduledTokens(sequence, ids[sequence.length : low])])
         for position in range(low, high):
-            logits = runner.step([Segment(sequence, ids[position : position + 1])]).logits_RV
+            logits = runner.step([ScheduledTokens(sequence, ids[position : position + 1])]).logits_RV
             assert torch.equal(logits, trained[position : position + 1]), position
     runner.pools.close(sequence)
 
@@ -81,21 +81,21 @@ def test_sequences_of_one_batch_have_the_bits_of_training_alone(decoder: Decoder
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_ragged_batches_in_chunks_have_the_bits_of_each_sequence_alone(decoder: Decoder, backend: str) -> None:
     """Sequences of equal lengths are computed as one; the last one starts later."""
-    batcher = Batcher(decoder, kv_cache_bytes=64 << 20, backend=backend)
-    pools, texts = batcher.pools, [some_ids(150, seed) for seed in range(4)]
+    scheduler = Scheduler(decoder, kv_cache_bytes=64 << 20, backend=backend)
+    pools, texts = scheduler.pools, [some_ids(150, seed) for seed in range(4)]
     sequences = [pools.open() for _ in texts]
     rows: list[list[Tensor]] = [[] for _ in texts]
     for low in (0, 67, 134, 201):
         live = [(index, low - 67 * (index == 3)) for index in range(4)]
         live = [(index, start) for index, start in live if 0 <= start < 150]
-        segments = [Segment(sequences[index], texts[index][start : start + 67]) for index, start in live]
+        segments = [ScheduledTokens(sequences[index], texts[index][start : start + 67]) for index, start in live]
         for segment in segments:
             pools.reserve(segment.sequence, segment.sequence.length + len(segment))
-        computed = batcher.runner.step(segments, all_rows=True).logits_RV
+        computed = scheduler.runner.step(segments, all_rows=True).logits_RV
         for (index, _), some in zip(live, torch.split(computed, [*map(len, segments)]), strict=True):
             rows[index].append(some)
     for ids, parts in zip(texts, rows, strict=True):
-        assert torch.equal(torch.cat(parts), batcher.logits(ids))
+        assert torch.equal(torch.cat(parts), scheduler.logits(ids))
 
 
 def test_some_rows_are_those_of_all(decoder: Decoder, trained: Tensor) -> None:

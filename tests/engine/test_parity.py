@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from agentkit_engine.model import Decoder, Trace
-from agentkit_engine.runtime import Batcher
+from agentkit_engine.runtime import Scheduler
 from agentkit_engine.spec import ModelSpec
 from agentkit_kernels.reference.batch import ROWS
 
@@ -146,10 +146,10 @@ def compare(
         print(f"{ratios}: {length - end} of {length} rows masked for index scores closer than {TIE}")
         assert end > 100, "too few rows left to compare"
         for backend in ("reference", "cpu"):
-            batcher = Batcher(decoder, kv_cache_bytes=64 << 20, backend=backend)
+            scheduler = Scheduler(decoder, kv_cache_bytes=64 << 20, backend=backend)
             for chunk in chunkings:
                 count = FEW if backend == "reference" and chunk < ROWS else length
-                logits = batcher.logits(token_ids[0, :count].tolist(), chunk=chunk)
+                logits = scheduler.logits(token_ids[0, :count].tolist(), chunk=chunk)
                 difference = float((logits[:end] - expected[0, : min(count, end)]).abs().max())
                 print(f"{ratios}, {backend}, chunks of {chunk}: max abs difference {difference:.1e}")
                 assert difference <= TOLERANCE, f"{backend}, chunks of {chunk}"
@@ -193,7 +193,7 @@ def test_gathering_entries_equals_masking_them_in_a_long_context(
     masked = decoder(token_ids, trace=trace)[0]
     end = tied_from(trace, decoder.spec.index_topk, 4200)
     assert end > 1000
-    gathered = Batcher(decoder, kv_cache_bytes=64 << 20, backend="cpu").logits(token_ids[0].tolist())
+    gathered = Scheduler(decoder, kv_cache_bytes=64 << 20, backend="cpu").logits(token_ids[0].tolist())
     torch.testing.assert_close(gathered[:end], masked[:end], atol=2e-5, rtol=0)
 
 

@@ -30,8 +30,8 @@ from agentkit_engine import (
 )
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.model.forward import ExpertLayer, Rotations
-from agentkit_engine.runtime import Segment
-from agentkit_engine.runtime.segments import Computed
+from agentkit_engine.runtime import ScheduledTokens
+from agentkit_engine.runtime.scheduled import Computed
 from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.loops import Floats
 
@@ -250,7 +250,7 @@ POISON = 66
 @pytest.fixture
 def poisoned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """Return an engine whose forward raises on an appended (not a sampled) id 66, after every layer wrote its state."""
-    last, call = engine.batcher.runner.forward.layers[-1], ExpertLayer.__call__
+    last, call = engine.scheduler.runner.forward.layers[-1], ExpertLayer.__call__
     assert isinstance(last, ExpertLayer)
 
     def raise_on_poison(layer: ExpertLayer, x: Floats, rotations: Rotations, batch: Batch) -> Any:
@@ -313,7 +313,7 @@ async def test_interleaved_sessions_match_sessions_alone(engine: Engine) -> None
 
 
 async def test_a_long_append_does_not_block_other_sessions(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 16)
+    monkeypatch.setattr("agentkit_engine.runtime.scheduler.MAX_NUM_BATCHED_TOKENS", 16)
     order: list[str] = []
     async with AsyncEngine(engine) as running:
         long, short = running.session(), running.session()
@@ -350,16 +350,16 @@ async def test_a_cancelled_consumer_leaves_no_unseen_id_and_can_continue(engine:
 async def test_cancellation_stops_a_long_prefill_and_frees_the_thread(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 2)
+    monkeypatch.setattr("agentkit_engine.runtime.scheduler.MAX_NUM_BATCHED_TOKENS", 2)
     steps = 0
-    step = engine.batcher.runner.step
+    step = engine.scheduler.runner.step
 
-    def counted(segments: Sequence[Segment]) -> Computed:
+    def counted(scheduled: Sequence[ScheduledTokens]) -> Computed:
         nonlocal steps
         steps += 1
-        return step(segments)
+        return step(scheduled)
 
-    monkeypatch.setattr(engine.batcher.runner, "step", counted)
+    monkeypatch.setattr(engine.scheduler.runner, "step", counted)
     async with AsyncEngine(engine) as running:
         session, other = running.session(), running.session()
         await session.append(some_ids(800))

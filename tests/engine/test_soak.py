@@ -18,14 +18,14 @@ import torch
 from agentkit_engine import AsyncEngine, AsyncSession, Engine, ModelSpec, SampledToken, SamplingParams
 from agentkit_engine.async_engine import _Generation
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Pools, Sequence, Work
+from agentkit_engine.runtime import Pools, Request, Sequence
 from agentkit_engine.runtime.prefix_cache import Checkpoint
 
 from .conftest import randomize_, small_config, some_ids
 
 SESSIONS, TURNS, AT_ONCE, HEADS = 200, 30, 24, 8
 SPANS, DISK_BYTES = 64, 4 << 20
-KINDS = (AsyncSession, Checkpoint, Sequence, Work, _Generation)
+KINDS = (AsyncSession, Checkpoint, Sequence, Request, _Generation)
 
 
 def objects() -> Counter[type]:
@@ -96,9 +96,9 @@ async def test_soak(tmp_path: Path) -> None:
             for number in range(SESSIONS):
                 task_group.start_soon(live, number)
         assert held_on_disk(tmp_path / "disk") <= 1.5 * DISK_BYTES  # plus the file being written
-    engine.batcher.cache.clear()
+    engine.scheduler.cache.clear()
     engine.flush()
-    assert engine.batcher.pools.bytes_held == 0
+    assert engine.scheduler.pools.bytes_held == 0
     assert objects() == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("agentkit_engine")]
     reference = Engine(decoder, name="small", dialect="v4-preview", folder=tmp_path)

@@ -15,7 +15,7 @@ from agentkit_engine import AsyncEngine, Engine, ModelSpec, SamplingParams
 from agentkit_engine.chat import encode_ids
 from agentkit_engine.model import Decoder
 from agentkit_engine.model.parameters import MTPBlock
-from agentkit_engine.runtime import Batcher, Computed, Segment, Work
+from agentkit_engine.runtime import Computed, Request, ScheduledTokens, Scheduler
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.speculation import LONGEST, PATIENCE, Drafter, best_length
 
@@ -46,8 +46,8 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 
 def said(engine: Engine, ids: list[int], params: SamplingParams, *, speculate: bool) -> list[tuple[int, float]]:
-    engine.batcher.cache.clear()
-    engine.batcher.speculate = speculate
+    engine.scheduler.cache.clear()
+    engine.scheduler.speculate = speculate
     with engine.session() as session:
         session.append(ids)
         return [(token.id, token.logprob) for token in session.generate(params)]
@@ -71,9 +71,9 @@ def test_the_same_bits_with_and_without(engine: Engine, ids: list[int], temperat
 def test_repetition_takes_fewer_forwards(engine: Engine) -> None:
     params, steps = SamplingParams(temperature=0, logit_bias={5: 1e6}, max_tokens=200), []
     for speculate in (False, True):
-        before = engine.batcher.steps
+        before = engine.scheduler.steps
         assert [token_id for token_id, _ in said(engine, REPEATING, params, speculate=speculate)] == [5] * 200
-        steps.append(engine.batcher.steps - before)
+        steps.append(engine.scheduler.steps - before)
     assert steps[0] == 200
     assert steps[1] < 200 / LONGEST + 15
 
@@ -82,7 +82,7 @@ def test_after_right_and_wrong_drafts_a_session_can_be_shortened_forked_and_save
     engine: Engine, tmp_path: Path
 ) -> None:
     """At every token of a generation with drafts."""
-    engine.batcher.speculate = True
+    engine.scheduler.speculate = True
     params = SamplingParams(temperature=0, max_tokens=40)
     rest = SamplingParams(temperature=0, max_tokens=3)
     with engine.session() as session:
@@ -106,8 +106,8 @@ async def test_many_sessions_draft_in_the_same_forwards(mtp: bool) -> None:
     params = SamplingParams(temperature=0, max_tokens=60)
     prompts = [[seed, *REPEATING[seed:], 50 + seed, *REPEATING[:20]] for seed in range(5)]
     expected = [said(engine, ids, params, speculate=False) for ids in prompts]
-    engine.batcher.cache.clear()
-    engine.batcher.speculate = True
+    engine.scheduler.cache.clear()
+    engine.scheduler.speculate = True
     got: dict[int, list[tuple[int, float]]] = {}
 
     async def run(running: AsyncEngine, number: int) -> None:
@@ -119,19 +119,19 @@ async def test_many_sessions_draft_in_the_same_forwards(mtp: bool) -> None:
         for number in range(len(prompts)):
             task_group.start_soon(run, running, number)
     assert [got[number] for number in range(len(prompts))] == expected
-    assert engine.batcher.drafted > 0
-    assert (engine.batcher.mtp_drafted > 0) == mtp
+    assert engine.scheduler.drafted > 0
+    assert (engine.scheduler.mtp_drafted > 0) == mtp
 
 
 def test_drafts_continue_sampled_ids_only(engine: Engine) -> None:
-    work = Work(REPEATING)
-    assert work.draft(4) == []  # a prompt is pending
-    while work.logits_V is None:
-        engine.batcher.advance([work])
-    work.push(1)
-    assert work.draft(4)
-    work.extend([2])
-    assert work.draft(4) == []
+    request = Request(REPEATING)
+    assert request.draft(4) == []  # a prompt is pending
+    while request.logits_V is None:
+        engine.scheduler.step([request])
+    request.push(1)
+    assert request.draft(4)
+    request.extend([2])
+    assert request.draft(4) == []
 
 
 def test_the_draft_length_follows_the_accepted_ids() -> None:
@@ -211,9 +211,9 @@ def test_lookup_is_tried_again_while_the_mtp_block_is_right() -> None:
 
 def test_a_model_without_the_block_never_drafts_with_it() -> None:
     engine = make_engine(mtp=False)
-    assert not engine.batcher.mtp
+    assert not engine.scheduler.mtp
     said(engine, REPEATING, SamplingParams(temperature=0, max_tokens=20), speculate=True)
-    assert engine.batcher.mtp_drafted == 0
+    assert engine.scheduler.mtp_drafted == 0
 
 
 def test_the_packaged_models_mtp_block_drafts_new_text() -> None:
@@ -223,13 +223,13 @@ def test_the_packaged_models_mtp_block_drafts_new_text() -> None:
     params = SamplingParams(temperature=0, max_tokens=30)
     outcomes, steps = [], []
     for speculate, mtp in ((False, False), (True, False), (True, True)):
-        engine.batcher.mtp = mtp
-        before = engine.batcher.steps
+        engine.scheduler.mtp = mtp
+        before = engine.scheduler.steps
         outcomes.append(said(engine, ids, params, speculate=speculate))
-        steps.append(engine.batcher.steps - before)
+        steps.append(engine.scheduler.steps - before)
     assert outcomes[1] == outcomes[0] and outcomes[2] == outcomes[0]
     assert steps[2] < steps[1] <= steps[0] == 30
-    assert engine.batcher.mtp_drafted > 0
+    assert engine.scheduler.mtp_drafted > 0
 
 
 SCRIPT = st.lists(
@@ -243,55 +243,55 @@ SCRIPT = st.lists(
 )
 
 
-def played(batcher: Batcher, script: list[tuple[str, int, int]], params: SamplingParams) -> list[list[object]]:
-    """Play the script and return every work's sampled tokens with their log-probabilities."""
-    works, told = [Work(REPEATING), Work(range(1, 40))], list[list[object]]([[], []])
+def played(scheduler: Scheduler, script: list[tuple[str, int, int]], params: SamplingParams) -> list[list[object]]:
+    """Play the script and return every request's sampled tokens with their log-probabilities."""
+    requests, told = [Request(REPEATING), Request(range(1, 40))], list[list[object]]([[], []])
     for action, index, count in script:
-        work = works[index % len(works)]
+        request = requests[index % len(requests)]
         match action:
             case "say":  # sample this many ids from it, and from all others computed in the same forwards
                 for _ in range(count):
-                    while waiting := [each for each in works if each.logits_V is None]:
-                        batcher.advance(waiting)
-                    for each, tokens in zip(works, told, strict=True):
+                    while waiting := [each for each in requests if each.logits_V is None]:
+                        scheduler.step(waiting)
+                    for each, tokens in zip(requests, told, strict=True):
                         assert each.logits_V is not None
                         token = sample_one(each.logits_V, params, seed=4, position=len(each.ids), past=each.past)
                         tokens.append((token, each.logits_V.tolist()))
                         each.push(token.id)
             case "feed":
-                work.extend([*range(count)])
+                request.extend([*range(count)])
             case "shorten":
-                batcher.truncate(work, max(1, len(work.ids) - count))
-            case "fork" if len(works) < 4:
-                works.append(batcher.fork(work))
+                scheduler.truncate(request, max(1, len(request.ids) - count))
+            case "fork" if len(requests) < 4:
+                requests.append(scheduler.fork(request))
                 told.append([])
             case "park":
-                batcher.park(work)
+                scheduler.park(request)
             case "drop":
-                batcher.drop(work)
-    for work in works:
-        batcher.drop(work)
-    batcher.cache.clear()
+                scheduler.preempt(request)
+    for request in requests:
+        scheduler.preempt(request)
+    scheduler.cache.clear()
     return told
 
 
 @pytest.fixture(scope="module")
-def batcher() -> Batcher:
-    return Batcher(make_decoder(mtp=True), kv_cache_bytes=64 << 20)
+def scheduler() -> Scheduler:
+    return Scheduler(make_decoder(mtp=True), kv_cache_bytes=64 << 20)
 
 
 @settings(max_examples=8, deadline=None)
 @given(script=SCRIPT, temperature=st.sampled_from([0, 0.3]))
 def test_any_action_between_drafts_leaves_the_bits_unchanged(
-    batcher: Batcher, script: list[tuple[str, int, int]], temperature: float
+    scheduler: Scheduler, script: list[tuple[str, int, int]], temperature: float
 ) -> None:
     params = SamplingParams(temperature=temperature)
     outcomes = []
     for speculate in (False, True):
-        batcher.speculate = speculate
-        outcomes.append(played(batcher, script, params))
+        scheduler.speculate = speculate
+        outcomes.append(played(scheduler, script, params))
     assert outcomes[0] == outcomes[1]
-    assert batcher.pools.bytes_held == 0
+    assert scheduler.pools.bytes_held == 0
 
 
 def test_the_lookup_index_is_bounded_and_shared_with_forks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,47 +308,47 @@ def test_the_lookup_index_is_bounded_and_shared_with_forks(monkeypatch: pytest.M
     assert drafter.propose([*ids, 8], 1) == [9]
 
 
-def test_drafts_leave_half_of_a_forward_to_prompts(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentkit_engine.runtime.batcher.TOKEN_BUDGET", 16)
-    batcher.speculate = True
-    talkers, prompt = [Work(REPEATING), Work(REPEATING)], Work(range(1, 100))
+def test_drafts_leave_half_of_a_forward_to_prompts(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentkit_engine.runtime.scheduler.MAX_NUM_BATCHED_TOKENS", 16)
+    scheduler.speculate = True
+    talkers, prompt = [Request(REPEATING), Request(REPEATING)], Request(range(1, 100))
     while waiting := [talker for talker in talkers if talker.logits_V is None]:
-        batcher.advance(waiting)
-    drafted = batcher.drafted
+        scheduler.step(waiting)
+    drafted = scheduler.drafted
     for step in range(1, 6):
         for talker in talkers:
             while talker.logits_V is not None:
                 talker.push(REPEATING[len(talker.ids) % len(REPEATING)])
         before = prompt.computed
-        batcher.advance([*talkers, prompt])
+        scheduler.step([*talkers, prompt])
         assert prompt.computed - before >= 7, step
-    assert batcher.drafted > drafted
-    for work in (*talkers, prompt):
-        batcher.drop(work)
-    batcher.cache.clear()
+    assert scheduler.drafted > drafted
+    for request in (*talkers, prompt):
+        scheduler.preempt(request)
+    scheduler.cache.clear()
 
 
-def test_drafts_stay_within_the_allocated_spans(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_stay_within_the_allocated_spans(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Holds at the last id of a span too, and for drafts of the MTP block, which is always asked here."""
     monkeypatch.setattr(Drafter, "asks", lambda drafter, ids: True)
-    batcher.speculate, step = True, batcher.runner.step
+    scheduler.speculate, step = True, scheduler.runner.step
     ends = []
 
-    def watched(segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
-        for segment in segments:
-            ends.append(segment.sequence.length + len(segment))
-            assert ends[-1] <= segment.sequence.num_spans * SPAN
-        return step(segments, all_rows=all_rows)
+    def watched(scheduled: Sequence[ScheduledTokens], *, all_rows: bool = False) -> Computed:
+        for part in scheduled:
+            ends.append(part.sequence.length + len(part))
+            assert ends[-1] <= part.sequence.num_spans * SPAN
+        return step(scheduled, all_rows=all_rows)
 
-    monkeypatch.setattr(batcher.runner, "step", watched)
+    monkeypatch.setattr(scheduler.runner, "step", watched)
     for length in range(SPAN - 12, SPAN - 4):
-        work = Work(some_ids(length, 3))
-        while work.length < SPAN + 4:
-            while work.logits_V is None:
-                batcher.advance([work])
-            work.push(int(work.logits_V.argmax()))
-        batcher.drop(work)
-    batcher.cache.clear()
+        request = Request(some_ids(length, 3))
+        while request.length < SPAN + 4:
+            while request.logits_V is None:
+                scheduler.step([request])
+            request.push(int(request.logits_V.argmax()))
+        scheduler.preempt(request)
+    scheduler.cache.clear()
     assert max(ends) > SPAN
 
 

@@ -51,13 +51,13 @@ def test_an_error_of_the_function_reaches_the_caller() -> None:
 
 def test_a_forward_of_an_exact_engine_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    forward, seen = engine.batcher.runner.forward, []
+    forward, seen = engine.scheduler.runner.forward, []
 
     def note(*args: Any) -> object:
         seen.append(torch.get_num_threads())
         return forward(*args)
 
-    monkeypatch.setattr(engine.batcher.runner, "forward", note)
+    monkeypatch.setattr(engine.scheduler.runner, "forward", note)
     with engine.session() as session:
         session.append(some_ids(20))
         for _ in session.generate(PARAMS):
@@ -69,13 +69,13 @@ def test_a_forward_of_an_exact_engine_has_one_thread(monkeypatch: pytest.MonkeyP
 
 def test_an_inexact_engine_uses_the_callers_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(exact=False)
-    forward, seen = engine.batcher.runner.forward, []
+    forward, seen = engine.scheduler.runner.forward, []
 
     def note(*args: Any) -> object:
         seen.append((torch.get_num_threads(), threading.current_thread()))
         return forward(*args)
 
-    monkeypatch.setattr(engine.batcher.runner, "forward", note)
+    monkeypatch.setattr(engine.scheduler.runner, "forward", note)
     engine.logits(some_ids(5))
     assert seen == [(2, threading.current_thread())]
 

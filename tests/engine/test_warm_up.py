@@ -51,8 +51,8 @@ def test_a_later_process_skips_warm_up(
     with caplog.at_level(logging.WARNING):
         again.warm_up()
     assert not caplog.records
-    assert again.batcher.steps == 0
-    assert again.batcher.pools.bytes_held == 0
+    assert again.scheduler.steps == 0
+    assert again.scheduler.pools.bytes_held == 0
 
 
 def test_warm_up_leaves_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_warm_up_leaves_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     engine, ids = make_engine(), some_ids(600)
     expected = make_engine().logits(ids)
     engine.warm_up()
-    assert engine.batcher.pools.bytes_held == 0
+    assert engine.scheduler.pools.bytes_held == 0
     assert engine.logits(ids).equal(expected)
 
 

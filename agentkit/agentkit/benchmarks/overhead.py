@@ -29,7 +29,7 @@ from agentkit_engine.benchmarks.null_model import NullRunner
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median
 from agentkit_engine.chat import Tokenizer, encode_completion_ids, encode_ids
-from agentkit_engine.runtime import Computed, Pools, Segment
+from agentkit_engine.runtime import Computed, Pools, ScheduledTokens
 from agentkit_environments import open_environment
 from agentkit_tools import tool
 
@@ -112,10 +112,10 @@ async def _converse(model: Model, turns: int) -> _Run:
 
 async def _converse_in_engine(turns: int, ids: Sequence[int]) -> _Run:
     engine = Engine.load("tiny")
-    engine.batcher.runner = _ScriptedRunner(engine.batcher.pools, ids)
+    engine.scheduler.runner = _ScriptedRunner(engine.scheduler.pools, ids)
     async with EmbeddedModel(engine) as model:
         run = await _converse(model, turns)
-    return replace(run, prefilled=engine.batcher.prefilled)
+    return replace(run, prefilled=engine.scheduler.prefilled)
 
 
 class _ScriptedRunner(NullRunner):
@@ -125,7 +125,7 @@ class _ScriptedRunner(NullRunner):
         super().__init__(pools)
         self._ids = ids
 
-    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
+    def step(self, segments: Sequence[ScheduledTokens], *, all_rows: bool = False) -> Computed:
         """See `Runner.step`; there is one session."""
         computed = super().step(segments, all_rows=all_rows)
         [segment] = segments

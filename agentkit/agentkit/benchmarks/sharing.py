@@ -133,7 +133,7 @@ async def _run_all(shape: Shape, by_recency: bool) -> tuple[list[Trajectory], in
     """Return the trajectories in order, and the number of fed tokens that were prefilled."""
     engine = Engine.load("tiny")
     if by_recency:
-        engine.batcher.cache = RecencyCache(engine.batcher.pools)
+        engine.scheduler.cache = RecencyCache(engine.scheduler.pools)
     system = long_text(shape.head, engine.tokenizer)
     results: dict[int, RunResult] = {}
     free = anyio.CapacityLimiter(shape.at_once)
@@ -152,7 +152,7 @@ async def _run_all(shape: Shape, by_recency: bool) -> tuple[list[Trajectory], in
     for result in in_order:
         if (result.status, result.outcome.usage.turns) != ("answered", shape.turns):
             raise OutputsDifferError(f"a run ended as {result.outcome}; expected an answer after {shape.turns} turns")
-    return [result.trajectory for result in in_order], engine.batcher.prefilled
+    return [result.trajectory for result in in_order], engine.scheduler.prefilled
 
 
 def _say(messages: Sequence[Message], turns: int) -> AssistantTurn:

@@ -83,7 +83,7 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
         ids = random_ids(engine.spec, length)
 
         def prefill() -> Session:
-            engine.batcher.cache.clear()
+            engine.scheduler.cache.clear()
             session = engine.session()
             session.append(ids)
             next(session.generate(SamplingParams(temperature=0)))
@@ -94,7 +94,7 @@ def restore(length: int, repeats: int) -> Iterator[Measurement]:
         session.save(path)
         expected = next(session.generate(SamplingParams(temperature=0)))
         session.close()
-        engine.batcher.cache.clear()
+        engine.scheduler.cache.clear()
         size = path.stat().st_size
         opened = engine.open(path)
         if next(opened.generate(SamplingParams(temperature=0))) != expected:
@@ -124,7 +124,7 @@ def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurem
     """
     with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
         engine, path = Engine.load(folder), Path(place, "session")
-        engine.batcher.speculate = False  # one token per forward
+        engine.scheduler.speculate = False  # one token per forward
         ids = random_ids(engine.spec, length - DECODED * (repeats + 1) - 1)
         short, session = engine.session(), engine.session()
         short.append(ids[:SHORT])
@@ -138,17 +138,17 @@ def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurem
         added = Median.of(added_ms)
         scan = Median.of([1e3 * seconds("s", partial(_scan, engine, length)) for _ in range(5 * repeats)])
         short.close()
-        engine.batcher.cache.clear()
-        held = engine.batcher.pools.bytes_held
+        engine.scheduler.cache.clear()
+        held = engine.scheduler.pools.bytes_held
         fork = session.fork()[0]
         session.save(path)
         said = _say(session, DECODED)
         again = Engine.load(folder)
-        again.batcher.speculate = False
+        again.scheduler.speculate = False
         restored_s = Median.of([seconds("s", lambda: again.open(path).close()) for _ in range(repeats)])
         if any(_say(other, DECODED) != said for other in (fork, again.open(path))):
             raise OutputsDifferError("the fork or the restored session produced other tokens than the session")
-    formula = length * bytes_per_token(engine.spec) + engine.batcher.pools.bytes_per_slot
+    formula = length * bytes_per_token(engine.spec) + engine.scheduler.pools.bytes_per_slot
     outputs = f"{DECODED} tokens at {length}, from a fork and restored, bit for bit; prefilled in {prefill_s:.0f} s"
     yield Measurement(
         benchmark,
@@ -202,7 +202,7 @@ def _scan(engine: Engine, length: int) -> None:
     """Score every index key of a session of `length` tokens against one query, in each layer."""
     heads_CJ = torch.ones(engine.spec.index_head_dim, engine.spec.index_n_heads)
     with threads(1):
-        for pools in engine.batcher.pools.layers:
+        for pools in engine.scheduler.pools.layers:
             if "index_entries" in pools:
                 entries = pools["index_entries"]
                 entries.flatten(0, 1)[: length * entries.shape[1] // SPAN] @ heads_CJ
@@ -287,11 +287,11 @@ def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
     per_forward, rates = [0.0, 0.0], [list[float](), list[float]()]
     for _ in range(repeats + 1):
         for side, speculate in enumerate((True, False)):
-            engine.batcher.speculate = speculate
-            engine.batcher.cache.clear()
-            before, tokens = engine.batcher.steps, list[tuple[int, float]]()
+            engine.scheduler.speculate = speculate
+            engine.scheduler.cache.clear()
+            before, tokens = engine.scheduler.steps, list[tuple[int, float]]()
             elapsed = seconds("s", partial(_calls, engine, turns, tokens))
-            per_forward[side], said[side] = len(tokens) / (engine.batcher.steps - before), tokens
+            per_forward[side], said[side] = len(tokens) / (engine.scheduler.steps - before), tokens
             rates[side].append(len(tokens) / elapsed)
     if said[0] != said[1]:
         raise OutputsDifferError("drafts changed the sampled tokens")

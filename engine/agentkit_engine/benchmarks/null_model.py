@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from agentkit_engine.runtime import Pools, Runner, Segment
-from agentkit_engine.runtime.segments import Computed
+from agentkit_engine.runtime import Pools, Runner, ScheduledTokens
+from agentkit_engine.runtime.scheduled import Computed
 
 
 class NullRunner(Runner):
     """Runner whose forwards only lengthen the sequences; `favourite` is always the most likely id.
 
-    Replaces the `runner` of a `Batcher`. `first` describes the first forward since it was last set to None: its start
+    Replaces the `runner` of a `Scheduler`. `first` describes the first forward since it was last set to None: its start
     time, and the (position, ids) of each sequence.
     """
 
@@ -30,14 +30,14 @@ class NullRunner(Runner):
         self._rows = 1
         self._favourite = favourite
 
-    def step(self, segments: Sequence[Segment], *, all_rows: bool = False) -> Computed:
+    def step(self, scheduled: Sequence[ScheduledTokens], *, all_rows: bool = False) -> Computed:
         """See `Runner.step`."""
         if self.first is None:
-            self.first = time.perf_counter(), [(each.sequence.length, list(each.ids)) for each in segments]
+            self.first = time.perf_counter(), [(each.sequence.length, list(each.ids)) for each in scheduled]
         rows = 0
-        for segment in segments:
-            sequence, draft = segment.sequence, segment.draft
-            count = len(segment.ids)
+        for part in scheduled:
+            sequence, draft = part.sequence, part.draft
+            count = len(part.ids)
             rows += count + len(draft) if all_rows else 1 + len(draft)
             sequence.length += count
             if (written := sequence.length + len(draft)) > sequence.written:

@@ -34,9 +34,9 @@ from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
 from agentkit_engine.engine import CACHE_BYTES, Engine
 from agentkit_engine.model import Decoder, Trace
-from agentkit_engine.runtime import Batcher, Work
-from agentkit_engine.runtime.batcher import TOKEN_BUDGET
+from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.scheduler import MAX_NUM_BATCHED_TOKENS
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session
@@ -57,7 +57,8 @@ class Sizes:
         decoded: Tokens per timed run of decoding.
         prefilled: Lengths at which prefilling is timed; growth is measured from the first.
         compared: Length of the parity check.
-        grown_from: Length from which memory growth is measured; a multiple of `TOKEN_BUDGET`, like the next two.
+        grown_from: Length from which memory growth is measured. This and the next two are multiples of
+            `MAX_NUM_BATCHED_TOKENS`.
         grown_to: Length to which memory growth is measured.
         grown_to_peer: The same for the peer, which is slower.
         looked_up: Lengths of the prompts looked up in the prefix cache.
@@ -145,7 +146,7 @@ def decode_packaged(sizes: Sizes) -> Iterator[Measurement]:
 def _decode(
     benchmark: str, engine: Engine, peer: Transformers, sizes: Sizes, *, bounded: bool
 ) -> Iterator[Measurement]:
-    engine.batcher.speculate = False  # one token per forward on both sides; `speculation` measures drafts
+    engine.scheduler.speculate = False  # one token per forward on both sides; `speculation` measures drafts
     ids = random_ids(engine.spec, max(sizes.contexts))
     peer.tune_decode(ids[: sizes.decoded])
     for context in sizes.contexts:
@@ -253,17 +254,17 @@ def prefill(sizes: Sizes) -> Iterator[Measurement]:
         yield floor.beside_products(
             "prefill",
             f"a prefill of {length} tokens",
-            partial(_prefill_alone, engine.batcher, ids[:length]),
+            partial(_prefill_alone, engine.scheduler, ids[:length]),
             sizes.repeats,
             goal=floor.PREFILL_GOAL,
         )
 
 
-def _prefill_alone(batcher: Batcher, ids: Sequence[int]) -> None:
-    batcher.cache.clear()  # the previous run's
-    work = Work()
-    _next_token(batcher, work, ids)
-    batcher.drop(work)
+def _prefill_alone(scheduler: Scheduler, ids: Sequence[int]) -> None:
+    scheduler.cache.clear()  # the previous run's
+    request = Request()
+    _next_token(scheduler, request, ids)
+    scheduler.preempt(request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,12 +281,12 @@ def _prefill_both(
     engine: Engine, peer: Transformers, ids: Sequence[int], lengths: Sequence[int], clock: Clock
 ) -> _Prefill:
     run = _Prefill([], [], [], [])
-    engine.batcher.cache.clear()  # the previous run's
+    engine.scheduler.cache.clear()  # the previous run's
     cache = peer.new_cache()
-    work = Work()
+    request = Request()
 
     def ours(part: Sequence[int]) -> None:
-        run.tokens.append(_next_token(engine.batcher, work, part))
+        run.tokens.append(_next_token(engine.scheduler, request, part))
 
     def theirs(part: Sequence[int]) -> None:
         run.logits.append(peer.prefill(part, cache))
@@ -298,7 +299,7 @@ def _prefill_both(
         run.our_s.append(our_s)
         run.their_s.append(their_s)
         start = length
-    engine.batcher.drop(work)
+    engine.scheduler.preempt(request)
     return run
 
 
@@ -316,7 +317,7 @@ def bfloat16(sizes: Sizes) -> Iterator[Measurement]:
     peer = "the same weights held as float32"
     yield from _beside("bf16", half, whole, peer, sizes)
     ours, theirs = (
-        held_bytes([engine.decoder.state_dict(), engine.batcher.runner.forward]) / 1e6 for engine in (half, whole)
+        held_bytes([engine.decoder.state_dict(), engine.scheduler.runner.forward]) / 1e6 for engine in (half, whole)
     )
     yield Measurement("bf16", "memory of the weights", ours, "MB", None, peer, theirs, higher_is_better=False)
 
@@ -325,18 +326,18 @@ def _beside(benchmark: str, ours: Engine, theirs: Engine, peer: str, sizes: Size
     """Measure prefill and decode of two engines that should produce the same tokens."""
     ids = random_ids(ours.spec, sizes.prefilled[0])
     away = float((ours.logits(ids) - theirs.logits(ids)).abs().max())
-    sides: list[tuple[Engine, Work]] = []
+    sides: list[tuple[Engine, Request]] = []
     for engine in (ours, theirs):
-        engine.batcher.speculate = False
-        sides.append((engine, Work(ids)))
-        _next_token(engine.batcher, sides[-1][1], ())
+        engine.scheduler.speculate = False
+        sides.append((engine, Request(ids)))
+        _next_token(engine.scheduler, sides[-1][1], ())
     for clock, num_threads, with_threads in CLOCKS:
         for what, count, run in (
-            (f"prefill of {len(ids)} tokens", len(ids), lambda engine, _: engine.batcher.logits(ids)),
+            (f"prefill of {len(ids)} tokens", len(ids), lambda engine, _: engine.scheduler.logits(ids)),
             (
                 f"decode at {len(ids)} tokens",
                 sizes.decoded,
-                lambda engine, work: batching.decode(engine.batcher, [work], sizes.decoded),
+                lambda engine, request: batching.decode(engine.scheduler, [request], sizes.decoded),
             ),
         ):
             with threads(num_threads):
@@ -373,7 +374,7 @@ def parity(sizes: Sizes) -> Iterator[Measurement]:
         outputs=f"{rows}; {float((away <= 1e-4).float().mean()):.1%} of all rows lie within 1e-4",
     )
     for chunk in CHUNKS:
-        chunked = engine.batcher.logits(ids, chunk=chunk)
+        chunked = engine.scheduler.logits(ids, chunk=chunk)
         yield Measurement(
             "parity",
             f"logits in chunks of {chunk}, largest difference from one chunk",
@@ -401,29 +402,29 @@ def _restored(engine: Engine, ids: Sequence[int]) -> Iterator[tuple[str, int, Te
     with tempfile.TemporaryDirectory() as place:
         cache_dir, path = Path(place, "cache"), Path(place, "session")
         writer = _copy(engine, cache_dir)
-        work = Work(ids[:known])
-        _next_token(writer, work, ())
-        writer.save(work, path, model=engine.fingerprint)
-        writer.close(work)
+        request = Request(ids[:known])
+        _next_token(writer, request, ())
+        writer.save(request, path, model=engine.fingerprint)
+        writer.close(request)
         assert writer.disk is not None
         writer.disk.close()
-        for how, batcher in (("the prefix cache", writer), ("the disk cache", _copy(engine, cache_dir))):
-            work = Work(ids)
-            _next_token(batcher, work, ())
-            assert work.logits_V is not None
-            yield how, work.usage.hit_tokens, work.logits_V
-        batcher = _copy(engine, Path(place, "empty"))
-        work = batcher.open(path, model=engine.fingerprint)
-        _next_token(batcher, work, ids[known:])
-        assert work.logits_V is not None
-        yield "a file", work.usage.hit_tokens, work.logits_V
+        for how, scheduler in (("the prefix cache", writer), ("the disk cache", _copy(engine, cache_dir))):
+            request = Request(ids)
+            _next_token(scheduler, request, ())
+            assert request.logits_V is not None
+            yield how, request.usage.hit_tokens, request.logits_V
+        scheduler = _copy(engine, Path(place, "empty"))
+        request = scheduler.open(path, model=engine.fingerprint)
+        _next_token(scheduler, request, ids[known:])
+        assert request.logits_V is not None
+        yield "a file", request.usage.hit_tokens, request.logits_V
 
 
-def _copy(engine: Engine, cache_dir: Path) -> Batcher:
-    """Return a batcher for the same model that has computed nothing yet."""
-    batcher = Batcher(engine.decoder, kv_cache_bytes=engine.kv_cache_bytes)
-    batcher.disk = DiskCache(cache_dir, batcher.pools, model=engine.fingerprint, budget_bytes=CACHE_BYTES)
-    return batcher
+def _copy(engine: Engine, cache_dir: Path) -> Scheduler:
+    """Return a scheduler for the same model that has computed nothing yet."""
+    scheduler = Scheduler(engine.decoder, kv_cache_bytes=engine.kv_cache_bytes)
+    scheduler.disk = DiskCache(cache_dir, scheduler.pools, model=engine.fingerprint, budget_bytes=CACHE_BYTES)
+    return scheduler
 
 
 @torch.inference_mode()
@@ -440,12 +441,12 @@ def _first_tie(decoder: Decoder, ids: Sequence[int]) -> int:
     return first
 
 
-def _next_token(batcher: Batcher, work: Work, ids: Sequence[int]) -> SampledToken:
+def _next_token(scheduler: Scheduler, request: Request, ids: Sequence[int]) -> SampledToken:
     """Append the ids, compute them, and return the greedy next token without appending it."""
-    work.extend(ids)
-    while work.logits_V is None:
-        batcher.advance([work])
-    [token] = batching.most_likely([work])
+    request.extend(ids)
+    while request.logits_V is None:
+        scheduler.step([request])
+    [token] = batching.most_likely([request])
     return token
 
 
@@ -454,7 +455,7 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
     with random_model(tiny_v4()) as folder:
         engine, peer = Engine.load(folder), Transformers(folder)
     # so that on both sides the window rows occupy the same number of bytes at the start and at the end
-    peer.chunk = TOKEN_BUDGET
+    peer.chunk = MAX_NUM_BATCHED_TOKENS
     low, high, peer_high = sizes.grown_from, sizes.grown_to, sizes.grown_to_peer
     ids = random_ids(engine.spec, high)
 
@@ -463,12 +464,12 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
     their_low = held_bytes(their_cache)
     logits.append(peer.prefill(ids[low:peer_high], their_cache))
     their_rate = (held_bytes(their_cache) - their_low) / (peer_high - low)
-    work = Work()
-    tokens = [_next_token(engine.batcher, work, part) for part in (ids[:low], ids[low:peer_high])]
+    request = Request()
+    tokens = [_next_token(engine.scheduler, request, part) for part in (ids[:low], ids[low:peer_high])]
     outputs = compare_tokens(tokens, logits)
-    engine.batcher.drop(work)
+    engine.scheduler.preempt(request)
 
-    held = _held_while_filling(engine.batcher, ids)
+    held = _held_while_filling(engine.scheduler, ids)
     formula = caching.bytes_per_token(engine.spec)
     constant = f"constant part {(held[low] - low * formula) / 2**20:.2f} MiB"
     rates = {length: (held[length] - held[low]) / (length - low) for length in held if length > high // 2}
@@ -490,16 +491,16 @@ def memory(sizes: Sizes) -> Iterator[Measurement]:
         )
 
 
-def _held_while_filling(batcher: Batcher, ids: Sequence[int]) -> dict[int, int]:
+def _held_while_filling(scheduler: Scheduler, ids: Sequence[int]) -> dict[int, int]:
     """Return the bytes that a sequence holds after each of the engine's steps, by its length."""
-    batcher.cache.clear()
-    work, held = Work(), {}
-    work.extend(ids)
-    while work.pending:
-        batcher.advance([work])
-        batcher.cache.clear()
-        held[work.computed] = batcher.pools.bytes_held
-    batcher.drop(work)
+    scheduler.cache.clear()
+    request, held = Request(), {}
+    request.extend(ids)
+    while request.pending:
+        scheduler.step([request])
+        scheduler.cache.clear()
+        held[request.computed] = scheduler.pools.bytes_held
+    scheduler.preempt(request)
     return held
 
 

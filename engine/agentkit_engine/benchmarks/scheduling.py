@@ -20,7 +20,7 @@ from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds
 from agentkit_engine.chat import encode_continuation_ids, encode_ids
 from agentkit_engine.engine import KV_CACHE_BYTES, Engine
-from agentkit_engine.runtime import Batcher, Work
+from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampling_params import SamplingParams
 
@@ -62,10 +62,10 @@ def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measureme
     """scheduler: one step with every session decoding: scheduling, memory and bookkeeping."""
     decoder = random_decoder(tiny_v4())
     for batch in batches:
-        batcher = Batcher(decoder, kv_cache_bytes=KV_CACHE_BYTES)
+        scheduler = Scheduler(decoder, kv_cache_bytes=KV_CACHE_BYTES)
         lengths = [64 + 37 * index % 960 for index in range(batch)]
         peer = PageScheduler(lengths, pages=batch * (1 + (1024 + (repeats + 1) * steps) // SPAN))
-        ours_us, theirs_us = _step_both(batcher, peer, steps, repeats)
+        ours_us, theirs_us = _step_both(scheduler, peer, steps, repeats)
         published = UNIFORM_US.get(batch)
         yield Measurement(
             "scheduler",
@@ -82,30 +82,30 @@ def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measureme
         )
 
 
-def _step_both(batcher: Batcher, peer: PageScheduler, steps: int, repeats: int) -> tuple[Median, Median]:
+def _step_both(scheduler: Scheduler, peer: PageScheduler, steps: int, repeats: int) -> tuple[Median, Median]:
     """Return the microseconds per step on both sides, with sequences of the same lengths."""
-    batcher.runner = runner = NullRunner(batcher.pools)
-    batcher.speculate = False  # the peer has no drafts
-    works = [Work(random_ids(batcher.pools.spec, length, seed=length)) for length in peer.lengths]
-    while waiting := [work for work in works if work.logits_V is None]:
-        batcher.advance(waiting)
+    scheduler.runner = runner = NullRunner(scheduler.pools)
+    scheduler.speculate = False  # the peer has no drafts
+    requests = [Request(random_ids(scheduler.pools.spec, length, seed=length)) for length in peer.lengths]
+    while waiting := [request for request in requests if request.logits_V is None]:
+        scheduler.step(waiting)
 
     def ours() -> None:
-        for work in works:
-            work.push(0)
-        batcher.advance(works)
+        for request in requests:
+            request.push(0)
+        scheduler.step(requests)
 
     runner.first = None
     ours()
     assert runner.first is not None
     if sorted(at for at, _ in runner.first[1]) != sorted(at for _, at in peer.step()):
-        raise OutputsDifferError(f"the schedulers chose different positions in a step of {len(works)} sequences")
+        raise OutputsDifferError(f"the schedulers chose different positions in a step of {len(requests)} sequences")
 
     def microseconds(step: Callable[[], object]) -> Median:
         return Median.of([1e6 * seconds("s", lambda: [step() for _ in range(steps)]) / steps for _ in range(repeats)])
 
     ours_us, theirs_us = microseconds(ours), microseconds(peer.step)
-    held = [work.sequence.num_spans if work.sequence else 0 for work in works]
+    held = [request.sequence.num_spans if request.sequence else 0 for request in requests]
     if held != [len(table) for table in peer.tables]:
         raise OutputsDifferError(f"the schedulers hold {held} and {[*map(len, peer.tables)]} pages for the same tokens")
     return ours_us, theirs_us
@@ -134,7 +134,7 @@ async def _append(length: int, repeats: int) -> tuple[int, list[float], list[flo
     """Return the session's length, and the milliseconds of each repeat on both sides."""
     engine = Engine.load("tiny")
     tokenizer = engine.tokenizer
-    engine.batcher.runner = runner = NullRunner(engine.batcher.pools, favourite=tokenizer.eos_id)
+    engine.scheduler.runner = runner = NullRunner(engine.scheduler.pools, favourite=tokenizer.eos_id)
     conversation: list[dict[str, Any]] = [{"role": "user", "content": long_text(length, tokenizer)}]
     ours_ms: list[float] = []
     theirs_ms: list[float] = []

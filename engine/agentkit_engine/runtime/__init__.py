@@ -8,9 +8,10 @@ Dimension key, besides that of `model/__init__.py`: B sequences of a group, T to
 the forward (all tokens of all groups, padded), R rows of a window ring, S keys, U tokens of a query block.
 """
 
-from agentkit_engine.runtime.batcher import Batcher, PromptUsage, Work
+from agentkit_engine.runtime.request import PromptUsage, Request
 from agentkit_engine.runtime.runner import Runner
-from agentkit_engine.runtime.segments import Computed, Segment
+from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
+from agentkit_engine.runtime.scheduler import Scheduler
 from agentkit_engine.runtime.state import Pools, Sequence
 
-__all__ = ["Batcher", "Computed", "Pools", "PromptUsage", "Runner", "Segment", "Sequence", "Work"]
+__all__ = ["Computed", "Pools", "PromptUsage", "Request", "Runner", "ScheduledTokens", "Scheduler", "Sequence"]

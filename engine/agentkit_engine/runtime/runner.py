@@ -24,7 +24,7 @@ from torch import Tensor
 
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Forward
-from agentkit_engine.runtime.segments import Computed, Segment
+from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
 from agentkit_engine.runtime.state import Pools, rows_of
 from agentkit_engine.runtime.threads import OneThread
 from agentkit_kernels.ops import Ops, Plan
@@ -107,31 +107,31 @@ class Runner:
             ops.settle(exact=self.exact)
             return forward
 
-    def step(self, segments: Seq[Segment], *, all_rows: bool = False) -> Computed:
-        """Extend every segment's sequence by its ids and draft, for which `Pools.reserve` has made room.
+    def step(self, scheduled: Seq[ScheduledTokens], *, all_rows: bool = False) -> Computed:
+        """Extend every part's sequence by its ids and draft, for which `Pools.reserve` has made room.
 
         An exact runner uses one torch thread, because with several the library divides a product by its number of rows.
 
         Returns:
-            Logits and streams of each segment's last id and draft; with `all_rows` a row for every id.
+            Logits and streams of each part's last id and draft; with `all_rows` a row for every id.
         """
-        sequences = [segment.sequence for segment in segments]
-        lengths = [len(segment) for segment in segments]
+        sequences = [part.sequence for part in scheduled]
+        lengths = [len(part) for part in scheduled]
         plan = Plan(
-            [token_id for segment in segments for token_id in (*segment.ids, *segment.draft)],
+            [token_id for part in scheduled for token_id in (*part.ids, *part.draft)],
             lengths,
             [sequence.length for sequence in sequences],
             [sequence.slot for sequence in sequences],
             [sequence.spans for sequence in sequences],
         )
         rows = None
-        if not all_rows and any(len(segment.ids) > 1 for segment in segments):
-            ends, wanted = accumulate(lengths), [len(segment.draft) + 1 for segment in segments]
+        if not all_rows and any(len(part.ids) > 1 for part in scheduled):
+            ends, wanted = accumulate(lengths), [len(part.draft) + 1 for part in scheduled]
             rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
         computed = self._compute(lambda: self.forward(plan, rows))
-        for sequence, segment in zip(sequences, segments, strict=True):
-            sequence.written = max(sequence.written, sequence.length + len(segment))
-            sequence.length += len(segment.ids)
+        for sequence, part in zip(sequences, scheduled, strict=True):
+            sequence.written = max(sequence.written, sequence.length + len(part))
+            sequence.length += len(part.ids)
         return Computed(*computed)
 
     def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:

@@ -96,7 +96,7 @@ class Sequence:
         self.written = 0
         """The largest length so far: tokens that were cut since may have overwritten rows of the rings."""
         self.steady_until = 0
-        """Up to this length the batcher adds single ids without checking memory and checkpoints; the batcher sets
+        """Up to this length the scheduler adds single ids without checking memory and checkpoints; the scheduler sets
         it."""
         self.spans: list[int] = []
 

@@ -15,7 +15,7 @@ import torch
 from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime.runner import Runner, machine
-from agentkit_engine.runtime.segments import Segment
+from agentkit_engine.runtime.scheduled import ScheduledTokens
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ def warm_up(runner: Runner, decoder: Decoder) -> None:
     sequence = pools.open()
     try:
         pools.reserve(sequence, deep + 2)
-        runner.step([Segment(sequence, [0] * rows)])
+        runner.step([ScheduledTokens(sequence, [0] * rows)])
         sequence.length = deep  # far enough that the indexer must choose among the entries; their content is irrelevant
-        computed = runner.step([Segment(sequence, [0], [0])])
+        computed = runner.step([ScheduledTokens(sequence, [0], [0])])
         if decoder.mtp:
             runner.mtp_draft(computed.streams_RMD[:1], [0])
     except OutOfMemoryError:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agentkit_kernels.ops import Array
 from agentkit_kernels.reference.batch import Batch, pad_rows
 
 
@@ -37,7 +38,8 @@ def columns(x: Tensor | Columns, first: int, count: int) -> Tensor:
     raise IndexError(f"there is no column {first} behind the {len(x.parts)} parts of a product")
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor | Columns:
+def linear(x: Tensor, weight: Weight) -> Array:
+    """Return a tensor, or `Columns` for several matrices."""
     outs = [F.linear(x, part.float()) for part in weight.parts]
     outs += [F.linear(x.detach(), part.float()) for part in weight.detached]
     return outs[0] if len(outs) == 1 else Columns(tuple(outs))

@@ -50,7 +50,7 @@ def hadamard(x: Tensor) -> Tensor:
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     product: Tensor = x @ matrix
-    return product * float(size) ** -0.5
+    return product.mul(size**-0.5)
 
 
 def quantise_fp8(

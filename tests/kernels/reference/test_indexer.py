@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from agentkit_kernels.reference.indexer import index_scores, select_top_k, tiles
+from agentkit_kernels.reference.indexer import index_scores, select_top_k
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -54,11 +53,3 @@ def test_selection_equals_a_stable_sort(values: list[int], k: int, num_visible: 
     candidates = range(min(num_visible, len(values)))
     expected = sorted(sorted(candidates, key=lambda index: -values[index])[:k])
     assert selected.nonzero().flatten().tolist() == expected
-
-
-@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 128, 129, 511, 512, 513, 1024, 1025, 5000])
-def test_tiles_cover_the_entries_and_do_not_change_as_more_follow(count: int) -> None:
-    found = tiles(count)
-    assert [low for low, _ in found] == [0, *(high for _, high in found)][: len(found)]
-    assert not found or found[-1][0] < count <= found[-1][1]
-    assert found == tiles(9000)[: len(found)]

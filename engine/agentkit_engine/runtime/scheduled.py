@@ -11,7 +11,7 @@ from agentkit_engine.runtime.state import Sequence
 
 
 @dataclass(slots=True)
-class Segment:
+class ScheduledTokens:
     """Ids, and draft ids after them, that extend one sequence in the next forward."""
 
     sequence: Sequence
@@ -24,7 +24,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Output of a forward: for each segment in turn, a row for its last id and one for each draft id."""
+    """Output of a forward: for each `ScheduledTokens` in turn, a row for its last id and one for each draft id."""
 
     logits_RV: Tensor
     streams_RMD: Tensor

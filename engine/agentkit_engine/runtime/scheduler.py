@@ -1,0 +1,431 @@
+"""Continuous batching: choose the sequences, token counts and memory of the next forward.
+
+Dimension key: `runtime/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.errors import OutOfMemoryError
+from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.runtime import saved
+from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.prefix_cache import Keep, PrefixCache
+from agentkit_engine.runtime.request import CHECKPOINT_EVERY, Request
+from agentkit_engine.runtime.runner import Runner
+from agentkit_engine.runtime.scheduled import ScheduledTokens
+from agentkit_engine.runtime.state import SPAN, Pools, Sequence
+from agentkit_engine.speculation import LONGEST
+
+T = TypeVar("T")
+
+MAX_NUM_BATCHED_TOKENS = 512
+"""Maximum tokens per forward; bounds how long a decoding session waits for another session's prompt."""
+SLOTS = 64
+"""Minimum number of live sequences. When no slot is free, the least recently used session loses its slot."""
+CHECKPOINTS = 192
+"""Additional slots for checkpoints, limited to a quarter of the memory for spans."""
+SHORT_PROMPT = 16
+"""Minimum tokens between two prompt-end checkpoints; computing fewer than this costs less than keeping a checkpoint."""
+
+
+class Scheduler:
+    """Owns the pools and runs the forwards of one model. Not thread-safe.
+
+    Attributes:
+        prefilled: ids that were fed and computed, counted each time.
+        sampled: ids that were sampled and computed.
+        drafted: draft ids that were computed; accepted ones count neither as prefilled nor as sampled.
+        mtp_drafted: draft ids that came from the MTP block.
+        speculate: whether to draft.
+        mtp: whether the model's MTP block drafts too; always False for a model without one.
+        disk: the disk cache for checkpoints, if there is one.
+        steps: number of forwards.
+    """
+
+    def __init__(self, decoder: Decoder, *, kv_cache_bytes: int, exact: bool = True, backend: str = "auto") -> None:
+        """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used."""
+        device = decoder.embed.weight.device
+        sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+        spans = max(1, min(kv_cache_bytes // max(1, sizes.bytes_per_span), 1 << 20))
+        slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
+        self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
+        self.cache = PrefixCache(self.pools)
+        self.runner = Runner(decoder, self.pools, exact=exact, backend=backend)
+        self.prefilled = self.sampled = self.drafted = self.mtp_drafted = 0
+        self.speculate = True
+        self.mtp = bool(decoder.mtp)
+        self.disk: DiskCache | None = None
+        self.steps = 0
+        self._live: dict[Request, None] = {}
+        self._positions = decoder.spec.max_position_embeddings - 1  # the longest length that leaves room for a draft id
+
+    def step(self, requests: Seq[Request]) -> None:
+        """Run one forward over the next ids of `requests`, all of which have pending ids.
+
+        A request with nothing pending afterwards has `logits_V`.
+
+        Raises:
+            OutOfMemoryError: not even the first request fits, after all others gave up their memory.
+        """
+        guesses = self._mtp_drafts(requests)
+        scheduled, others = self.schedule(requests, guesses)
+        try:
+            computed = self.runner.step(list(scheduled.values()))
+        except BaseException:
+            for request in scheduled:
+                self.preempt(request)
+            raise
+        self.steps += 1
+        row = 0
+        for request, part in scheduled.items():
+            request.last_step = self.steps
+            if part.sequence.length == request.length:
+                request._said, request._row, request._fresh, request._drafted = computed, row, True, part.draft
+            row += 1
+            if part.draft:
+                row += len(part.draft)
+                self.drafted += len(part.draft)
+                self.mtp_drafted += request in guesses
+        unsteady = set(others)
+        for request, part in scheduled.items():
+            if request in unsteady:
+                self._account(request, len(part.ids))
+            else:
+                self.sampled += 1
+
+    def schedule(
+        self, requests: Seq[Request], guesses: dict[Request, int]
+    ) -> tuple[dict[Request, ScheduledTokens], list[Request]]:
+        """Choose the tokens of the next forward, at most `MAX_NUM_BATCHED_TOKENS`, and reserve memory for them.
+
+        Decoding requests come first, then prompts by priority, and among equals the one that waited longest. A request
+        whose prefix another is computing in this forward waits, and resumes from that state in a later step.
+
+        Args:
+            guesses: The MTP block's guess at the next id but one of a request, if it was asked.
+
+        Returns:
+            The tokens of each scheduled request, and the requests that needed memory or may need a checkpoint. Nearly
+            all only add the id that they sampled last, and nearly always need neither.
+        """
+        scheduled: dict[Request, ScheduledTokens] = {}
+        others: list[Request] = []
+        spare = (MAX_NUM_BATCHED_TOKENS - len(requests)) // 2 if self.speculate else 0
+        for request in requests:
+            sequence, length = request.sequence, request.length
+            if sequence is None or not (sequence.length + 1 == length <= sequence.steady_until) or request._fed[-1]:
+                others.append(request)
+                continue
+            draft: Seq[int] = ()
+            if spare > 0 and length < sequence.steady_until:
+                most = min(spare, sequence.steady_until - length, LONGEST)
+                draft = request.drafter.propose(request.ids, most, guesses.get(request))
+                spare -= len(draft)
+            scheduled[request] = ScheduledTokens(sequence, (request.ids.last[-1],), draft)
+        if others:
+            self._schedule_others(others, guesses, scheduled)
+        return scheduled, others
+
+    def _schedule_others(
+        self, requests: Seq[Request], guesses: dict[Request, int], scheduled: dict[Request, ScheduledTokens]
+    ) -> None:
+        """Add requests to `scheduled`; those in it with a lower priority may be preempted."""
+        for request in requests:
+            self._check_length(request)
+        num_batched_tokens = sum(map(len, scheduled.values()))
+        for request in sorted(_leaders(requests), key=lambda each: (each.pending != 1, -each.priority, each.last_step)):
+            if num_batched_tokens >= MAX_NUM_BATCHED_TOKENS:
+                break
+            try:
+                keep = [other for other in scheduled if other.priority >= request.priority]
+                budget = MAX_NUM_BATCHED_TOKENS - num_batched_tokens
+                scheduled[request] = self._schedule_one(request, budget, keep, guesses.get(request))
+            except OutOfMemoryError:
+                if all(other.sequence is None for other in scheduled):
+                    raise
+                break
+            num_batched_tokens += len(scheduled[request])
+        for request in [each for each in scheduled if each.sequence is None]:  # it was preempted
+            del scheduled[request]
+
+    def _account(self, request: Request, count: int) -> None:
+        """Account for the last `count` ids of the state, which are new, and take a checkpoint where one is due."""
+        assert request.sequence is not None
+        end = request.sequence.length
+        fed = request.count(end - count, end, hit=False)
+        self.prefilled += fed
+        self.sampled += count - fed
+        if request.marked(end) or (end % CHECKPOINT_EVERY == 0 and count > 1):
+            self._checkpoint(request, Keep.TURN)
+        elif fed and not request.jumped and not request.pending and end - request.checkpointed >= SHORT_PROMPT:
+            self._checkpoint(request, Keep.PROMPT)
+        request.sequence.steady_until = min(request.sequence.num_spans * SPAN, self._positions)
+
+    def too_long(self, request: Request) -> bool:
+        """Return whether the state exceeds the memory even with no other request in it."""
+        return -(-request.length // SPAN) > self.pools.spans
+
+    def _check_length(self, request: Request) -> None:
+        """Refuse a request that can never fit, before any of it is computed."""
+        if self.too_long(request):
+            self.preempt(request)
+            raise OutOfMemoryError(
+                f"{request.length} ids need {-(-request.length // SPAN)} spans of memory, but there are "
+                f"{self.pools.spans}; raise kv_cache_bytes"
+            )
+
+    def fits(self, requests: Seq[Request]) -> bool:
+        """Return whether the states of all `requests`, with one more span each, fit into memory at once."""
+        held: set[int] = set()
+        missing = 0
+        for request in requests:
+            spans = [] if request.sequence is None else request.sequence.spans
+            held.update(spans)
+            missing += max(0, -(-request.length // SPAN) + 1 - len(spans))
+        return len(held) + missing <= self.pools.spans and len(requests) <= self.pools.slots
+
+    def mark(self, request: Request) -> None:
+        """Take a checkpoint here, now or as soon as it is computed, for sessions that share this prefix."""
+        if request.pending:
+            request.mark()
+        elif request.length:
+            self._checkpoint(request, Keep.TURN)
+
+    def truncate(self, request: Request, length: int) -> None:
+        """Remove the ids from `length` on, and the state computed from them."""
+        if length == request.length:
+            return
+        request.cut(length)
+        sequence, kept = (
+            request.sequence,
+            length - 1,
+        )  # the last id is computed again, because its logits were discarded
+        if sequence is not None and sequence.length > kept:
+            if kept >= 0 and sequence.reaches(kept):
+                sequence.shorten(kept)
+            else:
+                self.preempt(request)
+
+    def fork(self, request: Request) -> Request:
+        """Return a request with the same ids that shares the state, if there is memory for the fork."""
+        fork, sequence = request.fork(), request.sequence
+        if sequence is not None:
+            try:
+                fork.sequence = self._room_for(lambda: self.pools.fork(sequence), keep=[request])
+            except OutOfMemoryError:
+                return fork
+            self._live[fork], fork.last_step = None, self.steps
+        return fork
+
+    def resume(self, request: Request) -> None:
+        """Restore a state for at least a part of the ids; the ids after that part become pending.
+
+        Raises:
+            OutOfMemoryError: there is no memory for the state.
+        """
+        if request.sequence is None and request.length:
+            request.sequence = self._room_for(lambda: self._enter(request), keep=[])
+            self._live[request], request.last_step = None, self.steps
+            if request.pending:
+                request.forget()
+
+    def save(self, request: Request, path: Path, *, model: str) -> None:
+        """Write ids and state to a file; see `saved.write`."""
+        saved.write(path, list(request.ids), request.fed, request.sequence, self.pools, model=model)
+
+    def open(self, path: Path, *, model: str) -> Request:
+        """Read the request that `save` wrote, with its state.
+
+        Raises:
+            SavedSessionError, OSError: see `saved.read`.
+            OutOfMemoryError: the state does not fit, after all others gave up their memory.
+        """
+        ids, fed, tensors, length, written = saved.read(path, model=model, pools=self.pools)
+        request = Request(ids, fed)
+        if length:
+            request.sequence = sequence = self._room_for(self.pools.open, keep=[])
+            try:
+                self._room_for(lambda: self.pools.reserve(sequence, length), keep=[])
+            except OutOfMemoryError:
+                self.preempt(request)
+                raise
+            saved.restore(self.pools, sequence, tensors)
+            # the last id is computed again for its logits
+            sequence.length, sequence.written = min(length, len(ids) - 1), written
+            request.count(0, length, hit=True)
+            self._live[request], request.last_step = None, self.steps
+        return request
+
+    def park(self, request: Request) -> None:
+        """Move the state to the prefix cache, which may evict it to disk; the ids stay."""
+        self._live.pop(request, None)
+        request.let_go()
+        sequence, request.sequence = request.sequence, None
+        if sequence is None:
+            return
+        if sequence.length == 0:
+            self.pools.close(sequence)
+            return
+        request.parked = parked = self.cache.add(request.ids, request.chain, sequence, Keep.TURN)
+
+        def spill() -> None:
+            if request.parked is parked:  # otherwise the ids may have changed since
+                self._store(request, parked.sequence)
+
+        parked.spill = spill
+
+    def close(self, request: Request) -> None:
+        """Leave the state to later sessions, including those of later processes."""
+        self.park(request)
+        if request.parked is not None and request.parked in self.cache:
+            self._store(request, request.parked.sequence)
+
+    def preempt(self, request: Request) -> None:
+        """Free the state. The ids stay and are recomputed with the next forward; logits that exist stay too."""
+        self._live.pop(request, None)
+        if request.sequence is not None:
+            self.pools.close(request.sequence)
+            request.sequence = None
+
+    def logits(self, ids: Seq[int], *, chunk: int = MAX_NUM_BATCHED_TOKENS) -> Tensor:
+        """Compute the logits after every id from scratch, `chunk` ids at a time: float32 [T, V]."""
+        request = Request(ids)
+        self._check_length(request)
+        try:
+            request.sequence = self._room_for(self.pools.open, keep=[])
+            rows = []
+            while request.pending:
+                part = self._schedule_one(request, chunk, keep=[])
+                rows.append(self.runner.step([part], all_rows=True).logits_RV)
+            return torch.cat(rows)
+        finally:
+            self.preempt(request)
+
+    def _mtp_drafts(self, requests: Seq[Request]) -> dict[Request, int]:
+        """Ask the MTP block once for its guesses at the next id of all requests that may draft from it."""
+        asking: list[Request] = []
+        streams: list[Tensor] = []
+        if self.speculate and self.mtp:
+            for request in requests:
+                if request.guessable and request.streams_MD is not None and request.drafter.asks(request.ids):
+                    asking.append(request)
+                    streams.append(request.streams_MD)
+        if not asking:
+            return {}
+        guesses = self.runner.mtp_draft(torch.stack(streams), [request.ids[-1] for request in asking])
+        return dict(zip(asking, guesses, strict=True))
+
+    def _schedule_one(
+        self, request: Request, budget: int, keep: Seq[Request], guess: int | None = None
+    ) -> ScheduledTokens:
+        """Return the request's next ids, at most `budget`, with memory reserved for them.
+
+        Requests other than those in `keep` may be preempted for it.
+        """
+        self._live.pop(request, None)
+        try:
+            if request.sequence is None:
+                request.sequence = self._room_for(lambda: self._enter(request), keep)
+            sequence = request.sequence
+            end = min(sequence.length + budget, request.length, request.next_stop())
+            room = min(budget - 1, self.pools.spec.max_position_embeddings - end - 1, LONGEST) if self.speculate else 0
+            draft = request.draft(room, guess) if room > 0 else []
+            self._room_for(lambda: self.pools.reserve(sequence, end + len(draft)), keep)
+        except OutOfMemoryError as error:
+            length = min(request.computed + budget, request.length)
+            self.preempt(request)
+            raise OutOfMemoryError(
+                f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
+            ) from error
+        self._live[request] = None
+        return ScheduledTokens(sequence, request.ids[sequence.length : end], draft)
+
+    def _enter(self, request: Request) -> Sequence:
+        """Return a sequence with the longest prefix of the ids that the caches hold; a parked request gets its own
+        back."""
+        parked, request.parked = request.parked, None
+        if parked is not None and (own := self.cache.give_back(parked)) is not None:
+            return own
+        sequence = self._fetch(request) or self.cache.take(request.ids, request.chain)
+        if sequence is None:
+            return self.pools.open()
+        request.checkpointed = sequence.length
+        request.count(0, sequence.length, hit=True)
+        return sequence
+
+    def _fetch(self, request: Request) -> Sequence | None:
+        """Load a checkpoint from disk, if it saves more than those in memory, and leave a fork of it in the cache.
+
+        The request gets the loaded sequence and the cache gets the fork, because the fork may fail for lack of memory.
+        """
+        if self.disk is None:
+            return None
+        found = self.cache.find(request.ids, request.chain)
+        stored = self.disk.find(request.ids, request.chain, above=(found[1] if found else 0) + SHORT_PROMPT)
+        sequence = None if stored is None else self.disk.load(stored, request.ids, request.chain)
+        if sequence is not None:
+            with suppress(OutOfMemoryError):
+                self.cache.add(request.ids, request.chain, self.pools.fork(sequence), Keep.TURN)
+        return sequence
+
+    def _store(self, request: Request, sequence: Sequence) -> None:
+        if self.disk is not None and sequence.length >= SHORT_PROMPT:
+            self.disk.store(request.ids, request.chain, sequence)
+
+    def _checkpoint(self, request: Request, keep: Keep) -> None:
+        """Take a checkpoint of the request's state, if evicting checkpoints of at most the same worth makes room for
+        it."""
+        assert request.sequence is not None
+        request.checkpointed = request.sequence.length
+        if self.cache.holds(request.ids, request.chain, request.sequence.length):
+            return
+        while True:
+            try:
+                fork = self.pools.fork(request.sequence)
+            except OutOfMemoryError:
+                if not self.cache.evict(at_most=keep):
+                    return
+            else:
+                if keep is Keep.TURN:
+                    self._store(request, fork)
+                self.cache.add(request.ids, request.chain, fork, keep)
+                return
+
+    def _room_for(self, take: Callable[[], T], keep: Seq[Request]) -> T:
+        """Call `take` until it finds memory; evict checkpoints first, then preempt requests other than those in `keep`.
+
+        Works with the lowest priority are preempted first, and among equals the least recently computed one.
+        """
+        while True:
+            try:
+                return take()
+            except OutOfMemoryError:
+                if self.cache.evict():
+                    continue
+                others = [other for other in self._live if other not in keep]
+                if not others:
+                    raise
+                self.preempt(min(others, key=lambda other: (other.priority, other.last_step)))
+
+
+def _leaders(requests: Seq[Request]) -> list[Request]:
+    """Drop the requests that have not begun and share a prefix with another request, which will compute it for them."""
+    goals: set[bytes] = set()
+    leaders = []
+    for request in sorted(requests, key=lambda request: request.computed == 0):
+        if request.pending > 1:
+            own = request.goals()
+            if request.computed == 0 and goals & own:
+                continue
+            goals |= own
+        leaders.append(request)
+    return leaders
