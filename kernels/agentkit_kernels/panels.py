@@ -1,0 +1,435 @@
+"""Matrix products on a CPU, straight from packed weights, for any number of rows.
+
+out = x · wᵀ. Every output is one chain of fused multiply-adds over all inputs, in their order, so a row's bits do not
+depend on the other rows, on the split into threads, or on the format: codes are widened to float32 in registers, with
+the bits that a dequantised weight would have.
+
+A weight's outputs are cut into panels of `LANES`, which lie one after the other in memory. Within a panel the inputs
+are the rows, so one vector load reads the weights of one input and `LANES` outputs, and a panel is read as one stream.
+For few rows a widened weight is used at once and forgotten: reading memory and widening are all that costs. For many
+rows, a tile of `TILE` inputs is widened into the first-level cache, and every six rows of a block pass over it with
+their sums in registers, like the kernel of a BLAS (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
+multiplication"). The vectors are explicit, because a compiler does not keep loop-carried sums of a panel in registers.
+
+Dimension key: N rows, K inputs, X outputs, P panels, L lanes, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, overload, register_model
+from numpy.typing import NDArray
+
+from agentkit_kernels.cpu import Floats, Halves, Ints, _lines, strict
+
+LANES = 64 if binding.get_host_cpu_features().get("avx512f") else 16
+"""Outputs per panel: four vector registers on AVX-512, NEON, and two on AVX2, where there are fewer registers."""
+TILE = 128
+"""Inputs that are widened together: 32 KiB with 64 lanes."""
+ROW_BLOCK = 96
+"""Rows that use a tile before the next is widened; their inputs stay in the second-level cache."""
+GROUP = 32
+"""Consecutive inputs from a multiple of this share a scale in every format."""
+MOST_EXPONENT = 240
+"""Largest E8M0 byte (2^113) with which all values are finite here."""
+
+Bytes = NDArray[np.uint8]
+Scales = Bytes | Floats
+"""E8M0 bytes (byte b is 2^(b - 127)) or float32."""
+
+
+class FP8(NamedTuple):
+    """E4M3 codes [P, K, L], and scales [P, ceil(K / 128), L]."""
+
+    codes: Bytes
+    scales: Scales
+
+
+class FP4(NamedTuple):
+    """E2M1 codes [P, K / 2, L], with the even input in the low half of a byte, and scales [P, K / 32, L]."""
+
+    codes: Bytes
+    scales: Scales
+
+
+class Int8(NamedTuple):
+    """Integers [P, K, L], and a scale per output [P, 1, L]."""
+
+    codes: NDArray[np.int8]
+    scales: Floats
+
+
+class BF16(NamedTuple):
+    """The upper halves of float32 values, [P, K, L]."""
+
+    codes: Halves
+
+
+class F32(NamedTuple):
+    """Values [P, K, L]."""
+
+    codes: Floats
+
+
+Panels = FP8 | FP4 | Int8 | BF16 | F32
+
+
+# --- vectors -----------------------------------------------------------------------------------------------------
+
+
+class _Lanes(types.Type):
+    """A vector of `LANES` float32 values."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"Lanes({LANES})")
+
+
+_lanes = _Lanes()
+_FLOAT, _HALF, _BYTE, _SHORT, _INT = ir.FloatType(), ir.HalfType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
+_FUSED = ("contract",)
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, lanes: Any) -> None:
+        super().__init__(manager, lanes, _vector(_FLOAT))  # type: ignore[no-untyped-call]
+
+
+def _vectors(function: Callable[..., Any]) -> Any:
+    """Define a function of compiled code by the instructions that it becomes."""
+    return intrinsic(function)
+
+
+def _vector(element: Any) -> Any:
+    return ir.VectorType(element, LANES)
+
+
+def _constant(element: Any, value: float) -> Any:
+    return ir.Constant(_vector(element), [value] * LANES)
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(_vector(value.type), ir.Undefined)
+    first = builder.insert_element(undefined, value, _INT(0))
+    return builder.shuffle_vector(first, undefined, _constant(_INT, 0))
+
+
+def _place(context: Any, builder: Any, array_type: Any, array: Any, indices: Sequence[Any], item: Any) -> Any:
+    """Return a pointer of type `item` to an element of an array."""
+    held = context.make_array(array_type)(context, builder, array)
+    place = cgutils.get_item_pointer(context, builder, array_type, held, indices)  # type: ignore[no-untyped-call]
+    return builder.bitcast(place, item.as_pointer())
+
+
+def _read(context: Any, builder: Any, array_type: Any, array: Any, indices: Sequence[Any], item: Any) -> Any:
+    """Load an item of `indices`, aligned like an element."""
+    value = builder.load(_place(context, builder, array_type, array, indices, item))
+    value.align = context.get_abi_sizeof(context.get_data_type(array_type.dtype))
+    return value
+
+
+def _loader(widen: Callable[[Any, Any], Any], stored: Any) -> Any:
+    """Return an intrinsic (codes [P, K, L], panel, row) that loads a vector of `stored` and widens it."""
+
+    @_vectors
+    def load(typing: Any, codes: Any, panel: Any, row: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            indices = (*args[1:], args[1].type(0))
+            return widen(builder, _read(context, builder, signature.args[0], args[0], indices, _vector(stored)))
+
+        return _lanes(codes, types.intp, types.intp), generate
+
+    return load
+
+
+def _widen_fp8(builder: Any, codes: Any) -> Any:
+    """E4M3 is a float16 of which three exponent and seven mantissa bits are missing; the value is 2^8 times it."""
+    bits = builder.shl(builder.sext(codes, _vector(_SHORT)), _constant(_SHORT, 7))
+    return _from_half(builder, builder.and_(bits, _constant(_SHORT, 0xBF80)))
+
+
+def _widen_fp4(low: bool) -> Callable[[Any, Any], Any]:
+    """E2M1 is a float16 of which three exponent and nine mantissa bits are missing; the value is 2^14 times it."""
+
+    def widen(builder: Any, codes: Any) -> Any:
+        codes = builder.zext(codes, _vector(_SHORT))
+        sign, rest = (12, 9) if low else (8, 5)
+        sign = builder.and_(builder.shl(codes, _constant(_SHORT, sign)), _constant(_SHORT, 0x8000))
+        rest = builder.and_(builder.shl(codes, _constant(_SHORT, rest)), _constant(_SHORT, 0x0E00))
+        return _from_half(builder, builder.or_(sign, rest))
+
+    return widen
+
+
+def _from_half(builder: Any, bits: Any) -> Any:
+    return builder.fpext(builder.bitcast(bits, _vector(_HALF)), _vector(_FLOAT))
+
+
+def _widen_int8(builder: Any, codes: Any) -> Any:
+    return builder.sitofp(builder.sext(codes, _vector(_INT)), _vector(_FLOAT))
+
+
+def _widen_bf16(builder: Any, codes: Any) -> Any:
+    bits = builder.shl(builder.zext(codes, _vector(_INT)), _constant(_INT, 16))
+    return builder.bitcast(bits, _vector(_FLOAT))
+
+
+def _power(exponent: int) -> Callable[[Any, Any], Any]:
+    """Widen E8M0 bytes to powers of two, times 2^exponent, which makes up for `_widen_fp8` and `_widen_fp4`."""
+
+    def widen(builder: Any, codes: Any) -> Any:
+        codes = builder.add(builder.zext(codes, _vector(_INT)), _constant(_INT, exponent))
+        return builder.bitcast(builder.shl(codes, _constant(_INT, 23)), _vector(_FLOAT))
+
+    return widen
+
+
+def _product(exponent: int) -> Callable[[Any, Any], Any]:
+    return lambda builder, values: builder.fmul(values, _constant(_FLOAT, 2.0**exponent))
+
+
+_load_fp8, _load_int8 = _loader(_widen_fp8, _BYTE), _loader(_widen_int8, _BYTE)
+_load_low, _load_high = _loader(_widen_fp4(low=True), _BYTE), _loader(_widen_fp4(low=False), _BYTE)
+_load_bf16, _load_f32 = _loader(_widen_bf16, _SHORT), _loader(lambda builder, values: values, _FLOAT)
+_powers = {8: _loader(_power(8), _BYTE), 14: _loader(_power(14), _BYTE)}
+_products = {8: _loader(_product(8), _FLOAT), 14: _loader(_product(14), _FLOAT)}
+
+
+@_vectors
+def _zeros(typing: Any) -> Any:
+    return _lanes(), lambda context, builder, signature, args: _constant(_FLOAT, 0.0)
+
+
+@_vectors
+def _scaled(typing: Any, values: Any, scales: Any) -> Any:
+    return _lanes(_lanes, _lanes), lambda context, builder, signature, args: builder.fmul(*args)
+
+
+@_vectors
+def _keep(typing: Any, tile: Any, row: Any, values: Any) -> Any:
+    """Store a vector in a row of a tile [TILE, L]."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = (args[1], args[1].type(0))
+        builder.store(args[2], _place(context, builder, signature.args[0], args[0], place, _vector(_FLOAT))).align = 4
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, _lanes), generate
+
+
+@_vectors
+def _kept(typing: Any, tile: Any, row: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _read(context, builder, signature.args[0], args[0], (args[1], args[1].type(0)), _vector(_FLOAT))
+
+    return _lanes(tile, types.intp), generate
+
+
+@_vectors
+def _sums_of(typing: Any, out: Any, row: Any, column: Any, like: Any) -> Any:
+    """Load the sums of as many rows as there are vectors in the tuple `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows = [builder.add(args[1], args[1].type(n)) for n in range(signature.return_type.count)]
+        item = _vector(_FLOAT)
+        sums = [_read(context, builder, signature.args[0], args[0], (row, args[2]), item) for row in rows]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    return like(out, types.intp, types.intp, like), generate
+
+
+@_vectors
+def _keep_sums(typing: Any, out: Any, row: Any, column: Any, sums: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for n in range(signature.args[3].count):
+            indices = (builder.add(args[1], args[1].type(n)), args[2])
+            place = _place(context, builder, signature.args[0], args[0], indices, _vector(_FLOAT))
+            builder.store(builder.extract_value(args[3], n), place).align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, types.intp, sums), generate
+
+
+@_vectors
+def _add(typing: Any, x: Any, row: Any, k: Any, weights: Any, sums: Any) -> Any:
+    """sums[n] + x[row + n, k] * weights, fused where the processor can."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, row, k, weights, sums = args
+        added = []
+        for n in range(signature.return_type.count):
+            value = _read(context, builder, signature.args[0], x, (builder.add(row, row.type(n)), k), _FLOAT)
+            product = builder.fmul(_spread(builder, value), weights, flags=_FUSED)
+            added.append(builder.fadd(product, builder.extract_value(sums, n), flags=_FUSED))
+        return context.make_tuple(builder, signature.return_type, added)
+
+    return sums(x, types.intp, types.intp, _lanes, sums), generate
+
+
+# --- formats -----------------------------------------------------------------------------------------------------
+
+
+def _scale(weight: Any, panel: int, k: int) -> Any:
+    """Return the scales of one panel for the `GROUP` inputs from k."""
+    raise NotImplementedError("exists in kernels only, for each format")
+
+
+def _weights(weight: Any, panel: int, k: int, scale: Any) -> Any:
+    """Return the weights of one panel for input k."""
+    raise NotImplementedError("exists in kernels only, for each format")
+
+
+@overload(_scale, inline="always")
+def _scale_of(weight: Any, panel: Any, k: Any) -> Any:
+    kind = weight.instance_class
+    shift, exponent = (7, 8) if kind is FP8 else (5, 14)
+    load = (_powers if kind in (FP8, FP4) and weight[1].dtype == types.uint8 else _products)[exponent]
+
+    def none(weight: Any, panel: Any, k: Any) -> Any:
+        return _zeros()
+
+    def of_outputs(weight: Any, panel: Any, k: Any) -> Any:
+        return _load_f32(weight.scales, panel, 0)
+
+    def of_blocks(weight: Any, panel: Any, k: Any) -> Any:
+        return load(weight.scales, panel, k >> shift)
+
+    return none if kind in (BF16, F32) else of_outputs if kind is Int8 else of_blocks
+
+
+@overload(_weights, inline="always")
+def _weights_of(weight: Any, panel: Any, k: Any, scale: Any) -> Any:
+    kind = weight.instance_class
+    load = {FP8: _load_fp8, FP4: None, Int8: _load_int8, BF16: _load_bf16, F32: _load_f32}[kind]
+
+    def plain(weight: Any, panel: Any, k: Any, scale: Any) -> Any:
+        return load(weight.codes, panel, k)
+
+    def scaled(weight: Any, panel: Any, k: Any, scale: Any) -> Any:
+        return _scaled(load(weight.codes, panel, k), scale)
+
+    def pairs(weight: Any, panel: Any, k: Any, scale: Any) -> Any:
+        values = _load_high(weight.codes, panel, k >> 1) if k & 1 else _load_low(weight.codes, panel, k >> 1)
+        return _scaled(values, scale)
+
+    return plain if kind in (BF16, F32) else pairs if kind is FP4 else scaled
+
+
+# --- packing -----------------------------------------------------------------------------------------------------
+
+
+@strict
+def lay_out(rows_XK: Any, panels_PKL: Any, first: int) -> None:
+    """Copy rows to the outputs from `first` on: codes [X, K] of any dtype, or scales."""
+    outputs, inputs = rows_XK.shape
+    x = 0
+    while x < outputs:
+        panel, lane = divmod(first + x, LANES)
+        count = min(LANES - lane, outputs - x)
+        for low in range(0, inputs, 64):  # the lines of 64 inputs stay in the cache until they are full
+            high = min(low + 64, inputs)
+            for i in range(count):
+                for k in range(low, high):
+                    panels_PKL[panel, k, lane + i] = rows_XK[x + i, k]
+        x += count
+
+
+# --- products ----------------------------------------------------------------------------------------------------
+
+
+@strict
+def multiply(
+    x_NK: Floats, starts_E1: Ints, weight: Panels, outputs: int, first: int, last: int, out_NX: Floats, column: int
+) -> None:
+    """out = x · wᵀ for some panels of a weight, or of a stack of weights with `outputs` outputs each.
+
+    Args:
+        starts_E1: Rows starts[e] to starts[e + 1] of x are multiplied by weight e.
+        first: First of the panels to compute, counted over all weights of the stack.
+        last: The panel after the last.
+        column: The column of `out` that takes the first output.
+    """
+    panels = -(-outputs // LANES)
+    tile = _lines(TILE, LANES)
+    spare_NL = np.empty((x_NK.shape[0] if outputs % LANES else 0, LANES), np.float32)
+    for e in range(first // panels, -(-last // panels)):
+        for low in range(starts_E1[e], starts_E1[e + 1], ROW_BLOCK):
+            high = min(low + ROW_BLOCK, starts_E1[e + 1])
+            for panel in range(max(first, e * panels), min(last, (e + 1) * panels)):
+                begin = (panel - e * panels) * LANES
+                whole = begin + LANES <= outputs
+                place = column + begin if whole else 0
+                _multiply_panel(x_NK, low, high, weight, panel, tile, out_NX if whole else spare_NL, place)
+                if not whole:
+                    for n in range(low, high):
+                        for x in range(outputs - begin):
+                            out_NX[n, column + begin + x] = spare_NL[n, x]
+
+
+@strict
+def _multiply_panel(
+    x_NK: Floats, low: int, high: int, weight: Panels, panel: int, tile: Floats, out_NX: Floats, column: int
+) -> None:
+    zero = _zeros()
+    one, two, four = (zero,), (zero, zero), (zero, zero, zero, zero)
+    n = low
+    if high - low <= 4:
+        if n + 4 <= high:
+            _multiply_widening(x_NK, n, weight, panel, out_NX, column, four)
+            n += 4
+        if n + 2 <= high:
+            _multiply_widening(x_NK, n, weight, panel, out_NX, column, two)
+            n += 2
+        if n < high:
+            _multiply_widening(x_NK, n, weight, panel, out_NX, column, one)
+        return
+    six = (zero, zero, zero, zero, zero, zero)
+    inputs = x_NK.shape[1]
+    for first in range(0, inputs, TILE):
+        last = min(first + TILE, inputs)
+        for start in range(first, last, GROUP):
+            scale = _scale(weight, panel, start)
+            for k in range(start, min(start + GROUP, last)):
+                _keep(tile, k - first, _weights(weight, panel, k, scale))
+        n = low
+        while n + 6 <= high:
+            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, six)
+            n += 6
+        if n + 4 <= high:
+            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, four)
+            n += 4
+        if n + 2 <= high:
+            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, two)
+            n += 2
+        if n < high:
+            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, one)
+
+
+@strict
+def _multiply_widening(
+    x_NK: Floats, row: int, weight: Panels, panel: int, out_NX: Floats, column: int, sums: Any
+) -> None:
+    """Multiply as many rows as `sums` has vectors."""
+    inputs = x_NK.shape[1]
+    for start in range(0, inputs, GROUP):
+        scale = _scale(weight, panel, start)
+        for k in range(start, min(start + GROUP, inputs)):
+            sums = _add(x_NK, row, k, _weights(weight, panel, k, scale), sums)
+    _keep_sums(out_NX, row, column, sums)
+
+
+@strict
+def _multiply_tile(
+    x_NK: Floats, row: int, first: int, last: int, tile: Floats, out_NX: Floats, column: int, sums: Any
+) -> None:
+    """Continue the sums of as many rows as `sums` has vectors, with the inputs of one tile."""
+    if first:
+        sums = _sums_of(out_NX, row, column, sums)
+    for k in range(first, last):
+        sums = _add(x_NK, row, k, _kept(tile, k - first), sums)
+    _keep_sums(out_NX, row, column, sums)
