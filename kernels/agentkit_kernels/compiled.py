@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from numba.core.registry import cpu_target
 
-from agentkit_kernels.cpu import loops
+from agentkit_kernels.cpu import loops, panels
 
-KERNELS = ("attend", "choose", "compress", "connect", "heads", "multiply", "rms_norm", "route", "swiglu")
+KERNELS = (
+    *(
+        getattr(loops, name)
+        for name in ("attend", "choose", "compress", "connect", "heads", "rms_norm", "route", "swiglu")
+    ),
+    panels.multiply,
+)
 """Kernels that a forward of any length calls; the others are compiled with them, or right after."""
 
 
@@ -18,8 +24,8 @@ def is_compiled() -> bool:
     """
     try:
         processor = cpu_target.target_context.codegen().magic_tuple()
-        for name in KERNELS:
-            index = getattr(loops, name)._cache._cache_file._load_index()  # empty when the source has changed
+        for kernel in KERNELS:
+            index = kernel._cache._cache_file._load_index()  # type: ignore[attr-defined]  # empty when its source changed
             if not any(processor in key for key in index):
                 return False
     except (AttributeError, OSError, ValueError):

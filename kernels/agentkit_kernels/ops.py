@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from agentkit_kernels.packed import PackedRows
 from agentkit_kernels.trace import Trace
 
 Array = Any
@@ -157,11 +158,11 @@ class Ops(Protocol):
         is differentiable.
         """
 
-    def weight(self, *parts_XK: Tensor, detached: Sequence[Tensor] = ()) -> Weight:
+    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
         """Pack matrices [X, K] that share an input. No gradient flows from the product with `detached` ones, which come
         last, to that input."""
 
-    def stack(self, *parts_EXK: Tensor) -> Weight:
+    def stack(self, *parts_EXK: Tensor | PackedRows) -> Weight:
         """Pack the experts' matrices [E, X, K] that share an input."""
 
     def table(self, rows: Tensor) -> Array:

@@ -15,7 +15,7 @@ Source: DeepSeek-V4 `inference/kernel.py`; OCP Microscaling Formats 1.0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,29 @@ Format = Literal["fp8", "mxfp4", "int8"]
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Values of the 16 codes of MXFP4."""
+
 _DATA_DTYPE = {"fp8": torch.float8_e4m3fn, "mxfp4": torch.uint8, "int8": torch.int8}
+
+
+class PackedRows(Protocol):
+    """A packed matrix, or a stack of them, whose rows can be had in pieces: in memory (`Packed`), or in a file."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def scale_dtype(self) -> torch.dtype: ...
+
+    def rows(self, first: int, last: int, expert: int | None = None) -> Packed:
+        """Return some rows of the matrix, or of one in a stack; `first` is a multiple of `FP8_BLOCK`."""
+
+    def __getitem__(self, rows: slice) -> PackedRows:
+        """Return rows of a matrix, from a multiple of `FP8_BLOCK` on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,3 +93,42 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of data and scales."""
         return self.data.nbytes + self.scale.nbytes
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype of the scales."""
+        return self.scale.dtype
+
+    def rows(self, first: int, last: int, expert: int | None = None) -> Packed:
+        """See `PackedRows`."""
+        data, scale = (self.data, self.scale) if expert is None else (self.data[expert], self.scale[expert])
+        block = FP8_BLOCK if self.format == "fp8" else 1
+        scale = scale[first // block : -(-last // block)]
+        return Packed(self.format, data[first:last], scale, (last - first, self.shape[-1]))
+
+    def __getitem__(self, rows: slice) -> Packed:
+        first, last, _ = rows.indices(self.shape[0])
+        return self.rows(first, last)
+
+    def dequantise(self) -> Tensor:
+        """Return the values, float32: codes times scales."""
+        scale = self.scale.float()
+        if self.format == "int8":
+            return self.data.float() * scale[..., None]
+        if self.format == "mxfp4":
+            codes = torch.stack((self.data & 15, self.data >> 4), -1).flatten(-2).long()
+            return torch.tensor(E2M1, device=codes.device)[codes] * scale.repeat_interleave(MXFP4_GROUP, -1)
+        rows, columns = self.shape[-2:]
+        scale = scale.repeat_interleave(FP8_BLOCK, -2)[..., :rows, :].repeat_interleave(FP8_BLOCK, -1)[..., :columns]
+        return self.data.float() * scale
+
+
+def in_memory(part: Tensor | PackedRows) -> Tensor | Packed:
+    """Read a packed part that is still in a file; return any other part as it is."""
+    if isinstance(part, (Tensor, Packed)):
+        return part
+    if len(part.shape) == 2:
+        return part.rows(0, part.shape[0])
+    experts = [part.rows(0, part.shape[1], expert) for expert in range(part.shape[0])]
+    data, scale = (torch.stack([getattr(one, name) for one in experts]) for name in ("data", "scale"))
+    return Packed(part.format, data, scale, part.shape)

@@ -8,10 +8,14 @@ Dimension key: E experts, K inputs, O outputs of one parameter, X outputs of all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+SLACK = 64
+"""Elements of memory behind a weight, which kernels may read with its last outputs."""
 
 
 def packed(*parts_OK: Tensor) -> Tensor:
@@ -41,7 +45,8 @@ def _side_by_side(parts_OK: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     *experts, _, inputs = parts_OK[0].shape
     outputs = [part_OK.shape[-2] for part_OK in parts_OK]
     dtype = torch.bfloat16 if all(part_OK.dtype == torch.bfloat16 for part_OK in parts_OK) else torch.float32
-    whole_KX = torch.empty(*experts, inputs, sum(outputs), dtype=dtype)
+    shape = (*experts, inputs, sum(outputs))
+    whole_KX = torch.zeros(SLACK + math.prod(shape), dtype=dtype)[:-SLACK].view(shape)
     return whole_KX, [columns_KO.mT for columns_KO in torch.split(whole_KX, outputs, -1)]
 
 
@@ -55,4 +60,7 @@ def _whole(parts_OK: Sequence[Tensor]) -> Tensor | None:
         if part_OK.dtype != dtype or part_OK.mT.stride() != strides or part_OK.data_ptr() != place:
             return None
         place += part_OK.itemsize * part_OK.shape[-2]
+    behind = parts_OK[0].untyped_storage().nbytes() // dtype.itemsize - parts_OK[0].storage_offset()
+    if behind < math.prod(experts) * inputs * width + SLACK:
+        return None
     return parts_OK[0].detach().as_strided((*experts, inputs, width), strides)

@@ -9,7 +9,7 @@ Dimension key: `agentkit_kernels.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,13 +18,13 @@ from unittest.mock import patch
 import numba
 import numpy as np
 import torch
-from torch import Tensor
 
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds, threads
-from agentkit_kernels.cpu import experts, loops
-from agentkit_kernels.cpu.linear import Product, by_library
+from agentkit_kernels.cpu import linear, loops
+from agentkit_kernels.cpu.linear import Job
 from agentkit_kernels.cpu.loops import Floats, Ints, Weights
+from agentkit_kernels.cpu.workers import Workers
 
 DECODE_GOAL, PREFILL_GOAL = 1.35, 1.5
 """Goals: the time of a step of decoding, and of a prefill, over that of its products."""
@@ -35,7 +35,7 @@ class Floor:
 
     Attributes:
         products: Number of products.
-        multiply_adds: Multiply-adds in them, except those of padding that `Product` adds.
+        multiply_adds: Multiply-adds in them.
     """
 
     def __init__(self) -> None:
@@ -46,30 +46,24 @@ class Floor:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the products of the `cpu` backend, in any engine of this process."""
-        multiply, mix_experts = Product.__call__, loops.mix_experts
+        compute, mix_experts = linear.compute, loops.mix_experts
 
-        def recorded_multiply(product: Product, x_NK: Floats) -> Floats:
-            self._add(partial(multiply, product, self._like(x_NK.shape)), 1, len(x_NK) * product.weight.numel())
-            return multiply(product, x_NK)
-
-        def recorded_by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
-            rows_NK = torch.from_numpy(self._like(x_NK.shape))
-            self._add(partial(by_library, rows_NK, weight_KO), 1, len(x_NK) * weight_KO.numel())
-            return by_library(x_NK, weight_KO)
+        def recorded_compute(jobs: Sequence[Job], workers: Workers) -> None:
+            likes = [job._replace(x=self._like(job.x.shape)) for job in jobs]
+            work = sum(len(job.x) * job.matrix.inputs * job.matrix.outputs for job in jobs)
+            self._add(partial(compute, likes, workers), len(jobs), work)
+            compute(jobs, workers)
 
         def recorded_mix_experts(
-            x_ND: Floats, experts_NA: Ints, weights_NA: Floats,
-            w13_EDX: Weights, block13: int, w2_EID: Weights, block2: int, *rest: Any,
-        ) -> None:  # fmt: skip
-            weights = w13_EDX, block13, w2_EID, block2
+            x_ND: Floats, experts_NA: Ints, weights_NA: Floats, w13_EDX: Weights, w2_EID: Weights, *rest: Any
+        ) -> None:
             hidden_1I = self._like((1, w2_EID.shape[1]))
-            call = partial(_multiply_experts, self._like(x_ND.shape), hidden_1I, experts_NA, *weights)
+            call = partial(_multiply_experts, self._like(x_ND.shape), hidden_1I, experts_NA, w13_EDX, w2_EID)
             self._add(call, 2 * experts_NA.size, experts_NA.size * (w13_EDX[0].size + w2_EID[0].size))
-            mix_experts(x_ND, experts_NA, weights_NA, *weights, *rest)
+            mix_experts(x_ND, experts_NA, weights_NA, w13_EDX, w2_EID, *rest)
 
         with (
-            patch.object(Product, "__call__", recorded_multiply),
-            patch.object(experts, "by_library", recorded_by_library),
+            patch.object(linear, "compute", recorded_compute),
             patch.object(loops, "mix_experts", recorded_mix_experts),
         ):
             yield
@@ -120,13 +114,11 @@ def beside_products(
 
 
 @numba.njit(error_model="numpy", fastmath={"contract"})
-def _multiply_experts(
-    x_ND: Floats, hidden_1I: Floats, experts_NA: Ints, w13_EDX: Weights, block13: int, w2_EID: Weights, block2: int
-) -> None:
-    """The products of `loops.mix_experts`. Not cached on disk, because Numba would not notice changes of `cpu.py`."""
+def _multiply_experts(x_ND: Floats, hidden_1I: Floats, experts_NA: Ints, w13_EDX: Weights, w2_EID: Weights) -> None:
+    """The products of `loops.mix_experts`. Not cached on disk, because Numba would not notice changes of `loops.py`."""
     gate_up_1X, down_1D = np.empty((1, w13_EDX.shape[2]), np.float32), np.empty((1, w2_EID.shape[2]), np.float32)
     for n in range(experts_NA.shape[0]):
         for a in range(experts_NA.shape[1]):
             expert = experts_NA[n, a]
-            loops.multiply(x_ND[n : n + 1], w13_EDX[expert], block13, gate_up_1X)
-            loops.multiply(hidden_1I, w2_EID[expert], block2, down_1D)
+            loops.multiply(x_ND[n : n + 1], w13_EDX[expert], 0, gate_up_1X.shape[1], gate_up_1X, 0)
+            loops.multiply(hidden_1I, w2_EID[expert], 0, down_1D.shape[1], down_1D, 0)

@@ -58,7 +58,7 @@ class AttentionLayer:
         inner = [("", kv_column + spec.head_dim, module.compressor)]
         if module.indexer is not None:
             inner.append(("index_", index_column + spec.index_n_heads, module.indexer.compressor))
-        angles = ops.vector(frequencies(self.layer.rope, spec.qk_rope_head_dim, module.wkv.weight.device))
+        angles = ops.vector(frequencies(self.layer.rope, spec.qk_rope_head_dim, module.attn_sink.device))
         self.compressors = [
             Compressor(
                 prefix, column, self.layer.compress_ratio, self.layer.series == 2, ops.vector(compressor.ape),
@@ -66,8 +66,8 @@ class AttentionLayer:
             )
             for prefix, column, compressor in inner if compressor is not None
         ]  # fmt: skip
-        wo_a_GOX = module.wo_a.weight.view(module.groups, -1, module.wo_a.in_features)
-        self.wo_a = [ops.weight(weight_OX) for weight_OX in wo_a_GOX]
+        wo_a, rank = module.wo_a.weight, spec.o_lora_rank
+        self.wo_a = [ops.weight(wo_a[group * rank : (group + 1) * rank]) for group in range(module.groups)]
         self.wo_b = ops.weight(module.wo_b.weight)
 
     def __call__(self, x: Array, rotations: Rotations, batch: Batch) -> Array:

@@ -35,7 +35,7 @@ Backend = Literal["reference", "cpu"]
 BACKENDS = ("auto", *get_args(Backend))
 logger = logging.getLogger(__name__)
 
-NUMERICS = 4
+NUMERICS = 5
 """Version of the numerics. Increment it with every change to a bit of a forward's output: stored states of another
 version are not used."""
 

@@ -25,9 +25,9 @@ ROWS = 512
 
 def warm_up(runner: Runner, decoder: Decoder) -> None:
     """Run forwards that reach every kernel, unless an earlier process on this machine did; logs a warning first."""
-    from agentkit_kernels.cpu import loops
+    from agentkit_kernels.cpu import loops, panels
 
-    marker = _marker(decoder, Path(loops.__file__), loops.cache_folder())
+    marker = _marker(decoder, [Path(loops.__file__), Path(panels.__file__)], loops.cache_folder())
     if marker is None or marker.exists():
         return
     logger.warning("compiling kernels for this CPU (once) ...")
@@ -51,15 +51,15 @@ def warm_up(runner: Runner, decoder: Decoder) -> None:
     marker.touch()
 
 
-def _marker(decoder: Decoder, source: Path, folder: Path | None) -> Path | None:
+def _marker(decoder: Decoder, sources: list[Path], folder: Path | None) -> Path | None:
     """Return the file that marks all kernels for these layers and weights as compiled; None without a cache folder."""
     if folder is None:
         return None
     layers = (*decoder.spec.layers, *decoder.spec.mtp_layers)
     kinds = sorted({(layer.attention, layer.router) for layer in layers})
     dtypes = sorted({str(weight.dtype) for weight in decoder.parameters()})
-    # Numba identifies a source the same way
-    stat = source.stat()
-    key = repr((machine(torch.device("cpu")), kinds, dtypes, stat.st_mtime_ns, stat.st_size))
+    # Numba identifies sources the same way
+    stats = [(stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, sources)]
+    key = repr((machine(torch.device("cpu")), kinds, dtypes, stats))
     digest = hashlib.blake2b(key.encode(), digest_size=8)
     return folder / f"warm-{digest.hexdigest()}"

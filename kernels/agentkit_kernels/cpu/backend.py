@@ -14,25 +14,17 @@ from agentkit_kernels.cpu.compressor import compress
 from agentkit_kernels.cpu.experts import experts, swiglu
 from agentkit_kernels.cpu.hyper_connections import hc_head, hc_post, hc_post_pre, hc_pre
 from agentkit_kernels.cpu.indexer import COLUMNS, SCORED_ENTRIES, TopK, index_topk
-from agentkit_kernels.cpu.linear import (
-    Dots,
-    Product,
-    Stacked,
-    as_array,
-    embed,
-    grouped_linear,
-    linear,
-    settle,
-    take,
-)
+from agentkit_kernels.cpu.layout import as_array
+from agentkit_kernels.cpu.linear import Dots, Stacked, Weight, embed, grouped_linear, linear, take
 from agentkit_kernels.cpu.loops import Floats
 from agentkit_kernels.cpu.norm import rms_norm
 from agentkit_kernels.cpu.qkv import qkv
 from agentkit_kernels.cpu.rope import rotations
 from agentkit_kernels.cpu.router import route
 from agentkit_kernels.cpu.state import LayerState
+from agentkit_kernels.cpu.workers import Workers
 from agentkit_kernels.ops import Plan
-from agentkit_kernels.packing import packed
+from agentkit_kernels.packed import PackedRows
 from agentkit_kernels.reference import host_zeros
 
 
@@ -41,8 +33,8 @@ class Cpu:
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self.products: list[Product] = []
+    def __init__(self, workers: Workers | None = None) -> None:
+        self.workers = workers or Workers()
         self._dots = Dots()
         self._index_head_dim = 0
 
@@ -54,14 +46,11 @@ class Cpu:
             self._index_head_dim = pools["index_entries"].shape[-1]
         return LayerState(pools)
 
-    def weight(self, *parts_XK: Tensor, detached: Sequence[Tensor] = ()) -> Product:
-        self.products.append(Product(packed(*parts_XK, *detached)))
-        return self.products[-1]
+    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
+        return Weight((*parts_XK, *detached), self.workers)
 
-    def stack(self, *parts_EXK: Tensor) -> Stacked:
-        stacked = Stacked(packed(*parts_EXK))
-        self.products.append(stacked.product)
-        return stacked
+    def stack(self, *parts_EXK: Tensor | PackedRows) -> Stacked:
+        return Stacked(parts_EXK, self.workers)
 
     def table(self, rows: Tensor) -> Any:
         return as_array(rows.detach()) if rows.is_floating_point() else rows.numpy()
@@ -71,7 +60,6 @@ class Cpu:
         return array
 
     def settle(self, *, exact: bool) -> None:
-        settle(self.products, exact=exact)
         if exact and self._index_head_dim:
             self._dots.settle(self._index_head_dim, SCORED_ENTRIES, COLUMNS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from agentkit_kernels.cpu import loops
-from agentkit_kernels.cpu.linear import empty
+from agentkit_kernels.cpu.linear import empty, linear
 from agentkit_kernels.cpu.loops import Floats
 from agentkit_kernels.ops import HyperConnection, HyperHead
 
@@ -17,7 +17,7 @@ def hc_pre(streams: Floats, hc: HyperConnection) -> tuple[Floats, Mixing]:
     rows, size, dim = streams.shape
     x, post, comb = empty(rows, dim), empty(rows, size), empty(rows, size, size)
     loops.connect(
-        streams, hc.fn(streams.reshape(rows, -1)), hc.base, hc.scale, hc.norm, np.float32(hc.norm_eps),
+        streams, linear(streams.reshape(rows, -1), hc.fn), hc.base, hc.scale, hc.norm, np.float32(hc.norm_eps),
         np.float32(hc.eps), hc.iterations, x, post, comb,
     )  # fmt: skip
     return x, (post, comb)
@@ -37,7 +37,7 @@ def hc_post_pre(streams: Floats, y: Floats, mixing: Mixing, hc: HyperConnection)
 def hc_head(streams: Floats, head: HyperHead) -> Floats:
     x = empty(len(streams), streams.shape[2])
     loops.collapse(
-        streams, head.fn(streams.reshape(len(streams), -1)), head.base, head.scale, head.norm,
+        streams, linear(streams.reshape(len(streams), -1), head.fn), head.base, head.scale, head.norm,
         np.float32(head.norm_eps), np.float32(head.eps), x,
     )  # fmt: skip
     return x

@@ -1,114 +1,146 @@
-"""Matrix products on a CPU in which a row has the same bits for any number of rows.
+"""Matrix products on a CPU in which a row has the same bits for any number of rows and of threads.
 
-Weights are float32 or bfloat16; products of both are computed in float32. So bfloat16 weights take half the memory and
-give the same bits as if they had been widened to float32 when they were loaded.
+Every output is one chain of fused multiply-adds over all inputs, in float32, whatever computes it and whatever the
+weights' format: bfloat16, FP8, FP4 and int8 weights give the bits of the same values in float32.
 
-A library multiplies many rows: oneDNN where this torch has it, which on AVX-512 is twice as fast as torch's BLAS. For a
-few rows the call alone costs more than the arithmetic; `loops.multiply` computes them if it gives the library's bits,
-which is probed when a model is packed.
-
-Dimension key: N rows, K inputs, O outputs.
+Dimension key: N rows, K inputs, X outputs, P (token, expert) pairs, E experts.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agentkit_kernels.cpu import loops
 from agentkit_kernels.cpu.batch import Batch
+from agentkit_kernels.cpu.layout import Matrix, as_array, pack, pack_stack, unpacked
 from agentkit_kernels.cpu.loops import Floats, Weights
-from agentkit_kernels.invariance import OUTPUTS, least_rows
+from agentkit_kernels.cpu.panels import LANES
+from agentkit_kernels.cpu.workers import Workers
+from agentkit_kernels.invariance import least_rows
+from agentkit_kernels.packed import PackedRows
+from agentkit_kernels.packing import packed
 
 logger = logging.getLogger(__name__)
 
-FEW, FEW_OF_BF16 = 12, 32
-"""Row counts up to which the kernel is faster than the library, which takes float32 weights only."""
+ALIGNED_ROWS = 32
+"""Row count from which arrays are aligned to cache lines."""
+SHARED = 1 << 21
+"""Multiply-adds from which a product is shared out to several threads: they take 0.1 ms, and waking a thread 0.02."""
+PIECES = 4
+"""Pieces per thread of shared work, so that a thread that is held up leaves its last pieces to the others."""
 FEW_QUERIES = 16
 """Row count up to which the BLAS multiplies keys faster than oneDNN."""
-BLOCKS = (128, 192, 256, 384, 512, 768, 1024)
-"""Block sizes that libraries are known to sum in one chain, besides all inputs and half of them."""
-_local = threading.local()
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.enabled else None
 
 
 def empty(rows: int, *shape: int) -> Floats:
     """Allocate float32 [rows, ..]. For many rows it is aligned to cache lines, so that few vectors cross two."""
-    if rows <= FEW_OF_BF16:
+    if rows <= ALIGNED_ROWS:
         return np.empty((rows, *shape), np.float32)
     array: Floats = torch.empty(rows, *shape).numpy()
     return array
 
 
-def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
-    """x @ weight. The weight may be a transposed view."""
-    if weight_KO.dtype != torch.float32:
-        weight_KO = _widened(weight_KO)
-    if _ONEDNN is None:
-        return torch.mm(x_NK, weight_KO)
-    out_NO: Tensor = _ONEDNN(x_NK, weight_KO.t(), None, "none", [], "")
-    return out_NO
+class Job(NamedTuple):
+    """One product: its outputs go into the columns of `out` from `column` on."""
+
+    x: Floats
+    matrix: Matrix
+    out: Floats
+    column: int = 0
 
 
-def _widened(weight_KO: Tensor) -> Tensor:
-    """Return the weight in float32, in memory that the thread's next call reuses: copying costs less than fresh
-    memory."""
-    with torch.inference_mode(False):  # later users of this memory may not be in inference mode
-        memory = getattr(_local, "memory", None)
-        if memory is None or memory.numel() < weight_KO.numel():
-            memory = _local.memory = torch.empty(weight_KO.numel())
-    wide_KO: Tensor = memory[: weight_KO.numel()].view(weight_KO.shape)
-    return wide_KO.copy_(weight_KO)
+def compute(jobs: Sequence[Job], workers: Workers) -> None:
+    """Compute products. Threads share the panels; the bits do not depend on which thread computes which."""
+    work = sum(len(job.x) * job.matrix.inputs * job.matrix.outputs for job in jobs)
+    if workers.count == 1 or work < SHARED:
+        for job in jobs:
+            job.matrix.multiply(job.x, 0, job.matrix.count, job.out, job.column)
+        return
+
+    def multiply(piece: tuple[Job, int, int]) -> None:
+        job, first, last = piece
+        job.matrix.multiply(job.x, first, last, job.out, job.column)
+
+    workers.each(multiply, _pieces(jobs, work // (PIECES * workers.count)))
 
 
-def padded_rows(rows: int, least: int) -> int:
-    """Return the row count to give the library for `rows`: at least `least`, and one of few values.
+def _pieces(jobs: Sequence[Job], size: int) -> Iterator[tuple[Job, int, int]]:
+    """Cut jobs at panels into pieces of about `size` multiply-adds."""
+    for job in jobs:
+        step = max(1, size // (len(job.x) * job.matrix.inputs * LANES))
+        for first in range(0, job.matrix.count, step):
+            yield job, first, min(first + step, job.matrix.count)
 
-    The library compiles each shape once, which takes half a millisecond.
+
+class Weight:
+    """Matrices that share an input, side by side; neighbours of one format are one matrix."""
+
+    def __init__(self, parts: Sequence[Tensor | PackedRows], workers: Workers) -> None:
+        self.workers = workers
+        self.matrices: list[Matrix] = []
+        for _, group in groupby(parts, lambda part: isinstance(part, Tensor)):
+            tensors, rows = split(group)
+            self.matrices += [unpacked(packed(*tensors))] if tensors else pack(rows, workers)
+        self.columns = [0, *accumulate(matrix.outputs for matrix in self.matrices)]
+
+    @property
+    def outputs(self) -> int:
+        return self.columns[-1]
+
+    def jobs(self, x_NK: Floats, out_NX: Floats, column: int = 0) -> list[Job]:
+        """Return the products of rows with the matrices, which write to `out` from `column` on."""
+        places = zip(self.matrices, self.columns[:-1], strict=True)
+        return [Job(x_NK, matrix, out_NX, column + place) for matrix, place in places]
+
+
+class Stacked:
+    """The matrices of all experts.
+
+    Attributes:
+        unpacked: All of them inputs first, [E, K, X], unless they are packed.
     """
-    step = 8 if rows <= 64 else 64
-    return max(-(-rows // step) * step, least)
+
+    def __init__(self, parts: Sequence[Tensor | PackedRows], workers: Workers) -> None:
+        self.workers = workers
+        self.unpacked: Weights | None = None
+        tensors, rows = split(parts)
+        if tensors and rows:
+            raise ValueError("an expert's matrices that share an input must all be packed, or none")
+        if tensors:
+            whole_EKX = packed(*tensors)
+            self.unpacked = as_array(whole_EKX)
+            self.experts = [unpacked(weight_KX) for weight_KX in whole_EKX]
+        else:
+            self.experts = pack_stack(rows, workers)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def multiply(self, x_PK: Floats, counts_E: Sequence[int]) -> Floats:
+        """Multiply each expert's rows, which are next to each other, with its matrix."""
+        out_PX = empty(len(x_PK), self.experts[0].outputs)
+        ends = accumulate(counts_E)
+        jobs = [
+            Job(x_PK[end - count : end], matrix, out_PX[end - count : end])
+            for matrix, end, count in zip(self.experts, ends, counts_E, strict=True)
+            if count
+        ]
+        compute(jobs, self.workers)
+        return out_PX
 
 
-def multiply(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
-    """Multiply with the library, padding to at least `least` rows."""
-    rows = len(x_NK)
-    if (padded := padded_rows(rows, least)) > rows:
-        x_NK = np.concatenate((x_NK, np.zeros((padded - rows, x_NK.shape[1]), np.float32)))
-    out_NO: Floats = by_library(torch.from_numpy(x_NK), weight_KO).numpy()
-    return out_NO[:rows]
-
-
-def as_array(weight: Tensor) -> Weights:
-    """Return a weight as the kernels take it: float32, or bfloat16 as uint16, because numpy has no bfloat16."""
-    array: Weights = (weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight.float()).numpy()
-    return array
-
-
-class Product:
-    """The product of rows with a weight [K, O]; after `settle`, with the same bits for any number of rows."""
-
-    def __init__(self, weight_KO: Tensor) -> None:
-        self.weight = weight_KO
-        self.array = as_array(weight_KO)
-        self.few = FEW if weight_KO.dtype == torch.float32 else FEW_OF_BF16
-        self.rows = 1
-        """From this row count on, the library gives a row the same bits whatever the other rows."""
-        self.block = 0
-        """The block size with which `loops.multiply` gives those bits too; 0 if none does."""
-
-    def __call__(self, x_NK: Floats) -> Floats:
-        rows = len(x_NK)
-        if not self.block or rows > self.few:
-            return multiply(x_NK, self.weight, self.rows)
-        out_NO = np.empty((rows, self.array.shape[1]), np.float32)
-        loops.multiply(x_NK, self.array, self.block, out_NO)
-        return out_NO
+def split(parts: Iterable[Tensor | PackedRows]) -> tuple[list[Tensor], list[PackedRows]]:
+    """Return the tensors and the packed parts."""
+    parts = list(parts)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return tensors, [part for part in parts if not isinstance(part, Tensor)]
 
 
 class Dots:
@@ -122,7 +154,7 @@ class Dots:
 
     def __call__(self, x_XC: Floats, keys_SC: Tensor) -> Floats:
         if len(x_XC) > self.few:
-            return multiply(x_XC, keys_SC.t(), self.rows)
+            return _multiply_by_library(x_XC, keys_SC.t(), self.rows)
         if len(x_XC) < self.rows:
             return self(np.pad(x_XC, ((0, self.rows - len(x_XC)), (0, 0))), keys_SC)[: len(x_XC)]
         dots_XS: Floats = torch.mm(torch.from_numpy(x_XC), keys_SC.t()).numpy()
@@ -147,56 +179,45 @@ def _library_linear(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
     return by_library(x_NK, weight_OK.t())
 
 
-def settle(products: Sequence[Product], *, exact: bool) -> None:
-    """Probe the row count that the library needs, and the products that a kernel can compute with the same bits."""
-    if not exact:
-        for product in products:
-            product.block = len(product.weight)
-        return
-    weights = [product.weight.t() for product in products]
-    rows = least_rows(weights, by=[_library_linear], padded=padded_rows)
-    blocks: dict[torch.Size, int] = {}
-    for product in products:
-        if product.weight.shape not in blocks:
-            blocks[product.weight.shape] = chain_block(product.weight, rows, by=by_library)
-        product.rows, product.block = rows, blocks[product.weight.shape]
+def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
+    """x @ weight. The weight may be a transposed view."""
+    if _ONEDNN is None:
+        return torch.mm(x_NK, weight_KO)
+    out_NO: Tensor = _ONEDNN(x_NK, weight_KO.t(), None, "none", [], "")
+    return out_NO
 
 
-def chain_block(weight_KO: Tensor, rows: int, *, by: Callable[[Tensor, Tensor], Tensor]) -> int:
-    """Return the block size with which `loops.multiply` gives the bits of `by` for `rows` rows and more; 0 if none.
+def padded_rows(rows: int, least: int) -> int:
+    """Return the row count to give the library for `rows`: at least `least`, and one of few values.
 
-    This covers libraries that sum each block of inputs in one chain and add the blocks in order, as oneDNN and MKL do.
+    The library compiles each shape once, which takes half a millisecond.
     """
-    weight_KO = weight_KO[:, :OUTPUTS].float().contiguous()
-    inputs, outputs = weight_KO.shape
-    x_NK = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1))
-    expected, out_NO = by(x_NK, weight_KO).numpy(), np.empty((rows, outputs), np.float32)
-    for block in dict.fromkeys((inputs, max(1, inputs // 2), *BLOCKS)):
-        loops.multiply(x_NK.numpy(), weight_KO.numpy(), block, out_NO)
-        if np.array_equal(out_NO, expected):
-            return block
-    return 0
+    step = 8 if rows <= 64 else 64
+    return max(-(-rows // step) * step, least)
 
 
-class Stacked:
-    """The matrices [E, K, O] of all experts."""
-
-    def __init__(self, weights_EKO: Tensor) -> None:
-        self.array = as_array(weights_EKO)
-        self.all = weights_EKO.unbind()
-        self.product = Product(weights_EKO[0])  # all experts have the same shape
-
-    def __len__(self) -> int:
-        return len(self.all)
+def _multiply_by_library(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
+    """Multiply with the library, padding to at least `least` rows."""
+    rows = len(x_NK)
+    if (padded := padded_rows(rows, least)) > rows:
+        x_NK = np.concatenate((x_NK, np.zeros((padded - rows, x_NK.shape[1]), np.float32)))
+    out_NO: Floats = by_library(torch.from_numpy(x_NK), weight_KO).numpy()
+    return out_NO[:rows]
 
 
-def linear(x: Floats, weight: Product) -> Floats:
-    return weight(x)
+def linear(x: Floats, weight: Weight) -> Floats:
+    out_NX = empty(len(x), weight.outputs)
+    compute(weight.jobs(x, out_NX), weight.workers)
+    return out_NX
 
 
-def grouped_linear(x: Floats, weights: Sequence[Product]) -> Floats:
+def grouped_linear(x: Floats, weights: Sequence[Weight]) -> Floats:
     parts_GNX = np.ascontiguousarray(x.reshape(len(x), len(weights), -1).transpose(1, 0, 2))
-    return np.concatenate([weight(part) for weight, part in zip(weights, parts_GNX, strict=True)], 1)
+    columns = [0, *accumulate(weight.outputs for weight in weights)]
+    out_NX = empty(len(x), columns[-1])
+    places = zip(weights, parts_GNX, columns[:-1], strict=True)
+    compute([job for weight, part, place in places for job in weight.jobs(part, out_NX, place)], weights[0].workers)
+    return out_NX
 
 
 def embed(batch: Batch, table: Weights, streams: int) -> Floats:

@@ -141,45 +141,35 @@ def _wide_of(weight: Any) -> Callable[[Any], Any]:
 
 
 @strict
-def multiply(x_NK: Floats, w_KO: Weights, block: int, out_NO: Floats) -> None:
-    """out = x @ w for a few rows, at the speed of reading the weights.
+def multiply(x_NK: Floats, w_KO: Weights, first: int, last: int, out_NX: Floats, column: int) -> None:
+    """out = x @ w for a few rows and the columns `first` to `last` of w, at the speed of reading the weights.
 
-    Each output is a chain of fused multiply-adds over `block` inputs, to which the chains of further blocks are added
-    in order. Libraries compute the same chains for many rows, with a block size of their own. Weights are read along
-    their rows, in tiles that all rows use while the cache holds them.
+    Each output is a chain of fused multiply-adds over all inputs, as in `panels.multiply`. Weights are read along their
+    rows, in tiles that all rows use while the cache holds them. `column` is the column of `out` that takes w's first.
     """
     rows, inputs = x_NK.shape
-    outputs = w_KO.shape[1]
-    chains_NT = np.empty((rows if block < inputs else 0, min(outputs, OUTPUTS_TOGETHER)), np.float32)
-    for first in range(0, outputs, OUTPUTS_TOGETHER):
-        size = min(OUTPUTS_TOGETHER, outputs - first)
-        for start in range(0, inputs, block):
-            end = min(start + block, inputs)
-            for low in range(start, end, INPUTS_TOGETHER):
-                high = min(low + INPUTS_TOGETHER, end)
-                for n in range(rows):
-                    some = chains_NT[n, :size] if start else out_NO[n, first : first + size]
-                    if low == start:
-                        some[:] = _ZERO
-                    k = low
-                    while k + 4 <= high:
-                        a, b, c, d = x_NK[n, k], x_NK[n, k + 1], x_NK[n, k + 2], x_NK[n, k + 3]
-                        w_a, w_b = w_KO[k, first : first + size], w_KO[k + 1, first : first + size]
-                        w_c, w_d = w_KO[k + 2, first : first + size], w_KO[k + 3, first : first + size]
-                        for o in range(size):
-                            two = (some[o] + a * _wide(w_a[o])) + b * _wide(w_b[o])
-                            some[o] = (two + c * _wide(w_c[o])) + d * _wide(w_d[o])
-                        k += 4
-                    while k < high:
-                        a, w_a = x_NK[n, k], w_KO[k, first : first + size]
-                        for o in range(size):
-                            some[o] += a * _wide(w_a[o])
-                        k += 1
-            if start:
-                for n in range(rows):
-                    out = out_NO[n, first : first + size]
+    for begin in range(first, last, OUTPUTS_TOGETHER):
+        size = min(OUTPUTS_TOGETHER, last - begin)
+        for low in range(0, inputs, INPUTS_TOGETHER):
+            high = min(low + INPUTS_TOGETHER, inputs)
+            for n in range(rows):
+                some = out_NX[n, column + begin : column + begin + size]
+                if low == 0:
+                    some[:] = _ZERO
+                k = low
+                while k + 4 <= high:
+                    a, b, c, d = x_NK[n, k], x_NK[n, k + 1], x_NK[n, k + 2], x_NK[n, k + 3]
+                    w_a, w_b = w_KO[k, begin : begin + size], w_KO[k + 1, begin : begin + size]
+                    w_c, w_d = w_KO[k + 2, begin : begin + size], w_KO[k + 3, begin : begin + size]
                     for o in range(size):
-                        out[o] += chains_NT[n, o]
+                        two = (some[o] + a * _wide(w_a[o])) + b * _wide(w_b[o])
+                        some[o] = (two + c * _wide(w_c[o])) + d * _wide(w_d[o])
+                    k += 4
+                while k < high:
+                    a, w_a = x_NK[n, k], w_KO[k, begin : begin + size]
+                    for o in range(size):
+                        some[o] += a * _wide(w_a[o])
+                    k += 1
 
 
 # --- norms and rotations -----------------------------------------------------------------------------------------
@@ -698,9 +688,7 @@ def mix_experts(
     experts_NA: Ints,
     weights_NA: Floats,
     w13_EDX: Weights,
-    block13: int,
     w2_EID: Weights,
-    block2: int,
     limit: np.float32,
     shared_ND: Floats,
     out_ND: Floats,
@@ -713,9 +701,9 @@ def mix_experts(
         out = out_ND[n]
         for a in range(active):
             expert = experts_NA[n, a]
-            multiply(x_ND[n : n + 1], w13_EDX[expert], block13, gate_up)
+            multiply(x_ND[n : n + 1], w13_EDX[expert], 0, 2 * width, gate_up, 0)
             swiglu(gate_up, weights_NA[n, a : a + 1], limit, hidden)
-            multiply(hidden, w2_EID[expert], block2, down)
+            multiply(hidden, w2_EID[expert], 0, out.shape[0], down, 0)
             for d in range(out.shape[0]):
                 out[d] = out[d] + down[0, d] if a else down[0, d]
         for d in range(out.shape[0]):
@@ -724,13 +712,10 @@ def mix_experts(
 
 @strict
 def sort_by_expert(
-    experts_NA: Ints, weights_NA: Floats, padding: int, counts_E: Ints, rows: Ints, weights: Floats, places_NA: Ints
-) -> int:
-    """Sort the (token, expert) pairs by expert, and pad each expert's to a multiple of `padding` rows (with row 0 and
-    weight 0). Fills in the row and the weight of each place, and the place of each pair.
-
-    Returns the number of places; `counts` holds each expert's, padding included.
-    """
+    experts_NA: Ints, weights_NA: Floats, counts_E: Ints, rows_P: Ints, weights_P: Floats, places_NA: Ints
+) -> None:
+    """Sort the (token, expert) pairs by expert: each expert's number of pairs, the row and the weight of each place,
+    and the place of each pair."""
     tokens, active = experts_NA.shape
     counts_E[:] = 0
     for n in range(tokens):
@@ -740,15 +725,12 @@ def sort_by_expert(
     end = 0
     for e in range(counts_E.shape[0]):
         ends[e] = end
-        counts_E[e] += -counts_E[e] % padding
         end += counts_E[e]
-    rows[:end], weights[:end] = 0, _ZERO
     for n in range(tokens):
         for a in range(active):
             place = ends[experts_NA[n, a]]
             ends[experts_NA[n, a]] += 1
-            rows[place], weights[place], places_NA[n, a] = n, weights_NA[n, a], place
-    return end
+            rows_P[place], weights_P[place], places_NA[n, a] = n, weights_NA[n, a], place
 
 
 @strict

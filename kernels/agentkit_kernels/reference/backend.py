@@ -11,13 +11,14 @@ from torch import Tensor
 
 from agentkit_kernels.invariance import least_rows
 from agentkit_kernels.ops import Plan
+from agentkit_kernels.packed import Packed, PackedRows, in_memory
 from agentkit_kernels.reference.attention import attend
 from agentkit_kernels.reference.batch import ROWS, Batch, pad_rows
 from agentkit_kernels.reference.compressor import compress
 from agentkit_kernels.reference.experts import experts, swiglu
 from agentkit_kernels.reference.hyper_connections import hc_head, hc_post, hc_post_pre, hc_pre
 from agentkit_kernels.reference.indexer import index_topk
-from agentkit_kernels.reference.linear import Weight, embed, grouped_linear, linear, take
+from agentkit_kernels.reference.linear import Weight, each_expert, embed, grouped_linear, linear, take, values
 from agentkit_kernels.reference.norm import rms_norm
 from agentkit_kernels.reference.qkv import qkv
 from agentkit_kernels.reference.rope import rotations
@@ -41,7 +42,7 @@ class Reference:
         their own these gradients are zeros, with which an optimizer still decays a weight and applies its momentum."""
         self.device = torch.device(device)
         self.train_detached = train_detached
-        self._shapes: dict[torch.Size, Tensor] = {}
+        self._shapes: dict[tuple[int, ...], Tensor | Packed] = {}
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self.device.type == "cpu":
@@ -51,13 +52,17 @@ class Reference:
     def state(self, pools: Mapping[str, Tensor]) -> LayerState:
         return PooledState(pools) if pools else FreshState()
 
-    def weight(self, *parts_XK: Tensor, detached: Sequence[Tensor] = ()) -> Weight:
-        self._shapes |= {part.shape: part for part in (*parts_XK, *detached)}
-        return Weight(parts_XK, tuple(detached if self.train_detached else [part.detach() for part in detached]))
+    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
+        if not self.train_detached:
+            detached = [part.detach() if isinstance(part, Tensor) else part for part in detached]
+        weight = Weight(tuple(map(in_memory, parts_XK)), tuple(map(in_memory, detached)))
+        self._shapes |= {tuple(part.shape): part for part in (*weight.parts, *weight.detached)}
+        return weight
 
-    def stack(self, *parts_EXK: Tensor) -> Weight:
-        self._shapes |= {part[0].shape: part[0] for part in parts_EXK}
-        return Weight(parts_EXK)
+    def stack(self, *parts_EXK: Tensor | PackedRows) -> Weight:
+        weight = Weight(tuple(map(in_memory, parts_EXK)))
+        self._shapes |= {tuple(part.shape[1:]): each_expert(part)[0] for part in weight.parts}
+        return weight
 
     def table(self, rows: Tensor) -> Tensor:
         return rows
@@ -68,7 +73,7 @@ class Reference:
     def settle(self, *, exact: bool) -> None:
         if exact:
             with torch.no_grad():
-                least_rows([weight.float() for weight in self._shapes.values()], candidates=(ROWS,))
+                least_rows([values(weight) for weight in self._shapes.values()], candidates=(ROWS,))
 
     def batch(self, plan: Plan) -> Batch:
         return Batch(plan, self.device)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agentkit_kernels.packed import Packed
 from agentkit_kernels.reference.batch import ROWS, Batch
-from agentkit_kernels.reference.linear import Columns, Weight
+from agentkit_kernels.reference.linear import Columns, Weight, each_expert, values
 
 
 def swiglu(gate_up: Tensor | Columns, limit: float) -> Tensor:
@@ -23,7 +24,7 @@ def experts(
 ) -> Tensor:
     active, flat = experts.shape[1], experts[: batch.tokens].flatten()
     order = flat.argsort(stable=True)
-    counts: list[int] = torch.bincount(flat, minlength=len(w2.parts[0])).tolist()
+    counts: list[int] = torch.bincount(flat, minlength=w2.parts[0].shape[0]).tolist()
     pairs, places, sizes, first = [], [], {}, 0
     for expert, mine in enumerate(torch.split(order, counts)):
         if len(mine):
@@ -32,9 +33,9 @@ def experts(
             places.append(torch.arange(first, first + len(mine), device=x.device))
             first += sizes[expert]
 
-    def multiply(rows_PK: Tensor, weight_EXK: Tensor) -> Tensor:
-        parts, weights_XK = torch.split(rows_PK, list(sizes.values())), weight_EXK.unbind()
-        return torch.cat([F.linear(part, weights_XK[e].float()) for e, part in zip(sizes, parts, strict=True)])
+    def multiply(rows_PK: Tensor, stack_EXK: Tensor | Packed) -> Tensor:
+        parts, weights_XK = torch.split(rows_PK, list(sizes.values())), each_expert(stack_EXK)
+        return torch.cat([F.linear(part, values(weights_XK[e])) for e, part in zip(sizes, parts, strict=True)])
 
     pairs_P = torch.cat(pairs)
     rows_PD = x.index_select(0, pairs_P // active)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.ops import HyperConnection, HyperHead
-from agentkit_kernels.reference.linear import Weight
+from agentkit_kernels.reference.linear import Weight, values
 from agentkit_kernels.reference.norm import rms_norm
 
 SINKHORN_ROWS = 4096
@@ -34,7 +34,7 @@ class Mixing:
 def mix_logits(streams_NMD: Tensor, fn: Weight, eps: float) -> Tensor:
     """fn · v / rms(v) for the M*D values v of each token (one rms over all streams, no weight)."""
     (matrix,) = fn.parts
-    logits: Tensor = _MixLogits.apply(streams_NMD.flatten(1), matrix.float(), eps)  # type: ignore[no-untyped-call]
+    logits: Tensor = _MixLogits.apply(streams_NMD.flatten(1), values(matrix), eps)  # type: ignore[no-untyped-call]
     return logits
 
 

@@ -10,14 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.ops import Array
+from agentkit_kernels.packed import Packed
 from agentkit_kernels.reference.batch import Batch, pad_rows
 
 
 class Weight(NamedTuple):
-    """Matrices [.., X, K] that share an input. The parameters themselves, so that training sees every change."""
+    """Matrices [.., X, K] that share an input. The parameters themselves, so that training sees every change; packed
+    ones are dequantised in every product."""
 
-    parts: tuple[Tensor, ...]
-    detached: tuple[Tensor, ...] = ()
+    parts: tuple[Tensor | Packed, ...]
+    detached: tuple[Tensor | Packed, ...] = ()
+
+
+def values(part: Tensor | Packed) -> Tensor:
+    """Return weights in float32."""
+    return part.float() if isinstance(part, Tensor) else part.dequantise()
+
+
+def each_expert(stack: Tensor | Packed) -> Sequence[Tensor | Packed]:
+    """Return the matrices of a stack."""
+    if isinstance(stack, Tensor):
+        return stack.unbind()
+    return [stack.rows(0, stack.shape[1], expert) for expert in range(stack.shape[0])]
 
 
 class Columns(NamedTuple):
@@ -40,14 +54,14 @@ def columns(x: Tensor | Columns, first: int, count: int) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Array:
     """Return a tensor, or `Columns` for several matrices."""
-    outs = [F.linear(x, part.float()) for part in weight.parts]
-    outs += [F.linear(x.detach(), part.float()) for part in weight.detached]
+    outs = [F.linear(x, values(part)) for part in weight.parts]
+    outs += [F.linear(x.detach(), values(part)) for part in weight.detached]
     return outs[0] if len(outs) == 1 else Columns(tuple(outs))
 
 
 def grouped_linear(x: Tensor, weights: Sequence[Weight]) -> Tensor:
     parts = x.flatten(1).chunk(len(weights), dim=-1)
-    return torch.cat([F.linear(part, weight.parts[0].float()) for part, weight in zip(parts, weights, strict=True)], -1)
+    return torch.cat([F.linear(part, values(weight.parts[0])) for part, weight in zip(parts, weights, strict=True)], -1)
 
 
 def embed(batch: Batch, table: Tensor, streams: int) -> Tensor:

@@ -11,7 +11,10 @@ rows, a tile of `TILE` inputs is widened into the first-level cache, and every s
 their sums in registers, like the kernel of a BLAS (Goto and van de Geijn 2008, "Anatomy of high-performance matrix
 multiplication"). The vectors are explicit, because a compiler does not keep loop-carried sums of a panel in registers.
 
-Dimension key: N rows, K inputs, X outputs, P panels, L lanes, E experts.
+float32 and bfloat16 weights may also lie inputs first, [K, X], as strided views of `LANES` columns each; a model's
+parameters can be views of such memory. It must go on for `LANES` elements, because the last panel is read whole.
+
+Dimension key: N rows, K inputs, X outputs, P panels, L lanes.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 from numpy.typing import NDArray
 
-from agentkit_kernels.cpu import Floats, Halves, Ints, _lines, strict
+from agentkit_kernels.cpu.loops import Floats, Halves, _lines, strict
 
 LANES = 64 if binding.get_host_cpu_features().get("avx512f") else 16
 """Outputs per panel: four vector registers on AVX-512, NEON, and two on AVX2, where there are fewer registers."""
 TILE = 128
 """Inputs that are widened together: 32 KiB with 64 lanes."""
+AHEAD = 4096
+"""Distance in bytes at which a stream of codes is prefetched: the processor does not by itself use a memory's full
+rate."""
 ROW_BLOCK = 96
 """Rows that use a tile before the next is widened; their inputs stay in the second-level cache."""
 GROUP = 32
@@ -271,6 +277,22 @@ def _add(typing: Any, x: Any, row: Any, k: Any, weights: Any, sums: Any) -> Any:
     return sums(x, types.intp, types.intp, _lanes, sums), generate
 
 
+@_vectors
+def _prefetch(typing: Any, codes: Any, panel: Any, row: Any) -> Any:
+    """Ask for the cache lines of a row of codes [P, K, L], which may lie behind the last."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _place(context, builder, signature.args[0], args[0], (*args[1:], args[1].type(0)), _BYTE)
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")  # type: ignore[no-untyped-call]
+        size = LANES * context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        for line in range(0, size, 64):
+            builder.call(prefetch, [builder.gep(place, [_INT(line)]), _INT(0), _INT(3), _INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(codes, types.intp, types.intp), generate
+
+
 # --- formats -----------------------------------------------------------------------------------------------------
 
 
@@ -343,32 +365,24 @@ def lay_out(rows_XK: Any, panels_PKL: Any, first: int) -> None:
 
 
 @strict
-def multiply(
-    x_NK: Floats, starts_E1: Ints, weight: Panels, outputs: int, first: int, last: int, out_NX: Floats, column: int
-) -> None:
-    """out = x · wᵀ for some panels of a weight, or of a stack of weights with `outputs` outputs each.
+def multiply(x_NK: Floats, weight: Panels, outputs: int, first: int, last: int, out_NX: Floats, column: int) -> None:
+    """out = x · wᵀ for the panels `first` to `last` of a weight with `outputs` outputs.
 
-    Args:
-        starts_E1: Rows starts[e] to starts[e + 1] of x are multiplied by weight e.
-        first: First of the panels to compute, counted over all weights of the stack.
-        last: The panel after the last.
-        column: The column of `out` that takes the first output.
+    `column` is the column of `out` that takes the weight's first output.
     """
-    panels = -(-outputs // LANES)
     tile = _lines(TILE, LANES)
     spare_NL = np.empty((x_NK.shape[0] if outputs % LANES else 0, LANES), np.float32)
-    for e in range(first // panels, -(-last // panels)):
-        for low in range(starts_E1[e], starts_E1[e + 1], ROW_BLOCK):
-            high = min(low + ROW_BLOCK, starts_E1[e + 1])
-            for panel in range(max(first, e * panels), min(last, (e + 1) * panels)):
-                begin = (panel - e * panels) * LANES
-                whole = begin + LANES <= outputs
-                place = column + begin if whole else 0
-                _multiply_panel(x_NK, low, high, weight, panel, tile, out_NX if whole else spare_NL, place)
-                if not whole:
-                    for n in range(low, high):
-                        for x in range(outputs - begin):
-                            out_NX[n, column + begin + x] = spare_NL[n, x]
+    for low in range(0, x_NK.shape[0], ROW_BLOCK):
+        high = min(low + ROW_BLOCK, x_NK.shape[0])
+        for panel in range(first, last):
+            begin = panel * LANES
+            whole = begin + LANES <= outputs
+            place = column + begin if whole else 0
+            _multiply_panel(x_NK, low, high, weight, panel, tile, out_NX if whole else spare_NL, place)
+            if not whole:
+                for n in range(low, high):
+                    for x in range(outputs - begin):
+                        out_NX[n, column + begin + x] = spare_NL[n, x]
 
 
 @strict
@@ -389,12 +403,13 @@ def _multiply_panel(
             _multiply_widening(x_NK, n, weight, panel, out_NX, column, one)
         return
     six = (zero, zero, zero, zero, zero, zero)
-    inputs = x_NK.shape[1]
+    inputs, shift = x_NK.shape[1], 1 if weight.codes.shape[1] < x_NK.shape[1] else 0
     for first in range(0, inputs, TILE):
         last = min(first + TILE, inputs)
         for start in range(first, last, GROUP):
             scale = _scale(weight, panel, start)
             for k in range(start, min(start + GROUP, last)):
+                _prefetch(weight.codes, panel, (k + TILE) >> shift)
                 _keep(tile, k - first, _weights(weight, panel, k, scale))
         n = low
         while n + 6 <= high:
@@ -415,10 +430,12 @@ def _multiply_widening(
     x_NK: Floats, row: int, weight: Panels, panel: int, out_NX: Floats, column: int, sums: Any
 ) -> None:
     """Multiply as many rows as `sums` has vectors."""
-    inputs = x_NK.shape[1]
+    inputs, shift = x_NK.shape[1], 1 if weight.codes.shape[1] < x_NK.shape[1] else 0
+    ahead = AHEAD // (LANES * weight.codes.itemsize)
     for start in range(0, inputs, GROUP):
         scale = _scale(weight, panel, start)
         for k in range(start, min(start + GROUP, inputs)):
+            _prefetch(weight.codes, panel, (k >> shift) + ahead)
             sums = _add(x_NK, row, k, _weights(weight, panel, k, scale), sums)
     _keep_sums(out_NX, row, column, sums)
 
