@@ -59,9 +59,10 @@ def check_dtype(dtype: object) -> torch.dtype | None:
     """
     if dtype is not None and not isinstance(dtype, str | torch.dtype):
         raise TypeError(f'dtype must be a str such as "bfloat16", a torch.dtype or None, got {dtype!r}')
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or None, got {str(dtype)!r}")
+    dtypes = DTYPES | {"int8": torch.int8}
+    found = dtypes.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in dtypes.values():
+        raise ValueError(f"dtype must be one of {', '.join(dtypes)} or None, got {str(dtype)!r}")
     return found
 
 

@@ -28,6 +28,7 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session, check_ids, check_whole
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
+from agentkit_kernels.packed import FP8_BLOCK, PackedRows
 from agentkit_kernels.packing import lay_out
 
 if TYPE_CHECKING:
@@ -100,8 +101,10 @@ class Engine:
             backend: What computes forwards: `"cpu"`, kernels that Numba compiles for this CPU; `"reference"`, plain
                 torch on any device, several times slower; `"auto"`, the fastest that this machine and device have.
             dtype: Dtype of the weights: `"float32"`, `"bfloat16"`, `"float16"` or the torch dtype. Tensors that the
-                official layout stores as float32 stay float32. By default weights are bfloat16 if it represents every
-                stored value exactly and the compiled kernels are used, else float32; results are the same bits.
+                official layout stores as float32 stay float32. By default FP8, FP4 and int8 matrices stay packed, and
+                other weights are bfloat16 if it represents every stored value exactly and the compiled kernels are
+                used, else float32; results are the same bits. `"int8"` rounds the matrices that the official
+                checkpoints quantise to 8 bits with a scale per output.
             kv_cache_bytes: Limit on the state of all sessions. Beyond it, state is evicted, lowest priority and least
                 recently used first, and recomputed when it is needed.
             cache_dir: Folder in which computed state is also kept, for later processes.
@@ -114,6 +117,7 @@ class Engine:
             ModelNotFoundError: there is no such name and no such folder; the message lists the packaged names.
             DeviceUnavailableError: the GPU does not exist on this machine.
             CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
+            ModelTooLargeError: the weights need more memory than this machine has left.
             CacheFolderError: other users may write to `cache_dir`, or the key that signs its files is unusable.
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
@@ -133,12 +137,15 @@ class Engine:
         skip_collection_at_exit()
         with collection_paused():
             backend = choose_backend(backend, device)
-            if backend != "cpu" and held_as is None:
-                held_as = torch.float32  # plain torch would convert bfloat16 weights in every product
             decoder, dialect = load_checkpoint(
-                folder, device=device, dtype=held_as, lay_out=lay_out if backend == "cpu" else None
+                folder,
+                device=device,
+                # plain torch would convert bfloat16 weights in every product
+                dtype=torch.float32 if backend != "cpu" and held_as is None else held_as,
+                packed=held_as is None,
+                lay_out=lay_out if backend == "cpu" else None,
             )
-        return cls(
+        engine = cls(
             decoder,
             name=folder.resolve().name,
             dialect=dialect,
@@ -149,6 +156,9 @@ class Engine:
             exact=exact,
             backend=backend,
         )
+        if decoder.packed:
+            _ = engine.batcher  # reads and checks the packed matrices
+        return engine
 
     @cached_property
     def scheduler(self) -> Scheduler:
@@ -262,12 +272,14 @@ class Engine:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash that identifies compatible state: numerics, architecture, and each weight's name, shape and samples."""
+        """Hash that identifies compatible state: numerics, architecture, and each weight's name, shape and samples.
+
+        Packed weights have the fingerprint of the same values in a parameter.
+        """
         digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact, self.backend)).encode(), digest_size=16)
-        for name, tensor in self.decoder.state_dict().items():
-            flat = tensor.detach().flatten()
-            some = flat[:: max(1, flat.numel() // 256)].cpu()
-            digest.update(repr((name, tuple(tensor.shape), some.tolist())).encode())
+        weights = self.decoder.state_dict() | self.decoder.packed
+        for name, weight in sorted(weights.items()):
+            digest.update(repr((name, tuple(weight.shape), _samples(weight))).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -276,3 +288,17 @@ class Engine:
         return hashlib.blake2b(
             repr((self.fingerprint, machine(self.decoder.embed.weight.device))).encode(), digest_size=16
         ).hexdigest()
+
+
+def _samples(weight: Tensor | PackedRows) -> list[float]:
+    """Return values from a few rows of a weight."""
+    *experts, rows, _ = (1, *weight.shape)[-3:] if len(weight.shape) > 1 else (1, 1, weight.shape[0])
+    found: list[float] = []
+    for expert in {0, experts[0] - 1}:
+        for row in {0, rows // 2 // FP8_BLOCK * FP8_BLOCK}:
+            if isinstance(weight, Tensor):
+                some = weight.detach().reshape(experts[0], rows, -1)[expert, row].cpu()
+            else:
+                some = weight.rows(row, row + 1, expert if len(weight.shape) == 3 else None).dequantise()[0]
+            found += some[:: max(1, len(some) // 64)].tolist()
+    return found

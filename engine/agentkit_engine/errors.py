@@ -4,6 +4,7 @@ EngineError
 ├── ModelNotFoundError        no packaged model and no folder has that name
 ├── DeviceUnavailableError    the GPU does not exist on this machine, or this torch does not support it
 ├── CheckpointError           a model folder does not match its layout; names file, tensor, found, expected
+│   └── ModelTooLargeError    the weights need more memory than the machine has; names forms that would fit
 ├── TokenizerMissingError     the model folder has no tokenizer.json
 ├── EngineClosedError         an AsyncEngine was used outside its `async with` block
 ├── GrammarMissingError       a grammar was requested, and llguidance cannot be imported
@@ -59,6 +60,10 @@ class CheckpointError(EngineError):
         # the name comes from an untrusted file
         shown = "" if tensor is None else f"tensor {tensor!r}: ".replace("'", "")[:200]
         super().__init__(f"{path}: {shown}{problem}")
+
+
+class ModelTooLargeError(CheckpointError):
+    """The weights need more memory than there is; names both, and the forms of the model that would fit."""
 
 
 class TokenizerMissingError(EngineError):

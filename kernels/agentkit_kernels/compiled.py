@@ -25,7 +25,7 @@ def is_compiled() -> bool:
     try:
         processor = cpu_target.target_context.codegen().magic_tuple()
         for kernel in KERNELS:
-            index = kernel._cache._cache_file._load_index()  # type: ignore[attr-defined]  # empty when its source changed
+            index = kernel._cache._cache_file._load_index()  # empty when its source changed
             if not any(processor in key for key in index):
                 return False
     except (AttributeError, OSError, ValueError):

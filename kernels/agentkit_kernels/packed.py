@@ -25,6 +25,8 @@ Format = Literal["fp8", "mxfp4", "int8"]
 FP8_BLOCK = 128
 MXFP4_GROUP = 32
 
+MOST_EXPONENT = 240
+"""Largest E8M0 byte: 2^113. All codes times a larger scale would not fit in a float32."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Values of the 16 codes of MXFP4."""
 

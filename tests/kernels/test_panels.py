@@ -15,7 +15,7 @@ from agentkit_kernels.cpu.layout import Matrix, pack, unpacked
 from agentkit_kernels.cpu.loops import Floats
 from agentkit_kernels.cpu.panels import LANES
 from agentkit_kernels.cpu.workers import Workers
-from agentkit_kernels.packed import E2M1, Packed
+from agentkit_kernels.packed import E2M1, MOST_EXPONENT, Packed
 from agentkit_kernels.packing import packed
 
 FORMATS = ("fp8", "fp8 with float scales", "mxfp4", "mxfp4 with float scales", "int8")
@@ -90,7 +90,7 @@ def test_bits_of_a_row_do_not_depend_on_the_other_rows(rows: int, inputs: int, o
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-@pytest.mark.parametrize("exponent", [0, 1, 120, 127, panels.MOST_EXPONENT])
+@pytest.mark.parametrize("exponent", [0, 1, 120, 127, MOST_EXPONENT])
 def test_every_code_and_every_scale_is_exact(kind: str, exponent: int) -> None:
     """Weights are multiplied by 1, one at a time, with scales from the smallest to the largest."""
     codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
@@ -110,7 +110,7 @@ def test_every_code_and_every_scale_is_exact(kind: str, exponent: int) -> None:
 
 def test_a_scale_out_of_range_is_refused() -> None:
     weight = quantised(randoms(0, 3, 32), "mxfp4")
-    weight.scale.view(torch.uint8)[1] = panels.MOST_EXPONENT + 1
+    weight.scale.view(torch.uint8)[1] = MOST_EXPONENT + 1
     with pytest.raises(ValueError, match=r"a scale is 2\^114, expected at most 2\^113"):
         matrix(weight)
 

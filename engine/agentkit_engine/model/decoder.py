@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from agentkit_engine.model.forward import Forward
 from agentkit_engine.model.parameters import Block, Gate, MTPBlock, RMSNorm
 from agentkit_engine.spec import ModelSpec
 from agentkit_kernels.ops import Plan
+from agentkit_kernels.packed import PackedRows
 from agentkit_kernels.reference import Reference
 from agentkit_kernels.trace import Trace
 
@@ -31,6 +34,17 @@ class Decoder(nn.Module):
         self.hc_head_base = nn.Parameter(torch.zeros(spec.hc_mult))
         self.hc_head_scale = nn.Parameter(torch.ones(1))
         self.mtp = nn.ModuleList(MTPBlock(spec, layer) for layer in spec.mtp_layers)
+        self.packed: dict[str, PackedRows] = {}
+        """Matrices that are no parameters, because they stay packed; by name."""
+
+    def pack(self, matrices: Mapping[str, PackedRows]) -> None:
+        """Replace parameters by packed matrices. The decoder then serves; it can no longer be trained or exported."""
+        for name, matrix in matrices.items():
+            path, _, own = name.rpartition(".")
+            module = self.get_submodule(path)
+            delattr(module, own)
+            setattr(module, own, matrix)
+            self.packed[name] = matrix
 
     @property
     def blocks(self) -> list[Block]:

@@ -57,7 +57,9 @@ def _marker(decoder: Decoder, sources: list[Path], folder: Path | None) -> Path 
         return None
     layers = (*decoder.spec.layers, *decoder.spec.mtp_layers)
     kinds = sorted({(layer.attention, layer.router) for layer in layers})
-    dtypes = sorted({str(weight.dtype) for weight in decoder.parameters()})
+    dtypes = sorted(
+        {str(weight.dtype) for weight in decoder.parameters()} | {matrix.format for matrix in decoder.packed.values()}
+    )
     # Numba identifies sources the same way
     stats = [(stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, sources)]
     key = repr((machine(torch.device("cpu")), kinds, dtypes, stats))

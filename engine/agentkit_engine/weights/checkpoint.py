@@ -7,8 +7,9 @@
     generation_config.json             optional: do_sample and the sampling parameters; other keys are ignored
 
 A tensor is bf16, fp16 or fp32. A matrix may also be FP8 e4m3 with a `.scale` per 128 x 128 block, and a routed expert
-packed FP4 with a `.scale` per 32 inputs; scales are E8M0 or fp32. The dtypes are read from the files, not from the
-configuration. FP8 and FP4 weights are dequantised on load.
+packed FP4 with a `.scale` per 32 inputs; scales are E8M0 or fp32. The matrices that the official checkpoints quantise
+may also be int8 with an fp32 `.scale` per row (`agentkit convert`). The dtypes are read from the files, not from the
+configuration.
 
 Every tensor of the architecture must be present with its shape, and unknown tensors are an error. Ignored are:
 
@@ -22,9 +23,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,8 +41,10 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.spec import ConfigError, ModelSpec
 from agentkit_engine.untrusted import describe, parse_json, read_regular, shorten
 from agentkit_engine.weights.formats import FP4_GROUP, FP8_BLOCK, dequantise_fp4, dequantise_fp8
+from agentkit_engine.weights.memory import check_memory
 from agentkit_engine.weights.names import TensorSpec, checkpoint_tensors, scale_name
 from agentkit_engine.weights.safetensors_file import StoredTensor, read, read_header, runs
+from agentkit_engine.weights.stored_rows import StoredRows, find_packed, read_rows, stored_format
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -55,6 +58,8 @@ READERS = 2
 """Threads that read weights: one copies while another waits for the disk or for memory."""
 RUN_BYTES = 1 << 20
 """Adjacent tensors of a file are read together, up to this many bytes."""
+SLICE_BYTES = 16 << 20
+"""Larger tensors are read in slices of this size."""
 
 
 class Sidecar(BaseModel):
@@ -82,6 +87,7 @@ def load_checkpoint(
     *,
     device: torch.device,
     dtype: torch.dtype | None,
+    packed: bool = False,
     lay_out: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> tuple[Decoder, Dialect]:
     """Load the model in `folder` and return it with its chat dialect.
@@ -95,8 +101,10 @@ def load_checkpoint(
         folder: the model folder.
         device: device of the parameters.
         dtype: dtype of the other weights. If None, a weight is bfloat16 where that is lossless (stored as bf16, or as
-            FP8 or FP4 with E8M0 scales), else float32.
-        lay_out: called with each group of `Decoder.fused_weights` while it is uninitialised; may move it in memory.
+            FP8 or FP4 with E8M0 scales), else float32. `torch.int8` quantises the large matrices when they are packed.
+        packed: leave FP8, FP4 and int8 matrices in their files: `Decoder.packed` has them instead of parameters, and
+            a backend reads and checks them when it packs the decoder.
+        lay_out: called with weights that share an input while they are uninitialised; may move them in memory.
 
     Returns:
         The decoder, and the dialect: the sidecar's if there is one, else `v4-0731` for DSpark checkpoints and
@@ -104,6 +112,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a file or tensor is missing, unknown, truncated, corrupted, or of the wrong shape or dtype.
+        ModelTooLargeError: the weights need more memory than this machine has left.
     """
     config = _read_json(folder / CONFIG_FILE)
     try:
@@ -129,14 +138,23 @@ def load_checkpoint(
     for name, tensor in expected.items():
         _check_tensor(stored, name, tensor)
 
-    _check_memory(folder, expected, device, dtype)
-    decoder = _empty_decoder(spec, device, dtype or _bf16_where_it_suffices(stored, expected))
+    int8 = dtype == torch.int8
+    left = find_packed(expected, stored, int8=int8, group_rows=spec.o_lora_rank) if packed or int8 else {}
+    dtypes = _bf16_where_it_suffices(stored, expected) if dtype is None or int8 else dtype
+    if device.type == "cpu":
+        check_memory(folder, expected, stored, dtypes, left)
+    decoder = _empty_decoder(spec, device, dtypes, left)
     if lay_out is not None:
         for group in decoder.fused_weights():
-            lay_out(group)
+            for is_packed, weights in groupby(group, lambda weight: not isinstance(weight, Tensor)):
+                if not is_packed:
+                    lay_out(list(weights))
     parameters = decoder.state_dict()
+    expected = {name: tensor for name, tensor in expected.items() if tensor.parameter not in left}
 
     def read_run(run: Sequence[StoredTensor]) -> None:
+        if run[0].size > SLICE_BYTES and run[0].name in expected and scale_name(run[0].name) not in stored:
+            return read_slices(run[0])
         values = {found.name: value for found, value in zip(run, read(run), strict=True)}
         for name in [name for name in values if name in expected]:
             scale = stored.get(scale_name(name))
@@ -146,9 +164,22 @@ def load_checkpoint(
             target = parameters[tensor.parameter]
             target = target if tensor.expert is None else target[tensor.expert]
             target.copy_(_checked(stored[name], values[name], values.get(scale_name(name)), spec))
+        return None
 
+    def read_slices(found: StoredTensor) -> None:
+        """Read a large tensor in parts, so that it is not in memory twice."""
+        tensor = expected[found.name]
+        target = parameters[tensor.parameter]
+        target = target if tensor.expert is None else target[tensor.expert]
+        step = max(1, SLICE_BYTES * found.shape[0] // found.size)
+        for first in range(0, found.shape[0], step):
+            last = min(first + step, found.shape[0])
+            target[first:last] = _checked(found, read_rows(found, first, last), None, spec)
+
+    scales = {scale_name(name) for name in expected}
+    wanted = [found for name, found in stored.items() if name in expected or name in scales]
     with ThreadPoolExecutor(READERS, thread_name_prefix="agentkit_engine: weights") as readers:
-        for _ in readers.map(read_run, runs(stored.values(), RUN_BYTES)):
+        for _ in readers.map(read_run, runs(wanted, RUN_BYTES)):
             pass
     return decoder, _dialect(folder, dspark)
 
@@ -267,13 +298,15 @@ def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorS
     allowed = ["I64"] if tensor.storage == "i64" else ["BF16", "F16", "F32"]
     if len(tensor.shape) == 2 and name.endswith(".weight"):
         allowed.append("F8_E4M3")
-    if tensor.storage == "fp4":
+    if tensor.storage == "fp4" or (tensor.storage == "fp8" and found.shape == tensor.shape):
         allowed.append("I8")
     if found.dtype not in allowed:
         raise CheckpointError(found.path, f"found dtype {found.dtype}, expected {' or '.join(allowed)}", tensor=name)
     shape, scale_shape = tensor.shape, None
     if found.dtype == "F8_E4M3":
         scale_shape = tuple(-(-size // FP8_BLOCK) for size in shape)
+    elif stored_format(found, shape) == "int8":
+        scale_shape = shape[:1]
     elif found.dtype == "I8":
         rows, columns = shape
         shape, scale_shape = (rows, columns // 2), (rows, columns // FP4_GROUP)
@@ -284,22 +317,6 @@ def _check_tensor(stored: Mapping[str, StoredTensor], name: str, tensor: TensorS
         if scale.shape != scale_shape or scale.dtype not in ("F8_E8M0", "F32"):
             raise CheckpointError(
                 scale.path, f"found {scale}, expected F8_E8M0 or F32 {list(scale_shape)}", tensor=scale.name
-            )
-
-
-def _check_memory(
-    folder: Path, expected: Mapping[str, TensorSpec], device: torch.device, dtype: torch.dtype | None
-) -> None:
-    """Reject weights larger than this machine's memory; a sparse file can claim terabytes."""
-    if device.type == "cpu":
-        item = (dtype or torch.bfloat16).itemsize
-        needed = item * sum(math.prod(tensor.shape) for tensor in expected.values())
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise CheckpointError(
-                folder,
-                f"the weights take {needed >> 30} GiB of memory, and this machine has {memory >> 30}; load a smaller "
-                "model, or this one on a larger machine",
             )
 
 
@@ -317,10 +334,16 @@ def _bf16_where_it_suffices(
     return dtypes
 
 
-def _empty_decoder(spec: ModelSpec, device: torch.device, dtype: torch.dtype | Mapping[str, torch.dtype]) -> Decoder:
+def _empty_decoder(
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    packed: Mapping[str, StoredRows],
+) -> Decoder:
     """Return a decoder with uninitialised parameters; tensors that are float32 in the layout stay float32."""
     with torch.device("meta"), _NoInitialisation():
         decoder = Decoder(spec)
+    decoder.pack(packed)
     storage_of = {tensor.parameter: tensor.storage for tensor in checkpoint_tensors(spec).values()}
     kept = {"f32": torch.float32, "i64": torch.int64}
     empty = {
@@ -349,7 +372,10 @@ class _NoInitialisation(TorchFunctionMode):
 def _checked(found: StoredTensor, value: Tensor, scale: Tensor | None, spec: ModelSpec) -> Tensor:
     """Return the tensor, dequantised if it has a scale; reject NaN, infinity and invalid expert ids."""
     if scale is not None:
-        value = (dequantise_fp8 if found.dtype == "F8_E4M3" else dequantise_fp4)(value, scale)
+        if found.dtype == "I8" and scale.dim() == 1:
+            value = value.float() * scale[:, None]
+        else:
+            value = (dequantise_fp8 if found.dtype == "F8_E4M3" else dequantise_fp4)(value, scale)
     elif found.dtype == "I64":
         if not 0 <= int(value.min()) <= int(value.max()) < spec.n_routed_experts:
             raise CheckpointError(

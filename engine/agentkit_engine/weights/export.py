@@ -15,10 +15,10 @@ from torch import Tensor
 from agentkit_engine.chat import Dialect
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.weights.checkpoint import CONFIG_FILE, INDEX_FILE, SIDECAR_FILE, WEIGHTS_FILE, Sidecar
-from agentkit_engine.weights.formats import quantise_fp4, quantise_fp8
+from agentkit_engine.weights.formats import quantise_fp4, quantise_fp8, quantise_int8
 from agentkit_engine.weights.names import Storage, checkpoint_tensors, scale_name
 
-Format = Literal["bf16", "fp32", "official"]
+Format = Literal["bf16", "fp32", "official", "int8"]
 
 
 def export_checkpoint(
@@ -37,7 +37,7 @@ def export_checkpoint(
         dialect: the chat dialect, for agentkit.json.
         format: `"bf16"` rounds every weight to bfloat16 except those the official layout stores as float32. `"fp32"`
             keeps all bits. `"official"` quantises like the released checkpoints: FP8 for large matrices, FP4 for routed
-            experts, both with E8M0 scales.
+            experts, both with E8M0 scales. `"int8"` stores the same matrices in 8 bits, with a float32 scale per row.
         max_shard_bytes: larger models are split into several files with an index; a weight and its scale stay in one
             file. Peak memory beyond the model is one file's tensors.
 
@@ -121,7 +121,9 @@ def _stored_tensors(decoder: Decoder, format: Format) -> Iterator[dict[str, Tens
 def _storage(official: Storage, format: Format) -> Storage:
     if official in ("f32", "i64") or format == "official":
         return official
-    return "bf16" if format == "bf16" else "f32"
+    if format == "int8" and official in ("fp8", "fp4"):
+        return "int8"
+    return "f32" if format == "fp32" else "bf16"
 
 
 def _stored(name: str, value: Tensor, storage: Storage) -> dict[str, Tensor]:
@@ -132,6 +134,9 @@ def _stored(name: str, value: Tensor, storage: Storage) -> dict[str, Tensor]:
         case "fp4":
             weight, scale = quantise_fp4(value)
             return {name: weight, scale_name(name): scale}
+        case "int8":
+            packed = quantise_int8(value)
+            return {name: packed.data, scale_name(name): packed.scale}
         case "bf16":
             return {name: value.to(torch.bfloat16).contiguous()}
         case "f32":

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from agentkit_kernels.packed import Packed
+
 FP8_BLOCK = 128
 FP4_GROUP = 32
 FP8_MAX = 448.0
@@ -88,6 +90,15 @@ def quantise_fp4(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = torch.where(below % 2 == 0, below, above)  # they differ only on a midpoint: take the even code
     codes = (magnitude + 8 * torch.signbit(scaled)).to(torch.uint8)
     return (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int8), encode_e8m0(scale)
+
+
+def quantise_int8(weight_OI: Tensor) -> Packed:
+    """Return int8 values with one float32 scale per row, which maps the row's largest magnitude to 127."""
+    weight_OI = weight_OI.float()
+    scale = weight_OI.abs().amax(-1) / 127
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = (weight_OI / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return Packed("int8", codes, scale, tuple(weight_OI.shape))
 
 
 def _decode_scale(scale: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Literal
 
 from agentkit_engine.spec import LayerSpec, ModelSpec
 
-Storage = Literal["bf16", "f32", "i64", "fp8", "fp4"]
-"""Storage of a tensor in the released checkpoints; fp8 and fp4 weights have a sibling `.scale`."""
+Storage = Literal["bf16", "f32", "i64", "fp8", "fp4", "int8"]
+"""Storage of a tensor; fp8, fp4 and int8 weights have a sibling `.scale`. The released checkpoints have no int8."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from agentkit_kernels.cpu import loops, panels
 from agentkit_kernels.cpu.loops import Floats, Weights
 from agentkit_kernels.cpu.panels import LANES, Panels
 from agentkit_kernels.cpu.workers import Workers
-from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows
+from agentkit_kernels.packed import FP8_BLOCK, MOST_EXPONENT, Packed, PackedRows
 
 FEW = 6
 """Row count up to which `loops.multiply` reads large unpacked weights faster than `panels.multiply`."""
@@ -122,8 +122,8 @@ def _laid_out(parts: Sequence[PackedRows], experts: int, workers: Workers) -> li
 def _arrays(part: Packed) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return codes [X, K] (FP4: [X, K / 2]) and scales [X, G]."""
     scale = part.scale if part.scale.dtype == torch.float32 else part.scale.view(torch.uint8)
-    if scale.dtype == torch.uint8 and scale.numel() and int(scale.max()) > panels.MOST_EXPONENT:
-        raise ValueError(f"a scale is 2^{int(scale.max()) - 127}, expected at most 2^{panels.MOST_EXPONENT - 127}")
+    if scale.dtype == torch.uint8 and scale.numel() and int(scale.max()) > MOST_EXPONENT:
+        raise ValueError(f"a scale is 2^{int(scale.max()) - 127}, expected at most 2^{MOST_EXPONENT - 127}")
     if part.format == "fp8":
         scale = scale.repeat_interleave(FP8_BLOCK, 0)[: part.shape[0]]
     elif part.format == "int8":

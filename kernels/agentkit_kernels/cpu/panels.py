@@ -41,8 +41,6 @@ ROW_BLOCK = 96
 """Rows that use a tile before the next is widened; their inputs stay in the second-level cache."""
 GROUP = 32
 """Consecutive inputs from a multiple of this share a scale in every format."""
-MOST_EXPONENT = 240
-"""Largest E8M0 byte (2^113) with which all values are finite here."""
 
 Bytes = NDArray[np.uint8]
 Scales = Bytes | Floats
