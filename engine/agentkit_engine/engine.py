@@ -157,7 +157,7 @@ class Engine:
             backend=backend,
         )
         if decoder.packed:
-            _ = engine.batcher  # reads and checks the packed matrices
+            _ = engine.scheduler  # reads and checks the packed matrices
         return engine
 
     @cached_property

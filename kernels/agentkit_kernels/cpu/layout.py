@@ -9,7 +9,7 @@ Dimension key: K inputs, X outputs, E experts, P panels, L lanes, G scale groups
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -25,7 +25,7 @@ from agentkit_kernels.cpu.workers import Workers
 from agentkit_kernels.packed import FP8_BLOCK, MOST_EXPONENT, Packed, PackedRows
 
 FEW = 6
-"""Row count up to which `loops.multiply` reads large unpacked weights faster than `panels.multiply`."""
+"""Row count up to which `loops.multiply` reads large unpacked weights faster than `panels.multiply`; small ones: 1."""
 LARGE = 1 << 19
 """Elements of a weight that is too large for the second-level cache."""
 ROWS = 1024
@@ -39,22 +39,25 @@ class Matrix:
 
     Attributes:
         unpacked: The same weights inputs first, [K, X]; None if they are packed.
+        count: Number of panels.
+        few: Row count up to which `loops.multiply` reads them faster than `panels.multiply`; 0 if they are packed.
     """
 
     inputs: int
     outputs: int
     panels: Panels
     unpacked: Weights | None = None
+    count: int = field(init=False)
+    few: int = field(init=False)
 
-    @property
-    def count(self) -> int:
-        """Number of panels."""
-        return -(-self.outputs // LANES)
+    def __post_init__(self) -> None:
+        few = FEW if self.inputs * self.outputs > LARGE else 1
+        object.__setattr__(self, "count", -(-self.outputs // LANES))
+        object.__setattr__(self, "few", 0 if self.unpacked is None else few)
 
     def multiply(self, x_NK: Floats, first: int, last: int, out_NX: Floats, column: int) -> None:
         """Compute the outputs of the panels `first` to `last`; `column` takes output 0."""
-        few = FEW if self.inputs * self.outputs > LARGE else 1
-        if self.unpacked is not None and len(x_NK) <= few:
+        if self.unpacked is not None and len(x_NK) <= self.few:
             end = min(last * LANES, self.outputs)
             loops.multiply(x_NK, self.unpacked, first * LANES, end, out_NX, column)
         else:

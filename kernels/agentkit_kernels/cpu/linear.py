@@ -9,6 +9,7 @@ Dimension key: N rows, K inputs, X outputs, P (token, expert) pairs, E experts.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from typing import NamedTuple
@@ -88,16 +89,20 @@ class Weight:
         for _, group in groupby(parts, lambda part: isinstance(part, Tensor)):
             tensors, rows = split(group)
             self.matrices += [unpacked(packed(*tensors))] if tensors else pack(rows, workers)
-        self.columns = [0, *accumulate(matrix.outputs for matrix in self.matrices)]
+        *columns, self.outputs = accumulate((matrix.outputs for matrix in self.matrices), initial=0)
+        self.places = list(zip(self.matrices, columns, strict=True))
+        """The matrices, with the column of each one's first output."""
+        self.shared_from = SHARED // (self.outputs * self.matrices[0].inputs) if workers.count > 1 else sys.maxsize
+        """Row count from which threads share the product."""
 
-    @property
-    def outputs(self) -> int:
-        return self.columns[-1]
-
-    def jobs(self, x_NK: Floats, out_NX: Floats, column: int = 0) -> list[Job]:
-        """Return the products of rows with the matrices, which write to `out` from `column` on."""
-        places = zip(self.matrices, self.columns[:-1], strict=True)
-        return [Job(x_NK, matrix, out_NX, column + place) for matrix, place in places]
+    def multiply(self, x_NK: Floats, out_NX: Floats, column: int = 0) -> None:
+        """Multiply rows with the matrices; the results go into the columns of `out` from `column` on."""
+        if len(x_NK) > self.shared_from:
+            jobs = [Job(x_NK, matrix, out_NX, column + place) for matrix, place in self.places]
+            compute(jobs, self.workers)
+            return
+        for matrix, place in self.places:
+            matrix.multiply(x_NK, 0, matrix.count, out_NX, column + place)
 
 
 class Stacked:
@@ -207,16 +212,16 @@ def _multiply_by_library(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
 
 def linear(x: Floats, weight: Weight) -> Floats:
     out_NX = empty(len(x), weight.outputs)
-    compute(weight.jobs(x, out_NX), weight.workers)
+    weight.multiply(x, out_NX)
     return out_NX
 
 
 def grouped_linear(x: Floats, weights: Sequence[Weight]) -> Floats:
     parts_GNX = np.ascontiguousarray(x.reshape(len(x), len(weights), -1).transpose(1, 0, 2))
-    columns = [0, *accumulate(weight.outputs for weight in weights)]
-    out_NX = empty(len(x), columns[-1])
-    places = zip(weights, parts_GNX, columns[:-1], strict=True)
-    compute([job for weight, part, place in places for job in weight.jobs(part, out_NX, place)], weights[0].workers)
+    size = weights[0].outputs
+    out_NX = empty(len(x), size * len(weights))
+    for group, weight in enumerate(weights):
+        weight.multiply(parts_GNX[group], out_NX, group * size)
     return out_NX
 
 
