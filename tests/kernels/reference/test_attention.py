@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from agentkit_kernels.ops import Plan
+from agentkit_kernels.ops import QUERY_BLOCK, Plan
 from agentkit_kernels.reference.attention import attend
 from agentkit_kernels.reference.batch import ROWS, Batch, pad_rows
 from agentkit_kernels.reference.indexer import TopK
 from agentkit_kernels.reference.rope import rotate, rotations_at
 from agentkit_kernels.reference.state import FreshState
 
-SEQUENCES, HEADS, SIZE, RATIO, ENTRIES = 2, 3, 8, 2, 32
+SEQUENCES, HEADS, SIZE, RATIO, ENTRIES = 2, 3, 8, 2, QUERY_BLOCK // 2
 CPU = torch.device("cpu")
 
 
