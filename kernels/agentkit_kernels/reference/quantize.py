@@ -5,6 +5,8 @@ Nothing here is differentiable.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +52,7 @@ def hadamard(x: Tensor) -> Tensor:
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     product: Tensor = x @ matrix
-    return product.mul(size**-0.5)
+    return product / math.sqrt(size)
 
 
 def quantise_fp8(

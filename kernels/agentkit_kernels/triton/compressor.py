@@ -1,0 +1,280 @@
+"""KV compression: RATIO tokens become one entry, an average of their rows with a gate per channel.
+
+    a[t]     = scores[t] + ape[t mod ratio]
+    entry[w] = rope(RMSNorm(sum_t softmax_t(a[t]) * values[t]), w * ratio)      softmax per channel
+
+HCA (ratio 128) pools the rows of window w. CSA (ratio 4) has rows of two series, 2 * K wide: entry w pools the first
+half of the rows of window w - 1 and the second half of those of window w. Windows are aligned to absolute positions.
+
+A window's rows come from this forward (`projected`) or from earlier ones, which left them in the pools of open rows,
+with `ape` already added: token t in row t mod open rows. So there are two launches, in this order:
+
+1. `_entries` takes one completed entry per program, for prefill and decode alike. The grid has room for every entry
+   that the forward may complete, N / ratio + B, and each program finds its sequence from the lengths on the device.
+   So tokens that complete nothing cost nothing, and the grid does not depend on positions. Rows are pooled with a
+   running maximum and sum, 8 at a time, so that a window of 128 rows needs few registers.
+2. `_store_open_rows` stores the last rows of each sequence, once no program reads their predecessors any more.
+
+A row's bits do not depend on the forward that computed it if the pools are float32.
+
+Entries are stored through block tables, as they are, as 584-byte key-value rows, or as E4M3 index keys with a float32
+scale (a power of two) each, optionally after a Hadamard rotation. See `quantize.py` for the formats.
+
+Floor: the projected values and scores read once (4 KiB per token for CSA, 2 KiB for HCA and 1 KiB for index keys, with
+bfloat16), entries written once. Source: the DeepSeek-V4 reference. Dimension key: `agentkit_kernels.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.ops import Compressor
+from agentkit_kernels.triton.launch import launch
+from agentkit_kernels.triton.quantize import (
+    encode_e4m3,
+    hadamard,
+    inverse_scale,
+    kv_row_bytes,
+    scale_byte,
+    store_kv_row,
+)
+from agentkit_kernels.triton.rope import pairs_of, rotate, turn
+
+_TILE, _SEQUENCES = 8, 64
+"""Rows pooled at once, and sequences searched at once."""
+_PLAIN, _KV_ROW, _INDEX_KEY = 0, 1, 2
+
+
+@triton.jit
+def _find(cu_seqlens_ptr, starts_ptr, entry, sequences, RATIO: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the sequence that completes the forward's entry number `entry`, and the entry's number among those of this
+    sequence; the sequence is `sequences` if the forward completes fewer entries."""
+    sequence = 0
+    earlier = 0
+    completed = 0
+    for first in range(0, sequences, CHUNK):
+        b = first + tl.arange(0, CHUNK)
+        inside = b < sequences
+        start = tl.load(starts_ptr + b, mask=inside, other=0)
+        low = tl.load(cu_seqlens_ptr + b, mask=inside, other=0)
+        length = tl.load(cu_seqlens_ptr + b + 1, mask=inside, other=0) - low
+        count = ((start + length) // RATIO - start // RATIO).to(tl.int32)
+        done = inside & (completed + tl.cumsum(count, axis=0) <= entry)
+        sequence += tl.sum(done.to(tl.int32), axis=0)
+        earlier += tl.sum(tl.where(done, count, 0), axis=0)
+        completed += tl.sum(count, axis=0)
+    return sequence, entry - earlier
+
+
+@triton.jit
+def _entries(
+    projected_ptr, ape_ptr, norm_ptr, frequencies_ptr, cu_seqlens_ptr, starts_ptr, slots_ptr, tables_ptr, values_ptr,
+    scores_ptr, entries_ptr, scales_ptr,
+    sequences, stride_projected, stride_slot, stride_table, stride_span, column, eps,
+    RATIO: tl.constexpr, SERIES: tl.constexpr, K: tl.constexpr, R: tl.constexpr, OPEN: tl.constexpr,
+    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HADAMARD: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Pool, norm, rotate and store one completed entry."""
+    width: tl.constexpr = SERIES * K
+    sequence, number = _find(cu_seqlens_ptr, starts_ptr, tl.program_id(0), sequences, RATIO, CHUNK)
+    if sequence < sequences:
+        start = tl.load(starts_ptr + sequence)
+        window = start // RATIO + number
+        projected_ptr += (tl.load(cu_seqlens_ptr + sequence) - start) * stride_projected + column
+        slot = tl.load(slots_ptr + sequence) * stride_slot
+        k = tl.arange(0, BLOCK)
+        most = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        pooled = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, SERIES * RATIO, TILE):
+            row = first + tl.arange(0, TILE)
+            token = (window - (SERIES - 1)) * RATIO + row
+            x = (row // RATIO * K)[:, None] + k[None, :]  # the rows of each window use the next series
+            new = (token >= start)[:, None] & (k < K)[None, :]
+            old = ((token >= 0) & (token < start))[:, None] & (k < K)[None, :]
+            new_place = token[:, None] * stride_projected + x
+            old_place = slot + (token % OPEN)[:, None] * width + x
+            ape = tl.load(ape_ptr + (row % RATIO)[:, None] * width + x, mask=new, other=0.0).to(tl.float32)
+            score = tl.load(projected_ptr + new_place + width, mask=new, other=0.0).to(tl.float32) + ape
+            score = tl.where(new, score, tl.load(scores_ptr + old_place, mask=old, other=0.0).to(tl.float32))
+            score = tl.where((token >= 0)[:, None], score, float("-inf"))
+            value = tl.load(projected_ptr + new_place, mask=new, other=0.0).to(tl.float32)
+            value = tl.where(new, value, tl.load(values_ptr + old_place, mask=old, other=0.0).to(tl.float32))
+
+            higher = tl.maximum(most, tl.max(score, axis=0))
+            mass = tl.exp(score - higher[None, :])
+            rescale = tl.exp(most - higher)
+            total = total * rescale + tl.sum(mass, axis=0)
+            pooled = pooled * rescale + tl.sum(mass * value, axis=0)
+            most = higher
+        entry = pooled / total
+        norm = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        entry = entry * tl.rsqrt(tl.sum(entry * entry, axis=0) / K + eps) * norm
+        pair, rotary = pairs_of(K, R, BLOCK)
+        cosine, sine = turn(window * RATIO, tl.load(frequencies_ptr + pair, mask=rotary, other=0.0))
+        entry = rotate(entry[None, :], cosine, sine, 1, BLOCK)
+        if HADAMARD:
+            entry = hadamard(entry, 1, BLOCK)
+
+        span = tl.load(tables_ptr + sequence.to(tl.int64) * stride_table + window // PER_SPAN)
+        entries_ptr += span * stride_span
+        place = window % PER_SPAN
+        entry = tl.reshape(entry, (BLOCK,))
+        if FORMAT == 0:
+            tl.store(entries_ptr + place * K + k, entry, mask=k < K)
+        elif FORMAT == 1:
+            store_kv_row(entries_ptr, place, PER_SPAN, entry, K, R, BLOCK)
+        else:
+            byte = scale_byte(tl.maximum(tl.max(tl.abs(entry), axis=0), 1e-4), 448.0)
+            tl.store(entries_ptr + place * K + k, encode_e4m3(entry * inverse_scale(byte)), mask=k < K)
+            tl.store(scales_ptr + span * PER_SPAN + place, inverse_scale(254 - byte))
+
+
+@triton.jit
+def _store_open_rows(
+    projected_ptr, ape_ptr, cu_seqlens_ptr, starts_ptr, slots_ptr, values_ptr, scores_ptr,
+    stride_projected, stride_slot, column,
+    RATIO: tl.constexpr, WIDTH: tl.constexpr, OPEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store one of the last OPEN rows of a sequence, counted from its end."""
+    sequence = tl.program_id(0)
+    low, high = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
+    n = high - 1 - tl.program_id(1)
+    if n >= low:
+        token = tl.load(starts_ptr + sequence) + n - low
+        x = tl.arange(0, BLOCK)
+        projected_ptr += n * stride_projected + column
+        value = tl.load(projected_ptr + x, mask=x < WIDTH, other=0.0)
+        score = tl.load(projected_ptr + WIDTH + x, mask=x < WIDTH, other=0.0).to(tl.float32)
+        score += tl.load(ape_ptr + token % RATIO * WIDTH + x, mask=x < WIDTH, other=0.0).to(tl.float32)
+        place = tl.load(slots_ptr + sequence) * stride_slot + token % OPEN * WIDTH + x
+        tl.store(values_ptr + place, value, mask=x < WIDTH)
+        tl.store(scores_ptr + place, score, mask=x < WIDTH)
+
+
+def compress(
+    projected: Tensor,
+    compressor: Compressor,
+    cu_seqlens: Tensor,
+    starts: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    longest: int,
+    values: Tensor,
+    scores: Tensor,
+    entries: Tensor,
+    *,
+    key_scales: Tensor | None = None,
+    hadamard: bool = False,
+) -> None:
+    """Store every entry that this forward's tokens complete, and the last open rows of each sequence.
+
+    Args:
+        projected: [N, X], rows of any stride; `compressor.column` is that of the values, and the scores follow.
+        compressor: Its parameters, contiguous.
+        cu_seqlens: int64 [B + 1], the first row of each sequence, and the number of rows that are tokens.
+        starts: int64 [B], the position of each sequence's first new token.
+        slots: int64 [B].
+        block_tables: int64 [B, spans].
+        longest: An upper bound of the number of new tokens of any sequence.
+        values: Open rows [slots, rows, X], contiguous within a slot; at least one window, and two with `overlap`.
+        scores: The same shape and strides.
+        entries: [spans, entries per span, K] of a float dtype; uint8 E4M3 codes of index keys [spans, entries per span,
+            K] with `key_scales`, float32 [spans, entries per span]; or pages of key-value rows (`quantize.py`).
+        key_scales: Of index keys in FP8.
+        hadamard: Multiply entries by the Hadamard matrix over sqrt(K); index queries need the same.
+
+    Raises:
+        ValueError: the entries have none of these formats, there are too few open rows, or K is not a power of two with
+            `hadamard`.
+    """
+    size, width = len(compressor.norm), compressor.ape.shape[1]
+    series, rotary = width // size, 2 * len(compressor.frequencies)
+    format = _format(entries, size, rotary, key_scales)
+    if values.shape[1] < series * compressor.ratio or values.stride() != scores.stride():
+        raise ValueError(
+            f"an entry pools {series * compressor.ratio} rows, but the pools have {values.shape[1]} open rows with "
+            f"strides {values.stride()} and {scores.stride()}"
+        )
+    if hadamard and size & (size - 1):
+        raise ValueError(f"the Hadamard rotation needs an entry size that is a power of two, got {size}")
+    sequences, block = len(slots), triton.next_power_of_2(size)
+    launch(
+        _entries, (len(projected) // compressor.ratio + sequences if sequences else 0,), projected, compressor.ape,
+        compressor.norm, compressor.frequencies, cu_seqlens, starts, slots, block_tables, values, scores, entries,
+        key_scales, sequences, projected.stride(0), values.stride(0), block_tables.stride(0), entries.stride(0),
+        compressor.column, compressor.eps, RATIO=compressor.ratio, SERIES=series, K=size, R=rotary,
+        OPEN=values.shape[1], PER_SPAN=entries.shape[1], TILE=_TILE, BLOCK=block,
+        CHUNK=_SEQUENCES, HADAMARD=hadamard, FORMAT=format,
+        num_warps=max(1, min(8, block // 64)),
+    )  # fmt: skip
+    launch(
+        _store_open_rows, (sequences, min(longest, values.shape[1])), projected, compressor.ape, cu_seqlens, starts,
+        slots, values, scores, projected.stride(0), values.stride(0), compressor.column, RATIO=compressor.ratio,
+        WIDTH=width, OPEN=values.shape[1], BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+
+
+def _format(entries: Tensor, size: int, rotary: int, key_scales: Tensor | None) -> int:
+    if entries.dtype.is_floating_point and entries.shape[2] == size and key_scales is None:
+        return _PLAIN
+    if entries.dtype == torch.uint8 and key_scales is None and entries.shape[2] == kv_row_bytes(size, rotary):
+        return _KV_ROW
+    if entries.dtype == torch.uint8 and key_scales is not None and entries.shape[2] == size:
+        return _INDEX_KEY
+    raise ValueError(
+        f"no format of entries of {size} columns: {entries.dtype} {tuple(entries.shape)} with"
+        f"{'out' if key_scales is None else ''} scales"
+    )
+
+
+def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
+    """Yield each compressor and format, prefilling one sequence and decoding one token of each, which completes an
+    entry."""
+    rotary, head, index = shapes.qk_rope_head_dim, shapes.head_dim, shapes.index_head_dim
+    column = shapes.q_lora_rank + head + shapes.index_n_heads
+    for kind, ratio, size, series in (("CSA", 4, head, 2), ("HCA", 128, head, 1), ("index keys", 4, index, 2)):
+        width, per_span, open_rows = series * size, 256 // ratio, series * ratio + 12
+        vector = partial(make.floats, dtype=torch.float32)
+        parameters = Compressor(
+            "", column, ratio, series == 2, vector(ratio, width), vector(size), 1e-6, vector(rotary // 2)
+        )  # fmt: skip
+        projected = make.floats(rows, column + 2 * width)
+        for phase in ("prefill", "decode"):
+            sequences, longest = (1, rows) if phase == "prefill" else (rows, 1)
+            completed = rows // ratio if phase == "prefill" else rows
+            starts = make.ints([0 if phase == "prefill" else 3 * ratio - 1] * sequences)
+            cu_seqlens = make.ints([0, rows] if phase == "prefill" else range(rows + 1))
+            spans = -(-(rows if phase == "prefill" else 3 * ratio) // 256)
+            tables = make.ints(range(1, sequences * spans + 1)).view(sequences, spans)
+            values, scores = (vector(sequences, open_rows, width) for _ in range(2))
+            stored = min(longest, open_rows) * sequences
+            pooled = completed * series * ratio * size if phase == "decode" else 0
+            moved = rows * 2 * width * projected.itemsize + stored * width * 8 + pooled * 8
+            moved += parameters.ape.nbytes + parameters.norm.nbytes
+            flops = completed * series * ratio * size * 6
+            slots = make.ints(range(sequences))
+            run = partial(
+                compress, projected, parameters, cu_seqlens, starts, slots, tables, longest, values, scores
+            )  # fmt: skip
+            shape = (sequences * spans + 1, per_span)
+            name, plain = f"{phase}, {kind}", make.floats(*shape, size)
+            yield Call(f"{name}, bfloat16", partial(run, plain), moved + completed * size * 2, flops)
+            if kind != "index keys":
+                row = kv_row_bytes(size, rotary)
+                pages = make.floats(*shape, row, dtype=torch.uint8)
+                yield Call(f"{name}, key-value rows", partial(run, pages), moved + completed * row, flops)
+                continue
+            keys, key_scales = make.floats(*shape, size, dtype=torch.uint8), vector(*shape)
+            for rotated in (False, True):
+                run_keys = partial(run, keys, key_scales=key_scales, hadamard=rotated)
+                name_keys = f"{name}{', Hadamard' if rotated else ''}, FP8"
+                yield Call(name_keys, run_keys, moved + completed * (size + 4), flops)
