@@ -42,7 +42,7 @@ from torch import Tensor
 
 from agentkit_kernels.calls import Call, Make, Shapes
 from agentkit_kernels.ops import QUERY_BLOCK
-from agentkit_kernels.triton.formats import e4m3_to_float, e8m0_to_float
+from agentkit_kernels.triton.formats import e4m3_to_float
 from agentkit_kernels.triton.launch import INTERPRET, launch
 from agentkit_kernels.triton.quantize import KV_GROUP, KV_SCALES, kv_row_bytes
 
@@ -54,20 +54,22 @@ GROUP, SCALE_BYTES = tl.constexpr(KV_GROUP), tl.constexpr(KV_SCALES)
 @triton.jit
 def _read_rows(
     row_ptr, scale_ptr, seen, P: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Read the rows at these addresses: P plain and R rotary values, zero where a row is not `seen`."""
     p, r = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_R)
     plain = tl.load(row_ptr[:, None] + p[None, :], mask=seen[:, None] & (p < P)[None, :], other=0)
     rotary_mask = seen[:, None] & (r < R)[None, :]
     if FP8:
-        g = tl.arange(0, BLOCK_P // GROUP)
-        scales = tl.load(scale_ptr[:, None] + g[None, :], mask=seen[:, None] & (g < P // GROUP)[None, :], other=0)
-        values = tl.reshape(e4m3_to_float(plain), [plain.shape[0], BLOCK_P // GROUP, GROUP])
-        plain = tl.reshape(values * e8m0_to_float(scales)[:, :, None], [plain.shape[0], BLOCK_P])
         rotary_ptr = tl.multiple_of((row_ptr + P).to(tl.pointer_type(tl.uint16), bitcast=True), ALIGN)
         bits = tl.load(rotary_ptr[:, None] + r[None, :], mask=rotary_mask, other=0).to(tl.uint32) << 16
         rotary = bits.to(tl.float32, bitcast=True)
+        g = tl.arange(0, BLOCK_P // GROUP)
+        scales = tl.load(scale_ptr[:, None] + g[None, :], mask=seen[:, None] & (g < P // GROUP)[None, :], other=0)
+        # The quantiser writes no scale of 2^-127, and marks a NaN by its codes.
+        factors = (scales.to(tl.uint32) << 23).to(tl.float32, bitcast=True).to(DTYPE)
+        values = tl.reshape(e4m3_to_float(plain).to(DTYPE), [plain.shape[0], BLOCK_P // GROUP, GROUP])
+        plain = tl.reshape(values * factors[:, :, None], [plain.shape[0], BLOCK_P])  # exact in bfloat16
     else:
         rotary = tl.load(row_ptr[:, None] + P + r[None, :], mask=rotary_mask, other=0)
     return plain, rotary
@@ -200,29 +202,28 @@ def _attend_kernel(
             i = start + tl.arange(0, BLOCK_S)
             seen = i < high
             own = i < own_high
-            ring_row = tl.where(i <= ring_now, ring_now - i, ring_now - i + ring).to(tl.int64)
-            page_ptr = window_ptr + slot * stride_ws
-            row_ptr = tl.where(own, kv_ptr + (n - i) * stride_kn, page_ptr + ring_row * stride_wr)
-            scale_ptr = row_ptr
-            if FP8:
-                own_ptr = kv_ptr + N * stride_kn + (n - i) * SCALE_BYTES
-                scale_ptr = tl.where(own, own_ptr, page_ptr + ring * stride_wr + ring_row * SCALE_BYTES)
+            page_ptr = tl.where(own, kv_ptr, window_ptr + slot * stride_ws)
+            row = tl.where(own, (n - i).to(tl.int32), tl.where(i <= ring_now, ring_now - i, ring_now - i + ring))
+            page_rows, stride = tl.where(own, N, ring), tl.where(own, stride_kn, stride_wr)
             if RATIO:
                 entry = i
                 if CHOSEN:
                     entry = tl.load(topk_ptr + n * stride_pn + i, mask=i < far_high, other=0)
                 span = tl.load(tables_ptr + b * stride_tb + entry // PER_SPAN, mask=i < far_high, other=0)
-                row = (entry % PER_SPAN).to(tl.int64)
-                page_ptr = entries_ptr + span * stride_es
-                row_ptr = tl.where(in_window, row_ptr, page_ptr + row * stride_er)
-                if FP8:
-                    entry_ptr = page_ptr + PER_SPAN * stride_er + row * SCALE_BYTES
-                    scale_ptr = tl.where(in_window, scale_ptr, entry_ptr)
-            row_ptr = tl.multiple_of(row_ptr, ALIGN)  # the choice between pools hides the alignment
-            row_plain, row_rotary = _read_rows(row_ptr, scale_ptr, seen, P, R, FP8, ALIGN, BLOCK_P, BLOCK_R)
+                page_ptr = tl.where(in_window, page_ptr, entries_ptr + span * stride_es)
+                row = tl.where(in_window, row, entry % PER_SPAN)
+                page_rows, stride = tl.where(in_window, page_rows, PER_SPAN), tl.where(in_window, stride, stride_er)
+            row = row.to(tl.int64)
+            if FP8:
+                stride = P + 2 * R
+            row_ptr = tl.multiple_of(page_ptr + row * stride, ALIGN)  # the choice between pools hides the alignment
+            scale_ptr = row_ptr
+            if FP8:
+                scale_ptr += (page_rows - row) * stride + row * SCALE_BYTES
+            row_plain, row_rotary = _read_rows(row_ptr, scale_ptr, seen, P, R, FP8, ALIGN, BLOCK_P, BLOCK_R, DTYPE)
             row_plain, row_rotary = row_plain.to(DTYPE), row_rotary.to(DTYPE)
-            scores = _product(q_plain, tl.trans(row_plain), DTYPE, INTERPRET)
-            scores += _product(q_rotary, tl.trans(row_rotary), DTYPE, INTERPRET)
+            scores = _product(q_rotary, tl.trans(row_rotary), DTYPE, INTERPRET)
+            scores += _product(q_plain, tl.trans(row_plain), DTYPE, INTERPRET)
             scores = tl.where(seen[None, :], scores, float("-inf"))
             most = tl.maximum(m_split, tl.max(scores, 1))
             old = tl.exp(m_split - most)
@@ -292,6 +293,13 @@ def _store_kernel(
         n, b, t, kv_ptr, window_ptr, cu_seqlens_ptr, slots_ptr, N, ring, stride_kn, stride_ws, stride_wr,
         P, R, FP8, BLOCK_P,
     )  # fmt: skip
+
+
+def _num_warps(block_p: int) -> int:
+    """Return the fewest warps with which the tiles of one program fit into registers: AMD's waves have twice as
+    many."""
+    amd = not INTERPRET and triton.runtime.driver.active.get_current_target().backend == "hip"
+    return 8 if block_p > 64 and not amd else 4
 
 
 def attend(
@@ -381,7 +389,7 @@ def attend(
         entries.stride(0), entry_stride, rotations.stride(0), tables.stride(0),
         topk_indices.stride(0),
         ALIGN=align, PER_SPAN=entries.shape[1], WHOLE=not decode, BLOCK_H=block_h, BLOCK_S=block_s, INTERPRET=INTERPRET,
-        num_warps=8 if block_p > 64 else 4, num_stages=2, **sizes, **keys,
+        num_warps=_num_warps(block_p), num_stages=2, **sizes, **keys,
     )  # fmt: skip
     if decode:
         launch(

@@ -170,32 +170,26 @@ def check(case: Case, *, decode: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("decode", [True, False])
-@pytest.mark.parametrize("position", [0, 6, 7, 8, 40])
+@pytest.mark.parametrize("position", [0, 6, 7, 40])
 def test_one_row_sees_its_window(position: int, decode: bool) -> None:
     check(case([1], [position]), decode=decode)
 
 
-RAGGED = case([1, 20, 1, 3], [0, 5, 70, 31])
-CHOSEN = case([1, 7, 2, 1], [0, 11, 90, 300], ratio=2, picks=SPLIT + 5)
-ALL = case([1, 2, 5, 1], [0, 3 * SPLIT - 1, 30, 400], ratio=3)
-
-
-@pytest.mark.parametrize("decode", [True, False])
-@pytest.mark.parametrize("made", [RAGGED, CHOSEN, ALL], ids=["window", "chosen", "all"])
-def test_sequences_of_a_ragged_batch(made: Case, decode: bool) -> None:
-    check(replace(made, window_pool=made.window_pool.clone()), decode=decode)
+RAGGED = case([1, 11, 1, 2], [0, 5, 70, 31], heads=2)
+CHOSEN = case([1, 4, 1], [0, 11, 300], heads=2, ratio=2, picks=SPLIT + 5)
+ALL = case([1, 2, 2], [0, 3 * SPLIT - 1, 30], heads=2, ratio=3)
 
 
 @pytest.mark.parametrize("made", [RAGGED, CHOSEN, ALL], ids=["window", "chosen", "all"])
-def test_decoding_and_prefill_give_the_same_bits(made: Case) -> None:
-    split = replace(made, window_pool=made.window_pool.clone()).run(decode=True)
-    assert torch.equal(split, replace(made, window_pool=made.window_pool.clone()).run(decode=False))
+def test_decoding_and_prefill_give_the_same_bits_for_a_ragged_batch(made: Case) -> None:
+    split = check(replace(made, window_pool=made.window_pool.clone()), decode=True)
+    assert torch.equal(split, check(replace(made, window_pool=made.window_pool.clone()), decode=False))
 
 
 def test_the_bits_of_a_row_do_not_depend_on_the_other_rows() -> None:
     whole = replace(CHOSEN, window_pool=CHOSEN.window_pool.clone()).run(decode=False)
-    alone = CHOSEN.rows(10)  # the only new row of its sequence
-    assert torch.equal(replace(alone, window_pool=CHOSEN.window_pool.clone()).run(decode=True)[0], whole[10])
+    alone = CHOSEN.rows(5)  # the only new row of its sequence
+    assert torch.equal(replace(alone, window_pool=CHOSEN.window_pool.clone()).run(decode=True)[0], whole[5])
 
 
 def test_a_chunk_token_by_token_gives_the_bits_of_the_whole_chunk() -> None:
@@ -238,9 +232,9 @@ def test_padding_rows_give_zeros_and_store_nothing() -> None:
 
 
 def test_the_ring_keeps_the_last_rows_of_a_long_chunk() -> None:
-    made = case([40], [7], heads=1, size=16, rotary=8)
+    made = case([30], [7], heads=1, size=16, rotary=8)
     check(made, decode=False)
-    assert made.window_pool.shape[1] < 40 and torch.equal(made.window_pool[made.slots[0], 46 % 24], made.kv[-1])
+    assert made.window_pool.shape[1] < 30 and torch.equal(made.window_pool[made.slots[0], 36 % 24], made.kv[-1])
 
 
 def test_a_nan_in_a_visible_row_reaches_the_result_of_its_sequence_only() -> None:
