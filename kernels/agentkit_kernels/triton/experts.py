@@ -41,7 +41,7 @@ from agentkit_kernels.triton.linear import Operand, Tile, accumulate, operand, r
 from agentkit_kernels.triton.swiglu import clamped_swiglu
 
 EXACT_TILE = Tile(rows=32, outputs=64, inputs=128, warps=4, stages=3)
-LARGE_TILE = Tile(rows=128, outputs=64, inputs=64, warps=8, stages=3)
+LARGE_TILE = Tile(rows=128, outputs=64, inputs=128, warps=8, stages=3)
 FEW_PAIRS = 64
 """Up to this many pairs are not sorted."""
 PAIRS = 128
@@ -293,12 +293,11 @@ def group(experts_NA: Tensor, number: int, *, exact: bool = True) -> Groups:
     """
     experts = experts_NA.reshape(-1)
     pairs = len(experts)
-    tile = LARGE_TILE if not exact and pairs > EXACT_TILE.rows * number else EXACT_TILE
+    tile, tiles = _tiles(pairs, number, exact)
     if pairs <= FEW_PAIRS:
-        return Groups(experts, experts, experts, pairs, tile, direct=True)
+        return Groups(experts, experts, experts, tiles, tile, direct=True)
     padded = triton.next_power_of_2(number)
     blocks = triton.cdiv(pairs, PAIRS)
-    tiles = min(pairs, (pairs + number * (tile.rows - 1)) // tile.rows)
     counts, places = experts.new_empty(2, blocks, padded, dtype=torch.int32)
     starts, totals = experts.new_empty(2, padded, dtype=torch.int32)
     order = torch.empty_like(experts)
@@ -322,6 +321,12 @@ def group(experts_NA: Tensor, number: int, *, exact: bool = True) -> Groups:
         EXPERTS=padded,
     )
     return Groups(experts, order, table, tiles, tile, direct=False)
+
+
+def _tiles(pairs: int, number: int, exact: bool) -> tuple[Tile, int]:
+    """Return the sizes of a tile, and the most tiles that there can be."""
+    tile = LARGE_TILE if not exact and pairs > EXACT_TILE.rows * number else EXACT_TILE
+    return tile, min(pairs, (pairs + number * (tile.rows - 1)) // tile.rows) if pairs > FEW_PAIRS else pairs
 
 
 def gate_up(x: Tensor, groups: Groups, weights: Tensor, w1: Operand, w3: Operand, limit: float, active: int) -> Tensor:
@@ -460,18 +465,17 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     hidden, width, number = shapes.hidden_size, shapes.moe_intermediate_size, shapes.n_routed_experts
     active = shapes.num_experts_per_tok
     pairs = rows * active
-    chosen = make.ints([pair % number for pair in range(pairs)])
     x, weights = make.floats(rows, hidden), make.floats(pairs, dtype=torch.float32)
     inner, outer = make.floats(pairs, width), make.floats(pairs, hidden)
     used = min(pairs, number)
     for exact in (True, False):
-        groups = group(chosen, number, exact=exact)
+        groups = _grouped_in_turn(pairs, number, exact, make)
         if not exact and groups.tile is EXACT_TILE:
             return
         name = "" if exact else ", inexact"
         if not groups.direct:
             bytes_ = 8 * 2 * pairs + 12 * groups.tiles
-            yield Call(f"group{name}", partial(group, chosen, number, exact=exact), bytes_, 0)
+            yield Call(f"group{name}", partial(group, groups.experts, number, exact=exact), bytes_, 0)
         for number_format in ("bfloat16", "fp8", "mxfp4", "int8"):
             w1, w3 = (operand(random_weight(number_format, (number, width, hidden), make)) for _ in range(2))
             w2 = operand(random_weight(number_format, (number, hidden, width), make))
@@ -492,3 +496,20 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
             )
         if exact:
             yield Call("combine", partial(combine, outer, x), 2 * hidden * (pairs + 2 * rows), pairs * hidden)
+
+
+def _grouped_in_turn(pairs: int, number: int, exact: bool, make: Make) -> Groups:
+    """Return what `group` gives if pair p has the expert p modulo `number`, without a launch."""
+    tile, tiles = _tiles(pairs, number, exact)
+    experts = make.ints([pair % number for pair in range(pairs)])
+    if pairs <= FEW_PAIRS:
+        return Groups(experts, experts, experts, tiles, tile, direct=True)
+    table: list[int] = []
+    order: list[int] = []
+    for expert in range(number):
+        mine = range(expert, pairs, number)
+        for first in range(0, len(mine), tile.rows):
+            table += [expert, len(order) + first, min(tile.rows, len(mine) - first)]
+        order += mine
+    table += [0] * (3 * tiles - len(table))
+    return Groups(experts, make.ints(order), make.ints(table, torch.int32).view(tiles, 3), tiles, tile, direct=False)

@@ -275,10 +275,11 @@ def stages(tile: Tile) -> int:
 
 
 def split_size(outputs: int, inputs: int, groups: int = 1) -> int:
-    """Return the columns of one split of K: few enough to occupy a large GPU with one row, but 256 at least."""
+    """Return the columns of one split of K: few enough to occupy a large GPU with one row, but 512 at least, so that
+    the loads of a split are in flight together."""
     programs = groups * triton.cdiv(outputs, EXACT_TILE.outputs)
     wanted = triton.cdiv(PROGRAMS, programs)
-    steps: int = max(2, triton.cdiv(inputs, wanted * EXACT_TILE.inputs))
+    steps: int = max(EXACT_TILE.stages, triton.cdiv(inputs, wanted * EXACT_TILE.inputs))
     return steps * EXACT_TILE.inputs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,9 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.calls import FLASH, TINY, Shapes
+from agentkit_kernels.ops import Plan
 from agentkit_kernels.packed import Format, Packed
+from agentkit_kernels.reference import Reference
 from agentkit_kernels.reference.formats import dequantise
-from agentkit_kernels.triton.experts import EXACT_TILE, FEW_PAIRS, LARGE_TILE, calls, combine, experts, group
+from agentkit_kernels.triton.experts import (
+    EXACT_TILE,
+    FEW_PAIRS,
+    LARGE_TILE,
+    _grouped_in_turn,
+    calls,
+    combine,
+    experts,
+    group,
+)
 from agentkit_kernels.triton.launch import LAUNCHES
 
 EXPERTS, ACTIVE, LIMIT = 6, 2, 1.5
@@ -109,6 +121,17 @@ def test_a_row_has_the_same_bits_alone_and_among_others(number_format: Format | 
         part = slice(start, end)
         alone = experts(x[part], chosen[part], routing[part], w1, w3, w2, LIMIT, shared[part])
         assert torch.equal(alone, together[part])
+
+
+def test_experts_match_the_reference_backend() -> None:
+    rows = 32  # the reference pads a forward to a multiple of this
+    reference = Reference()
+    x, routing, shared = torch.randn(rows, 96), torch.rand(rows, ACTIVE), torch.randn(rows, 96)
+    w1, w3, w2 = (torch.randn(EXPERTS, *shape) / 4 for shape in ((33, 96), (33, 96), (96, 33)))
+    chosen = choice(rows)
+    batch = reference.batch(Plan([0] * rows, [rows], [0], [0], [[0]]))
+    expected = reference.experts(x, chosen, routing, reference.stack(w1, w3), reference.stack(w2), LIMIT, shared, batch)
+    torch.testing.assert_close(experts(x, chosen, routing, w1, w3, w2, LIMIT, shared), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
@@ -207,18 +230,38 @@ def test_weights_that_disagree_are_refused() -> None:
         experts(x, chosen, routing, w1, w3, w1, LIMIT, x)
 
 
+def test_calls_group_as_the_kernels_do() -> None:
+    real = _Real()
+    listed = _grouped_in_turn(70, 5, True, real)
+    groups = group(listed.experts, 5)
+    assert (groups.tile, groups.tiles, groups.direct) == (listed.tile, listed.tiles, listed.direct)
+    assert torch.equal(groups.order, listed.order)
+    used = listed.table[:, 2] > 0
+    assert torch.equal(groups.table[used], listed.table[used]) and not groups.table[~used, 2].any()
+
+
+class _Real:
+    """Tensors in memory."""
+
+    def floats(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    def ints(self, values: Sequence[int] | range, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype)
+
+
 class _Meta:
     """Tensors without memory."""
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def ints(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    def ints(self, values: Sequence[int] | range, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(len(values), dtype=dtype, device="meta")
 
 
 @pytest.mark.parametrize("shapes", [FLASH, TINY])
 def test_calls_count_the_bytes_of_the_chosen_experts(shapes: Shapes) -> None:
-    of = {call.name: call for call in calls(shapes, 1, _Meta())}  # type: ignore[arg-type]
+    of = {call.name: call for call in calls(shapes, 1, _Meta())}
     active, values = shapes.num_experts_per_tok, shapes.moe_intermediate_size * shapes.hidden_size
     assert of["down, mxfp4"].bytes - of["down, bfloat16"].bytes == active * (values * 17 // 32 - 2 * values)

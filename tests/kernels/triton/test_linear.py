@@ -53,7 +53,7 @@ def test_dense_product_matches_float64(rows: int, outputs: int, inputs: int) -> 
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 96, 256), (7, 130, 160), (33, 5, 672), (65, 200, 288)])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 96, 256), (7, 130, 160), (33, 5, 672), (65, 70, 1120)])
 @pytest.mark.parametrize("float_scale", [False, True])
 def test_packed_product_matches_the_dequantised_one(
     number_format: Format, rows: int, outputs: int, inputs: int, float_scale: bool
@@ -85,7 +85,7 @@ def test_bfloat16_rows_keep_a_float32_weight_in_float32() -> None:
 
 
 @pytest.mark.parametrize("number_format", [None, *FORMATS])
-@pytest.mark.parametrize("inputs", [192, 672])
+@pytest.mark.parametrize("inputs", [192, 1184])
 def test_a_row_has_the_same_bits_alone_and_among_others(number_format: Format | None, inputs: int) -> None:
     weight = random_packed(number_format, 70, inputs) if number_format else torch.randn(70, inputs)
     x = torch.randn(FEW_ROWS + 2, inputs)
@@ -174,7 +174,7 @@ def test_splits_cover_all_columns_in_whole_tiles() -> None:
     assert split_size(32768, 1024) == 1024
     for outputs, inputs in [(1024, 4096), (512, 4096), (5, 130), (24, 16384)]:
         size = split_size(outputs, inputs)
-        assert size % 128 == 0 and size >= 256
+        assert size % 128 == 0 and size >= 512
 
 
 class _Meta:
