@@ -1,0 +1,45 @@
+"""Faults that are accepted, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Bytes of registers per thread that a kernel may spill."""
+
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """Bytes that a call may touch, as a multiple of its floor."""
+
+    ratio: float
+    reason: str
+
+
+SPILLS: dict[tuple[str, str], Spill] = {}
+"""By kernel and target."""
+EXCESSES: dict[tuple[str, str], Excess] = {
+    ("hyper_connections", "prefill, hc_post_pre"): Excess(
+        1.5,
+        "the norm of a row's new streams must be known before they are summed, and 16 rows of them, 512 KiB at "
+        "V4-Flash's shapes, do not fit into one processor: a second kernel reads them back",
+    )
+}
+"""By file and the start of a call's label."""
+
+
+def spill_bytes(kernel: str, target: str) -> int:
+    """Return the bytes that a kernel may spill on a target."""
+    accepted = SPILLS.get((kernel, target))
+    return accepted.bytes if accepted else 0
+
+
+def touched_ratio(file: str, call: str, default: float) -> float:
+    """Return how many times its floor a call may touch."""
+    ratios = [one.ratio for (of, start), one in EXCESSES.items() if of == file and call.startswith(start)]
+    return max(ratios, default=default)

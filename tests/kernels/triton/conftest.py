@@ -1,0 +1,63 @@
+"""Tests of Triton kernels in Triton's interpreter, on a CPU: `make kernels`.
+
+Triton reads TRITON_INTERPRET when it is imported, so these tests need a pytest process of their own. Without that
+variable they are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agentkit_kernels.triton.launch import INTERPRET
+
+HERE = Path(__file__).parent
+ERRORS = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--errors", type=Path, help="write each kernel file's largest relative error to this JSON file")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not INTERPRET:
+        for item in items:
+            if item.path.is_relative_to(HERE):
+                item.add_marker(
+                    pytest.mark.skip(reason="runs with TRITON_INTERPRET=1 in the environment: make kernels")
+                )
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory() -> Generator[None, None, None]:
+    """Fill what `torch.empty` allocates with NaN, so that an element that a kernel does not write is noticed."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def measured_errors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note the error of each result that a test compares with a twin: largest difference over largest value."""
+    errors = request.config.stash.setdefault(ERRORS, {})
+    file = request.path.stem.removeprefix("test_")
+    assert_close = torch.testing.assert_close
+
+    def measured(actual: Any, expected: Any, **options: Any) -> None:
+        if isinstance(expected, torch.Tensor) and expected.is_floating_point() and expected.numel():
+            difference = (actual.double() - expected.double()).abs().nan_to_num().max()
+            scale = expected.double().abs().nan_to_num(posinf=0.0).max().clamp_min(1e-30)
+            errors[file] = max(errors.get(file, 0.0), float(difference / scale))
+        assert_close(actual, expected, **options)
+
+    monkeypatch.setattr(torch.testing, "assert_close", measured)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if path := session.config.getoption("--errors", default=None):
+        path.write_text(json.dumps(session.config.stash.get(ERRORS, {}), indent=1, sort_keys=True) + "\n")
