@@ -1,5 +1,5 @@
 # Each target creates .venv if it is missing and installs its dependencies.
-.PHONY: setup check test hostile bench demo clean
+.PHONY: setup check test hostile kernels kernels-table bench demo clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
@@ -38,6 +38,18 @@ test: .venv/.test
 # pytest exits with 5 if ARGS selects no test.
 hostile: .venv/.test
 	$(BIN)/python -m pytest -m hostile $(ARGS) || test $$? -eq 5
+
+# Triton reads TRITON_INTERPRET when it is imported, so its interpreter needs a process of its own.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
+
+kernels: .venv/.test
+	$(BIN)/python -m agentkit_kernels.aot --check
+	$(INTERPRETED) --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m agentkit_kernels.aot --targets sm_90 gfx942 --shapes flash --no-count
+
+kernels-table: .venv/.test
+	$(INTERPRETED) --errors .venv/kernel-errors.json
+	$(BIN)/python -m agentkit_kernels.aot --write --errors .venv/kernel-errors.json
 
 bench: .venv/.test
 	@failed=0; for room in agentkit_engine agentkit; do \
