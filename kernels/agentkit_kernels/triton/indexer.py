@@ -6,8 +6,8 @@ A query at position t chooses `top_k` of its (t + 1) // ratio entries; ties go t
 infinity, so that the logits show it. Source: DeepSeek-V3.2 (arXiv:2512.02556). Twin: `reference/indexer.py`.
 
 Keys are read through block tables: entry w is in row w mod E of span `block_tables[b, w // E]`, where E is the number
-of entries per span. They are bf16 or fp32 rows of C values, or 8-bit: uint8 [spans, E, C + 4] holds C codes in E4M3 for
-each row of a span, and then a float32 scale per row.
+of entries per span. They are bf16 or fp32 rows of C values, or C codes in E4M3 (uint8) with a float32 scale per row.
+Queries may be E4M3 codes too; the scale of a head is then part of its weight.
 
 Algorithm. Scores become unsigned integers in the same order. A program computes the scores of `SPLIT` entries in
 registers, finds the lowest score that belongs to the best `top_k` bit by bit, and writes the best as candidates, in the
@@ -66,10 +66,10 @@ def _best(keys, top_k):
 
 @triton.jit
 def _scan_kernel(
-    q_ptr, weights_ptr, positions_ptr, sequences_ptr, tables_ptr, entries_ptr, best_ptr, best_index_ptr,
-    J, C, RATIO, top_k, S, stride_qn, stride_qj, stride_wn, stride_tb, stride_es, stride_er,
-    PER_SPAN: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, INTERPRET: tl.constexpr,
+    q_ptr, weights_ptr, positions_ptr, sequences_ptr, tables_ptr, entries_ptr, scales_ptr, best_ptr, best_index_ptr,
+    J, C, RATIO, top_k, S, stride_qn, stride_qj, stride_wn, stride_tb, stride_es, stride_er, stride_ss,
+    PER_SPAN: tl.constexpr, FP8_Q: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split): the candidates of one split."""
     n = tl.program_id(0).to(tl.int64)
@@ -81,9 +81,10 @@ def _scan_kernel(
     b = tl.maximum(b, 0)
     j, c = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_C)
     q_mask = (j < J)[:, None] & (c < C)[None, :]
-    q = tl.load(q_ptr + n * stride_qn + j[:, None].to(tl.int64) * stride_qj + c[None, :], mask=q_mask, other=0.0)
+    q = tl.load(q_ptr + n * stride_qn + j[:, None].to(tl.int64) * stride_qj + c[None, :], mask=q_mask, other=0)
+    if FP8_Q:
+        q = e4m3_to_float(q).to(tl.bfloat16)
     weights = tl.load(weights_ptr + n * stride_wn + j, mask=j < J, other=0.0).to(tl.float32)
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     TILES: tl.constexpr = SPLIT // BLOCK_S
     tile = tl.arange(0, TILES)
     scores = tl.zeros([TILES, BLOCK_S], tl.float32)
@@ -101,11 +102,10 @@ def _scan_kernel(
         if INTERPRET:  # the interpreter's product of bfloat16 is wrong
             dots = tl.dot(q.to(tl.float32), tl.trans(rows.to(tl.float32)), input_precision="ieee")
         else:
-            dots = tl.dot(q, tl.trans(rows.to(DTYPE)), input_precision="ieee")
+            dots = tl.dot(q, tl.trans(rows.to(q.dtype)), input_precision="ieee")
         some = tl.sum(tl.where(dots < 0.0, 0.0, dots) * weights[:, None], 0)  # NaN is kept
         if FP8:
-            scale_ptr = (page_ptr + PER_SPAN * stride_er + row * 4).to(tl.pointer_type(tl.float32), bitcast=True)
-            some = some * tl.load(scale_ptr, mask=seen, other=0.0)
+            some = some * tl.load(scales_ptr + span * stride_ss + row, mask=seen, other=0.0)
         scores = tl.where((tile == i)[:, None], some[None, :], scores)
     position = tl.arange(0, SPLIT)
     keys = tl.where(low + position < visible, _ordered(tl.reshape(scores, [SPLIT])), 0)
@@ -159,6 +159,7 @@ def index_topk(
     sequences: Tensor,
     block_tables: Tensor,
     entries: Tensor,
+    key_scales: Tensor | None = None,
     *,
     ratio: int,
     top_k: int,
@@ -166,12 +167,13 @@ def index_topk(
     """Choose each query's best entries; see `Ops.index_topk`.
 
     Args:
-        q: [N, J, C], rotated; rows and heads may have any stride.
+        q: [N, J, C], rotated; rows and heads may have any stride. uint8 for E4M3 codes.
         weights: [N, J], scaled.
         positions: int64 [N].
         sequences: int64 [N], the sequence of each row; negative for padding, which chooses nothing.
         block_tables: int64 [B, spans per sequence].
-        entries: Keys [spans, entries per span, C], or uint8 [spans, entries per span, C + 4].
+        entries: Keys [spans, entries per span, C]; uint8 for E4M3 codes.
+        key_scales: float32 [spans, entries per span], with E4M3 keys.
         ratio: Tokens per entry.
         top_k: At least 1.
 
@@ -183,10 +185,10 @@ def index_topk(
     """
     rows, heads, size = q.shape
     spans, per_span = block_tables.shape[1], entries.shape[1]
-    fp8 = entries.dtype == torch.uint8
-    width = size + 4 if fp8 else size
-    if entries.shape[2] != width or entries.stride(2) != 1 or (fp8 and entries.stride(1) != width):
-        raise ValueError(f"index keys need contiguous rows of {width} elements, got {tuple(entries.shape)}")
+    if entries.shape[2] != size or entries.stride(2) != 1:
+        raise ValueError(f"index keys need contiguous rows of {size} elements, got {tuple(entries.shape)}")
+    if (entries.dtype == torch.uint8) != (key_scales is not None and key_scales.stride(1) == 1):
+        raise ValueError(f"E4M3 keys, and only they, need contiguous rows of scales; the keys are {entries.dtype}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     device = q.device
@@ -194,14 +196,15 @@ def index_topk(
     split = max(128, 4 * triton.next_power_of_2(top_k))
     lists = max(1, triton.cdiv(spans * per_span, split))
     keys, indices = torch.empty(2, rows, lists, top_k, dtype=torch.int32, device=device)
-    block_s = 64
     launch(
         _scan_kernel, (rows, lists),
-        q, weights, positions, sequences, block_tables, entries, keys, indices,
+        q, weights, positions, sequences, block_tables, entries, entries if key_scales is None else key_scales,
+        keys, indices,
         heads, size, ratio, top_k, lists, q.stride(0), q.stride(1), weights.stride(0), block_tables.stride(0),
-        entries.stride(0), size if fp8 else entries.stride(1),
-        PER_SPAN=per_span, FP8=fp8, SPLIT=split, BLOCK_J=max(16, triton.next_power_of_2(heads)),
-        BLOCK_C=max(16, triton.next_power_of_2(size)), BLOCK_S=block_s, INTERPRET=INTERPRET, num_warps=4,
+        entries.stride(0), entries.stride(1), 0 if key_scales is None else key_scales.stride(0),
+        PER_SPAN=per_span, FP8_Q=q.dtype == torch.uint8, FP8=key_scales is not None, SPLIT=split,
+        BLOCK_J=max(16, triton.next_power_of_2(heads)), BLOCK_C=max(16, triton.next_power_of_2(size)), BLOCK_S=64,
+        INTERPRET=INTERPRET, num_warps=4,
     )  # fmt: skip
     covered = split
     while True:
@@ -224,14 +227,17 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     visible = 16 * top_k
     spans = -(-visible // per_span)
     for fp8 in (False, True):
-        q = make.floats(rows, heads, size)
+        dtype = torch.uint8 if fp8 else torch.bfloat16
+        q = make.floats(rows, heads, size, dtype=dtype)
         weights = make.floats(rows, heads, dtype=torch.float32)
         positions = make.ints([ratio * visible - 1] * rows)
         sequences = make.ints([0] * rows)
         tables = make.ints(range(spans)).view(1, spans)
-        dtype, width = (torch.uint8, size + 4) if fp8 else (torch.bfloat16, size)
-        entries = make.floats(spans, per_span, width, dtype=dtype)
-        run = partial(index_topk, q, weights, positions, sequences, tables, entries, ratio=ratio, top_k=top_k)
-        moved = visible * width * dtype.itemsize + rows * (2 * heads * size + 4 * heads + 16 + 4 * top_k + 8)
+        entries = make.floats(spans, per_span, size, dtype=dtype)
+        scales = make.floats(spans, per_span, dtype=torch.float32) if fp8 else None
+        run = partial(index_topk, q, weights, positions, sequences, tables, entries, scales, ratio=ratio, top_k=top_k)
+        moved = visible * (size * dtype.itemsize + 4 * fp8) + rows * (
+            heads * (size * dtype.itemsize + 4) + 16 + 4 * top_k + 8
+        )
         flops = 2 * rows * visible * heads * (size + 1)
-        yield Call(f"{'FP8' if fp8 else 'bf16'} keys", run, moved, flops, tensor_cores=True)
+        yield Call(f"{'FP8' if fp8 else 'bf16'} queries and keys", run, moved, flops, tensor_cores=True)

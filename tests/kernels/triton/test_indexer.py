@@ -29,6 +29,7 @@ class Case:
     entries: Tensor
     ratio: int
     top_k: int
+    key_scales: Tensor | None = None
 
     def run(self) -> tuple[Tensor, Tensor]:
         return index_topk(**vars(self))
@@ -159,44 +160,54 @@ def test_the_choice_of_a_row_does_not_depend_on_the_other_rows() -> None:
         assert torch.equal(alone.run()[0][0], indices[n])
 
 
-def fp8_keys(entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Return spans of keys as FP8 pages (codes of all rows, then their scales), and their values."""
-    finite = entries.nan_to_num()
+def fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows as E4M3 codes (uint8), and a scale per row."""
+    finite = rows.nan_to_num()
     scales = finite.abs().amax(-1).clamp(min=1e-4) / 448
-    codes = (finite / scales[..., None]).to(torch.float8_e4m3fn)
-    parts = codes.view(torch.uint8).flatten(1), scales.contiguous().view(torch.uint8).flatten(1)
-    return torch.cat(parts, 1).view(*entries.shape[:2], -1), codes.float() * scales[..., None]
+    return (finite / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8), scales
 
 
-def test_fp8_keys_give_the_choice_of_their_values() -> None:
+def values(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.view(torch.float8_e4m3fn).float() * scales[..., None]
+
+
+def test_fp8_queries_and_keys_give_the_choice_of_their_values() -> None:
     made = case([2, 1], [300, 7])
-    pages, values = fp8_keys(made.entries)
-    indices, counts = replace(made, entries=pages).run()
-    check(replace(made, entries=values))
-    answer, answer_counts = replace(made, entries=values).run()
-    assert torch.equal(counts, answer_counts)
-    for n in range(3):
-        assert torch.equal(indices[n, : int(counts[n])], answer[n, : int(counts[n])])
+    codes, scales = fp8(made.entries)
+    q_codes, q_scales = fp8(made.q)
+    keys = replace(made, entries=codes, key_scales=scales)
+    both = replace(keys, q=q_codes, weights=made.weights * q_scales)
+    for result, twin in (
+        (keys.run(), replace(made, entries=values(codes, scales))),
+        (both.run(), replace(made, entries=values(codes, scales), q=values(q_codes, q_scales))),
+    ):
+        check(twin)
+        answer, counts = twin.run()
+        assert torch.equal(result[1], counts)
+        for n in range(3):
+            assert torch.equal(result[0][n, : int(counts[n])], answer[n, : int(counts[n])])
 
 
 def test_addresses_beyond_32_bits() -> None:
     made = case([1], [15], ratio=1, per_span=16, top_k=3)
-    stride = 16 * 28
+    stride = 16 * 24
     spans = (1 << 31) // stride + 8
-    memory = torch.frombuffer(
-        mmap.mmap(-1, spans * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
-    )
-    pages, values = fp8_keys(made.entries)
-    entries = memory.view(spans, 16, 28)
-    entries[spans - 1] = pages[made.block_tables[0, 0]]
-    indices, _ = replace(made, entries=entries, block_tables=torch.tensor([[spans - 1]])).run()
-    answer, _ = replace(made, entries=values).run()
-    assert torch.equal(indices, answer)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # pages are allocated when they are first touched
+    memory = torch.frombuffer(mmap.mmap(-1, spans * stride, flags=flags), dtype=torch.uint8)
+    codes, scales = fp8(made.entries)
+    entries = memory.view(spans, 16, 24)
+    entries[spans - 1] = codes[made.block_tables[0, 0]]
+    all_scales = scales[made.block_tables[0, 0]].expand(spans, -1)
+    far = replace(made, entries=entries, key_scales=all_scales, block_tables=torch.tensor([[spans - 1]]))
+    answer, _ = replace(made, entries=values(codes, scales)).run()
+    assert torch.equal(far.run()[0], answer)
 
 
 def test_shapes_that_do_not_fit_together_are_refused() -> None:
     made = case([1], [15])
     with pytest.raises(ValueError, match="contiguous rows of 24 elements"):
         replace(made, entries=made.entries[..., :-1]).run()
+    with pytest.raises(ValueError, match="need contiguous rows of scales"):
+        replace(made, entries=made.entries.to(torch.uint8)).run()
     with pytest.raises(ValueError, match="at least 1"):
         replace(made, top_k=0).run()
