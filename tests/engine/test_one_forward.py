@@ -88,11 +88,11 @@ def test_ragged_batches_in_chunks_have_the_bits_of_each_sequence_alone(decoder: 
     for low in (0, 67, 134, 201):
         live = [(index, low - 67 * (index == 3)) for index in range(4)]
         live = [(index, start) for index, start in live if 0 <= start < 150]
-        segments = [ScheduledTokens(sequences[index], texts[index][start : start + 67]) for index, start in live]
-        for segment in segments:
-            pools.reserve(segment.sequence, segment.sequence.length + len(segment))
-        computed = scheduler.runner.step(segments, all_rows=True).logits_RV
-        for (index, _), some in zip(live, torch.split(computed, [*map(len, segments)]), strict=True):
+        scheduled = [ScheduledTokens(sequences[index], texts[index][start : start + 67]) for index, start in live]
+        for part in scheduled:
+            pools.reserve(part.sequence, part.sequence.length + len(part))
+        computed = scheduler.runner.step(scheduled, all_rows=True).logits_RV
+        for (index, _), some in zip(live, torch.split(computed, [*map(len, scheduled)]), strict=True):
             rows[index].append(some)
     for ids, parts in zip(texts, rows, strict=True):
         assert torch.equal(torch.cat(parts), scheduler.logits(ids))
