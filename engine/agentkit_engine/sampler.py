@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,8 +168,10 @@ def _invert(logits_BV: Tensor, draws: Sequence[Draw], *, filtered: bool) -> Tens
         for draw in draws
         for each in (draw.params,)
     ]
-    numbers_B5 = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device)
-    u_B1, temperature_B1, top_k_B1, top_p_B1, min_p_B1 = numbers_B5.chunk(5, dim=1)
+    columns: Sequence[Any] = numbers[0]  # on a CPU the same bits as tensors of one row, and faster
+    if len(draws) > 1 or logits_BV.device.type != "cpu":
+        columns = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device).chunk(5, dim=1)
+    u_B1, temperature_B1, top_k_B1, top_p_B1, min_p_B1 = columns
     shifted_BV = logits_BV.double() - logits_BV.amax(1, keepdim=True)
     weights_BV = torch.softmax(shifted_BV / temperature_B1, dim=1)
     if not filtered:
