@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentkit_kernels.cpu import loops
 from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.layout import Matrix, as_array, pack, pack_stack, unpacked
 from agentkit_kernels.cpu.loops import Floats, Weights
@@ -94,6 +95,8 @@ class Weight:
         """The matrices, with the column of each one's first output."""
         self.shared_from = SHARED // (self.outputs * self.matrices[0].inputs) if workers.count > 1 else sys.maxsize
         """Row count from which threads share the product."""
+        self.single = self.matrices[0].unpacked if len(self.matrices) == 1 and self.shared_from else None
+        """The only matrix, inputs first, if one row is multiplied by one thread: calls cost as much as the sums."""
 
     def multiply(self, x_NK: Floats, out_NX: Floats, column: int = 0) -> None:
         """Multiply rows with the matrices; the results go into the columns of `out` from `column` on."""
@@ -211,8 +214,12 @@ def _multiply_by_library(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
 
 
 def linear(x: Floats, weight: Weight) -> Floats:
-    out_NX = empty(len(x), weight.outputs)
-    weight.multiply(x, out_NX)
+    rows = len(x)
+    out_NX = empty(rows, weight.outputs)
+    if rows == 1 and weight.single is not None:
+        loops.multiply(x, weight.single, 0, weight.outputs, out_NX, 0)
+    else:
+        weight.multiply(x, out_NX)
     return out_NX
 
 
