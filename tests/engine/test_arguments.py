@@ -17,8 +17,8 @@ NO_GPU = torch.cuda.device_count() == 0
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"dtype": "fp32"}, ValueError, "one of float32, bfloat16, float16, float64 or None, got 'fp32'"),
-        ({"dtype": torch.int8}, ValueError, "got 'torch.int8'"),
+        ({"dtype": "fp32"}, ValueError, "one of float32, bfloat16, float16, float64, int8 or None, got 'fp32'"),
+        ({"dtype": torch.int16}, ValueError, "got 'torch.int16'"),
         ({"dtype": 32}, TypeError, "dtype must be a str"),
         ({"device": "gpu"}, ValueError, 'device must be "cpu", "cuda" or "cuda:N", got \'gpu\''),
         ({"device": "meta"}, ValueError, 'runs on "cpu" and "cuda", got device=\'meta\''),

@@ -65,7 +65,7 @@ def test_decode_and_parity_write_records_of_compared_outputs(tmp_path: Path) -> 
     for bare in floors:
         assert bare["ratio"] == pytest.approx(bare["peer_value"] / bare["value"])
         assert bare["stretch"] == "ratio <= 1.35" and bare["stretch_met"] is (bare["ratio"] <= 1.35)
-    assert [bare["outputs"].split(" of ")[0] for bare in floors] == ["446 products", "110 products"]
+    assert [bare["outputs"].split(" of ")[0] for bare in floors] == ["228 products", "110 products"]
 
 
 @pytest.mark.filterwarnings("default")
@@ -97,7 +97,7 @@ def test_a_floor_holds_every_product_with_a_weight(rows: int, dtype: torch.dtype
             expected += weight.numel()
         elif weight.dim() == 2 and name != "embed.weight" and not name.endswith("ape"):
             expected += rows * weight.numel()
-    assert expected <= floor.multiply_adds <= (1 if rows <= 20 else 1.3) * expected  # padding of an expert's rows
+    assert floor.multiply_adds == expected
     floor()
 
 

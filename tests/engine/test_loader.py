@@ -241,7 +241,7 @@ def test_export_refuses_a_folder_with_weights(decoder: Decoder, bf16_folder: Pat
 def test_loads_what_transformers_loads(official_folder: Path) -> None:
     """transformers dequantises the same files: parameters bit-equal, logits equal."""
     transformers = pytest.importorskip("transformers")
-    engine = Engine.load(official_folder)
+    engine = Engine.load(official_folder, dtype=torch.bfloat16)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(
         official_folder,
         dtype=torch.bfloat16,
@@ -507,8 +507,10 @@ def test_bfloat16_is_used_where_it_is_lossless_and_gives_the_same_bits(
     decoder: Decoder, tmp_path: Path, format: Format
 ) -> None:
     export_checkpoint(decoder, tmp_path, format=format)
-    half, whole = Engine.load(tmp_path), Engine.load(tmp_path, dtype=torch.float32)
-    dtypes = {name: parameter.dtype for name, parameter in half.decoder.named_parameters()}
+    half, whole = (Engine.load(tmp_path, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    decoder = load_checkpoint(tmp_path, device=torch.device("cpu"), dtype=None)[0]
+    assert_same_state(decoder, half.decoder)
+    dtypes = {name: parameter.dtype for name, parameter in decoder.named_parameters()}
     assert dtypes["layers.3.ffn.experts.w1"] == dtypes["layers.1.attn.wq_b.weight"] == torch.bfloat16
     assert dtypes["embed.weight"] == torch.bfloat16 and dtypes["layers.1.hc_attn_fn"] == torch.float32
     assert_same_state(half.decoder, whole.decoder)
@@ -529,7 +531,8 @@ def test_float32_is_used_where_it_is_stored_or_layers_are_plain_torch(broken: Pa
     assert (decoder.head.weight.dtype, decoder.embed.weight.dtype) == (torch.float32, torch.bfloat16)
     weight = torch.randn(64, 256).to(torch.float8_e4m3fn)
     change(broken, layers__0__attn__wq_a__weight=weight, layers__0__attn__wq_a__scale=torch.full((1, 2), 0.3))
-    assert Engine.load(broken).decoder.blocks[0].attn.wq_a.weight.dtype == torch.float32
+    decoder = load_checkpoint(broken, device=torch.device("cpu"), dtype=None)[0]
+    assert decoder.blocks[0].attn.wq_a.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100])

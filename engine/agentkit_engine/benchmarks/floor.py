@@ -21,10 +21,9 @@ import torch
 
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds, threads
-from agentkit_kernels.cpu import linear, loops
-from agentkit_kernels.cpu.linear import Job
+from agentkit_kernels.cpu import loops
+from agentkit_kernels.cpu.linear import Stacked, Weight
 from agentkit_kernels.cpu.loops import Floats, Ints, Weights
-from agentkit_kernels.cpu.workers import Workers
 
 DECODE_GOAL, PREFILL_GOAL = 1.35, 1.5
 """Goals: the time of a step of decoding, and of a prefill, over that of its products."""
@@ -46,13 +45,17 @@ class Floor:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the products of the `cpu` backend, in any engine of this process."""
-        compute, mix_experts = linear.compute, loops.mix_experts
+        multiply, multiply_stacked, mix_experts = Weight.multiply, Stacked.multiply, loops.mix_experts
 
-        def recorded_compute(jobs: Sequence[Job], workers: Workers) -> None:
-            likes = [job._replace(x=self._like(job.x.shape)) for job in jobs]
-            work = sum(len(job.x) * job.matrix.inputs * job.matrix.outputs for job in jobs)
-            self._add(partial(compute, likes, workers), len(jobs), work)
-            compute(jobs, workers)
+        def recorded_multiply(weight: Weight, x_NK: Floats, out_NX: Floats, column: int = 0) -> None:
+            call = partial(multiply, weight, self._like(x_NK.shape), out_NX, column)
+            self._add(call, len(weight.matrices), x_NK.size * weight.outputs)
+            multiply(weight, x_NK, out_NX, column)
+
+        def recorded_multiply_stacked(stacked: Stacked, x_PK: Floats, counts_E: Sequence[int]) -> Floats:
+            call = partial(multiply_stacked, stacked, self._like(x_PK.shape), counts_E)
+            self._add(call, sum(count > 0 for count in counts_E), x_PK.size * stacked.experts[0].outputs)
+            return multiply_stacked(stacked, x_PK, counts_E)
 
         def recorded_mix_experts(
             x_ND: Floats, experts_NA: Ints, weights_NA: Floats, w13_EDX: Weights, w2_EID: Weights, *rest: Any
@@ -63,7 +66,8 @@ class Floor:
             mix_experts(x_ND, experts_NA, weights_NA, w13_EDX, w2_EID, *rest)
 
         with (
-            patch.object(linear, "compute", recorded_compute),
+            patch.object(Weight, "multiply", recorded_multiply),
+            patch.object(Stacked, "multiply", recorded_multiply_stacked),
             patch.object(loops, "mix_experts", recorded_mix_experts),
         ):
             yield
