@@ -1,0 +1,287 @@
+"""`Triton`: the operations of this folder, as `agentkit_kernels.ops.Ops`.
+
+Activations have one dtype, bfloat16 or float32; products with float32 weights (the router's and mHC's, if they are
+loaded so) give float32. A lookup of rows is torch's, all other operations are Triton kernels. Rows are not padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agentkit_kernels.ops import Compressor, Heads, HyperConnection, HyperHead, Plan, Router
+from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows, in_memory
+from agentkit_kernels.reference import host_zeros
+from agentkit_kernels.trace import Trace
+from agentkit_kernels.triton import attention, compressor, experts, hyper_connections, indexer, linear, rope, router
+from agentkit_kernels.triton.launch import INTERPRET
+from agentkit_kernels.triton.norm import rms_norm
+from agentkit_kernels.triton.qkv import qkv
+from agentkit_kernels.triton.quantize import kv_row_bytes, store_kv_rows
+from agentkit_kernels.triton.swiglu import swiglu
+
+DECODING = 32
+"""Up to this many rows, attention divides each row among programs. A row's bits do not depend on it."""
+
+State = Mapping[str, Tensor]
+TopK = tuple[Tensor, Tensor]
+Matrix = Tensor | Packed
+
+
+class Batch:
+    """The rows of all sequences, end to end; see `ops.Batch`."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        def move(values: Sequence[int] | Tensor) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.int64).to(device)
+
+        self.trace: Trace | None = None
+        self.ids = move(plan.ids)
+        self.tokens = len(self.ids)
+        lengths, starts = torch.tensor(plan.lengths), torch.tensor(plan.starts)
+        ends = lengths.cumsum(0)
+        sequences = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        self.longest = max(plan.lengths, default=0)
+        self.cu_seqlens = move(F.pad(ends, (1, 0)))
+        self.starts, self.slots, self.sequences = move(starts), move(plan.slots), move(sequences)
+        self.positions = move(torch.arange(self.tokens) + (starts - ends + lengths)[sequences])
+        most = max(map(len, plan.block_tables), default=0)
+        padded = [span for table in plan.block_tables for span in (*table, *[0] * (most - len(table)))]
+        self.block_tables = move(padded).view(len(plan.block_tables), most)
+
+
+@dataclass(slots=True)
+class Weight:
+    """Matrices that share an input, in as few pieces as their formats allow.
+
+    Attributes:
+        parts: The pieces, each [X, K], or [E, X, K] in a stack.
+        together: Equal matrices of several weights as one, once `grouped_linear` has read them.
+    """
+
+    parts: list[Matrix]
+    together: Matrix | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The only part, which is not packed."""
+        (part,) = self.parts
+        assert isinstance(part, Tensor)
+        return part
+
+
+class Triton:
+    """See `ops.Ops`."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> None:
+        """`dtype` is that of activations: bfloat16 or float32.
+
+        Raises:
+            ValueError: The device is no GPU, outside Triton's interpreter.
+        """
+        self.device, self.dtype = torch.device(device), dtype
+        if self.device.type != "cuda" and not INTERPRET:
+            raise ValueError(
+                f'backend="triton" needs a GPU, and the device is {str(device)!r}; use backend="cpu", or set '
+                "TRITON_INTERPRET=1 to interpret the kernels"
+            )
+        self.exact = True
+
+    # --- memory ---
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.device.type == "cpu":
+            return host_zeros(shape, dtype)
+        return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+    def state(self, pools: Mapping[str, Tensor]) -> State:
+        return pools
+
+    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
+        parts: list[Matrix] = []
+        for part in map(self._move, (*parts_XK, *detached)):
+            joined = _join(parts[-1], part) if parts else None
+            if joined is None:
+                parts.append(part)
+            else:
+                parts[-1] = joined
+        return Weight(parts)
+
+    def stack(self, *parts_EXK: Tensor | PackedRows) -> Weight:
+        return Weight([*map(self._move, parts_EXK)])
+
+    def table(self, rows: Tensor) -> Tensor:
+        return rows.detach().to(self.device)
+
+    def vector(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().to(self.device, torch.float32).contiguous()
+
+    def settle(self, *, exact: bool) -> None:
+        self.exact = exact
+
+    def batch(self, plan: Plan) -> Batch:
+        return Batch(plan, self.device)
+
+    def array(self, rows: Tensor, batch: Batch) -> Tensor:
+        return rows.to(self.device, self.dtype)
+
+    def tensor(self, array: Tensor) -> Tensor:
+        return array
+
+    def _move(self, part: Tensor | PackedRows) -> Matrix:
+        matrix = in_memory(part)
+        if isinstance(matrix, Tensor):
+            return matrix.detach().to(self.device).contiguous()
+        data, scale = matrix.data.to(self.device).contiguous(), matrix.scale.to(self.device).contiguous()
+        return Packed(matrix.format, data, scale, matrix.shape)
+
+    # --- rows ---
+
+    def embed(self, batch: Batch, table: Tensor, streams: int) -> Tensor:
+        return F.embedding(batch.ids, table).to(self.dtype).unsqueeze(1).repeat(1, streams, 1)
+
+    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+        sizes = [part.shape[-2] for part in weight.parts]
+        dtypes = [part.dtype for part in weight.parts if isinstance(part, Tensor)]
+        wide = torch.float32 in dtypes
+        out = x.new_empty(len(x), sum(sizes), dtype=torch.float32 if wide else x.dtype)
+        first = 0
+        for part, size in zip(weight.parts, sizes, strict=True):
+            linear.linear(x, part, out=out[:, first : first + size], exact=self.exact)
+            first += size
+        return out
+
+    def grouped_linear(self, x: Tensor, weights: Sequence[Weight]) -> Tensor:
+        if weights[0].together is None:
+            weights[0].together = _stack([weight.parts[0] for weight in weights])
+        return linear.grouped_linear(x.flatten(1), weights[0].together, exact=self.exact)
+
+    def take(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        return x[torch.tensor(rows, device=x.device)]
+
+    rms_norm = staticmethod(rms_norm)
+    swiglu = staticmethod(swiglu)
+
+    # --- residual streams ---
+
+    def hc_pre(self, streams: Tensor, hc: HyperConnection) -> tuple[Tensor, Tensor]:
+        return hyper_connections.hc_pre(streams, hc._replace(fn=hc.fn.matrix), dtype=self.dtype)
+
+    def hc_post(self, streams: Tensor, y: Tensor, mixing: Tensor) -> Tensor:
+        return hyper_connections.hc_post(streams, y, mixing)
+
+    def hc_post_pre(
+        self, streams: Tensor, y: Tensor, mixing: Tensor, hc: HyperConnection
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return hyper_connections.hc_post_pre(streams, y, mixing, hc._replace(fn=hc.fn.matrix), dtype=self.dtype)
+
+    def hc_head(self, streams: Tensor, head: HyperHead) -> Tensor:
+        return hyper_connections.hc_head(streams, head._replace(fn=head.fn.matrix), dtype=self.dtype)
+
+    # --- attention ---
+
+    def rotations(self, batch: Batch, frequencies: Tensor) -> Tensor:
+        return rope.rotations(batch.positions, frequencies)
+
+    def qkv(
+        self, q: Tensor, projected: Tensor, rotations: Tensor, heads: Heads
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return qkv(q, projected, rotations, heads)
+
+    def compress(self, projected: Tensor, parameters: Compressor, batch: Batch, state: State) -> None:
+        values, scores, entries = (state[parameters.prefix + name] for name in ("values", "scores", "entries"))
+        compressor.compress(
+            projected, parameters, batch.cu_seqlens, batch.starts, batch.slots, batch.block_tables, batch.longest,
+            values, scores, entries,
+        )  # fmt: skip
+
+    def index_topk(
+        self, index_q: Tensor, index_weights: Tensor, batch: Batch, state: State, *, ratio: int, top_k: int
+    ) -> TopK:
+        return indexer.index_topk(
+            index_q, index_weights, batch.positions, batch.sequences, batch.block_tables, state["index_entries"],
+            ratio=ratio, top_k=top_k,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        rotations: Tensor,
+        sink: Tensor,
+        batch: Batch,
+        state: State,
+        *,
+        window: int,
+        ratio: int = 0,
+        topk: TopK | None = None,
+    ) -> Tensor:
+        pool = state["window"]
+        return attention.attend(
+            q, _as_rows_of(pool, kv, rotations.shape[1]), rotations, sink, batch.positions, batch.sequences,
+            batch.cu_seqlens, batch.slots, pool, window=window, ratio=ratio,
+            entries=state["entries"] if ratio else None, block_tables=batch.block_tables if ratio else None,
+            topk=topk, decode=batch.tokens <= DECODING,
+        )  # fmt: skip
+
+    # --- mixture of experts ---
+
+    def route(self, logits: Tensor, parameters: Router, batch: Batch) -> tuple[Tensor, Tensor]:
+        return router.route(logits, parameters, batch.ids)
+
+    def experts(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        w13: Weight,
+        w2: Weight,
+        limit: float,
+        shared: Tensor,
+        batch: Batch,
+    ) -> Tensor:
+        w1, w3 = w13.parts
+        return experts.experts(x, chosen, weights, w1, w3, w2.parts[0], limit, shared, exact=self.exact)
+
+
+def _join(above: Matrix, below: Matrix) -> Matrix | None:
+    """Return two matrices that share an input as one, or None if their formats differ."""
+    if isinstance(above, Tensor) or isinstance(below, Tensor):
+        if isinstance(above, Tensor) and isinstance(below, Tensor) and above.dtype == below.dtype:
+            return torch.cat((above, below))
+        return None
+    if (above.format, above.scale.dtype) != (below.format, below.scale.dtype):
+        return None
+    if above.format == "fp8" and above.shape[0] % FP8_BLOCK:
+        return None
+    data, scale = torch.cat((above.data, below.data)), torch.cat((above.scale, below.scale))
+    return Packed(above.format, data, scale, (above.shape[0] + below.shape[0], above.shape[1]))
+
+
+def _stack(matrices: Sequence[Matrix]) -> Matrix:
+    """Return equal matrices as one stack; matrices that follow each other in memory are not copied."""
+    first = matrices[0]
+    if isinstance(first, Tensor):
+        dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+        if all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(dense)):
+            return first.as_strided((len(dense), *first.shape), (first.numel(), *first.stride()))
+        return torch.stack(dense)
+    packed = [matrix for matrix in matrices if isinstance(matrix, Packed)]
+    data, scale = torch.stack([one.data for one in packed]), torch.stack([one.scale for one in packed])
+    return Packed(first.format, data, scale, (len(packed), *first.shape))
+
+
+def _as_rows_of(pool: Tensor, kv: Tensor, rotary: int) -> Tensor:
+    """Return key-value rows in the format of a pool."""
+    if pool.dtype != torch.uint8:
+        return kv.to(pool.dtype)
+    page = torch.empty(1, len(kv), kv_row_bytes(kv.shape[1], rotary), dtype=torch.uint8, device=kv.device)
+    store_kv_rows(kv, torch.arange(len(kv), device=kv.device), page, rotary=rotary)
+    return page[0]
