@@ -1,0 +1,53 @@
+"""Every configuration of every kernel beside its floor: the calls that each file of `triton/` lists."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import agentkit_kernels.triton
+from agentkit_kernels.gpu.bench import Bench
+from agentkit_kernels.gpu.record import Goal, Measurement
+
+_FOLDER = Path(agentkit_kernels.triton.__file__).parent
+
+
+def kernels() -> dict[str, list[str]]:
+    """Return the kernels that each file of `triton/` launches, from its source: the first argument of every
+    `launch(...)`."""
+    found = {}
+    for file in sorted(_FOLDER.glob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        launched = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch"]
+        names = sorted({kernel.id for kernel in launched if isinstance(kernel, ast.Name)})
+        if names:
+            found[file.stem] = names
+    return found
+
+
+def decode_calls(bench: Bench) -> Iterator[Measurement]:
+    """All calls with a few rows."""
+    yield from _calls(bench, bench.pick((1, 32), (2,)))
+
+
+def prefill_calls(bench: Bench) -> Iterator[Measurement]:
+    """All calls with many rows."""
+    yield from _calls(bench, bench.pick((2048,), (5,)))
+
+
+def _calls(bench: Bench, counts: tuple[int, ...]) -> Iterator[Measurement]:
+    for name in kernels():
+        calls = getattr(import_module(f"{agentkit_kernels.triton.__name__}.{name}"), "calls", None)
+        if calls is None:
+            continue
+        for rows in counts:
+            for call in calls(bench.shapes, rows, bench):
+                yield bench.measure(
+                    f"{name}: {call.name}, {rows} rows",
+                    call.run,
+                    Goal("us"),
+                    bytes=call.bytes,
+                    flops=call.flops,
+                )
