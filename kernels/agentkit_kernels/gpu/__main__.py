@@ -8,6 +8,7 @@ from agentkit_kernels.gpu.command import Part, main
 
 _HERE = "agentkit_kernels.gpu"
 PARTS = (
+    Part("correctness", "", f"{_HERE}.correctness:correctness"),
     Part("sparse-decode", "H4", f"{_HERE}.attention:sparse_decode"),
     Part("hca-decode", "H5", f"{_HERE}.attention:hca_decode"),
     Part("sparse-prefill", "H6", f"{_HERE}.attention:sparse_prefill"),

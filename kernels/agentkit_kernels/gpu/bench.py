@@ -100,9 +100,7 @@ class Bench:
                 0x30, 0x48, shape, generator=self.generator, device=self.device, dtype=torch.uint8
             )  # fmt: skip
             return codes.view(dtype)
-        return torch.randn(
-            shape, generator=self.generator, device=self.device, dtype=dtype if dtype.itemsize > 2 else None
-        ).to(dtype)  # fmt: skip
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
 
     def ints(self, values: Sequence[int] | range, dtype: torch.dtype = torch.int64) -> Tensor:
         """Return these integers."""

@@ -28,26 +28,19 @@ def kernels() -> dict[str, list[str]]:
 
 
 def decode_calls(bench: Bench) -> Iterator[Measurement]:
-    """All calls with a few rows."""
-    yield from _calls(bench, bench.pick((1, 32), (2,)))
+    """All calls with one row, and then with 32 if there is time."""
+    for rows in bench.pick((1, 32), (2,)):
+        yield from _calls(bench, rows)
 
 
 def prefill_calls(bench: Bench) -> Iterator[Measurement]:
     """All calls with many rows."""
-    yield from _calls(bench, bench.pick((2048,), (5,)))
+    yield from _calls(bench, bench.pick(2048, 5))
 
 
-def _calls(bench: Bench, counts: tuple[int, ...]) -> Iterator[Measurement]:
+def _calls(bench: Bench, rows: int) -> Iterator[Measurement]:
     for name in kernels():
-        calls = getattr(import_module(f"{agentkit_kernels.triton.__name__}.{name}"), "calls", None)
-        if calls is None:
-            continue
-        for rows in counts:
-            for call in calls(bench.shapes, rows, bench):
-                yield bench.measure(
-                    f"{name}: {call.name}, {rows} rows",
-                    call.run,
-                    Goal("us"),
-                    bytes=call.bytes,
-                    flops=call.flops,
-                )
+        module = import_module(f"{agentkit_kernels.triton.__name__}.{name}")
+        for call in module.calls(bench.shapes, rows, bench):
+            what = f"{name}: {call.name}, {rows} rows"
+            yield bench.measure(what, call.run, Goal("us"), bytes=call.bytes, flops=call.flops)
