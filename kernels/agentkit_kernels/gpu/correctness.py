@@ -18,17 +18,34 @@ from torch import Tensor
 from agentkit_kernels.gpu.attention import Case, case
 from agentkit_kernels.gpu.bench import Bench, OutputsDifferError, difference
 from agentkit_kernels.gpu.catalogue import kernels
+from agentkit_kernels.gpu.compressor import random_compressor
 from agentkit_kernels.gpu.experts import LIMIT, swiglu
 from agentkit_kernels.gpu.hyper_connections import boundary, random_hc
 from agentkit_kernels.gpu.indexer import index_scores
 from agentkit_kernels.gpu.record import Goal, Measurement
-from agentkit_kernels.ops import Heads, HyperHead, Router
+from agentkit_kernels.ops import Heads, HyperHead, Plan, Router
 from agentkit_kernels.packed import Packed
 from agentkit_kernels.reference import quantize as quantize_twin
+from agentkit_kernels.reference.batch import Batch
+from agentkit_kernels.reference.compressor import compress as compressor_twin
 from agentkit_kernels.reference.formats import dequantise
 from agentkit_kernels.reference.indexer import select_top_k
 from agentkit_kernels.reference.rope import rotate
-from agentkit_kernels.triton import experts, hyper_connections, indexer, linear, norm, qkv, quantize, rope, router
+from agentkit_kernels.reference.sampler import sample as sampler_twin
+from agentkit_kernels.reference.state import PooledState
+from agentkit_kernels.triton import (
+    compressor,
+    experts,
+    hyper_connections,
+    indexer,
+    linear,
+    norm,
+    qkv,
+    quantize,
+    rope,
+    router,
+    sampler,
+)
 from agentkit_kernels.triton import swiglu as swiglu_kernel
 from agentkit_kernels.triton.launch import INTERPRET, LAUNCHES
 
@@ -36,6 +53,8 @@ BF16 = 2e-2 if INTERPRET else 1e-2
 """Tolerance over the largest value: a bfloat16 result is rounded by 2^-9, and so are operands within a kernel. The
 interpreter truncates instead, which doubles the error."""
 FP32 = 1e-4
+FP8 = 0.065
+"""An E4M3 code is rounded by 2^-4 of its value at most."""
 EXACT = 0.0
 
 Found = Iterator[tuple[str, object, object, float]]
@@ -91,6 +110,55 @@ def _attention(bench: Bench) -> Found:
         out = made.run(decode=True)
         yield f"decode, {name}, FP8 rows", out, _attend(made), BF16
         yield f"decode and prefill alike, {name}", made.run(decode=False), out, EXACT
+
+
+def _compressor(bench: Bench) -> Found:
+    rotary = bench.shapes.qk_rope_head_dim
+    for kind, ratio, prefix in (("CSA", 4, ""), ("HCA", 128, ""), ("index keys", 4, "index_")):
+        of = random_compressor(bench, ratio, prefix=prefix)
+        size, width, per_span = len(of.norm), of.ape.shape[1], 256 // ratio
+        first, second = bench.pick(700, 2 * ratio + 3), bench.pick(300, ratio + 2)
+        spans = -(-(first + second) // 256)
+        rows = bench.floats(first + second, 2 * width)
+        tables = [torch.randperm(spans, generator=bench.generator, device=bench.device).add(1).tolist()]
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=bench.device)
+
+        def pools(entries: Tensor, width: int = width, ratio: int = ratio, prefix: str = prefix) -> dict[str, Tensor]:
+            values = zeros(1, (2 if ratio == 4 else 1) * ratio + 12, width)
+            parts = {"entries": entries, "values": values, "scores": torch.full_like(values, -torch.inf)}
+            return {f"{prefix}{name}": pool for name, pool in parts.items()}
+
+        twin = pools(zeros(spans + 1, per_span, size))
+        made = [pools(zeros(spans + 1, per_span, size))]
+        options: list[dict[str, Any]] = [{}]
+        if prefix:
+            made += [pools(zeros(spans + 1, per_span, size, dtype=torch.uint8))]
+            options += [{"key_scales": zeros(spans + 1, per_span), "hadamard": True}]
+        else:
+            made += [pools(zeros(spans + 1, per_span, quantize.kv_row_bytes(size, rotary), dtype=torch.uint8))]
+            options += [{}]
+        for start, length in ((0, first), (first, second)):
+            part = rows[start : start + length]
+            plan = Plan([0] * length, [length], [start], [0], tables)
+            compressor_twin(part.float(), of, Batch(plan, bench.device), PooledState(twin))
+            for each, formats in zip(made, options, strict=True):
+                sequence = (bench.ints([0, length]), bench.ints([start]), bench.ints([0]), bench.ints(tables[0])[None])
+                state = [each[f"{prefix}{name}"] for name in ("values", "scores", "entries")]
+                compressor.compress(part, of, *sequence, length, *state, **formats)
+        for name in ("values", "entries"):
+            yield f"{kind}, {name}", made[0][f"{prefix}{name}"], twin[f"{prefix}{name}"], FP32
+        expected, stored = twin[f"{prefix}entries"], made[1][f"{prefix}entries"]
+        used = bench.ints([*range((first + second) // ratio)])
+        slots = bench.ints(tables[0])[used // per_span] * per_span + used % per_span
+        flat = expected.flatten(0, 1)[slots]
+        if prefix:
+            codes = stored.view(torch.float8_e4m3fn).float() * options[1]["key_scales"][:, :, None]
+            yield f"{kind}, FP8 with Hadamard", codes.flatten(0, 1)[slots], quantize_twin.hadamard(flat), FP8
+        else:
+            loaded = quantize_twin.load_kv_rows(stored, slots, size, rotary=rotary, dtype=torch.float32)
+            yield f"{kind}, FP8 rows", loaded, flat, FP8
 
 
 def _experts(bench: Bench) -> Found:
@@ -222,7 +290,7 @@ def _qkv(bench: Bench) -> Found:
     _, _, codes, weights = qkv.qkv(q, projected, turns, heads, hadamard=True, fp8=True)
     decoded = codes.view(torch.float8_e4m3fn).float() * weights[:, :, None]
     rotated = quantize_twin.hadamard(expected_index) * expected_weights[:, :, None]
-    yield "Hadamard and FP8 index queries, weighted", decoded, rotated, 0.05
+    yield "Hadamard and FP8 index queries, weighted", decoded, rotated, FP8
 
 
 def _quantize(bench: Bench) -> Found:
@@ -281,6 +349,21 @@ def _router(bench: Bench) -> Found:
         yield f"weights {name}", found[1], weights / weights.sum(1, keepdim=True) * 1.5, FP32
 
 
+def _sampler(bench: Bench) -> Found:
+    rows, size = 4, bench.shapes.vocab_size
+    logits = _vector(bench, rows, size) * 3
+    logits[0, 5] = logits[0, 3] = 50.0  # the first of equals
+    temperatures = torch.tensor([0.0, 1.0, 0.7, 1.3], device=bench.device)
+    uniforms = torch.rand(rows, generator=bench.generator, device=bench.device, dtype=torch.float64)
+    mask = bench.below(1 << 31, rows, -(-size // 32)).int()
+    for name, bitmask in (("any id", None), ("packed mask", mask)):
+        ours, theirs = (
+            chosen(logits, temperatures, uniforms, bitmask) for chosen in (sampler.sample, sampler_twin)
+        )  # fmt: skip
+        yield f"ids, {name}", ours.ids, theirs.ids, EXACT
+        yield f"log-probabilities, {name}", ours.logprobs, theirs.logprobs, 1e-6
+
+
 def _swiglu(bench: Bench) -> Found:
     x = bench.floats(5, 2 * bench.shapes.moe_intermediate_size) * 8
     yield "clamped", swiglu_kernel.swiglu(x, LIMIT), swiglu(x), BF16
@@ -288,6 +371,7 @@ def _swiglu(bench: Bench) -> Found:
 
 _CHECKS: dict[str, Callable[[Bench], Found]] = {
     "attention": _attention,
+    "compressor": _compressor,
     "experts": _experts,
     "hyper_connections": _hyper_connections,
     "indexer": _indexer,
@@ -297,5 +381,6 @@ _CHECKS: dict[str, Callable[[Bench], Found]] = {
     "quantize": _quantize,
     "rope": _rope,
     "router": _router,
+    "sampler": _sampler,
     "swiglu": _swiglu,
 }
