@@ -16,6 +16,8 @@ PARTS = (
     Part("index-prefill", "H8", f"{_HERE}.indexer:prefill"),
     Part("moe", "H9", f"{_HERE}.experts:moe"),
     Part("hc-boundary", "H10", f"{_HERE}.hyper_connections:hc_boundary"),
+    Part("expert-streaming", "H13", f"{_HERE}.transfers:expert_streaming"),
+    Part("tiers", "H14", f"{_HERE}.transfers:tiers"),
     Part("compressor-prefill", "H15", f"{_HERE}.compressor:prefill"),
     Part("kernels-decode", "", f"{_HERE}.catalogue:decode_calls"),
     Part("kernels-prefill", "", f"{_HERE}.catalogue:prefill_calls"),

@@ -148,6 +148,19 @@ class Bench:
         median = statistics.median(times)
         return Timing(median, (max(times) - min(times)) / median)
 
+    def wall(self, run: Callable[[], object]) -> Timing:
+        """Return the wall time of one call, from an idle device to an idle device."""
+        self.check_time()
+        times = []
+        for _ in range(self.pick(5, 1)):
+            self.synchronise()
+            start = time.perf_counter()
+            run()
+            self.synchronise()
+            times.append(1e6 * (time.perf_counter() - start))
+        median = statistics.median(times)
+        return Timing(median, (max(times) - min(times)) / median)
+
     def captured(self, run: Callable[[], object]) -> Callable[[], object]:
         """Return a function that replays one call from a CUDA graph; in a rehearsal, `run` itself."""
         if self.rehearse:

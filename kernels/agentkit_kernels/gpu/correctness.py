@@ -246,7 +246,7 @@ def _indexer(bench: Bench) -> Found:
 
 
 def _linear(bench: Bench) -> Found:
-    outputs, inputs = bench.pick((2048, 4096), (96, 416))
+    outputs, inputs = bench.pick((2048, 4096), (96, 672))
     groups, group_outputs, group_inputs = bench.pick((8, 1024, 4096), (2, 64, 96))
     for number_format in ("bfloat16", "fp8", "int8", "mxfp4"):
         weight = _weight(bench, number_format, outputs, inputs)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 Status = Literal["running", "done", "cut", "failed"]
 """`cut`: the part's time ran out before its last measurement."""
-Unit = Literal["us", "TFLOPS", "of floor", "tokens/s", "GB/s", "ratio", "kernels", "error"]
+Unit = Literal["us", "TFLOPS", "of floor", "tokens/s", "overlap", "of line rate", "ratio", "kernels", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Goal:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.unit in ("TFLOPS", "of floor", "tokens/s", "GB/s")
+        return self.unit in ("TFLOPS", "of floor", "tokens/s", "overlap", "of line rate")
 
     def meets(self, value: float, bound: float | None) -> bool | None:
         """Return whether `value` reaches `bound`; None without a bound."""
