@@ -14,10 +14,11 @@ import reprlib
 import stat
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 MAX_VALUES = 500_000
 """Default limit on the number of values in one JSON text. Python needs about 200 bytes for each."""
