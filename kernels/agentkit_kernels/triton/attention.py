@@ -183,6 +183,7 @@ def _attend_kernel(
     q_plain = tl.load(at + p[None, :], mask=(h < H)[:, None] & (p < P)[None, :], other=0.0)
     q_rotary = tl.load(at + P + r[None, :], mask=(h < H)[:, None] & (r < R)[None, :], other=0.0)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    READ: tl.constexpr = tl.float32 if INTERPRET else DTYPE  # the interpreter's products of bfloat16 are wrong
 
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -220,7 +221,7 @@ def _attend_kernel(
             scale_ptr = row_ptr
             if FP8:
                 scale_ptr += (page_rows - row) * stride + row * SCALE_BYTES
-            row_plain, row_rotary = _read_rows(row_ptr, scale_ptr, seen, P, R, FP8, ALIGN, BLOCK_P, BLOCK_R, DTYPE)
+            row_plain, row_rotary = _read_rows(row_ptr, scale_ptr, seen, P, R, FP8, ALIGN, BLOCK_P, BLOCK_R, READ)
             row_plain, row_rotary = row_plain.to(DTYPE), row_rotary.to(DTYPE)
             scores = _product(q_rotary, tl.trans(row_rotary), DTYPE, INTERPRET)
             scores += _product(q_plain, tl.trans(row_plain), DTYPE, INTERPRET)
