@@ -29,7 +29,7 @@ BANDWIDTH = 4.8e12
 """Bytes per second of an H200's memory."""
 FLOPS = {"bf16": 989e12, "fp8": 1979e12}
 """Floating-point operations per second of an H200's tensor cores, dense."""
-TOY = Shapes("toy", 128, 2, 96, 32, 64, 2, 32, 16, 4, 32, 8, 4, 3, 8, 2, 64, 96)
+TOY = Shapes("toy", 128, 2, 96, 32, 64, 2, 128, 16, 4, 32, 8, 4, 3, 8, 2, 64, 96)
 """Shapes of a rehearsal, small because the interpreter takes a millisecond per program; head sizes are no powers of
 two."""
 _FLUSH_BYTES = 512 << 20

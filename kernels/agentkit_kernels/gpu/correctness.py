@@ -229,15 +229,14 @@ def _indexer(bench: Bench) -> Found:
     rows = bench.pick(5, 2)
     # Small integers: every product and sum is exact, so ties are real and must go to the lowest entry.
     q = bench.below(3, rows, heads, size).to(torch.bfloat16) - 1
-    codes = (bench.below(2, spans, 64 * size) + 1).float().to(torch.float8_e4m3fn)
-    scales = torch.ones(spans, 64, device=bench.device).view(torch.uint8)
-    pages = torch.cat((codes.view(torch.uint8), scales), dim=1).view(spans, 64, size + 4)
+    codes = (bench.below(2, spans, 64, size) + 1).float().to(torch.float8_e4m3fn)
+    keys, scales = codes.view(torch.uint8), torch.ones(spans, 64, device=bench.device)
     weights = bench.below(4, rows, heads).float()
     tables = torch.randperm(spans, generator=bench.generator, device=bench.device)[None]
     positions = bench.ints([4 * spans * 64 - 1 - 40 * n for n in range(rows)])
     owners = torch.zeros(rows, dtype=torch.int64, device=bench.device)
-    chosen, counts = indexer.index_topk(q, weights, positions, owners, tables, pages, ratio=4, top_k=top_k)
-    entries = codes.float().view(spans, 64, size)[tables[0]].view(-1, size)
+    chosen, counts = indexer.index_topk(q, weights, positions, owners, tables, keys, scales, ratio=4, top_k=top_k)
+    entries = codes.float()[tables[0]].view(-1, size)
     visible = torch.arange(len(entries), device=bench.device) < ((positions + 1) // 4)[:, None]
     mask = select_top_k(index_scores(q.float(), entries, weights), top_k, visible)
     expected = mask.nonzero()[:, 1].view(rows, top_k)

@@ -16,13 +16,13 @@ _AGREE = 0.98
 """Least share of chosen entries that the float32 scores choose too; bfloat16 queries and sums may swap near ties."""
 
 
-def index_pages(bench: Bench, spans: int) -> tuple[Tensor, Tensor]:
-    """Return 8-bit index keys, uint8 [spans, 64, C + 4], and the same dequantised to bfloat16 [spans * 64, C]."""
+def index_keys(bench: Bench, spans: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return index keys as E4M3 codes, uint8 [spans, 64, C], with their scales [spans, 64], and dequantised to bfloat16
+    [spans, 64, C]."""
     size = bench.shapes.index_head_dim
-    codes = bench.floats(spans, _PER_SPAN * size).to(torch.float8_e4m3fn)
+    codes = bench.floats(spans, _PER_SPAN, size).to(torch.float8_e4m3fn)
     scales = 2.0 ** bench.below(3, spans, _PER_SPAN).float()
-    pages = torch.cat((codes.view(torch.uint8), scales.view(torch.uint8)), dim=1).view(spans, _PER_SPAN, size + 4)
-    return pages, (codes.bfloat16().view(spans, _PER_SPAN, size) * scales[:, :, None]).bfloat16().view(-1, size)
+    return codes.view(torch.uint8), scales, (codes.float() * scales[:, :, None]).bfloat16()
 
 
 def index_scores(q_NJC: Tensor, keys_SC: Tensor, weights_NJ: Tensor) -> Tensor:
@@ -37,17 +37,17 @@ def _measure(
     """`queries` queries of each sequence over `entries` entries, all visible."""
     shapes, spans = bench.shapes, -(-entries // _PER_SPAN)
     heads, size, top_k = shapes.index_n_heads, shapes.index_head_dim, shapes.index_topk
-    pages, keys = index_pages(bench, sequences * spans)
+    codes, scales, keys = index_keys(bench, sequences * spans)
     ids = torch.randperm(sequences * spans, generator=bench.generator, device=bench.device)
     tables = ids.view(sequences, spans)
-    gathered = keys.view(-1, _PER_SPAN, size)[tables].view(sequences, -1, size)[:, :entries]
+    gathered = keys[tables].view(sequences, -1, size)[:, :entries]
     rows = sequences * queries
     q, weights = bench.floats(rows, heads, size), bench.floats(rows, heads, dtype=torch.float32)
     positions = torch.full((rows,), 4 * entries - 1, device=bench.device)
     owner = bench.ints(range(sequences)).repeat_interleave(queries)
 
     def run() -> tuple[Tensor, Tensor]:
-        return index_topk(q, weights, positions, owner, tables, pages, ratio=4, top_k=top_k)
+        return index_topk(q, weights, positions, owner, tables, codes, scales, ratio=4, top_k=top_k)
 
     at_once = max(1, min(queries, (1 << 32) // (2 * heads * entries)))
     agree = _agreement(run()[0], q[:at_once], weights[:at_once], gathered[0], top_k)
