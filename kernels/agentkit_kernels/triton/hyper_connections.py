@@ -57,8 +57,11 @@ def _write_and_mix(
     output = tl.arange(0, PADDED)
     products = tl.zeros([ROWS, PADDED], tl.float32)
     squares = tl.zeros([ROWS, TILE], tl.float32)
+    weights = ()
     if WRITE:
-        mixing_ptr += row * (M + M * M)
+        for i in tl.static_range(M + M * M):
+            weight = tl.load(mixing_ptr + row * (M + M * M) + i, mask=row < rows, other=0.0)
+            weights = weights + (weight[:, None],)  # type: ignore[assignment]  # noqa: RUF005
     for start in range(0, SLAB, TILE):
         column = tl.program_id(0) * SLAB + start + tl.arange(0, TILE)
         inside = (row[:, None] < rows) & (column[None, :] < D)
@@ -72,10 +75,9 @@ def _write_and_mix(
         for k in tl.static_range(M):
             stream = streams[k]
             if WRITE:
-                stream = tl.load(mixing_ptr + k, mask=row < rows, other=0.0)[:, None] * y
+                stream = weights[k] * y
                 for j in tl.static_range(M):
-                    comb = tl.load(mixing_ptr + M + j * M + k, mask=row < rows, other=0.0)
-                    stream += comb[:, None] * streams[j]
+                    stream += weights[M + j * M + k] * streams[j]
                 rounded = stream.to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + place + k * D, rounded, mask=inside)
                 stream = rounded.to(tl.float32)
@@ -190,6 +192,7 @@ def _mix(streams: Tensor, y: Tensor | None, mixing: Tensor | None, fn: Tensor | 
         _write_and_mix, (slabs, -(-rows // _ROWS)), streams, y, mixing, out, fn, parts, rows,
         0 if y is None else y.stride(0), M=size, D=dim, OUTPUTS=outputs, PADDED=padded, SLABS=slabs, ROWS=_ROWS,
         SLAB=slab, TILE=tile, WRITE=y is not None, MIX=fn is not None, PRECISION=_precision(),
+        num_warps=2 if y is None else 4, num_stages=2,
     )  # fmt: skip
     return out, parts
 
