@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from agentkit_kernels.aot import accepted as accepted_module
+from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.aot import report as report_module
 from agentkit_kernels.aot.accepted import Excess, Spill
 from agentkit_kernels.aot.assembly import Load, Resources
@@ -82,7 +83,7 @@ def sum_rows(x: torch.Tensor) -> Call:
 
 
 def compiled(call: Call, target: Target) -> Outcome:
-    return compile_calls([call], target, file="planted", shapes="flash", kind="decode")
+    return compile_calls([call], target, file="planted", shapes="flash")
 
 
 @every_target
@@ -90,7 +91,7 @@ def test_a_good_product_has_no_faults(target: Target) -> None:
     outcome = compiled(product(64, 64), target)
     assert not outcome.faults and not outcome.refused
     (program,) = outcome.programs
-    assert program.kernel == "_product" and program.target == target.name and program.call == "decode, product"
+    assert program.kernel == "_product" and program.target == target.name and program.call == "product"
     assert program.tensor_cores and program.wide_share == 1.0 and program.spill_bytes == 0
     assert 32 < program.registers <= 255 and 0 < program.shared_bytes <= target.shared_bytes
 
@@ -144,9 +145,10 @@ def test_scalar_loads_in_a_loop_are_found_with_their_line(target: Target, x: tor
 
 
 def test_a_scalar_that_all_threads_share_is_no_fault() -> None:
-    wide, shared = Load(16, True, "k.py:1"), Load(4, False, "k.py:2")
-    assert not faults(Resources(64, 0, 0, "", [], [[wide, shared]]))
-    assert faults(Resources(64, 0, 0, "", [], [[wide, Load(4, True, "k.py:2")]]))
+    wide, shared, own = Load(16, True, "k.py:1"), Load(4, False, "k.py:2"), Load(4, True, "k.py:2")
+    assert not faults(Resources(64, 0, 0, "", [], [[wide, shared, shared]]))
+    assert not faults(Resources(64, 0, 0, "", [], [[wide, own]]))
+    assert faults(Resources(64, 0, 0, "", [], [[wide, own, own]]))
 
 
 @triton.jit
@@ -159,7 +161,7 @@ def test_a_format_that_a_target_lacks_is_refused_by_name() -> None:
     x, y = MAKE.floats(128, dtype=torch.float8_e4m3fn), MAKE.floats(128, dtype=torch.float32)
     call = Call("e4m3", lambda: launch(_widen, (1,), x, y), 0, 0)
     lacking = compiled(call, SM_80)
-    assert lacking.refused == ["sm_80 planted.py (flash decode, e4m3): fp8e4nv"]
+    assert lacking.refused == ["sm_80 planted.py (flash, e4m3): fp8e4nv"]
     assert not lacking.programs and not lacking.faults
     assert compiled(call, SM_90).programs and not compiled(call, SM_90).refused
 
@@ -172,7 +174,19 @@ def _broken(x):
 def test_a_kernel_that_does_not_compile_is_a_fault() -> None:
     x = MAKE.floats(4)
     (found,) = compiled(Call("broken", lambda: launch(_broken, (1,), x), 0, 0), SM_90).faults
-    assert found.startswith("sm_90 planted.py (flash decode, broken): does not compile: ")
+    assert found.startswith("sm_90 planted.py (flash, broken): does not compile: ")
+
+
+def test_every_file_lists_calls_of_both_phases_at_both_models_shapes() -> None:
+    files = catalog.kernel_files()
+    assert {"attention", "experts", "linear"} <= set(files) and not {"launch", "formats"} & set(files)
+    for file in files:
+        for shapes in catalog.COMPILED.values():
+            with compiling_for(SM_90):
+                names = [call.name for call in catalog.calls(file, shapes, catalog.ROWS, MAKE)]
+            assert len(set(names)) == len(names), (file, names)
+            assert {name.split(", ")[0] for name in names} == set(catalog.ROWS), (file, names)
+            assert not any("decode" in name and "prefill" in name for name in names), (file, names)
 
 
 def test_targets_do_not_share_programs() -> None:

@@ -29,14 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = options.files or catalog.kernel_files()
     counted = _count(files, options.jobs) if options.count else []
     outcome = _compile(files, options.targets, options.shapes, options.jobs)
-    faults = [*outcome.faults, *filter(None, map(fault, counted))]
+    faults = outcome.faults + [found for one in counted if (found := fault(one))]
     if options.write:
         errors = json.loads(options.errors.read_text()) if options.errors else {}
         report = Report(outcome.programs, outcome.refused, counted, errors)
         report.write()
         write_table(report)
-    for line in (*(f"refused: {refusal}" for refusal in outcome.refused), *(f"FAULT: {found}" for found in faults)):
-        print(line)
     seconds = time.monotonic() - started
     print(
         f"{len(files)} files, {len(outcome.programs)} programs, {len(counted)} counted calls, {len(faults)} faults, "
@@ -77,13 +75,22 @@ def _compile(files: Iterable[str], targets: Iterable[str], shapes: Iterable[str]
         outcomes = []
         for (file, target, model), outcome in zip(work, pool.map(compile_file, *zip(*work, strict=True)), strict=True):
             print(f"{file}.py for {target} at {model} shapes: {len(outcome.programs)} programs", flush=True)
+            for line in (*(f"refused: {one}" for one in outcome.refused), *(f"FAULT: {one}" for one in outcome.faults)):
+                print(line, flush=True)
             outcomes.append(outcome)
         return joined(outcomes)
 
 
-def _count(files: Iterable[str], jobs: int) -> list[Counted]:
+def _count(files: Sequence[str], jobs: int) -> list[Counted]:
+    counted = []
     with ThreadPoolExecutor(jobs) as pool:
-        return [counted for of_file in pool.map(_count_file, files) for counted in of_file]
+        for file, of_file in zip(files, pool.map(_count_file, files), strict=True):
+            print(f"{file}.py counted: {len(of_file)} calls", flush=True)
+            for one in of_file:
+                if found := fault(one):
+                    print(f"FAULT: {found}", flush=True)
+            counted += of_file
+    return counted
 
 
 def _count_file(file: str) -> list[Counted]:

@@ -28,7 +28,13 @@ EXCESSES: dict[tuple[str, str], Excess] = {
         1.5,
         "the norm of a row's new streams must be known before they are summed, and 16 rows of them, 512 KiB at "
         "V4-Flash's shapes, do not fit into one processor: a second kernel reads them back",
-    )
+    ),
+    ("hyper_connections", "prefill, hc_pre"): Excess(
+        1.15, "the partial sums of slabs pass through memory, so that a few rows keep many processors busy"
+    ),
+    ("attention", "decode"): Excess(
+        1.75, "the float32 partial results of splits pass through memory, so that a few rows keep many processors busy"
+    ),
 }
 """By file and the start of a call's label."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -55,9 +56,15 @@ def kernel_files() -> list[str]:
     return [name for name in names if hasattr(_module(name), "calls")]
 
 
-def calls(file: str, shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
-    """Yield the calls that one of these files lists."""
-    yield from _module(file).calls(shapes, rows, make)
+def calls(file: str, shapes: Shapes, rows: Mapping[str, int], make: Make) -> Iterator[Call]:
+    """Yield the calls that one of these files lists for decoding and prefill, named by the phase.
+
+    A file whose launcher is called differently in the two phases starts the names of its calls with the phase.
+    """
+    for phase, count in rows.items():
+        for call in _module(file).calls(shapes, count, make):
+            if not any(call.name.startswith(other) for other in rows if other != phase):
+                yield replace(call, name=f"{phase}, {call.name.removeprefix(f'{phase}, ')}")
 
 
 def _module(name: str) -> ModuleType:

@@ -65,27 +65,19 @@ def joined(outcomes: Iterable[Outcome]) -> Outcome:
 
 def compile_file(file: str, target: str, shapes: str) -> Outcome:
     """Compile all calls of a file of `agentkit_kernels.triton` at a model's shapes, for decoding and prefill."""
-    return joined(
-        compile_calls(
-            catalog.calls(file, catalog.COMPILED[shapes], rows, catalog.OnMeta()),
-            TARGETS[target],
-            file=file,
-            shapes=shapes,
-            kind=kind,
-        )
-        for kind, rows in catalog.ROWS.items()
-    )
+    listed = catalog.calls(file, catalog.COMPILED[shapes], catalog.ROWS, catalog.OnMeta())
+    return compile_calls(listed, TARGETS[target], file=file, shapes=shapes)
 
 
-def compile_calls(calls: Iterable[Call], target: Target, *, file: str, shapes: str, kind: str) -> Outcome:
+def compile_calls(calls: Iterable[Call], target: Target, *, file: str, shapes: str) -> Outcome:
     """Compile calls for a target; they are made while it is the active one, because launchers may ask for it."""
     with compiling_for(target) as launched:
-        return joined(_compile_call(call, target, launched, file, shapes, kind) for call in calls)
+        return joined(_compile_call(call, target, launched, file, shapes) for call in calls)
 
 
-def _compile_call(call: Call, target: Target, launched: list[Program], file: str, shapes: str, kind: str) -> Outcome:
+def _compile_call(call: Call, target: Target, launched: list[Program], file: str, shapes: str) -> Outcome:
     outcome = Outcome()
-    place = f"{target.name} {file}.py ({shapes} {kind}, {call.name})"
+    place = f"{target.name} {file}.py ({shapes}, {call.name})"
     launched.clear()
     try:
         call.run()
@@ -106,7 +98,7 @@ def _compile_call(call: Call, target: Target, launched: list[Program], file: str
             Compiled(
                 file=file,
                 kernel=program.kernel,
-                call=f"{kind}, {call.name}",
+                call=call.name,
                 shapes=shapes,
                 target=target.name,
                 registers=costs.registers,

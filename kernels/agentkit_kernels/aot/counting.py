@@ -147,24 +147,21 @@ class Counted:
 
 def count_file(file: str) -> list[Counted]:
     """Count all calls of a file of `agentkit_kernels.triton`."""
-    counted: list[Counted] = []
-    for kind, rows in catalog.COUNTED_ROWS.items():
-        flash = {call.name: call.bytes for call in catalog.calls(file, FLASH, catalog.ROWS[kind], catalog.OnMeta())}
-        counted += [
-            count_call(call, file=file, kind=kind, flash_floor_bytes=flash.get(call.name))
-            for call in catalog.calls(file, catalog.COUNTED, rows, catalog.Random())
-        ]
-    return counted
+    flash = {call.name: call.bytes for call in catalog.calls(file, FLASH, catalog.ROWS, catalog.OnMeta())}
+    return [
+        count_call(call, file=file, flash_floor_bytes=flash.get(call.name))
+        for call in catalog.calls(file, catalog.COUNTED, catalog.COUNTED_ROWS, catalog.Random())
+    ]
 
 
-def count_call(call: Call, *, file: str, kind: str, flash_floor_bytes: int | None = None) -> Counted:
+def count_call(call: Call, *, file: str, flash_floor_bytes: int | None = None) -> Counted:
     """Run a call in the interpreter and count."""
     with counting() as traffic, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # padding of tiles overflows
         call.run()
     return Counted(
         file=file,
-        call=f"{kind}, {call.name}",
+        call=call.name,
         floor_bytes=call.bytes,
         touched_bytes=traffic.touched_bytes,
         issued_bytes=traffic.issued_bytes,

@@ -37,19 +37,19 @@ def copy(elements: int, *, times: int = 1, launches: int = 1) -> Call:
 
 @pytest.mark.parametrize("elements", [1, 63, 64, 65, 200])
 def test_masked_elements_are_not_counted(elements: int) -> None:
-    counted = count_call(copy(elements), file="planted", kind="decode")
+    counted = count_call(copy(elements), file="planted")
     assert counted.touched_bytes == counted.issued_bytes == counted.floor_bytes == 8 * elements
     assert fault(counted) is None
 
 
 def test_bytes_that_a_launch_reads_again_are_issued_and_touched_once() -> None:
-    counted = count_call(copy(100, times=3), file="planted", kind="decode")
+    counted = count_call(copy(100, times=3), file="planted")
     assert counted.touched_bytes == 800 and counted.issued_bytes == 2400
     assert fault(counted) is None
 
 
 def test_a_second_launch_that_reads_the_same_bytes_touches_no_more() -> None:
-    counted = count_call(copy(100, launches=2), file="planted", kind="decode")
+    counted = count_call(copy(100, launches=2), file="planted")
     assert counted.touched_bytes == 800 and counted.issued_bytes == 1600
 
 
@@ -61,7 +61,7 @@ def test_bytes_that_are_written_and_read_back_count_beyond_the_floor() -> None:
         for source, target in ((x, scratch), (scratch, y)):
             launch(_copy, (4,), source, target, 256, TIMES=1, SIZE=64)
 
-    counted = count_call(Call("twice", through_memory, 2048, 0), file="planted", kind="decode")
+    counted = count_call(Call("twice", through_memory, 2048, 0), file="planted")
     assert counted.touched_bytes == 4096
     assert "2.00 times its floor of 2048" in (fault(counted) or "")
 
@@ -89,7 +89,7 @@ def _dot(x, y):
 
 def test_operations_are_those_of_dots() -> None:
     x, y = MAKE.floats(16, 32, dtype=torch.float32), torch.empty(16, 16)
-    counted = count_call(Call("dot", lambda: launch(_dot, (2,), x, y), 1, 1), file="planted", kind="decode")
+    counted = count_call(Call("dot", lambda: launch(_dot, (2,), x, y), 1, 1), file="planted")
     assert counted.dot_flops == 2 * 2 * 16 * 16 * 32
 
 
