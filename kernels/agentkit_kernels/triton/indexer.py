@@ -89,10 +89,15 @@ def _scan_kernel(
     tile = tl.arange(0, TILES)
     scores = tl.zeros([TILES, BLOCK_S], tl.float32)
     for i in range(tl.minimum(TILES, tl.cdiv(visible - low, BLOCK_S))):
-        w = low + i * BLOCK_S + tl.arange(0, BLOCK_S)
+        first = low + i * BLOCK_S
+        w = first + tl.arange(0, BLOCK_S)
         seen = w < visible
-        span = tl.load(tables_ptr + b * stride_tb + w // PER_SPAN, mask=seen, other=0)
-        row = (w % PER_SPAN).to(tl.int64)
+        if PER_SPAN % BLOCK_S == 0:  # these entries lie in one span, so that their addresses are consecutive
+            span = tl.load(tables_ptr + b * stride_tb + first // PER_SPAN)
+            row = first % PER_SPAN + tl.arange(0, BLOCK_S).to(tl.int64)
+        else:
+            span = tl.load(tables_ptr + b * stride_tb + w // PER_SPAN, mask=seen, other=0)
+            row = (w % PER_SPAN).to(tl.int64)
         page_ptr = entries_ptr + span * stride_es
         rows = tl.load(
             (page_ptr + row * stride_er)[:, None] + c[None, :], mask=seen[:, None] & (c < C)[None, :], other=0
@@ -104,7 +109,9 @@ def _scan_kernel(
         else:
             dots = tl.dot(q, tl.trans(rows.to(q.dtype)), input_precision="ieee")
         some = tl.sum(tl.where(dots < 0.0, 0.0, dots) * weights[:, None], 0)  # NaN is kept
-        if FP8:
+        if FP8 and PER_SPAN % BLOCK_S == 0:  # without a mask, threads load several scales at once
+            some = some * tl.load(scales_ptr + span * stride_ss + row)
+        elif FP8:
             some = some * tl.load(scales_ptr + span * stride_ss + row, mask=seen, other=0.0)
         scores = tl.where((tile == i)[:, None], some[None, :], scores)
     position = tl.arange(0, SPLIT)
