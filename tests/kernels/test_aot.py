@@ -144,10 +144,10 @@ def test_scalar_loads_in_a_loop_are_found_with_their_line(target: Target, x: tor
     assert found and all(f"in scalars of 2 bytes, at test_aot.py:{line};" in one for one in found)
 
 
-def test_a_scalar_that_all_threads_share_is_no_fault() -> None:
+def test_a_scalar_is_no_fault_if_all_threads_share_it_or_its_line_loads_no_other() -> None:
     wide, shared, own = Load(16, True, "k.py:1"), Load(4, False, "k.py:2"), Load(4, True, "k.py:2")
     assert not faults(Resources(64, 0, 0, "", [], [[wide, shared, shared]]))
-    assert not faults(Resources(64, 0, 0, "", [], [[wide, own]]))
+    assert not faults(Resources(64, 0, 0, "", [], [[own]]))
     assert faults(Resources(64, 0, 0, "", [], [[wide, own, own]]))
 
 
@@ -221,7 +221,7 @@ def made() -> Report:
         Compiled("norm", "_norm", "decode, sum", "flash", target, 40 + i, 0, 2048, 4, "", 0.5)
         for i, target in enumerate(TARGETS)
     ]
-    return Report(programs, [], [replace(COUNTED, file="norm")], {"norm": 0.004})
+    return Report(programs, [], [replace(COUNTED, file="norm")], {"norm": 0.004}, [])
 
 
 def test_the_table_has_a_row_per_kernel_and_call() -> None:
@@ -233,6 +233,17 @@ def test_a_format_that_was_refused_leaves_its_cell_empty() -> None:
     whole = made()
     report = replace(whole, programs=[one for one in whole.programs if one.target != "sm_80"])
     assert report.table().splitlines()[2].startswith("| `norm.norm` | decode, sum |  | 41 ·")
+
+
+def test_refusals_and_faults_stand_below_the_table() -> None:
+    report = replace(made(), refused=["sm_80 norm.py (flash, sum): fp8e4nv"], faults=["norm.py: spills", "and more"])
+    below = report.table().removeprefix(made().table())
+    assert below == "\nRefused:\n\n- sm_80 norm.py (flash, sum): fp8e4nv\n\nFaults:\n\n- norm.py: spills\n- and more\n"
+
+
+def test_a_missing_report_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no aot\.json\. Make it with `make kernels-table`"):
+        Report.read(tmp_path / "aot.json")
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = outcome.faults + [found for one in counted if (found := fault(one))]
     if options.write:
         errors = json.loads(options.errors.read_text()) if options.errors else {}
-        report = Report(outcome.programs, outcome.refused, counted, errors)
+        report = Report(outcome.programs, outcome.refused, counted, errors, faults)
         report.write()
         write_table(report)
     seconds = time.monotonic() - started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -121,7 +122,9 @@ def faults(costs: Resources, accepted_spill: int = 0) -> list[str]:
         found.append(f"spills {costs.spill_bytes} bytes of registers per thread")
     for loop in costs.loops:
         loads = [load for load in loop if load.by_thread]
-        scalar = [load for load in loads if load.bytes <= SCALAR]
+        # A line that loads one scalar per thread and iteration loads a tile with no more elements than threads.
+        times = Counter(load.source for load in loads)
+        scalar = [load for load in loads if load.bytes <= SCALAR and times[load.source] > 1]
         if _bytes(scalar) > SCALAR_SHARE * _bytes(loads):
             widths = sorted({load.bytes for load in scalar})
             lines = ", ".join(sorted({load.source for load in scalar}))

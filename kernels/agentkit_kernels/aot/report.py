@@ -59,14 +59,17 @@ class Report:
     refused: list[str]
     counted: list[Counted]
     errors: Mapping[str, float]
+    faults: list[str]
 
     @classmethod
     def read(cls, path: Path = RESULTS) -> Report:
         """Read a report.
 
         Raises:
-            ValueError: The report was made from other sources than those beside it.
+            ValueError: There is no report, or it was made from other sources than those beside it.
         """
+        if not path.exists():
+            raise ValueError(f"There is no {path.name}. Make it with `make kernels-table`.")
         content = json.loads(path.read_text())
         made_from, now = content["sources"], sources()
         if changed := sorted(name for name in made_from | now if made_from.get(name) != now.get(name)):
@@ -79,6 +82,7 @@ class Report:
             refused=content["refused"],
             counted=[Counted(**counted) for counted in content["counted"]],
             errors=content["errors"],
+            faults=content["faults"],
         )
 
     def write(self, path: Path = RESULTS) -> None:
@@ -89,13 +93,14 @@ class Report:
             "sources": sources(),
             "errors": self.errors,
             "refused": self.refused,
+            "faults": self.faults,
             "programs": [asdict(program) for program in self.programs],
             "counted": [asdict(counted) for counted in self.counted],
         }
         path.write_text("{\n" + ",\n".join(f'"{key}": {_records(value)}' for key, value in content.items()) + "\n}\n")
 
     def table(self) -> str:
-        """Return the table of the README: V4-Flash's shapes, one row per kernel of a call."""
+        """Return the table of the README, one row per kernel of a call at V4-Flash's shapes, and what is wrong."""
         columns = ["kernel", "call", *TARGETS, "floor", "touched", "error"]
         rows = [columns, ["---"] * len(columns)]
         counted = {(counted.file, counted.call): counted for counted in self.counted}
@@ -117,7 +122,11 @@ class Report:
                     f"{self.errors[file]:.0e}" if file in self.errors else "",
                 ]
             )
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        for title, found in (("Refused", self.refused), ("Faults", self.faults)):
+            if found:
+                lines += ["", f"{title}:", "", *(f"- {one}" for one in found)]
+        return "\n".join(lines) + "\n"
 
 
 def write_table(report: Report, readme: Path = README) -> None:
