@@ -149,6 +149,7 @@ def test_a_scalar_is_no_fault_if_all_threads_share_it_or_its_line_loads_no_other
     assert not faults(Resources(64, 0, 0, "", [], [[wide, shared, shared]]))
     assert not faults(Resources(64, 0, 0, "", [], [[own]]))
     assert faults(Resources(64, 0, 0, "", [], [[wide, own, own]]))
+    assert not faults(Resources(64, 0, 0, "", [], [[wide, own, own]]), wide=False)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from agentkit_kernels.aot.accepted import spill_bytes
 from agentkit_kernels.aot.assembly import SCALAR, WIDE, Load, Resources, resources
 from agentkit_kernels.aot.device import Program, compiling_for
 from agentkit_kernels.aot.targets import TARGETS, Target
-from agentkit_kernels.calls import Call
+from agentkit_kernels.calls import TINY, Call
 
 SCALAR_SHARE = 0.25
 """An inner loop may load this share of its bytes in scalars: scales of groups, and indices of rows to gather, which
@@ -94,7 +94,8 @@ def _compile_call(call: Call, target: Target, launched: list[Program], file: str
     programs = {program.key: (program, resources(program)) for program in launched}.values()
     for program, costs in programs:
         accepted = spill_bytes(program.kernel, target.name)
-        outcome.faults += [f"{place} {program.kernel}: {fault}" for fault in faults(costs, accepted)]
+        found = faults(costs, accepted, wide=shapes != TINY.name)
+        outcome.faults += [f"{place} {program.kernel}: {fault}" for fault in found]
         outcome.programs.append(
             Compiled(
                 file=file,
@@ -115,12 +116,16 @@ def _compile_call(call: Call, target: Target, launched: list[Program], file: str
     return outcome
 
 
-def faults(costs: Resources, accepted_spill: int = 0) -> list[str]:
-    """Return what is wrong with a program, whatever it computes."""
+def faults(costs: Resources, accepted_spill: int = 0, *, wide: bool = True) -> list[str]:
+    """Return what is wrong with a program, whatever it computes.
+
+    Args:
+        wide: Whether its tiles have enough elements to load several per thread; those of a tiny model do not.
+    """
     found = []
     if costs.spill_bytes > accepted_spill:
         found.append(f"spills {costs.spill_bytes} bytes of registers per thread")
-    for loop in costs.loops:
+    for loop in costs.loops if wide else ():
         loads = [load for load in loop if load.by_thread]
         # A line that loads one scalar per thread and iteration loads a tile with no more elements than threads.
         times = Counter(load.source for load in loads)
