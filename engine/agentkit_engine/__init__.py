@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from agentkit_engine.errors import (
+    BackendUnavailableError,
     CacheFolderError,
     CheckpointError,
     ContextLengthError,
@@ -26,6 +27,7 @@ from agentkit_engine.errors import (
     GrammarError,
     GrammarMissingError,
     ModelNotFoundError,
+    ModelTooLargeError,
     NonFiniteLogitsError,
     OutOfMemoryError,
     SamplingParamsError,
@@ -63,6 +65,7 @@ _MODULE_OF = {
 __all__ = [
     "AsyncEngine",
     "AsyncSession",
+    "BackendUnavailableError",
     "CacheFolderError",
     "CheckpointError",
     "ContextLengthError",
@@ -75,6 +78,7 @@ __all__ = [
     "LayerSpec",
     "ModelNotFoundError",
     "ModelSpec",
+    "ModelTooLargeError",
     "NonFiniteLogitsError",
     "OutOfMemoryError",
     "PromptUsage",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from agentkit_engine import AsyncEngine, DeviceUnavailableError, Engine
+from agentkit_engine import AsyncEngine, BackendUnavailableError, DeviceUnavailableError, Engine
 from agentkit_engine.arguments import check_dtype
+from agentkit_engine.runtime.runner import choose_backend
 
 NO_GPU = torch.cuda.device_count() == 0
 
@@ -47,6 +49,30 @@ def test_a_model_is_a_name_or_a_path(model: Any) -> None:
 def test_a_gpu_that_is_not_there(device: str | torch.device) -> None:
     with pytest.raises(DeviceUnavailableError, match=r"sees 0 GPUs; use device=\"cpu\""):
         Engine.load("tiny", device=device)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("cuda", "cpu", 'no backend "cuda"; choose one of auto, reference, cpu, triton'),
+        ("cpu", "cuda", 'backend="cpu" needs a CPU'),
+        ("triton", "cpu", 'needs a GPU: pass device="cuda".*TRITON_INTERPRET=1'),
+    ],
+)
+def test_backends_that_do_not_run_on_the_device(backend: str, device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_backend(backend, torch.device(device))
+
+
+@pytest.mark.parametrize(("backend", "device"), [("triton", "cuda"), ("cpu", "cpu")])
+def test_a_backend_without_its_library(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, f"agentkit_kernels.{backend}.backend", None)
+    with pytest.raises(BackendUnavailableError, match=r'pip install .*, or use backend="reference"'):
+        choose_backend(backend, torch.device(device))
+    assert choose_backend("auto", torch.device(device)) == "reference"
+    assert f"the {backend} backend cannot be loaded" in caplog.text
 
 
 def test_dtypes_have_names() -> None:

@@ -159,7 +159,9 @@ def code_of(exc: BaseException) -> ExitCode | None:
     engine = sys.modules.get("agentkit_engine.errors")
     if engine and isinstance(exc, engine.ModelNotFoundError | engine.CheckpointError | engine.TokenizerMissingError):
         return ExitCode.USAGE
-    if engine and isinstance(exc, engine.DeviceUnavailableError | engine.CacheFolderError):
+    if engine and isinstance(
+        exc, engine.DeviceUnavailableError | engine.BackendUnavailableError | engine.CacheFolderError
+    ):
         return ExitCode.USAGE
     if engine and isinstance(exc, engine.GrammarMissingError | engine.GrammarError):
         return ExitCode.USAGE

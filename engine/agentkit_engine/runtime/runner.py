@@ -16,12 +16,14 @@ import platform
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from importlib import import_module
 from itertools import accumulate
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
+from agentkit_engine.errors import BackendUnavailableError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Forward
 from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
@@ -31,7 +33,7 @@ from agentkit_kernels.ops import Ops, Plan
 from agentkit_kernels.reference import Reference
 
 T = TypeVar("T")
-Backend = Literal["reference", "cpu"]
+Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = ("auto", *get_args(Backend))
 logger = logging.getLogger(__name__)
 
@@ -45,32 +47,43 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: there is no such backend, or it does not run on the device.
-        BackendUnavailableError: a library that it needs is missing.
+        BackendUnavailableError: a library that the backend needs is missing or broken.
     """
-    if backend == "reference":
-        return "reference"
-    if backend == "auto" and device.type == "cpu":
-        try:
-            import agentkit_kernels.cpu  # noqa: F401
-        except ImportError as error:
-            logger.warning("forwards will be slow: the compiled kernels cannot be loaded: %s", error)
-            return "reference"
-        return "cpu"
-    if backend == "auto":
-        return "reference"
-    if backend == "cpu" and device.type == "cpu":
-        return "cpu"
-    if backend == "cpu":
+    if backend not in BACKENDS:
+        raise ValueError(f'no backend "{backend}"; choose one of {", ".join(BACKENDS)}')
+    on_cpu = device.type == "cpu"
+    if backend == "cpu" and not on_cpu:
         raise ValueError(f'backend="cpu" needs a CPU: its kernels do not run on device={str(device)!r}')
-    raise ValueError(f'no backend "{backend}"; choose one of {", ".join(BACKENDS)}')
+    chosen = cast(Backend, backend if backend != "auto" else "cpu" if on_cpu else "triton")
+    try:
+        if chosen != "reference":
+            import_module(f"agentkit_kernels.{chosen}.backend")
+        if chosen == "triton" and on_cpu and not import_module("agentkit_kernels.triton.launch").INTERPRET:
+            raise ValueError(
+                'backend="triton" needs a GPU: pass device="cuda". To test its kernels without one, set '
+                "TRITON_INTERPRET=1 before Python starts, which runs them a thousand times slower"
+            )
+    except ImportError as error:
+        if backend == "auto":
+            logger.warning("forwards will be slow: the %s backend cannot be loaded: %s", chosen, error)
+            return "reference"
+        package = "numba" if chosen == "cpu" else '"agentkit-harness[triton]"'
+        raise BackendUnavailableError(
+            f'backend="{chosen}" cannot be loaded: {error}; pip install {package}, or use backend="reference"'
+        ) from error
+    return chosen
 
 
-def make_ops(backend: Backend, device: torch.device) -> Ops:
-    """Return the operations of a backend."""
+def make_ops(backend: Backend, device: torch.device, dtype: torch.dtype) -> Ops:
+    """Return the operations of a backend, for weights of this dtype."""
     if backend == "cpu":
         from agentkit_kernels.cpu import Cpu
 
         return Cpu()
+    if backend == "triton":
+        from agentkit_kernels.triton.backend import Triton
+
+        return Triton(device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
     return Reference(device)
 
 
@@ -98,7 +111,7 @@ class Runner:
 
     def _packed(self, decoder: Decoder) -> Forward:
         with torch.inference_mode(False), torch.no_grad():  # a packed decoder can still be trained
-            ops = make_ops(self.backend, self.pools.device)
+            ops = make_ops(self.backend, self.pools.device, decoder.embed.weight.dtype)
             states = [ops.state(pools) for pools in self.pools.layers]
             for layer in decoder.spec.mtp_layers:  # its tokens see no others, so they can share a ring
                 window = next(rows for rows in rows_of(layer, decoder.spec) if rows.name == "window")
@@ -142,7 +155,7 @@ class Runner:
         """
         count = len(ids_B)
         plan = Plan(ids_B, [1] * count, [0] * count, [0] * count, [()] * count)
-        ids: list[int] = self._compute(lambda: self.forward.draft(streams_BMD, plan).logits.numpy().argmax(-1)).tolist()
+        ids: list[int] = self._compute(lambda: self.forward.draft(streams_BMD, plan).logits.cpu().numpy().argmax(-1)).tolist()
         return ids
 
     def _compute(self, function: Callable[[], T]) -> T:
