@@ -82,6 +82,61 @@ class _GenerationConfig(BaseModel):
     repetition_penalty: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """A model folder whose headers have been checked.
+
+    Attributes:
+        config: config.json.
+        stored: Every tensor of the files, by name; without `mtp.*` if the checkpoint has a DSpark draft head.
+        expected: The tensors of the architecture, without scales.
+    """
+
+    config: dict[str, Any]
+    spec: ModelSpec
+    dialect: Dialect
+    stored: dict[str, StoredTensor]
+    expected: dict[str, TensorSpec]
+
+    def values(self, name: str) -> Tensor:
+        """Read one tensor, dequantised and checked."""
+        scale = self.stored.get(scale_name(name))
+        [value], scales = read([self.stored[name]]), [] if scale is None else read([scale])
+        return _checked(self.stored[name], value, next(iter(scales), None), self.spec)
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read and check the headers of a model folder.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, unknown, truncated, corrupted, or of the wrong shape or dtype.
+    """
+    config = _read_json(folder / CONFIG_FILE)
+    try:
+        spec = ModelSpec.from_config(config)
+    except ConfigError as error:
+        raise CheckpointError(folder / CONFIG_FILE, str(error)) from error
+    stored = _read_headers(folder)
+
+    dspark = any(key.startswith("dspark_") for key in config) or "mtp.0.main_proj.weight" in stored
+    if dspark:
+        spec = dataclasses.replace(spec, mtp_layers=(), draft="dspark")
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
+    least = 3 * spec.n_routed_experts * (len(spec.layers) + len(spec.mtp_layers))
+    # Check first: building the names below would take time and memory in proportion to the claimed experts.
+    if least > len(stored):
+        raise CheckpointError(
+            folder / CONFIG_FILE,
+            f"{len(spec.layers)} layers of {spec.n_routed_experts} experts have more than {least} tensors, found "
+            f"{len(stored)} in the checkpoint's files; expected the configuration of these weights",
+        )
+    expected = checkpoint_tensors(spec)
+    _check_names(folder, stored, expected)
+    for name, tensor in expected.items():
+        _check_tensor(stored, name, tensor)
+    return Layout(config, spec, _dialect(folder, dspark), stored, expected)
+
+
 def load_checkpoint(
     folder: Path,
     *,
@@ -114,30 +169,8 @@ def load_checkpoint(
         CheckpointError: a file or tensor is missing, unknown, truncated, corrupted, or of the wrong shape or dtype.
         ModelTooLargeError: the weights need more memory than this machine has left.
     """
-    config = _read_json(folder / CONFIG_FILE)
-    try:
-        spec = ModelSpec.from_config(config)
-    except ConfigError as error:
-        raise CheckpointError(folder / CONFIG_FILE, str(error)) from error
-    stored = _read_headers(folder)
-
-    dspark = any(key.startswith("dspark_") for key in config) or "mtp.0.main_proj.weight" in stored
-    if dspark:
-        spec = dataclasses.replace(spec, mtp_layers=(), draft="dspark")
-        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
-    least = 3 * spec.n_routed_experts * (len(spec.layers) + len(spec.mtp_layers))
-    # Check first: building the names below would take time and memory in proportion to the claimed experts.
-    if least > len(stored):
-        raise CheckpointError(
-            folder / CONFIG_FILE,
-            f"{len(spec.layers)} layers of {spec.n_routed_experts} experts have more than {least} tensors, found "
-            f"{len(stored)} in the checkpoint's files; expected the configuration of these weights",
-        )
-    expected = checkpoint_tensors(spec)
-    _check_names(folder, stored, expected)
-    for name, tensor in expected.items():
-        _check_tensor(stored, name, tensor)
-
+    layout = read_layout(folder)
+    spec, stored, expected = layout.spec, layout.stored, layout.expected
     int8 = dtype == torch.int8
     left = find_packed(expected, stored, int8=int8, group_rows=spec.o_lora_rank) if packed or int8 else {}
     dtypes = _bf16_where_it_suffices(stored, expected) if dtype is None or int8 else dtype
@@ -181,7 +214,7 @@ def load_checkpoint(
     with ThreadPoolExecutor(READERS, thread_name_prefix="agentkit_engine: weights") as readers:
         for _ in readers.map(read_run, runs(wanted, RUN_BYTES)):
             pass
-    return decoder, _dialect(folder, dspark)
+    return decoder, layout.dialect
 
 
 def read_sampling(folder: Path) -> SamplingParams:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,21 +45,35 @@ def export_checkpoint(
         FileExistsError: the folder already holds safetensors files.
         ValueError: a routed expert's input size is not a multiple of 32 (`"official"` only).
     """
+    write_tensors(folder, _stored_tensors(decoder, format), max_shard_bytes)
+    write_config(folder, decoder.spec.to_config(), format, dialect)
+
+
+def write_tensors(folder: Path, tensors: Iterable[dict[str, Tensor]], max_shard_bytes: int) -> None:
+    """Write tensors into safetensors files of a new or empty folder; those of one dict stay in one file.
+
+    Raises:
+        FileExistsError: the folder already holds safetensors files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if existing := sorted(folder.glob("*.safetensors*")):
         raise FileExistsError(f"{existing[0]} exists; export into an empty folder")
 
     parts: list[_Part] = []
     waiting: dict[str, Tensor] = {}
-    for tensors in _stored_tensors(decoder, format):
-        if waiting and _bytes(waiting) + _bytes(tensors) > max_shard_bytes:
+    for together in tensors:
+        if waiting and _bytes(waiting) + _bytes(together) > max_shard_bytes:
             parts.append(_save_part(folder / f"part-{len(parts)}.safetensors", waiting))
             waiting = {}
-        waiting |= tensors
+        waiting |= together
     parts.append(_save_part(folder / f"part-{len(parts)}.safetensors", waiting))
     _name_parts(folder, parts)
 
-    config = decoder.spec.to_config() | {"torch_dtype": "float32" if format == "fp32" else "bfloat16"}
+
+def write_config(folder: Path, config: dict[str, Any], format: Format, dialect: Dialect) -> None:
+    """Write config.json and agentkit.json for weights of a format."""
+    config = {key: value for key, value in config.items() if key not in ("expert_dtype", "quantization_config")}
+    config |= {"torch_dtype": "float32" if format == "fp32" else "bfloat16"}
     if format == "official":
         config |= {"expert_dtype": "fp4", "quantization_config": _QUANTIZATION}
     _write_json(folder / CONFIG_FILE, config)
@@ -115,10 +129,11 @@ def _stored_tensors(decoder: Decoder, format: Format) -> Iterator[dict[str, Tens
         value = parameters[tensor.parameter].detach()
         if tensor.expert is not None:
             value = value[tensor.expert]
-        yield _stored(name, value.cpu(), _storage(tensor.storage, format))
+        yield stored_form(name, value.cpu(), storage_in(tensor.storage, format))
 
 
-def _storage(official: Storage, format: Format) -> Storage:
+def storage_in(official: Storage, format: Format) -> Storage:
+    """Return the storage of a tensor in a format."""
     if official in ("f32", "i64") or format == "official":
         return official
     if format == "int8" and official in ("fp8", "fp4"):
@@ -126,7 +141,8 @@ def _storage(official: Storage, format: Format) -> Storage:
     return "f32" if format == "fp32" else "bf16"
 
 
-def _stored(name: str, value: Tensor, storage: Storage) -> dict[str, Tensor]:
+def stored_form(name: str, value: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """Return a tensor as it is stored, with its scale if it has one."""
     match storage:
         case "fp8":
             weight, scale = quantise_fp8(value)
