@@ -15,7 +15,7 @@ from agentkit_kernels.aot import accepted as accepted_module
 from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.aot import report as report_module
 from agentkit_kernels.aot.accepted import Excess, Spill
-from agentkit_kernels.aot.assembly import Load, Resources
+from agentkit_kernels.aot.assembly import Load, Resources, resources
 from agentkit_kernels.aot.calls import OnMeta
 from agentkit_kernels.aot.compiling import Compiled, Outcome, compile_calls, faults
 from agentkit_kernels.aot.counting import Counted, fault
@@ -150,6 +150,25 @@ def test_a_scalar_is_no_fault_if_all_threads_share_it_or_its_line_loads_no_other
     assert not faults(Resources(64, 0, 0, "", [], [[own]]))
     assert faults(Resources(64, 0, 0, "", [], [[wide, own, own]]))
     assert not faults(Resources(64, 0, 0, "", [], [[wide, own, own]]), wide=False)
+
+
+@triton.jit
+def _scaled(x, scales, y, N, SIZE: tl.constexpr):
+    columns = tl.arange(0, SIZE)
+    sums = tl.zeros((SIZE,), tl.float32)
+    for row in range(N):
+        sums += tl.load(x + row * SIZE + columns) * tl.load(scales + row)
+    tl.store(y + columns, sums)
+
+
+@every_target
+def test_a_scalar_of_a_whole_tile_is_read_as_shared(target: Target) -> None:
+    x, scales, y = (MAKE.floats(*shape, dtype=torch.float32) for shape in ((100, 2048), (100,), (2048,)))
+    with compiling_for(target) as launched:
+        launch(_scaled, (1,), x, scales, y, 100, SIZE=2048)
+    loads = [load for loop in resources(launched[0]).loops for load in loop]
+    assert {load.bytes for load in loads if load.by_thread} == {16}
+    assert {load.bytes for load in loads if not load.by_thread} <= {4}
 
 
 @triton.jit

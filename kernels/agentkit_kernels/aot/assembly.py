@@ -28,6 +28,10 @@ _PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[.*?\],\s*\[(.
 _PTX_BULK = re.compile(r"\bcp\.async\.bulk\.\S*global\S*\s*\[")
 _GCN_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(?:lds_)?([su]?byte|[su]?short|dword)\w*?(?:x(\d))?(?:_\w+)?\s")
 _GCN_BYTES = {"byte": 1, "ubyte": 1, "sbyte": 1, "short": 2, "ushort": 2, "sshort": 2, "dword": 4}
+_GCN_INSTRUCTION = re.compile(r"^\s+((?:v|ds|global|buffer|flat)_\w+)\s+([^;]*)")
+_GCN_REGISTERS = re.compile(r"v\[?(\d+)(?::(\d+)\])?")
+_GCN_BY_THREAD = {"v_cndmask_b32_e32", "v_cndmask_b32_e64", "v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32"}
+"""Instructions whose result depends on the thread, or on a mask of threads, whatever their vector operands are."""
 _TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma|v_smfmac)")
 _LABEL = re.compile(r"^(\.L\w+|\$L\w+):")
 _BRANCH = re.compile(r"\b(?:bra(?:\.uni)?|s_cbranch_\w+|s_branch)\s+(\.L\w+|\$L\w+)")
@@ -197,8 +201,20 @@ def _varying(lines: Sequence[str]) -> set[str]:
 
 def _gcn_loads(lines: Sequence[str]) -> Iterator[tuple[int, Load]]:
     source = ""
+    uniform: set[int] = set()  # vector registers that hold the same value for all threads, as far as is known
     for i, line in enumerate(lines):
         if place := _SOURCE_LINE.match(line):
             source = place[2] or place[1]
-        elif load := _GCN_LOAD.search(line):  # loads that are the same for all threads are s_load, of the scalar unit
-            yield i, Load(_GCN_BYTES[load[1]] * int(load[2] or 1), True, source)
+        elif instruction := _GCN_INSTRUCTION.match(line):
+            results, *operands = map(_vector_registers, instruction[2].split(", "))
+            same = uniform.issuperset(set().union(*operands)) and instruction[1] not in _GCN_BY_THREAD
+            if load := _GCN_LOAD.search(line):
+                yield i, Load(_GCN_BYTES[load[1]] * int(load[2] or 1), not same, source)
+            if "store" not in instruction[1]:
+                uniform = uniform | results if same else uniform - results
+
+
+def _vector_registers(operand: str) -> set[int]:
+    """Return the numbers of the vector registers in an operand, such as `v3` or `v[4:7]`."""
+    found = _GCN_REGISTERS.match(operand)
+    return set(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else set()

@@ -398,7 +398,7 @@ def attend(
             kv, window_pool, rotations, sink, positions, sequences, cu_seqlens, slots, counts,
             out, part, part_m, part_total,
             rows, heads, splits, ring, kv_stride, window_pool.stride(0), window_stride, rotations.stride(0),
-            num_warps=max(1, block_p // 128), **sizes, **keys,
+            num_warps=max(1, block_p // 256), **sizes, **keys,
         )  # fmt: skip
     else:
         launch(
