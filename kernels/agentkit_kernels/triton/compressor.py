@@ -257,9 +257,10 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
             tables = make.ints(range(1, sequences * spans + 1)).view(sequences, spans)
             values, scores = (vector(sequences, open_rows, width) for _ in range(2))
             stored = min(longest, open_rows) * sequences
-            pooled = completed * series * ratio * size if phase == "decode" else 0
+            pooled = completed * (series * ratio - 1) * size if phase == "decode" else 0  # the new row is projected
             moved = rows * 2 * width * projected.itemsize + stored * width * 8 + pooled * 8
-            moved += parameters.ape.nbytes + parameters.norm.nbytes
+            ape = parameters.ape if phase == "prefill" else parameters.ape[:1]  # all rows decode the same position
+            moved += ape.nbytes + parameters.norm.nbytes
             flops = completed * series * ratio * size * 6
             slots = make.ints(range(sequences))
             run = partial(
