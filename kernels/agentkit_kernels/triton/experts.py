@@ -37,11 +37,11 @@ from agentkit_kernels.calls import Call, Make, Shapes
 from agentkit_kernels.packed import Packed
 from agentkit_kernels.triton.formats import scale_to_float
 from agentkit_kernels.triton.launch import launch
-from agentkit_kernels.triton.linear import Operand, Tile, accumulate, operand, random_weight, stages
+from agentkit_kernels.triton.linear import Operand, Tile, accumulate, capability, operand, random_weight, stages
 from agentkit_kernels.triton.swiglu import clamped_swiglu
 
 EXACT_TILE = Tile(rows=32, outputs=64, inputs=128, warps=4, stages=3)
-LARGE_TILE = Tile(rows=128, outputs=64, inputs=128, warps=8, stages=3)
+LARGE_TILE = Tile(rows=128, outputs=64, inputs=64, warps=8, stages=3)
 FEW_PAIRS = 64
 """Up to this many pairs are not sorted."""
 PAIRS = 128
@@ -303,7 +303,8 @@ def group(experts_NA: Tensor, number: int, *, exact: bool = True) -> Groups:
     order = torch.empty_like(experts)
     table = experts.new_empty(tiles, 3, dtype=torch.int32)
     launch(_count, (blocks,), experts, counts, pairs, BLOCK=PAIRS, EXPERTS=padded)
-    launch(_offsets, (1,), counts, places, starts, totals, blocks, CHUNK=32, EXPERTS=padded, num_warps=8)
+    chunk = max(32, 2048 // padded)  # four counts or more per thread
+    launch(_offsets, (1,), counts, places, starts, totals, blocks, CHUNK=chunk, EXPERTS=padded, num_warps=8)
     launch(
         _place,
         (max(blocks, triton.cdiv(tiles, 32)),),
@@ -325,13 +326,27 @@ def group(experts_NA: Tensor, number: int, *, exact: bool = True) -> Groups:
 
 def _tiles(pairs: int, number: int, exact: bool) -> tuple[Tile, int]:
     """Return the sizes of a tile, and the most tiles that there can be."""
-    tile = LARGE_TILE if not exact and pairs > EXACT_TILE.rows * number else EXACT_TILE
+    large = not exact and pairs > EXACT_TILE.rows * number and not _before_hopper()
+    tile = LARGE_TILE if large else EXACT_TILE
     return tile, min(pairs, (pairs + number * (tile.rows - 1)) // tile.rows) if pairs > FEW_PAIRS else pairs
+
+
+def _before_hopper() -> bool:
+    """Whether both operands of a product are in registers, beside the sums."""
+    return 0 < capability() < 90
+
+
+def _fit(tile: Tile, weight: Operand) -> Tile:
+    """Return the tile for a weight: with loads as wide for MXFP4, which has two codes in a byte, and with twice the
+    warps where decoding FP8 takes more registers than half of them have."""
+    if tile is LARGE_TILE and weight.format == "mxfp4":
+        return tile._replace(inputs=2 * tile.inputs)
+    return tile._replace(warps=8) if weight.format == "fp8" and _before_hopper() else tile
 
 
 def gate_up(x: Tensor, groups: Groups, weights: Tensor, w1: Operand, w3: Operand, limit: float, active: int) -> Tensor:
     """Return routing weight * swiglu(w1 · x, w3 · x) [P, I] of each pair, sorted by expert."""
-    tile = groups.tile
+    tile = _fit(groups.tile, w1)
     hidden = x.new_empty(len(groups.experts), w1.outputs)
     launch(
         _gate_up,
@@ -367,7 +382,7 @@ def gate_up(x: Tensor, groups: Groups, weights: Tensor, w1: Operand, w3: Operand
 
 def down(hidden: Tensor, groups: Groups, w2: Operand) -> Tensor:
     """Return w2 · hidden [P, D], in the order of the pairs."""
-    tile = groups.tile
+    tile = _fit(groups.tile, w2)
     out = hidden.new_empty(len(hidden), w2.outputs)
     launch(
         _down,

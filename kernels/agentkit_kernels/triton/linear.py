@@ -250,7 +250,7 @@ def operand(weight: Tensor | Packed) -> Operand:
         raise ValueError("kernels read weights whose matrices are contiguous; call .contiguous() when loading")
     if number_format == "mxfp4":
         data = data.view(torch.int32)
-    if number_format == "fp8" and not _has_e4m3():
+    if number_format == "fp8" and capability() < 89:  # other targets do not convert E4M3 themselves
         data = data.view(torch.uint8)
     if scale.dtype == torch.float8_e8m0fnu:
         scale = scale.view(torch.uint8)
@@ -259,19 +259,16 @@ def operand(weight: Tensor | Packed) -> Operand:
     return Operand(number_format, data, scale, data.shape[0], outputs, inputs)
 
 
-def _has_e4m3() -> bool:
-    """Whether the current target converts E4M3 itself: NVIDIA's do from compute capability 8.9 on."""
-    if INTERPRET:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= 89)
+def capability() -> int:
+    """Return ten times the compute capability of the current NVIDIA target; 0 for another one, and in the
+    interpreter."""
+    target = None if INTERPRET else triton.runtime.driver.active.get_current_target()
+    return int(target.arch) if target and target.backend == "cuda" else 0
 
 
 def stages(tile: Tile) -> int:
     """Return the loads that a loop keeps in flight; AMD parts hold them in 64 KiB of shared memory or registers."""
-    if INTERPRET or triton.runtime.driver.active.get_current_target().backend == "cuda":
-        return tile.stages
-    return min(tile.stages, 2)
+    return tile.stages if capability() else min(tile.stages, 2)
 
 
 def split_size(outputs: int, inputs: int, groups: int = 1) -> int:
