@@ -494,23 +494,27 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
         for number_format in ("bfloat16", "fp8", "mxfp4", "int8"):
             w1, w3 = (operand(random_weight(number_format, (number, width, hidden), make)) for _ in range(2))
             w2 = operand(random_weight(number_format, (number, hidden, width), make))
-            read = used * (w2.data[0].nbytes + (w2.scale[0].nbytes if number_format != "bfloat16" else 0))
             yield Call(
                 f"gate and up, {number_format}{name}",
                 partial(gate_up, x, groups, weights, w1, w3, 10.0, active),
-                2 * read + 2 * rows * hidden + pairs * (4 + 8 + 2 * width),
+                2 * used * _matrix_bytes(w1) + 2 * rows * hidden + pairs * (4 + 8 + 2 * width),
                 4 * pairs * hidden * width,
                 tensor_cores=True,
             )
             yield Call(
                 f"down, {number_format}{name}",
                 partial(down, inner, groups, w2),
-                read + 2 * pairs * (width + hidden) + 8 * pairs,
+                used * _matrix_bytes(w2) + 2 * pairs * (width + hidden) + 8 * pairs,
                 2 * pairs * hidden * width,
                 tensor_cores=True,
             )
         if exact:
             yield Call("combine", partial(combine, outer, x), 2 * hidden * (pairs + 2 * rows), pairs * hidden)
+
+
+def _matrix_bytes(weight: Operand) -> int:
+    """Bytes of one expert's matrix, with its scales."""
+    return weight.data[0].nbytes + (0 if weight.format == "dense" else weight.scale[0].nbytes)
 
 
 def _grouped_in_turn(pairs: int, number: int, exact: bool, make: Make) -> Groups:
