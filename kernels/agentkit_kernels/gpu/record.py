@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,33 +127,48 @@ class Record:
 
 
 def table(records: Iterable[dict[str, Any]]) -> str:
-    """Return a Markdown table of the parts' JSON files: one line per measurement or failure."""
+    """Return a Markdown table of the parts' JSON files: a line per measurement, skip or failure; parts without a goal
+    get one line each."""
     lines = [
         "| part | what | value | spread | of floor | best peer | good | moonshot |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         name = f"{record['part']} {record['goal']}".strip()
-        for found in record["measurements"]:
-            goal = Goal(**found["goal"])
-            timed = [peer for peer in found["peers"] if peer["value"] is not None]
-            best = min(timed, key=lambda peer: -peer["value"] if goal.higher_is_better else peer["value"], default=None)
-            cells = (
-                name,
-                found["what"],
-                f"{_number(found['value'])} {goal.unit}",
-                f"{found['spread']:.0%}",
-                "" if found["of_floor"] is None else f"{found['of_floor']:.0%}",
-                "" if best is None else f"{_number(best['value'])} {best['name']}",
-                _verdict(goal.good, found["good_met"]),
-                _verdict(goal.moonshot, found["moonshot_met"]),
-            )
-            lines.append(f"| {' | '.join(cells)} |")
+        measurements = record["measurements"]
+        lines += map(partial(_line, name), measurements) if record["goal"] else [_summary(name, measurements)]
         lines += [f"| {name} | {it['what']} | skipped: {it['why']} | | | | | |" for it in record["skipped"]]
         if record["status"] != "done":
             why = (record["error"].strip().splitlines() or [""])[-1]
             lines.append(f"| {name} | | {record['status']}: {why} | | | | | |")
     return "\n".join(lines)
+
+
+def _line(part: str, found: dict[str, Any]) -> str:
+    goal = Goal(**found["goal"])
+    timed = [peer for peer in found["peers"] if peer["value"] is not None]
+    best = min(timed, key=lambda peer: -peer["value"] if goal.higher_is_better else peer["value"], default=None)
+    cells = (
+        part,
+        found["what"],
+        f"{_number(found['value'])} {goal.unit}",
+        f"{found['spread']:.0%}",
+        "" if found["of_floor"] is None else f"{found['of_floor']:.0%}",
+        "" if best is None else f"{_number(best['value'])} {best['name']}",
+        _verdict(goal.good, found["good_met"]),
+        _verdict(goal.moonshot, found["moonshot_met"]),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _summary(part: str, measurements: Sequence[dict[str, Any]]) -> str:
+    shares = [found["of_floor"] for found in measurements if found["of_floor"] is not None]
+    what = f"{len(measurements)} results"
+    if shares:
+        worst = min((found for found in measurements if found["of_floor"] is not None), key=lambda it: it["of_floor"])
+        what += f"; least of its floor: {worst['what']}, {worst['of_floor']:.0%}"
+    middle = f"{statistics.median(shares):.0%} in the middle" if shares else ""
+    return f"| {part} | {what} | | | {middle} | | | |"
 
 
 def _number(value: float) -> str:

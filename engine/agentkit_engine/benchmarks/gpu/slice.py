@@ -1,0 +1,379 @@
+"""Decoding and prefill of a few layers of DeepSeek-V4-Flash.
+
+Four layers (CSA, HCA, CSA, HCA) at true shapes with random weights in the published formats: FP8 for attention and
+shared experts, MXFP4 for routed experts, 14.4 GB in all. Multiply times per layer by 43 for the whole model, and add
+the head, which has a small vocabulary here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from agentkit_engine.model import Decoder
+from agentkit_engine.model.forward import Forward
+from agentkit_engine.spec import LayerSpec, ModelSpec, RopeSpec
+from agentkit_kernels.gpu.attention import kv_pages
+from agentkit_kernels.gpu.bench import Bench, OutputsDifferError, Peer, floor_us
+from agentkit_kernels.gpu.experts import mxfp4
+from agentkit_kernels.gpu.record import Goal, Measurement, Skipped
+from agentkit_kernels.ops import QUERY_BLOCK, Plan
+from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows
+from agentkit_kernels.reference import Reference
+from agentkit_kernels.reference.quantize import load_kv_rows
+from agentkit_kernels.triton.backend import Batch, Triton
+from agentkit_kernels.triton.launch import LAUNCHES
+
+SPAN = 256
+LAYERS = 43
+"""Of V4-Flash."""
+PATTERN = (4, 128, 4, 128)
+"""Tokens per compressed entry in each layer of the slice."""
+EXPERTS = ("w1", "w2", "w3")
+FP8 = ("wq_a", "wkv", "wq_b", "wo_a", "wo_b")
+"""Matrices of attention in FP8; those of compressors are not, though they have the same names."""
+
+AGREE = 0.95
+"""Least cosine between the streams of both backends: rounding to bfloat16 may choose another expert here and there."""
+
+
+class Prepared(Triton):
+    """Triton operations on a batch that is already on the device, so that a CUDA graph can hold a whole forward."""
+
+    prepared: Batch | None = None
+
+    def batch(self, plan: Plan) -> Batch:
+        return super().batch(plan) if self.prepared is None else self.prepared
+
+
+def slice_spec(bench: Bench) -> ModelSpec:
+    """Return the slice's spec; its vocabulary is small, so the head costs nothing."""
+    shapes, rope = bench.shapes, RopeSpec(160_000.0, 16.0)
+    ratios = PATTERN[: bench.pick(4, 2)]
+    layers = [
+        LayerSpec(index, "csa" if ratio == 4 else "hca", ratio, "score", rope) for index, ratio in enumerate(ratios)
+    ]
+    return ModelSpec(
+        vocab_size=128,
+        hidden_size=shapes.hidden_size,
+        layers=tuple(layers),
+        mtp_layers=(),
+        num_hash_layers=0,
+        num_attention_heads=shapes.num_attention_heads,
+        head_dim=shapes.head_dim,
+        qk_rope_head_dim=shapes.qk_rope_head_dim,
+        q_lora_rank=shapes.q_lora_rank,
+        o_groups=shapes.o_groups,
+        o_lora_rank=shapes.o_lora_rank,
+        sliding_window=shapes.sliding_window,
+        index_n_heads=shapes.index_n_heads,
+        index_head_dim=shapes.index_head_dim,
+        index_topk=shapes.index_topk,
+        hc_mult=shapes.hc_mult,
+        hc_sinkhorn_iters=shapes.hc_sinkhorn_iters,
+        hc_eps=1e-6,
+        n_routed_experts=shapes.n_routed_experts,
+        n_shared_experts=1,
+        num_experts_per_tok=shapes.num_experts_per_tok,
+        moe_intermediate_size=shapes.moe_intermediate_size,
+        routed_scaling_factor=1.5,
+        swiglu_limit=10.0,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=1 << 20,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def fp8(bench: Bench, outputs: int, inputs: int) -> Packed:
+    """Return a random FP8 matrix of about unit gain: codes of unit size, and one power of two as every scale."""
+    codes = bench.floats(outputs, inputs).to(torch.float8_e4m3fn)
+    blocks = (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK))
+    scale = torch.full(blocks, 127 - round(torch.tensor(inputs).log2().item() / 2), dtype=torch.uint8)
+    return Packed("fp8", codes, scale.to(bench.device).view(torch.float8_e8m0fnu), (outputs, inputs))
+
+
+def random_decoder(bench: Bench, spec: ModelSpec) -> Decoder:
+    """Return a decoder with random weights, made on the device in the published formats."""
+    with torch.device("meta"):
+        decoder = Decoder(spec)
+    packed: dict[str, PackedRows] = {}
+    dense: dict[str, Tensor] = {}
+    for name, parameter in decoder.state_dict().items():
+        shape, owners = parameter.shape, name.split(".")
+        leaf = owners.pop()
+        if leaf in EXPERTS:
+            packed[name] = mxfp4(bench, *shape)
+        elif "shared_experts" in owners or (owners and owners[-1] in FP8 and "compressor" not in owners):
+            packed[name] = fp8(bench, *shape)
+        elif leaf == "weight" and len(shape) == 2:
+            dense[name] = bench.floats(*shape) * shape[1] ** -0.5
+        elif leaf == "weight" or leaf.endswith("scale"):
+            dense[name] = torch.ones(shape, device=bench.device)
+        else:
+            dense[name] = bench.floats(*shape, dtype=torch.float32) * shape[-1] ** -0.5
+    decoder.pack(packed)
+    decoder.load_state_dict(dense, assign=True)
+    return decoder.requires_grad_(False)
+
+
+def random_pools(bench: Bench, spec: ModelSpec, sequences: int, tokens: int) -> list[dict[str, Tensor]]:
+    """Return each layer's state of `sequences` sequences of `tokens` tokens: random rows, keys and values in FP8."""
+    spans, ring = sequences * -(-tokens // SPAN) + 1, spec.sliding_window + QUERY_BLOCK
+    layers = []
+    for layer in spec.layers:
+        ratio = layer.compress_ratio
+        pools = {"window": kv_pages(bench, sequences, ring), "entries": kv_pages(bench, spans, SPAN // ratio)}
+        sizes = {"": spec.head_dim} | ({"index_": spec.index_head_dim} if layer.attention == "csa" else {})
+        for prefix, size in sizes.items():
+            rows = (sequences, layer.series * ratio + 12, layer.series * size)
+            pools[f"{prefix}values"] = bench.floats(*rows, dtype=torch.float32)
+            pools[f"{prefix}scores"] = bench.floats(*rows, dtype=torch.float32)
+            if prefix:
+                pools[f"{prefix}entries"] = bench.floats(spans, SPAN // ratio, size)
+        layers.append(pools)
+    return layers
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The slice over the state of `sequences` sequences, of up to `tokens` tokens each."""
+
+    bench: Bench
+    decoder: Decoder
+    ops: Prepared
+    forward: Forward
+    pools: list[dict[str, Tensor]]
+    sequences: int
+    tokens: int
+
+    @classmethod
+    def over(cls, bench: Bench, decoder: Decoder, sequences: int, tokens: int) -> Slice:
+        """Return a slice with random state."""
+        pools, ops = random_pools(bench, decoder.spec, sequences, tokens), Prepared(bench.device)
+        forward = Forward(decoder, ops, [ops.state(each) for each in pools])
+        return cls(bench, decoder, ops, forward, pools, sequences, tokens)
+
+    def plan(self, start: int, new: int) -> Plan:
+        """Return `new` tokens of every sequence from position `start` on."""
+        spans = -(-self.tokens // SPAN)
+        ids = [(7 * n + start) % self.decoder.spec.vocab_size for n in range(self.sequences * new)]
+        tables = [range(1 + n * spans, 1 + (n + 1) * spans) for n in range(self.sequences)]
+        every = range(self.sequences)
+        return Plan(ids, [new for _ in every], [start for _ in every], [*every], [[*table] for table in tables])
+
+    def step(self, start: int, new: int = 1) -> Callable[[], Tensor]:
+        """Return a function that computes `new` tokens from `start` on: the streams after the last layer."""
+        plan = self.plan(start, new)
+        batch = self.ops.batch(plan)
+
+        def run() -> Tensor:
+            self.ops.prepared = batch
+            try:
+                with torch.inference_mode():
+                    return self.forward(plan).streams
+            finally:
+                self.ops.prepared = None
+
+        return run
+
+    def bytes(self, start: int, new: int = 1) -> int:
+        """Bytes that a step must read: weights of the experts that uniform routing hits, all others, and the keys."""
+        spec, rows = self.decoder.spec, self.sequences * new
+        stacks = [part for name, part in self.decoder.packed.items() if name.split(".")[-1] in EXPERTS]
+        others = [part for name, part in self.decoder.packed.items() if name.split(".")[-1] not in EXPERTS]
+        hit = 1 - (1 - spec.num_experts_per_tok / spec.n_routed_experts) ** rows
+        weights = hit * sum(_bytes(part) for part in stacks) + sum(_bytes(part) for part in others)
+        weights += sum(tensor.nbytes for tensor in self.decoder.state_dict().values())
+        keys = 0
+        for layer, pools in zip(spec.layers, self.pools, strict=True):
+            seen, row = (start + new) // layer.compress_ratio, pools["entries"].shape[2]
+            if layer.attention == "csa":
+                keys += (seen * spec.index_head_dim * 2) * (seen > spec.index_topk)
+                seen = min(seen, spec.index_topk * new)
+            keys += (seen + spec.sliding_window) * row
+        return int(weights + self.sequences * keys)
+
+    def flops(self, start: int, new: int) -> int:
+        """Floating-point operations of the products of a step."""
+        spec, rows = self.decoder.spec, self.sequences * new
+        share = spec.num_experts_per_tok / spec.n_routed_experts
+        per_row = 0.0
+        for name, part in self.decoder.packed.items():
+            size = torch.Size(part.shape).numel()
+            per_row += 2 * size * (share if name.split(".")[-1] in EXPERTS else 1)
+        per_row += sum(2 * tensor.numel() for tensor in self.decoder.state_dict().values() if tensor.dim() == 2)
+        for layer in spec.layers:
+            seen = (start + new / 2) / layer.compress_ratio
+            if layer.attention == "csa":
+                per_row += 2 * seen * spec.index_n_heads * spec.index_head_dim * (seen > spec.index_topk)
+                seen = min(seen, spec.index_topk)
+            per_row += 4 * spec.num_attention_heads * spec.head_dim * (seen + spec.sliding_window)
+        return int(rows * per_row)
+
+
+def _bytes(part: PackedRows) -> int:
+    assert isinstance(part, Packed)
+    return part.nbytes
+
+
+def _reference_streams(made: Slice, start: int, new: int) -> Tensor:
+    """The same step on the reference backend, over a float32 copy of the state."""
+    bench, spec = made.bench, made.decoder.spec
+    ops = Reference(bench.device)
+    states = []
+    for pools in made.pools:
+        copy = {}
+        for name, pool in pools.items():
+            copy[name] = pool.float()
+            if pool.dtype == torch.uint8:
+                slots = bench.ints(range(pool.shape[0] * pool.shape[1]))
+                rows = load_kv_rows(pool, slots, spec.head_dim, rotary=spec.qk_rope_head_dim, dtype=torch.float32)
+                copy[name] = rows.view(*pool.shape[:2], -1)
+        states.append(ops.state(copy))
+    plan = made.plan(start, new)
+    with torch.inference_mode():
+        return Forward(made.decoder, ops, states)(plan).streams
+
+
+def _agreement(made: Slice, start: int) -> float:
+    """Return the cosine between the streams of one step and the reference backend's."""
+    ours, theirs = made.step(start)(), _reference_streams(made, start, 1)[:1]
+    cosine = torch.cosine_similarity(ours.float().flatten(), theirs.flatten(), dim=0).item()
+    if not cosine >= AGREE:
+        raise OutputsDifferError(f"the cosine with the reference backend's streams is {cosine:.3f}, below {AGREE}")
+    return cosine
+
+
+def slice_decode(bench: Bench) -> Iterator[Measurement | Skipped]:
+    """H1: one token of one sequence after 4,096, and of 32 sequences, replayed from a CUDA graph.
+
+    Raises:
+        OutputsDifferError: The streams point elsewhere than those of the reference backend.
+    """
+    decoder, start = random_decoder(bench, slice_spec(bench)), bench.pick(4096, 70)
+    agreement = _agreement(Slice.over(bench, decoder, 1, start + 1), start)
+    for sequences, goal in ((1, Goal("us", 200, 110)), (bench.pick(32, 2), Goal("us"))):
+        made = Slice.over(bench, decoder, sequences, start + 1)
+        peers = [Peer("reference backend, torch eager", partial(_reference_streams, made, start, 1), False, False)]
+        yield bench.measure(
+            f"B={sequences}, after {start} tokens, per layer",
+            made.step(start),
+            goal,
+            bytes=made.bytes(start),
+            flops=made.flops(start, 1),
+            value=lambda us: us / len(decoder.spec.layers),
+            peers=peers if sequences == 1 else (),
+            note=f"cosine of the streams with the reference backend's: {agreement:.5f}",
+        )
+    yield Skipped("torch.compile of the slice", "the reference backend's ragged batches depend on data")
+
+
+def context_growth(bench: Bench) -> Iterator[Measurement]:
+    """H2: the same at 1K to 1M tokens: latency over that at 1K, and index and attention of a CSA layer at 1M over the
+    time of reading as many dense bfloat16 rows."""
+    decoder = random_decoder(bench, slice_spec(bench))
+    lengths = bench.pick((1024, 16_384, 131_072, 1_048_576), (40, 300))
+    first = None
+    for length in lengths:
+        bench.check_time()
+        made = Slice.over(bench, decoder, 1, length)
+        timing = bench.time(made.step(length - 1))
+        first = first or timing
+        goal = Goal("ratio", 1.35, 1.15) if length == lengths[-1] else Goal("ratio")
+        note = f"{timing.us / len(decoder.spec.layers):.0f} us per layer"
+        floor = floor_us(made.bytes(length - 1))
+        what = f"decoding at {length} over at {lengths[0]} tokens"
+        yield Measurement(what, timing.us / first.us, goal, timing.spread, timing.us, floor, note=note)
+    spec, ops, state = decoder.spec, made.ops, made.ops.state(made.pools[0])
+    batch = ops.batch(made.plan(lengths[-1] - 1, 1))
+    q, kv = bench.floats(1, spec.num_attention_heads, spec.head_dim) * 0.1, bench.floats(1, spec.head_dim)
+    index_q = bench.floats(1, spec.index_n_heads, spec.index_head_dim)
+    weights = bench.floats(1, spec.index_n_heads, dtype=torch.float32)
+    rotations, sink = (
+        bench.floats(1, spec.qk_rope_head_dim, dtype=torch.float32),
+        bench.floats(spec.num_attention_heads),
+    )
+
+    def attend() -> Tensor:
+        chosen = ops.index_topk(index_q, weights, batch, state, ratio=4, top_k=spec.index_topk)
+        return ops.attend(q, kv, rotations, sink, batch, state, window=spec.sliding_window, ratio=4, topk=chosen)
+
+    timing, dense = bench.time(attend), floor_us(lengths[-1] * spec.head_dim * 2)
+    yield Measurement(
+        f"CSA index and attention at {lengths[-1]} tokens over reading dense rows",
+        timing.us / dense,
+        Goal("ratio", 1 / 20, 1 / 50),
+        timing.spread,
+        timing.us,
+        note=f"{timing.us:.0f} us; dense rows need {dense:.0f} us at {lengths[-1]} x {spec.head_dim} x 2 bytes",
+    )
+
+
+def kernels_per_layer(bench: Bench) -> Iterator[Measurement]:
+    """H3: kernels and copies of one decoding step, per layer; in a rehearsal Triton's launches alone."""
+    start = bench.pick(4096, 70)
+    made = Slice.over(bench, random_decoder(bench, slice_spec(bench)), 1, start + 1)
+    run, count = made.step(start), len(made.decoder.spec.layers)
+    if not bench.rehearse:
+        run()  # compiles
+        torch.cuda.synchronize()
+    before = LAUNCHES.copy()
+    if bench.rehearse:
+        run()
+        names = [*(LAUNCHES - before).elements()]
+    else:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            run()
+            torch.cuda.synchronize()
+        events = profile.events() or []
+        names = [event.name for event in events if event.device_type.name != "CPU"]
+    launches = dict(LAUNCHES - before)
+    others = len(names) - sum(launches.values())
+    yield Measurement(
+        "decoding one token, per layer",
+        len(names) / count,
+        Goal("kernels", 25, 12),
+        launches=launches,
+        note=f"{len(names)} for {count} layers, embedding and head, {others} of them not Triton's",
+    )
+
+
+def slice_prefill(bench: Bench) -> Iterator[Measurement | Skipped]:
+    """H11: a chunk of 8,192 tokens from the start, as tokens per second of 43 such layers."""
+    tokens = bench.pick(8192, 4)
+    made = Slice.over(bench, random_decoder(bench, slice_spec(bench)), 1, tokens)
+    for exact in (True, False):
+        made.ops.settle(exact=exact)
+        yield bench.measure(
+            f"{tokens} tokens, {'exact' if exact else 'inexact'}",
+            made.step(0, tokens),
+            Goal("tokens/s", 8000, 15_000),
+            bytes=made.bytes(0, tokens),
+            flops=made.flops(0, tokens),
+            value=lambda us: tokens / (us * 1e-6 * LAYERS / len(made.decoder.spec.layers)),
+            graph=False,
+        )
+    yield Skipped("torch.compile of the slice", "the reference backend's ragged batches depend on data")
+
+
+def depth_prefill(bench: Bench) -> Iterator[Measurement]:
+    """H12: a chunk of 8,192 tokens after 524,288 over the same chunk at the start."""
+    tokens, depth = bench.pick(8192, 4), bench.pick(524_288, 300)
+    made = Slice.over(bench, random_decoder(bench, slice_spec(bench)), 1, depth + tokens)
+    shallow, deep = bench.time(made.step(0, tokens), graph=False), bench.time(made.step(depth, tokens), graph=False)
+    floors = [floor_us(made.bytes(start, tokens), made.flops(start, tokens)) for start in (0, depth)]
+    yield Measurement(
+        f"{tokens} tokens after {depth}, over the first {tokens}",
+        deep.us / shallow.us,
+        Goal("ratio", 4, 2.8),
+        deep.spread,
+        deep.us,
+        floors[1],
+        note=f"{shallow.us:.0f} us at the start, whose floor is {floors[0]:.0f} us",
+    )
