@@ -1,5 +1,5 @@
 # Each target creates .venv if it is missing and installs its dependencies.
-.PHONY: setup check test hostile kernels kernels-table bench demo clean
+.PHONY: setup check test hostile kernels kernels-table gpu bench demo clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
@@ -50,6 +50,10 @@ kernels: .venv/.test
 kernels-table: .venv/.test
 	$(INTERPRETED) --errors .venv/kernel-errors.json
 	$(BIN)/python -m agentkit_kernels.aot --write --errors .venv/kernel-errors.json
+
+# Installs nothing: a GPU is often borrowed, without a network. Any Python with torch and triton will do.
+gpu:
+	PYTHONPATH=kernels:engine $(or $(wildcard $(BIN)/python),$(PYTHON)) -m agentkit_engine.benchmarks.gpu $(ARGS)
 
 bench: .venv/.test
 	@failed=0; for room in agentkit_engine agentkit; do \

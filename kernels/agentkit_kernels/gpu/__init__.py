@@ -8,6 +8,7 @@ Only torch, triton and numpy are needed. Random data is made on the device.
 
 | file | content |
 |---|---|
+| `parts.py` | the parts, and which goals they measure |
 | `command.py` | the command line, and the processes of the parts |
 | `bench.py` | the device: random data, clocks, floors, comparisons |
 | `record.py` | a part's JSON file, and the table |

@@ -28,6 +28,7 @@ SECONDS = 240
 _RESERVE = 30
 """No measurement begins in a part's last seconds."""
 OUT = Path("runs/gpu")
+_BENCH = "agentkit_kernels.gpu.bench"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ def main(program: str, parts: Sequence[Part], arguments: Sequence[str] | None = 
         print(f"{program}: {problem}", file=sys.stderr)
         return 2
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(sorted({part.function.partition(":")[0] for part in options.parts}))
+    modules = {part.function.partition(":")[0] for part in options.parts}
+    processes.set_forkserver_preload([_BENCH, *sorted(modules)])  # imported once for all parts
     files = []
     for part in options.parts:
         print(f"{part.name} ...", end=" ", flush=True)
@@ -74,12 +76,10 @@ def _options(program: str, parts: Sequence[Part], arguments: Sequence[str] | Non
     parser.add_argument("--rehearse", action="store_true", help="run the same code on a CPU with toy shapes")
     names = ", ".join(part.name for part in parts)
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {names}")
-    parser.add_argument("--skip-unknown", action="store_true", help="ignore names of --only that are not listed")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default %(default)s")
     options = parser.parse_args(arguments)
     wanted = [name for name in options.only.split(",") if name]
-    unknown = sorted({*wanted} - {part.name for part in parts})
-    if unknown and not options.skip_unknown:
+    if unknown := sorted({*wanted} - {part.name for part in parts}):
         parser.error(f"no part {', '.join(unknown)}; choose from {names}")
     options.parts = [part for part in parts if not options.only or part.name in wanted]
     return options

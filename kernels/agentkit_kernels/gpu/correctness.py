@@ -71,7 +71,7 @@ def correctness(bench: Bench) -> Iterator[Measurement]:
     for file, names in kernels().items():
         LAUNCHES.clear()
         try:
-            for what, ours, theirs, tolerance in _CHECKS[file](bench):
+            for what, ours, theirs, tolerance in CHECKS[file](bench):
                 error = difference(ours, theirs)
                 if not error <= tolerance:
                     faults.append(f"{file}: {what}: error {error:.2e}, the tolerance is {tolerance:.0e}")
@@ -368,7 +368,7 @@ def _swiglu(bench: Bench) -> Found:
     yield "clamped", swiglu_kernel.swiglu(x, LIMIT), swiglu(x), BF16
 
 
-_CHECKS: dict[str, Callable[[Bench], Found]] = {
+CHECKS: dict[str, Callable[[Bench], Found]] = {
     "attention": _attention,
     "compressor": _compressor,
     "experts": _experts,

@@ -1,4 +1,4 @@
-"""A slice of DeepSeek-V4-Flash on a GPU: `python -m agentkit_engine.benchmarks.gpu [--rehearse] [--only NAME,...]`.
+"""Kernels, and a slice of DeepSeek-V4-Flash, on a GPU: `python -m agentkit_engine.benchmarks.gpu`, or `make gpu`.
 
-`slice.py` makes and measures it; `agentkit_kernels.gpu` has the command line, the clocks and the kernels' own parts.
+`slice.py` makes and measures the slice. `agentkit_kernels.gpu` has the command line, the clocks and the other parts.
 """

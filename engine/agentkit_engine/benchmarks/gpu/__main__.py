@@ -1,13 +1,16 @@
-"""`python -m agentkit_engine.benchmarks.gpu [--rehearse] [--only NAME,...] [--out DIR]`."""
+"""`python -m agentkit_engine.benchmarks.gpu [--rehearse] [--only NAME,...] [--out DIR]`: the kernels' parts, and then
+those of a slice of the model."""
 
 from __future__ import annotations
 
 import sys
 
+from agentkit_kernels.gpu import parts
 from agentkit_kernels.gpu.command import Part, main
 
 _SLICE = "agentkit_engine.benchmarks.gpu.slice"
 PARTS = (
+    *parts.PARTS,
     Part("slice-decode", "H1", f"{_SLICE}:slice_decode"),
     Part("context-growth", "H2", f"{_SLICE}:context_growth"),
     Part("kernels-per-layer", "H3", f"{_SLICE}:kernels_per_layer"),
