@@ -46,10 +46,16 @@ class OutOfTimeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The median of repeated times, and (max - min) / median."""
+    """The median of repeated times, (max - min) / median, and whether a CUDA graph was replayed."""
 
     us: float
     spread: float
+    graph: bool = False
+
+    @property
+    def note(self) -> str:
+        """What a reader has to know about the time."""
+        return "" if self.graph else "launched from Python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +148,17 @@ class Bench:
             run()
             return Timing(1e6 * (time.perf_counter() - start), 0.0)
         run()
-        replay = self.captured(run) if graph else run
+        replay = run
+        if graph:
+            try:
+                replay = self.captured(run)
+            except RuntimeError:  # it waits for the device, which a graph cannot hold
+                torch.cuda.synchronize()
+                graph = False
         first = self._microseconds(replay, 2)[-1]
         times = self._microseconds(replay, max(3, min(30, round(1e6 / first))))
         median = statistics.median(times)
-        return Timing(median, (max(times) - min(times)) / median)
+        return Timing(median, (max(times) - min(times)) / median, graph)
 
     def wall(self, run: Callable[[], object]) -> Timing:
         """Return the wall time of one call, from an idle device to an idle device."""
@@ -247,14 +259,14 @@ class Bench:
                         raise OutputsDifferError(f"{what}: {peer.name}: {outputs}; the tolerance is {tolerance:.0e}")
                 del theirs
                 timing = self.time(peer.run, graph=peer.graph)
+                outputs = "; ".join(filter(None, (outputs, timing.note)))
                 results.append(PeerResult(peer.name, convert(timing.us), timing.spread, outputs))
             except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
                 results.append(PeerResult(peer.name, skipped=_short(error)))
         del output
         timing = once if self.rehearse else self.time(run, graph=graph)
-        return Measurement(
-            what, convert(timing.us), goal, timing.spread, timing.us, floor, results, launches, note
-        )  # fmt: skip
+        note = "; ".join(filter(None, (note, timing.note)))
+        return Measurement(what, convert(timing.us), goal, timing.spread, timing.us, floor, results, launches, note)
 
 
 def floor_us(bytes: int, flops: int = 0, rate: str = "bf16") -> float:

@@ -28,19 +28,20 @@ def kernels() -> dict[str, list[str]]:
 
 
 def decode_calls(bench: Bench) -> Iterator[Measurement]:
-    """All calls with one row, and then with 32 if there is time."""
+    """All calls of decoding with one row, and then with 32 if there is time."""
     for rows in bench.pick((1, 32), (2,)):
-        yield from _calls(bench, rows)
+        yield from _calls(bench, rows, other_phase="prefill")
 
 
 def prefill_calls(bench: Bench) -> Iterator[Measurement]:
-    """All calls with many rows."""
-    yield from _calls(bench, bench.pick(2048, 5))
+    """All calls of prefill."""
+    yield from _calls(bench, bench.pick(2048, 3), other_phase="decode")
 
 
-def _calls(bench: Bench, rows: int) -> Iterator[Measurement]:
+def _calls(bench: Bench, rows: int, *, other_phase: str) -> Iterator[Measurement]:
     for name in kernels():
         module = import_module(f"{agentkit_kernels.triton.__name__}.{name}")
         for call in module.calls(bench.shapes, rows, bench):
-            what = f"{name}: {call.name}, {rows} rows"
-            yield bench.measure(what, call.run, Goal("us"), bytes=call.bytes, flops=call.flops)
+            if not call.name.startswith(other_phase):
+                what = f"{name}: {call.name}, {rows} rows"
+                yield bench.measure(what, call.run, Goal("us"), bytes=call.bytes, flops=call.flops)
