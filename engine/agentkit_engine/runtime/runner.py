@@ -155,7 +155,9 @@ class Runner:
         """
         count = len(ids_B)
         plan = Plan(ids_B, [1] * count, [0] * count, [0] * count, [()] * count)
-        ids: list[int] = self._compute(lambda: self.forward.draft(streams_BMD, plan).logits.cpu().numpy().argmax(-1)).tolist()
+        ids: list[int] = self._compute(
+            lambda: self.forward.draft(streams_BMD, plan).logits.cpu().numpy().argmax(-1)
+        ).tolist()
         return ids
 
     def _compute(self, function: Callable[[], T]) -> T:

@@ -30,6 +30,13 @@ SPILLS: dict[tuple[str, str], Spill] = {
     ("_attend_kernel", "sm_90"): Spill(
         8, "during the loop the queries of 16 heads of 512 values take half of the registers, 128 per thread"
     ),
+    ("_entries", "sm_80"): Spill(
+        8,
+        "HCA keeps the running maximum, sum and average of a window beside its rows; 4 bytes, at tiny sizes",
+    ),
+    ("_qkv", "sm_100"): Spill(
+        16, "the Hadamard rotation keeps a whole index query in registers, beside the codes and scales of its FP8 form"
+    ),
 }
 """By kernel and target."""
 EXCESSES: dict[tuple[str, str], Excess] = {
