@@ -1,11 +1,10 @@
-"""The engine's fast path: one forward for many sequences, with their state in pools.
+"""Live sequences: their forwards in batches, their state in pools, and its caches.
 
-`model/` is the readable twin, which trains and is compared with transformers. This folder computes the same logits for
-a ragged batch of live sequences. A token's logits have the same bits whatever shares the forward, and however its
-prompt was cut into chunks. `runner.py` chooses between the layers of `compiled.py` and those of `eager.py`.
+A token's logits have the same bits whatever shares the forward, and however its prompt was cut into chunks. The forward
+itself is `model/forward.py`; `runner.py` chooses the backend that computes it.
 
-Dimension key, besides that of `model/__init__.py`: B sequences of a group, T tokens of each in this forward, N rows of
-the forward (all tokens of all groups, padded), R rows of a window ring, S keys, U tokens of a query block.
+Dimension key, besides that of `model/__init__.py`: B sequences, N rows of the forward (the tokens of all sequences), R
+rows whose logits are wanted.
 """
 
 from agentkit_engine.runtime.request import PromptUsage, Request
