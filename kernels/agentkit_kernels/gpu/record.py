@@ -163,7 +163,8 @@ def _line(part: str, found: dict[str, Any]) -> str:
 
 def _summary(part: str, measurements: Sequence[dict[str, Any]]) -> str:
     shares = [found["of_floor"] for found in measurements if found["of_floor"] is not None]
-    what = f"{len(measurements)} results"
+    kept = sum(found["goal"]["unit"] == "error" and found["good_met"] for found in measurements)
+    what = f"{len(measurements)} results" + (f", {kept} within their tolerance" if kept else "")
     if shares:
         worst = min((found for found in measurements if found["of_floor"] is not None), key=lambda it: it["of_floor"])
         what += f"; least of its floor: {worst['what']}, {worst['of_floor']:.0%}"
