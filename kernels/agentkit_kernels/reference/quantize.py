@@ -18,9 +18,14 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
+def _divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once. On a GPU torch multiplies by the rounded reciprocal of a Python number instead."""
+    return x / torch.tensor(by, device=x.device)
+
+
 def encode_scale(amax: Tensor, largest: float) -> Tensor:
     """Return the E8M0 byte of the least power of two s, at least 2^-126, with amax / s <= largest; 2^0 for amax 0."""
-    mantissa, exponent = torch.frexp(amax / largest)
+    mantissa, exponent = torch.frexp(_divide(amax, largest))
     byte = exponent - (mantissa == 0.5).int() + 127
     return torch.where(amax == 0, 127, byte.clamp(min=1)).to(torch.uint8)
 
@@ -61,7 +66,7 @@ def quantise_fp8(
     """Return E4M3 codes, uint8 [N, K], and a scale per group of columns: E8M0 bytes, or float32 amax / 448."""
     x = _grouped(x_NK, group)
     amax = x.abs().amax(2).clamp(min=floor)
-    scales = encode_scale(amax, E4M3_MAX) if e8m0 else torch.where(amax == 0, 1.0, amax / E4M3_MAX)
+    scales = encode_scale(amax, E4M3_MAX) if e8m0 else torch.where(amax == 0, 1.0, _divide(amax, E4M3_MAX))
     x = x / (decode_scale(scales) if e8m0 else scales)[..., None]
     return _encode_e4m3(x).flatten(1)[:, : x_NK.shape[1]].contiguous(), scales
 
@@ -102,7 +107,7 @@ def quantise_int8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 codes [N, K] and float32 scales amax / 127 [N]."""
     x = x_NK.float()
     amax = x.abs().amax(1)
-    scales = torch.where(amax == 0, 1.0, amax / INT8_MAX)
+    scales = torch.where(amax == 0, 1.0, _divide(amax, INT8_MAX))
     return (x / scales[:, None]).round().to(torch.int8), scales
 
 
