@@ -171,11 +171,9 @@ class DiskCache:
             self.pools.close(sequence)
             raise
         whole = [part for part in parts if part is not None]
-        for span, part in zip(sequence.spans, whole, strict=False):
-            for index, entries in enumerate(self.pools.entries):
-                entries[span] = part[f"entries.{index}"].to(entries.device)
-        for index, tails in enumerate(self.pools.tails):
-            tails[sequence.slot] = whole[-1][f"tail.{index}"].to(tails.device)
+        for index, part in enumerate(whole):
+            stacked = {name: rows[None] if name.startswith("entries") else rows for name, rows in part.items()}
+            self.pools.write(sequence, index, stacked)
         sequence.length, sequence.written = stored.length, stored.written
         self.stats.loaded += 1
         return sequence
@@ -189,15 +187,13 @@ class DiskCache:
             return
         full = sequence.length // SPAN
         nodes = chain.upto(ids, full)
-        for key, span in zip(nodes[1:], sequence.spans, strict=False):
+        for index, key in enumerate(nodes[1:]):
             if key not in self._spans and key not in self._stored:
-                self._put({"kind": "span", "key": key.hex()}, key, self._entries(span))
+                self._put({"kind": "span", "key": key.hex()}, key, self._frame(sequence, index, index + 1, tail=False))
         key = chain.key(ids, sequence.length)
         if key in self._stored:
             return
-        tensors = {f"tail.{index}": tail[sequence.slot].cpu().clone() for index, tail in enumerate(self.pools.tails)}
-        if sequence.length % SPAN:
-            tensors |= self._entries(sequence.spans[full])
+        tensors = self._frame(sequence, full, -(-sequence.length // SPAN), tail=True)
         header = {"kind": "tail", "key": nodes[-1].hex(), "length": sequence.length, "written": sequence.written}
         self._put(header | {"tail": list(ids[full * SPAN : sequence.length])}, key, tensors)
 
@@ -217,8 +213,10 @@ class DiskCache:
     def _tail_tensors(self) -> dict[str, Tensor]:
         return {f"tail.{index}": tail[0] for index, tail in enumerate(self.pools.tails)}
 
-    def _entries(self, span: int) -> dict[str, Tensor]:
-        return {f"entries.{index}": entries[span].cpu().clone() for index, entries in enumerate(self.pools.entries)}
+    def _frame(self, sequence: Sequence, first: int, last: int, *, tail: bool) -> dict[str, Tensor]:
+        """Return the state of at most one span, without the spans' dimension."""
+        rows = self.pools.read(sequence, first, last, tail=tail)
+        return {name: part[0] if name.startswith("entries") else part for name, part in rows.items()}
 
     def _put(self, header: dict[str, Any], key: bytes, tensors: dict[str, Tensor]) -> None:
         self._stored.add(key)

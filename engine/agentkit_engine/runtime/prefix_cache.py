@@ -121,7 +121,7 @@ class PrefixCache:
         if found is None:
             return None
         checkpoint, length = found
-        sequence = self.pools.fork(checkpoint.sequence)
+        sequence = self.pools.branch(checkpoint.sequence)
         sequence.shorten(length)
         checkpoint.used, checkpoint.shared = next(self._clock), True
         for other in self._on_the_way(ids, chain):
@@ -162,9 +162,12 @@ class PrefixCache:
         here = self._nodes.get(chain.upto(ids, full)[-1], ())
         return any(checkpoint.tail == tuple(ids[full * SPAN : length]) for checkpoint in here)
 
-    def evict(self, at_most: Keep = Keep.TURN) -> bool:
-        """Free the checkpoint with the lowest value; return False if none has a value of `at_most` or less."""
-        every = itertools.chain.from_iterable(self._nodes.values())
+    def evict(self, at_most: Keep = Keep.TURN, *, rank: int | None = None) -> bool:
+        """Free the checkpoint with the lowest value, of one rank or of all; return False if none has a value of
+        `at_most` or less."""
+        every: Iterator[Checkpoint] = itertools.chain.from_iterable(self._nodes.values())
+        if rank is not None:
+            every = (checkpoint for checkpoint in every if checkpoint.sequence.rank == rank)
         victim = min(every, key=lambda checkpoint: (checkpoint.keep, checkpoint.used), default=None)
         if victim is None or victim.keep > at_most:
             return False

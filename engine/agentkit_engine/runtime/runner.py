@@ -25,6 +25,7 @@ from torch import Tensor
 
 from agentkit_engine.errors import BackendUnavailableError
 from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.model.forward import Computed as ModelOutput
 from agentkit_engine.model.forward import Forward
 from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
 from agentkit_engine.runtime.state import Pools, rows_of
@@ -74,12 +75,13 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
     return chosen
 
 
-def make_ops(backend: Backend, device: torch.device, dtype: torch.dtype) -> Ops:
-    """Return the operations of a backend, for weights of this dtype."""
+def make_ops(backend: Backend, device: torch.device, dtype: torch.dtype, *, processes: int = 1) -> Ops:
+    """Return the operations of a backend, for weights of this dtype, which share a CPU's cores with other `processes`."""
     if backend == "cpu":
         from agentkit_kernels.cpu import Cpu
+        from agentkit_kernels.cpu.workers import Workers, available_cores
 
-        return Cpu()
+        return Cpu(Workers(max(1, available_cores() // processes)))
     if backend == "triton":
         from agentkit_kernels.triton.backend import Triton
 
@@ -100,18 +102,37 @@ def machine(device: torch.device) -> tuple[str, ...]:
     return tuple(found)
 
 
+def plan_of(scheduled: Seq[ScheduledTokens], *, all_rows: bool) -> tuple[Plan, list[int] | None]:
+    """Return the plan of a forward, and the rows of its output; None for all of them."""
+    lengths = [len(part) for part in scheduled]
+    plan = Plan(
+        [token_id for part in scheduled for token_id in (*part.ids, *part.draft)],
+        lengths,
+        [part.sequence.length for part in scheduled],
+        [part.sequence.slot for part in scheduled],
+        [part.sequence.spans for part in scheduled],
+    )
+    if all_rows or all(len(part.ids) == 1 for part in scheduled):
+        return plan, None
+    ends, wanted = accumulate(lengths), [len(part.draft) + 1 for part in scheduled]
+    return plan, [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+
+
 class Runner:
     """A decoder's weights, packed once for forwards over `Pools`. Not differentiable."""
 
-    def __init__(self, decoder: Decoder, pools: Pools, *, exact: bool = True, backend: str = "auto") -> None:
+    def __init__(
+        self, decoder: Decoder, pools: Pools, *, exact: bool = True, backend: str = "auto", ops: Ops | None = None
+    ) -> None:
+        """`ops` are the operations of the backend, or others over them; by default a new one's."""
         self.pools, self.exact = pools, exact
         self.backend = choose_backend(backend, pools.device)
         self._on_one_thread = OneThread()
-        self.forward = self._compute(lambda: self._packed(decoder))
+        ops = ops or make_ops(self.backend, pools.device, decoder.embed.weight.dtype)
+        self.forward = self._compute(lambda: self._packed(decoder, ops))
 
-    def _packed(self, decoder: Decoder) -> Forward:
+    def _packed(self, decoder: Decoder, ops: Ops) -> Forward:
         with torch.inference_mode(False), torch.no_grad():  # a packed decoder can still be trained
-            ops = make_ops(self.backend, self.pools.device, decoder.embed.weight.dtype)
             states = [ops.state(pools) for pools in self.pools.layers]
             for layer in decoder.spec.mtp_layers:  # its tokens see no others, so they can share a ring
                 window = next(rows for rows in rows_of(layer, decoder.spec) if rows.name == "window")
@@ -128,24 +149,16 @@ class Runner:
         Returns:
             Logits and streams of each part's last id and draft; with `all_rows` a row for every id.
         """
-        sequences = [part.sequence for part in scheduled]
-        lengths = [len(part) for part in scheduled]
-        plan = Plan(
-            [token_id for part in scheduled for token_id in (*part.ids, *part.draft)],
-            lengths,
-            [sequence.length for sequence in sequences],
-            [sequence.slot for sequence in sequences],
-            [sequence.spans for sequence in sequences],
-        )
-        rows = None
-        if not all_rows and any(len(part.ids) > 1 for part in scheduled):
-            ends, wanted = accumulate(lengths), [len(part.draft) + 1 for part in scheduled]
-            rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
-        computed = self._compute(lambda: self.forward(plan, rows))
-        for sequence, part in zip(sequences, scheduled, strict=True):
+        computed = self._forward(scheduled, all_rows=all_rows)
+        for part in scheduled:
+            sequence = part.sequence
             sequence.written = max(sequence.written, sequence.length + len(part))
             sequence.length += len(part.ids)
         return Computed(*computed)
+
+    def _forward(self, scheduled: Seq[ScheduledTokens], *, all_rows: bool) -> ModelOutput:
+        plan, rows = plan_of(scheduled, all_rows=all_rows)
+        return self._compute(lambda: self.forward(plan, rows))
 
     def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         """Return the MTP block's guess at the id after each of `ids`; `streams` are those of the ids before them.

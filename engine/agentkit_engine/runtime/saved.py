@@ -47,9 +47,13 @@ def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pool
     """
     tensors = {"ids": torch.tensor(ids, dtype=torch.int32), "fed": torch.tensor(list(fed), dtype=torch.uint8)}
     if sequence is not None:
-        spans = sequence.spans[: -(-sequence.length // SPAN)]
-        tensors |= {f"tail.{index}": tail[sequence.slot].cpu() for index, tail in enumerate(pools.tails)}
-        tensors |= {f"entries.{index}": entries[spans].cpu() for index, entries in enumerate(pools.entries)}
+        spans = -(-sequence.length // SPAN)
+        tensors |= pools.read(sequence, 0, spans)
+        if not spans:
+            tensors |= {
+                f"entries.{index}": torch.empty((0, *entries.shape[1:]), dtype=entries.dtype)
+                for index, entries in enumerate(pools.entries)
+            }
     length, written = (0, 0) if sequence is None else (sequence.length, sequence.written)
     metadata = {"format": FORMAT, "model": model, "layout": layout(pools)}
     metadata |= {"length": str(length), "written": str(written)}
@@ -139,14 +143,6 @@ def _forms(pools: Pools, count: int, length: int) -> dict[str, tuple[torch.dtype
             for index, entries in enumerate(pools.entries)
         }
     return forms
-
-
-def restore(pools: Pools, sequence: Sequence, tensors: dict[str, Tensor]) -> None:
-    """Fill an open sequence whose spans are already reserved."""
-    for index, tail in enumerate(pools.tails):
-        tail[sequence.slot] = tensors[f"tail.{index}"].to(tail.device)
-    for index, entries in enumerate(pools.entries):
-        entries[sequence.spans] = tensors[f"entries.{index}"].to(entries.device)
 
 
 def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

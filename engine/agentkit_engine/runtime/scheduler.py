@@ -141,19 +141,22 @@ class Scheduler:
         """Add requests to `scheduled`; those in it with a lower priority may be preempted."""
         for request in requests:
             self._check_length(request)
-        num_batched_tokens = sum(map(len, scheduled.values()))
+        left = [MAX_NUM_BATCHED_TOKENS] * self.pools.ranks
+        for part in scheduled.values():
+            left[part.sequence.rank] -= len(part)
         for request in sorted(_leaders(requests), key=lambda each: (each.pending != 1, -each.priority, each.last_step)):
-            if num_batched_tokens >= MAX_NUM_BATCHED_TOKENS:
+            if max(left) <= 0:
                 break
             try:
                 keep = [other for other in scheduled if other.priority >= request.priority]
-                budget = MAX_NUM_BATCHED_TOKENS - num_batched_tokens
-                scheduled[request] = self._schedule_one(request, budget, keep, guesses.get(request))
+                part = self._schedule_one(request, left, keep, guesses.get(request))
             except OutOfMemoryError:
                 if all(other.sequence is None for other in scheduled):
                     raise
                 break
-            num_batched_tokens += len(scheduled[request])
+            if part is not None:
+                scheduled[request] = part
+                left[part.sequence.rank] -= len(part)
         for request in [each for each in scheduled if each.sequence is None]:  # it was preempted
             del scheduled[request]
 
@@ -185,13 +188,7 @@ class Scheduler:
 
     def fits(self, requests: Seq[Request]) -> bool:
         """Return whether the states of all `requests`, with one more span each, fit into memory at once."""
-        held: set[int] = set()
-        missing = 0
-        for request in requests:
-            spans = [] if request.sequence is None else request.sequence.spans
-            held.update(spans)
-            missing += max(0, -(-request.length // SPAN) + 1 - len(spans))
-        return len(held) + missing <= self.pools.spans and len(requests) <= self.pools.slots
+        return self.pools.fits([(request.sequence, request.length) for request in requests])
 
     def mark(self, request: Request) -> None:
         """Take a checkpoint here, now or as soon as it is computed, for sessions that share this prefix."""
@@ -220,7 +217,7 @@ class Scheduler:
         fork, sequence = request.fork(), request.sequence
         if sequence is not None:
             try:
-                fork.sequence = self._room_for(lambda: self.pools.fork(sequence), keep=[request])
+                fork.sequence = self._room_for(lambda: self.pools.branch(sequence), keep=[request])
             except OutOfMemoryError:
                 return fork
             self._live[fork], fork.last_step = None, self.steps
@@ -254,11 +251,11 @@ class Scheduler:
         if length:
             request.sequence = sequence = self._room_for(self.pools.open, keep=[])
             try:
-                self._room_for(lambda: self.pools.reserve(sequence, length), keep=[])
+                self._room_for(lambda: self.pools.reserve(sequence, length), keep=[], rank=sequence.rank)
             except OutOfMemoryError:
                 self.preempt(request)
                 raise
-            saved.restore(self.pools, sequence, tensors)
+            self.pools.write(sequence, 0, tensors)
             # the last id is computed again for its logits
             sequence.length, sequence.written = min(length, len(ids) - 1), written
             request.count(0, length, hit=True)
@@ -304,7 +301,8 @@ class Scheduler:
             request.sequence = self._room_for(self.pools.open, keep=[])
             rows = []
             while request.pending:
-                part = self._schedule_one(request, chunk, keep=[])
+                part = self._schedule_one(request, [chunk] * self.pools.ranks, keep=[])
+                assert part is not None
                 rows.append(self.runner.step([part], all_rows=True).logits_RV)
             return torch.cat(rows)
         finally:
@@ -325,9 +323,9 @@ class Scheduler:
         return dict(zip(asking, guesses, strict=True))
 
     def _schedule_one(
-        self, request: Request, budget: int, keep: Seq[Request], guess: int | None = None
-    ) -> ScheduledTokens:
-        """Return the request's next ids, at most `budget`, with memory reserved for them.
+        self, request: Request, left: Seq[int], keep: Seq[Request], guess: int | None = None
+    ) -> ScheduledTokens | None:
+        """Return the request's next ids, with memory reserved for them; None if its rank has no tokens `left`.
 
         Requests other than those in `keep` may be preempted for it.
         """
@@ -336,12 +334,15 @@ class Scheduler:
             if request.sequence is None:
                 request.sequence = self._room_for(lambda: self._enter(request), keep)
             sequence = request.sequence
+            if (budget := left[sequence.rank]) <= 0:
+                self._live[request] = None
+                return None
             end = min(sequence.length + budget, request.length, request.next_stop())
             room = min(budget - 1, self.pools.spec.max_position_embeddings - end - 1, LONGEST) if self.speculate else 0
             draft = request.draft(room, guess) if room > 0 else []
-            self._room_for(lambda: self.pools.reserve(sequence, end + len(draft)), keep)
+            self._room_for(lambda: self.pools.reserve(sequence, end + len(draft)), keep, rank=sequence.rank)
         except OutOfMemoryError as error:
-            length = min(request.computed + budget, request.length)
+            length = min(request.computed + max(left), request.length)
             self.preempt(request)
             raise OutOfMemoryError(
                 f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
@@ -392,7 +393,7 @@ class Scheduler:
             try:
                 fork = self.pools.fork(request.sequence)
             except OutOfMemoryError:
-                if not self.cache.evict(at_most=keep):
+                if not self.cache.evict(at_most=keep, rank=request.sequence.rank):
                     return
             else:
                 if keep is Keep.TURN:
@@ -400,8 +401,9 @@ class Scheduler:
                 self.cache.add(request.ids, request.chain, fork, keep)
                 return
 
-    def _room_for(self, take: Callable[[], T], keep: Seq[Request]) -> T:
-        """Call `take` until it finds memory; evict checkpoints first, then preempt requests other than those in `keep`.
+    def _room_for(self, take: Callable[[], T], keep: Seq[Request], *, rank: int | None = None) -> T:
+        """Call `take` until it finds memory, on one rank or on any; evict checkpoints first, then preempt requests other
+        than those in `keep`.
 
         Works with the lowest priority are preempted first, and among equals the least recently computed one.
         """
@@ -409,12 +411,16 @@ class Scheduler:
             try:
                 return take()
             except OutOfMemoryError:
-                if self.cache.evict():
+                if self.cache.evict(rank=rank):
                     continue
-                others = [other for other in self._live if other not in keep]
+                others = [each for each in self._live if each not in keep and _on(each, rank)]
                 if not others:
                     raise
                 self.preempt(min(others, key=lambda other: (other.priority, other.last_step)))
+
+
+def _on(request: Request, rank: int | None) -> bool:
+    return rank is None or (request.sequence is not None and request.sequence.rank == rank)
 
 
 def _leaders(requests: Seq[Request]) -> list[Request]:

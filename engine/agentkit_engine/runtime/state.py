@@ -16,6 +16,7 @@ Dimension key: `runtime/__init__.py`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal
@@ -87,11 +88,12 @@ def rows_of(layer: LayerSpec, spec: ModelSpec) -> list[Rows]:
 class Sequence:
     """A tail slot, a list of spans, and the number of tokens they hold.
 
-    Made by `Pools.open` and `Pools.fork`, and returned with `Pools.close`.
+    Made by `Pools.open` and `Pools.fork`, and returned with `Pools.close`. Slot and spans are those of one `rank`; see
+    `parallel.py`.
     """
 
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
+    def __init__(self, slot: int, rank: int = 0) -> None:
+        self.slot, self.rank = slot, rank
         self.length = 0
         self.written = 0
         """The largest length so far: tokens that were cut since may have overwritten rows of the rings."""
@@ -118,8 +120,11 @@ class Sequence:
 class Pools:
     """The state of one model, for at most `slots` sequences and `spans` spans.
 
+    They are those of one rank; `ranks` is the number of ranks among which sequences are distributed (`parallel.py`).
     `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is the memory in use, with shared spans counted once.
     """
+
+    ranks = 1
 
     def __init__(
         self,
@@ -129,9 +134,10 @@ class Pools:
         spans: int,
         device: torch.device,
         rows: Seq[Seq[Rows]] | None = None,
+        rank: int = 0,
     ) -> None:
         """`rows` lists what each layer keeps; by default what the layers of `spec` do."""
-        self.spec, self.device = spec, device
+        self.spec, self.device, self.rank = spec, device, rank
         self.slots, self.spans = slots, spans
         self.rows = [rows_of(layer, spec) for layer in spec.layers] if rows is None else rows
         self.layers: list[dict[str, Tensor]] = []
@@ -180,8 +186,7 @@ class Pools:
             OutOfMemoryError: every slot is taken.
         """
         sequence = self._take_slot()
-        for tail, fill in zip(self.tails, self._fills, strict=True):
-            tail[sequence.slot] = fill
+        self.clear_slot(sequence.slot)
         return sequence
 
     def fork(self, source: Sequence) -> Sequence:
@@ -195,13 +200,26 @@ class Pools:
             raise OutOfMemoryError(f"a fork needs a span of its own, and none of {self.spans} is free")
         fork = self._take_slot()
         fork.length, fork.written = source.length, source.written
-        for tail in self.tails:
-            tail[fork.slot] = tail[source.slot]
+        self.copy_slot(source.slot, fork.slot)
         self._holders.update(source.spans[:full])
         fork.spans = source.spans[:full]
         if open_tokens:
             fork.spans.append(self._copy_span(source.spans[full]))
         return fork
+
+    def branch(self, source: Sequence) -> Sequence:
+        """Return a fork for another session."""
+        return self.fork(source)
+
+    def fits(self, needs: Seq[tuple[Sequence | None, int]]) -> bool:
+        """Return whether sequences of given lengths, with one more span each, fit at once; None is one to be opened."""
+        held: set[int] = set()
+        missing = 0
+        for sequence, length in needs:
+            spans = [] if sequence is None else sequence.spans
+            held.update(spans)
+            missing += max(0, -(-length // SPAN) + 1 - len(spans))
+        return len(held) + missing <= self.spans and len(needs) <= self.slots
 
     def reserve(self, sequence: Sequence, length: int) -> None:
         """Allocate the spans that `sequence` needs for `length` tokens, and copy shared spans that it will write to.
@@ -227,8 +245,7 @@ class Pools:
             self._release(span)
         for _ in range(missing):
             span = self._take_span()
-            for entries in self.entries:
-                entries[span] = 0.0
+            self.clear_span(span)
             sequence.spans.append(span)
 
     def close(self, sequence: Sequence) -> None:
@@ -238,10 +255,55 @@ class Pools:
             self._release(span)
         sequence.spans.clear()
 
+    def read(self, sequence: Sequence, first: int, last: int, *, tail: bool = True) -> dict[str, Tensor]:
+        """Return copies in host memory of the spans `first` to `last`, `entries.N` [spans, rows, width] for each of the
+        `entries`, and with `tail` of the slot, `tail.N` [rows, width] for each of the `tails`."""
+        return self.read_rows(sequence.slot if tail else None, sequence.spans[first:last])
+
+    def write(self, sequence: Sequence, first: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write what `read` returned for the spans from `first` on; they must be reserved."""
+        count = len(tensors["entries.0"]) if "entries.0" in tensors else 0
+        self.write_rows(sequence.slot, sequence.spans[first : first + count], tensors)
+
+    # The rows of slots and spans. These six methods alone touch memory.
+
+    def clear_slot(self, slot: int) -> None:
+        for tail, fill in zip(self.tails, self._fills, strict=True):
+            tail[slot] = fill
+
+    def clear_span(self, span: int) -> None:
+        for entries in self.entries:
+            entries[span] = 0.0
+
+    def copy_slot(self, source: int, target: int) -> None:
+        for tail in self.tails:
+            tail[target] = tail[source]
+
+    def copy_span(self, source: int, target: int) -> None:
+        for entries in self.entries:
+            entries[target] = entries[source]
+
+    def read_rows(self, slot: int | None, spans: Seq[int]) -> dict[str, Tensor]:
+        """See `read`; without a slot there are no tails."""
+        rows: dict[str, Tensor] = {}
+        if slot is not None:
+            rows |= {f"tail.{index}": tail[slot].clone().cpu() for index, tail in enumerate(self.tails)}
+        if spans:
+            rows |= {f"entries.{index}": entries[list(spans)].cpu() for index, entries in enumerate(self.entries)}
+        return rows
+
+    def write_rows(self, slot: int, spans: Seq[int], tensors: Mapping[str, Tensor]) -> None:
+        """See `write`."""
+        for index, tail in enumerate(self.tails):
+            if f"tail.{index}" in tensors:
+                tail[slot] = tensors[f"tail.{index}"].to(tail.device)
+        for index, entries in enumerate(self.entries if spans else ()):
+            entries[list(spans)] = tensors[f"entries.{index}"].to(entries.device)
+
     def _take_slot(self) -> Sequence:
         if not self._free_slots:
             raise OutOfMemoryError(f"all {self.slots} slots are taken by live sequences; close one")
-        return Sequence(self._free_slots.pop())
+        return Sequence(self._free_slots.pop(), self.rank)
 
     def _take_span(self) -> int:
         if self._free_spans:
@@ -254,8 +316,7 @@ class Pools:
 
     def _copy_span(self, source: int) -> int:
         span = self._take_span()
-        for entries in self.entries:
-            entries[span] = entries[source]
+        self.copy_span(source, span)
         return span
 
     def _release(self, span: int) -> None:
