@@ -38,6 +38,7 @@ from agentkit_engine.errors import (
     SessionError,
     TokenIdError,
     TokenizerMissingError,
+    WorkerLostError,
 )
 from agentkit_engine.garbage import collection_paused
 
@@ -93,6 +94,7 @@ __all__ = [
     "SessionError",
     "TokenIdError",
     "TokenizerMissingError",
+    "WorkerLostError",
 ]
 
 

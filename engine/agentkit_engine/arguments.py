@@ -50,6 +50,27 @@ def check_device(device: object) -> torch.device:
     return found
 
 
+def check_devices(devices: object, first: torch.device, gpus: int) -> int:
+    """Return the number of devices, which are `first` and those after it, of the `gpus` that torch sees.
+
+    Raises:
+        TypeError: it is not an int.
+        ValueError: it is below 1.
+        DeviceUnavailableError: this machine has fewer GPUs.
+    """
+    if not isinstance(devices, int) or isinstance(devices, bool):
+        raise TypeError(f"devices must be a whole number, got {devices!r}")
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}; leave it out to use one")
+    start = first.index or 0
+    if first.type == "cuda" and start + devices > gpus:
+        raise DeviceUnavailableError(
+            f"devices={devices} needs cuda:{start} to cuda:{start + devices - 1}, but torch sees {gpus} GPUs; use "
+            f"devices={gpus - start}"
+        )
+    return devices
+
+
 def check_dtype(dtype: object) -> torch.dtype | None:
     """Return the dtype for the weights; None chooses it from the stored weights.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agentkit_engine.arguments import check_bytes, check_device, check_dtype, check_model
+from agentkit_engine.arguments import check_bytes, check_device, check_devices, check_dtype, check_model
 from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.garbage import collection_paused, skip_collection_at_exit
@@ -23,7 +23,9 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Request, Scheduler, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.parallel import ParallelRunner
 from agentkit_engine.runtime.runner import NUMERICS, choose_backend, machine
+from agentkit_engine.runtime.workers import Placement
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session, check_ids, check_whole
 from agentkit_engine.spec import ModelSpec
@@ -66,8 +68,11 @@ class Engine:
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
         backend: str = "auto",
+        placement: Placement | None = None,
     ) -> None:
+        """`placement` is how other devices load the same model, if there are any."""
         self.decoder = decoder.eval()
+        self.placement = placement
         self.lock = threading.Lock()
         self.kv_cache_bytes = kv_cache_bytes
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
@@ -86,6 +91,7 @@ class Engine:
         path_or_name: str | Path,
         *,
         device: str | torch.device = "cpu",
+        devices: int = 1,
         backend: str = "auto",
         dtype: str | torch.dtype | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
@@ -98,6 +104,9 @@ class Engine:
         Args:
             path_or_name: A `str` equal to a packaged name means that model; write `"./tiny"` for a folder of that name.
             device: `"cpu"` or a GPU.
+            devices: Number of devices, each with a process of its own: GPUs from `device` on, or a CPU that they share.
+                The experts are divided among them, and each session is computed on one of them. Results are the same
+                bits for any number.
             backend: What computes forwards: `"cpu"`, kernels that Numba compiles for this CPU; `"reference"`, plain
                 torch on any device, several times slower; `"auto"`, the fastest that this machine and device have.
             dtype: Dtype of the weights: `"float32"`, `"bfloat16"`, `"float16"` or the torch dtype. Tensors that the
@@ -115,12 +124,14 @@ class Engine:
         Raises:
             TypeError, ValueError: an argument has the wrong type or is out of range.
             ModelNotFoundError: there is no such name and no such folder; the message lists the packaged names.
-            DeviceUnavailableError: the GPU does not exist on this machine.
+            DeviceUnavailableError: a GPU does not exist on this machine.
+            WorkerLostError: the process of another device failed.
             CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
             ModelTooLargeError: the weights need more memory than this machine has left.
             CacheFolderError: other users may write to `cache_dir`, or the key that signs its files is unusable.
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
+        devices = check_devices(devices, device, torch.cuda.device_count())
         kv_cache_bytes, cache_bytes = (
             check_bytes("kv_cache_bytes", kv_cache_bytes),
             check_bytes("cache_bytes", cache_bytes),
@@ -137,13 +148,11 @@ class Engine:
         skip_collection_at_exit()
         with collection_paused():
             backend = choose_backend(backend, device)
-            decoder, dialect = load_checkpoint(
-                folder,
-                device=device,
-                # plain torch would convert bfloat16 weights in every product
-                dtype=torch.float32 if backend != "cpu" and held_as is None else held_as,
-                packed=held_as is None,
-                lay_out=lay_out if backend == "cpu" else None,
+            decoder, dialect = read_decoder(folder, device=device, backend=backend, dtype=held_as)
+        if devices > (experts := decoder.spec.n_routed_experts):
+            raise ValueError(
+                f"devices={devices} is more than the {experts} experts of this model, which the devices divide among "
+                f"themselves; use at most {experts}"
             )
         engine = cls(
             decoder,
@@ -155,15 +164,22 @@ class Engine:
             cache_bytes=cache_bytes,
             exact=exact,
             backend=backend,
+            placement=Placement(devices, folder, device, held_as) if devices > 1 else None,
         )
-        if decoder.packed:
-            _ = engine.scheduler  # reads and checks the packed matrices
+        if decoder.packed or devices > 1:
+            _ = engine.scheduler  # reads and checks the packed matrices, on all devices
         return engine
 
     @cached_property
     def scheduler(self) -> Scheduler:
         """The scheduler that computes for all sessions; packs the weights on first use."""
-        scheduler = Scheduler(self.decoder, kv_cache_bytes=self.kv_cache_bytes, exact=self.exact, backend=self.backend)
+        scheduler = Scheduler(
+            self.decoder,
+            kv_cache_bytes=self.kv_cache_bytes,
+            exact=self.exact,
+            backend=self.backend,
+            placement=self.placement,
+        )
         if self.cache_dir is not None:
             scheduler.disk = DiskCache(
                 self.cache_dir, scheduler.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
@@ -224,6 +240,13 @@ class Engine:
         """Wait until all pending state is written to the disk cache. `AsyncEngine` does so when its block ends."""
         if self.cache_dir is not None and self.scheduler.disk is not None:
             self.scheduler.disk.close()
+
+    def close(self) -> None:
+        """Write pending state to the disk cache, and end the processes of other devices; they also end with this one.
+        Nothing can be computed on several devices afterwards."""
+        self.flush()
+        if self.placement is not None and isinstance(runner := self.scheduler.runner, ParallelRunner):
+            runner.workers.close()
 
     def logits(self, token_ids: Iterable[int]) -> Tensor:
         """Return the logits after each of the T ids, float32 [T, V]: the same bits that a session computes.
@@ -288,6 +311,21 @@ class Engine:
         return hashlib.blake2b(
             repr((self.fingerprint, machine(self.decoder.embed.weight.device))).encode(), digest_size=16
         ).hexdigest()
+
+
+def read_decoder(
+    folder: Path, *, device: torch.device, backend: str, dtype: torch.dtype | None, experts: range | None = None
+) -> tuple[Decoder, Dialect]:
+    """Return the model in `folder`, for a backend, with its chat dialect; see `Engine.load` and `load_checkpoint`."""
+    return load_checkpoint(
+        folder,
+        device=device,
+        # plain torch would convert bfloat16 weights in every product
+        dtype=torch.float32 if backend != "cpu" and dtype is None else dtype,
+        packed=dtype is None,
+        experts=experts,
+        lay_out=lay_out if backend == "cpu" else None,
+    )
 
 
 def _samples(weight: Tensor | PackedRows) -> list[float]:

@@ -10,6 +10,7 @@ EngineError
 ├── EngineClosedError         an AsyncEngine was used outside its `async with` block
 ├── GrammarMissingError       a grammar was requested, and llguidance cannot be imported
 ├── GrammarError              a grammar cannot be built, or ids violate it
+├── WorkerLostError           a process that computes for one of several devices ended, so nothing can be computed
 ├── OutOfMemoryError          active sessions use all of the memory for sequences
 ├── SavedSessionError         a file is not a saved session, belongs to another model, or is damaged
 ├── CacheFolderError          other users could change a cache folder or its key, or the key is unusable
@@ -89,6 +90,10 @@ class GrammarError(EngineError):
 
 class OutOfMemoryError(EngineError):
     """The memory for sequences has no free slot or not enough free spans."""
+
+
+class WorkerLostError(EngineError):
+    """One of the processes of an engine on several devices failed; the engine must be loaded again."""
 
 
 class SavedSessionError(EngineError):

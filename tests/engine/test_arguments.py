@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agentkit_engine import AsyncEngine, BackendUnavailableError, DeviceUnavailableError, Engine
-from agentkit_engine.arguments import check_dtype
+from agentkit_engine.arguments import check_devices, check_dtype
 from agentkit_engine.runtime.runner import choose_backend
 
 NO_GPU = torch.cuda.device_count() == 0
@@ -27,6 +27,10 @@ NO_GPU = torch.cuda.device_count() == 0
         ({"device": 0}, TypeError, "device must be a str"),
         ({"device": None}, TypeError, "device must be a str"),
         ({"device": "cuda:7777"}, Exception, "sees"),
+        ({"devices": 0}, ValueError, "devices must be at least 1, got 0; leave it out to use one"),
+        ({"devices": True}, TypeError, "devices must be a whole number, got True"),
+        ({"devices": "2"}, TypeError, "devices must be a whole number, got '2'"),
+        ({"devices": 9}, ValueError, "devices=9 is more than the 8 experts of this model.*; use at most 8"),
         ({"kv_cache_bytes": 0}, ValueError, "kv_cache_bytes must be at least 1 byte, got 0"),
         ({"kv_cache_bytes": 1e9}, TypeError, "kv_cache_bytes must be a whole number"),
         ({"cache_bytes": True}, TypeError, "cache_bytes must be a whole number"),
@@ -42,6 +46,12 @@ def test_a_wrong_argument_is_refused(arguments: dict[str, Any], error: type[Exce
 def test_a_model_is_a_name_or_a_path(model: Any) -> None:
     with pytest.raises(TypeError, match="model must be a name"):
         Engine.load(model)
+
+
+def test_more_gpus_than_there_are() -> None:
+    assert check_devices(2, torch.device("cuda:1"), 3) == 2
+    with pytest.raises(DeviceUnavailableError, match="cuda:1 to cuda:3, but torch sees 3 GPUs; use devices=2"):
+        check_devices(3, torch.device("cuda:1"), 3)
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")

@@ -46,7 +46,7 @@ class RecencyCache(PrefixCache):
         """See `PrefixCache.add`."""
         return super().add(ids, chain, sequence, Keep.TURN)
 
-    def evict(self, at_most: Keep = Keep.TURN) -> bool:
+    def evict(self, at_most: Keep = Keep.TURN, *, rank: int | None = None) -> bool:
         """See `PrefixCache.evict`."""
         return super().evict(Keep.TURN)
 

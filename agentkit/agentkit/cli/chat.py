@@ -29,6 +29,7 @@ from agentkit.cli.options import (
     CacheFlag,
     CopyFlag,
     DeviceFlag,
+    DevicesFlag,
     EffortFlag,
     EnvFlag,
     GrammarFlag,
@@ -83,6 +84,7 @@ def command(
     model: ModelFlag = "tiny",
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
+    devices: DevicesFlag = None,
     effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
@@ -128,7 +130,7 @@ def command(
         )
     servers = read_servers(mcp)
     terminal = console()
-    source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
+    source = load_model(model, device=device, devices=devices, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, **flags.changes())
     budget = None if max_cost is None else CostBudget(max_cost)
     limits = Limits(max_tokens=max_tokens)

@@ -14,6 +14,7 @@ from agentkit.cli.options import (
     BaseUrlFlag,
     CacheFlag,
     DeviceFlag,
+    DevicesFlag,
     EnvFlag,
     GrammarFlag,
     JsonFlag,
@@ -44,6 +45,7 @@ def command(
     model: ModelsFlag,
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
+    devices: DevicesFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
     max_connections: Annotated[
         int | None,
@@ -124,6 +126,7 @@ def command(
         name: load_model(
             name,
             device=None if mixed else device,
+            devices=None if mixed else devices,
             cache_dir=None if mixed else cache_dir,
             base_url=base_url,
             max_connections=max_connections,
@@ -146,6 +149,7 @@ def command(
             source = connected.get(name) or load_model(
                 name,
                 device=device,
+                devices=devices,
                 cache_dir=cache_dir,
                 base_url=None if mixed else base_url,
                 max_connections=None if mixed else max_connections,

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    name: str, *, device: str | None, cache_dir: Path | None, base_url: str | None, max_connections: int | None = None
+    name: str,
+    *,
+    device: str | None,
+    cache_dir: Path | None,
+    base_url: str | None,
+    devices: int | None = None,
+    max_connections: int | None = None,
 ) -> EmbeddedModel | RemoteModel:
     """Return the model given by `--model`: one behind an API, or one loaded on `--device` and warmed up. Kernels are
     compiled, and logged, once per machine.
@@ -30,7 +36,7 @@ def load_model(
     from agentkit.models.remote.session import RemoteModel
 
     if is_remote(name):
-        for option, value in (("--device", device), ("--cache-dir", cache_dir)):
+        for option, value in (("--device", device), ("--devices", devices), ("--cache-dir", cache_dir)):
             if value is not None:
                 raise typer.BadParameter(f"{name} runs behind an API; leave it out", param_hint=option)
         return RemoteModel(name, base_url=base_url, max_connections=max_connections)
@@ -44,10 +50,11 @@ def load_model(
     from agentkit_engine import Engine
 
     try:
-        engine = Engine.load(name, device=device or "cpu", cache_dir=cache_dir)
+        engine = Engine.load(name, device=device or "cpu", devices=devices or 1, cache_dir=cache_dir)
     except ValueError as exc:
-        if device is None:
+        if device is None and devices is None:
             raise
-        raise typer.BadParameter(str(exc), param_hint="--device") from exc
+        hint = "--devices" if str(exc).startswith("devices") else "--device"
+        raise typer.BadParameter(str(exc), param_hint=hint) from exc
     engine.warm_up()
     return EmbeddedModel(engine)

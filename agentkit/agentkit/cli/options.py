@@ -174,6 +174,12 @@ DeviceFlag = Annotated[
     str | None,
     typer.Option("--device", help="The model's device: `cpu`, `cuda`, `cuda:1`. Default: `cpu`."),
 ]
+DevicesFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--devices", min=1, help="The number of devices to compute on: GPUs from `--device` on, or processes on a CPU."
+    ),
+]
 EnvFlag = Annotated[
     Env | None, typer.Option("--env", help="The sandbox backend. Default: the task's setting, else `auto`.")
 ]

@@ -26,6 +26,7 @@ from agentkit.cli.options import (
     CacheFlag,
     CopyFlag,
     DeviceFlag,
+    DevicesFlag,
     EffortFlag,
     EnvFlag,
     GrammarFlag,
@@ -80,6 +81,7 @@ def command(
     model: ModelFlag = "tiny",
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
+    devices: DevicesFlag = None,
     effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
@@ -153,7 +155,7 @@ def command(
     servers = read_servers(mcp)
     terminal = console(quiet=as_json)
     reference_price()  # reports a broken price table before the run, not after it
-    source = load_model(model, device=device, cache_dir=cache_dir, base_url=base_url)
+    source = load_model(model, device=device, devices=devices, cache_dir=cache_dir, base_url=base_url)
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     backend: Backend | None = env.value if env else None

@@ -39,7 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from agentkit_engine.errors import CacheFolderError, OutOfMemoryError
+from agentkit_engine.errors import CacheFolderError, OutOfMemoryError, WorkerLostError
 from agentkit_engine.runtime import cache_folder
 from agentkit_engine.runtime.cache_folder import DIGEST_BYTES, Seal
 from agentkit_engine.runtime.prefix_cache import IdChain
@@ -185,6 +185,10 @@ class DiskCache:
         if self._failed or self._backlog > BACKLOG_BYTES:
             self.stats.not_stored += 1
             return
+        with suppress(WorkerLostError):  # then the state is gone
+            self._store(ids, chain, sequence)
+
+    def _store(self, ids: Seq[int], chain: IdChain, sequence: Sequence) -> None:
         full = sequence.length // SPAN
         nodes = chain.upto(ids, full)
         for index, key in enumerate(nodes[1:]):

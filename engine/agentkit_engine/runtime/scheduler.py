@@ -18,11 +18,13 @@ from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.disk_cache import DiskCache
+from agentkit_engine.runtime.parallel import ParallelRunner
 from agentkit_engine.runtime.prefix_cache import Keep, PrefixCache
 from agentkit_engine.runtime.request import CHECKPOINT_EVERY, Request
 from agentkit_engine.runtime.runner import Runner
 from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
+from agentkit_engine.runtime.workers import Placement
 from agentkit_engine.speculation import LONGEST
 
 T = TypeVar("T")
@@ -51,15 +53,36 @@ class Scheduler:
         steps: number of forwards.
     """
 
-    def __init__(self, decoder: Decoder, *, kv_cache_bytes: int, exact: bool = True, backend: str = "auto") -> None:
-        """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        kv_cache_bytes: int,
+        exact: bool = True,
+        backend: str = "auto",
+        placement: Placement | None = None,
+    ) -> None:
+        """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used.
+
+        With a `placement` on several devices, each has an equal share of this memory.
+
+        Raises:
+            WorkerLostError: a process of the placement did not start.
+        """
+        if placement is not None:
+            kv_cache_bytes //= placement.devices
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
         spans = max(1, min(kv_cache_bytes // max(1, sizes.bytes_per_span), 1 << 20))
         slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
-        self.pools = Pools(decoder.spec, slots=slots, spans=spans, device=device)
+        own = Pools(decoder.spec, slots=slots, spans=spans, device=device)
+        self.runner = (
+            Runner(decoder, own, exact=exact, backend=backend)
+            if placement is None
+            else ParallelRunner(decoder, own, placement, exact=exact, backend=backend)
+        )
+        self.pools = self.runner.pools
         self.cache = PrefixCache(self.pools)
-        self.runner = Runner(decoder, self.pools, exact=exact, backend=backend)
         self.prefilled = self.sampled = self.drafted = self.mtp_drafted = 0
         self.speculate = True
         self.mtp = bool(decoder.mtp)
@@ -149,14 +172,14 @@ class Scheduler:
                 break
             try:
                 keep = [other for other in scheduled if other.priority >= request.priority]
-                part = self._schedule_one(request, left, keep, guesses.get(request))
+                chosen = self._schedule_one(request, left, keep, guesses.get(request))
             except OutOfMemoryError:
                 if all(other.sequence is None for other in scheduled):
                     raise
                 break
-            if part is not None:
-                scheduled[request] = part
-                left[part.sequence.rank] -= len(part)
+            if chosen is not None:
+                scheduled[request] = chosen
+                left[chosen.sequence.rank] -= len(chosen)
         for request in [each for each in scheduled if each.sequence is None]:  # it was preempted
             del scheduled[request]
 
@@ -402,8 +425,8 @@ class Scheduler:
                 return
 
     def _room_for(self, take: Callable[[], T], keep: Seq[Request], *, rank: int | None = None) -> T:
-        """Call `take` until it finds memory, on one rank or on any; evict checkpoints first, then preempt requests other
-        than those in `keep`.
+        """Call `take` until it finds memory, on `rank` or on any; evict checkpoints first, then preempt requests that
+        are not in `keep`.
 
         Works with the lowest priority are preempted first, and among equals the least recently computed one.
         """

@@ -143,6 +143,7 @@ def load_checkpoint(
     device: torch.device,
     dtype: torch.dtype | None,
     packed: bool = False,
+    experts: range | None = None,
     lay_out: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> tuple[Decoder, Dialect]:
     """Load the model in `folder` and return it with its chat dialect.
@@ -159,6 +160,7 @@ def load_checkpoint(
             FP8 or FP4 with E8M0 scales), else float32. `torch.int8` quantises the large matrices when they are packed.
         packed: leave FP8, FP4 and int8 matrices in their files: `Decoder.packed` has them instead of parameters, and
             a backend reads and checks them when it packs the decoder.
+        experts: the experts to read if not all, those of a rank (`runtime/parallel.py`); the others stay uninitialised.
         lay_out: called with weights that share an input while they are uninitialised; may move them in memory.
 
     Returns:
@@ -174,6 +176,8 @@ def load_checkpoint(
     int8 = dtype == torch.int8
     left = find_packed(expected, stored, int8=int8, group_rows=spec.o_lora_rank) if packed or int8 else {}
     dtypes = _bf16_where_it_suffices(stored, expected) if dtype is None or int8 else dtype
+    if experts is not None:
+        expected = {name: each for name, each in expected.items() if each.expert is None or each.expert in experts}
     if device.type == "cpu":
         check_memory(folder, expected, stored, dtypes, left)
     decoder = _empty_decoder(spec, device, dtypes, left)
