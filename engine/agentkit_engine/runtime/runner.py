@@ -76,7 +76,7 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
 
 
 def make_ops(backend: Backend, device: torch.device, dtype: torch.dtype, *, processes: int = 1) -> Ops:
-    """Return the operations of a backend, for weights of this dtype, which share a CPU's cores with other `processes`."""
+    """Return the operations of a backend for weights of this dtype; `processes` like this one share a CPU's cores."""
     if backend == "cpu":
         from agentkit_kernels.cpu import Cpu
         from agentkit_kernels.cpu.workers import Workers, available_cores

@@ -121,8 +121,8 @@ def random_decoder(bench: Bench, spec: ModelSpec) -> Decoder:
 
 
 def random_pools(bench: Bench, spec: ModelSpec, sequences: int, tokens: int) -> list[dict[str, Tensor]]:
-    """Return each layer's state of `sequences` sequences of `tokens` tokens: random rows, key-value rows in FP8 and index
-    keys in bfloat16."""
+    """Return each layer's state of `sequences` sequences of `tokens` tokens: random rows, key-value rows in FP8 and
+    index keys in bfloat16."""
     spans, ring = sequences * -(-tokens // SPAN) + 1, spec.sliding_window + QUERY_BLOCK
     layers = []
     for layer in spec.layers:
