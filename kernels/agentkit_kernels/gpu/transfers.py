@@ -128,11 +128,11 @@ def expert_streaming(bench: Bench) -> Iterator[Measurement]:
     parts = [part.view(torch.uint8).flatten(1) for stack in stacks for part in (stack.data, stack.scale)]
     host = pinned(bench, number, sum(part.shape[1] for part in parts))
     host.copy_(torch.cat(parts, dim=1))
-    count = bench.pick(16, 2)
+    count = bench.pick(16, 4)
     buffers = [torch.empty(count, host.shape[1], dtype=torch.uint8, device=bench.device) for _ in range(2)]
     sizes = ((width, dim), (width, dim), (dim, width))
     layer = Streamed(host, (buffers[0], buffers[1]), sizes, Queue(bench), Queue(bench))
-    tokens = bench.pick(16_384, 12)
+    tokens = bench.pick(16_384, 5)
     rows = Rows.random(bench, tokens)
     bench.synchronise()
     expected = experts(rows.x, rows.experts, rows.weights, stacks[0], stacks[1], stacks[2], LIMIT, rows.shared)
