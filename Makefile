@@ -46,6 +46,7 @@ kernels: .venv/.test
 	$(BIN)/python -m agentkit_kernels.aot --check
 	$(INTERPRETED) --numprocesses 2 --dist loadfile $(ARGS)
 	$(BIN)/python -m agentkit_kernels.aot --targets sm_90 gfx942 --shapes flash --no-count
+	$(MAKE) gpu ARGS=--rehearse
 
 kernels-table: .venv/.test
 	$(INTERPRETED) --errors .venv/kernel-errors.json
