@@ -75,8 +75,6 @@ class ExpertParallel:
     ) -> None:
         """`dtype` is that of the backend's rows."""
         self._ops, self._rank = ops, group.rank()
-        self._wide = torch.promote_types(dtype, torch.float32)
-        self._weights_dtype = dtype if ops.name == "reference" else torch.float32
         self._group: Any = group  # torch's type stubs lack its methods for single tensors
         self._active, self._hidden_size, self._dtype = active, hidden_size, dtype
         shares = [experts_of(rank, group.size(), experts) for rank in range(group.size())]
@@ -111,25 +109,27 @@ class ExpertParallel:
         """See `ops.Ops`; all ranks call this or `serve` at the same time."""
         ops, rows = self._ops, batch.tokens
         x_ND, experts_NA, weights_NA, shared_ND = (ops.tensor(each)[:rows] for each in (x, experts, weights, shared))
-        out_NAD = self._exchange(x_ND, experts_NA, weights_NA, w13, w2, limit).to(x_ND.device, self._wide)
+        out_NAD = self._exchange(x_ND, experts_NA, weights_NA, w13, w2, limit).to(x_ND.device)
+        if ops.name == "triton":  # sums in float32, and rounds once
+            from agentkit_kernels.triton.experts import combine
+
+            return combine(out_NAD.flatten(0, 1), shared_ND)
         out_ND = out_NAD[:, 0]
         for choice in range(1, self._active):
             out_ND = out_ND + out_NAD[:, choice]
-        if ops.name == "reference":  # torch rounds the sum to bfloat16 before `shared` is added
-            out_ND = out_ND.to(self._dtype)
-        return ops.array((out_ND + shared_ND).to(self._dtype), batch)
+        return ops.array(out_ND + shared_ND, batch)
 
     def serve(self, w13: Weight, w2: Weight, limit: float) -> None:
         """Take part in a layer of a forward in which this rank has no rows."""
         none_NA = torch.empty(0, self._active, dtype=torch.int64)
         x_ND = torch.empty(0, self._hidden_size, dtype=self._dtype)
-        self._exchange(x_ND, none_NA, none_NA.to(self._weights_dtype), w13, w2, limit)
+        self._exchange(x_ND, none_NA, none_NA.float(), w13, w2, limit)
 
     def _exchange(
         self, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor, w13: Weight, w2: Weight, limit: float
     ) -> Tensor:
         """Return the output of each of this rank's rows from each of its experts, [N, A, D] on the host."""
-        x, experts, weights = self._gather(x_ND, experts_NA, weights_NA.to(self._weights_dtype))
+        x, experts, weights = self._gather(x_ND, experts_NA, weights_NA.float())
         owners, own = self._owners_E[experts], self._owners_E[experts_NA.cpu()].flatten()
         rows_P, choices_P = (owners == self._rank).nonzero(as_tuple=True)
         out_PD = torch.empty(0, self._hidden_size, dtype=self._dtype)

@@ -86,7 +86,7 @@ class RankRunner(Runner):
             experts=spec.n_routed_experts,
             active=spec.num_experts_per_tok,
             hidden_size=spec.hidden_size,
-            dtype=dtype if chosen == "reference" else getattr(ops, "dtype", torch.float32),
+            dtype=getattr(ops, "dtype", torch.float32),
         )
         super().__init__(decoder, pools, exact=exact, backend=chosen, ops=self.parallel)
 
