@@ -192,6 +192,12 @@ def test_a_constrained_generation_has_the_bits_of_one_process(pair: tuple[Engine
     assert any(token.forced for token in calls[0]) and not all(token.forced for token in calls[0])
 
 
+def test_bfloat16_weights_have_the_bits_of_one_process(folder: Path) -> None:
+    one, many = (Engine.load(folder, devices=n, backend="reference", dtype="bfloat16") for n in (1, 2))
+    assert torch.equal(many.logits(some_ids(40)), one.logits(some_ids(40)))
+    many.close()
+
+
 @pytest.mark.anyio
 async def test_a_killed_process_fails_every_session_and_the_block_ends(two: Engine) -> None:
     prompts = [some_ids(20, seed) for seed in range(3)]
