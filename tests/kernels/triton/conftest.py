@@ -6,18 +6,45 @@ variable they are skipped.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 from agentkit_kernels.triton.launch import INTERPRET
 
 HERE = Path(__file__).parent
 ERRORS = pytest.StashKey[dict[str, float]]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once() -> Generator[None, None, None]:
+    """Halve the interpreter's time: it searches `triton.language` for functions to patch at every launch and at every
+    call of a jitted function (`tl.sum` is one). Here it patches each module once, and leaves it patched."""
+
+    class Kept:
+        def restore(self) -> None: ...
+
+    patch, patched = getattr(interpreter, "_patch_lang"), set()  # noqa: B009
+
+    def patch_once(function: Callable[..., Any]) -> Kept:
+        found = filter(inspect.ismodule, function.__globals__.values())
+        modules = frozenset(module.__name__ for module in found if module in (tl, tl.core))
+        if modules not in patched:
+            patch(function)
+            patched.add(modules)
+        return Kept()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if INTERPRET:
+            monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
