@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from agentkit_engine.errors import DeviceUnavailableError
+from agentkit_engine.runtime.runner import CpuLimits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Dtypes for weights, by the names that `dtype` accepts."""
@@ -99,3 +100,21 @@ def check_bytes(name: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1 byte, got {value}")
     return value
+
+
+def check_limits(backend: str, threads: object, expert_cache_bytes: object) -> CpuLimits:
+    """Return the limits of the `cpu` backend.
+
+    Raises:
+        TypeError: one is neither an int nor None.
+        ValueError: one is below 1, or given for another backend.
+    """
+    for name, value in (("threads", threads), ("expert_cache_bytes", expert_cache_bytes)):
+        if value is not None and backend != "cpu":
+            raise ValueError(f'{name} is an option of backend="cpu", but the backend is "{backend}"; leave it out')
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool)):
+        raise TypeError(f"threads must be a whole number or None, got {threads!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    held = None if expert_cache_bytes is None else check_bytes("expert_cache_bytes", expert_cache_bytes)
+    return CpuLimits(threads, held)

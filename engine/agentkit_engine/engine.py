@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from agentkit_engine.arguments import check_bytes, check_device, check_devices, check_dtype, check_model
+from agentkit_engine.arguments import (
+    check_bytes,
+    check_device,
+    check_devices,
+    check_dtype,
+    check_limits,
+    check_model,
+)
 from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
 from agentkit_engine.garbage import collection_paused, skip_collection_at_exit
@@ -24,7 +31,7 @@ from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Request, Scheduler, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.parallel import ParallelRunner
-from agentkit_engine.runtime.runner import NUMERICS, choose_backend, machine
+from agentkit_engine.runtime.runner import NUMERICS, CpuLimits, choose_backend, machine
 from agentkit_engine.runtime.workers import Placement
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session, check_ids, check_whole
@@ -69,6 +76,7 @@ class Engine:
         exact: bool = True,
         backend: str = "auto",
         placement: Placement | None = None,
+        limits: CpuLimits | None = None,
     ) -> None:
         """`placement` is how other devices load the same model, if there are any."""
         self.decoder = decoder.eval()
@@ -78,7 +86,7 @@ class Engine:
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
         if cache_dir is not None:
             cache_folder.check_usable(cache_dir)
-        self.exact = exact
+        self.exact, self.limits = exact, limits
         self.backend = choose_backend(backend, decoder.embed.weight.device)
         self.spec: ModelSpec = decoder.spec
         self.name = name
@@ -98,6 +106,8 @@ class Engine:
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
+        threads: int | None = None,
+        expert_cache_bytes: int | None = None,
     ) -> Engine:
         """Load a packaged model by name (`"tiny"`), or a folder in the official layout by path.
 
@@ -120,9 +130,14 @@ class Engine:
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
                 False, forwards may use all threads and be faster, and the last bits of a result depend on the batch.
+            threads: Threads that share the `"cpu"` backend's products; by default as many as there are cores. The
+                results are the same bits for any number.
+            expert_cache_bytes: Memory for routed experts on the `"cpu"` backend. The experts, which must be packed,
+                then stay in their files, and those that were used last are kept: the checkpoint may be larger than
+                memory. By default all are in memory; the results are the same bits.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type or is out of range.
+            TypeError, ValueError: an argument has the wrong type or is out of range, or does not fit the backend.
             ModelNotFoundError: there is no such name and no such folder; the message lists the packaged names.
             DeviceUnavailableError: a GPU does not exist on this machine.
             WorkerLostError: the process of another device failed.
@@ -148,7 +163,16 @@ class Engine:
         skip_collection_at_exit()
         with collection_paused():
             backend = choose_backend(backend, device)
-            decoder, dialect = read_decoder(folder, device=device, backend=backend, dtype=held_as)
+            limits = check_limits(backend, threads, expert_cache_bytes)
+            if devices > 1 and limits != CpuLimits():
+                raise ValueError(f"threads and expert_cache_bytes are for one device, not for devices={devices}")
+            decoder, dialect = read_decoder(
+                folder,
+                device=device,
+                backend=backend,
+                dtype=held_as,
+                expert_cache_bytes=limits.expert_cache_bytes,
+            )
         if devices > (experts := decoder.spec.n_routed_experts):
             raise ValueError(
                 f"devices={devices} is more than the {experts} experts of this model, which the devices divide among "
@@ -165,6 +189,7 @@ class Engine:
             exact=exact,
             backend=backend,
             placement=Placement(devices, folder, device, held_as) if devices > 1 else None,
+            limits=limits,
         )
         if decoder.packed or devices > 1:
             _ = engine.scheduler  # reads and checks the packed matrices, on all devices
@@ -179,6 +204,7 @@ class Engine:
             exact=self.exact,
             backend=self.backend,
             placement=self.placement,
+            limits=self.limits,
         )
         if self.cache_dir is not None:
             scheduler.disk = DiskCache(
@@ -314,7 +340,13 @@ class Engine:
 
 
 def read_decoder(
-    folder: Path, *, device: torch.device, backend: str, dtype: torch.dtype | None, experts: range | None = None
+    folder: Path,
+    *,
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype | None,
+    experts: range | None = None,
+    expert_cache_bytes: int | None = None,
 ) -> tuple[Decoder, Dialect]:
     """Return the model in `folder`, for a backend, with its chat dialect; see `Engine.load` and `load_checkpoint`."""
     return load_checkpoint(
@@ -324,6 +356,7 @@ def read_decoder(
         dtype=torch.float32 if backend != "cpu" and dtype is None else dtype,
         packed=dtype is None,
         experts=experts,
+        expert_cache_bytes=expert_cache_bytes,
         lay_out=lay_out if backend == "cpu" else None,
     )
 

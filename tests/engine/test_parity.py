@@ -74,22 +74,24 @@ def oracle_name(name: str) -> str:
     return f"model.{layers}.{index}.{rest}"
 
 
-def oracle_of(decoder: Decoder) -> DeepseekV4ForCausalLM:
-    """Return transformers' model with the same weights; every one of its tensors must be set."""
-    config = decoder.spec.to_config()
+def oracle_config(spec: ModelSpec) -> DeepseekV4Config:
+    """Return transformers' configuration of an architecture."""
+    config = spec.to_config()
     scaling = config.pop("rope_scaling")
-    layers = decoder.spec.layers
     for key in ("compress_ratios", "num_hash_layers", "num_nextn_predict_layers", "model_type", "architectures"):
         config.pop(key)
-    oracle: DeepseekV4ForCausalLM = DeepseekV4ForCausalLM(
-        DeepseekV4Config(
-            **config,
-            layer_types=[LAYER_TYPES[layer.compress_ratio] for layer in layers],
-            mlp_layer_types=["hash_moe" if layer.router == "hash" else "moe" for layer in layers],
-            compress_rates={LAYER_TYPES[4]: 4, LAYER_TYPES[128]: 128},
-            rope_parameters={"rope_type": scaling.pop("type"), **scaling},
-        )
+    return DeepseekV4Config(
+        **config,
+        layer_types=[LAYER_TYPES[layer.compress_ratio] for layer in spec.layers],
+        mlp_layer_types=["hash_moe" if layer.router == "hash" else "moe" for layer in spec.layers],
+        compress_rates={LAYER_TYPES[4]: 4, LAYER_TYPES[128]: 128},
+        rope_parameters={"rope_type": scaling.pop("type"), **scaling},
     )
+
+
+def oracle_of(decoder: Decoder) -> DeepseekV4ForCausalLM:
+    """Return transformers' model with the same weights; every one of its tensors must be set."""
+    oracle: DeepseekV4ForCausalLM = DeepseekV4ForCausalLM(oracle_config(decoder.spec))
     state: dict[str, Tensor] = {}
     tensors = {name: tensor for name, tensor in decoder.state_dict().items() if not name.startswith("mtp.")}
     for name, tensor in tensors.items():

@@ -54,7 +54,7 @@ class Floor:
 
         def recorded_multiply_stacked(stacked: Stacked, x_PK: Floats, counts_E: Sequence[int]) -> Floats:
             call = partial(multiply_stacked, stacked, self._like(x_PK.shape), counts_E)
-            self._add(call, sum(count > 0 for count in counts_E), x_PK.size * stacked.experts[0].outputs)
+            self._add(call, sum(count > 0 for count in counts_E), x_PK.size * stacked.outputs)
             return multiply_stacked(stacked, x_PK, counts_E)
 
         def recorded_mix_experts(

@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
 from typing import Literal, TypeVar, cast, get_args
@@ -75,13 +76,30 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
     return chosen
 
 
-def make_ops(backend: Backend, device: torch.device, dtype: torch.dtype, *, processes: int = 1) -> Ops:
+@dataclass(frozen=True, slots=True)
+class CpuLimits:
+    """What the `cpu` backend may use of a machine.
+
+    Attributes:
+        threads: Threads that share the products; by default as many as there are cores.
+        expert_cache_bytes: Memory for routed experts, which then stay in their files; by default all are in memory.
+    """
+
+    threads: int | None = None
+    expert_cache_bytes: int | None = None
+
+
+def make_ops(
+    backend: Backend, device: torch.device, dtype: torch.dtype, limits: CpuLimits | None = None, *, processes: int = 1
+) -> Ops:
     """Return the operations of a backend for weights of this dtype; `processes` like this one share a CPU's cores."""
     if backend == "cpu":
         from agentkit_kernels.cpu import Cpu
         from agentkit_kernels.cpu.workers import Workers, available_cores
 
-        return Cpu(Workers(max(1, available_cores() // processes)))
+        limits = limits or CpuLimits()
+        threads = limits.threads or max(1, available_cores() // processes)
+        return Cpu(Workers(threads), expert_cache_bytes=limits.expert_cache_bytes)
     if backend == "triton":
         from agentkit_kernels.triton.backend import Triton
 
@@ -122,13 +140,20 @@ class Runner:
     """A decoder's weights, packed once for forwards over `Pools`. Not differentiable."""
 
     def __init__(
-        self, decoder: Decoder, pools: Pools, *, exact: bool = True, backend: str = "auto", ops: Ops | None = None
+        self,
+        decoder: Decoder,
+        pools: Pools,
+        *,
+        exact: bool = True,
+        backend: str = "auto",
+        limits: CpuLimits | None = None,
+        ops: Ops | None = None,
     ) -> None:
-        """`ops` are the operations of the backend, or others over them; by default a new one's."""
+        """`ops` are the operations of the backend, or others over them; by default a new one's, within `limits`."""
         self.pools, self.exact = pools, exact
         self.backend = choose_backend(backend, pools.device)
         self._on_one_thread = OneThread()
-        ops = ops or make_ops(self.backend, pools.device, decoder.embed.weight.dtype)
+        ops = ops or make_ops(self.backend, pools.device, decoder.embed.weight.dtype, limits)
         self.forward = self._compute(lambda: self._packed(decoder, ops))
 
     def _packed(self, decoder: Decoder, ops: Ops) -> Forward:

@@ -21,7 +21,7 @@ from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.parallel import ParallelRunner
 from agentkit_engine.runtime.prefix_cache import Keep, PrefixCache
 from agentkit_engine.runtime.request import CHECKPOINT_EVERY, Request
-from agentkit_engine.runtime.runner import Runner
+from agentkit_engine.runtime.runner import CpuLimits, Runner
 from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
 from agentkit_engine.runtime.workers import Placement
@@ -60,6 +60,7 @@ class Scheduler:
         kv_cache_bytes: int,
         exact: bool = True,
         backend: str = "auto",
+        limits: CpuLimits | None = None,
         placement: Placement | None = None,
     ) -> None:
         """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used.
@@ -77,7 +78,7 @@ class Scheduler:
         slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
         own = Pools(decoder.spec, slots=slots, spans=spans, device=device)
         self.runner = (
-            Runner(decoder, own, exact=exact, backend=backend)
+            Runner(decoder, own, exact=exact, backend=backend, limits=limits)
             if placement is None
             else ParallelRunner(decoder, own, placement, exact=exact, backend=backend)
         )

@@ -144,6 +144,7 @@ def load_checkpoint(
     dtype: torch.dtype | None,
     packed: bool = False,
     experts: range | None = None,
+    expert_cache_bytes: int | None = None,
     lay_out: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> tuple[Decoder, Dialect]:
     """Load the model in `folder` and return it with its chat dialect.
@@ -161,6 +162,8 @@ def load_checkpoint(
         packed: leave FP8, FP4 and int8 matrices in their files: `Decoder.packed` has them instead of parameters, and
             a backend reads and checks them when it packs the decoder.
         experts: the experts to read if not all, those of a rank (`runtime/parallel.py`); the others stay uninitialised.
+        expert_cache_bytes: memory for routed experts, which stay in their files; None for all of them. A backend reads
+            and checks each when it uses it.
         lay_out: called with weights that share an input while they are uninitialised; may move them in memory.
 
     Returns:
@@ -170,6 +173,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file or tensor is missing, unknown, truncated, corrupted, or of the wrong shape or dtype.
         ModelTooLargeError: the weights need more memory than this machine has left.
+        ValueError: `expert_cache_bytes` is given, and the experts are not packed.
     """
     layout = read_layout(folder)
     spec, stored, expected = layout.spec, layout.stored, layout.expected
@@ -178,8 +182,14 @@ def load_checkpoint(
     dtypes = _bf16_where_it_suffices(stored, expected) if dtype is None or int8 else dtype
     if experts is not None:
         expected = {name: each for name, each in expected.items() if each.expert is None or each.expert in experts}
+    routed = {tensor.parameter for tensor in expected.values() if tensor.expert is not None}
+    if expert_cache_bytes is not None and not routed <= left.keys():
+        raise ValueError(
+            "expert_cache_bytes needs experts that stay packed, and these are not: leave dtype out or pass "
+            'dtype="int8", or convert the folder to FP8 and FP4 (agentkit convert)'
+        )
     if device.type == "cpu":
-        check_memory(folder, expected, stored, dtypes, left)
+        check_memory(folder, expected, stored, dtypes, left, expert_cache_bytes)
     decoder = _empty_decoder(spec, device, dtypes, left)
     if lay_out is not None:
         for group in decoder.fused_weights():

@@ -35,13 +35,14 @@ def check_memory(
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype | Mapping[str, torch.dtype],
     packed: Mapping[str, StoredRows],
+    expert_cache_bytes: int | None = None,
 ) -> None:
-    """Raise an error if the weights do not fit.
+    """Raise an error if the weights do not fit. With `expert_cache_bytes`, routed experts take at most this much.
 
     Raises:
         ModelTooLargeError: names what is needed, what there is, and the forms of this model that would fit.
     """
-    needed, available = _needed(expected, dtype, packed), available_memory()
+    needed, available = _needed(expected, dtype, packed, expert_cache_bytes), available_memory()
     if needed <= available:
         return
     as_stored = find_packed(expected, stored, int8=False, group_rows=0)
@@ -49,6 +50,9 @@ def check_memory(
         "loaded as it is stored, without a dtype": _needed(expected, torch.bfloat16, as_stored),
         'loaded with dtype="int8"': _needed(
             expected, torch.bfloat16, find_packed(expected, stored, int8=True, group_rows=0)
+        ),
+        "loaded with expert_cache_bytes=2**30, its experts left on disk,": _needed(
+            expected, torch.bfloat16, as_stored, 1 << 30
         ),
         "converted to FP8 and FP4 (agentkit convert)": sum(map(_official_bytes, expected.values())),
     }
@@ -60,10 +64,15 @@ def check_memory(
 
 
 def _needed(
-    expected: Mapping[str, TensorSpec], dtype: torch.dtype | Mapping[str, torch.dtype], packed: Mapping[str, StoredRows]
+    expected: Mapping[str, TensorSpec],
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    packed: Mapping[str, StoredRows],
+    expert_cache_bytes: int | None = None,
 ) -> int:
     kept = {"f32": torch.float32, "i64": torch.int64}
-    total = sum(rows.nbytes for rows in packed.values())
+    experts = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 3)
+    total = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 2)
+    total += experts if expert_cache_bytes is None else min(experts, expert_cache_bytes)
     for tensor in expected.values():
         if tensor.parameter not in packed:
             own = dtype if isinstance(dtype, torch.dtype) else dtype[tensor.parameter]

@@ -11,6 +11,7 @@ from torch import Tensor
 from agentkit_kernels.cpu.attention import attend
 from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.compressor import compress
+from agentkit_kernels.cpu.expert_store import ExpertStore
 from agentkit_kernels.cpu.experts import experts, swiglu
 from agentkit_kernels.cpu.hyper_connections import hc_head, hc_post, hc_post_pre, hc_pre
 from agentkit_kernels.cpu.indexer import COLUMNS, SCORED_ENTRIES, TopK, index_topk
@@ -33,8 +34,10 @@ class Cpu:
 
     name = "cpu"
 
-    def __init__(self, workers: Workers | None = None) -> None:
+    def __init__(self, workers: Workers | None = None, *, expert_cache_bytes: int | None = None) -> None:
+        """With `expert_cache_bytes`, packed experts stay in their files, and this many bytes of them in memory."""
         self.workers = workers or Workers()
+        self.expert_store = None if expert_cache_bytes is None else ExpertStore(expert_cache_bytes, self.workers)
         self._dots = Dots()
         self._index_head_dim = 0
 
@@ -50,7 +53,7 @@ class Cpu:
         return Weight((*parts_XK, *detached), self.workers)
 
     def stack(self, *parts_EXK: Tensor | PackedRows) -> Stacked:
-        return Stacked(parts_EXK, self.workers)
+        return Stacked(parts_EXK, self.workers, self.expert_store)
 
     def table(self, rows: Tensor) -> Any:
         return as_array(rows.detach()) if rows.is_floating_point() else rows.numpy()

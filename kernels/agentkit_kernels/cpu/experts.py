@@ -23,7 +23,7 @@ def experts(
     x: Floats, experts: Ints, weights: Floats, w13: Stacked, w2: Stacked, limit: float, shared: Floats, batch: Batch
 ) -> Floats:
     out_ND = empty(*x.shape)
-    small = w13.experts[0].inputs * w13.experts[0].outputs <= SINGLE
+    small = w13.inputs * w13.outputs <= SINGLE
     if small and experts.size <= FEW_PAIRS and w13.unpacked is not None and w2.unpacked is not None:
         loops.mix_experts(x, experts, weights, w13.unpacked, w2.unpacked, np.float32(limit), shared, out_ND)
         return out_ND

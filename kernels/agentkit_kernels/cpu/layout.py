@@ -55,6 +55,11 @@ class Matrix:
         object.__setattr__(self, "count", -(-self.outputs // LANES))
         object.__setattr__(self, "few", 0 if self.unpacked is None else few)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(array.nbytes for array in self.panels)
+
     def multiply(self, x_NK: Floats, first: int, last: int, out_NX: Floats, column: int) -> None:
         """Compute the outputs of the panels `first` to `last`; `column` takes output 0."""
         if self.unpacked is not None and len(x_NK) <= self.few:
@@ -83,11 +88,11 @@ def unpacked(weight_KX: Tensor) -> Matrix:
 def pack(parts: Sequence[PackedRows], workers: Workers) -> list[Matrix]:
     """Lay out packed matrices that share an input, in panels; neighbours of one format become one matrix."""
     groups = [list(group) for _, group in groupby(parts, lambda part: (part.format, part.scale_dtype))]
-    return [matrix for group in groups for matrix in _laid_out(group, 1, workers)]
+    return [matrix for group in groups for matrix in _laid_out(group, [None], workers)]
 
 
-def pack_stack(parts: Sequence[PackedRows], workers: Workers) -> list[Matrix]:
-    """Lay out stacks of packed matrices that share an input: a matrix for each expert.
+def pack_stack(parts: Sequence[PackedRows], workers: Workers, experts: Sequence[int] | None = None) -> list[Matrix]:
+    """Lay out stacks of packed matrices that share an input: a matrix for each of `experts`, by default all.
 
     Raises:
         ValueError: the parts have different formats.
@@ -95,20 +100,28 @@ def pack_stack(parts: Sequence[PackedRows], workers: Workers) -> list[Matrix]:
     formats = {(part.format, part.scale_dtype) for part in parts}
     if len(formats) > 1:
         raise ValueError(f"an expert's matrices that share an input need one format, got {sorted(map(str, formats))}")
-    return _laid_out(parts, parts[0].shape[0], workers)
+    return _laid_out(parts, range(parts[0].shape[0]) if experts is None else experts, workers)
 
 
-def _laid_out(parts: Sequence[PackedRows], experts: int, workers: Workers) -> list[Matrix]:
+def bytes_per_expert(parts: Sequence[PackedRows]) -> int:
+    """Return the bytes of each matrix that `pack_stack` returns."""
+    outputs = sum(part.shape[-2] for part in parts)
+    return -(-outputs // LANES) * LANES * sum(row.nbytes for row in _arrays(parts[0].rows(0, 1, 0)))
+
+
+def _laid_out(parts: Sequence[PackedRows], experts: Sequence[int | None], workers: Workers) -> list[Matrix]:
     inputs, outputs = parts[0].shape[-1], sum(part.shape[-2] for part in parts)
     count, ends = -(-outputs // LANES), list(accumulate(part.shape[-2] for part in parts))
     pieces = [
-        (part, expert if len(part.shape) == 3 else None, first, expert * count * LANES + end - part.shape[-2] + first)
-        for expert in range(experts)
+        (part, expert, first, place * count * LANES + end - part.shape[-2] + first)
+        for place, expert in enumerate(experts)
         for part, end in zip(parts, ends, strict=True)
         for first in range(0, part.shape[-2], ROWS)
     ]
     part, expert, _, _ = pieces[0]
-    laid = [np.zeros((experts * count, rows.shape[1], LANES), rows.dtype) for rows in _arrays(part.rows(0, 1, expert))]
+    laid = [
+        np.zeros((len(experts) * count, rows.shape[1], LANES), rows.dtype) for rows in _arrays(part.rows(0, 1, expert))
+    ]
 
     def lay_out(piece: tuple[PackedRows, int | None, int, int]) -> None:
         part, expert, first, place = piece
@@ -118,7 +131,7 @@ def _laid_out(parts: Sequence[PackedRows], experts: int, workers: Workers) -> li
 
     workers.each(lay_out, pieces)
     kind: Any = _KINDS[parts[0].format]
-    cuts = [slice(expert * count, (expert + 1) * count) for expert in range(experts)]
+    cuts = [slice(place * count, (place + 1) * count) for place in range(len(experts))]
     return [Matrix(inputs, outputs, kind(*(panels_PKL[cut] for panels_PKL in laid))) for cut in cuts]
 
 

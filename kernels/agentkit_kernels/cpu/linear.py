@@ -20,6 +20,7 @@ from torch import Tensor
 
 from agentkit_kernels.cpu import loops
 from agentkit_kernels.cpu.batch import Batch
+from agentkit_kernels.cpu.expert_store import ExpertStore, StoredStack
 from agentkit_kernels.cpu.layout import Matrix, as_array, pack, pack_stack, unpacked
 from agentkit_kernels.cpu.loops import Floats, Weights
 from agentkit_kernels.cpu.panels import LANES
@@ -109,38 +110,48 @@ class Weight:
 
 
 class Stacked:
-    """The matrices of all experts.
+    """The matrices of all E experts; packed ones may stay in their files.
 
     Attributes:
         unpacked: All of them inputs first, [E, K, X], unless they are packed.
     """
 
-    def __init__(self, parts: Sequence[Tensor | PackedRows], workers: Workers) -> None:
+    def __init__(
+        self, parts: Sequence[Tensor | PackedRows], workers: Workers, store: ExpertStore | None = None
+    ) -> None:
         self.workers = workers
+        self.count, self.inputs = parts[0].shape[0], parts[0].shape[-1]
+        self.outputs = sum(part.shape[-2] for part in parts)
         self.unpacked: Weights | None = None
+        self._stored: StoredStack | None = None
         tensors, rows = split(parts)
         if tensors and rows:
             raise ValueError("an expert's matrices that share an input must all be packed, or none")
         if tensors:
             whole_EKX = packed(*tensors)
             self.unpacked = as_array(whole_EKX)
-            self.experts = [unpacked(weight_KX) for weight_KX in whole_EKX]
+            self._experts = [unpacked(weight_KX) for weight_KX in whole_EKX]
+        elif store is not None:
+            self._stored = StoredStack(rows, store)
         else:
-            self.experts = pack_stack(rows, workers)
+            self._experts = pack_stack(rows, workers)
 
     def __len__(self) -> int:
-        return len(self.experts)
+        return self.count
 
     def multiply(self, x_PK: Floats, counts_E: Sequence[int]) -> Floats:
         """Multiply each expert's rows, which are next to each other, with its matrix."""
-        out_PX = empty(len(x_PK), self.experts[0].outputs)
-        ends = accumulate(counts_E)
-        jobs = [
-            Job(x_PK[end - count : end], matrix, out_PX[end - count : end])
-            for matrix, end, count in zip(self.experts, ends, counts_E, strict=True)
-            if count
-        ]
-        compute(jobs, self.workers)
+        out_PX = empty(len(x_PK), self.outputs)
+        rows_E = [slice(end - count, end) for end, count in zip(accumulate(counts_E), counts_E, strict=True)]
+
+        def use(matrices: Iterable[tuple[int, Matrix]]) -> None:
+            compute([Job(x_PK[rows_E[e]], matrix, out_PX[rows_E[e]]) for e, matrix in matrices], self.workers)
+
+        used = [expert for expert, count in enumerate(counts_E) if count]
+        if self._stored is not None:
+            self._stored.each(used, use)
+        else:
+            use((expert, self._experts[expert]) for expert in used)
         return out_PX
 
 
