@@ -125,6 +125,16 @@ def test_long_sessions_and_the_cost_of_exactness(tmp_path: Path) -> None:
     assert "bit for bit" in held["outputs"]
 
 
+def test_experts_on_disk_answer_like_those_in_memory(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "experts-on-disk", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    records = json.loads(out.read_text())
+    read = [record["value"] for record in records if record["what"].startswith("experts read per decoded token")]
+    assert len(read) == 2 and all(megabytes > 0 for megabytes in read)
+    assert any("all experts in memory, bit for bit" in (record["outputs"] or "") for record in records)
+
+
 def test_nightly_benchmarks_run_only_when_named() -> None:
     chosen = chosen_benchmarks(None, registry.BENCHMARKS, (), registry.NIGHTLY)
     assert set(registry.BENCHMARKS) - set(chosen) == {"context-1m"}

@@ -113,9 +113,9 @@ def test_experts_on_disk_count_with_their_cache_only(folder: Path, monkeypatch: 
     needed: list[int] = []
     monkeypatch.setattr(memory, "GIB", 1)
     monkeypatch.setattr(memory, "available_memory", lambda: 1)
-    for options in ({}, {"expert_cache_bytes": 100_000}):
+    for cache in (None, 100_000):
         with pytest.raises(ModelTooLargeError, match=r"needs ([\d.]+) GiB of memory") as caught:
-            Engine.load(folder, **options)
+            Engine.load(folder, expert_cache_bytes=cache)
         found = re.search(r"needs ([\d.]+) GiB", str(caught.value))
         assert found is not None
         needed.append(int(float(found[1])))

@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SPEC = flash(4, 128, n_routed_experts=16)
 IDS = torch.randint(SPEC.vocab_size, (290,), generator=torch.Generator().manual_seed(2)).tolist()
 """Long enough for the window to move, and for two entries of the HCA layer."""
-TOLERANCE = 1e-3
-"""Logits are about 1 in size; sums of 4096 float32 terms in another order differ by 1e-4."""
+TOLERANCE = 2e-4
+"""Logits are up to 6; sums of 4096 float32 terms in another order differ by 2e-5."""
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
 

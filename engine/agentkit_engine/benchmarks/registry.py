@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import batching, caching, cold_start, floor, grammars, scheduling
+from agentkit_engine.benchmarks import batching, caching, cold_start, experts_on_disk, floor, grammars, scheduling
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
@@ -594,6 +594,9 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "grammar-cost": lambda sizes: grammars.cost(5 * sizes.repeats),
     "forced-tokens": lambda _: grammars.saved(),
     "cold-start": cold,
+    experts_on_disk.NAME: lambda sizes: experts_on_disk.small(
+        tiny_v4(n_routed_experts=sizes.cold_experts), sizes.decoded
+    ),
     "exact": exactness,
     "bf16": bfloat16,
     "speculation": lambda sizes: caching.guesses(sizes.guessed, 5 * sizes.repeats),
