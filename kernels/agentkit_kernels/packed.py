@@ -45,6 +45,10 @@ class PackedRows(Protocol):
     @property
     def scale_dtype(self) -> torch.dtype: ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes and scales."""
+
     def rows(self, first: int, last: int, expert: int | None = None) -> Packed:
         """Return some rows of the matrix, or of one in a stack; `first` is a multiple of `FP8_BLOCK`."""
 

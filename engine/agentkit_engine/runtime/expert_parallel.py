@@ -54,6 +54,10 @@ class SomeExperts:
     def scale_dtype(self) -> torch.dtype:
         return self.whole.scale_dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes * self.count // self.whole.shape[0]
+
     def rows(self, first: int, last: int, expert: int | None = None) -> Packed:
         """See `PackedRows`."""
         assert expert is not None
