@@ -19,7 +19,7 @@ ROWS = {"decode": 8, "prefill": 2048}
 COMPILED = {shapes.name: shapes for shapes in (FLASH, TINY)}
 COUNTED = Shapes("counted", 512, 16, 128, 64, 256, 2, 128, 128, 16, 128, 64, 4, 20, 8, 2, 256, 2048)
 """Shapes that fill their tiles and are small enough to interpret."""
-COUNTED_ROWS = {"decode": 2, "prefill": 32}
+COUNTED_ROWS = {"decode": 2, "prefill": 128}
 
 
 class OnMeta:
