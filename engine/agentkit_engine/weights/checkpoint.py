@@ -58,7 +58,7 @@ READERS = 2
 """Threads that read weights: one copies while another waits for the disk or for memory."""
 RUN_BYTES = 1 << 20
 """Adjacent tensors of a file are read together, up to this many bytes."""
-SLICE_BYTES = 16 << 20
+SLICE_BYTES = 2 << 20
 """Larger tensors are read in slices of this size."""
 
 

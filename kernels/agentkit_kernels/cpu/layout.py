@@ -28,8 +28,8 @@ FEW = 6
 """Row count up to which `loops.multiply` reads large unpacked weights faster than `panels.multiply`; small ones: 1."""
 LARGE = 1 << 19
 """Elements of a weight that is too large for the second-level cache."""
-ROWS = 1024
-"""Outputs that are laid out as one piece of work: a multiple of `LANES` and of FP8's blocks."""
+PIECE = 1 << 20
+"""Bytes of codes that are read and laid out as one piece of work."""
 _KINDS = {"fp8": panels.FP8, "mxfp4": panels.FP4, "int8": panels.Int8}
 
 
@@ -111,12 +111,13 @@ def bytes_per_expert(parts: Sequence[PackedRows]) -> int:
 
 def _laid_out(parts: Sequence[PackedRows], experts: Sequence[int | None], workers: Workers) -> list[Matrix]:
     inputs, outputs = parts[0].shape[-1], sum(part.shape[-2] for part in parts)
+    step = max(1, PIECE // (FP8_BLOCK * inputs)) * FP8_BLOCK  # rows; pieces begin at a block, and at a panel
     count, ends = -(-outputs // LANES), list(accumulate(part.shape[-2] for part in parts))
     pieces = [
         (part, expert, first, place * count * LANES + end - part.shape[-2] + first)
         for place, expert in enumerate(experts)
         for part, end in zip(parts, ends, strict=True)
-        for first in range(0, part.shape[-2], ROWS)
+        for first in range(0, part.shape[-2], step)
     ]
     part, expert, _, _ = pieces[0]
     laid = [
@@ -125,7 +126,7 @@ def _laid_out(parts: Sequence[PackedRows], experts: Sequence[int | None], worker
 
     def lay_out(piece: tuple[PackedRows, int | None, int, int]) -> None:
         part, expert, first, place = piece
-        some = part.rows(first, min(first + ROWS, part.shape[-2]), expert)
+        some = part.rows(first, min(first + step, part.shape[-2]), expert)
         for rows, panels_PKL in zip(_arrays(some), laid, strict=True):
             panels.lay_out(rows, panels_PKL, place)
 
