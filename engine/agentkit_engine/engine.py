@@ -117,13 +117,14 @@ class Engine:
             devices: Number of devices, each with a process of its own: GPUs from `device` on, or a CPU that they share.
                 The experts are divided among them, and each session is computed on one of them. Results are the same
                 bits for any number.
-            backend: What computes forwards: `"cpu"`, kernels that Numba compiles for this CPU; `"reference"`, plain
-                torch on any device, several times slower; `"auto"`, the fastest that this machine and device have.
+            backend: What computes forwards: `"cpu"`, kernels that Numba compiles for this CPU; `"triton"`, Triton
+                kernels for a GPU; `"reference"`, plain torch on any device, several times slower; `"auto"`, the fastest
+                that this machine and device have.
             dtype: Dtype of the weights: `"float32"`, `"bfloat16"`, `"float16"` or the torch dtype. Tensors that the
                 official layout stores as float32 stay float32. By default FP8, FP4 and int8 matrices stay packed, and
-                other weights are bfloat16 if it represents every stored value exactly and the compiled kernels are
-                used, else float32; results are the same bits. `"int8"` rounds the matrices that the official
-                checkpoints quantise to 8 bits with a scale per output.
+                other weights are bfloat16 if it represents every stored value exactly and the backend is `"cpu"`, or
+                `"triton"` on a GPU, else float32. On a CPU, results are the same bits. `"int8"` rounds the matrices
+                that the official checkpoints quantise to 8 bits with a scale per output.
             kv_cache_bytes: Limit on the state of all sessions. Beyond it, state is evicted, lowest priority and least
                 recently used first, and recomputed when it is needed.
             cache_dir: Folder in which computed state is also kept, for later processes.
@@ -349,11 +350,12 @@ def read_decoder(
     expert_cache_bytes: int | None = None,
 ) -> tuple[Decoder, Dialect]:
     """Return the model in `folder`, for a backend, with its chat dialect; see `Engine.load` and `load_checkpoint`."""
+    # Plain torch and Triton's interpreter would convert bfloat16 weights in every product.
+    converts = backend == "reference" or (backend == "triton" and device.type == "cpu")
     return load_checkpoint(
         folder,
         device=device,
-        # plain torch would convert bfloat16 weights in every product
-        dtype=torch.float32 if backend != "cpu" and dtype is None else dtype,
+        dtype=torch.float32 if dtype is None and converts else dtype,
         packed=dtype is None,
         experts=experts,
         expert_cache_bytes=expert_cache_bytes,

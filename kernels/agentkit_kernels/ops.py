@@ -158,9 +158,12 @@ class Ops(Protocol):
         is differentiable.
         """
 
-    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
+    def weight(
+        self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = (), wide: bool = False
+    ) -> Weight:
         """Pack matrices [X, K] that share an input. No gradient flows from the product with `detached` ones, which come
-        last, to that input."""
+        last, to that input. With `wide` the product is float32 even where activations are not: logits, of tokens and of
+        experts, are compared with each other."""
 
     def stack(self, *parts_EXK: Tensor | PackedRows) -> Weight:
         """Pack the experts' matrices [E, X, K] that share an input."""

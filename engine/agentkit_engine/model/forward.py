@@ -90,7 +90,7 @@ class ExpertLayer:
     def __init__(self, module: MoE, hc: HyperConnection, ops: Ops, spec: ModelSpec) -> None:
         self.hc, self.ops, self.limit = hc, ops, spec.swiglu_limit
         gate, experts, shared = module.gate, module.experts, module.shared_experts
-        self.gate = ops.weight(gate.weight)
+        self.gate = ops.weight(gate.weight, wide=True)
         hashed = gate.router == "hash"
         self.router = Router(
             ops.table(gate.tid2eid) if hashed else None,
@@ -123,7 +123,7 @@ class Forward:
         spec = self.spec = decoder.spec
         self.ops = ops
         self.embedding = ops.table(decoder.embed.weight)
-        self.unembedding = ops.weight(decoder.head.weight)
+        self.unembedding = ops.weight(decoder.head.weight, wide=True)
         device = decoder.embed.weight.device
         self.frequencies = {
             layer.rope: ops.vector(frequencies(layer.rope, spec.qk_rope_head_dim, device))

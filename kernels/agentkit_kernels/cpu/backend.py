@@ -49,7 +49,9 @@ class Cpu:
             self._index_head_dim = pools["index_entries"].shape[-1]
         return LayerState(pools)
 
-    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
+    def weight(
+        self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = (), wide: bool = False
+    ) -> Weight:
         return Weight((*parts_XK, *detached), self.workers)
 
     def stack(self, *parts_EXK: Tensor | PackedRows) -> Stacked:

@@ -52,7 +52,9 @@ class Reference:
     def state(self, pools: Mapping[str, Tensor]) -> LayerState:
         return PooledState(pools) if pools else FreshState()
 
-    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
+    def weight(
+        self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = (), wide: bool = False
+    ) -> Weight:
         if not self.train_detached:
             detached = [part.detach() if isinstance(part, Tensor) else part for part in detached]
         weight = Weight(tuple(map(in_memory, parts_XK)), tuple(map(in_memory, detached)))

@@ -1,7 +1,7 @@
 """`Triton`: the operations of this folder, as `agentkit_kernels.ops.Ops`.
 
-Activations have one dtype, bfloat16 or float32; products with float32 weights (the router's and mHC's, if they are
-loaded so) give float32. A lookup of rows is torch's, all other operations are Triton kernels. Rows are not padded.
+Activations have one dtype, bfloat16 or float32; logits, and products with float32 weights, are float32. A lookup of
+rows is torch's, all other operations are Triton kernels. Rows are not padded.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ class Weight:
 
     Attributes:
         parts: The pieces, each [X, K], or [E, X, K] in a stack.
+        wide: Whether products are float32.
         together: Equal matrices of several weights as one, once `grouped_linear` has read them.
     """
 
     parts: list[Matrix]
+    wide: bool = False
     together: Matrix | None = None
 
     @property
@@ -104,7 +106,9 @@ class Triton:
     def state(self, pools: Mapping[str, Tensor]) -> State:
         return pools
 
-    def weight(self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = ()) -> Weight:
+    def weight(
+        self, *parts_XK: Tensor | PackedRows, detached: Sequence[Tensor | PackedRows] = (), wide: bool = False
+    ) -> Weight:
         parts: list[Matrix] = []
         for part in map(self._move, (*parts_XK, *detached)):
             joined = _join(parts[-1], part) if parts else None
@@ -112,7 +116,7 @@ class Triton:
                 parts.append(part)
             else:
                 parts[-1] = joined
-        return Weight(parts)
+        return Weight(parts, wide)
 
     def stack(self, *parts_EXK: Tensor | PackedRows) -> Weight:
         return Weight([*map(self._move, parts_EXK)])
@@ -150,7 +154,7 @@ class Triton:
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         sizes = [part.shape[-2] for part in weight.parts]
         dtypes = [part.dtype for part in weight.parts if isinstance(part, Tensor)]
-        wide = torch.float32 in dtypes
+        wide = weight.wide or torch.float32 in dtypes
         out = x.new_empty(len(x), sum(sizes), dtype=torch.float32 if wide else x.dtype)
         first = 0
         for part, size in zip(weight.parts, sizes, strict=True):

@@ -17,10 +17,50 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from agentkit_engine.model.decoder import Decoder
+from agentkit_engine.spec import ModelSpec
 from agentkit_kernels.triton.launch import INTERPRET
 
 HERE = Path(__file__).parent
 ERRORS = pytest.StashKey[dict[str, float]]()
+
+
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v4", "vocab_size": 48, "hidden_size": 32, "num_hash_layers": 1, "num_attention_heads": 2,
+    "head_dim": 24, "qk_rope_head_dim": 8, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 128, "sliding_window": 5,
+    "index_n_heads": 4, "index_head_dim": 16, "index_topk": 1, "hc_mult": 4, "hc_sinkhorn_iters": 3, "hc_eps": 1e-6,
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "compress_rope_theta": 160000.0, "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1,
+    "rope_scaling": {
+        "type": "yarn", "factor": 16.0, "original_max_position_embeddings": 512, "beta_fast": 32.0, "beta_slow": 1.0,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_decoder() -> Callable[..., Decoder]:
+    """Return a function that makes a small random decoder of layers with the given compression ratios."""
+
+    def make(*ratios: int, mtp: bool = False) -> Decoder:
+        layers = {"num_hidden_layers": len(ratios), "compress_ratios": [*ratios, *[0] * mtp]}
+        spec = ModelSpec.from_config({**CONFIG, **layers, "num_nextn_predict_layers": int(mtp)})
+        decoder = Decoder(spec).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, tensor in decoder.state_dict().items():
+                if name.endswith("tid2eid"):
+                    draws = torch.rand(tensor.shape[0], spec.n_routed_experts, generator=generator)
+                    tensor.copy_(draws.argsort(-1)[:, : tensor.shape[1]])
+                    continue
+                noise = torch.randn(tensor.shape, generator=generator)
+                if name.endswith(("norm.weight", "scale")):
+                    tensor.copy_(1.0 + 0.2 * noise)
+                else:
+                    tensor.copy_(noise / (tensor.shape[-1] ** 0.5 if tensor.dim() > 1 and "ape" not in name else 1.0))
+        return decoder
+
+    return make
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,124 @@
+"""Engines on the Triton backend, loaded from folders in the official layout, against engines on the reference backend.
+
+Activations are float32 unless a test says otherwise. The interpreter takes about 0.1 s per row and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agentkit_engine import Engine
+from agentkit_engine.engine import read_decoder
+from agentkit_engine.runtime.scheduled import ScheduledTokens
+from agentkit_engine.sampling_params import SamplingParams
+from agentkit_engine.weights.checkpoint import load_checkpoint
+from agentkit_engine.weights.export import Format, export_checkpoint
+from agentkit_kernels.triton.launch import LAUNCHES
+
+FLOAT32, BFLOAT16 = 1e-4, 4e-2
+"""Tolerances, relative and absolute, for logits of about 1: of float32 activations, and of bfloat16 ones."""
+KERNELS = {
+    "_attend_kernel", "_combine", "_down", "_entries", "_gate_up", "_linear", "_merge_kernel", "_qkv", "_read",
+    "_rms_norm", "_rotations", "_route_kernel", "_scan_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
+}  # fmt: skip
+GREEDY = SamplingParams(temperature=0, max_tokens=3)
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def make_folder(tmp_path_factory: pytest.TempPathFactory, small_decoder: Callable[..., Any]) -> MakeFolder:
+    """Export a random model of the given compression ratios."""
+
+    def make(format: Format, *ratios: int, mtp: bool = False) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        export_checkpoint(small_decoder(*ratios, mtp=mtp), folder, format=format)
+        return folder
+
+    return make
+
+
+def some_ids(count: int, seed: int = 0) -> list[int]:
+    ids: list[int] = torch.randint(2, 48, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("format", ["bf16", "official", "int8"])
+def test_a_stack_gives_the_logits_of_the_reference(make_folder: MakeFolder, format: Format) -> None:
+    folder = make_folder(format, 0, 4, 128)
+    triton, reference = Engine.load(folder, backend="triton"), Engine.load(folder, backend="reference")
+    assert bool(triton.decoder.packed) == (format != "bf16")
+    LAUNCHES.clear()
+    text = some_ids(9)
+    assert_close(triton.logits(text), reference.logits(text), FLOAT32)
+    assert set(LAUNCHES) >= KERNELS
+
+
+def test_entries_of_hca_give_the_logits_of_the_reference(make_folder: MakeFolder) -> None:
+    folder = make_folder("official", 128)
+    text = some_ids(131)
+    found = Engine.load(folder, backend="triton").logits(text)
+    assert_close(found, Engine.load(folder, backend="reference").logits(text), FLOAT32)
+
+
+def test_a_gpu_holds_bfloat16_where_it_is_exact(make_folder: MakeFolder) -> None:
+    folder = make_folder("official", 4)
+    for device, dtype in (("meta", torch.bfloat16), ("cpu", torch.float32)):
+        decoder, _ = read_decoder(folder, device=torch.device(device), backend="triton", dtype=None)
+        assert decoder.embed.weight.dtype == dtype
+        assert decoder.hc_head_fn.dtype == torch.float32
+        assert decoder.packed
+
+
+def test_bfloat16_activations_stay_near_the_reference(make_folder: MakeFolder) -> None:
+    """As on a GPU: packed weights, bfloat16 for the others, and logits of experts and tokens in float32."""
+    folder = make_folder("official", 0, 4)
+    decoder, dialect = load_checkpoint(folder, device=torch.device("cpu"), dtype=None, packed=True)
+    assert decoder.embed.weight.dtype == torch.bfloat16
+    triton = Engine(decoder, name="small", dialect=dialect, folder=folder, backend="triton")
+    text = some_ids(7)
+    assert_close(triton.logits(text), Engine.load(folder, backend="reference").logits(text), BFLOAT16)
+
+
+def test_a_row_has_the_same_bits_alone_in_a_batch_in_chunks_and_decoded(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = Engine.load(make_folder("official", 0, 4, mtp=True), backend="triton")
+    monkeypatch.setattr("agentkit_kernels.triton.backend.DECODING", 2)  # larger chunks are prefilled
+    text = some_ids(7)
+    whole = triton.logits(text)
+    assert torch.equal(triton.scheduler.logits(text, chunk=1), whole)
+    runner, pools = triton.scheduler.runner, triton.scheduler.pools
+    first, second = pools.open(), pools.open()
+    for sequence in (first, second):
+        pools.reserve(sequence, len(text))
+    runner.step([ScheduledTokens(first, text[:4])])
+    batch = runner.step([ScheduledTokens(second, text[:3]), ScheduledTokens(first, text[4:])], all_rows=True).logits_RV
+    assert torch.equal(batch, torch.cat((whole[:3], whole[4:])))
+
+
+def test_forks_and_saved_sessions_continue_like_a_live_one(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder("bf16", 0, 4, mtp=True)
+    triton, reference = Engine.load(folder, backend="triton"), Engine.load(folder, backend="reference")
+    expected = reference.session()
+    expected.append(some_ids(6))
+    with triton.session() as live:
+        live.append(some_ids(6))
+        [fork] = live.fork()
+        live.save(tmp_path / "session")
+        tokens = list(live.generate(GREEDY))
+        assert list(fork.generate(GREEDY)) == tokens
+    with triton.open(tmp_path / "session") as restored:
+        assert list(restored.generate(GREEDY)) == tokens
+    assert [token.id for token in tokens] == [token.id for token in expected.generate(GREEDY)]
+    assert triton.scheduler.mtp_drafted
