@@ -1,4 +1,4 @@
-"""Launch Triton kernels, and count the launches, so that a test can tell a kernel from a fallback."""
+"""Launch Triton kernels, and count the launches, so that a test can tell that a kernel ran."""
 
 from __future__ import annotations
 
