@@ -253,7 +253,7 @@ def test_a_failed_session_leaves_no_checkpoint(decoder: Decoder) -> None:
     unembedding = engine.scheduler.runner.forward.unembedding
     with engine.session() as session:
         session.append([1, 2, 3])
-        unembedding.array[:] = torch.nan
+        unembedding.single[:] = torch.nan
         with pytest.raises(NonFiniteLogitsError):
             next(session.generate())
     assert len(engine.scheduler.cache) == 0

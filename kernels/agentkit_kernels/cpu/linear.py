@@ -101,6 +101,9 @@ class Weight:
 
     def multiply(self, x_NK: Floats, out_NX: Floats, column: int = 0) -> None:
         """Multiply rows with the matrices; the results go into the columns of `out` from `column` on."""
+        if len(x_NK) == 1 and self.single is not None:
+            loops.multiply(x_NK, self.single, 0, self.outputs, out_NX, column)
+            return
         if len(x_NK) > self.shared_from:
             jobs = [Job(x_NK, matrix, out_NX, column + place) for matrix, place in self.places]
             compute(jobs, self.workers)
@@ -225,12 +228,8 @@ def _multiply_by_library(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
 
 
 def linear(x: Floats, weight: Weight) -> Floats:
-    rows = len(x)
-    out_NX = empty(rows, weight.outputs)
-    if rows == 1 and weight.single is not None:
-        loops.multiply(x, weight.single, 0, weight.outputs, out_NX, 0)
-    else:
-        weight.multiply(x, out_NX)
+    out_NX = empty(len(x), weight.outputs)
+    weight.multiply(x, out_NX)
     return out_NX
 
 

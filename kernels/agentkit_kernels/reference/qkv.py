@@ -20,7 +20,7 @@ def qkv(
     kv = columns(projected, heads.kv_column, size)
     kv_NK = rotate(rms_norm(kv, heads.kv_norm, heads.eps), rotations)
     if not heads.index_heads:
-        return q_NHK, kv_NK, kv.new_empty(len(kv), 0, 0), kv.new_empty(len(kv), 0)
+        return q_NHK, kv_NK, kv.new_empty(len(kv), 0, index_size), kv.new_empty(len(kv), 0)
     index_q = columns(q, heads.heads * size, heads.index_heads * index_size)
     index_NJC = rotate(index_q.reshape(len(rotations), heads.index_heads, index_size), rotations)
     weights_NJ = columns(projected, heads.index_column, heads.index_heads)
