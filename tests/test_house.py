@@ -20,7 +20,7 @@ OF_TRITON = (
     "agentkit_kernels.gpu.",
     "agentkit_engine.benchmarks.gpu.",
 )
-"""What runs, compiles or measures Triton kernels."""
+"""Packages that run, compile or measure Triton kernels."""
 UNWANTED = {"transformers", "triton", "pytest", "hypothesis", "ray", "xgrammar"}
 
 

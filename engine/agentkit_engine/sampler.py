@@ -52,7 +52,7 @@ Past = Callable[[], tuple[Sequence[int], Sequence[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How to sample from one row of logits.
+    """The parameters for sampling from one row of logits.
 
     Attributes:
         position: the position of the token to sample.

@@ -31,7 +31,7 @@ Array = Any
 Weight = Any
 """One or several matrices that share an input, in a backend's own layout."""
 State = Any
-"""What one layer keeps of earlier tokens; see `Ops.state`."""
+"""Rows that one layer keeps of earlier tokens; see `Ops.state`."""
 
 QUERY_BLOCK = 128
 """Tokens of one sequence whose attention is computed together; blocks start at multiples of this. A window's ring has
@@ -131,7 +131,7 @@ class Compressor(NamedTuple):
 
 
 class Router(NamedTuple):
-    """How tokens choose experts: from `table` [V, A] by token id, or by affinity plus `bias` [E]."""
+    """The choice of experts: from `table` [V, A] by token id, or by affinity plus `bias` [E]."""
 
     table: Array | None
     bias: Array | None

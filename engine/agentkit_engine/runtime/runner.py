@@ -78,7 +78,7 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
 
 @dataclass(frozen=True, slots=True)
 class CpuLimits:
-    """What the `cpu` backend may use of a machine.
+    """Limits on what the `cpu` backend uses of a machine.
 
     Attributes:
         threads: Threads that share the products; by default as many as there are cores.

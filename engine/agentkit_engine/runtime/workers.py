@@ -35,7 +35,7 @@ Change = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How a model is loaded on several devices, for all its ranks.
+    """The devices and the folder from which all ranks load a model.
 
     Attributes:
         devices: Their number, W.
@@ -56,7 +56,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a worker needs to become a rank."""
+    """A worker's rank, and what it needs to compute its part."""
 
     rank: int
     placement: Placement
@@ -70,7 +70,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a worker sends before it ends because of an error."""
+    """The last message of a worker that ends because of an error."""
 
     traceback: str
 

@@ -59,7 +59,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one program costs.
+    """The resources of one program.
 
     Attributes:
         spill_bytes: Local memory per thread that registers are spilled to.

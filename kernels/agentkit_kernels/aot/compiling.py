@@ -42,7 +42,7 @@ class Compiled:
 
 @dataclass(slots=True)
 class Outcome:
-    """What compiling some calls gave.
+    """The result of compiling some calls.
 
     Attributes:
         refused: Number formats that a target lacks, with the call that needs one.

@@ -61,7 +61,7 @@ class _Touched:
 
 
 class Traffic:
-    """What the launches of one call move and compute."""
+    """Bytes and operations of the launches of one call."""
 
     def __init__(self) -> None:
         self.issued_bytes = self.dot_flops = 0

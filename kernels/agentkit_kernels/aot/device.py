@@ -42,7 +42,7 @@ class Program:
 
 
 class _Utilities:
-    """What Triton asks a device before it loads a kernel."""
+    """Properties that Triton asks of a device before it loads a kernel."""
 
     def __init__(self, target: Target) -> None:
         self.properties = {"max_shared_mem": target.shared_bytes, "warpSize": target.warp_size}

@@ -50,7 +50,7 @@ def code_hash(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `aot.json` holds.
+    """The content of `aot.json`.
 
     Attributes:
         errors: By file of kernels: the largest relative error against its twin under the interpreter.

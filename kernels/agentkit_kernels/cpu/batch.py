@@ -29,5 +29,5 @@ class Batch:
 
     @cached_property
     def consecutive(self) -> list[bool]:
-        """Whether each sequence's spans lie one after the other, so that a long scan needs no gather."""
+        """True for each sequence whose spans lie one after the other, so that a long scan needs no gather."""
         return [list(spans) == list(range(spans[0], spans[0] + len(spans))) for spans in self.spans]

@@ -58,7 +58,7 @@ FP8 = 0.065
 EXACT = 0.0
 
 Found = Iterator[tuple[str, object, object, float]]
-"""What was compared, the kernel's result, the twin's, and the tolerance."""
+"""The name of a comparison, the kernel's result, the twin's, and the tolerance."""
 
 
 def correctness(bench: Bench) -> Iterator[Measurement]:

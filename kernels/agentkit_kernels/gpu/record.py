@@ -17,7 +17,7 @@ Unit = Literal["us", "TFLOPS", "of floor", "tokens/s", "overlap", "of line rate"
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a value should reach, in its unit."""
+    """The value to reach, in its unit."""
 
     unit: Unit
     good: float | None = None

@@ -1,4 +1,4 @@
-"""What a layer keeps of earlier tokens: in pools that sequences share, or of one forward only.
+"""Rows that a layer keeps of earlier tokens: in pools that sequences share, or of one forward only.
 
 Dimension key: `reference/batch.py`; S positions.
 """

@@ -332,7 +332,7 @@ def _tiles(pairs: int, number: int, exact: bool) -> tuple[Tile, int]:
 
 
 def _before_hopper() -> bool:
-    """Whether both operands of a product are in registers, beside the sums."""
+    """True if both operands of a product are in registers, beside the sums."""
     return 0 < capability() < 90
 
 

@@ -14,7 +14,7 @@ LAUNCHES: Counter[str] = Counter()
 INTERPRET = (
     bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else os.environ.get("TRITON_INTERPRET") == "1"
 )
-"""Whether kernels run in Triton's interpreter, on CPU tensors. Its `tl.dot` of bfloat16 operands is wrong, so kernels
+"""True if kernels run in Triton's interpreter, on CPU tensors. Its `tl.dot` of bfloat16 operands is wrong, so kernels
 take `INTERPRET` as a constexpr and convert the operands to float32 then."""
 
 

@@ -215,7 +215,7 @@ class Operand:
         return self.data.stride(0), self.scale.stride(0)
 
     def like(self, other: Operand) -> bool:
-        """Whether a kernel reads both with the same code."""
+        """True if a kernel reads both with the same code."""
         return (self.format, self.data.dtype, self.scale.dtype, self.strides) == (
             other.format,
             other.data.dtype,
