@@ -258,11 +258,11 @@ class Family(ABC):
             held_out_phrasing=held_out,
             signature=drawn.signature,
             names=drawn.names,
-            oracle=lambda: functools.partial(_play, draft.steps),
+            oracle=lambda: functools.partial(play, draft.steps),
         )
 
 
-def _play(steps: Sequence[Step], messages: Sequence[Message], think: bool) -> AssistantTurn:
+def play(steps: Sequence[Step], messages: Sequence[Message], think: bool) -> AssistantTurn:
     """Return the oracle's next turn, given the tool results at the end of `messages`."""
     turn = sum(isinstance(message, AssistantMessage) for message in messages)
     results = [m.content for m in itertools.takewhile(lambda m: isinstance(m, ToolMessage), reversed(messages))][::-1]

@@ -1,0 +1,12 @@
+"""Kinds of files in a world. To add one: a module with a dataclass and a `draw_…` function, and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agentkit_evals.synth.worlds.artifacts.settings import draw_settings
+from agentkit_evals.synth.worlds.draw import Draw
+from agentkit_evals.synth.worlds.world import Artifact
+
+ARTIFACTS: dict[Callable[[Draw], Artifact], float] = {draw_settings: 1.0}
+"""Each kind's share of a world's files."""

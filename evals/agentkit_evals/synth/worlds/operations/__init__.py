@@ -1,0 +1,9 @@
+"""Kinds of tasks over worlds. To add one: a module with an `Operation`, and an entry here."""
+
+from __future__ import annotations
+
+from agentkit_evals.synth.worlds.operations.change_setting import ChangeSetting
+from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
+from agentkit_evals.synth.worlds.task import Operation
+
+OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (ReadSetting(), ChangeSetting())}

@@ -1,0 +1,112 @@
+"""Tasks over worlds: what an operation draws, and how it becomes a task with an oracle."""
+
+from __future__ import annotations
+
+import functools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from agentkit.task import AgentConfig, EnvironmentConfig, SolutionConfig, Task, ToolConfig, VerifierConfig
+from agentkit_evals.synth.family import CLOSERS, OPENERS, Phrasing, Split, Step, SynthTask, is_held_out, play
+from agentkit_evals.synth.worlds.draw import Draw
+from agentkit_evals.synth.worlds.world import World, draw_world
+from agentkit_tools import BUILTINS
+
+_DIGITS = re.compile(r"\d+")
+ATTEMPTS = 50  # drafts that may fall into the other split before the next seed is tried
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One task over a world.
+
+    Attributes:
+        instruction: The request, without greeting.
+        steps: The oracle's turns.
+        verifier: Shell command, run in the work directory of a fresh sandbox.
+        solution: Shell command that solves the task and prints the answer.
+        about: Texts that make this task differ from others with the same instruction, such as the file it reads; part
+            of the signature.
+        files: Files that the task adds to the world or changes.
+        verifier_files: Files that only the verifier sees.
+        tools: Names of built-in tools, or fields of command tools.
+        difficulty: Tool calls of the oracle plus one for each distractor, fact to carry or answer to compute.
+    """
+
+    instruction: str
+    steps: Sequence[Step]
+    verifier: str
+    solution: str
+    about: Sequence[str] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    verifier_files: Mapping[str, str] = field(default_factory=dict)
+    tools: Sequence[str | Mapping[str, Any]] = tuple(BUILTINS)
+    difficulty: int = 1
+
+
+class Operation(ABC):
+    """One kind of task. Subclasses define `name`, `phrasings` and `draft`."""
+
+    name: ClassVar[str]
+    phrasings: ClassVar[tuple[Phrasing, ...]]
+    needs_tool: ClassVar[bool] = True  # no task of this kind can be solved without a tool call
+
+    @abstractmethod
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        """Draw one task over the world, or None if the world has nothing for it."""
+
+    def sample(self, world_seed: int, seed: int, split: Split) -> SynthTask | None:
+        """Return task `seed` over a world, or None if the world has none of this kind; the same on every machine."""
+        world = draw_world(world_seed, split)
+        draw = Draw(f"{self.name}/{split}/{world_seed}/{seed}")
+        new_phrasing = split == "heldout" and draw.choice(self.phrasings).held_out
+        indices = [index for index, each in enumerate(self.phrasings) if each.held_out == new_phrasing]
+        for _ in range(ATTEMPTS):
+            index = draw.choice(indices)
+            draw.names = set(world.names)
+            draft = self.draft(draw, world, self.phrasings[index])
+            if draft is None:
+                return None
+            signature = masked("\n".join([draft.instruction, *draft.about]), draw.names)
+            if new_phrasing or is_held_out(signature) == (split == "heldout"):
+                return self._task(draw, world, draft, index, f"{self.name}-{split}-{world_seed}-{seed}", signature)
+        return None
+
+    def _task(self, draw: Draw, world: World, draft: Draft, index: int, task_id: str, signature: str) -> SynthTask:
+        label, held_out = f"{self.name}/{index}", self.phrasings[index].held_out
+        task = Task(
+            id=task_id,
+            instruction=draw.choice(OPENERS) + draft.instruction + draw.choice(CLOSERS),
+            environment=EnvironmentConfig(files={**world.files, **draft.files}),
+            tools=[tool if isinstance(tool, str) else ToolConfig(**tool) for tool in draft.tools],
+            agent=AgentConfig(max_turns=16, max_tokens=900),
+            verifier=VerifierConfig(command=draft.verifier, files=dict(draft.verifier_files)),
+            solution=SolutionConfig(command=draft.solution),
+            metadata={
+                "family": self.name,
+                "phrasing": label,
+                "held_out_phrasing": held_out,
+                "difficulty": draft.difficulty,
+                "world": world.seed,
+            },
+        )
+        return SynthTask(
+            task=task,
+            family=self.name,
+            phrasing=label,
+            held_out_phrasing=held_out,
+            signature=signature,
+            names=tuple(sorted(draw.names)),
+            oracle=lambda: functools.partial(play, draft.steps),
+        )
+
+
+def masked(text: str, names: Iterable[str]) -> str:
+    """Replace each name or value that was drawn by `N`, and every other run of digits by `0`."""
+    found = sorted((name for name in names if name in text), key=lambda name: (-len(name), name))
+    if found:
+        text = re.sub(rf"(?<!\w)(?:{'|'.join(map(re.escape, found))})(?!\w)", "N", text)
+    return _DIGITS.sub("0", text)

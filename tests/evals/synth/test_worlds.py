@@ -1,0 +1,91 @@
+"""Operations over generated worlds: the oracle solves each task, doing nothing does not, and the splits differ."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentkit.messages import AssistantMessage
+from agentkit_environments import open_environment
+from agentkit_evals.statistics import SOLVED
+from agentkit_evals.synth import SPLITS, SynthTask, is_held_out
+from agentkit_evals.synth.generate import require_solved, transcript
+from agentkit_evals.synth.worlds import vocabulary
+from agentkit_evals.synth.worlds.draw import Draw, joined
+from agentkit_evals.synth.worlds.operations import OPERATIONS
+from agentkit_evals.synth.worlds.task import masked
+from agentkit_evals.synth.worlds.world import draw_world
+from agentkit_evals.verify import verify
+
+WORLDS = 6
+every_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def tasks(operation: str, worlds: int = WORLDS) -> list[SynthTask]:
+    drawn = [OPERATIONS[operation].sample(world, 0, split) for split in SPLITS for world in range(worlds)]
+    return [synth for synth in drawn if synth is not None]
+
+
+@every_operation
+@pytest.mark.anyio
+async def test_the_oracle_solves_every_task_and_an_idle_agent_none(operation: str) -> None:
+    assert len(tasks(operation)) >= WORLDS // 2, "most worlds must have a task of every kind"
+    for synth in tasks(operation):
+        async with await open_environment(synth.task.environment.spec(), backend="unsafe-local") as environment:
+            await synth.task.prepare(environment)
+            before = (await environment.export_dir(environment.spec.workdir)).data
+            messages, answer = await transcript(synth, environment)
+            after = (await environment.export_dir(environment.spec.workdir)).data
+        turns = [message for message in messages if isinstance(message, AssistantMessage)]
+        assert bool(turns[0].calls) == OPERATIONS[operation].needs_tool
+        await require_solved(synth, after, answer)
+        idle = await verify(synth.task, archive=before, answer=None, backend="unsafe-local")
+        assert idle.reward < SOLVED, synth.task.instruction
+
+
+@every_operation
+def test_a_seed_draws_the_same_task_again(operation: str) -> None:
+    first = [synth.task for synth in tasks(operation, 3)]
+    draw_world.cache_clear()
+    assert [synth.task for synth in tasks(operation, 3)] == first
+
+
+@every_operation
+def test_held_out_tasks_have_another_phrasing_or_signature(operation: str) -> None:
+    for synth in tasks(operation, 30):
+        held_out = synth.task.id.startswith(f"{operation}-heldout-")
+        assert held_out == (synth.held_out_phrasing or is_held_out(synth.signature))
+
+
+def test_names_and_numbers_are_masked_in_signatures() -> None:
+    text = "Set `max_size` to 7 in app/budget.txt, not max_size_old, 12 times"
+    assert masked(text, {"max_size", "7", "app/budget.txt"}) == "Set `N` to N in N, not max_size_old, 0 times"
+
+
+def test_words_are_plain_and_many() -> None:
+    for kind, least in (("noun", 5000), ("verb", 900), ("adjective", 800)):
+        words = vocabulary.words(kind)
+        assert len(words) >= least
+        assert all(word.isascii() and word.isalpha() and word.islower() for word in words)
+    assert len(vocabulary.common_nouns()) >= 1500
+    assert "Oslo" not in vocabulary.words("noun")
+    with pytest.raises(ValueError, match=r"no pool .*gemstone.*; expected one of first_name"):
+        vocabulary.pool("gemstone")
+
+
+def test_styles_of_names() -> None:
+    written = [
+        joined(["max", "open", "files"], style) for style in ("snake", "kebab", "camel", "pascal", "upper", "space")
+    ]
+    assert written == [
+        "max_open_files",
+        "max-open-files",
+        "maxOpenFiles",
+        "MaxOpenFiles",
+        "MAX_OPEN_FILES",
+        "max open files",
+    ]
+
+
+def test_a_phrasing_draws_one_option_of_nested_choices() -> None:
+    drawn = {Draw(str(seed)).phrase("[a|b [c|d]] {x}", x="1") for seed in range(60)}
+    assert drawn == {"a 1", "b c 1", "b d 1"}
