@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from safetensors.torch import save_file
 from torch.multiprocessing.spawn import spawn
 
 from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
+from agentkit_engine.engine import Engine
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.training.data import Rows, batches
@@ -25,7 +29,9 @@ from agentkit_engine.training.tiny import tiny_spec
 from agentkit_engine.training.tokenizer import build_tokenizer
 from agentkit_engine.training.train import (
     FAR_COPY_WINDOW,
+    State,
     TrainingConfig,
+    _learning_rate,
     _stream,
     accuracy,
     nudge_router_biases,
@@ -222,7 +228,7 @@ def test_the_loss_falls_and_training_gives_the_same_weights_twice() -> None:
         model = _small_model()
         config = TrainingConfig(
             steps=30, practice=("copy",), practice_steps=10, mixed_steps=5, batches=1, batch_tokens=512, topk_steps=10,
-            warmup_steps=5,
+            warmup_steps=5, decay_steps=10,
         )  # fmt: skip
         train(model, rows, config, pad_id=2, log=records.append)
         states.append(model.state_dict())
@@ -233,6 +239,69 @@ def test_the_loss_falls_and_training_gives_the_same_weights_twice() -> None:
     assert all(block.attn.sliding_window == model.spec.sliding_window for block in model.blocks)
     measured = accuracy(model, rows, pad_id=2)
     assert 0 <= measured["row_accuracy"] <= measured["token_accuracy"] <= 1
+
+
+def test_a_stopped_run_continues_with_the_same_bits() -> None:
+    config = TrainingConfig(
+        steps=11,
+        practice_steps=3,
+        mixed_steps=3,
+        batches=2,
+        batch_tokens=256,
+        warmup_steps=2,
+        decay_steps=4,
+        save_steps=4,
+    )
+    whole, stopped, continued = _small_model(), _small_model(), _small_model()
+    train(whole, _rows(32), config, pad_id=2, log=lambda _: None)
+
+    saved: list[tuple[State, dict[str, torch.Tensor]]] = []
+
+    def save(state: State) -> None:
+        weights = {name: value.clone() for name, value in stopped.state_dict().items()}
+        saved.append((copy.deepcopy(state), weights))
+
+    train(stopped, _rows(32), config, pad_id=2, log=lambda _: None, save=save)
+    assert [state.step for state, _ in saved] == [4, 8]
+    for state, weights in saved:
+        continued.load_state_dict(weights)
+        train(continued, _rows(32), config, pad_id=2, log=lambda _: None, start=state)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(continued.state_dict()[name], value), (state.step, name)
+
+
+def test_a_run_of_the_command_is_resumed_and_only_if_there_is_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    (data / "tokenizer.json").write_text(build_tokenizer(TEXTS, phrases=[PHRASE], vocab_size=600), encoding="utf-8")
+    for name in ("train", "heldout"):
+        _rows(8).save(data / f"{name}.safetensors")
+    command = [
+        sys.executable,
+        "-m",
+        "agentkit_engine.training",
+        str(data),
+        str(out),
+        "--workers",
+        "1",
+        "--save-steps",
+        "1",
+    ]
+    refused = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "holds no state of a stopped run" in " ".join(refused.stderr.replace("│", " ").split())
+    for steps, more in (("2", []), ("3", ["--resume"])):
+        subprocess.run([*command, "--steps", steps, *more], check=True)
+    logged = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [0, 1, 2]
+    assert Engine.load(out).spec.vocab_size == tokenizer.vocab_size
+
+
+def test_the_learning_rate_warms_up_stays_and_falls_at_the_end() -> None:
+    config = TrainingConfig(steps=100, practice_steps=20, warmup_steps=10, decay_steps=20)
+    rates = [_learning_rate(step, config) for step in (0, 9, 15, 20, 29, 60, 80, 90, 99)]
+    assert rates == pytest.approx([0.1, 1, 1, 0.1, 1, 1, 1, 0.505, 0.0595])
+    assert _learning_rate(99, replace(config, decay_steps=0)) == 1
 
 
 def _train_share(rank: int, world: int, folder: str) -> None:

@@ -16,7 +16,7 @@ DEFAULT = TrainingConfig()
 
 def main(
     data: Annotated[Path, typer.Argument(help="Folder with tokenizer.json, train.safetensors, heldout.safetensors.")],
-    out: Annotated[Path, typer.Argument(help="New folder for the model, in the official layout.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model, in the official layout; new unless --resume.")],
     start: Annotated[
         Path | None, typer.Option(help="Model folder to continue from; random weights if omitted.")
     ] = None,
@@ -34,10 +34,21 @@ def main(
     topk_steps: Annotated[
         int, typer.Option(help="Step at which index_topk reaches its final value.")
     ] = DEFAULT.topk_steps,
+    decay_steps: Annotated[
+        int, typer.Option(help="Last steps, in which the learning rate falls; 0 if another run continues this one.")
+    ] = DEFAULT.decay_steps,
+    save_steps: Annotated[
+        int, typer.Option(help="Steps between states from which --resume continues.")
+    ] = DEFAULT.save_steps,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for one GPU with --workers 1.")] = "cpu",
+    resume: Annotated[bool, typer.Option(help="Continue the stopped run in OUT, bit for bit.")] = False,
 ) -> None:
     """Train, measure held-out accuracy under teacher forcing, and export. Progress is logged to OUT/training.jsonl."""
-    out.mkdir(parents=True)
+    if resume and not (out / "state0.pt").is_file():
+        raise typer.BadParameter(f"{out} holds no state of a stopped run (state0.pt); leave out --resume")
+    out.mkdir(parents=True, exist_ok=resume)
+    (out / "rendezvous").unlink(missing_ok=True)
     rendezvous = f"file://{(out / 'rendezvous').resolve()}"
     config = TrainingConfig(
         steps=steps,
@@ -48,8 +59,10 @@ def main(
         spread_steps=spread_steps,
         renew_hca=renew_hca,
         topk_steps=topk_steps,
+        decay_steps=decay_steps,
+        save_steps=save_steps,
     )
-    spawn(work, (workers, rendezvous, data, out, config, start), nprocs=workers)  # type: ignore[no-untyped-call]
+    spawn(work, (workers, rendezvous, data, out, config, start, device), nprocs=workers)  # type: ignore[no-untyped-call]
     (out / "rendezvous").unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -98,6 +98,15 @@ class Batch:
     real_BT: Tensor  # bool: not padding
     window: int | None = None  # sliding window to train with; None for the model's
     spread: bool = False  # True if its facts are spread over stretches of text
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return replace(
+            self,
+            ids_BT=self.ids_BT.to(device),
+            mask_BT=self.mask_BT.to(device),
+            real_BT=self.real_BT.to(device),
+        )
 
 
 def batches(rows: Rows, *, tokens: int, pad_id: int, seed: int) -> Iterator[Batch]:

@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             sizes = [parameter.numel() for parameter in trained]
             owners = _share(sizes, world)
-            flat = torch.zeros(sum(sizes))
+            flat = torch.zeros(sum(sizes), device=trained[0].device)
             updates = torch.split(flat, sizes)
             for parameter, update, owner in zip(trained, updates, owners, strict=True):
                 if owner != rank:

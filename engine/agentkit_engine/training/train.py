@@ -11,11 +11,10 @@ Dimension key: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -64,13 +63,16 @@ class TrainingConfig:
         batches: Batches per step and process. A batch holds rows of one length, and so of few families. With one
             batch per step, the model forgets one family while it learns another.
         batch_tokens: Maximum padded tokens of a batch.
-        learning_rate: Peak, shared by Muon and AdamW; warmed up, then cosine to a hundredth.
+        learning_rate: Peak, shared by Muon and AdamW; warmed up, then constant.
+        decay_steps: Last steps, in which the learning rate falls linearly to a hundredth; 0 for a run that another one
+            continues.
         prompt_weight: Loss weight of tokens the assistant did not write (1 for the assistant's).
         mtp_weight: Loss weight of the MTP block.
         mtp_every: Steps between updates of the MTP block.
         index_every: Steps between indexer updates (they cost a second softmax).
         topk_steps: The step at which `index_topk` reaches its final value.
         bias_rate: Size of a router bias nudge, decayed with the learning rate.
+        save_steps: Steps between saved states.
     """
 
     steps: int = 3000
@@ -82,6 +84,7 @@ class TrainingConfig:
     batches: int = 3
     batch_tokens: int = 896
     learning_rate: float = 4e-3
+    decay_steps: int = 1000
     warmup_steps: int = 40
     weight_decay: float = 0.02
     prompt_weight: float = 0.02
@@ -91,13 +94,32 @@ class TrainingConfig:
     topk_steps: int = 500
     bias_rate: float = 2e-3
     clip: float = 1.0
+    save_steps: int = 250
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a run needs, beside the weights, to continue where it stopped."""
+
+    step: int
+    optimizers: list[dict[str, Any]]
+
+
 def train(
-    model: Decoder, rows: Rows, config: TrainingConfig, *, pad_id: int, log: Callable[[dict[str, float]], None]
+    model: Decoder,
+    rows: Rows,
+    config: TrainingConfig,
+    *,
+    pad_id: int,
+    log: Callable[[dict[str, float]], None],
+    start: State | None = None,
+    save: Callable[[State], None] | None = None,
 ) -> None:
-    """Train `model` in place; `log` receives one record per ten steps.
+    """Train `model` in place; `log` receives one record per ten steps, and `save` the state every `save_steps`.
+
+    A run that starts from a saved state gives the weights of the uninterrupted run, bit for bit. On a GPU the products
+    of a forward are computed in bfloat16.
 
     Inside a `torch.distributed` process group each process draws its own batches, and gradients are averaged. On a
     CPU two processes of one thread are much faster than one process of two threads. `log` then receives the numbers of
@@ -105,23 +127,33 @@ def train(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizers = build_optimizers(model, config)
+    first = 0
+    if start is not None:
+        first = start.step
+        for optimizer, state in zip(optimizers, start.optimizers, strict=True):
+            optimizer.load_state_dict(state)
+    device = model.embed.weight.device
     final_topk = model.spec.index_topk
-    stream = itertools.islice(_stream(rows, config, pad_id, world), rank, None, world)
+    skipped = first * config.batches * world
+    stream = itertools.islice(_stream(rows, config, pad_id, world), skipped + rank, None, world)
     started, tokens, written = time.perf_counter(), 0, 0
-    for step in range(config.steps):
+    for step in range(first, config.steps):
+        if save is not None and step > first and step % config.save_steps == 0:
+            save(State(step, [optimizer.state_dict() for optimizer in optimizers]))
         fraction = _learning_rate(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * fraction * group.get("lr_scale", 1.0)
         loads: dict[int, Tensor] = {}
         named: dict[str, list[float]] = {}
-        for batch in itertools.islice(stream, config.batches):
+        for batch in (each.to(device) for each in itertools.islice(stream, config.batches)):
             picks = not batch.spread or step >= config.spread_steps
             _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)) if picks else 0)
             _set_window(model, batch.window or model.spec.sliding_window)
             trace = Trace(index_scores=picks and step % config.index_every == 0)
-            losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
-            (sum(losses.values(), torch.zeros(())) / config.batches).backward()  # type: ignore[no-untyped-call]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+                losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
+            (sum(losses.values(), torch.zeros((), device=device)) / config.batches).backward()  # type: ignore[no-untyped-call]
             for name, loss in losses.items():
                 named.setdefault("spread" if batch.spread and name == "loss" else name, []).append(float(loss.detach()))
             for layer, counts in trace.expert_counts.items():
@@ -264,10 +296,10 @@ def _majority_batch(copied: Tensor, config: TrainingConfig, generator: torch.Gen
 
 
 def _learning_rate(step: int, config: TrainingConfig) -> float:
-    """Return the cosine schedule down to a hundredth, with a warm-up at the start and another after practice."""
+    """Return the share of the peak: a warm-up at the start and another after practice, and the decay at the end."""
     begun = step - config.practice_steps if step >= config.practice_steps else step
-    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return min(1.0, (begun + 1) / config.warmup_steps) * (0.01 + 0.99 * cosine)
+    left = (config.steps - step) / config.decay_steps if config.decay_steps else 1.0
+    return min(1.0, (begun + 1) / config.warmup_steps) * (0.01 + 0.99 * min(1.0, left))
 
 
 def _topk(step: int, config: TrainingConfig, final: int, length: int) -> int:
@@ -320,7 +352,8 @@ def accuracy(model: Decoder, rows: Rows, *, pad_id: int, batch_tokens: int = 819
     """Return the accuracy of greedy prediction under teacher forcing on the assistant's tokens: per token and per
     row."""
     right = written = whole = 0
-    for batch in batches(rows, tokens=batch_tokens, pad_id=pad_id, seed=0):
+    device = model.embed.weight.device
+    for batch in (each.to(device) for each in batches(rows, tokens=batch_tokens, pad_id=pad_id, seed=0)):
         mine_BT = batch.mask_BT[:, 1:].bool()
         right_BT = (model(batch.ids_BT)[:, :-1].argmax(-1) == batch.ids_BT[:, 1:]) & mine_BT
         right += int(right_BT.sum())

@@ -16,7 +16,7 @@ from agentkit_engine.engine import Engine
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tiny import tiny_spec
-from agentkit_engine.training.train import TrainingConfig, accuracy, renew_hca_, train
+from agentkit_engine.training.train import State, TrainingConfig, accuracy, renew_hca_, train
 from agentkit_engine.weights.export import export_checkpoint
 
 CHECKPOINT_STEPS = 500
@@ -24,23 +24,37 @@ GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
 
 
 def work(
-    rank: int, workers: int, rendezvous: str, data: Path, out: Path, config: TrainingConfig, start: Path | None
+    rank: int,
+    workers: int,
+    rendezvous: str,
+    data: Path,
+    out: Path,
+    config: TrainingConfig,
+    start: Path | None,
+    device: str,
 ) -> None:
     """Train as process `rank` of `workers`, which meet at `rendezvous`; rank 0 writes the model.
 
-    Weights are loaded from the folder `start`, or random if it is None.
+    Weights are loaded from the folder `start`, or random if it is None. If `out` holds the state of a stopped run, that
+    run continues.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
     tokenizer = Tokenizer.from_dir(data)
     pad_id = tokenizer.control_id(PAD)
     rows, heldout = Rows.load(data / "train.safetensors"), Rows.load(data / "heldout.safetensors")
-    model = initialize_(Decoder(tiny_spec(tokenizer.vocab_size)), torch.Generator().manual_seed(config.seed))
-    if start is not None:
+    model = initialize_(Decoder(tiny_spec(tokenizer.vocab_size)), torch.Generator().manual_seed(config.seed)).to(device)
+    saved = out / f"state{rank}.pt"
+    state = None
+    if saved.exists():
+        found = torch.load(saved)
+        model.load_state_dict(found["model"])
+        state = State(found["step"], found["optimizers"])
+    elif start is not None:
         model.load_state_dict(Engine.load(start).decoder.state_dict())
         if config.renew_hca:
             renew_hca_(model, torch.Generator().manual_seed(config.seed))
-    record = (out / f"training{rank or ''}.jsonl").open("w")
+    record = (out / f"training{rank or ''}.jsonl").open("a")
 
     def log(entry: dict[str, float]) -> None:
         if entry["step"] and entry["step"] % CHECKPOINT_STEPS == 0 and rank == 0:
@@ -48,9 +62,15 @@ def work(
             _export(model, data, out / f"step-{entry['step']:g}")
         print(json.dumps({name: round(value, 5) for name, value in entry.items()}), file=record, flush=True)
 
+    def save(state: State) -> None:
+        partial = saved.with_suffix(".partial")
+        torch.save({"model": model.state_dict(), "step": state.step, "optimizers": state.optimizers}, partial)
+        dist.barrier()  # states of one step, or of none
+        partial.rename(saved)
+
     with record:
         print(json.dumps({"config": asdict(config), "workers": workers, "rows": len(rows)}), file=record, flush=True)
-        train(model, rows, config, pad_id=pad_id, log=log)
+        train(model, rows, config, pad_id=pad_id, log=log, start=state, save=save)
         if rank == 0:
             log({"step": config.steps, **accuracy(model, heldout, pad_id=pad_id)})
             _export(model, data, out)
@@ -58,7 +78,9 @@ def work(
 
 
 def _export(model: Decoder, data: Path, folder: Path) -> None:
-    """Write a folder that `Engine.load` reads."""
+    """Write a folder that `Engine.load` reads, in place of an earlier one."""
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
     export_checkpoint(model, folder, format="bf16")
     shutil.copyfile(data / "tokenizer.json", folder / "tokenizer.json")
     (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
