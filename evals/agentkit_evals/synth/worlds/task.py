@@ -33,6 +33,7 @@ class Draft:
         files: Files that the task adds to the world or changes.
         verifier_files: Files that only the verifier sees.
         tools: Names of built-in tools, or fields of command tools.
+        system: The system prompt; None for agentkit's, "" for none.
         difficulty: Tool calls of the oracle plus one for each distractor, fact to carry or answer to compute.
     """
 
@@ -44,6 +45,7 @@ class Draft:
     files: Mapping[str, str] = field(default_factory=dict)
     verifier_files: Mapping[str, str] = field(default_factory=dict)
     tools: Sequence[str | Mapping[str, Any]] = tuple(BUILTINS)
+    system: str | None = None
     difficulty: int = 1
 
 
@@ -53,6 +55,7 @@ class Operation(ABC):
     name: ClassVar[str]
     phrasings: ClassVar[tuple[Phrasing, ...]]
     needs_tool: ClassVar[bool] = True  # no task of this kind can be solved without a tool call
+    uses_world: ClassVar[bool] = True  # False if its tasks need no files
 
     @abstractmethod
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
@@ -60,7 +63,7 @@ class Operation(ABC):
 
     def sample(self, world_seed: int, seed: int, split: Split) -> SynthTask | None:
         """Return task `seed` over a world, or None if the world has none of this kind; the same on every machine."""
-        world = draw_world(world_seed, split)
+        world = draw_world(world_seed, split) if self.uses_world else World(world_seed, (), frozenset())
         draw = Draw(f"{self.name}/{split}/{world_seed}/{seed}")
         new_phrasing = split == "heldout" and draw.choice(self.phrasings).held_out
         indices = [index for index, each in enumerate(self.phrasings) if each.held_out == new_phrasing]
@@ -80,6 +83,7 @@ class Operation(ABC):
         task = Task(
             id=task_id,
             instruction=draw.choice(OPENERS) + draft.instruction + draw.choice(CLOSERS),
+            system=draft.system,
             environment=EnvironmentConfig(files={**world.files, **draft.files}),
             tools=[tool if isinstance(tool, str) else ToolConfig(**tool) for tool in draft.tools],
             agent=AgentConfig(max_turns=16, max_tokens=900),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from agentkit_evals.synth.worlds.operations.call_function import CallFunction, CallTwice, NoFunction
 from agentkit_evals.synth.worlds.operations.change_setting import ChangeSetting
 from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
 from agentkit_evals.synth.worlds.task import Operation
 
-OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in (ReadSetting(), ChangeSetting())}
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (ReadSetting(), ChangeSetting(), CallFunction(), CallTwice(), NoFunction())
+}
