@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from agentkit.task import AgentConfig, EnvironmentConfig, SolutionConfig, Task, ToolConfig, VerifierConfig
-from agentkit_evals.synth.family import CLOSERS, OPENERS, Phrasing, Split, Step, SynthTask, is_held_out, play
+from agentkit_evals.synth.family import (
+    CLOSERS,
+    OPENERS,
+    Phrasing,
+    Split,
+    Step,
+    SynthTask,
+    is_held_out,
+    play,
+    print_answer,
+)
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.world import World, draw_world
 from agentkit_tools import BUILTINS
@@ -26,8 +37,9 @@ class Draft:
     Attributes:
         instruction: The request, without greeting.
         steps: The oracle's turns.
-        verifier: Shell command, run in the work directory of a fresh sandbox.
-        solution: Shell command that solves the task and prints the answer.
+        answer: What the final answer must contain, without regard to case; "" if any answer will do.
+        verifier: Shell command that checks the work directory of a fresh sandbox; "" if the answer is all that counts.
+        solution: Shell command that solves the task, without printing the answer.
         about: Texts that make this task differ from others with the same instruction, such as the file it reads; part
             of the signature.
         files: Files that the task adds to the world or changes.
@@ -39,8 +51,9 @@ class Draft:
 
     instruction: str
     steps: Sequence[Step]
-    verifier: str
-    solution: str
+    answer: str = ""
+    verifier: str = ""
+    solution: str = ""
     about: Sequence[str] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     verifier_files: Mapping[str, str] = field(default_factory=dict)
@@ -79,6 +92,7 @@ class Operation(ABC):
         return None
 
     def _task(self, draw: Draw, world: World, draft: Draft, index: int, task_id: str, signature: str) -> SynthTask:
+        checks = [*([draft.verifier] if draft.verifier else []), *map(answer_has, draft.answer.splitlines())]
         label, held_out = f"{self.name}/{index}", self.phrasings[index].held_out
         task = Task(
             id=task_id,
@@ -87,8 +101,10 @@ class Operation(ABC):
             environment=EnvironmentConfig(files={**world.files, **draft.files}),
             tools=[tool if isinstance(tool, str) else ToolConfig(**tool) for tool in draft.tools],
             agent=AgentConfig(max_turns=16, max_tokens=900),
-            verifier=VerifierConfig(command=draft.verifier, files=dict(draft.verifier_files)),
-            solution=SolutionConfig(command=draft.solution),
+            verifier=VerifierConfig(command=" && ".join(checks), files=dict(draft.verifier_files)),
+            solution=SolutionConfig(
+                command="\n".join(filter(None, (draft.solution, print_answer(draft.answer or "done"))))
+            ),
             metadata={
                 "family": self.name,
                 "phrasing": label,
@@ -106,6 +122,11 @@ class Operation(ABC):
             names=tuple(sorted(draw.names)),
             oracle=lambda: functools.partial(play, draft.steps),
         )
+
+
+def answer_has(text: str) -> str:
+    """Return the verifier command for an answer that contains a text as words of its own."""
+    return f'printf %s "$AGENTKIT_ANSWER" | grep -Fqiw -- {shlex.quote(text.strip())}'
 
 
 def masked(text: str, names: Iterable[str]) -> str:

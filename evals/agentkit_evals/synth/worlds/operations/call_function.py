@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
+from agentkit_evals.synth.family import Act, Phrasing, phrasings, print_answer, submit
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.functions import Function, draw_function, request
 from agentkit_evals.synth.worlds.parameters import Parameters, series
@@ -76,7 +75,7 @@ class NoFunction(Operation):
             instruction=text,
             steps=[lambda results: Act(f"No tool is about {asked.topic}.", content=answer)],
             verifier='printf %s "$AGENTKIT_ANSWER" | grep -Eqi "no tool|none of the|cannot|not able|unable|can.t"',
-            solution=f"echo {shlex.quote(answer)}",
+            solution=print_answer(answer),
             tools=[function.tool for function in offered],
             about=[function.name for function in offered],
             system=draw.weighted(SYSTEMS),
@@ -116,15 +115,13 @@ def _draft(draw: Draw, text: str, calls: list[tuple[Function, dict[str, Any]]], 
             submit("I submit the result.", answer) if "submit" in tools else Act("I give the result.", content=answer)
         )
 
-    found = " && ".join(f'printf %s "$AGENTKIT_ANSWER" | grep -Fq -- {shlex.quote(result)}' for result in results)
     return Draft(
         instruction=text,
         steps=[
             lambda texts: Act(f"I call {stated}.", [(function.name, arguments) for function, arguments in calls]),
             tell,
         ],
-        verifier=found,
-        solution="printf '%s\\n' " + " ".join(map(shlex.quote, results)),
+        answer="\n".join(results),
         tools=tools,
         about=[function.description for function in functions],
         system=draw.weighted(SYSTEMS),

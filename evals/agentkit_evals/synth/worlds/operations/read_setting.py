@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agentkit_evals.synth.family import Act, Phrasing, answer_is, phrasings, print_answer, submit
+from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.worlds.artifacts.settings import Settings
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.mention import mention, mention_value
@@ -46,7 +46,6 @@ class ReadSetting(Operation):
         return Draft(
             instruction=draw.phrase(phrasing.text, key=mention_value(draw, key), path=mention(draw, file.path)),
             steps=[lambda results: Act(f"I read `{file.path}`.", [("read_file", {"path": file.path})]), answer],
-            verifier=answer_is(setting.value),
-            solution=print_answer(setting.value),
+            answer=setting.value,
             about=[file.text],
         )
