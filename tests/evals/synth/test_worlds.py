@@ -16,7 +16,7 @@ from agentkit_evals.synth.worlds.task import masked
 from agentkit_evals.synth.worlds.world import draw_world
 from agentkit_evals.verify import verify
 
-WORLDS = 6
+WORLDS = 4
 every_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 

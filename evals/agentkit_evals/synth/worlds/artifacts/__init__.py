@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from agentkit_evals.synth.worlds.artifacts.settings import draw_settings
+from agentkit_evals.synth.worlds.artifacts.texts import draw_agenda, draw_mail, draw_note
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.world import Artifact
 
-ARTIFACTS: dict[Callable[[Draw], Artifact], float] = {draw_settings: 1.0}
+ARTIFACTS: dict[Callable[[Draw], Artifact], float] = {
+    draw_settings: 3,
+    draw_note: 3,
+    draw_mail: 1.5,
+    draw_agenda: 1,
+}
 """Each kind's share of a world's files."""

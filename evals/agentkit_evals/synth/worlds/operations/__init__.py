@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from agentkit_evals.synth.worlds.operations.ask_text import AskAgenda, AskMail, AskNote, ReadSeveral
 from agentkit_evals.synth.worlds.operations.call_function import CallFunction, CallTwice, NoFunction
 from agentkit_evals.synth.worlds.operations.change_setting import ChangeSetting
+from agentkit_evals.synth.worlds.operations.files import (
+    AppendLine,
+    CountFiles,
+    CreateFile,
+    FindText,
+    ListFiles,
+    Missing,
+    MoveFile,
+    Recover,
+)
 from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
+from agentkit_evals.synth.worlds.operations.talk import Compute, Recall, Repeat, SmallTalk
 from agentkit_evals.synth.worlds.task import Operation
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for operation in (ReadSetting(), ChangeSetting(), CallFunction(), CallTwice(), NoFunction())
+    for operation in (
+        *(ReadSetting(), ChangeSetting(), AskNote(), AskMail(), AskAgenda(), ReadSeveral()),
+        *(ListFiles(), CountFiles(), FindText(), CreateFile(), MoveFile(), AppendLine(), Recover(), Missing()),
+        *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk(), Compute()),
+    )
 }
