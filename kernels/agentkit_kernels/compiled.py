@@ -7,11 +7,9 @@ from numba.core.registry import cpu_target
 from agentkit_kernels.cpu import loops, panels
 
 KERNELS = (
-    *(
-        getattr(loops, name)
-        for name in ("attend", "choose", "compress", "connect", "heads", "rms_norm", "route", "swiglu")
-    ),
+    *(getattr(loops, name) for name in ("attend", "compress", "connect", "heads", "rms_norm", "route", "swiglu")),
     panels.multiply,
+    panels.choose,
 )
 """Kernels that a forward of any length calls; the others are compiled with them, or right after."""
 

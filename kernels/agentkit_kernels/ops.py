@@ -194,8 +194,8 @@ class Ops(Protocol):
     def linear(self, x: Array, weight: Weight) -> Array:
         """x · weightᵀ: [N, K] to [N, X]."""
 
-    def grouped_linear(self, x: Array, weights: Sequence[Weight]) -> Array:
-        """Multiply each of G equal parts of a row by a matrix of its own: [N, ...] to [N, G * O]."""
+    def grouped_linear(self, x: Array, weight: Weight, groups: int) -> Array:
+        """Multiply each of G equal parts of a row by its part of a matrix [G * O, K]: [N, ...] to [N, G * O]."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """RMSNorm of the first `len(weight)` columns (Zhang and Sennrich 2019, arXiv:1910.07467)."""

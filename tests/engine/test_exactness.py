@@ -18,9 +18,8 @@ from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Pools, Runner, Scheduler
 from agentkit_engine.runtime.runner import NUMERICS, machine
 from agentkit_kernels import invariance
-from agentkit_kernels.cpu import linear as products_module
 from agentkit_kernels.cpu.layout import Matrix
-from agentkit_kernels.invariance import least_rows
+from agentkit_kernels.invariance import check_products
 
 from .conftest import make_random_decoder, randomize_, small_config, some_ids
 
@@ -39,23 +38,15 @@ def products(*, alike_from: int) -> object:
 
 
 @pytest.mark.parametrize(
-    ("alike_from", "candidates", "rows"),
-    [(0, (8, 16, 32), 8), (8, (8, 16, 32), 8), (0, (16, 32), 16), (9, (8, 16, 32), 16), (17, (8, 16, 32), 32)],
+    ("alike_from", "rows", "exact"), [(0, 8, True), (16, 16, True), (9, 8, False), (17, 16, False)]
 )
-def test_the_smallest_sufficient_number_of_rows_is_used(
-    monkeypatch: pytest.MonkeyPatch, alike_from: int, candidates: tuple[int, ...], rows: int
+def test_a_machine_without_exact_products_causes_a_warning(
+    alike_from: int, rows: int, exact: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(invariance, "F", products(alike_from=alike_from))
-    assert least_rows([torch.eye(16)], candidates=candidates) == rows
-
-
-def test_a_machine_without_exact_products_causes_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(invariance, "F", products(alike_from=1000))
     with caplog.at_level(logging.WARNING):
-        assert least_rows([torch.eye(16)]) == 32
-    assert "results depend on the batch" in caplog.text
+        assert check_products([torch.eye(16)], rows) == exact
+    assert ("results depend on the batch" in caplog.text) != exact
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +155,8 @@ def gather(value: object, found: list[Matrix], seen: set[int]) -> None:
         for part in value:
             gather(part, found, seen)
     elif type(value).__module__.startswith(("agentkit_engine.model.forward", "agentkit_kernels.cpu.linear")):
-        gather(list(vars(value).values()), found, seen)
+        for part in vars(value).values():
+            gather(part, found, seen)
 
 
 def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(decoder: Decoder) -> None:
@@ -172,28 +164,11 @@ def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(d
     arrays = [matrix.unpacked for matrix in cpu_matrices(packed) if matrix.unpacked is not None]
     spans = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays]
     for name, parameter in packed.named_parameters():
-        if parameter.dim() > 1 and name.startswith("layers") and not name.endswith(("ape", "wo_a.weight")):
+        if parameter.dim() > 1 and name.startswith("layers") and not name.endswith("ape"):
             assert any(low <= parameter.data_ptr() < high for low, high in spans), name
     with torch.inference_mode():
         torch.testing.assert_close(packed(torch.tensor([ids])), decoder(torch.tensor([ids])))
     packed(torch.tensor([ids])).sum().backward()  # they are still parameters
-
-
-@pytest.mark.parametrize("few", [0, products_module.FEW_QUERIES])
-def test_other_libraries_and_code_paths_are_exact_too(
-    decoder: Decoder, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Covers a torch without oneDNN, and one whose BLAS has other bits for few queries than oneDNN for many."""
-    ids = some_ids(600, 0)
-    expected = engine(decoder, exact=True).logits(ids)
-    if few:
-        monkeypatch.setattr(products_module, "_ONEDNN", None)
-    monkeypatch.setattr(products_module, "FEW_QUERIES", few)
-    scheduler = Scheduler(decoder, kv_cache_bytes=64 << 20, backend="cpu")
-    logits = scheduler.logits(ids)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    for chunk in (1, 7, 130):
-        assert torch.equal(scheduler.logits(ids, chunk=chunk), logits)
 
 
 def test_sizes_without_divisors() -> None:

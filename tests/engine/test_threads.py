@@ -30,9 +30,9 @@ def counts() -> tuple[int, int]:
     return torch.get_num_threads(), count_of_a_new_thread()
 
 
-def make_engine(*, exact: bool = True) -> Engine:
+def make_engine(*, exact: bool = True, backend: str = "reference") -> Engine:
     decoder = make_random_decoder(ModelSpec.from_config(small_config(0, 4)))
-    return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), exact=exact)
+    return Engine(decoder, name="small", dialect="v4-preview", folder=Path("none"), exact=exact, backend=backend)
 
 
 def test_a_function_runs_on_one_thread_wherever_it_is_called() -> None:
@@ -67,8 +67,11 @@ def test_a_forward_of_an_exact_engine_has_one_thread(monkeypatch: pytest.MonkeyP
     assert counts() == (2, 2)
 
 
-def test_an_inexact_engine_uses_the_callers_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(exact=False)
+@pytest.mark.parametrize(("exact", "backend"), [(False, "reference"), (True, "cpu")])
+def test_other_engines_compute_in_the_callers_thread(
+    exact: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(exact=exact, backend=backend)
     forward, seen = engine.scheduler.runner.forward, []
 
     def note(*args: Any) -> object:

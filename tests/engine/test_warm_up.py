@@ -9,7 +9,7 @@ import pytest
 
 from agentkit_engine import Engine, ModelSpec, SamplingParams
 from agentkit_engine.runtime import warm_up
-from agentkit_kernels.cpu import loops
+from agentkit_kernels.cpu import loops, panels
 
 from .conftest import make_random_decoder, small_config, some_ids
 
@@ -21,7 +21,8 @@ def make_engine(*, kv_cache_bytes: int = 1 << 26) -> Engine:
 
 
 def signatures() -> dict[str, int]:
-    return {name: len(kernel.signatures) for name, kernel in vars(loops).items() if hasattr(kernel, "signatures")}
+    kernels = (vars(loops) | vars(panels)).items()
+    return {name: len(kernel.signatures) for name, kernel in kernels if hasattr(kernel, "signatures")}
 
 
 def test_no_forward_compiles_after_warm_up(

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkit_kernels.cpu import loops
+from agentkit_kernels.cpu import loops, panels
 from agentkit_kernels.cpu.loops import Floats, Ints
+from agentkit_kernels.cpu.panels import LANES
 from agentkit_kernels.ops import QUERY_BLOCK, Heads, HyperConnection, HyperHead
 from agentkit_kernels.reference import experts as experts_twin
 from agentkit_kernels.reference import hyper_connections
@@ -164,26 +165,27 @@ def test_attention_covers_window_and_entries_for_any_chunks(
 
 @settings(deadline=None, max_examples=60)
 @given(
-    heads=st.integers(1, 4), entries=st.integers(1, 700), top_k=st.integers(1, 40), tile=st.integers(1, 300),
-    levels=st.sampled_from([1, 3, 1000]), seed=seeds,
+    heads=st.integers(1, 9), lengths=st.lists(st.integers(1, 700), min_size=1, max_size=3), top_k=st.integers(1, 40),
+    queries=st.integers(1, 5), levels=st.sampled_from([1, 3, 1000]), cut=st.integers(0, 15), seed=seeds,
 )  # fmt: skip
-def test_selection_is_a_stable_sort_for_any_tiles(
-    heads: int, entries: int, top_k: int, tile: int, levels: int, seed: int
+def test_selection_is_a_stable_sort_for_any_spans_and_cuts(
+    heads: int, lengths: list[int], top_k: int, queries: int, levels: int, cut: int, seed: int
 ) -> None:
-    """With few levels most scores tie, and the first entries win."""
-    draws = np.random.default_rng(seed)
-    dots = draws.integers(-levels, levels + 1, (2, heads, entries)).astype(np.float32)
-    weights = draws.integers(-2, 3, (2, heads)).astype(np.float32)
-    visible = draws.integers(0, entries + 1, 2)
-    room = 2 * top_k + loops.TOGETHER
-    best, picks = np.empty((2, room), np.float32), np.empty((2, room), np.int64)
-    counts, least = np.zeros(2, np.int64), np.full(2, -np.inf, np.float32)
-    for first in range(0, entries, tile):
-        some = np.ascontiguousarray(dots[:, :, first : first + tile])
-        loops.choose(some, weights, first, visible, top_k, best, picks, counts, least)
-    loops.finish(top_k, best, picks, counts)
-    for n in range(2):
-        scores = np.einsum("j,js->s", weights[n], np.maximum(dots[n], 0))[: visible[n]]
+    """With few levels most scores tie, and the first entries win. Integers have exact products."""
+    draws, size, per_span = np.random.default_rng(seed), 3, 8
+    table = draws.permutation(len(lengths) * 100).reshape(len(lengths), 100)
+    entries = draws.integers(-levels, levels + 1, (len(lengths) * 100 * per_span, size)).astype(np.float32)
+    rows = len(lengths) * queries
+    q = draws.integers(-2, 3, (rows, heads, size)).astype(np.float32)
+    weights = draws.integers(-2, 3, (rows, heads)).astype(np.float32)
+    visible = np.concatenate([np.sort(draws.integers(0, length + 1, queries)) for length in lengths])
+    picks, counts = np.full((rows, 2 * top_k + LANES), -1), np.full(rows, -1)
+    bounds, cut = np.arange(len(lengths) + 1) * queries, min(cut, rows)
+    for first, last in ((cut, rows), (0, cut)):
+        panels.choose(q, weights, bounds, visible, table, per_span, entries, top_k, first, last, picks, counts)
+    for n in range(rows):
+        keys = entries.reshape(-1, per_span, size)[table[n // queries]].reshape(-1, size)[: visible[n]]
+        scores = np.einsum("j,js->s", weights[n], np.maximum(q[n] @ keys.T, 0))
         expected = np.sort(np.argsort(-scores, kind="stable")[:top_k])
         assert picks[n, : counts[n]].tolist() == expected.tolist()
 
@@ -244,12 +246,10 @@ def test_nan_stays_nan() -> None:
     weights, chosen = np.empty((1, 2), np.float32), np.empty((1, 2), np.int64)
     loops.route(nan, np.zeros(4, np.float32), np.float32(1), False, chosen, weights)
     assert np.isnan(weights).all() and ((chosen >= 0) & (chosen < 4)).all()
-    dots = np.ones((1, 1, 500), np.float32)
-    dots[0, 0, [7, 300]] = np.nan
-    best, picks = np.empty((1, 2 * 3 + loops.TOGETHER), np.float32), np.empty((1, 2 * 3 + loops.TOGETHER), np.int64)
-    counts, least = np.zeros(1, np.int64), np.full(1, -np.inf, np.float32)
-    loops.choose(dots, np.ones((1, 1), np.float32), 0, np.array([500]), 3, best, picks, counts, least)
-    loops.finish(3, best, picks, counts)
+    keys, q, one = np.ones((500, 1), np.float32), np.ones((1, 1, 1), np.float32), np.ones((1, 1), np.float32)
+    keys[[7, 300]] = np.nan
+    picks, counts = np.empty((1, 2 * 3 + LANES), np.int64), np.zeros(1, np.int64)
+    panels.choose(q, one, np.array([0, 1]), np.array([500]), np.array([[0]]), 500, keys, 3, 0, 1, picks, counts)
     assert picks[0, :3].tolist() == [0, 7, 300]
 
 
@@ -269,7 +269,7 @@ def test_kernels_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPatc
     assert loops.strict(twice)(np.float32(4)) == 8
 
 
-@pytest.mark.parametrize("kernel", [loops.multiply, loops.attend, loops.choose])
+@pytest.mark.parametrize("kernel", [loops.multiply, loops.attend, panels.choose])
 def test_kernels_are_cached_on_disk(kernel: object) -> None:
     """A second process loads them; compiling all of them takes ten seconds."""
     assert type(kernel.stats.cache_path) is str  # type: ignore[attr-defined]

@@ -54,14 +54,16 @@ def test_fused_matrices_of_several_formats_multiply_one_input(rows: int, workers
     assert np.array_equal(linear(x, Weight(parts, workers)), np.concatenate(alone, 1))
 
 
-def test_groups_multiply_their_own_parts_of_a_row(workers: Workers) -> None:
-    weights, x = [fp8(randoms(group, 20, 64)) for group in range(3)], randoms(9, 11, 3 * 64).numpy()
-    parts = [np.ascontiguousarray(part) for part in np.split(x, 3, 1)]
+@pytest.mark.parametrize("outputs", [1, 20, 64, 100, 128])
+def test_groups_multiply_their_own_parts_of_a_row(outputs: int, workers: Workers) -> None:
+    weight, x = fp8(randoms(0, 3 * outputs, 64)), randoms(9, 11, 3 * 64).numpy()
+    parts, matrices = np.split(x, 3, 1), weight.dequantise().chunk(3)
     alone = [
-        linear(part, Weight([weight.dequantise()], Workers(1))) for part, weight in zip(parts, weights, strict=True)
+        linear(np.ascontiguousarray(part), Weight([matrix], Workers(1)))
+        for part, matrix in zip(parts, matrices, strict=True)
     ]
-    found = grouped_linear(x, [Weight([weight], workers) for weight in weights])
-    assert np.array_equal(found, np.concatenate(alone, 1))
+    for whole in (weight, weight.dequantise()):
+        assert np.array_equal(grouped_linear(x, Weight([whole], workers), 3), np.concatenate(alone, 1))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 50])

@@ -66,9 +66,11 @@ class AttentionLayer:
             )
             for prefix, column, compressor in inner if compressor is not None
         ]  # fmt: skip
-        wo_a, rank = module.wo_a.weight, spec.o_lora_rank
-        self.wo_a = [ops.weight(wo_a[group * rank : (group + 1) * rank]) for group in range(module.groups)]
-        self.wo_b = ops.weight(module.wo_b.weight)
+        self.wo_a, self.wo_b, self.groups = (
+            ops.weight(module.wo_a.weight),
+            ops.weight(module.wo_b.weight),
+            module.groups,
+        )
 
     def __call__(self, x: Array, rotations: Rotations, batch: Batch) -> Array:
         ops, state, turns = self.ops, self.state, rotations[self.layer.rope]
@@ -81,7 +83,7 @@ class AttentionLayer:
         if self.heads.index_heads:
             topk = ops.index_topk(index_q, index_weights, batch, state, ratio=ratio, top_k=self.top_k)
         out = ops.attend(q, kv, turns, self.sink, batch, state, window=self.window, ratio=ratio, topk=topk)
-        return ops.linear(ops.grouped_linear(out, self.wo_a), self.wo_b)
+        return ops.linear(ops.grouped_linear(out, self.wo_a, self.groups), self.wo_b)
 
 
 class ExpertLayer:

@@ -164,6 +164,7 @@ class Block(nn.Module):
         return [
             [*chain(*self.attn.projections())],
             [*chain(*self.attn.latent_projections())],
+            [self.attn.wo_a.weight],
             [self.attn.wo_b.weight],
             [experts.w1, experts.w3],
             [experts.w2],

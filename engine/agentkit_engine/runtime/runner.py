@@ -3,8 +3,9 @@
 The model is `model/forward.py`, computed by a backend of `agentkit_kernels`. In all of them a row's bits do not depend
 on its neighbours.
 
-With `exact=False` the runner skips the probing of matrix products and lets the library use all threads. The bits then
-depend on the batch; only forks and restored sessions, which see the same forwards, still agree.
+With `exact=False` a backend may choose kernels by the number of rows, and plain torch uses all its threads. The bits
+then depend on the batch; only forks and restored sessions, which see the same forwards, still agree. The `cpu` backend
+is exact always.
 
 Dimension key: `runtime/__init__.py` and `model/__init__.py`.
 """
@@ -39,7 +40,7 @@ Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = ("auto", *get_args(Backend))
 logger = logging.getLogger(__name__)
 
-NUMERICS = 5
+NUMERICS = 6
 """Version of the numerics. Increment it with every change to a bit of a forward's output: stored states of another
 version are not used."""
 
@@ -152,7 +153,7 @@ class Runner:
         """`ops` are the operations of the backend, or others over them; by default a new one's, within `limits`."""
         self.pools, self.exact = pools, exact
         self.backend = choose_backend(backend, pools.device)
-        self._on_one_thread = OneThread()
+        self._on_one_thread = OneThread() if exact and self.backend == "reference" else None
         ops = ops or make_ops(self.backend, pools.device, decoder.embed.weight.dtype, limits)
         self.forward = self._compute(lambda: self._packed(decoder, ops))
 
@@ -169,7 +170,8 @@ class Runner:
     def step(self, scheduled: Seq[ScheduledTokens], *, all_rows: bool = False) -> Computed:
         """Extend every part's sequence by its ids and draft, for which `Pools.reserve` has made room.
 
-        An exact runner uses one torch thread, because with several the library divides a product by its number of rows.
+        An exact forward in plain torch uses one thread, because with several the library divides a product by its
+        number of rows.
 
         Returns:
             Logits and streams of each part's last id and draft; with `all_rows` a row for every id.
@@ -203,4 +205,4 @@ class Runner:
             with torch.inference_mode():
                 return function()
 
-        return self._on_one_thread(here) if self.exact else here()
+        return here() if self._on_one_thread is None else self._on_one_thread(here)

@@ -14,9 +14,9 @@ from agentkit_kernels.cpu.compressor import compress
 from agentkit_kernels.cpu.expert_store import ExpertStore
 from agentkit_kernels.cpu.experts import experts, swiglu
 from agentkit_kernels.cpu.hyper_connections import hc_head, hc_post, hc_post_pre, hc_pre
-from agentkit_kernels.cpu.indexer import COLUMNS, SCORED_ENTRIES, TopK, index_topk
+from agentkit_kernels.cpu.indexer import index_topk
 from agentkit_kernels.cpu.layout import as_array
-from agentkit_kernels.cpu.linear import Dots, Stacked, Weight, embed, grouped_linear, linear, take
+from agentkit_kernels.cpu.linear import Stacked, Weight, embed, grouped_linear, linear, take
 from agentkit_kernels.cpu.loops import Floats
 from agentkit_kernels.cpu.norm import rms_norm
 from agentkit_kernels.cpu.qkv import qkv
@@ -38,15 +38,11 @@ class Cpu:
         """With `expert_cache_bytes`, packed experts stay in their files, and this many bytes of them in memory."""
         self.workers = workers or Workers()
         self.expert_store = None if expert_cache_bytes is None else ExpertStore(expert_cache_bytes, self.workers)
-        self._dots = Dots()
-        self._index_head_dim = 0
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return host_zeros(shape, dtype)
 
     def state(self, pools: Mapping[str, Tensor]) -> LayerState:
-        if "index_entries" in pools:
-            self._index_head_dim = pools["index_entries"].shape[-1]
         return LayerState(pools)
 
     def weight(
@@ -65,8 +61,7 @@ class Cpu:
         return array
 
     def settle(self, *, exact: bool) -> None:
-        if exact and self._index_head_dim:
-            self._dots.settle(self._index_head_dim, SCORED_ENTRIES, COLUMNS)
+        """Products and loops are exact always."""
 
     def batch(self, plan: Plan) -> Batch:
         return Batch(plan)
@@ -78,11 +73,6 @@ class Cpu:
     def tensor(self, array: Floats) -> Tensor:
         return torch.from_numpy(array)
 
-    def index_topk(
-        self, index_q: Floats, index_weights: Floats, batch: Batch, state: LayerState, *, ratio: int, top_k: int
-    ) -> TopK:
-        return index_topk(index_q, index_weights, batch, state, self._dots, ratio=ratio, top_k=top_k)
-
     attend = staticmethod(attend)
     compress = staticmethod(compress)
     embed = staticmethod(embed)
@@ -92,6 +82,7 @@ class Cpu:
     hc_post = staticmethod(hc_post)
     hc_post_pre = staticmethod(hc_post_pre)
     hc_pre = staticmethod(hc_pre)
+    index_topk = staticmethod(index_topk)
     linear = staticmethod(linear)
     qkv = staticmethod(qkv)
     rms_norm = staticmethod(rms_norm)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from agentkit_kernels.cpu.loops import Ints
@@ -22,12 +20,7 @@ class Batch:
         self.slots_B = np.array(plan.slots, np.int64)
         starts = zip(plan.starts, plan.lengths, strict=True)
         self.positions_N: Ints = np.concatenate([np.arange(start, start + count) for start, count in starts])
-        self.spans = tables = plan.block_tables
+        tables = plan.block_tables
         self.block_tables = np.zeros((len(tables), max(map(len, tables))), np.int64)
         for row, table in zip(self.block_tables, tables, strict=True):
             row[: len(table)] = table
-
-    @cached_property
-    def consecutive(self) -> list[bool]:
-        """True for each sequence whose spans lie one after the other, so that a long scan needs no gather."""
-        return [list(spans) == list(range(spans[0], spans[0] + len(spans))) for spans in self.spans]

@@ -8,7 +8,6 @@ Dimension key: N rows, K inputs, X outputs, P (token, expert) pairs, E experts.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
@@ -25,11 +24,8 @@ from agentkit_kernels.cpu.layout import Matrix, as_array, pack, pack_stack, unpa
 from agentkit_kernels.cpu.loops import Floats, Weights
 from agentkit_kernels.cpu.panels import LANES
 from agentkit_kernels.cpu.workers import Workers
-from agentkit_kernels.invariance import least_rows
 from agentkit_kernels.packed import PackedRows
 from agentkit_kernels.packing import packed
-
-logger = logging.getLogger(__name__)
 
 ALIGNED_ROWS = 32
 """Row count from which arrays are aligned to cache lines."""
@@ -37,9 +33,6 @@ SHARED = 1 << 21
 """Multiply-adds from which a product is shared out to several threads: they take 0.1 ms, and waking a thread 0.02."""
 PIECES = 4
 """Pieces per thread of shared work, so that a thread that is held up leaves its last pieces to the others."""
-FEW_QUERIES = 16
-"""Row count up to which the BLAS multiplies keys faster than oneDNN."""
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.enabled else None
 
 
 def empty(rows: int, *shape: int) -> Floats:
@@ -51,35 +44,36 @@ def empty(rows: int, *shape: int) -> Floats:
 
 
 class Job(NamedTuple):
-    """One product: its outputs go into the columns of `out` from `column` on."""
+    """The product of rows with the panels `first` to `last` of a matrix; `column` of `out` takes its output 0."""
 
     x: Floats
     matrix: Matrix
+    first: int
+    last: int
     out: Floats
     column: int = 0
 
 
 def compute(jobs: Sequence[Job], workers: Workers) -> None:
     """Compute products. Threads share the panels; the bits do not depend on which thread computes which."""
-    work = sum(len(job.x) * job.matrix.inputs * job.matrix.outputs for job in jobs)
+    work = sum(job.x.size * (job.last - job.first) * LANES for job in jobs)
     if workers.count == 1 or work < SHARED:
         for job in jobs:
-            job.matrix.multiply(job.x, 0, job.matrix.count, job.out, job.column)
-        return
-
-    def multiply(piece: tuple[Job, int, int]) -> None:
-        job, first, last = piece
-        job.matrix.multiply(job.x, first, last, job.out, job.column)
-
-    workers.each(multiply, _pieces(jobs, work // (PIECES * workers.count)))
+            _multiply(job)
+    else:
+        workers.each(_multiply, _pieces(jobs, work // (PIECES * workers.count)))
 
 
-def _pieces(jobs: Sequence[Job], size: int) -> Iterator[tuple[Job, int, int]]:
+def _multiply(job: Job) -> None:
+    job.matrix.multiply(job.x, job.first, job.last, job.out, job.column)
+
+
+def _pieces(jobs: Sequence[Job], size: int) -> Iterator[Job]:
     """Cut jobs at panels into pieces of about `size` multiply-adds."""
     for job in jobs:
-        step = max(1, size // (len(job.x) * job.matrix.inputs * LANES))
-        for first in range(0, job.matrix.count, step):
-            yield job, first, min(first + step, job.matrix.count)
+        step = max(1, size // (job.x.size * LANES))
+        for first in range(job.first, job.last, step):
+            yield job._replace(first=first, last=min(first + step, job.last))
 
 
 class Weight:
@@ -105,7 +99,7 @@ class Weight:
             loops.multiply(x_NK, self.single, 0, self.outputs, out_NX, column)
             return
         if len(x_NK) > self.shared_from:
-            jobs = [Job(x_NK, matrix, out_NX, column + place) for matrix, place in self.places]
+            jobs = [Job(x_NK, matrix, 0, matrix.count, out_NX, column + place) for matrix, place in self.places]
             compute(jobs, self.workers)
             return
         for matrix, place in self.places:
@@ -148,7 +142,10 @@ class Stacked:
         rows_E = [slice(end - count, end) for end, count in zip(accumulate(counts_E), counts_E, strict=True)]
 
         def use(matrices: Iterable[tuple[int, Matrix]]) -> None:
-            compute([Job(x_PK[rows_E[e]], matrix, out_PX[rows_E[e]]) for e, matrix in matrices], self.workers)
+            compute(
+                [Job(x_PK[rows_E[e]], matrix, 0, matrix.count, out_PX[rows_E[e]]) for e, matrix in matrices],
+                self.workers,
+            )
 
         used = [expert for expert, count in enumerate(counts_E) if count]
         if self._stored is not None:
@@ -165,80 +162,27 @@ def split(parts: Iterable[Tensor | PackedRows]) -> tuple[list[Tensor], list[Pack
     return tensors, [part for part in parts if not isinstance(part, Tensor)]
 
 
-class Dots:
-    """The product of rows with keys [S, C], which differ in each call; after `settle`, with the same bits for any
-    number of rows."""
-
-    def __init__(self) -> None:
-        self.rows = 1
-        self.few = FEW_QUERIES
-        """Up to this row count the BLAS is used, whose calls cost less."""
-
-    def __call__(self, x_XC: Floats, keys_SC: Tensor) -> Floats:
-        if len(x_XC) > self.few:
-            return _multiply_by_library(x_XC, keys_SC.t(), self.rows)
-        if len(x_XC) < self.rows:
-            return self(np.pad(x_XC, ((0, self.rows - len(x_XC)), (0, 0))), keys_SC)[: len(x_XC)]
-        dots_XS: Floats = torch.mm(torch.from_numpy(x_XC), keys_SC.t()).numpy()
-        return dots_XS
-
-    def settle(self, size: int, most: int, step: int) -> None:
-        """Probe the row count from which the library's products do not depend on the other rows, and whether the
-        BLAS gives the same bits, with up to `most` keys of this size, a multiple of `step`."""
-        keys_SC = torch.randn(most, size, generator=torch.Generator().manual_seed(2))
-        some = [keys_SC[:count] for count in (step, most - step, most)]
-        self.rows = max(least_rows([keys], by=[_library_linear], padded=padded_rows) for keys in some)
-        x_XC = torch.randn(FEW_QUERIES, size, generator=torch.Generator().manual_seed(3))
-        whole = by_library(x_XC, keys_SC.t())
-        products = [torch.mm(x_XC[:rows], keys.t()) for rows in range(self.rows, FEW_QUERIES + 1) for keys in some]
-        if not all(torch.equal(product, whole[: len(product), : product.shape[1]]) for product in products):
-            self.few = 0
-        if not all(torch.equal(by_library(x_XC, keys.t()), whole[:, : len(keys)]) for keys in some):
-            logger.warning("index scores on this machine depend on the number of entries: results depend on the chunks")
-
-
-def _library_linear(x_NK: Tensor, weight_OK: Tensor) -> Tensor:
-    return by_library(x_NK, weight_OK.t())
-
-
-def by_library(x_NK: Tensor, weight_KO: Tensor) -> Tensor:
-    """x @ weight. The weight may be a transposed view."""
-    if _ONEDNN is None:
-        return torch.mm(x_NK, weight_KO)
-    out_NO: Tensor = _ONEDNN(x_NK, weight_KO.t(), None, "none", [], "")
-    return out_NO
-
-
-def padded_rows(rows: int, least: int) -> int:
-    """Return the row count to give the library for `rows`: at least `least`, and one of few values.
-
-    The library compiles each shape once, which takes half a millisecond.
-    """
-    step = 8 if rows <= 64 else 64
-    return max(-(-rows // step) * step, least)
-
-
-def _multiply_by_library(x_NK: Floats, weight_KO: Tensor, least: int) -> Floats:
-    """Multiply with the library, padding to at least `least` rows."""
-    rows = len(x_NK)
-    if (padded := padded_rows(rows, least)) > rows:
-        x_NK = np.concatenate((x_NK, np.zeros((padded - rows, x_NK.shape[1]), np.float32)))
-    out_NO: Floats = by_library(torch.from_numpy(x_NK), weight_KO).numpy()
-    return out_NO[:rows]
-
-
 def linear(x: Floats, weight: Weight) -> Floats:
     out_NX = empty(len(x), weight.outputs)
     weight.multiply(x, out_NX)
     return out_NX
 
 
-def grouped_linear(x: Floats, weights: Sequence[Weight]) -> Floats:
-    parts_GNX = np.ascontiguousarray(x.reshape(len(x), len(weights), -1).transpose(1, 0, 2))
-    size = weights[0].outputs
-    out_NX = empty(len(x), size * len(weights))
-    for group, weight in enumerate(weights):
-        weight.multiply(parts_GNX[group], out_NX, group * size)
+def grouped_linear(x: Floats, weight: Weight, groups: int) -> Floats:
+    [matrix] = weight.matrices
+    parts_GNK = np.ascontiguousarray(x.reshape(len(x), groups, -1).transpose(1, 0, 2))
+    size = matrix.outputs // groups
+    out_NX = empty(len(x), matrix.outputs)
+    cuts = [(group * size // LANES, -(-(group + 1) * size // LANES)) for group in range(groups)]
+    if size % LANES == 0:
+        jobs = [Job(part, matrix, first, last, out_NX) for part, (first, last) in zip(parts_GNK, cuts, strict=True)]
+        compute(jobs, weight.workers)
+        return out_NX
+    for group, (first, last) in enumerate(cuts):
+        some = empty(len(x), (last - first) * LANES)  # a panel may hold outputs of two groups
+        compute([Job(parts_GNK[group], matrix, first, last, some, -first * LANES)], weight.workers)
+        begin = group * size
+        out_NX[:, begin : begin + size] = some[:, begin - first * LANES :][:, :size]
     return out_NX
 
 

@@ -36,8 +36,6 @@ Ints = NDArray[np.int64]
 Ints32 = NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-TOGETHER = 64
-"""Index scores that `choose` reads between two checks for too many candidates."""
 LINE = 16
 """Floats per cache line."""
 OUTPUTS_TOGETHER, INPUTS_TOGETHER = 4096, 16
@@ -544,97 +542,6 @@ def compress(
                 out[k] = pooled[k] * scale * norm_K[k]
             _rotations_at(entry * ratio, frequencies, turn)
             _rotate(out, turn, _ONE)
-
-
-@strict
-def choose(
-    dots_NJS: Floats,
-    weights_NJ: Floats,
-    first: int,
-    visible_N: Ints,
-    top_k: int,
-    best_NP: Floats,
-    picks_NP: Ints,
-    counts_N: Ints,
-    least_N: Floats,
-) -> None:
-    """Continue the choice of each query's entries; `dots` are those of the entries from `first` on.
-
-    The score of an entry is sum_j weight_j * relu(q_j · k). Scores above the query's `least` are appended to its
-    candidates, which are cut to the best `top_k` when there are twice as many; `least` is then the lowest of them.
-    `best` and `picks` need room for `2 * top_k + TOGETHER`; `least` starts at -inf, `counts` at 0.
-    """
-    num_heads, entries = dots_NJS.shape[1:]
-    scores, keys = np.empty(entries, np.float32), np.empty(best_NP.shape[1], np.int32)
-    for n in range(dots_NJS.shape[0]):
-        seen = min(entries, visible_N[n] - first)
-        if seen <= 0:
-            continue
-        scores[:] = _ZERO
-        for j in range(num_heads):
-            weight, dots = weights_NJ[n, j], dots_NJS[n, j]
-            for s in range(seen):
-                scores[s] += weight * (_ZERO if dots[s] < _ZERO else dots[s])
-        for s in range(seen):  # NaN is chosen, so that the logits show it
-            scores[s] = scores[s] if scores[s] == scores[s] else _INFINITY
-        best, picks, count, least = best_NP[n], picks_NP[n], counts_N[n], least_N[n]
-        for low in range(0, seen, TOGETHER):
-            high, better = min(low + TOGETHER, seen), 0
-            for s in range(low, high):
-                better += 1 if scores[s] > least else 0
-            if not better:
-                continue
-            for s in range(low, high):  # no branch: the next candidate overwrites a score that is too low
-                best[count], picks[count] = scores[s], first + s
-                count += 1 if scores[s] > least else 0
-            if count > 2 * top_k:
-                least = _keep_best(best, picks, count, top_k, keys)
-                count = top_k
-        counts_N[n], least_N[n] = count, least
-
-
-@strict
-def finish(top_k: int, best_NP: Floats, picks_NP: Ints, counts_N: Ints) -> None:
-    """Cut each query's candidates to its best `top_k`, in the order of the entries."""
-    keys = np.empty(best_NP.shape[1], np.int32)
-    for n in range(best_NP.shape[0]):
-        if counts_N[n] > top_k:
-            _keep_best(best_NP[n], picks_NP[n], counts_N[n], top_k, keys)
-            counts_N[n] = top_k
-
-
-@strict
-def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, keys: Ints32) -> np.float32:
-    """Cut candidates to the best `top_k` in their order, the first among equals; return the lowest score kept."""
-    least = _largest(best, count, top_k - 1, keys)
-    equals = top_k
-    for s in range(count):
-        equals -= 1 if best[s] > least else 0
-    kept = 0
-    for s in range(count):
-        if best[s] > least or (best[s] == least and equals > 0):
-            equals -= 1 if best[s] == least else 0
-            best[kept], picks[kept] = best[s], picks[s]
-            kept += 1
-    return least
-
-
-@strict
-def _largest(best: Floats, count: int, rank: int, keys: Ints32) -> np.float32:
-    """Return the value of the given rank, found bit by bit: read as integers, floats keep their order."""
-    for s in range(count):
-        bits = np.float32(best[s]).view(np.int32)
-        keys[s] = bits ^ ((bits >> np.int32(31)) & _ALL_BUT_SIGN)
-    found = -(1 << 31)
-    for bit in range(31, -1, -1):
-        tried, above = np.int32(found + (1 << bit)), np.int32(0)
-        for s in range(count):
-            above += np.int32(keys[s] >= tried)
-        if above > rank:
-            found += 1 << bit
-    bits = np.int32(found)
-    value: np.float32 = np.int32(bits ^ ((bits >> np.int32(31)) & _ALL_BUT_SIGN)).view(np.float32)
-    return value
 
 
 # --- mixture of experts ------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 from numpy.typing import NDArray
 
-from agentkit_kernels.cpu.loops import Floats, Halves, _lines, strict
+from agentkit_kernels.cpu.loops import _INFINITY, _MINUS_INFINITY, _ZERO, Floats, Halves, Ints, Ints32, _lines, strict
 
 LANES = 64 if binding.get_host_cpu_features().get("avx512f") else 16
 """Outputs per panel: four vector registers on AVX-512, NEON, and two on AVX2, where there are fewer registers."""
@@ -400,7 +400,6 @@ def _multiply_panel(
         if n < high:
             _multiply_widening(x_NK, n, weight, panel, out_NX, column, one)
         return
-    six = (zero, zero, zero, zero, zero, zero)
     inputs, shift = x_NK.shape[1], 1 if weight.codes.shape[1] < x_NK.shape[1] else 0
     for first in range(0, inputs, TILE):
         last = min(first + TILE, inputs)
@@ -409,18 +408,27 @@ def _multiply_panel(
             for k in range(start, min(start + GROUP, last)):
                 _prefetch(weight.codes, panel, (k + TILE) >> shift)
                 _keep(tile, k - first, _weights(weight, panel, k, scale))
-        n = low
-        while n + 6 <= high:
-            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, six)
-            n += 6
-        if n + 4 <= high:
-            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, four)
-            n += 4
-        if n + 2 <= high:
-            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, two)
-            n += 2
-        if n < high:
-            _multiply_tile(x_NK, n, first, last, tile, out_NX, column, one)
+        _multiply_rows(x_NK, low, high, first, last, tile, out_NX, column)
+
+
+@strict
+def _multiply_rows(
+    x_NK: Floats, low: int, high: int, first: int, last: int, tile: Floats, out_NX: Floats, column: int
+) -> None:
+    """Continue the sums of the rows `low` to `high` with the inputs of one tile, `first` to `last`."""
+    zero = _zeros()
+    n = low
+    while n + 6 <= high:
+        _multiply_tile(x_NK, n, first, last, tile, out_NX, column, (zero, zero, zero, zero, zero, zero))
+        n += 6
+    if n + 4 <= high:
+        _multiply_tile(x_NK, n, first, last, tile, out_NX, column, (zero, zero, zero, zero))
+        n += 4
+    if n + 2 <= high:
+        _multiply_tile(x_NK, n, first, last, tile, out_NX, column, (zero, zero))
+        n += 2
+    if n < high:
+        _multiply_tile(x_NK, n, first, last, tile, out_NX, column, (zero,))
 
 
 @strict
@@ -448,3 +456,114 @@ def _multiply_tile(
     for k in range(first, last):
         sums = _add(x_NK, row, k, _kept(tile, k - first), sums)
     _keep_sums(out_NX, row, column, sums)
+
+
+# --- index scores ------------------------------------------------------------------------------------------------
+
+
+@strict
+def choose(
+    q_NJC: Floats,
+    weights_NJ: Floats,
+    rows_B1: Ints,
+    visible_N: Ints,
+    tables_BX: Ints,
+    per_span: int,
+    entries_SC: Floats,
+    top_k: int,
+    first: int,
+    last: int,
+    picks_NP: Ints,
+    counts_N: Ints,
+) -> None:
+    """Choose the entries of the queries `first` to `last`, in increasing order, and count them.
+
+    The score of an entry is sum_j weight_j * relu(q_j · key). Scores above the lowest of a query's candidates are
+    appended to these, which are cut to the best `top_k` when there are twice as many. `picks` needs room for
+    `2 * top_k + LANES` columns.
+    """
+    num_heads, size = q_NJC.shape[1:]
+    tile, dots, scores = _lines(size, LANES), _lines(num_heads, LANES), np.empty(LANES, np.float32)
+    best_NP = np.empty((last - first, picks_NP.shape[1]), np.float32)
+    least_N, ranks = np.full(last - first, _MINUS_INFINITY, np.float32), np.empty(picks_NP.shape[1], np.int32)
+    for b in range(tables_BX.shape[0]):
+        low, high = max(first, rows_B1[b]), min(last, rows_B1[b + 1])
+        if low >= high:
+            continue
+        if visible_N[high - 1] <= top_k:
+            for n in range(low, high):
+                counts_N[n] = visible_N[n]
+                for s in range(visible_N[n]):
+                    picks_NP[n, s] = s
+            continue
+        counts_N[low:high] = 0
+        for entry in range(0, visible_N[high - 1], LANES):
+            for s in range(entry, min(entry + LANES, visible_N[high - 1])):
+                row = tables_BX[b, s // per_span] * per_span + s % per_span
+                for c in range(size):
+                    tile[c, s - entry] = entries_SC[row, c]
+            for n in range(low, high):
+                seen = min(LANES, visible_N[n] - entry)
+                if seen <= 0:
+                    continue
+                _multiply_rows(q_NJC[n], 0, num_heads, 0, size, tile, dots, 0)
+                scores[:] = _ZERO
+                for j in range(num_heads):
+                    weight = weights_NJ[n, j]
+                    for s in range(LANES):
+                        scores[s] += weight * (_ZERO if dots[j, s] < _ZERO else dots[j, s])
+                best, picks, least = best_NP[n - first], picks_NP[n], least_N[n - first]
+                better, count = 0, counts_N[n]
+                for s in range(seen):  # NaN is chosen, so that the logits show it
+                    scores[s] = scores[s] if scores[s] == scores[s] else _INFINITY
+                    better += 1 if scores[s] > least else 0
+                if not better:
+                    continue
+                for s in range(seen):  # no branch: the next candidate overwrites a score that is too low
+                    best[count], picks[count] = scores[s], entry + s
+                    count += 1 if scores[s] > least else 0
+                if count > 2 * top_k:
+                    least_N[n - first] = _keep_best(best, picks, count, top_k, ranks)
+                    count = top_k
+                counts_N[n] = count
+        for n in range(low, high):
+            if counts_N[n] > top_k:
+                _keep_best(best_NP[n - first], picks_NP[n], counts_N[n], top_k, ranks)
+                counts_N[n] = top_k
+
+
+@strict
+def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, ranks: Ints32) -> np.float32:
+    """Cut candidates to the best `top_k` in their order, the first among equals; return the lowest score kept."""
+    least = _largest(best, count, top_k - 1, ranks)
+    equals = top_k
+    for s in range(count):
+        equals -= 1 if best[s] > least else 0
+    kept = 0
+    for s in range(count):
+        if best[s] > least or (best[s] == least and equals > 0):
+            equals -= 1 if best[s] == least else 0
+            best[kept], picks[kept] = best[s], picks[s]
+            kept += 1
+    return least
+
+
+_ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
+
+
+@strict
+def _largest(best: Floats, count: int, rank: int, ranks: Ints32) -> np.float32:
+    """Return the value of the given rank, found bit by bit: read as integers, floats keep their order."""
+    for s in range(count):
+        bits = np.float32(best[s]).view(np.int32)
+        ranks[s] = bits ^ ((bits >> np.int32(31)) & _ALL_BUT_SIGN)
+    found = -(1 << 31)
+    for bit in range(31, -1, -1):
+        tried, above = np.int32(found + (1 << bit)), np.int32(0)
+        for s in range(count):
+            above += np.int32(ranks[s] >= tried)
+        if above > rank:
+            found += 1 << bit
+    bits = np.int32(found)
+    value: np.float32 = np.int32(bits ^ ((bits >> np.int32(31)) & _ALL_BUT_SIGN)).view(np.float32)
+    return value

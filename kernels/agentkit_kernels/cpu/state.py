@@ -16,8 +16,6 @@ class Pool:
 
     entries: Floats
     per_span: int
-    spans: Tensor
-    """The entries as a tensor [spans, entries per span, K]."""
     values: Floats
     scores: Floats
 
@@ -33,4 +31,4 @@ class LayerState:
 def _pool(pools: Mapping[str, Tensor], prefix: str) -> Pool:
     entries = pools[f"{prefix}entries"]
     values, scores = pools[f"{prefix}values"], pools[f"{prefix}scores"]
-    return Pool(entries.flatten(0, 1).numpy(), entries.shape[1], entries, values.numpy(), scores.numpy())
+    return Pool(entries.flatten(0, 1).numpy(), entries.shape[1], values.numpy(), scores.numpy())

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from agentkit_kernels.invariance import least_rows
+from agentkit_kernels.invariance import check_products
 from agentkit_kernels.ops import Plan
 from agentkit_kernels.packed import Packed, PackedRows, in_memory
 from agentkit_kernels.reference.attention import attend
@@ -75,7 +75,7 @@ class Reference:
     def settle(self, *, exact: bool) -> None:
         if exact:
             with torch.no_grad():
-                least_rows([values(weight) for weight in self._shapes.values()], candidates=(ROWS,))
+                check_products([values(weight) for weight in self._shapes.values()], ROWS)
 
     def batch(self, plan: Plan) -> Batch:
         return Batch(plan, self.device)

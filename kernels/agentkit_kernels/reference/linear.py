@@ -59,9 +59,9 @@ def linear(x: Tensor, weight: Weight) -> Array:
     return outs[0] if len(outs) == 1 else Columns(tuple(outs))
 
 
-def grouped_linear(x: Tensor, weights: Sequence[Weight]) -> Tensor:
-    parts = x.flatten(1).chunk(len(weights), dim=-1)
-    return torch.cat([F.linear(part, values(weight.parts[0])) for part, weight in zip(parts, weights, strict=True)], -1)
+def grouped_linear(x: Tensor, weight: Weight, groups: int) -> Tensor:
+    parts, matrices = x.flatten(1).chunk(groups, dim=-1), values(weight.parts[0]).chunk(groups)
+    return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices, strict=True)], -1)
 
 
 def embed(batch: Batch, table: Tensor, streams: int) -> Tensor:

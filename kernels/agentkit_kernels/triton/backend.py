@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +61,12 @@ class Weight:
     Attributes:
         parts: The pieces, each [X, K], or [E, X, K] in a stack.
         wide: Whether products are float32.
-        together: Equal matrices of several weights as one, once `grouped_linear` has read them.
+        grouped: The only part as a stack [G, O, K], once `grouped_linear` has read it.
     """
 
     parts: list[Matrix]
     wide: bool = False
-    together: Matrix | None = None
+    grouped: Matrix | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -162,10 +161,10 @@ class Triton:
             first += size
         return out
 
-    def grouped_linear(self, x: Tensor, weights: Sequence[Weight]) -> Tensor:
-        if weights[0].together is None:
-            weights[0].together = _stack([weight.parts[0] for weight in weights])
-        return linear.grouped_linear(x.flatten(1), weights[0].together, exact=self.exact)
+    def grouped_linear(self, x: Tensor, weight: Weight, groups: int) -> Tensor:
+        if weight.grouped is None:
+            weight.grouped = _grouped(weight.parts[0], groups)
+        return linear.grouped_linear(x.flatten(1), weight.grouped, exact=self.exact)
 
     def take(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         return x[torch.tensor(rows, device=x.device)]
@@ -269,17 +268,13 @@ def _join(above: Matrix, below: Matrix) -> Matrix | None:
     return Packed(above.format, data, scale, (above.shape[0] + below.shape[0], above.shape[1]))
 
 
-def _stack(matrices: Sequence[Matrix]) -> Matrix:
-    """Return equal matrices as one stack; matrices that follow each other in memory are not copied."""
-    first = matrices[0]
-    if isinstance(first, Tensor):
-        dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
-        if all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(dense)):
-            return first.as_strided((len(dense), *first.shape), (first.numel(), *first.stride()))
-        return torch.stack(dense)
-    packed = [matrix for matrix in matrices if isinstance(matrix, Packed)]
-    data, scale = torch.stack([one.data for one in packed]), torch.stack([one.scale for one in packed])
-    return Packed(first.format, data, scale, (len(packed), *first.shape))
+def _grouped(matrix: Matrix, groups: int) -> Matrix:
+    """Return a matrix [G * O, K] as a stack [G, O, K]; its values, or codes, are not copied."""
+    outputs = matrix.shape[0] // groups
+    if isinstance(matrix, Tensor):
+        return matrix.view(groups, outputs, -1)
+    scale = torch.stack([matrix.rows(first, first + outputs).scale for first in range(0, matrix.shape[0], outputs)])
+    return Packed(matrix.format, matrix.data.view(groups, outputs, -1), scale, (groups, outputs, matrix.shape[1]))
 
 
 def _as_rows_of(pool: Tensor, kv: Tensor, rotary: int) -> Tensor:
