@@ -141,7 +141,11 @@ class Forward:
 
     def __call__(self, plan: Plan, rows: Sequence[int] | None = None) -> Computed:
         """Write the state of the plan's tokens, and return the output of some `rows` (of all by default)."""
-        ops, batch = self.ops, self.ops.batch(plan)
+        return self.compute(self.ops.batch(plan), rows)
+
+    def compute(self, batch: Batch, rows: Sequence[int] | None = None) -> Computed:
+        """Do the same for a plan that is already on the device."""
+        ops = self.ops
         streams = self._run(self.layers, ops.embed(batch, self.embedding, self.spec.hc_mult), batch)
         if rows is None:
             return self._output(streams, self.head, batch.tokens)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
-from typing import Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ from agentkit_engine.errors import BackendUnavailableError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Computed as ModelOutput
 from agentkit_engine.model.forward import Forward
+from agentkit_engine.runtime.graphs import Capture, CudaCapture, Graphs
 from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
-from agentkit_engine.runtime.state import Pools, rows_of
+from agentkit_engine.runtime.state import SPAN, Pools, rows_of
 from agentkit_engine.runtime.threads import OneThread
 from agentkit_kernels.ops import Ops, Plan
 from agentkit_kernels.reference import Reference
@@ -149,13 +150,24 @@ class Runner:
         backend: str = "auto",
         limits: CpuLimits | None = None,
         ops: Ops | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """`ops` are the operations of the backend, or others over them; by default a new one's, within `limits`."""
+        """`ops` are the operations of the backend, or others over them; by default a new one's, within `limits`.
+
+        Decoding steps are captured and replayed by `capture`; by default on a GPU, unless `ops` are given.
+        """
         self.pools, self.exact = pools, exact
         self.backend = choose_backend(backend, pools.device)
         self._on_one_thread = OneThread() if exact and self.backend == "reference" else None
+        if capture is None and ops is None and self.backend == "triton" and pools.device.type == "cuda":
+            capture = CudaCapture(pools.device)
         ops = ops or make_ops(self.backend, pools.device, decoder.embed.weight.dtype, limits)
         self.forward = self._compute(lambda: self._packed(decoder, ops))
+        self.graphs = None if capture is None else self._compute(lambda: self._graphs(ops, capture))
+
+    def _graphs(self, ops: Any, capture: Capture) -> Graphs:
+        longest = -(-self.pools.spec.max_position_embeddings // SPAN)
+        return Graphs(self.forward, ops, capture, spans=min(longest, self.pools.spans))
 
     def _packed(self, decoder: Decoder, ops: Ops) -> Forward:
         with torch.inference_mode(False), torch.no_grad():  # a packed decoder can still be trained
@@ -185,7 +197,10 @@ class Runner:
 
     def _forward(self, scheduled: Seq[ScheduledTokens], *, all_rows: bool) -> ModelOutput:
         plan, rows = plan_of(scheduled, all_rows=all_rows)
-        return self._compute(lambda: self.forward(plan, rows))
+        return self._compute(lambda: self._replayed(plan, rows) or self.forward(plan, rows))
+
+    def _replayed(self, plan: Plan, rows: Seq[int] | None) -> ModelOutput | None:
+        return None if self.graphs is None or rows is not None else self.graphs(plan)
 
     def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         """Return the MTP block's guess at the id after each of `ids`; `streams` are those of the ids before them.

@@ -33,25 +33,81 @@ Matrix = Tensor | Packed
 
 
 class Batch:
-    """The rows of all sequences, end to end; see `ops.Batch`."""
+    """The rows of all sequences, end to end; see `ops.Batch`.
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        def move(values: Sequence[int] | Tensor) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.int64).to(device)
+    Rows beyond those of the plan belong to no sequence: `sequences` is negative there, and sequences beyond the plan's
+    have no rows. Kernels store nothing for them.
 
+    Attributes:
+        tokens: Rows, with those beyond the plan's.
+        longest: An upper bound of the rows of a sequence.
+        block_tables: int64 [B, spans].
+    """
+
+    def __init__(self, rows: int, block_tables: Tensor, longest: int) -> None:
+        """The plan of the rows is still to be written."""
+        sequences = len(block_tables)
         self.trace: Trace | None = None
-        self.ids = move(plan.ids)
-        self.tokens = len(self.ids)
-        lengths, starts = torch.tensor(plan.lengths), torch.tensor(plan.starts)
-        ends = lengths.cumsum(0)
-        sequences = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        self.longest = max(plan.lengths, default=0)
-        self.cu_seqlens = move(F.pad(ends, (1, 0)))
-        self.starts, self.slots, self.sequences = move(starts), move(plan.slots), move(sequences)
-        self.positions = move(torch.arange(self.tokens) + (starts - ends + lengths)[sequences])
-        most = max(map(len, plan.block_tables), default=0)
-        padded = [span for table in plan.block_tables for span in (*table, *[0] * (most - len(table)))]
-        self.block_tables = move(padded).view(len(plan.block_tables), most)
+        self.tokens, self.longest, self.block_tables = rows, longest, block_tables
+        self._sizes = (rows, rows, rows, sequences, sequences, sequences + 1)
+        size = sum(map(_aligned, self._sizes))
+        self._integers = torch.empty(size, dtype=torch.int64, device=block_tables.device)
+        self.ids, self.positions, self.sequences, self.starts, self.slots, self.cu_seqlens = self._split(self._integers)
+
+    def write(self, plan: Plan) -> None:
+        """Copy all of a plan but its block tables to the device, at once and without waiting for it."""
+        rows, sequences = len(plan.ids), len(plan.lengths)
+        host = host_integers(len(self._integers), self._integers.device).zero_()
+        ids, positions, sequence_ids, starts, slots, cu_seqlens = self._split(host)
+        lengths = torch.tensor(plan.lengths, dtype=torch.int64)
+        ids[:rows] = torch.as_tensor(plan.ids, dtype=torch.int64)
+        starts[:sequences] = torch.tensor(plan.starts, dtype=torch.int64)
+        slots[: len(plan.slots)] = torch.tensor(plan.slots, dtype=torch.int64)
+        cu_seqlens[1:] = rows
+        cu_seqlens[1 : sequences + 1] = lengths.cumsum(0)
+        sequence_ids[rows:] = -1
+        sequence_ids[:rows] = torch.repeat_interleave(lengths)
+        positions[:rows] = torch.arange(rows) + (starts - cu_seqlens[:-1])[sequence_ids[:rows]]
+        self._integers.copy_(host, non_blocking=True)
+
+    def _split(self, integers: Tensor) -> list[Tensor]:
+        parts = integers.split([*map(_aligned, self._sizes)])
+        return [part[:size] for part, size in zip(parts, self._sizes, strict=True)]
+
+
+class BlockTables:
+    """Block tables at one address on the device, for CUDA graphs; a row is copied again only when it changes.
+
+    Attributes:
+        rows: int64 [B, spans], 0 beyond the spans of a sequence.
+    """
+
+    def __init__(self, sequences: int, spans: int, device: torch.device) -> None:
+        self.rows = torch.zeros(sequences, spans, dtype=torch.int64, device=device)
+        self._held: list[list[int]] = [[] for _ in range(sequences)]
+
+    def write(self, tables: Sequence[Sequence[int]]) -> None:
+        """Hold these span ids of the first sequences, without waiting for the device."""
+        for index, (table, held) in enumerate(zip(tables, self._held, strict=False)):
+            if table != held:
+                host = host_integers(max(len(table), len(held)), self.rows.device).zero_()
+                host[: len(table)] = torch.tensor(table, dtype=torch.int64)
+                self.rows[index, : len(host)].copy_(host, non_blocking=True)
+                self._held[index] = [*table]
+
+
+def host_integers(count: int, device: torch.device) -> Tensor:
+    """Return uninitialised int64 [count] in host memory from which copies to the device need not wait.
+
+    The allocator of page-locked memory gives it to nobody else before the copy is done.
+    """
+    return torch.empty(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def _aligned(count: int) -> int:
+    """Return the number of int64 values that keep the next ones at a multiple of 16 bytes: Triton compiles a kernel
+    again for addresses that are not."""
+    return count + count % 2
 
 
 @dataclass(slots=True)
@@ -130,7 +186,24 @@ class Triton:
         self.exact = exact
 
     def batch(self, plan: Plan) -> Batch:
-        return Batch(plan, self.device)
+        count, most = len(plan.lengths), max(map(len, plan.block_tables), default=0)
+        padded = [span for table in plan.block_tables for span in (*table, *[0] * (most - len(table)))]
+        batch = Batch(len(plan.ids), self._to_device(padded).view(count, most), max(plan.lengths, default=0))
+        batch.write(plan)
+        return batch
+
+    def fixed_batch(self, rows: int, block_tables: Tensor, longest: int) -> Batch:
+        """Return a batch for `rows` rows of as many sequences, in which plans are written again; see `Batch`."""
+        return Batch(rows, block_tables, longest)
+
+    def fixed_block_tables(self, sequences: int, spans: int) -> BlockTables:
+        """Return block tables for as many sequences of up to `spans` spans."""
+        return BlockTables(sequences, spans, self.device)
+
+    def _to_device(self, integers: Sequence[int]) -> Tensor:
+        host = host_integers(len(integers), self.device)
+        host[:] = torch.tensor(integers, dtype=torch.int64)
+        return host.to(self.device, non_blocking=True)
 
     def array(self, rows: Tensor, batch: Batch) -> Tensor:
         return rows.to(self.device, self.dtype)
@@ -167,7 +240,7 @@ class Triton:
         return linear.grouped_linear(x.flatten(1), weight.grouped, exact=self.exact)
 
     def take(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        return x[torch.tensor(rows, device=x.device)]
+        return x[self._to_device(rows)]
 
     rms_norm = staticmethod(rms_norm)
     swiglu = staticmethod(swiglu)
