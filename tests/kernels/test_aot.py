@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from agentkit_kernels.aot import __main__ as command
 from agentkit_kernels.aot import accepted as accepted_module
 from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.aot import report as report_module
@@ -27,6 +28,7 @@ from agentkit_kernels.triton.launch import INTERPRET, launch
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="compiles kernels, which TRITON_INTERPRET=1 prevents")
 MAKE = OnMeta()
+read = Report.read
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 
 
@@ -246,7 +248,7 @@ def made() -> Report:
 
 def test_the_table_has_a_row_per_kernel_and_call() -> None:
     row = "| `norm.norm` | decode, sum | 40 · 2 K · - · 50% | 41 · 2 K · - · 50% | 42 · 2 K · - · 50% |"
-    assert made().table().splitlines()[2] == f"{row} 43 · 2 K · - · 50% | 4 MB | 1.10 | 4e-03 |"
+    assert made().table().splitlines()[2] == f"{row} 43 · 2 K · - · 50% | 4 MB | 1.10 · 4.4 MB | 4e-03 |"
 
 
 def test_a_format_that_was_refused_leaves_its_cell_empty() -> None:
@@ -259,6 +261,33 @@ def test_refusals_and_faults_stand_below_the_table() -> None:
     report = replace(made(), refused=["sm_80 norm.py (flash, sum): fp8e4nv"], faults=["norm.py: spills", "and more"])
     below = report.table().removeprefix(made().table())
     assert below == "\nRefused:\n\n- sm_80 norm.py (flash, sum): fp8e4nv\n\nFaults:\n\n- norm.py: spills\n- and more\n"
+
+
+def checked(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the exit status of `--check` for a report of one counted call."""
+    readme, path = tmp_path / "README.md", tmp_path / "aot.json"
+    readme.write_text(f"{BEGIN}{END}")
+    write_table(report, readme)
+    report.write(path)
+    monkeypatch.setattr(command, "table_is_current", lambda report: table_is_current(report, readme))
+    monkeypatch.setattr(Report, "read", classmethod(lambda cls: read(path)))
+    monkeypatch.setattr(catalog, "kernel_files", lambda: ["norm"])
+    monkeypatch.setattr(catalog, "calls", lambda *args: [Call("decode, sum", lambda: None, 1000, 0)])
+    return command.main(["--check"])
+
+
+def test_a_current_report_passes_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked(made(), tmp_path, monkeypatch) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_fault_or_a_call_that_is_not_counted_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked(replace(made(), faults=["norm.py: touches"], counted=[]), tmp_path, monkeypatch) == 1
+    assert capsys.readouterr().out.splitlines()[:2] == ["FAULT: norm.py: touches", "not counted: norm.py (decode, sum)"]
 
 
 def test_a_missing_report_is_asked_for(tmp_path: Path) -> None:

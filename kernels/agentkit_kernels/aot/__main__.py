@@ -16,7 +16,7 @@ from pathlib import Path
 from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.aot.compiling import Outcome, compile_file, joined
 from agentkit_kernels.aot.counting import Counted, fault
-from agentkit_kernels.aot.report import README, RESULTS, Report, table_is_current, write_table
+from agentkit_kernels.aot.report import README, RESULTS, Report, table_is_current, uncounted, write_table
 from agentkit_kernels.aot.targets import TARGETS
 
 
@@ -62,10 +62,14 @@ def _check() -> int:
     except ValueError as stale:
         print(stale)
         return 1
+    wrong = [f"FAULT: {one}" for one in report.faults]
+    wrong += [f"not counted: {file}.py ({call})" for file, call in uncounted(report)]
     if not table_is_current(report):
-        print(f"The table in {README.name} is not that of {RESULTS.name}; make it again with `make kernels-table`.")
-        return 1
-    return 0
+        wrong.append(
+            f"The table in {README.name} is not that of {RESULTS.name}; make it again with `make kernels-table`."
+        )
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return int(bool(wrong))
 
 
 def _compile(files: Iterable[str], targets: Iterable[str], shapes: Iterable[str], jobs: int) -> Outcome:

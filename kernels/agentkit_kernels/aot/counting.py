@@ -22,42 +22,47 @@ from triton.runtime.interpreter import interpreter_builder
 
 from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.aot.accepted import touched_ratio
+from agentkit_kernels.aot.interpreter import fast_interpreter
 from agentkit_kernels.calls import FLASH, Call
 
 Addresses = NDArray[np.uint64]
+PAGE = 1 << 20
 MOST_TOUCHED, LEAST_TOUCHED = 1.1, 0.9
 """Bounds of the distinct bytes that a call touches, as multiples of its floor. A call that touches less than its floor
 has a wrong floor."""
 
 
 class _Touched:
-    """A set of bytes, as the elements that cover it."""
+    """A set of elements, by the first bytes of those of each size.
+
+    A page is an array of flags, one per address; elements are aligned to their size and do not cross pages.
+    """
 
     def __init__(self) -> None:
-        self._parts: dict[int, list[Addresses]] = {}
-        self._pending = 0
+        self._pages: dict[int, dict[int, NDArray[np.bool_]]] = {}
 
     def add(self, addresses: Addresses, size: int) -> None:
-        self._parts.setdefault(size, []).append(np.unique(addresses))
-        self._pending += addresses.size
-        if self._pending > 1 << 22:
-            self._merge()
-
-    def _merge(self) -> None:
-        self._parts = {size: [np.unique(np.concatenate(parts))] for size, parts in self._parts.items()}
-        self._pending = 0
+        if not addresses.size:
+            return
+        pages = self._pages.setdefault(size, {})
+        first, last = int(addresses.min()) // PAGE, int(addresses.max()) // PAGE
+        for page in range(first, last + 1):
+            offsets = addresses - np.uint64(page * PAGE)  # those of other pages become at least PAGE
+            if first != last:
+                offsets = offsets[offsets < PAGE]
+            if offsets.size:
+                pages.setdefault(page, np.zeros(PAGE, np.bool_))[offsets] = True
 
     def bytes(self) -> int:
         """Return the length of the union of all elements."""
-        self._merge()
-        if not self._parts:
-            return 0
-        start = np.concatenate([parts[0] for parts in self._parts.values()])
-        end = np.concatenate([parts[0] + np.uint64(size) for size, parts in self._parts.items()])
-        order = np.argsort(start)
-        start, end = start[order].astype(np.int64), end[order].astype(np.int64)
-        covered = np.maximum.accumulate(np.concatenate([start[:1], end[:-1]]))
-        return int(np.maximum(end - np.maximum(start, covered), 0).sum())
+        total = 0
+        for page in {page for pages in self._pages.values() for page in pages}:
+            covered = np.zeros(PAGE, np.bool_)
+            for size, pages in self._pages.items():
+                if page in pages:
+                    covered |= np.repeat(pages[page][::size], size)
+            total += int(covered.sum())
+        return total
 
 
 class Traffic:
@@ -75,9 +80,12 @@ class Traffic:
     def access(self, touched: _Touched, pointers: Any, mask: Any) -> None:
         """Add the elements that a tile of pointers names under a mask."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses, chosen = np.broadcast_arrays(pointers.data, mask.data)
-        self.issued_bytes += int(chosen.sum()) * size
-        touched.add(addresses[chosen], size)
+        addresses = pointers.data
+        if not mask.data.all():
+            addresses, chosen = np.broadcast_arrays(addresses, mask.data)
+            addresses = addresses[chosen]
+        self.issued_bytes += addresses.size * size
+        touched.add(addresses, size)
 
 
 @contextmanager
@@ -156,7 +164,7 @@ def count_file(file: str) -> list[Counted]:
 
 def count_call(call: Call, *, file: str, flash_floor_bytes: int | None = None) -> Counted:
     """Run a call in the interpreter and count."""
-    with counting() as traffic, warnings.catch_warnings(), np.errstate(all="ignore"):
+    with fast_interpreter(), counting() as traffic, warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # padding of tiles overflows
         call.run()
     return Counted(

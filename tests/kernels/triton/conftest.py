@@ -6,19 +6,18 @@ variable they are skipped.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.spec import ModelSpec
+from agentkit_kernels.aot.interpreter import fast_interpreter
 from agentkit_kernels.triton.launch import INTERPRET
 
 HERE = Path(__file__).parent
@@ -64,26 +63,8 @@ def small_decoder() -> Callable[..., Decoder]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once() -> Generator[None, None, None]:
-    """Halve the interpreter's time: it searches `triton.language` for functions to patch at every launch and at every
-    call of a jitted function (`tl.sum` is one). Here it patches each module once, and leaves it patched."""
-
-    class Kept:
-        def restore(self) -> None: ...
-
-    patch, patched = getattr(interpreter, "_patch_lang"), set()  # noqa: B009
-
-    def patch_once(function: Callable[..., Any]) -> Kept:
-        found = filter(inspect.ismodule, function.__globals__.values())
-        modules = frozenset(module.__name__ for module in found if module in (tl, tl.core))
-        if modules not in patched:
-            patch(function)
-            patched.add(modules)
-        return Kept()
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if INTERPRET:
-            monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+def interpreted_fast() -> Generator[None, None, None]:
+    with fast_interpreter() if INTERPRET else nullcontext():
         yield
 
 

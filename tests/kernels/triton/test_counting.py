@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -64,6 +66,27 @@ def test_bytes_that_are_written_and_read_back_count_beyond_the_floor() -> None:
     counted = count_call(Call("twice", through_memory, 2048, 0), file="planted")
     assert counted.touched_bytes == 4096
     assert "2.00 times its floor of 2048" in (fault(counted) or "")
+
+
+@triton.jit
+def _every_second(x, y, SIZE: tl.constexpr):
+    offsets = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    values, both = tl.load(x + 2 * offsets), tl.load(x + 2 * offsets + 1)
+    tl.store(y + offsets, tl.where(both == both, values, 0.0))
+
+
+def test_a_kernel_that_reads_twice_what_it_must_is_a_fault() -> None:
+    x, y = MAKE.floats(512, dtype=torch.float32), torch.empty(256)
+    call = Call("every second", lambda: launch(_every_second, (4,), x, y, SIZE=64), 2 * 1024, 0)
+    counted = count_call(call, file="planted")
+    assert counted.touched_bytes == counted.issued_bytes == 3 * 1024
+    assert "1.50 times its floor of 2048" in (fault(counted) or "")
+
+
+def test_a_floor_that_is_never_touched_is_a_fault() -> None:
+    """A floor above what a right kernel touches is wrong."""
+    counted = count_call(replace(copy(200), bytes=3 * 4 * 200), file="planted")
+    assert "0.67 times its floor of 2400" in (fault(counted) or "")
 
 
 @triton.jit
