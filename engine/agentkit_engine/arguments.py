@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
 from agentkit_engine.errors import DeviceUnavailableError
 from agentkit_engine.runtime.runner import CpuLimits
+from agentkit_engine.runtime.state import KVCacheDtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Dtypes for weights, by the names that `dtype` accepts."""
@@ -86,6 +88,21 @@ def check_dtype(dtype: object) -> torch.dtype | None:
     if dtype is not None and found not in dtypes.values():
         raise ValueError(f"dtype must be one of {', '.join(dtypes)} or None, got {str(dtype)!r}")
     return found
+
+
+def check_kv_cache_dtype(value: object) -> KVCacheDtype:
+    """Return the format of the rows that sessions keep.
+
+    Raises:
+        TypeError: it is not a str.
+        ValueError: there is no such format.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f'kv_cache_dtype must be a str such as "auto", got {value!r}')
+    for known in get_args(KVCacheDtype):
+        if value == known:
+            return cast(KVCacheDtype, known)
+    raise ValueError(f'no kv_cache_dtype "{value}"; choose one of {", ".join(get_args(KVCacheDtype))}')
 
 
 def check_bytes(name: str, value: object) -> int:

@@ -20,6 +20,7 @@ from agentkit_engine.arguments import (
     check_device,
     check_devices,
     check_dtype,
+    check_kv_cache_dtype,
     check_limits,
     check_model,
 )
@@ -32,11 +33,12 @@ from agentkit_engine.runtime import Request, Scheduler, cache_folder
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.parallel import ParallelRunner
 from agentkit_engine.runtime.runner import NUMERICS, CpuLimits, choose_backend, machine
+from agentkit_engine.runtime.state import KVCacheDtype, rows_of
 from agentkit_engine.runtime.workers import Placement
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session, check_ids, check_whole
 from agentkit_engine.spec import ModelSpec
-from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
+from agentkit_engine.weights.checkpoint import load_checkpoint, read_layout, read_sampling
 from agentkit_kernels.packed import FP8_BLOCK, PackedRows
 from agentkit_kernels.packing import lay_out
 
@@ -77,12 +79,13 @@ class Engine:
         backend: str = "auto",
         placement: Placement | None = None,
         limits: CpuLimits | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         """`placement` is how other devices load the same model, if there are any."""
         self.decoder = decoder.eval()
         self.placement = placement
         self.lock = threading.Lock()
-        self.kv_cache_bytes = kv_cache_bytes
+        self.kv_cache_bytes, self.kv_cache_dtype = kv_cache_bytes, kv_cache_dtype
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
         if cache_dir is not None:
             cache_folder.check_usable(cache_dir)
@@ -103,6 +106,7 @@ class Engine:
         backend: str = "auto",
         dtype: str | torch.dtype | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
+        kv_cache_dtype: str = "auto",
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
@@ -127,6 +131,9 @@ class Engine:
                 that the official checkpoints quantise to 8 bits with a scale per output.
             kv_cache_bytes: Limit on the state of all sessions. Beyond it, state is evicted, lowest priority and least
                 recently used first, and recomputed when it is needed.
+            kv_cache_dtype: Format of the rows that sessions keep: `"auto"`, float32; or `"fp8"`, DeepSeek's own of 584
+                bytes per row instead of 2,048, and of 132 per index key instead of 512. The rows are rounded as the
+                model's training did, but the bits of a result change.
             cache_dir: Folder in which computed state is also kept, for later processes.
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
@@ -147,6 +154,7 @@ class Engine:
             CacheFolderError: other users may write to `cache_dir`, or the key that signs its files is unusable.
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
+        rows_dtype = check_kv_cache_dtype(kv_cache_dtype)
         devices = check_devices(devices, device, torch.cuda.device_count())
         kv_cache_bytes, cache_bytes = (
             check_bytes("kv_cache_bytes", kv_cache_bytes),
@@ -167,6 +175,9 @@ class Engine:
             limits = check_limits(backend, threads, expert_cache_bytes)
             if devices > 1 and limits != CpuLimits():
                 raise ValueError(f"threads and expert_cache_bytes are for one device, not for devices={devices}")
+            if rows_dtype != "auto":
+                spec = read_layout(folder).spec
+                rows_of(spec.layers[0], spec, rows_dtype)  # refuses a head size before reading weights
             decoder, dialect = read_decoder(
                 folder,
                 device=device,
@@ -189,8 +200,9 @@ class Engine:
             cache_bytes=cache_bytes,
             exact=exact,
             backend=backend,
-            placement=Placement(devices, folder, device, held_as) if devices > 1 else None,
+            placement=Placement(devices, folder, device, held_as, rows_dtype) if devices > 1 else None,
             limits=limits,
+            kv_cache_dtype=rows_dtype,
         )
         if decoder.packed or devices > 1:
             _ = engine.scheduler  # reads and checks the packed matrices, on all devices
@@ -206,6 +218,7 @@ class Engine:
             backend=self.backend,
             placement=self.placement,
             limits=self.limits,
+            kv_cache_dtype=self.kv_cache_dtype,
         )
         if self.cache_dir is not None:
             scheduler.disk = DiskCache(
@@ -326,7 +339,8 @@ class Engine:
 
         Packed weights have the fingerprint of the same values in a parameter.
         """
-        digest = hashlib.blake2b(repr((self.spec, NUMERICS, self.exact, self.backend)).encode(), digest_size=16)
+        kind = (self.spec, NUMERICS, self.exact, self.backend, self.kv_cache_dtype)
+        digest = hashlib.blake2b(repr(kind).encode(), digest_size=16)
         weights = self.decoder.state_dict() | self.decoder.packed
         for name, weight in sorted(weights.items()):
             digest.update(repr((name, tuple(weight.shape), _samples(weight))).encode())

@@ -50,7 +50,9 @@ def _serve(channel: Channel) -> None:
     )
     channel.send("loaded")
     group = join(placement, mine.rank, mine.rendezvous)
-    pools = Pools(decoder.spec, slots=mine.slots, spans=mine.spans, device=device)
+    pools = Pools(
+        decoder.spec, slots=mine.slots, spans=mine.spans, device=device, kv_cache_dtype=placement.kv_cache_dtype
+    )
     runner = RankRunner(decoder, pools, group, exact=mine.exact, backend=mine.backend)
     channel.send("ready")
     while True:

@@ -156,6 +156,10 @@ class Ops(Protocol):
         entries per span, K], and the open rows `values` and `scores` [slots, rows, X], token t in row t mod rows; those
         of the indexer's compressor begin with `index_`. Without pools, `reference` keeps this forward's rows only, and
         is differentiable.
+
+        Pools are float32, or uint8: `window` and `entries` then hold key-value rows in the format of
+        `reference/quantize.py`, a slot or a span being a page, and `index_entries` E4M3 codes, with float32
+        `index_scales` [spans + 1, entries per span, 1]. A forward reads its own rows as later ones will: rounded.
         """
 
     def weight(

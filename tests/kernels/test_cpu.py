@@ -17,7 +17,7 @@ from agentkit_kernels.cpu.loops import Floats, Ints
 from agentkit_kernels.cpu.panels import LANES
 from agentkit_kernels.ops import QUERY_BLOCK, Heads, HyperConnection, HyperHead
 from agentkit_kernels.reference import experts as experts_twin
-from agentkit_kernels.reference import hyper_connections
+from agentkit_kernels.reference import hyper_connections, quantize
 from agentkit_kernels.reference.linear import Weight
 from agentkit_kernels.reference.qkv import qkv
 from agentkit_kernels.reference.rope import rotate, rotations_at
@@ -25,6 +25,9 @@ from agentkit_kernels.reference.rope import rotate, rotations_at
 EPS = np.float32(1e-6)
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 2**32 - 1)
+
+
+NO_SCALES = np.empty(0, np.float32)
 
 
 def randoms(seed: int, *shape: int) -> Floats:
@@ -182,7 +185,9 @@ def test_selection_is_a_stable_sort_for_any_spans_and_cuts(
     picks, counts = np.full((rows, 2 * top_k + LANES), -1), np.full(rows, -1)
     bounds, cut = np.arange(len(lengths) + 1) * queries, min(cut, rows)
     for first, last in ((cut, rows), (0, cut)):
-        panels.choose(q, weights, bounds, visible, table, per_span, entries, top_k, first, last, picks, counts)
+        panels.choose(
+            q, weights, bounds, visible, table, per_span, entries, NO_SCALES, top_k, first, last, picks, counts
+        )
     for n in range(rows):
         keys = entries.reshape(-1, per_span, size)[table[n // queries]].reshape(-1, size)[: visible[n]]
         scores = np.einsum("j,js->s", weights[n], np.maximum(q[n] @ keys.T, 0))
@@ -235,6 +240,53 @@ def test_experts_have_the_same_bits_one_by_one_and_sorted(tokens: int, experts: 
     assert np.array_equal(out, one_by_one)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    groups=st.integers(1, 8), rotary=st.integers(0, 5), per_page=st.integers(1, 5), rows=st.integers(1, 9),
+    exponents=st.integers(-130, 100), seed=seeds,
+)  # fmt: skip
+def test_key_value_rows_have_the_bytes_of_their_twin(
+    groups: int, rotary: int, per_page: int, rows: int, exponents: int, seed: int
+) -> None:
+    """Groups differ in magnitude, down to subnormal values; some values are zero, some lie half-way between codes."""
+    plain, rotary = groups * quantize.KV_GROUP, 2 * rotary + 2
+    draws = np.random.default_rng(seed)
+    x = randoms(seed, rows, plain + rotary)
+    x *= np.exp2(exponents + draws.integers(-9, 9, (rows, 1))).astype(np.float32)
+    x[draws.random(x.shape) < 0.1] = 0.0
+    ties = draws.random(x.shape) < 0.2
+    x[ties] = ((x[ties].view(np.uint32) & 0xFFF00000) | 0x00080000).view(np.float32)
+    pages = -(-rows // per_page)
+    slots, found = (
+        draws.permutation(pages * per_page)[:rows],
+        np.full((pages, per_page, quantize.kv_row_bytes(plain + rotary, rotary)), 0xFF, np.uint8),
+    )
+    twin, back = torch.from_numpy(found.copy()), np.empty_like(x)
+    for n, slot in enumerate(slots):
+        loops.encode_row(x[n], found.reshape(-1), slot, per_page, rotary)
+        loops.decode_row(found.reshape(-1), slot, per_page, rotary, back, n)
+    quantize.store_kv_rows(torch.from_numpy(x), torch.from_numpy(slots), twin, rotary=rotary)
+    assert np.array_equal(found, twin.numpy())
+    read = quantize.load_kv_rows(twin, torch.from_numpy(slots), plain + rotary, rotary=rotary, dtype=torch.float32)
+    assert torch.equal(torch.from_numpy(back), read)
+    assert torch.equal(quantize.round_kv_rows(torch.from_numpy(x), rotary=rotary), read)
+
+
+def test_every_code_is_decoded_and_nan_stays_nan_in_bytes() -> None:
+    codes, rows = np.arange(256, dtype=np.uint8), np.empty((4, 66), np.float32)
+    for n in range(4):
+        page = np.concatenate((codes[64 * n : 64 * (n + 1)], np.zeros(4, np.uint8), np.full(8, 127 + n, np.uint8)))
+        loops.decode_row(page, 0, 1, 2, rows, n)
+    expected = quantize.decode_e4m3(torch.from_numpy(codes)).view(4, 64) * torch.tensor([[1.0], [2.0], [4.0], [8.0]])
+    assert np.array_equal(rows[:, :64], expected.numpy(), equal_nan=True) and np.isnan(rows).sum() == 2
+    row, back = randoms(0, 64 + 2), np.empty((1, 66), np.float32)
+    row[[3, 65]] = np.nan
+    stored = np.empty(64 + 4 + 8, np.uint8)
+    loops.encode_row(row, stored, 0, 1, 2)
+    loops.decode_row(stored, 0, 1, 2, back, 0)
+    assert np.isnan(back[0]).nonzero()[0].tolist() == [3, 65]
+
+
 def test_nan_stays_nan() -> None:
     nan = np.full((1, 4), np.nan, np.float32)
     out, ones = np.empty((1, 2), np.float32), np.ones(1, np.float32)
@@ -249,7 +301,9 @@ def test_nan_stays_nan() -> None:
     keys, q, one = np.ones((500, 1), np.float32), np.ones((1, 1, 1), np.float32), np.ones((1, 1), np.float32)
     keys[[7, 300]] = np.nan
     picks, counts = np.empty((1, 2 * 3 + LANES), np.int64), np.zeros(1, np.int64)
-    panels.choose(q, one, np.array([0, 1]), np.array([500]), np.array([[0]]), 500, keys, 3, 0, 1, picks, counts)
+    panels.choose(
+        q, one, np.array([0, 1]), np.array([500]), np.array([[0]]), 500, keys, NO_SCALES, 3, 0, 1, picks, counts
+    )
     assert picks[0, :3].tolist() == [0, 7, 300]
 
 

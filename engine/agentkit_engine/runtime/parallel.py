@@ -132,10 +132,7 @@ class ParallelRunner(RankRunner):
             super().__init__(decoder, pools, group, exact=exact, backend=backend)
             for worker in self.workers.each:
                 worker.receive()
-        size = {"slots": pools.slots, "spans": pools.spans}
-        self.pools = ShardedPools(
-            [pools, *(RemotePools(spec, worker, self.workers, **size) for worker in self.workers.each)]
-        )
+        self.pools = ShardedPools([pools, *(RemotePools(pools, worker, self.workers) for worker in self.workers.each)])
 
     def mtp_draft(self, streams_BMD: Tensor, ids_B: Seq[int]) -> list[int]:
         """See `Runner.mtp_draft`; rank 0 computes all but the experts, because these tokens have no state."""

@@ -173,7 +173,8 @@ class Runner:
         with torch.inference_mode(False), torch.no_grad():  # a packed decoder can still be trained
             states = [ops.state(pools) for pools in self.pools.layers]
             for layer in decoder.spec.mtp_layers:  # its tokens see no others, so they can share a ring
-                window = next(rows for rows in rows_of(layer, decoder.spec) if rows.name == "window")
+                kept = rows_of(layer, decoder.spec, self.pools.kv_cache_dtype)
+                window = next(rows for rows in kept if rows.name == "window")
                 states.append(ops.state({"window": ops.zeros((1, window.count, window.width), window.dtype)}))
             forward = Forward(decoder, ops, states)
             ops.settle(exact=self.exact)

@@ -23,7 +23,7 @@ from agentkit_engine.runtime.prefix_cache import Keep, PrefixCache
 from agentkit_engine.runtime.request import CHECKPOINT_EVERY, Request
 from agentkit_engine.runtime.runner import CpuLimits, Runner
 from agentkit_engine.runtime.scheduled import ScheduledTokens
-from agentkit_engine.runtime.state import SPAN, Pools, Sequence
+from agentkit_engine.runtime.state import SPAN, KVCacheDtype, Pools, Sequence
 from agentkit_engine.runtime.workers import Placement
 from agentkit_engine.speculation import LONGEST
 
@@ -62,6 +62,7 @@ class Scheduler:
         backend: str = "auto",
         limits: CpuLimits | None = None,
         placement: Placement | None = None,
+        kv_cache_dtype: KVCacheDtype = "auto",
     ) -> None:
         """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used.
 
@@ -73,10 +74,10 @@ class Scheduler:
         if placement is not None:
             kv_cache_bytes //= placement.devices
         device = decoder.embed.weight.device
-        sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+        sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"), kv_cache_dtype=kv_cache_dtype)
         spans = max(1, min(kv_cache_bytes // max(1, sizes.bytes_per_span), 1 << 20))
         slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
-        own = Pools(decoder.spec, slots=slots, spans=spans, device=device)
+        own = Pools(decoder.spec, slots=slots, spans=spans, device=device, kv_cache_dtype=kv_cache_dtype)
         self.runner = (
             Runner(decoder, own, exact=exact, backend=backend, limits=limits)
             if placement is None

@@ -10,14 +10,21 @@ from torch import Tensor
 
 from agentkit_engine.runtime.state import SPAN, Pools, Sequence
 from agentkit_engine.runtime.workers import Worker, Workers
-from agentkit_engine.spec import ModelSpec
 
 
 class RemotePools(Pools):
     """The bookkeeping of a worker's pools. Changes to their rows go with the next call to the worker."""
 
-    def __init__(self, spec: ModelSpec, worker: Worker, workers: Workers, *, slots: int, spans: int) -> None:
-        super().__init__(spec, slots=slots, spans=spans, device=torch.device("meta"), rank=worker.rank)
+    def __init__(self, own: Pools, worker: Worker, workers: Workers) -> None:
+        """`own` are the pools of rank 0, which are as large."""
+        super().__init__(
+            own.spec,
+            slots=own.slots,
+            spans=own.spans,
+            device=torch.device("meta"),
+            kv_cache_dtype=own.kv_cache_dtype,
+            rank=worker.rank,
+        )
         self._worker, self._workers = worker, workers
 
     def clear_slot(self, slot: int) -> None:
@@ -52,7 +59,13 @@ class ShardedPools(Pools):
 
     def __init__(self, shards: Seq[Pools]) -> None:
         own = shards[0]
-        super().__init__(own.spec, slots=own.slots, spans=own.spans, device=torch.device("meta"))
+        super().__init__(
+            own.spec,
+            slots=own.slots,
+            spans=own.spans,
+            device=torch.device("meta"),
+            kv_cache_dtype=own.kv_cache_dtype,
+        )
         self.shards, self.ranks = shards, len(shards)
 
     @property

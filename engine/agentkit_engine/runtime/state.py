@@ -28,12 +28,18 @@ from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.spec import LayerSpec, ModelSpec
 from agentkit_kernels.ops import QUERY_BLOCK
 from agentkit_kernels.reference import Reference
+from agentkit_kernels.reference.quantize import kv_row_bytes
 
 SPAN = 256
 """Tokens per span; a multiple of every compression ratio."""
 ROLLBACK = 12
 """Maximum number of tokens by which a sequence can be shortened; the rings keep this many rows more than they need. One
 of the remaining tokens is computed again for its logits."""
+
+
+KVCacheDtype = Literal["auto", "fp8"]
+"""Format of window rows, entries and index keys: `auto` is float32. `fp8` is DeepSeek's: a row of E4M3 values with a
+power of two per 64 of them, whose rotary columns are bfloat16, and index keys of E4M3 values with a float32 scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +71,41 @@ def ring_rows(window: int) -> int:
     return -(-window // 32) * 32 + QUERY_BLOCK
 
 
-def rows_of(layer: LayerSpec, spec: ModelSpec) -> list[Rows]:
+def rows_of(layer: LayerSpec, spec: ModelSpec, kv_cache_dtype: KVCacheDtype = "auto") -> list[Rows]:
     """Return what a layer of DeepSeek-V4 keeps: the window's ring, and the entries and open rows of its compressors.
 
     A compressor keeps as many open rows as the next entry may pool, and `ROLLBACK` more: CSA pools two windows of 4
-    tokens, HCA one of 128.
+    tokens, HCA one of 128. They are float32.
+
+    Raises:
+        ValueError: `fp8` does not fit the model's head size.
     """
-    kept = [Rows("window", "slot", ring_rows(spec.sliding_window), spec.head_dim)]
+    fp8 = kv_cache_dtype == "fp8"
+    dtype, width = (torch.uint8, _fp8_row_bytes(spec)) if fp8 else (torch.float32, spec.head_dim)
+    kept = [Rows("window", "slot", ring_rows(spec.sliding_window), width, dtype)]
     compressors = [("", spec.head_dim)] if layer.compress_ratio else []
     if layer.attention == "csa":
         compressors.append(("index_", spec.index_head_dim))
     for prefix, size in compressors:
-        rows, width = layer.series * layer.compress_ratio + ROLLBACK, layer.series * size
+        entries, rows = SPAN // layer.compress_ratio, layer.series * layer.compress_ratio + ROLLBACK
+        kept.append(Rows(f"{prefix}entries", "span", entries, size if prefix else width, dtype))
+        if prefix and fp8:
+            kept.append(Rows("index_scales", "span", entries, 1))
         kept += [
-            Rows(f"{prefix}entries", "span", SPAN // layer.compress_ratio, size),
-            Rows(f"{prefix}values", "slot", rows, width),
-            Rows(f"{prefix}scores", "slot", rows, width, fill=-torch.inf),  # weight 0 before the first token
+            Rows(f"{prefix}values", "slot", rows, layer.series * size),
+            Rows(f"{prefix}scores", "slot", rows, layer.series * size, fill=-torch.inf),  # weight 0 before token 0
         ]
     return kept
+
+
+def _fp8_row_bytes(spec: ModelSpec) -> int:
+    try:
+        return kv_row_bytes(spec.head_dim, spec.qk_rope_head_dim)
+    except ValueError as error:
+        raise ValueError(
+            f'kv_cache_dtype="fp8" does not fit this model, whose head_dim - qk_rope_head_dim is {spec.head_dim} - '
+            f'{spec.qk_rope_head_dim}: {error}; load it with kv_cache_dtype="auto"'
+        ) from error
 
 
 class Sequence:
@@ -122,6 +145,7 @@ class Pools:
 
     They are those of one rank; `ranks` is the number of ranks among which sequences are distributed (`parallel.py`).
     `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is the memory in use, with shared spans counted once.
+    `kv_cache_dtype` is the format of the rows.
     """
 
     ranks = 1
@@ -133,13 +157,14 @@ class Pools:
         slots: int,
         spans: int,
         device: torch.device,
+        kv_cache_dtype: KVCacheDtype = "auto",
         rows: Seq[Seq[Rows]] | None = None,
         rank: int = 0,
     ) -> None:
         """`rows` lists what each layer keeps; by default what the layers of `spec` do."""
-        self.spec, self.device, self.rank = spec, device, rank
+        self.spec, self.device, self.rank, self.kv_cache_dtype = spec, device, rank, kv_cache_dtype
         self.slots, self.spans = slots, spans
-        self.rows = [rows_of(layer, spec) for layer in spec.layers] if rows is None else rows
+        self.rows = [rows_of(layer, spec, kv_cache_dtype) for layer in spec.layers] if rows is None else rows
         self.layers: list[dict[str, Tensor]] = []
         """Each layer's pools by name; their first dimension is the span id or the slot."""
         owned: list[tuple[Rows, Tensor]] = []

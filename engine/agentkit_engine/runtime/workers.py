@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from agentkit_engine.errors import WorkerLostError
+from agentkit_engine.runtime.state import KVCacheDtype
 
 TIMEOUT_S = 300.0
 """Seconds that a rank waits for another: more than the longest forward, in which kernels may have to be compiled."""
@@ -41,13 +42,14 @@ class Placement:
         devices: Their number, W.
         folder: The model's folder, which each worker reads.
         device: The device of rank 0; with GPUs, rank r has the r-th after it.
-        dtype: See `Engine.load`.
+        dtype, kv_cache_dtype: See `Engine.load`.
     """
 
     devices: int
     folder: Path
     device: torch.device
     dtype: torch.dtype | None
+    kv_cache_dtype: KVCacheDtype = "auto"
     timeout_s: float = TIMEOUT_S
 
     def device_of(self, rank: int) -> torch.device:

@@ -26,7 +26,7 @@ def attend(
 ) -> Floats:
     picks_NP, counts_N = topk or (np.empty((len(q), 0), np.int64), np.empty(0, np.int64))
     pool = state.compressors.get("")
-    entries, per_span = (np.zeros((1, q.shape[2]), np.float32), 1) if pool is None else (pool.entries, pool.per_span)
+    entries, per_span = (state.ring[:0, 0], 1) if pool is None else (pool.entries, pool.per_span)
     out = empty(*q.shape)
     loops.attend(
         q, kv, rotations, batch.cu_seqlens, batch.positions_N, batch.slots_B, state.ring, window, ratio, entries,

@@ -16,5 +16,5 @@ def compress(projected: Floats, compressor: Compressor, batch: Batch, state: Lay
     loops.compress(
         projected, compressor.column, compressor.ape, compressor.norm, np.float32(compressor.eps),
         compressor.frequencies, batch.cu_seqlens, batch.positions_N, batch.slots_B, pool.values, pool.scores,
-        batch.block_tables, pool.per_span, pool.entries,
+        batch.block_tables, pool.per_span, pool.entries, pool.scales,
     )  # fmt: skip

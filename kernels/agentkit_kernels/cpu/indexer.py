@@ -21,6 +21,6 @@ def index_topk(
     counts_N = np.empty(batch.tokens, np.int64)
     panels.choose(
         index_q, index_weights, batch.cu_seqlens, (batch.positions_N + 1) // ratio, batch.block_tables, pool.per_span,
-        pool.entries, top_k, 0, batch.tokens, picks_NP, counts_N,
+        pool.entries, pool.scales, top_k, 0, batch.tokens, picks_NP, counts_N,
     )  # fmt: skip
     return picks_NP, counts_N

@@ -23,15 +23,20 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+import torch
 from numba.extending import overload
 from numpy.typing import NDArray
 
 from agentkit_kernels.ops import QUERY_BLOCK
+from agentkit_kernels.reference.quantize import ACTIVATION_FLOOR, E4M3_MAX, KV_GROUP, KV_SCALES
 
 Floats = NDArray[np.float32]
 Halves = NDArray[np.uint16]
 """bfloat16 as uint16, because numpy has no bfloat16."""
+Bytes = NDArray[np.uint8]
 Weights = Floats | Halves
+Stored = Floats | Bytes
+"""Rows of pools: float32, or packed; see `_store_row`."""
 Ints = NDArray[np.int64]
 Ints32 = NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,6 +98,10 @@ _P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.flo
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 _INFINITY, _MINUS_INFINITY = np.float32(np.inf), np.float32(-np.inf)
 _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
+E4M3: Floats = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+"""The value of each code."""
+_LEAST_AMAX, _TWO_TO_14 = np.float32(ACTIVATION_FLOOR), np.float32(16384.0)
+_LARGEST_BITS = np.float32(E4M3_MAX).view(np.int32)
 
 
 @at_import("float32(float32)")
@@ -216,6 +225,120 @@ def _rotate(x_K: Floats, turn_R: Floats, direction: np.float32) -> None:
         a, b = x_K[first + 2 * pair], x_K[first + 2 * pair + 1]
         x_K[first + 2 * pair] = a * cosine - b * sine
         x_K[first + 2 * pair + 1] = a * sine + b * cosine
+
+
+# --- stored rows -------------------------------------------------------------------------------------------------
+
+
+def _store_row(row_K: Floats, stored: Stored, row: int, per_page: int, rotary: int, scales_S: Floats) -> None:
+    """Store a row as row `row` of pages of `per_page` rows: floats as they are; in bytes as a key-value row of
+    `reference/quantize.py`, or, if there are `scales`, as an index key."""
+    raise NotImplementedError("exists in kernels only, for each type of stored rows")
+
+
+def _load_row(stored: Stored, row: int, per_page: int, rotary: int, to_SK: Floats, place: int) -> None:
+    """Read a row that `_store_row` stored without scales."""
+    raise NotImplementedError("exists in kernels only, for each type of stored rows")
+
+
+@overload(_store_row, inline="always")
+def _store_row_as(row_K: Any, stored: Any, row: Any, per_page: Any, rotary: Any, scales_S: Any) -> Callable[..., None]:
+    def as_it_is(row_K: Any, stored: Any, row: Any, per_page: Any, rotary: Any, scales_S: Any) -> None:
+        for k in range(row_K.shape[0]):  # assigning a slice would spend longer on checking shapes
+            stored[row * row_K.shape[0] + k] = row_K[k]
+
+    def in_bytes(row_K: Any, stored: Any, row: Any, per_page: Any, rotary: Any, scales_S: Any) -> None:
+        if scales_S.shape[0]:
+            scales_S[row] = _power(_encode(row_K, 0, row_K.shape[0], stored, row * row_K.shape[0]))
+        else:
+            encode_row(row_K, stored, row, per_page, rotary)
+
+    return as_it_is if isinstance(stored.dtype, numba.types.Float) else in_bytes
+
+
+@overload(_load_row, inline="always")
+def _load_row_as(stored: Any, row: Any, per_page: Any, rotary: Any, to_SK: Any, place: Any) -> Callable[..., None]:
+    def as_it_is(stored: Any, row: Any, per_page: Any, rotary: Any, to_SK: Any, place: Any) -> None:
+        for k in range(to_SK.shape[1]):
+            to_SK[place, k] = stored[row * to_SK.shape[1] + k]
+
+    def in_bytes(stored: Any, row: Any, per_page: Any, rotary: Any, to_SK: Any, place: Any) -> None:
+        decode_row(stored, row, per_page, rotary, to_SK, place)
+
+    return as_it_is if isinstance(stored.dtype, numba.types.Float) else in_bytes
+
+
+@strict
+def _row_places(row: int, per_page: int, size: int, rotary: int) -> tuple[int, int]:
+    """Return where a row of a page begins, and where its scales do, which follow the data of all rows."""
+    data, place = size + rotary, row % per_page
+    page = (row - place) * (data + KV_SCALES)
+    return page + place * data, page + per_page * data + place * KV_SCALES
+
+
+@strict
+def encode_row(row_K: Floats, stored: Bytes, row: int, per_page: int, rotary: int) -> None:
+    """Write a key-value row into pages, flat; see `reference.quantize.store_kv_rows`."""
+    plain = row_K.shape[0] - rotary
+    data, scales = _row_places(row, per_page, row_K.shape[0], rotary)
+    stored[scales : scales + KV_SCALES] = 0
+    for group in range(plain // KV_GROUP):
+        stored[scales + group] = _encode(row_K, group * KV_GROUP, KV_GROUP, stored, data + group * KV_GROUP)
+    for r in range(rotary):  # rounded to bfloat16, ties to even
+        bits = np.float32(row_K[plain + r]).view(np.uint32)
+        half = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        half = np.uint32(0x7FC0) if row_K[plain + r] != row_K[plain + r] else half
+        stored[data + plain + 2 * r] = half & np.uint32(0xFF)
+        stored[data + plain + 2 * r + 1] = half >> np.uint32(8)
+
+
+@strict
+def decode_row(stored: Bytes, row: int, per_page: int, rotary: int, to_SK: Floats, place: int) -> None:
+    """Read what `encode_row` wrote."""
+    plain = to_SK.shape[1] - rotary
+    data, scales = _row_places(row, per_page, to_SK.shape[1], rotary)
+    for group in range(plain // KV_GROUP):
+        scale, first = _power(stored[scales + group]), group * KV_GROUP
+        for k in range(first, first + KV_GROUP):
+            to_SK[place, k] = E4M3[stored[data + k]] * scale
+    for r in range(rotary):
+        low, high = stored[data + plain + 2 * r], stored[data + plain + 2 * r + 1]
+        bits = np.uint32(np.uint32(high) << np.uint32(24)) | np.uint32(np.uint32(low) << np.uint32(16))
+        to_SK[place, plain + r] = np.uint32(bits).view(np.float32)
+
+
+@strict
+def _encode(x: Floats, first: int, count: int, codes: Bytes, place: int) -> int:
+    """Write E4M3 codes of `count` values from `first` on, and return their scale's E8M0 byte.
+
+    It is that of the least power of two that brings them within 448. The difference of two floats' bits, read as a
+    fixed-point number, lies between the same integers as the logarithm of their ratio.
+    """
+    most = _LEAST_AMAX
+    for k in range(first, first + count):
+        most = abs(x[k]) if abs(x[k]) > most else most
+    above = np.float32(most).view(np.int32) - _LARGEST_BITS
+    byte = int(((above + np.int32(0x7FFFFF)) >> np.int32(23)) + np.int32(127))
+    inverse = _power(254 - byte)
+    for k in range(count):
+        value = np.float32(x[first + k] * inverse)
+        bits = value.view(np.int32)
+        magnitude = bits & _ALL_BUT_SIGN
+        code = ((magnitude + np.int32(0x7FFFF) + ((magnitude >> np.int32(20)) & np.int32(1))) >> np.int32(20)) - 960
+        # Adding 2^14, whose last bit is worth 2^-9, rounds to a multiple of the least code.
+        small = np.float32(abs(value) + _TWO_TO_14).view(np.int32) - np.int32(0x46800000)
+        code = small if magnitude < np.int32(0x3C800000) else code  # 2^-6
+        code = np.int32(0x7E) if magnitude > _LARGEST_BITS else code
+        code = np.int32(0x7F) if magnitude > np.int32(0x7F800000) else code  # NaN
+        codes[place + k] = code | ((bits >> np.int32(24)) & np.int32(0x80))
+    return byte
+
+
+@strict
+def _power(byte: int) -> np.float32:
+    """Return 2^(byte - 127), and 0 for byte 0, which belongs to rows that were never written."""
+    value: np.float32 = np.uint32(np.uint32(byte) << np.uint32(23)).view(np.float32)
+    return value
 
 
 # --- hyper-connections -------------------------------------------------------------------------------------------
@@ -379,10 +502,10 @@ def attend(
     rows_B1: Ints,
     positions_N: Ints,
     slots_B: Ints,
-    ring_SRK: Floats,
+    ring_SRK: Stored,
     window: int,
     ratio: int,
-    entries_SK: Floats,
+    entries_SK: Stored,
     per_span: int,
     tables_BX: Ints,
     picks_NP: Ints,
@@ -393,29 +516,33 @@ def attend(
     """Store the new rows in their rings, attend to the window, the entries and the sink, and rotate the result back.
 
     Sequence b has the rows from `rows[b]` to `rows[b + 1]`. If P is 0, a query attends to all entries that are
-    complete at its position (none if `ratio` is 0), otherwise to its first `counts` picks.
+    complete at its position (none if `ratio` is 0), otherwise to its first `counts` picks. Rows are read back from
+    where they are stored, so that all queries see the same bits.
     """
     num_heads, size = q_NHK.shape[1:]
+    rotary, rings, entries = turns_NR.shape[1], ring_SRK.reshape(-1), entries_SK.reshape(-1)
     ring, picking, most = ring_SRK.shape[1], picks_NP.shape[1] > 0, 0
     for n in range(rows_B1[0], rows_B1[-1]):
         seen = counts_N[n] if picking else ((positions_N[n] + 1) // ratio if ratio else 0)
         most = max(most, seen)
     scores = _lines(num_heads, -(-(window + most) // LINE) * LINE)
     near_SK, far_SK = _lines(window + QUERY_BLOCK, size), _lines(most, size)
+    no_scales = np.empty(0, np.float32)
     for b in range(slots_B.shape[0]):
-        window_SK, filled = ring_SRK[slots_B[b]], 0
+        slot, filled = slots_B[b] * ring, 0
         for low in range(rows_B1[b], rows_B1[b + 1], QUERY_BLOCK):
             high = min(low + QUERY_BLOCK, rows_B1[b + 1])
             for n in range(low, high):
-                _copy(kv_NK, n, window_SK, positions_N[n] % ring)
+                _store_row(kv_NK[n], rings, slot + positions_N[n] % ring, ring, rotary, no_scales)
             begin, end = max(0, positions_N[low] + 1 - window), positions_N[high - 1] + 1
             for position in range(begin, end):
-                _copy(window_SK, position % ring, near_SK, position - begin)
+                _load_row(rings, slot + position % ring, ring, rotary, near_SK, position - begin)
             if not picking:
                 count = end // ratio if ratio else 0
                 for entry in range(filled, count):
                     span = entry // per_span
-                    _copy(entries_SK, (tables_BX[b, span] - span) * per_span + entry, far_SK, entry)
+                    row = (tables_BX[b, span] - span) * per_span + entry
+                    _load_row(entries, row, per_span, rotary, far_SK, entry)
                 filled = count
             for n in range(low, high):
                 position = positions_N[n]
@@ -423,7 +550,8 @@ def attend(
                 if picking:
                     for s in range(count):
                         span = picks_NP[n, s] // per_span
-                        _copy(entries_SK, (tables_BX[b, span] - span) * per_span + picks_NP[n, s], far_SK, s)
+                        row = (tables_BX[b, span] - span) * per_span + picks_NP[n, s]
+                        _load_row(entries, row, per_span, rotary, far_SK, s)
                 near = near_SK[max(0, position + 1 - window) - begin : position + 1 - begin]
                 _score(q_NHK[n], near, scores, 0)
                 _score(q_NHK[n], far_SK[:count], scores, near.shape[0])
@@ -442,13 +570,6 @@ def attend(
                     for k in range(size):
                         out[k] = out[k] / total
                     _rotate(out, turns_NR[n], -_ONE)
-
-
-@strict
-def _copy(rows_SK: Floats, row: int, to_SK: Floats, place: int) -> None:
-    """Copy a row in a loop; assigning a slice would spend longer on checking shapes."""
-    for k in range(rows_SK.shape[1]):
-        to_SK[place, k] = rows_SK[row, k]
 
 
 @reduced
@@ -498,15 +619,16 @@ def compress(
     scores_SOX: Floats,
     tables_BX: Ints,
     per_span: int,
-    entries_SK: Floats,
+    entries_SK: Stored,
+    scales_S: Floats,
 ) -> None:
     """Store each token's open row (values from column `column` of `projected`, then scores), and pool every window
-    that it completes into an entry."""
+    that it completes into an entry. `scales` are those of index keys in bytes, else it is empty."""
     ratio, width = ape.shape
     kept, size = values_SOX.shape[1], norm_K.shape[0]
     series = width // size
     most, total, pooled = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    turn = np.empty(2 * frequencies.shape[0], np.float32)
+    turn, out, entries = np.empty(2 * frequencies.shape[0], np.float32), np.empty_like(pooled), entries_SK.reshape(-1)
     for b in range(slots_B.shape[0]):
         values, scores = values_SOX[slots_B[b]], scores_SOX[slots_B[b]]
         for n in range(rows_B1[b], rows_B1[b + 1]):
@@ -537,11 +659,12 @@ def compress(
                 pooled[k] /= total[k]
             scale = _inverse_rms(pooled, eps)
             entry = position // ratio
-            out = entries_SK[tables_BX[b, entry // per_span] * per_span + entry % per_span]
             for k in range(size):
                 out[k] = pooled[k] * scale * norm_K[k]
             _rotations_at(entry * ratio, frequencies, turn)
             _rotate(out, turn, _ONE)
+            row = tables_BX[b, entry // per_span] * per_span + entry % per_span
+            _store_row(out, entries, row, per_span, turn.shape[0], scales_S)
 
 
 # --- mixture of experts ------------------------------------------------------------------------------------------

@@ -28,7 +28,19 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, overload, register_model
 from numpy.typing import NDArray
 
-from agentkit_kernels.cpu.loops import _INFINITY, _MINUS_INFINITY, _ZERO, Floats, Halves, Ints, Ints32, _lines, strict
+from agentkit_kernels.cpu.loops import (
+    _INFINITY,
+    _MINUS_INFINITY,
+    _ZERO,
+    E4M3,
+    Floats,
+    Halves,
+    Ints,
+    Ints32,
+    Stored,
+    _lines,
+    strict,
+)
 
 LANES = 64 if binding.get_host_cpu_features().get("avx512f") else 16
 """Outputs per panel: four vector registers on AVX-512, NEON, and two on AVX2, where there are fewer registers."""
@@ -461,6 +473,24 @@ def _multiply_tile(
 # --- index scores ------------------------------------------------------------------------------------------------
 
 
+def _load_key(entries_SC: Stored, scales_S: Floats, row: int, tile: Floats, column: int) -> None:
+    """Write a key into a column of a tile, in float32."""
+    raise NotImplementedError("exists in kernels only, for each type of keys")
+
+
+@overload(_load_key, inline="always")
+def _load_key_as(entries_SC: Any, scales_S: Any, row: Any, tile: Any, column: Any) -> Any:
+    def as_it_is(entries_SC: Any, scales_S: Any, row: Any, tile: Any, column: Any) -> None:
+        for c in range(entries_SC.shape[1]):
+            tile[c, column] = entries_SC[row, c]
+
+    def from_codes(entries_SC: Any, scales_S: Any, row: Any, tile: Any, column: Any) -> None:
+        for c in range(entries_SC.shape[1]):
+            tile[c, column] = E4M3[entries_SC[row, c]] * scales_S[row]
+
+    return as_it_is if isinstance(entries_SC.dtype, types.Float) else from_codes
+
+
 @strict
 def choose(
     q_NJC: Floats,
@@ -469,7 +499,8 @@ def choose(
     visible_N: Ints,
     tables_BX: Ints,
     per_span: int,
-    entries_SC: Floats,
+    entries_SC: Stored,
+    scales_S: Floats,
     top_k: int,
     first: int,
     last: int,
@@ -480,7 +511,7 @@ def choose(
 
     The score of an entry is sum_j weight_j * relu(q_j · key). Scores above the lowest of a query's candidates are
     appended to these, which are cut to the best `top_k` when there are twice as many. `picks` needs room for
-    `2 * top_k + LANES` columns.
+    `2 * top_k + LANES` columns. `scales` are those of keys in bytes.
     """
     num_heads, size = q_NJC.shape[1:]
     tile, dots, scores = _lines(size, LANES), _lines(num_heads, LANES), np.empty(LANES, np.float32)
@@ -500,8 +531,7 @@ def choose(
         for entry in range(0, visible_N[high - 1], LANES):
             for s in range(entry, min(entry + LANES, visible_N[high - 1])):
                 row = tables_BX[b, s // per_span] * per_span + s % per_span
-                for c in range(size):
-                    tile[c, s - entry] = entries_SC[row, c]
+                _load_key(entries_SC, scales_S, row, tile, s - entry)
             for n in range(low, high):
                 seen = min(LANES, visible_N[n] - entry)
                 if seen <= 0:

@@ -17,9 +17,8 @@ from torch import Tensor
 from agentkit_kernels.gpu.bench import Bench, Peer
 from agentkit_kernels.gpu.record import Goal, Measurement, Unit
 from agentkit_kernels.ops import QUERY_BLOCK
-from agentkit_kernels.reference.quantize import load_kv_rows, store_kv_rows
+from agentkit_kernels.reference.quantize import kv_row_bytes, load_kv_rows, store_kv_rows
 from agentkit_kernels.triton.attention import attend
-from agentkit_kernels.triton.quantize import kv_row_bytes
 
 SPAN = 256
 """Tokens of a span."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from agentkit_kernels.gpu.bench import Bench, Peer
 from agentkit_kernels.gpu.record import Goal, Measurement
 from agentkit_kernels.ops import Compressor
+from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.reference.rope import rotations_at
 from agentkit_kernels.triton.compressor import compress
-from agentkit_kernels.triton.quantize import kv_row_bytes
 
 SPAN = 256
 RATIOS = {"CSA": 4, "HCA": 128}

@@ -137,7 +137,7 @@ def _compressor(bench: Bench) -> Found:
             made += [pools(zeros(spans + 1, per_span, size, dtype=torch.uint8))]
             options += [{"key_scales": zeros(spans + 1, per_span), "hadamard": True}]
         else:
-            made += [pools(zeros(spans + 1, per_span, quantize.kv_row_bytes(size, rotary), dtype=torch.uint8))]
+            made += [pools(zeros(spans + 1, per_span, quantize_twin.kv_row_bytes(size, rotary), dtype=torch.uint8))]
             options += [{}]
         for start, length in ((0, first), (first, second)):
             part = rows[start : start + length]
@@ -312,7 +312,7 @@ def _quantize(bench: Bench) -> Found:
     yield "int8 decoded", decoded, quantize_twin.dequantise_int8(*eight, dtype=torch.float32), EXACT
     head, rotary = bench.shapes.head_dim, bench.shapes.qk_rope_head_dim
     kv, slots = bench.floats(rows, head), bench.ints([3, -1, 130, 0, 65])
-    pages = torch.zeros(3, 64, quantize.kv_row_bytes(head, rotary), dtype=torch.uint8, device=bench.device)
+    pages = torch.zeros(3, 64, quantize_twin.kv_row_bytes(head, rotary), dtype=torch.uint8, device=bench.device)
     twin = torch.zeros_like(pages)
     quantize.store_kv_rows(kv, slots, pages, rotary=rotary)
     quantize_twin.store_kv_rows(kv, slots, twin, rotary=rotary)

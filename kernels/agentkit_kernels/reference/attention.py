@@ -71,14 +71,14 @@ def attend(
         q_BTHK, kv_BTK = group.take(q), group.take(kv)
         base = max(0, group.start // QUERY_BLOCK * QUERY_BLOCK - reach)
         older = state.window(group, torch.arange(base, group.start, device=kv.device), kv)
-        rows_BSK = F.pad(torch.cat((older, kv_BTK), dim=1), (0, 0, 0, -group.end % QUERY_BLOCK))
+        rows_BSK = F.pad(torch.cat((older, state.as_stored(kv_BTK)), dim=1), (0, 0, 0, -group.end % QUERY_BLOCK))
         for block in group.blocks:
             low = max(0, block.end - QUERY_BLOCK - reach)
             ages = block.positions[:, None] - torch.arange(low, block.end, device=kv.device)
             seen = visible = ((ages >= 0) & (ages < window))[None]
             rows = rows_BSK[:, low - base : block.end - base]
             if ratio and (count := block.end // ratio):
-                rows = torch.cat((rows, state.entries(group, "", count)), dim=1)
+                rows = torch.cat((rows, state.entries(group, "", count, kv.shape[-1])), dim=1)
                 entries = (torch.arange(count, device=kv.device) < (block.positions[:, None] + 1) // ratio)[None]
                 chosen = topk.chosen[number] if topk is not None else None
                 visible, seen = _join(seen, entries), _join(seen, entries if chosen is None else chosen)

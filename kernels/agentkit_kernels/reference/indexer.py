@@ -72,7 +72,7 @@ def index_topk(
                 result.chosen.append(None)
                 result.traces.append(None)
                 continue
-            keys_BSC = state.entries(group, "index_", block.end // ratio)
+            keys_BSC = state.entries(group, "index_", block.end // ratio, index_q.shape[-1])
             scores_BUS = index_scores(q_BTJC[:, block.tokens], keys_BSC, weights_BTJ[:, block.tokens])
             visible_US = (
                 torch.arange(keys_BSC.shape[1], device=keys_BSC.device) < (block.positions[:, None] + 1) // ratio

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 E4M3_MAX, E2M1_MAX, INT8_MAX = 448.0, 6.0, 127.0
-FP4_GROUP, KV_GROUP, KV_SCALES = 32, 64, 8
+FP4_GROUP, KV_GROUP = 32, 64
+KV_SCALES = 8
+"""Scale bytes of a key-value row; those without a group are 0."""
 ACTIVATION_FLOOR = 1e-4
+"""The least amax of a group of activations in the DeepSeek-V4 reference."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
@@ -114,6 +117,30 @@ def quantise_int8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise_int8(codes_NK: Tensor, scales_N: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Return [N, K] from the results of `quantise_int8`."""
     return (codes_NK.float() * scales_N[:, None]).to(dtype)
+
+
+def quantise_keys(keys_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return E4M3 codes of index keys, uint8 [N, C], and a float32 scale per key, a power of two [N, 1]."""
+    codes, scales = quantise_fp8(keys_NC, group=keys_NC.shape[1])
+    return codes, decode_scale(scales)
+
+
+def kv_row_bytes(size: int, rotary: int) -> int:
+    """Return the bytes of a key-value row of `size` columns, of which the last `rotary` stay bfloat16.
+
+    Raises:
+        ValueError: The other columns are not 1 to 8 groups of 64.
+    """
+    plain = size - rotary
+    if plain % KV_GROUP or not 0 < plain <= KV_GROUP * KV_SCALES:
+        raise ValueError(f"a key-value row needs 1 to {KV_SCALES} groups of {KV_GROUP} columns, got {plain} columns")
+    return plain + 2 * rotary + KV_SCALES
+
+
+def round_kv_rows(rows_NK: Tensor, *, rotary: int) -> Tensor:
+    """Return rows [N, K] as `load_kv_rows` returns them after `store_kv_rows`, float32."""
+    plain = dequantise_fp8(*quantise_fp8(rows_NK[:, :-rotary], group=KV_GROUP), group=KV_GROUP, dtype=torch.float32)
+    return torch.cat((plain, rows_NK[:, -rotary:].bfloat16().float()), 1)
 
 
 def store_kv_rows(rows_NK: Tensor, slots_N: Tensor, pages: Tensor, *, rotary: int) -> None:

@@ -42,9 +42,9 @@ from torch import Tensor
 
 from agentkit_kernels.calls import Call, Make, Shapes
 from agentkit_kernels.ops import QUERY_BLOCK
+from agentkit_kernels.reference.quantize import KV_GROUP, KV_SCALES, kv_row_bytes
 from agentkit_kernels.triton.formats import e4m3_to_float
 from agentkit_kernels.triton.launch import INTERPRET, launch
-from agentkit_kernels.triton.quantize import KV_GROUP, KV_SCALES, kv_row_bytes
 
 SPLIT = 128
 """Keys per split."""

@@ -16,12 +16,13 @@ from torch import Tensor
 from agentkit_kernels.ops import Compressor, Heads, HyperConnection, HyperHead, Plan, Router
 from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows, in_memory
 from agentkit_kernels.reference import host_zeros
+from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.trace import Trace
 from agentkit_kernels.triton import attention, compressor, experts, hyper_connections, indexer, linear, rope, router
 from agentkit_kernels.triton.launch import INTERPRET
 from agentkit_kernels.triton.norm import rms_norm
 from agentkit_kernels.triton.qkv import qkv
-from agentkit_kernels.triton.quantize import kv_row_bytes, store_kv_rows
+from agentkit_kernels.triton.quantize import store_kv_rows
 from agentkit_kernels.triton.swiglu import swiglu
 
 DECODING = 32
@@ -275,7 +276,7 @@ class Triton:
         values, scores, entries = (state[parameters.prefix + name] for name in ("values", "scores", "entries"))
         compressor.compress(
             projected, parameters, batch.cu_seqlens, batch.starts, batch.slots, batch.block_tables, batch.longest,
-            values, scores, entries,
+            values, scores, entries, key_scales=_key_scales(state) if parameters.prefix else None,
         )  # fmt: skip
 
     def index_topk(
@@ -283,7 +284,7 @@ class Triton:
     ) -> TopK:
         return indexer.index_topk(
             index_q, index_weights, batch.positions, batch.sequences, batch.block_tables, state["index_entries"],
-            ratio=ratio, top_k=top_k,
+            _key_scales(state), ratio=ratio, top_k=top_k,
         )  # fmt: skip
 
     def attend(
@@ -348,6 +349,11 @@ def _grouped(matrix: Matrix, groups: int) -> Matrix:
         return matrix.view(groups, outputs, -1)
     scale = torch.stack([matrix.rows(first, first + outputs).scale for first in range(0, matrix.shape[0], outputs)])
     return Packed(matrix.format, matrix.data.view(groups, outputs, -1), scale, (groups, outputs, matrix.shape[1]))
+
+
+def _key_scales(state: State) -> Tensor | None:
+    """Return the scales of index keys in FP8, [spans, entries per span]; None if they are floats."""
+    return state["index_scales"][..., 0] if "index_scales" in state else None
 
 
 def _as_rows_of(pool: Tensor, kv: Tensor, rotary: int) -> Tensor:

@@ -36,12 +36,12 @@ from torch import Tensor
 
 from agentkit_kernels.calls import Call, Make, Shapes
 from agentkit_kernels.ops import Compressor
+from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.triton.launch import launch
 from agentkit_kernels.triton.quantize import (
     encode_e4m3,
     hadamard,
     inverse_scale,
-    kv_row_bytes,
     scale_byte,
     store_kv_row,
 )

@@ -28,13 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.reference.quantize import ACTIVATION_FLOOR, FP4_GROUP, kv_row_bytes
 from agentkit_kernels.triton.launch import launch
 
-FP8_GROUP, FP4_GROUP, KV_GROUP = 128, 32, 64
-KV_SCALES = 8
-"""Scale bytes of a key-value row; those without a group are 0."""
-ACTIVATION_FLOOR = 1e-4
-"""The least amax of a group of activations in the DeepSeek-V4 reference."""
+FP8_GROUP = 128
 _COLUMNS = 4096
 """Columns of one program."""
 
@@ -376,18 +373,6 @@ def _load_kv_rows(
     scale = tl.load(page_ptr + ROWS * data + slot % ROWS * 8 + column // 64, mask=column < plain, other=0)
     x = tl.where(column < plain, decode_e4m3(code) * decode_e8m0(scale), rotary.to(tl.float32))
     tl.store(rows_ptr + n * SIZE + column, x, mask=column < SIZE)
-
-
-def kv_row_bytes(size: int, rotary: int) -> int:
-    """Return the bytes of a key-value row of `size` columns, of which the last `rotary` stay bfloat16.
-
-    Raises:
-        ValueError: The other columns are not 1 to 8 groups of 64.
-    """
-    plain = size - rotary
-    if plain % KV_GROUP or not 0 < plain <= KV_GROUP * KV_SCALES:
-        raise ValueError(f"a key-value row needs 1 to {KV_SCALES} groups of {KV_GROUP} columns, got {plain} columns")
-    return plain + 2 * rotary + KV_SCALES
 
 
 def store_kv_rows(rows_NK: Tensor, slots_N: Tensor, pages: Tensor, *, rotary: int) -> None:

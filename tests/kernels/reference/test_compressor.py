@@ -75,6 +75,6 @@ def test_sequences_of_a_batch_have_the_entries_of_each_alone(ratio: int, overlap
     projected = rand(2 * LENGTH, COLUMN + 2 * compressor.ape.shape[1], seed=3)
     batch, state = Batch(Plan([0] * 2 * LENGTH, [LENGTH] * 2, [0, 0]), torch.device("cpu")), FreshState()
     compress(pad_rows(projected), compressor, batch, state)
-    entries = state.entries(batch.groups[0], "index_", LENGTH // ratio)
+    entries = state.entries(batch.groups[0], "index_", LENGTH // ratio, SIZE)
     for found, rows in zip(entries, torch.split(projected, LENGTH), strict=True):
         torch.testing.assert_close(found, expected_entries(rows, compressor), atol=1e-5, rtol=1e-5)

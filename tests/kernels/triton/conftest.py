@@ -39,10 +39,11 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def small_decoder() -> Callable[..., Decoder]:
-    """Return a function that makes a small random decoder of layers with the given compression ratios."""
+    """Return a function that makes a small random decoder of layers with the given compression ratios; `sizes` replace
+    those of `CONFIG`."""
 
-    def make(*ratios: int, mtp: bool = False) -> Decoder:
-        layers = {"num_hidden_layers": len(ratios), "compress_ratios": [*ratios, *[0] * mtp]}
+    def make(*ratios: int, mtp: bool = False, **sizes: int) -> Decoder:
+        layers = {"num_hidden_layers": len(ratios), "compress_ratios": [*ratios, *[0] * mtp], **sizes}
         spec = ModelSpec.from_config({**CONFIG, **layers, "num_nextn_predict_layers": int(mtp)})
         decoder = Decoder(spec).eval()
         generator = torch.Generator().manual_seed(0)

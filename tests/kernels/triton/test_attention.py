@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from agentkit_kernels.reference.quantize import load_kv_rows, store_kv_rows
+from agentkit_kernels.reference.quantize import kv_row_bytes, load_kv_rows, store_kv_rows
 from agentkit_kernels.triton.attention import SPLIT, attend
-from agentkit_kernels.triton.quantize import kv_row_bytes
 
 NAN = float("nan")
 

@@ -15,10 +15,11 @@ from agentkit_kernels.ops import Compressor, Plan
 from agentkit_kernels.reference import quantize
 from agentkit_kernels.reference.batch import Batch
 from agentkit_kernels.reference.compressor import compress as reference
+from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.reference.state import PooledState
 from agentkit_kernels.triton.compressor import compress
 from agentkit_kernels.triton.launch import LAUNCHES
-from agentkit_kernels.triton.quantize import kv_row_bytes, load_kv_rows
+from agentkit_kernels.triton.quantize import load_kv_rows
 
 SPAN = 256
 COLUMN = 5

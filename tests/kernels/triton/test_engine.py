@@ -35,9 +35,9 @@ MakeFolder = Callable[..., Path]
 def make_folder(tmp_path_factory: pytest.TempPathFactory, small_decoder: Callable[..., Any]) -> MakeFolder:
     """Export a random model of the given compression ratios."""
 
-    def make(format: Format, *ratios: int, mtp: bool = False) -> Path:
+    def make(format: Format, *ratios: int, mtp: bool = False, **sizes: int) -> Path:
         folder = tmp_path_factory.mktemp("model")
-        export_checkpoint(small_decoder(*ratios, mtp=mtp), folder, format=format)
+        export_checkpoint(small_decoder(*ratios, mtp=mtp, **sizes), folder, format=format)
         return folder
 
     return make
@@ -69,6 +69,21 @@ def test_entries_of_hca_give_the_logits_of_the_reference(make_folder: MakeFolder
     text = some_ids(131)
     found = Engine.load(folder, backend="triton").logits(text)
     assert_close(found, Engine.load(folder, backend="reference").logits(text), FLOAT32)
+
+
+def test_rows_in_fp8_stay_near_the_reference_in_any_chunks(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter truncates to bfloat16 where the reference rounds."""
+    folder = make_folder("official", 4, head_dim=72)
+    triton = Engine.load(folder, backend="triton", kv_cache_dtype="fp8")
+    reference = Engine.load(folder, backend="reference", kv_cache_dtype="fp8")
+    text = some_ids(9)
+    whole = triton.logits(text)
+    assert_close(whole, reference.logits(text), BFLOAT16)
+    assert not torch.equal(whole, Engine.load(folder, backend="triton").logits(text))
+    monkeypatch.setattr("agentkit_kernels.triton.backend.DECODING", 2)  # larger chunks are prefilled
+    assert torch.equal(triton.scheduler.logits(text, chunk=4), whole)
 
 
 def test_a_gpu_holds_bfloat16_where_it_is_exact(make_folder: MakeFolder) -> None:

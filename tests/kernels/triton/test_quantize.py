@@ -134,7 +134,7 @@ def test_the_twins_round_to_the_nearest_code() -> None:
 def test_key_value_rows_have_the_bytes_of_the_twin(size: int, rotary: int, per_page: int) -> None:
     x = rows(6, size).bfloat16()
     slots = torch.tensor([7, 3, -1, 0, 11, 4])
-    shape = (12, per_page, triton.kv_row_bytes(size, rotary))
+    shape = (12, per_page, reference.kv_row_bytes(size, rotary))
     assert size != 512 or shape[2] == 584
     actual, expected = torch.full(shape, 0xAB, dtype=torch.uint8), torch.full(shape, 0xAB, dtype=torch.uint8)
     triton.store_kv_rows(within(x), slots, actual, rotary=rotary)
@@ -148,7 +148,7 @@ def test_key_value_rows_have_the_bytes_of_the_twin(size: int, rotary: int, per_p
 
 def test_key_value_pages_lie_beyond_32_bits() -> None:
     size, rotary, stride = 96, 32, 1 << 30
-    row = triton.kv_row_bytes(size, rotary)
+    row = reference.kv_row_bytes(size, rotary)
     memory = torch.frombuffer(mmap.mmap(-1, 3 * stride + row), dtype=torch.uint8)
     pages = memory.as_strided((4, 1, row), (stride, row, 1))
     x = rows(1, size)
@@ -170,7 +170,7 @@ def test_shapes_that_a_format_lacks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"multiple of 32 columns, got shape \(2, 40\)"):
         triton.quantise_fp4(torch.zeros(2, 40))
     with pytest.raises(ValueError, match="1 to 8 groups of 64 columns, got 32 columns"):
-        triton.kv_row_bytes(64, 32)
+        reference.kv_row_bytes(64, 32)
     with pytest.raises(ValueError, match=r"uint8 \[pages, rows, 136\], got torch.uint8 \(1, 2, 584\)"):
         triton.store_kv_rows(
             torch.zeros(1, 96), torch.tensor([0]), torch.zeros(1, 2, 584, dtype=torch.uint8), rotary=32
