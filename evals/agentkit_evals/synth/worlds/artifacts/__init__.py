@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from agentkit_evals.synth.worlds.artifacts.code import draw_module
 from agentkit_evals.synth.worlds.artifacts.settings import draw_settings
 from agentkit_evals.synth.worlds.artifacts.texts import draw_agenda, draw_mail, draw_note
 from agentkit_evals.synth.worlds.draw import Draw
@@ -14,5 +15,6 @@ ARTIFACTS: dict[Callable[[Draw], Artifact], float] = {
     draw_note: 3,
     draw_mail: 1.5,
     draw_agenda: 1,
+    draw_module: 1.5,
 }
 """Each kind's share of a world's files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from agentkit_evals.synth.worlds.operations.ask_text import AskAgenda, AskMail, AskNote, ReadSeveral
 from agentkit_evals.synth.worlds.operations.call_function import CallFunction, CallTwice, NoFunction
 from agentkit_evals.synth.worlds.operations.change_setting import ChangeSetting
+from agentkit_evals.synth.worlds.operations.code import FixBug, RenameIdentifier, RunScript
 from agentkit_evals.synth.worlds.operations.files import (
     AppendLine,
     CountFiles,
@@ -16,14 +17,20 @@ from agentkit_evals.synth.worlds.operations.files import (
     Recover,
 )
 from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
+from agentkit_evals.synth.worlds.operations.several import FollowFile, TwoRequests
 from agentkit_evals.synth.worlds.operations.talk import Compute, Recall, Repeat, SmallTalk
 from agentkit_evals.synth.worlds.task import Operation
 
+SIMPLE: tuple[Operation, ...] = (
+    *(ReadSetting(), ChangeSetting(), AskNote(), AskMail(), AskAgenda(), CountFiles(), FindText(), CreateFile()),
+    *(MoveFile(), AppendLine(), Compute(), RunScript()),
+)
+"""Operations that two requests in one, or a file with a request, may contain."""
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        *(ReadSetting(), ChangeSetting(), AskNote(), AskMail(), AskAgenda(), ReadSeveral()),
-        *(ListFiles(), CountFiles(), FindText(), CreateFile(), MoveFile(), AppendLine(), Recover(), Missing()),
-        *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk(), Compute()),
+        *(*SIMPLE, ReadSeveral(), ListFiles(), Recover(), Missing(), FixBug(), RenameIdentifier()),
+        *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
+        *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk()),
     )
 }
