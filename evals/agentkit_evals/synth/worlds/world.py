@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from agentkit_evals.synth.family import Split
@@ -37,6 +37,11 @@ class World:
     @property
     def files(self) -> Mapping[str, str]:
         return {artifact.path: artifact.text for artifact in self.artifacts}
+
+    def with_files(self, files: Mapping[str, str]) -> World:
+        """Return the world with more files, or other contents of some; no task is drawn about them."""
+        kept = (artifact for artifact in self.artifacts if artifact.path not in files)
+        return replace(self, artifacts=(*kept, *(Artifact(path, text) for path, text in files.items())))
 
     def all(self, kind: type[A]) -> list[A]:
         """Return the artifacts of one class."""

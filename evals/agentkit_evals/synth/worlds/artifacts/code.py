@@ -13,7 +13,7 @@ from agentkit_evals.synth.worlds.world import Artifact
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A function of one line: `doc` and `body` with parameters `{0}` and `{1}`; `right` or `wrong` fills the hole `@`."""
+    """One line of a function: `doc` and `body` with parameters `{0}` and `{1}`; `right` or `wrong` fills `@`."""
 
     doc: str
     body: str

@@ -35,11 +35,11 @@ class TwoRequests(Operation):
         self.operations = operations
 
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        drafts = [_part(draw, world, draw.choice(self.operations)) for _ in range(2)]
-        first, second = drafts
-        if first is None or second is None or first.instruction == second.instruction:
+        first = _part(draw, world, draw.choice(self.operations))
+        if first is None or first.verifier:  # only the second may change files
             return None
-        if {*first.files} & {*second.files} or {*first.verifier_files} & {*second.verifier_files} - {"same_files.py"}:
+        second = _part(draw, world.with_files(first.files), draw.choice(self.operations))
+        if second is None or second.files or first.instruction == second.instruction:
             return None
         one, other = _sentence(first.instruction), _sentence(second.instruction)
         return Draft(
@@ -48,11 +48,11 @@ class TwoRequests(Operation):
             ),
             steps=chained(first.steps, second.steps),
             answer="\n".join(filter(None, (first.answer, second.answer))),
-            verifier=" && ".join(dict.fromkeys(filter(None, (first.verifier, second.verifier)))),
+            verifier=second.verifier,
             solution="\n".join(filter(None, (first.solution, second.solution))),
             about=[*first.about, *second.about],
-            files={**first.files, **second.files},
-            verifier_files={**first.verifier_files, **second.verifier_files},
+            files=first.files,
+            verifier_files=second.verifier_files,
             difficulty=first.difficulty + second.difficulty,
         )
 
@@ -77,9 +77,11 @@ class FollowFile(Operation):
         self.operations = operations
 
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        inner = _part(draw, world, draw.choice(self.operations))
         path = draw.path(draw.choice(("txt", "md")), depth=draw.choice((0, 0, 1)))
-        if inner is None or path in world.files or path in inner.files or path.split("/")[0] in world.files:
+        if path in world.files or path.split("/")[0] in world.files:
+            return None
+        inner = _part(draw, world.with_files({path: ""}), draw.choice(self.operations))
+        if inner is None or path in inner.files:
             return None
         files: Mapping[str, str] = {**inner.files, path: f"{inner.instruction}\n"}
         return Draft(

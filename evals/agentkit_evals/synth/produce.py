@@ -1,0 +1,298 @@
+"""`agentkit synth --environments N --instructions M`: instructions over generated worlds, checked by execution.
+
+Worlds are divided into shards, and processes work on one shard at a time: they draw tasks, run each oracle and its
+verifier, and write the shard's file when it is complete. A stopped run continues with the shards that are missing. Then
+near-duplicates and too frequent forms are removed from all shards at once, and the card is written.
+
+OUT/shards/*.jsonl       what was drawn and checked
+OUT/train.jsonl, heldout.jsonl, worlds.jsonl, card.json
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from agentkit.messages import to_openai_all
+from agentkit.thinking import Thinking
+from agentkit_evals.errors import EvalError
+from agentkit_evals.synth.bench import Bench, turns
+from agentkit_evals.synth.family import Split, SynthTask
+from agentkit_evals.synth.worlds import vocabulary
+from agentkit_evals.synth.worlds.operations import OPERATIONS
+from agentkit_evals.synth.worlds.task import masked
+from agentkit_evals.synth.worlds.world import draw_world
+from agentkit_evals.verify import Backend
+
+HELD_OUT_WORLDS = 10  # one world in ten is held out
+IDLE = 10  # one task in ten is also run by an agent that does nothing
+LARGEST_SHARE = 0.001  # of all instructions, that one masked form may have
+SPARE = 1.15  # tasks drawn for each that is asked for, because duplicates are removed
+SIMILAR = 0.9  # Jaccard similarity of the word pairs of two instructions, from which they count as duplicates
+THINKING: tuple[Thinking, ...] = ("auto",) * 8 + ("always", "never")
+WEIGHTS: dict[str, float] = {
+    "call_function": 6, "call_twice": 1.5, "no_function": 1, "small_talk": 0.05, "two_requests": 2, "missing": 1.5,
+}  # fmt: skip
+"""Shares of operations among the instructions; 1 for all others."""
+
+
+class SynthError(EvalError):
+    """A run cannot start or continue. The message says why, and how to continue it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run; the same plan gives the same instructions on every machine.
+
+    Attributes:
+        environments: Worlds.
+        instructions: Instructions after deduplication.
+        seed: Seed of everything that is drawn.
+        worlds_per_shard: Worlds in one file.
+        backend: The sandbox that oracles and verifiers run in.
+    """
+
+    environments: int
+    instructions: int
+    seed: int = 0
+    worlds_per_shard: int = 20
+    backend: Backend = "process"
+
+    def __post_init__(self) -> None:
+        if self.environments < 1 or self.instructions < 1:
+            raise SynthError(
+                f"--environments {self.environments} --instructions {self.instructions}: both must be at least 1"
+            )
+
+    @property
+    def shards(self) -> int:
+        return -(-self.environments // self.worlds_per_shard)
+
+    def worlds(self, shard: int) -> Iterator[tuple[int, Split]]:
+        """Yield the worlds of a shard with their splits."""
+        first = shard * self.worlds_per_shard
+        for index in range(first, min(first + self.worlds_per_shard, self.environments)):
+            world = self.seed * 1_000_000 + index
+            yield world, "heldout" if index % HELD_OUT_WORLDS == HELD_OUT_WORLDS - 1 else "train"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A finished shard: how many are finished, of how many, with how many instructions so far."""
+
+    finished: int
+    shards: int
+    instructions: int
+    seconds: float
+
+
+def produce(plan: Plan, out: Path, *, workers: int = 2, listener: Callable[[Progress], None] = lambda _: None) -> Path:
+    """Make all instructions of a plan, or those that are missing, and return the path of the card.
+
+    Raises:
+        SynthError: OUT holds another run, the disk is full, or the sandbox cannot be opened.
+        OracleError: an oracle does not solve its task, or doing nothing does.
+    """
+    started = time.perf_counter()
+    try:
+        folder = _claim(plan, out)
+        missing = [shard for shard in range(plan.shards) if not _shard_path(folder, shard).exists()]
+        count = sum(_lines(path) for path in folder.glob("*.jsonl"))
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            jobs = {pool.submit(_run_shard, plan, shard, folder) for shard in missing}
+            try:
+                for finished, job in enumerate(as_completed(jobs), plan.shards - len(missing) + 1):
+                    count += job.result()
+                    listener(Progress(finished, plan.shards, count, time.perf_counter() - started))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return _finish(plan, out, folder, seconds=time.perf_counter() - started)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SynthError(f"the disk of {out} is full; free some space and repeat the command: it continues") from error
+
+
+def _claim(plan: Plan, out: Path) -> Path:
+    """Create the folders of a run, or check that they hold this run."""
+    folder = out / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = out / "plan.json"
+    wanted = {**asdict(plan), "packages": vocabulary.versions()}
+    if path.exists():
+        if (found := json.loads(path.read_text())) != wanted:
+            raise SynthError(f"{out} holds another run: {found}, not {wanted}; choose another --out")
+    else:
+        _write(path, [json.dumps(wanted)])
+    return folder
+
+
+def _run_shard(plan: Plan, shard: int, folder: Path) -> int:
+    """Draw and check the tasks of a shard, write its file, and return how many there are."""
+    return anyio.run(functools.partial(_checked, plan, shard, folder))
+
+
+async def _checked(plan: Plan, shard: int, folder: Path) -> int:
+    rows: list[str] = []
+    async with Bench(plan.backend) as bench:
+        for number, (synth, world) in enumerate(draw_tasks(plan, shard)):
+            thinking = THINKING[number % len(THINKING)]
+            messages, answer = await bench.solve(synth, thinking=thinking)
+            if number % IDLE == 0:
+                await bench.check_idle(synth)
+            task = synth.task
+            rows.append(
+                json.dumps(
+                    {
+                        "id": task.id,
+                        "operation": synth.family,
+                        "world": world,
+                        "instruction": task.instruction,
+                        "form": masked(task.instruction, synth.names),
+                        "signature": synth.signature,
+                        "difficulty": task.metadata["difficulty"],
+                        "turns": turns(messages),
+                        "tools": [tool.name for tool in task.build_tools()],
+                        "answer": answer,
+                        "idle_checked": number % IDLE == 0,
+                        "messages": to_openai_all(messages),
+                        "task": task.model_dump(
+                            mode="json", exclude={"environment", "metadata"}, exclude_defaults=True
+                        ),
+                        "files": {
+                            path: text
+                            for path, text in task.environment.files.items()
+                            if draw_world(world, _split(task.id)).files.get(path) != text
+                        },
+                    },
+                    ensure_ascii=False,
+                )
+            )
+    _write(_shard_path(folder, shard), rows)
+    return len(rows)
+
+
+def draw_tasks(plan: Plan, shard: int) -> Iterator[tuple[SynthTask, int]]:
+    """Draw the tasks of a shard, each with its world; no instruction occurs twice."""
+    seen: set[str] = set()
+    per_world = -(-int(plan.instructions * SPARE) // plan.environments)
+    weights = [WEIGHTS.get(name, 1.0) for name in OPERATIONS]
+    for world, split in plan.worlds(shard):
+        rng = random.Random(f"{plan.seed}/{world}")
+        made = 0
+        for seed in range(3 * per_world):  # some worlds have nothing for some operations
+            (name,) = rng.choices(list(OPERATIONS), weights)
+            synth = OPERATIONS[name].sample(world, seed, split)
+            if synth is not None and synth.task.instruction not in seen:
+                seen.add(synth.task.instruction)
+                made += 1
+                yield synth, world
+            if made == per_world:
+                break
+
+
+def _finish(plan: Plan, out: Path, folder: Path, *, seconds: float) -> Path:
+    """Remove duplicates from all shards, and write the instructions by split, the worlds and the card."""
+    rows = list(distinct(_read(folder), limit=max(1, int(plan.instructions * LARGEST_SHARE))))[: plan.instructions]
+    splits: dict[Split, list[dict[str, Any]]] = {"train": [], "heldout": []}
+    for row in rows:
+        splits[_split(row["id"])].append(row)
+    for split, found in splits.items():
+        _write(out / f"{split}.jsonl", (json.dumps(row, ensure_ascii=False) for row in found))
+    worlds = {row["world"]: _split(row["id"]) for row in rows}
+    drawn = ((world, split, draw_world(world, split)) for world, split in sorted(worlds.items()))
+    _write(
+        out / "worlds.jsonl",
+        (json.dumps({"world": w, "split": s, "files": dict(one.files)}, ensure_ascii=False) for w, s, one in drawn),
+    )
+    forms = Counter(row["form"] for row in rows)
+    card = {
+        "plan": asdict(plan),
+        "instructions": len(rows),
+        "environments": len(worlds),
+        "drawn": sum(_lines(path) for path in folder.glob("*.jsonl")),
+        "forms": len(forms),
+        "largest_share_of_a_form": round(max(forms.values()) / len(rows), 6),
+        "share_solved_by_the_oracle": 1.0,
+        "share_checked_with_an_idle_agent": round(sum(row["idle_checked"] for row in rows) / len(rows), 4),
+        "splits": {split: len(found) for split, found in splits.items()},
+        "operations": dict(Counter(row["operation"] for row in rows).most_common()),
+        "difficulty": dict(sorted(Counter(row["difficulty"] for row in rows).items())),
+        "turns": dict(sorted(Counter(row["turns"] for row in rows).items())),
+        "tools": dict(Counter(name for row in rows for name in row["tools"] if name in _BUILTIN).most_common()),
+        "characters": _quantiles([len(row["instruction"]) for row in rows]),
+        "packages": {name: [number, vocabulary.PACKAGES[name]] for name, number in vocabulary.versions().items()},
+        "seconds": round(seconds, 1),
+    }
+    _write(out / "card.json", [json.dumps(card, indent=1)])
+    return out / "card.json"
+
+
+_BUILTIN = frozenset(("bash", "read_file", "write_file", "edit_file", "list_dir", "search", "python", "submit"))
+
+
+def distinct(rows: Iterable[dict[str, Any]], *, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield rows without near-duplicates, and at most `limit` rows of one masked form.
+
+    Near-duplicates are instructions over one world whose pairs of words are nearly the same.
+    """
+    forms: Counter[str] = Counter()
+    kept: dict[int, list[frozenset[tuple[str, ...]]]] = {}
+    for row in rows:
+        words = row["instruction"].split()
+        pairs = frozenset(pairwise(words)) or frozenset([tuple(words)])
+        others = kept.setdefault(row["world"], [])
+        if forms[row["form"]] >= limit or any(len(pairs & one) >= SIMILAR * len(pairs | one) for one in others):
+            continue
+        forms[row["form"]] += 1
+        others.append(pairs)
+        yield row
+
+
+def _read(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Write a file that is either complete or absent."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05}.jsonl"
+
+
+def _split(task_id: str) -> Split:
+    return "heldout" if "-heldout-" in task_id else "train"
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _quantiles(values: list[int]) -> dict[str, int]:
+    ordered = sorted(values)
+    return {f"p{percent}": ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] for percent in (5, 50, 95)}

@@ -1,0 +1,132 @@
+"""Runs of `agentkit synth`: the same instructions again, continued after a stop, without duplicates, checked."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentkit_evals.synth import SynthTask
+from agentkit_evals.synth import produce as module
+from agentkit_evals.synth.bench import Bench
+from agentkit_evals.synth.generate import OracleError
+from agentkit_evals.synth.produce import Plan, Progress, SynthError, distinct, produce
+from agentkit_evals.synth.worlds.operations import OPERATIONS
+
+PLAN = Plan(environments=4, instructions=24, seed=3, worlds_per_shard=2, backend="unsafe-local")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("synth")
+    produce(PLAN, out, workers=1)
+    return out
+
+
+def contents(out: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in out.glob("*.jsonl")}
+
+
+def test_a_run_has_the_instructions_asked_for_and_a_card(made: Path) -> None:
+    card = json.loads((made / "card.json").read_text())
+    rows = [
+        json.loads(line) for name in ("train", "heldout") for line in (made / f"{name}.jsonl").read_text().splitlines()
+    ]
+    assert card["instructions"] == len(rows) == 24
+    assert card["environments"] == len({row["world"] for row in rows}) <= 4
+    assert sum(card["operations"].values()) == 24 and card["share_checked_with_an_idle_agent"] > 0
+    assert len({row["instruction"] for row in rows}) == 24
+    worlds = {row["world"]: row["files"] for row in map(json.loads, (made / "worlds.jsonl").read_text().splitlines())}
+    assert {*worlds} == {row["world"] for row in rows}
+    assert all(row["messages"][0]["role"] in ("system", "user") for row in rows)
+
+
+def test_a_stopped_run_continues_and_ends_with_the_same_files(made: Path, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        produce(PLAN, tmp_path, workers=1, listener=stop)
+    assert len(list((tmp_path / "shards").glob("*.jsonl"))) >= 1
+    assert not (tmp_path / "card.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.jsonl")}
+    produce(PLAN, tmp_path, workers=1)
+    assert all(path.stat().st_mtime_ns == modified for path, modified in kept.items())
+    assert contents(tmp_path) == contents(made)
+
+
+def test_a_folder_of_another_run_is_refused(made: Path) -> None:
+    with pytest.raises(SynthError, match=r"holds another run: .*'seed': 3.* not .*'seed': 4.*; choose another --out"):
+        produce(replace(PLAN, seed=4), made)
+    with pytest.raises(SynthError, match="--environments 0 --instructions 5: both must be at least 1"):
+        Plan(0, 5)
+
+
+def test_a_full_disk_says_so_and_loses_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = module._write
+
+    def full(path: Path, lines: Any) -> None:
+        if path.name == "train.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, lines)
+
+    monkeypatch.setattr(module, "_write", full)
+    with pytest.raises(
+        SynthError, match=r"the disk of .* is full; free some space and repeat the command: it continues"
+    ):
+        produce(PLAN, tmp_path, workers=1)
+    monkeypatch.undo()
+    produce(PLAN, tmp_path, workers=1)
+    assert contents(tmp_path) == contents(made)
+
+
+def solvable() -> SynthTask:
+    return next(filter(None, (OPERATIONS["read_setting"].sample(world, 0, "train") for world in range(9))))
+
+
+@pytest.mark.anyio
+async def test_a_verifier_that_rejects_the_oracle_or_accepts_an_idle_agent_is_an_error() -> None:
+    synth = solvable()
+    assert synth.task.verifier is not None
+    async with Bench("unsafe-local") as bench:
+        _, answer = await bench.solve(synth, thinking="auto")
+        assert answer
+        await bench.check_idle(synth)
+        for command, problem in (("false", "its verifier rejects"), ("true", "accepts an agent that did nothing")):
+            verifier = synth.task.verifier.model_copy(update={"command": command})
+            broken = replace(synth, task=synth.task.model_copy(update={"verifier": verifier}))
+            with pytest.raises(OracleError, match=problem):
+                await (bench.solve(broken, thinking="auto") if command == "false" else bench.check_idle(broken))
+
+
+@pytest.mark.anyio
+async def test_a_task_sees_nothing_of_the_one_before_it() -> None:
+    changes = [
+        OPERATIONS[name].sample(world, 0, "train") for world in range(6) for name in ("create_file", "move_file")
+    ]
+    async with Bench("unsafe-local") as bench:
+        for synth in filter(None, changes):
+            await bench.solve(synth, thinking="never")
+            await bench.check_idle(synth)
+
+
+def test_near_duplicates_and_frequent_forms_are_left_out() -> None:
+    def row(instruction: str, world: int = 0, form: str = "") -> dict[str, Any]:
+        return {"instruction": instruction, "world": world, "form": form or instruction}
+
+    words = [f"word{number}" for number in range(40)]
+    long = " ".join(words)
+    near, far = " ".join([*words[:-1], "other"]), " ".join(["a", "b", "c", "d", *words[:20]])
+    rows = [row(long), row(near), row(far), row(near, world=1), row("x"), row("x"), row("y")]
+    assert [(one["instruction"], one["world"]) for one in distinct(rows, limit=9)] == [
+        *((long, 0), (far, 0), (near, 1), ("x", 0), ("y", 0))
+    ]
+    same = [row(f"Read {letter}.", form="Read N.") for letter in "abcdef"]
+    assert len(list(distinct(same, limit=4))) == 4
