@@ -222,10 +222,13 @@ def test_yaml_examples(path: Path, block: Block, tmp_path: Path) -> None:
 
 
 def check_yaml(code: str, folder: Path) -> None:
-    """Load a YAML example as a task, a suite, or keys of a task."""
+    """Load a YAML example as a task, a table, a suite, or keys of a task."""
     world(folder, [])
     (folder / "example.yaml").write_text(code)
     keys = re.findall(r"^(\w+):", code, re.M)
+    if "rows" in keys:
+        assert load_suite(str(folder / "example.yaml")).cases
+        return
     if "instruction" not in keys and {"tasks", "synth"} & {*keys}:
         data = yaml.safe_load(code)
         for place in data["tasks"]:
@@ -259,7 +262,7 @@ def docstring_examples() -> list[tuple[str, str, str, str]]:
 
 def language_of(code: str) -> str | None:
     """Return the language of an example; None for a drawing, a table or a formula."""
-    if re.match(r"(id|name): \S+\n", code):
+    if re.match(r"(id|name|kind): \S+\n", code):
         return "yaml"
     try:
         tree = compile(code, "example", "exec", flags=ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

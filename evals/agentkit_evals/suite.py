@@ -1,7 +1,7 @@
 """Suites: the tasks of an evaluation.
 
-A suite is a folder of task files, one task file, a data set (`dataset.py`), a suite file, or `synth`, the generated
-families:
+A suite is a folder of task files and tables (`table.py`), one of these, a data set (`dataset.py`), a suite file, the
+name of a packaged suite (`PACKAGED_SUITES`), or `synth`, the generated families:
 
     name: nightly
     tasks: [smoke.yaml, more/]                             # files and folders beside this file, in this order
@@ -26,8 +26,14 @@ from agentkit_evals.dataset import read_rows
 from agentkit_evals.errors import SuiteError
 from agentkit_evals.swebench import is_swebench, read_swebench
 from agentkit_evals.synth import FAMILIES, sample
+from agentkit_evals.table import read_table
 
 Split = Literal["train", "heldout"]
+
+PACKAGED_SUITES = {
+    name: Path(__file__).parent / "suites" / name for name in ("everyday", "impossible", "readme", "own-tools")
+}
+"""Hand-written suites, by name; none of them is training data. A path of the same name takes precedence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +89,10 @@ class SuiteFile(Strict):
 
 
 def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family: int | None = None) -> Suite:
-    """Load a suite from a path, or generate one from `synth` or `synth:FAMILY,FAMILY`.
+    """Load a suite from a path or a packaged suite, or generate one from `synth` or `synth:FAMILY,FAMILY`.
 
     Args:
-        spec: The path or the `synth` selection.
+        spec: The path, the name of a packaged suite, or the `synth` selection.
         seed: Seed of the generated tasks.
         limit: Maximum number of tasks: the first ones of a file or folder; for `synth`, taken from each family in turn.
         per_family: Number of tasks to generate per family; for `synth` only.
@@ -98,6 +104,8 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
     """
     head, _, names = spec.partition(":")
     path = Path(spec)
+    if spec in PACKAGED_SUITES and not path.exists():
+        path = PACKAGED_SUITES[spec]
     if head == "synth" and not path.exists():
         families = [name for name in names.split(",") if name]
         if per_family is None and limit is not None:
@@ -117,7 +125,7 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
     elif path.is_file() and _is_suite_file(path):
         suite = _suite_file(path, seed)
     else:
-        suite = Suite(path.stem, (_case(load_task(path), path.stem),))
+        suite = Suite(path.stem, tuple(_file(path, path.stem)))
     return suite if limit is None else Suite(suite.name, suite.cases[:limit])
 
 
@@ -159,7 +167,7 @@ def _suite_file(path: Path, seed: int) -> Suite:
         elif _is_dataset(target):
             cases += _dataset(target)
         else:
-            cases.append(_case(load_task(target), name))
+            cases += _file(target, name)
     if content.synth is not None:
         cases += synth_suite(content.synth, seed=seed).cases
     return Suite(name, tuple(cases))
@@ -191,11 +199,18 @@ def _dataset(path: Path) -> Iterable[Case]:
 
 
 def _folder(path: Path) -> Iterable[Case]:
-    return [_case(load_task(file), path.resolve().name) for file in task_files(path)]
+    return [case for file in task_files(path) for case in _file(file, path.resolve().name)]
+
+
+def _file(path: Path, family: str) -> Iterable[Case]:
+    """Return the tasks of a table, or the one task of a task file."""
+    if "rows" in _keys(path):
+        return [_case(task, family) for task in read_table(path)]
+    return [_case(load_task(path), family)]
 
 
 def task_files(folder: Path) -> list[Path]:
-    """Return all YAML files in and below a folder, sorted, without suite files."""
+    """Return all task files and tables in and below a folder, sorted; suite files are left out."""
     files = (file for file in folder.rglob("*") if file.suffix in (".yaml", ".yml"))
     return sorted(file for file in files if not _is_suite_file(file))
 
@@ -205,11 +220,16 @@ def _case(task: Task, family: str) -> Case:
 
 
 def _is_suite_file(path: Path) -> bool:
-    """Return whether a YAML file is a suite file. A broken file is not: the task reader then reports its error."""
+    """Return whether a YAML file is a suite file."""
+    keys = _keys(path)
+    return "instruction" not in keys and bool({"tasks", "synth"} & keys)
+
+
+def _keys(path: Path) -> set[str]:
+    """Return the top-level keys of a YAML file. A broken file has none: the task reader then reports its error."""
     try:
         root, _ = read_yaml(path)
     except TaskFileError:
-        return False
+        return set()
     nodes = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    keys = {key.value for key in nodes if isinstance(key, yaml.ScalarNode)}
-    return "instruction" not in keys and bool({"tasks", "synth"} & keys)
+    return {key.value for key in nodes if isinstance(key, yaml.ScalarNode)}

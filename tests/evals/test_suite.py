@@ -8,7 +8,7 @@ import pytest
 
 from agentkit.errors import TaskFileError
 from agentkit_evals.errors import SuiteError
-from agentkit_evals.suite import load_suite
+from agentkit_evals.suite import PACKAGED_SUITES, load_suite
 from agentkit_evals.synth import FAMILIES
 
 TASK = "id: {id}\ninstruction: Do it.\nverifier: {{command: 'true'}}\n"
@@ -81,3 +81,11 @@ def test_a_broken_file_in_a_folder_is_reported(folder: Path) -> None:
     (folder / "z.yaml").write_text("id: z\ninstruction: [unclosed\n")
     with pytest.raises(TaskFileError, match=r"z\.yaml:3: not valid YAML"):
         load_suite(str(folder))
+
+
+def test_a_packaged_suite_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert all(load_suite(name, limit=1).name == name for name in PACKAGED_SUITES)
+    (tmp_path / "everyday").mkdir()
+    (tmp_path / "everyday" / "mine.yaml").write_text(TASK.format(id="mine"))
+    assert ids("everyday") == ["mine"]

@@ -274,8 +274,8 @@ SuiteArgument = Annotated[
     str,
     typer.Argument(
         metavar="SUITE",
-        help="A folder of tasks, a suite or task file, rows of BFCL or SWE-bench (.jsonl), `synth`, or "
-        "`synth:FAMILY,FAMILY`.",
+        help="A folder of tasks, a suite or task file, rows of BFCL or SWE-bench (.jsonl), `synth`, "
+        "`synth:FAMILY,FAMILY`, or a packaged suite (`everyday`, `impossible`, `readme`, `own-tools`).",
     ),
 ]
 
