@@ -14,7 +14,6 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -133,11 +132,17 @@ def _scores(trials: Sequence[TrialRecord]) -> dict[str, Any]:
     }
     result: dict[str, Any] = {}
     for name, group in groups.items():
-        found = estimate(scores_by_task(group))
-        numbers = {"n": 0} if found is None else {k: v for k, v in asdict(found).items() if k != "tasks"}
-        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in numbers.items()}
-        result |= {name: rounded} if name else rounded
+        result |= {name: numbers(scores_by_task(group))} if name else numbers(scores_by_task(group))
     return result
+
+
+def numbers(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Return mean, standard error and n, rounded to four digits; only `{"n": 0}` if nothing was scored."""
+    found = estimate(scores)
+    if found is None:
+        return {"n": 0}
+    error = None if found.stderr is None else round(found.stderr, 4)
+    return {"mean": round(found.mean, 4), "stderr": error, "n": found.n}
 
 
 class _Session:
@@ -173,7 +178,7 @@ class _Session:
             backend=self.options.env,
             seed=self.options.seed,
             sampling=model.sampling.override(temperature=self.options.temperature, grammar=grammar),
-            listener=_Counter(name, len(suite.cases)),
+            listener=Counter(name, len(suite.cases)),
         )
 
     def _summary(self, run: RunDirectory, name: str) -> dict[str, Any]:
@@ -182,12 +187,12 @@ class _Session:
         print(f"\n{name}: {report}")
         for family, scores in {**found["families"], "all": found["all"]}.items():
             apart = [scores[key].get("mean") for key in ("trained_phrasings", "held_out_phrasings")]
-            print(f"  {family:12} {_text(scores)}  trained phrasings {apart[0]}, held-out phrasings {apart[1]}")
+            print(f"  {family:12} {shown(scores)}  trained phrasings {apart[0]}, held-out phrasings {apart[1]}")
         return found
 
 
-class _Counter:
-    """A listener that prints one line of progress to standard error."""
+class Counter:
+    """A listener of a run that prints one line of progress to standard error."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total = name, total
@@ -200,7 +205,8 @@ class _Counter:
             print(f"\r{self.name}: {self.solved}/{self.done} of {self.total}", end="", file=sys.stderr, flush=True)
 
 
-def _text(scores: dict[str, Any]) -> str:
+def shown(scores: dict[str, Any]) -> str:
+    """Return the result of `numbers` as text."""
     if not scores["n"]:
         return "not scored"
     error = "" if scores["stderr"] is None else f" ± {scores['stderr']:.3f}"
