@@ -124,8 +124,13 @@ def test_a_pair_counts_only_if_both_tasks_are_solved(evaluate: Evaluate, number_
     assert found["pairs"]["mean"] == round(2 / 3, 4) and found["pairs"]["n"] == 6
     assert found["kinds"]["b"]["mean"] == 0.5 and found["all"] == {"mean": round(8 / 12, 4), "stderr": 0.2108, "n": 12}
     assert found["solved"][:2] == ["a1.0", "a1.1"] and found["failures"]["model"] == 4
-    unscored = tuple(trial for trial in run.trials if trial.trial != "b2.0")
+    unscored = tuple(
+        trial.model_copy(update={"reward": None, "failure": "infrastructure"}) if trial.trial == "b2.0" else trial
+        for trial in run.trials
+    )
     assert pair_scores(RunDirectory(run.path, run.lock, unscored)) == [[1.0, 1.0], [0.0], [1.0, 1.0]]
+    unfinished = tuple(trial for trial in run.trials if trial.trial != "b2.0")
+    assert pair_scores(RunDirectory(run.path, run.lock, unfinished)) == [[1.0, 1.0], [0.0], [1.0, 1.0]]
 
 
 @pytest.mark.skipif(not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the packaged model is not trained")
