@@ -155,8 +155,8 @@ def compare(first: RunDirectory, second: RunDirectory) -> Comparison:
 
 
 def task_hash(task: Task) -> str:
-    """Return a hash of everything in a task."""
-    return hashlib.sha256(task.model_dump_json().encode()).hexdigest()
+    """Return a hash of everything in a task but its metadata, which does not affect a run."""
+    return hashlib.sha256(task.model_dump_json(exclude={"metadata"}).encode()).hexdigest()
 
 
 Scored = Mapping[str, Sequence[TrialRecord]]

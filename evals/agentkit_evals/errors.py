@@ -5,11 +5,20 @@
         VerifierError       a task has no verifier, or its verifier does not start on the task's own solution
         RunDirectoryError   a folder is not a run, is damaged, or has another format version
         ComparisonError     two runs cannot be compared: no task in common, or tasks with different content
+        ProvenanceError     a task or row has no usable provenance, or a licence that an export does not accept
+        PackageError        a package cannot be used to make bugs
+            UnknownPackageError     there is no such package, version or file
+            NotPureError            it has compiled code
+            NoTestsError            it has no tests
+            FailingTestsError       its tests fail without any change
+        OutputError         an output file cannot be written
 
 A task or suite file that cannot be read raises `agentkit.errors.TaskFileError`.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class EvalError(Exception):
@@ -30,3 +39,36 @@ class RunDirectoryError(EvalError):
 
 class ComparisonError(EvalError):
     """Two runs cannot be compared. The message names both runs, the reason and a remedy."""
+
+
+class ProvenanceError(EvalError):
+    """A task or row has no usable provenance, or a licence that an export does not accept."""
+
+
+class PackageError(EvalError):
+    """A package cannot be used to make bugs. The message names the package and the reason."""
+
+
+class UnknownPackageError(PackageError):
+    """There is no such package, version or file."""
+
+
+class NotPureError(PackageError):
+    """A package has compiled code, which the sandbox cannot build."""
+
+
+class NoTestsError(PackageError):
+    """A package has no tests in its source distribution."""
+
+
+class FailingTestsError(PackageError):
+    """The tests of a package fail without any change to it. The message has the end of their output."""
+
+
+class OutputError(EvalError):
+    """An output file cannot be written, for example because the disk is full. A later run continues."""
+
+
+def not_written(exc: OSError, path: Path) -> OutputError:
+    """Return the error for a file that could not be written; `path` is used if `exc` names none."""
+    return OutputError(f"{exc.filename or path} cannot be written: {exc.strerror}; make room, then run again")

@@ -305,6 +305,8 @@ class _Trial:
         sampling = self.eval_run.resolved_sampling.override(seed=trial_seed(self.eval_run.seed, self.name))
         agent = agent_for(self.task, self._model(), sampling, budget=self.eval_run.budget)
         metadata = {"trial": self.name, "family": self.case.family, "backend": environment.backend}
+        if provenance := self.task.metadata.get("provenance"):
+            metadata["provenance"] = provenance
         turn = 0
         limit: LimitName | None = None
         async with aclosing(

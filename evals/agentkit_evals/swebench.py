@@ -9,6 +9,7 @@
 | `test_cmd` | without `eval_script`: a command that runs the tests after `test_patch` was applied |
 | `patch` | the gold patch, which `agentkit check` scores |
 | `repo` | the family in reports |
+| `metadata` | more keys of the task's metadata, such as `provenance` |
 
 The tests must print the output of `pytest -rA` or `python -m unittest -v`.
 """
@@ -73,7 +74,7 @@ def read_swebench(path: Path) -> Iterator[tuple[Task, str]]:
                 agent={"max_turns": 100, "timeout_s": 3600.0},
                 verifier=_tests(row),
                 solution=_solution(row),
-                metadata={"family": repo},
+                metadata={"family": repo, **row.get("metadata", dict, "a mapping", default={})},
             ),
             repo,
         )

@@ -140,10 +140,19 @@ def code_of(exc: BaseException) -> ExitCode | None:
         UnknownModelError,
     )
     from agentkit_environments import SandboxError
-    from agentkit_evals.errors import ComparisonError, EvalError, RunDirectoryError, SuiteError
+    from agentkit_evals.errors import (
+        ComparisonError,
+        EvalError,
+        PackageError,
+        ProvenanceError,
+        RunDirectoryError,
+        SuiteError,
+    )
     from agentkit_tools.errors import MCPServerError
 
     if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | ComparisonError):
+        return ExitCode.USAGE
+    if isinstance(exc, PackageError | ProvenanceError):
         return ExitCode.USAGE
     if isinstance(exc, TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE

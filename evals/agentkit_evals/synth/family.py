@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from agentkit.messages import AssistantMessage, Message, ToolMessage
 from agentkit.models.scripted import AssistantTurn
 from agentkit.task import AgentConfig, EnvironmentConfig, SolutionConfig, Task, ToolConfig, VerifierConfig
+from agentkit_evals.provenance import generator_name
 from agentkit_evals.synth.words import SYLLABLES
 from agentkit_tools import BUILTINS
 
@@ -249,7 +250,16 @@ class Family(ABC):
             agent=AgentConfig(max_turns=12, max_tokens=600),
             verifier=VerifierConfig(command=plain(draft.verifier), files=plain(draft.verifier_files)),
             solution=SolutionConfig(command=plain(draft.solution)),
-            metadata={"family": self.name, "phrasing": label, "held_out_phrasing": held_out},
+            metadata={
+                "family": self.name,
+                "phrasing": label,
+                "held_out_phrasing": held_out,
+                "provenance": {
+                    "generator": generator_name(f"synth.{self.name}"),
+                    "seed": seed,
+                    "licence": "Apache-2.0",
+                },
+            },
         )
         return SynthTask(
             task=task,
