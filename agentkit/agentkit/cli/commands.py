@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from agentkit.cli import cache, chat, check, compare, convert, demo, doctor, mcp, run, view
+from agentkit.cli import cache, chat, check, compare, convert, demo, doctor, mcp, run, synth, view
 from agentkit.cli import eval as eval_
 from agentkit.cli.ending import EXIT_CODES, ends_well
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 for module in (run, chat, eval_, compare, demo, check, view, convert, mcp, doctor):
     app.command(module.__name__.rpartition(".")[2])(ends_well(module.command))
 app.add_typer(cache.commands, name="cache")
+app.add_typer(synth.commands, name="synth")
 
 
 def _version(wanted: bool) -> None:

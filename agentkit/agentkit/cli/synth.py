@@ -1,0 +1,97 @@
+"""`agentkit synth bugs`: make tasks from real packages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentkit.cli.ending import ExitCode, ends_well, run
+from agentkit.cli.options import Env, JsonFlag
+from agentkit.cli.terminal import visible_line
+
+commands = typer.Typer(help="Make tasks: bugs in real packages.", no_args_is_help=True)
+
+
+def bugs(
+    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Output folder; an interrupted run continues.")],
+    package: Annotated[
+        list[str] | None,
+        typer.Option("--package", help="NAME==VERSION, NAME==OLD..VERSION, or debian:NAME; repeat it for more."),
+    ] = None,
+    packages: Annotated[
+        Path | None, typer.Option("--packages", help="A file with one package per line; `#` starts a comment.")
+    ] = None,
+    source: Annotated[
+        list[Path] | None, typer.Option("--source", help="A folder with a package and its tests.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option("--index", help="A folder of source distributions, in place of the package index.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=10_000, help="Bugs per package.")] = 20,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of the faults and their order.")] = 0,
+    formats: Annotated[str, typer.Option("--formats", help="Formats of the export.")] = "tasks,swebench,harbor",
+    jobs: Annotated[int, typer.Option("--jobs", "-n", min=1, max=64, help="Packages at a time.")] = 2,
+    env: Annotated[Env, typer.Option("--env", help="The sandbox backend that runs the tests.")] = Env.PROCESS,
+    as_json: JsonFlag = False,
+) -> ExitCode:
+    """Inject faults into packages, keep those that their tests notice, and write them as tasks.
+
+    Every bug is confirmed by running all tests twice with it and twice with its fix.
+    """
+    from functools import partial
+
+    from agentkit.errors import MissingDependencyError
+
+    try:
+        from agentkit_evals.synth.bugs import FORMATS, Format, PackageSpec, Progress, make_bugs
+    except ModuleNotFoundError as exc:
+        raise MissingDependencyError(f"{exc.name} is missing; run: pip install 'agentkit-harness[synth]'") from exc
+
+    wanted: list[Format] = [each for each in FORMATS if each in formats.split(",")]
+    if unknown := set(formats.split(",")) - set(FORMATS):
+        raise typer.BadParameter(
+            f"unknown formats {', '.join(sorted(unknown))}; there are {', '.join(FORMATS)}", param_hint="--formats"
+        )
+    lines = [*(package or [])]
+    if packages is not None:
+        try:
+            lines += [line.partition("#")[0].strip() for line in packages.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as exc:
+            raise typer.BadParameter(f"{packages} cannot be read: {exc}", param_hint="--packages") from exc
+    specs: list[PackageSpec | Path] = [*(PackageSpec.parse(line) for line in lines if line), *(source or [])]
+    if not specs:
+        raise typer.BadParameter("no package; give --package NAME==VERSION, --packages FILE or --source DIR")
+
+    def report(progress: Progress) -> None:
+        text = progress.problem or f"{progress.kept} kept of {progress.tried} tried"
+        print(f"{progress.package}: {visible_line(text)}", file=sys.stderr, flush=True)
+
+    card = run(
+        partial(
+            make_bugs,
+            specs,
+            out,
+            limit=limit,
+            seed=seed,
+            formats=wanted,
+            jobs=jobs,
+            backend=env.value,
+            index=index,
+            report=report,
+        )
+    )
+    if as_json:
+        typer.echo(json.dumps(card, indent=1))
+    else:
+        typer.echo(
+            f"{card['bugs']} bugs in {card['packages_with_bugs']} packages, from {card['tried']} faults; "
+            f"{out / 'card.json'}"
+        )
+    return ExitCode.OK if card["bugs"] else ExitCode.UNSOLVED
+
+
+commands.command("bugs")(ends_well(bugs))

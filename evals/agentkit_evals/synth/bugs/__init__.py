@@ -1,0 +1,13 @@
+"""Bugs in real code: faults injected into pure-Python packages, kept if the package's own tests notice them.
+
+    card = anyio.run(partial(make_bugs, [PackageSpec.parse("inflection==0.5.1")], Path("bugs"), limit=5))
+
+`package.py` fetches and inspects, `mutate.py` and `hunks.py` make faults, `bench.py` runs tests in a sandbox, `find.py`
+decides what is kept, `issue.py` writes the issue, `export.py` writes tasks, `generate.py` does all packages.
+"""
+
+from agentkit_evals.synth.bugs.export import FORMATS, Format
+from agentkit_evals.synth.bugs.generate import Progress, make_bugs
+from agentkit_evals.synth.bugs.package import PackageSpec
+
+__all__ = ["FORMATS", "Format", "PackageSpec", "Progress", "make_bugs"]

@@ -1,0 +1,307 @@
+"""The search for bugs in one package: try faults, keep those that tests notice, check each by running it twice.
+
+A fault is kept if, with every test of the package run twice in the changed state and twice after the fix, with
+different hash seeds:
+
+- at least one test that passes in the release fails, the same ones each time, and no more than half of them;
+- every other test passes, and no test file fails to load;
+- the fix, applied as a patch, gives back the files of the release exactly, and every test passes.
+
+The tests that fail are taken out of the task's repository; `Bug.test_patch` brings them back for scoring.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import anyio
+
+from agentkit.task import Strict
+from agentkit_evals.errors import FailingTestsError, PackageError
+from agentkit_evals.repository import PASSES
+from agentkit_evals.synth.bugs.bench import Bench, Runner
+from agentkit_evals.synth.bugs.hidden_tests import function_of, path_of, without_tests
+from agentkit_evals.synth.bugs.hunks import module_pairs, reversed_hunks
+from agentkit_evals.synth.bugs.issue import issue_text
+from agentkit_evals.synth.bugs.journal import Journal
+from agentkit_evals.synth.bugs.mutate import Mutation, drawn
+from agentkit_evals.synth.bugs.package import Package
+
+HASH_SEEDS = (0, 1)
+BASELINE_TIMEOUT_S = 180.0
+MIN_PASSING = 0.9
+"""Share of a package's tests that must pass without any change."""
+MAX_FAILING = 0.5
+"""Share of the tests that a bug may fail: a package that no longer works at all teaches nothing."""
+PER_FUNCTION = 2
+"""Kept bugs per function."""
+TRIES_PER_BUG = 8
+
+Outcome = Literal["kept", "unnoticed", "hangs", "does not load", "too many fail", "unstable", "unlocated", "lasting"]
+"""Result of one fault.
+
+kept            a bug
+unnoticed       every test that imports the module passes
+hangs           the tests do not end in time
+does not load   a test has no result: a test file cannot be loaded, or the run broke off
+too many fail   more than `MAX_FAILING` of the tests fail
+unstable        two runs of the same files differ
+unlocated       a failing test is in no known file
+lasting         the fix does not give back the release, or not all tests pass with it
+"""
+
+
+class Bug(Strict):
+    """A bug with everything that a task needs. Patches are in git's format."""
+
+    id: str
+    kind: str
+    path: str
+    line: int
+    function: str
+    base_commit: str
+    """Id of the commit that a task starts from: the release with the fault, without the failing tests."""
+    bug_patch: str
+    """From the release to the start of the task."""
+    test_patch: str
+    """Brings the failing tests back."""
+    fix: str
+    """The gold patch."""
+    issue: str
+    fail_to_pass: list[str]
+    pass_to_pass: list[str]
+    test_files: list[str]
+    """Files whose tests score: those with a failing test, and those that import the module."""
+    runs: int
+    """Runs of all tests that confirmed it: twice with the bug, twice with the fix."""
+
+
+class Tried(Strict):
+    """One fault that was tried."""
+
+    number: int
+    kind: str
+    path: str
+    line: int
+    outcome: Outcome
+    bug: Bug | None = None
+    seconds: float
+
+
+class Source(Strict):
+    """The first line of a package's journal: what the faults and their order depend on."""
+
+    format: Literal["agentkit.bugs"] = "agentkit.bugs"
+    generator: str
+    name: str
+    version: str
+    licence: str | None
+    sha256: str
+    previous: str | None
+    seed: int
+    runner: Runner
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The tests of a release that pass every time."""
+
+    stable: frozenset[str]
+    failing: int
+    files: tuple[str, ...]
+    """Test files with a stable test."""
+    duration_s: float
+
+    @property
+    def timeout_s(self) -> float:
+        return max(10.0, 5 * self.duration_s)
+
+
+async def baseline(bench: Bench) -> Baseline:
+    """Run all tests of the release twice.
+
+    Raises:
+        FailingTestsError: fewer than `MIN_PASSING` of them pass, or they do not end in time.
+    """
+    package, runs = bench.package, []
+    for seed in HASH_SEEDS:
+        await bench.reset()
+        runs.append(await bench.test(package.tests, timeout_s=BASELINE_TIMEOUT_S, hash_seed=seed))
+        if runs[-1].timed_out:
+            raise FailingTestsError(f"{package.name}: the tests did not end within {BASELINE_TIMEOUT_S:g} s")
+    names = frozenset().union(*(run.statuses for run in runs))
+    stable = frozenset(name for name in names if all(run.statuses.get(name) in PASSES for run in runs))
+    ran = [name for name in names if any(run.statuses.get(name) not in (None, "SKIPPED") for run in runs)]
+    if not stable or len(stable) < MIN_PASSING * len(ran):
+        raise FailingTestsError(
+            f"{package.name}: {len(ran) - len(stable)} of {len(ran)} tests do not pass every time without any change:\n"
+            f"{runs[0].output.strip()[-1500:]}"
+        )
+    located = {path_of(name, package.tests) for name in stable}
+    return Baseline(
+        stable=stable,
+        failing=len(ran) - len(stable),
+        files=tuple(path for path in package.tests if path in located),
+        duration_s=max(run.duration_s for run in runs),
+    )
+
+
+def faults(package: Package, previous: Package | None, seed: int) -> Iterator[tuple[str, Mutation]]:
+    """Yield (path, fault) in an order that the seed determines: hunks of history, then mutations of each module in
+    turn."""
+    if previous is not None:
+        hunks = [
+            (path, fault) for path, old, new in module_pairs(previous, package) for fault in reversed_hunks(old, new)
+        ]
+        random.Random(f"{seed}/hunks").shuffle(hunks)
+        yield from hunks
+    texts = [(path, text) for path in package.modules if (text := package.text(path))]
+    random.Random(f"{seed}/modules").shuffle(texts)
+    waiting = [(path, drawn(text, random.Random(f"{seed}/{path}"))) for path, text in texts]
+    while waiting:
+        for path, mutations in list(waiting):
+            if (fault := next(mutations, None)) is None:
+                waiting.remove((path, mutations))
+            else:
+                yield path, fault
+
+
+async def find(
+    bench: Bench, journal: Journal[Source, Tried], *, base: Baseline, previous: Package | None, seed: int, limit: int
+) -> AsyncIterator[Tried]:
+    """Try faults until `limit` bugs are kept; continue after those of the journal. Yields each new entry.
+
+    Raises:
+        OutputError: the journal cannot be written.
+        SandboxError: the sandbox died.
+    """
+    kept = [entry.bug for entry in journal.entries if entry.bug]
+    done = {entry.number for entry in journal.entries}
+    tries = TRIES_PER_BUG * limit + 20
+    for number, (path, fault) in enumerate(faults(bench.package, previous, seed)):
+        if len(kept) >= limit or len(journal.entries) >= tries:
+            return
+        places = [(bug.path, bug.function) for bug in kept]
+        if number in done or places.count((path, fault.function)) >= PER_FUNCTION:
+            continue
+        started = anyio.current_time()
+        try:
+            outcome, bug = await _try(bench, base, number, path, fault)
+        except PackageError:  # git refuses a patch
+            outcome, bug = "lasting", None
+        entry = Tried(
+            number=number,
+            kind=fault.kind,
+            path=path,
+            line=fault.line,
+            outcome=outcome,
+            bug=bug,
+            seconds=round(anyio.current_time() - started, 2),
+        )
+        journal.append(entry)
+        if bug:
+            kept.append(bug)
+        yield entry
+
+
+async def _try(bench: Bench, base: Baseline, number: int, path: str, fault: Mutation) -> tuple[Outcome, Bug | None]:
+    package = bench.package
+    near = [file for file in importers(package, path) if file in base.files] or [*base.files]
+    await bench.reset()
+    await bench.write(path, fault.text)
+    first = await bench.test(near, timeout_s=base.timeout_s, stop_at_first=True)
+    if first.timed_out:
+        return "hangs", None
+    if not first.failed and first.statuses:
+        return "unnoticed", None
+
+    await bench.reset()
+    await bench.write(path, fault.text)
+    red = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=HASH_SEEDS[0])
+    if red.timed_out:
+        return "hangs", None
+    if any(name not in red.statuses for name in base.stable):
+        return "does not load", None
+    failing = sorted(name for name in base.stable if red.statuses[name] not in PASSES)
+    if not failing:
+        return "unstable", None
+    if len(failing) > MAX_FAILING * len(base.stable):
+        return "too many fail", None
+    by_file: dict[str, set[str]] = {}
+    for name in failing:
+        if (file := path_of(name, package.tests)) is None or b"\r" in package.files[file]:
+            return "unlocated", None
+        by_file.setdefault(file, set()).add(function_of(name))
+
+    await bench.reset()
+    await bench.write(path, fault.text)
+    for file, functions in by_file.items():
+        text = without_tests(source, functions) if (source := package.text(file)) else None
+        if text is None:
+            await bench.shell(f"rm -- '{file}'")
+        else:
+            await bench.write(file, text)
+    bug_patch = await bench.diff()
+    commit = await bench.shell("git commit-tree -m 'Start of the task' $(git write-tree)")
+    test_patch = await _patch_to_release(bench, commit, [*by_file])
+    fix = await _patch_to_release(bench, commit, [path])
+
+    for patch, expected in ((test_patch, frozenset(failing)), (test_patch + fix, frozenset[str]())):
+        for seed in HASH_SEEDS if patch != test_patch else HASH_SEEDS[1:]:
+            await bench.reset(commit)
+            await bench.apply(patch)
+            run = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=seed)
+            if run.timed_out or {name for name in base.stable if run.statuses.get(name) not in PASSES} != expected:
+                return ("unstable" if expected else "lasting"), None
+    await bench.reset(commit)
+    await bench.apply(test_patch + fix)
+    if await bench.shell(f"git add -A -f && git diff --cached --name-only {bench.release}"):
+        return "lasting", None
+
+    test_files = sorted({*by_file, *near})
+    scored = {name for name in base.stable if path_of(name, package.tests) in test_files}
+    return "kept", Bug(
+        id=f"{package.name}-{package.version}-{number:04}",
+        kind=fault.kind,
+        path=path,
+        line=fault.line,
+        function=fault.function,
+        base_commit=commit,
+        bug_patch=bug_patch,
+        test_patch=test_patch,
+        fix=fix,
+        issue=issue_text(package, path, fault.function, fault.docstring, failing, red.output),
+        fail_to_pass=failing,
+        pass_to_pass=sorted(scored - {*failing}),
+        test_files=test_files,
+        runs=2 * len(HASH_SEEDS),
+    )
+
+
+async def _patch_to_release(bench: Bench, commit: str, paths: list[str]) -> str:
+    """Return the patch that gives files their content in the release."""
+    await bench.reset(commit)
+    quoted = " ".join(f"'{path}'" for path in paths)
+    await bench.shell(f"git checkout -q {bench.release} -- {quoted}")
+    return await bench.diff()
+
+
+def importers(package: Package, path: str) -> list[str]:
+    """Return the test files that import a module by its name, or all test files if none does."""
+    module = path.removesuffix(".py").removeprefix("src/").removesuffix("/__init__").replace("/", ".")
+    found = [file for file in package.tests if module in _imported(package.text(file) or "")]
+    return found or [*package.tests]
+
+
+def _imported(text: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
