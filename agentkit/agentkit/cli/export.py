@@ -1,0 +1,55 @@
+"""`agentkit export RUN... --out FILE`: write the trajectories of runs as training rows."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentkit.cli.ending import ExitCode
+from agentkit.cli.options import finite
+from agentkit.cli.terminal import visible_line
+
+
+class OnUnlisted(StrEnum):
+    """What to do with a row whose licence is unknown or not accepted."""
+
+    REFUSE = "refuse"
+    DROP = "drop"
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The JSON Lines file to write.", show_default=False)],
+    licences: Annotated[
+        str | None,
+        typer.Option("--licences", help="Accepted SPDX identifiers, with commas. Default: a list of permissive ones."),
+    ] = None,
+    unlisted: Annotated[
+        OnUnlisted,
+        typer.Option("--unlisted", help="Rows without an accepted licence: `refuse` the export, or `drop` the rows."),
+    ] = OnUnlisted.REFUSE,
+    min_reward: Annotated[float, typer.Option("--min-reward", callback=finite, help="Lowest reward of a row.")] = 1.0,
+) -> ExitCode:
+    """Write the trajectories of runs as training rows, each with its provenance.
+
+    A row has token ids, a loss mask, messages, tools, the reward, and the origin of its task: generator, seed, package,
+    version, licence, model and sampling.
+    """
+    from agentkit.cli.options import output_file
+    from agentkit_evals.provenance import PERMISSIVE
+    from agentkit_evals.record import RunDirectory
+    from agentkit_evals.rows import export_rows
+
+    output_file(out)
+    accepted = PERMISSIVE if licences is None else {name.strip() for name in licences.split(",") if name.strip()}
+    if not accepted:
+        raise typer.BadParameter("no licence; give SPDX identifiers such as MIT,Apache-2.0", param_hint="--licences")
+    found = [RunDirectory.open(run) for run in runs]
+    done = export_rows(found, out, licences=accepted, unlisted=unlisted.value, min_reward=min_reward)
+    typer.echo(f"{out}: {done.rows} rows; {done.below_reward} below the reward")
+    for name, count in sorted(done.unlisted.items(), key=lambda item: str(item[0])):
+        typer.echo(f"left out: {count} rows with licence {visible_line(name or 'unknown')}")
+    return ExitCode.OK

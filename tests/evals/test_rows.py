@@ -1,0 +1,107 @@
+"""Training rows of runs: contents, provenance, and licences that are not accepted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.testing
+
+from agentkit.cli import app
+from agentkit.models.scripted import Policy
+from agentkit.task import Task
+from agentkit_evals.record import RunDirectory
+from agentkit_evals.rows import training_rows
+
+MakeTask = Callable[..., Task]
+Evaluate = Callable[..., RunDirectory]
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Callable[..., Any]:
+    """Function that runs `agentkit export` on a run, and returns its result and the rows."""
+
+    def run(done: RunDirectory, *options: str) -> tuple[Any, list[dict[str, Any]]]:
+        out = tmp_path / "rows.jsonl"
+        result = typer.testing.CliRunner().invoke(app, ["export", str(done.path), "--out", str(out), *options])
+        assert not out.with_name("rows.jsonl.partial").exists()
+        return result, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+    return run
+
+
+def with_licence(number_task: MakeTask, name: str, licence: str | None) -> Task:
+    origin = {"generator": "tests/1", "seed": 4, "package": "calc", "version": "1.0"}
+    return number_task(
+        name, metadata={"family": "n", "provenance": {**origin, **({"licence": licence} if licence else {})}}
+    )
+
+
+def test_a_row_has_ids_messages_and_its_whole_origin(
+    number_task: MakeTask, solves: Policy, evaluate: Evaluate, export: Callable[..., Any]
+) -> None:
+    done = evaluate((with_licence(number_task, "a", "MIT"), solves))
+    result, (row,) = export(done)
+    assert result.exit_code == 0 and "1 rows; 0 below the reward" in result.output
+    (trial,) = done.trials
+    trajectory = done.trajectory(trial)
+    assert trajectory is not None
+    assert row["ids"] == trajectory.token_ids and row["loss_mask"] == trajectory.loss_mask and any(row["loss_mask"])
+    assert [message["role"] for message in row["messages"]][:2] == ["system", "user"]
+    assert {tool["function"]["name"] for tool in row["tools"]} >= {"read_file", "submit"}
+    assert (row["task"], row["reward"]) == ("a", 1.0)
+    origin = row["provenance"]
+    assert (origin["generator"], origin["seed"], origin["package"], origin["licence"]) == ("tests/1", 4, "calc", "MIT")
+    assert origin["model"] == trajectory.header.model and origin["sampling"]["temperature"] >= 0
+
+
+def test_rows_without_an_accepted_licence_are_refused_or_dropped(
+    number_task: MakeTask, solves: Policy, evaluate: Evaluate, export: Callable[..., Any]
+) -> None:
+    tasks = [
+        with_licence(number_task, "free", "MIT"),
+        with_licence(number_task, "copyleft", "GPL-3.0-only"),
+        with_licence(number_task, "unknown", None),
+        number_task("none"),
+    ]
+    done = evaluate(*((task, solves) for task in tasks))
+    result, rows = export(done)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and rows == []
+    assert "3 rows have no accepted licence" in said and "2 with none" in said
+    assert "1 with GPL-3.0-only (such as copyleft.0)" in said and "--unlisted drop" in said
+    result, rows = export(done, "--unlisted", "drop")
+    assert [row["task"] for row in rows] == ["free"] and result.exit_code == 0
+    assert "left out: 1 rows with licence GPL-3.0-only" in result.output
+    assert "left out: 2 rows with licence unknown" in result.output
+    _, rows = export(done, "--unlisted", "drop", "--licences", "GPL-3.0-only, X")
+    assert [row["task"] for row in rows] == ["copyleft"]
+
+
+def test_rewards_below_the_bound_stay_out_whatever_their_licence(
+    number_task: MakeTask, script: Callable[..., Policy], evaluate: Evaluate, export: Callable[..., Any]
+) -> None:
+    done = evaluate((number_task("wrong"), script("41")))
+    result, rows = export(done)
+    assert (result.exit_code, rows) == (0, []) and "0 rows; 1 below the reward" in result.output
+    assert [row.reward for row in training_rows(done)] == [0.0]
+
+
+def test_a_malformed_provenance_and_wrong_usage(
+    number_task: MakeTask, solves: Policy, evaluate: Evaluate, export: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = evaluate((number_task("a", metadata={"provenance": {"seed": "x"}}), solves))
+    result, _ = export(done)
+    assert result.exit_code == 2 and "a.0: metadata.provenance" in " ".join(result.output.split())
+    assert export(done, "--licences", " , ")[0].exit_code == 2
+    result = typer.testing.CliRunner().invoke(
+        app, ["export", str(tmp_path / "no"), "--out", str(tmp_path / "rows.jsonl")]
+    )
+    assert result.exit_code == 2 and "is not a run" in " ".join(result.output.split())
+    result = typer.testing.CliRunner().invoke(
+        app, ["export", str(done.path), "--out", str(tmp_path / "x" / "rows.jsonl")]
+    )
+    assert result.exit_code == 2 and "does not exist" in " ".join(result.output.replace("│", " ").split())
