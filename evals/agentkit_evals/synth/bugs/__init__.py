@@ -1,7 +1,5 @@
 """Bugs in real code: faults injected into pure-Python packages, kept if the package's own tests notice them.
 
-    card = anyio.run(partial(make_bugs, [PackageSpec.parse("inflection==0.5.1")], Path("bugs"), limit=5))
-
 `package.py` fetches and inspects, `mutate.py` and `hunks.py` make faults, `bench.py` runs tests in a sandbox, `find.py`
 decides what is kept, `issue.py` writes the issue, `export.py` writes tasks, `generate.py` does all packages.
 """

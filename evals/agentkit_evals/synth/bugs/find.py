@@ -21,6 +21,7 @@ from typing import Literal
 import anyio
 
 from agentkit.task import Strict
+from agentkit_environments import HostFailureError, SandboxLostError
 from agentkit_evals.errors import FailingTestsError, PackageError
 from agentkit_evals.repository import PASSES
 from agentkit_evals.synth.bugs.bench import Bench, Runner
@@ -33,6 +34,7 @@ from agentkit_evals.synth.bugs.package import Package
 
 HASH_SEEDS = (0, 1)
 BASELINE_TIMEOUT_S = 180.0
+MIN_TIMEOUT_S = 10.0
 MIN_PASSING = 0.9
 """Share of a package's tests that must pass without any change."""
 MAX_FAILING = 0.5
@@ -46,7 +48,7 @@ Outcome = Literal["kept", "unnoticed", "hangs", "does not load", "too many fail"
 
 kept            a bug
 unnoticed       every test that imports the module passes
-hangs           the tests do not end in time
+hangs           the tests do not end in time, or the sandbox dies of them
 does not load   a test has no result: a test file cannot be loaded, or the run broke off
 too many fail   more than `MAX_FAILING` of the tests fail
 unstable        two runs of the same files differ
@@ -115,10 +117,7 @@ class Baseline:
     files: tuple[str, ...]
     """Test files with a stable test."""
     duration_s: float
-
-    @property
-    def timeout_s(self) -> float:
-        return max(10.0, 5 * self.duration_s)
+    timeout_s: float
 
 
 async def baseline(bench: Bench) -> Baseline:
@@ -142,11 +141,13 @@ async def baseline(bench: Bench) -> Baseline:
             f"{runs[0].output.strip()[-1500:]}"
         )
     located = {path_of(name, package.tests) for name in stable}
+    duration_s = max(run.duration_s for run in runs)
     return Baseline(
         stable=stable,
         failing=len(ran) - len(stable),
         files=tuple(path for path in package.tests if path in located),
-        duration_s=max(run.duration_s for run in runs),
+        duration_s=duration_s,
+        timeout_s=max(MIN_TIMEOUT_S, 5 * duration_s),
     )
 
 
@@ -171,28 +172,32 @@ def faults(package: Package, previous: Package | None, seed: int) -> Iterator[tu
 
 
 async def find(
-    bench: Bench, journal: Journal[Source, Tried], *, base: Baseline, previous: Package | None, seed: int, limit: int
+    bench: Bench, journal: Journal[Source, Tried], *, base: Baseline, previous: Package | None, limit: int
 ) -> AsyncIterator[Tried]:
     """Try faults until `limit` bugs are kept; continue after those of the journal. Yields each new entry.
 
     Raises:
         OutputError: the journal cannot be written.
-        SandboxError: the sandbox died.
+        SandboxLostError: the sandbox died. The fault that killed it is in the journal, unless the host is to blame.
     """
     kept = [entry.bug for entry in journal.entries if entry.bug]
     done = {entry.number for entry in journal.entries}
     tries = TRIES_PER_BUG * limit + 20
-    for number, (path, fault) in enumerate(faults(bench.package, previous, seed)):
+    for number, (path, fault) in enumerate(faults(bench.package, previous, journal.header.seed)):
         if len(kept) >= limit or len(journal.entries) >= tries:
             return
         places = [(bug.path, bug.function) for bug in kept]
         if number in done or places.count((path, fault.function)) >= PER_FUNCTION:
             continue
-        started = anyio.current_time()
+        started, lost = anyio.current_time(), None
         try:
-            outcome, bug = await _try(bench, base, number, path, fault)
+            outcome, bug = await try_fault(bench, base, number, path, fault)
         except PackageError:  # git refuses a patch
             outcome, bug = "lasting", None
+        except HostFailureError:
+            raise
+        except SandboxLostError as exc:
+            outcome, bug, lost = "hangs", None, exc
         entry = Tried(
             number=number,
             kind=fault.kind,
@@ -203,12 +208,22 @@ async def find(
             seconds=round(anyio.current_time() - started, 2),
         )
         journal.append(entry)
+        if lost:
+            raise lost
         if bug:
             kept.append(bug)
         yield entry
 
 
-async def _try(bench: Bench, base: Baseline, number: int, path: str, fault: Mutation) -> tuple[Outcome, Bug | None]:
+async def try_fault(
+    bench: Bench, base: Baseline, number: int, path: str, fault: Mutation
+) -> tuple[Outcome, Bug | None]:
+    """Return the outcome of one fault, with the bug if it is kept.
+
+    Raises:
+        PackageError: git refuses a patch of the fault.
+        SandboxLostError: the sandbox died.
+    """
     package = bench.package
     near = [file for file in importers(package, path) if file in base.files] or [*base.files]
     await bench.reset()

@@ -20,9 +20,10 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from agentkit_environments import HostFailureError, SandboxLostError
 from agentkit_evals.errors import PackageError, not_written
 from agentkit_evals.provenance import Provenance, generator_name
-from agentkit_evals.synth.bugs.bench import Bench
+from agentkit_evals.synth.bugs.bench import Bench, runner_of
 from agentkit_evals.synth.bugs.export import FORMATS, Format, export
 from agentkit_evals.synth.bugs.find import Baseline, Source, Tried, baseline, find
 from agentkit_evals.synth.bugs.journal import Journal
@@ -30,6 +31,8 @@ from agentkit_evals.synth.bugs.package import Package, PackageSpec, fetch, local
 from agentkit_evals.verify import Backend
 
 GENERATOR = "synth.bugs"
+MAX_SANDBOXES = 10
+"""Sandboxes per package: a fault can make tests kill theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,23 +118,19 @@ async def _package(
 ) -> dict[str, Any]:
     started = anyio.current_time()
     package, previous = await anyio.to_thread.run_sync(_releases, spec, out / "cache", index)
-    label = f"{package.name}-{package.version}"
-    async with await Bench.open(package, cache=out / "cache", backend=backend) as bench:
-        source = Source(
-            generator=generator_name(GENERATOR),
-            name=package.name,
-            version=package.version,
-            licence=package.licence,
-            sha256=package.sha256,
-            previous=previous.version if previous else None,
-            seed=seed,
-            runner=bench.runner,
-        )
-        journal = Journal(out / "packages" / f"{label}.jsonl", source, Tried)
-        before = len(journal.entries)
-        base = await baseline(bench)
-        async for _ in find(bench, journal, base=base, previous=previous, seed=seed, limit=limit):
-            report(Progress(label, sum(entry.bug is not None for entry in journal.entries), len(journal.entries)))
+    source = Source(
+        generator=generator_name(GENERATOR),
+        name=package.name,
+        version=package.version,
+        licence=package.licence,
+        sha256=package.sha256,
+        previous=previous.version if previous else None,
+        seed=seed,
+        runner=runner_of(package),
+    )
+    journal = Journal(out / "packages" / f"{package.name}-{package.version}.jsonl", source, Tried)
+    before = len(journal.entries)
+    base = await _search(package, previous, journal, out / "cache", limit, backend, report)
     bugs = [entry.bug for entry in journal.entries if entry.bug][:limit]
     provenance = Provenance(
         generator=source.generator,
@@ -143,8 +142,35 @@ async def _package(
     )
     async with writing:
         if bugs:
-            await anyio.to_thread.run_sync(export, package, bench.runner, bugs, provenance, out, formats)
+            await anyio.to_thread.run_sync(export, package, source.runner, bugs, provenance, out, formats)
     return _package_card(journal, base, limit, anyio.current_time() - started, resumed=before)
+
+
+async def _search(
+    package: Package,
+    previous: Package | None,
+    journal: Journal[Source, Tried],
+    cache: Path,
+    limit: int,
+    backend: Backend,
+    report: Callable[[Progress], None],
+) -> Baseline:
+    """Fill the journal with `limit` bugs. A sandbox that a fault has killed is replaced."""
+    label = f"{package.name}-{package.version}"
+    for attempt in range(1, MAX_SANDBOXES + 1):
+        async with await Bench.open(package, cache=cache, backend=backend) as bench:
+            base = await baseline(bench)
+            try:
+                async for _ in find(bench, journal, base=base, previous=previous, limit=limit):
+                    kept = sum(entry.bug is not None for entry in journal.entries)
+                    report(Progress(label, kept, len(journal.entries)))
+                return base
+            except HostFailureError:
+                raise
+            except SandboxLostError:
+                if attempt == MAX_SANDBOXES:
+                    raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _releases(spec: PackageSpec | Path, cache: Path, index: Path | None) -> tuple[Package, Package | None]:

@@ -187,7 +187,7 @@ def read_package(path: Path, spec: PackageSpec | None = None) -> Package:
         NoTestsError: it has no test files.
         PackageError: it is no archive, breaks a rule (absolute names, `..`, too large), or has no modules.
     """
-    label = str(spec or path.name)
+    label = path.name if spec is None or spec.debian else str(spec)
     if path.stat().st_size > MAX_SDIST_BYTES:
         raise PackageError(f"{label}: {path.stat().st_size:,} bytes, expected at most {MAX_SDIST_BYTES:,}")
     data = path.read_bytes()
@@ -275,7 +275,7 @@ def _inspect(
     top = modules[0].removeprefix("src/").split("/")[0].removesuffix(".py")
     return Package(
         name=canonicalize_name(next(iter(headers.get("Name", ())), spec.name if spec else top)),
-        version=next(iter(headers.get("Version", ())), (spec and spec.version) or "0"),
+        version=next(iter(headers.get("Version", ())), (spec and spec.version) or _debian_version(label)),
         licence=licence_of(headers, licence_text),
         sha256=sha256,
         files=files,
@@ -286,6 +286,12 @@ def _inspect(
         requires=tuple(_required(headers.get("Requires-Dist", []))),
         metadata=metadata,
     )
+
+
+def _debian_version(name: str) -> str:
+    """Return the version in the name of a Debian package's upstream source, such as `six_1.17.0.orig.tar.gz`."""
+    match = re.search(r"_([^_]+)\.orig\.tar", name)
+    return match[1] if match else "0"
 
 
 def _required(lines: list[str]) -> Iterator[str]:

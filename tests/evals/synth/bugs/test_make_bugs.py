@@ -26,7 +26,7 @@ from agentkit_evals.errors import FailingTestsError, OutputError, RunDirectoryEr
 from agentkit_evals.provenance import provenance_of
 from agentkit_evals.suite import load_suite
 from agentkit_evals.synth.bugs import FORMATS, PackageSpec, Progress, export, generate, make_bugs
-from agentkit_evals.synth.bugs.find import Source, Tried, faults, importers
+from agentkit_evals.synth.bugs.find import Source, Tried, faults
 from agentkit_evals.synth.bugs.journal import Journal
 from agentkit_evals.synth.bugs.package import read_package
 
@@ -369,21 +369,3 @@ def test_a_folder_and_hunks_between_releases(
         (tmp_path / "tree" / name).write_bytes(content)
     assert make(tmp_path / "local", tmp_path / "tree", limit=1, formats=FORMATS[:1])["bugs"] == 1
     assert {path.name for path in (tmp_path / "local").iterdir()} == {"card.json", "packages", "tasks"}
-
-
-def test_tests_that_import_a_module_run_first(make_sdist: MakeSdist) -> None:
-    package = read_package(
-        make_sdist(
-            {
-                "calc.py": None,
-                "src/calc/__init__.py": "",
-                "src/calc/a.py": "",
-                "src/calc/b.py": "",
-                "tests/test_calc.py": "import calc.a  # tests",
-                "tests/test_b.py": "from calc import b  # tests",
-            }
-        )
-    )
-    assert importers(package, "src/calc/a.py") == ["tests/test_calc.py"]
-    assert importers(package, "src/calc/b.py") == ["tests/test_b.py"]
-    assert importers(package, "src/calc/__init__.py") == ["tests/test_b.py"]

@@ -113,6 +113,29 @@ def test_a_package_that_pip_does_not_find(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_debian_package_is_its_upstream_source(
+    make_sdist: MakeSdist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream = make_sdist({"PKG-INFO": None}, version="1.17.0")
+    client = tmp_path / "bin" / "apt-get"
+    client.parent.mkdir()
+    client.write_text(
+        f"""#!/bin/sh
+test "$*" = "source --download-only -qq calc" || {{ echo "E: Unable to find a source package for $4" >&2; exit 100; }}
+cp {upstream} calc_1.17.0.orig.tar.gz
+"""
+    )
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", str(client.parent), prepend=":")
+    spec = PackageSpec.parse("debian:calc")
+    path = fetch(spec, tmp_path / "cache")
+    assert path == tmp_path / "cache" / "calc_1.17.0.orig.tar.gz"
+    package = read_package(path, spec)
+    assert (package.name, package.version, package.licence) == ("calc", "1.17.0", None)
+    with pytest.raises(UnknownPackageError, match="nothing is not in the package index, or has no source distribution"):
+        fetch(PackageSpec.parse("debian:nothing"), tmp_path / "cache")
+
+
 def test_archives_have_the_same_bytes_each_time() -> None:
     assert archive({"b": b"1", "a": b"2"}, ["a"]) == archive({"a": b"2", "b": b"1"}, ["a"])
 
