@@ -54,10 +54,13 @@ UNITTEST = (
     "testRunner=unittest.TextTestRunner(verbosity=2, descriptions=False, buffer=True, failfast={}))"
 )
 PYTEST_DISTRIBUTIONS = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
-_PYGMENTS = re.compile(
-    r"pygments/([^/]+\.py|(formatters|styles|lexers|filters)/(__init__|_mapping|terminal|default|python|diff)\.py)"
+_NEEDED = re.compile(
+    r"py\.py|(_pytest|pytest|pluggy|iniconfig)/.*\.py|.*\.dist-info/(METADATA|entry_points\.txt|licenses/.*)"
+    r"|packaging/(__init__|_elffile|_manylinux|_musllinux|_parser|_ranges|_structures|_tokenizer|markers|ranges"
+    r"|requirements|specifiers|tags|utils|version)\.py"
+    r"|pygments/([^/]+\.py|(formatters|styles|lexers|filters)/(__init__|_mapping|terminal|default|python|diff)\.py)"
 )
-"""What pytest needs of Pygments, a tenth of it."""
+"""Files of these distributions that pytest needs to run, and their licences."""
 _NAME = re.compile(r"\w+ \([\w.]+\)|[^\s\[]+::[^\s\[]+(\[\S*\])?")
 """Names of tests that both runners accept as an argument. pytest's names with spaces are cut off in some places."""
 
@@ -142,7 +145,7 @@ def archive(files: Mapping[str, bytes], executable: Iterable[str] = ()) -> bytes
 
 @functools.cache
 def _installed(names: tuple[str, ...]) -> Mapping[str, bytes]:
-    """Return the Python files and metadata of installed distributions."""
+    """Return the files of installed distributions that pytest needs."""
     files: dict[str, bytes] = {}
     for name in names:
         try:
@@ -150,12 +153,21 @@ def _installed(names: tuple[str, ...]) -> Mapping[str, bytes]:
         except importlib.metadata.PackageNotFoundError as exc:
             raise PackageError(f"{name} is not installed; run: pip install 'agentkit-harness[synth]'") from exc
         for file in listed:
-            path = file.as_posix()
-            if path.startswith("..") or not path.endswith((".py", "/METADATA", "/entry_points.txt")):
-                continue
-            if not path.startswith("pygments/") or _PYGMENTS.fullmatch(path):
-                files[path] = file.read_binary()
+            if _NEEDED.fullmatch(path := file.as_posix()):
+                content = file.read_binary()
+                files[path] = _without_comments(content) if path.endswith(".py") else content
     return files
+
+
+def _without_comments(source: bytes) -> bytes:
+    """Return a module without comments and docstrings, half of the text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Module() | ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                if ast.get_docstring(node, clean=False) is not None:
+                    node.body[0] = ast.Expr(ast.Constant(""))
+    return ast.unparse(tree).encode()
 
 
 def _wheels(package: Package, cache: Path) -> dict[str, bytes]:
