@@ -15,9 +15,11 @@ from torch import Tensor
 import agentkit_engine.engine
 from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
-from agentkit_engine.runtime import Pools, Runner, Scheduler
-from agentkit_engine.runtime.runner import NUMERICS, machine
+from agentkit_engine.runtime import Pools, Request, Runner, Scheduler
+from agentkit_engine.runtime.runner import NUMERICS, CpuLimits, machine
 from agentkit_kernels import invariance
+from agentkit_kernels.cpu import linear as cpu_linear
+from agentkit_kernels.cpu import workers as cpu_workers
 from agentkit_kernels.cpu.layout import Matrix
 from agentkit_kernels.invariance import check_products
 
@@ -169,6 +171,26 @@ def test_packed_weights_are_held_once_and_the_decoder_still_computes_with_them(d
     with torch.inference_mode():
         torch.testing.assert_close(packed(torch.tensor([ids])), decoder(torch.tensor([ids])))
     packed(torch.tensor([ids])).sum().backward()  # they are still parameters
+
+
+def test_any_number_of_threads_gives_the_same_bits(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of several blocks of queries beside short ones, and decoding; every operation shares its work."""
+    for module in (cpu_linear, cpu_workers):
+        monkeypatch.setattr(module, "SHARED", 1)
+    found = []
+    for count in (1, 2, 3, 4):
+        limits = CpuLimits(threads=count)
+        computing = Engine(decoder, name="s", dialect="v4-preview", folder=Path("none"), backend="cpu", limits=limits)
+        scheduler, requests = computing.scheduler, [Request(some_ids(length, length)) for length in (600, 3, 170)]
+        while any(request.logits_V is None for request in requests):
+            scheduler.step([request for request in requests if request.logits_V is None])
+        for request in requests:
+            request.push(7)
+        scheduler.step(requests)
+        found.append([computing.logits(some_ids(600, 0)), *(request.logits_V for request in requests)])
+    for others in found[1:]:
+        for logits, expected in zip(others, found[0], strict=True):
+            assert logits is not None and expected is not None and torch.equal(logits, expected)
 
 
 def test_sizes_without_divisors() -> None:

@@ -16,7 +16,7 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.spec import ModelSpec
 from agentkit_engine.weights import memory
 from agentkit_engine.weights.export import Format, export_checkpoint
-from agentkit_kernels.cpu import Cpu, linear
+from agentkit_kernels.cpu import Cpu, linear, workers
 from agentkit_kernels.cpu.expert_store import ExpertStore
 
 from .conftest import make_random_decoder, small_config, some_ids
@@ -136,7 +136,8 @@ def test_an_expert_that_is_damaged_is_an_error_when_it_is_used(folder: Path) -> 
 
 
 def test_any_number_of_threads_gives_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "SHARED", 1)  # share products of any size
+    for module in (linear, workers):
+        monkeypatch.setattr(module, "SHARED", 1)  # share products of any size
     found = []
     for threads in (1, 2, 3):
         engine = Engine.load(folder, threads=threads, expert_cache_bytes=None if threads == 2 else 200_000)

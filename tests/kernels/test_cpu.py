@@ -88,12 +88,14 @@ def test_hyper_connections(rows: int, size: int, dim: int, iterations: int, seed
     x_ND, mixing = hyper_connections.hc_pre(torch.from_numpy(streams), connection)
     raw = (torch.from_numpy(streams).flatten(1) @ fn.T).numpy()
     x, post, comb = (np.empty(shape, np.float32) for shape in [(rows, dim), (rows, size), (rows, size, size)])
-    loops.connect(streams, raw, base.numpy(), scale.numpy(), norm, EPS, EPS, iterations, x, post, comb)
+    for first, last in ((0, rows // 2), (rows // 2, rows)):
+        loops.connect(streams, raw, base.numpy(), scale.numpy(), norm, EPS, EPS, iterations, first, last, x, post, comb)
     close(post, mixing.post_NM)
     close(comb, mixing.comb_NMM, 1e-4)
     close(x, x_ND, 1e-3)
     out = np.empty_like(streams)
-    loops.write(streams, y, post, comb, out)
+    loops.write(streams, y, post, comb, 0, rows // 2, out)
+    loops.write(streams, y, post, comb, rows // 2, rows, out)
     close(out, hyper_connections.hc_post(torch.from_numpy(streams), torch.from_numpy(y), mixing), 1e-3)
     head = HyperHead(Weight((fn[:size],)), base[:size], scale[:1], torch.from_numpy(norm), 1e-6, 1e-6)
     collapsed = np.empty_like(x)
@@ -114,7 +116,8 @@ def test_queries_and_key_value_rows(rows: int, heads: int, index_heads: int, siz
     expected = qkv(torch.from_numpy(q), torch.from_numpy(projected), turns, layout)
     shapes = [(rows, heads, size), (rows, size), (rows, index_heads, index_size), (rows, index_heads)]
     outs = [np.full(shape, np.nan, np.float32) for shape in shapes]
-    loops.heads(q, projected, kv_column, index_column, kv_norm, turns.numpy(), EPS, *outs)
+    for first, last in ((0, rows // 2), (rows // 2, rows)):
+        loops.heads(q, projected, kv_column, index_column, kv_norm, turns.numpy(), EPS, first, last, *outs)
     for out, twin in zip(outs, expected, strict=True):
         if out.size:
             close(out, twin, 1e-4)
@@ -152,7 +155,7 @@ def test_attention_covers_window_and_entries_for_any_chunks(
         some = slice(low, low + chunk)
         loops.attend(
             q[some], kv[some], turns[some], np.array([0, chunk]), np.arange(low, low + chunk), np.array([1]), ring,
-            window, ratio, entries, per_span, spans[None], picks[some], counts[some], sink, out[some],
+            window, ratio, entries, per_span, spans[None], picks[some], counts[some], sink, 0, heads, out[some],
         )  # fmt: skip
         low += chunk
     for n in range(length):
@@ -231,7 +234,8 @@ def test_experts_have_the_same_bits_one_by_one_and_sorted(tokens: int, experts: 
     for expert in range(experts):
         some = slice(bounds[expert], bounds[expert + 1])
         loops.multiply(taken[some], w13[expert], 0, 2 * width, gate_up[some], 0)
-    loops.swiglu(gate_up, row_weights, limit, hidden_rows)
+    loops.swiglu(gate_up, row_weights, limit, 0, end // 2, hidden_rows)
+    loops.swiglu(gate_up, row_weights, limit, end // 2, end, hidden_rows)
     for expert in range(experts):
         some = slice(bounds[expert], bounds[expert + 1])
         loops.multiply(hidden_rows[some], w2[expert], 0, dim, down[some], 0)
@@ -290,7 +294,7 @@ def test_every_code_is_decoded_and_nan_stays_nan_in_bytes() -> None:
 def test_nan_stays_nan() -> None:
     nan = np.full((1, 4), np.nan, np.float32)
     out, ones = np.empty((1, 2), np.float32), np.ones(1, np.float32)
-    loops.swiglu(nan, ones, np.float32(7), out)
+    loops.swiglu(nan, ones, np.float32(7), 0, 1, out)
     assert np.isnan(out).all()
     normed = np.empty((1, 4), np.float32)
     loops.rms_norm(nan, np.ones(4, np.float32), EPS, normed)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agentkit_engine.weights.formats import quantise_fp4, quantise_fp8
 from agentkit_kernels.cpu import linear as cpu_linear
+from agentkit_kernels.cpu import workers as cpu_workers
 from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.experts import experts
 from agentkit_kernels.cpu.linear import Stacked, Weight, grouped_linear, linear
@@ -40,6 +41,7 @@ def stacked(parts: list[Packed]) -> Packed:
 def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Workers:
     """Threads that share out products of any size."""
     monkeypatch.setattr(cpu_linear, "SHARED", 1)
+    monkeypatch.setattr(cpu_workers, "SHARED", 1)
     return Workers(request.param)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ class Cpu:
         self.workers = workers or Workers()
         self.expert_store = None if expert_cache_bytes is None else ExpertStore(expert_cache_bytes, self.workers)
 
+        self.attend, self.index_topk = partial(attend, self.workers), partial(index_topk, self.workers)
+        self.qkv = partial(qkv, self.workers)
+        self.hc_pre, self.hc_post = partial(hc_pre, self.workers), partial(hc_post, self.workers)
+        self.hc_post_pre, self.swiglu = partial(hc_post_pre, self.workers), partial(swiglu, self.workers)
+
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return host_zeros(shape, dtype)
 
@@ -73,20 +79,13 @@ class Cpu:
     def tensor(self, array: Floats) -> Tensor:
         return torch.from_numpy(array)
 
-    attend = staticmethod(attend)
     compress = staticmethod(compress)
     embed = staticmethod(embed)
     experts = staticmethod(experts)
     grouped_linear = staticmethod(grouped_linear)
     hc_head = staticmethod(hc_head)
-    hc_post = staticmethod(hc_post)
-    hc_post_pre = staticmethod(hc_post_pre)
-    hc_pre = staticmethod(hc_pre)
-    index_topk = staticmethod(index_topk)
     linear = staticmethod(linear)
-    qkv = staticmethod(qkv)
     rms_norm = staticmethod(rms_norm)
     rotations = staticmethod(rotations)
     route = staticmethod(route)
-    swiglu = staticmethod(swiglu)
     take = staticmethod(take)

@@ -8,6 +8,7 @@ from agentkit_kernels.cpu import loops
 from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.linear import Stacked, empty
 from agentkit_kernels.cpu.loops import Floats, Ints
+from agentkit_kernels.cpu.workers import Workers
 
 SINGLE = 1 << 20
 """Elements per expert and matrix up to which a few tokens go through unpacked experts one at a time, in one call."""
@@ -15,8 +16,12 @@ FEW_PAIRS = 16
 """(token, expert) pairs that count as few."""
 
 
-def swiglu(gate_up: Floats, limit: float) -> Floats:
-    return _swiglu(gate_up, np.ones(len(gate_up), np.float32), limit)
+OPERATIONS = 16
+"""Multiply-adds that take as long as SwiGLU's exponential and division."""
+
+
+def swiglu(workers: Workers, gate_up: Floats, limit: float) -> Floats:
+    return _swiglu(workers, gate_up, np.ones(len(gate_up), np.float32), limit)
 
 
 def experts(
@@ -31,12 +36,16 @@ def experts(
     places_NA = np.empty_like(experts)
     loops.sort_by_expert(experts, weights, counts_E, rows_P, sorted_P, places_NA)
     counts: list[int] = counts_E.tolist()
-    hidden = _swiglu(w13.multiply(x[rows_P], counts), sorted_P, limit)
+    hidden = _swiglu(w13.workers, w13.multiply(x[rows_P], counts), sorted_P, limit)
     loops.sum_experts(w2.multiply(hidden, counts), places_NA, shared, out_ND)
     return out_ND
 
 
-def _swiglu(gate_up_NX: Floats, weights_N: Floats, limit: float) -> Floats:
+def _swiglu(workers: Workers, gate_up_NX: Floats, weights_N: Floats, limit: float) -> Floats:
     out_NI = empty(len(gate_up_NX), gate_up_NX.shape[1] // 2)
-    loops.swiglu(gate_up_NX, weights_N, np.float32(limit), out_NI)
+
+    def some_rows(first: int, last: int) -> None:
+        loops.swiglu(gate_up_NX, weights_N, np.float32(limit), first, last, out_NI)
+
+    workers.ranges(some_rows, len(out_NI), OPERATIONS * out_NI.size)
     return out_NI

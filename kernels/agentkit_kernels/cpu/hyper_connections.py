@@ -7,31 +7,46 @@ import numpy as np
 from agentkit_kernels.cpu import loops
 from agentkit_kernels.cpu.linear import empty, linear
 from agentkit_kernels.cpu.loops import Floats
+from agentkit_kernels.cpu.workers import Workers
 from agentkit_kernels.ops import HyperConnection, HyperHead
+
+OPERATIONS = 8
+"""Multiply-adds that take as long as one stream's part in a read or a write, which memory limits."""
 
 Mixing = tuple[Floats, Floats]
 """Weights of a sub-layer's write: its output times post [N, M], stream j to k by comb [N, M, M]."""
 
 
-def hc_pre(streams: Floats, hc: HyperConnection) -> tuple[Floats, Mixing]:
+def hc_pre(workers: Workers, streams: Floats, hc: HyperConnection) -> tuple[Floats, Mixing]:
     rows, size, dim = streams.shape
     x, post, comb = empty(rows, dim), empty(rows, size), empty(rows, size, size)
-    loops.connect(
-        streams, linear(streams.reshape(rows, -1), hc.fn), hc.base, hc.scale, hc.norm, np.float32(hc.norm_eps),
-        np.float32(hc.eps), hc.iterations, x, post, comb,
-    )  # fmt: skip
+    raw = linear(streams.reshape(rows, -1), hc.fn)
+
+    def some_rows(first: int, last: int) -> None:
+        loops.connect(
+            streams, raw, hc.base, hc.scale, hc.norm, np.float32(hc.norm_eps), np.float32(hc.eps), hc.iterations, first,
+            last, x, post, comb,
+        )  # fmt: skip
+
+    workers.ranges(some_rows, rows, OPERATIONS * streams.size)
     return x, (post, comb)
 
 
-def hc_post(streams: Floats, y: Floats, mixing: Mixing) -> Floats:
+def hc_post(workers: Workers, streams: Floats, y: Floats, mixing: Mixing) -> Floats:
     out = empty(*streams.shape)
-    loops.write(streams, y, *mixing, out)
+
+    def some_rows(first: int, last: int) -> None:
+        loops.write(streams, y, *mixing, first, last, out)
+
+    workers.ranges(some_rows, len(streams), OPERATIONS * streams.size)
     return out
 
 
-def hc_post_pre(streams: Floats, y: Floats, mixing: Mixing, hc: HyperConnection) -> tuple[Floats, Floats, Mixing]:
-    streams = hc_post(streams, y, mixing)
-    return streams, *hc_pre(streams, hc)
+def hc_post_pre(
+    workers: Workers, streams: Floats, y: Floats, mixing: Mixing, hc: HyperConnection
+) -> tuple[Floats, Floats, Mixing]:
+    streams = hc_post(workers, streams, y, mixing)
+    return streams, *hc_pre(workers, streams, hc)
 
 
 def hc_head(streams: Floats, head: HyperHead) -> Floats:

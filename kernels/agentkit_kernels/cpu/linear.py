@@ -23,16 +23,12 @@ from agentkit_kernels.cpu.expert_store import ExpertStore, StoredStack
 from agentkit_kernels.cpu.layout import Matrix, as_array, pack, pack_stack, unpacked
 from agentkit_kernels.cpu.loops import Floats, Weights
 from agentkit_kernels.cpu.panels import LANES
-from agentkit_kernels.cpu.workers import Workers
+from agentkit_kernels.cpu.workers import PIECES, SHARED, Workers
 from agentkit_kernels.packed import PackedRows
 from agentkit_kernels.packing import packed
 
 ALIGNED_ROWS = 32
 """Row count from which arrays are aligned to cache lines."""
-SHARED = 1 << 21
-"""Multiply-adds from which a product is shared out to several threads: they take 0.1 ms, and waking a thread 0.02."""
-PIECES = 4
-"""Pieces per thread of shared work, so that a thread that is held up leaves its last pieces to the others."""
 
 
 def empty(rows: int, *shape: int) -> Floats:
@@ -57,11 +53,11 @@ class Job(NamedTuple):
 def compute(jobs: Sequence[Job], workers: Workers) -> None:
     """Compute products. Threads share the panels; the bits do not depend on which thread computes which."""
     work = sum(job.x.size * (job.last - job.first) * LANES for job in jobs)
-    if workers.count == 1 or work < SHARED:
+    if workers.shares(work):
+        workers.each(_multiply, _pieces(jobs, work // (PIECES * workers.count)))
+    else:
         for job in jobs:
             _multiply(job)
-    else:
-        workers.each(_multiply, _pieces(jobs, work // (PIECES * workers.count)))
 
 
 def _multiply(job: Job) -> None:

@@ -354,19 +354,21 @@ def connect(
     norm_eps: np.float32,
     eps: np.float32,
     iterations: int,
+    first: int,
+    last: int,
     x_ND: Floats,
     post_NM: Floats,
     comb_NMM: Floats,
 ) -> None:
-    """Compute the normed input of a sub-layer, and the maps for writing its output back; `raw` is fn · streams.
+    """Compute the normed inputs of a sub-layer for the rows `first` to `last`, and the maps for writing its outputs
+    back; `raw` is fn · streams.
 
     The M x M matrix is a softmax over rows + eps, whose columns, then rows and columns in turn, are divided by their
     sum + eps (Sinkhorn).
     """
-    rows, size = streams_NMD.shape[:2]
-    flat_NX = streams_NMD.reshape(rows, -1)
+    size, flat_NX = streams_NMD.shape[1], streams_NMD.reshape(streams_NMD.shape[0], -1)
     mix, pre = np.empty(base_X.shape[0], np.float32), np.empty(size, np.float32)
-    for n in range(rows):
+    for n in range(first, last):
         scale = _inverse_rms(flat_NX[n], norm_eps)
         for x in range(base_X.shape[0]):
             mix[x] = raw_NX[n, x] * scale * scale_3[min(x // size, 2)] + base_X[x]
@@ -435,10 +437,12 @@ def _read(streams_MD: Floats, pre_M: Floats, norm_D: Floats, norm_eps: np.float3
 
 
 @reduced
-def write(streams_NMD: Floats, y_ND: Floats, post_NM: Floats, comb_NMM: Floats, out_NMD: Floats) -> None:
-    """out_k = post_k * y + sum_j comb[j, k] * streams_j."""
-    rows, size, dim = streams_NMD.shape
-    for n in range(rows):
+def write(
+    streams_NMD: Floats, y_ND: Floats, post_NM: Floats, comb_NMM: Floats, first: int, last: int, out_NMD: Floats
+) -> None:
+    """out_k = post_k * y + sum_j comb[j, k] * streams_j, for the rows `first` to `last`."""
+    size, dim = streams_NMD.shape[1:]
+    for n in range(first, last):
         y = y_ND[n]
         for k in range(size):
             out, weight = out_NMD[n, k], post_NM[n, k]
@@ -462,18 +466,21 @@ def heads(
     kv_norm_K: Floats,
     turns_NR: Floats,
     eps: np.float32,
+    first: int,
+    last: int,
     q_NHK: Floats,
     kv_NK: Floats,
     q_index_NJC: Floats,
     weights_NJ: Floats,
 ) -> None:
-    """Compute the queries (normed per head, rotated, scaled by K^-0.5), the key-value row (from column `column` of
-    `projected`), and, unless J is 0, the indexer's queries and its head weights (from column `index_column`)."""
-    rows, num_heads, size = q_NHK.shape
+    """Compute the queries of the rows `first` to `last` (normed per head, rotated, scaled by K^-0.5), their key-value
+    rows (from column `column` of `projected`), and, unless J is 0, the indexer's queries and its head weights (from
+    column `index_column`)."""
+    num_heads, size = q_NHK.shape[1:]
     _, index_heads, index_size = q_index_NJC.shape
     scale, at = np.float32(size) ** -_HALF, num_heads * size
     index_scale = np.float32(max(1, index_heads * index_size)) ** -_HALF
-    for n in range(rows):
+    for n in range(first, last):
         for h in range(num_heads):
             q = q_NHK[n, h]
             q[:] = q_NX[n, h * size : (h + 1) * size]
@@ -511,15 +518,18 @@ def attend(
     picks_NP: Ints,
     counts_N: Ints,
     sink_H: Floats,
+    first_head: int,
+    last_head: int,
     out_NHK: Floats,
 ) -> None:
-    """Store the new rows in their rings, attend to the window, the entries and the sink, and rotate the result back.
+    """Store the new rows in their rings, attend to the window, the entries and the sink with the heads `first_head` to
+    `last_head`, and rotate the result back.
 
     Sequence b has the rows from `rows[b]` to `rows[b + 1]`. If P is 0, a query attends to all entries that are
     complete at its position (none if `ratio` is 0), otherwise to its first `counts` picks. Rows are read back from
     where they are stored, so that all queries see the same bits.
     """
-    num_heads, size = q_NHK.shape[1:]
+    num_heads, size = last_head - first_head, q_NHK.shape[2]
     rotary, rings, entries = turns_NR.shape[1], ring_SRK.reshape(-1), entries_SK.reshape(-1)
     ring, picking, most = ring_SRK.shape[1], picks_NP.shape[1] > 0, 0
     for n in range(rows_B1[0], rows_B1[-1]):
@@ -553,10 +563,10 @@ def attend(
                         row = (tables_BX[b, span] - span) * per_span + picks_NP[n, s]
                         _load_row(entries, row, per_span, rotary, far_SK, s)
                 near = near_SK[max(0, position + 1 - window) - begin : position + 1 - begin]
-                _score(q_NHK[n], near, scores, 0)
-                _score(q_NHK[n], far_SK[:count], scores, near.shape[0])
-                for h in range(num_heads):
-                    score, out = scores[h, : near.shape[0] + count], out_NHK[n, h]
+                _score(q_NHK[n, first_head:last_head], near, scores, 0)
+                _score(q_NHK[n, first_head:last_head], far_SK[:count], scores, near.shape[0])
+                for h in range(first_head, last_head):
+                    score, out = scores[h - first_head, : near.shape[0] + count], out_NHK[n, h]
                     highest = sink_H[h]
                     for s in range(score.shape[0]):
                         highest = score[s] if score[s] > highest else highest
@@ -699,10 +709,11 @@ def route(
 
 
 @strict
-def swiglu(gate_up_NX: Floats, weights_N: Floats, limit: np.float32, out_NI: Floats) -> None:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit) * weight of each row; gate and up lie side by side."""
+def swiglu(gate_up_NX: Floats, weights_N: Floats, limit: np.float32, first: int, last: int, out_NI: Floats) -> None:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit) * weight of the rows `first` to `last`; gate and up lie side by
+    side."""
     width = out_NI.shape[1]
-    for n in range(gate_up_NX.shape[0]):
+    for n in range(first, last):
         gate, up, out = gate_up_NX[n, :width], gate_up_NX[n, width:], out_NI[n]
         weight = weights_N[n]
         for i in range(width):
@@ -732,7 +743,7 @@ def mix_experts(
         for a in range(active):
             expert = experts_NA[n, a]
             multiply(x_ND[n : n + 1], w13_EDX[expert], 0, 2 * width, gate_up, 0)
-            swiglu(gate_up, weights_NA[n, a : a + 1], limit, hidden)
+            swiglu(gate_up, weights_NA[n, a : a + 1], limit, 0, 1, hidden)
             multiply(hidden, w2_EID[expert], 0, out.shape[0], down, 0)
             for d in range(out.shape[0]):
                 out[d] = out[d] + down[0, d] if a else down[0, d]
