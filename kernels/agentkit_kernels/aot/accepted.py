@@ -51,6 +51,11 @@ EXCESSES: dict[tuple[str, str], Excess] = {
     ("attention", "decode"): Excess(
         1.75, "the float32 partial results of splits pass through memory, so that a few rows keep many processors busy"
     ),
+    ("indexer", "prefill"): Excess(
+        2.3,
+        "each row's buffer of candidates is written and read back; it is as large as a query, whatever the number of "
+        "entries",
+    ),
 }
 """By file and the start of a call's label."""
 

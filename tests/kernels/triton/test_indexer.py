@@ -10,11 +10,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from agentkit_kernels.triton.indexer import FAN, index_topk
+from agentkit_kernels.triton import indexer
+from agentkit_kernels.triton.indexer import FAN, QUERIES, index_topk
+from agentkit_kernels.triton.launch import LAUNCHES
 
 NAN = float("nan")
 SPLIT = 128
-"""Entries per program for a top-k of 32 or less."""
+"""Entries per program of decoding, and candidates per row of prefill, for a top-k of 32 or less."""
+PATHS = {"decode": (1 << 20, 0), "prefill": (0, 1), "prefill in parts": (0, 3)}
+"""The rows up to which decoding is chosen, and the parts of prefill."""
+
+
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_rows, parts = PATHS[path]
+    monkeypatch.setattr(indexer, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(indexer, "_parts", lambda *_: parts)
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    take(request.param, monkeypatch)
+    return str(request.param)
+
+
+on_every_path = pytest.mark.usefixtures("path")
 
 
 @dataclass
@@ -95,22 +114,26 @@ def check(case: Case) -> None:
         assert indices[n, : int(counts[n])].tolist() == answer.tolist()
 
 
+@on_every_path
 @pytest.mark.parametrize("whole", [False, True], ids=["random", "ties"])
 @pytest.mark.parametrize(("size", "heads", "per_span"), [(24, 3, 8), (16, 8, 1), (32, 17, 64)])
 def test_queries_of_a_ragged_batch(size: int, heads: int, per_span: int, whole: bool) -> None:
     check(case([1, 5, 1], [0, 7, 300], size=size, heads=heads, per_span=per_span, whole=whole))
 
 
+@on_every_path
 @pytest.mark.parametrize("count", [4, 5, 6, 63, 64, 65, SPLIT - 1, SPLIT, SPLIT + 1, FAN * SPLIT, FAN * SPLIT + 1])
 def test_numbers_of_entries_around_every_edge(count: int) -> None:
     check(case([1, 1], [2 * count - 2, 2 * count - 1], whole=True))
 
 
+@on_every_path
 @pytest.mark.parametrize("top_k", [1, 7, 16, 60])
 def test_numbers_of_chosen_entries(top_k: int) -> None:
     check(case([2], [600], top_k=top_k))
 
 
+@on_every_path
 def test_equal_scores_choose_the_first_entries() -> None:
     made = case([1], [2 * 3 * SPLIT - 1])
     made.weights.zero_()
@@ -118,6 +141,7 @@ def test_equal_scores_choose_the_first_entries() -> None:
     assert indices[0].tolist() == [0, 1, 2, 3, 4]
 
 
+@on_every_path
 def test_negative_weights_and_no_positive_dot_tie_at_zero() -> None:
     made = case([1], [41])
     made.weights.fill_(-1.0)
@@ -127,6 +151,7 @@ def test_negative_weights_and_no_positive_dot_tie_at_zero() -> None:
     assert indices[0].tolist() == [1, 2, 3, 4, 5]
 
 
+@on_every_path
 def test_a_nan_score_is_chosen() -> None:
     made = case([1], [2 * 2 * SPLIT - 1])
     made.entries[made.block_tables[0, 150 // 8], 150 % 8] = NAN
@@ -134,17 +159,20 @@ def test_a_nan_score_is_chosen() -> None:
     assert 150 in indices[0].tolist()
 
 
+@on_every_path
 def test_an_empty_batch_launches_nothing() -> None:
     indices, counts = case([0], [3]).run()
     assert indices.shape == (0, 5) and counts.shape == (0,)
 
 
+@on_every_path
 def test_padding_rows_choose_nothing() -> None:
     made = case([1, 1], [300, 300])
     made.sequences[0] = -1
     assert made.run()[1].tolist() == [0, 5]
 
 
+@on_every_path
 def test_the_choice_of_a_row_does_not_depend_on_the_other_rows() -> None:
     made = case([1, 3], [500, 90])
     indices, _ = made.run()
@@ -160,6 +188,58 @@ def test_the_choice_of_a_row_does_not_depend_on_the_other_rows() -> None:
         assert torch.equal(alone.run()[0][0], indices[n])
 
 
+def test_each_path_launches_its_kernels(path: str) -> None:
+    before = LAUNCHES.copy()
+    case([2], [2 * 2 * SPLIT]).run()
+    names = {"decode": ["_index_scan", "_index_merge"], "prefill": ["_index_stream"]}
+    assert sorted(LAUNCHES - before) == sorted(names.get(path, ["_index_stream", "_index_merge"]))
+
+
+@pytest.mark.parametrize(("rows", "entries", "parts"), [(2048, 1 << 20, 1), (64, 1 << 18, 8), (64, 1 << 13, 1)])
+def test_few_rows_over_many_entries_are_divided(rows: int, entries: int, parts: int) -> None:
+    assert indexer._parts(rows // QUERIES, entries, 2048) == parts
+
+
+@on_every_path
+@pytest.mark.parametrize("descending", [False, True])
+def test_scores_in_order(*, descending: bool) -> None:
+    """Ascending ones are the most that prefill can append; descending ones are appended once."""
+    count = 5 * SPLIT + 3
+    made = case([1], [2 * count - 1], size=16, heads=1)
+    made.q.fill_(1.0)
+    made.weights.fill_(1.0)
+    for entry in range(count):
+        made.entries[made.block_tables[0, entry // 8], entry % 8] = float(count - entry if descending else entry)
+    indices, _ = made.run()
+    assert indices[0].tolist() == list(range(5) if descending else range(count - 5, count))
+
+
+@on_every_path
+def test_rows_of_one_program_of_several_sequences_in_any_order() -> None:
+    lengths, starts = [3, 2, 4, 1], [150, 90, 300, 5]
+    made = case(lengths, starts, ratio=1, whole=True)
+    order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1))
+    check(
+        replace(
+            made,
+            q=made.q[order],
+            weights=made.weights[order],
+            positions=made.positions[order],
+            sequences=made.sequences[order],
+        )
+    )
+
+
+def test_every_path_makes_the_same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case([QUERIES + 1, 2], [400, 90], ratio=1, size=32, heads=8, per_span=64)
+    results = []
+    for path in PATHS:
+        take(path, monkeypatch)
+        results.append(made.run())
+    for indices, counts in results[1:]:
+        assert torch.equal(indices, results[0][0]) and torch.equal(counts, results[0][1])
+
+
 def fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows as E4M3 codes (uint8), and a scale per row."""
     finite = rows.nan_to_num()
@@ -171,6 +251,7 @@ def values(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float() * scales[..., None]
 
 
+@on_every_path
 def test_fp8_queries_and_keys_give_the_choice_of_their_values() -> None:
     made = case([2, 1], [300, 7])
     codes, scales = fp8(made.entries)
@@ -188,6 +269,7 @@ def test_fp8_queries_and_keys_give_the_choice_of_their_values() -> None:
             assert torch.equal(result[0][n, : int(counts[n])], answer[n, : int(counts[n])])
 
 
+@on_every_path
 def test_addresses_beyond_32_bits() -> None:
     made = case([1], [15], ratio=1, per_span=16, top_k=3)
     stride = 16 * 24
