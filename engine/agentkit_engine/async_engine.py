@@ -250,7 +250,9 @@ class AsyncEngine:
         waiting = [generation for generation in ready if not generation.ended]
         held = [generation for generation in self._generations if generation.request.sequence is not None]
         # `next_tokens` reads the cached masks
-        computing = [masks.submit(each.matcher.mask) for each in waiting if each.matcher is not None]
+        packed = scheduler.runner.sampler is not None
+        matchers = [each.matcher for each in waiting if each.matcher is not None]
+        computing = [masks.submit(matcher.bitmask if packed else matcher.mask) for matcher in matchers]
         if waiting:
             try:
                 scheduler.step([generation.request for generation in waiting])

@@ -73,10 +73,11 @@ class Generation:
         token_id = self.matcher.forced()
         return None if token_id is None else SampledToken(token_id, math.nan, forced=True)
 
-    def draw(self) -> Draw:
-        """Return how to sample the next token."""
-        mask_V = None if self.matcher is None else self.matcher.mask()
-        return Draw(self.params, self.seed, self.request.length, self.request.past, mask_V)
+    def draw(self, *, packed: bool) -> Draw:
+        """Return how to sample the next token, with a mask for a `DeviceSampler` if `packed`."""
+        mask_V = None if self.matcher is None or packed else self.matcher.mask()
+        bitmask = None if self.matcher is None or not packed else self.matcher.bitmask()
+        return Draw(self.params, self.seed, self.request.length, self.request.past, mask_V, bitmask)
 
     def take(self, outcome: TokenOrError, scheduler: Scheduler) -> TokenOrError:
         """Append a token to the sequence, or end the generation with an error or None; return it."""
@@ -97,6 +98,7 @@ def next_tokens(generations: Sequence[G], scheduler: Scheduler) -> list[tuple[G,
     A generation needs a forward if its grammar forces no id and there are no logits after its last one. An error ends
     its own generation only.
     """
+    on_device = scheduler.runner.sampler
     outcomes: list[tuple[G, TokenOrError]] = []
     sampling: list[tuple[G, Tensor, Draw]] = []
     for generation in generations:
@@ -107,13 +109,13 @@ def next_tokens(generations: Sequence[G], scheduler: Scheduler) -> list[tuple[G,
             outcome, logits_V = generation.forced(), generation.request.logits_V
             if outcome is None and (logits_V is None or generation.left):
                 if logits_V is not None:
-                    sampling.append((generation, logits_V, generation.draw()))
+                    sampling.append((generation, logits_V, generation.draw(packed=on_device is not None)))
                 continue
         except Exception as error:
             outcome = error
         outcomes.append((generation, generation.take(outcome, scheduler)))
     if sampling:
         sampled, logits, draws = zip(*sampling, strict=True)
-        tokens = sample(torch.stack(logits) if len(logits) > 1 else logits[0][None], draws)
+        tokens = sample(torch.stack(logits) if len(logits) > 1 else logits[0][None], draws, on_device)
         outcomes += [(each, each.take(token, scheduler)) for each, token in zip(sampled, tokens, strict=True)]
     return outcomes

@@ -448,6 +448,8 @@ class Grammar:
         # a thought must not end the turn before its form, nor begin another turn
         closed = [self.dsml, self.eos, self.assistant] if at_once else [] if calls_are_free else [self.dsml]
         self.free_V[closed] = -torch.inf
+        self.free_bits = np.zeros(bitmask_bytes(self.vocab_size), np.uint8)
+        self.free_bits[: -(-self.vocab_size // 8)] = np.packbits(self.free_V.numpy() == 0, bitorder="little")
 
     def matcher(self) -> Matcher:
         """Return a matcher for one session."""
@@ -459,6 +461,11 @@ _MASK_OF_BYTE = np.where(
 )
 _MASK_OF_BYTE = _MASK_OF_BYTE.astype(np.float32)
 """Mask of eight logits for each byte of a bitmask, lowest bit first."""
+
+
+def bitmask_bytes(vocab_size: int) -> int:
+    """Return the bytes of a packed mask: a whole number of 32-bit words."""
+    return 4 * -(-vocab_size // 32)
 
 
 class _Region(Enum):
@@ -480,6 +487,7 @@ class Matcher:
         self._form: LLMatcher | None = None
         self._form_ids: list[int] = []  # ids consumed by the form
         self._forced: deque[int] | None = None  # ids that the form forces next; None if not computed yet
+        self._bits: NDArray[np.uint8] | None = None  # cached packed mask of the form, or None
         self._mask: Tensor | None = None  # cached mask of the form, or None
         self._masks = np.empty((-(-grammar.vocab_size // 8), 8), np.float32)  # reused buffer of the mask
 
@@ -497,7 +505,7 @@ class Matcher:
                 )
             self._known = begin
         for at in range(self._known, len(ids)):
-            self._mask = None
+            self._bits = self._mask = None
             self._take(ids[at])
         self._known = len(ids)
 
@@ -510,27 +518,39 @@ class Matcher:
             self._forced = deque([self._grammar.eos] if stopped else self._grammar.forced_ids(self._form))
         return self._forced[0] if self._forced else None
 
+    def bitmask(self) -> NDArray[np.uint8] | None:
+        """Return the packed mask [4 * ceil(V / 32)]: bit v mod 8 of byte v // 8 is 1 if id v is allowed.
+
+        None allows all. The mask is cached until the next `follow`. If the form allows no id, or exceeds llguidance's
+        limits, the rest of the turn is free.
+        """
+        if self._region is _Region.THOUGHT or (self._region is _Region.TEXT and not self._at_block):
+            return self._grammar.free_bits
+        if self._region is not _Region.FORM or self._form is None:
+            return None
+        if self._bits is None:
+            self._bits = self._bits_of(self._form)
+            if self._bits is None:
+                self._give_up(self._form)
+        return self._bits
+
     def mask(self) -> Tensor | None:
         """Return the mask to add to the logits, float32 [V]: 0 for allowed ids, -inf for others. None allows all.
 
-        The mask is cached until the next `follow`, and its buffer is then reused. If the form allows no id, or exceeds
-        llguidance's limits, the rest of the turn is free.
+        It is cached like `bitmask`, and its buffer is then reused.
         """
-        if self._region is _Region.THOUGHT or (self._region is _Region.TEXT and not self._at_block):
-            return self._grammar.free_V
-        if self._region is not _Region.FORM or self._form is None:
-            return None
+        bits = self.bitmask()
+        if bits is None or bits is self._grammar.free_bits:
+            return None if bits is None else self._grammar.free_V
         if self._mask is None:
-            mask_V = self._mask_of(self._form)
-            if mask_V is None:
-                self._give_up(self._form)
-                return None
-            self._mask = torch.from_numpy(mask_V)
+            # the mode that copies only once
+            np.take(_MASK_OF_BYTE, bits[: len(self._masks)], axis=0, out=self._masks, mode="clip")
+            self._mask = torch.from_numpy(self._masks.reshape(-1)[: self._grammar.vocab_size])
         return self._mask
 
     def _give_up(self, form: LLMatcher) -> None:
         """Leave the rest of the turn unconstrained."""
-        self._region, self._form, self._forced, self._mask = _Region.OUTSIDE, None, None, None
+        self._region, self._form, self._forced, self._bits = _Region.OUTSIDE, None, None, None
         reason = f"llguidance failed: {form.get_error():.500}" if form.is_error() else "no id can follow"
         warnings.warn(
             f"the rest of this turn is not held to its grammar: {reason}; its content is checked after parsing",
@@ -538,19 +558,15 @@ class Matcher:
             stacklevel=2,
         )
 
-    def _mask_of(self, form: LLMatcher) -> NDArray[np.float32] | None:
-        mask_V = self._masks.reshape(-1)[: self._grammar.vocab_size]
+    def _bits_of(self, form: LLMatcher) -> NDArray[np.uint8] | None:
+        """Return the packed mask of the form, or None if no id can follow."""
+        bits = np.zeros(bitmask_bytes(self._grammar.vocab_size), np.uint8)
         if (forced := self.forced()) is not None:
-            mask_V[:] = -np.inf
-            mask_V[forced] = 0.0
-            return mask_V
-        bits = np.frombuffer(form.compute_bitmask(), np.uint8)[: len(self._masks)]
-        if form.is_error() or not bits.any():
-            return None
-        # the mode that copies only once
-        np.take(_MASK_OF_BYTE, bits, axis=0, out=self._masks[: len(bits)], mode="clip")
-        self._masks[len(bits) :] = -np.inf
-        return mask_V
+            bits[forced // 8] = 1 << forced % 8
+            return bits
+        computed = np.frombuffer(form.compute_bitmask(), np.uint8)[: len(bits)]
+        bits[: len(computed)] = computed
+        return None if form.is_error() or not bits.any() else bits
 
     @property
     def _at_block(self) -> bool:

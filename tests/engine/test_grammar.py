@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -66,6 +67,14 @@ def accepts(grammar: Grammar, ids: Sequence[int], turn: Sequence[int] = TURN) ->
     return matcher.mask() is None
 
 
+def unpacked(matcher: Matcher) -> list[int]:
+    """Return the ids that the packed mask allows."""
+    bits = matcher.bitmask()
+    assert bits is not None and len(bits) % 4 == 0
+    found: list[int] = np.unpackbits(bits, bitorder="little")[: GRAMMARS.vocab_size].nonzero()[0].tolist()
+    return found
+
+
 def starting_with(*starts: bytes) -> frozenset[int]:
     return frozenset(n for n in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(n).startswith(starts))
 
@@ -82,6 +91,7 @@ def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN, longest: int =
         assert mask_V is not None
         allowed = (mask_V == 0).nonzero().flatten().tolist()
         assert allowed, "a dead end"
+        assert allowed == unpacked(matcher)
         forced = matcher.forced()
         assert forced is None or allowed == [forced]
         closing = [group for starts in CLOSERS if (group := [token_id for token_id in allowed if token_id in starts])]

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from agentkit_engine.runtime.state import SPAN, Pools, rows_of
 from agentkit_engine.runtime.threads import OneThread
 from agentkit_kernels.ops import Ops, Plan
 from agentkit_kernels.reference import Reference
+
+if TYPE_CHECKING:
+    from agentkit_engine.sampler import DeviceSampler
 
 T = TypeVar("T")
 Backend = Literal["reference", "cpu", "triton"]
@@ -139,7 +142,12 @@ def plan_of(scheduled: Seq[ScheduledTokens], *, all_rows: bool) -> tuple[Plan, l
 
 
 class Runner:
-    """A decoder's weights, packed once for forwards over `Pools`. Not differentiable."""
+    """A decoder's weights, packed once for forwards over `Pools`. Not differentiable.
+
+    Attributes:
+        sampler: Samples on the backend's device; None if the host samples.
+        graphs: Captured decoding steps, if the backend's device can replay them.
+    """
 
     def __init__(
         self,
@@ -163,11 +171,15 @@ class Runner:
             capture = CudaCapture(pools.device)
         ops = ops or make_ops(self.backend, pools.device, decoder.embed.weight.dtype, limits)
         self.forward = self._compute(lambda: self._packed(decoder, ops))
-        self.graphs = None if capture is None else self._compute(lambda: self._graphs(ops, capture))
+        self.sampler: DeviceSampler | None = getattr(ops, "sample", None)
+        self.graphs = None if capture is None else self.capture_with(capture)
 
-    def _graphs(self, ops: Any, capture: Capture) -> Graphs:
+    def capture_with(self, capture: Capture, **options: Any) -> Graphs:
+        """Return graphs for sequences of any length, with the `options` of `Graphs`; the backend must be `triton`."""
+        ops: Any = self.forward.ops
         longest = -(-self.pools.spec.max_position_embeddings // SPAN)
-        return Graphs(self.forward, ops, capture, spans=min(longest, self.pools.spans))
+        options = {"spans": min(longest, self.pools.spans)} | options
+        return self._compute(lambda: Graphs(self.forward, ops, capture, **options))
 
     def _packed(self, decoder: Decoder, ops: Ops) -> Forward:
         with torch.inference_mode(False), torch.no_grad():  # a packed decoder can still be trained

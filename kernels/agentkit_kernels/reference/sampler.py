@@ -34,7 +34,7 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor, bitmask: Tens
 
     Args:
         logits: [B, V].
-        temperatures: float32 [B]; 0 takes the highest logit.
+        temperatures: float64 [B]; 0 takes the highest logit.
         uniforms: float64 [B], in [0, 1).
         bitmask: int32 [B, ceil(V / 32)]; bit v mod 32 of word v // 32 is 1 if id v is allowed. None allows all.
     """

@@ -23,6 +23,7 @@ from agentkit_kernels.triton.launch import INTERPRET
 from agentkit_kernels.triton.norm import rms_norm
 from agentkit_kernels.triton.qkv import qkv
 from agentkit_kernels.triton.quantize import store_kv_rows
+from agentkit_kernels.triton.sampler import sample
 from agentkit_kernels.triton.swiglu import swiglu
 
 DECODING = 32
@@ -245,6 +246,7 @@ class Triton:
 
     rms_norm = staticmethod(rms_norm)
     swiglu = staticmethod(swiglu)
+    sample = staticmethod(sample)
 
     # --- residual streams ---
 

@@ -110,7 +110,8 @@ def _draw_kernel(
     raw_highest = tl.max(raw, 0)
     raw_sums = tl.load(raw_sum_ptr + at, mask=s < S, other=0.0) * _weights(raw, raw_highest, 0.0)
     logit = tl.load(logits_ptr + row * stride_lb + tl.maximum(token, 0)).to(tl.float64)
-    logprob = logit - _finite(raw_highest) - tl.log(tl.sum(raw_sums, 0))
+    total = tl.sum(raw_sums, 0)  # 0 only in a row that is not finite
+    logprob = logit - _finite(raw_highest) - tl.log(tl.where(total > 0.0, total, 1.0))
     tl.store(ids_ptr + row, token.to(tl.int64))
     tl.store(logprobs_ptr + row, logprob.to(tl.float32))
     tl.store(row_finite_ptr + row, tl.min(tl.load(finite_ptr + at, mask=s < S, other=1).to(tl.int32), 0) != 0)
@@ -121,7 +122,7 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor, bitmask: Tens
 
     Args:
         logits: [B, V]; rows may have any stride.
-        temperatures: float32 [B]; 0 takes the highest logit.
+        temperatures: float64 [B]; 0 takes the highest logit.
         uniforms: float64 [B], in [0, 1).
         bitmask: int32 [B, ceil(V / 32)], 1 for allowed ids; None allows all.
     """
@@ -156,11 +157,11 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     """Yield sampling with and without a grammar; see `agentkit_kernels.calls`."""
     size = shapes.vocab_size
     logits = make.floats(rows, size, dtype=torch.float32)
-    temperatures = make.floats(rows, dtype=torch.float32)
+    temperatures = make.floats(rows, dtype=torch.float64)
     uniforms = make.floats(rows, dtype=torch.float64)
     words = -(-size // 32)
     bitmask = make.ints([-1] * (rows * words), dtype=torch.int32).view(rows, words)
-    moved = rows * (4 * size + 4 + 8 + 13)
+    moved = rows * (4 * size + 8 + 8 + 13)
     yield Call("any id", partial(sample, logits, temperatures, uniforms), moved, 8 * rows * size)
     masked = partial(sample, logits, temperatures, uniforms, bitmask)
     yield Call("packed mask", masked, moved + 4 * rows * words, 8 * rows * size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from triton.runtime.interpreter import GridExecutor
 from agentkit_engine import Engine
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Computed
-from agentkit_engine.runtime.graphs import FixedOps, Graphs
 from agentkit_engine.runtime.runner import Runner, plan_of
 from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.runtime.state import Pools
@@ -88,12 +87,9 @@ class Served:
     def __init__(self, decoder: Decoder, *, least_spans: int, buckets: Sequence[int] = (1, 2, 4)) -> None:
         self.recording, self.generator = Recording(), torch.Generator().manual_seed(0)
         self.pools = Pools(decoder.spec, slots=6, spans=12, device=torch.device("cpu"))
-        self.runner = Runner(decoder, self.pools, backend="triton", capture=self.recording)
-        self.ops = cast(FixedOps, self.runner.forward.ops)
-        self.graphs = Graphs(
-            self.runner.forward, self.ops, self.recording, spans=12, buckets=buckets, least_spans=least_spans
-        )
-        self.runner.graphs = None
+        self.runner = Runner(decoder, self.pools, backend="triton")
+        assert self.runner.graphs is None  # a CPU has none
+        self.graphs = self.runner.capture_with(self.recording, buckets=buckets, least_spans=least_spans)
 
     def open(self, length: int) -> State:
         sequence = self.pools.open()
@@ -183,7 +179,7 @@ def test_steps_that_no_graph_holds_are_launched(decoder: Decoder) -> None:
     served.runner.step([ScheduledTokens(each, [7]) for each in some])  # too many rows
     served.runner.step([ScheduledTokens(some[0], [7, 8])])  # a prompt
     assert (served.recording.rows, served.recording.replays) == ([], 0)
-    sequence, outgrown = served.open(0), Graphs(served.runner.forward, served.ops, served.recording, spans=1)
+    sequence, outgrown = served.open(0), served.runner.capture_with(served.recording, spans=1)
     sequence.spans += [1, 2]
     assert outgrown(plan_of([ScheduledTokens(sequence, [7])], all_rows=True)[0]) is None
 
@@ -202,8 +198,7 @@ def test_generations_draft_and_continue_with_the_same_tokens(small_decoder: Make
         engine = Engine.load(tmp_path, backend="triton")
         runner = engine.scheduler.runner
         if recording is not None:
-            ops = cast(FixedOps, runner.forward.ops)
-            runner.graphs = Graphs(runner.forward, ops, recording, spans=4)
+            runner.graphs = runner.capture_with(recording)
         with engine.session() as one, engine.session() as other:
             one.append([5, 6, 7, 5, 6])
             found = list(one.generate(SamplingParams(temperature=0, max_tokens=3, top_logprobs=2)))
