@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from agentkit_engine.model import Decoder
-from agentkit_engine.model.forward import Forward
+from agentkit_engine.model.forward import Computed, Forward
+from agentkit_engine.runtime.graphs import CudaCapture, Graphs
 from agentkit_engine.spec import LayerSpec, ModelSpec, RopeSpec
 from agentkit_kernels.gpu.attention import kv_pages
 from agentkit_kernels.gpu.bench import Bench, OutputsDifferError, Peer, floor_us
 from agentkit_kernels.gpu.experts import mxfp4
-from agentkit_kernels.gpu.record import Goal, Measurement, Skipped
+from agentkit_kernels.gpu.record import Goal, Measurement, PeerResult, Skipped
 from agentkit_kernels.ops import QUERY_BLOCK, Plan
 from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows
 from agentkit_kernels.reference import Reference
 from agentkit_kernels.reference.quantize import load_kv_rows
-from agentkit_kernels.triton.backend import Batch, Triton
+from agentkit_kernels.triton.backend import Triton
 from agentkit_kernels.triton.launch import LAUNCHES
 
 SPAN = 256
@@ -38,15 +39,6 @@ FP8 = ("wq_a", "wkv", "wq_b", "wo_a", "wo_b")
 
 AGREE = 0.95
 """Least cosine between the streams of both backends: rounding to bfloat16 may choose another expert here and there."""
-
-
-class Prepared(Triton):
-    """Triton operations on a batch that is already on the device, so that a CUDA graph can hold a whole forward."""
-
-    prepared: Batch | None = None
-
-    def batch(self, plan: Plan) -> Batch:
-        return super().batch(plan) if self.prepared is None else self.prepared
 
 
 def slice_spec(bench: Bench) -> ModelSpec:
@@ -145,7 +137,7 @@ class Slice:
 
     bench: Bench
     decoder: Decoder
-    ops: Prepared
+    ops: Triton
     forward: Forward
     pools: list[dict[str, Tensor]]
     sequences: int
@@ -154,7 +146,7 @@ class Slice:
     @classmethod
     def over(cls, bench: Bench, decoder: Decoder, sequences: int, tokens: int) -> Slice:
         """Return a slice with random state."""
-        pools, ops = random_pools(bench, decoder.spec, sequences, tokens), Prepared(bench.device)
+        pools, ops = random_pools(bench, decoder.spec, sequences, tokens), Triton(bench.device)
         forward = Forward(decoder, ops, [ops.state(each) for each in pools])
         return cls(bench, decoder, ops, forward, pools, sequences, tokens)
 
@@ -168,16 +160,11 @@ class Slice:
 
     def step(self, start: int, new: int = 1) -> Callable[[], Tensor]:
         """Return a function that computes `new` tokens from `start` on: the streams after the last layer."""
-        plan = self.plan(start, new)
-        batch = self.ops.batch(plan)
+        batch = self.ops.batch(self.plan(start, new))
 
         def run() -> Tensor:
-            self.ops.prepared = batch
-            try:
-                with torch.inference_mode():
-                    return self.forward(plan).streams
-            finally:
-                self.ops.prepared = None
+            with torch.inference_mode():
+                return self.forward.compute(batch).streams
 
         return run
 
@@ -253,10 +240,12 @@ def _agreement(ours: Tensor, theirs: Tensor) -> float:
 
 
 def slice_decode(bench: Bench) -> Iterator[Measurement | Skipped]:
-    """H1: one token of one sequence after 4,096, and of 32 sequences, replayed from a CUDA graph.
+    """H1: one token of one sequence after 4,096, and of 32 sequences, replayed from a CUDA graph. Then the same as the
+    engine's step, from a plan on the host to logits, replayed and launched from Python.
 
     Raises:
-        OutputsDifferError: The streams point elsewhere than those of the reference backend.
+        OutputsDifferError: The streams point elsewhere than those of the reference backend, or the replayed logits are
+            not those of the forward launched from Python, bit for bit.
     """
     decoder, start = random_decoder(bench, slice_spec(bench)), bench.pick(4096, 70)
     for sequences, goal in ((1, Goal("us", 200, 110)), (bench.pick(32, 2), Goal("us"))):
@@ -277,7 +266,42 @@ def slice_decode(bench: Bench) -> Iterator[Measurement | Skipped]:
             peers=peers,
             note=note,
         )
+        if sequences > 1 or not bench.rehearse:
+            yield _engine_step(made, start)
     yield Skipped("torch.compile of the slice", "the reference backend's ragged batches depend on data")
+
+
+@torch.inference_mode()
+def _engine_step(made: Slice, start: int) -> Measurement:
+    bench, plan, count = made.bench, made.plan(start, 1), len(made.decoder.spec.layers)
+    capture = _rerun if bench.rehearse else CudaCapture(bench.device)
+    graphs = Graphs(made.forward, made.ops, capture, spans=max(map(len, plan.block_tables)))
+    launched, replayed = made.forward(plan), graphs(plan)
+    assert replayed is not None
+    if not torch.equal(launched.logits, replayed.logits):
+        raise OutputsDifferError(f"B={made.sequences}: a replayed step has other logits than one launched from Python")
+    replay, launch = bench.wall(lambda: graphs(plan)), bench.wall(lambda: made.forward(plan))
+    return Measurement(
+        f"B={made.sequences}, the engine's step after {start} tokens, per layer",
+        replay.us / count,
+        Goal("us"),
+        replay.spread,
+        replay.us,
+        floor_us(made.bytes(start)),
+        peers=[PeerResult("launched from Python", launch.us / count, launch.spread, outputs="the same bits")],
+        note="wall time from a plan on the host to logits on the device",
+    )
+
+
+def _rerun(function: Callable[[], Computed]) -> tuple[Callable[[], None], Computed]:
+    """Stand for `CudaCapture` in a rehearsal: a replay runs the function again."""
+    computed = function()
+
+    def replay() -> None:
+        for old, new in zip(computed, function(), strict=True):
+            old.copy_(new)
+
+    return replay, computed
 
 
 def context_growth(bench: Bench) -> Iterator[Measurement]:
