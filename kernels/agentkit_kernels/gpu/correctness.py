@@ -352,7 +352,7 @@ def _router(bench: Bench) -> Found:
     both = ((Router(None, bias, active, 1.5), chosen), (Router(table, None, active, 1.5), table[ids]))
     for name, (parameters, expected) in zip(("by score, with ties", "by table"), both, strict=True):
         weights = affinity.gather(1, expected)
-        found = router.route(logits, parameters, ids)
+        found = router.route(logits, parameters, ids, ids)
         yield f"experts {name}", found[0], expected, EXACT
         yield f"weights {name}", found[1], weights / weights.sum(1, keepdim=True) * 1.5, FP32
 

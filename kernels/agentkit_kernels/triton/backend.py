@@ -1,7 +1,7 @@
 """`Triton`: the operations of this folder, as `agentkit_kernels.ops.Ops`.
 
 Activations have one dtype, bfloat16 or float32; logits, and products with float32 weights, are float32. A lookup of
-rows is torch's, all other operations are Triton kernels. Rows are not padded.
+rows is torch's, all other operations are Triton kernels. Only batches of a fixed size, for CUDA graphs, have padding.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ class Triton:
     # --- mixture of experts ---
 
     def route(self, logits: Tensor, parameters: Router, batch: Batch) -> tuple[Tensor, Tensor]:
-        return router.route(logits, parameters, batch.ids)
+        return router.route(logits, parameters, batch.ids, batch.sequences)
 
     def experts(
         self,

@@ -37,10 +37,11 @@ def _affinity(logit):
 
 @triton.jit
 def _route_kernel(
-    logits_ptr, ids_ptr, table_ptr, bias_ptr, experts_ptr, weights_ptr, stride_ln, stride_tv, scale,
+    logits_ptr, ids_ptr, sequences_ptr, table_ptr, bias_ptr, experts_ptr, weights_ptr, stride_ln, stride_tv, scale,
     E: tl.constexpr, A: tl.constexpr, BY_TABLE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.where(tl.load(sequences_ptr + row) < 0, 0, row)  # padding takes the first row's experts
     a = tl.arange(0, BLOCK_A)
     if BY_TABLE:
         experts = tl.load(table_ptr + tl.load(ids_ptr + n) * stride_tv + a, mask=a < A, other=0)
@@ -61,17 +62,19 @@ def _route_kernel(
             chosen = tl.where(a == i, tl.sum(tl.where(e == best, affinity, 0.0), 0), chosen)
             free = free & (e != best)
     weights = chosen / tl.sum(chosen, 0) * scale
-    tl.store(experts_ptr + n * A + a, experts, mask=a < A)
-    tl.store(weights_ptr + n * A + a, weights.to(weights_ptr.dtype.element_ty), mask=a < A)
+    tl.store(experts_ptr + row * A + a, experts, mask=a < A)
+    tl.store(weights_ptr + row * A + a, weights.to(weights_ptr.dtype.element_ty), mask=a < A)
 
 
-def route(logits: Tensor, router: Router, ids: Tensor) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, router: Router, ids: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's experts, int64 [N, A], and their weights, float32 [N, A]; see `Ops.route`.
 
     Args:
         logits: [N, E]; rows may have any stride.
         router: Its table, int64 [V, A], or its bias, [E].
         ids: int64 [N], used with a table.
+        sequences: int64 [N], the sequence of each row; negative for padding, which gets the experts of the first row,
+            so that no weights are read for it alone.
 
     Raises:
         ValueError: The router has neither a table nor a bias, or more active experts than there are.
@@ -86,7 +89,7 @@ def route(logits: Tensor, router: Router, ids: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.empty(rows, active, dtype=torch.float32, device=logits.device)
     launch(
         _route_kernel, (rows,),
-        logits, ids, logits if table is None else table, logits if bias is None else bias, experts, weights,
+        logits, ids, sequences, logits if table is None else table, logits if bias is None else bias, experts, weights,
         logits.stride(0), 0 if table is None else table.stride(0), router.scale,
         E=size, A=active, BY_TABLE=table is not None,
         BLOCK_E=triton.next_power_of_2(size), BLOCK_A=triton.next_power_of_2(active), num_warps=1,
@@ -101,8 +104,8 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     ids = make.ints([n % shapes.vocab_size for n in range(rows)])
     table = make.ints([a for _ in range(shapes.vocab_size) for a in range(active)]).view(-1, active)
     bias = make.floats(experts, dtype=torch.float32)
-    result = 12 * rows * active
-    by_table = partial(route, logits, Router(table, None, active, 1.5), ids)
+    result = 12 * rows * active + 8 * rows  # and which rows are padding
+    by_table = partial(route, logits, Router(table, None, active, 1.5), ids, ids)
     yield Call("by table", by_table, result + rows * (8 + 12 * active), 3 * rows * active)
-    by_score = partial(route, logits, Router(None, bias, active, 1.5), ids)
+    by_score = partial(route, logits, Router(None, bias, active, 1.5), ids, ids)
     yield Call("by score", by_score, result + 4 * experts * (rows + 1), rows * experts * (4 + active))

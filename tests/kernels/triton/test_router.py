@@ -25,7 +25,7 @@ def expected(logits: Tensor, router: Router, ids: Tensor) -> tuple[Tensor, Tenso
 
 
 def check(logits: Tensor, router: Router, ids: Tensor) -> None:
-    experts, weights = route(logits, router, ids)
+    experts, weights = route(logits, router, ids, torch.zeros_like(ids))
     answer, answer_weights = expected(logits, router, ids)
     assert torch.equal(experts, answer)
     torch.testing.assert_close(weights.double(), answer_weights, atol=1e-6, rtol=1e-6)
@@ -45,16 +45,25 @@ def test_routers_match_their_definition(rows: int, size: int, active: int) -> No
         check(given, Router(None, bias, active, 2.5), ids)
 
 
+@pytest.mark.parametrize("router", [Router(None, torch.zeros(6), 2, 1.0), Router(torch.eye(6).long(), None, 2, 1.0)])
+def test_padding_gets_the_experts_of_the_first_row(router: Router) -> None:
+    logits, ids = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    live = route(logits, router, ids, torch.zeros(4, dtype=torch.int64))
+    padded = route(logits, router, ids, torch.tensor([0, 1, -1, -1]))
+    for result, whole in zip(padded, live, strict=True):
+        assert torch.equal(result, whole[[0, 1, 0, 0]])
+
+
 def test_ties_go_to_the_lowest_expert() -> None:
     logits = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0], [2.0] * 5])
-    experts, _ = route(logits, Router(None, torch.zeros(5), 4, 1.0), torch.zeros(2, dtype=torch.int64))
+    experts, _ = route(logits, Router(None, torch.zeros(5), 4, 1.0), *torch.zeros(2, 2, dtype=torch.int64))
     assert experts.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
 
 
 def test_small_and_large_logits_keep_their_precision() -> None:
     logits = torch.tensor([[-80.0, -40.0, -17.0, -1e-3, 19.9, 20.1, 90.0, 3e4]])
     router = Router(torch.arange(8)[None], None, 8, 1.0)
-    _, weights = route(logits, router, torch.zeros(1, dtype=torch.int64))
+    _, weights = route(logits, router, *torch.zeros(2, 1, dtype=torch.int64))
     _, answer = expected(logits, router, torch.zeros(1, dtype=torch.int64))
     torch.testing.assert_close(weights.double(), answer, atol=0, rtol=2e-6)
 
@@ -62,7 +71,7 @@ def test_small_and_large_logits_keep_their_precision() -> None:
 def test_a_nan_affinity_is_chosen_and_reaches_the_weights_of_its_row_only() -> None:
     logits = torch.zeros(2, 6)
     logits[0, 4] = float("nan")
-    experts, weights = route(logits, Router(None, torch.zeros(6), 2, 1.0), torch.zeros(2, dtype=torch.int64))
+    experts, weights = route(logits, Router(None, torch.zeros(6), 2, 1.0), *torch.zeros(2, 2, dtype=torch.int64))
     assert experts.tolist() == [[4, 0], [0, 1]]
     assert weights[0].isnan().all() and not weights[1].isnan().any()
 
@@ -70,13 +79,13 @@ def test_a_nan_affinity_is_chosen_and_reaches_the_weights_of_its_row_only() -> N
 def test_the_bits_of_a_row_do_not_depend_on_the_other_rows() -> None:
     logits = torch.randn(9, 12, generator=torch.Generator().manual_seed(1))
     router, ids = Router(None, torch.randn(12, generator=torch.Generator().manual_seed(2)), 3, 1.5), torch.arange(9)
-    _, weights = route(logits, router, ids)
+    _, weights = route(logits, router, ids, ids)
     for n in range(9):
-        assert torch.equal(route(logits[n : n + 1], router, ids[n : n + 1])[1][0], weights[n])
+        assert torch.equal(route(logits[n : n + 1], router, ids[n : n + 1], ids[n : n + 1])[1][0], weights[n])
 
 
 def test_routers_that_cannot_choose_are_refused() -> None:
     with pytest.raises(ValueError, match="a table or a bias"):
-        route(torch.zeros(1, 3), Router(None, None, 2, 1.0), torch.zeros(1, dtype=torch.int64))
+        route(torch.zeros(1, 3), Router(None, None, 2, 1.0), *torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="4 of 3 experts"):
-        route(torch.zeros(1, 3), Router(None, torch.zeros(3), 4, 1.0), torch.zeros(1, dtype=torch.int64))
+        route(torch.zeros(1, 3), Router(None, torch.zeros(3), 4, 1.0), *torch.zeros(2, 1, dtype=torch.int64))
