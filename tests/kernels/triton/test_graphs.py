@@ -21,7 +21,7 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Computed
 from agentkit_engine.runtime.runner import Runner, plan_of
 from agentkit_engine.runtime.scheduled import ScheduledTokens
-from agentkit_engine.runtime.state import Pools
+from agentkit_engine.runtime.state import KVCacheDtype, Pools
 from agentkit_engine.runtime.state import Sequence as State
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.weights.export import export_checkpoint
@@ -84,9 +84,16 @@ def _address(tensor: Tensor) -> int:
 class Served:
     """A small model whose state is random, as if sequences of any length had been computed."""
 
-    def __init__(self, decoder: Decoder, *, least_spans: int, buckets: Sequence[int] = (1, 2, 4)) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        least_spans: int,
+        buckets: Sequence[int] = (1, 2, 4),
+        kv_cache_dtype: KVCacheDtype = "auto",
+    ) -> None:
         self.recording, self.generator = Recording(), torch.Generator().manual_seed(0)
-        self.pools = Pools(decoder.spec, slots=6, spans=12, device=torch.device("cpu"))
+        self.pools = Pools(decoder.spec, slots=6, spans=12, device=torch.device("cpu"), kv_cache_dtype=kv_cache_dtype)
         self.runner = Runner(decoder, self.pools, backend="triton")
         assert self.runner.graphs is None  # a CPU has none
         self.graphs = self.runner.capture_with(self.recording, buckets=buckets, least_spans=least_spans)
@@ -96,10 +103,17 @@ class Served:
         self.pools.reserve(sequence, length + 8)
         sequence.length = sequence.written = length
         for tail in self.pools.tails:
-            tail[sequence.slot] = torch.randn(tail.shape[1:], generator=self.generator)
+            tail[sequence.slot] = self.random(tail[0])
         for entries in self.pools.entries:
-            entries[sequence.spans] = torch.randn(len(sequence.spans), *entries.shape[1:], generator=self.generator)
+            for span in sequence.spans:
+                entries[span] = self.random(entries[0])
         return sequence
+
+    def random(self, like: Tensor) -> Tensor:
+        """Return random values; bytes that are finite as codes, scales and bfloat16."""
+        if like.dtype == torch.uint8:
+            return torch.randint(0x30, 0x48, like.shape, generator=self.generator, dtype=torch.uint8)
+        return torch.randn(like.shape, generator=self.generator)
 
     def at(self, sequence: State, length: int) -> None:
         """Move a sequence to another length, within the spans that it has."""
@@ -138,6 +152,15 @@ def test_a_graph_captured_at_the_start_serves_every_length_of_its_capacity(decod
         served.at(sequence, length)
         served.step(ScheduledTokens(sequence, [5]))
     assert served.recording.rows == [1]
+
+
+def test_rows_in_fp8_are_stored_and_read_by_replays(small_decoder: MakeDecoder) -> None:
+    served = Served(small_decoder(4, head_dim=72), least_spans=1, buckets=(2,), kv_cache_dtype="fp8")
+    sequence = served.open(199)
+    for length in (7, 198):
+        served.at(sequence, length)
+        served.step(ScheduledTokens(sequence, [5]))
+    assert served.recording.rows == [2]
 
 
 def test_batches_change_between_replays(decoder: Decoder) -> None:
