@@ -119,6 +119,23 @@ def check_bytes(name: str, value: object) -> int:
     return value
 
 
+def check_host_cache_bytes(value: object, device: torch.device) -> int:
+    """Return the number of bytes; 0 for None.
+
+    Raises:
+        TypeError: it is neither an int nor None.
+        ValueError: it is negative, or the device is a CPU.
+    """
+    if value is None or (type(value) is int and value == 0):
+        return 0
+    held = check_bytes("host_cache_bytes", value)
+    if device.type == "cpu":
+        raise ValueError(
+            "host_cache_bytes is for a GPU; on a CPU all state is in host memory already, so raise kv_cache_bytes"
+        )
+    return held
+
+
 def check_limits(backend: str, threads: object, expert_cache_bytes: object) -> CpuLimits:
     """Return the limits of the `cpu` backend.
 

@@ -20,6 +20,7 @@ from agentkit_engine.arguments import (
     check_device,
     check_devices,
     check_dtype,
+    check_host_cache_bytes,
     check_kv_cache_dtype,
     check_limits,
     check_model,
@@ -73,6 +74,7 @@ class Engine:
         dialect: Dialect,
         folder: Path,
         kv_cache_bytes: int = KV_CACHE_BYTES,
+        host_cache_bytes: int = 0,
         cache_dir: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
@@ -86,6 +88,7 @@ class Engine:
         self.placement = placement
         self.lock = threading.Lock()
         self.kv_cache_bytes, self.kv_cache_dtype = kv_cache_bytes, kv_cache_dtype
+        self.host_cache_bytes = host_cache_bytes
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
         if cache_dir is not None:
             cache_folder.check_usable(cache_dir)
@@ -107,6 +110,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
         kv_cache_dtype: str = "auto",
+        host_cache_bytes: int | None = None,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
@@ -134,6 +138,8 @@ class Engine:
             kv_cache_dtype: Format of the rows that sessions keep: `"auto"`, float32; or `"fp8"`, DeepSeek's own of 584
                 bytes per row instead of 2,048, and of 132 per index key instead of 512. The rows are rounded as the
                 model's training did, but the bits of a result change.
+            host_cache_bytes: Host memory, for a GPU: evicted state moves there before it is recomputed, and comes back
+                with one copy per span. By default none.
             cache_dir: Folder in which computed state is also kept, for later processes.
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
@@ -160,6 +166,7 @@ class Engine:
             check_bytes("kv_cache_bytes", kv_cache_bytes),
             check_bytes("cache_bytes", cache_bytes),
         )
+        host_cache_bytes = check_host_cache_bytes(host_cache_bytes, device)
         packaged = {name: folder for name, folder in PACKAGED_MODELS.items() if (folder / "config.json").is_file()}
         folder = packaged.get(path_or_name) if isinstance(path_or_name, str) else None
         folder = folder or Path(path_or_name)
@@ -196,6 +203,7 @@ class Engine:
             dialect=dialect,
             folder=folder,
             kv_cache_bytes=kv_cache_bytes,
+            host_cache_bytes=host_cache_bytes,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             cache_bytes=cache_bytes,
             exact=exact,
@@ -214,6 +222,7 @@ class Engine:
         scheduler = Scheduler(
             self.decoder,
             kv_cache_bytes=self.kv_cache_bytes,
+            host_cache_bytes=self.host_cache_bytes,
             exact=self.exact,
             backend=self.backend,
             placement=self.placement,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agentkit_engine import AsyncEngine, BackendUnavailableError, DeviceUnavailableError, Engine
-from agentkit_engine.arguments import check_devices, check_dtype
+from agentkit_engine.arguments import check_devices, check_dtype, check_host_cache_bytes
 from agentkit_engine.runtime.runner import choose_backend
 
 NO_GPU = torch.cuda.device_count() == 0
@@ -33,6 +33,10 @@ NO_GPU = torch.cuda.device_count() == 0
         ({"devices": 9}, ValueError, "devices=9 is more than the 8 experts of this model.*; use at most 8"),
         ({"kv_cache_bytes": 0}, ValueError, "kv_cache_bytes must be at least 1 byte, got 0"),
         ({"kv_cache_bytes": 1e9}, TypeError, "kv_cache_bytes must be a whole number"),
+        ({"host_cache_bytes": 1 << 30}, ValueError, "is for a GPU; .* raise kv_cache_bytes"),
+        ({"host_cache_bytes": -1}, ValueError, "host_cache_bytes must be at least 1 byte, got -1"),
+        ({"host_cache_bytes": False}, TypeError, "host_cache_bytes must be a whole number"),
+        ({"host_cache_bytes": "1GiB"}, TypeError, "host_cache_bytes must be a whole number"),
         ({"cache_bytes": True}, TypeError, "cache_bytes must be a whole number"),
         ({"cache_bytes": -1}, ValueError, "cache_bytes must be at least 1 byte"),
     ],
@@ -83,6 +87,12 @@ def test_a_backend_without_its_library(
         choose_backend(backend, torch.device(device))
     assert choose_backend("auto", torch.device(device)) == "reference"
     assert f"the {backend} backend cannot be loaded" in caplog.text
+
+
+def test_no_host_memory_by_default() -> None:
+    for value in (None, 0):
+        assert Engine.load("tiny", host_cache_bytes=value).host_cache_bytes == 0
+    assert check_host_cache_bytes(1 << 30, torch.device("cuda")) == 1 << 30
 
 
 def test_dtypes_have_names() -> None:

@@ -268,6 +268,31 @@ def test_a_worker_reads_only_its_own_experts(tmp_path: Path) -> None:
         assert torch.equal(found[own], whole[name][own]), name
 
 
+def test_parked_sessions_of_every_device_come_back_from_host_memory(folder: Path) -> None:
+    one = Engine.load(folder, backend="reference")
+    sizes = Pools(SPEC, slots=1, spans=1, device=torch.device("meta"))
+    many = Engine(
+        one.decoder, name="small", dialect="v4-preview", folder=folder, backend="reference",
+        kv_cache_bytes=2 * 2 * sizes.bytes_per_span, host_cache_bytes=2 * 40 * sizes.bytes_per_slot,
+        placement=Placement(2, folder, torch.device("cpu"), None),
+    )  # fmt: skip
+    opened = [many.session() for _ in range(6)]
+    for turn in range(2):
+        for seed, session in enumerate(opened):
+            session.append(some_ids(200 if turn == 0 else 20, 10 * seed + turn))
+            ids = session.token_ids
+            assert say(session) == alone(one, ids)
+            session.park()
+    assert many.scheduler.prefilled == 6 * 220
+    for shard in shards_of(many):
+        assert shard.host is not None and shard.host.stats.loaded_slots > 0
+    for session in opened:
+        session.close()
+    many.scheduler.cache.clear()
+    assert many.scheduler.pools.bytes_held == many.scheduler.pools.host_bytes_held == 0
+    many.close()
+
+
 def local_shards(count: int, *, slots: int = 4, spans: int = 2) -> ShardedPools:
     device = torch.device("cpu")
     return ShardedPools([Pools(SPEC, slots=slots, spans=spans, device=device, rank=rank) for rank in range(count)])

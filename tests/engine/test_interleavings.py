@@ -49,8 +49,8 @@ class World:
         together: the most sessions that shared a forward.
     """
 
-    def __init__(self, decoder: Decoder, spans: int, folder: Path) -> None:
-        self.decoder, self.spans, self.folder = decoder, spans, folder
+    def __init__(self, decoder: Decoder, spans: int, folder: Path, *, host_bytes: int = 0) -> None:
+        self.decoder, self.spans, self.folder, self.host_bytes = decoder, spans, folder, host_bytes
         self.reference = Engine(decoder, name="small", dialect="v4-preview", folder=folder)
         self.sessions: list[AsyncSession] = []
         self.computed = self.due = self.together = self.lives = 0
@@ -77,7 +77,8 @@ class World:
             for session in self.sessions:
                 await session.close()
             await running.call(engine.scheduler.cache.clear)
-            assert await running.call(lambda: engine.scheduler.pools.bytes_held) == 0
+            pools = engine.scheduler.pools
+            assert await running.call(lambda: (pools.bytes_held, pools.host_bytes_held)) == (0, 0)
         return [], []
 
     async def _take(self, running: AsyncEngine, action: str, number: int, amount: int, seed: int) -> None:
@@ -137,7 +138,8 @@ class World:
         sizes = Pools(self.decoder.spec, slots=1, spans=1, device=torch.device("meta"))
         engine = Engine(
             self.decoder, name="small", dialect="v4-preview", folder=self.folder,
-            kv_cache_bytes=self.spans * sizes.bytes_per_span, cache_dir=self.folder / f"disk{self.lives}",
+            kv_cache_bytes=self.spans * sizes.bytes_per_span, host_cache_bytes=self.host_bytes,
+            cache_dir=self.folder / f"disk{self.lives}",
         )  # fmt: skip
         (self.folder / f"disk{self.lives}").mkdir(exist_ok=True)
         step = engine.scheduler.runner.step
@@ -166,6 +168,16 @@ def test_with_memory_nothing_is_computed_twice(decoder: Decoder, tmp_path_factor
 
     live()
     assert together >= 2
+
+
+@settings(max_examples=15, deadline=None)
+@given(todo=steps("evict", "evict"), first=st.sampled_from([3, 250, 260]))
+def test_with_host_memory_nothing_is_computed_twice(
+    decoder: Decoder, tmp_path_factory: pytest.TempPathFactory, todo: list[Step], first: int
+) -> None:
+    world = World(decoder, FEW_SPANS, tmp_path_factory.mktemp("world"), host_bytes=64 << 20)
+    anyio.run(world.live, todo, first)
+    assert world.computed <= world.due
 
 
 @settings(max_examples=15, deadline=None)

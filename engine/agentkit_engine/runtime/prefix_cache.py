@@ -9,6 +9,9 @@ prefixes and the checkpoints of long prompts follow, also least recently used fi
 as a use of all shorter ones on its path, so the end of a branch is evicted before the prefix it shares with others.
 Live sessions hold their own sequences, which eviction never touches.
 
+Where the pools have host memory, an evicted checkpoint moves there first, and is found there. It is dropped once host
+memory is full of checkpoints that come later in this order.
+
 Dimension key: `runtime/__init__.py`.
 """
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import IntEnum
@@ -89,13 +92,15 @@ class PrefixCache:
     def __init__(self, pools: Pools) -> None:
         self.pools = pools
         self._nodes: dict[bytes, list[Checkpoint]] = {}
+        self._on_device: dict[Checkpoint, None] = {}
+        self._on_host: dict[Checkpoint, None] = {}
         self._clock = itertools.count(1)
 
     def __len__(self) -> int:
-        return sum(len(found) for found in self._nodes.values())
+        return len(self._on_device) + len(self._on_host)
 
     def __contains__(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint in self._nodes.get(checkpoint.node, ())
+        return checkpoint in self._on_device or checkpoint in self._on_host
 
     def find(self, ids: Seq[int], chain: IdChain) -> tuple[Checkpoint, int] | None:
         """Return the checkpoint that saves the most of `ids`, and how many of its tokens are usable.
@@ -121,9 +126,10 @@ class PrefixCache:
         if found is None:
             return None
         checkpoint, length = found
+        checkpoint.used = next(self._clock)  # before the fork, whose memory may have to come from other checkpoints
         sequence = self.pools.branch(checkpoint.sequence)
         sequence.shorten(length)
-        checkpoint.used, checkpoint.shared = next(self._clock), True
+        checkpoint.shared = True
         for other in self._on_the_way(ids, chain):
             if other is not checkpoint and other.sequence.length <= length:
                 other.used = next(self._clock)
@@ -140,19 +146,29 @@ class PrefixCache:
         here = self._nodes.setdefault(node, [])
         same = next((checkpoint for checkpoint in here if checkpoint.tail == tail), None)
         if same is not None:
+            if same in self._on_host:
+                sequence, same.sequence = same.sequence, sequence
+                del self._on_host[same]
+                self._on_device[same] = None
             self.pools.close(sequence)
             same.keep, same.used, same.shared = max(same.keep, keep), next(self._clock), True
             return same
         here.append(Checkpoint(sequence, node, tail, keep, next(self._clock)))
+        self._on_device[here[-1]] = None
         return here[-1]
 
     def give_back(self, checkpoint: Checkpoint) -> Sequence | None:
-        """Remove a checkpoint that only its owner used, and return its sequence.
+        """Remove a checkpoint that only its owner used, and return its sequence, on the device.
 
-        Returns None if the checkpoint is shared or was evicted.
+        Returns None if the checkpoint is shared or was dropped.
+
+        Raises:
+            OutOfMemoryError: the checkpoint is in host memory, and the device has no room for it.
         """
         if checkpoint.shared or checkpoint not in self:
             return None
+        checkpoint.used = next(self._clock)  # see `take`
+        self.pools.promote(checkpoint.sequence)
         self._remove(checkpoint)
         return checkpoint.sequence
 
@@ -163,34 +179,55 @@ class PrefixCache:
         return any(checkpoint.tail == tuple(ids[full * SPAN : length]) for checkpoint in here)
 
     def evict(self, at_most: Keep = Keep.TURN, *, rank: int | None = None) -> bool:
-        """Free the checkpoint with the lowest value, of one rank or of all; return False if none has a value of
-        `at_most` or less."""
-        every: Iterator[Checkpoint] = itertools.chain.from_iterable(self._nodes.values())
-        if rank is not None:
-            every = (checkpoint for checkpoint in every if checkpoint.sequence.rank == rank)
-        victim = min(every, key=lambda checkpoint: (checkpoint.keep, checkpoint.used), default=None)
+        """Free the device's memory of the checkpoint with the lowest value, of one rank or of all; return False if none
+        has a value of `at_most` or less."""
+        victim = _lowest(self._on_device, rank)
         if victim is None or victim.keep > at_most:
             return False
-        if victim.spill is not None:
-            victim.spill()
-        self._remove(victim)
-        self.pools.close(victim.sequence)
+        while not self.pools.demote(victim.sequence):
+            may = self.pools.may_demote(victim.sequence)
+            lowest = _lowest(self._on_host, victim.sequence.rank) if may else None
+            if lowest is None or _value(lowest) > _value(victim):
+                self._drop(victim)
+                return True
+            self._drop(lowest)
+        del self._on_device[victim]
+        self._on_host[victim] = None
         return True
 
     def clear(self) -> None:
-        while self.evict():
-            pass
+        """Drop all checkpoints."""
+        for checkpoint in sorted([*self._on_device, *self._on_host], key=_value):
+            self._drop(checkpoint)
+
+    def _drop(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.spill is not None:
+            checkpoint.spill()
+        self._remove(checkpoint)
+        self.pools.close(checkpoint.sequence)
 
     def _remove(self, checkpoint: Checkpoint) -> None:
         here = self._nodes[checkpoint.node]
         here.remove(checkpoint)
         if not here:
             del self._nodes[checkpoint.node]
+        self._on_device.pop(checkpoint, None)
+        self._on_host.pop(checkpoint, None)
 
     def _on_the_way(self, ids: Seq[int], chain: IdChain) -> Iterator[Checkpoint]:
         """Yield the checkpoints that begin with full spans of `ids`, longest prefix first."""
         for node in reversed(chain.upto(ids, len(ids) // SPAN)):
             yield from self._nodes.get(node, ())
+
+
+def _value(checkpoint: Checkpoint) -> tuple[Keep, int]:
+    return checkpoint.keep, checkpoint.used
+
+
+def _lowest(checkpoints: Iterable[Checkpoint], rank: int | None) -> Checkpoint | None:
+    """Return the checkpoint of a rank, or of all, that is evicted first."""
+    some = checkpoints if rank is None else (each for each in checkpoints if each.sequence.rank == rank)
+    return min(some, key=_value, default=None)
 
 
 def _common(ids: Seq[int], most: int, checkpoint: Checkpoint) -> int:

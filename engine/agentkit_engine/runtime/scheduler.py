@@ -58,6 +58,7 @@ class Scheduler:
         decoder: Decoder,
         *,
         kv_cache_bytes: int,
+        host_cache_bytes: int = 0,
         exact: bool = True,
         backend: str = "auto",
         limits: CpuLimits | None = None,
@@ -66,18 +67,30 @@ class Scheduler:
     ) -> None:
         """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used.
 
-        With a `placement` on several devices, each has an equal share of this memory.
+        `host_cache_bytes` is host memory for state that the device has no room for. With a `placement` on several
+        devices, each has an equal share of both.
 
         Raises:
             WorkerLostError: a process of the placement did not start.
         """
         if placement is not None:
             kv_cache_bytes //= placement.devices
+            host_cache_bytes //= placement.devices
         device = decoder.embed.weight.device
         sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"), kv_cache_dtype=kv_cache_dtype)
         spans = max(1, min(kv_cache_bytes // max(1, sizes.bytes_per_span), 1 << 20))
         slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
-        own = Pools(decoder.spec, slots=slots, spans=spans, device=device, kv_cache_dtype=kv_cache_dtype)
+        host_slots = min(host_cache_bytes // 4 // sizes.bytes_per_slot, 1 << 20)
+        host_spans = (host_cache_bytes - host_slots * sizes.bytes_per_slot) // max(1, sizes.bytes_per_span)
+        own = Pools(
+            decoder.spec,
+            slots=slots,
+            spans=spans,
+            device=device,
+            kv_cache_dtype=kv_cache_dtype,
+            host_slots=host_slots,
+            host_spans=host_spans,
+        )
         self.runner = (
             Runner(decoder, own, exact=exact, backend=backend, limits=limits)
             if placement is None
@@ -311,6 +324,13 @@ class Scheduler:
         if request.parked is not None and request.parked in self.cache:
             self._store(request, request.parked.sequence)
 
+    def _set_aside(self, request: Request) -> None:
+        """Let the state be evicted: to host memory if there is some, else by freeing it."""
+        if self.pools.tiered:
+            self.park(request)
+        else:
+            self.preempt(request)
+
     def preempt(self, request: Request) -> None:
         """Free the state. The ids stay and are recomputed with the next forward; logits that exist stay too."""
         self._live.pop(request, None)
@@ -368,7 +388,7 @@ class Scheduler:
             self._room_for(lambda: self.pools.reserve(sequence, end + len(draft)), keep, rank=sequence.rank)
         except OutOfMemoryError as error:
             length = min(request.computed + max(left), request.length)
-            self.preempt(request)
+            self._set_aside(request)
             raise OutOfMemoryError(
                 f"no memory for a sequence of {length} tokens beside {len(keep)} of the same step: {error}"
             ) from error
@@ -378,8 +398,9 @@ class Scheduler:
     def _enter(self, request: Request) -> Sequence:
         """Return a sequence with the longest prefix of the ids that the caches hold; a parked request gets its own
         back."""
-        parked, request.parked = request.parked, None
-        if parked is not None and (own := self.cache.give_back(parked)) is not None:
+        own = None if request.parked is None else self.cache.give_back(request.parked)
+        request.parked = None
+        if own is not None:
             return own
         sequence = self._fetch(request) or self.cache.take(request.ids, request.chain)
         if sequence is None:
@@ -441,7 +462,7 @@ class Scheduler:
                 others = [each for each in self._live if each not in keep and _on(each, rank)]
                 if not others:
                     raise
-                self.preempt(min(others, key=lambda other: (other.priority, other.last_step)))
+                self._set_aside(min(others, key=lambda other: (other.priority, other.last_step)))
 
 
 def _on(request: Request, rank: int | None) -> bool:

@@ -16,7 +16,7 @@ class RemotePools(Pools):
     """The bookkeeping of a worker's pools. Changes to their rows go with the next call to the worker."""
 
     def __init__(self, own: Pools, worker: Worker, workers: Workers) -> None:
-        """`own` are the pools of rank 0, which are as large."""
+        """`own` are the pools of rank 0, which are as large. Host memory is that of this process."""
         super().__init__(
             own.spec,
             slots=own.slots,
@@ -24,6 +24,8 @@ class RemotePools(Pools):
             device=torch.device("meta"),
             kv_cache_dtype=own.kv_cache_dtype,
             rank=worker.rank,
+            host_slots=own.host_slots,
+            host_spans=own.host_spans,
         )
         self._worker, self._workers = worker, workers
 
@@ -42,8 +44,8 @@ class RemotePools(Pools):
     def write_rows(self, slot: int, spans: Seq[int], tensors: Mapping[str, Tensor]) -> None:
         self._worker.changes.append(("write_rows", slot, list(spans), dict(tensors)))
 
-    def read_rows(self, slot: int | None, spans: Seq[int]) -> dict[str, Tensor]:
-        """See `Pools.read_rows`.
+    def rows_at(self, slot: int | None, spans: Seq[int]) -> dict[str, Tensor]:
+        """See `Pools.rows_at`; the copies are in this process.
 
         Raises:
             WorkerLostError: a worker failed, now or before.
@@ -79,6 +81,14 @@ class ShardedPools(Pools):
     @property
     def bytes_held(self) -> int:
         return sum(shard.bytes_held for shard in self.shards)
+
+    @property
+    def tiered(self) -> bool:
+        return self.shards[0].tiered
+
+    @property
+    def host_bytes_held(self) -> int:
+        return sum(shard.host_bytes_held for shard in self.shards)
 
     def open(self) -> Sequence:
         return min(self.shards, key=_load).open()
@@ -116,6 +126,15 @@ class ShardedPools(Pools):
 
     def close(self, sequence: Sequence) -> None:
         self.shards[sequence.rank].close(sequence)
+
+    def may_demote(self, sequence: Sequence) -> bool:
+        return self.shards[sequence.rank].may_demote(sequence)
+
+    def demote(self, sequence: Sequence) -> bool:
+        return self.shards[sequence.rank].demote(sequence)
+
+    def promote(self, sequence: Sequence) -> None:
+        self.shards[sequence.rank].promote(sequence)
 
     def read(self, sequence: Sequence, first: int, last: int, *, tail: bool = True) -> dict[str, Tensor]:
         return self.shards[sequence.rank].read(sequence, first, last, tail=tail)

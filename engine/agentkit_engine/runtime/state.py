@@ -7,6 +7,9 @@ An unused span or slot costs address space only, because the operating system al
 Sequences with a common prefix share its spans; writing to a shared span copies it first. A fork therefore costs a slot
 and at most one span at any length, and a checkpoint is simply a fork that is never extended.
 
+A sequence that the device has no room for can be moved to host memory (`host_tier.py`) and back. In host memory it can
+be forked, read and closed, but not extended.
+
 A masked row is multiplied by 0.0, which gives NaN where the row holds NaN. So a sequence must never read rows of
 another: slots and spans are cleared when they are allocated, and missing spans read as span 0, which stays zero.
 
@@ -15,7 +18,6 @@ Dimension key: `runtime/__init__.py`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ import torch
 from torch import Tensor
 
 from agentkit_engine.errors import OutOfMemoryError
+from agentkit_engine.runtime.host_tier import STAGED_SPANS, HostTier
+from agentkit_engine.runtime.places import Places
 from agentkit_engine.spec import LayerSpec, ModelSpec
 from agentkit_kernels.ops import QUERY_BLOCK
 from agentkit_kernels.reference import Reference
@@ -117,6 +121,8 @@ class Sequence:
 
     def __init__(self, slot: int, rank: int = 0) -> None:
         self.slot, self.rank = slot, rank
+        self.on_host = False
+        """Whether slot and spans are those of host memory."""
         self.length = 0
         self.written = 0
         """The largest length so far: tokens that were cut since may have overwritten rows of the rings."""
@@ -144,11 +150,13 @@ class Pools:
     """The state of one model, for at most `slots` sequences and `spans` spans.
 
     They are those of one rank; `ranks` is the number of ranks among which sequences are distributed (`parallel.py`).
-    `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is the memory in use, with shared spans counted once.
+    `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is the memory in use on the device, and
+    `host_bytes_held` in host memory, with shared spans counted once.
     `kv_cache_dtype` is the format of the rows.
     """
 
     ranks = 1
+    host: HostTier | None = None
 
     def __init__(
         self,
@@ -160,10 +168,13 @@ class Pools:
         kv_cache_dtype: KVCacheDtype = "auto",
         rows: Seq[Seq[Rows]] | None = None,
         rank: int = 0,
+        host_slots: int = 0,
+        host_spans: int = 0,
     ) -> None:
-        """`rows` lists what each layer keeps; by default what the layers of `spec` do."""
+        """`rows` lists what each layer keeps; by default what the layers of `spec` do. With `host_slots`, sequences can
+        be moved to host memory."""
         self.spec, self.device, self.rank, self.kv_cache_dtype = spec, device, rank, kv_cache_dtype
-        self.slots, self.spans = slots, spans
+        self.slots, self.spans, self.host_slots, self.host_spans = slots, spans, host_slots, host_spans
         self.rows = [rows_of(layer, spec, kv_cache_dtype) for layer in spec.layers] if rows is None else rows
         self.layers: list[dict[str, Tensor]] = []
         """Each layer's pools by name; their first dimension is the span id or the slot."""
@@ -178,10 +189,7 @@ class Pools:
                 pools[kind.name] = Reference(device).zeros((number, kind.count, kind.width), kind.dtype)
                 owned.append((kind, pools[kind.name]))
             self.layers.append(pools)
-        self._free_slots = list(range(slots - 1, -1, -1))
-        self._unused_spans = spans  # span ids up to `spans - _unused_spans` have been used before
-        self._free_spans: list[int] = []
-        self._holders: Counter[int] = Counter()  # number of sequences that hold each span in use
+        self._slots, self._spans = Places(slots), Places(spans, first=1)
         self.entries = [pool for kind, pool in owned if kind.per == "span"]
         """The tensors stored by span."""
         self.tails = [pool for kind, pool in owned if kind.per == "slot"]
@@ -189,20 +197,29 @@ class Pools:
         self._fills = [kind.fill for kind, _ in owned if kind.per == "slot"]
         self.bytes_per_span = sum(tensor[0].nbytes for tensor in self.entries)
         self.bytes_per_slot = sum(tensor[0].nbytes for tensor in self.tails)
+        if host_slots:
+            self.host = HostTier(self.entries, self.tails, slots=host_slots, spans=host_spans, device=device)
 
     @property
     def free_slots(self) -> int:
-        return len(self._free_slots)
+        return self._slots.free
 
     @property
     def free_spans(self) -> int:
-        return len(self._free_spans) + self._unused_spans
+        return self._spans.free
 
     @property
     def bytes_held(self) -> int:
-        return (self.slots - self.free_slots) * self.bytes_per_slot + (
-            self.spans - self.free_spans
-        ) * self.bytes_per_span
+        return self._slots.used * self.bytes_per_slot + self._spans.used * self.bytes_per_span
+
+    @property
+    def tiered(self) -> bool:
+        """Whether sequences can be moved to host memory."""
+        return self.host is not None
+
+    @property
+    def host_bytes_held(self) -> int:
+        return 0 if self.host is None else self.host.bytes_held
 
     def open(self) -> Sequence:
         """Return an empty sequence.
@@ -215,18 +232,22 @@ class Pools:
         return sequence
 
     def fork(self, source: Sequence) -> Sequence:
-        """Return a second sequence with the same past, at the cost of one slot and at most one span.
+        """Return a second sequence with the same past, on the device.
+
+        It costs one slot and at most one span, or as many spans as are in host memory only.
 
         Raises:
-            OutOfMemoryError: there is no free slot, or no free span for a copy of the open one.
+            OutOfMemoryError: there is no free slot, or not enough free spans.
         """
+        if source.on_host:
+            return self._restore(source)
         full, open_tokens = divmod(source.length, SPAN)
         if open_tokens and not self.free_spans:
             raise OutOfMemoryError(f"a fork needs a span of its own, and none of {self.spans} is free")
         fork = self._take_slot()
         fork.length, fork.written = source.length, source.written
         self.copy_slot(source.slot, fork.slot)
-        self._holders.update(source.spans[:full])
+        self._spans.hold(source.spans[:full])
         fork.spans = source.spans[:full]
         if open_tokens:
             fork.spans.append(self._copy_span(source.spans[full]))
@@ -254,11 +275,15 @@ class Pools:
         Raises:
             OutOfMemoryError: there are not enough free spans.
         """
-        first, spans = sequence.length // SPAN, sequence.spans
-        if first + 1 == len(spans) and length <= len(spans) * SPAN and self._holders[spans[first]] == 1:
+        assert not sequence.on_host
+        first, spans, holders = sequence.length // SPAN, sequence.spans, self._spans.holders
+        if self.host is not None:
+            for span in spans[first:]:
+                self.host.unlink(span)
+        if first + 1 == len(spans) and length <= len(spans) * SPAN and holders[spans[first]] == 1:
             return  # the open span is not shared and has room
         written = range(first, sequence.num_spans)
-        shared = [index for index in written if self._holders[sequence.spans[index]] > 1]
+        shared = [index for index in written if holders[sequence.spans[index]] > 1]
         missing = -(-length // SPAN) - sequence.num_spans
         if len(shared) + max(0, missing) > self.free_spans:
             raise OutOfMemoryError(
@@ -269,28 +294,109 @@ class Pools:
             sequence.spans[index] = self._copy_span(span)
             self._release(span)
         for _ in range(missing):
-            span = self._take_span()
+            span = self._spans.take()
             self.clear_span(span)
             sequence.spans.append(span)
 
     def close(self, sequence: Sequence) -> None:
         """Free the slot and the spans."""
-        self._free_slots.append(sequence.slot)
-        for span in reversed(sequence.spans):
-            self._release(span)
+        if sequence.on_host:
+            assert self.host is not None
+            self.host.release(sequence.slot, sequence.spans)
+        else:
+            self._slots.release(sequence.slot)
+            for span in reversed(sequence.spans):
+                self._release(span)
         sequence.spans.clear()
+
+    def may_demote(self, sequence: Sequence) -> bool:
+        """Return whether `demote` would succeed if host memory were empty."""
+        return self.host is not None and -(-sequence.length // SPAN) <= self.host.spans.count
+
+    def demote(self, sequence: Sequence) -> bool:
+        """Move a sequence to host memory if that has room, and return whether it had. `promote` is the inverse.
+
+        Copies the slot, and the spans that are not in host memory already.
+        """
+        host = self.host
+        if host is None:
+            return False
+        used = sequence.spans[: -(-sequence.length // SPAN)]
+        known = [host.host_span(span) for span in used]
+        if not host.slots.free or known.count(None) > host.spans.free:
+            return False
+        host.spans.hold(span for span in known if span is not None)
+        slot, targets = host.slots.take(), [host.spans.take() if span is None else span for span in known]
+        missing = [index for index, span in enumerate(known) if span is None]
+        try:
+            for first in range(0, len(missing), STAGED_SPANS):
+                staged = missing[first : first + STAGED_SPANS]
+                rows = self.rows_at(None, [used[index] for index in staged])
+                host.store(None, [targets[index] for index in staged], rows)
+            host.store(slot, [], self.rows_at(sequence.slot, []))
+        except BaseException:
+            host.release(slot, targets)
+            raise
+        for device_span, host_span in zip(used, targets, strict=True):
+            host.link(device_span, host_span)
+        self.close(sequence)
+        sequence.slot, sequence.spans, sequence.on_host = slot, targets, True
+        return True
+
+    def promote(self, sequence: Sequence) -> None:
+        """Move a sequence back from host memory, if it is there.
+
+        Raises:
+            OutOfMemoryError: there is no free slot, or not enough free spans; the sequence stays where it is.
+        """
+        if sequence.on_host:
+            restored = self._restore(sequence)
+            self.close(sequence)
+            sequence.slot, sequence.spans, sequence.on_host = restored.slot, restored.spans, False
+            sequence.steady_until = 0
+
+    def _restore(self, source: Sequence) -> Sequence:
+        """Return a fork on the device of a sequence in host memory, which stays there. See `promote`."""
+        host = self.host
+        assert host is not None
+        known = [host.device_span(span) for span in source.spans]
+        if known.count(None) > self.free_spans:
+            raise OutOfMemoryError(
+                f"{known.count(None)} spans are in host memory, and {self.free_spans} of {self.spans} are free"
+            )
+        restored = self._take_slot()
+        restored.length, restored.written = source.length, source.written
+        self._spans.hold(span for span in known if span is not None)
+        restored.spans = [self._spans.take() if span is None else span for span in known]
+        missing = [index for index, span in enumerate(known) if span is None]
+        try:
+            for first in range(0, len(missing), STAGED_SPANS):
+                staged = missing[first : first + STAGED_SPANS]
+                rows = host.load(None, [source.spans[index] for index in staged])
+                self.write_rows(restored.slot, [restored.spans[index] for index in staged], rows)
+            self.write_rows(restored.slot, [], host.load(source.slot, []))
+        except BaseException:
+            self.close(restored)
+            raise
+        for device_span, host_span in zip(restored.spans, source.spans, strict=True):
+            host.link(device_span, host_span)
+        return restored
 
     def read(self, sequence: Sequence, first: int, last: int, *, tail: bool = True) -> dict[str, Tensor]:
         """Return copies in host memory of the spans `first` to `last`, `entries.N` [spans, rows, width] for each of the
         `entries`, and with `tail` of the slot, `tail.N` [rows, width] for each of the `tails`."""
-        return self.read_rows(sequence.slot if tail else None, sequence.spans[first:last])
+        slot, spans = sequence.slot if tail else None, sequence.spans[first:last]
+        if sequence.on_host:
+            assert self.host is not None
+            return self.host.read(slot, spans)
+        return self.read_rows(slot, spans)
 
     def write(self, sequence: Sequence, first: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what `read` returned for the spans from `first` on; they must be reserved."""
         count = len(tensors["entries.0"]) if "entries.0" in tensors else 0
         self.write_rows(sequence.slot, sequence.spans[first : first + count], tensors)
 
-    # The rows of slots and spans. These six methods alone touch memory.
+    # The rows of slots and spans. These methods alone touch the device's memory.
 
     def clear_slot(self, slot: int) -> None:
         for tail, fill in zip(self.tails, self._fills, strict=True):
@@ -308,14 +414,18 @@ class Pools:
         for entries in self.entries:
             entries[target] = entries[source]
 
-    def read_rows(self, slot: int | None, spans: Seq[int]) -> dict[str, Tensor]:
-        """See `read`; without a slot there are no tails."""
+    def rows_at(self, slot: int | None, spans: Seq[int]) -> dict[str, Tensor]:
+        """Return copies as `read_rows` does, but on the device."""
         rows: dict[str, Tensor] = {}
         if slot is not None:
-            rows |= {f"tail.{index}": tail[slot].clone().cpu() for index, tail in enumerate(self.tails)}
+            rows |= {f"tail.{index}": tail[slot].clone() for index, tail in enumerate(self.tails)}
         if spans:
-            rows |= {f"entries.{index}": entries[list(spans)].cpu() for index, entries in enumerate(self.entries)}
+            rows |= {f"entries.{index}": entries[list(spans)] for index, entries in enumerate(self.entries)}
         return rows
+
+    def read_rows(self, slot: int | None, spans: Seq[int]) -> dict[str, Tensor]:
+        """See `read`; without a slot there are no tails."""
+        return {name: rows.cpu() for name, rows in self.rows_at(slot, spans).items()}
 
     def write_rows(self, slot: int, spans: Seq[int], tensors: Mapping[str, Tensor]) -> None:
         """See `write`."""
@@ -326,26 +436,15 @@ class Pools:
             entries[list(spans)] = tensors[f"entries.{index}"].to(entries.device)
 
     def _take_slot(self) -> Sequence:
-        if not self._free_slots:
+        if not self._slots.free:
             raise OutOfMemoryError(f"all {self.slots} slots are taken by live sequences; close one")
-        return Sequence(self._free_slots.pop(), self.rank)
-
-    def _take_span(self) -> int:
-        if self._free_spans:
-            span = self._free_spans.pop()
-        else:
-            span = self.spans - self._unused_spans + 1
-            self._unused_spans -= 1
-        self._holders[span] = 1
-        return span
+        return Sequence(self._slots.take(), self.rank)
 
     def _copy_span(self, source: int) -> int:
-        span = self._take_span()
+        span = self._spans.take()
         self.copy_span(source, span)
         return span
 
     def _release(self, span: int) -> None:
-        self._holders[span] -= 1
-        if not self._holders[span]:
-            del self._holders[span]
-            self._free_spans.append(span)
+        if self._spans.release(span) and self.host is not None:
+            self.host.unlink(span)
