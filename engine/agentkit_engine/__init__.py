@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from agentkit_engine.async_engine import AsyncEngine, AsyncSession
     from agentkit_engine.engine import Engine
     from agentkit_engine.runtime import PromptUsage
+    from agentkit_engine.runtime.capacity import KVCapacity
     from agentkit_engine.sampler import SampledToken
     from agentkit_engine.sampling_params import SamplingParams
     from agentkit_engine.session import Session
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "AsyncEngine": "async_engine",
     "AsyncSession": "async_engine",
     "Engine": "engine",
+    "KVCapacity": "runtime.capacity",
     "LayerSpec": "spec",
     "ModelSpec": "spec",
     "PromptUsage": "runtime",
@@ -76,6 +78,7 @@ __all__ = [
     "EngineError",
     "GrammarError",
     "GrammarMissingError",
+    "KVCapacity",
     "LayerSpec",
     "ModelNotFoundError",
     "ModelSpec",

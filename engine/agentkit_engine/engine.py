@@ -31,6 +31,7 @@ from agentkit_engine.garbage import collection_paused, skip_collection_at_exit
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.reading import Reader
 from agentkit_engine.runtime import Request, Scheduler, cache_folder
+from agentkit_engine.runtime.capacity import KVCapacity
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.parallel import ParallelRunner
 from agentkit_engine.runtime.runner import NUMERICS, CpuLimits, choose_backend, machine
@@ -46,8 +47,6 @@ from agentkit_kernels.packing import lay_out
 if TYPE_CHECKING:
     from agentkit_engine.grammar import Grammars
 
-KV_CACHE_BYTES = 2 << 30
-"""Default limit on the state of all sequences; memory is allocated as it is used."""
 CACHE_BYTES = 8 << 30
 """Default limit on the disk cache of one model."""
 PACKAGED_MODELS = {"tiny": Path(__file__).parent / "tiny"}
@@ -73,7 +72,7 @@ class Engine:
         name: str,
         dialect: Dialect,
         folder: Path,
-        kv_cache_bytes: int = KV_CACHE_BYTES,
+        kv_cache_bytes: int | None = None,
         host_cache_bytes: int = 0,
         cache_dir: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -108,7 +107,7 @@ class Engine:
         devices: int = 1,
         backend: str = "auto",
         dtype: str | torch.dtype | None = None,
-        kv_cache_bytes: int = KV_CACHE_BYTES,
+        kv_cache_bytes: int | None = None,
         kv_cache_dtype: str = "auto",
         host_cache_bytes: int | None = None,
         cache_dir: str | Path | None = None,
@@ -134,7 +133,8 @@ class Engine:
                 `"triton"` on a GPU, else float32. On a CPU, results are the same bits. `"int8"` rounds the matrices
                 that the official checkpoints quantise to 8 bits with a scale per output.
             kv_cache_bytes: Limit on the state of all sessions. Beyond it, state is evicted, lowest priority and least
-                recently used first, and recomputed when it is needed.
+                recently used first, and recomputed when it is needed. By default 2 GiB on a CPU, which takes memory as
+                it is used, and on a GPU what is free beside the weights and the activations of a forward.
             kv_cache_dtype: Format of the rows that sessions keep: `"auto"`, float32; or `"fp8"`, DeepSeek's own of 584
                 bytes per row instead of 2,048, and of 132 per index key instead of 512. The rows are rounded as the
                 model's training did, but the bits of a result change.
@@ -156,16 +156,16 @@ class Engine:
             DeviceUnavailableError: a GPU does not exist on this machine.
             WorkerLostError: the process of another device failed.
             CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
-            ModelTooLargeError: the weights need more memory than this machine has left.
+            ModelTooLargeError: the weights need more memory than the device has left.
+            OutOfMemoryError: a GPU has no room for the state beside the weights, or this machine for
+                `host_cache_bytes`.
             CacheFolderError: other users may write to `cache_dir`, or the key that signs its files is unusable.
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
         rows_dtype = check_kv_cache_dtype(kv_cache_dtype)
         devices = check_devices(devices, device, torch.cuda.device_count())
-        kv_cache_bytes, cache_bytes = (
-            check_bytes("kv_cache_bytes", kv_cache_bytes),
-            check_bytes("cache_bytes", cache_bytes),
-        )
+        kv_cache_bytes = None if kv_cache_bytes is None else check_bytes("kv_cache_bytes", kv_cache_bytes)
+        cache_bytes = check_bytes("cache_bytes", cache_bytes)
         host_cache_bytes = check_host_cache_bytes(host_cache_bytes, device)
         packaged = {name: folder for name, folder in PACKAGED_MODELS.items() if (folder / "config.json").is_file()}
         folder = packaged.get(path_or_name) if isinstance(path_or_name, str) else None
@@ -212,8 +212,8 @@ class Engine:
             limits=limits,
             kv_cache_dtype=rows_dtype,
         )
-        if decoder.packed or devices > 1:
-            _ = engine.scheduler  # reads and checks the packed matrices, on all devices
+        if decoder.packed or devices > 1 or device.type == "cuda":
+            _ = engine.scheduler  # reads and checks the packed matrices, on all devices, and allocates a GPU's pools
         return engine
 
     @cached_property
@@ -234,6 +234,11 @@ class Engine:
                 self.cache_dir, scheduler.pools, model=self.fingerprint_here, budget_bytes=self.cache_bytes
             )
         return scheduler
+
+    @property
+    def kv_capacity(self) -> KVCapacity:
+        """What fits of all sessions at once, on each device: tokens and bytes. Packs the weights on first use."""
+        return self.scheduler.capacity
 
     def warm_up(self) -> None:
         """Pack the weights and compile the CPU kernels, so that the first token is as fast as later ones.

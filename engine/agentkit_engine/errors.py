@@ -11,7 +11,7 @@ EngineError
 ├── GrammarMissingError       a grammar was requested, and llguidance cannot be imported
 ├── GrammarError              a grammar cannot be built, or ids violate it
 ├── WorkerLostError           a process that computes for one of several devices ended, so nothing can be computed
-├── OutOfMemoryError          active sessions use all of the memory for sequences
+├── OutOfMemoryError          there is no memory for sequences, or active sessions use all of it
 ├── SavedSessionError         a file is not a saved session, belongs to another model, or is damaged
 ├── CacheFolderError          other users could change a cache folder or its key, or the key is unusable
 └── SessionError
@@ -89,7 +89,7 @@ class GrammarError(EngineError):
 
 
 class OutOfMemoryError(EngineError):
-    """The memory for sequences has no free slot or not enough free spans."""
+    """The memory for sequences has no free slot or not enough free spans, or the device has no room for that memory."""
 
 
 class WorkerLostError(EngineError):

@@ -112,7 +112,7 @@ def test_experts_on_disk_count_with_their_cache_only(folder: Path, monkeypatch: 
     experts = sum(rows.nbytes for rows in Engine.load(folder).decoder.packed.values() if len(rows.shape) == 3)
     needed: list[int] = []
     monkeypatch.setattr(memory, "GIB", 1)
-    monkeypatch.setattr(memory, "available_memory", lambda: 1)
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 1)
     for cache in (None, 100_000):
         with pytest.raises(ModelTooLargeError, match=r"needs ([\d.]+) GiB of memory") as caught:
             Engine.load(folder, expert_cache_bytes=cache)

@@ -127,14 +127,14 @@ def test_weights_that_are_not_finite_are_errors_while_loading(
 def test_too_little_memory_names_what_would_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = memory.GIB
     monkeypatch.setattr(memory, "GIB", 1 << 20)
-    monkeypatch.setattr(memory, "available_memory", lambda: 2 << 20)
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 2 << 20)
     with pytest.raises(
         ModelTooLargeError,
         match=r"needs [\d.]+ GiB of memory for its weights, has 2.0 GiB; loaded as it is stored, without a dtype it "
         r'needs [\d.]+ GiB; or loaded with dtype="int8" it needs',
     ):
         Engine.load(folder, dtype="float64")
-    monkeypatch.setattr(memory, "available_memory", lambda: 2 << 10)
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 2 << 10)
     with pytest.raises(ModelTooLargeError, match=r"has 0.0 GiB; the smallest form of it needs [\d.]+ GiB$"):
         Engine.load(folder)
     assert needed == 1 << 30

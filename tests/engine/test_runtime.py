@@ -15,7 +15,8 @@ from torch import Tensor
 from agentkit_engine import Engine, ModelSpec, OutOfMemoryError, SamplingParams
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Pools, Request, Scheduler
-from agentkit_engine.runtime.scheduler import MAX_NUM_BATCHED_TOKENS, SLOTS
+from agentkit_engine.runtime.capacity import SLOTS
+from agentkit_engine.runtime.scheduler import MAX_NUM_BATCHED_TOKENS
 from agentkit_engine.runtime.state import SPAN
 
 from .conftest import randomize_, small_config, some_ids

@@ -19,7 +19,7 @@ from agentkit_engine.benchmarks.peers import long_text, random_decoder, random_i
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds
 from agentkit_engine.chat import encode_continuation_ids, encode_ids
-from agentkit_engine.engine import KV_CACHE_BYTES, Engine
+from agentkit_engine.engine import Engine
 from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.sampling_params import SamplingParams
@@ -62,7 +62,7 @@ def step(batches: Sequence[int], steps: int, repeats: int) -> Iterator[Measureme
     """scheduler: one step with every session decoding: scheduling, memory and bookkeeping."""
     decoder = random_decoder(tiny_v4())
     for batch in batches:
-        scheduler = Scheduler(decoder, kv_cache_bytes=KV_CACHE_BYTES)
+        scheduler = Scheduler(decoder, kv_cache_bytes=2 << 30)
         lengths = [64 + 37 * index % 960 for index in range(batch)]
         peer = PageScheduler(lengths, pages=batch * (1 + (1024 + (repeats + 1) * steps) // SPAN))
         ours_us, theirs_us = _step_both(scheduler, peer, steps, repeats)

@@ -17,6 +17,15 @@ from torch import Tensor
 from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
+from agentkit_engine.runtime.capacity import (
+    GIB,
+    KV_CACHE_BYTES,
+    MemoryReader,
+    pending_weights,
+    plan,
+    read_memory,
+    within,
+)
 from agentkit_engine.runtime.disk_cache import DiskCache
 from agentkit_engine.runtime.parallel import ParallelRunner
 from agentkit_engine.runtime.prefix_cache import Keep, PrefixCache
@@ -26,15 +35,12 @@ from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.runtime.state import SPAN, KVCacheDtype, Pools, Sequence
 from agentkit_engine.runtime.workers import Placement
 from agentkit_engine.speculation import LONGEST
+from agentkit_engine.weights.memory import available_memory
 
 T = TypeVar("T")
 
 MAX_NUM_BATCHED_TOKENS = 512
 """Maximum tokens per forward; bounds how long a decoding session waits for another session's prompt."""
-SLOTS = 64
-"""Minimum number of live sequences. When no slot is free, the least recently used session loses its slot."""
-CHECKPOINTS = 192
-"""Additional slots for checkpoints, limited to a quarter of the memory for spans."""
 SHORT_PROMPT = 16
 """Minimum tokens between two prompt-end checkpoints; computing fewer than this costs less than keeping a checkpoint."""
 
@@ -50,6 +56,7 @@ class Scheduler:
         speculate: whether to draft.
         mtp: whether the model's MTP block drafts too; always False for a model without one.
         disk: the disk cache for checkpoints, if there is one.
+        capacity: what the pools of each device hold.
         steps: number of forwards.
     """
 
@@ -57,39 +64,57 @@ class Scheduler:
         self,
         decoder: Decoder,
         *,
-        kv_cache_bytes: int,
+        kv_cache_bytes: int | None = None,
         host_cache_bytes: int = 0,
         exact: bool = True,
         backend: str = "auto",
         limits: CpuLimits | None = None,
         placement: Placement | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
+        memory: MemoryReader | None = None,
     ) -> None:
         """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used.
 
         `host_cache_bytes` is host memory for state that the device has no room for. With a `placement` on several
-        devices, each has an equal share of both.
+        devices, each has an equal share of both. `memory` reads that of the device, by default if it is a GPU; then
+        `kv_cache_bytes` is checked against what is free, or by default is what is free, on the first device.
 
         Raises:
+            OutOfMemoryError: there is not enough memory for `kv_cache_bytes` or `host_cache_bytes`; nothing was
+                allocated.
             WorkerLostError: a process of the placement did not start.
         """
-        if placement is not None:
-            kv_cache_bytes //= placement.devices
-            host_cache_bytes //= placement.devices
-        device = decoder.embed.weight.device
-        sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"), kv_cache_dtype=kv_cache_dtype)
-        spans = max(1, min(kv_cache_bytes // max(1, sizes.bytes_per_span), 1 << 20))
-        slots = SLOTS + min(CHECKPOINTS, kv_cache_bytes // 4 // sizes.bytes_per_slot)
-        host_slots = min(host_cache_bytes // 4 // sizes.bytes_per_slot, 1 << 20)
-        host_spans = (host_cache_bytes - host_slots * sizes.bytes_per_slot) // max(1, sizes.bytes_per_span)
+        if host_cache_bytes > (left := available_memory()):
+            raise OutOfMemoryError(
+                f"host_cache_bytes={host_cache_bytes} needs {host_cache_bytes / GIB:.2f} GiB of host memory, has "
+                f"{left / GIB:.2f} GiB; use less"
+            )
+        ranks = 1 if placement is None else placement.devices
+        kv_cache_bytes = None if kv_cache_bytes is None else kv_cache_bytes // ranks
+        host_cache_bytes //= ranks
+        spec, device = decoder.spec, decoder.embed.weight.device
+        sizes = Pools(spec, slots=1, spans=1, device=torch.device("meta"), kv_cache_dtype=kv_cache_dtype)
+        memory = read_memory if memory is None and device.type == "cuda" else memory
+        if memory is None:
+            self.capacity = within(sizes, kv_cache_bytes or KV_CACHE_BYTES // ranks, host_cache_bytes)
+        else:
+            self.capacity = plan(
+                spec,
+                sizes,
+                memory(device),
+                batched_tokens=MAX_NUM_BATCHED_TOKENS,
+                pending_bytes=pending_weights(decoder, ranks=ranks),
+                kv_cache_bytes=kv_cache_bytes,
+                host_cache_bytes=host_cache_bytes,
+            )
         own = Pools(
-            decoder.spec,
-            slots=slots,
-            spans=spans,
+            spec,
+            slots=self.capacity.slots,
+            spans=self.capacity.spans,
             device=device,
             kv_cache_dtype=kv_cache_dtype,
-            host_slots=host_slots,
-            host_spans=host_spans,
+            host_slots=self.capacity.host_slots,
+            host_spans=self.capacity.host_spans,
         )
         self.runner = (
             Runner(decoder, own, exact=exact, backend=backend, limits=limits)

@@ -188,8 +188,7 @@ def load_checkpoint(
             "expert_cache_bytes needs experts that stay packed, and these are not: leave dtype out or pass "
             'dtype="int8", or convert the folder to FP8 and FP4 (agentkit convert)'
         )
-    if device.type == "cpu":
-        check_memory(folder, expected, stored, dtypes, left, expert_cache_bytes)
+    check_memory(folder, expected, stored, dtypes, left, expert_cache_bytes, device=device)
     decoder = _empty_decoder(spec, device, dtypes, left)
     if lay_out is not None:
         for group in decoder.fused_weights():

@@ -17,8 +17,10 @@ from agentkit_engine.weights.stored_rows import StoredRows, find_packed
 GIB = 1 << 30
 
 
-def available_memory() -> int:
-    """Return the bytes of memory that this machine can still give to a process."""
+def available_memory(device: torch.device | None = None) -> int:
+    """Return the bytes of memory that this machine can still give to a process, or those that are free on a GPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
@@ -36,13 +38,17 @@ def check_memory(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     packed: Mapping[str, StoredRows],
     expert_cache_bytes: int | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> None:
-    """Raise an error if the weights do not fit. With `expert_cache_bytes`, routed experts take at most this much.
+    """Raise an error if the weights do not fit on the device, by default a CPU.
+
+    With `expert_cache_bytes`, routed experts take at most this much.
 
     Raises:
         ModelTooLargeError: names what is needed, what there is, and the forms of this model that would fit.
     """
-    needed, available = _needed(expected, dtype, packed, expert_cache_bytes), available_memory()
+    needed, available = _needed(expected, dtype, packed, expert_cache_bytes), available_memory(device)
     if needed <= available:
         return
     as_stored = find_packed(expected, stored, int8=False, group_rows=0)
@@ -56,6 +62,8 @@ def check_memory(
         ),
         "converted to FP8 and FP4 (agentkit convert)": sum(map(_official_bytes, expected.values())),
     }
+    if device is not None and device.type == "cuda":
+        forms = {form: size for form, size in forms.items() if "expert_cache_bytes" not in form}
     fitting = [f"{form} it needs {size / GIB:.1f} GiB" for form, size in forms.items() if size <= available]
     remedy = "; or ".join(fitting) or f"the smallest form of it needs {min(*forms.values(), needed) / GIB:.1f} GiB"
     raise ModelTooLargeError(
