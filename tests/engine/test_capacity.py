@@ -139,9 +139,9 @@ def test_a_scheduler_allocates_what_was_planned(decoder: Decoder) -> None:
 
 def test_nothing_is_allocated_where_nothing_fits(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "Runner", None)  # packs weights
-    for arguments in ({}, {"kv_cache_bytes": 1 << 20}):
+    for kv_cache_bytes in (None, 1 << 20):
         with pytest.raises(OutOfMemoryError, match=r"needs .* GiB, and the device has"):
-            Scheduler(decoder, memory=lambda _: DeviceMemory(1 << 20, 1 << 30), **arguments)
+            Scheduler(decoder, memory=lambda _: DeviceMemory(1 << 20, 1 << 30), kv_cache_bytes=kv_cache_bytes)
 
 
 def test_more_host_memory_than_there_is(decoder: Decoder) -> None:
