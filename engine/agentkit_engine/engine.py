@@ -144,11 +144,12 @@ class Engine:
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
                 False, forwards may use all threads and be faster, and the last bits of a result depend on the batch.
-            threads: Threads that share the `"cpu"` backend's products; by default as many as there are cores. The
-                results are the same bits for any number.
+            threads: Threads that share the `"cpu"` backend's products, in each process if there are several devices; by
+                default as many as there are cores, in all. The results are the same bits for any number.
             expert_cache_bytes: Memory for routed experts on the `"cpu"` backend. The experts, which must be packed,
                 then stay in their files, and those that were used last are kept: the checkpoint may be larger than
-                memory. By default all are in memory; the results are the same bits.
+                memory. Each of several devices has an equal share. By default all are in memory; the results are the
+                same bits.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or is out of range, or does not fit the backend.
@@ -179,9 +180,7 @@ class Engine:
         skip_collection_at_exit()
         with collection_paused():
             backend = choose_backend(backend, device)
-            limits = check_limits(backend, threads, expert_cache_bytes)
-            if devices > 1 and limits != CpuLimits():
-                raise ValueError(f"threads and expert_cache_bytes are for one device, not for devices={devices}")
+            limits = check_limits(backend, threads, expert_cache_bytes).share(devices)
             if rows_dtype != "auto":
                 spec = read_layout(folder).spec
                 rows_of(spec.layers[0], spec, rows_dtype)  # refuses a head size before reading weights
@@ -208,7 +207,7 @@ class Engine:
             cache_bytes=cache_bytes,
             exact=exact,
             backend=backend,
-            placement=Placement(devices, folder, device, held_as, rows_dtype) if devices > 1 else None,
+            placement=Placement(devices, folder, device, held_as, rows_dtype, limits) if devices > 1 else None,
             limits=limits,
             kv_cache_dtype=rows_dtype,
         )

@@ -46,6 +46,7 @@ def _serve(channel: Channel) -> None:
         device=device,
         backend=choose_backend(mine.backend, device),
         dtype=placement.dtype,
+        expert_cache_bytes=placement.limits.expert_cache_bytes,
         experts=experts_of(mine.rank, placement.devices, mine.experts),
     )
     channel.send("loaded")
@@ -53,7 +54,7 @@ def _serve(channel: Channel) -> None:
     pools = Pools(
         decoder.spec, slots=mine.slots, spans=mine.spans, device=device, kv_cache_dtype=placement.kv_cache_dtype
     )
-    runner = RankRunner(decoder, pools, group, exact=mine.exact, backend=mine.backend)
+    runner = RankRunner(decoder, pools, group, exact=mine.exact, backend=mine.backend, limits=placement.limits)
     channel.send("ready")
     while True:
         changes, (call, *arguments) = channel.receive()

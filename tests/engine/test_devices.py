@@ -293,6 +293,18 @@ def test_parked_sessions_of_every_device_come_back_from_host_memory(folder: Path
     many.close()
 
 
+def test_each_process_has_its_threads_and_its_share_of_the_memory_for_experts(folder: Path) -> None:
+    one = Engine.load(folder, backend="cpu")
+    many = Engine.load(folder, devices=2, backend="cpu", threads=1, expert_cache_bytes=100_001)
+    ops = runner_of(many).parallel
+    assert (ops.workers.count, ops.expert_store.capacity) == (1, 50_000)
+    assert torch.equal(many.logits(some_ids(60)), one.logits(some_ids(60)))
+    assert 0 < ops.expert_store.held <= 50_000 and ops.expert_store.read_bytes > 0
+    many.close()
+    with pytest.raises(WorkerLostError, match="expert_cache_bytes must hold at least one expert's matrix"):
+        Engine.load(folder, devices=2, backend="cpu", expert_cache_bytes=200)
+
+
 def local_shards(count: int, *, slots: int = 4, spans: int = 2) -> ShardedPools:
     device = torch.device("cpu")
     return ShardedPools([Pools(SPEC, slots=slots, spans=spans, device=device, rank=rank) for rank in range(count)])

@@ -13,6 +13,7 @@ import typer.testing
 
 from agentkit.cli import app
 from agentkit.cli.ending import ExitCode
+from agentkit.cli.options import parse_bytes
 from agentkit.cli.terminal import spell
 from agentkit_evals.errors import SuiteError
 from agentkit_evals.suite import load_suite
@@ -57,6 +58,15 @@ def agentkit(*arguments: str, code: int) -> str:
         (["run", "Hi", "-m", "openai:toy", "--devices", "2"], "openai:toy runs behind an API; leave it out"),
         (["run", "Hi", "--devices", "0"], "'--devices': Input should be greater than or equal to 1"),
         (["run", "Hi", "--devices", "9"], "devices=9 is more than the 8 experts of this model"),
+        (["run", "Hi", "--threads", "0"], "'--threads': Input should be greater than or equal to 1"),
+        (["chat", "-m", "openai:toy", "--threads", "2"], "openai:toy runs behind an API; leave it out"),
+        (
+            ["run", "Hi", "--expert-cache-bytes", "much"],
+            '"much" is not a size; give bytes, or a number with a unit such',
+        ),
+        (["run", "Hi", "--expert-cache-bytes", "0"], '"0" is not a whole number of bytes of at least 1'),
+        (["run", "Hi", "--expert-cache-bytes", "1GiB"], "expert_cache_bytes needs experts that stay packed"),
+        (["eval", "synth", "-m", "openai:toy", "--expert-cache-bytes", "1GiB"], "openai:toy runs behind an API"),
         (["run", "Hi", "--device", "tpu"], 'device must be "cpu", "cuda" or "cuda:N"'),
         (["run", "Hi", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
         (["run", "Hi", "--temperature", "nan"], "'--temperature': Input should be greater than or equal to 0"),
@@ -94,6 +104,28 @@ def test_each_mistake_has_a_remedy(arguments: list[str], message: str) -> None:
     Path("calls.yaml").write_text("id: c\ninstruction: Call.\ntools: [bash]\nverifier: {calls: any}\n")
     Path("good.yaml").write_text(TASK.format(id="good"))
     assert message in agentkit(*arguments, code=ExitCode.USAGE)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("4096", 4096),
+        ("4GiB", 4 << 30),
+        ("1.5 gib", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("7b", 7),
+        (" 1 KiB ", 1024),
+    ],
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "0.5", "1 PiB", "4Gi", "nan", "1,5GiB", "0.1KiB"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a"):
+        parse_bytes(text)
 
 
 def test_check_reports_every_file() -> None:

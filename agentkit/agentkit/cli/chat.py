@@ -32,6 +32,7 @@ from agentkit.cli.options import (
     DevicesFlag,
     EffortFlag,
     EnvFlag,
+    ExpertCacheFlag,
     GrammarFlag,
     IncludeIgnoredFlag,
     MaxCostFlag,
@@ -45,6 +46,7 @@ from agentkit.cli.options import (
     SamplingFlags,
     SeedFlag,
     TemperatureFlag,
+    ThreadsFlag,
     TopKFlag,
     TopPFlag,
     WorkdirFlag,
@@ -85,6 +87,8 @@ def command(
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     devices: DevicesFlag = None,
+    threads: ThreadsFlag = None,
+    expert_cache_bytes: ExpertCacheFlag = None,
     effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
@@ -130,7 +134,15 @@ def command(
         )
     servers = read_servers(mcp)
     terminal = console()
-    source = load_model(model, device=device, devices=devices, cache_dir=cache_dir, base_url=base_url)
+    source = load_model(
+        model,
+        device=device,
+        devices=devices,
+        threads=threads,
+        expert_cache_bytes=expert_cache_bytes,
+        cache_dir=cache_dir,
+        base_url=base_url,
+    )
     sampling = source.sampling.override(seed=seed, **flags.changes())
     budget = None if max_cost is None else CostBudget(max_cost)
     limits = Limits(max_tokens=max_tokens)

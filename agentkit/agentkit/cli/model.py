@@ -19,6 +19,8 @@ def load_model(
     cache_dir: Path | None,
     base_url: str | None,
     devices: int | None = None,
+    threads: int | None = None,
+    expert_cache_bytes: int | None = None,
     max_connections: int | None = None,
 ) -> EmbeddedModel | RemoteModel:
     """Return the model given by `--model`: one behind an API, or one loaded on `--device` and warmed up. Kernels are
@@ -31,12 +33,19 @@ def load_model(
         EngineError: The model cannot be loaded.
         BadParameter: The device does not exist, or an option does not belong to this kind of model.
     """
+    options: dict[str, object] = {
+        "--device": device,
+        "--devices": devices,
+        "--threads": threads,
+        "--expert-cache-bytes": expert_cache_bytes,
+        "--cache-dir": cache_dir,
+    }
     from agentkit.models.embedded import EmbeddedModel
     from agentkit.models.remote.resolve import is_remote
     from agentkit.models.remote.session import RemoteModel
 
     if is_remote(name):
-        for option, value in (("--device", device), ("--devices", devices), ("--cache-dir", cache_dir)):
+        for option, value in options.items():
             if value is not None:
                 raise typer.BadParameter(f"{name} runs behind an API; leave it out", param_hint=option)
         return RemoteModel(name, base_url=base_url, max_connections=max_connections)
@@ -50,11 +59,18 @@ def load_model(
     from agentkit_engine import Engine
 
     try:
-        engine = Engine.load(name, device=device or "cpu", devices=devices or 1, cache_dir=cache_dir)
+        engine = Engine.load(
+            name,
+            device=device or "cpu",
+            devices=devices or 1,
+            threads=threads,
+            expert_cache_bytes=expert_cache_bytes,
+            cache_dir=cache_dir,
+        )
     except ValueError as exc:
-        if device is None and devices is None:
+        if all(value is None for option, value in options.items() if option != "--cache-dir"):
             raise
-        hint = "--devices" if str(exc).startswith("devices") else "--device"
-        raise typer.BadParameter(str(exc), param_hint=hint) from exc
+        named = "--" + str(exc).split(" ")[0].split("=")[0].replace("_", "-")
+        raise typer.BadParameter(str(exc), param_hint=named if named in options else "--device") from exc
     engine.warm_up()
     return EmbeddedModel(engine)

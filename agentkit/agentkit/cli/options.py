@@ -180,6 +180,37 @@ DevicesFlag = Annotated[
         "--devices", min=1, help="The number of devices to compute on: GPUs from `--device` on, or processes on a CPU."
     ),
 ]
+ThreadsFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        help="Threads that compute on a CPU, in each process with --devices. Default: as many as there are cores.",
+    ),
+]
+
+
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes, given as `1073741824`, `1GiB` or `1.5 GB`. Raises BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]i?B|B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise typer.BadParameter(f'"{text}" is not a size; give bytes, or a number with a unit such as 4GiB')
+    unit = (match[2] or "B").upper()
+    size = float(match[1]) * (1024 if "I" in unit else 1000) ** "BKMGT".index(unit[0])
+    if not (size >= 1 and size.is_integer()):
+        raise typer.BadParameter(f'"{text}" is not a whole number of bytes of at least 1')
+    return int(size)
+
+
+ExpertCacheFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--expert-cache-bytes",
+        metavar="SIZE",
+        parser=parse_bytes,
+        help="Leave packed experts in the checkpoint's files, and keep this much of them in memory, such as `4GiB`.",
+    ),
+]
 EnvFlag = Annotated[
     Env | None, typer.Option("--env", help="The sandbox backend. Default: the task's setting, else `auto`.")
 ]

@@ -29,6 +29,7 @@ from agentkit.cli.options import (
     DevicesFlag,
     EffortFlag,
     EnvFlag,
+    ExpertCacheFlag,
     GrammarFlag,
     IncludeIgnoredFlag,
     JsonFlag,
@@ -43,6 +44,7 @@ from agentkit.cli.options import (
     SamplingFlags,
     SeedFlag,
     TemperatureFlag,
+    ThreadsFlag,
     TopKFlag,
     TopPFlag,
     WorkdirFlag,
@@ -82,6 +84,8 @@ def command(
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     devices: DevicesFlag = None,
+    threads: ThreadsFlag = None,
+    expert_cache_bytes: ExpertCacheFlag = None,
     effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
@@ -155,7 +159,15 @@ def command(
     servers = read_servers(mcp)
     terminal = console(quiet=as_json)
     reference_price()  # reports a broken price table before the run, not after it
-    source = load_model(model, device=device, devices=devices, cache_dir=cache_dir, base_url=base_url)
+    source = load_model(
+        model,
+        device=device,
+        devices=devices,
+        threads=threads,
+        expert_cache_bytes=expert_cache_bytes,
+        cache_dir=cache_dir,
+        base_url=base_url,
+    )
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     backend: Backend | None = env.value if env else None

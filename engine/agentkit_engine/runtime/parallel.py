@@ -32,7 +32,7 @@ from torch import Tensor
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Computed, ExpertLayer
 from agentkit_engine.runtime.expert_parallel import ExpertParallel
-from agentkit_engine.runtime.runner import Runner, choose_backend, make_ops, plan_of
+from agentkit_engine.runtime.runner import CpuLimits, Runner, choose_backend, make_ops, plan_of
 from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.runtime.sharded_pools import RemotePools, ShardedPools
 from agentkit_engine.runtime.state import Pools
@@ -77,9 +77,18 @@ def join(placement: Placement, rank: int, rendezvous: str) -> ProcessGroupGloo:
 class RankRunner(Runner):
     """The forwards of one rank."""
 
-    def __init__(self, decoder: Decoder, pools: Pools, group: ProcessGroupGloo, *, exact: bool, backend: str) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        pools: Pools,
+        group: ProcessGroupGloo,
+        *,
+        exact: bool,
+        backend: str,
+        limits: CpuLimits | None = None,
+    ) -> None:
         chosen, spec, dtype = choose_backend(backend, pools.device), decoder.spec, decoder.embed.weight.dtype
-        ops = make_ops(chosen, pools.device, dtype, processes=group.size())
+        ops = make_ops(chosen, pools.device, dtype, limits, processes=group.size())
         self.parallel = ExpertParallel(
             ops,
             group,
@@ -129,7 +138,7 @@ class ParallelRunner(RankRunner):
             for worker in self.workers.each:
                 worker.receive(patiently=True)  # the weights are in place
             group = join(placement, 0, rendezvous)
-            super().__init__(decoder, pools, group, exact=exact, backend=backend)
+            super().__init__(decoder, pools, group, exact=exact, backend=backend, limits=placement.limits)
             for worker in self.workers.each:
                 worker.receive()
         self.pools = ShardedPools([pools, *(RemotePools(pools, worker, self.workers) for worker in self.workers.each)])

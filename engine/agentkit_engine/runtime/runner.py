@@ -93,6 +93,11 @@ class CpuLimits:
     threads: int | None = None
     expert_cache_bytes: int | None = None
 
+    def share(self, processes: int) -> CpuLimits:
+        """Return the limits of one of several processes: as many threads, and an equal share of the memory."""
+        held = self.expert_cache_bytes
+        return CpuLimits(self.threads, None if held is None else held // processes)
+
 
 def make_ops(
     backend: Backend, device: torch.device, dtype: torch.dtype, limits: CpuLimits | None = None, *, processes: int = 1

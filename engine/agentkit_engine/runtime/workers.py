@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from agentkit_engine.errors import WorkerLostError
+from agentkit_engine.runtime.runner import CpuLimits
 from agentkit_engine.runtime.state import KVCacheDtype
 
 TIMEOUT_S = 300.0
@@ -43,6 +44,7 @@ class Placement:
         folder: The model's folder, which each worker reads.
         device: The device of rank 0; with GPUs, rank r has the r-th after it.
         dtype, kv_cache_dtype: See `Engine.load`.
+        limits: Limits of each rank's `cpu` backend.
     """
 
     devices: int
@@ -50,6 +52,7 @@ class Placement:
     device: torch.device
     dtype: torch.dtype | None
     kv_cache_dtype: KVCacheDtype = "auto"
+    limits: CpuLimits = field(default_factory=CpuLimits)
     timeout_s: float = TIMEOUT_S
 
     def device_of(self, rank: int) -> torch.device:
