@@ -71,7 +71,7 @@ def test_activations_grow_with_the_tokens_and_the_widths() -> None:
     assert 0.5 * GIB < activation_bytes(FLASH, 512) < 4 * GIB
     for wider in (
         replace(FLASH, vocab_size=2 * FLASH.vocab_size),
-        replace(FLASH, max_position_embeddings=2 * FLASH.max_position_embeddings),
+        replace(FLASH, index_topk=4 * FLASH.index_topk),
         replace(FLASH, num_experts_per_tok=12),
     ):
         assert activation_bytes(wider, 512) > 1.05 * activation_bytes(FLASH, 512)

@@ -154,7 +154,7 @@ def plan(
 
 
 def activation_bytes(spec: ModelSpec, tokens: int) -> int:
-    """Return a bound on the memory for activations of a forward of `tokens` tokens, at the longest context.
+    """Return a bound on the memory for activations of a forward of `tokens` tokens.
 
     Elements count as float32, twice what most of them take, because results live beside their inputs.
     """
@@ -168,9 +168,9 @@ def activation_bytes(spec: ModelSpec, tokens: int) -> int:
         + active * (3 * inner + spec.hidden_size)  # gate and up, their product, and outputs
         + 3 * spec.vocab_size  # logits, probabilities, and a copy
     )  # fmt: skip
-    indexed = [layer.compress_ratio for layer in spec.layers if layer.attention == "csa"]
-    entries = spec.max_position_embeddings // min(indexed) if indexed else 0
-    candidates = 9 * entries // 4  # of the top-k: 8 bytes for each fourth entry, and an eighth of that when merged
+    indexed = any(layer.attention == "csa" for layer in spec.layers)
+    best = max(32, 1 << (spec.index_topk - 1).bit_length())
+    candidates = 8 * 8 * (4 * best + best) if indexed else 0  # 8 bytes each, in 8 parts, as buffers and lists
     return tokens * (4 * elements + candidates)
 
 
