@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import cast, get_args
 
@@ -11,6 +12,9 @@ import torch
 from agentkit_engine.errors import DeviceUnavailableError
 from agentkit_engine.runtime.runner import CpuLimits
 from agentkit_engine.runtime.state import KVCacheDtype
+from agentkit_engine.spec import ModelSpec
+from agentkit_kernels.packed import Format
+from agentkit_kernels.reference.quantize import FP4_GROUP
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """Dtypes for weights, by the names that `dtype` accepts."""
@@ -103,6 +107,38 @@ def check_kv_cache_dtype(value: object) -> KVCacheDtype:
         if value == known:
             return cast(KVCacheDtype, known)
     raise ValueError(f'no kv_cache_dtype "{value}"; choose one of {", ".join(get_args(KVCacheDtype))}')
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return the flag.
+
+    Raises:
+        TypeError: it is not a bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_quantization(spec: ModelSpec, formats: Set[Format]) -> None:
+    """Check that activations can be quantised for a model whose matrices are packed in these formats.
+
+    Raises:
+        ValueError: there are no FP8 or FP4 matrices, or others too, or index keys do not fit into FP4.
+    """
+    if not formats or not formats <= {"fp8", "mxfp4"}:
+        raise ValueError(
+            "quantize_activations=True rounds the inputs of FP8 and FP4 matrices, but this model's are held as "
+            f"{', '.join(sorted(formats)) or 'float32 or bfloat16'}; load a checkpoint in the official formats without "
+            "dtype=, or leave quantize_activations out"
+        )
+    size = spec.index_head_dim
+    indexed = any(layer.attention == "csa" for layer in spec.layers)
+    if indexed and (size % FP4_GROUP or size & (size - 1)):
+        raise ValueError(
+            f"quantize_activations=True needs an index_head_dim that is a power of two of at least {FP4_GROUP}, and "
+            f"this model's is {size}; leave it out"
+        )
 
 
 def check_bytes(name: str, value: object) -> int:

@@ -20,10 +20,12 @@ from agentkit_engine.arguments import (
     check_device,
     check_devices,
     check_dtype,
+    check_flag,
     check_host_cache_bytes,
     check_kv_cache_dtype,
     check_limits,
     check_model,
+    check_quantization,
 )
 from agentkit_engine.chat import Dialect, Tokenizer, TokenizerError
 from agentkit_engine.errors import CheckpointError, ContextLengthError, ModelNotFoundError, TokenizerMissingError
@@ -81,6 +83,7 @@ class Engine:
         placement: Placement | None = None,
         limits: CpuLimits | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
+        quantize_activations: bool = False,
     ) -> None:
         """`placement` is how other devices load the same model, if there are any."""
         self.decoder = decoder.eval()
@@ -88,6 +91,9 @@ class Engine:
         self.lock = threading.Lock()
         self.kv_cache_bytes, self.kv_cache_dtype = kv_cache_bytes, kv_cache_dtype
         self.host_cache_bytes = host_cache_bytes
+        if quantize_activations:
+            check_quantization(decoder.spec, {matrix.format for matrix in decoder.packed.values()})
+        self.quantize_activations = quantize_activations
         self.cache_dir, self.cache_bytes = cache_dir, cache_bytes
         if cache_dir is not None:
             cache_folder.check_usable(cache_dir)
@@ -110,6 +116,7 @@ class Engine:
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: str = "auto",
         host_cache_bytes: int | None = None,
+        quantize_activations: bool = False,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         exact: bool = True,
@@ -140,6 +147,9 @@ class Engine:
                 model's training did, but the bits of a result change.
             host_cache_bytes: Host memory, for a GPU: evicted state moves there before it is recomputed, and comes back
                 with one copy per span. By default none.
+            quantize_activations: Round inputs of FP8 and FP4 matrices to FP8, and index queries and keys to FP4, as
+                DeepSeek's own inference does; with `kv_cache_dtype="fp8"` results are closest to it. Slower than
+                without, and not on the `"triton"` backend.
             cache_dir: Folder in which computed state is also kept, for later processes.
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
@@ -164,6 +174,7 @@ class Engine:
         """
         path_or_name, device, held_as = check_model(path_or_name), check_device(device), check_dtype(dtype)
         rows_dtype = check_kv_cache_dtype(kv_cache_dtype)
+        quantize_activations = check_flag("quantize_activations", quantize_activations)
         devices = check_devices(devices, device, torch.cuda.device_count())
         kv_cache_bytes = None if kv_cache_bytes is None else check_bytes("kv_cache_bytes", kv_cache_bytes)
         cache_bytes = check_bytes("cache_bytes", cache_bytes)
@@ -181,6 +192,11 @@ class Engine:
         with collection_paused():
             backend = choose_backend(backend, device)
             limits = check_limits(backend, threads, expert_cache_bytes).share(devices)
+            if quantize_activations and backend == "triton":
+                raise ValueError(
+                    'quantize_activations=True is not implemented by backend="triton"; use backend="reference", or '
+                    '"cpu" on a CPU, or leave it out'
+                )
             if rows_dtype != "auto":
                 spec = read_layout(folder).spec
                 rows_of(spec.layers[0], spec, rows_dtype)  # refuses a head size before reading weights
@@ -196,6 +212,7 @@ class Engine:
                 f"devices={devices} is more than the {experts} experts of this model, which the devices divide among "
                 f"themselves; use at most {experts}"
             )
+        placement = Placement(devices, folder, device, held_as, rows_dtype, quantize_activations, limits)
         engine = cls(
             decoder,
             name=folder.resolve().name,
@@ -207,9 +224,10 @@ class Engine:
             cache_bytes=cache_bytes,
             exact=exact,
             backend=backend,
-            placement=Placement(devices, folder, device, held_as, rows_dtype, limits) if devices > 1 else None,
+            placement=placement if devices > 1 else None,
             limits=limits,
             kv_cache_dtype=rows_dtype,
+            quantize_activations=quantize_activations,
         )
         if decoder.packed or devices > 1 or device.type == "cuda":
             _ = engine.scheduler  # reads and checks the packed matrices, on all devices, and allocates a GPU's pools
@@ -227,6 +245,7 @@ class Engine:
             placement=self.placement,
             limits=self.limits,
             kv_cache_dtype=self.kv_cache_dtype,
+            quantize_activations=self.quantize_activations,
         )
         if self.cache_dir is not None:
             scheduler.disk = DiskCache(
@@ -352,7 +371,7 @@ class Engine:
 
         Packed weights have the fingerprint of the same values in a parameter.
         """
-        kind = (self.spec, NUMERICS, self.exact, self.backend, self.kv_cache_dtype)
+        kind = (self.spec, NUMERICS, self.exact, self.backend, self.kv_cache_dtype, self.quantize_activations)
         digest = hashlib.blake2b(repr(kind).encode(), digest_size=16)
         weights = self.decoder.state_dict() | self.decoder.packed
         for name, weight in sorted(weights.items()):

@@ -54,7 +54,15 @@ def _serve(channel: Channel) -> None:
     pools = Pools(
         decoder.spec, slots=mine.slots, spans=mine.spans, device=device, kv_cache_dtype=placement.kv_cache_dtype
     )
-    runner = RankRunner(decoder, pools, group, exact=mine.exact, backend=mine.backend, limits=placement.limits)
+    runner = RankRunner(
+        decoder,
+        pools,
+        group,
+        exact=mine.exact,
+        backend=mine.backend,
+        limits=placement.limits,
+        quantize_activations=placement.quantize_activations,
+    )
     channel.send("ready")
     while True:
         changes, (call, *arguments) = channel.receive()

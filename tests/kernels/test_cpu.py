@@ -291,6 +291,25 @@ def test_every_code_is_decoded_and_nan_stays_nan_in_bytes() -> None:
     assert np.isnan(back[0]).nonzero()[0].tolist() == [3, 65]
 
 
+@pytest.mark.parametrize("size", [1, 100, 128, 300])
+def test_activations_are_rounded_like_their_twin(size: int) -> None:
+    x = randoms(size, 5, size) * np.array([[1.0], [1e-6], [0.0], [1e9], [3.0]], np.float32)
+    x[4, 0] = np.nan
+    out = np.empty_like(x)
+    loops.round_activations(x, out)
+    twin = quantize.round_activations(torch.from_numpy(x))
+    assert np.array_equal(out[:4], twin[:4].numpy()) and np.isnan(out[4, 0])
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_index_queries_are_rounded_like_their_twin(size: int) -> None:
+    x = randoms(size, 7, 3, size) * np.exp2(np.arange(-3.0, 4.0)).astype(np.float32)[:, None, None]
+    x[0, 0] = 0.0
+    twin = quantize.round_index(torch.from_numpy(x.copy()))
+    loops.round_index(x)
+    assert np.array_equal(x, twin.numpy())
+
+
 def test_nan_stays_nan() -> None:
     nan = np.full((1, 4), np.nan, np.float32)
     out, ones = np.empty((1, 2), np.float32), np.ones(1, np.float32)

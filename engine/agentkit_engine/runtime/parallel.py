@@ -86,9 +86,12 @@ class RankRunner(Runner):
         exact: bool,
         backend: str,
         limits: CpuLimits | None = None,
+        quantize_activations: bool = False,
     ) -> None:
         chosen, spec, dtype = choose_backend(backend, pools.device), decoder.spec, decoder.embed.weight.dtype
-        ops = make_ops(chosen, pools.device, dtype, limits, processes=group.size())
+        ops = make_ops(
+            chosen, pools.device, dtype, limits, processes=group.size(), quantize_activations=quantize_activations
+        )
         self.parallel = ExpertParallel(
             ops,
             group,
@@ -138,7 +141,15 @@ class ParallelRunner(RankRunner):
             for worker in self.workers.each:
                 worker.receive(patiently=True)  # the weights are in place
             group = join(placement, 0, rendezvous)
-            super().__init__(decoder, pools, group, exact=exact, backend=backend, limits=placement.limits)
+            super().__init__(
+                decoder,
+                pools,
+                group,
+                exact=exact,
+                backend=backend,
+                limits=placement.limits,
+                quantize_activations=placement.quantize_activations,
+            )
             for worker in self.workers.each:
                 worker.receive()
         self.pools = ShardedPools([pools, *(RemotePools(pools, worker, self.workers) for worker in self.workers.each)])

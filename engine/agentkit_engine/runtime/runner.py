@@ -35,6 +35,7 @@ from agentkit_engine.runtime.state import SPAN, Pools, rows_of
 from agentkit_engine.runtime.threads import OneThread
 from agentkit_kernels.ops import Ops, Plan
 from agentkit_kernels.reference import Reference
+from agentkit_kernels.reference.activations import QuantizedReference
 
 if TYPE_CHECKING:
     from agentkit_engine.sampler import DeviceSampler
@@ -100,21 +101,29 @@ class CpuLimits:
 
 
 def make_ops(
-    backend: Backend, device: torch.device, dtype: torch.dtype, limits: CpuLimits | None = None, *, processes: int = 1
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: CpuLimits | None = None,
+    *,
+    processes: int = 1,
+    quantize_activations: bool = False,
 ) -> Ops:
     """Return the operations of a backend for weights of this dtype; `processes` like this one share a CPU's cores."""
     if backend == "cpu":
-        from agentkit_kernels.cpu import Cpu
+        from agentkit_kernels.cpu.activations import QuantizedCpu
+        from agentkit_kernels.cpu.backend import Cpu
         from agentkit_kernels.cpu.workers import Workers, available_cores
 
         limits = limits or CpuLimits()
         threads = limits.threads or max(1, available_cores() // processes)
-        return Cpu(Workers(threads), expert_cache_bytes=limits.expert_cache_bytes)
+        kind = QuantizedCpu if quantize_activations else Cpu
+        return kind(Workers(threads), expert_cache_bytes=limits.expert_cache_bytes)
     if backend == "triton":
         from agentkit_kernels.triton.backend import Triton
 
         return Triton(device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
-    return Reference(device)
+    return QuantizedReference(device) if quantize_activations else Reference(device)
 
 
 def machine(device: torch.device) -> tuple[str, ...]:
@@ -162,6 +171,7 @@ class Runner:
         exact: bool = True,
         backend: str = "auto",
         limits: CpuLimits | None = None,
+        quantize_activations: bool = False,
         ops: Ops | None = None,
         capture: Capture | None = None,
     ) -> None:
@@ -174,7 +184,8 @@ class Runner:
         self._on_one_thread = OneThread() if exact and self.backend == "reference" else None
         if capture is None and ops is None and self.backend == "triton" and pools.device.type == "cuda":
             capture = CudaCapture(pools.device)
-        ops = ops or make_ops(self.backend, pools.device, decoder.embed.weight.dtype, limits)
+        dtype = decoder.embed.weight.dtype
+        ops = ops or make_ops(self.backend, pools.device, dtype, limits, quantize_activations=quantize_activations)
         self.forward = self._compute(lambda: self._packed(decoder, ops))
         self.sampler: DeviceSampler | None = getattr(ops, "sample", None)
         self.graphs = None if capture is None else self.capture_with(capture)

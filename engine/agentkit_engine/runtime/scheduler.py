@@ -71,6 +71,7 @@ class Scheduler:
         limits: CpuLimits | None = None,
         placement: Placement | None = None,
         kv_cache_dtype: KVCacheDtype = "auto",
+        quantize_activations: bool = False,
         memory: MemoryReader | None = None,
     ) -> None:
         """`kv_cache_bytes` bounds the memory for spans; slots come on top. A CPU takes memory only as it is used.
@@ -116,11 +117,12 @@ class Scheduler:
             host_slots=self.capacity.host_slots,
             host_spans=self.capacity.host_spans,
         )
-        self.runner = (
-            Runner(decoder, own, exact=exact, backend=backend, limits=limits)
-            if placement is None
-            else ParallelRunner(decoder, own, placement, exact=exact, backend=backend)
-        )
+        if placement is None:
+            self.runner = Runner(
+                decoder, own, exact=exact, backend=backend, limits=limits, quantize_activations=quantize_activations
+            )
+        else:
+            self.runner = ParallelRunner(decoder, own, placement, exact=exact, backend=backend)
         self.pools = self.runner.pools
         self.cache = PrefixCache(self.pools)
         self.prefilled = self.sampled = self.drafted = self.mtp_drafted = 0

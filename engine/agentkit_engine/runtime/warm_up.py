@@ -27,7 +27,8 @@ def warm_up(runner: Runner, decoder: Decoder) -> None:
     """Run forwards that reach every kernel, unless an earlier process on this machine did; logs a warning first."""
     from agentkit_kernels.cpu import loops, panels
 
-    marker = _marker(decoder, [Path(loops.__file__), Path(panels.__file__)], loops.cache_folder())
+    kind = (runner.pools.kv_cache_dtype, type(runner.forward.ops).__name__)
+    marker = _marker(decoder, [Path(loops.__file__), Path(panels.__file__)], loops.cache_folder(), kind)
     if marker is None or marker.exists():
         return
     logger.warning("compiling kernels for this CPU (once) ...")
@@ -51,8 +52,9 @@ def warm_up(runner: Runner, decoder: Decoder) -> None:
     marker.touch()
 
 
-def _marker(decoder: Decoder, sources: list[Path], folder: Path | None) -> Path | None:
-    """Return the file that marks all kernels for these layers and weights as compiled; None without a cache folder."""
+def _marker(decoder: Decoder, sources: list[Path], folder: Path | None, kind: tuple[str, ...]) -> Path | None:
+    """Return the file that marks all kernels for these layers, weights and kind of rows and operations as compiled;
+    None without a cache folder."""
     if folder is None:
         return None
     layers = (*decoder.spec.layers, *decoder.spec.mtp_layers)
@@ -62,6 +64,6 @@ def _marker(decoder: Decoder, sources: list[Path], folder: Path | None) -> Path 
     )
     # Numba identifies sources the same way
     stats = [(stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, sources)]
-    key = repr((machine(torch.device("cpu")), kinds, dtypes, stats))
+    key = repr((machine(torch.device("cpu")), kinds, dtypes, stats, kind))
     digest = hashlib.blake2b(key.encode(), digest_size=8)
     return folder / f"warm-{digest.hexdigest()}"

@@ -43,7 +43,7 @@ class Placement:
         devices: Their number, W.
         folder: The model's folder, which each worker reads.
         device: The device of rank 0; with GPUs, rank r has the r-th after it.
-        dtype, kv_cache_dtype: See `Engine.load`.
+        dtype, kv_cache_dtype, quantize_activations: See `Engine.load`.
         limits: Limits of each rank's `cpu` backend.
     """
 
@@ -52,6 +52,7 @@ class Placement:
     device: torch.device
     dtype: torch.dtype | None
     kv_cache_dtype: KVCacheDtype = "auto"
+    quantize_activations: bool = False
     limits: CpuLimits = field(default_factory=CpuLimits)
     timeout_s: float = TIMEOUT_S
 

@@ -11,10 +11,11 @@ from agentkit_kernels.cpu.state import LayerState
 from agentkit_kernels.ops import Compressor
 
 
-def compress(projected: Floats, compressor: Compressor, batch: Batch, state: LayerState) -> None:
+def compress(projected: Floats, compressor: Compressor, batch: Batch, state: LayerState, *, fp4: bool = False) -> None:
+    """See `ops.Ops`; with `fp4`, entries are rotated and rounded to FP4."""
     pool = state.compressors[compressor.prefix]
     loops.compress(
         projected, compressor.column, compressor.ape, compressor.norm, np.float32(compressor.eps),
         compressor.frequencies, batch.cu_seqlens, batch.positions_N, batch.slots_B, pool.values, pool.scores,
-        batch.block_tables, pool.per_span, pool.entries, pool.scales,
+        batch.block_tables, pool.per_span, pool.entries, pool.scales, fp4,
     )  # fmt: skip

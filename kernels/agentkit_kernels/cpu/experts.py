@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from agentkit_kernels.cpu import loops
@@ -25,8 +27,18 @@ def swiglu(workers: Workers, gate_up: Floats, limit: float) -> Floats:
 
 
 def experts(
-    x: Floats, experts: Ints, weights: Floats, w13: Stacked, w2: Stacked, limit: float, shared: Floats, batch: Batch
+    x: Floats,
+    experts: Ints,
+    weights: Floats,
+    w13: Stacked,
+    w2: Stacked,
+    limit: float,
+    shared: Floats,
+    batch: Batch,
+    *,
+    cast: Callable[[Floats], Floats] | None = None,
 ) -> Floats:
+    """See `ops.Ops`; `cast` rounds the inputs of packed matrices."""
     out_ND = empty(*x.shape)
     small = w13.inputs * w13.outputs <= SINGLE
     if small and experts.size <= FEW_PAIRS and w13.unpacked is not None and w2.unpacked is not None:
@@ -36,8 +48,8 @@ def experts(
     places_NA = np.empty_like(experts)
     loops.sort_by_expert(experts, weights, counts_E, rows_P, sorted_P, places_NA)
     counts: list[int] = counts_E.tolist()
-    hidden = _swiglu(w13.workers, w13.multiply(x[rows_P], counts), sorted_P, limit)
-    loops.sum_experts(w2.multiply(hidden, counts), places_NA, shared, out_ND)
+    hidden = _swiglu(w13.workers, w13.multiply((cast(x) if cast else x)[rows_P], counts), sorted_P, limit)
+    loops.sum_experts(w2.multiply(cast(hidden) if cast else hidden, counts), places_NA, shared, out_ND)
     return out_ND
 
 

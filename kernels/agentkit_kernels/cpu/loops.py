@@ -28,7 +28,15 @@ from numba.extending import overload
 from numpy.typing import NDArray
 
 from agentkit_kernels.ops import QUERY_BLOCK
-from agentkit_kernels.reference.quantize import ACTIVATION_FLOOR, E4M3_MAX, KV_GROUP, KV_SCALES
+from agentkit_kernels.reference.quantize import (
+    ACTIVATION_FLOOR,
+    ACTIVATION_GROUP,
+    E2M1_MAX,
+    E4M3_MAX,
+    FP4_GROUP,
+    KV_GROUP,
+    KV_SCALES,
+)
 
 Floats = NDArray[np.float32]
 Halves = NDArray[np.uint16]
@@ -101,7 +109,8 @@ _ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 E4M3: Floats = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 """The value of each code."""
 _LEAST_AMAX, _TWO_TO_14 = np.float32(ACTIVATION_FLOOR), np.float32(16384.0)
-_LARGEST_BITS = np.float32(E4M3_MAX).view(np.int32)
+_LARGEST_BITS, _LARGEST_FP4_BITS = np.float32(E4M3_MAX).view(np.int32), np.float32(E2M1_MAX).view(np.int32)
+_FOUR = np.float32(4.0)
 
 
 @at_import("float32(float32)")
@@ -245,13 +254,13 @@ def _load_row(stored: Stored, row: int, per_page: int, rotary: int, to_SK: Float
 def _store_row_as(row_K: Any, stored: Any, row: Any, per_page: Any, rotary: Any, scales_S: Any) -> Callable[..., None]:
     def as_it_is(row_K: Any, stored: Any, row: Any, per_page: Any, rotary: Any, scales_S: Any) -> None:
         for k in range(row_K.shape[0]):  # assigning a slice would spend longer on checking shapes
-            stored[row * row_K.shape[0] + k] = row_K[k]
+            stored[row, k] = row_K[k]
 
     def in_bytes(row_K: Any, stored: Any, row: Any, per_page: Any, rotary: Any, scales_S: Any) -> None:
         if scales_S.shape[0]:
-            scales_S[row] = _power(_encode(row_K, 0, row_K.shape[0], stored, row * row_K.shape[0]))
+            scales_S[row] = _power(_encode(row_K, 0, row_K.shape[0], stored[row], 0))
         else:
-            encode_row(row_K, stored, row, per_page, rotary)
+            encode_row(row_K, stored.reshape(-1), row, per_page, rotary)
 
     return as_it_is if isinstance(stored.dtype, numba.types.Float) else in_bytes
 
@@ -260,10 +269,10 @@ def _store_row_as(row_K: Any, stored: Any, row: Any, per_page: Any, rotary: Any,
 def _load_row_as(stored: Any, row: Any, per_page: Any, rotary: Any, to_SK: Any, place: Any) -> Callable[..., None]:
     def as_it_is(stored: Any, row: Any, per_page: Any, rotary: Any, to_SK: Any, place: Any) -> None:
         for k in range(to_SK.shape[1]):
-            to_SK[place, k] = stored[row * to_SK.shape[1] + k]
+            to_SK[place, k] = stored[row, k]
 
     def in_bytes(stored: Any, row: Any, per_page: Any, rotary: Any, to_SK: Any, place: Any) -> None:
-        decode_row(stored, row, per_page, rotary, to_SK, place)
+        decode_row(stored.reshape(-1), row, per_page, rotary, to_SK, place)
 
     return as_it_is if isinstance(stored.dtype, numba.types.Float) else in_bytes
 
@@ -281,7 +290,8 @@ def encode_row(row_K: Floats, stored: Bytes, row: int, per_page: int, rotary: in
     """Write a key-value row into pages, flat; see `reference.quantize.store_kv_rows`."""
     plain = row_K.shape[0] - rotary
     data, scales = _row_places(row, per_page, row_K.shape[0], rotary)
-    stored[scales : scales + KV_SCALES] = 0
+    for group in range(plain // KV_GROUP, KV_SCALES):
+        stored[scales + group] = 0  # each byte is written once: other threads may be writing and reading the same row
     for group in range(plain // KV_GROUP):
         stored[scales + group] = _encode(row_K, group * KV_GROUP, KV_GROUP, stored, data + group * KV_GROUP)
     for r in range(rotary):  # rounded to bfloat16, ties to even
@@ -332,6 +342,52 @@ def _encode(x: Floats, first: int, count: int, codes: Bytes, place: int) -> int:
         code = np.int32(0x7F) if magnitude > np.int32(0x7F800000) else code  # NaN
         codes[place + k] = code | ((bits >> np.int32(24)) & np.int32(0x80))
     return byte
+
+
+@strict
+def round_activations(x_NK: Floats, out_NK: Floats) -> None:
+    """Round rows to FP8, with a power of two per `ACTIVATION_GROUP` columns."""
+    size = x_NK.shape[1]
+    codes = np.empty(ACTIVATION_GROUP, np.uint8)
+    for n in range(x_NK.shape[0]):
+        for first in range(0, size, ACTIVATION_GROUP):
+            count = min(ACTIVATION_GROUP, size - first)
+            scale = _power(_encode(x_NK[n], first, count, codes, 0))
+            for k in range(count):
+                out_NK[n, first + k] = E4M3[codes[k]] * scale
+
+
+@strict
+def round_index(x_NJC: Floats) -> None:
+    """Rotate index queries by the Hadamard matrix, and round them to FP4, in place."""
+    for n in range(x_NJC.shape[0]):
+        for j in range(x_NJC.shape[1]):
+            _round_index(x_NJC[n, j])
+
+
+@strict
+def _round_index(x_C: Floats) -> None:
+    """Sums and differences of columns give the product with Sylvester's matrix; each group of 32 has a power of two."""
+    size, half = x_C.shape[0], 1
+    while half < size:
+        for first in range(0, size, 2 * half):
+            for c in range(first, first + half):
+                x_C[c], x_C[c + half] = x_C[c] + x_C[c + half], x_C[c] - x_C[c + half]
+        half *= 2
+    root = np.sqrt(np.float32(size))
+    for first in range(0, size, FP4_GROUP):
+        most = _ZERO
+        for c in range(first, first + FP4_GROUP):
+            x_C[c] /= root
+            most = abs(x_C[c]) if abs(x_C[c]) > most else most
+        above = np.float32(most).view(np.int32) - _LARGEST_FP4_BITS
+        byte = max(1, int(((above + np.int32(0x7FFFFF)) >> np.int32(23)) + np.int32(127)))
+        scale, inverse = _power(byte), _power(254 - byte)
+        for c in range(first, first + FP4_GROUP):
+            x = abs(x_C[c]) * inverse
+            step = _HALF if x < _TWO else (_ONE if x < _FOUR else _TWO)  # between neighbouring codes
+            rounded = np.float32(np.rint(x / step)) * step
+            x_C[c] = np.copysign(rounded, x_C[c]) * scale
 
 
 @strict
@@ -530,7 +586,7 @@ def attend(
     where they are stored, so that all queries see the same bits.
     """
     num_heads, size = last_head - first_head, q_NHK.shape[2]
-    rotary, rings, entries = turns_NR.shape[1], ring_SRK.reshape(-1), entries_SK.reshape(-1)
+    rotary, rings_SK = turns_NR.shape[1], ring_SRK.reshape(-1, ring_SRK.shape[2])
     ring, picking, most = ring_SRK.shape[1], picks_NP.shape[1] > 0, 0
     for n in range(rows_B1[0], rows_B1[-1]):
         seen = counts_N[n] if picking else ((positions_N[n] + 1) // ratio if ratio else 0)
@@ -543,16 +599,16 @@ def attend(
         for low in range(rows_B1[b], rows_B1[b + 1], QUERY_BLOCK):
             high = min(low + QUERY_BLOCK, rows_B1[b + 1])
             for n in range(low, high):
-                _store_row(kv_NK[n], rings, slot + positions_N[n] % ring, ring, rotary, no_scales)
+                _store_row(kv_NK[n], rings_SK, slot + positions_N[n] % ring, ring, rotary, no_scales)
             begin, end = max(0, positions_N[low] + 1 - window), positions_N[high - 1] + 1
             for position in range(begin, end):
-                _load_row(rings, slot + position % ring, ring, rotary, near_SK, position - begin)
+                _load_row(rings_SK, slot + position % ring, ring, rotary, near_SK, position - begin)
             if not picking:
                 count = end // ratio if ratio else 0
                 for entry in range(filled, count):
                     span = entry // per_span
                     row = (tables_BX[b, span] - span) * per_span + entry
-                    _load_row(entries, row, per_span, rotary, far_SK, entry)
+                    _load_row(entries_SK, row, per_span, rotary, far_SK, entry)
                 filled = count
             for n in range(low, high):
                 position = positions_N[n]
@@ -561,7 +617,7 @@ def attend(
                     for s in range(count):
                         span = picks_NP[n, s] // per_span
                         row = (tables_BX[b, span] - span) * per_span + picks_NP[n, s]
-                        _load_row(entries, row, per_span, rotary, far_SK, s)
+                        _load_row(entries_SK, row, per_span, rotary, far_SK, s)
                 near = near_SK[max(0, position + 1 - window) - begin : position + 1 - begin]
                 _score(q_NHK[n, first_head:last_head], near, scores, 0)
                 _score(q_NHK[n, first_head:last_head], far_SK[:count], scores, near.shape[0])
@@ -631,14 +687,16 @@ def compress(
     per_span: int,
     entries_SK: Stored,
     scales_S: Floats,
+    fp4: bool,
 ) -> None:
     """Store each token's open row (values from column `column` of `projected`, then scores), and pool every window
-    that it completes into an entry. `scales` are those of index keys in bytes, else it is empty."""
+    that it completes into an entry. `scales` are those of index keys in bytes, else it is empty. With
+    `fp4`, entries are rounded as by `round_index`."""
     ratio, width = ape.shape
     kept, size = values_SOX.shape[1], norm_K.shape[0]
     series = width // size
     most, total, pooled = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    turn, out, entries = np.empty(2 * frequencies.shape[0], np.float32), np.empty_like(pooled), entries_SK.reshape(-1)
+    turn, out = np.empty(2 * frequencies.shape[0], np.float32), np.empty_like(pooled)
     for b in range(slots_B.shape[0]):
         values, scores = values_SOX[slots_B[b]], scores_SOX[slots_B[b]]
         for n in range(rows_B1[b], rows_B1[b + 1]):
@@ -673,8 +731,10 @@ def compress(
                 out[k] = pooled[k] * scale * norm_K[k]
             _rotations_at(entry * ratio, frequencies, turn)
             _rotate(out, turn, _ONE)
+            if fp4:
+                _round_index(out)
             row = tables_BX[b, entry // per_span] * per_span + entry % per_span
-            _store_row(out, entries, row, per_span, turn.shape[0], scales_S)
+            _store_row(out, entries_SK, row, per_span, turn.shape[0], scales_S)
 
 
 # --- mixture of experts ------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,15 @@ from agentkit_kernels.reference.rope import rotate, rotations_at
 from agentkit_kernels.reference.state import LayerState
 
 
-def compress(projected: Tensor | Columns, compressor: Compressor, batch: Batch, state: LayerState) -> None:
+def compress(
+    projected: Tensor | Columns,
+    compressor: Compressor,
+    batch: Batch,
+    state: LayerState,
+    *,
+    cast: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """See `ops.Ops`; `cast` rounds entries before they are stored."""
     width = compressor.ape.shape[1]
     values = columns(projected, compressor.column, width)
     scores = columns(projected, compressor.column + width, width)
@@ -30,7 +40,7 @@ def compress(projected: Tensor | Columns, compressor: Compressor, batch: Batch, 
         entries_BWK = values.new_empty(group.sequences, 0, len(compressor.norm))
         if last > first:
             entries_BWK = _entries(values_BTX, scores_BTX, first, last, compressor, group, state)
-        state.store_entries(group, compressor.prefix, first, entries_BWK)
+        state.store_entries(group, compressor.prefix, first, cast(entries_BWK) if cast else entries_BWK)
         state.store_open_rows(group, compressor.prefix, values_BTX, scores_BTX)
 
 

@@ -5,6 +5,8 @@ Dimension key: `agentkit_kernels.ops`; P (token, expert) pairs, in the order of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +22,18 @@ def swiglu(gate_up: Tensor | Columns, limit: float) -> Tensor:
 
 
 def experts(
-    x: Tensor, experts: Tensor, weights: Tensor, w13: Weight, w2: Weight, limit: float, shared: Tensor, batch: Batch
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    w13: Weight,
+    w2: Weight,
+    limit: float,
+    shared: Tensor,
+    batch: Batch,
+    *,
+    cast: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
+    """See `ops.Ops`; `cast` rounds the inputs of both products."""
     active, flat = experts.shape[1], experts[: batch.tokens].flatten()
     order = flat.argsort(stable=True)
     counts: list[int] = torch.bincount(flat, minlength=w2.parts[0].shape[0]).tolist()
@@ -38,9 +50,10 @@ def experts(
         return torch.cat([F.linear(part, values(weights_XK[e])) for e, part in zip(sizes, parts, strict=True)])
 
     pairs_P = torch.cat(pairs)
-    rows_PD = x.index_select(0, pairs_P // active)
+    rows_PD = (cast(x) if cast else x).index_select(0, pairs_P // active)
     gate_up = Columns(tuple(multiply(rows_PD, part) for part in w13.parts))
     hidden = swiglu(gate_up, limit) * weights.flatten()[pairs_P].unsqueeze(1)
+    hidden = cast(hidden) if cast else hidden
     place_of_pair = torch.empty_like(order).scatter_(0, order, torch.cat(places))
     routed = multiply(hidden, w2.parts[0]).index_select(0, place_of_pair).view(batch.tokens, active, -1).sum(1)
     padding = len(x) - batch.tokens

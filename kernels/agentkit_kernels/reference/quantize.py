@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 E4M3_MAX, E2M1_MAX, INT8_MAX = 448.0, 6.0, 127.0
-FP4_GROUP, KV_GROUP = 32, 64
+ACTIVATION_GROUP, FP4_GROUP, KV_GROUP = 128, 32, 64
 KV_SCALES = 8
 """Scale bytes of a key-value row; those without a group are 0."""
 ACTIVATION_FLOOR = 1e-4
@@ -54,17 +54,21 @@ def _grouped(x_NK: Tensor, group: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Return x · H / sqrt(K) for x [..., K], where H is Sylvester's matrix [[H, H], [H, -H]] and K a power of two."""
-    size = x.shape[-1]
-    matrix = torch.ones(1, 1, dtype=x.dtype, device=x.device)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    product: Tensor = x @ matrix
-    return product / math.sqrt(size)
+    """Return x · H / sqrt(K) for x [..., K], where H is Sylvester's matrix [[H, H], [H, -H]] and K a power of two.
+
+    Sums and differences of columns, because the bits of a matrix product depend on its other rows.
+    """
+    size, half = x.shape[-1], 1
+    while half < size:
+        pairs = x.reshape(*x.shape[:-1], size // (2 * half), 2, half)
+        first, second = pairs.unbind(-2)
+        x = torch.stack((first + second, first - second), -2).reshape(x.shape)
+        half *= 2
+    return x / math.sqrt(size)
 
 
 def quantise_fp8(
-    x_NK: Tensor, *, group: int = 128, e8m0: bool = True, floor: float = ACTIVATION_FLOOR
+    x_NK: Tensor, *, group: int = ACTIVATION_GROUP, e8m0: bool = True, floor: float = ACTIVATION_FLOOR
 ) -> tuple[Tensor, Tensor]:
     """Return E4M3 codes, uint8 [N, K], and a scale per group of columns: E8M0 bytes, or float32 amax / 448."""
     x = _grouped(x_NK, group)
@@ -74,7 +78,7 @@ def quantise_fp8(
     return _encode_e4m3(x).flatten(1)[:, : x_NK.shape[1]].contiguous(), scales
 
 
-def dequantise_fp8(codes_NK: Tensor, scales: Tensor, *, group: int = 128, dtype: torch.dtype) -> Tensor:
+def dequantise_fp8(codes_NK: Tensor, scales: Tensor, *, group: int = ACTIVATION_GROUP, dtype: torch.dtype) -> Tensor:
     """Return [N, K] from the results of `quantise_fp8`."""
     factors = decode_scale(scales) if scales.dtype == torch.uint8 else scales
     size = codes_NK.shape[1]
@@ -104,6 +108,21 @@ def dequantise_fp4(codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tens
     table = torch.tensor((*_E2M1, *(-value for value in _E2M1)), device=codes.device)
     x = table[torch.stack((codes & 15, codes >> 4), -1).flatten(1).int()]
     return (x * decode_scale(scales).repeat_interleave(FP4_GROUP, 1)).to(dtype)
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """Return rows [..., K] rounded to FP8 with a power of two per 128 columns, float32."""
+    rows = x.flatten(0, -2)
+    return dequantise_fp8(*quantise_fp8(rows), dtype=torch.float32).view(x.shape)
+
+
+def round_index(x: Tensor) -> Tensor:
+    """Return index queries or keys [..., C] after the Hadamard rotation, rounded to FP4, float32.
+
+    C is a power of two and a multiple of 32.
+    """
+    rows = hadamard(x.float()).flatten(0, -2)
+    return dequantise_fp4(*quantise_fp4(rows), dtype=torch.float32).view(x.shape)
 
 
 def quantise_int8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
