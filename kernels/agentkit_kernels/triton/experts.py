@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -344,67 +345,32 @@ def _fit(tile: Tile, weight: Operand) -> Tile:
     return tile._replace(warps=8) if weight.format == "fp8" and _before_hopper() else tile
 
 
+def _multiply(kernel: Any, groups: Groups, weight: Operand, x: Tensor, *args: Any, **options: int) -> None:
+    """Launch a kernel over all tiles of rows `x` and all columns of a weight."""
+    tile = _fit(groups.tile, weight)
+    launch(
+        kernel, (groups.tiles * triton.cdiv(weight.outputs, tile.outputs),), x, *args,
+        X=weight.outputs, K=weight.inputs, FORMAT=weight.format, DIRECT=groups.direct, OPERAND=weight.type(x),
+        BLOCK_N=tile.rows, BLOCK_X=tile.outputs, BLOCK_K=tile.inputs, num_warps=tile.warps, num_stages=stages(tile),
+        **options,
+    )  # fmt: skip
+
+
 def gate_up(x: Tensor, groups: Groups, weights: Tensor, w1: Operand, w3: Operand, limit: float, active: int) -> Tensor:
     """Return routing weight * swiglu(w1 · x, w3 · x) [P, I] of each pair, sorted by expert."""
-    tile = _fit(groups.tile, w1)
     hidden = x.new_empty(len(groups.experts), w1.outputs)
-    launch(
-        _gate_up,
-        (groups.tiles * triton.cdiv(w1.outputs, tile.outputs),),
-        x,
-        groups.experts,
-        weights,
-        groups.order,
-        groups.table,
-        w1.data,
-        w1.scale,
-        w3.data,
-        w3.scale,
-        hidden,
-        x.stride(0),
-        x.stride(1),
-        *w1.strides,
-        limit,
-        ACTIVE=active,
-        X=w1.outputs,
-        K=w1.inputs,
-        FORMAT=w1.format,
-        DIRECT=groups.direct,
-        BLOCK_N=tile.rows,
-        BLOCK_X=tile.outputs,
-        BLOCK_K=tile.inputs,
-        OPERAND=w1.type(x),
-        num_warps=tile.warps,
-        num_stages=stages(tile),
-    )
+    _multiply(
+        _gate_up, groups, w1, x, groups.experts, weights, groups.order, groups.table,
+        w1.data, w1.scale, w3.data, w3.scale, hidden, x.stride(0), x.stride(1), *w1.strides, limit, ACTIVE=active,
+    )  # fmt: skip
     return hidden
 
 
 def down(hidden: Tensor, groups: Groups, w2: Operand) -> Tensor:
     """Return w2 · hidden [P, D], in the order of the pairs."""
-    tile = _fit(groups.tile, w2)
     out = hidden.new_empty(len(hidden), w2.outputs)
-    launch(
-        _down,
-        (groups.tiles * triton.cdiv(w2.outputs, tile.outputs),),
-        hidden,
-        groups.experts,
-        groups.order,
-        groups.table,
-        w2.data,
-        w2.scale,
-        out,
-        *w2.strides,
-        X=w2.outputs,
-        K=w2.inputs,
-        FORMAT=w2.format,
-        DIRECT=groups.direct,
-        BLOCK_N=tile.rows,
-        BLOCK_X=tile.outputs,
-        BLOCK_K=tile.inputs,
-        OPERAND=w2.type(hidden),
-        num_warps=tile.warps,
-        num_stages=stages(tile),
+    _multiply(
+        _down, groups, w2, hidden, groups.experts, groups.order, groups.table, w2.data, w2.scale, out, *w2.strides
     )
     return out
 
