@@ -184,7 +184,8 @@ def _reduce(
 ):  # fmt: skip
     """Write the best of each row's buffer at `outs`, which may be `starts`; return their numbers and the thresholds."""
     rows, x = tl.arange(0, QUERIES), tl.arange(0, SPLIT)
-    tl.debug_barrier()  # other threads of the program have written what is read here
+    # bar.sync on NVIDIA, s_barrier on AMD; both order the global accesses of one program.
+    tl.debug_barrier()  # other threads have written what is read here
     for i in range(QUERIES):
         count = tl.sum(tl.where(rows == i, held, 0), 0)
         at = tl.sum(tl.where(rows == i, starts, 0), 0) + x
