@@ -20,7 +20,7 @@ from agentkit_evals.errors import ProvenanceError
 EXPORT_END, CORPUS_END = b"\xf8", b"\xf9"
 """Ends of texts. UTF-8 has no byte above 0xf4."""
 MAX_BYTES = 512 << 20
-"""Maximum bytes of an export and the corpora together: the suffix array takes about 30 times as much memory."""
+"""Maximum bytes of an export and the corpora together, whose suffix array is kept in memory."""
 TEXT_SUFFIXES = frozenset((".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".csv", ".log"))
 MAX_EXCERPT = 200
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import ast
 import random
-from collections.abc import AsyncIterator, Iterator
+import shlex
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -215,6 +216,14 @@ async def find(
         yield entry
 
 
+class _Rejected(Exception):
+    """A fault is not kept."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+
+
 async def try_fault(
     bench: Bench, base: Baseline, number: int, path: str, fault: Mutation
 ) -> tuple[Outcome, Bug | None]:
@@ -224,62 +233,30 @@ async def try_fault(
         PackageError: git refuses a patch of the fault.
         SandboxLostError: the sandbox died.
     """
+    try:
+        return "kept", await _bug(bench, base, number, path, fault)
+    except _Rejected as rejected:
+        return rejected.outcome, None
+
+
+async def _bug(bench: Bench, base: Baseline, number: int, path: str, fault: Mutation) -> Bug:
     package = bench.package
     near = [file for file in importers(package, path) if file in base.files] or [*base.files]
-    await bench.reset()
-    await bench.write(path, fault.text)
-    first = await bench.test(near, timeout_s=base.timeout_s, stop_at_first=True)
-    if first.timed_out:
-        return "hangs", None
-    if not first.failed and first.statuses:
-        return "unnoticed", None
-
-    await bench.reset()
-    await bench.write(path, fault.text)
-    red = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=HASH_SEEDS[0])
-    if red.timed_out:
-        return "hangs", None
-    if any(name not in red.statuses for name in base.stable):
-        return "does not load", None
-    failing = sorted(name for name in base.stable if red.statuses[name] not in PASSES)
-    if not failing:
-        return "unstable", None
-    if len(failing) > MAX_FAILING * len(base.stable):
-        return "too many fail", None
+    failing, output = await _failing_tests(bench, base, near, path, fault)
     by_file: dict[str, set[str]] = {}
     for name in failing:
         if (file := path_of(name, package.tests)) is None or b"\r" in package.files[file]:
-            return "unlocated", None
+            raise _Rejected("unlocated")
         by_file.setdefault(file, set()).add(function_of(name))
 
-    await bench.reset()
-    await bench.write(path, fault.text)
-    for file, functions in by_file.items():
-        text = without_tests(source, functions) if (source := package.text(file)) else None
-        if text is None:
-            await bench.shell(f"rm -- '{file}'")
-        else:
-            await bench.write(file, text)
-    bug_patch = await bench.diff()
-    commit = await bench.shell("git commit-tree -m 'Start of the task' $(git write-tree)")
+    bug_patch, commit = await _start_of_task(bench, path, fault, by_file)
     test_patch = await _patch_to_release(bench, commit, [*by_file])
     fix = await _patch_to_release(bench, commit, [path])
-
-    for patch, expected in ((test_patch, frozenset(failing)), (test_patch + fix, frozenset[str]())):
-        for seed in HASH_SEEDS if patch != test_patch else HASH_SEEDS[1:]:
-            await bench.reset(commit)
-            await bench.apply(patch)
-            run = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=seed)
-            if run.timed_out or {name for name in base.stable if run.statuses.get(name) not in PASSES} != expected:
-                return ("unstable" if expected else "lasting"), None
-    await bench.reset(commit)
-    await bench.apply(test_patch + fix)
-    if await bench.shell(f"git add -A -f && git diff --cached --name-only {bench.release}"):
-        return "lasting", None
+    await _confirm(bench, base, commit, test_patch, fix, frozenset(failing))
 
     test_files = sorted({*by_file, *near})
     scored = {name for name in base.stable if path_of(name, package.tests) in test_files}
-    return "kept", Bug(
+    return Bug(
         id=f"{package.name}-{package.version}-{number:04}",
         kind=fault.kind,
         path=path,
@@ -289,7 +266,7 @@ async def try_fault(
         bug_patch=bug_patch,
         test_patch=test_patch,
         fix=fix,
-        issue=issue_text(package, path, fault.function, fault.docstring, failing, red.output),
+        issue=issue_text(package, path, fault.function, fault.docstring, failing, output),
         fail_to_pass=failing,
         pass_to_pass=sorted(scored - {*failing}),
         test_files=test_files,
@@ -297,11 +274,73 @@ async def try_fault(
     )
 
 
+async def _failing_tests(
+    bench: Bench, base: Baseline, near: list[str], path: str, fault: Mutation
+) -> tuple[list[str], str]:
+    """Return the stable tests that fail with a fault, and the output of all tests: the first run with the bug."""
+    await bench.reset()
+    await bench.write(path, fault.text)
+    quick = await bench.test(near, timeout_s=base.timeout_s, stop_at_first=True)
+    if quick.timed_out:
+        raise _Rejected("hangs")
+    if not quick.failed and quick.statuses:
+        raise _Rejected("unnoticed")
+    await bench.reset()
+    await bench.write(path, fault.text)
+    red = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=HASH_SEEDS[0])
+    if red.timed_out:
+        raise _Rejected("hangs")
+    if any(name not in red.statuses for name in base.stable):
+        raise _Rejected("does not load")
+    failing = sorted(name for name in base.stable if red.statuses[name] not in PASSES)
+    if not failing:
+        raise _Rejected("unstable")
+    if len(failing) > MAX_FAILING * len(base.stable):
+        raise _Rejected("too many fail")
+    return failing, red.output
+
+
+async def _start_of_task(bench: Bench, path: str, fault: Mutation, by_file: Mapping[str, set[str]]) -> tuple[str, str]:
+    """Make the fault and take the failing tests out. Returns the patch from the release, and the commit."""
+    await bench.reset()
+    await bench.write(path, fault.text)
+    for file, functions in by_file.items():
+        source = bench.package.text(file)
+        text = without_tests(source, functions) if source else None
+        if text is None:
+            await bench.shell(f"rm -- {shlex.quote(file)}")
+        else:
+            await bench.write(file, text)
+    return await bench.diff(), await bench.shell("git commit-tree -m 'Start of the task' $(git write-tree)")
+
+
+async def _confirm(
+    bench: Bench, base: Baseline, commit: str, test_patch: str, fix: str, failing: frozenset[str]
+) -> None:
+    """Run all tests for the second time with the bug, and twice with the fix; compare the files with the release."""
+
+    async def failing_with(patch: str, hash_seed: int) -> frozenset[str] | None:
+        await bench.reset(commit)
+        await bench.apply(patch)
+        run = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=hash_seed)
+        return None if run.timed_out else frozenset(n for n in base.stable if run.statuses.get(n) not in PASSES)
+
+    for hash_seed in HASH_SEEDS[1:]:
+        if await failing_with(test_patch, hash_seed) != failing:
+            raise _Rejected("unstable")
+    for hash_seed in HASH_SEEDS:
+        if await failing_with(test_patch + fix, hash_seed) != frozenset():
+            raise _Rejected("lasting")
+    await bench.reset(commit)
+    await bench.apply(test_patch + fix)
+    if await bench.shell(f"git add -A -f && git diff --cached --name-only {bench.release}"):
+        raise _Rejected("lasting")
+
+
 async def _patch_to_release(bench: Bench, commit: str, paths: list[str]) -> str:
     """Return the patch that gives files their content in the release."""
     await bench.reset(commit)
-    quoted = " ".join(f"'{path}'" for path in paths)
-    await bench.shell(f"git checkout -q {bench.release} -- {quoted}")
+    await bench.shell(shlex.join(["git", "checkout", "-q", bench.release, "--", *paths]))
     return await bench.diff()
 
 

@@ -158,18 +158,18 @@ async def _search(
     """Fill the journal with `limit` bugs. A sandbox that a fault has killed is replaced."""
     label = f"{package.name}-{package.version}"
     for attempt in range(1, MAX_SANDBOXES + 1):
-        async with await Bench.open(package, cache=cache, backend=backend) as bench:
-            base = await baseline(bench)
-            try:
+        try:
+            async with await Bench.open(package, cache=cache, backend=backend) as bench:
+                base = await baseline(bench)
                 async for _ in find(bench, journal, base=base, previous=previous, limit=limit):
                     kept = sum(entry.bug is not None for entry in journal.entries)
                     report(Progress(label, kept, len(journal.entries)))
                 return base
-            except HostFailureError:
+        except HostFailureError:
+            raise
+        except SandboxLostError:
+            if attempt == MAX_SANDBOXES:
                 raise
-            except SandboxLostError:
-                if attempt == MAX_SANDBOXES:
-                    raise
     raise AssertionError("the last attempt returns or raises")
 
 
