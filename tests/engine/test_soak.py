@@ -24,7 +24,7 @@ from agentkit_engine.runtime.prefix_cache import Checkpoint
 from .conftest import randomize_, small_config, some_ids
 
 SESSIONS, TURNS, AT_ONCE, HEADS = 200, 30, 24, 8
-SPANS, DISK_BYTES = 64, 4 << 20
+SPANS, HOST_SLOTS, DISK_BYTES = 32, 64, 4 << 20
 KINDS = (AsyncSession, Checkpoint, Sequence, Request, _Generation)
 
 
@@ -80,7 +80,7 @@ async def test_soak(tmp_path: Path) -> None:
     sizes = Pools(spec, slots=1, spans=1, device=torch.device("meta"))
     engine = Engine(
         decoder, name="small", dialect="v4-preview", folder=tmp_path, kv_cache_bytes=SPANS * sizes.bytes_per_span,
-        cache_dir=tmp_path / "disk", cache_bytes=DISK_BYTES,
+        host_cache_bytes=HOST_SLOTS * sizes.bytes_per_slot, cache_dir=tmp_path / "disk", cache_bytes=DISK_BYTES,
     )  # fmt: skip
     before = objects()
     told: dict[int, tuple[list[int], Said]] = {}
@@ -98,7 +98,9 @@ async def test_soak(tmp_path: Path) -> None:
         assert held_on_disk(tmp_path / "disk") <= 1.5 * DISK_BYTES  # plus the file being written
     engine.scheduler.cache.clear()
     engine.flush()
-    assert engine.scheduler.pools.bytes_held == 0
+    pools = engine.scheduler.pools
+    assert pools.bytes_held == pools.host_bytes_held == 0
+    assert pools.host is not None and min(pools.host.stats.loaded_slots, pools.host.stats.loaded_spans) > SESSIONS
     assert objects() == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("agentkit_engine")]
     reference = Engine(decoder, name="small", dialect="v4-preview", folder=tmp_path)
