@@ -206,6 +206,7 @@ class Engine:
                 backend=backend,
                 dtype=held_as,
                 expert_cache_bytes=limits.expert_cache_bytes,
+                devices=devices,
             )
         if devices > (experts := decoder.spec.n_routed_experts):
             raise ValueError(
@@ -394,6 +395,7 @@ def read_decoder(
     dtype: torch.dtype | None,
     experts: range | None = None,
     expert_cache_bytes: int | None = None,
+    devices: int = 1,
 ) -> tuple[Decoder, Dialect]:
     """Return the model in `folder`, for a backend, with its chat dialect; see `Engine.load` and `load_checkpoint`."""
     # Plain torch and Triton's interpreter would convert bfloat16 weights in every product.
@@ -405,6 +407,7 @@ def read_decoder(
         packed=dtype is None,
         experts=experts,
         expert_cache_bytes=expert_cache_bytes,
+        devices=devices,
         lay_out=lay_out if backend == "cpu" else None,
     )
 

@@ -47,6 +47,7 @@ def _serve(channel: Channel) -> None:
         backend=choose_backend(mine.backend, device),
         dtype=placement.dtype,
         expert_cache_bytes=placement.limits.expert_cache_bytes,
+        devices=placement.devices,
         experts=experts_of(mine.rank, placement.devices, mine.experts),
     )
     channel.send("loaded")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ from agentkit_engine.runtime.capacity import (
 from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.weights import memory
 from agentkit_engine.weights.checkpoint import read_layout
+from agentkit_engine.weights.export import export_checkpoint
+from agentkit_engine.weights.stored_rows import find_packed
 
 from .conftest import make_random_decoder, small_config, some_ids
 
@@ -168,6 +171,21 @@ def test_weights_are_checked_against_the_memory_of_their_device(device: str, mon
         memory.check_memory(folder, layout.expected, layout.stored, torch.float64, {}, device=torch.device(device))
     assert ("expert_cache_bytes" in str(raised.value)) == (device == "cpu")
     assert "loaded as it is stored" in str(raised.value)
+
+
+def test_packed_experts_are_divided_among_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    export_checkpoint(make_random_decoder(SPEC), tmp_path / "model", format="official")
+    layout = read_layout(tmp_path / "model")
+    packed = find_packed(layout.expected, layout.stored, int8=False, group_rows=SPEC.o_lora_rank)
+    experts = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 3)
+    everything = memory._needed(layout.expected, torch.bfloat16, packed)
+    arguments = (tmp_path / "model", layout.expected, layout.stored, torch.bfloat16, packed)
+    for devices, needed in ((1, everything), (2, everything - experts // 2), (4, everything - 3 * experts // 4)):
+        monkeypatch.setattr(memory, "available_memory", lambda _, enough=needed: enough)
+        memory.check_memory(*arguments, device=torch.device("cuda"), devices=devices)
+        monkeypatch.setattr(memory, "available_memory", lambda _, enough=needed: enough - 1)
+        with pytest.raises(ModelTooLargeError):
+            memory.check_memory(*arguments, device=torch.device("cuda"), devices=devices)
 
 
 def test_a_gpu_gives_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,7 @@ def load_checkpoint(
     packed: bool = False,
     experts: range | None = None,
     expert_cache_bytes: int | None = None,
+    devices: int = 1,
     lay_out: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> tuple[Decoder, Dialect]:
     """Load the model in `folder` and return it with its chat dialect.
@@ -164,6 +165,7 @@ def load_checkpoint(
         experts: the experts to read if not all, those of a rank (`runtime/parallel.py`); the others stay uninitialised.
         expert_cache_bytes: memory for routed experts, which stay in their files; None for all of them. A backend reads
             and checks each when it uses it.
+        devices: the devices that divide packed experts among themselves, for the check of memory.
         lay_out: called with weights that share an input while they are uninitialised; may move them in memory.
 
     Returns:
@@ -188,7 +190,7 @@ def load_checkpoint(
             "expert_cache_bytes needs experts that stay packed, and these are not: leave dtype out or pass "
             'dtype="int8", or convert the folder to FP8 and FP4 (agentkit convert)'
         )
-    check_memory(folder, expected, stored, dtypes, left, expert_cache_bytes, device=device)
+    check_memory(folder, expected, stored, dtypes, left, expert_cache_bytes, device=device, devices=devices)
     decoder = _empty_decoder(spec, device, dtypes, left)
     if lay_out is not None:
         for group in decoder.fused_weights():

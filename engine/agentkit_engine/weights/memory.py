@@ -40,25 +40,27 @@ def check_memory(
     expert_cache_bytes: int | None = None,
     *,
     device: torch.device | None = None,
+    devices: int = 1,
 ) -> None:
     """Raise an error if the weights do not fit on the device, by default a CPU.
 
-    With `expert_cache_bytes`, routed experts take at most this much.
+    With `expert_cache_bytes`, routed experts take at most this much. Packed ones are divided among `devices`.
 
     Raises:
         ModelTooLargeError: names what is needed, what there is, and the forms of this model that would fit.
     """
-    needed, available = _needed(expected, dtype, packed, expert_cache_bytes), available_memory(device)
+    needed = _needed(expected, dtype, packed, expert_cache_bytes, devices=devices)
+    available = available_memory(device)
     if needed <= available:
         return
     as_stored = find_packed(expected, stored, int8=False, group_rows=0)
     forms = {
-        "loaded as it is stored, without a dtype": _needed(expected, torch.bfloat16, as_stored),
+        "loaded as it is stored, without a dtype": _needed(expected, torch.bfloat16, as_stored, devices=devices),
         'loaded with dtype="int8"': _needed(
-            expected, torch.bfloat16, find_packed(expected, stored, int8=True, group_rows=0)
+            expected, torch.bfloat16, find_packed(expected, stored, int8=True, group_rows=0), devices=devices
         ),
         "loaded with expert_cache_bytes=2**30, its experts left on disk,": _needed(
-            expected, torch.bfloat16, as_stored, 1 << 30
+            expected, torch.bfloat16, as_stored, 1 << 30, devices=devices
         ),
         "converted to FP8 and FP4 (agentkit convert)": sum(map(_official_bytes, expected.values())),
     }
@@ -76,9 +78,11 @@ def _needed(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     packed: Mapping[str, StoredRows],
     expert_cache_bytes: int | None = None,
+    *,
+    devices: int = 1,
 ) -> int:
     kept = {"f32": torch.float32, "i64": torch.int64}
-    experts = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 3)
+    experts = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 3) // devices
     total = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 2)
     total += experts if expert_cache_bytes is None else min(experts, expert_cache_bytes)
     for tensor in expected.values():
