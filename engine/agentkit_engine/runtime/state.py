@@ -420,7 +420,8 @@ class Pools:
         if slot is not None:
             rows |= {f"tail.{index}": tail[slot].clone() for index, tail in enumerate(self.tails)}
         if spans:
-            rows |= {f"entries.{index}": entries[list(spans)] for index, entries in enumerate(self.entries)}
+            places = torch.tensor(spans, device=self.device)
+            rows |= {f"entries.{index}": entries[places] for index, entries in enumerate(self.entries)}
         return rows
 
     def read_rows(self, slot: int | None, spans: Seq[int]) -> dict[str, Tensor]:
@@ -432,8 +433,9 @@ class Pools:
         for index, tail in enumerate(self.tails):
             if f"tail.{index}" in tensors:
                 tail[slot] = tensors[f"tail.{index}"].to(tail.device)
+        places = torch.tensor(spans, dtype=torch.int64, device=self.device)
         for index, entries in enumerate(self.entries if spans else ()):
-            entries[list(spans)] = tensors[f"entries.{index}"].to(entries.device)
+            entries[places] = tensors[f"entries.{index}"].to(entries.device)
 
     def _take_slot(self) -> Sequence:
         if not self._slots.free:
