@@ -16,6 +16,7 @@ from torch import Tensor
 from agentkit_engine import Engine, ModelSpec, SamplingParams, SavedSessionError
 from agentkit_engine.model import Decoder
 from agentkit_engine.runtime import Pools, ScheduledTokens
+from agentkit_engine.runtime.runner import CpuLimits
 from agentkit_engine.runtime.state import SPAN, ring_rows
 from agentkit_engine.weights.export import export_checkpoint
 
@@ -130,6 +131,13 @@ def test_a_batch_gives_each_sequence_its_own_bits(decoder: Decoder, backend: str
             own.append(some)
     for ids, own in zip(texts, parts, strict=True):
         assert torch.equal(torch.cat(own), scheduler.logits(ids))
+
+
+def test_threads_that_store_and_read_the_same_rows_do_not_change_a_bit(decoder: Decoder) -> None:
+    one, three = (engine(decoder, "cpu", limits=CpuLimits(threads)).scheduler for threads in (1, 3))
+    whole = one.logits(some_ids(300))
+    for _ in range(5):
+        assert torch.equal(three.logits(some_ids(300)), whole)
 
 
 def test_backends_agree(decoder: Decoder) -> None:
