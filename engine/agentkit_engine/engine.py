@@ -154,7 +154,7 @@ class Engine:
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
                 False, forwards may use all threads and be faster, and the last bits of a result depend on the batch.
-            threads: Threads that share the `"cpu"` backend's products, in each process if there are several devices; by
+            threads: Threads that share the `"cpu"` backend's work, in each process if there are several devices; by
                 default as many as there are cores, in all. The results are the same bits for any number.
             expert_cache_bytes: Memory for routed experts on the `"cpu"` backend. The experts, which must be packed,
                 then stay in their files, and those that were used last are kept: the checkpoint may be larger than

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit_kernels.cpu import loops, panels
+from agentkit_kernels.cpu.attention import blocks
+from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.loops import Floats, Ints
 from agentkit_kernels.cpu.panels import LANES
-from agentkit_kernels.ops import QUERY_BLOCK, Heads, HyperConnection, HyperHead
+from agentkit_kernels.ops import QUERY_BLOCK, Heads, HyperConnection, HyperHead, Plan
 from agentkit_kernels.reference import experts as experts_twin
 from agentkit_kernels.reference import hyper_connections, quantize
 from agentkit_kernels.reference.linear import Weight
@@ -167,6 +169,21 @@ def test_attention_covers_window_and_entries_for_any_chunks(
         scores = torch.cat((torch.from_numpy(q[n]) @ rows.T, torch.from_numpy(sink).unsqueeze(1)), dim=1)
         expected = scores.softmax(1)[:, :-1] @ rows
         close(out[n], rotate(expected[None], torch.from_numpy(turns[n : n + 1]), inverse=True)[0])
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [QUERY_BLOCK, 3], [QUERY_BLOCK + 1], [3, 300, 1]])
+def test_threads_share_at_most_a_block_of_each_ring_at_a_time(lengths: list[int]) -> None:
+    """A thread that is ahead would overwrite rows that another still reads."""
+    count = len(lengths)
+    batch = Batch(Plan([0] * sum(lengths), lengths, [5] * count, range(count), [[0]] * count))
+    rows = []
+    for bounds, some in blocks(batch):
+        assert len(bounds) == len(range(count)[some]) + 1
+        for first, last, sequence in zip(bounds, bounds[1:], range(count)[some], strict=False):
+            assert 0 < last - first <= QUERY_BLOCK
+            rows += [(sequence, row) for row in range(first, last)]
+    starts = np.cumsum([0, *lengths])
+    assert rows == [(b, row) for b in range(count) for row in range(starts[b], starts[b + 1])]
 
 
 @settings(deadline=None, max_examples=60)

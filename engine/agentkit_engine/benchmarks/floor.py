@@ -45,12 +45,22 @@ class Floor:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the products of the `cpu` backend, in any engine of this process."""
-        multiply, multiply_stacked, mix_experts = Weight.multiply, Stacked.multiply, loops.mix_experts
+        multiply, multiply_groups = Weight.multiply, Weight.multiply_groups
+        multiply_stacked, mix_experts = Stacked.multiply, loops.mix_experts
 
         def recorded_multiply(weight: Weight, x_NK: Floats, out_NX: Floats, column: int = 0) -> None:
             call = partial(multiply, weight, self._like(x_NK.shape), out_NX, column)
             self._add(call, len(weight.matrices), x_NK.size * weight.outputs)
             multiply(weight, x_NK, out_NX, column)
+
+        def recorded_multiply_groups(weight: Weight, x_NGK: Floats, out_NX: Floats) -> None:
+            groups = x_NGK.shape[1]
+            self._add(
+                partial(multiply_groups, weight, self._like(x_NGK.shape), out_NX),
+                groups,
+                x_NGK.size * weight.outputs // groups,
+            )
+            multiply_groups(weight, x_NGK, out_NX)
 
         def recorded_multiply_stacked(stacked: Stacked, x_PK: Floats, counts_E: Sequence[int]) -> Floats:
             call = partial(multiply_stacked, stacked, self._like(x_PK.shape), counts_E)
@@ -67,6 +77,7 @@ class Floor:
 
         with (
             patch.object(Weight, "multiply", recorded_multiply),
+            patch.object(Weight, "multiply_groups", recorded_multiply_groups),
             patch.object(Stacked, "multiply", recorded_multiply_stacked),
             patch.object(loops, "mix_experts", recorded_mix_experts),
         ):

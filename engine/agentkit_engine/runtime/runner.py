@@ -87,7 +87,7 @@ class CpuLimits:
     """Limits on what the `cpu` backend uses of a machine.
 
     Attributes:
-        threads: Threads that share the products; by default as many as there are cores.
+        threads: Threads that share the work; by default as many as there are cores.
         expert_cache_bytes: Memory for routed experts, which then stay in their files; by default all are in memory.
     """
 

@@ -44,7 +44,7 @@ def attend(
     if not workers.shares(work := q.size * window):
         some_heads(batch.cu_seqlens, slice(None), 0, heads)
         return out
-    for cu_seqlens, sequences in _blocks(batch):
+    for cu_seqlens, sequences in blocks(batch):
 
         def share(first: int, last: int, rows: Ints = cu_seqlens, some: slice = sequences) -> None:
             some_heads(rows, some, first, last)
@@ -53,7 +53,7 @@ def attend(
     return out
 
 
-def _blocks(batch: Batch) -> Iterator[tuple[Ints, slice]]:
+def blocks(batch: Batch) -> Iterator[tuple[Ints, slice]]:
     """Yield row bounds and sequences whose rings threads may share: each thread stores all of the rows, and a ring has
     room for one block more than the window."""
     bounds = batch.cu_seqlens.tolist()

@@ -101,6 +101,21 @@ class Weight:
         for matrix, place in self.places:
             matrix.multiply(x_NK, 0, matrix.count, out_NX, column + place)
 
+    def multiply_groups(self, x_NGK: Floats, out_NX: Floats) -> None:
+        """Multiply each of G parts of a row with as many of the only matrix's outputs."""
+        [matrix] = self.matrices
+        groups, size = x_NGK.shape[1], self.outputs // x_NGK.shape[1]
+        x_GNK = np.ascontiguousarray(x_NGK.transpose(1, 0, 2))
+        cuts = [(group * size // LANES, -(-(group + 1) * size // LANES)) for group in range(groups)]
+        if size % LANES == 0:
+            jobs = [Job(part, matrix, first, last, out_NX) for part, (first, last) in zip(x_GNK, cuts, strict=True)]
+            compute(jobs, self.workers)
+            return
+        for group, (first, last) in enumerate(cuts):  # a panel may hold outputs of two groups
+            some, begin = empty(len(x_NGK), (last - first) * LANES), group * size
+            compute([Job(x_GNK[group], matrix, first, last, some, -first * LANES)], self.workers)
+            out_NX[:, begin : begin + size] = some[:, begin - first * LANES :][:, :size]
+
 
 class Stacked:
     """The matrices of all E experts; packed ones may stay in their files.
@@ -165,20 +180,8 @@ def linear(x: Floats, weight: Weight) -> Floats:
 
 
 def grouped_linear(x: Floats, weight: Weight, groups: int) -> Floats:
-    [matrix] = weight.matrices
-    parts_GNK = np.ascontiguousarray(x.reshape(len(x), groups, -1).transpose(1, 0, 2))
-    size = matrix.outputs // groups
-    out_NX = empty(len(x), matrix.outputs)
-    cuts = [(group * size // LANES, -(-(group + 1) * size // LANES)) for group in range(groups)]
-    if size % LANES == 0:
-        jobs = [Job(part, matrix, first, last, out_NX) for part, (first, last) in zip(parts_GNK, cuts, strict=True)]
-        compute(jobs, weight.workers)
-        return out_NX
-    for group, (first, last) in enumerate(cuts):
-        some = empty(len(x), (last - first) * LANES)  # a panel may hold outputs of two groups
-        compute([Job(parts_GNK[group], matrix, first, last, some, -first * LANES)], weight.workers)
-        begin = group * size
-        out_NX[:, begin : begin + size] = some[:, begin - first * LANES :][:, :size]
+    out_NX = empty(len(x), weight.outputs)
+    weight.multiply_groups(x.reshape(len(x), groups, -1), out_NX)
     return out_NX
 
 
