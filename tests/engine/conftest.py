@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from agentkit_engine.benchmarks import random_checkpoint
 from agentkit_engine.model import Decoder
 from agentkit_engine.sampler import Draw, SampledToken, sample
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_engine.spec import ModelSpec
+
+make_random_decoder, randomize_ = random_checkpoint.random_decoder, random_checkpoint.randomize_
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,33 +82,6 @@ def small_config(*ratios: int, mtp: bool = False, **overrides: Any) -> dict[str,
         "compress_ratios": [*ratios, 0] if mtp else list(ratios),
         **overrides,
     }
-
-
-@torch.no_grad()
-def randomize_(decoder: Decoder, generator: torch.Generator) -> Decoder:
-    """Make every parameter and buffer random and far from its default, so that a missing term changes the result."""
-    spec = decoder.spec
-    for name, tensor in decoder.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("tid2eid"):
-            draws = torch.rand(spec.vocab_size, spec.n_routed_experts, generator=generator)
-            tensor.copy_(draws.argsort(dim=-1)[:, : spec.num_experts_per_tok])
-        elif name.endswith(("norm.weight", "enorm.weight", "hnorm.weight", "scale")):
-            tensor.copy_(1.0 + 0.2 * noise)
-        elif name.endswith(("base", "attn_sink", "ape")):
-            tensor.copy_(noise)
-        elif name.endswith("bias"):
-            tensor.copy_(0.1 * noise)
-        elif name in ("embed.weight",):
-            tensor.copy_(noise)
-        else:
-            tensor.copy_(noise / tensor.shape[-1] ** 0.5)
-    return decoder
-
-
-def make_random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
-    """Return a decoder in which every parameter and buffer is random."""
-    return randomize_(Decoder(spec), torch.Generator().manual_seed(seed)).eval()
 
 
 def some_ids(count: int, seed: int = 1) -> list[int]:

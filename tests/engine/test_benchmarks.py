@@ -17,6 +17,7 @@ from agentkit_engine.benchmarks.__main__ import main
 from agentkit_engine.benchmarks.command import chosen_benchmarks
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.floor import Floor
+from agentkit_engine.benchmarks.random_checkpoint import random_decoder, tiny_v4
 from agentkit_engine.benchmarks.record import BenchmarkRecord, Bound, Measurement, make_record, merge_records, table
 from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.sampler import SampledToken
@@ -82,8 +83,8 @@ def test_prefill_is_measured_beside_its_products(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 20, 100])  # experts one token at a time, and all rows of an expert together
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_floor_holds_every_product_with_a_weight(rows: int, dtype: torch.dtype) -> None:
-    spec = peers.tiny_v4()
-    decoder = peers.random_decoder(spec).to(dtype)
+    spec = tiny_v4()
+    decoder = random_decoder(spec).to(dtype)
     scheduler = Scheduler(decoder, kv_cache_bytes=1 << 24)
     request, floor = Request(peers.random_ids(spec, rows)), Floor()
     with floor.recording():
@@ -133,6 +134,16 @@ def test_experts_on_disk_answer_like_those_in_memory(tmp_path: Path) -> None:
     read = [record["value"] for record in records if record["what"].startswith("experts read per decoded token")]
     assert len(read) == 2 and all(megabytes > 0 for megabytes in read)
     assert any("all experts in memory, bit for bit" in (record["outputs"] or "") for record in records)
+
+
+def test_two_threads_answer_like_one(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "flash-width", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    load, *both = json.loads(out.read_text())
+    assert load["unit"] == "GB/s" and load["peer"] == "reading the files alone" and load["ratio"] > 0
+    assert [record["peer"] for record in both] == ["the same on one thread"] * 4
+    assert all("are equal" in record["outputs"] for record in both)
 
 
 def test_nightly_benchmarks_run_only_when_named() -> None:
@@ -229,4 +240,4 @@ def test_held_bytes_counts_shared_storage_once_and_spare_capacity() -> None:
 
 
 def test_bytes_per_token_of_tiny_v4() -> None:
-    assert caching.bytes_per_token(peers.tiny_v4()) == 196
+    assert caching.bytes_per_token(tiny_v4()) == 196

@@ -26,7 +26,8 @@ from agentkit_engine import (
     SamplingParams,
     TokenizerMissingError,
 )
-from agentkit_engine.model import Decoder, initialize_
+from agentkit_engine.benchmarks.random_checkpoint import random_decoder
+from agentkit_engine.model import Decoder
 from agentkit_engine.weights.checkpoint import load_checkpoint, read_sampling
 from agentkit_engine.weights.export import Format, export_checkpoint
 from agentkit_engine.weights.names import checkpoint_tensors
@@ -76,20 +77,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def random_decoder(**changes: Any) -> Decoder:
-    """Return a decoder in which every parameter and buffer is random, so that swapped tensors show."""
-    generator = torch.Generator().manual_seed(7)
-    decoder = initialize_(Decoder(ModelSpec.from_config(CONFIG | changes)), generator)
-    for name, tensor in decoder.state_dict().items():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(noise * 0.1 + (1.0 if name.endswith("norm.weight") else 0.0))
-    return decoder
-
-
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    return random_decoder()
+    return random_decoder(ModelSpec.from_config(CONFIG))
 
 
 @pytest.fixture(scope="module")

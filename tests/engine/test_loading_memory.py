@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agentkit_engine.benchmarks.peers import tiny_v4
-from agentkit_engine.benchmarks.random_checkpoint import flash, write_random_checkpoint
+from agentkit_engine.benchmarks.random_checkpoint import flash, tiny_v4, write_random_checkpoint
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Makes glibc return buffers when they are freed, as it otherwise does only for larger ones, so they do not add up."""

@@ -15,7 +15,8 @@ import torch
 
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.floor import DECODE_GOAL, beside_products
-from agentkit_engine.benchmarks.peers import Transformers, compare_tokens, random_ids, random_model, tiny_v4
+from agentkit_engine.benchmarks.peers import Transformers, compare_tokens, random_ids
+from agentkit_engine.benchmarks.random_checkpoint import random_model, tiny_v4
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
 from agentkit_engine.engine import Engine

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from agentkit_engine.benchmarks.errors import OutputsDifferError
-from agentkit_engine.benchmarks.peers import random_ids, random_model, tiny_v4
+from agentkit_engine.benchmarks.peers import random_ids
+from agentkit_engine.benchmarks.random_checkpoint import random_model, tiny_v4
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds, threads
 from agentkit_engine.chat import Tokenizer, encode_continuation_ids, encode_ids

@@ -76,7 +76,7 @@ def measure(
     store = _store(engine)
     _answer(engine, 1, store, prompt=2)  # compiles the kernels
     store.clear()
-    _drop_cached_files(folder)
+    drop_cached_files(folder)
     cold = _answer(engine, decoded, store)
     cached = _answer(engine, decoded, store)
     if not cold.tokens == cached.tokens == (expected or cold.tokens):
@@ -120,7 +120,7 @@ def _store(engine: Engine) -> ExpertStore:
     return ops.expert_store
 
 
-def _drop_cached_files(folder: Path) -> None:
+def drop_cached_files(folder: Path) -> None:
     """Let the system forget what it has read, so that the next read comes from the disk."""
     os.sync()
     for path in folder.glob("*.safetensors"):

@@ -6,9 +6,7 @@ Dimension key: B batch, T tokens, R compared rows, V vocabulary.
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,8 @@ from torch import Tensor
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.timing import seconds, threads
 from agentkit_engine.chat import Tokenizer
-from agentkit_engine.model import Decoder
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.spec import ModelSpec
-from agentkit_engine.weights.export import Format, export_checkpoint
 
 TYPICAL_TOLERANCE = 1e-4
 """Maximum difference between the two sides' log-probabilities in the median row; float32 sums in another order differ
@@ -31,81 +27,6 @@ RARE_TOLERANCE, RARE = 2e-2, 0.02
 two sides then choose different entries, the rows that read them move a little."""
 WORST_TOLERANCE = 0.5
 """Maximum difference in any row."""
-
-
-def tiny_v4(*, n_routed_experts: int = 16) -> ModelSpec:
-    """Return a spec with every V4 mechanism at 13.5 M parameters (with 16 experts); the CPU benchmarks use this
-    shape."""
-    return ModelSpec.from_config(
-        {
-            "model_type": "deepseek_v4",
-            "vocab_size": 4096,
-            "hidden_size": 256,
-            "num_hidden_layers": 6,
-            "num_hash_layers": 2,
-            "compress_ratios": [0, 0, 4, 128, 4, 128],
-            "sliding_window": 128,
-            "num_attention_heads": 8,
-            "head_dim": 64,
-            "qk_rope_head_dim": 32,
-            "q_lora_rank": 64,
-            "o_groups": 2,
-            "o_lora_rank": 64,
-            "index_n_heads": 8,
-            "index_head_dim": 32,
-            "index_topk": 64,
-            "n_routed_experts": n_routed_experts,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 128,
-            "routed_scaling_factor": 1.5,
-            "swiglu_limit": 10.0,
-            "hc_mult": 4,
-            "hc_sinkhorn_iters": 20,
-            "hc_eps": 1e-6,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10_000.0,
-            "compress_rope_theta": 160_000.0,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 16.0,
-                "original_max_position_embeddings": 65_536,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-            },
-            "max_position_embeddings": 1_048_576,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        }
-    )
-
-
-@torch.no_grad()
-def random_decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
-    """Return a decoder with random parameters and buffers of realistic magnitude, so that every term matters."""
-    generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(spec)
-    for name, tensor in decoder.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("tid2eid"):
-            draws = torch.rand(spec.vocab_size, spec.n_routed_experts, generator=generator)
-            tensor.copy_(draws.argsort(dim=-1)[:, : spec.num_experts_per_tok])
-        elif name.endswith(("norm.weight", "scale")):
-            tensor.copy_(1.0 + 0.2 * noise)
-        elif name.endswith("bias"):
-            tensor.copy_(0.1 * noise)
-        elif name.endswith(("base", "attn_sink", "ape", "embed.weight")):
-            tensor.copy_(noise)
-        else:
-            tensor.copy_(noise / tensor.shape[-1] ** 0.5)
-    return decoder
-
-
-@contextmanager
-def random_model(spec: ModelSpec, *, format: Format = "fp32") -> Iterator[Path]:
-    """Yield a folder with a random model in shards of at most 32 MiB; it is deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix="agentkit-benchmarks-") as folder:
-        export_checkpoint(random_decoder(spec), Path(folder), format=format, max_shard_bytes=32 << 20)
-        yield Path(folder)
 
 
 def random_ids(spec: ModelSpec, count: int, seed: int = 1) -> list[int]:

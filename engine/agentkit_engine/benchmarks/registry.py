@@ -20,16 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentkit_engine.benchmarks import batching, caching, cold_start, experts_on_disk, floor, grammars, scheduling
+from agentkit_engine.benchmarks import (
+    batching,
+    caching,
+    cold_start,
+    experts_on_disk,
+    flash_width,
+    floor,
+    grammars,
+    scheduling,
+)
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.peers import (
     Transformers,
     compare_tokens,
     import_transformers,
     random_ids,
-    random_model,
-    tiny_v4,
 )
+from agentkit_engine.benchmarks.random_checkpoint import flash, random_model, tiny_v4
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import CLOCKS, Clock, Median, seconds, threads
 from agentkit_engine.engine import CACHE_BYTES, Engine
@@ -40,6 +48,7 @@ from agentkit_engine.runtime.scheduler import MAX_NUM_BATCHED_TOKENS
 from agentkit_engine.sampler import SampledToken
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.session import Session
+from agentkit_engine.spec import ModelSpec
 
 GREEDY = SamplingParams(temperature=0)
 TIE = 1e-5
@@ -67,6 +76,7 @@ class Sizes:
         scheduled: Numbers of decoding sessions in a scheduler step, and the number of timed steps.
         appended_to: Length of the session to which a turn is appended.
         stored: Turns of a session on disk, tokens appended in each, and tokens after which the peer saves it again.
+        wide: The model of the flash-width benchmark, tokens prefilled, and tokens decoded.
         long, nightly: Lengths of the long session in a normal run and in the one that must be named.
     """
 
@@ -84,6 +94,7 @@ class Sizes:
     scheduled: tuple[tuple[int, ...], int]
     appended_to: int
     stored: tuple[int, int, int]
+    wide: tuple[ModelSpec, int, int]
     long: int
     nightly: int
 
@@ -103,6 +114,7 @@ FULL = Sizes(
     scheduled=((1, 16, 64, 256), 256),
     appended_to=100_000,
     stored=(100, 320, 10_000),
+    wide=(flash(4, 128, n_routed_experts=16), 512, 32),
     long=65_536,
     nightly=1_048_576,
 )
@@ -121,6 +133,7 @@ QUICK = Sizes(
     scheduled=((1, 3), 2),
     appended_to=600,
     stored=(3, 100, 150),
+    wide=(tiny_v4(), 16, 2),
     long=1100,
     nightly=1200,
 )
@@ -597,6 +610,7 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     experts_on_disk.NAME: lambda sizes: experts_on_disk.small(
         tiny_v4(n_routed_experts=sizes.cold_experts), sizes.decoded
     ),
+    flash_width.NAME: lambda sizes: flash_width.flash_width(*sizes.wide, sizes.repeats),
     "exact": exactness,
     "bf16": bfloat16,
     "speculation": lambda sizes: caching.guesses(sizes.guessed, 5 * sizes.repeats),

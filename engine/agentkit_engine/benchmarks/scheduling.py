@@ -15,7 +15,8 @@ import anyio
 from agentkit_engine.async_engine import AsyncEngine, AsyncSession
 from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.null_model import NullRunner
-from agentkit_engine.benchmarks.peers import long_text, random_decoder, random_ids, tiny_v4
+from agentkit_engine.benchmarks.peers import long_text, random_ids
+from agentkit_engine.benchmarks.random_checkpoint import random_decoder, tiny_v4
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds
 from agentkit_engine.chat import encode_continuation_ids, encode_ids
