@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,9 @@ def bugs(
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of the faults and their order.")] = 0,
     formats: Annotated[str, typer.Option("--formats", help="Formats of the export.")] = "tasks,swebench,harbor",
     jobs: Annotated[int, typer.Option("--jobs", "-n", min=1, max=64, help="Packages at a time.")] = 2,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", min=0, help="Seconds after which the search in a package ends.")
+    ] = None,
     env: Annotated[Env, typer.Option("--env", help="The sandbox backend that runs the tests.")] = Env.PROCESS,
     as_json: JsonFlag = False,
 ) -> ExitCode:
@@ -81,6 +85,7 @@ def bugs(
             jobs=jobs,
             backend=env.value,
             index=index,
+            timeout_s=math.inf if timeout is None else timeout,
             report=report,
         )
     )

@@ -13,6 +13,7 @@ The tests that fail are taken out of the task's repository; `Bug.test_patch` bri
 from __future__ import annotations
 
 import ast
+import math
 import random
 import shlex
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -173,9 +174,17 @@ def faults(package: Package, previous: Package | None, seed: int) -> Iterator[tu
 
 
 async def find(
-    bench: Bench, journal: Journal[Source, Tried], *, base: Baseline, previous: Package | None, limit: int
+    bench: Bench,
+    journal: Journal[Source, Tried],
+    *,
+    base: Baseline,
+    previous: Package | None,
+    limit: int,
+    timeout_s: float = math.inf,
 ) -> AsyncIterator[Tried]:
-    """Try faults until `limit` bugs are kept; continue after those of the journal. Yields each new entry.
+    """Try faults until `limit` bugs are kept or `timeout_s` has passed; continue after those of the journal.
+
+    Yields each new entry.
 
     Raises:
         OutputError: the journal cannot be written.
@@ -183,9 +192,9 @@ async def find(
     """
     kept = [entry.bug for entry in journal.entries if entry.bug]
     done = {entry.number for entry in journal.entries}
-    tries = TRIES_PER_BUG * limit + 20
+    tries, deadline = TRIES_PER_BUG * limit + 20, anyio.current_time() + timeout_s
     for number, (path, fault) in enumerate(faults(bench.package, previous, journal.header.seed)):
-        if len(kept) >= limit or len(journal.entries) >= tries:
+        if len(kept) >= limit or len(journal.entries) >= tries or anyio.current_time() >= deadline:
             return
         places = [(bug.path, bug.function) for bug in kept]
         if number in done or places.count((path, fault.function)) >= PER_FUNCTION:

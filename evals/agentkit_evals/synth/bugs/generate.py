@@ -9,6 +9,8 @@ OUT/card.json              per package: numbers, kinds of faults, seconds, share
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
 import sys
 from collections import Counter
@@ -55,6 +57,7 @@ async def make_bugs(
     jobs: int = 2,
     backend: Backend = "process",
     index: Path | None = None,
+    timeout_s: float = math.inf,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Make up to `limit` bugs in each package, export them, and return the card.
@@ -70,6 +73,7 @@ async def make_bugs(
         jobs: Packages at a time, each in a sandbox of its own.
         backend: Sandbox backend.
         index: A folder of source distributions, in place of the package index.
+        timeout_s: Seconds after which the search in a package ends.
         report: Called after each fault, and when a package is refused.
 
     Raises:
@@ -86,7 +90,9 @@ async def make_bugs(
     async def make(number: int, spec: PackageSpec | Path) -> None:
         async with limiter:
             try:
-                cards[number] = await _package(spec, out, limit, seed, formats, backend, index, report, writing)
+                cards[number] = await _package(
+                    spec, out, limit, seed, formats, backend, index, timeout_s, report, writing
+                )
             except PackageError as exc:
                 refused[number] = exc
                 report(Progress(str(spec), 0, 0, str(exc)))
@@ -113,6 +119,7 @@ async def _package(
     formats: Sequence[Format],
     backend: Backend,
     index: Path | None,
+    timeout_s: float,
     report: Callable[[Progress], None],
     writing: anyio.Lock,
 ) -> dict[str, Any]:
@@ -130,7 +137,7 @@ async def _package(
     )
     journal = Journal(out / "packages" / f"{package.name}-{package.version}.jsonl", source, Tried)
     before = len(journal.entries)
-    base = await _search(package, previous, journal, out / "cache", limit, backend, report)
+    base = await _search(package, previous, journal, out / "cache", limit, backend, timeout_s, report)
     bugs = [entry.bug for entry in journal.entries if entry.bug][:limit]
     provenance = Provenance(
         generator=source.generator,
@@ -153,6 +160,7 @@ async def _search(
     cache: Path,
     limit: int,
     backend: Backend,
+    timeout_s: float,
     report: Callable[[Progress], None],
 ) -> Baseline:
     """Fill the journal with `limit` bugs. A sandbox that a fault has killed is replaced."""
@@ -161,7 +169,8 @@ async def _search(
         try:
             async with await Bench.open(package, cache=cache, backend=backend) as bench:
                 base = await baseline(bench)
-                async for _ in find(bench, journal, base=base, previous=previous, limit=limit):
+                search = find(bench, journal, base=base, previous=previous, limit=limit, timeout_s=timeout_s)
+                async for _ in search:
                     kept = sum(entry.bug is not None for entry in journal.entries)
                     report(Progress(label, kept, len(journal.entries)))
                 return base
@@ -224,7 +233,7 @@ def _card(packages: list[dict[str, Any]], limit: int, seed: int) -> dict[str, An
         "generator": generator_name(GENERATOR),
         "command": sys.argv[1:],
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
         "seed": seed,
         "limit": limit,
         "bugs": sum(each["kept"] for each in packages),
