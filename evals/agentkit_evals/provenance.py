@@ -165,8 +165,9 @@ def licence_of(metadata: Mapping[str, Iterable[str]], licence_text: str = "") ->
     if expression := next(iter(metadata.get("License-Expression", ())), ""):
         return expression
     short = " ".join(next(iter(metadata.get("License", ())), "").split()).casefold()
-    if short in _TEXTS:
-        return _TEXTS[short]
+    names = short.split(" or ")
+    if all(name in _TEXTS for name in names):
+        return " OR ".join(_TEXTS[name] for name in names)
     found: set[str] = set()
     for classifier in metadata.get("Classifier", ()):
         if not classifier.startswith("License :: "):

@@ -84,6 +84,8 @@ def test_expressions_follow_boolean_algebra(text: str) -> None:
         ),
         ({"Classifier": ["License :: OSI Approved :: GNU General Public License v3 (GPLv3)"]}, "", None),
         ({"License": ["see LICENSE"]}, "", None),
+        ({"License": ["BSD 3-Clause OR Apache-2.0"]}, "", "BSD-3-Clause OR Apache-2.0"),
+        ({"License": ["MIT or something else"]}, "", None),
         ({}, "", None),
     ],
 )
