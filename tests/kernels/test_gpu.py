@@ -133,6 +133,9 @@ def test_every_launched_kernel_has_a_check() -> None:
 
     assert CHECKS.keys() == kernels().keys()
     assert kernels()["attention"] == ["_attend_kernel", "_merge_kernel", "_store_kernel"]
+    assert kernels()["indexer"] == ["_index_merge", "_index_scan", "_index_stream"]
+    names = [name for of_file in kernels().values() for name in of_file]
+    assert len(names) == len(set(names)), "launches are counted by name"
 
 
 def test_every_goal_of_the_table_has_a_part() -> None:

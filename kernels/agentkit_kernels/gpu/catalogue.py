@@ -15,14 +15,19 @@ _FOLDER = Path(agentkit_kernels.triton.__file__).parent
 
 
 def kernels() -> dict[str, list[str]]:
-    """Return the kernels that each file of `triton/` launches, from its source: the first argument of every
-    `launch(...)`."""
+    """Return the kernels that each file of `triton/` launches, from its source: the jitted functions that it names
+    without calling them."""
     found = {}
     for file in sorted(_FOLDER.glob("*.py")):
-        calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-        launched = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "launch"]
-        names = sorted({kernel.id for kernel in launched if isinstance(kernel, ast.Name)})
-        if names:
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        jitted = {
+            node.name
+            for node in nodes
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list)
+        }
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        named = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
+        if names := sorted(jitted & named):
             found[file.stem] = names
     return found
 

@@ -226,7 +226,7 @@ def _hyper_connections(bench: Bench) -> Found:
 def _indexer(bench: Bench) -> Found:
     heads, size, top_k = bench.shapes.index_n_heads, bench.shapes.index_head_dim, bench.shapes.index_topk
     spans = bench.pick(200, 9)
-    rows = bench.pick(200, 40)
+    rows = bench.pick(200, 34)
     # Small integers: every product and sum is exact, so ties are real and must go to the lowest entry.
     q = bench.below(3, rows, heads, size).to(torch.bfloat16) - 1
     codes = (bench.below(2, spans, 64, size) + 1).float().to(torch.float8_e4m3fn)

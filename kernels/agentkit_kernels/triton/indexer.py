@@ -224,14 +224,14 @@ def _index_stream(
         tl.store(best_ptr + at, 1, mask=chosen)
         tl.store(best_index_ptr + at, (first + s)[:, None], mask=chosen)
 
-    q, weights = (), ()
+    q, weights = (), ()  # type: tuple[Tensor, ...], tuple[Tensor, ...]
     for i in tl.static_range(QUERIES):
         heads, of_heads = _query(
             q_ptr, weights_ptr, tl.minimum(n0 + i, N - 1), J, C, stride_qn, stride_qj, stride_wn,
             FP8_Q, BLOCK_J, BLOCK_C, INTERPRET,
         )  # fmt: skip
-        q += (heads,)  # type: ignore[assignment]
-        weights += (of_heads,)  # type: ignore[assignment]
+        q += (heads,)
+        weights += (of_heads,)
     held = tl.zeros([QUERIES], tl.int32)
     threshold = tl.zeros([QUERIES], tl.uint32)
     starts = outs * SPLIT
@@ -245,7 +245,7 @@ def _index_stream(
         table_ptr = tables_ptr + tl.maximum(owner, 0) * stride_tb
         for first in range(low, end, BLOCK_S):
             keys, scales = _keys(
-                table_ptr, entries_ptr, scales_ptr, first, end, C, stride_es, stride_er, stride_ss, q[0].dtype,  # type: ignore[misc]
+                table_ptr, entries_ptr, scales_ptr, first, end, C, stride_es, stride_er, stride_ss, q[0].dtype,
                 PER_SPAN, FP8, BLOCK_C, BLOCK_S,
             )  # fmt: skip
             scores = tl.zeros([BLOCK_S, QUERIES], tl.float32)
