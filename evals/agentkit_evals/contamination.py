@@ -116,6 +116,18 @@ def packaged_texts() -> list[TaskText]:
     return [text_of(case.task) for name in PACKAGED_SUITES for case in load_suite(str(PACKAGED_SUITES[name])).cases]
 
 
+class Guard:
+    """Recognises generated tasks that share a text with an evaluation, so that they are not drawn."""
+
+    def __init__(self, tasks: Iterable[TaskText], *, conventional: Collection[str] = CONVENTIONAL) -> None:
+        self._conventional = conventional
+        self._items = {item for task in tasks for item in _items(task, conventional)}
+
+    def shares(self, task: Task) -> bool:
+        """Return whether the evaluation has a path, key, tool, phrasing or template of the task."""
+        return any(item in self._items for item in _items(text_of(task), self._conventional))
+
+
 def phrasing(instruction: str, names: Iterable[str] = ()) -> str:
     """Return an instruction in lower case with its names masked.
 

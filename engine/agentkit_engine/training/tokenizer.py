@@ -21,7 +21,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from agentkit_engine.chat.tokens import BOS, CONTROL_TOKENS, EOS, PAD
 
-PIECES = r"\p{L}+|\p{N}| +|[^\p{L}\p{N} ]"
+PIECES = r"\p{Lu}?\p{Ll}+|\p{Lu}+(?!\p{Ll})|\p{L}|\p{N}| +|[^\p{L}\p{N} ]"
+"""Words, split where the case changes, so that `maxSize` and `max_size` share tokens; single digits; spaces."""
 SPACED_WORDS = (
     "a all an and are as at be by compute do done fails file files find first for from has have how I if in into is it"
     " its join line lines look me my need no not now of on one only or out please read rename run set so stands submit"

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from agentkit import Agent, ScriptedModel
 from agentkit.messages import Message
 from agentkit.task import VerifierConfig
 from agentkit.thinking import Thinking
+from agentkit_engine.chat import Tokenizer
 from agentkit_environments import Environment, EnvironmentSpec, open_environment
 from agentkit_evals.synth.family import SynthTask
 from agentkit_evals.synth.generate import OracleError, transcript
@@ -50,6 +52,21 @@ class Bench:
         if output := await self._rejects(synth, answer):
             raise OracleError(f"{synth.task.id}: answered {answer!r}, which its verifier rejects: {output}")
         return messages, answer
+
+    async def row(self, synth: SynthTask, tokenizer: Tokenizer, *, thinking: Thinking) -> tuple[list[int], list[int]]:
+        """Run a task's oracle through the agent; return the ids of the session, and a mask of those it wrote.
+
+        Raises:
+            OracleError: the run has no answer.
+        """
+        task = synth.task
+        await self._reset(task.environment.files)
+        model = ScriptedModel(synth.oracle(), tokenizer, name="oracle")
+        agent = Agent(model, task.build_tools(), system=task.system, thinking=thinking, effort=task.agent.effort)
+        result = await agent.run(task.instruction, environment=self._environment)
+        if result.status not in ("submitted", "answered"):
+            raise OracleError(f"{task.id}: the oracle's run ended with status {result.status}, expected an answer")
+        return list(result.trajectory.token_ids), list(result.trajectory.loss_mask)
 
     async def check_idle(self, synth: SynthTask) -> None:
         """Raises OracleError if the verifier accepts the work of an agent that did nothing."""

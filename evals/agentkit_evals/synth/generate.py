@@ -154,7 +154,7 @@ async def texts(families: Sequence[str], seeds: Iterable[int]) -> AsyncIterator[
             messages, _ = await transcript(synth, environment, thinking="always")
         specs = [tool.spec for tool in synth.task.build_tools()]
         text = chat.encode(to_openai_all(messages), tools=specs or None, effort="high")
-        for piece in _between_control_tokens(_apart(text, synth.names)):
+        for piece in between_control_tokens(_apart(text, synth.names)):
             yield piece
 
 
@@ -175,7 +175,7 @@ def phrases() -> list[str]:
     tools: list[Tool] = list(BUILTINS.values())
     block = chat.encode([{"role": "system", "content": ""}], tools=[tool.spec for tool in tools], effort="high")
     found = [DEFAULT_SYSTEM]
-    for piece in _between_control_tokens(block):
+    for piece in between_control_tokens(block):
         found += [line for line in piece.splitlines(keepends=True) if len(line) > 3]
     for tool in tools:
         found.append(f'invoke name="{tool.name}">\n<')
@@ -195,7 +195,8 @@ CALL_FRAMES = (
 )
 
 
-def _between_control_tokens(text: str) -> Iterator[str]:
+def between_control_tokens(text: str) -> Iterator[str]:
+    """Yield the pieces of a text between control tokens."""
     for token in chat.CONTROL_TOKENS:
         text = text.replace(token, "\0")
     return (piece for piece in text.split("\0") if piece)

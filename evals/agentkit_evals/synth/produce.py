@@ -29,6 +29,7 @@ import anyio
 
 from agentkit.messages import to_openai_all
 from agentkit.thinking import Thinking
+from agentkit_evals.contamination import Guard, packaged_texts
 from agentkit_evals.errors import EvalError
 from agentkit_evals.synth.bench import Bench, turns
 from agentkit_evals.synth.family import Split, SynthTask
@@ -187,8 +188,14 @@ async def _checked(plan: Plan, shard: int, folder: Path) -> int:
     return len(rows)
 
 
+@functools.cache
+def guard() -> Guard:
+    """Return the guard of the packaged suites."""
+    return Guard(packaged_texts())
+
+
 def draw_tasks(plan: Plan, shard: int) -> Iterator[tuple[SynthTask, int]]:
-    """Draw the tasks of a shard, each with its world; no instruction occurs twice."""
+    """Draw the tasks of a shard, each with its world; no instruction occurs twice, or shares a text with a suite."""
     seen: set[str] = set()
     per_world = -(-int(plan.instructions * SPARE) // plan.environments)
     weights = [WEIGHTS.get(name, 1.0) for name in OPERATIONS]
@@ -198,7 +205,7 @@ def draw_tasks(plan: Plan, shard: int) -> Iterator[tuple[SynthTask, int]]:
         for seed in range(3 * per_world):  # some worlds have nothing for some operations
             (name,) = rng.choices(list(OPERATIONS), weights)
             synth = OPERATIONS[name].sample(world, seed, split)
-            if synth is not None and synth.task.instruction not in seen:
+            if synth is not None and synth.task.instruction not in seen and not guard().shares(synth.task):
                 seen.add(synth.task.instruction)
                 made += 1
                 yield synth, world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import random
 import re
 import string
@@ -126,7 +127,9 @@ class Draw:
             words[0] = self.choice(_SIZES if self.chance(0.6) else vocabulary.words("adjective"))
         if count > 1 and self.chance(0.3):
             words[-1] = self.choice(_UNITS)
-        return self.named(joined(words, style))
+        if keyword.iskeyword(text := joined(words, style)):
+            text += "s"
+        return self.named(text)
 
     def file_stem(self) -> str:
         """Draw a file name without its ending, in any of the styles that people use."""

@@ -129,7 +129,7 @@ def _function(draw: Draw) -> Function:
         if drawn not in names and not keyword.iskeyword(drawn):
             names.append(drawn)
     name = draw.identifier("snake", parts=draw.choice((1, 2, 2)))
-    if name in (*names, "sum", "max", "min", "len") or keyword.iskeyword(name):
+    if name in (*names, "sum", "max", "min", "len"):
         name = f"{name}_value"
     wrong = draw.choice(shape.wrong)
     lines = {token: shape.body.replace("@", token, 1).format(*names) for token in (shape.right, wrong)}

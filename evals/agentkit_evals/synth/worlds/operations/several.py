@@ -81,7 +81,7 @@ class FollowFile(Operation):
         if path in world.files or path.split("/")[0] in world.files:
             return None
         inner = _part(draw, world.with_files({path: ""}), draw.choice(self.operations))
-        if inner is None or path in inner.files:
+        if inner is None or path in inner.files or path in inner.instruction:
             return None
         files: Mapping[str, str] = {**inner.files, path: f"{inner.instruction}\n"}
         return Draft(
