@@ -1,4 +1,4 @@
-"""`agentkit synth bugs`: make tasks from real packages."""
+"""`agentkit synth`: make instructions over generated worlds; `agentkit synth bugs`: make tasks from real packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,59 @@ from agentkit.cli.ending import ExitCode, ends_well, run
 from agentkit.cli.options import Env, JsonFlag
 from agentkit.cli.terminal import visible_line
 
-commands = typer.Typer(help="Make tasks: bugs in real packages.", no_args_is_help=True)
+commands = typer.Typer(no_args_is_help=True)
+
+
+@commands.callback(invoke_without_command=True)
+def worlds(
+    context: typer.Context,
+    environments: Annotated[int | None, typer.Option("--environments", min=1, help="Generated worlds.")] = None,
+    instructions: Annotated[
+        int | None, typer.Option("--instructions", min=1, help="Instructions, after near-duplicates are removed.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Seed of everything that is drawn.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", file_okay=False, help="Output folder; a stopped run continues.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-n", min=1, max=64, help="Processes.")] = 2,
+    env: Annotated[Env, typer.Option("--env", help="The sandbox of oracles and verifiers.")] = Env.PROCESS,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make instructions over generated worlds, each checked by running its oracle and its verifier.
+
+    `agentkit synth bugs` makes tasks from faults in real packages instead.
+    """
+    if context.invoked_subcommand is None:
+        ends_well(_worlds)(environments, instructions, seed, out, jobs, env, as_json)
+
+
+def _worlds(
+    environments: int | None, instructions: int | None, seed: int, out: Path | None, jobs: int, env: Env, as_json: bool
+) -> ExitCode:
+    from agentkit.errors import MissingDependencyError
+
+    if environments is None or instructions is None or out is None:
+        raise typer.BadParameter("give --environments, --instructions and --out")
+    try:
+        from agentkit_evals.synth.produce import Plan, Progress, produce
+    except ModuleNotFoundError as exc:
+        raise MissingDependencyError(f"{exc.name} is missing; run: pip install 'agentkit-harness[synth]'") from exc
+
+    def report(progress: Progress) -> None:
+        text = f"{progress.finished} of {progress.shards} shards, {progress.instructions} instructions"
+        left = progress.seconds * (progress.shards / progress.finished - 1)
+        print(f"{text}, {progress.seconds:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    path = produce(Plan(environments, instructions, seed, backend=env.value), out, workers=jobs, listener=report)
+    card = json.loads(path.read_text(encoding="utf-8"))
+    if as_json:
+        typer.echo(json.dumps(card, indent=1))
+    else:
+        typer.echo(f"{card['instructions']} instructions over {card['environments']} worlds; {path}")
+    if card["instructions"] < instructions:
+        typer.echo(f"{instructions} were asked for; more --environments give more that differ", err=True)
+        return ExitCode.UNSOLVED
+    return ExitCode.OK
 
 
 def bugs(

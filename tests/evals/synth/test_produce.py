@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from agentkit.cli.commands import app
 from agentkit_evals.synth import SynthTask
 from agentkit_evals.synth import produce as module
 from agentkit_evals.synth.bench import Bench
@@ -85,6 +87,23 @@ def test_a_full_disk_says_so_and_loses_nothing(made: Path, tmp_path: Path, monke
     monkeypatch.undo()
     produce(PLAN, tmp_path, workers=1)
     assert contents(tmp_path) == contents(made)
+
+
+def test_the_command_makes_instructions_and_says_what_is_missing(made: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    asked = ["synth", "--environments", "4", "--instructions", "24", "--seed", "3", "--env", "unsafe-local"]
+    for missing in (["synth", "--environments", "4"], ["synth", "--seed", "1"]):
+        refused = runner.invoke(app, missing)
+        assert refused.exit_code == 2 and "give --environments, --instructions and --out" in plain(refused.output)
+    other = runner.invoke(app, [*asked, "--out", str(made)])  # its shards hold other worlds
+    assert other.exit_code != 0 and "holds another run" in plain(other.output)
+    done = runner.invoke(app, [*asked, "--out", str(tmp_path), "-n", "1"])
+    assert done.exit_code == 0, done.output
+    assert "24 instructions over 4 worlds" in plain(done.output)
+
+
+def plain(output: str) -> str:
+    return " ".join(output.replace("│", " ").split())
 
 
 def solvable() -> SynthTask:
