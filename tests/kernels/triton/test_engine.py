@@ -24,8 +24,8 @@ from agentkit_kernels.triton.launch import LAUNCHES
 FLOAT32, BFLOAT16 = 1e-4, 4e-2
 """Tolerances, relative and absolute, for logits of about 1: of float32 activations, and of bfloat16 ones."""
 KERNELS = {
-    "_attend_kernel", "_combine", "_down", "_entries", "_gate_up", "_linear", "_merge_kernel", "_qkv", "_read",
-    "_rms_norm", "_rotations", "_route_kernel", "_scan_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
+    "_attend_kernel", "_combine", "_down", "_entries", "_gate_up", "_index_scan", "_linear", "_merge_kernel", "_qkv",
+    "_read", "_rms_norm", "_rotations", "_route_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
 }  # fmt: skip
 GREEDY = SamplingParams(temperature=0, max_tokens=3)
 MakeFolder = Callable[..., Path]
@@ -110,6 +110,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_in_chunks_and_decoded(
 ) -> None:
     triton = Engine.load(make_folder("official", 0, 4, mtp=True), backend="triton")
     monkeypatch.setattr("agentkit_kernels.triton.backend.DECODING", 2)  # larger chunks are prefilled
+    monkeypatch.setattr("agentkit_kernels.triton.indexer.FEW_ROWS", 2)
     text = some_ids(7)
     whole = triton.logits(text)
     assert torch.equal(triton.scheduler.logits(text, chunk=1), whole)
