@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from agentkit_evals.synth.worlds.artifacts.code import draw_module
+from agentkit_evals.synth.worlds.artifacts.items import draw_items
+from agentkit_evals.synth.worlds.artifacts.ledger import draw_ledger
+from agentkit_evals.synth.worlds.artifacts.log import draw_log
 from agentkit_evals.synth.worlds.artifacts.settings import draw_settings
+from agentkit_evals.synth.worlds.artifacts.table import draw_table
 from agentkit_evals.synth.worlds.artifacts.texts import draw_agenda, draw_mail, draw_note
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.world import Artifact
@@ -16,5 +20,9 @@ ARTIFACTS: dict[Callable[[Draw], Artifact], float] = {
     draw_mail: 1.5,
     draw_agenda: 1,
     draw_module: 1.5,
+    draw_table: 3,
+    draw_log: 1.5,
+    draw_items: 1.5,
+    draw_ledger: 1,
 }
 """Each kind's share of a world's files."""
