@@ -38,6 +38,7 @@ class Draft:
         instruction: The request, without greeting.
         steps: The oracle's turns.
         answer: What the final answer must contain, without regard to case; "" if any answer will do.
+        reply: What the solution answers if `answer` is ""; for drafts whose verifier checks the answer.
         verifier: Shell command that checks the work directory of a fresh sandbox; "" if the answer is all that counts.
         solution: Shell command that solves the task, without printing the answer.
         about: Texts that make this task differ from others with the same instruction, such as the file it reads; part
@@ -52,6 +53,7 @@ class Draft:
     instruction: str
     steps: Sequence[Step]
     answer: str = ""
+    reply: str = "done"
     verifier: str = ""
     solution: str = ""
     about: Sequence[str] = ()
@@ -103,7 +105,7 @@ class Operation(ABC):
             agent=AgentConfig(max_turns=16, max_tokens=900),
             verifier=VerifierConfig(command=" && ".join(checks), files=dict(draft.verifier_files)),
             solution=SolutionConfig(
-                command="\n".join(filter(None, (draft.solution, print_answer(draft.answer or "done"))))
+                command="\n".join(filter(None, (draft.solution, print_answer(draft.answer or draft.reply))))
             ),
             metadata={
                 "family": self.name,

@@ -18,6 +18,7 @@ from agentkit_evals.synth.worlds.operations.files import (
 )
 from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
 from agentkit_evals.synth.worlds.operations.several import FollowFile, TwoRequests
+from agentkit_evals.synth.worlds.operations.tables import TABLES
 from agentkit_evals.synth.worlds.operations.talk import Compute, Recall, Repeat, SmallTalk
 from agentkit_evals.synth.worlds.task import Operation
 
@@ -32,5 +33,6 @@ OPERATIONS: dict[str, Operation] = {
         *(*SIMPLE, ReadSeveral(), ListFiles(), Recover(), Missing(), FixBug(), RenameIdentifier()),
         *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
         *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk()),
+        *TABLES,
     )
 }

@@ -1,0 +1,13 @@
+"""Operations over tables: questions, changes and conversions."""
+
+from __future__ import annotations
+
+from agentkit_evals.synth.worlds.operations.tables.aggregate_column import AggregateColumn
+from agentkit_evals.synth.worlds.operations.tables.count_rows import CountRows
+from agentkit_evals.synth.worlds.operations.tables.distinct_values import DistinctValues
+from agentkit_evals.synth.worlds.operations.tables.filter_rows import FilterRows
+from agentkit_evals.synth.worlds.operations.tables.look_up_row import LookUpRow
+from agentkit_evals.synth.worlds.operations.tables.top_group import TopGroup
+from agentkit_evals.synth.worlds.operations.tables.top_rows import TopRows
+
+TABLES = (CountRows(), FilterRows(), AggregateColumn(), TopRows(), TopGroup(), DistinctValues(), LookUpRow())

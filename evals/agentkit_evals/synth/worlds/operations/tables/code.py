@@ -1,0 +1,58 @@
+"""Python and shell that oracles run over tables: a few fixed shapes with the path, headers and values filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from agentkit_evals.synth.family import Act, Step, submit
+from agentkit_evals.synth.worlds.artifacts.table import Column, Table
+from agentkit_evals.synth.worlds.shell import quote
+
+_LOAD = {
+    "csv": "import csv\nrows = list(csv.DictReader(open({path!r})))",
+    "tsv": "import csv\nrows = list(csv.DictReader(open({path!r}), delimiter='\\t'))",
+    "jsonl": "import json\nrows = [json.loads(line) for line in open({path!r})]",
+    "json": "import json\nrows = json.load(open({path!r}))",
+    "md": "lines = [line.strip('|\\n ').split(' | ') for line in open({path!r})]\n"
+    "rows = [dict(zip(lines[0], line)) for line in lines[2:]]",
+}
+
+
+def load(table: Table, name: str = "rows") -> str:
+    """Return Python that reads a table into `rows`, a list of dictionaries."""
+    code = _LOAD[table.format]
+    if table.delimiter == ";":
+        code = "import csv\nrows = list(csv.DictReader(open({path!r}), delimiter=';'))"
+    return code.format(path=table.path).replace("rows = ", f"{name} = ")
+
+
+def look(*tables: Table) -> Act:
+    """Return the turn that looks at the first lines of each table."""
+    calls = [
+        ("bash", {"command": f"head -n {9 if table.format == 'json' else 3} {quote(table.path)}"}) for table in tables
+    ]
+    return Act(f"I look at the first lines of {' and '.join(f'`{table.path}`' for table in tables)}.", calls)
+
+
+def value(column: Column) -> str:
+    """Return the expression of a row's cell, converted if the column has numbers."""
+    cell = f"row[{column.header!r}]"
+    return f"int({cell})" if column.kind == "int" else f"float({cell})" if column.kind == "decimal" else cell
+
+
+def computed(tables: Sequence[Table], reasoning: str, code: str) -> list[Step]:
+    """Return an oracle that looks at the tables, runs Python, and submits what it printed."""
+    return [
+        lambda results: look(*tables),
+        lambda results: Act(reasoning, [("python", {"code": code})]),
+        lambda results: submit("The output is the answer.", results[0]),
+    ]
+
+
+def written(tables: Sequence[Table], reasoning: str, code: str) -> list[Step]:
+    """Return an oracle that looks at the tables, runs Python that writes a file, and reports that it is done."""
+    return [
+        lambda results: look(*tables),
+        lambda results: Act(reasoning, [("python", {"code": code})]),
+        lambda results: submit("The file is written."),
+    ]
