@@ -81,7 +81,10 @@ def number_is(value: float, *, layout: Layout = "", decimals: int = 0, ignored: 
     """
     written = f"{value:.2f}" if value != int(value) else str(int(value))
     tolerance = 0.0 if decimals == 0 and value == int(value) else 0.6 * 10**-decimals
-    return _verifier(written, {"number": value, "tolerance": tolerance, "layout": layout, "ignored": list(ignored)})
+    return _verifier(
+        written,
+        {"number": value, "tolerance": tolerance, "layout": layout, "ignored": [text for text in ignored if text]},
+    )
 
 
 def names_are(

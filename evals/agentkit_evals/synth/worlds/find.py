@@ -26,9 +26,10 @@ def find(
     `taken` are paths of files that the task has already. None if `TRIES` new artifacts do not fit.
     """
     if draw.chance(0.5):
-        fitting = [artifact for artifact in world.all(kind) if artifact.path not in taken and fits(artifact)]
-        if fitting:
-            return draw.choice(fitting), {}
+        known = world.all(kind)
+        for artifact in draw.some(known, min(len(known), 4)):
+            if artifact.path not in taken and fits(artifact):
+                return artifact, {}
     for _ in range(TRIES):
         made = make(draw)
         if fits(made) and is_free(made.path, world, taken):

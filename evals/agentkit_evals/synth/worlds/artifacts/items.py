@@ -90,11 +90,11 @@ KINDS: tuple[tuple[str, Callable[[Draw], str], tuple[str, ...]], ...] = (
 )
 
 
-def draw_items(draw: Draw) -> ItemList:
-    """Draw a list of 3 to 30 different items, none of which contains another."""
-    noun, make, stems = KINDS[0] if draw.chance(0.25) else draw.choice(KINDS)
+def draw_items(draw: Draw, *, todo: bool = False) -> ItemList:
+    """Draw a list of 3 to 30 different items, none of which contains another; with `todo`, one with check boxes."""
+    noun, make, stems = KINDS[0] if todo or draw.chance(0.25) else draw.choice(KINDS)
     shares: dict[Format, float] = {"plain": 4, "dash": 2, "star": 0.7, "numbered": 1.3}
-    form: Format = "todo" if noun == "tasks" and draw.chance(0.85) else draw.weighted(shares)
+    form: Format = "todo" if todo or (noun == "tasks" and draw.chance(0.85)) else draw.weighted(shares)
     inner = Draw(str(draw.rng.random()))
     count = inner.weighted({inner.between(3, 8): 4, inner.between(9, 16): 4, inner.between(17, 30): 1})
     texts: list[str] = []

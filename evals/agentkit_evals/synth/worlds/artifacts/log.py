@@ -112,9 +112,9 @@ _COMPONENTS = "auth|api|db|web|worker|cache|mailer|payment|scheduler|sync|search
 _NAMES = ("app", "server", "error", "system", "debug", "worker", "service", "events", "build", "output", "access")
 
 
-def draw_log(draw: Draw) -> Log:
-    """Draw a log of 6 to 60 lines; one of six has 100 to 300."""
-    name = draw.choice(list(FORMATS))
+def draw_log(draw: Draw, *, formats: Sequence[str] = tuple(FORMATS), ids: bool = False) -> Log:
+    """Draw a log of 6 to 60 lines (one of twelve has 90 to 200); with `ids`, one whose lines have ids."""
+    name = draw.choice([name for name in formats if not ids or name != "access"])
     form = FORMATS[name]
     inner = Draw(str(draw.rng.random()))  # a request names few of the words in a log: only those are recorded
     access = name == "access"
@@ -128,6 +128,8 @@ def draw_log(draw: Draw) -> Log:
     tags = (
         [] if access else [tag for tag, share in (("user", 0.5), ("id", 0.4), ("status", 0.15)) if inner.chance(share)]
     )
+    if ids and "id" not in tags:
+        tags.append("id")
     now = _FIRST + timedelta(minutes=inner.between(0, 2_500_000))
     levels, weights = list(shares), list(shares.values())
     pools: Mapping[str, Sequence[str]] = {
@@ -140,7 +142,7 @@ def draw_log(draw: Draw) -> Log:
         "method": ("GET", "GET", "GET", "POST", "PUT", "DELETE"),
     }
     drawn = [name for name in pools if f"{{{name}}}" in form.line or name in tags]
-    ids = _ids(inner) if "id" in tags else iter(())
+    numbers = _ids(inner) if "id" in tags else iter(())
     line = form.line + "".join(f" {tag}={{{tag}}}" for tag in tags)
     entries: list[Entry] = []
     for _ in range(inner.weighted({inner.between(6, 20): 5, inner.between(21, 60): 4, inner.between(90, 200): 0.8})):
@@ -158,7 +160,7 @@ def draw_log(draw: Draw) -> Log:
                 )
             fields["message"] = message
         if "id" in tags:
-            fields["id"] = next(ids)
+            fields["id"] = next(numbers)
         text = line.format_map({**fields, "pid": 100 + len(entries) * 7, "size": inner.between(90, 90000)})
         entries.append(Entry(text, fields))
     columns = {**form.columns, **{tag: _TAGS[tag] for tag in tags if tag in _TAGS}}

@@ -16,6 +16,9 @@ from agentkit_evals.synth.worlds.operations.files import (
     MoveFile,
     Recover,
 )
+from agentkit_evals.synth.worlds.operations.ledgers import LEDGERS
+from agentkit_evals.synth.worlds.operations.lists import LISTS
+from agentkit_evals.synth.worlds.operations.logs import LOGS
 from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
 from agentkit_evals.synth.worlds.operations.several import FollowFile, TwoRequests
 from agentkit_evals.synth.worlds.operations.tables import TABLES
@@ -34,5 +37,8 @@ OPERATIONS: dict[str, Operation] = {
         *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
         *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk()),
         *TABLES,
+        *LISTS,
+        *LOGS,
+        *LEDGERS,
     )
 }
