@@ -1,4 +1,4 @@
-"""The verifier of answers accepts what a person would, and nothing else."""
+"""The verifiers of answers, tables and lines accept what a person would, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from typing import Any
 import pytest
 
 from agentkit_evals.synth.worlds.answers import names_are, number_is
+from agentkit_evals.synth.worlds.operations.lists import same_lines
+from agentkit_evals.synth.worlds.operations.tables.write_table import same_table
 
 
 def accepts(check: dict[str, Any], answer: str, folder: Path) -> bool:
+    script = next(name for name in check["verifier_files"] if name.endswith(".py"))
     for name, text in check["verifier_files"].items():
         (folder / name).write_text(text, encoding="utf-8")
     environment = {**os.environ, "AGENTKIT_ANSWER": answer, "AGENTKIT_VERIFIER_DIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(folder / "check_answer.py")], env=environment, capture_output=True, text=True
+        [sys.executable, "-I", "-S", str(folder / script)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode == 0
@@ -84,3 +91,47 @@ def test_all_names_and_no_others_are_mentioned(answer: str, expected: bool, tmp_
 )
 def test_order_and_form_of_names(layout: Any, answer: str, expected: bool, tmp_path: Path) -> None:
     assert accepts(names_are(["Anna", "Bob"], ordered=True, layout=layout), answer, tmp_path) == expected
+
+
+ROWS = [{"name": "Anna", "price": "2.50"}, {"name": "Bob, Jr.", "price": "10"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("a.csv", 'name,price\nAnna,2.5\n"Bob, Jr.",10\n', True),
+        ("a.csv", 'price;name\r\n2.50;Anna\r\n10.0;"Bob, Jr."\r\n', True),
+        ("a.tsv", "name\tprice\nAnna\t2.5\nBob, Jr.\t10\n", True),
+        ("a.json", '[{"name": "Anna", "price": 2.5}, {"name": "Bob, Jr.", "price": "10"}]', True),
+        ("a.jsonl", '{"name": "Anna", "price": 2.5}\n{"name": "Bob, Jr.", "price": 10}\n', True),
+        ("a.md", "| name | price |\n|---|---:|\n|Anna|2.5|\n| Bob, Jr. | 10 |\n", True),
+        ("a.csv", 'name,price\n"Bob, Jr.",10\nAnna,2.5\n', False),
+        ("a.csv", "name,price\nAnna,2.5\n", False),
+        ("a.csv", 'name,cost\nAnna,2.5\n"Bob, Jr.",10\n', False),
+        ("a.json", '{"name": "Anna"}', False),
+        ("a.json", "[1, 2]", False),
+        ("b.csv", "", False),
+    ],
+)
+def test_a_table_has_the_rows_in_any_layout(path: str, text: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / path).write_text(text, encoding="utf-8")
+    assert accepts(same_table(path.replace("b.", "a."), ROWS), "", tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("order", "text", "expected"),
+    [
+        *(("", "pear\nApple\n", True), ("", "pear\n\nApple", True), ("", "pear\n", False)),
+        *(("sorted", "Apple\npear\n", True), ("sorted", "pear\nApple\n", False)),
+        *(("reverse", "pear\nApple\n", True), ("reverse", "Apple\npear\n", False)),
+        ("", "pear\nApple\npear\n", False),
+    ],
+)
+def test_a_file_has_the_lines_in_order(order: str, text: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "fruit.txt").write_text(text, encoding="utf-8")
+    assert accepts(same_lines("fruit.txt", ["Apple", "pear"], order), "", tmp_path) == expected
+
+
+def test_a_missing_file_is_not_accepted(tmp_path: Path) -> None:
+    assert not accepts(same_lines("fruit.txt", ["Apple"]), "done", tmp_path)
+    assert not accepts(same_table("a.csv", ROWS), "done", tmp_path)

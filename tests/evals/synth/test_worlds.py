@@ -11,9 +11,11 @@ from agentkit_evals.synth import SPLITS, SynthTask, is_held_out
 from agentkit_evals.synth.generate import require_solved, transcript
 from agentkit_evals.synth.worlds import vocabulary
 from agentkit_evals.synth.worlds.draw import Draw, joined
+from agentkit_evals.synth.worlds.find import is_free, new_path
 from agentkit_evals.synth.worlds.operations import OPERATIONS
+from agentkit_evals.synth.worlds.shell import fixed, quote
 from agentkit_evals.synth.worlds.task import masked
-from agentkit_evals.synth.worlds.world import draw_world
+from agentkit_evals.synth.worlds.world import Artifact, World, draw_world
 from agentkit_evals.verify import verify
 
 WORLDS = 4
@@ -75,6 +77,36 @@ def test_held_out_tasks_have_another_phrasing_or_signature(operation: str) -> No
     for synth in tasks(operation, 30):
         held_out = synth.task.id.startswith(f"{operation}-heldout-")
         assert held_out == (synth.held_out_phrasing or is_held_out(synth.signature))
+
+
+@every_operation
+def test_every_phrasing_makes_a_request(operation: str) -> None:
+    kind = OPERATIONS[operation]
+    held_out = sum(each.held_out for each in kind.phrasings)
+    assert len(kind.phrasings) == 1 or held_out >= 0.15 * len(kind.phrasings)
+    for index, phrasing in enumerate(kind.phrasings):
+        drawn = (kind.draft(Draw(f"{index}/{world}"), draw_world(world, "train"), phrasing) for world in range(40))
+        draft = next(draft for draft in drawn if draft is not None)
+        assert "  " not in draft.instruction.replace("\n", " "), draft.instruction
+
+
+def test_a_shell_word_is_quoted_if_it_has_to_be() -> None:
+    assert [quote(text) for text in ("a/b-1.csv", "Straße.txt", "my file.txt", "it's", "$x")] == [
+        *("a/b-1.csv", "Straße.txt", "'my file.txt'", "'it'\"'\"'s'", "'$x'"),
+    ]
+    assert [fixed(text) for text in ("ERROR", "[error]", "10.0.0.1", "- milk")] == [
+        *("ERROR", "-F '[error]'", "-F 10.0.0.1", "-e '- milk'"),
+    ]
+
+
+def test_a_new_file_is_no_file_or_folder_of_the_world() -> None:
+    world = World(0, (Artifact("a/b.txt", ""), Artifact("c", "")), frozenset())
+    assert [is_free(path, world) for path in ("a/b.txt", "a", "c/d.txt", "a/b.txt/e", "d.txt")] == [False] * 4 + [True]
+    assert not is_free("d.txt", world, ["d.txt"])
+    for seed in range(50):
+        path = new_path(Draw(str(seed)), world, "a/b.txt", "txt")
+        assert path.endswith(".txt")
+        assert is_free(path, world)
 
 
 def test_names_and_numbers_are_masked_in_signatures() -> None:

@@ -135,25 +135,48 @@ def draw_table(draw: Draw) -> Table:
     )
 
 
+def reference_table(draw: Draw, key: Column, values: Sequence[str]) -> Table:
+    """Draw a table with one row for each value of another table's column."""
+    theme = draw.choice(THEMES[:-1])
+    form: Format = draw.weighted({"csv": 5, "jsonl": 2, "json": 1.5, "tsv": 1})
+    inner = Draw(str(draw.rng.random()))
+    labels = list(dict.fromkeys(values))
+    inner.rng.shuffle(labels)
+    others = [spec for spec in theme.others if key.spoken not in spec.spoken]
+    columns, cells = [Column(key.header, key.spoken, "label")], [labels]
+    for spec in inner.some(others, inner.between(1, 3)):
+        columns.append(Column(joined(spec.spoken[0].split(), "snake"), spec.spoken[0], spec.kind))
+        cells.append(_cells(inner, spec, len(labels)))
+    delimiter = {"tsv": "\t", "csv": ","}.get(form, "")
+    rows = tuple(zip(*cells, strict=True))
+    path = draw.path(ENDINGS[form][0])
+    if draw.chance(0.4):
+        folder, slash, _ = path.rpartition("/")
+        stem = key.spoken.replace(" ", "_") + draw.choice(("", "_info", "-list", "_data"))
+        path = draw.named(f"{folder}{slash}{stem}.{ENDINGS[form][0]}")
+    return Table(path, write(form, delimiter, columns, rows), form, delimiter, tuple(columns), rows, key.spoken)
+
+
+def new_cell(draw: Draw, table: Table, column: Column) -> str:
+    """Draw a cell like those of a column; a new one, but for a category."""
+    known = table.cells(column)
+    if column.kind == "label":
+        cell = next((made for made in (_like(draw, known[0]) for _ in range(_LABELS)) if made not in known), "")
+        cell = cell or f"{known[0]} {len(known) + 1}"
+    elif column.kind == "int":
+        cell = str(draw.between(1, max(int(text) for text in known) + 5))
+    elif column.kind == "decimal":
+        cell = _decimal_text(draw, int(max(map(float, known))) + 5, len(known[0].partition(".")[2]))
+    elif column.kind == "date":
+        cell = draw.date().isoformat()
+    else:
+        cell = draw.choice(known)
+    return draw.named(cell)
+
+
 def new_row(draw: Draw, table: Table) -> Row:
     """Draw a row with a new label, and cells like those of the table."""
-    cells = []
-    for column in table.columns:
-        known = table.cells(column)
-        if column.kind == "label":
-            cell = next((made for made in (_like(draw, known[0]) for _ in range(_LABELS)) if made not in known), "")
-            cell = cell or f"{known[0]} {len(known) + 1}"
-        elif column.kind == "int":
-            cell = str(draw.between(1, max(int(text) for text in known) + 5))
-        elif column.kind == "decimal":
-            digits = len(known[0].partition(".")[2])
-            cell = _decimal_text(draw, int(max(float(text) for text in known)) + 5, digits)
-        elif column.kind == "date":
-            cell = draw.date().isoformat()
-        else:
-            cell = draw.choice(known)
-        cells.append(draw.named(cell))
-    return tuple(cells)
+    return tuple(new_cell(draw, table, column) for column in table.columns)
 
 
 def _like(draw: Draw, label: str) -> str:

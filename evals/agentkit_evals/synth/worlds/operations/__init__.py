@@ -20,6 +20,7 @@ from agentkit_evals.synth.worlds.operations.ledgers import LEDGERS
 from agentkit_evals.synth.worlds.operations.lists import LISTS
 from agentkit_evals.synth.worlds.operations.logs import LOGS
 from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
+from agentkit_evals.synth.worlds.operations.replace_word import ReplaceWord
 from agentkit_evals.synth.worlds.operations.several import FollowFile, TwoRequests
 from agentkit_evals.synth.worlds.operations.tables import TABLES
 from agentkit_evals.synth.worlds.operations.talk import Compute, Recall, Repeat, SmallTalk
@@ -40,5 +41,6 @@ OPERATIONS: dict[str, Operation] = {
         *LISTS,
         *LOGS,
         *LEDGERS,
+        ReplaceWord(),
     )
 }

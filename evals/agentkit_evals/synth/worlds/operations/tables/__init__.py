@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.worlds.operations.tables.aggregate_column import AggregateColumn
+from agentkit_evals.synth.worlds.operations.tables.change_table import AddRow, ChangeCell, RemoveRow
 from agentkit_evals.synth.worlds.operations.tables.count_rows import CountRows
 from agentkit_evals.synth.worlds.operations.tables.distinct_values import DistinctValues
 from agentkit_evals.synth.worlds.operations.tables.filter_rows import FilterRows
+from agentkit_evals.synth.worlds.operations.tables.join_tables import JoinTables
 from agentkit_evals.synth.worlds.operations.tables.look_up_row import LookUpRow
 from agentkit_evals.synth.worlds.operations.tables.top_group import TopGroup
 from agentkit_evals.synth.worlds.operations.tables.top_rows import TopRows
+from agentkit_evals.synth.worlds.operations.tables.write_table import ConvertTable, ExtractRows, SortTable
 
-TABLES = (CountRows(), FilterRows(), AggregateColumn(), TopRows(), TopGroup(), DistinctValues(), LookUpRow())
+TABLES = (
+    *(CountRows(), FilterRows(), AggregateColumn(), TopRows(), TopGroup(), DistinctValues(), LookUpRow()),
+    *(JoinTables(), AddRow(), RemoveRow(), ChangeCell(), ConvertTable(), SortTable(), ExtractRows()),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agentkit_evals.synth.family import Act, Step, submit
-from agentkit_evals.synth.worlds.artifacts.table import Column, Table
+from agentkit_evals.synth.worlds.artifacts.table import Column, Format, Table
 from agentkit_evals.synth.worlds.shell import quote
 
 _LOAD = {
@@ -56,3 +56,34 @@ def written(tables: Sequence[Table], reasoning: str, code: str) -> list[Step]:
         lambda results: Act(reasoning, [("python", {"code": code})]),
         lambda results: submit("The file is written."),
     ]
+
+
+_DUMP = {
+    "csv": "with open({path!r}, 'w') as out:\n    writer = csv.DictWriter(out, rows[0], lineterminator='\\n')\n"
+    "    writer.writeheader()\n    writer.writerows(rows)",
+    "jsonl": "with open({path!r}, 'w') as out:\n    for row in rows:\n"
+    "        out.write(json.dumps(row, ensure_ascii=False) + '\\n')",
+    "json": "json.dump(rows, open({path!r}, 'w'), indent=2, ensure_ascii=False)",
+    "md": "lines = [rows[0], ['---'] * len(rows[0]), *(row.values() for row in rows)]\n"
+    "with open({path!r}, 'w') as out:\n    for line in lines:\n"
+    "        out.write('| ' + ' | '.join(map(str, line)) + ' |\\n')",
+}
+_DUMP["tsv"] = _DUMP["csv"].replace("rows[0],", "rows[0], delimiter='\\t',")
+
+
+def dump(form: Format, path: str) -> str:
+    """Return Python that writes `rows` to a file."""
+    return _DUMP[form].format(path=path)
+
+
+def script(*parts: str) -> str:
+    """Join pieces of Python, with the imports that they need first and once."""
+    code = "\n".join(part for part in parts if part)
+    lines = [line for line in code.split("\n") if not line.startswith("import ")]
+    imports = [f"import {name}" for name in ("csv", "json") if f"{name}." in code]
+    return "\n".join([*imports, *lines])
+
+
+def solution(code: str) -> str:
+    """Return the shell command that runs the oracle's Python."""
+    return f"python3 - <<'END_OF_CODE'\n{code}\nEND_OF_CODE"
