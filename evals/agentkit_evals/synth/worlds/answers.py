@@ -71,7 +71,7 @@ else:
 
 
 def number_is(value: float, *, layout: Layout = "", decimals: int = 0, ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the `reply`, `verifier` and `verifier_files` of a draft whose answer is a number.
+    """Return the fields of a draft whose answer is a number.
 
     Args:
         value: The number.
@@ -79,7 +79,8 @@ def number_is(value: float, *, layout: Layout = "", decimals: int = 0, ignored: 
         decimals: Decimal places that the answer must have right.
         ignored: File names and numbers of the request that an answer may repeat.
     """
-    written = f"{value:.2f}" if value != int(value) else str(int(value))
+    value = int(value) if value == int(value) else value
+    written = f"{value:.2f}" if isinstance(value, float) else str(value)
     tolerance = 0.0 if decimals == 0 and value == int(value) else 0.6 * 10**-decimals
     return _verifier(
         written,
@@ -90,7 +91,7 @@ def number_is(value: float, *, layout: Layout = "", decimals: int = 0, ignored: 
 def names_are(
     names: Sequence[str], *, others: Iterable[str] = (), ordered: bool = False, layout: Layout = ""
 ) -> dict[str, Any]:
-    """Return the `reply`, `verifier` and `verifier_files` of a draft that must name `names`, not `others`."""
+    """Return the fields of a draft that must name `names`, not `others`."""
     joint = ", " if layout == "commas" else "\n"
     return _verifier(
         joint.join(names), {"names": list(names), "others": sorted({*others}), "ordered": ordered, "layout": layout}
@@ -100,6 +101,7 @@ def names_are(
 def _verifier(reply: str, expected: dict[str, Any]) -> dict[str, Any]:
     return {
         "reply": reply,
+        "alone": expected["layout"] != "" or "." in str(expected.get("number", "")),
         "verifier": 'python3 "$AGENTKIT_VERIFIER_DIR/check_answer.py"',
         "verifier_files": {"check_answer.py": SCRIPT, "answer.json": json.dumps(expected, ensure_ascii=False)},
     }

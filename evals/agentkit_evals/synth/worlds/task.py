@@ -39,6 +39,7 @@ class Draft:
         steps: The oracle's turns.
         answer: What the final answer must contain, without regard to case; "" if any answer will do.
         reply: What the solution answers if `answer` is ""; for drafts whose verifier checks the answer.
+        alone: The request demands a form of answer, so it cannot be one of two requests.
         verifier: Shell command that checks the work directory of a fresh sandbox; "" if the answer is all that counts.
         solution: Shell command that solves the task, without printing the answer.
         about: Texts that make this task differ from others with the same instruction, such as the file it reads; part
@@ -54,6 +55,7 @@ class Draft:
     steps: Sequence[Step]
     answer: str = ""
     reply: str = "done"
+    alone: bool = False
     verifier: str = ""
     solution: str = ""
     about: Sequence[str] = ()

@@ -17,18 +17,24 @@ from agentkit_evals.synth.worlds.operations.files import (
     Recover,
 )
 from agentkit_evals.synth.worlds.operations.ledgers import LEDGERS
-from agentkit_evals.synth.worlds.operations.lists import LISTS
-from agentkit_evals.synth.worlds.operations.logs import LOGS
+from agentkit_evals.synth.worlds.operations.lists import LISTS, AddItem, CheckItem, CountItems, HasItem, NthItem
+from agentkit_evals.synth.worlds.operations.logs import LOGS, CountLines, FindLine
 from agentkit_evals.synth.worlds.operations.read_setting import ReadSetting
 from agentkit_evals.synth.worlds.operations.replace_word import ReplaceWord
 from agentkit_evals.synth.worlds.operations.several import FollowFile, TwoRequests
 from agentkit_evals.synth.worlds.operations.tables import TABLES
+from agentkit_evals.synth.worlds.operations.tables.change_table import AddRow
+from agentkit_evals.synth.worlds.operations.tables.count_rows import CountRows
+from agentkit_evals.synth.worlds.operations.tables.look_up_row import LookUpRow
+from agentkit_evals.synth.worlds.operations.tables.write_table import ConvertTable
 from agentkit_evals.synth.worlds.operations.talk import Compute, Recall, Repeat, SmallTalk
 from agentkit_evals.synth.worlds.task import Operation
 
 SIMPLE: tuple[Operation, ...] = (
     *(ReadSetting(), ChangeSetting(), AskNote(), AskMail(), AskAgenda(), CountFiles(), FindText(), CreateFile()),
     *(MoveFile(), AppendLine(), Compute(), RunScript()),
+    *(CountRows(), LookUpRow(), AddRow(), ConvertTable(), CountItems(), HasItem(), NthItem(), AddItem(), CheckItem()),
+    *(CountLines(), FindLine(), ReplaceWord()),
 )
 """Operations that two requests in one, or a file with a request, may contain."""
 OPERATIONS: dict[str, Operation] = {
@@ -37,10 +43,6 @@ OPERATIONS: dict[str, Operation] = {
         *(*SIMPLE, ReadSeveral(), ListFiles(), Recover(), Missing(), FixBug(), RenameIdentifier()),
         *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
         *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk()),
-        *TABLES,
-        *LISTS,
-        *LOGS,
-        *LEDGERS,
-        ReplaceWord(),
+        *(*TABLES, *LISTS, *LOGS, *LEDGERS),
     )
 }

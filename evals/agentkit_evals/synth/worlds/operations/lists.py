@@ -146,7 +146,7 @@ class ListItems(Operation):
             train=(
                 "[Which|What] {noun} are [there |]in {path}?",
                 "[Which|What] {noun} does {path} [list|contain|have]?",
-                "[List|Show me|Give me|Tell me|Read me] [all|] the {noun} in {path}.",
+                "[List|Show me|Give me|Tell me|Read me] [all |]the {noun} in {path}.",
                 "What is on [the|my] list in {path}?",
                 "[Read|Open] {path} and [list|tell me] the {noun}.",
                 "[Submit|Return|Report] all {noun} of {path}, without [the |]numbers or marks.",
@@ -181,7 +181,7 @@ class ListItems(Operation):
                 "[List|Show me|Give me|Tell me] the [done|finished|completed|checked] {noun} in {path}.",
                 "What [is|have we] [already |]done, according to {path}?",
                 "In {path}, which {noun} [are checked|have an x|did we finish]?",
-                "{path}: which {noun} are done [already|]?",
+                "{path}: which {noun} are [already |]done?",
                 "What did I [finish|complete|get done]? [See|Look at|Check] {path}.",
             ),
             held_out=(

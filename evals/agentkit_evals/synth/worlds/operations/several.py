@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agentkit_evals.synth.family import Act, Phrasing, Step, phrasings, submit
@@ -10,6 +11,8 @@ from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.mention import mention
 from agentkit_evals.synth.worlds.task import Draft, Operation
 from agentkit_evals.synth.worlds.world import World
+
+PARTS = 8  # drafts tried for each request that a task contains
 
 
 class TwoRequests(Operation):
@@ -35,11 +38,14 @@ class TwoRequests(Operation):
         self.operations = operations
 
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        first = _part(draw, world, draw.choice(self.operations))
-        if first is None or first.verifier:  # only the second may change files
+        parts = (_part(draw, world, draw.choice(self.operations)) for _ in range(PARTS))
+        first = next((part for part in parts if part is not None and not part.verifier), None)
+        if first is None:  # only the second may change files
             return None
-        second = _part(draw, world.with_files(first.files), draw.choice(self.operations))
-        if second is None or second.files or first.instruction == second.instruction:
+        there = world.with_files(first.files)
+        parts = (_part(draw, there, draw.choice(self.operations)) for _ in range(PARTS))
+        second = next((part for part in parts if part is not None and not part.files), None)
+        if second is None or first.instruction == second.instruction:
             return None
         one, other = _sentence(first.instruction), _sentence(second.instruction)
         return Draft(
@@ -80,8 +86,10 @@ class FollowFile(Operation):
         path = draw.path(draw.choice(("txt", "md")), depth=draw.choice((0, 0, 1)))
         if path in world.files or path.split("/")[0] in world.files:
             return None
-        inner = _part(draw, world.with_files({path: ""}), draw.choice(self.operations))
-        if inner is None or path in inner.files or path in inner.instruction:
+        there = world.with_files({path: ""})
+        parts = (_part(draw, there, draw.choice(self.operations)) for _ in range(PARTS))
+        inner = next((part for part in parts if part is not None and path not in part.files), None)
+        if inner is None or path in inner.instruction:
             return None
         files: Mapping[str, str] = {**inner.files, path: f"{inner.instruction}\n"}
         return Draft(
@@ -115,7 +123,12 @@ def chained(first: Sequence[Step], second: Sequence[Step]) -> list[Step]:
 
 def _part(draw: Draw, world: World, operation: Operation) -> Draft | None:
     phrasing = draw.choice([one for one in operation.phrasings if not one.held_out])
-    return operation.draft(draw, world, phrasing)
+    draft = operation.draft(draw, world, phrasing)
+    if draft is None or draft.alone:
+        return None
+    if draft.reply != "done":  # its verifier expects no other answer besides
+        return replace(draft, answer=draft.reply, verifier="", verifier_files={})
+    return draft
 
 
 def _answer(act: Act) -> str:
