@@ -79,11 +79,16 @@ class SumNumbers(Operation):
         kind = phrasing.kind
         files: dict[str, str]
         if kind == "folder":
-            ledger = draw_ledger(draw)
-            lines = ledger.text.splitlines(keepends=True)
-            folder = draw.folder() + draw.choice(("", f"/{draw.noun()}"))
             count = draw.between(2, 4)
-            if len(lines) != len(ledger.entries) or len(lines) < 2 * count or not is_free(folder, world):
+            folder = draw.folder() + draw.choice(("", f"/{draw.noun()}"))
+            for _ in range(10):
+                ledger = draw_ledger(draw)
+                lines = ledger.text.splitlines(keepends=True)
+                if len(lines) == len(ledger.entries) >= 2 * count:
+                    break
+            else:
+                return None
+            if not is_free(folder, world):
                 return None
             stem = draw.noun()
             files = {f"{folder}/{stem}{number + 1}.txt": "".join(lines[number::count]) for number in range(count)}

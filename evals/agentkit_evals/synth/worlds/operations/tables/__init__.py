@@ -6,6 +6,7 @@ from agentkit_evals.synth.worlds.operations.tables.aggregate_column import Aggre
 from agentkit_evals.synth.worlds.operations.tables.change_table import AddRow, ChangeCell, RemoveRow
 from agentkit_evals.synth.worlds.operations.tables.count_rows import CountRows
 from agentkit_evals.synth.worlds.operations.tables.distinct_values import DistinctValues
+from agentkit_evals.synth.worlds.operations.tables.end_row import EndRow
 from agentkit_evals.synth.worlds.operations.tables.filter_rows import FilterRows
 from agentkit_evals.synth.worlds.operations.tables.join_tables import JoinTables
 from agentkit_evals.synth.worlds.operations.tables.look_up_row import LookUpRow
@@ -15,5 +16,5 @@ from agentkit_evals.synth.worlds.operations.tables.write_table import ConvertTab
 
 TABLES = (
     *(CountRows(), FilterRows(), AggregateColumn(), TopRows(), TopGroup(), DistinctValues(), LookUpRow()),
-    *(JoinTables(), AddRow(), RemoveRow(), ChangeCell(), ConvertTable(), SortTable(), ExtractRows()),
+    *(EndRow(), JoinTables(), AddRow(), RemoveRow(), ChangeCell(), ConvertTable(), SortTable(), ExtractRows()),
 )

@@ -47,12 +47,15 @@ class FilterRows(Operation):
     )
 
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: bool(table.of("category", "int", "decimal")))
-        if found is None:
-            return None
-        table, files = found
-        condition = draw_condition(draw, table, most=MOST)
-        if condition is None:
+        for _ in range(6):
+            found = find(draw, world, Table, draw_table, lambda table: bool(table.of("category", "int", "decimal")))
+            if found is None:
+                return None
+            table, files = found
+            condition = draw_condition(draw, table, most=MOST)
+            if condition is not None:
+                break
+        else:
             return None
         label = table.label
         request = ask(
