@@ -32,6 +32,13 @@ def read(table: Table) -> list[dict[str, str]]:
     return [{key: str(value) for key, value in each.items()} for each in objects]
 
 
+def test_a_usual_file_name_has_a_folder_or_a_suffix() -> None:
+    paths = [Draw(str(seed)).usual_path("csv", ["orders"]) for seed in range(200)]
+    assert sum(path.rpartition("/")[2].startswith("orders") for path in paths) > 60
+    assert "orders.csv" not in paths
+    assert any(path.endswith("/orders.csv") for path in paths)
+
+
 def test_a_table_reads_back_as_its_rows() -> None:
     formats = set()
     for seed in SEEDS:

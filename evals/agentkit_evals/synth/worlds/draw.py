@@ -170,6 +170,26 @@ class Draw:
         ]
         return self.named("/".join([*folders, f"{self.file_stem()}.{ending}"]))
 
+    def usual_path(self, ending: str, stems: Sequence[str]) -> str:
+        """Draw a path whose file name is mostly a usual one, such as `orders` or `orders_2024`, with an ending.
+
+        A usual name has a suffix or a folder, since a bare one occurs everywhere, also in evaluations.
+        """
+        path = self.path(ending)
+        if not stems or self.chance(0.45):
+            return path
+        folder, slash, _ = path.rpartition("/")
+        kind = self.rng.random()
+        if kind < 0.5 and folder:
+            suffix = ""
+        elif kind < 0.8:
+            suffix = f"{self.choice(('_', '-', '_', ' '))}{self.noun()}"
+        elif kind < 0.9:
+            suffix = f"{self.choice('_-')}{self.date().isoformat()}"
+        else:
+            suffix = f"{self.choice('_-')}{self.choice((self.between(2019, 2027), self.between(1, 12)))}"
+        return self.named(f"{folder}{slash}{self.choice(stems)}{suffix}.{ending}")
+
     def invented(self) -> str:
         """Draw a word that no language has, or random letters and digits."""
         if self.chance(0.6):

@@ -108,15 +108,6 @@ def draw_items(draw: Draw, *, todo: bool = False) -> ItemList:
     title = ""
     if form != "plain" and draw.chance(0.4):
         title = f"# {draw.noun().capitalize()}"
-    made = ItemList(_path(draw, stems, form), "", form, title, items, noun, make)
+    ending = draw.choice(("txt", "txt", "md", "list") if form == "plain" else ("md", "md", "txt"))
+    made = ItemList(draw.usual_path(ending, stems), "", form, title, items, noun, make)
     return ItemList(made.path, made.written(items), form, title, items, noun, make)
-
-
-def _path(draw: Draw, stems: Sequence[str], form: Format) -> str:
-    ending = draw.choice(("txt", "txt", "md", "list")) if form == "plain" else draw.choice(("md", "md", "txt"))
-    path = draw.path(ending)
-    if draw.chance(0.5):
-        return path
-    folder, slash, _ = path.rpartition("/")
-    suffix = draw.weighted({"": 6, f"_{draw.noun()}": 1.5, f"-{draw.noun()}": 1.5, f" {draw.noun()}": 0.5})
-    return draw.named(f"{folder}{slash}{draw.choice(stems)}{suffix}.{ending}")

@@ -67,19 +67,9 @@ def draw_ledger(draw: Draw) -> Ledger:
     if draw.chance(0.2):
         lines.insert(0, f"{draw.noun().capitalize()}")
     field = "$(NF-1)" if "{unit}" in line else "$NF"
-    return Ledger(
-        _path(draw, stems), "".join(f"{text}\n" for text in lines), tuple(entries.items()), field, bool(digits), noun
-    )
+    path = draw.usual_path(draw.choice(("txt", "txt", "txt", "md", "dat")), stems)
+    return Ledger(path, "".join(f"{text}\n" for text in lines), tuple(entries.items()), field, bool(digits), noun)
 
 
 def _food(draw: Draw) -> str:
     return draw.choice(("fruit", "vegetable", "dish", "drink"))
-
-
-def _path(draw: Draw, stems: tuple[str, ...]) -> str:
-    path = draw.path("txt")
-    if draw.chance(0.4):
-        return path
-    folder, slash, _ = path.rpartition("/")
-    suffix = draw.weighted({"": 6, f"_{draw.noun()}": 1.5, f"-{draw.noun()}": 1.5, f"-{draw.date().isoformat()}": 1})
-    return draw.named(f"{folder}{slash}{draw.choice(stems)}{suffix}.{draw.choice(('txt', 'txt', 'md', 'dat'))}")

@@ -165,7 +165,9 @@ def draw_log(draw: Draw, *, formats: Sequence[str] = tuple(FORMATS), ids: bool =
         entries.append(Entry(text, fields))
     columns = {**form.columns, **{tag: _TAGS[tag] for tag in tags if tag in _TAGS}}
     text = "".join(f"{entry.text}\n" for entry in entries)
-    return Log(_path(draw, access), text, name, tuple(entries), columns, form.level)
+    ending = draw.weighted({"log": 8, "txt": 1, "out": 0.6, "log.1": 0.4})
+    path = draw.usual_path(ending, ("access", "requests") if access else _NAMES)
+    return Log(path, text, name, tuple(entries), columns, form.level)
 
 
 STATUSES = ("200", "200", "200", "200", "304", "301", "404", "404", "403", "500", "502", "401")
@@ -185,16 +187,3 @@ def _ids(draw: Draw) -> Iterator[str]:
         if number not in seen:
             seen.add(number)
             yield {"letters": f"{letters}-{number}", "hex": f"{number:06x}", "digits": str(number)}[style]
-
-
-def _path(draw: Draw, access: bool) -> str:
-    ending = draw.weighted({"log": 8, "txt": 1, "out": 0.6, "log.1": 0.4})
-    path = draw.path(ending)
-    if draw.chance(0.5):
-        return path
-    folder, slash, _ = path.rpartition("/")
-    stem = "access" if access and draw.chance(0.5) else draw.choice(_NAMES)
-    suffix = draw.weighted(
-        {"": 6, f"-{draw.date().isoformat()}": 1, f"-{draw.noun()}": 1.5, f"_{draw.between(1, 9)}": 1}
-    )
-    return draw.named(f"{folder}{slash}{stem}{suffix}.{ending}")

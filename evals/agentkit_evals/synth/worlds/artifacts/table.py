@@ -129,7 +129,7 @@ def draw_table(draw: Draw) -> Table:
     if form == "md" and count > 40:
         form, delimiter = "csv", ","
     rows = tuple(zip(*cells, strict=True))
-    path = draw.named(_path(draw, theme, form))
+    path = draw.usual_path(draw.choice(ENDINGS[form]), theme.stems)
     return Table(
         path, write(form, delimiter, columns, rows), form, delimiter, tuple(columns), rows, draw.choice(theme.nouns)
     )
@@ -517,17 +517,6 @@ def _header_style(draw: Draw) -> Callable[[str], str]:
         lambda words: words: 0.4,
     }
     return draw.weighted(dict(styles))
-
-
-def _path(draw: Draw, theme: Theme, form: Format) -> str:
-    ending = draw.choice(ENDINGS[form])
-    path = draw.path(ending)
-    if not theme.stems or draw.chance(0.5):
-        return path
-    folder, slash, _ = path.rpartition("/")
-    stem = draw.choice(theme.stems)
-    suffix = draw.weighted({"": 6, f"_{draw.between(2019, 2027)}": 1, f"-{draw.noun()}": 1.5, f"_{draw.noun()}": 1.5})
-    return f"{folder}{slash}{stem}{suffix}.{ending}"
 
 
 def _cells(draw: Draw, spec: Spec, count: int) -> list[str]:
