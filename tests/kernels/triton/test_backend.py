@@ -77,7 +77,7 @@ def test_prefill_and_decoding_match_the_reference(decoder: Decoder) -> None:
         torch.testing.assert_close(served.step(which, texts), answer.step(which, texts), atol=1e-4, rtol=1e-4)
     kernels = {
         "_attend_kernel", "_combine", "_down", "_entries", "_gate_up", "_index_scan", "_linear", "_merge_kernel",
-        "_read", "_rms_norm", "_rotations", "_route_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
+        "_qkv", "_read", "_rms_norm", "_rotations", "_route_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
     }  # fmt: skip
     assert kernels <= set(LAUNCHES)
 
