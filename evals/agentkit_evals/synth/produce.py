@@ -46,8 +46,15 @@ SPARE = 1.15  # tasks drawn for each that is asked for, because duplicates are r
 SIMILAR = 0.9  # Jaccard similarity of the word pairs of two instructions, from which they count as duplicates
 THINKING: tuple[Thinking, ...] = ("auto",) * 8 + ("always", "never")
 WEIGHTS: dict[str, float] = {
-    "call_function": 6, "call_twice": 1.5, "no_function": 1, "small_talk": 0.05, "two_requests": 2, "missing": 1.5,
-}  # fmt: skip
+    "call_function": 6,
+    "call_twice": 1.5,
+    "two_requests": 2,
+    "missing": 1.5,
+    "small_talk": 0.05,
+    "far_note": 0.4,
+    "far_name": 0.4,
+    "far_poll": 0.4,
+}
 """Shares of operations among the instructions; 1 for all others."""
 
 

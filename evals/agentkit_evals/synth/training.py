@@ -28,6 +28,7 @@ from agentkit_evals.synth.bench import Bench
 from agentkit_evals.synth.generate import between_control_tokens, phrases
 from agentkit_evals.synth.produce import THINKING, Plan, draw_tasks
 from agentkit_evals.synth.worlds import vocabulary
+from agentkit_evals.synth.worlds.operations import OPERATIONS
 
 LONGEST = 1536  # ids of a row; longer trajectories are left out
 TOKENIZER_WORLDS = 60
@@ -87,17 +88,20 @@ async def _run_shard(plan: Plan, shard: int, directory: Path) -> None:
     control = set(tokenizer.control_ids.values())
     copied = [index for index in range(tokenizer.vocab_size) if index not in control]
     rows: dict[str, list[tuple[list[int], list[int]]]] = {"train": [], "heldout": []}
+    spread: dict[str, list[bool]] = {"train": [], "heldout": []}
     names: dict[str, int] = {}
     async with Bench(plan.backend) as bench:
         for number, (synth, _) in enumerate(draw_tasks(plan, shard)):
             ids, mask = await bench.row(synth, tokenizer, thinking=THINKING[number % len(THINKING)])
             if len(ids) <= LONGEST:
-                rows["heldout" if "-heldout-" in synth.task.id else "train"].append((ids, mask))
+                split = "heldout" if "-heldout-" in synth.task.id else "train"
+                rows[split].append((ids, mask))
+                spread[split].append(OPERATIONS[synth.family].spread_fact)
                 names[synth.family] = names.get(synth.family, 0) + 1
     (directory / "rows" / f"{shard:05}.json").write_text(json.dumps(names), encoding="utf-8")
     for split in ("heldout", "train"):  # a shard is complete when its training rows are there
         path = directory / "rows" / f"{shard:05}-{split}.safetensors"
-        Rows.pack(rows[split], copied=copied).save(path.with_suffix(".partial"))
+        Rows.pack(rows[split], copied=copied, spread=spread[split]).save(path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
 
 

@@ -6,6 +6,7 @@ from agentkit_evals.synth.worlds.operations.ask_text import AskAgenda, AskMail, 
 from agentkit_evals.synth.worlds.operations.call_function import CallFunction, CallTwice, NoFunction
 from agentkit_evals.synth.worlds.operations.change_setting import ChangeSetting
 from agentkit_evals.synth.worlds.operations.code import FixBug, RenameIdentifier, RunScript
+from agentkit_evals.synth.worlds.operations.far import FAR
 from agentkit_evals.synth.worlds.operations.files import (
     AppendLine,
     CountFiles,
@@ -43,6 +44,6 @@ OPERATIONS: dict[str, Operation] = {
         *(*SIMPLE, ReadSeveral(), ListFiles(), Recover(), Missing(), FixBug(), RenameIdentifier()),
         *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
         *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk()),
-        *(*TABLES, *LISTS, *LOGS, *LEDGERS),
+        *(*TABLES, *LISTS, *LOGS, *LEDGERS, *FAR),
     )
 }
