@@ -102,10 +102,11 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     experts, active = shapes.n_routed_experts, shapes.num_experts_per_tok
     logits = make.floats(rows, experts, dtype=torch.float32)
     ids = make.ints([n % shapes.vocab_size for n in range(rows)])
+    sequences = make.ints([0] * rows)
     table = make.ints([a for _ in range(shapes.vocab_size) for a in range(active)]).view(-1, active)
     bias = make.floats(experts, dtype=torch.float32)
     result = 12 * rows * active + 8 * rows  # and which rows are padding
-    by_table = partial(route, logits, Router(table, None, active, 1.5), ids, ids)
+    by_table = partial(route, logits, Router(table, None, active, 1.5), ids, sequences)
     yield Call("by table", by_table, result + rows * (8 + 12 * active), 3 * rows * active)
-    by_score = partial(route, logits, Router(None, bias, active, 1.5), ids, ids)
+    by_score = partial(route, logits, Router(None, bias, active, 1.5), ids, sequences)
     yield Call("by score", by_score, result + 4 * experts * (rows + 1), rows * experts * (4 + active))
