@@ -98,9 +98,12 @@ def to_object(columns: Sequence[Column], row: Row) -> dict[str, str | int | floa
     }
 
 
-def draw_table(draw: Draw) -> Table:
-    """Draw a table of 3 to 40 rows (in one of fifteen, 80 to 200) and 2 to 7 columns."""
-    theme = draw.choice(THEMES)
+def draw_table(draw: Draw, *, priced: bool = False) -> Table:
+    """Draw a table of 3 to 40 rows (in one of fifteen, 80 to 200) and 2 to 7 columns.
+
+    With `priced`, it has a price and a quantity.
+    """
+    theme = draw.choice([theme for theme in THEMES if theme.nouns[0] in ("products", "orders")] if priced else THEMES)
     shares: dict[Format, float] = {"csv": 5, "tsv": 1, "jsonl": 2, "json": 1.5, "md": 1}
     form = draw.weighted(shares)
     delimiter = {"tsv": "\t", "csv": ";" if draw.chance(0.08) else ","}.get(form, "")
@@ -110,6 +113,8 @@ def draw_table(draw: Draw) -> Table:
     # The cells are drawn apart: a request names few of them, so only those become names of the task.
     inner = Draw(str(draw.rng.random()))
     specs = [theme.label, *inner.some(theme.others, min(len(theme.others), inner.weighted(_WIDTHS)))]
+    if priced:
+        specs = [*specs[:2], *(spec for spec in (_PRICE, _QUANTITY) if spec not in specs[:2])]
     if inner.chance(0.25):
         inner.rng.shuffle(specs)
     style = _header_style(draw)

@@ -1,10 +1,12 @@
-"""Compute the sum, average, largest or smallest number of a table's column, at times over some rows only."""
+"""Compute the sum, average, largest or smallest number of a table's column, or the sum of price times count."""
 
 from __future__ import annotations
 
+import functools
+
 from agentkit_evals.synth.family import Phrasing, phrasings
 from agentkit_evals.synth.worlds.answers import number_is
-from agentkit_evals.synth.worlds.artifacts.table import Table, draw_table
+from agentkit_evals.synth.worlds.artifacts.table import Column, Table, draw_table
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.find import find
 from agentkit_evals.synth.worlds.mention import mention
@@ -94,9 +96,28 @@ class AggregateColumn(Operation):
                 "What is the bottom value of {column}{of} in {path}?",
             ),
         ),
+        *phrasings(
+            "product",
+            train=(
+                "What are the {noun} in {path} worth [in total|altogether]? It's {column} times {count}.",
+                "[Multiply {column} by|Take {column} times] {count} for each [row|line] of {path} and sum the results.",
+                "[Compute|Calculate|Work out] the total of {column} times {count} over all {noun} in {path}.",
+                "What is the sum of {column} x {count} in {path}?",
+                "{path} has {column} and {count}. What is the [total value|overall worth|grand total]?",
+                "How much do all {noun} in {path} come to, {count} times {column} each?",
+                "[Total|Sum] of {column} * {count} in {path}?",
+                "I need the total value of {path}, that is {column} times {count} for every row[, added up|].",
+            ),
+            held_out=(
+                "For every row in {path}, {column} has to be multiplied by {count}; what is the sum?",
+                "What is {path} worth when each row counts {column} times {count}?",
+            ),
+        ),
     )
 
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        if phrasing.kind == "product":
+            return self._product(draw, world, phrasing)
         found = find(draw, world, Table, draw_table, lambda table: bool(table.of("int", "decimal")))
         if found is None:
             return None
@@ -137,3 +158,41 @@ class AggregateColumn(Operation):
                 ignored=[table.path, *said],
             ),
         )
+
+    def _product(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        make = functools.partial(draw_table, priced=True)
+        found = find(draw, world, Table, make, lambda table: _price_and_count(table) is not None)
+        pair = found and _price_and_count(found[0])
+        if found is None or pair is None:
+            return None
+        (table, files), (price, count) = found, pair
+        code = f"{load(table)}\nvalues = [{value(price)} * {value(count)} for row in rows]\nprint({RESULTS['sum']})"
+        total = sum(float(a) * int(b) for a, b in zip(table.cells(price), table.cells(count), strict=True))
+        request = ask(
+            draw,
+            phrasing,
+            "number",
+            path=mention(draw, table.path),
+            noun=table.noun,
+            column=column_named(draw, price),
+            count=column_named(draw, count),
+        )
+        return Draft(
+            instruction=request.text,
+            steps=computed([table], f"I add up `{price.header}` times `{count.header}`.", code),
+            about=[table.shape],
+            files=files,
+            difficulty=4,
+            **number_is(round(total, 2), layout=request.layout, decimals=2, ignored=[table.path]),
+        )
+
+
+PRICES = {"price", "unit price", "cost"}
+COUNTS = {"quantity", "qty", "count", "units", "pieces", "stock", "in stock", "available"}
+
+
+def _price_and_count(table: Table) -> tuple[Column, Column] | None:
+    """Return a column of prices and one of counts, if the table has both."""
+    prices = [column for column in table.of("decimal") if column.spoken in PRICES]
+    counts = [column for column in table.of("int") if column.spoken in COUNTS]
+    return (prices[0], counts[0]) if prices and counts else None
