@@ -54,8 +54,11 @@ def attend(
 
 
 def blocks(batch: Batch) -> Iterator[tuple[Ints, slice]]:
-    """Yield row bounds and sequences whose rings threads may share: each thread stores all of the rows, and a ring has
-    room for one block more than the window."""
+    """Yield row bounds [B + 1] and sequences that threads can compute side by side.
+
+    Each thread stores all of these rows in the rings, and a ring has room for one block more than the window. So a
+    sequence has at most `QUERY_BLOCK` rows.
+    """
     bounds = batch.cu_seqlens.tolist()
     if max(last - first for first, last in pairwise(bounds)) <= QUERY_BLOCK:
         yield batch.cu_seqlens, slice(None)

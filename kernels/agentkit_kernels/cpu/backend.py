@@ -39,7 +39,6 @@ class Cpu:
         """With `expert_cache_bytes`, packed experts stay in their files, and this many bytes of them in memory."""
         self.workers = workers or Workers()
         self.expert_store = None if expert_cache_bytes is None else ExpertStore(expert_cache_bytes, self.workers)
-
         self.attend, self.index_topk = partial(attend, self.workers), partial(index_topk, self.workers)
         self.qkv = partial(qkv, self.workers)
         self.hc_pre, self.hc_post = partial(hc_pre, self.workers), partial(hc_post, self.workers)
@@ -67,7 +66,7 @@ class Cpu:
         return array
 
     def settle(self, *, exact: bool) -> None:
-        """Products and loops are exact always."""
+        """Do nothing: products and loops are always exact."""
 
     def batch(self, plan: Plan) -> Batch:
         return Batch(plan)

@@ -16,8 +16,6 @@ SINGLE = 1 << 20
 """Elements per expert and matrix up to which a few tokens go through unpacked experts one at a time, in one call."""
 FEW_PAIRS = 16
 """(token, expert) pairs that count as few."""
-
-
 OPERATIONS = 16
 """Multiply-adds that take as long as SwiGLU's exponential and division."""
 

@@ -690,8 +690,8 @@ def compress(
     fp4: bool,
 ) -> None:
     """Store each token's open row (values from column `column` of `projected`, then scores), and pool every window
-    that it completes into an entry. `scales` are those of index keys in bytes, else it is empty. With
-    `fp4`, entries are rounded as by `round_index`."""
+    that it completes into an entry. `scales` are those of index keys in bytes, else it is empty. With `fp4`, entries
+    are rounded as by `round_index`."""
     ratio, width = ape.shape
     kept, size = values_SOX.shape[1], norm_K.shape[0]
     series = width // size

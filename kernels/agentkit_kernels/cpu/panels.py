@@ -29,6 +29,7 @@ from numba.extending import intrinsic, models, overload, register_model
 from numpy.typing import NDArray
 
 from agentkit_kernels.cpu.loops import (
+    _ALL_BUT_SIGN,
     _INFINITY,
     _MINUS_INFINITY,
     _ZERO,
@@ -576,9 +577,6 @@ def _keep_best(best: Floats, picks: Ints, count: int, top_k: int, ranks: Ints32)
             best[kept], picks[kept] = best[s], picks[s]
             kept += 1
     return least
-
-
-_ALL_BUT_SIGN = np.int32(0x7FFFFFFF)
 
 
 @strict
