@@ -256,7 +256,7 @@ class Engine:
 
     @property
     def kv_capacity(self) -> KVCapacity:
-        """What fits of all sessions at once, on each device: tokens and bytes. Packs the weights on first use."""
+        """The tokens and bytes that all sessions can hold at once, on each device. Packs the weights on first use."""
         return self.scheduler.capacity
 
     def warm_up(self) -> None:

@@ -16,7 +16,6 @@ from agentkit_engine.runtime import Pools, Scheduler, capacity
 from agentkit_engine.runtime import scheduler as scheduling
 from agentkit_engine.runtime.capacity import (
     CHECKPOINTS,
-    GIB,
     HEADROOM,
     KV_CACHE_BYTES,
     SLOTS,
@@ -30,6 +29,7 @@ from agentkit_engine.runtime.state import SPAN
 from agentkit_engine.weights import memory
 from agentkit_engine.weights.checkpoint import read_layout
 from agentkit_engine.weights.export import export_checkpoint
+from agentkit_engine.weights.memory import GIB
 from agentkit_engine.weights.stored_rows import find_packed
 
 from .conftest import make_random_decoder, small_config, some_ids
@@ -148,7 +148,9 @@ def test_nothing_is_allocated_where_nothing_fits(decoder: Decoder, monkeypatch: 
 
 
 def test_more_host_memory_than_there_is(decoder: Decoder) -> None:
-    with pytest.raises(OutOfMemoryError, match=r"host_cache_bytes=\d+ needs .* GiB of host memory, has .*; use less"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"host_cache_bytes=\d+ needs .* GiB of host memory, and this machine has .*; use less"
+    ):
         Scheduler(decoder, host_cache_bytes=1 << 60)
 
 

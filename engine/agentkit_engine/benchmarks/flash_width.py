@@ -111,7 +111,7 @@ def _threads(engine: Engine, prefilled: int, decoded: int, repeats: int) -> Iter
 
 
 class _Times(NamedTuple):
-    """Seconds on the clock, of all threads and of the calling thread."""
+    """Wall-clock seconds, and CPU seconds of all threads and of the calling thread."""
 
     wall_s: float
     process_s: float

@@ -66,11 +66,8 @@ class AttentionLayer:
             )
             for prefix, column, compressor in inner if compressor is not None
         ]  # fmt: skip
-        self.wo_a, self.wo_b, self.groups = (
-            ops.weight(module.wo_a.weight),
-            ops.weight(module.wo_b.weight),
-            module.groups,
-        )
+        self.wo_a, self.groups = ops.weight(module.wo_a.weight), module.groups
+        self.wo_b = ops.weight(module.wo_b.weight)
 
     def __call__(self, x: Array, rotations: Rotations, batch: Batch) -> Array:
         ops, state, turns = self.ops, self.state, rotations[self.layer.rope]
@@ -144,7 +141,7 @@ class Forward:
         return self.compute(self.ops.batch(plan), rows)
 
     def compute(self, batch: Batch, rows: Sequence[int] | None = None) -> Computed:
-        """Do the same for a plan that is already on the device."""
+        """Compute a plan that the backend has prepared; see `__call__`."""
         ops = self.ops
         streams = self._run(self.layers, ops.embed(batch, self.embedding, self.spec.hc_mult), batch)
         if rows is None:

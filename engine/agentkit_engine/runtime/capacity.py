@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime.state import SPAN, Pools
 from agentkit_engine.spec import ModelSpec
+from agentkit_engine.weights.memory import GIB
 
 KV_CACHE_BYTES = 2 << 30
 """Default limit on a CPU."""
@@ -29,9 +29,9 @@ SLOTS = 64
 CHECKPOINTS = 192
 """Additional slots for checkpoints, limited to a quarter of the memory for spans."""
 MAX_SPANS = 1 << 20
+"""Most spans of a pool, which hold 2^28 tokens."""
 HEADROOM = 0.05
 """Part of a GPU's memory that stays free: for CUDA graphs, libraries, fragmentation, and blocks of other sizes."""
-GIB = 1 << 30
 
 
 class DeviceMemory(NamedTuple):
@@ -52,7 +52,7 @@ def read_memory(device: torch.device) -> DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class KVCapacity:
-    """What an engine can hold of all sessions, on each of its devices.
+    """The state of all sessions that an engine can hold, on each of its devices.
 
     Attributes:
         slots: Live sequences and checkpoints.
@@ -80,6 +80,7 @@ class KVCapacity:
 
     @property
     def host_bytes(self) -> int:
+        """Bytes of host memory."""
         return self.host_slots * self.bytes_per_slot + self.host_spans * self.bytes_per_span
 
 
@@ -184,6 +185,6 @@ def pending_weights(decoder: Decoder, *, ranks: int = 1) -> int:
     joined = [
         weight.nbytes
         for name, weight in decoder.named_parameters()
-        if isinstance(weight, Tensor) and weight.dim() == 2 and name not in ("embed.weight", "head.weight")
+        if weight.dim() == 2 and name not in ("embed.weight", "head.weight")
     ]
     return sum(stored) + sum(joined)

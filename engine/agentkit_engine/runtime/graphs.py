@@ -42,7 +42,7 @@ _ROWS_OF_ONE = 1 + LONGEST
 """Most rows of one sequence in a captured forward: its id, and a draft."""
 
 Capture = Callable[[Callable[[], Computed]], tuple[Callable[[], None], Computed]]
-"""Records what a function does on the device, and returns how to repeat it, and where it leaves its result."""
+"""Records what a function does on a device; returns a function that repeats it, and the result, which it overwrites."""
 
 
 class FixedBatch(Protocol):

@@ -5,7 +5,7 @@ on its neighbours.
 
 With `exact=False` a backend may choose kernels by the number of rows, and plain torch uses all its threads. The bits
 then depend on the batch; only forks and restored sessions, which see the same forwards, still agree. The `cpu` backend
-is exact always.
+is always exact.
 
 Dimension key: `runtime/__init__.py` and `model/__init__.py`.
 """

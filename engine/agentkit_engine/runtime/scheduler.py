@@ -18,7 +18,6 @@ from agentkit_engine.errors import OutOfMemoryError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.runtime import saved
 from agentkit_engine.runtime.capacity import (
-    GIB,
     KV_CACHE_BYTES,
     MemoryReader,
     pending_weights,
@@ -35,7 +34,7 @@ from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.runtime.state import SPAN, KVCacheDtype, Pools, Sequence
 from agentkit_engine.runtime.workers import Placement
 from agentkit_engine.speculation import LONGEST
-from agentkit_engine.weights.memory import available_memory
+from agentkit_engine.weights.memory import GIB, available_memory
 
 T = TypeVar("T")
 
@@ -87,8 +86,8 @@ class Scheduler:
         """
         if host_cache_bytes > (left := available_memory()):
             raise OutOfMemoryError(
-                f"host_cache_bytes={host_cache_bytes} needs {host_cache_bytes / GIB:.2f} GiB of host memory, has "
-                f"{left / GIB:.2f} GiB; use less"
+                f"host_cache_bytes={host_cache_bytes} needs {host_cache_bytes / GIB:.2f} GiB of host memory, and "
+                f"this machine has {left / GIB:.2f} GiB; use less"
             )
         ranks = 1 if placement is None else placement.devices
         kv_cache_bytes = None if kv_cache_bytes is None else kv_cache_bytes // ranks

@@ -122,7 +122,7 @@ class Sequence:
     def __init__(self, slot: int, rank: int = 0) -> None:
         self.slot, self.rank = slot, rank
         self.on_host = False
-        """Whether slot and spans are those of host memory."""
+        """True if slot and spans are those of host memory."""
         self.length = 0
         self.written = 0
         """The largest length so far: tokens that were cut since may have overwritten rows of the rings."""
@@ -151,8 +151,7 @@ class Pools:
 
     They are those of one rank; `ranks` is the number of ranks among which sequences are distributed (`parallel.py`).
     `bytes_per_span` and `bytes_per_slot` are exact; `bytes_held` is the memory in use on the device, and
-    `host_bytes_held` in host memory, with shared spans counted once.
-    `kv_cache_dtype` is the format of the rows.
+    `host_bytes_held` in host memory, with shared spans counted once. `kv_cache_dtype` is the format of the rows.
     """
 
     ranks = 1
@@ -214,7 +213,7 @@ class Pools:
 
     @property
     def tiered(self) -> bool:
-        """Whether sequences can be moved to host memory."""
+        """True if sequences can be moved to host memory."""
         return self.host is not None
 
     @property

@@ -100,7 +100,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a run needs, beside the weights, to continue where it stopped."""
+    """The state of a run beside its weights: it continues from there, bit for bit."""
 
     step: int
     optimizers: list[dict[str, Any]]

@@ -65,7 +65,7 @@ def work(
     def save(state: State) -> None:
         partial = saved.with_suffix(".partial")
         torch.save({"model": model.state_dict(), "step": state.step, "optimizers": state.optimizers}, partial)
-        dist.barrier()  # states of one step, or of none
+        dist.barrier()  # no process replaces its state before all have written theirs
         partial.rename(saved)
 
     with record:

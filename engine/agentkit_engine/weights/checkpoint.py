@@ -174,7 +174,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a file or tensor is missing, unknown, truncated, corrupted, or of the wrong shape or dtype.
-        ModelTooLargeError: the weights need more memory than this machine has left.
+        ModelTooLargeError: the weights need more memory than the device has left.
         ValueError: `expert_cache_bytes` is given, and the experts are not packed.
     """
     layout = read_layout(folder)
