@@ -175,19 +175,26 @@ def test_weights_are_checked_against_the_memory_of_their_device(device: str, mon
     assert "loaded as it is stored" in str(raised.value)
 
 
-def test_packed_experts_are_divided_among_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_divide_packed_experts_and_processes_on_a_cpu_share_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     export_checkpoint(make_random_decoder(SPEC), tmp_path / "model", format="official")
     layout = read_layout(tmp_path / "model")
     packed = find_packed(layout.expected, layout.stored, int8=False, group_rows=SPEC.o_lora_rank)
     experts = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 3)
     everything = memory._needed(layout.expected, torch.bfloat16, packed)
     arguments = (tmp_path / "model", layout.expected, layout.stored, torch.bfloat16, packed)
-    for devices, needed in ((1, everything), (2, everything - experts // 2), (4, everything - 3 * experts // 4)):
+    for device, devices, needed in (
+        ("cuda", 1, everything),
+        ("cuda", 2, everything - experts // 2),
+        ("cuda", 4, everything - 3 * experts // 4),
+        ("cpu", 2, everything),
+    ):
         monkeypatch.setattr(memory, "available_memory", lambda _, enough=needed: enough)
-        memory.check_memory(*arguments, device=torch.device("cuda"), devices=devices)
+        memory.check_memory(*arguments, device=torch.device(device), devices=devices)
         monkeypatch.setattr(memory, "available_memory", lambda _, enough=needed: enough - 1)
         with pytest.raises(ModelTooLargeError):
-            memory.check_memory(*arguments, device=torch.device("cuda"), devices=devices)
+            memory.check_memory(*arguments, device=torch.device(device), devices=devices)
 
 
 def test_a_gpu_gives_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def load_checkpoint(
         experts: the experts to read if not all, those of a rank (`runtime/parallel.py`); the others stay uninitialised.
         expert_cache_bytes: memory for routed experts, which stay in their files; None for all of them. A backend reads
             and checks each when it uses it.
-        devices: the devices that divide packed experts among themselves, for the check of memory.
+        devices: the devices that divide packed experts among themselves; see `check_memory`.
         lay_out: called with weights that share an input while they are uninitialised; may move them in memory.
 
     Returns:

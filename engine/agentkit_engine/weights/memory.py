@@ -44,11 +44,14 @@ def check_memory(
 ) -> None:
     """Raise an error if the weights do not fit on the device, by default a CPU.
 
-    With `expert_cache_bytes`, routed experts take at most this much. Packed ones are divided among `devices`.
+    With `expert_cache_bytes`, routed experts take at most this much. Each of several GPUs, `devices`, needs its share
+    of the packed ones; processes on a CPU share its memory, which must hold all of them.
 
     Raises:
         ModelTooLargeError: names what is needed, what there is, and the forms of this model that would fit.
     """
+    on_gpu = device is not None and device.type == "cuda"
+    devices = devices if on_gpu else 1
     needed = _needed(expected, dtype, packed, expert_cache_bytes, devices=devices)
     available = available_memory(device)
     if needed <= available:
@@ -64,7 +67,7 @@ def check_memory(
         ),
         "converted to FP8 and FP4 (agentkit convert)": sum(map(_official_bytes, expected.values())),
     }
-    if device is not None and device.type == "cuda":
+    if on_gpu:
         forms = {form: size for form, size in forms.items() if "expert_cache_bytes" not in form}
     fitting = [f"{form} it needs {size / GIB:.1f} GiB" for form, size in forms.items() if size <= available]
     remedy = "; or ".join(fitting) or f"the smallest form of it needs {min(*forms.values(), needed) / GIB:.1f} GiB"
