@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from agentkit.cli.ending import ExitCode
-from agentkit.cli.options import finite
+from agentkit.cli.options import finite, output_file
 from agentkit.cli.terminal import visible_line
 
 
 class OnUnlisted(StrEnum):
-    """What to do with a row whose licence is unknown or not accepted."""
+    """Actions for rows whose licence is unknown or not accepted."""
 
     REFUSE = "refuse"
     DROP = "drop"
@@ -25,7 +25,7 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="The JSON Lines file to write.", show_default=False)],
     licences: Annotated[
         str | None,
-        typer.Option("--licences", help="Accepted SPDX identifiers, with commas. Default: a list of permissive ones."),
+        typer.Option("--licences", help="Accepted SPDX identifiers, comma-separated. Default: common permissive ones."),
     ] = None,
     unlisted: Annotated[
         OnUnlisted,
@@ -38,7 +38,6 @@ def command(
     A row has token ids, a loss mask, messages, tools, the reward, and the origin of its task: generator, seed, package,
     version, licence, model and sampling.
     """
-    from agentkit.cli.options import output_file
     from agentkit_evals.provenance import PERMISSIVE
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.rows import export_rows

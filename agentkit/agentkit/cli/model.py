@@ -31,7 +31,7 @@ def load_model(
     Raises:
         ModelError: The API cannot be used: there is no key, or its package is not installed.
         EngineError: The model cannot be loaded.
-        BadParameter: The device does not exist, or an option does not belong to this kind of model.
+        BadParameter: An option has a wrong value, such as a missing device, or does not belong to this kind of model.
     """
     options: dict[str, object] = {
         "--device": device,
@@ -70,6 +70,7 @@ def load_model(
     except ValueError as exc:
         if all(value is None for option, value in options.items() if option != "--cache-dir"):
             raise
+        # the engine's messages begin with the argument, such as "devices=4 is more than"
         named = "--" + str(exc).split(" ")[0].split("=")[0].replace("_", "-")
         raise typer.BadParameter(str(exc), param_hint=named if named in options else "--device") from exc
     engine.warm_up()

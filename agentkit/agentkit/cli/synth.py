@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +55,7 @@ def _worlds(
     def report(progress: Progress) -> None:
         text = f"{progress.finished} of {progress.shards} shards, {progress.instructions} instructions"
         left = progress.seconds * (progress.shards / progress.finished - 1)
-        print(f"{text}, {progress.seconds:.0f} s, {left:.0f} s left", file=sys.stderr, flush=True)
+        typer.echo(f"{text}, {progress.seconds:.0f} s, {left:.0f} s left", err=True)
 
     path = produce(Plan(environments, instructions, seed, backend=env.value), out, workers=jobs, listener=report)
     card = json.loads(path.read_text(encoding="utf-8"))
@@ -98,8 +98,6 @@ def bugs(
 
     Every bug is confirmed by running all tests twice with it and twice with its fix.
     """
-    from functools import partial
-
     from agentkit.errors import MissingDependencyError
 
     try:
@@ -124,7 +122,7 @@ def bugs(
 
     def report(progress: Progress) -> None:
         text = progress.problem or f"{progress.kept} kept of {progress.tried} tried"
-        print(f"{progress.package}: {visible_line(text)}", file=sys.stderr, flush=True)
+        typer.echo(f"{progress.package}: {visible_line(text)}", err=True)
 
     card = run(
         partial(
