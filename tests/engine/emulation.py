@@ -58,7 +58,7 @@ def rms(x: Tensor, eps: float) -> Tensor:
 
 
 class Emulation:
-    """A model's forward. `activations` and `rows` say what is rounded."""
+    """A model's forward. `activations` and `rows` select the values that are rounded."""
 
     def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], *, activations: bool, rows: bool) -> None:
         self.spec, self.activations, self.rows = spec, activations, rows

@@ -1,7 +1,7 @@
 """Activations rounded as in DeepSeek's own inference, on random stacks of every layer kind in the official formats.
 
-A value that lies between two codes is rounded up in one implementation and down in the other, now and then; all that
-follows in its row then differs by as much as a rounding error of FP8. So a few rows may.
+Implementations sum in different orders, so one may round a value up that the other rounds down. The rest of that row
+then differs by as much as a rounding error of FP8. The tests allow this in a few rows.
 """
 
 from __future__ import annotations

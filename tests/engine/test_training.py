@@ -270,7 +270,9 @@ def test_a_stopped_run_continues_with_the_same_bits() -> None:
             assert torch.equal(continued.state_dict()[name], value), (state.step, name)
 
 
-def test_a_run_of_the_command_is_resumed_and_only_if_there_is_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_run_of_the_command_is_resumed_only_if_there_is_one_and_by_as_many_processes(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     (data / "tokenizer.json").write_text(build_tokenizer(TEXTS, phrases=[PHRASE], vocab_size=600), encoding="utf-8")
@@ -287,11 +289,16 @@ def test_a_run_of_the_command_is_resumed_and_only_if_there_is_one(tokenizer: Tok
         "--save-steps",
         "1",
     ]
-    refused = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "holds no state of a stopped run" in " ".join(refused.stderr.replace("│", " ").split())
+
+    def refused(*options: str) -> str:
+        result = subprocess.run([*command, *options], capture_output=True, text=True, check=False, timeout=120)
+        assert result.returncode == 2
+        return " ".join(result.stderr.replace("│", " ").split())
+
+    assert "holds no state of a stopped run" in refused("--resume")
     for steps, more in (("2", []), ("3", ["--resume"])):
         subprocess.run([*command, "--steps", steps, *more], check=True)
+    assert "use --workers 1" in refused("--resume", "--workers", "2")
     logged = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [0, 1, 2]
     assert Engine.load(out).spec.vocab_size == tokenizer.vocab_size

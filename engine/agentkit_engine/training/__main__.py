@@ -45,8 +45,11 @@ def main(
     resume: Annotated[bool, typer.Option(help="Continue the stopped run in OUT, bit for bit.")] = False,
 ) -> None:
     """Train, measure held-out accuracy under teacher forcing, and export. Progress is logged to OUT/training.jsonl."""
-    if resume and not (out / "state0.pt").is_file():
+    states = len(list(out.glob("state*.pt")))  # one per process
+    if resume and not states:
         raise typer.BadParameter(f"{out} holds no state of a stopped run (state0.pt); leave out --resume")
+    if resume and states != workers:
+        raise typer.BadParameter(f"the run in {out} has {states} processes, not {workers}; use --workers {states}")
     out.mkdir(parents=True, exist_ok=resume)
     (out / "rendezvous").unlink(missing_ok=True)
     rendezvous = f"file://{(out / 'rendezvous').resolve()}"
