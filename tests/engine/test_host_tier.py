@@ -240,7 +240,7 @@ def test_a_span_that_is_written_again_is_copied_again() -> None:
 
 def test_a_move_that_does_not_fit_changes_nothing() -> None:
     pools = make_pools(slots=2, spans=3, host_slots=2, host_spans=2)
-    large, small = filled(pools, 2 * SPAN + 1), None
+    large = filled(pools, 2 * SPAN + 1)
     assert not pools.may_demote(large) and not pools.demote(large)
     pools.close(large)
     small = filled(pools, SPAN + 1)
@@ -378,7 +378,7 @@ def test_parked_sessions_come_back_from_host_memory_without_being_computed(decod
         assert engine.scheduler.pools.bytes_held == engine.scheduler.pools.host_bytes_held == 0
 
 
-def test_live_sessions_that_wait_give_way_and_come_back(decoder: Decoder) -> None:
+def test_waiting_live_sessions_are_evicted_to_host_memory_and_come_back(decoder: Decoder) -> None:
     """None is parked, so none is a checkpoint when memory runs out."""
     engine, reference = make_engine(decoder, spans=4, host_spans=20), make_engine(decoder, spans=100)
     with engine.session() as first, engine.session() as second, engine.session() as third:

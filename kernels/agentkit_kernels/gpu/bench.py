@@ -54,7 +54,7 @@ class Timing:
 
     @property
     def note(self) -> str:
-        """What a reader has to know about the time."""
+        """A remark on how the time was measured; empty if it is that of a graph."""
         return "" if self.graph else "launched from Python"
 
 
