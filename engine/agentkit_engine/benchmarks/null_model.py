@@ -28,6 +28,7 @@ class NullRunner(Runner):
         logits_1V[0, favourite] = 1.0
         self._computed = Computed(logits_1V, torch.zeros(1, pools.spec.hc_mult, 1))
         self._rows = 1
+        self.sampler = None
         self._favourite = favourite
 
     def step(self, scheduled: Sequence[ScheduledTokens], *, all_rows: bool = False) -> Computed:
