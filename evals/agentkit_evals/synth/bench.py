@@ -26,7 +26,7 @@ CLEAR = 'find . -mindepth 1 -delete; rm -rf "$1"'
 
 
 class Bench:
-    """An async context manager around one sandbox."""
+    """One sandbox, as an async context manager. Raises SandboxUnavailableError on entry if none can be opened."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -45,7 +45,7 @@ class Bench:
         """Run a task's oracle and its verifier; return the messages and the answer.
 
         Raises:
-            OracleError: the verifier does not accept the outcome, or accepts it from an agent that did nothing.
+            OracleError: the verifier rejects the outcome.
         """
         await self._reset(synth.task.environment.files)
         messages, answer = await transcript(synth, self._environment, thinking=thinking)
@@ -69,7 +69,7 @@ class Bench:
         return list(result.trajectory.token_ids), list(result.trajectory.loss_mask)
 
     async def check_idle(self, synth: SynthTask) -> None:
-        """Raises OracleError if the verifier accepts the work of an agent that did nothing."""
+        """Run the verifier on the untouched files. Raises OracleError if it accepts them."""
         await self._reset(synth.task.environment.files)
         if not await self._rejects(synth, ""):
             raise OracleError(f"{synth.task.id}: its verifier accepts an agent that did nothing")
@@ -79,7 +79,7 @@ class Bench:
         await self._environment.import_dir(self._environment.spec.workdir, _archive(files))
 
     async def _rejects(self, synth: SynthTask, answer: str) -> str:
-        """Return what the verifier says against an answer; "" if it accepts it."""
+        """Return the exit code and output of a verifier that rejects an answer; "" if it accepts the answer."""
         verifier = synth.task.verifier
         assert isinstance(verifier, VerifierConfig)
         for path, text in verifier.files.items():

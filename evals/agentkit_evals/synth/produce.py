@@ -38,6 +38,7 @@ from agentkit_evals.synth.worlds.operations import OPERATIONS
 from agentkit_evals.synth.worlds.task import masked
 from agentkit_evals.synth.worlds.world import draw_world
 from agentkit_evals.verify import Backend
+from agentkit_tools import BUILTINS
 
 HELD_OUT_WORLDS = 10  # one world in ten is held out
 IDLE = 10  # one task in ten is also run by an agent that does nothing
@@ -72,6 +73,9 @@ class Plan:
         seed: Seed of everything that is drawn.
         worlds_per_shard: Worlds in one file.
         backend: The sandbox that oracles and verifiers run in.
+
+    Raises:
+        SynthError: `environments` or `instructions` is below 1.
     """
 
     environments: int
@@ -112,7 +116,8 @@ def produce(plan: Plan, out: Path, *, workers: int = 2, listener: Callable[[Prog
     """Make all instructions of a plan, or those that are missing, and return the path of the card.
 
     Raises:
-        SynthError: OUT holds another run, the disk is full, or the sandbox cannot be opened.
+        SynthError: OUT holds another run, or the disk is full.
+        SandboxUnavailableError: no sandbox can be opened.
         OracleError: an oracle does not solve its task, or doing nothing does.
     """
     started = time.perf_counter()
@@ -164,6 +169,7 @@ async def _checked(plan: Plan, shard: int, folder: Path) -> int:
             if number % IDLE == 0:
                 await bench.check_idle(synth)
             task = synth.task
+            old = draw_world(world, split_of(task.id)).files
             rows.append(
                 json.dumps(
                     {
@@ -182,11 +188,7 @@ async def _checked(plan: Plan, shard: int, folder: Path) -> int:
                         "task": task.model_dump(
                             mode="json", exclude={"environment", "metadata"}, exclude_defaults=True
                         ),
-                        "files": {
-                            path: text
-                            for path, text in task.environment.files.items()
-                            if draw_world(world, _split(task.id)).files.get(path) != text
-                        },
+                        "files": {path: text for path, text in task.environment.files.items() if old.get(path) != text},
                     },
                     ensure_ascii=False,
                 )
@@ -225,10 +227,10 @@ def _finish(plan: Plan, out: Path, folder: Path, *, seconds: float) -> Path:
     rows = list(distinct(_read(folder), limit=max(1, int(plan.instructions * LARGEST_SHARE))))[: plan.instructions]
     splits: dict[Split, list[dict[str, Any]]] = {"train": [], "heldout": []}
     for row in rows:
-        splits[_split(row["id"])].append(row)
+        splits[split_of(row["id"])].append(row)
     for split, found in splits.items():
         _write(out / f"{split}.jsonl", (json.dumps(row, ensure_ascii=False) for row in found))
-    worlds = {row["world"]: _split(row["id"]) for row in rows}
+    worlds = {row["world"]: split_of(row["id"]) for row in rows}
     drawn = ((world, split, draw_world(world, split)) for world, split in sorted(worlds.items()))
     _write(
         out / "worlds.jsonl",
@@ -248,16 +250,13 @@ def _finish(plan: Plan, out: Path, folder: Path, *, seconds: float) -> Path:
         "operations": dict(Counter(row["operation"] for row in rows).most_common()),
         "difficulty": dict(sorted(Counter(row["difficulty"] for row in rows).items())),
         "turns": dict(sorted(Counter(row["turns"] for row in rows).items())),
-        "tools": dict(Counter(name for row in rows for name in row["tools"] if name in _BUILTIN).most_common()),
+        "tools": dict(Counter(name for row in rows for name in row["tools"] if name in BUILTINS).most_common()),
         "characters": _quantiles([len(row["instruction"]) for row in rows]),
         "packages": {name: [number, vocabulary.PACKAGES[name]] for name, number in vocabulary.versions().items()},
         "seconds": round(seconds, 1),
     }
     _write(out / "card.json", [json.dumps(card, indent=1)])
     return out / "card.json"
-
-
-_BUILTIN = frozenset(("bash", "read_file", "write_file", "edit_file", "list_dir", "search", "python", "submit"))
 
 
 def distinct(rows: Iterable[dict[str, Any]], *, limit: int) -> Iterator[dict[str, Any]]:
@@ -298,7 +297,8 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.jsonl"
 
 
-def _split(task_id: str) -> Split:
+def split_of(task_id: str) -> Split:
+    """Return the split that the id of a task over a world names."""
     return "heldout" if "-heldout-" in task_id else "train"
 
 

@@ -26,7 +26,7 @@ from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tokenizer import build_tokenizer
 from agentkit_evals.synth.bench import Bench
 from agentkit_evals.synth.generate import between_control_tokens, phrases
-from agentkit_evals.synth.produce import THINKING, Plan, draw_tasks
+from agentkit_evals.synth.produce import THINKING, Plan, draw_tasks, split_of
 from agentkit_evals.synth.worlds import vocabulary
 from agentkit_evals.synth.worlds.operations import OPERATIONS
 
@@ -45,7 +45,7 @@ def main(
     vocab_size: Annotated[int, typer.Option(help="Vocabulary size of the tokenizer, with control tokens.")] = 3072,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
-    """Build the tokenizer, unless it exists, and run oracles to write the training rows."""
+    """Build the tokenizer unless it exists, then run oracles and write the training rows."""
     shards = directory / "rows"
     shards.mkdir(parents=True, exist_ok=True)
     plan = Plan(worlds, worlds * per_world, seed, worlds_per_shard=10, backend="unsafe-local")
@@ -94,7 +94,7 @@ async def _run_shard(plan: Plan, shard: int, directory: Path) -> None:
         for number, (synth, _) in enumerate(draw_tasks(plan, shard)):
             ids, mask = await bench.row(synth, tokenizer, thinking=THINKING[number % len(THINKING)])
             if len(ids) <= LONGEST:
-                split = "heldout" if "-heldout-" in synth.task.id else "train"
+                split = split_of(synth.task.id)
                 rows[split].append((ids, mask))
                 spread[split].append(OPERATIONS[synth.family].spread_fact)
                 names[synth.family] = names.get(synth.family, 0) + 1

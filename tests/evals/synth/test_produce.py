@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from agentkit.cli.commands import app
+from agentkit_environments import SandboxUnavailableError
 from agentkit_evals.synth import SynthTask
 from agentkit_evals.synth import produce as module
 from agentkit_evals.synth.bench import Bench
@@ -149,3 +150,10 @@ def test_near_duplicates_and_frequent_forms_are_left_out() -> None:
     ]
     same = [row(f"Read {letter}.", form="Read N.") for letter in "abcdef"]
     assert len(list(distinct(same, limit=4))) == 4
+
+
+def test_no_sandbox_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
+    with pytest.raises(SandboxUnavailableError, match="docker"):
+        produce(replace(PLAN, backend="docker"), tmp_path, workers=1)
+    assert not (tmp_path / "card.json").exists()
