@@ -5,7 +5,7 @@
         VerifierError       a task has no verifier, or its verifier does not start on the task's own solution
         RunDirectoryError   a folder is not a run, is damaged, or has another format version
         ComparisonError     two runs cannot be compared: no task in common, or tasks with different content
-        ProvenanceError     a task or row has no usable provenance, or a licence that an export does not accept
+        ProvenanceError     a row has no usable provenance or accepted licence, or texts to compare cannot be read
         PackageError        a package cannot be used to make bugs
             UnknownPackageError     there is no such package, version or file
             NotPureError            it has compiled code
@@ -42,7 +42,7 @@ class ComparisonError(EvalError):
 
 
 class ProvenanceError(EvalError):
-    """A task or row has no usable provenance, or a licence that an export does not accept."""
+    """A row has no usable provenance or no accepted licence, or texts to compare for overlap cannot be read."""
 
 
 class PackageError(EvalError):

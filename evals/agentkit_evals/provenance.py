@@ -1,4 +1,4 @@
-"""Where a task, a trajectory or a training row comes from, and the licences that an export accepts.
+"""The origin of tasks, trajectories and training rows, and the licences that an export accepts.
 
 A task carries its `Provenance` as `metadata["provenance"]`. A training row of a trajectory adds the model and the
 sampling parameters that wrote it.
@@ -10,11 +10,9 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from agentkit.task import Strict, Task
-from agentkit_engine.untrusted import describe
-from agentkit_evals.errors import ProvenanceError
+from agentkit.task import Strict
 from agentkit_evals.record import agentkit_version
 
 PERMISSIVE = frozenset(
@@ -48,21 +46,6 @@ class Provenance(Strict):
 def generator_name(name: str) -> str:
     """Return the generator's name with the version of agentkit, such as `synth.bugs/0.1.0`."""
     return f"{name}/{agentkit_version()}"
-
-
-def provenance_of(task: Task) -> Provenance | None:
-    """Return the provenance of a task, or None if it has none.
-
-    Raises:
-        ProvenanceError: `metadata["provenance"]` is not a `Provenance`.
-    """
-    found = task.metadata.get("provenance")
-    if found is None:
-        return None
-    try:
-        return Provenance.model_validate(found)
-    except ValidationError as exc:
-        raise ProvenanceError(f"task {task.id}: metadata.provenance: {describe(exc)}") from exc
 
 
 def is_accepted(licence: str | None, accepted: Iterable[str] = PERMISSIVE) -> bool:

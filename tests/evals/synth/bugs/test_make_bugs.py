@@ -23,7 +23,7 @@ from agentkit.cli import app
 from agentkit.task import Task, TestsConfig
 from agentkit_environments import SandboxUnavailableError, available_backends
 from agentkit_evals.errors import FailingTestsError, OutputError, RunDirectoryError, UnknownPackageError
-from agentkit_evals.provenance import provenance_of
+from agentkit_evals.provenance import Provenance
 from agentkit_evals.suite import load_suite
 from agentkit_evals.synth.bugs import FORMATS, PackageSpec, Progress, export, generate, make_bugs
 from agentkit_evals.synth.bugs.find import Source, Tried, faults
@@ -88,8 +88,8 @@ def test_tasks_start_from_the_fault_without_the_tests_that_fail(
         assert tests.fail_to_pass and not {*tests.fail_to_pass} & {*tests.pass_to_pass}
         assert len(tests.fail_to_pass) + len(tests.pass_to_pass) == 6
         assert bug["issue"] in case.task.instruction and "calc.py" not in bug["issue"]
-        origin = provenance_of(case.task)
-        assert origin is not None and (origin.package, origin.version, origin.licence) == ("calc", "1.0", "MIT")
+        origin = Provenance.model_validate(case.task.metadata["provenance"])
+        assert (origin.package, origin.version, origin.licence) == ("calc", "1.0", "MIT")
         assert origin.sha256 == read_package(path).sha256 and origin.seed == 1
         started = anyio.run(_start_of, case.task)
         assert started["commit"] == bug["base_commit"]
@@ -122,7 +122,7 @@ def test_swebench_rows_and_harbor_folders_score_as_the_tasks_do(
         assert case.task.environment.image == row["image"] and case.task.environment.workdir == "/testbed"
         assert isinstance(case.task.verifier, TestsConfig)
         assert case.task.verifier.fail_to_pass == row["FAIL_TO_PASS"]
-        assert provenance_of(case.task) is not None
+        assert case.task.metadata["provenance"] == row["metadata"]["provenance"]
         folder = out / "harbor" / row["instance_id"]
         settings = tomllib.loads((folder / "task.toml").read_text())
         assert settings["metadata"]["provenance"]["licence"] == "MIT" and settings["schema_version"] == "1.4"
