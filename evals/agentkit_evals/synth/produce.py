@@ -182,6 +182,7 @@ async def _checked(plan: Plan, shard: int, folder: Path) -> int:
                         "difficulty": task.metadata["difficulty"],
                         "turns": turns(messages),
                         "tools": [tool.name for tool in task.build_tools()],
+                        "provenance": task.metadata["provenance"],
                         "answer": answer,
                         "idle_checked": number % IDLE == 0,
                         "messages": to_openai_all(messages),

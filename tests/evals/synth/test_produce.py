@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from agentkit.cli.commands import app
 from agentkit_environments import SandboxUnavailableError
+from agentkit_evals.provenance import Provenance, generator_name, is_accepted
 from agentkit_evals.synth import SynthTask
 from agentkit_evals.synth import produce as module
 from agentkit_evals.synth.bench import Bench
@@ -46,6 +47,9 @@ def test_a_run_has_the_instructions_asked_for_and_a_card(made: Path) -> None:
     worlds = {row["world"]: row["files"] for row in map(json.loads, (made / "worlds.jsonl").read_text().splitlines())}
     assert {*worlds} == {row["world"] for row in rows}
     assert all(row["messages"][0]["role"] in ("system", "user") for row in rows)
+    for row in rows:
+        origin = Provenance.model_validate(row["provenance"])
+        assert origin.generator == generator_name(f"synth.worlds.{row['operation']}") and is_accepted(origin.licence)
 
 
 def test_a_stopped_run_continues_and_ends_with_the_same_files(made: Path, tmp_path: Path) -> None:

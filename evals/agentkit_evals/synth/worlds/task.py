@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from agentkit.task import AgentConfig, EnvironmentConfig, SolutionConfig, Task, ToolConfig, VerifierConfig
+from agentkit_evals.provenance import generator_name
 from agentkit_evals.synth.family import (
     CLOSERS,
     OPENERS,
@@ -27,6 +28,7 @@ from agentkit_evals.synth.worlds.world import World, draw_world
 from agentkit_tools import BUILTINS
 
 _DIGITS = re.compile(r"\d+")
+LICENCE = "Apache-2.0 AND MIT"  # of the phrasings, and of the words (`vocabulary.PACKAGES`)
 ATTEMPTS = 50  # drafts that may fall into the other split before the next seed is tried
 
 
@@ -94,14 +96,16 @@ class Operation(ABC):
                 return None
             signature = masked("\n".join([draft.instruction, *draft.about]), draw.names)
             if new_phrasing or is_held_out(signature) == (split == "heldout"):
-                return self._task(draw, world, draft, index, f"{self.name}-{split}-{world_seed}-{seed}", signature)
+                return self._task(draw, world, draft, index, f"{self.name}-{split}-{world_seed}", seed, signature)
         return None
 
-    def _task(self, draw: Draw, world: World, draft: Draft, index: int, task_id: str, signature: str) -> SynthTask:
+    def _task(
+        self, draw: Draw, world: World, draft: Draft, index: int, prefix: str, seed: int, signature: str
+    ) -> SynthTask:
         checks = [*([draft.verifier] if draft.verifier else []), *map(answer_has, draft.answer.splitlines())]
         label, held_out = f"{self.name}/{index}", self.phrasings[index].held_out
         task = Task(
-            id=task_id,
+            id=f"{prefix}-{seed}",
             instruction=draw.choice(OPENERS) + draft.instruction + draw.choice(CLOSERS),
             system=draft.system,
             environment=EnvironmentConfig(files={**world.files, **draft.files}),
@@ -117,6 +121,11 @@ class Operation(ABC):
                 "held_out_phrasing": held_out,
                 "difficulty": draft.difficulty,
                 "world": world.seed,
+                "provenance": {
+                    "generator": generator_name(f"synth.worlds.{self.name}"),
+                    "seed": seed,
+                    "licence": LICENCE,
+                },
             },
         )
         return SynthTask(
