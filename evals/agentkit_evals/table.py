@@ -146,14 +146,14 @@ class Row(Outcome):
 
     @model_validator(mode="after")
     def _has_an_outcome(self) -> Self:
-        for part in (self,) if self.twin is None else (self.twin,):
-            given = [key for key in ("answer", "lists", "after", "prints", "calls") if getattr(part, key) is not None]
-            if not given:
-                raise ValueError(f"row {self.id} has no outcome; add answer, lists, after, prints or calls")
-            if "calls" not in given and self.run is None and part.run is None:
-                raise ValueError(f"row {self.id} has no solution; add `run: COMMAND`")
-            if "calls" in given and (self.files is not None or self.run is not None):
-                raise ValueError(f"row {self.id} scores calls, which do not run; leave out files and run")
+        part = self if self.twin is None else self.twin
+        given = [key for key in ("answer", "lists", "after", "prints", "calls") if getattr(part, key) is not None]
+        if not given:
+            raise ValueError(f"row {self.id} has no outcome; add answer, lists, after, prints or calls")
+        if "calls" not in given and self.run is None and part.run is None:
+            raise ValueError(f"row {self.id} has no solution; add `run: COMMAND`")
+        if "calls" in given and (self.files is not None or self.run is not None):
+            raise ValueError(f"row {self.id} scores calls, which do not run; leave out files and run")
         return self
 
 
@@ -204,11 +204,13 @@ def _task(table: Table, row: Row, name: str, *, pair: str | None = None, solvabl
     if names is not None:
         fields["tools"] = [table.functions[each].tool(each) if each in table.functions else each for each in names]
     if row.calls is not None:
-        schemas = {each: object_schema(function.takes) for each, function in table.functions.items()}
         fields["verifier"] = {
-            "calls": [{tool: expected_arguments(schemas[tool], given)} for call in row.calls
-                      for tool, given in call.items() if _known(tool, schemas)]
-        }  # fmt: skip
+            "calls": [
+                {tool: expected_arguments(_schema(table, tool), given)}
+                for call in row.calls
+                for tool, given in call.items()
+            ]
+        }
         return Task.model_validate(fields)
     files = row.files or {}
     expected = {
@@ -230,10 +232,10 @@ def _task(table: Table, row: Row, name: str, *, pair: str | None = None, solvabl
     return Task.model_validate(fields)
 
 
-def _known(tool: str, schemas: Mapping[str, Any]) -> bool:
-    if tool not in schemas:
-        raise ValueError(f"calls: no function {tool}; there are {', '.join(schemas)}")
-    return True
+def _schema(table: Table, tool: str) -> dict[str, Any]:
+    if tool not in table.functions:
+        raise ValueError(f"calls: no function {tool}; there are {', '.join(table.functions)}")
+    return object_schema(table.functions[tool].takes)
 
 
 def expected_arguments(schema: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, list[Any]]:
