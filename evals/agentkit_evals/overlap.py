@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,14 @@ def longest_copies(
         if any(first < start + length and start < last for first, last in covered):
             continue
         covered.append((start, start + length))
-        mine, his = bisect.bisect(our_starts, start) - 1, bisect.bisect(their_starts, where) - 1
+        ours_at, theirs_at = bisect.bisect(our_starts, start) - 1, bisect.bisect(their_starts, where) - 1
         copies.append(
             Copy(
                 length_bytes=int(length),
-                export=export[mine].place,
-                export_offset_bytes=int(start) - our_starts[mine],
-                corpus=corpora[his].place,
-                corpus_offset_bytes=int(where) - their_starts[his],
+                export=export[ours_at].place,
+                export_offset_bytes=int(start) - our_starts[ours_at],
+                corpus=corpora[theirs_at].place,
+                corpus_offset_bytes=int(where) - their_starts[theirs_at],
                 text=ours[start : start + length].decode(errors="replace")[:MAX_EXCERPT],
             )
         )
@@ -158,4 +158,4 @@ def _joined(texts: Iterable[Text], end: bytes) -> tuple[bytes, list[int]]:
 
 def as_json(copies: Sequence[Copy]) -> str:
     """Return copies as JSON."""
-    return json.dumps([{name: getattr(copy, name) for name in Copy.__slots__} for copy in copies], indent=1)
+    return json.dumps([asdict(copy) for copy in copies], indent=1)
