@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from agentkit_evals.synth.worlds.draw import Draw
-from agentkit_evals.synth.worlds.world import Artifact, World
+from agentkit_evals.synth.worlds.world import Artifact, World, is_new
 
 A = TypeVar("A", bound=Artifact)
 TRIES = 40
@@ -38,9 +38,8 @@ def find(
 
 
 def is_free(path: str, world: World, taken: Collection[str] = ()) -> bool:
-    """Return whether a new file can have this path: no file has it, or is a folder of it, or is in a folder of it."""
-    paths = [*(artifact.path for artifact in world.artifacts), *taken]
-    return not any(path == old or path.startswith(f"{old}/") or old.startswith(f"{path}/") for old in paths)
+    """Return whether a new file can have this path beside the files of the world and those in `taken`."""
+    return is_new(path, [*(artifact.path for artifact in world.artifacts), *taken])
 
 
 def new_path(draw: Draw, world: World, near: str, ending: str, taken: Collection[str] = ()) -> str:

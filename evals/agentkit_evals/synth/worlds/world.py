@@ -7,7 +7,7 @@ by class and draw tasks over them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -48,6 +48,11 @@ class World:
         return [artifact for artifact in self.artifacts if isinstance(artifact, kind)]
 
 
+def is_new(path: str, paths: Iterable[str]) -> bool:
+    """Return whether no other file has this path, is a folder of it, or is in a folder of it."""
+    return not any(path == old or path.startswith(f"{old}/") or old.startswith(f"{path}/") for old in paths)
+
+
 @functools.lru_cache(maxsize=64)
 def draw_world(seed: int, split: Split) -> World:
     """Return the world of a seed; the same on every machine. Train and held-out worlds share no seed."""
@@ -60,9 +65,6 @@ def draw_world(seed: int, split: Split) -> World:
     artifacts: dict[str, Artifact] = {}
     for _ in range(count):
         artifact = draw.weighted(ARTIFACTS)(draw)
-        if not any(
-            path == artifact.path or path.startswith(f"{artifact.path}/") or artifact.path.startswith(f"{path}/")
-            for path in artifacts
-        ):
+        if is_new(artifact.path, artifacts):
             artifacts[artifact.path] = artifact
     return World(seed, tuple(artifacts.values()), frozenset(draw.names))

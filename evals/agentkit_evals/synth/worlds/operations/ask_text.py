@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from agentkit_evals.synth.family import Act, Phrasing, Step, phrasings, submit
 from agentkit_evals.synth.worlds.artifacts.texts import Agenda, Mail, Prose
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.mention import mention, mention_value
+from agentkit_evals.synth.worlds.parameters import series
 from agentkit_evals.synth.worlds.task import Draft, Operation
 from agentkit_evals.synth.worlds.world import World
 
@@ -60,7 +59,7 @@ class AskNote(Operation):
 
 
 class AskMail(Operation):
-    """Who wrote a mail, to whom, when and about what."""
+    """The sender, recipient, date or subject of a mail."""
 
     name = "ask_mail"
     phrasings = (
@@ -127,7 +126,7 @@ class AskMail(Operation):
 
 
 class AskAgenda(Operation):
-    """When an event is, where and with whom, and what happens on a day."""
+    """The time, place or person of an event, or the event of a day."""
 
     name = "ask_agenda"
     phrasings = (
@@ -219,7 +218,7 @@ class ReadSeveral(Operation):
             return None
         chosen = draw.some(notes, min(len(notes), draw.choice((2, 2, 3))))
         facts = [draw.choice(note.facts) for note in chosen]
-        items = _series(
+        items = series(
             [
                 f"the {fact.subject} [from|in] {mention(draw, note.path)}"
                 for note, fact in zip(chosen, facts, strict=True)
@@ -231,7 +230,7 @@ class ReadSeveral(Operation):
             instruction=draw.phrase(draw.phrase(phrasing.text, items=items, Items=items[0].upper() + items[1:])),
             steps=[
                 lambda results: Act(
-                    f"I read {_series([f'`{path}`' for path in paths])}.",
+                    f"I read {series([f'`{path}`' for path in paths])}.",
                     [("read_file", {"path": path}) for path in paths],
                 ),
                 lambda results: submit(
@@ -242,7 +241,3 @@ class ReadSeveral(Operation):
             about=[note.text for note in chosen],
             difficulty=len(chosen) + 1,
         )
-
-
-def _series(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
