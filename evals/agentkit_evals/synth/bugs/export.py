@@ -101,7 +101,7 @@ def export(
 
 
 class _Material:
-    """What all bugs of a package share."""
+    """The inputs that all bugs of a package share."""
 
     def __init__(
         self, package: Package, runner: Runner, source: bytes, tools: bytes, provenance: Provenance, out: Path
@@ -185,7 +185,7 @@ def _swebench(material: _Material, bugs: Sequence[Bug]) -> None:
     ours = {bug.id for bug in bugs}
     others = (
         [line for line in file.read_text().splitlines() if json.loads(line)["instance_id"] not in ours]
-        if (file.exists())
+        if file.exists()
         else []
     )
     lines = sorted([*others, *(json.dumps(row) for row in rows)], key=lambda line: str(json.loads(line)["instance_id"]))

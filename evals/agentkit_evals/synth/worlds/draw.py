@@ -20,22 +20,7 @@ Style = Literal["snake", "kebab", "camel", "pascal", "upper", "space"]
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 _SIZES = ("max", "min", "default", "total", "last", "first", "next", "base", "extra", "new", "old", "main")
-_UNITS = (
-    "count",
-    "limit",
-    "size",
-    "level",
-    "rate",
-    "name",
-    "id",
-    "date",
-    "time",
-    "mode",
-    "path",
-    "type",
-    "code",
-    "key",
-)
+_UNITS = tuple("count limit size level rate name id date time mode path type code key".split())
 
 
 class Draw:
@@ -191,7 +176,7 @@ class Draw:
         return self.named(f"{folder}{slash}{self.choice(stems)}{suffix}.{ending}")
 
     def invented(self) -> str:
-        """Draw a word that no language has, or random letters and digits."""
+        """Draw a word of random syllables, or random letters and digits."""
         if self.chance(0.6):
             return self.named("".join(self.choice(_SYLLABLES) for _ in range(self.between(2, 4))))
         letters = string.ascii_lowercase + (string.digits if self.chance(0.5) else "")

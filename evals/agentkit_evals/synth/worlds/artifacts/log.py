@@ -46,7 +46,7 @@ class Log(Artifact):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a log writes a line, the commands that print its columns, the mark of a level, and the style of levels."""
+    """The form of a line, the commands that print its columns, the mark of a level, and the style of levels."""
 
     line: str
     columns: Mapping[str, str]

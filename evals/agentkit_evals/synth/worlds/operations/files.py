@@ -35,7 +35,7 @@ def folders(world: World) -> list[str]:
 
 
 class ListFiles(Operation):
-    """Which files are in a folder."""
+    """The files in a folder."""
 
     name = "list_files"
     phrasings = (
@@ -86,7 +86,7 @@ class ListFiles(Operation):
 
 
 class CountFiles(Operation):
-    """How many files have one ending."""
+    """The number of files with one ending."""
 
     name = "count_files"
     phrasings = phrasings(
@@ -121,7 +121,7 @@ class CountFiles(Operation):
 
 
 class FindText(Operation):
-    """Which file has a text."""
+    """The file that contains a text."""
 
     name = "find_text"
     phrasings = phrasings(
@@ -435,7 +435,7 @@ class Recover(Operation):
 
 
 class Missing(Operation):
-    """What is asked for does not exist; the answer says so."""
+    """A request for a thing that does not exist; the answer must say so."""
 
     name = "missing"
     phrasings = (
