@@ -11,6 +11,7 @@
             NotPureError            it has compiled code
             NoTestsError            it has no tests
             FailingTestsError       its tests fail without any change
+        SynthError          a run of `agentkit synth` cannot start or continue
         OutputError         an output file cannot be written
 
 A task or suite file that cannot be read raises `agentkit.errors.TaskFileError`.
@@ -63,6 +64,10 @@ class NoTestsError(PackageError):
 
 class FailingTestsError(PackageError):
     """The tests of a package fail without any change to it. The message has the end of their output."""
+
+
+class SynthError(EvalError):
+    """A run of `agentkit synth` cannot start or continue. The message says why, and how to continue it."""
 
 
 class OutputError(EvalError):

@@ -17,22 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import anyio
-import torch
 
 from agentkit.model import Model
 from agentkit.models.embedded import EmbeddedModel
 from agentkit_engine import Engine
-from agentkit_evals.measure import Counter, numbers, shown
-from agentkit_evals.record import RunDirectory, TrialRecord, agentkit_version, scores_by_task
+from agentkit_evals.measure import Counter, circumstances, numbers, shown
+from agentkit_evals.record import RunDirectory, TrialRecord, scores_by_task
 from agentkit_evals.report import write_report
 from agentkit_evals.run import EvalRun
 from agentkit_evals.suite import PACKAGED_SUITES, load_suite
@@ -51,12 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "epochs": options.epochs,
         "temperature": sampling.temperature,
         "backend": options.env,
-        "agentkit": agentkit_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "agentkit_evals.everyday", *(sys.argv[1:] if argv is None else argv)],
+        **circumstances("agentkit_evals.everyday", argv),
         "suites": {},
     }
 

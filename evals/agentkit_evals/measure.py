@@ -54,12 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "temperature": engine.sampling.temperature if options.temperature is None else options.temperature,
         "top_p": engine.sampling.top_p,
         "backend": options.env,
-        "agentkit": agentkit_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "agentkit_evals.measure", *(sys.argv[1:] if argv is None else argv)],
+        **circumstances("agentkit_evals.measure", argv),
         "masked_pairs_seen_in_training": leaks(suite, options.training_seeds),
         "results": session.embedded(engine, suite, "model"),
     }
@@ -134,6 +129,18 @@ def _scores(trials: Sequence[TrialRecord]) -> dict[str, Any]:
     for name, group in groups.items():
         result |= {name: numbers(scores_by_task(group))} if name else numbers(scores_by_task(group))
     return result
+
+
+def circumstances(module: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return versions, threads, platform, date and command of a measurement by `python -m MODULE`."""
+    return {
+        "agentkit": agentkit_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["python", "-m", module, *(sys.argv[1:] if argv is None else argv)],
+    }
 
 
 def numbers(scores: Sequence[Sequence[float]]) -> dict[str, Any]:

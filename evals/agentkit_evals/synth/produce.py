@@ -30,7 +30,7 @@ import anyio
 from agentkit.messages import to_openai_all
 from agentkit.thinking import Thinking
 from agentkit_evals.contamination import Guard, packaged_texts
-from agentkit_evals.errors import EvalError
+from agentkit_evals.errors import SynthError
 from agentkit_evals.synth.bench import Bench, turns
 from agentkit_evals.synth.family import Split, SynthTask
 from agentkit_evals.synth.worlds import vocabulary
@@ -57,10 +57,6 @@ WEIGHTS: dict[str, float] = {
     "far_poll": 0.4,
 }
 """Shares of operations among the instructions; 1 for all others."""
-
-
-class SynthError(EvalError):
-    """A run cannot start or continue. The message says why, and how to continue it."""
 
 
 @dataclass(frozen=True, slots=True)

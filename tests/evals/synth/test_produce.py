@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from agentkit.cli.commands import app
 from agentkit_environments import SandboxUnavailableError
+from agentkit_evals.errors import SynthError
 from agentkit_evals.provenance import Provenance, generator_name, is_accepted
 from agentkit_evals.synth import SynthTask
 from agentkit_evals.synth import produce as module
 from agentkit_evals.synth.bench import Bench
 from agentkit_evals.synth.generate import OracleError
-from agentkit_evals.synth.produce import Plan, Progress, SynthError, distinct, produce
+from agentkit_evals.synth.produce import Plan, Progress, distinct, produce
 from agentkit_evals.synth.worlds.operations import OPERATIONS
 
 PLAN = Plan(environments=4, instructions=24, seed=3, worlds_per_shard=2, backend="unsafe-local")
