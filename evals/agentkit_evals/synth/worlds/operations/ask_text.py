@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from agentkit_evals.synth.family import Act, Phrasing, Step, phrasings, submit
+from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.worlds.artifacts.texts import Agenda, Mail, Prose
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.mention import mention, mention_value
+from agentkit_evals.synth.worlds.operations.steps import read_and_answer
 from agentkit_evals.synth.worlds.parameters import series
 from agentkit_evals.synth.worlds.task import Draft, Operation
 from agentkit_evals.synth.worlds.world import World
-
-
-def read_and_answer(path: str, thought: str, answer: str) -> list[Step]:
-    """Return the steps of an oracle that reads a file and submits the answer."""
-    return [
-        lambda results: Act(f"I read `{path}`.", [("read_file", {"path": path})]),
-        lambda results: submit(thought, answer),
-    ]
 
 
 class AskNote(Operation):

@@ -11,6 +11,7 @@ from agentkit_evals.synth.worlds.artifacts.code import Module
 from agentkit_evals.synth.worlds.checks import same_files
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.mention import mention, mention_value
+from agentkit_evals.synth.worlds.operations.steps import run
 from agentkit_evals.synth.worlds.task import Draft, Operation
 from agentkit_evals.synth.worlds.world import World
 
@@ -67,7 +68,7 @@ class FixBug(Operation):
         if test in world.files:
             return None
         edit = {"path": module.path, "old": function.wrong, "new": function.line}
-        run = ("bash", {"command": f"python3 {shlex.quote(test)}"})
+        test_run = run(f"python3 {shlex.quote(test)}")
         return Draft(
             instruction=draw.phrase(
                 phrasing.text,
@@ -76,10 +77,10 @@ class FixBug(Operation):
                 name=f"`{function.name}`",
             ),
             steps=[
-                lambda results: Act(f"I run `{test}` to see what fails.", [run]),
+                lambda results: Act(f"I run `{test}` to see what fails.", [test_run]),
                 lambda results: Act(f"A test fails. I read `{module.path}`.", [("read_file", {"path": module.path})]),
                 lambda results: Act(f"`{function.wrong}` is wrong.", [("edit_file", edit)]),
-                lambda results: Act("I run the tests again.", [run]),
+                lambda results: Act("I run the tests again.", [test_run]),
                 lambda results: submit("The tests pass."),
             ],
             files={module.path: broken, test: write_test(module, folder, shown=slice(0, 3))},
@@ -117,7 +118,7 @@ class RunScript(Operation):
         return Draft(
             instruction=draw.phrase(phrasing.text, path=mention(draw, path)),
             steps=[
-                lambda results: Act(f"I run `{path}`.", [("bash", {"command": command})]),
+                lambda results: Act(f"I run `{path}`.", [run(command)]),
                 lambda results: submit("This is the output.", results[0].strip()),
             ],
             files={path: source},
@@ -159,9 +160,7 @@ class RenameIdentifier(Operation):
         return Draft(
             instruction=draw.phrase(phrasing.text, old=mention_value(draw, old), new=mention_value(draw, new)),
             steps=[
-                lambda results: Act(
-                    f"I rename `{old}` to `{new}` in all Python files.", [("bash", {"command": command})]
-                ),
+                lambda results: Act(f"I rename `{old}` to `{new}` in all Python files.", [run(command)]),
                 lambda results: submit("It is renamed."),
             ],
             files=files,

@@ -13,6 +13,7 @@ from agentkit_evals.synth.worlds.artifacts.texts import Note, fact, filler
 from agentkit_evals.synth.worlds.checks import same_files
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.mention import mention, mention_value
+from agentkit_evals.synth.worlds.operations.steps import run
 from agentkit_evals.synth.worlds.task import Draft, Operation
 from agentkit_evals.synth.worlds.world import Artifact, World
 
@@ -112,7 +113,7 @@ class CountFiles(Operation):
         return Draft(
             instruction=draw.phrase(phrasing.text, ending=draw.choice((f".{ending}", f"`.{ending}`", f".{ending}"))),
             steps=[
-                lambda results: Act(f"I count the files that end in .{ending}.", [("bash", {"command": command})]),
+                lambda results: Act(f"I count the files that end in .{ending}.", [run(command)]),
                 lambda results: submit(f"There are {results[0].strip()}.", results[0].strip()),
             ],
             answer=count,
@@ -319,7 +320,7 @@ class MoveFile(Operation):
                 folder=mention_value(draw, made),
             ),
             steps=[
-                lambda results: Act("I use a shell command.", [("bash", {"command": command[phrasing.kind]})]),
+                lambda results: Act("I use a shell command.", [run(command[phrasing.kind])]),
                 lambda results: submit(done[phrasing.kind]),
             ],
             solution=command[phrasing.kind],
@@ -359,7 +360,7 @@ class AppendLine(Operation):
                 phrasing.text, path=mention(draw, note.path), text=draw.choice((f'"{text}"', f"`{text}`", f"'{text}'"))
             ),
             steps=[
-                lambda results: Act(f"I append the line to `{note.path}`.", [("bash", {"command": command})]),
+                lambda results: Act(f"I append the line to `{note.path}`.", [run(command)]),
                 lambda results: submit("The line is added."),
             ],
             solution=command,
@@ -416,7 +417,7 @@ class Recover(Operation):
 
         def find(results: list[str]) -> Act:
             command = f"find . -name '*{stem.split('-')[0].split('_')[0]}*'"
-            return Act(f"I look for `{stem}` in all folders.", [("bash", {"command": command})])
+            return Act(f"I look for `{stem}` in all folders.", [run(command)])
 
         moved = where != (folder or ".")
         return Draft(

@@ -8,8 +8,7 @@ from agentkit_evals.synth.worlds.artifacts.ledger import Ledger, draw_ledger
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.find import find, is_free
 from agentkit_evals.synth.worlds.mention import mention, mention_value
-from agentkit_evals.synth.worlds.operations.lists import look, run
-from agentkit_evals.synth.worlds.operations.logs import look_and_run
+from agentkit_evals.synth.worlds.operations.steps import look, look_and_run, run
 from agentkit_evals.synth.worlds.requests import ask
 from agentkit_evals.synth.worlds.shell import fixed, quote
 from agentkit_evals.synth.worlds.task import Draft, Operation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from agentkit_evals.synth.worlds.checks import same_files
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.find import find, is_free, new_path
 from agentkit_evals.synth.worlds.mention import mention, mention_value
+from agentkit_evals.synth.worlds.operations.steps import look_and_run, run
 from agentkit_evals.synth.worlds.requests import AnswerKind, ask
 from agentkit_evals.synth.worlds.shell import fixed, quote
 from agentkit_evals.synth.worlds.task import Draft, Operation
@@ -25,23 +26,9 @@ STRIP = {"dash": "s/^- //p", "star": r"s/^\* //p", "numbered": r"s/^[0-9]*\. //p
 BOXES = {"open": "[ ]", "done": "[x]"}
 
 
-def run(command: str) -> tuple[str, dict[str, str]]:
-    return ("bash", {"command": command})
-
-
-def look(path: str) -> Act:
-    """Return the turn that looks at the first lines of a file."""
-    return Act(f"I look at the first lines of `{path}`.", [run(f"head -n 3 {quote(path)}")])
-
-
 def show(made: ItemList) -> str:
     """Return a command that prints the items without marks."""
     return f"cat {quote(made.path)}" if made.format == "plain" else f"sed -n '{STRIP[made.format]}' {quote(made.path)}"
-
-
-def last_result(thought: str) -> Callable[[list[str]], Act]:
-    """Return the last step of an oracle whose answer is what the command printed."""
-    return lambda results: submit(thought, results[0].strip())
 
 
 def noun(draw: Draw, made: ItemList) -> str:
@@ -124,11 +111,7 @@ class CountItems(Operation):
         request = ask(draw, phrasing, "number", path=mention(draw, made.path), noun=noun(draw, made))
         return Draft(
             instruction=request.text,
-            steps=[
-                lambda results: look(made.path),
-                lambda results: Act(f"I count the lines with `{pattern}`.", [run(command)]),
-                last_result("That is the number."),
-            ],
+            steps=look_and_run(made.path, f"I count the lines with `{pattern}`.", command, "That is the number."),
             about=[made.shape],
             files=files,
             difficulty=2,
@@ -211,11 +194,9 @@ class ListItems(Operation):
             command += " | paste -sd, | sed 's/,/, /g'"
         return Draft(
             instruction=request.text,
-            steps=[
-                lambda results: look(made.path),
-                lambda results: Act(f"I print the {'' if kind == 'all' else kind + ' '}items.", [run(command)]),
-                last_result("These are the items."),
-            ],
+            steps=look_and_run(
+                made.path, f"I print the {'' if kind == 'all' else kind + ' '}items.", command, "These are the items."
+            ),
             about=[made.shape],
             files=files,
             difficulty=2,
@@ -262,11 +243,7 @@ class NthItem(Operation):
         request = ask(draw, phrasing, "value", path=mention(draw, made.path), noun=made.noun, nth=nth)
         return Draft(
             instruction=request.text,
-            steps=[
-                lambda results: look(made.path),
-                lambda results: Act(f"I print the {nth} item.", [run(command)]),
-                last_result("That is the item."),
-            ],
+            steps=look_and_run(made.path, f"I print the {nth} item.", command, "That is the item."),
             about=[made.shape],
             files=files,
             difficulty=2,

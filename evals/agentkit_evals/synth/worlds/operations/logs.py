@@ -6,13 +6,13 @@ import functools
 import re
 from collections import Counter
 
-from agentkit_evals.synth.family import Act, Phrasing, Step, phrasings, submit
+from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.worlds.answers import names_are, number_is
 from agentkit_evals.synth.worlds.artifacts.log import FORMATS, Entry, Log, draw_log
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.find import find
 from agentkit_evals.synth.worlds.mention import mention, mention_value
-from agentkit_evals.synth.worlds.operations.lists import last_result, look, run
+from agentkit_evals.synth.worlds.operations.steps import look, look_and_run, run
 from agentkit_evals.synth.worlds.requests import ask
 from agentkit_evals.synth.worlds.shell import fixed, quote
 from agentkit_evals.synth.worlds.task import Draft, Operation
@@ -33,15 +33,6 @@ FIELDS = {
     "status": ("[status|status code]", "[status codes|statuses]"),
     "host": ("host", "hosts"),
 }
-
-
-def look_and_run(path: str, thought: str, command: str, end: str) -> list[Step]:
-    """Return an oracle that looks at a log, runs one command and submits what it prints."""
-    return [
-        lambda results: look(path),
-        lambda results: Act(thought, [run(command)]),
-        last_result(end),
-    ]
 
 
 def marked_levels(log: Log) -> dict[str, str]:

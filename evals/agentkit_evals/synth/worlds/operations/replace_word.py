@@ -12,7 +12,7 @@ from agentkit_evals.synth.worlds.checks import same_files
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.find import find
 from agentkit_evals.synth.worlds.mention import mention, mention_value
-from agentkit_evals.synth.worlds.operations.lists import run
+from agentkit_evals.synth.worlds.operations.steps import run
 from agentkit_evals.synth.worlds.requests import ask
 from agentkit_evals.synth.worlds.shell import quote
 from agentkit_evals.synth.worlds.task import Draft, Operation

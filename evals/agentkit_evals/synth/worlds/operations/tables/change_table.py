@@ -16,6 +16,7 @@ from agentkit_evals.synth.worlds.artifacts.table import (
 from agentkit_evals.synth.worlds.draw import Draw
 from agentkit_evals.synth.worlds.find import find
 from agentkit_evals.synth.worlds.mention import mention, mention_value
+from agentkit_evals.synth.worlds.operations.steps import run
 from agentkit_evals.synth.worlds.operations.tables.code import dump, load, look, script, solution, written
 from agentkit_evals.synth.worlds.operations.tables.conditions import column_named
 from agentkit_evals.synth.worlds.operations.tables.write_table import same_table
@@ -98,7 +99,7 @@ class AddRow(Operation):
                 command = f"printf {quote(template + chr(92) + 'n')} >> {quote(table.path)}"
             steps = [
                 lambda results: look(table),
-                lambda results: Act("I append a line.", [("bash", {"command": command})]),
+                lambda results: Act("I append a line.", [run(command)]),
                 lambda results: submit("The row is added."),
             ]
             way = command
@@ -158,7 +159,7 @@ class RemoveRow(Operation):
             steps, way = written([table], f"I keep all rows but {label}.", code), solution(code)
         else:
             steps = [
-                lambda results: Act(f"I look for {label}.", [("bash", {"command": f"grep -n {fixed(label)} {path}"})]),
+                lambda results: Act(f"I look for {label}.", [run(f"grep -n {fixed(label)} {path}")]),
                 lambda results: _delete(table, results[0].split(":")[0]),
                 lambda results: submit("The row is removed."),
             ]
@@ -240,7 +241,7 @@ class ChangeCell(Operation):
                 return None
             find_row = f"head -n 1 {quote(table.path)}; grep {fixed(label)} {quote(table.path)}"
             steps = [
-                lambda results: Act(f"I look for {label}.", [("bash", {"command": find_row})]),
+                lambda results: Act(f"I look for {label}.", [run(find_row)]),
                 lambda results: Act(f"I change `{column.header}` to {cell}.", [("edit_file", edit)]),
                 lambda results: submit("The cell is changed."),
             ]
@@ -262,4 +263,4 @@ def _named(draw: Draw, column: Column) -> str:
 
 
 def _delete(table: Table, number: str) -> Act:
-    return Act(f"I delete line {number}.", [("bash", {"command": f"sed -i {number}d {quote(table.path)}"})])
+    return Act(f"I delete line {number}.", [run(f"sed -i {number}d {quote(table.path)}")])

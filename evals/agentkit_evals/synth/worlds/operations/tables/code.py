@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from agentkit_evals.synth.family import Act, Step, submit
 from agentkit_evals.synth.worlds.artifacts.table import Column, Format, Table
+from agentkit_evals.synth.worlds.operations.steps import run
 from agentkit_evals.synth.worlds.shell import quote
 
 _LOAD = {
@@ -28,9 +29,7 @@ def load(table: Table, name: str = "rows") -> str:
 
 def look(*tables: Table) -> Act:
     """Return the turn that looks at the first lines of each table."""
-    calls = [
-        ("bash", {"command": f"head -n {9 if table.format == 'json' else 3} {quote(table.path)}"}) for table in tables
-    ]
+    calls = [run(f"head -n {9 if table.format == 'json' else 3} {quote(table.path)}") for table in tables]
     return Act(f"I look at the first lines of {' and '.join(f'`{table.path}`' for table in tables)}.", calls)
 
 
