@@ -67,7 +67,7 @@ class FailingTestsError(PackageError):
 
 
 class SynthError(EvalError):
-    """A run of `agentkit synth` cannot start or continue. The message says why, and how to continue it."""
+    """A run of `agentkit synth` cannot start or continue. The message gives the reason and a remedy."""
 
 
 class OutputError(EvalError):

@@ -1,6 +1,6 @@
 """Measure a model on the hand-written suites: `python -m agentkit_evals.everyday --model tiny`.
 
-The suites are in `suites/`. Nothing of them is training data; `agentkit_evals.contamination` checks that.
+The suites are in `suites/`. None of their tasks is training data; `agentkit_evals.contamination` checks that.
 
 | suite | tasks |
 |---|---|

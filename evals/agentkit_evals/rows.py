@@ -1,7 +1,7 @@
 """Training rows from the trajectories of runs: JSON Lines, each with its provenance.
 
 A row has the ids and the loss mask of an engine session (empty for a model behind an API), the messages in OpenAI's
-form, the reward, and where all of it comes from. Rows whose licence is unknown or not accepted do not leave silently.
+form, the reward, and the provenance. Rows without an accepted licence are refused, or left out and counted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A package's repository in one sandbox: change files, run tests, reset, without opening the sandbox again.
 
 The layout is that of the exported tasks: the repository is the work directory, and the test runner is in `TOOLS`,
-outside it. Tests run with `python3 -S`, so that what the machine's interpreter has installed does not count. Python
-writes no bytecode: a file that changes twice within a second would otherwise run in its old form.
+outside it. Tests run with `python3 -S`, so that packages installed on the machine are not imported. Python writes no
+bytecode: a file that changes twice within a second would otherwise run in its old form.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TestRun:
 def runner_of(package: Package) -> Runner:
     """Return `unittest` if every test is a method of a `unittest.TestCase` and pytest is not imported, else `pytest`.
 
-    pytest also runs tests of the other kind; but a task with `unittest` needs nothing that Python does not have.
+    pytest runs both kinds, but a task with `unittest` needs only the standard library.
     """
     for path in package.tests:
         text = package.text(path)
@@ -269,7 +269,7 @@ class Bench:
     async def test(
         self, files: Sequence[str], *, timeout_s: float, hash_seed: int = 0, stop_at_first: bool = False
     ) -> TestRun:
-        """Run test files."""
+        """Run test files for at most `timeout_s` seconds."""
         command = command_for(self.package, self.runner, files, stop_at_first=stop_at_first)
         result = await self.environment.exec(
             f"{command} 2>&1",

@@ -7,7 +7,7 @@ different hash seeds:
 - every other test passes, and no test file fails to load;
 - the fix, applied as a patch, gives back the files of the release exactly, and every test passes.
 
-The tests that fail are taken out of the task's repository; `Bug.test_patch` brings them back for scoring.
+The failing tests are removed from the task's repository; `Bug.test_patch` restores them for scoring.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MIN_TIMEOUT_S = 10.0
 MIN_PASSING = 0.9
 """Share of a package's tests that must pass without any change."""
 MAX_FAILING = 0.5
-"""Share of the tests that a bug may fail: a package that no longer works at all teaches nothing."""
+"""Share of the tests that a bug may fail; a fault that fails more breaks the package as a whole."""
 PER_FUNCTION = 2
 """Kept bugs per function."""
 TRIES_PER_BUG = 8
@@ -50,7 +50,7 @@ Outcome = Literal["kept", "unnoticed", "hangs", "does not load", "too many fail"
 
 kept            a bug
 unnoticed       every test that imports the module passes
-hangs           the tests do not end in time, or the sandbox dies of them
+hangs           the tests do not end in time, or they kill the sandbox
 does not load   a test has no result: a test file cannot be loaded, or the run broke off
 too many fail   more than `MAX_FAILING` of the tests fail
 unstable        two runs of the same files differ
@@ -72,7 +72,7 @@ class Bug(Strict):
     bug_patch: str
     """From the release to the start of the task."""
     test_patch: str
-    """Brings the failing tests back."""
+    """Restores the failing tests."""
     fix: str
     """The gold patch."""
     issue: str
@@ -310,7 +310,7 @@ async def _failing_tests(
 
 
 async def _start_of_task(bench: Bench, path: str, fault: Mutation, by_file: Mapping[str, set[str]]) -> tuple[str, str]:
-    """Make the fault and take the failing tests out. Returns the patch from the release, and the commit."""
+    """Make the fault and remove the failing tests; return the patch from the release, and the commit."""
     await bench.reset()
     await bench.write(path, fault.text)
     for file, functions in by_file.items():

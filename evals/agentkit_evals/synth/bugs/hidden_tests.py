@@ -1,4 +1,4 @@
-"""Taking tests out of a test file, so that an agent does not see the tests that decide."""
+"""Remove tests from a test file, so that an agent does not see the tests that score."""
 
 from __future__ import annotations
 

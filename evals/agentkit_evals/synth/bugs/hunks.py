@@ -1,4 +1,4 @@
-"""Faults from history: one hunk between two releases of a package, taken back in the newer one."""
+"""Faults from history: one hunk between two releases of a package, reverted in the newer one."""
 
 from __future__ import annotations
 

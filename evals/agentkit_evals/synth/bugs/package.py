@@ -86,7 +86,7 @@ class PackageSpec:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One release: every file of its source distribution, and what the names of the files tell."""
+    """One release: the files of its source distribution, and the modules and tests found by their names."""
 
     name: str
     version: str

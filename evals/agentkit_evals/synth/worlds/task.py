@@ -39,8 +39,8 @@ class Draft:
     Attributes:
         instruction: The request, without greeting.
         steps: The oracle's turns.
-        answer: What the final answer must contain, without regard to case; "" if any answer will do.
-        reply: What the solution answers if `answer` is ""; for drafts whose verifier checks the answer.
+        answer: Text that the final answer must contain, ignoring case; "" if any answer is accepted.
+        reply: The solution's answer if `answer` is "", for drafts whose verifier checks the answer.
         alone: The request demands a form of answer, so it cannot be one of two requests.
         verifier: Shell command that checks the work directory of a fresh sandbox; "" if the answer is all that counts.
         solution: Shell command that solves the task, without printing the answer.
