@@ -75,8 +75,7 @@ class Operation(ABC):
     phrasings: ClassVar[tuple[Phrasing, ...]]
     needs_tool: ClassVar[bool] = True  # no task of this kind can be solved without a tool call
     uses_world: ClassVar[bool] = True  # False if its tasks need no files
-    far_fact: ClassVar[bool] = False  # a needed fact is further back than a window
-    spread_fact: ClassVar[bool] = False  # the far fact is spread over many positions
+    spread_fact: ClassVar[bool] = False  # a needed fact is far back and spread over many positions
 
     @abstractmethod
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:

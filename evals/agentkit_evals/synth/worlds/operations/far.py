@@ -30,7 +30,6 @@ class FarNote(Operation):
     """The first line of a long file, which is read to its end."""
 
     name = "far_note"
-    far_fact = True
     uses_world = False
     phrasings = phrasings(
         train=(
@@ -68,7 +67,6 @@ class FarName(Operation):
     """A value of the request, written to a file together with the end of a long file."""
 
     name = "far_name"
-    far_fact = True
     uses_world = False
     phrasings = phrasings(
         train=(
@@ -107,7 +105,7 @@ class FarPoll(Operation):
     """The name that most lines of a poll have, with other text after the poll."""
 
     name = "far_poll"
-    far_fact = spread_fact = True
+    spread_fact = True
     uses_world = False
     phrasings = phrasings(
         train=(
