@@ -37,6 +37,9 @@ def work(
 
     Weights are loaded from the folder `start`, or random if it is None. If `out` holds the state of a stopped run, that
     run continues.
+
+    Raises:
+        ValueError: `out` holds states of different steps.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
@@ -47,13 +50,17 @@ def work(
     saved = out / f"state{rank}.pt"
     state = None
     if saved.exists():
-        found = torch.load(saved)
+        found = torch.load(saved, map_location=device)
         model.load_state_dict(found["model"])
         state = State(found["step"], found["optimizers"])
     elif start is not None:
         model.load_state_dict(Engine.load(start).decoder.state_dict())
         if config.renew_hca:
             renew_hca_(model, torch.Generator().manual_seed(config.seed))
+    steps: list[int] = [0] * workers
+    dist.all_gather_object(steps, 0 if state is None else state.step)
+    if len(set(steps)) > 1:
+        raise ValueError(f"{out} holds states of different steps, {steps}, because it was killed while it wrote them")
     record = (out / f"training{rank or ''}.jsonl").open("a")
 
     def log(entry: dict[str, float]) -> None:

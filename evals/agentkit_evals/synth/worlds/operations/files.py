@@ -305,7 +305,8 @@ class MoveFile(Operation):
         state: dict[str, Any] = same_files(expected) if phrasing.kind in ("mv", "cp") else made_it
         if phrasing.kind in ("mv", "rm"):
             gone = f"test ! -e {source}"
-            state["verifier"] = f"{gone} && {state['verifier']}" if phrasing.kind == "mv" else gone
+            kept = "".join(f" && test -e {shlex.quote(other)}" for other in world.files if other != path)
+            state["verifier"] = f"{gone} && {state['verifier']}" if phrasing.kind == "mv" else gone + kept
         done = {
             "mv": "It has its new name.",
             "cp": "The copy is there.",
