@@ -66,6 +66,8 @@ def agentkit(*arguments: str, code: int) -> str:
         ),
         (["run", "Hi", "--expert-cache-bytes", "0"], '"0" is not a whole number of bytes of at least 1'),
         (["run", "Hi", "--expert-cache-bytes", "1GiB"], "expert_cache_bytes needs experts that stay packed"),
+        (["run", "Hi", "--kv-cache-dtype", "fp4"], "'fp4' is not one of 'auto', 'fp8'"),
+        (["chat", "-m", "openai:toy", "--kv-cache-dtype", "fp8"], "openai:toy runs behind an API; leave it out"),
         (["eval", "synth", "-m", "openai:toy", "--expert-cache-bytes", "1GiB"], "openai:toy runs behind an API"),
         (["run", "Hi", "--device", "tpu"], 'device must be "cpu", "cuda" or "cuda:N"'),
         (["run", "Hi", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),

@@ -13,6 +13,9 @@ import pytest
 import typer.testing
 
 from agentkit.cli import app
+from agentkit.cli.model import load_model
+from agentkit.cli.options import KVCacheDtype
+from agentkit.models.embedded import EmbeddedModel
 from agentkit_evals.record import RunDirectory
 
 TASK = """\
@@ -124,3 +127,10 @@ def test_a_model_given_twice_is_refused(suite: Path, models: list[str]) -> None:
 def test_the_junit_file_is_checked_before_the_run(suite: Path, models: list[str]) -> None:
     assert "does not exist" in agentkit("eval", suite, *models[:2], "--junit", "no/results.xml", code=2).output
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("option", "found"), [(None, "auto"), (KVCacheDtype.FP8, "fp8")])
+def test_the_format_of_sessions_reaches_the_engine(option: KVCacheDtype | None, found: str) -> None:
+    model = load_model("tiny", device=None, cache_dir=None, base_url=None, kv_cache_dtype=option)
+    assert isinstance(model, EmbeddedModel)
+    assert model.engine.kv_cache_dtype == found

@@ -35,6 +35,7 @@ from agentkit.cli.options import (
     ExpertCacheFlag,
     GrammarFlag,
     IncludeIgnoredFlag,
+    KVCacheDtypeFlag,
     MaxCostFlag,
     MinPFlag,
     ModelFlag,
@@ -89,6 +90,7 @@ def command(
     devices: DevicesFlag = None,
     threads: ThreadsFlag = None,
     expert_cache_bytes: ExpertCacheFlag = None,
+    kv_cache_dtype: KVCacheDtypeFlag = None,
     effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
@@ -140,6 +142,7 @@ def command(
         devices=devices,
         threads=threads,
         expert_cache_bytes=expert_cache_bytes,
+        kv_cache_dtype=kv_cache_dtype,
         cache_dir=cache_dir,
         base_url=base_url,
     )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from agentkit.cli.options import KVCacheDtype
+
 if TYPE_CHECKING:
     from agentkit.models.embedded import EmbeddedModel
     from agentkit.models.remote.session import RemoteModel
@@ -21,6 +23,7 @@ def load_model(
     devices: int | None = None,
     threads: int | None = None,
     expert_cache_bytes: int | None = None,
+    kv_cache_dtype: KVCacheDtype | None = None,
     max_connections: int | None = None,
 ) -> EmbeddedModel | RemoteModel:
     """Return the model given by `--model`: one behind an API, or one loaded on `--device` and warmed up. Kernels are
@@ -38,6 +41,7 @@ def load_model(
         "--devices": devices,
         "--threads": threads,
         "--expert-cache-bytes": expert_cache_bytes,
+        "--kv-cache-dtype": kv_cache_dtype,
         "--cache-dir": cache_dir,
     }
     from agentkit.models.embedded import EmbeddedModel
@@ -65,6 +69,7 @@ def load_model(
             devices=devices or 1,
             threads=threads,
             expert_cache_bytes=expert_cache_bytes,
+            kv_cache_dtype=(kv_cache_dtype or KVCacheDtype.AUTO).value,
             cache_dir=cache_dir,
         )
     except ValueError as exc:

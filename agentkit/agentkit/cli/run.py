@@ -33,6 +33,7 @@ from agentkit.cli.options import (
     GrammarFlag,
     IncludeIgnoredFlag,
     JsonFlag,
+    KVCacheDtypeFlag,
     MaxCostFlag,
     MinPFlag,
     ModelFlag,
@@ -86,6 +87,7 @@ def command(
     devices: DevicesFlag = None,
     threads: ThreadsFlag = None,
     expert_cache_bytes: ExpertCacheFlag = None,
+    kv_cache_dtype: KVCacheDtypeFlag = None,
     effort: EffortFlag = None,
     env: EnvFlag = None,
     mcp: MCPFlag = None,
@@ -165,6 +167,7 @@ def command(
         devices=devices,
         threads=threads,
         expert_cache_bytes=expert_cache_bytes,
+        kv_cache_dtype=kv_cache_dtype,
         cache_dir=cache_dir,
         base_url=base_url,
     )
