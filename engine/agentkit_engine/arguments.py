@@ -173,15 +173,17 @@ def check_host_cache_bytes(value: object, device: torch.device) -> int:
 
 
 def check_limits(backend: str, threads: object, expert_cache_bytes: object) -> CpuLimits:
-    """Return the limits of the `cpu` backend.
+    """Return the limits of the `cpu` and `triton` backends.
 
     Raises:
         TypeError: one is neither an int nor None.
         ValueError: one is below 1, or given for another backend.
     """
-    for name, value in (("threads", threads), ("expert_cache_bytes", expert_cache_bytes)):
-        if value is not None and backend != "cpu":
-            raise ValueError(f'{name} is an option of backend="cpu", but the backend is "{backend}"; leave it out')
+    options = (("threads", threads, ("cpu",)), ("expert_cache_bytes", expert_cache_bytes, ("cpu", "triton")))
+    for name, value, backends in options:
+        if value is not None and backend not in backends:
+            listed = " and ".join(f'backend="{each}"' for each in backends)
+            raise ValueError(f'{name} is an option of {listed}, but the backend is "{backend}"; leave it out')
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool)):
         raise TypeError(f"threads must be a whole number or None, got {threads!r}")
     if threads is not None and threads < 1:

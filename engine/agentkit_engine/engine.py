@@ -156,10 +156,10 @@ class Engine:
                 False, forwards may use all threads and be faster, and the last bits of a result depend on the batch.
             threads: Threads that share the `"cpu"` backend's work, in each process if there are several devices; by
                 default as many as there are cores, in all. The results are the same bits for any number.
-            expert_cache_bytes: Memory for routed experts on the `"cpu"` backend. The experts, which must be packed,
-                then stay in their files, and those that were used last are kept: the checkpoint may be larger than
-                memory. Each of several devices has an equal share. By default all are in memory; the results are the
-                same bits.
+            expert_cache_bytes: Memory for the routed experts that were used last; they must be packed. On the `"cpu"`
+                backend the others stay in their files, so the checkpoint may be larger than memory; on `"triton"` they
+                are in page-locked host memory, and decoding is not captured in CUDA graphs. Each of several devices has
+                an equal share. By default all are resident; the results are the same bits.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or is out of range, or does not fit the backend.

@@ -171,7 +171,7 @@ def test_weights_are_checked_against_the_memory_of_their_device(device: str, mon
     layout = read_layout(folder)
     with pytest.raises(ModelTooLargeError, match=r"needs .* GiB of memory for its weights, has 0\.0 GiB") as raised:
         memory.check_memory(folder, layout.expected, layout.stored, torch.float64, {}, device=torch.device(device))
-    assert ("expert_cache_bytes" in str(raised.value)) == (device == "cpu")
+    assert f"its experts {'on disk' if device == 'cpu' else 'in host memory'}" in str(raised.value)
     assert "loaded as it is stored" in str(raised.value)
 
 
@@ -195,6 +195,20 @@ def test_gpus_divide_packed_experts_and_processes_on_a_cpu_share_memory(
         monkeypatch.setattr(memory, "available_memory", lambda _, enough=needed: enough - 1)
         with pytest.raises(ModelTooLargeError):
             memory.check_memory(*arguments, device=torch.device(device), devices=devices)
+
+
+def test_experts_beside_a_gpu_need_host_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    export_checkpoint(make_random_decoder(SPEC), tmp_path / "model", format="official")
+    layout = read_layout(tmp_path / "model")
+    packed = find_packed(layout.expected, layout.stored, int8=False, group_rows=SPEC.o_lora_rank)
+    experts = sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 3)
+    arguments = (tmp_path / "model", layout.expected, layout.stored, torch.bfloat16, packed, 1)
+    for device, host in ((1 << 40, experts), (memory._needed(layout.expected, torch.bfloat16, packed, 1), 1 << 40)):
+        monkeypatch.setattr(memory, "available_memory", lambda found=None, h=host, d=device: h if found is None else d)
+        memory.check_memory(*arguments, device=torch.device("cuda"))
+    monkeypatch.setattr(memory, "available_memory", lambda found=None: experts - 1 if found is None else 1 << 40)
+    with pytest.raises(ModelTooLargeError, match="expert_cache_bytes keeps its experts in host memory, which needs"):
+        memory.check_memory(*arguments, device=torch.device("cuda"))
 
 
 def test_a_gpu_gives_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

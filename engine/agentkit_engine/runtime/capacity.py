@@ -175,16 +175,18 @@ def activation_bytes(spec: ModelSpec, tokens: int) -> int:
     return tokens * (4 * elements + candidates)
 
 
-def pending_weights(decoder: Decoder, *, ranks: int = 1) -> int:
+def pending_weights(decoder: Decoder, *, ranks: int = 1, expert_cache_bytes: int | None = None) -> int:
     """Return a bound on the bytes that a backend allocates when it packs a decoder for one of `ranks` devices.
 
     These are matrices that are still in files, and copies of those that share an input, which are joined. Of routed
-    experts a device packs its share.
+    experts a device packs its share, and holds `expert_cache_bytes` of it at most.
     """
-    stored = [rows.nbytes // (ranks if len(rows.shape) == 3 else 1) for rows in decoder.packed.values()]
+    stored = sum(rows.nbytes for rows in decoder.packed.values() if len(rows.shape) == 2)
+    experts = sum(rows.nbytes for rows in decoder.packed.values() if len(rows.shape) == 3) // ranks
+    stored += experts if expert_cache_bytes is None else min(experts, expert_cache_bytes)
     joined = [
         weight.nbytes
         for name, weight in decoder.named_parameters()
         if weight.dim() == 2 and name not in ("embed.weight", "head.weight")
     ]
-    return sum(stored) + sum(joined)
+    return stored + sum(joined)

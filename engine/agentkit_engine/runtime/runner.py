@@ -84,7 +84,7 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
 
 @dataclass(frozen=True, slots=True)
 class CpuLimits:
-    """Limits on what the `cpu` backend uses of a machine.
+    """Limits on what a backend uses of a machine.
 
     Attributes:
         threads: Threads that share the work; by default as many as there are cores.
@@ -122,7 +122,8 @@ def make_ops(
     if backend == "triton":
         from agentkit_kernels.triton.backend import Triton
 
-        return Triton(device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+        kept = None if limits is None else limits.expert_cache_bytes
+        return Triton(device, torch.float32 if dtype == torch.float32 else torch.bfloat16, expert_cache_bytes=kept)
     return QuantizedReference(device) if quantize_activations else Reference(device)
 
 
@@ -182,7 +183,8 @@ class Runner:
         self.pools, self.exact = pools, exact
         self.backend = choose_backend(backend, pools.device)
         self._on_one_thread = OneThread() if exact and self.backend == "reference" else None
-        if capture is None and ops is None and self.backend == "triton" and pools.device.type == "cuda":
+        waits = limits is not None and limits.expert_cache_bytes is not None  # for the choice of experts
+        if capture is None and ops is None and self.backend == "triton" and pools.device.type == "cuda" and not waits:
             capture = CudaCapture(pools.device)
         dtype = decoder.embed.weight.dtype
         ops = ops or make_ops(self.backend, pools.device, dtype, limits, quantize_activations=quantize_activations)

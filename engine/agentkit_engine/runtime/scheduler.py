@@ -103,7 +103,9 @@ class Scheduler:
                 sizes,
                 memory(device),
                 batched_tokens=MAX_NUM_BATCHED_TOKENS,
-                pending_bytes=pending_weights(decoder, ranks=ranks),
+                pending_bytes=pending_weights(
+                    decoder, ranks=ranks, expert_cache_bytes=None if limits is None else limits.expert_cache_bytes
+                ),
                 kv_cache_bytes=kv_cache_bytes,
                 host_cache_bytes=host_cache_bytes,
             )

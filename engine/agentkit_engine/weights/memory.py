@@ -44,31 +44,39 @@ def check_memory(
 ) -> None:
     """Raise an error if the weights do not fit on the device, by default a CPU.
 
-    With `expert_cache_bytes`, routed experts take at most this much. Each of several GPUs, `devices`, needs its share
-    of the packed ones; processes on a CPU share its memory, which must hold all of them.
+    With `expert_cache_bytes`, routed experts take at most this much; the others of a GPU are in host memory. Each of
+    several GPUs, `devices`, needs its share of the packed ones; processes on a CPU share its memory, which must hold
+    all of them.
 
     Raises:
         ModelTooLargeError: names what is needed, what there is, and the forms of this model that would fit.
     """
     on_gpu = device is not None and device.type == "cuda"
     devices = devices if on_gpu else 1
+    if on_gpu and expert_cache_bytes is not None:
+        host, experts = available_memory(), sum(rows.nbytes for rows in packed.values() if len(rows.shape) == 3)
+        if experts > host:
+            raise ModelTooLargeError(
+                folder,
+                f"expert_cache_bytes keeps its experts in host memory, which needs {experts / GIB:.1f} GiB, has "
+                f"{host / GIB:.1f} GiB; use a machine with more, or more devices",
+            )
     needed = _needed(expected, dtype, packed, expert_cache_bytes, devices=devices)
     available = available_memory(device)
     if needed <= available:
         return
+    place = "in host memory" if on_gpu else "on disk"
     as_stored = find_packed(expected, stored, int8=False, group_rows=0)
     forms = {
         "loaded as it is stored, without a dtype": _needed(expected, torch.bfloat16, as_stored, devices=devices),
         'loaded with dtype="int8"': _needed(
             expected, torch.bfloat16, find_packed(expected, stored, int8=True, group_rows=0), devices=devices
         ),
-        "loaded with expert_cache_bytes=2**30, its experts left on disk,": _needed(
+        f"loaded with expert_cache_bytes=2**30, its experts {place},": _needed(
             expected, torch.bfloat16, as_stored, 1 << 30, devices=devices
         ),
         "converted to FP8 and FP4 (agentkit convert)": sum(map(_official_bytes, expected.values())),
     }
-    if on_gpu:
-        forms = {form: size for form, size in forms.items() if "expert_cache_bytes" not in form}
     fitting = [f"{form} it needs {size / GIB:.1f} GiB" for form, size in forms.items() if size <= available]
     remedy = "; or ".join(fitting) or f"the smallest form of it needs {min(*forms.values(), needed) / GIB:.1f} GiB"
     raise ModelTooLargeError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agentkit_kernels.ops import Compressor, Heads, HyperConnection, HyperHead, Plan, Router
 from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows, in_memory
+from agentkit_kernels.pinned_experts import PinnedStack, row_groups
 from agentkit_kernels.reference import host_zeros
 from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.trace import Trace
@@ -120,11 +121,13 @@ class Weight:
         parts: The pieces, each [X, K], or [E, X, K] in a stack.
         wide: Whether products are float32.
         grouped: The only part as a stack [G, O, K], once `grouped_linear` has read it.
+        pinned: Experts in host memory, in place of parts.
     """
 
     parts: list[Matrix]
     wide: bool = False
     grouped: Matrix | None = None
+    pinned: PinnedStack | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -139,8 +142,15 @@ class Triton:
 
     name = "triton"
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> None:
-        """`dtype` is that of activations: bfloat16 or float32.
+    def __init__(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        expert_cache_bytes: int | None = None,
+    ) -> None:
+        """`dtype` is that of activations: bfloat16 or float32. With `expert_cache_bytes`, packed experts stay in host
+        memory, and this many bytes of them on the device.
 
         Raises:
             ValueError: The device is no GPU, outside Triton's interpreter.
@@ -152,6 +162,8 @@ class Triton:
                 "TRITON_INTERPRET=1 to interpret the kernels"
             )
         self.exact = True
+        self.expert_cache_bytes = expert_cache_bytes
+        self.pinned: list[PinnedStack] = []
 
     # --- memory ---
 
@@ -176,7 +188,11 @@ class Triton:
         return Weight(parts, wide)
 
     def stack(self, *parts_EXK: Tensor | PackedRows) -> Weight:
-        return Weight([*map(self._move, parts_EXK)])
+        if self.expert_cache_bytes is None:
+            return Weight([*map(self._move, parts_EXK)])
+        stack = PinnedStack([part for part in map(in_memory, parts_EXK) if isinstance(part, Packed)], self.device)
+        self.pinned.append(stack)
+        return Weight([], pinned=stack)
 
     def table(self, rows: Tensor) -> Tensor:
         return rows.detach().to(self.device)
@@ -186,6 +202,16 @@ class Triton:
 
     def settle(self, *, exact: bool) -> None:
         self.exact = exact
+        if self.expert_cache_bytes is not None and self.pinned:
+            one = sum(stack.bytes_per_expert for stack in self.pinned)
+            slots = self.expert_cache_bytes // one
+            if slots < 1:
+                raise ValueError(
+                    f"expert_cache_bytes must hold at least one expert of each layer, {one} bytes, "
+                    f"got {self.expert_cache_bytes}"
+                )
+            for stack in self.pinned:
+                stack.allocate(slots)
 
     def batch(self, plan: Plan) -> Batch:
         count, most = len(plan.lengths), max(map(len, plan.block_tables), default=0)
@@ -326,8 +352,18 @@ class Triton:
         shared: Tensor,
         batch: Batch,
     ) -> Tensor:
-        w1, w3 = w13.parts
-        return experts.experts(x, chosen, weights, w1, w3, w2.parts[0], limit, shared, exact=self.exact)
+        if w13.pinned is None or w2.pinned is None:
+            w1, w3 = w13.parts
+            return experts.experts(x, chosen, weights, w1, w3, w2.parts[0], limit, shared, exact=self.exact)
+        out = torch.empty_like(shared)
+        for first, last, some in row_groups(chosen.tolist(), w13.pinned.slots):
+            (w1, w3), slot_of = w13.pinned.load(some)
+            (down,), _ = w2.pinned.load(some)  # in the same slots, because both load the same experts
+            out[first:last] = experts.experts(
+                x[first:last], slot_of[chosen[first:last]], weights[first:last], w1, w3, down, limit,
+                shared[first:last], exact=self.exact,
+            )  # fmt: skip
+        return out
 
 
 def _join(above: Matrix, below: Matrix) -> Matrix | None:

@@ -19,6 +19,7 @@ from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.weights.checkpoint import load_checkpoint
 from agentkit_engine.weights.export import Format, export_checkpoint
+from agentkit_kernels.triton.backend import Triton
 from agentkit_kernels.triton.launch import LAUNCHES
 
 FLOAT32, BFLOAT16 = 1e-4, 4e-2
@@ -62,6 +63,29 @@ def test_a_stack_gives_the_logits_of_the_reference(make_folder: MakeFolder, form
     text = some_ids(9)
     assert_close(triton.logits(text), reference.logits(text), FLOAT32)
     assert set(LAUNCHES) >= KERNELS
+
+
+def test_experts_in_host_memory_give_the_bits_of_resident_ones(make_folder: MakeFolder) -> None:
+    folder = make_folder("official", 0, 4)
+    text, model = some_ids(9), Engine.load(folder, backend="triton")
+    resident = model.logits(text)
+    spec = model.spec
+    stacks = [rows.nbytes for rows in model.decoder.packed.values() if len(rows.shape) == 3]
+    one = sum(stacks) // spec.n_routed_experts  # bytes of one expert of every layer
+    few = Engine.load(folder, backend="triton", expert_cache_bytes=spec.num_experts_per_tok * one)
+    assert torch.equal(few.logits(text), resident)
+    assert torch.equal(few.scheduler.logits(text, chunk=4), resident)
+    ops = few.scheduler.runner.forward.ops
+    assert isinstance(ops, Triton)
+    assert len(ops.pinned) == 2 * len(spec.layers)
+    assert {stack.slots for stack in ops.pinned} == {spec.num_experts_per_tok}
+    assert max(stack.copied for stack in ops.pinned) > spec.n_routed_experts  # some were replaced, and copied again
+    with pytest.raises(ValueError, match="a token chooses 2 experts, and 1 fit on the device"):
+        Engine.load(folder, backend="triton", expert_cache_bytes=one).logits(text)
+    with pytest.raises(
+        ValueError, match=rf"expert_cache_bytes must hold at least one expert of each layer, {one} bytes, got 7"
+    ):
+        Engine.load(folder, backend="triton", expert_cache_bytes=7)
 
 
 def test_entries_of_hca_give_the_logits_of_the_reference(make_folder: MakeFolder) -> None:
