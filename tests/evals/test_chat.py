@@ -113,7 +113,7 @@ def test_ctrl_c_stops_the_turn_and_ctrl_d_quits(tmp_path: Path) -> None:
     terminal.type("\x03")
     terminal.wait_for("> ")
     terminal.type("What is the sum of 19, 23 and 31? Submit it.\n")
-    terminal.wait_for("73")
+    terminal.wait_for("→ submit")  # what the model answers depends on how much of the stopped turn it has seen
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
