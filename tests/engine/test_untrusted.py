@@ -1,4 +1,4 @@
-"""What reads files of strangers: regular files only, of a bounded size, and JSON of a bounded shape."""
+"""Files of strangers are read only if they are regular and of a bounded size, and JSON of a bounded shape."""
 
 from __future__ import annotations
 

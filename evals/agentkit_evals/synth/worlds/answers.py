@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 Layout = Literal["", "bare", "lines", "commas"]
-"""What a request says about the form of the answer: nothing, the bare value, one item on each line, or commas."""
+"""The form of the answer that a request demands: none, the bare value, one item on each line, or commas."""
 
 SCRIPT = '''\
 """Compare the answer with answer.json: a number, or names that it must and must not mention."""
