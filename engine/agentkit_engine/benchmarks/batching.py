@@ -54,7 +54,7 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
     requests = _prefill(scheduler, mixed)
     _compare_alone(scheduler, mixed, decode(scheduler, requests, decoded))
     for clock, num_threads, with_threads in CLOCKS:
-        with threads(num_threads):
+        with threads(num_threads, scheduler):
             runs = [_time_both(scheduler, requests, peer, cache, decoded, clock) for _ in range(repeats)]
         ours = Median.of([BATCH * decoded / our_s for our_s, _ in runs])
         theirs = Median.of([BATCH * decoded / their_s for _, their_s in runs])
@@ -72,6 +72,7 @@ def decode_together(longest: int, decoded: int, repeats: int) -> Iterator[Measur
             outputs=f"at {mean} tokens each: {outputs}; mixed: bit for bit what each says alone",
         )
     yield beside_products(
+        scheduler,
         "batch-decode",
         f"a step, {BATCH} sessions at {lengths[0]} to {lengths[-1]} tokens",
         partial(decode, scheduler, requests, decoded),

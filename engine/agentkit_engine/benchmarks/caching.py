@@ -79,7 +79,7 @@ def lookup(lengths: Sequence[int], repeats: int) -> Iterator[Measurement]:
 def restore(length: int, repeats: int) -> Iterator[Measurement]:
     """restore: open a saved long session, or compute it again; the next token is compared."""
     with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
-        engine = Engine.load(folder)
+        engine = Engine.load(folder, threads=1)
         path = Path(place, "session")
         ids = random_ids(engine.spec, length)
 
@@ -124,7 +124,7 @@ def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurem
     same tokens.
     """
     with random_model(tiny_v4()) as folder, tempfile.TemporaryDirectory() as place:
-        engine, path = Engine.load(folder), Path(place, "session")
+        engine, path = Engine.load(folder, threads=1), Path(place, "session")
         engine.scheduler.speculate = False  # one token per forward
         ids = random_ids(engine.spec, length - DECODED * (repeats + 1) - 1)
         short, session = engine.session(), engine.session()
@@ -144,7 +144,7 @@ def long_session(benchmark: str, length: int, repeats: int) -> Iterator[Measurem
         fork = session.fork()[0]
         session.save(path)
         said = _say(session, DECODED)
-        again = Engine.load(folder)
+        again = Engine.load(folder, threads=1)
         again.scheduler.speculate = False
         restored_s = Median.of([seconds("s", lambda: again.open(path).close()) for _ in range(repeats)])
         if any(_say(other, DECODED) != said for other in (fork, again.open(path))):
@@ -283,7 +283,7 @@ NAMES = ("Anna", "Boris", "Clara", "Dora", "Emil", "Frida")
 
 def guesses(turns: int, repeats: int) -> Iterator[Measurement]:
     """speculation: the packaged model calls a tool turn after turn, with drafts and without."""
-    engine = Engine.load("tiny")
+    engine = Engine.load("tiny", threads=1)
     said: list[list[tuple[int, float]]] = [[], []]
     per_forward, rates = [0.0, 0.0], [list[float](), list[float]()]
     for _ in range(repeats + 1):

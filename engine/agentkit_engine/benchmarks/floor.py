@@ -21,6 +21,7 @@ import torch
 
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median, seconds, threads
+from agentkit_engine.runtime.scheduler import Scheduler
 from agentkit_kernels.cpu import loops
 from agentkit_kernels.cpu.linear import Stacked, Weight
 from agentkit_kernels.cpu.loops import Floats, Ints, Weights
@@ -100,14 +101,23 @@ class Floor:
 
 
 def beside_products(
-    benchmark: str, what: str, run: Callable[[], object], repeats: int, *, goal: float | None, steps: int = 1
+    scheduler: Scheduler,
+    benchmark: str,
+    what: str,
+    run: Callable[[], object],
+    repeats: int,
+    *,
+    goal: float | None,
+    steps: int = 1,
 ) -> Measurement:
-    """Measure the products of `run`, which computes `steps` steps, alternately with `run` itself on one thread.
+    """Measure the products of `run`, in which `scheduler` computes `steps` steps, alternately with `run` itself.
+
+    Both use one thread.
 
     The measurement's ratio is the time of a whole step over that of its products; `goal` is the most it should be.
     """
     floor = Floor()
-    with threads(1):
+    with threads(1, scheduler):
         with floor.recording():
             run()
         floor()  # compiles

@@ -171,7 +171,7 @@ def _decode(
             compared = _decode_both(session, peer, cache, sizes.decoded, "s")
             outputs = compare_tokens([*tokens, *compared.tokens], [*logits, *compared.logits])
             for clock, num_threads, with_threads in CLOCKS:
-                with threads(num_threads):
+                with threads(num_threads, engine.scheduler):
                     runs = [_decode_both(session, peer, cache, sizes.decoded, clock) for _ in range(sizes.repeats)]
                 ours = Median.of([sizes.decoded / run.our_s for run in runs])
                 yield Measurement(
@@ -187,6 +187,7 @@ def _decode(
                     outputs=outputs,
                 )
             yield floor.beside_products(
+                engine.scheduler,
                 benchmark,
                 f"a step, one session at {context} tokens",
                 partial(_generate, session, sizes.decoded),
@@ -230,7 +231,7 @@ def prefill(sizes: Sizes) -> Iterator[Measurement]:
     ids = random_ids(engine.spec, last)
     peer.tune_prefill(ids[:first])
     for clock, num_threads, with_threads in CLOCKS:
-        with threads(num_threads):
+        with threads(num_threads, engine.scheduler):
             runs = [_prefill_both(engine, peer, ids, sizes.prefilled, clock) for _ in range(sizes.repeats)]
         outputs = compare_tokens([t for run in runs for t in run.tokens], [x for run in runs for x in run.logits])
         setup = f"{peer}, {peer.prefill_experts} experts, chunks of {peer.chunk}"
@@ -265,6 +266,7 @@ def prefill(sizes: Sizes) -> Iterator[Measurement]:
             )
     for length in sizes.prefilled[1:]:
         yield floor.beside_products(
+            engine.scheduler,
             "prefill",
             f"a prefill of {length} tokens",
             partial(_prefill_alone, engine.scheduler, ids[:length]),
@@ -353,7 +355,7 @@ def _beside(benchmark: str, ours: Engine, theirs: Engine, peer: str, sizes: Size
                 lambda engine, request: batching.decode(engine.scheduler, [request], sizes.decoded),
             ),
         ):
-            with threads(num_threads):
+            with threads(num_threads, *(engine.scheduler for engine, _ in sides)):
                 timed = [[seconds(clock, partial(run, *side)) for side in sides] for _ in range(sizes.repeats)]
             rate, peer_rate = (Median.of([count / each[side] for each in timed]) for side in (0, 1))
             yield Measurement(
