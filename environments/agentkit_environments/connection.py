@@ -1,37 +1,58 @@
-"""The harness's end of an executor: requests out, replies in, any number in flight. `executor.py` documents the
-frames."""
+"""The harness's end of an executor: requests out, replies in, any number in flight.
+
+There are two executors with one protocol, which `executor.py` documents: `executor.py` itself in a process sandbox, and
+`docker/executor/executor.c` in a container.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import anyio
 from anyio.abc import Process
 
+from agentkit_environments.environment import ExecRequest, ExecResult, input_bytes
 from agentkit_environments.errors import HostFailureError, SandboxLostError
-from agentkit_environments.executor import FRAME
+from agentkit_environments.executor import FRAME, start_failure
 
+START_TIMEOUT_S = 20.0
+FILE_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0
 CANCEL_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 5.0
+HANG_TIMEOUT_S = 10.0
 MAX_HEADER_BYTES = 8 << 20
 READY = 0
 
 Reply = tuple[dict[str, Any], bytes]
 
 
-class Connection:
-    """Frames to and from one executor process.
+class Peer(Protocol):
+    """A running executor: its standard streams and its end."""
 
-    There is no background task. A request that waits for its reply reads frames for all waiting requests, and hands the
-    reading over to another waiter when its own reply has arrived. Once the process is gone, every request raises
-    `SandboxLostError`.
-    """
+    async def send(self, data: bytes) -> None:
+        """Write to its standard input. Raises OSError or an anyio resource error if it is gone."""
+
+    async def receive(self) -> bytes:
+        """Return some bytes of its standard output. Raises `anyio.EndOfStream` or such an error at the end."""
+
+    def kill(self) -> None:
+        """End it at once, without waiting. Does nothing if it has ended."""
+
+    async def loss(self) -> SandboxLostError:
+        """Wait for its end, which nobody requested, and return the error that gives the reason."""
+
+    async def close(self) -> None:
+        """End it and with it every process of its sandbox; all are dead on return."""
+
+
+class ProcessPeer:
+    """An executor that is a child process of the harness, or ends with one."""
 
     def __init__(self, process: Process, stderr: IO[bytes], host_failure: Callable[[], str | None]) -> None:
         """Take over a started process.
@@ -41,7 +62,47 @@ class Connection:
             stderr: The file that receives its standard error; closed by this object.
             host_failure: Returns evidence that the host failed; called when the process has ended unexpectedly.
         """
+        assert process.stdin is not None
+        assert process.stdout is not None
         self._process, self._stderr, self._host_failure = process, stderr, host_failure
+        self._stdin = process.stdin
+        self.send, self.receive = process.stdin.send, process.stdout.receive
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def loss(self) -> SandboxLostError:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT_S):
+            await self._process.wait()
+        self._stderr.seek(0, 2)
+        self._stderr.seek(max(0, self._stderr.tell() - 2000))
+        said = self._stderr.read().decode("utf-8", "replace").strip()
+        reason = f"its process ended with status {self._process.returncode}" + (f": {said}" if said else "")
+        failure = self._host_failure()
+        return SandboxLostError(reason) if failure is None else HostFailureError(f"{failure}; {reason}")
+
+    async def close(self) -> None:
+        with anyio.move_on_after(CLOSE_TIMEOUT_S):
+            await self._stdin.aclose()
+            await self._process.wait()
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+        await self._process.aclose()
+        self._stderr.close()
+
+
+class Connection:
+    """Frames to and from one executor.
+
+    There is no background task. A request that waits for its reply reads frames for all waiting requests, and hands the
+    reading over to another waiter when its own reply has arrived. Once the executor is gone, every request raises
+    `SandboxLostError`.
+    """
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
         self._ids = count(READY + 1)
         self._buffer = bytearray()
         self._waiting: dict[int, anyio.Event] = {READY: anyio.Event()}
@@ -87,26 +148,59 @@ class Connection:
             self._replies.pop(request_id, None)
             self._hand_on()
         if "errno" in header:
-            raise OSError(header["errno"], header["message"], header["path"])
+            number = header["errno"]
+            path = header.get("path", fields.get("path", fields.get("cwd")))
+            raise OSError(number, header["message"] or os.strerror(number), path)
         return header, reply
+
+    async def exec(self, request: ExecRequest, env: Mapping[str, str], user: Sequence[str] | None = None) -> ExecResult:
+        """Run a command; see `Environment.exec`.
+
+        Args:
+            request: The command.
+            env: All its variables; those in `request` are ignored.
+            user: Its uid, gid and further gids, for the executor of a container. Default: the agent's.
+        """
+        fields = {
+            "argv": request.argv,
+            "cwd": request.cwd,
+            "env": dict(env),
+            "timeout_s": request.timeout_s,
+            "max_output_bytes": request.max_output_bytes,
+            **({} if user is None else {"user": list(user)}),
+        }
+        answer_s = None if request.timeout_s is None else request.timeout_s + HANG_TIMEOUT_S
+        try:
+            header, body = await self.request("exec", fields, input_bytes(request.stdin), answer_s)
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            exit_code, message = start_failure(error, request.argv)
+            return ExecResult(exit_code, "", message, False, False, 0.0)
+        return ExecResult(
+            exit_code=header["exit_code"],
+            stdout=body[: header["stdout"]].decode("utf-8", "replace"),
+            stderr=body[header["stdout"] :].decode("utf-8", "replace"),
+            truncated=header["truncated"],
+            timed_out=header["timed_out"],
+            duration_s=header["duration_s"],
+        )
+
+    async def kill_all(self) -> None:
+        """Kill every process of the sandbox except the executor; see `Environment.kill_all`."""
+        try:
+            await self.request("kill_all", {}, b"", HANG_TIMEOUT_S)
+        except TimeoutError as error:
+            raise SandboxLostError(f"the sandbox is gone: {error.strerror}") from error
 
     async def close(self) -> None:
         """End the executor and with it every process of its sandbox; all are dead on return."""
+        self._lost = self._lost or "it was closed"
         with anyio.CancelScope(shield=True):
-            with anyio.move_on_after(CLOSE_TIMEOUT_S):
-                assert self._process.stdin is not None
-                await self._process.stdin.aclose()
-                await self._process.wait()
-            if self._process.returncode is None:
-                self._process.kill()
-                await self._process.wait()
-            self._lost = self._lost or "it was closed"
+            await self._peer.close()
             self._wake_all()
-            await self._process.aclose()
-            self._stderr.close()
 
     async def _send(self, header: dict[str, Any], body: bytes) -> None:
-        assert self._process.stdin is not None
         encoded = json.dumps(header).encode()
         if len(encoded) > MAX_HEADER_BYTES:  # no kernel accepts a path or an argument list of this size
             raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
@@ -116,7 +210,7 @@ class Connection:
             try:
                 # A partial frame makes the connection unusable, so a cancelled sender still sends all of its frame.
                 with anyio.CancelScope(shield=True), anyio.fail_after(SEND_TIMEOUT_S):
-                    await self._process.stdin.send(FRAME.pack(len(encoded), len(body)) + encoded + body)
+                    await self._peer.send(FRAME.pack(len(encoded), len(body)) + encoded + body)
             except TimeoutError:
                 raise self._lose("it takes no more requests") from None
             except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -140,7 +234,6 @@ class Connection:
 
     async def _read_frame(self) -> None:
         """Read at least one frame and wake the request that waits for it."""
-        assert self._process.stdout is not None
         while True:
             if len(self._buffer) >= FRAME.size:
                 header_size, body_size = FRAME.unpack_from(self._buffer)
@@ -154,8 +247,8 @@ class Connection:
                         self._waiting[header["id"]].set()
                     return
             try:
-                self._buffer += await self._process.stdout.receive()
-            except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                self._buffer += await self._peer.receive()
+            except (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 raise await self._died() from None
 
     def _hand_on(self) -> None:
@@ -173,23 +266,16 @@ class Connection:
     def _lose(self, reason: str) -> SandboxLostError:
         if self._lost is None:
             self._lost = reason
-            if self._process.returncode is None:
-                self._process.kill()
+            self._peer.kill()
             self._wake_all()
         return self._gone()
 
     async def _died(self) -> SandboxLostError:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_TIMEOUT_S):
-            await self._process.wait()
         if self._lost is None:
-            self._stderr.seek(0, 2)
-            self._stderr.seek(max(0, self._stderr.tell() - 2000))
-            said = self._stderr.read().decode("utf-8", "replace").strip()
-            reason = f"its process ended with status {self._process.returncode}" + (f": {said}" if said else "")
-            failure = self._host_failure()
-            if failure is not None:
-                self._error, reason = HostFailureError, f"{failure}; {reason}"
-            self._lose(reason)
+            error = await self._peer.loss()
+            if self._lost is None:
+                self._error = type(error)
+                self._lose(str(error))
         return self._gone()
 
     def _gone(self) -> SandboxLostError:

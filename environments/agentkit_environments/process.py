@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from tarfile import TarInfo
@@ -43,7 +43,7 @@ import anyio.to_thread
 
 from agentkit_environments.archive import ExportedDir, pieces
 from agentkit_environments.cgroups import CommandGroup
-from agentkit_environments.connection import Connection
+from agentkit_environments.connection import FILE_TIMEOUT_S, START_TIMEOUT_S, Connection, ProcessPeer
 from agentkit_environments.environment import (
     MAX_ARCHIVE_BYTES,
     MAX_ARCHIVE_ENTRIES,
@@ -53,10 +53,8 @@ from agentkit_environments.environment import (
     ExecResult,
     FileOperation,
     ResourceLimits,
-    input_bytes,
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, UnsafeArchiveError
-from agentkit_environments.executor import start_failure
 from agentkit_environments.overlay import Overlay, hidden_names
 from agentkit_environments.seccomp import AUDIT_ARCH, INOTIFY, SYSV_IPC, UNACCOUNTED, seccomp_program
 
@@ -66,9 +64,6 @@ LAUNCHERS: tuple[Launcher, ...] = ("bwrap", "unshare", "bwrap-plain")
 """Launchers in order of preference. `bwrap-plain` is for machines with a policy (some AppArmor policies) that
 removes all capabilities from the programs that bubblewrap starts. There, numbers of files are not bounded, and
 inotify is missing."""
-START_TIMEOUT_S = 20.0
-FILE_TIMEOUT_S = 60.0
-HANG_TIMEOUT_S = 10.0
 KILLED = 128 + signal.SIGKILL
 USER_ID = 1000
 SHM_BYTES = 64 << 20
@@ -425,39 +420,17 @@ class ProcessEnvironment(Environment):
     async def _exec(self, request: ExecRequest) -> ExecResult:
         if request.user is not None:
             raise ValueError(f"a process sandbox has one user; user={request.user!r} needs the docker backend")
-        fields = {
-            "argv": request.argv,
-            "cwd": request.cwd,
-            "env": {**self._env, **request.env},
-            "timeout_s": request.timeout_s,
-            "max_output_bytes": request.max_output_bytes,
-        }
-        stdin = self._fitting(input_bytes(request.stdin))
-        answer_s = None if request.timeout_s is None else request.timeout_s + HANG_TIMEOUT_S
         kills_before = self._group.kills()
-        try:
-            header, body = await self._connection.request("exec", fields, stdin, answer_s)
-        except OSError as error:
-            if error.errno != errno.E2BIG:
-                raise
-            exit_code, message = start_failure(error, request.argv)
-            return ExecResult(exit_code, "", message, False, False, 0.0)
-        stderr = body[header["stdout"] :].decode("utf-8", "replace")
-        if header["exit_code"] == KILLED and not header["timed_out"] and self._group.kills() > kills_before:
+        result = await self._connection.exec(request, {**self._env, **request.env})
+        if result.exit_code == KILLED and not result.timed_out and self._group.kills() > kills_before:
             memory_mib = self.spec.limits.memory_mib
-            stderr += f"killed: the sandbox's {memory_mib} MiB of memory, which its files share, were used up\n"
-        return ExecResult(
-            exit_code=header["exit_code"],
-            stdout=body[: header["stdout"]].decode("utf-8", "replace"),
-            stderr=stderr,
-            truncated=header["truncated"],
-            timed_out=header["timed_out"],
-            duration_s=header["duration_s"],
-        )
+            reason = f"killed: the sandbox's {memory_mib} MiB of memory, which its files share, were used up\n"
+            return replace(result, stderr=result.stderr + reason)
+        return result
 
     async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
         fields = {"path": path, **bounds}
-        return (await self._connection.request(operation, fields, self._fitting(body), FILE_TIMEOUT_S))[1]
+        return (await self._connection.request(operation, fields, body, FILE_TIMEOUT_S))[1]
 
     async def upper_directories(self) -> list[str]:
         """Return the directories in the overlay's upper layer: new directories, and directories with changes in them.
@@ -521,21 +494,12 @@ class ProcessEnvironment(Environment):
             await self._connection.request("import_dir", {"path": path, "entries": entries}, content, FILE_TIMEOUT_S)
 
     async def kill_all(self) -> None:
-        try:
-            await self._connection.request("kill_all", {}, b"", HANG_TIMEOUT_S)
-        except TimeoutError as error:
-            raise SandboxLostError(f"the sandbox is gone: {error.strerror}") from error
+        await self._connection.kill_all()
 
     async def close(self) -> None:
         with anyio.CancelScope(shield=True):
             await self._connection.close()
             await anyio.to_thread.run_sync(self._group.remove)
-
-    def _fitting(self, data: bytes) -> bytes:
-        """Return `data`, or refuse data of which the executor could not hold two copies."""
-        if len(data) > EXECUTOR_BYTES >> 2:
-            raise ValueError(f"a process sandbox takes at most {EXECUTOR_BYTES >> 2} bytes at once, got {len(data)}")
-        return data
 
 
 async def _launch(
@@ -554,7 +518,7 @@ async def _launch(
                 start_new_session=True,
                 pass_fds=[*files.fds.values(), *group.procs_fds, *([] if hidden_fd is None else [hidden_fd])],
             )
-        connection = Connection(process, stderr, group.host_failure)
+        connection = Connection(ProcessPeer(process, stderr, group.host_failure))
         with anyio.fail_after(START_TIMEOUT_S):
             await connection.ready()
         group.close_descriptors()
