@@ -1,13 +1,13 @@
 """Docker sandbox: one container per environment, hardened beyond the engine's defaults.
 
-environment.py  DockerEnvironment, the contract; runs every blocking call below in a worker thread
-container.py    the life of one container: start, killing, removal
-keeper.py       the container's first program, which can kill every process in it at any time
-loss.py         the reason why a container was lost, from evidence outside it
+environment.py  DockerEnvironment, the contract
+container.py    the life of one container: start, loss, removal; blocking calls
+attachment.py   the standard streams of its first program, the executor
+executor/       the executor: runs commands, reads and writes files, kills
+users.py        users by the image's /etc/passwd and /etc/group
+files.py        directories in and out, by the engine's archives; blocking calls
 hardening.py    what the container is allowed to do
-exec_stream.py  one `docker exec` and its standard streams
-files.py        files in and out: single files by a script as the commands' user, directories by the engine's archives
-killing.py      the script that kills one command
+loss.py         the reason why a container was lost, from evidence outside it
 engine.py       the engine: connecting, images, removing and reaping containers
 """
 

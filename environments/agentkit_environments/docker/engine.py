@@ -13,6 +13,7 @@ import time
 import docker
 import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.models.images import Image
 from docker.utils import parse_host
 
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
@@ -63,20 +64,21 @@ def docker_failure(image: str | None = None) -> str | None:
     return None
 
 
-def require_image(client: docker.DockerClient, image: str | None) -> str:
+def require_image(client: docker.DockerClient, image: str | None) -> Image:
+    """Return an image (None: the base image), which is pulled if it is missing. Raises SandboxUnavailableError."""
     name = image or BASE_IMAGE
     try:
-        client.images.get(name)
+        return client.images.get(name)
     except ImageNotFound:
         if image is None:
             raise SandboxUnavailableError(f"the base image {BASE_IMAGE} is missing: {BUILD_HINT}") from None
         try:
             client.images.pull(name)
+            return client.images.get(name)
         except (DockerException, requests.RequestException) as error:
             raise SandboxUnavailableError(f"image {name} is missing and could not be pulled: {error}") from error
     except (DockerException, requests.RequestException) as error:
         raise SandboxUnavailableError(f"image {name} cannot be used: {error}") from error
-    return name
 
 
 def reap_docker(run_id: str | None) -> int:

@@ -1,9 +1,6 @@
-"""Files in and out of a container.
+"""Directories in and out of a container, through the engine's archive interface: as root, as a tar archive.
 
-A small script reads or writes one file as the commands' user, so that the kernel resolves its path and checks its
-permissions as it does for a command. The script needs `cat`, `head` and `mkdir` in the image. Directories go through
-the engine's archive interface as root, as a tar archive in each direction. Messages of both become the OSError that a
-file system would raise.
+The engine's messages become the OSError that a file system would raise.
 """
 
 from __future__ import annotations
@@ -14,10 +11,8 @@ import io
 import json
 import os
 import posixpath
-import secrets
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
@@ -28,10 +23,8 @@ from docker.errors import DockerException
 from agentkit_environments.archive import MAX_LINKS_FOLLOWED, ExportedDir, rebase_archive, repack
 from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.engine import API_TIMEOUT_S, OWNER_LABEL, RUN_LABEL, remove_container
-from agentkit_environments.docker.exec_stream import KILLED, ExecStream
-from agentkit_environments.docker.hardening import AGENT_ID, AGENT_USER
+from agentkit_environments.docker.hardening import AGENT_ID
 from agentkit_environments.errors import SandboxUnavailableError
-from agentkit_environments.executor import COOKIE
 from agentkit_environments.owner import owner_token
 
 if TYPE_CHECKING:
@@ -45,7 +38,6 @@ PHRASES = {
     "no space left": errno.ENOSPC,
     "not a directory": errno.ENOTDIR,
     "no such file": errno.ENOENT,
-    "directory nonexistent": errno.ENOENT,  # Debian's shell, about a file that it cannot create
     "file too large": errno.EFBIG,
     "name too long": errno.ENAMETOOLONG,
     "is a directory": errno.EISDIR,
@@ -53,41 +45,7 @@ PHRASES = {
     "file exists": errno.EEXIST,
     "cannot overwrite": errno.EEXIST,
 }
-"""Phrases in messages of the engine and of programs, and the error number that each stands for."""
-
-SCRIPT_TIMEOUT_S = 20.0
-ERRNO_BASE = 100
-"""Exit status of a script that finds an error itself: this plus the error number."""
-
-# Opening a pipe would block, so the script checks for a regular file first. If another process replaces the file in
-# between, the script runs into the timeout. The errors are those of `open` with O_NONBLOCK, as in `executor.py`.
-CHECK = rf"""
-fail() {{ exit $(({ERRNO_BASE} + $1)); }}
-check() {{
-  [ -S "$1" ] && fail {errno.ENXIO}
-  [ ! -e "$1" ] || [ -f "$1" ] || fail {errno.EINVAL}
-}}
-"""
-READ = (
-    CHECK
-    + rf"""
-[ ! -e "$1" ] || [ -r "$1" ] || fail {errno.EACCES}
-[ -d "$1" ] && fail {errno.EISDIR}
-check "$1"
-exec head -c "$2" "$1"
-"""
-)
-WRITE = (
-    CHECK
-    + rf"""
-umask 022
-mkdir -p "${{1%/*}}/" || exit 1
-[ -d "$1" ] && fail {errno.EISDIR}
-[ -p "$1" ] && fail {errno.ENXIO}
-check "$1"
-exec cat >"$1"
-"""
-)
+"""Phrases in messages of the engine, and the error number that each stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,50 +67,11 @@ class Stat:
 
 
 class Files:
-    """The files of one container by absolute path; blocking calls that raise OSError."""
+    """The directories of one container by absolute path; blocking calls that raise OSError."""
 
     def __init__(self, container: Container) -> None:
         self._container, self._api = container, container.api
         self._url = f"{self._api.base_url}/v{self._api.api_version}/containers/{container.id}/archive"
-
-    def read_file(self, path: str, max_bytes: int, cancel_fd: int) -> bytes:
-        data = self._run(READ, [path, str(max_bytes + 1)], b"", path, max_bytes + 1, cancel_fd)
-        if len(data) > max_bytes:
-            raise os_error(errno.EFBIG, path)
-        return data
-
-    def write_file(self, path: str, data: bytes, cancel_fd: int) -> None:
-        self._run(WRITE, [path], data, path, 0, cancel_fd)
-
-    def _run(
-        self, script: str, arguments: list[str], stdin: bytes, path: str, max_output_bytes: int, cancel_fd: int
-    ) -> bytes:
-        """Run a script as the commands' user and return its output."""
-        argv = ["/bin/sh", "-c", script, "sh", *arguments]
-        cookie, deadline = secrets.token_hex(12), time.monotonic() + SCRIPT_TIMEOUT_S
-        env = {"LC_ALL": "C", COOKIE: cookie}
-        with ExecStream(
-            self._api, self._container.id, argv, stdin, "/", env, AGENT_USER, max(max_output_bytes, 1 << 12)
-        ) as stream:
-            code = stream.exit_code(deadline, cancel_fd) if stream.pump(deadline, cancel_fd) else None
-            if code is None:
-                self._container.kill_command(cookie, AGENT_USER, stream)
-                raise OSError(errno.ETIMEDOUT, f"not done within {SCRIPT_TIMEOUT_S:g} s", path)
-        if code == 0:
-            return stream.stdout.value()
-        if ERRNO_BASE < code < KILLED - 1 and code - ERRNO_BASE in errno.errorcode:
-            number = code - ERRNO_BASE
-            raise OSError(number, "not a regular file" if number == errno.EINVAL else os.strerror(number), path)
-        if code == KILLED:
-            self._container.require_running()
-            raise OSError(errno.EINTR, "the helper that reads and writes files was killed in the container", path)
-        said = (stream.stderr.value() or stream.stdout.value()[:1000]).decode("utf-8", "replace").strip()
-        reason = said.lower().rpartition(": ")[2]  # skip the path, which may contain any of the phrases
-        for phrase, number in PHRASES.items():
-            if phrase in reason:
-                # EEXIST comes from `mkdir -p` only: a file stands where a directory is needed.
-                raise os_error(errno.ENOTDIR if number == errno.EEXIST else number, path)
-        raise OSError(errno.EIO, f"the helper that reads and writes files exited with {code}: {said}", path)
 
     def export_dir(self, path: str, max_entries: int, max_bytes: int) -> ExportedDir:
         stat = self.stat(path)

@@ -1,11 +1,13 @@
 """Restrictions of a container: as many as the engine supports.
 
 No capabilities for commands, no new privileges, the engine's seccomp filter, no network, bounds on processes, memory
-(without swap), CPU, file size and open files, a read-only root, an unprivileged user, an init process. The work
-directory and /tmp are memory-backed volumes of bounded size.
+(without swap), CPU, file size and open files, a read-only root, an unprivileged user. The work directory and /tmp are
+memory-backed volumes of bounded size. A third volume holds the executor; only root can write to it.
 """
 
 from __future__ import annotations
+
+import posixpath
 
 import requests
 from docker import APIClient
@@ -18,38 +20,44 @@ from agentkit_environments.errors import SandboxUnavailableError
 from agentkit_environments.owner import owner_token
 
 AGENT_ID = 1000
-AGENT_USER = f"{AGENT_ID}:{AGENT_ID}"
-KEEPER_USER = "0:0"
-KEEPER_CAPABILITIES = ["KILL"]
+EXECUTOR = "/.agentkit/executor"
+EXECUTOR_USER = "0:0"
+EXECUTOR_CAPABILITIES = ["KILL", "SETGID", "SETPCAP", "SETUID"]
+"""`executor.c` says what it needs them for. Commands, also those of root, have none."""
+EXECUTOR_MIB = 128
+"""Memory for the executor itself: input that arrives, and output that waits for the end of a command."""
+EXECUTOR_FILES = 4096
+"""Descriptors of the executor: four for each command that runs."""
 SHM_MIB = 64
 
 
 def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: str) -> str:
     """Create a container without starting it, and return its id.
 
-    Its first program is the keeper's shell. The shell's user differs from the commands' user, so that they cannot kill
-    it.
+    Its first program is the executor, which must be put into its volume before the start.
 
     Raises:
         SandboxUnavailableError: If the engine refuses the container.
     """
     limits = spec.limits
     # The content of the two volumes and of /dev/shm counts as the container's memory: full volumes must not kill it.
-    memory = (limits.memory_mib + 2 * limits.disk_mib + SHM_MIB) << 20
+    memory = (limits.memory_mib + 2 * limits.disk_mib + SHM_MIB + EXECUTOR_MIB) << 20
+    executor = Mount(target=posixpath.dirname(EXECUTOR), source=None, type="volume", no_copy=True)
+    work_directory = _memory_volume(spec.workdir, "0755", limits.disk_mib)
+    files = max(limits.open_files, EXECUTOR_FILES)
     host_config = api.create_host_config(
         auto_remove=True,
-        cap_add=KEEPER_CAPABILITIES,
+        cap_add=EXECUTOR_CAPABILITIES,
         cap_drop=["ALL"],
-        init=True,
         ipc_mode="private",
         log_config=LogConfig(type="none"),
         mem_limit=memory,
         memswap_limit=memory,
-        mounts=[_memory_volume(spec.workdir, "0755", limits.disk_mib), _memory_volume("/tmp", "1777", limits.disk_mib)],
+        mounts=[executor, work_directory, _memory_volume("/tmp", "1777", limits.disk_mib)],
         nano_cpus=int(limits.cpus * 1e9),
         network_mode="none" if spec.network == "none" else "bridge",
         oom_score_adj=500,
-        pids_limit=limits.processes,
+        pids_limit=limits.processes + 1,  # the executor
         privileged=False,
         read_only=True,
         security_opt=["no-new-privileges:true"],
@@ -57,7 +65,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         # Without these, System V segments and message queues would outlive the processes that made them.
         sysctls={"kernel.shm_rmid_forced": "1", "kernel.msgmni": "16", "fs.mqueue.queues_max": "16"},
         ulimits=[
-            Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
+            Ulimit(name="nofile", soft=files, hard=files),  # the executor lowers it for commands
             Ulimit(name="fsize", soft=limits.file_size_mib << 20, hard=limits.file_size_mib << 20),
             Ulimit(name="core", soft=0, hard=0),
         ],
@@ -66,15 +74,14 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         return str(
             api.create_container(
                 image,
-                entrypoint=["/bin/sh"],
-                command=[],
-                environment={"ENV": ""},
+                entrypoint=[EXECUTOR],
+                command=[str(AGENT_ID), str(AGENT_ID), str(limits.open_files), str(EXECUTOR_MIB << 20)],
                 hostname="sandbox",
                 host_config=host_config,
                 labels={RUN_LABEL: run_id, OWNER_LABEL: owner_token()},
                 stdin_open=True,
-                user=KEEPER_USER,
-                working_dir=spec.workdir,
+                user=EXECUTOR_USER,
+                working_dir="/",
             )["Id"]
         )
     except (DockerException, requests.RequestException) as error:

@@ -22,7 +22,7 @@ KERNEL_LOG = "/dev/kmsg"
 
 
 def why_lost(api: APIClient, container_id: str, error: Exception | None, memory_mib: int) -> SandboxLostError:
-    """Return the error to raise for a container whose request failed with `error`, or that does not answer (None)."""
+    """Return the error for a container whose request failed with `error`, or whose connection ended (None)."""
     name = f"container {container_id[:12]}"
     try:
         api.get(f"{api.base_url}/_ping", timeout=PING_TIMEOUT_S).raise_for_status()
@@ -31,7 +31,7 @@ def why_lost(api: APIClient, container_id: str, error: Exception | None, memory_
         return HostFailureError(f"{name}: the Docker engine does not answer: {silence}")
     exit_code = events.get("die")
     if exit_code is None:
-        reason = f"the engine answered: {error}" if error else "its first program does not answer"
+        reason = f"the engine answered: {error}" if error else "the connection to its first program has ended"
         return SandboxLostError(f"{name} runs, but cannot be used: {reason}")
     if "oom" in events:
         return SandboxLostError(
