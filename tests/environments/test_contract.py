@@ -250,6 +250,8 @@ async def test_directories_round_trip(env: Environment) -> None:
     data = (await env.export_dir("dir")).data
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         assert archive.getnames() == ["link", "sub", "sub/empty", "sub/f"]
+    for path in ("./dir/.", "dir//", "dir/sub/.."):
+        assert (await env.export_dir(path)).data == data
     await env.import_dir("imported/here", data)
     result = await env.exec("cd imported/here && cat link && stat -c %a sub/f && ls -d sub/empty && touch sub/new")
     assert result.stdout == "hi\n755\nsub/empty\n", result.stderr

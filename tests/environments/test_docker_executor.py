@@ -220,7 +220,7 @@ async def test_an_image_needs_to_have_nothing(env: DockerEnvironment, bare_image
     async with await open_environment(EnvironmentSpec(image=bare_image), backend="docker") as bare:
         await bare.write_file("d/f", "text")
         assert await bare.read_file("d/f") == b"text"
-        exported = await bare.export_dir("/workspace")
+        exported = await bare.export_dir(".")
         await bare.import_dir("/tmp/copy", exported.data)
         assert await bare.read_file("/tmp/copy/d/f") == b"text"
         missing = await bare.exec("true")

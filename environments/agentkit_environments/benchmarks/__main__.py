@@ -1,18 +1,22 @@
 """Time opening, commands and closing on every backend that works here: `python -m agentkit_environments.benchmarks`.
 
-Prints one JSON object per line, in milliseconds: p50 and p99 of 200 runs of `true` in a warm environment, the same for
-`subprocess.run` in this process, and the median of ten openings and closings. The last line is the median of ten
-openings of a process sandbox with its first command, whose work directory is an overlay of a folder of 50,000 files, of
-which 1,000 are hidden one by one.
+Prints one JSON object per line, in milliseconds: p50 and p99 of 200 runs of `true` in a warm environment, and of the
+part of them that is not the command's own time (`over`); the median of ten openings, first commands and closings. The
+same for `subprocess.run` in this process, and for `docker exec` in the same kind of container, through the engine's API
+and by the command line. The last line is the median of ten openings of a process sandbox with its first command, whose
+work directory is an overlay of a folder of 50,000 files, of which 1,000 are hidden one by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -27,25 +31,43 @@ OPENINGS = 10
 DIRECTORIES, FILES_EACH = 1_000, 50
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: list[float], prefix: str = "") -> dict[str, float]:
     ordered = sorted(seconds)
     return {
-        "p50_ms": round(1e3 * ordered[len(ordered) // 2], 2),
-        "p99_ms": round(1e3 * ordered[int(len(ordered) * 0.99)], 2),
+        f"{prefix}p50_ms": round(1e3 * ordered[len(ordered) // 2], 2),
+        f"{prefix}p99_ms": round(1e3 * ordered[int(len(ordered) * 0.99)], 2),
     }
 
 
-def time_directly() -> list[float]:
+def time_calls(call: Callable[[], object]) -> list[float]:
     seconds = []
     for _ in range(COMMANDS):
         start = time.perf_counter()
-        subprocess.run(["true"], capture_output=True, check=True)
+        call()
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
+def time_program(*argv: str) -> list[float]:
+    return time_calls(lambda: subprocess.run(argv, capture_output=True, check=True))
+
+
+async def measure_docker_exec() -> list[dict[str, object]]:
+    from docker import DockerClient
+
+    async with await open_environment(EnvironmentSpec(), backend="docker", run_id=f"benchmark-{os.getpid()}") as env:
+        with contextlib.closing(DockerClient.from_env()) as client:
+            (container,) = client.containers.list(filters={"label": f"agentkit.run={env.run_id}"})
+            by_api = time_calls(lambda: container.exec_run(["true"], user="1000:1000"))
+        by_command = time_program("docker", "exec", "--user", "1000:1000", str(container.id), "true")
+    return [
+        {"backend": "docker exec by API", **percentiles(by_api)},
+        {"backend": "docker exec by command line", **percentiles(by_command)},
+    ]
+
+
 async def measure(backend: Backend) -> dict[str, object]:
-    opening, closing, commands = [], [], []
+    opening, first, closing, commands, over = [], [], [], [], []
     for _ in range(OPENINGS):
         start = time.perf_counter()
         env = await open_environment(EnvironmentSpec(), backend=backend)
@@ -54,17 +76,21 @@ async def measure(backend: Backend) -> dict[str, object]:
         ran = time.perf_counter()
         await env.close()
         opening.append(opened - start)
+        first.append(ran - opened)
         closing.append(time.perf_counter() - ran)
     async with await open_environment(EnvironmentSpec(), backend=backend) as env:
         for _ in range(COMMANDS):
             start = time.perf_counter()
-            await env.exec(["true"])
+            result = await env.exec(["true"])
             commands.append(time.perf_counter() - start)
+            over.append(commands[-1] - result.duration_s)
     return {
         "backend": backend,
         "open_ms": round(1e3 * statistics.median(opening), 1),
+        "first_command_ms": round(1e3 * statistics.median(first), 1),
         "close_ms": round(1e3 * statistics.median(closing), 1),
         **percentiles(commands),
+        **percentiles(over, "over_"),
     }
 
 
@@ -93,7 +119,7 @@ async def measure_overlay() -> dict[str, object]:
 
 
 def main() -> None:
-    print(json.dumps({"backend": "subprocess.run", **percentiles(time_directly())}), flush=True)
+    print(json.dumps({"backend": "subprocess.run", **percentiles(time_program("true"))}), flush=True)
     backends: tuple[Backend, ...] = ("unsafe-local", "process", "docker")
     reasons = available_backends()
     for backend in backends:
@@ -101,6 +127,9 @@ def main() -> None:
             print(json.dumps(anyio.run(measure, backend)), flush=True)
         else:
             print(json.dumps({"backend": backend, "skipped": reasons[backend]}), flush=True)
+    if reasons["docker"] is None:
+        for line in anyio.run(measure_docker_exec):
+            print(json.dumps(line), flush=True)
     if reasons["process"] is None:
         print(json.dumps(anyio.run(measure_overlay)), flush=True)
 
