@@ -210,8 +210,8 @@ def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDi
             tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as target,
         ):
             for member in engine:
-                name = posixpath.normpath(member.name.partition("/")[2])
-                if name == ".":
+                name = posixpath.normpath(member.name).partition("/")[2]
+                if not name:
                     continue
                 entries += 1
                 size += _stored(member) + len(name) + len(member.linkname)
@@ -219,7 +219,7 @@ def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDi
                     raise UnsafeArchiveError(f"more than {max_entries} entries or {max_bytes} bytes, at {name[:200]!r}")
                 entry = _like(member, name)
                 if member.islnk():
-                    entry.linkname = posixpath.normpath(member.linkname.partition("/")[2])
+                    entry.linkname = posixpath.normpath(member.linkname).partition("/")[2]
                 problem = name_problem(name)
                 if not _is_plain(member):
                     problem = "a pipe, a socket or a device"

@@ -247,10 +247,11 @@ async def test_a_link_never_leads_to_the_host(env: Environment, tmp_path_factory
 
 async def test_directories_round_trip(env: Environment) -> None:
     await env.exec("mkdir -p dir/sub/empty && echo hi > dir/sub/f && chmod 755 dir/sub/f && ln -s sub/f dir/link")
+    await env.exec("ln -s . dir/here; ln -s dir to-dir")
     data = (await env.export_dir("dir")).data
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        assert archive.getnames() == ["link", "sub", "sub/empty", "sub/f"]
-    for path in ("./dir/.", "dir//", "dir/sub/.."):
+        assert archive.getnames() == ["here", "link", "sub", "sub/empty", "sub/f"]
+    for path in ("./dir/.", "dir//", "dir/sub/..", "dir/here", "to-dir"):
         assert (await env.export_dir(path)).data == data
     await env.import_dir("imported/here", data)
     result = await env.exec("cd imported/here && cat link && stat -c %a sub/f && ls -d sub/empty && touch sub/new")

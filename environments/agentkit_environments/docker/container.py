@@ -12,9 +12,9 @@ import requests
 import urllib3
 from docker.errors import DockerException
 
-from agentkit_environments.docker.engine import connect, remove_container, require_image
+from agentkit_environments.docker.engine import connect, is_podman, remove_container, require_image
 from agentkit_environments.docker.executor import ARCHITECTURES, executor_program
-from agentkit_environments.docker.hardening import EXECUTOR, create_container
+from agentkit_environments.docker.hardening import AGENT_ID, EXECUTOR, create_container
 from agentkit_environments.docker.loss import why_lost
 from agentkit_environments.environment import EnvironmentSpec
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
@@ -48,7 +48,8 @@ class Container:
                     f"{' and '.join(ARCHITECTURES)}"
                 )
             self.env = dict(each.partition("=")[::2] for each in image.attrs["Config"].get("Env") or ())
-            self.id = create_container(self.api, str(image.id), spec, run_id)
+            in_volumes = not is_podman(self.client)
+            self.id = create_container(self.api, str(image.id), spec, run_id, in_volumes=in_volumes)
         except BaseException:
             self.client.close()
             raise
@@ -57,9 +58,11 @@ class Container:
             # remote, in a virtual machine, or because the harness itself runs in a container; and SELinux forbids
             # containers to run files of a user's home.
             folder, _, name = EXECUTOR.rpartition("/")
-            self.api.put_archive(self.id, folder, _archive(name, executor_program(architecture)))
+            self.api.put_archive(self.id, folder, _archive(name, 0, executor_program(architecture)))
             self.stream = self.api.attach_socket(self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             self.api.start(self.id)
+            if not in_volumes:
+                self.api.put_archive(self.id, spec.workdir, _archive(".", AGENT_ID))  # this changes its owner
         except ENGINE_ERRORS as error:
             self.remove()
             raise SandboxUnavailableError(f"the container did not start: {error}") from error
@@ -113,10 +116,12 @@ def raw_socket(stream: Any) -> socket.socket:
     return raw
 
 
-def _archive(name: str, program: bytes) -> bytes:
+def _archive(name: str, uid: int, program: bytes | None = None) -> bytes:
+    """Return a tar archive of one program, or of one directory (None)."""
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.DIRTYPE if program is None else tarfile.REGTYPE
+    member.size, member.mode, member.uid, member.gid = len(program or b""), 0o755, uid, uid
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
-        member = tarfile.TarInfo(name)
-        member.size, member.mode = len(program), 0o755
-        archive.addfile(member, io.BytesIO(program))
+        archive.addfile(member, io.BytesIO(program or b""))
     return out.getvalue()

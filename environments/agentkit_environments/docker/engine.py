@@ -45,6 +45,11 @@ def connect() -> docker.DockerClient:
         ) from error
 
 
+def is_podman(client: docker.DockerClient) -> bool:
+    """Return whether the engine is Podman behind Docker's interface."""
+    return any(part["Name"].startswith("Podman") for part in client.version().get("Components") or ())
+
+
 def docker_failure(image: str | None = None) -> str | None:
     """Return the reason why no container of `image` (None: the base image) can be opened here, or None if one can.
 

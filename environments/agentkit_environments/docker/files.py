@@ -117,7 +117,7 @@ class Files:
 
     def stat(self, path: str) -> Stat:
         """Return what is at `path`; links are followed inside the container."""
-        place = path
+        place = _without_dots(path)
         for _ in range(MAX_LINKS_FOLLOWED):
             response = self._api.head(self._url, params={"path": place}, timeout=API_TIMEOUT_S)
             if not response.ok and response.status_code != 404:
@@ -130,7 +130,7 @@ class Files:
             stat = Stat(place, fields["size"], fields["mode"], fields["linkTarget"])
             if not stat.is_link:
                 return stat
-            place = posixpath.join(posixpath.dirname(place), stat.link_target)
+            place = _without_dots(posixpath.join(posixpath.dirname(place), stat.link_target))
         raise os_error(errno.ELOOP, path)
 
     def _existing_parent(self, path: str, shown: str) -> tuple[str, list[str]]:
@@ -166,6 +166,11 @@ class Files:
                 raise os_error(number, path)
         self._container.require_running()
         raise OSError(errno.EIO, f"the Docker engine answered {response.status_code}: {said.strip()}", path)
+
+
+def _without_dots(path: str) -> str:
+    """Return an absolute path without `.`: engines disagree about the names in an archive of `directory/.`."""
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _reown(source: IO[bytes], out: IO[bytes]) -> None:

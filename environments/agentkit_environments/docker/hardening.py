@@ -2,7 +2,8 @@
 
 No capabilities for commands, no new privileges, the engine's seccomp filter, no network, bounds on processes, memory
 (without swap), CPU, file size and open files, a read-only root, an unprivileged user. The work directory and /tmp are
-memory-backed volumes of bounded size. A third volume holds the executor; only root can write to it.
+in memory and of bounded size: volumes in Docker, whose archives reach no other mounts, and plain mounts in Podman,
+which ignores the options of a volume. Another volume holds the executor; only root can write to it.
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ EXECUTOR_FILES = 4096
 SHM_MIB = 64
 
 
-def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: str) -> str:
+def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: str, *, in_volumes: bool) -> str:
     """Create a container without starting it, and return its id.
 
     Its first program is the executor, which must be put into its volume before the start.
+
+    Args:
+        api: The engine.
+        image: The image.
+        spec: The limits, the work directory and the network.
+        run_id: Label of the container.
+        in_volumes: True if the work directory and /tmp are volumes. Otherwise the work directory belongs to root.
 
     Raises:
         SandboxUnavailableError: If the engine refuses the container.
@@ -43,7 +51,10 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
     # The content of the two volumes and of /dev/shm counts as the container's memory: full volumes must not kill it.
     memory = (limits.memory_mib + 2 * limits.disk_mib + SHM_MIB + EXECUTOR_MIB) << 20
     executor = Mount(target=posixpath.dirname(EXECUTOR), source=None, type="volume", no_copy=True)
-    work_directory = _memory_volume(spec.workdir, "0755", limits.disk_mib)
+    in_memory = {spec.workdir: "0755", "/tmp": "1777"}
+    options = {path: f"size={limits.disk_mib}m,mode={mode},nosuid,nodev" for path, mode in in_memory.items()}
+    volumes = [_memory_volume(path, each) for path, each in options.items()] if in_volumes else []
+    tmpfs = {} if in_volumes else {path: f"{each},exec" for path, each in options.items()}
     files = max(limits.open_files, EXECUTOR_FILES)
     host_config = api.create_host_config(
         auto_remove=True,
@@ -53,7 +64,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         log_config=LogConfig(type="none"),
         mem_limit=memory,
         memswap_limit=memory,
-        mounts=[executor, work_directory, _memory_volume("/tmp", "1777", limits.disk_mib)],
+        mounts=[executor, *volumes],
         nano_cpus=int(limits.cpus * 1e9),
         network_mode="none" if spec.network == "none" else "bridge",
         oom_score_adj=500,
@@ -62,6 +73,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         read_only=True,
         security_opt=["no-new-privileges:true"],
         shm_size=SHM_MIB << 20,
+        tmpfs=tmpfs,
         # Without these, System V segments and message queues would outlive the processes that made them.
         sysctls={"kernel.shm_rmid_forced": "1", "kernel.msgmni": "16", "fs.mqueue.queues_max": "16"},
         ulimits=[
@@ -75,7 +87,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
             api.create_container(
                 image,
                 entrypoint=[EXECUTOR],
-                command=[str(AGENT_ID), str(AGENT_ID), str(limits.open_files), str(EXECUTOR_MIB << 20)],
+                command=[str(AGENT_ID), str(AGENT_ID), str(limits.open_files), str(EXECUTOR_MIB << 20), "0"],
                 hostname="sandbox",
                 host_config=host_config,
                 labels={RUN_LABEL: run_id, OWNER_LABEL: owner_token()},
@@ -88,7 +100,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         raise SandboxUnavailableError(f"the Docker engine refused the container: {error}") from error
 
 
-def _memory_volume(target: str, mode: str, size_mib: int) -> Mount:
-    options = f"size={size_mib}m,nosuid,nodev,uid={AGENT_ID},gid={AGENT_ID},mode={mode}"
-    driver = DriverConfig("local", {"type": "tmpfs", "device": "tmpfs", "o": options})
+def _memory_volume(target: str, options: str) -> Mount:
+    owned = f"{options},uid={AGENT_ID},gid={AGENT_ID}"
+    driver = DriverConfig("local", {"type": "tmpfs", "device": "tmpfs", "o": owned})
     return Mount(target=target, source=None, type="volume", no_copy=True, driver_config=driver)

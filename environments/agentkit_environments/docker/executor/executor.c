@@ -1,14 +1,16 @@
 /*
  * The executor of a container: runs commands and handles files for the harness.
  *
- *     executor UID GID OPEN_FILES MEMORY_BYTES
+ *     executor UID GID OPEN_FILES MEMORY_BYTES CAPABILITIES
  *
  * UID and GID are those of the agent, OPEN_FILES the limit on descriptors of each command, MEMORY_BYTES the limit on
- * this program's own memory. It is PID 1 of the container and ends with its standard input.
+ * this program's own memory, CAPABILITIES the hexadecimal set of those that commands of root may have, usually 0. It is
+ * PID 1 of the container and ends with its standard input.
  *
  * The protocol is that of ../../executor.py, which documents the frames: requests on standard input, replies on
- * standard output. Operations: exec, cancel, read_file, write_file, kill_all. A request may have the field `user`: the
- * texts of a uid, a gid and further gids. Replies have numbers only; the harness adds the text of an errno and the path.
+ * standard output. Operations: exec, cancel, read_file, write_file, kill_all. A request may have the field `user`, the
+ * texts of a uid, a gid and further gids (files ignore these); the default is the agent. Replies have numbers only; the
+ * harness adds the text of an errno and the path.
  *
  * It is a static program and uses nothing of the image except what commands name: no shell, no libraries, no /etc.
  *
@@ -16,7 +18,7 @@
  *   SETUID, SETGID  to start commands as their user, and to handle files as the agent (setfsuid), so that the kernel
  *                   checks permissions as it does for a command;
  *   KILL            to stop and kill commands of any user;
- *   SETPCAP         to remove every capability from what a command, even one of root, could ever gain.
+ *   SETPCAP         to remove every capability but CAPABILITIES from what a command could ever gain.
  * Commands cannot signal it (another uid; for root's commands: no handlers, so the kernel protects PID 1), read its
  * memory, take its descriptors or trace it (it is not dumpable).
  *
@@ -63,9 +65,16 @@ enum {
     MOST_STOPS = 20,
 };
 
-static uid_t agent_uid;
-static gid_t agent_gid;
+struct user {
+    uid_t uid;
+    gid_t gid;
+    size_t group_count;
+    gid_t groups[64];
+};
+
+static struct user agent;
 static rlim_t command_files;
+static unsigned long long command_capabilities;
 static char scratch[CHUNK];
 
 static void die(const char *why) {
@@ -93,10 +102,14 @@ static ssize_t read_again(int fd, void *data, size_t size) {
 
 /* The kernel then checks file permissions, and the right to read /proc/PID/environ, as for a process of this user.
  * Changing the user may make a process dumpable, depending on a setting of the host. */
-static void act_as(uid_t uid, gid_t gid) {
-    setfsgid(gid);
-    setfsuid(uid);
+static void act_as(const struct user *user) {
+    setfsgid(user->gid);
+    setfsuid(user->uid);
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
+static void act_as_root(void) {
+    act_as(&(struct user){0});
 }
 
 /* ---- Requests: the JSON of Python's json.dumps, restricted to what requests hold ----
@@ -281,7 +294,7 @@ static bool parse_request(char *header, struct request *request) {
         field->name = name;
         if (!parse_value(field))
             return false;
-        if (strcmp(name, "id") == 0)
+        if (strcmp(name, "id") == 0 && field->number >= 0 && field->number < 1e15)
             request->id = field->number;
         request->count++;
     } while (take(','));
@@ -309,6 +322,24 @@ static double number_of(const struct request *request, const char *name) {
 static size_t size_of(const struct request *request, const char *name) {
     double number = number_of(request, name);
     return number < 0 ? 0 : number > 1e15 ? (size_t)1 << 50 : (size_t)number;
+}
+
+static struct user user_of(const struct request *request) {
+    const struct field *list = find_field(request, "user", LIST);
+    if (!list || list->count < 2)
+        return agent;
+    struct user user = {0};
+    char *text = list->text;
+    for (size_t i = 0; i < list->count; i++, text += strlen(text) + 1) {
+        unsigned number = (unsigned)strtoul(text, NULL, 10);
+        if (i == 0)
+            user.uid = number;
+        else if (i == 1)
+            user.gid = number;
+        else if (user.group_count < sizeof user.groups / sizeof *user.groups)
+            user.groups[user.group_count++] = number;
+    }
+    return user;
 }
 
 /* ---- Replies ---- */
@@ -370,8 +401,8 @@ static void reply_error(double id, int number, const char *message) {
     reply(header, NULL, 0);
 }
 
-static void reply_result(double id, int exit_code, bool truncated, bool timed_out, double duration_s, size_t stdout_size,
-                         const struct part *parts, size_t count) {
+static void reply_result(double id, int exit_code, bool truncated, bool timed_out, double duration_s,
+                         size_t stdout_size, const struct part *parts, size_t count) {
     char header[256];
     snprintf(header, sizeof header,
              "{\"id\": %.0f, \"exit_code\": %d, \"stdout\": %zu, \"truncated\": %s, \"timed_out\": %s, "
@@ -485,8 +516,7 @@ struct command {
     struct command *next;
     double id;
     pid_t pid; /* 0 after its end; then background processes may still hold its pipes */
-    uid_t uid;
-    gid_t gid;
+    struct user user;
     char *header; /* the request's memory, which holds argv and cwd */
     const char *program, *cwd;
     char *body; /* standard input */
@@ -649,8 +679,8 @@ static void set_limits(void) {
 
 /* In the new process: become the command's program, or write the reason to the status pipe. The agent can stop and
  * kill this process as soon as it has the agent's uid, but cannot trace or read it: it is not dumpable until exec. */
-static void become(const struct command *command, const int *ends, char **argv, char **env, const gid_t *groups,
-                   size_t group_count) {
+static void become(const struct command *command, const int *ends, char **argv, char **env) {
+    const struct user *user = &command->user;
     struct failure failure = {STAGE_START, 0};
     sigset_t none;
     sigemptyset(&none);
@@ -663,12 +693,11 @@ static void become(const struct command *command, const int *ends, char **argv, 
     if (score >= 0 && write(score, "1000", 4) < 0)
         errno = 0;
     set_limits();
-    for (unsigned long capability = 0; prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0;)
-        capability++;
-    if (errno != EINVAL || setgroups(group_count, groups) != 0)
-        goto fail;
-    if (setresgid(command->gid, command->gid, command->gid) != 0 ||
-        setresuid(command->uid, command->uid, command->uid) != 0)
+    for (unsigned long capability = 0; prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0; capability++)
+        if (!(command_capabilities >> capability & 1) && prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0)
+            goto fail;
+    if (setgroups(user->group_count, user->groups) != 0 || setresgid(user->gid, user->gid, user->gid) != 0 ||
+        setresuid(user->uid, user->uid, user->uid) != 0)
         goto fail;
     signal(SIGPIPE, SIG_DFL);
     signal(SIGXFSZ, SIG_DFL);
@@ -685,7 +714,7 @@ fail:
     _exit(127);
 }
 
-/* Return the texts of a list as an array that ends with NULL, with room for one more at its end; NULL without memory. */
+/* Return the texts of a list as an array that ends with NULL, with room for one more; NULL if there is no memory. */
 static char **array_of(const struct field *list) {
     char **array = calloc(list->count + 2, sizeof *array), *text = list->text;
     for (size_t i = 0; array && i < list->count; i++, text += strlen(text) + 1)
@@ -694,7 +723,7 @@ static char **array_of(const struct field *list) {
 }
 
 /* Make the pipes and the process. Returns false, with errno set, if there are too few resources. */
-static bool launch(struct command *command, char **argv, char **env, const gid_t *groups, size_t group_count) {
+static bool launch(struct command *command, char **argv, char **env) {
     int ends[PIPES] = {-1, -1, -1, -1};
     bool made = true;
     for (int i = command->body_size ? IN : OUT; made && i < PIPES; i++) {
@@ -708,7 +737,7 @@ static bool launch(struct command *command, char **argv, char **env, const gid_t
     }
     command->pid = made ? fork() : -1;
     if (command->pid == 0)
-        become(command, ends, argv, env, groups, group_count);
+        become(command, ends, argv, env);
     int number = errno;
     for (int i = 0; i < PIPES; i++) {
         close_fd(&ends[i]);
@@ -722,33 +751,24 @@ static bool launch(struct command *command, char **argv, char **env, const gid_t
 /* Start a command. Takes over the memory of header and body. */
 static void start(const struct request *request, char *header, char *body, size_t body_size) {
     const struct field *argv_field = find_field(request, "argv", LIST), *env_field = find_field(request, "env", LIST);
-    const struct field *user = find_field(request, "user", LIST);
     const char *cwd = text_of(request, "cwd");
     struct command *command = calloc(1, sizeof *command);
     char **argv = argv_field ? array_of(argv_field) : NULL, **env = env_field ? array_of(env_field) : NULL;
-    gid_t groups[64];
-    size_t group_count = 0;
-    if (!command || !argv || !env || !cwd || !argv[0]) {
-        reply_error(request->id, argv_field && env_field && cwd ? ENOMEM : EINVAL, NULL);
+    if (!argv_field || !argv_field->count || !env_field || !cwd) {
+        reply_error(request->id, EINVAL, "malformed request");
+        goto refused;
+    }
+    if (!command || !argv || !env) {
+        reply_error(request->id, ENOMEM, NULL);
         goto refused;
     }
     double timeout_s = number_of(request, "timeout_s");
     *command = (struct command){
         .id = request->id, .header = header, .body = body, .body_size = body_size, .program = argv[0], .cwd = cwd,
-        .uid = agent_uid, .gid = agent_gid, .fds = {-1, -1, -1, -1}, .started = now(),
+        .user = user_of(request), .fds = {-1, -1, -1, -1}, .started = now(),
     };
     command->deadline = timeout_s < NEVER ? command->started + timeout_s : NEVER;
     command->start_deadline = command->started + START_TIMEOUT_S;
-    char *text = user ? user->text : NULL;
-    for (size_t i = 0; user && i < user->count; i++, text += strlen(text) + 1) {
-        unsigned number = (unsigned)strtoul(text, NULL, 10);
-        if (i == 0)
-            command->uid = number;
-        else if (i == 1)
-            command->gid = number;
-        else if (group_count < sizeof groups / sizeof *groups)
-            groups[group_count++] = number;
-    }
     limit_output(&command->output[0], size_of(request, "max_output_bytes"));
     limit_output(&command->output[1], size_of(request, "max_output_bytes"));
     unsigned char random[COOKIE_BYTES];
@@ -759,7 +779,7 @@ static void start(const struct request *request, char *header, char *body, size_
     char variable[sizeof COOKIE_NAME + sizeof command->cookie];
     snprintf(variable, sizeof variable, "%s=%s", COOKIE_NAME, command->cookie);
     env[env_field->count] = variable;
-    if (!launch(command, argv, env, groups, group_count)) {
+    if (!launch(command, argv, env)) {
         reply_failure(command, (struct failure){STAGE_START, errno});
         goto refused;
     }
@@ -833,7 +853,7 @@ static int find_processes(const struct command *command, struct process **list) 
     *list = NULL;
     if (!proc)
         return -1;
-    act_as(command->uid, command->gid);
+    act_as(&command->user);
     while ((entry = readdir(proc))) {
         pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
         if (pid <= 1 || !read_stat(pid, &process, &session))
@@ -848,7 +868,7 @@ static int find_processes(const struct command *command, struct process **list) 
         }
         found[count++] = process;
     }
-    act_as(0, 0);
+    act_as_root();
     bool is_complete = entry == NULL;
     closedir(proc);
     for (bool changed = true; changed;) {
@@ -1029,10 +1049,11 @@ static void handle_file(const struct request *request, bool is_read, const char 
         reply_error(request->id, EINVAL, "no path");
         return;
     }
-    act_as(agent_uid, agent_gid);
+    struct user user = user_of(request);
+    act_as(&user);
     int number = is_read ? read_file(path, size_of(request, "max_bytes"), &data, &size)
                          : write_file(path, body, body_size);
-    act_as(0, 0);
+    act_as_root();
     if (number)
         reply_error(request->id, number, message_of(number));
     else
@@ -1202,13 +1223,13 @@ static void clear_inheritable(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 5 || getpid() != 1 || geteuid() != 0) {
-        dprintf(2, "usage: executor UID GID OPEN_FILES MEMORY_BYTES, as root and PID 1 of a container\n");
+    if (argc != 6 || getpid() != 1 || geteuid() != 0) {
+        dprintf(2, "usage: executor UID GID OPEN_FILES MEMORY_BYTES CAPABILITIES, as root and PID 1 of a container\n");
         return 2;
     }
-    agent_uid = (uid_t)strtoul(argv[1], NULL, 10);
-    agent_gid = (gid_t)strtoul(argv[2], NULL, 10);
+    agent = (struct user){.uid = (uid_t)strtoul(argv[1], NULL, 10), .gid = (gid_t)strtoul(argv[2], NULL, 10)};
     command_files = strtoul(argv[3], NULL, 10);
+    command_capabilities = strtoull(argv[5], NULL, 16);
     struct rlimit limit;
     getrlimit(RLIMIT_DATA, &limit);
     limit.rlim_cur = strtoul(argv[4], NULL, 10);
