@@ -90,7 +90,7 @@ def test_a_scripted_agent_takes_a_task_through_every_room(tmp_path: Path) -> Non
     turns = [message for message in trajectory.messages if isinstance(message, AssistantMessage)]
     assert [bool(turn.reasoning) for turn in turns] == [True, False, False, False]
     results = [message.content for message in trajectory.messages if isinstance(message, ToolMessage)]
-    assert results[:4] == ['echo "helo, world"\n', "helo, world", "Edited greet.sh", "hello, world"]
+    assert results[:4] == ['echo "helo, world"\n', "helo, world", "Replaced 1 occurrence in greet.sh", "hello, world"]
     check_record(run, tokenizer)
     assert str(estimate(scores_by_task(run.trials))) == "1.000"
 

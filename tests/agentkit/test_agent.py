@@ -115,7 +115,11 @@ async def test_the_ids_encode_the_whole_conversation(
                         }
                     ],
                 },
-                {"role": "tool", "tool_call_id": f"call_{index}_0", "content": "Error: No such file: a.txt"},
+                {
+                    "role": "tool",
+                    "tool_call_id": f"call_{index}_0",
+                    "content": "Error: a.txt does not exist; list the directory to see what does",
+                },
             )
         ),
     ]
@@ -136,7 +140,7 @@ async def test_wrong_calls_get_error_results(script: Script, environment: Enviro
     unknown, invalid, missing, listed, _ = results(result.trajectory)
     assert unknown.startswith('Error: unknown tool "nope"; available: bash, read_file')
     assert invalid.startswith("Error: invalid arguments for read_file: $.file: unknown parameter")
-    assert missing == "Error: No such file: b"
+    assert missing == "Error: b does not exist; list the directory to see what does"
     assert listed == "(empty)"
     assert result.status == "submitted"
 

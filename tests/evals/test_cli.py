@@ -360,7 +360,14 @@ def test_the_diff_and_output_of_a_job(tmp_path: Path, tokenizer: Tokenizer, scri
     ]
     assert (done.result.answer, done.verdict, done.backend) == ("done", None, "unsafe-local")
     assert (mine / "a.txt").read_text() == "one\ntwo\n"
-    for part in ("turn 1, thinking", "This is turn 0.", "→ edit_file", "Edited a.txt", "␛[2J", "→ submit"):
+    for part in (
+        "turn 1, thinking",
+        "This is turn 0.",
+        "→ edit_file",
+        "Replaced 1 occurrence in a.txt",
+        "␛[2J",
+        "→ submit",
+    ):
         assert part in shown.getvalue()
     assert "\033[2J" not in shown.getvalue()
 

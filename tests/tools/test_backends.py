@@ -33,7 +33,7 @@ CASES: list[tuple[str, dict[str, str], str]] = [
     ("read_file", {"path": "chain"}, "one\n"),
     ("read_file", {"path": "dlink/f"}, "inner\n"),
     ("read_file", {"path": "dlink"}, "Error: Is a directory: dlink"),
-    ("read_file", {"path": "dangling"}, "Error: No such file: dangling"),
+    ("read_file", {"path": "dangling"}, "Error: dangling does not exist; list the directory to see what does"),
     ("read_file", {"path": "loop"}, "Error: Bad path: loop is a loop of links"),
     ("read_file", {"path": "pipe"}, "Error: not a regular file: pipe"),
     ("read_file", {"path": "/dev/zero"}, "Error: not a regular file: /dev/zero"),
@@ -52,7 +52,11 @@ CASES: list[tuple[str, dict[str, str], str]] = [
     ("write_file", {"path": "d", "content": ""}, "Error: Is a directory: d"),
     ("edit_file", {"path": "ro", "old": "one", "new": "two"}, "Error: Permission denied: ro"),
     ("edit_file", {"path": "none", "old": "one", "new": "two"}, "Error: Permission denied: none"),
-    ("edit_file", {"path": "dangling", "old": "one", "new": "two"}, "Error: No such file: dangling"),
+    (
+        "edit_file",
+        {"path": "dangling", "old": "one", "new": "two"},
+        "Error: dangling does not exist; list the directory to see what does",
+    ),
     ("list_dir", {"path": "locked"}, "f"),
     ("list_dir", {"path": "sealed"}, "Error: Permission denied: sealed"),
     ("list_dir", {"path": "dlink"}, "f"),
@@ -97,7 +101,7 @@ async def test_permissions_and_links(sandbox: Environment, name: str, arguments:
 
 async def test_writing_through_a_link_writes_its_target(sandbox: Environment) -> None:
     await sandbox.exec("echo one > target; ln -s target pointer; ln -s made missing; mkdir place; ln -s place way")
-    assert await use(sandbox, "edit_file", path="pointer", old="one", new="two") == "Edited pointer"
+    assert await use(sandbox, "edit_file", path="pointer", old="one", new="two") == "Replaced 1 occurrence in pointer"
     assert await use(sandbox, "write_file", path="missing", content="new\n") == "Wrote 4 bytes to missing"
     assert await use(sandbox, "write_file", path="way/f", content="in\n") == "Wrote 3 bytes to way/f"
     after = await sandbox.exec("cat target made place/f; readlink pointer missing way")
@@ -106,7 +110,7 @@ async def test_writing_through_a_link_writes_its_target(sandbox: Environment) ->
 
 async def test_an_edit_keeps_owner_mode_and_hard_links(sandbox: Environment) -> None:
     await sandbox.exec("printf '#!/bin/sh\\necho one\\n' > run.sh; chmod 750 run.sh; ln run.sh same.sh")
-    assert await use(sandbox, "edit_file", path="run.sh", old="one", new="two") == "Edited run.sh"
+    assert await use(sandbox, "edit_file", path="run.sh", old="one", new="two") == "Replaced 1 occurrence in run.sh"
     after = await sandbox.exec("stat -c '%a %u' run.sh same.sh; id -u; cat same.sh | tail -n 1")
     mode, same_mode, uid, line = after.stdout.splitlines()
     assert (mode, same_mode, line) == (f"750 {uid}", f"750 {uid}", "echo two")

@@ -21,7 +21,7 @@ ENDS = r"; the line ends differ: the file uses \r\n, \n or both"
 async def test_replaces_the_only_occurrence(call: Call, environment: Environment) -> None:
     await environment.write_file("m.py", b"a = 1\r\nb = \xff\r\n# \xc3\xa9\r\n")
     result = await call("edit_file", path="m.py", old="a = 1\r\n", new="a = '\\1 é'\n")
-    assert (result.content, result.is_error) == ("Edited m.py", False)
+    assert (result.content, result.is_error) == ("Replaced 1 occurrence in m.py", False)
     assert await environment.read_file("m.py") == b"a = '\\1 \xc3\xa9'\nb = \xff\r\n# \xc3\xa9\r\n"
     await call("edit_file", path="m.py", old="# é\r\n", new="")
     assert await environment.read_file("m.py") == b"a = '\\1 \xc3\xa9'\nb = \xff\r\n"
@@ -33,7 +33,7 @@ async def test_replaces_the_only_occurrence(call: Call, environment: Environment
         ("m.py", "zz", 'Error: "old" not found in m.py'),
         ("m.py", "x", 'Error: "old" found 3 times in m.py; give more context'),
         ("m.py", "", 'Error: "old" is empty; give the text to replace'),
-        ("none.py", "x", "Error: No such file: none.py"),
+        ("none.py", "x", "Error: none.py does not exist; list the directory to see what does"),
         (".", "x", "Error: Is a directory: ."),
     ],
 )
@@ -98,7 +98,7 @@ async def test_an_edit_keeps_line_ends_and_surrounding_bytes(
     call: Call, environment: Environment, content: bytes, old: str, new: str, edited: bytes
 ) -> None:
     await environment.write_file("f", content)
-    assert (await call("edit_file", path="f", old=old, new=new)).content == "Edited f"
+    assert (await call("edit_file", path="f", old=old, new=new)).content == "Replaced 1 occurrence in f"
     assert await environment.read_file("f") == edited
 
 

@@ -38,8 +38,8 @@ async def test_read_of_a_long_file_is_cut(call: Call, environment: Environment, 
 @pytest.mark.parametrize(
     ("name", "arguments", "content"),
     [
-        ("read_file", {"path": "a.txt"}, "Error: No such file: a.txt"),
-        ("read_file", {"path": "none/a.txt"}, "Error: No such file: none/a.txt"),
+        ("read_file", {"path": "a.txt"}, "Error: a.txt does not exist; list the directory to see what does"),
+        ("read_file", {"path": "none/a.txt"}, "Error: none/a.txt does not exist; list the directory to see what does"),
         ("read_file", {"path": "dir"}, "Error: Is a directory: dir"),
         ("write_file", {"path": "dir", "content": ""}, "Error: Is a directory: dir"),
         ("write_file", {"path": "dir/file/x", "content": ""}, "Error: Not a directory: dir/file/x"),

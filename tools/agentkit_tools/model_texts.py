@@ -14,29 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-DEFAULT_SYSTEM: Final = "You are agentkit, an agent that solves tasks with tools."
+DEFAULT_SYSTEM: Final = "You are agentkit, an agent that solves tasks by calling tools."
 
 DESCRIPTIONS: Final[Mapping[str, str]] = {
-    "bash": "Run a shell command.",
-    "read_file": "Read a text file.",
-    "write_file": "Create or overwrite a file.",
-    "edit_file": "Replace a text that occurs exactly once in a file.",
-    "list_dir": "List a directory.",
-    "search": "Search files for a regular expression.",
-    "python": "Run a Python script and return what it prints.",
-    "submit": "Submit the final answer.",
-}
-
-ERROR: Final = "Error: {message}"
-NO_OUTPUT: Final = "(no output)"
-EXIT_CODE: Final = "[exit code {code}]"
-NO_SUCH_FILE: Final = "No such file: {path}"
-WROTE: Final = "Wrote {count} bytes to {path}"
-EDITED: Final = "Edited {path}"
-FOUND: Final = "{path}:{line}:{text}"
-
-REWORDINGS: Final[Mapping[str, str]] = {
-    "DEFAULT_SYSTEM": "You are agentkit, an agent that solves tasks by calling tools.",
     "bash": "Run a shell command in the work directory. Only files persist between calls.",
     "read_file": "Return the contents of a text file. Relative paths start at the work directory.",
     "write_file": "Write a text file, replacing it if it exists. Missing parent directories are created.",
@@ -45,7 +25,12 @@ REWORDINGS: Final[Mapping[str, str]] = {
     "search": "Search files for a regular expression, line by line. Returns path:line:text.",
     "python": "Run a Python script in the work directory and return its output.",
     "submit": "Submit the final answer and end the task.",
-    "NO_SUCH_FILE": "{path} does not exist; list the directory to see what does",
-    "EDITED": "Replaced 1 occurrence in {path}",
 }
-"""Improved texts for the next training run, keyed by constant name or tool name."""
+
+ERROR: Final = "Error: {message}"
+NO_OUTPUT: Final = "(no output)"
+EXIT_CODE: Final = "[exit code {code}]"
+NO_SUCH_FILE: Final = "{path} does not exist; list the directory to see what does"
+WROTE: Final = "Wrote {count} bytes to {path}"
+EDITED: Final = "Replaced 1 occurrence in {path}"
+FOUND: Final = "{path}:{line}:{text}"
