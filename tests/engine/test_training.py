@@ -32,6 +32,7 @@ from agentkit_engine.training.train import (
     State,
     TrainingConfig,
     _learning_rate,
+    _practised,
     _stream,
     accuracy,
     nudge_router_biases,
@@ -149,6 +150,14 @@ def test_practice_comes_first_then_in_every_second_pair_of_batches_in_rotation()
     config = replace(config, batches=2, mixed_steps=1)
     mixed = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 12, 16))
     assert [batch.ids_BT.size(1) for batch in mixed] == [24, 24, 96, 96]
+
+
+def test_practice_begins_with_few_ids_and_ends_with_all() -> None:
+    config = TrainingConfig(practice_steps=100)
+    counts = [_practised(step, config, 2000) for step in range(101)]
+    assert counts[:46] == [128] * 46 and counts == sorted(counts) and counts[-1] == 2000
+    assert _practised(0, TrainingConfig(practice_steps=0), 2000) == 128
+    assert {_practised(step, config, 50) for step in range(101)} == {50}
 
 
 def test_majority_practice_asks_for_names_outside_the_window() -> None:

@@ -35,6 +35,9 @@ majority: Rows that ask which names are frequent, with a window of two and no CS
     entries carry the answer.
 """
 FAR_COPY_WINDOW = 12
+FIRST_PRACTISED = 128
+FORMING = 0.45
+"""Share of the steps with practice only in which copying heads form on the first `FIRST_PRACTISED` ids."""
 
 
 def practice_kinds(text: str) -> tuple[Practice, ...]:
@@ -89,7 +92,7 @@ class TrainingConfig:
     weight_decay: float = 0.02
     prompt_weight: float = 0.02
     mtp_weight: float = 0.1
-    mtp_every: int = 4
+    mtp_every: int = 8
     index_every: int = 3
     topk_steps: int = 500
     bias_rate: float = 2e-3
@@ -249,7 +252,21 @@ def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iter
         practice = step < config.practice_steps or (
             step < config.practice_steps + config.mixed_steps and index // 2 % 2
         )
-        yield _practice(rows.copied, config, index) if practice else next(epochs)
+        if practice:
+            yield _practice(rows.copied[: _practised(step, config, len(rows.copied))], config, index)
+        else:
+            yield next(epochs)
+
+
+def _practised(step: int, config: TrainingConfig, count: int) -> int:
+    """Return the number of ids to practise with, of `count`: few until copying heads have formed, then ever more.
+
+    With thousands of ids from the start no copying head had formed after a hundred steps.
+    """
+    first = min(FIRST_PRACTISED, count)
+    formed = FORMING * config.practice_steps
+    grown = (step - formed) / max(1.0, config.practice_steps - formed)
+    return round(first * (count / first) ** min(1.0, max(0.0, grown)))
 
 
 def _practice(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:

@@ -17,9 +17,10 @@ from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tiny import tiny_spec
 from agentkit_engine.training.train import State, TrainingConfig, accuracy, renew_hca_, train
+from agentkit_engine.training.vocabulary import transfer_
 from agentkit_engine.weights.export import export_checkpoint
 
-CHECKPOINT_STEPS = 500
+CHECKPOINT_STEPS = 250
 GENERATION_CONFIG = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False}
 
 
@@ -54,7 +55,8 @@ def work(
         model.load_state_dict(found["model"])
         state = State(found["step"], found["optimizers"])
     elif start is not None:
-        model.load_state_dict(Engine.load(start).decoder.state_dict())
+        begun = Engine.load(start)
+        transfer_(model, tokenizer, begun.decoder, begun.tokenizer)
         if config.renew_hca:
             renew_hca_(model, torch.Generator().manual_seed(config.seed))
     steps: list[int] = [0] * workers
