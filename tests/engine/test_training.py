@@ -31,6 +31,7 @@ from agentkit_engine.training.train import (
     FAR_COPY_WINDOW,
     State,
     TrainingConfig,
+    _copy_batch,
     _learning_rate,
     _practised,
     _stream,
@@ -142,7 +143,7 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -
 
 
 def test_practice_comes_first_then_in_every_second_pair_of_batches_in_rotation() -> None:
-    config = TrainingConfig(practice_steps=3, mixed_steps=0, batches=1, batch_tokens=192)
+    config = TrainingConfig(practice_steps=3, mixed_steps=0, practice_every=0, batches=1, batch_tokens=192)
     drawn = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 8))
     assert [batch.window for batch in drawn] == [None, None, FAR_COPY_WINDOW, FAR_COPY_WINDOW, 2, 2, None, None]
     assert [batch.ids_BT.size(1) for batch in drawn] == [96] * 4 + [164] * 2 + [24] * 2
@@ -150,6 +151,22 @@ def test_practice_comes_first_then_in_every_second_pair_of_batches_in_rotation()
     config = replace(config, batches=2, mixed_steps=1)
     mixed = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 12, 16))
     assert [batch.ids_BT.size(1) for batch in mixed] == [24, 24, 96, 96]
+
+
+def test_rows_to_copy_differ_in_length_once_there_are_many_ids() -> None:
+    generator = torch.Generator().manual_seed(0)
+    few, many = torch.arange(10, 110), torch.arange(10, 2000)
+    lengths = [
+        [_copy_batch(ids, TrainingConfig(), generator, None).ids_BT.size(1) for _ in range(30)] for ids in (few, many)
+    ]
+    assert set(lengths[0]) == {96}
+    assert len(set(lengths[1])) > 10 and min(lengths[1]) >= 48 and max(lengths[1]) < 144
+
+
+def test_practice_goes_on_beside_trajectories() -> None:
+    config = TrainingConfig(practice_steps=0, mixed_steps=0, practice_every=4, batches=1, batch_tokens=192)
+    widths = [batch.ids_BT.size(1) for batch in itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 16)]
+    assert widths == [24, 24, 96, 96, 24, 24, 24, 24, 24, 24, 164, 164, 24, 24, 24, 24]
 
 
 def test_practice_begins_with_few_ids_and_ends_with_all() -> None:

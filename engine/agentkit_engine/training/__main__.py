@@ -27,6 +27,9 @@ def main(
     mixed_steps: Annotated[
         int, typer.Option(help="Steps after these in which half of the batches are practice.")
     ] = DEFAULT.mixed_steps,
+    practice_every: Annotated[
+        int, typer.Option(help="Pairs of batches per pair of practice after that; 0 for none.")
+    ] = DEFAULT.practice_every,
     spread_steps: Annotated[
         int, typer.Option(help="Steps in which only HCA carries facts spread over a stretch of text.")
     ] = DEFAULT.spread_steps,
@@ -59,6 +62,7 @@ def main(
         practice=practice_kinds(practice),
         practice_steps=practice_steps,
         mixed_steps=mixed_steps,
+        practice_every=practice_every,
         spread_steps=spread_steps,
         renew_hca=renew_hca,
         topk_steps=topk_steps,

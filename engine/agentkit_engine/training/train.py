@@ -28,13 +28,15 @@ from agentkit_engine.training.optimizer import Muon
 Practice = Literal["copy", "far-copy", "majority"]
 """Short synthetic rows for skills that trajectories teach late or not at all.
 
-copy: Random names, each repeated once. Copying heads form within sixty such steps.
+copy: Random ids, each repeated once.
 far-copy: The same with a sliding window so short that the first occurrence lies outside it, so that heads must copy
     through CSA's entries. With the full window the model never learned to find distant facts.
 majority: Rows that ask which names are frequent, with a window of two and no CSA selection, so that only HCA's
     entries carry the answer.
 """
 FAR_COPY_WINDOW = 12
+FORMED = 48
+COPIED = (24, 72)
 FIRST_PRACTISED = 128
 FORMING = 0.45
 """Share of the steps with practice only in which copying heads form on the first `FIRST_PRACTISED` ids."""
@@ -60,6 +62,7 @@ class TrainingConfig:
         practice: Kinds of practice batches, in rotation (see `Practice`).
         practice_steps: Initial steps with practice only.
         mixed_steps: Steps after these in which two batches of four are still practice.
+        practice_every: Pairs of batches per pair of practice after that; 0 for no more practice.
         spread_steps: Steps in which CSA selects nothing in rows with spread facts, so that HCA learns to carry them.
             With CSA available, CSA learns them first and HCA never does.
         renew_hca: Whether to give a continued model new HCA compressors first, see `renew_hca_`.
@@ -82,6 +85,7 @@ class TrainingConfig:
     practice: tuple[Practice, ...] = ("copy", "far-copy", "majority")
     practice_steps: int = 150
     mixed_steps: int = 500
+    practice_every: int = 10
     spread_steps: int = 2000
     renew_hca: bool = False
     batches: int = 3
@@ -241,18 +245,16 @@ def _average(model: Decoder, loads: dict[int, Tensor]) -> None:
 
 
 def _stream(rows: Rows, config: TrainingConfig, pad_id: int, world: int) -> Iterator[Batch]:
-    """Yield practice batches, then alternating pairs of practice and trajectories, then trajectories epoch after
-    epoch."""
+    """Yield practice batches, then alternating pairs of practice and trajectories, then mostly trajectories, epoch
+    after epoch."""
     epochs = itertools.chain.from_iterable(
         batches(rows, tokens=config.batch_tokens, pad_id=pad_id, seed=config.seed + epoch)
         for epoch in itertools.count()
     )
     for index in itertools.count():
         step = index // (world * config.batches)
-        practice = step < config.practice_steps or (
-            step < config.practice_steps + config.mixed_steps and index // 2 % 2
-        )
-        if practice:
+        period = 2 if step < config.practice_steps + config.mixed_steps else config.practice_every
+        if step < config.practice_steps or (period and index // 2 % period == 1):
             yield _practice(rows.copied[: _practised(step, config, len(rows.copied))], config, index)
         else:
             yield next(epochs)
@@ -279,8 +281,13 @@ def _practice(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
 
 
 def _copy_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generator, window: int | None) -> Batch:
-    """Return rows of 48 random names and digits, each row repeated once."""
-    half = 48
+    """Return rows of random ids, each row repeated once.
+
+    All rows have `FORMED` ids until heads that copy from this distance have formed on few ids. After that the number
+    differs between batches, so that heads learn to find what they copy.
+    """
+    few = len(copied) <= FIRST_PRACTISED
+    half = FORMED if few else int(torch.randint(*COPIED, (), generator=generator))
     picks_BT = torch.randint(len(copied), (config.batch_tokens // (2 * half), half), generator=generator)
     ids_BT = copied.long()[picks_BT].repeat(1, 2)
     mask_BT = torch.ones(ids_BT.shape)

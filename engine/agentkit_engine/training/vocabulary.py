@@ -6,8 +6,6 @@ spell the same bytes: one row if the old tokenizer has the token, else the mean 
 
 from __future__ import annotations
 
-from os.path import commonprefix
-
 import torch
 
 from agentkit_engine.chat import Tokenizer
@@ -42,13 +40,18 @@ def old_spellings(tokenizer: Tokenizer, old: Tokenizer) -> list[list[int]]:
             spellings.append([old.control_ids[names[id]]])
             continue
         token = tokenizer.token_bytes(id)
-        alike = max(phrases, key=lambda phrase: len(commonprefix((phrase, token))), default=b"")
+        alike = max(phrases, key=lambda phrase: _shared(phrase, token), default=b"")
         if token in old_bytes:
             spellings.append([old_bytes[token]])
-        elif len(commonprefix((alike, token))) >= PHRASE:
+        elif _shared(alike, token) >= PHRASE:
             spellings.append([old_bytes[alike]])
         else:
             text = token.decode(errors="replace")
             exact = text.encode() == token
             spellings.append(old.encode_text(text) if exact else [old_bytes[bytes([byte])] for byte in token])
     return spellings
+
+
+def _shared(one: bytes, other: bytes) -> int:
+    """Return the number of bytes with which both begin."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
