@@ -31,12 +31,12 @@ from agentkit.messages import to_openai_all
 from agentkit.thinking import Thinking
 from agentkit_evals.contamination import Guard, packaged_texts
 from agentkit_evals.errors import SynthError
+from agentkit_evals.synth import vocabulary
 from agentkit_evals.synth.bench import Bench, turns
 from agentkit_evals.synth.family import Split, SynthTask
-from agentkit_evals.synth.worlds import vocabulary
-from agentkit_evals.synth.worlds.operations import OPERATIONS
-from agentkit_evals.synth.worlds.task import masked
-from agentkit_evals.synth.worlds.world import draw_world
+from agentkit_evals.synth.operations import OPERATIONS
+from agentkit_evals.synth.task import masked
+from agentkit_evals.synth.world import draw_world
 from agentkit_evals.verify import Backend
 from agentkit_tools import BUILTINS
 

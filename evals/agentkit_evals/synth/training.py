@@ -24,11 +24,11 @@ from agentkit_engine import chat
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tokenizer import build_tokenizer
+from agentkit_evals.synth import vocabulary
 from agentkit_evals.synth.bench import Bench
 from agentkit_evals.synth.generate import between_control_tokens, phrases
+from agentkit_evals.synth.operations import OPERATIONS
 from agentkit_evals.synth.produce import THINKING, Plan, draw_tasks, split_of
-from agentkit_evals.synth.worlds import vocabulary
-from agentkit_evals.synth.worlds.operations import OPERATIONS
 
 LONGEST = 1536  # ids of a row; longer trajectories are left out
 TOKENIZER_WORLDS = 60

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from agentkit_evals.synth.worlds.answers import names_are, number_is
-from agentkit_evals.synth.worlds.operations.lists import same_lines
-from agentkit_evals.synth.worlds.operations.tables.write_table import same_table
+from agentkit_evals.synth.answers import names_are, number_is
+from agentkit_evals.synth.operations.lists import same_lines
+from agentkit_evals.synth.operations.tables.write_table import same_table
 
 
 def accepts(check: dict[str, Any], answer: str, folder: Path) -> bool:

@@ -8,11 +8,11 @@ import subprocess
 
 import pytest
 
-from agentkit_evals.synth.worlds.artifacts.items import Item, draw_items
-from agentkit_evals.synth.worlds.artifacts.ledger import draw_ledger
-from agentkit_evals.synth.worlds.artifacts.log import FORMATS, draw_log
-from agentkit_evals.synth.worlds.artifacts.table import Table, draw_table, new_row
-from agentkit_evals.synth.worlds.draw import Draw
+from agentkit_evals.synth.artifacts.items import Item, draw_items
+from agentkit_evals.synth.artifacts.ledger import draw_ledger
+from agentkit_evals.synth.artifacts.log import FORMATS, draw_log
+from agentkit_evals.synth.artifacts.table import Table, draw_table, new_row
+from agentkit_evals.synth.draw import Draw
 
 SEEDS = range(60)
 

@@ -19,8 +19,8 @@ from agentkit_evals.synth import SynthTask
 from agentkit_evals.synth import produce as module
 from agentkit_evals.synth.bench import Bench
 from agentkit_evals.synth.generate import OracleError
+from agentkit_evals.synth.operations import OPERATIONS
 from agentkit_evals.synth.produce import Plan, Progress, distinct, produce
-from agentkit_evals.synth.worlds.operations import OPERATIONS
 
 PLAN = Plan(environments=4, instructions=24, seed=3, worlds_per_shard=2, backend="unsafe-local")
 

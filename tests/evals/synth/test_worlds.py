@@ -7,15 +7,14 @@ import pytest
 from agentkit.messages import AssistantMessage
 from agentkit_environments import open_environment
 from agentkit_evals.statistics import SOLVED
-from agentkit_evals.synth import SPLITS, SynthTask, is_held_out
+from agentkit_evals.synth import SPLITS, SynthTask, is_held_out, vocabulary
+from agentkit_evals.synth.draw import Draw, joined
+from agentkit_evals.synth.find import is_free, new_path
 from agentkit_evals.synth.generate import require_solved, transcript
-from agentkit_evals.synth.worlds import vocabulary
-from agentkit_evals.synth.worlds.draw import Draw, joined
-from agentkit_evals.synth.worlds.find import is_free, new_path
-from agentkit_evals.synth.worlds.operations import OPERATIONS
-from agentkit_evals.synth.worlds.shell import fixed, quote
-from agentkit_evals.synth.worlds.task import masked
-from agentkit_evals.synth.worlds.world import Artifact, World, draw_world
+from agentkit_evals.synth.operations import OPERATIONS
+from agentkit_evals.synth.shell import fixed, quote
+from agentkit_evals.synth.task import masked
+from agentkit_evals.synth.world import Artifact, World, draw_world
 from agentkit_evals.verify import verify
 
 WORLDS = 4

@@ -1,0 +1,129 @@
+"""Call functions that are defined only in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agentkit_evals.synth.draw import Draw
+from agentkit_evals.synth.family import Act, Phrasing, phrasings, print_answer, submit
+from agentkit_evals.synth.functions import Function, draw_function, request
+from agentkit_evals.synth.parameters import Parameters, series
+from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.world import World
+from agentkit_tools import BUILTINS
+
+SYSTEMS: dict[str | None, float] = {None: 5, "": 4, "You are a helpful assistant.": 1}
+JOINTS = (" Also ", " Then ", " And ", " After that, ", " ")
+REFUSALS = (
+    "None of the tools can do this.",
+    "There is no tool for this.",
+    "I cannot do this with the tools that I have.",
+)
+
+
+class CallFunction(Operation):
+    """One request for one function, among up to three others."""
+
+    name = "call_function"
+    uses_world = False
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        parameters = Parameters(draw)
+        function = draw_function(draw, parameters)
+        text, arguments = request(draw, function)
+        return _draft(draw, text, [(function, arguments)], _others(draw, function))
+
+
+class CallTwice(Operation):
+    """Two requests in one, for one function or two, called in one turn."""
+
+    name = "call_twice"
+    uses_world = False
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        first = draw_function(draw, Parameters(draw), count=draw.between(1, 3))
+        second = draw_function(draw, Parameters(draw), count=draw.between(1, 3))
+        calls = []
+        texts = []
+        for function in (first, second):
+            text, arguments = request(draw, function)
+            texts.append(text)
+            calls.append((function, arguments))
+        joint = draw.choice(JOINTS)
+        if joint != " ":
+            texts[1] = texts[1][0].lower() + texts[1][1:] if not texts[1].startswith("I ") else texts[1]
+        return _draft(draw, texts[0] + joint + texts[1], calls, _others(draw, first)[:1])
+
+
+class NoFunction(Operation):
+    """A request that no function fits."""
+
+    name = "no_function"
+    uses_world = False
+    needs_tool = False
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        asked = draw_function(draw, Parameters(draw))
+        text, _ = request(draw, asked)
+        offered = [draw_function(draw, Parameters(draw)) for _ in range(draw.between(1, 3))]
+        answer = draw.choice(REFUSALS)
+        return Draft(
+            instruction=text,
+            steps=[lambda results: Act(f"No tool is about {asked.topic}.", content=answer)],
+            verifier='printf %s "$AGENTKIT_ANSWER" | grep -Eqi "no tool|none of the|cannot|not able|unable|can.t"',
+            solution=print_answer(answer),
+            tools=[function.tool for function in offered],
+            about=[function.name for function in offered],
+            system=draw.weighted(SYSTEMS),
+        )
+
+
+def _others(draw: Draw, function: Function) -> list[Function]:
+    """Draw functions that the request does not need, with other names."""
+    count = draw.weighted({0: 5, 1: 3, 2: 2, 3: 1})
+    found = [draw_function(draw, Parameters(draw)) for _ in range(count)]
+    return [other for other in found if other.name != function.name]
+
+
+def _draft(draw: Draw, text: str, calls: list[tuple[Function, dict[str, Any]]], others: list[Function]) -> Draft | None:
+    functions = list({function.name: function for function, _ in calls}.values())
+    if len({function.name for function in [*functions, *others]}) < len(calls) + len(others):
+        return None
+    tools: list[str | Mapping[str, Any]] = [
+        function.tool for function in draw.some([*functions, *others], len(functions) + len(others))
+    ]
+    where = draw.rng.random()
+    if where < 0.1:
+        tools = [*BUILTINS, *tools]
+    elif where < 0.25:
+        tools.append("submit")
+    results = [function.result(arguments) for function, arguments in calls]
+    stated = "; ".join(
+        f"`{function.name}` with {series([f'{name} = {value}' for name, value in arguments.items()])}"
+        if arguments
+        else f"`{function.name}`"
+        for function, arguments in calls
+    )
+
+    def tell(texts: list[str]) -> Act:
+        answer = "\n".join(texts)
+        return (
+            submit("I submit the result.", answer) if "submit" in tools else Act("I give the result.", content=answer)
+        )
+
+    return Draft(
+        instruction=text,
+        steps=[
+            lambda texts: Act(f"I call {stated}.", [(function.name, arguments) for function, arguments in calls]),
+            tell,
+        ],
+        answer="\n".join(results),
+        tools=tools,
+        about=[function.description for function in functions],
+        system=draw.weighted(SYSTEMS),
+        difficulty=len(calls) + len(others),
+    )
