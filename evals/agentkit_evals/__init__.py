@@ -1,6 +1,6 @@
 """Evaluation: load a suite of tasks, run a model on it, score the results and report them.
 
-    suite = load_suite("tasks/")                    # or "synth", the generated families
+    suite = load_suite("tasks/")                    # or "synth", generated tasks
     async with EmbeddedModel("tiny") as model:
         run = await EvalRun(suite, model, Path("runs/first"), model_name="tiny").execute()
     print(estimate(scores_by_task(run.trials)))     # mean ± standard error, clustered by task

@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from agentkit.task import Task, ToolConfig
-from agentkit_evals.suite import PACKAGED_SUITES, load_suite
+from agentkit_evals.suite import HAND_WRITTEN, PACKAGED_SUITES, load_suite
 
 Kind = Literal["path", "key", "tool", "phrasing", "template"]
 
@@ -112,8 +112,8 @@ def text_of(task: Task) -> TaskText:
 
 
 def packaged_texts() -> list[TaskText]:
-    """Return the texts of all packaged suites, which no training row may share."""
-    return [text_of(case.task) for name in PACKAGED_SUITES for case in load_suite(str(PACKAGED_SUITES[name])).cases]
+    """Return the texts of the hand-written suites, which no training row may share."""
+    return [text_of(case.task) for name in HAND_WRITTEN for case in load_suite(str(PACKAGED_SUITES[name])).cases]
 
 
 class Guard:

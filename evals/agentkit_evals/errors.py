@@ -1,7 +1,7 @@
 """Exceptions of evaluation. None of them counts against the model.
 
     EvalError
-        SuiteError          a suite cannot be run: no tasks, a duplicate id, an unknown family
+        SuiteError          a suite cannot be run: no tasks, a duplicate id, an unknown operation
         VerifierError       a task has no verifier, or its verifier does not start on the task's own solution
         RunDirectoryError   a folder is not a run, is damaged, or has another format version
         ComparisonError     two runs cannot be compared: no task in common, or tasks with different content

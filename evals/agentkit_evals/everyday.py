@@ -32,7 +32,7 @@ from agentkit_evals.measure import Counter, circumstances, numbers, shown
 from agentkit_evals.record import RunDirectory, TrialRecord, scores_by_task
 from agentkit_evals.report import write_report
 from agentkit_evals.run import EvalRun
-from agentkit_evals.suite import PACKAGED_SUITES, load_suite
+from agentkit_evals.suite import HAND_WRITTEN, PACKAGED_SUITES, load_suite
 from agentkit_evals.verify import Backend
 
 
@@ -128,7 +128,7 @@ def pair_scores(run: RunDirectory) -> list[list[float]]:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m agentkit_evals.everyday", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="tiny or a model folder")
-    parser.add_argument("--suites", nargs="+", choices=[*PACKAGED_SUITES], default=[*PACKAGED_SUITES])
+    parser.add_argument("--suites", nargs="+", choices=HAND_WRITTEN, default=HAND_WRITTEN)
     parser.add_argument("--limit", type=int, help="only the first tasks of each suite")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

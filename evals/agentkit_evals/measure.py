@@ -1,9 +1,10 @@
-"""Measure a model for its card: `python -m agentkit_evals.measure --model tiny --per-family 50`.
+"""Measure a model on generated tasks for its card: `python -m agentkit_evals.measure --model tiny --per-operation 50`.
 
-All runs use the same held-out tasks of every family: the model, the model with a grammar (`--grammar`), and the
-baselines. The ablations run only the families whose facts are far back in the context, each with the compressed entries
-of one attention kind zeroed. Scores on phrasings that training never used are also listed separately. The output is one
-JSON file, and a run directory with a report for each run.
+All runs use the same held-out tasks of every operation: the model, the model with a grammar (`--grammar`), and the
+baselines. The ablations run only the operations whose facts are far back in the context, each with the compressed
+entries of one attention kind zeroed. Scores on phrasings that training never used are also listed separately. The
+output is one JSON file, and a run directory with a report for each run. It needs the `synth` extra;
+`python -m agentkit_evals.everyday` measures the hand-written suites.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from agentkit_evals.record import RunDirectory, TrialRecord, agentkit_version, s
 from agentkit_evals.report import write_report
 from agentkit_evals.run import EvalRun, TrialFinished, Update
 from agentkit_evals.statistics import estimate
-from agentkit_evals.suite import Suite, SynthSelection, synth_suite
-from agentkit_evals.synth import FAMILIES, sample
+from agentkit_evals.suite import Suite, SynthSelection, load_operations, synth_suite
 from agentkit_evals.verify import Backend
 
 Attention = Literal["csa", "hca"]
@@ -42,20 +42,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure a model and write `OUT/measure-MODEL.json`."""
     options = _options(argv)
     engine = Engine.load(options.model)
-    suite = synth_suite(SynthSelection(families=options.families, per_family=options.per_family), seed=options.seed)
-    far = Suite("synth-far", cases) if (cases := tuple(c for c in suite.cases if FAMILIES[c.family].far_fact)) else None
+    selection = SynthSelection(operations=options.operations, per_operation=options.per_operation)
+    suite = synth_suite(selection, seed=options.seed)
+    operations = load_operations()
+    cases = tuple(case for case in suite.cases if operations[case.family].far_fact)
+    far = Suite("synth-far", cases) if cases else None
     session = _Session(options, engine.tokenizer)
     started = time.perf_counter()
     measured: dict[str, Any] = {
         "model": engine.name,
         "parameters": sum(parameter.numel() for parameter in engine.decoder.parameters()),
-        "per_family": options.per_family,
+        "per_operation": options.per_operation,
         "seed": options.seed,
         "temperature": engine.sampling.temperature if options.temperature is None else options.temperature,
         "top_p": engine.sampling.top_p,
         "backend": options.env,
         **circumstances("agentkit_evals.measure", argv),
-        "masked_pairs_seen_in_training": leaks(suite, options.training_seeds),
+        "signatures_seen_in_training": leaks(suite, options.training_worlds),
         "results": session.embedded(engine, suite, "model"),
     }
     if options.grammar:
@@ -92,26 +95,27 @@ def without_entries(engine: Engine, attention: Attention) -> Engine:
     return engine
 
 
-def leaks(suite: Suite, training_seeds: int) -> int:
-    """Count the suite's tasks whose signature occurs in the first `training_seeds` training tasks of their family."""
+def leaks(suite: Suite, worlds: int) -> int:
+    """Count the suite's tasks with the signature of a training task, of the same operation over the first worlds."""
+    from agentkit_evals.synth.world import world_seed
+
+    operations = load_operations()
     seen: dict[str, set[str]] = {}
-    count = 0
-    for case in suite.cases:
-        if case.family not in seen:
-            seen[case.family] = {sample(case.family, seed, "train").signature for seed in range(training_seeds)}
-        count += case.signature in seen[case.family]
-    return count
+    for name in {case.family for case in suite.cases}:
+        drawn = (operations[name].sample(world_seed(0, index), 0, "train") for index in range(worlds))
+        seen[name] = {made.signature for made in drawn if made is not None}
+    return sum(case.signature in seen[case.family] for case in suite.cases)
 
 
 def summary(run: RunDirectory) -> dict[str, Any]:
-    """Return a run's scores, in total and per family, each also split into trained and held-out phrasings."""
-    families: dict[str, list[TrialRecord]] = {}
+    """Return a run's scores, in total and per operation, each also split into trained and held-out phrasings."""
+    operations: dict[str, list[TrialRecord]] = {}
     for trial in run.trials:
-        families.setdefault(trial.family, []).append(trial)
+        operations.setdefault(trial.family, []).append(trial)
     kinds = ("model", "limit", "task", "infrastructure")
     return {
         "all": _scores(run.trials),
-        "families": {family: _scores(trials) for family, trials in sorted(families.items())},
+        "operations": {name: _scores(trials) for name, trials in sorted(operations.items())},
         "failures": {kind: sum(trial.failure == kind for trial in run.trials) for kind in kinds},
         "sampled_tokens": sum(trial.usage.sampled_tokens for trial in run.trials),
         "forced_tokens": sum(trial.usage.forced_tokens for trial in run.trials),
@@ -192,9 +196,9 @@ class _Session:
         report = write_report(run, decode=self.tokenizer.decode)
         found = summary(run)
         print(f"\n{name}: {report}")
-        for family, scores in {**found["families"], "all": found["all"]}.items():
+        for label, scores in {**found["operations"], "all": found["all"]}.items():
             apart = [scores[key].get("mean") for key in ("trained_phrasings", "held_out_phrasings")]
-            print(f"  {family:12} {shown(scores)}  trained phrasings {apart[0]}, held-out phrasings {apart[1]}")
+            print(f"  {label:16} {shown(scores)}  trained phrasings {apart[0]}, held-out phrasings {apart[1]}")
         return found
 
 
@@ -223,14 +227,14 @@ def shown(scores: dict[str, Any]) -> str:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m agentkit_evals.measure", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="tiny or a model folder")
-    parser.add_argument("--per-family", type=int, default=50, help="held-out tasks of each family")
-    parser.add_argument("--families", nargs="*", default=[], help="families to measure; all by default")
+    parser.add_argument("--per-operation", type=int, default=50, help="held-out tasks of each operation")
+    parser.add_argument("--operations", nargs="*", default=[], help="operations to measure; all by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, help="sampling temperature; the model's own by default")
     parser.add_argument("--concurrency", type=int, default=4)
     backends: tuple[Backend, ...] = ("process", "docker", "unsafe-local")
     parser.add_argument("--env", default="process", choices=backends)
-    parser.add_argument("--training-seeds", type=int, default=2000, help="training tasks per family to check for leaks")
+    parser.add_argument("--training-worlds", type=int, default=200, help="training worlds to check for leaks")
     parser.add_argument("--grammar", action="store_true", help="also measure with a grammar; needs llguidance")
     parser.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True)

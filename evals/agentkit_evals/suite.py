@@ -1,19 +1,21 @@
 """Suites: the tasks of an evaluation.
 
 A suite is a folder of task files and tables (`table.py`), one of these, a data set (`dataset.py`), a suite file, the
-name of a packaged suite (`PACKAGED_SUITES`), or `synth`, the generated families:
+name of a packaged suite (`PACKAGED_SUITES`), or `synth`, tasks that are generated when the suite is loaded:
 
     name: nightly
-    tasks: [smoke.yaml, more/]                             # files and folders beside this file, in this order
-    synth: {families: [logs, bugfix], per_family: 10}      # generated, held-out tasks
+    tasks: [smoke.yaml, more/]                                       # files and folders beside this file, in order
+    synth: {operations: [count_rows, fix_bug], per_operation: 10}    # held-out tasks
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import yaml
 from pydantic import Field
@@ -25,15 +27,16 @@ from agentkit_evals.bfcl import is_bfcl, read_bfcl
 from agentkit_evals.dataset import read_rows
 from agentkit_evals.errors import SuiteError
 from agentkit_evals.swebench import is_swebench, read_swebench
-from agentkit_evals.synth import FAMILIES, sample
+from agentkit_evals.synth import Split, synth_extra
 from agentkit_evals.table import read_table
 
-Split = Literal["train", "heldout"]
+if TYPE_CHECKING:
+    from agentkit_evals.synth.task import Operation
 
-PACKAGED_SUITES = {
-    name: Path(__file__).parent / "suites" / name for name in ("everyday", "impossible", "readme", "own-tools")
-}
-"""Hand-written suites, by name; none of them is training data. A path of the same name takes precedence."""
+HAND_WRITTEN = ("everyday", "impossible", "readme", "own-tools")
+GENERATED = "generated"
+PACKAGED_SUITES = {name: Path(__file__).parent / "suites" / name for name in (*HAND_WRITTEN, GENERATED)}
+"""Suites by name; none of them is training data. A path of the same name takes precedence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,10 @@ class Suite:
 
 
 class SynthSelection(Strict):
-    """A choice of generated tasks. Empty `families` means all; `seed` None uses the seed of the run."""
+    """A choice of generated tasks. Empty `operations` means all; `seed` None uses the seed of the run."""
 
-    families: list[str] = Field(default_factory=list)
-    per_family: int = Field(default=3, ge=1, le=10_000)
+    operations: list[str] = Field(default_factory=list)
+    per_operation: int = Field(default=3, ge=1, le=10_000)
     seed: int | None = Field(default=None, ge=0, lt=1 << 31)
     split: Split = "heldout"
 
@@ -88,33 +91,34 @@ class SuiteFile(Strict):
     synth: SynthSelection | None = None
 
 
-def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family: int | None = None) -> Suite:
-    """Load a suite from a path or a packaged suite, or generate one from `synth` or `synth:FAMILY,FAMILY`.
+def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_operation: int | None = None) -> Suite:
+    """Load a suite from a path or a packaged suite, or generate one from `synth` or `synth:OPERATION,OPERATION`.
 
     Args:
         spec: The path, the name of a packaged suite, or the `synth` selection.
         seed: Seed of the generated tasks.
-        limit: Maximum number of tasks: the first ones of a file or folder; for `synth`, taken from each family in turn.
-        per_family: Number of tasks to generate per family; for `synth` only.
+        limit: Maximum number of tasks: the first ones of a file or folder; for `synth`, from each operation in turn.
+        per_operation: Number of tasks to generate per operation; for `synth` only.
 
     Raises:
-        SuiteError: there is no task, an id occurs twice, a task has no verifier, a family is unknown, or `per_family`
-            is given for tasks that are not generated.
+        SuiteError: there is no task, an id occurs twice, a task has no verifier, an operation is unknown, or
+            `per_operation` is given for tasks that are not generated.
         TaskFileError: a file is wrong; the message has file and line.
+        MissingDependencyError: tasks are to be generated, and the `synth` extra is not installed.
     """
     head, _, names = spec.partition(":")
     path = Path(spec)
     if spec in PACKAGED_SUITES and not path.exists():
         path = PACKAGED_SUITES[spec]
     if head == "synth" and not path.exists():
-        families = [name for name in names.split(",") if name]
-        if per_family is None and limit is not None:
-            per_family = -(-limit // len(families or FAMILIES))
-        suite = synth_suite(SynthSelection(families=families, per_family=per_family or 3), seed=seed)
+        chosen = [name for name in names.split(",") if name]
+        if per_operation is None and limit is not None:
+            per_operation = -(-limit // len(chosen or load_operations()))
+        suite = synth_suite(SynthSelection(operations=chosen, per_operation=per_operation or 3), seed=seed)
         if limit is not None and limit < len(suite.cases):
-            suite = Suite(suite.name, _in_turn(suite.cases, limit))
-    elif per_family is not None:
-        raise SuiteError(f"{spec} is not generated, so the tasks per family cannot be set; use a limit")
+            suite = Suite(suite.name, in_turn(suite.cases, limit))
+    elif per_operation is not None:
+        raise SuiteError(f"{spec} is not generated, so the tasks per operation cannot be set; use a limit")
     elif path.is_dir():
         cases = tuple(_folder(path))
         if not cases and (rows := sorted(file.name for file in path.glob("*.jsonl"))):
@@ -129,24 +133,47 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_family
     return suite if limit is None else Suite(suite.name, suite.cases[:limit])
 
 
+def load_operations() -> Mapping[str, Operation]:
+    """Return the operations of generated tasks by name.
+
+    Raises:
+        MissingDependencyError: the `synth` extra is not installed.
+    """
+    with synth_extra():
+        from agentkit_evals.synth.operations import OPERATIONS
+    return OPERATIONS
+
+
 def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
-    """Generate `per_family` tasks per family from consecutive seeds. Raise SuiteError for a wrong family."""
-    if unknown := [name for name in selection.families if name not in FAMILIES]:
-        raise SuiteError(f"unknown families {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
-    if twice := [name for name in FAMILIES if selection.families.count(name) > 1]:
-        raise SuiteError(f"family {twice[0]} is named twice; name it once")
-    first = (seed if selection.seed is None else selection.seed) * selection.per_family
+    """Generate `per_operation` tasks per operation, each over a world of its own.
+
+    Raises:
+        SuiteError: an operation is unknown or named twice.
+        MissingDependencyError: the `synth` extra is not installed.
+    """
+    from agentkit_evals.synth.world import world_seed
+
+    operations = load_operations()
+    for name in selection.operations:
+        if name not in operations:
+            near = difflib.get_close_matches(name, operations, n=1)
+            advice = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(operations)}"
+            raise SuiteError(f'unknown operation "{name}"; {advice}')
+        if selection.operations.count(name) > 1:
+            raise SuiteError(f"operation {name} is named twice; name it once")
+    first = seed if selection.seed is None else selection.seed
     cases: list[Case] = []
-    for family in selection.families or FAMILIES:
-        for index in range(selection.per_family):
-            made = sample(family, first + index, selection.split)
-            cases.append(
-                Case(made.task, made.family, made.phrasing, made.held_out_phrasing, made.signature, made.oracle)
-            )
+    for name in selection.operations or operations:
+        worlds = (world_seed(first, index) for index in itertools.count())
+        drawn = (operations[name].sample(world, 0, selection.split) for world in worlds)
+        cases += (
+            Case(made.task, name, made.phrasing, made.held_out_phrasing, made.signature, made.oracle)
+            for made in itertools.islice((made for made in drawn if made is not None), selection.per_operation)
+        )
     return Suite("synth", tuple(cases))
 
 
-def _in_turn(cases: Sequence[Case], limit: int) -> tuple[Case, ...]:
+def in_turn(cases: Sequence[Case], limit: int) -> tuple[Case, ...]:
     """Return `limit` cases, chosen from each family in turn, in the order of the suite."""
     rank: dict[str, int] = {}
     order: list[tuple[int, int]] = []

@@ -22,7 +22,7 @@ from agentkit_environments import available_backends
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.run import EvalRun
 from agentkit_evals.suite import Case, Suite
-from agentkit_evals.synth.generate import phrases
+from agentkit_evals.synth.tokenizer_texts import phrases
 from agentkit_evals.verify import Backend
 
 Calls = Sequence[tuple[str, dict[str, Any]]]

@@ -32,7 +32,7 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import available_backends
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.run import TrialActed, TrialStarted
-from agentkit_evals.synth import FAMILIES
+from agentkit_evals.suite import load_suite
 
 MakeScript = Callable[..., Policy]
 PROCESS = available_backends().get("process", "not built")
@@ -164,16 +164,17 @@ def test_demo_without_flags(untrained: Path, tmp_path: Path) -> None:
     options = ("demo", "-m", model, "--env", "unsafe-local")
     shown = agentkit(*options, "--out", "run").stdout
     run = RunDirectory.open("run")
-    assert Counter(trial.family for trial in run.trials) == dict.fromkeys(FAMILIES, 3)
-    assert {task.metadata["family"] for task in run.lock.tasks} == set(FAMILIES)
-    assert all(task.id.split("-")[1] == "heldout" for task in run.lock.tasks)
+    assert Counter(trial.family for trial in run.trials) == {"everyday": 12, "generated": 12}
+    packaged = {case.task.id for name in ("everyday", "generated") for case in load_suite(name).cases}
+    assert {task.id for task in run.lock.tasks} <= packaged
+    assert len({task.metadata["family"] for task in run.lock.tasks}) >= 18
     assert {trial.failure for trial in run.trials} == {"limit"}
-    total = 3 * len(FAMILIES)
-    assert shown.startswith(f"{total} held-out tasks of {len(FAMILIES)} families, ")
-    assert f", seed {run.lock.seed}, " in " ".join(shown.split())
-    assert shown.splitlines()[-1] == f"solved 0/{total}"
-    again = as_json(*options, "--tasks-per-family", "1")
-    assert (again["solved"], again["trials"]) == (0, len(FAMILIES))
+    said = " ".join(shown.split())
+    assert said.startswith("24 tasks outside tiny's training data: 12 hand-written (suite everyday), 12 generated")
+    assert f", seed {run.lock.seed}, " in said
+    assert shown.splitlines()[-1] == "solved 0/24"
+    again = as_json(*options, "--tasks", "5")
+    assert (again["solved"], again["trials"]) == (0, 5)
     assert again["seed"] == RunDirectory.open(again["run"]).lock.seed != run.lock.seed
 
 
@@ -202,7 +203,7 @@ def test_a_verifier_that_cannot_start_is_infrastructure(suite: Path, untrained: 
         (["demo", "-m", "no-such-folder"], 2, 'no model "no-such-folder"'),
         (["eval", "nowhere"], 2, "nowhere: cannot be read: No such file or directory"),
         (["run", "nowhere.yaml"], 2, "nowhere.yaml: cannot be read"),
-        (["eval", "synth:none"], 2, "unknown families none; there are combine"),
+        (["eval", "synth:none"], 2, 'unknown operation "none"; '),
         (["run", "unknown-key.yaml"], 2, 'unknown-key.yaml:4: unknown key "verfier"; did you mean "verifier"?'),
         (
             ["run", "unknown-tool.yaml"],

@@ -16,7 +16,7 @@ from agentkit.cli.ending import ExitCode
 from agentkit.cli.options import parse_bytes
 from agentkit.cli.terminal import spell
 from agentkit_evals.errors import SuiteError
-from agentkit_evals.suite import load_suite
+from agentkit_evals.suite import load_operations, load_suite
 
 TASK = "id: {id}\ninstruction: Say hello.\nverifier: {{command: 'test -e made'}}\nsolution: {{command: touch made}}\n"
 
@@ -88,7 +88,7 @@ def agentkit(*arguments: str, code: int) -> str:
         (["run", "data.jsonl"], "a data set has many tasks; `agentkit eval` runs them"),
         (["run", "calls.yaml"], "calls.yaml is scored by calls or tests; run it with `agentkit eval calls.yaml`"),
         (["eval", "synth", "--out", "harbor"], "harbor already exists; a run is never overwritten"),
-        (["eval", "good.yaml", "--tasks-per-family", "3"], "good.yaml is not generated"),
+        (["eval", "good.yaml", "--tasks-per-operation", "3"], "good.yaml is not generated"),
         (["check", "empty"], "empty has no tasks; add .yaml task files"),
         (["check", "nowhere"], "nowhere: cannot be read"),
         (["view", "nowhere"], "nowhere does not exist; give a run, a folder of runs"),
@@ -152,18 +152,18 @@ def test_check_reports_every_file() -> None:
 
 
 def test_limits_on_generated_tasks_are_exact() -> None:
-    for spec, families in (("synth:logs,config,archive", 3), ("synth", 12)):
+    for spec, operations in (("synth:count_lines,fix_bug,compute", 3), ("synth", len(load_operations()))):
         for limit in (1, 5, 40):
             suite = load_suite(spec, seed=3, limit=limit)
             assert len(suite.cases) == limit
             counts = [sum(case.family == family for case in suite.cases) for family in {c.family for c in suite.cases}]
-            assert len(counts) == min(limit, families) and max(counts) - min(counts) <= 1
-        assert len(load_suite(spec, per_family=2).cases) == 2 * families
-        assert len(load_suite(spec).cases) == 3 * families
-    assert len(load_suite("synth:logs", per_family=5, limit=2).cases) == 2
+            assert len(counts) == min(limit, operations) and max(counts) - min(counts) <= 1
+        assert len(load_suite(spec, per_operation=2).cases) == 2 * operations
+        assert len(load_suite(spec).cases) == 3 * operations
+    assert len(load_suite("synth:fix_bug", per_operation=5, limit=2).cases) == 2
     Path("a.yaml").write_text(TASK.format(id="a"))
     with pytest.raises(SuiteError, match="not generated"):
-        load_suite("a.yaml", per_family=2)
+        load_suite("a.yaml", per_operation=2)
 
 
 @pytest.mark.parametrize(

@@ -158,9 +158,9 @@ def test_any_bytes_are_a_run_or_a_run_directory_error(run: Path, content: bytes,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("synth: {per_family: 1000000000000}", r":1: synth.per_family: .*less than or equal to 10000"),
-        ("synth: {per_family: 1e12}", r":1: synth.per_family: .*got str '1e12'"),
-        ("synth: {per_family: 1.0e+12}", r":1: synth.per_family: "),
+        ("synth: {per_operation: 1000000000000}", r":1: synth.per_operation: .*less than or equal to 10000"),
+        ("synth: {per_operation: 1e12}", r":1: synth.per_operation: .*got str '1e12'"),
+        ("synth: {per_operation: 1.0e+12}", r":1: synth.per_operation: "),
         ("synth: {seed: 99999999999}", r":1: synth.seed: "),
         ("tasks: &t [*t]", r":1: .*is inside its own anchor"),
         ("tasks: [../outside.yaml]", r":1: tasks.0: .*without '..'"),
@@ -180,9 +180,11 @@ def test_a_crafted_suite_is_an_error_with_its_line(text: str, message: str, tmp_
         load_suite(str(tmp_path / "suite.yaml"))
 
 
-def test_a_repeated_family_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "suite.yaml").write_text(f"synth: {{families: [{', '.join(['logs'] * 1000)}], per_family: 10000}}")
-    with pytest.raises(SuiteError, match="family logs is named twice"):
+def test_a_repeated_operation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(
+        f"synth: {{operations: [{', '.join(['fix_bug'] * 1000)}], per_operation: 10000}}"
+    )
+    with pytest.raises(SuiteError, match="operation fix_bug is named twice"):
         load_suite(str(tmp_path / "suite.yaml"))
 
 

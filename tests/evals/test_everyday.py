@@ -19,7 +19,7 @@ from agentkit_evals.contamination import phrasing, text_of
 from agentkit_evals.everyday import main, pair_scores, summary
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.selfcheck import selfcheck
-from agentkit_evals.suite import PACKAGED_SUITES, Suite, load_suite
+from agentkit_evals.suite import HAND_WRITTEN, Suite, load_suite
 
 ROOT = Path(__file__).parents[2]
 MakeTask = Callable[..., Task]
@@ -28,7 +28,7 @@ Evaluate = Callable[..., RunDirectory]
 
 @pytest.fixture(scope="module")
 def suites() -> dict[str, Suite]:
-    return {name: load_suite(name) for name in PACKAGED_SUITES}
+    return {name: load_suite(name) for name in HAND_WRITTEN}
 
 
 def test_the_suites_have_distinct_ids_and_enough_tasks_of_each_kind(suites: dict[str, Suite]) -> None:
@@ -97,7 +97,7 @@ def test_a_task_of_each_kind_is_sound(suites: dict[str, Suite], name: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(PACKAGED_SUITES))
+@pytest.mark.parametrize("name", HAND_WRITTEN)
 def test_every_task_is_sound(suites: dict[str, Suite], name: str) -> None:
     async def check() -> dict[str, list[str]]:
         tasks = [case.task for case in suites[name].cases]

@@ -20,8 +20,7 @@ from agentkit_evals.baselines import BASELINES
 from agentkit_evals.measure import Attention, leaks, main, summary, without_entries
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.run import EvalRun
-from agentkit_evals.suite import SynthSelection, synth_suite
-from agentkit_evals.synth import FAMILIES
+from agentkit_evals.suite import SynthSelection, load_operations, synth_suite
 
 MakeTask = Callable[..., Task]
 Evaluate = Callable[..., RunDirectory]
@@ -47,16 +46,16 @@ def test_an_ablation_of_a_missing_attention_kind_is_refused(untrained: Path) -> 
 
 
 def test_held_out_tasks_do_not_occur_in_training_and_leaks_are_counted() -> None:
-    held_out = synth_suite(SynthSelection(per_family=5), seed=3)
-    assert leaks(held_out, 50) == 0
-    trained = synth_suite(SynthSelection(families=["logs"], per_family=5, split="train"), seed=0)
+    held_out = synth_suite(SynthSelection(per_operation=1), seed=3)
+    assert leaks(held_out, 20) == 0
+    trained = synth_suite(SynthSelection(operations=["compute"], per_operation=5, split="train"), seed=0)
     assert leaks(trained, 5) == 5
 
 
 @pytest.mark.parametrize("name", list(BASELINES))
 def test_baselines_solve_nothing_that_needs_a_tool(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    families = [family for family in FAMILIES if FAMILIES[family].needs_tool]
-    suite = synth_suite(SynthSelection(families=families, per_family=1), seed=11)
+    names = [name for name, operation in load_operations().items() if operation.needs_tool]
+    suite = synth_suite(SynthSelection(operations=names[::4], per_operation=1), seed=11)
     model = ScriptedModel(BASELINES[name], tokenizer)
     run = anyio.run(EvalRun(suite, model, tmp_path / "run", model_name=name, backend="unsafe-local").execute)
     assert [trial.trial for trial in run.trials if trial.solved or trial.reward is None] == []
@@ -75,7 +74,7 @@ def test_summary_reports_held_out_phrasings_separately(
         "trained_phrasings": {"mean": 1.0, "stderr": None, "n": 1},
         "held_out_phrasings": {"mean": 0.0, "stderr": None, "n": 1},
     }
-    assert found["families"] == {"numbers": found["all"]}
+    assert found["operations"] == {"numbers": found["all"]}
     assert found["failures"] == {"model": 1, "limit": 0, "task": 0, "infrastructure": 0}
     empty = summary(RunDirectory(run.path, run.lock, ()))
     assert empty["all"] == {"n": 0, "trained_phrasings": {"n": 0}, "held_out_phrasings": {"n": 0}}
@@ -84,12 +83,12 @@ def test_summary_reports_held_out_phrasings_separately(
 @pytest.mark.skipif(not (PACKAGED_MODELS["tiny"] / "config.json").is_file(), reason="the packaged model is not trained")
 def test_a_whole_measurement_of_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--out", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"), "--env", "unsafe-local")
-    which = ["--families", "chat", "archive", "--per-family", "1", "--training-seeds", "20"]
+    which = ["--operations", "small_talk", "far_name", "--per-operation", "1", "--training-worlds", "20"]
     main([*which, "--grammar", "--no-baselines", *where])
     measured = json.loads((tmp_path / "results" / "measure-tiny.json").read_text())
-    assert measured["results"]["all"]["n"] == 2 and measured["masked_pairs_seen_in_training"] == 0
+    assert measured["results"]["all"]["n"] == 2 and measured["signatures_seen_in_training"] == 0
     assert measured["with_grammar"]["all"]["n"] == 2
     assert set(measured["ablations"]) == {"csa", "hca"}
-    assert set(measured["ablations"]["csa"]["families"]) == {"archive"}
+    assert set(measured["ablations"]["csa"]["operations"]) == {"far_name"}
     assert len(list((tmp_path / "runs").glob("*/report.html"))) == 4
     assert "held-out phrasings" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from agentkit_evals.provenance import Provenance, generator_name, is_accepted, licence_of
-from agentkit_evals.synth import FAMILIES, sample
+from agentkit_evals.suite import load_suite
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,7 @@ def test_a_malformed_provenance_is_refused(wrong: Any) -> None:
 
 
 def test_generated_tasks_have_one() -> None:
-    for family in FAMILIES:
-        origin = Provenance.model_validate(sample(family, 5, "train").task.metadata["provenance"])
-        assert (origin.generator, origin.seed, origin.licence) == (generator_name(f"synth.{family}"), 5, "Apache-2.0")
+    for case in load_suite("synth", limit=60, seed=5).cases:
+        origin = Provenance.model_validate(case.task.metadata["provenance"])
+        assert (origin.generator, origin.seed) == (generator_name(f"synth.{case.family}"), 0)
+        assert origin.licence == "Apache-2.0 AND MIT"

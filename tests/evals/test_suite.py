@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from agentkit.errors import TaskFileError
 from agentkit_evals.errors import SuiteError
-from agentkit_evals.suite import PACKAGED_SUITES, load_suite
-from agentkit_evals.synth import FAMILIES
+from agentkit_evals.suite import PACKAGED_SUITES, load_operations, load_suite
 
 TASK = "id: {id}\ninstruction: Do it.\nverifier: {{command: 'true'}}\n"
 
@@ -21,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("b", "a", "more/c"):
         (root / f"{name}.yaml").write_text(TASK.format(id=Path(name).name))
     (root / "nightly.yaml").write_text(
-        "name: nightly\ntasks: [more, a.yaml]\nsynth: {families: [logs], per_family: 2}\n"
+        "name: nightly\ntasks: [more, a.yaml]\nsynth: {operations: [count_lines], per_operation: 2}\n"
     )
     return root
 
@@ -40,16 +41,33 @@ def test_a_folder_includes_every_task_below_it(folder: Path) -> None:
 def test_a_suite_file_keeps_its_order(folder: Path) -> None:
     suite = load_suite(str(folder / "nightly.yaml"), seed=3)
     assert suite.name == "nightly"
-    assert [case.task.id for case in suite.cases] == ["c", "a", "logs-heldout-6", "logs-heldout-7"]
+    assert [case.task.id for case in suite.cases][:2] == ["c", "a"]
+    generated = suite.cases[2:]
+    assert [case.family for case in generated] == ["count_lines"] * 2
+    assert all(case.task.id.startswith("count_lines-heldout-3") for case in generated)
 
 
-def test_generated_families(folder: Path) -> None:
+def test_generated_tasks(folder: Path) -> None:
     suite = load_suite("synth", seed=1)
-    assert [case.family for case in suite.cases] == [name for name in FAMILIES for _ in range(3)]
-    chosen = load_suite("synth:chat,logs", seed=1).cases
-    assert [case.family for case in chosen] == ["chat"] * 3 + ["logs"] * 3
+    assert [case.family for case in suite.cases] == [name for name in load_operations() for _ in range(3)]
+    chosen = load_suite("synth:compute,count_lines", seed=1).cases
+    assert [case.family for case in chosen] == ["compute"] * 3 + ["count_lines"] * 3
     assert {case.task.id for case in chosen} < {case.task.id for case in suite.cases}
-    assert ids("synth", seed=1) == ids("synth", seed=1) != ids("synth", seed=2)
+    spec = "synth:count_rows,fix_bug"
+    assert ids(spec, seed=1) == ids(spec, seed=1) != ids(spec, seed=2)
+
+
+def test_without_the_synth_extra_only_generating_tasks_fails() -> None:
+    script = """
+import sys
+sys.modules["mimesis"] = None
+from agentkit_evals.suite import load_suite
+print(len(load_suite("generated").cases))
+load_suite("synth:count_lines")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert int(done.stdout) >= 24
+    assert done.stderr.splitlines()[-1].endswith("mimesis is missing; run: pip install 'agentkit-harness[synth]'")
 
 
 @pytest.mark.parametrize(
@@ -61,8 +79,14 @@ def test_generated_families(folder: Path) -> None:
         ("tasks: [a.yaml, a.yaml]\n", SuiteError, "two tasks have the id 'a'"),
         ("task: [a.yaml]\nsynth: {}\n", TaskFileError, r's\.yaml:1: unknown key "task"; did you mean "tasks"'),
         ("synth:\n  seeds: 3\n", TaskFileError, r's\.yaml:2: unknown key "synth.seeds"; did you mean "seed"'),
-        ("synth: {families: [logz]}\n", SuiteError, "unknown families logz; there are combine, bugfix"),
-        ("synth: {per_family: 0}\n", TaskFileError, "per_family: input should be greater than or equal to 1"),
+        (
+            "synth: {operations: [count_line]}\n",
+            SuiteError,
+            'unknown operation "count_line"; did you mean "count_lines"',
+        ),
+        ("synth: {operations: [zzz]}\n", SuiteError, 'unknown operation "zzz"; there are read_setting, change_setting'),
+        ("synth: {families: [a]}\n", TaskFileError, 'unknown key "synth.families"'),
+        ("synth: {per_operation: 0}\n", TaskFileError, "per_operation: input should be greater than or equal to 1"),
     ],
 )
 def test_mistakes_are_reported(folder: Path, text: str, error: type[Exception], message: str) -> None:

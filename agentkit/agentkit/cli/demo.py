@@ -1,8 +1,13 @@
-"""`agentkit demo`: the tiny model solves generated tasks not seen in training, in real sandboxes, live."""
+"""`agentkit demo`: the tiny model works on tasks that it was not trained on, in real sandboxes, live.
+
+Half of the tasks are hand-written (the suite `everyday`), half are generated (the suite `generated`).
+"""
 
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,9 +44,9 @@ if TYPE_CHECKING:
     from agentkit_evals.suite import Case, Suite
     from agentkit_evals.verify import Backend
 
-SHOWN_FIRST = ("bugfix", "config", "rename")
-"""Preferred families for the live task: their agents run commands and change files, so one trajectory shows
-everything."""
+SUITES = ("everyday", "generated")
+SHOWN_FIRST = ("setting", "change_setting", "rename", "fix_bug")
+"""Preferred kinds of the live task: their agents run commands and change files, so one trajectory shows everything."""
 
 
 def command(
@@ -52,7 +57,7 @@ def command(
     min_p: MinPFlag = None,
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
-    tasks_per_family: Annotated[int, typer.Option(min=1, help="Held-out tasks per family.")] = 3,
+    tasks: Annotated[int, typer.Option(min=2, max=60, help="Tasks; half hand-written, half generated.")] = 24,
     model: ModelFlag = "tiny",
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
@@ -63,23 +68,25 @@ def command(
     no_key: NoKeyFlag = None,
     no_provider: NoProviderFlag = None,
 ) -> int:
-    """Run the tiny model on held-out tasks of every family in sandboxes, and show the first one live.
+    """Run the tiny model on tasks that it was not trained on, each in a sandbox, and show one of them live.
+
+    Half of the tasks are drawn from the hand-written suite `everyday`, half from the suite `generated`: tasks of the
+    kinds in its training, but held out. `agentkit eval everyday` runs a whole suite.
 
     No grammar constrains the calls unless --grammar asks for one. The last line of output is `solved N/M`.
     """
     from agentkit.cli import evaluation
     from agentkit.cli.progress import result_table
-    from agentkit_evals.suite import SynthSelection, synth_suite
 
     if grammar is None:  # by default the model writes every token: its own solve rate
         no_grammar = True
     flags = SamplingFlags.of(grammar, no_grammar, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     chosen = seed_or_random(seed)
-    suite = synth_suite(SynthSelection(per_family=tasks_per_family), seed=chosen)
+    suite = draw_suite(tasks, chosen)
     terminal = console(quiet=as_json)
     terminal.print(
-        f"{len(suite.cases)} held-out tasks of {len({case.family for case in suite.cases})} families, "
-        f"model {model}, seed {chosen}, {env.value} sandboxes."
+        f"{tasks} tasks outside tiny's training data: {tasks - tasks // 2} hand-written (suite everyday), "
+        f"{tasks // 2} generated (suite generated). Model {model}, seed {chosen}, {env.value} sandboxes."
         + (" The model writes every token." if flags.grammar is False else ""),
         soft_wrap=True,
     )
@@ -110,9 +117,22 @@ def command(
     return evaluation.ending(finished)
 
 
+def draw_suite(tasks: int, seed: int) -> Suite:
+    """Return a suite of `tasks` tasks: half of each of `SUITES`, of different kinds, grouped in reports by suite."""
+    from agentkit_evals.suite import PACKAGED_SUITES, Suite, in_turn, load_suite
+
+    rng = random.Random(seed)
+    cases: list[Case] = []
+    for name, share in zip(SUITES, (tasks - tasks // 2, tasks // 2), strict=True):
+        found = list(load_suite(str(PACKAGED_SUITES[name])).cases)
+        rng.shuffle(found)
+        cases += (replace(case, family=name) for case in in_turn(found, share))
+    return Suite("demo", tuple(cases))
+
+
 def _first(suite: Suite) -> Case:
-    ranks = {family: rank for rank, family in enumerate(SHOWN_FIRST)}
-    return min(suite.cases, key=lambda case: ranks.get(case.family, len(ranks)))
+    ranks = {kind: rank for rank, kind in enumerate(SHOWN_FIRST)}
+    return min(suite.cases, key=lambda case: ranks.get(case.task.metadata["family"], len(ranks)))
 
 
 def show_one(

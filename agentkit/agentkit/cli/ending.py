@@ -3,8 +3,8 @@
 0   success; `run` produced an answer, with reward 1 if the task has a verifier; `eval` met --threshold, if given
 1   `run`: no answer, an answer that does not match the schema, a limit, or a reward below 1; `eval`: below
     --threshold, or stopped by --max-cost; `check`: an unsound task
-2   usage: a wrong flag, file, model or family; an API's key that is missing or wrong; --max-cost for a model without a
-    known price
+2   usage: a wrong flag, file, model or operation; an API's key that is missing or wrong; --max-cost for a model without
+    a known price
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached
     or refuses the request
 130 Ctrl-C; 143 SIGTERM; 141 the reader of standard output closed the pipe

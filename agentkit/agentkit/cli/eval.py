@@ -58,14 +58,14 @@ def command(
         typer.Option(min=1, help="Maximum API requests in flight. Default: no limit until the API sets one."),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, help="Runs of each task.")] = 1,
-    tasks_per_family: Annotated[
-        int | None, typer.Option(min=1, help="Tasks to generate per family, for `synth` only. Default: 3.")
+    tasks_per_operation: Annotated[
+        int | None, typer.Option(min=1, help="Tasks to generate per operation, for `synth` only. Default: 3.")
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Maximum number of tasks. `synth` takes them from each family in turn.",
+            help="Maximum number of tasks. `synth` takes them from each operation in turn.",
         ),
     ] = None,
     threshold: Annotated[
@@ -118,7 +118,7 @@ def command(
     )
     refuse_foreign_suite(suite)
     chosen = seed_or_random(seed)
-    loaded = load_suite(suite, seed=chosen, limit=limit, per_family=tasks_per_family)
+    loaded = load_suite(suite, seed=chosen, limit=limit, per_operation=tasks_per_operation)
     if limit is not None and len(loaded.cases) < limit:
         typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
     together = len(model) > 1

@@ -43,14 +43,12 @@ def worlds(
 def _worlds(
     environments: int | None, instructions: int | None, seed: int, out: Path | None, jobs: int, env: Env, as_json: bool
 ) -> ExitCode:
-    from agentkit.errors import MissingDependencyError
+    from agentkit_evals.synth import synth_extra
 
     if environments is None or instructions is None or out is None:
         raise typer.BadParameter("give --environments, --instructions and --out")
-    try:
+    with synth_extra():
         from agentkit_evals.synth.produce import Plan, Progress, produce
-    except ModuleNotFoundError as exc:
-        raise MissingDependencyError(f"{exc.name} is missing; run: pip install 'agentkit-harness[synth]'") from exc
 
     def report(progress: Progress) -> None:
         text = f"{progress.finished} of {progress.shards} shards, {progress.instructions} instructions"
@@ -98,12 +96,10 @@ def bugs(
 
     Every bug is confirmed by running all tests twice with it and twice with its fix.
     """
-    from agentkit.errors import MissingDependencyError
+    from agentkit_evals.synth import synth_extra
 
-    try:
+    with synth_extra():
         from agentkit_evals.synth.bugs import FORMATS, Format, PackageSpec, Progress, make_bugs
-    except ModuleNotFoundError as exc:
-        raise MissingDependencyError(f"{exc.name} is missing; run: pip install 'agentkit-harness[synth]'") from exc
 
     wanted: list[Format] = [each for each in FORMATS if each in formats.split(",")]
     if unknown := set(formats.split(",")) - set(FORMATS):

@@ -1,43 +1,30 @@
-"""Generated tasks: task families with oracles, verifiers and seeds, split into training and held-out tasks.
+"""Generated work directories ("worlds"), and tasks over them with oracles, verifiers and seeds.
 
-`sample("combine", seed, "train")` returns one task with its oracle. `generate` runs oracles with the real tools and
-yields training rows.
+`world.draw_world(seed, split)` returns a directory such as people keep: settings, tables, logs, notes, mail, code. An
+`Operation` draws tasks over a world, each with an oracle that runs, a verifier, several phrasings and a difficulty. All
+operations are in `operations.OPERATIONS`; they need the packages of the `synth` extra. `bugs` makes tasks from faults
+in real packages.
 """
 
 from __future__ import annotations
 
-from agentkit_evals.synth.families.archive import Archive
-from agentkit_evals.synth.families.bugfix import Bugfix
-from agentkit_evals.synth.families.chat import Chat
-from agentkit_evals.synth.families.combine import Combine
-from agentkit_evals.synth.families.compute import Compute
-from agentkit_evals.synth.families.config import Config
-from agentkit_evals.synth.families.ledger import Ledger
-from agentkit_evals.synth.families.logs import Logs
-from agentkit_evals.synth.families.poll import Poll
-from agentkit_evals.synth.families.recover import Recover
-from agentkit_evals.synth.families.rename import Rename
-from agentkit_evals.synth.families.user_tool import UserTool
-from agentkit_evals.synth.family import SPLITS, Family, Oracle, Split, SynthTask, is_held_out
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        *(Combine(), Bugfix(), Config(), Logs(), Recover(), Compute()),
-        *(Rename(), Chat(), UserTool(), Ledger(), Archive(), Poll()),
-    )
-}
+from agentkit.errors import MissingDependencyError
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
-def sample(family: str, seed: int, split: Split) -> SynthTask:
-    """Return a family's task for this seed and split; the same on every machine.
-
-    Raises:
-        ValueError: the family or the split is unknown.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[family].sample(seed, split)
+@contextmanager
+def synth_extra() -> Iterator[None]:
+    """Around imports: raise MissingDependencyError, with the command to run, if a package of the extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"{error.name} is missing; run: pip install 'agentkit-harness[synth]'") from error
 
 
-__all__ = ["FAMILIES", "SPLITS", "Family", "Oracle", "Split", "SynthTask", "is_held_out", "sample"]
+__all__ = ["SPLITS", "Split", "synth_extra"]

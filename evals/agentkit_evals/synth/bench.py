@@ -18,8 +18,8 @@ from agentkit.task import VerifierConfig
 from agentkit.thinking import Thinking
 from agentkit_engine.chat import Tokenizer
 from agentkit_environments import Environment, EnvironmentSpec, open_environment
-from agentkit_evals.synth.family import SynthTask
-from agentkit_evals.synth.generate import OracleError, transcript
+from agentkit_evals.synth.oracle import OracleError, transcript
+from agentkit_evals.synth.task import SynthTask
 from agentkit_evals.verify import Backend
 
 CLEAR = 'find . -mindepth 1 -delete; rm -rf "$1"'

@@ -31,12 +31,11 @@ from agentkit.messages import to_openai_all
 from agentkit.thinking import Thinking
 from agentkit_evals.contamination import Guard, packaged_texts
 from agentkit_evals.errors import SynthError
-from agentkit_evals.synth import vocabulary
+from agentkit_evals.synth import Split, vocabulary
 from agentkit_evals.synth.bench import Bench, turns
-from agentkit_evals.synth.family import Split, SynthTask
 from agentkit_evals.synth.operations import OPERATIONS
-from agentkit_evals.synth.task import masked
-from agentkit_evals.synth.world import draw_world
+from agentkit_evals.synth.task import SynthTask, masked
+from agentkit_evals.synth.world import draw_world, world_seed
 from agentkit_evals.verify import Backend
 from agentkit_tools import BUILTINS
 
@@ -94,8 +93,8 @@ class Plan:
         """Yield the worlds of a shard with their splits."""
         first = shard * self.worlds_per_shard
         for index in range(first, min(first + self.worlds_per_shard, self.environments)):
-            world = self.seed * 1_000_000 + index
-            yield world, "heldout" if index % HELD_OUT_WORLDS == HELD_OUT_WORLDS - 1 else "train"
+            split: Split = "heldout" if index % HELD_OUT_WORLDS == HELD_OUT_WORLDS - 1 else "train"
+            yield world_seed(self.seed, index), split
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +169,7 @@ async def _checked(plan: Plan, shard: int, folder: Path) -> int:
                 json.dumps(
                     {
                         "id": task.id,
-                        "operation": synth.family,
+                        "operation": synth.operation,
                         "world": world,
                         "instruction": task.instruction,
                         "form": masked(task.instruction, synth.names),

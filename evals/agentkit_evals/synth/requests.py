@@ -7,7 +7,7 @@ from typing import Literal
 
 from agentkit_evals.synth.answers import Layout
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Phrasing
+from agentkit_evals.synth.phrasing import Phrasing
 
 AnswerKind = Literal["number", "value", "list", "done"]
 

@@ -1,35 +1,59 @@
-"""Tasks over worlds: what an operation draws, and how it becomes a task with an oracle."""
+"""Tasks over worlds: what an operation draws, and how it becomes a task with an oracle.
+
+A task's *signature* is its instruction and the texts that set it apart, with drawn names, values and numbers masked; a
+greeting before the instruction and a closing phrase after it are not part of it. A held-out task is over a held-out
+world, and its phrasing is reserved for held-out tasks or the hash of its signature falls into the held-out bucket, one
+of five. All other signatures are for training, so that no masked task occurs in both splits.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
 import shlex
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from agentkit.task import AgentConfig, EnvironmentConfig, SolutionConfig, Task, ToolConfig, VerifierConfig
 from agentkit_evals.provenance import generator_name
+from agentkit_evals.synth import Split
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import (
-    CLOSERS,
-    OPENERS,
-    Phrasing,
-    Split,
-    Step,
-    SynthTask,
-    is_held_out,
-    play,
-    print_answer,
-)
+from agentkit_evals.synth.oracle import Oracle, Step, play
+from agentkit_evals.synth.phrasing import CLOSERS, OPENERS, Phrasing
+from agentkit_evals.synth.shell import print_answer
 from agentkit_evals.synth.world import World, draw_world
 from agentkit_tools import BUILTINS
 
+BUCKETS = 5  # one bucket of signatures in five is held out
 _DIGITS = re.compile(r"\d+")
 LICENCE = "Apache-2.0 AND MIT"  # of the phrasings, and of the words (`vocabulary.PACKAGES`)
 ATTEMPTS = 50  # drafts that may fall into the other split before the next seed is tried
+
+
+@dataclass(frozen=True, slots=True)
+class SynthTask:
+    """A generated task with its oracle.
+
+    Attributes:
+        task: The task.
+        operation: Name of its operation.
+        phrasing: The operation and the index of the phrasing.
+        held_out_phrasing: The phrasing occurs in held-out tasks only.
+        signature: The instruction and the texts that set it apart, with names, values and numbers masked.
+        names: The names and values drawn for it.
+        oracle: Returns a policy that solves the task.
+    """
+
+    task: Task
+    operation: str
+    phrasing: str
+    held_out_phrasing: bool
+    signature: str
+    names: tuple[str, ...]
+    oracle: Callable[[], Oracle]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +99,8 @@ class Operation(ABC):
     phrasings: ClassVar[tuple[Phrasing, ...]]
     needs_tool: ClassVar[bool] = True  # no task of this kind can be solved without a tool call
     uses_world: ClassVar[bool] = True  # False if its tasks need no files
-    spread_fact: ClassVar[bool] = False  # a needed fact is far back and spread over many positions
+    far_fact: ClassVar[bool] = False  # a needed fact is more than the model's window back
+    spread_fact: ClassVar[bool] = False  # the far fact is spread over many positions
 
     @abstractmethod
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
@@ -121,7 +146,7 @@ class Operation(ABC):
                 "difficulty": draft.difficulty,
                 "world": world.seed,
                 "provenance": {
-                    "generator": generator_name(f"synth.worlds.{self.name}"),
+                    "generator": generator_name(f"synth.{self.name}"),
                     "seed": seed,
                     "licence": LICENCE,
                 },
@@ -129,7 +154,7 @@ class Operation(ABC):
         )
         return SynthTask(
             task=task,
-            family=self.name,
+            operation=self.name,
             phrasing=label,
             held_out_phrasing=held_out,
             signature=signature,
@@ -141,6 +166,11 @@ class Operation(ABC):
 def answer_has(text: str) -> str:
     """Return the verifier command for an answer that contains a text as words of its own."""
     return f'printf %s "$AGENTKIT_ANSWER" | grep -Fqiw -- {shlex.quote(text.strip())}'
+
+
+def is_held_out(signature: str) -> bool:
+    """Return whether the hash of a signature falls into the held-out bucket."""
+    return zlib.crc32(signature.encode()) % BUCKETS == 0
 
 
 def masked(text: str, names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""`python -m agentkit_evals.synth.training DIR`: the tokenizer and the training rows of the packaged model.
+"""The tokenizer and the training rows of the packaged model: `python -m agentkit_evals.synth DIR`.
 
 Rows are trajectories of oracles over generated worlds (`produce.Plan`), run through the real agent with the real tools,
 so a row has exactly the ids of an engine session. Shards are made by several processes; a stopped run continues.
@@ -26,9 +26,9 @@ from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tokenizer import build_tokenizer
 from agentkit_evals.synth import vocabulary
 from agentkit_evals.synth.bench import Bench
-from agentkit_evals.synth.generate import between_control_tokens, phrases
 from agentkit_evals.synth.operations import OPERATIONS
 from agentkit_evals.synth.produce import THINKING, Plan, draw_tasks, split_of
+from agentkit_evals.synth.tokenizer_texts import between_control_tokens, phrases
 
 LONGEST = 1536  # ids of a row; longer trajectories are left out
 TOKENIZER_WORLDS = 60
@@ -96,8 +96,8 @@ async def _run_shard(plan: Plan, shard: int, directory: Path) -> None:
             if len(ids) <= LONGEST:
                 split = split_of(synth.task.id)
                 rows[split].append((ids, mask))
-                spread[split].append(OPERATIONS[synth.family].spread_fact)
-                names[synth.family] = names.get(synth.family, 0) + 1
+                spread[split].append(OPERATIONS[synth.operation].spread_fact)
+                names[synth.operation] = names.get(synth.operation, 0) + 1
     (directory / "rows" / f"{shard:05}.json").write_text(json.dumps(names), encoding="utf-8")
     for split in ("heldout", "train"):  # a shard is complete when its training rows are there
         path = directory / "rows" / f"{shard:05}-{split}.safetensors"
@@ -127,7 +127,3 @@ def _words() -> Iterator[str]:
     yield "\n".join(word.capitalize() for word in vocabulary.common_nouns())
     for name in vocabulary.POOLS:
         yield "\n".join(vocabulary.pool(name))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from agentkit_evals.synth import Split
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,12 @@ def is_new(path: str, paths: Iterable[str]) -> bool:
     return not any(path == old or path.startswith(f"{old}/") or old.startswith(f"{path}/") for old in paths)
 
 
-@functools.lru_cache(maxsize=64)
+def world_seed(seed: int, index: int) -> int:
+    """Return the seed of the world with this index in a run with this seed."""
+    return seed * 1_000_000 + index
+
+
+@functools.lru_cache(maxsize=256)
 def draw_world(seed: int, split: Split) -> World:
     """Return the world of a seed; the same on every machine. Train and held-out worlds share no seed."""
     from agentkit_evals.synth.artifacts import ARTIFACTS

@@ -15,12 +15,12 @@ from agentkit.cli.commands import app
 from agentkit_environments import SandboxUnavailableError
 from agentkit_evals.errors import SynthError
 from agentkit_evals.provenance import Provenance, generator_name, is_accepted
-from agentkit_evals.synth import SynthTask
 from agentkit_evals.synth import produce as module
 from agentkit_evals.synth.bench import Bench
-from agentkit_evals.synth.generate import OracleError
 from agentkit_evals.synth.operations import OPERATIONS
+from agentkit_evals.synth.oracle import OracleError
 from agentkit_evals.synth.produce import Plan, Progress, distinct, produce
+from agentkit_evals.synth.task import SynthTask
 
 PLAN = Plan(environments=4, instructions=24, seed=3, worlds_per_shard=2, backend="unsafe-local")
 
@@ -50,7 +50,7 @@ def test_a_run_has_the_instructions_asked_for_and_a_card(made: Path) -> None:
     assert all(row["messages"][0]["role"] in ("system", "user") for row in rows)
     for row in rows:
         origin = Provenance.model_validate(row["provenance"])
-        assert origin.generator == generator_name(f"synth.worlds.{row['operation']}") and is_accepted(origin.licence)
+        assert origin.generator == generator_name(f"synth.{row['operation']}") and is_accepted(origin.licence)
 
 
 def test_a_stopped_run_continues_and_ends_with_the_same_files(made: Path, tmp_path: Path) -> None:

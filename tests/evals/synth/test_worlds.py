@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from agentkit.messages import AssistantMessage
+from agentkit_engine.chat import Tokenizer
+from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_environments import open_environment
 from agentkit_evals.statistics import SOLVED
-from agentkit_evals.synth import SPLITS, SynthTask, is_held_out, vocabulary
+from agentkit_evals.synth import SPLITS, vocabulary
 from agentkit_evals.synth.draw import Draw, joined
 from agentkit_evals.synth.find import is_free, new_path
-from agentkit_evals.synth.generate import require_solved, transcript
 from agentkit_evals.synth.operations import OPERATIONS
+from agentkit_evals.synth.oracle import require_solved, transcript
 from agentkit_evals.synth.shell import fixed, quote
-from agentkit_evals.synth.task import masked
+from agentkit_evals.synth.task import SynthTask, is_held_out, masked
 from agentkit_evals.synth.world import Artifact, World, draw_world
 from agentkit_evals.verify import verify
 
@@ -58,7 +62,7 @@ async def solve(synth: SynthTask) -> None:
         messages, answer = await transcript(synth, environment)
         after = (await environment.export_dir(environment.spec.workdir)).data
     turns = [message for message in messages if isinstance(message, AssistantMessage)]
-    assert bool(turns[0].calls) == OPERATIONS[synth.family].needs_tool
+    assert bool(turns[0].calls) == OPERATIONS[synth.operation].needs_tool
     await require_solved(synth, after, answer)
     idle = await verify(synth.task, archive=before, answer=None, backend="unsafe-local")
     assert idle.reward < SOLVED, synth.task.instruction
@@ -87,6 +91,16 @@ def test_every_phrasing_makes_a_request(operation: str) -> None:
         drawn = (kind.draft(Draw(f"{index}/{world}"), draw_world(world, "train"), phrasing) for world in range(40))
         draft = next(draft for draft in drawn if draft is not None)
         assert "  " not in draft.instruction.replace("\n", " "), draft.instruction
+
+
+@pytest.mark.parametrize("operation", [name for name, operation in OPERATIONS.items() if operation.far_fact])
+def test_a_far_fact_is_more_than_a_window_back(operation: str) -> None:
+    folder = PACKAGED_MODELS["tiny"]
+    window = json.loads((folder / "config.json").read_text())["sliding_window"]
+    tokenizer = Tokenizer.from_dir(folder)
+    for synth in tasks(operation, 3):
+        texts = (synth.task.instruction, *synth.task.environment.files.values())
+        assert max(len(tokenizer.encode_text(text)) for text in texts) > window
 
 
 def test_a_shell_word_is_quoted_if_it_has_to_be() -> None:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, print_answer, submit
 from agentkit_evals.synth.functions import Function, draw_function, request
+from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.parameters import Parameters, series
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
+from agentkit_evals.synth.shell import print_answer
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World
 from agentkit_tools import BUILTINS

@@ -9,9 +9,11 @@ import shlex
 from agentkit_evals.synth.artifacts.code import Module
 from agentkit_evals.synth.checks import same_files
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, replace_in_file, submit
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import run
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
+from agentkit_evals.synth.shell import replace_in_file
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World
 

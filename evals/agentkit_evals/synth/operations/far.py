@@ -9,8 +9,9 @@ from __future__ import annotations
 from agentkit_evals.synth.artifacts.texts import fact, filler
 from agentkit_evals.synth.checks import same_files
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.mention import mention
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World
 
@@ -30,6 +31,7 @@ class FarNote(Operation):
     """The first line of a long file, which is read to its end."""
 
     name = "far_note"
+    far_fact = True
     uses_world = False
     phrasings = phrasings(
         train=(
@@ -67,6 +69,7 @@ class FarName(Operation):
     """A value of the request, written to a file together with the end of a long file."""
 
     name = "far_name"
+    far_fact = True
     uses_world = False
     phrasings = phrasings(
         train=(
@@ -105,6 +108,7 @@ class FarPoll(Operation):
     """The name that most lines of a poll have, with other text after the poll."""
 
     name = "far_poll"
+    far_fact = True
     spread_fact = True
     uses_world = False
     phrasings = phrasings(

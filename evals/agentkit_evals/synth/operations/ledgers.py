@@ -5,10 +5,11 @@ from __future__ import annotations
 from agentkit_evals.synth.answers import names_are, number_is
 from agentkit_evals.synth.artifacts.ledger import Ledger, draw_ledger
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.find import find, is_free
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import look, look_and_run, run
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.shell import fixed, quote
 from agentkit_evals.synth.task import Draft, Operation

@@ -12,10 +12,11 @@ from agentkit_evals.synth.answers import names_are, number_is
 from agentkit_evals.synth.artifacts.items import Item, ItemList, draw_items
 from agentkit_evals.synth.checks import same_files
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.find import find, is_free, new_path
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import look_and_run, run
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.requests import AnswerKind, ask
 from agentkit_evals.synth.shell import fixed, quote
 from agentkit_evals.synth.task import Draft, Operation

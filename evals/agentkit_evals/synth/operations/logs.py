@@ -9,10 +9,11 @@ from collections import Counter
 from agentkit_evals.synth.answers import names_are, number_is
 from agentkit_evals.synth.artifacts.log import FORMATS, Entry, Log, draw_log
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import look, look_and_run, run
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.shell import fixed, quote
 from agentkit_evals.synth.task import Draft, Operation

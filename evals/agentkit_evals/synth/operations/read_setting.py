@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from agentkit_evals.synth.artifacts.settings import Settings
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.mention import mention, mention_value
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World
 

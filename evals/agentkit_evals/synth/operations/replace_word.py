@@ -9,10 +9,11 @@ from agentkit_evals.synth.artifacts.ledger import Ledger, draw_ledger
 from agentkit_evals.synth.artifacts.log import Log, draw_log
 from agentkit_evals.synth.checks import same_files
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
 from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import run
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.shell import quote
 from agentkit_evals.synth.task import Draft, Operation

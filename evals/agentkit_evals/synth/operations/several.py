@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, Step, phrasings, submit
 from agentkit_evals.synth.mention import mention
+from agentkit_evals.synth.oracle import Act, Step, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agentkit_evals.synth.family import Act, Step, submit
+from agentkit_evals.synth.oracle import Act, Step, submit
 from agentkit_evals.synth.shell import quote
 
 

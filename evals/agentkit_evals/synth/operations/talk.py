@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from agentkit_evals.synth.artifacts.texts import fact
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, phrasings, submit
+from agentkit_evals.synth.oracle import Act, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World
 from agentkit_tools import BUILTINS

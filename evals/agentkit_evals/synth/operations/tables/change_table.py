@@ -13,13 +13,14 @@ from agentkit_evals.synth.artifacts.table import (
     write,
 )
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Act, Phrasing, Step, phrasings, submit
 from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import run
 from agentkit_evals.synth.operations.tables.code import dump, load, look, script, solution, written
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.operations.tables.write_table import same_table
+from agentkit_evals.synth.oracle import Act, Step, submit
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.shell import fixed, quote
 from agentkit_evals.synth.task import Draft, Operation

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agentkit_evals.synth.artifacts.table import Column, Format, Table
-from agentkit_evals.synth.family import Act, Step, submit
 from agentkit_evals.synth.operations.steps import run
+from agentkit_evals.synth.oracle import Act, Step, submit
 from agentkit_evals.synth.shell import quote
 
 _LOAD = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from agentkit_evals.synth.answers import names_are, number_is
 from agentkit_evals.synth.artifacts.table import Table, draw_table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Phrasing, phrasings
 from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
 from agentkit_evals.synth.operations.tables.code import computed, load
 from agentkit_evals.synth.operations.tables.conditions import column_named
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World

@@ -8,11 +8,11 @@ from typing import Any
 
 from agentkit_evals.synth.artifacts.table import ENDINGS, Column, Format, Row, Table, draw_table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.family import Phrasing, phrasings
 from agentkit_evals.synth.find import find, new_path
 from agentkit_evals.synth.mention import mention
 from agentkit_evals.synth.operations.tables.code import dump, load, script, solution, value, written
 from agentkit_evals.synth.operations.tables.conditions import column_named, draw_condition
+from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World

@@ -1,1 +1,0 @@
-"""Task families, one per file."""
