@@ -1,71 +1,120 @@
-"""Print the model card's tables in Markdown: `python -m agentkit_evals.card MEASURED.json [TRAINING.jsonl ...]`.
+"""Fill in the tables of a model card: `python -m agentkit_evals.card EVERYDAY.json MEASURED.json [TRAINING.jsonl ...]`.
 
-The first file is the output of `python -m agentkit_evals.measure`; the others are training logs, in the order of the
-training runs. Every number in the tables comes from these files.
+The files are the outputs of `python -m agentkit_evals.everyday` and `python -m agentkit_evals.measure`, and the
+training logs in the order of the training runs. Each table replaces the text between the lines `<!-- NAME -->` and
+`<!-- end -->` of the card. Every number in the tables comes from these files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from agentkit_engine.engine import PACKAGED_MODELS
+
+SECTION = re.compile(r"(?<=^<!-- )(?!end)([a-z]+)( -->\n).*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
+
 
 def main(
+    everyday: Annotated[Path, typer.Argument(help="Output of `python -m agentkit_evals.everyday`.")],
     measured: Annotated[Path, typer.Argument(help="Output of `python -m agentkit_evals.measure`.")],
     training: Annotated[
         list[Path] | None, typer.Argument(help="training.jsonl of each training run, in order.")
     ] = None,
+    card: Annotated[Path, typer.Option(help="The model card.")] = PACKAGED_MODELS["tiny"] / "MODEL_CARD.md",
 ) -> None:
-    """Print the model card's tables."""
+    """Fill in the tables of a model card."""
     try:
-        sections = [*measured_tables(json.loads(measured.read_text(encoding="utf-8")))]
+        tables = dict(everyday_tables(json.loads(everyday.read_text(encoding="utf-8"))))
+        tables |= measured_tables(json.loads(measured.read_text(encoding="utf-8")))
         if training:
-            sections.append(training_table([read_log(path) for path in training]))
+            tables["training"] = training_table([read_log(path) for path in training])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        files = ", ".join(map(str, [measured, *(training or ())]))
+        files = ", ".join(map(str, [everyday, measured, *(training or ())]))
         raise typer.BadParameter(
-            f"expected the output of agentkit_evals.measure, then training.jsonl files; got {files}: {error!r}"
+            "expected the outputs of agentkit_evals.everyday and agentkit_evals.measure, then training.jsonl files; "
+            f"got {files}: {error!r}"
         ) from error
-    print("\n\n".join(sections))
+    card.write_text(filled(card.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    print(card)
 
 
-def measured_tables(measured: dict[str, Any]) -> Iterator[str]:
+def filled(card: str, tables: Mapping[str, str]) -> str:
+    """Return a card with these tables in their sections.
+
+    Raises:
+        typer.BadParameter: the card has a section for which there is no table, or the other way round.
+    """
+    names = {match[1] for match in SECTION.finditer(card)}
+    if names != set(tables):
+        raise typer.BadParameter(
+            f"the card has the sections {', '.join(sorted(names))}; the files give {', '.join(sorted(tables))}"
+        )
+    return SECTION.sub(lambda match: f"{match[1]}{match[2]}\n{tables[match[1]]}\n\n", card)
+
+
+def everyday_tables(everyday: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the tables of the hand-written suites, and of the kinds of task in them."""
+    suites = everyday["suites"]
+    rows = [[name, *_cells(found["all"]), *_cells(found["pairs"])] for name, found in suites.items()]
+    yield "suites", table(["suite", "solved, %", "n", "pairs solved, %", "n"], rows)
+    kinds = [
+        [name, kind, *_cells(score)]
+        for name, found in suites.items()
+        for kind, score in sorted(found["kinds"].items(), key=lambda item: item[1].get("mean", 0))
+    ]
+    yield "kinds", table(["suite", "kind", "solved, %", "n"], kinds)
+
+
+def measured_tables(measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the table of solve rates, then those of grammar, baselines and ablations if they were measured."""
     results = measured["results"]
-    families = {**results["families"], "all": results["all"]}
+    operations = {**results["operations"], "all": results["all"]}
     parts = ("trained_phrasings", "held_out_phrasings")
-    yield table(
-        ["family", "solved, %", "n", "phrasings trained on, %", "n", "phrasings never trained on, %", "n"],
-        (
-            [name, *_cells(score), *_cells(score[parts[0]]), *_cells(score[parts[1]])]
-            for name, score in families.items()
-        ),
+    header = ["operation", "solved, %", "n", "phrasings trained on, %", "n", "phrasings never trained on, %", "n"]
+    rows = (
+        [name, *_cells(score), *_cells(score[parts[0]]), *_cells(score[parts[1]])] for name, score in operations.items()
     )
+    yield "operations", table(header, rows)
     if guided := measured.get("with_grammar"):
-        rows = {**guided["families"], "all": guided["all"]}
-        yield table(
-            ["family", "without a grammar, %", "with one, %"],
-            ([name, _percent(families[name]), _percent(score)] for name, score in rows.items()),
+        scores = {**guided["operations"], "all": guided["all"]}
+        yield (
+            "grammar",
+            table(
+                ["operation", "without a grammar, %", "with one, %"],
+                ([name, _percent(operations[name]), _percent(score)] for name, score in scores.items()),
+            ),
         )
     if baselines := measured.get("baselines"):
-        yield table(
-            ["family", *(f"{name}, %" for name in baselines)],
-            (
-                [family, *(_percent({**each["families"], "all": each["all"]}[family]) for each in baselines.values())]
-                for family in families
+        yield (
+            "baselines",
+            table(
+                ["operation", *(f"{name}, %" for name in baselines)],
+                (
+                    [name, *(_percent({**each["operations"], "all": each["all"]}[name]) for each in baselines.values())]
+                    for name in operations
+                ),
             ),
         )
     if ablations := measured.get("ablations"):
-        far = next(iter(ablations.values()))["families"]
-        yield table(
-            ["family", "whole model, %", *(f"{kind.upper()} entries zeroed, %" for kind in ablations)],
-            (
-                [name, _percent(families[name]), *(_percent(each["families"][name]) for each in ablations.values())]
-                for name in far
+        far = next(iter(ablations.values()))["operations"]
+        yield (
+            "ablations",
+            table(
+                ["operation", "whole model, %", *(f"{kind.upper()} entries zeroed, %" for kind in ablations)],
+                (
+                    [
+                        name,
+                        _percent(operations[name]),
+                        *(_percent(each["operations"][name]) for each in ablations.values()),
+                    ]
+                    for name in far
+                ),
             ),
         )
 

@@ -10,10 +10,12 @@ import pytest
 import typer
 
 from agentkit_engine.engine import PACKAGED_MODELS
-from agentkit_evals.card import main, measured_tables, read_log, training_table
-from agentkit_evals.synth import FAMILIES
+from agentkit_evals.card import everyday_tables, filled, main, measured_tables, read_log, training_table
+from agentkit_evals.suite import HAND_WRITTEN, load_operations
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "evals/results"
+EVERYDAY, MEASURED = RESULTS / "everyday-tiny.json", RESULTS / "measure-tiny.json"
 
 
 def score(mean: float, n: int) -> dict[str, object]:
@@ -21,19 +23,53 @@ def score(mean: float, n: int) -> dict[str, object]:
     return {**part, "trained_phrasings": part, "held_out_phrasings": {"n": 0}}
 
 
-def test_measured_tables_have_a_row_per_family() -> None:
-    results = {"families": {"config": score(0.5, 4), "archive": score(0.25, 4)}, "all": score(0.375, 8)}
-    nop = {"families": {"config": score(0, 4), "archive": score(0, 4)}, "all": score(0, 8)}
-    far = {"families": {"archive": score(0, 4)}}
-    guided = {"families": {"config": score(0.75, 4)}, "all": score(0.75, 4)}
-    families, grammar, baselines, ablations = measured_tables(
-        {"results": results, "with_grammar": guided, "baselines": {"nop": nop}, "ablations": {"csa": far}}
+ALL = {"mean": 0.375, "stderr": 0.05, "n": 8}
+SUITES = {
+    "suites": {
+        "impossible": {"all": ALL, "pairs": {"mean": 0.25, "stderr": 0.05, "n": 4}, "kinds": {"beyond": ALL}},
+        "readme": {"all": ALL, "pairs": {"n": 0}, "kinds": {"stock": ALL}},
+    }
+}
+
+
+def test_the_hand_written_suites_and_their_kinds_have_rows() -> None:
+    tables = dict(everyday_tables(SUITES))
+    assert tables["suites"].splitlines()[2:] == [
+        "| impossible | 37.5 ± 5.0 | 8 | 25.0 ± 5.0 | 4 |",
+        "| readme | 37.5 ± 5.0 | 8 | – | 0 |",
+    ]
+    assert "| impossible | beyond | 37.5 ± 5.0 | 8 |" in tables["kinds"]
+
+
+def test_measured_tables_have_a_row_per_operation() -> None:
+    results = {"operations": {"count_rows": score(0.5, 4), "far_name": score(0.25, 4)}, "all": score(0.375, 8)}
+    nop = {"operations": {"count_rows": score(0, 4), "far_name": score(0, 4)}, "all": score(0, 8)}
+    far = {"operations": {"far_name": score(0, 4)}}
+    guided = {"operations": {"count_rows": score(0.75, 4)}, "all": score(0.75, 4)}
+    tables = dict(
+        measured_tables(
+            {"results": results, "with_grammar": guided, "baselines": {"nop": nop}, "ablations": {"csa": far}}
+        )
     )
-    assert "| config | 50.0 ± 5.0 | 4 | 50.0 ± 5.0 | 4 | – | 0 |" in families
-    assert "| all | 37.5 ± 5.0 | 8 |" in families
-    assert grammar.splitlines()[2:] == ["| config | 50.0 ± 5.0 | 75.0 ± 5.0 |", "| all | 37.5 ± 5.0 | 75.0 ± 5.0 |"]
-    assert baselines.splitlines()[0] == "| family | nop, % |"
-    assert ablations.splitlines()[2:] == ["| archive | 25.0 ± 5.0 | 0.0 ± 5.0 |"]
+    assert "| count_rows | 50.0 ± 5.0 | 4 | 50.0 ± 5.0 | 4 | – | 0 |" in tables["operations"]
+    assert "| all | 37.5 ± 5.0 | 8 |" in tables["operations"]
+    assert tables["grammar"].splitlines()[2:] == [
+        "| count_rows | 50.0 ± 5.0 | 75.0 ± 5.0 |",
+        "| all | 37.5 ± 5.0 | 75.0 ± 5.0 |",
+    ]
+    assert tables["baselines"].splitlines()[0] == "| operation | nop, % |"
+    assert tables["ablations"].splitlines()[2:] == ["| far_name | 25.0 ± 5.0 | 0.0 ± 5.0 |"]
+
+
+def test_tables_replace_the_sections_of_a_card() -> None:
+    card = "# Card\n\n<!-- suites -->\nold\n<!-- end -->\n\ntext\n\n<!-- kinds -->\n<!-- end -->\n"
+    once = filled(card, {"suites": "| a |", "kinds": "| b |"})
+    assert once == (
+        "# Card\n\n<!-- suites -->\n\n| a |\n\n<!-- end -->\n\ntext\n\n<!-- kinds -->\n\n| b |\n\n<!-- end -->\n"
+    )
+    assert filled(once, {"suites": "| a |", "kinds": "| b |"}) == once
+    with pytest.raises(typer.BadParameter, match="the card has the sections kinds, suites; the files give suites"):
+        filled(card, {"suites": "| a |"})
 
 
 def test_training_tokens_are_multiplied_by_processes() -> None:
@@ -52,31 +88,31 @@ def test_training_tokens_are_multiplied_by_processes() -> None:
     assert "| steps | 7 of 9, 2 processes of one thread | 7 of 9, 2" in training_table([entries, entries])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"results": {"families": 3, "all": {}}}'])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"results": {"operations": 3, "all": {}}}'])
 def test_another_file_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
-    measured = ROOT / "evals/results/measure-tiny.json"
-    other = tmp_path / "other.json"
+    right, other = tmp_path / "right.json", tmp_path / "other.json"
+    right.write_text(json.dumps(SUITES))
     other.write_text(text)
-    for given in ((other, None), (measured, [other])):
-        with pytest.raises(typer.BadParameter, match=r"expected the output of .*; got .*other\.json"):
-            main(*given)
+    for given in ((other, right), (right, other)):
+        with pytest.raises(typer.BadParameter, match=r"expected the outputs of .*; got .*other\.json"):
+            main(*given, None, tmp_path / "MODEL_CARD.md")
 
 
+@pytest.mark.skipif(not EVERYDAY.exists(), reason="the packaged model has not been measured")
 def test_the_packaged_model_card_matches_the_measurements() -> None:
-    measured = json.loads((ROOT / "evals/results/measure-tiny.json").read_text())
-    logs = [read_log(ROOT / f"engine/results/tiny-training-{number}.jsonl") for number in (1, 2)]
+    everyday, measured = json.loads(EVERYDAY.read_text()), json.loads(MEASURED.read_text())
+    logs = [read_log(path) for path in sorted((ROOT / "engine/results").glob("tiny-training-*.jsonl"))]
+    tables = {**dict(everyday_tables(everyday)), **dict(measured_tables(measured)), "training": training_table(logs)}
     card = (PACKAGED_MODELS["tiny"] / "MODEL_CARD.md").read_text()
-    for text in (*measured_tables(measured), training_table(logs)):
-        assert text in card
-    assert set(measured["results"]["families"]) == set(FAMILIES)
-    assert all(score["n"] >= 50 for score in measured["results"]["families"].values())
-    assert measured["masked_pairs_seen_in_training"] == 0
-    whole = measured["results"]["families"]
-    for kind, family in (("csa", "archive"), ("csa", "ledger"), ("hca", "poll")):
-        left = measured["ablations"][kind]["families"][family]
-        assert left["mean"] + 2 * left["stderr"] < whole[family]["mean"], f"{family} does not need {kind}"
-    mean, stderr = (100 * measured["results"]["all"][key] for key in ("mean", "stderr"))
-    assert (
-        f"{mean:.1f} % ± {stderr:.1f} of {measured['results']['all']['n']} held-out tasks"
-        in (ROOT / "README.md").read_text()
-    )
+    assert filled(card, tables) == card
+    assert list(everyday["suites"]) == list(HAND_WRITTEN)
+    whole = measured["results"]["operations"]
+    assert set(whole) == set(load_operations())
+    assert measured["signatures_seen_in_training"] == 0
+    for kind, operation in (("csa", "far_name"), ("csa", "far_note"), ("hca", "far_poll")):
+        left = measured["ablations"][kind]["operations"][operation]
+        assert left["mean"] + 2 * left["stderr"] < whole[operation]["mean"], f"{operation} does not need {kind}"
+    readme = (ROOT / "README.md").read_text()
+    for found, what in ((everyday["suites"]["everyday"]["all"], "everyday"), (measured["results"]["all"], "held-out")):
+        mean, stderr = (100 * found[key] for key in ("mean", "stderr"))
+        assert f"{mean:.1f} % ± {stderr:.1f} of {found['n']} {what} tasks" in readme
