@@ -144,7 +144,7 @@ async def test_a_session_is_parked_while_its_tools_run(environment: Environment)
 
     (ids, held), (ids_away, held_away) = await run(away=False), await run(away=True)
     assert ids == ids_away
-    assert len(held) == 1 and held[0] > 0 and held_away == [0]
+    assert held and min(held) > 0 and held_away == [0] * len(held)
 
 
 @pytest.mark.parametrize(
