@@ -48,9 +48,9 @@ def _worlds(
     if environments is None or instructions is None or out is None:
         raise typer.BadParameter("give --environments, --instructions and --out")
     with synth_extra():
-        from agentkit_evals.synth.produce import Plan, Progress, produce
+        from agentkit_evals.synth.produce import Plan, ShardFinished, produce
 
-    def report(progress: Progress) -> None:
+    def report(progress: ShardFinished) -> None:
         text = f"{progress.finished} of {progress.shards} shards, {progress.instructions} instructions"
         left = progress.seconds * (progress.shards / progress.finished - 1)
         typer.echo(f"{text}, {progress.seconds:.0f} s, {left:.0f} s left", err=True)

@@ -90,7 +90,7 @@ STYLES: tuple[str, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Function:
+class DrawnFunction:
     """A function: its name, its topic as words, its parameters in the order of the schema, and its program."""
 
     name: str
@@ -125,7 +125,7 @@ class Function:
         return str(eval(self.style, {"json": json, "n": number, "v": values, "w": self.words}))  # trusted: STYLES only
 
 
-def draw_function(draw: Draw, parameters: Parameters, *, count: int | None = None) -> Function:
+def draw_function(draw: Draw, parameters: Parameters, *, count: int | None = None) -> DrawnFunction:
     """Draw a function with `count` parameters, by default none to eight."""
     if count is None:
         count = draw.weighted({0: 0.4, 1: 4, 2: 5, 3: 4, 4: 2, 5: 1, 6: 0.5, 7: 0.25, 8: 0.2})
@@ -137,7 +137,7 @@ def draw_function(draw: Draw, parameters: Parameters, *, count: int | None = Non
     if drawn and not required and draw.chance(0.9):
         required.add(drawn[0].name)
     described = [_with_default(draw, one, optional=one.name not in required) for one in drawn]
-    return Function(
+    return DrawnFunction(
         name=_name(draw, verb, words),
         verb=verb,
         topic=topic,
@@ -150,7 +150,7 @@ def draw_function(draw: Draw, parameters: Parameters, *, count: int | None = Non
     )
 
 
-def request(draw: Draw, function: Function) -> tuple[str, dict[str, Any]]:
+def request(draw: Draw, function: DrawnFunction) -> tuple[str, dict[str, Any]]:
     """Return a request that needs the function, and the arguments that it states, in the order of the schema."""
     stated = [one for one in function.parameters if one.name in function.required or draw.chance(0.6)]
     arguments = {one.name: one.argument for one in stated}

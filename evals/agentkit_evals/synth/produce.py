@@ -32,8 +32,8 @@ from agentkit.thinking import Thinking
 from agentkit_evals.contamination import Guard, packaged_texts
 from agentkit_evals.errors import SynthError
 from agentkit_evals.synth import Split, vocabulary
-from agentkit_evals.synth.bench import Bench, turns
 from agentkit_evals.synth.operations import OPERATIONS
+from agentkit_evals.synth.sandbox import OracleSandbox, turns
 from agentkit_evals.synth.task import SynthTask, masked
 from agentkit_evals.synth.world import draw_world, world_seed
 from agentkit_evals.verify import Backend
@@ -98,7 +98,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ShardFinished:
     """A finished shard: how many are finished, of how many, with how many instructions so far."""
 
     finished: int
@@ -107,7 +107,9 @@ class Progress:
     seconds: float
 
 
-def produce(plan: Plan, out: Path, *, workers: int = 2, listener: Callable[[Progress], None] = lambda _: None) -> Path:
+def produce(
+    plan: Plan, out: Path, *, workers: int = 2, listener: Callable[[ShardFinished], None] = lambda _: None
+) -> Path:
     """Make all instructions of a plan, or those that are missing, and return the path of the card.
 
     Raises:
@@ -125,7 +127,7 @@ def produce(plan: Plan, out: Path, *, workers: int = 2, listener: Callable[[Prog
             try:
                 for finished, job in enumerate(as_completed(jobs), plan.shards - len(missing) + 1):
                     count += job.result()
-                    listener(Progress(finished, plan.shards, count, time.perf_counter() - started))
+                    listener(ShardFinished(finished, plan.shards, count, time.perf_counter() - started))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -157,12 +159,12 @@ def _run_shard(plan: Plan, shard: int, folder: Path) -> int:
 
 async def _checked(plan: Plan, shard: int, folder: Path) -> int:
     rows: list[str] = []
-    async with Bench(plan.backend) as bench:
+    async with OracleSandbox(plan.backend) as sandbox:
         for number, (synth, world) in enumerate(draw_tasks(plan, shard)):
             thinking = THINKING[number % len(THINKING)]
-            messages, answer = await bench.solve(synth, thinking=thinking)
+            messages, answer = await sandbox.solve(synth, thinking=thinking)
             if number % IDLE == 0:
-                await bench.check_idle(synth)
+                await sandbox.check_idle(synth)
             task = synth.task
             old = draw_world(world, split_of(task.id)).files
             rows.append(

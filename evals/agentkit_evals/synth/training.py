@@ -25,9 +25,9 @@ from agentkit_engine.chat import Tokenizer
 from agentkit_engine.training.data import Rows
 from agentkit_engine.training.tokenizer import build_tokenizer
 from agentkit_evals.synth import vocabulary
-from agentkit_evals.synth.bench import Bench
 from agentkit_evals.synth.operations import OPERATIONS
 from agentkit_evals.synth.produce import THINKING, Plan, draw_tasks, split_of
+from agentkit_evals.synth.sandbox import OracleSandbox
 from agentkit_evals.synth.tokenizer_texts import between_control_tokens, phrases
 
 LONGEST = 1536  # ids of a row; longer trajectories are left out
@@ -90,9 +90,9 @@ async def _run_shard(plan: Plan, shard: int, directory: Path) -> None:
     rows: dict[str, list[tuple[list[int], list[int]]]] = {"train": [], "heldout": []}
     spread: dict[str, list[bool]] = {"train": [], "heldout": []}
     names: dict[str, int] = {}
-    async with Bench(plan.backend) as bench:
+    async with OracleSandbox(plan.backend) as sandbox:
         for number, (synth, _) in enumerate(draw_tasks(plan, shard)):
-            ids, mask = await bench.row(synth, tokenizer, thinking=THINKING[number % len(THINKING)])
+            ids, mask = await sandbox.row(synth, tokenizer, thinking=THINKING[number % len(THINKING)])
             if len(ids) <= LONGEST:
                 split = split_of(synth.task.id)
                 rows[split].append((ids, mask))
@@ -108,10 +108,10 @@ async def _run_shard(plan: Plan, shard: int, directory: Path) -> None:
 async def _texts(plan: Plan) -> list[str]:
     """Return the conversations that the tokenizer is trained on."""
     texts: list[str] = []
-    async with Bench("unsafe-local") as bench:
+    async with OracleSandbox("unsafe-local") as sandbox:
         for shard in range(plan.shards):
             for synth, _ in draw_tasks(plan, shard):
-                messages, _ = await bench.solve(synth, thinking="always")
+                messages, _ = await sandbox.solve(synth, thinking="always")
                 specs = [tool.spec for tool in synth.task.build_tools()]
                 text = chat.encode(to_openai_all(messages), tools=specs or None, effort="high")
                 texts += between_control_tokens(text)

@@ -16,10 +16,10 @@ from agentkit_environments import SandboxUnavailableError
 from agentkit_evals.errors import SynthError
 from agentkit_evals.provenance import Provenance, generator_name, is_accepted
 from agentkit_evals.synth import produce as module
-from agentkit_evals.synth.bench import Bench
 from agentkit_evals.synth.operations import OPERATIONS
 from agentkit_evals.synth.oracle import OracleError
-from agentkit_evals.synth.produce import Plan, Progress, distinct, produce
+from agentkit_evals.synth.produce import Plan, ShardFinished, distinct, produce
+from agentkit_evals.synth.sandbox import OracleSandbox
 from agentkit_evals.synth.task import SynthTask
 
 PLAN = Plan(environments=4, instructions=24, seed=3, worlds_per_shard=2, backend="unsafe-local")
@@ -57,7 +57,7 @@ def test_a_stopped_run_continues_and_ends_with_the_same_files(made: Path, tmp_pa
     class Stopped(Exception):
         pass
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: ShardFinished) -> None:
         raise Stopped
 
     with pytest.raises(Stopped):
@@ -120,15 +120,15 @@ def solvable() -> SynthTask:
 async def test_a_verifier_that_rejects_the_oracle_or_accepts_an_idle_agent_is_an_error() -> None:
     synth = solvable()
     assert synth.task.verifier is not None
-    async with Bench("unsafe-local") as bench:
-        _, answer = await bench.solve(synth, thinking="auto")
+    async with OracleSandbox("unsafe-local") as sandbox:
+        _, answer = await sandbox.solve(synth, thinking="auto")
         assert answer
-        await bench.check_idle(synth)
+        await sandbox.check_idle(synth)
         for command, problem in (("false", "its verifier rejects"), ("true", "accepts an agent that did nothing")):
             verifier = synth.task.verifier.model_copy(update={"command": command})
             broken = replace(synth, task=synth.task.model_copy(update={"verifier": verifier}))
             with pytest.raises(OracleError, match=problem):
-                await (bench.solve(broken, thinking="auto") if command == "false" else bench.check_idle(broken))
+                await (sandbox.solve(broken, thinking="auto") if command == "false" else sandbox.check_idle(broken))
 
 
 @pytest.mark.anyio
@@ -136,10 +136,10 @@ async def test_a_task_sees_nothing_of_the_one_before_it() -> None:
     changes = [
         OPERATIONS[name].sample(world, 0, "train") for world in range(6) for name in ("create_file", "move_file")
     ]
-    async with Bench("unsafe-local") as bench:
+    async with OracleSandbox("unsafe-local") as sandbox:
         for synth in filter(None, changes):
-            await bench.solve(synth, thinking="never")
-            await bench.check_idle(synth)
+            await sandbox.solve(synth, thinking="never")
+            await sandbox.check_idle(synth)
 
 
 def test_near_duplicates_and_frequent_forms_are_left_out() -> None:

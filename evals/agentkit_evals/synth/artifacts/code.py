@@ -89,7 +89,7 @@ SHAPES: tuple[Shape, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Function:
+class CodeFunction:
     """A correct function, a wrong version of its line, and calls with their results."""
 
     name: str
@@ -104,12 +104,12 @@ class Module(Artifact):
     """A module of correct functions. Its tests are not in the world; the task that breaks a function adds both."""
 
     name: str
-    functions: tuple[Function, ...]
+    functions: tuple[CodeFunction, ...]
 
 
 def draw_module(draw: Draw) -> Module:
     """Draw one to three functions."""
-    functions: dict[str, Function] = {}
+    functions: dict[str, CodeFunction] = {}
     for _ in range(draw.weighted({1: 3, 2: 2, 3: 1})):
         one = _function(draw)
         if all(one.line not in other.source and other.line not in one.source for other in functions.values()):
@@ -120,7 +120,7 @@ def draw_module(draw: Draw) -> Module:
     return Module(f"{folder}{name}.py", text, name, tuple(functions.values()))
 
 
-def _function(draw: Draw) -> Function:
+def _function(draw: Draw) -> CodeFunction:
     shape = draw.choice(SHAPES)
     count = 2 if "{1}" in shape.body else 1
     names: list[str] = []
@@ -141,7 +141,7 @@ def _function(draw: Draw) -> Function:
         given = shape.arguments(draw)
         cases.insert(0, (given, namespace["right"](*given)))
     source = f'def {name}({", ".join(names)}):\n    """{shape.doc.format(*names)}"""\n    {lines[shape.right]}\n'
-    return Function(name, source, lines[shape.right], lines[wrong], tuple(cases[:6]))
+    return CodeFunction(name, source, lines[shape.right], lines[wrong], tuple(cases[:6]))
 
 
 def _differs(namespace: dict[str, Any], given: tuple[Any, ...], value: Any) -> bool:

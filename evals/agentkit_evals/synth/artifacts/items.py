@@ -9,7 +9,7 @@ from typing import Literal
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.world import Artifact
 
-Format = Literal["plain", "dash", "star", "numbered", "todo"]
+ListFormat = Literal["plain", "dash", "star", "numbered", "todo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Item:
 class ItemList(Artifact):
     """A list. `title` is its first line, or "" without one; `noun` is what its items are, in the plural."""
 
-    format: Format
+    format: ListFormat
     title: str
     items: tuple[Item, ...]
     noun: str
@@ -93,8 +93,8 @@ KINDS: tuple[tuple[str, Callable[[Draw], str], tuple[str, ...]], ...] = (
 def draw_items(draw: Draw, *, todo: bool = False) -> ItemList:
     """Draw a list of 3 to 30 different items, none of which contains another; with `todo`, one with check boxes."""
     noun, make, stems = KINDS[0] if todo or draw.chance(0.25) else draw.choice(KINDS)
-    shares: dict[Format, float] = {"plain": 4, "dash": 2, "star": 0.7, "numbered": 1.3}
-    form: Format = "todo" if todo or (noun == "tasks" and draw.chance(0.85)) else draw.weighted(shares)
+    shares: dict[ListFormat, float] = {"plain": 4, "dash": 2, "star": 0.7, "numbered": 1.3}
+    form: ListFormat = "todo" if todo or (noun == "tasks" and draw.chance(0.85)) else draw.weighted(shares)
     inner = Draw(str(draw.rng.random()))
     count = inner.weighted({inner.between(3, 8): 4, inner.between(9, 16): 4, inner.between(17, 30): 1})
     texts: list[str] = []

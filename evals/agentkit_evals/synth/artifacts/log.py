@@ -45,7 +45,7 @@ class Log(Artifact):
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class LogFormat:
     """The form of a line, the commands that print its columns, the mark of a level, and the style of levels."""
 
     line: str
@@ -59,24 +59,26 @@ def _awk(column: int) -> str:
     return f"awk '{{print ${column}}}'"
 
 
-FORMATS: Mapping[str, Format] = {
-    "iso": Format("{time} {level} {component} {message}", {"component": _awk(3)}, "{}", "%Y-%m-%dT%H:%M:%SZ"),
-    "python": Format(
+FORMATS: Mapping[str, LogFormat] = {
+    "iso": LogFormat("{time} {level} {component} {message}", {"component": _awk(3)}, "{}", "%Y-%m-%dT%H:%M:%SZ"),
+    "python": LogFormat(
         "{time} {level} {component}: {message}", {"component": _awk(4)}, "{}", "%Y-%m-%d %H:%M:%S", lambda text: text
     ),
-    "dash": Format("{time} - {component} - {level} - {message}", {"component": _awk(4)}, "{}", "%Y-%m-%d %H:%M:%S,%f"),
-    "bracket": Format("[{time}] [{level}] {message}", {}, "[{}]", "%Y-%m-%d %H:%M:%S", str.lower),
-    "first": Format("[{level}] {time} {message}", {}, "[{}]", "%H:%M:%S"),
-    "short": Format("{time} {level} {message}", {}, "{}", "%H:%M:%S"),
-    "logfmt": Format(
+    "dash": LogFormat(
+        "{time} - {component} - {level} - {message}", {"component": _awk(4)}, "{}", "%Y-%m-%d %H:%M:%S,%f"
+    ),
+    "bracket": LogFormat("[{time}] [{level}] {message}", {}, "[{}]", "%Y-%m-%d %H:%M:%S", str.lower),
+    "first": LogFormat("[{level}] {time} {message}", {}, "[{}]", "%H:%M:%S"),
+    "short": LogFormat("{time} {level} {message}", {}, "{}", "%H:%M:%S"),
+    "logfmt": LogFormat(
         'time={time} level={level} component={component} msg="{message}"',
         {"component": "grep -o 'component=[^ ]*'"},
         "level={}",
         "%Y-%m-%dT%H:%M:%S",
         str.lower,
     ),
-    "syslog": Format("{time} {host} {component}[{pid}]: {message}", {"host": _awk(4)}, "", "%b %d %H:%M:%S"),
-    "access": Format(
+    "syslog": LogFormat("{time} {host} {component}[{pid}]: {message}", {"host": _awk(4)}, "", "%b %d %H:%M:%S"),
+    "access": LogFormat(
         '{ip} - - [{time} +0000] "{method} {page} HTTP/1.1" {status} {size}',
         {"ip": _awk(1), "page": _awk(7), "status": _awk(9)},
         "",

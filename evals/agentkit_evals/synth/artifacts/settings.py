@@ -10,15 +10,15 @@ from typing import Literal
 from agentkit_evals.synth.draw import Draw, Style
 from agentkit_evals.synth.world import Artifact
 
-Format = Literal["json", "yaml", "toml", "ini", "env"]
-ENDINGS: dict[Format, tuple[str, ...]] = {
+SettingsFormat = Literal["json", "yaml", "toml", "ini", "env"]
+ENDINGS: dict[SettingsFormat, tuple[str, ...]] = {
     "json": ("json",),
     "yaml": ("yaml", "yml"),
     "toml": ("toml",),
     "ini": ("ini", "cfg", "conf"),
     "env": ("env",),
 }
-STYLES: dict[Format, tuple[Style, ...]] = {
+STYLES: dict[SettingsFormat, tuple[Style, ...]] = {
     "json": ("snake", "snake", "camel", "kebab"),
     "yaml": ("snake", "snake", "camel", "kebab"),
     "toml": ("snake", "kebab"),
@@ -43,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Settings(Artifact):
-    format: Format
+    format: SettingsFormat
     settings: tuple[Setting, ...]
 
     def changed(self, setting: Setting, value: str) -> str:
@@ -53,7 +53,7 @@ class Settings(Artifact):
 
 def draw_settings(draw: Draw) -> Settings:
     """Draw a file of two to fifteen settings; keys differ in the whole file."""
-    shares: dict[Format, float] = {"json": 3, "yaml": 3, "toml": 1.5, "ini": 1.5, "env": 1}
+    shares: dict[SettingsFormat, float] = {"json": 3, "yaml": 3, "toml": 1.5, "ini": 1.5, "env": 1}
     form = draw.weighted(shares)
     style = draw.choice(STYLES[form])
     sections = [
@@ -88,13 +88,13 @@ def new_value(draw: Draw, setting: Setting) -> str:
     return value
 
 
-def line(form: Format, key: str, value: str, quoted: bool) -> str:
+def line(form: SettingsFormat, key: str, value: str, quoted: bool) -> str:
     """Return one setting as the format writes it, without indentation and comma."""
     text = json.dumps(value, ensure_ascii=False) if quoted else value
     return {"json": f'"{key}": {text}', "yaml": f"{key}: {text}", "env": f"{key}={text}"}.get(form, f"{key} = {text}")
 
 
-def write(form: Format, settings: Sequence[Setting]) -> str:
+def write(form: SettingsFormat, settings: Sequence[Setting]) -> str:
     """Return the whole file."""
     sections = list(dict.fromkeys(setting.section for setting in settings))
     groups = [(section, [one.line for one in settings if one.section == section]) for section in sections]
@@ -111,13 +111,13 @@ def write(form: Format, settings: Sequence[Setting]) -> str:
     return "\n".join((f"[{name}]\n" if name else "") + "".join(f"{text}\n" for text in lines) for name, lines in groups)
 
 
-def _path(draw: Draw, form: Format) -> str:
+def _path(draw: Draw, form: SettingsFormat) -> str:
     if form == "env" and draw.chance(0.5):
         return draw.named(draw.choice((".env", ".env.local", ".env.production", "deploy/.env")))
     return draw.path(draw.choice(ENDINGS[form]))
 
 
-def _setting(draw: Draw, form: Format, section: str, key: str) -> Setting:
+def _setting(draw: Draw, form: SettingsFormat, section: str, key: str) -> Setting:
     kind = draw.weighted({"number": 4, "flag": 2, "word": 3, "text": 1.5, "decimal": 0.7})
     if kind == "number":
         value = draw.number(0, draw.choice((9, 99, 999, 99999)))

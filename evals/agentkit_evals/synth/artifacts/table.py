@@ -12,10 +12,10 @@ from typing import Literal
 from agentkit_evals.synth.draw import Draw, joined
 from agentkit_evals.synth.world import Artifact
 
-Format = Literal["csv", "tsv", "jsonl", "json", "md"]
+TableFormat = Literal["csv", "tsv", "jsonl", "json", "md"]
 Kind = Literal["label", "category", "int", "decimal", "date", "text"]
 Row = tuple[str, ...]
-ENDINGS: dict[Format, tuple[str, ...]] = {
+ENDINGS: dict[TableFormat, tuple[str, ...]] = {
     "csv": ("csv",),
     "tsv": ("tsv",),
     "jsonl": ("jsonl",),
@@ -45,7 +45,7 @@ class Column:
 class Table(Artifact):
     """A table. `noun` is what its rows are, in the plural; `delimiter` is that of CSV and TSV."""
 
-    format: Format
+    format: TableFormat
     delimiter: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
@@ -75,7 +75,7 @@ class Table(Artifact):
         return [dict(zip(headers, row, strict=True)) for row in (self.rows if rows is None else rows)]
 
 
-def write(form: Format, delimiter: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
+def write(form: TableFormat, delimiter: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """Return a table as text."""
     headers = [column.header for column in columns]
     if form in ("csv", "tsv"):
@@ -104,7 +104,7 @@ def draw_table(draw: Draw, *, priced: bool = False) -> Table:
     With `priced`, it has a price and a quantity.
     """
     theme = draw.choice([theme for theme in THEMES if theme.nouns[0] in ("products", "orders")] if priced else THEMES)
-    shares: dict[Format, float] = {"csv": 5, "tsv": 1, "jsonl": 2, "json": 1.5, "md": 1}
+    shares: dict[TableFormat, float] = {"csv": 5, "tsv": 1, "jsonl": 2, "json": 1.5, "md": 1}
     form = draw.weighted(shares)
     delimiter = {"tsv": "\t", "csv": ";" if draw.chance(0.08) else ","}.get(form, "")
     count = draw.weighted(
@@ -143,7 +143,7 @@ def draw_table(draw: Draw, *, priced: bool = False) -> Table:
 def reference_table(draw: Draw, key: Column, values: Sequence[str]) -> Table:
     """Draw a table with one row for each value of another table's column."""
     theme = draw.choice(THEMES[:-1])
-    form: Format = draw.weighted({"csv": 5, "jsonl": 2, "json": 1.5, "tsv": 1})
+    form: TableFormat = draw.weighted({"csv": 5, "jsonl": 2, "json": 1.5, "tsv": 1})
     inner = Draw(str(draw.rng.random()))
     labels = list(dict.fromkeys(values))
     inner.rng.shuffle(labels)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.functions import Function, draw_function, request
+from agentkit_evals.synth.functions import DrawnFunction, draw_function, request
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.parameters import Parameters, series
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
@@ -84,14 +84,16 @@ class NoFunction(Operation):
         )
 
 
-def _others(draw: Draw, function: Function) -> list[Function]:
+def _others(draw: Draw, function: DrawnFunction) -> list[DrawnFunction]:
     """Draw functions that the request does not need, with other names."""
     count = draw.weighted({0: 5, 1: 3, 2: 2, 3: 1})
     found = [draw_function(draw, Parameters(draw)) for _ in range(count)]
     return [other for other in found if other.name != function.name]
 
 
-def _draft(draw: Draw, text: str, calls: list[tuple[Function, dict[str, Any]]], others: list[Function]) -> Draft | None:
+def _draft(
+    draw: Draw, text: str, calls: list[tuple[DrawnFunction, dict[str, Any]]], others: list[DrawnFunction]
+) -> Draft | None:
     functions = list({function.name: function for function, _ in calls}.values())
     if len({function.name for function in [*functions, *others]}) < len(calls) + len(others):
         return None

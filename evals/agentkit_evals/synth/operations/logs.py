@@ -14,9 +14,9 @@ from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import look, look_and_run, run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.shell import fixed, quote
 from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 EVENTS = {

@@ -14,9 +14,9 @@ from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.shell import quote
 from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import Artifact, World
 
 WORD = re.compile(r"(?<![\w.-])[A-Za-z]{3,14}(?![\w.-])")

@@ -21,9 +21,9 @@ from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.operations.tables.write_table import same_table
 from agentkit_evals.synth.oracle import Act, Step, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.shell import fixed, quote
 from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 

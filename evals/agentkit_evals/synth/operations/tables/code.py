@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentkit_evals.synth.artifacts.table import Column, Format, Table
+from agentkit_evals.synth.artifacts.table import Column, Table, TableFormat
 from agentkit_evals.synth.operations.steps import run
 from agentkit_evals.synth.oracle import Act, Step, submit
 from agentkit_evals.synth.shell import quote
@@ -70,7 +70,7 @@ _DUMP = {
 _DUMP["tsv"] = _DUMP["csv"].replace("rows[0],", "rows[0], delimiter='\\t',")
 
 
-def dump(form: Format, path: str) -> str:
+def dump(form: TableFormat, path: str) -> str:
     """Return Python that writes `rows` to a file."""
     return _DUMP[form].format(path=path)
 

@@ -12,8 +12,8 @@ from agentkit_evals.synth.mention import mention
 from agentkit_evals.synth.operations.tables.code import computed, load, value
 from agentkit_evals.synth.operations.tables.conditions import column_named, rows_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 

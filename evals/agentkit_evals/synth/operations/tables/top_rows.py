@@ -10,8 +10,8 @@ from agentkit_evals.synth.mention import mention
 from agentkit_evals.synth.operations.tables.code import computed, load, value
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 _PRICE, _OLD, _SIZE = ("most expensive|priciest", "cheapest"), ("oldest", "youngest"), ("largest|biggest", "smallest")

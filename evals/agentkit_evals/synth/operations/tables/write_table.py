@@ -6,15 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from agentkit_evals.synth.artifacts.table import ENDINGS, Column, Format, Row, Table, draw_table
+from agentkit_evals.synth.artifacts.table import ENDINGS, Column, Row, Table, TableFormat, draw_table
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.find import find, new_path
 from agentkit_evals.synth.mention import mention
 from agentkit_evals.synth.operations.tables.code import dump, load, script, solution, value, written
 from agentkit_evals.synth.operations.tables.conditions import column_named, draw_condition
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.requests import ask
 from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 SAME_TABLE = '''\
@@ -68,7 +68,7 @@ def same_table(path: str, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     }
 
 
-NAMES: dict[Format, str] = {
+NAMES: dict[TableFormat, str] = {
     "csv": "CSV|CSV|csv",
     "tsv": "TSV|tab-separated values",
     "json": "JSON|JSON|a JSON list|json",
@@ -84,7 +84,7 @@ def _written(
     table: Table,
     files: dict[str, str],
     new: str,
-    form: Format,
+    form: TableFormat,
     rows: Sequence[Row],
     change: str,
     thought: str,
@@ -138,9 +138,9 @@ class ConvertTable(Operation):
         if found is None:
             return None
         table, files = found
-        forms: dict[Format, float] = {"csv": 4, "json": 4, "jsonl": 2, "tsv": 1, "md": 1}
+        forms: dict[TableFormat, float] = {"csv": 4, "json": 4, "jsonl": 2, "tsv": 1, "md": 1}
         forms.pop(table.format)
-        form: Format = draw.weighted(forms)
+        form: TableFormat = draw.weighted(forms)
         new = new_path(draw, world, table.path, ENDINGS[form][0], files)
         return _written(
             draw,

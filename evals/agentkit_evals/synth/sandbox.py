@@ -25,7 +25,7 @@ from agentkit_evals.verify import Backend
 CLEAR = 'find . -mindepth 1 -delete; rm -rf "$1"'
 
 
-class Bench:
+class OracleSandbox:
     """One sandbox, as an async context manager. Raises SandboxUnavailableError on entry if none can be opened."""
 
     def __init__(self, backend: Backend) -> None:

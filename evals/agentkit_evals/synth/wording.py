@@ -13,24 +13,24 @@ AnswerKind = Literal["number", "value", "list", "done"]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Wording:
     """The instruction, and the form of answer that it demands."""
 
     text: str
     layout: Layout
 
 
-def ask(draw: Draw, phrasing: Phrasing, answer: AnswerKind, **slots: object) -> Request:
+def ask(draw: Draw, phrasing: Phrasing, answer: AnswerKind, **slots: object) -> Wording:
     """Fill in a phrasing; one in five has a context, one in four says what form the answer must have."""
     text = draw.phrase(phrasing.text, **slots)
     if draw.chance(0.2):
         text = draw.phrase(draw.choice(_HELD_OUT_CONTEXTS if phrasing.held_out else CONTEXTS)) + " " + text
     if answer == "done" or not draw.chance(0.25):
-        return Request(text, "")
+        return Wording(text, "")
     layout = draw.choice(_LAYOUTS[answer])
     forms = FORMS[answer, layout]
     form = draw.phrase(draw.choice(forms[-1:] if phrasing.held_out else forms[:-1]))
-    return Request(f"{text}{'' if text[-1] in '.?!:)' else '.'} {form}", layout)
+    return Wording(f"{text}{'' if text[-1] in '.?!:)' else '.'} {form}", layout)
 
 
 CONTEXTS = (
