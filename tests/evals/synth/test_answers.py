@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agentkit_evals.synth.answers import names_are, number_is
-from agentkit_evals.synth.operations.lists import same_lines
+from agentkit_evals.synth.operations.lists.sort_lines import same_lines
 from agentkit_evals.synth.operations.tables.write_table import same_table
 
 

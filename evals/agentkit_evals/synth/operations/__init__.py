@@ -18,7 +18,10 @@ from agentkit_evals.synth.operations.files import (
     Recover,
 )
 from agentkit_evals.synth.operations.ledgers import LEDGERS
-from agentkit_evals.synth.operations.lists import LISTS, AddItem, CheckItem, CountItems, HasItem, NthItem
+from agentkit_evals.synth.operations.lists import LISTS
+from agentkit_evals.synth.operations.lists.ask_items import HasItem, NthItem
+from agentkit_evals.synth.operations.lists.change_list import AddItem, CheckItem
+from agentkit_evals.synth.operations.lists.count_items import CountItems
 from agentkit_evals.synth.operations.logs import LOGS, CountLines, FindLine
 from agentkit_evals.synth.operations.read_setting import ReadSetting
 from agentkit_evals.synth.operations.replace_word import ReplaceWord
