@@ -151,9 +151,9 @@ def synth_suite(selection: SynthSelection, *, seed: int = 0) -> Suite:
         SuiteError: an operation is unknown or named twice.
         MissingDependencyError: the `synth` extra is not installed.
     """
-    from agentkit_evals.synth.world import world_seed
-
     operations = load_operations()
+    from agentkit_evals.synth.world import world_seed  # after the check that the extra is installed
+
     for name in selection.operations:
         if name not in operations:
             near = difflib.get_close_matches(name, operations, n=1)
