@@ -2,7 +2,10 @@
 
 import typer
 
-from agentkit_evals.synth.training import main
+from agentkit_evals.synth import synth_extra
+
+with synth_extra():
+    from agentkit_evals.synth.training import main
 
 if __name__ == "__main__":
     typer.run(main)
