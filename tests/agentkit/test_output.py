@@ -57,7 +57,7 @@ async def test_answers_fit_the_output_schema(tiny: EmbeddedModel, environment: E
             assert result.output == json.loads(result.answer)
         else:
             assert (result.status, result.answer) == ("limit", None)
-        assert result.status == "answered" or temperature > 1
+        assert result.status == "answered" or tools or temperature > 1  # with a tool it may call until a limit
         assert rebuild_token_ids(result.trajectory, tiny.tokenizer) == result.trajectory.token_ids
     assert bool(calls) == bool(tools)
 

@@ -32,8 +32,6 @@ from agentkit.output import output_of
 from agentkit_environments import Environment
 from agentkit_tools import BUILTINS
 
-from .conftest import get_weather
-
 pytestmark = pytest.mark.anyio
 Script = Callable[..., ScriptedModel]
 
@@ -212,7 +210,7 @@ def test_a_type_and_a_schema_are_refused(script: Script) -> None:
 async def test_the_embedded_model_is_constrained_to_the_type(tiny: EmbeddedModel, environment: Environment) -> None:
     limits = Limits(max_turns=6, max_tokens=400, max_thinking_tokens_per_turn=20)
     for seed in range(3):
-        agent = Agent(tiny, [get_weather], sampling=SamplingParams(0.5, seed=seed), output_type=Weather, limits=limits)
+        agent = Agent(tiny, [], sampling=SamplingParams(0.5, seed=seed), output_type=Weather, limits=limits)
         result = await agent.run("What is the weather in Oslo?", environment=environment)
         assert result.status == "answered" and isinstance(result.output, Weather)
         assert json.dumps(agent.output_schema) in tiny.tokenizer.decode(result.trajectory.segments[0].ids)

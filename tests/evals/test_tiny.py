@@ -30,7 +30,7 @@ TASKS = {
     "generated": ("read_setting", "change_setting", "count_files", "create_file", "count_lines", "call_function"),
 }
 """Tasks by suite: ids, or kinds of which the first task is taken."""
-FLOOR = 0.6
+FLOOR = 0.4
 """Share of `TASKS` that must be solved; the model card has the rates of all tasks."""
 
 
