@@ -18,10 +18,12 @@ from agentkit_environments.errors import (
     SandboxError,
     SandboxLostError,
     SandboxUnavailableError,
+    SnapshotError,
     UnsafeArchiveError,
     UnsafePathError,
 )
 from agentkit_environments.opening import available_backends, open_environment, reap
+from agentkit_environments.snapshot import Snapshot
 
 __all__ = [
     "MAX_ARCHIVE_BYTES",
@@ -39,6 +41,8 @@ __all__ = [
     "SandboxError",
     "SandboxLostError",
     "SandboxUnavailableError",
+    "Snapshot",
+    "SnapshotError",
     "UnsafeArchiveError",
     "UnsafePathError",
     "available_backends",

@@ -11,19 +11,22 @@ import math
 import posixpath
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from tarfile import TarInfo
 from types import MappingProxyType, TracebackType
-from typing import Literal, Self, get_args
+from typing import IO, Literal, Self, get_args
 
+import anyio
 import anyio.to_thread
 
 from agentkit_environments.archive import MAX_ARCHIVE_BYTES as MAX_ARCHIVE_BYTES
 from agentkit_environments.archive import MAX_ARCHIVE_ENTRIES as MAX_ARCHIVE_ENTRIES
 from agentkit_environments.archive import ExportedDir, check_archive, drop_links
-from agentkit_environments.errors import FileTooLargeError, UnsafeArchiveError, UnsafePathError
+from agentkit_environments.errors import FileTooLargeError, SnapshotError, UnsafeArchiveError, UnsafePathError
+from agentkit_environments.snapshot import MAX_ENTRIES, SLACK_BYTES, Snapshot, temporary_file
 
 Backend = Literal["docker", "process", "unsafe-local"]
 """Isolation of an environment: a container, namespaces on this kernel, or none."""
@@ -34,6 +37,9 @@ FileOperation = Literal["read_file", "write_file"]
 MAX_STDIN_BYTES = 64 << 20
 """Maximum bytes of standard input of one `exec`, and of the content of one `write_file`."""
 
+
+OPENED_AT_ONCE = 8
+"""Number of forks that are opened at the same time."""
 
 SYSTEM_DIRECTORIES = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr"}
 SHARED_DIRECTORIES = {"/", "/home", "/opt", "/root", "/run", "/tmp", "/var", "/var/tmp"}
@@ -282,6 +288,70 @@ class Environment(ABC):
         except OSError as error:
             raise _named(error, path) from error
 
+    async def snapshot(self) -> Snapshot:
+        """Return the files of the work directory and /tmp as they are now.
+
+        Processes are not part of a snapshot. A file that one of them is changing meanwhile may be captured in any state;
+        call `kill_all` first if that matters. The environment goes on as before.
+
+        Raises:
+            SnapshotError: If there are too many entries, or more than `limits.disk_mib` of files in each directory, or
+                if the work directory is an overlay.
+            SandboxLostError: If the sandbox is gone.
+        """
+        with temporary_file() as file:
+            bounds = {"max_entries": MAX_ENTRIES, "max_bytes": (2 * self.spec.limits.disk_mib << 20) + SLACK_BYTES}
+            try:
+                await self._pack(file, **bounds)
+            except OSError as error:
+                raise SnapshotError(f"the files of the environment cannot be captured: {error.strerror}") from error
+            return await anyio.to_thread.run_sync(Snapshot.of, file)
+
+    @abstractmethod
+    async def reopen(self, snapshot: Snapshot) -> Environment:
+        """Open another environment like this one, with the files of a snapshot; this one may be closed already.
+
+        Raises:
+            SnapshotError: If the snapshot was closed, or its files do not fit into the environment.
+            SandboxUnavailableError: See `open_environment`.
+        """
+
+    @asynccontextmanager
+    async def fork(self, n: int = 1) -> AsyncIterator[list[Environment]]:
+        """Open `n` environments that begin with the files of this one, and close them when the block is left.
+
+        They are independent: a change in one is visible neither here nor in the others. Processes are not forked.
+
+        Raises:
+            ValueError: If `n` is negative.
+            SnapshotError, SandboxUnavailableError, SandboxLostError: See `snapshot` and `reopen`.
+        """
+        if n < 0:
+            raise ValueError(f"fork(n) takes at least 0, got {n}")
+        snapshot = await self.snapshot()
+        forks: dict[int, Environment] = {}
+        limiter = anyio.CapacityLimiter(OPENED_AT_ONCE)
+
+        async def open_one(index: int) -> None:
+            async with limiter:
+                forks[index] = await self.reopen(snapshot)
+
+        try:
+            try:
+                async with anyio.create_task_group() as task_group:
+                    for index in range(n):
+                        task_group.start_soon(open_one, index)
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None
+            finally:
+                snapshot.close()
+            yield [forks[index] for index in range(n)]
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as task_group:
+                    for fork in forks.values():
+                        task_group.start_soon(fork.close)
+
     @abstractmethod
     async def kill_all(self) -> None:
         """Kill every process that commands have started. All are dead on return; their files stay as they are.
@@ -321,6 +391,14 @@ class Environment(ABC):
 
         Raises:
             OSError: The file system's error, with a path of the sandbox.
+        """
+
+    @abstractmethod
+    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+        """Write the work directory and /tmp to a file in the format of `tree`.
+
+        Raises:
+            OSError: The file system's error; EFBIG if there is too much.
         """
 
     async def _transfer(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:

@@ -10,6 +10,7 @@ output.
         HostFailureError            ... because the host or its engine failed, by evidence from outside the sandbox
       FileTooLargeError             a file is larger than the caller's bound
       UnsafePathError               a path that cannot name a file in a sandbox (empty, NUL byte, loop of links)
+      SnapshotError                 an environment that cannot be captured, or a snapshot that cannot be used
       UnsafeArchiveError            an archive with absolute names, `..`, devices, escaping links, or too much content
 """
 
@@ -41,6 +42,10 @@ class FileTooLargeError(SandboxError):
 
 class UnsafePathError(SandboxError):
     """A path that cannot name a file in a sandbox: empty, with a NUL byte, or a loop of links."""
+
+
+class SnapshotError(SandboxError):
+    """An environment that cannot be captured, or a snapshot that cannot be used; the message gives the reason."""
 
 
 class UnsafeArchiveError(SandboxError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from tarfile import TarInfo
-from typing import Self, TypeVar
+from typing import IO, Self, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -12,12 +12,14 @@ import anyio.to_thread
 
 from agentkit_environments.archive import ExportedDir
 from agentkit_environments.connection import FILE_TIMEOUT_S, START_TIMEOUT_S, Connection
+from agentkit_environments.docker import snapshot as snapshots
 from agentkit_environments.docker.attachment import AttachedPeer
 from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.files import Files
 from agentkit_environments.docker.users import resolve_user
 from agentkit_environments.environment import Environment, EnvironmentSpec, ExecRequest, ExecResult, FileOperation
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.snapshot import Snapshot
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """The engine's PATH for an image that sets none."""
@@ -39,10 +41,11 @@ class DockerEnvironment(Environment):
         self._closed = False
 
     @classmethod
-    async def open(cls, spec: EnvironmentSpec, run_id: str) -> Self:
-        """Start a container.
+    async def open(cls, spec: EnvironmentSpec, run_id: str, *, snapshot: Snapshot | None = None) -> Self:
+        """Start a container, with the files of a snapshot if one is given.
 
         Raises:
+            SnapshotError: If the snapshot cannot be restored.
             SandboxUnavailableError: If no engine answers, the image is missing and cannot be pulled, the engine
                 refuses the container, the container does not start, or the image's files do not fit into the work
                 directory.
@@ -52,7 +55,10 @@ class DockerEnvironment(Environment):
         def start() -> None:
             container = Container(spec, run_id)
             started.append(container)
-            if spec.workdir_from_image:
+            if snapshot is not None:
+                trees = snapshots.trees_of(spec)
+                container.guard(lambda: snapshots.restore(container.api, container.id, trees, snapshot))
+            elif spec.workdir_from_image:
                 Files(container).copy_from_image(str(spec.image), spec.workdir, run_id)
 
         connection: Connection | None = None
@@ -73,6 +79,14 @@ class DockerEnvironment(Environment):
                 raise SandboxUnavailableError(f"the container did not start: {error}") from error
             raise
         return cls(spec, run_id, started[0], connection)
+
+    async def reopen(self, snapshot: Snapshot) -> DockerEnvironment:
+        return await self.open(self.spec, self.run_id, snapshot=snapshot)
+
+    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+        trees, container = snapshots.trees_of(self.spec), self._container
+        bounds = {"max_entries": max_entries, "max_bytes": max_bytes}
+        await self._guarded(lambda: snapshots.pack(container.api, container.id, trees, file, **bounds))
 
     async def _exec(self, request: ExecRequest) -> ExecResult:
         user = None if request.user is None else await self._find_user(request.user)
