@@ -18,6 +18,7 @@ import os
 import stat
 import struct
 import sys
+import zlib
 
 TYPE_CHECKING = False  # as in `typing`; importing `typing` would make opening a sandbox a tenth slower
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def load(name: str, code: str) -> ModuleType:
     """
     module = type(sys)(f"agentkit_environments.{name}")
     sys.modules[module.__name__] = module
-    exec(marshal.loads(binascii.a2b_base64(code)), module.__dict__)
+    exec(marshal.loads(zlib.decompress(binascii.a2b_base64(code))), module.__dict__)
     return module
 
 

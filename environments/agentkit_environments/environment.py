@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from tarfile import TarInfo
+from tempfile import TemporaryFile
 from types import MappingProxyType, TracebackType
 from typing import IO, Literal, Self, get_args
 
@@ -26,7 +27,7 @@ from agentkit_environments.archive import MAX_ARCHIVE_BYTES as MAX_ARCHIVE_BYTES
 from agentkit_environments.archive import MAX_ARCHIVE_ENTRIES as MAX_ARCHIVE_ENTRIES
 from agentkit_environments.archive import ExportedDir, check_archive, drop_links
 from agentkit_environments.errors import FileTooLargeError, SnapshotError, UnsafeArchiveError, UnsafePathError
-from agentkit_environments.snapshot import MAX_ENTRIES, SLACK_BYTES, Snapshot, temporary_file
+from agentkit_environments.snapshot import MAX_ENTRIES, SLACK_BYTES, Snapshot
 
 Backend = Literal["docker", "process", "unsafe-local"]
 """Isolation of an environment: a container, namespaces on this kernel, or none."""
@@ -291,21 +292,22 @@ class Environment(ABC):
     async def snapshot(self) -> Snapshot:
         """Return the files of the work directory and /tmp as they are now.
 
-        Processes are not part of a snapshot. A file that one of them is changing meanwhile may be captured in any state;
-        call `kill_all` first if that matters. The environment goes on as before.
+        Processes are not part of a snapshot. A file that one of them is changing meanwhile may be captured in any
+        state; call `kill_all` first if that matters. The environment goes on as before.
 
         Raises:
             SnapshotError: If there are too many entries, or more than `limits.disk_mib` of files in each directory, or
                 if the work directory is an overlay.
             SandboxLostError: If the sandbox is gone.
         """
-        with temporary_file() as file:
+        with TemporaryFile() as file:
             bounds = {"max_entries": MAX_ENTRIES, "max_bytes": (2 * self.spec.limits.disk_mib << 20) + SLACK_BYTES}
             try:
                 await self._pack(file, **bounds)
             except OSError as error:
                 raise SnapshotError(f"the files of the environment cannot be captured: {error.strerror}") from error
-            return await anyio.to_thread.run_sync(Snapshot.of, file)
+            file.flush()
+            return await anyio.to_thread.run_sync(Snapshot, file.fileno())
 
     @abstractmethod
     async def reopen(self, snapshot: Snapshot) -> Environment:

@@ -734,7 +734,9 @@ class Executor:
     No request and no command can end it: an exception becomes the reply to its request.
     """
 
-    def __init__(self, requests_fd: int, replies_fd: int, settings: Mapping[str, Any], tree: ModuleType | None = None) -> None:
+    def __init__(
+        self, requests_fd: int, replies_fd: int, settings: Mapping[str, Any], tree: ModuleType | None = None
+    ) -> None:
         self._requests_fd, self._replies_fd, self._settings, self._tree = requests_fd, replies_fd, settings, tree
         self._head = bytearray()
         self._request: dict[str, Any] | None = None

@@ -89,7 +89,8 @@ class LocalEnvironment(Environment):
 
     def _restore(self, snapshot: Snapshot) -> None:
         try:
-            tree.unpack(snapshot.fileno(), self._trees, retarget=self._to_host)
+            with snapshot.descriptor() as fd:
+                tree.unpack(fd, self._trees, retarget=self._to_host)
         except OSError as error:
             raise SnapshotError(f"the snapshot cannot be restored: {error.strerror}") from error
 

@@ -31,7 +31,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -305,7 +306,8 @@ def _rlimits(limits: ResourceLimits) -> dict[str, int]:
 
 @functools.cache
 def _compiled(name: str) -> str:
-    return base64.b64encode(marshal.dumps(compile(_source(name), name, "exec"))).decode()
+    # Compressed, because `unshare` gets it as part of one argument, of which the kernel takes 128 KiB.
+    return base64.b64encode(zlib.compress(marshal.dumps(compile(_source(name), name, "exec")))).decode()
 
 
 @functools.cache
@@ -547,7 +549,7 @@ async def _launch(
     try:
         with (
             hidden_names(overlay) as hidden_fd,
-            _reading(snapshot) as snapshot_fd,
+            contextlib.nullcontext() if snapshot is None else snapshot.descriptor() as snapshot_fd,
             _Files(Layout.of(spec, launcher, group, overlay, hidden_fd, snapshot_fd)) as files,
         ):
             passed = [*files.fds.values(), *group.procs_fds, *(fd for fd in (hidden_fd, snapshot_fd) if fd is not None)]
@@ -573,16 +575,3 @@ async def _launch(
         if isinstance(error, TimeoutError | SandboxLostError):
             raise SandboxUnavailableError(f"the sandbox did not start with {launcher}: {error}") from error
         raise
-
-
-@contextlib.contextmanager
-def _reading(snapshot: Snapshot | None) -> Iterator[int | None]:
-    """Yield a descriptor that a sandbox can read a snapshot from."""
-    if snapshot is None:
-        yield None
-        return
-    fd = snapshot.reader()
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -1,15 +1,15 @@
-"""`Snapshot`: the files of an environment at one moment, in a temporary file or a file of the user."""
+"""`Snapshot`: the files of an environment at one moment."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import stat
-import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,7 +21,11 @@ MAX_ENTRIES = 1 << 18
 SLACK_BYTES = 64 << 20
 """Bytes for the names and attributes of a snapshot's entries, beyond the `disk_mib` of each directory."""
 
+MEMORY_BYTES = 1 << 20
+"""Size up to which a snapshot is kept in memory, so that thousands of them need no descriptors."""
+
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 class Snapshot:
@@ -32,7 +36,8 @@ class Snapshot:
     permission bits, modification times and, in containers, owners. It does not include processes, sockets, extended
     attributes, /dev/shm and the rest of the file system, which is read-only.
 
-    The content is in a temporary file without a name, which `close`, or the end of the process, frees.
+    A small snapshot is kept in memory, a larger one in a temporary file without a name. `close`, or the end of the
+    process, frees it.
 
     Attributes:
         left_out: One line for each entry that could not be captured: its name and the reason.
@@ -41,19 +46,21 @@ class Snapshot:
     """
 
     def __init__(self, fd: int) -> None:
-        """Take over the descriptor of a file in the format of `tree`. Raises ValueError if it is not one."""
-        self._fd = fd
-        self._finalizer = weakref.finalize(self, os.close, fd)
+        """Read the snapshot in an open file, whose descriptor may be closed afterwards.
+
+        Raises:
+            ValueError: If the file is not in the format of `tree`.
+        """
         index, _ = tree.read_index(fd)
         self.left_out = tuple(index["left_out"])
         self.entries = len(index["entries"])
         self.size_bytes = os.fstat(fd).st_size
-
-    @classmethod
-    def of(cls, file: IO[bytes]) -> Self:
-        """Return the snapshot that was written to `file`, which may be closed afterwards."""
-        file.flush()
-        return cls(os.dup(file.fileno()))
+        self._content: bytes | int | None  # a small one itself, a larger one's descriptor, None once closed
+        if self.size_bytes <= MEMORY_BYTES:
+            self._content = os.pread(fd, self.size_bytes, 0)
+        else:
+            self._content = os.dup(fd)
+            self._finalizer = weakref.finalize(self, os.close, self._content)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -68,7 +75,7 @@ class Snapshot:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ValueError("not a regular file")
             _check(*tree.read_index(fd))
-            return cls(os.dup(fd))
+            return cls(fd)
         except (ValueError, RecursionError) as error:
             raise SnapshotError(f"{path} cannot be used as a snapshot: {_first_line(error)}") from error
         finally:
@@ -83,39 +90,46 @@ class Snapshot:
         """
         path = Path(path)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            with partial.open("xb") as file:
-                offset = 0
-                while sent := os.sendfile(file.fileno(), self.fileno(), offset, 1 << 30):
-                    offset += sent
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with self.descriptor() as fd:
+            try:
+                with partial.open("xb") as file:
+                    offset = 0
+                    while sent := os.sendfile(file.fileno(), fd, offset, 1 << 30):
+                        offset += sent
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
 
-    def fileno(self) -> int:
-        """Return the file's descriptor. Raises SnapshotError if the snapshot was closed."""
-        if not self._finalizer.alive:
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """Yield a descriptor of the content that can only read; a sandbox may get it.
+
+        Raises:
+            SnapshotError: If the snapshot was closed.
+        """
+        if self._content is None:
             raise SnapshotError("this snapshot was closed; take another one")
-        return self._fd
-
-    def reader(self) -> int:
-        """Return a new descriptor that can only read, for a sandbox; the caller closes it."""
-        return os.open(f"/proc/self/fd/{self.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
-
-    def index(self) -> list[dict[str, Any]]:
-        """Return the entries, as described in `tree`."""
-        entries: list[dict[str, Any]] = tree.read_index(self.fileno())[0]["entries"]
-        return entries
+        if isinstance(self._content, int):
+            fd = _read_only(self._content)
+        else:
+            with open(os.memfd_create("snapshot", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+                file.write(self._content)
+                fd = _read_only(file.fileno())
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Free the content. Environments that were opened from it are not affected. Safe to call twice."""
-        self._finalizer()
+        if isinstance(self._content, int):
+            self._finalizer()
+        self._content = None
 
 
-def temporary_file() -> IO[bytes]:
-    """Return a file without a name, to write a snapshot to."""
-    return tempfile.TemporaryFile()
+def _read_only(fd: int) -> int:
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 class _Entry(BaseModel):
@@ -123,7 +137,7 @@ class _Entry(BaseModel):
     name: str
     mode: Annotated[int, Field(ge=0, le=0o7777)]
     mtime_ns: Annotated[int, Field(ge=-(1 << 62), lt=1 << 62)]
-    owner: tuple[Count, Count] | None = None
+    owner: Pair | None = None
 
 
 class _Directory(_Entry):
@@ -139,7 +153,7 @@ class _File(_Entry):
     kind: Literal["file"]
     size: Count
     offset: Count
-    extents: list[tuple[Count, Count]] | None = None
+    extents: list[Pair] | None = None
 
 
 class _Index(BaseModel):
@@ -147,7 +161,9 @@ class _Index(BaseModel):
     format: str
     version: int
     left_out: list[str]
-    entries: Annotated[list[Annotated[_Directory | _Link | _File, Field(discriminator="kind")]], Field(max_length=MAX_ENTRIES)]
+    entries: Annotated[
+        list[Annotated[_Directory | _Link | _File, Field(discriminator="kind")]], Field(max_length=MAX_ENTRIES)
+    ]
 
 
 def _check(index: Mapping[str, Any], content_size: int) -> None:
@@ -163,7 +179,7 @@ def _check(index: Mapping[str, Any], content_size: int) -> None:
         if isinstance(entry, _Link) and entry.kind == "hard" and kinds.get(entry.target) != "file":
             raise ValueError(f"entry {entry.name[:200]!r} is a hard link to {entry.target[:200]!r}, which is no file")
         if isinstance(entry, _File):
-            extents = [(0, entry.size)] if entry.extents is None else entry.extents
+            extents = [[0, entry.size]] if entry.extents is None else entry.extents
             ends = [0, *(start + length for start, length in extents)]
             in_order = all(start >= end for (start, _), end in zip(extents, ends, strict=False))
             stored = sum(length for _, length in extents)

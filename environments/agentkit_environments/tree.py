@@ -75,7 +75,7 @@ class TreePacker(Pieces):
             walk = self._walk(root)
             try:
                 for name, path, info in walk:
-                    entry = {
+                    entry: dict[str, Any] = {
                         "name": f"{label}/{name}" if name else label,
                         "mode": stat.S_IMODE(info.st_mode),
                         "mtime_ns": info.st_mtime_ns,

@@ -49,7 +49,13 @@ def pack(
     """
     packer = _Packer(file, max_entries, max_bytes)
     for label, path in trees.items():
-        with api.get(_url(api, container_id), params={"path": path}, stream=True, timeout=API_TIMEOUT_S) as response:
+        with api.get(
+            _url(api, container_id),
+            params={"path": path},
+            headers={"Accept-Encoding": "identity"},  # otherwise the engine compresses the archive
+            stream=True,
+            timeout=API_TIMEOUT_S,
+        ) as response:
             response.raise_for_status()
             try:
                 with tarfile.open(fileobj=response.raw, mode="r|") as archive:
@@ -66,16 +72,17 @@ def restore(api: APIClient, container_id: str, trees: Mapping[str, str], snapsho
     Raises:
         SnapshotError: If they do not fit.
     """
-    entries = snapshot.index()
-    for label, path in trees.items():
-        response: requests.Response = api.put(
-            _url(api, container_id),
-            params={"path": path, "noOverwriteDirNonDir": "1"},
-            data=_archive(label, entries, snapshot.fileno()),
-            timeout=API_TIMEOUT_S,
-        )
-        if not response.ok:
-            raise SnapshotError(f"the snapshot cannot be restored: {response.text.strip()[:500]}")
+    with snapshot.descriptor() as fd:
+        index, _ = tree.read_index(fd)
+        for label, path in trees.items():
+            response: requests.Response = api.put(
+                _url(api, container_id),
+                params={"path": path, "noOverwriteDirNonDir": "1"},
+                data=_archive(label, index["entries"], fd),
+                timeout=API_TIMEOUT_S,
+            )
+            if not response.ok:
+                raise SnapshotError(f"the snapshot cannot be restored: {response.text.strip()[:500]}")
 
 
 def _url(api: APIClient, container_id: str) -> str:
@@ -99,10 +106,12 @@ class _Packer:
         problem = name_problem(below)
         if problem is None and not (member.isreg() or member.type in KINDS):
             problem = "a device"
-        if problem is not None or posixpath.dirname(name) in self._left_out:
+        if posixpath.dirname(name) in self._left_out:
+            self._left_out.add(name)  # the line of its directory covers it
+            return
+        if problem is not None:
             self._left_out.add(name)
-            if problem is not None:
-                self.drops.add(name, problem)
+            self.drops.add(name, problem)
             return
         entry: dict[str, Any] = {"name": name, "mode": member.mode & 0o7777, "mtime_ns": int(member.mtime * 1e9)}
         if (member.uid, member.gid) != AGENT:
