@@ -41,6 +41,7 @@ from agentkit.events import (
     TurnFinished,
     TurnStarted,
 )
+from agentkit.forks import BestOf
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import (
@@ -89,6 +90,7 @@ __all__ = [
     "Ask",
     "AssistantMessage",
     "AssistantTurn",
+    "BestOf",
     "CallDecided",
     "CallFinished",
     "CallMalformed",

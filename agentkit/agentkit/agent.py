@@ -13,10 +13,36 @@ from typing import Any, Final, Generic
 import anyio
 
 from agentkit.approval import Approvals, AskHuman, Policy
-from agentkit.checks import check_model, check_type, run_blocking
+from agentkit.checks import check_model, check_positive, check_type, run_blocking
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
-from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
-from agentkit.history import MessageHistory, opening_messages
+from agentkit.events import (
+    Event,
+    LimitName,
+    LimitReached,
+    MessageAdded,
+    Outcome,
+    RunFinished,
+    Status,
+    TurnFinished,
+    TurnStarted,
+)
+from agentkit.forks import (
+    BestOf,
+    Judge,
+    Origin,
+    Start,
+    Visit,
+    World,
+    Worlds,
+    best_of,
+    current_run,
+    fork_paths,
+    ignore,
+    run_all,
+    seeded,
+    spent,
+)
+from agentkit.history import MessageHistory, opening_messages, unanswered
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, user_message
 from agentkit.model import (
@@ -31,10 +57,10 @@ from agentkit.model import (
 )
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.session import RemoteModel
-from agentkit.output import RETRY, T, output_of
+from agentkit.output import ANSWER_AGAIN, RETRY, T, output_of
 from agentkit.prices import check_price, price_of
 from agentkit.progress import shown_progress
-from agentkit.result import Continue, RunResult
+from agentkit.result import RunResult
 from agentkit.run import Run, RunContext
 from agentkit.subagent import AgentTool
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
@@ -151,6 +177,7 @@ class Agent(Generic[T]):
         metadata: dict[str, Any] | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
+        snapshots: bool = False,
     ) -> RunResult[T]:
         """Run a task.
 
@@ -164,6 +191,7 @@ class Agent(Generic[T]):
                 them again, whereas `RunResult.continue_` continues from the exact tokens. A system prompt among them
                 replaces the agent's.
             deps: Object for the tools, which they receive as `ToolContext.deps`; it is not shown to the model.
+            snapshots: Keep the environment's files from before each turn, so that `RunResult.fork` can return to it.
 
         Raises:
             TypeError: a tool needs `deps` of another class, or `message_history` has an item that is not a message.
@@ -176,13 +204,66 @@ class Agent(Generic[T]):
         """
         return await self._run(
             task,
-            _unheard,
+            ignore,
             environment=environment,
             path=trajectory,
             metadata=metadata,
             message_history=message_history,
             deps=deps,
+            worlds={} if snapshots else None,
         )
+
+    async def best_of(
+        self,
+        task: Prompt,
+        *,
+        n: int,
+        judge: Judge,
+        environment: Environment | None = None,
+        trajectory: str | Path | None = None,
+        metadata: dict[str, Any] | None = None,
+        message_history: MessageHistory | None = None,
+        deps: object = None,
+    ) -> BestOf[T]:
+        """Run a task `n` times, score each result, and return all with the best one.
+
+        The runs happen at the same time, with the agent's seed and the numbers after it, if it has one. The engine
+        computes the prompt once.
+
+        Args:
+            task: See `run`.
+            n: Number of runs.
+            judge: A function, async or not, of a result and its environment, which is still open. It returns a number.
+            environment: Environment whose files each run begins with, in a copy of its own. Default: a new sandbox for
+                each run.
+            trajectory: New files for the records: `run.fork1.jsonl` and so on for `run.jsonl`.
+            metadata: See `run`.
+            message_history: See `run`.
+            deps: See `run`.
+
+        Raises:
+            TypeError, ValueError: the judge returns no number.
+            Other errors: see `run` and `Environment.fork`. They stop all runs.
+        """
+        check_positive("best_of(n=...)", n, whole=True)
+        world = None if environment is None else await World.of(environment)
+        paths = fork_paths(None if trajectory is None else Path(trajectory), n)
+
+        def start(agent: Agent[T], path: Path | None) -> Start:
+            return lambda visit: agent._run(
+                task,
+                ignore,
+                environment=None,
+                path=path,
+                metadata=metadata,
+                message_history=message_history,
+                deps=deps,
+                world=world,
+                visit=visit,
+            )
+
+        agents = seeded(self, n, self.sampling.seed)
+        return best_of(*await run_all([start(*each) for each in zip(agents, paths, strict=True)], judge))
 
     def run_sync(
         self,
@@ -192,6 +273,7 @@ class Agent(Generic[T]):
         metadata: dict[str, Any] | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
+        snapshots: bool = False,
         progress: bool | None = None,
     ) -> RunResult[T]:
         """Run a task from synchronous code, in its own sandbox.
@@ -211,6 +293,7 @@ class Agent(Generic[T]):
                     metadata=metadata,
                     message_history=message_history,
                     deps=deps,
+                    worlds={} if snapshots else None,
                 ),
                 instead="await agent.run(...)",
             )
@@ -225,6 +308,7 @@ class Agent(Generic[T]):
         history: Trajectory | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
+        snapshots: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
@@ -254,6 +338,7 @@ class Agent(Generic[T]):
                     history=history,
                     message_history=message_history,
                     deps=deps,
+                    worlds={} if snapshots else None,
                 )
 
         with send, receive, _one_error():
@@ -298,11 +383,14 @@ class Agent(Generic[T]):
         An answer that does not fit is returned to the model once.
         """
         await self.observe(run, news)
-        answered = [index for index, message in enumerate(news) if isinstance(message, AssistantMessage)]
-        if answered:  # a message history
-            run.turn = len(answered)
-            news = news[answered[-1] + 1 :]
-        may_retry = True
+        if answered := sum(isinstance(message, AssistantMessage) for message in news):  # a message history
+            run.turn = answered
+        said = [record.message for record in current_run(run.trajectory.records) if isinstance(record, MessageAdded)]
+        news = unanswered(said)
+        may_retry = not any(
+            isinstance(message, UserMessage) and message.content.endswith(ANSWER_AGAIN) for message in said
+        )
+        await run.keep_world()
         while (limit := run.spent_limit) is None:
             results, limit = await self._turn(run, news)
             news = [ToolMessage.of(result) for result in results]
@@ -373,6 +461,7 @@ class Agent(Generic[T]):
                 with anyio.CancelScope(shield=True):
                     await self.observe(run, [ToolMessage.of(result) for result in results])
         run.note(TurnFinished(run.turn - 1, run.usage))
+        await run.keep_world()
         return results, limit
 
     async def ask(self, run: Run, calls: TurnCalls, *, think: bool) -> LimitName | None:
@@ -414,7 +503,7 @@ class Agent(Generic[T]):
 
     async def _run(
         self,
-        task: Prompt,
+        task: Prompt | None,
         emit: Callable[[Event], None],
         *,
         environment: Environment | None,
@@ -423,28 +512,43 @@ class Agent(Generic[T]):
         history: Trajectory | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
-        files: bytes | None = None,
         above: RunContext | None = None,
+        world: World | None = None,
+        worlds: Worlds | None = None,
+        visit: Visit | None = None,
     ) -> RunResult[T]:
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
 
-        `files` is an archive that is unpacked into the work directory first; empty bytes are an empty directory.
-        `above` is the context of the call that runs this agent as a sub-agent.
+        Args:
+            task: The user message; None if `history` ends before a turn that is to be generated.
+            emit: Called with each event.
+            environment: See `run`.
+            path: See `run`.
+            metadata: See `run`.
+            history: The record that the run continues.
+            message_history: See `run`.
+            deps: See `run`.
+            above: The context of the call that runs this agent as a sub-agent.
+            world: The files that a new sandbox starts with.
+            worlds: Receives the files before each turn.
+            visit: Called with the result while the environment is open.
         """
         self._check_deps(deps)
-        asked = user_message(task)
-        if history is not None and history.messages:
-            news: list[Message] = [asked]
-        else:
+        news: list[Message] = []
+        if task is not None and history is not None and history.messages:
+            news = [user_message(task)]
+        elif task is not None:
+            asked = user_message(task)
             news = opening_messages(message_history, asked, system=self.system, output_schema=self.output_schema)
         async with AsyncExitStack() as stack:
             tools = list(self.tools.values())
-            own = await stack.enter_async_context(DeferredEnvironment(EnvironmentSpec(), open_environment))
+            opener, spec = (
+                (open_environment, EnvironmentSpec()) if world is None else (world.open, world.environment.spec)
+            )
+            own = await stack.enter_async_context(DeferredEnvironment(spec, opener))
             here = own if environment is None else environment
             if environment is None and any(tool.needs_environment for tool in tools):
                 await own.open()
-            if files:
-                await here.import_dir(here.spec.workdir, files)
             opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=history)
             session = await stack.enter_async_context(opening)
             if history is None:
@@ -474,15 +578,40 @@ class Agent(Generic[T]):
                     budget = above.run.budget
                 if above.call is not None:
                     stack.enter_context(above.run.subagent(above.call, trajectory))
-            run = Run(session, trajectory, here, self.limits, emit, budget, approvals=approvals, deps=deps, above=above)
+            run = Run(
+                session,
+                trajectory,
+                here,
+                self.limits,
+                emit,
+                budget,
+                approvals=approvals,
+                deps=deps,
+                above=above,
+                shared=spent(trajectory.records) if task is None else None,
+                start=world,
+                worlds=worlds,
+            )
             outcome = await self._to_the_end(run, news)
+            is_saved = False
             if environment is None and above is None:
-                files = None
                 # only `continue_` needs the files, and it reports that they are missing
                 with suppress(SandboxError, OSError):
-                    files = (await own.export_dir(own.spec.workdir)).data if own.is_open else b""
-        output = None if outcome.answer is None else self._output.value(outcome.answer)
-        result = RunResult(outcome, output, trajectory, self._continuation(trajectory, environment, files, deps))
+                    world = await run.world() if worlds is None else worlds[run.turn]
+                    is_saved = True
+            output = None if outcome.answer is None else self._output.value(outcome.answer)
+            origin = Origin(
+                agent=self,
+                trajectory=trajectory,
+                environment=environment,
+                world=world,
+                is_saved=is_saved,
+                worlds=worlds,
+                deps=deps,
+            )
+            result = RunResult(outcome, output, trajectory, origin)
+            if visit is not None:
+                await visit(result, here)
         emit(RunFinished(result))
         return result
 
@@ -515,23 +644,6 @@ class Agent(Generic[T]):
                         f"pass deps=... to the run"
                     )
 
-    def _continuation(
-        self, trajectory: Trajectory, environment: Environment | None, files: bytes | None, deps: object
-    ) -> Continue[T]:
-        """Return the implementation of `RunResult.continue_`."""
-        end = len(trajectory.records)
-
-        async def go_on(task: Prompt, elsewhere: Environment | None) -> RunResult[T]:
-            if len(trajectory.records) != end:
-                raise ValueError("this result was already continued; continue the newer result")
-            here = elsewhere or environment
-            if here is None and files is None:
-                raise ValueError("the work directory of that run was not saved; pass environment= to continue")
-            files_if_new = None if here else files
-            return await self._run(task, _unheard, environment=here, history=trajectory, deps=deps, files=files_if_new)
-
-        return go_on
-
 
 def model_of(name: str | Path) -> Model:
     """Return the model behind an API, the packaged model or the checkpoint folder of this name.
@@ -548,10 +660,6 @@ def model_of(name: str | Path) -> Model:
     except ModelNotFoundError as error:
         hint = "a model behind an API is named with its provider, such as openai:MODEL"
         raise ModelNotFoundError(f"{error}; {hint}") from None
-
-
-def _unheard(event: Event) -> None:
-    """Discard an event of a run that is not streamed."""
 
 
 @contextmanager

@@ -23,11 +23,12 @@ from agentkit.events import (
     SubagentFinished,
     SubagentStarted,
 )
+from agentkit.forks import World, Worlds
 from agentkit.limits import CostBudget, Limits
 from agentkit.messages import AssistantMessage
 from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage, total_usage
 from agentkit.trajectory import Trajectory
-from agentkit_environments import Environment
+from agentkit_environments import DeferredEnvironment, Environment
 from agentkit_tools import ToolCall, ToolContext
 from agentkit_tools.tool import Deps
 
@@ -42,6 +43,8 @@ class Run:
         limits: The run's budget.
         budget: A budget shared with other runs, if any.
         approvals: The policies that decide on the run's calls.
+        shared: Usage of the turns that the run shares with the run it was forked from; it counts against the limits.
+        worlds: The files before each turn, if the run keeps them.
         depth: Levels of sub-agents that may run below this run.
         is_guest: True if this is the run of a sub-agent in the environment of the run above it.
         emit: Passes an event to the caller.
@@ -63,11 +66,17 @@ class Run:
         approvals: Approvals,
         deps: Any = None,
         above: RunContext | None = None,
+        shared: Usage | None = None,
+        start: World | None = None,
+        worlds: Worlds | None = None,
     ) -> None:
         self.session = session
         self.trajectory = trajectory
         self.context = RunContext(environment, timeout_s=limits.call_timeout_s, deps=deps, run=self)
         self.limits = limits
+        self.shared = shared
+        self.worlds = worlds
+        self._start_world = start
         self.approvals = approvals
         self.depth: int = limits.max_depth if above is None else min(limits.max_depth, above.run.depth - 1)
         self.is_guest = above is not None and above.environment is environment
@@ -77,6 +86,8 @@ class Run:
         self.budget = budget
         self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
         self.deadline = inf if limits.wall_time_s is None else anyio.current_time() + limits.wall_time_s
+        if shared is not None:
+            self.deadline -= shared.wall_time_s
         self.calls = 0
         self.tool_time_s = 0.0
         self.refused = False
@@ -132,6 +143,18 @@ class Run:
                 self._subagents = total_usage([*filter(None, [self._subagents]), outcome.usage])
                 self.note(SubagentFinished(call.id, outcome))
 
+    async def world(self) -> World | None:
+        """Return the files of the environment; None if it was never opened."""
+        environment = self.context.environment
+        if isinstance(environment, DeferredEnvironment) and not environment.is_open:
+            return self._start_world
+        return await World.of(environment)
+
+    async def keep_world(self) -> None:
+        """Keep the files for the turn that comes next, if the run keeps them."""
+        if self.worlds is not None and self.turn not in self.worlds:
+            self.worlds[self.turn] = await self.world()
+
     def outcome(
         self, status: Status, answer: str | None = None, *, limit: LimitName | None = None, error: str | None = None
     ) -> Outcome:
@@ -141,7 +164,7 @@ class Run:
     @property
     def spent_limit(self) -> LimitName | None:
         """The limit that forbids another turn, if any."""
-        usage, limits = self.session.usage, self.limits
+        usage, limits = self._counted, self.limits
         if limits.max_turns is not None and usage.turns >= limits.max_turns:
             return "max_turns"
         if self._tokens_left is not None and self._tokens_left <= 0:
@@ -150,9 +173,15 @@ class Run:
             return "max_cost_usd"
         if limits.wall_time_s is not None and anyio.current_time() >= self.deadline:
             return "wall_time_s"
-        if limits.tool_time_s is not None and self.tool_time_s >= limits.tool_time_s:
+        if self.tool_time_left_s is not None and self.tool_time_left_s <= 0:
             return "tool_time_s"
         return None
+
+    @property
+    def _counted(self) -> Usage:
+        """The usage of the session that counts against the limits."""
+        usage = self.session.usage
+        return usage if self.shared is None else total_usage([self.shared.total, usage])
 
     def charge(self) -> None:
         """Charge the cost since the previous charge to the shared budget and to the runs above this one."""
@@ -168,21 +197,23 @@ class Run:
 
     @property
     def _cost_spent(self) -> bool:
-        cost, limit = self.session.usage.cost_usd, self.limits.max_cost_usd
-        known = None if cost is None else cost + self._subagents_cost_usd
-        over = limit is not None and self.session.usage.turns > 0 and (known is None or known >= limit)
+        usage, limit = self._counted, self.limits.max_cost_usd
+        known = None if usage.cost_usd is None else usage.cost_usd + self._subagents_cost_usd
+        over = limit is not None and usage.turns > 0 and (known is None or known >= limit)
         above = self._above is not None and self._above._cost_spent
         return over or above or (self.budget is not None and self.budget.spent)
 
     @property
     def tool_time_left_s(self) -> float | None:
         """Seconds that calls may still run; None without a limit."""
-        return None if self.limits.tool_time_s is None else self.limits.tool_time_s - self.tool_time_s
+        if self.limits.tool_time_s is None:
+            return None
+        return self.limits.tool_time_s - self.tool_time_s - (0.0 if self.shared is None else self.shared.tool_time_s)
 
     @property
     def generation_limits(self) -> GenerationLimits:
         """Limits of the next turn. A thinking budget of 0 means that it must not think."""
-        usage, limits = self.session.usage, self.limits
+        usage, limits = self._counted, self.limits
         thought = [limits.max_thinking_tokens_per_turn] if limits.max_thinking_tokens_per_turn is not None else []
         if limits.max_thinking_tokens is not None:
             thought.append(max(0, limits.max_thinking_tokens - usage.thinking_tokens))
@@ -204,7 +235,7 @@ class Run:
     @property
     def _tokens_left(self) -> int | None:
         """Tokens that may still be sampled; None without a limit."""
-        return None if self.limits.max_tokens is None else self.limits.max_tokens - self.session.usage.sampled_tokens
+        return None if self.limits.max_tokens is None else self.limits.max_tokens - self._counted.sampled_tokens
 
 
 @dataclass(slots=True)

@@ -163,12 +163,24 @@ class Trajectory:
         Raises:
             TrajectoryWriteError: the file exists already, or cannot be written.
         """
-        copy = Trajectory(self.header, path)
-        for seq, (time_s, record) in enumerate(zip(self.times_s, self.records, strict=True), start=1):
-            copy._write(seq, time_s, record)
-        copy.close()
+        copy = self.branch(self.header, path, len(self.records))
         if self.path is None:
             self.path, self._size = copy.path, copy._size
+
+    def branch(self, header: Header, path: str | Path | None, count: int) -> Trajectory:
+        """Return a new, closed trajectory that begins with the first `count` records of this one.
+
+        Raises:
+            TrajectoryWriteError: the file exists already, or cannot be written.
+        """
+        copy = Trajectory(header, path)
+        copy.records, copy.times_s = self.records[:count], self.times_s[:count]
+        if path is not None:
+            for seq, (time_s, record) in enumerate(zip(copy.times_s, copy.records, strict=True), start=1):
+                copy._write(seq, time_s, record)
+        copy.close()
+        copy._start_ns = time.monotonic_ns() - round(1e9 * copy.times_s[-1] if count else 0)
+        return copy
 
     def reopen(self) -> None:
         """Reopen a closed trajectory for more records. Its file, if any, is cut after the last valid line.
@@ -237,6 +249,8 @@ class Trajectory:
         unfinished: list[Usage] = []
         for record in self.records:
             if isinstance(record, TurnFinished):
+                if unfinished and record.usage.turns <= unfinished[0].turns:  # the run before it has no outcome
+                    runs += unfinished
                 unfinished = [record.usage]
             elif isinstance(record, Outcome):
                 runs.append(record.usage)

@@ -48,6 +48,7 @@ def test_mcp() -> None:
     ("name", "printed"),
     [
         ("typed_output", "sunny, 21\n"),
+        ("fork_and_best_of_n", "1 of 3 is right: 100 10 9\n"),
         ("subagents", "sunny, 21 degrees / rainy, 14 degrees\n2 turns, 6 with sub-agents\n"),
     ],
 )
