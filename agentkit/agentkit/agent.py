@@ -383,6 +383,7 @@ class Agent(Generic[T]):
         An answer that does not fit is returned to the model once.
         """
         await self.observe(run, news)
+        is_fork = not news
         if answered := sum(isinstance(message, AssistantMessage) for message in news):  # a message history
             run.turn = answered
         said = [record.message for record in current_run(run.trajectory.records) if isinstance(record, MessageAdded)]
@@ -390,7 +391,8 @@ class Agent(Generic[T]):
         may_retry = not any(
             isinstance(message, UserMessage) and message.content.endswith(ANSWER_AGAIN) for message in said
         )
-        await run.keep_world()
+        if not is_fork:  # a fork has the files already
+            await run.keep_world()
         while (limit := run.spent_limit) is None:
             results, limit = await self._turn(run, news)
             news = [ToolMessage.of(result) for result in results]

@@ -129,7 +129,9 @@ class Origin(Generic[T]):
         def start(agent: Agent[T], path: Path | None) -> Start:
             own = replace(header, id=uuid4().hex, sampling=agent.sampling, metadata=metadata)
             branch = self.trajectory.branch(own, path, count)
-            worlds = self.worlds and {turn: kept for turn, kept in self.worlds.items() if turn <= at_turn}
+            worlds = None
+            if self.worlds is not None:
+                worlds = {turn: kept for turn, kept in self.worlds.items() if turn <= at_turn}
             return lambda visit: agent._run(
                 None,
                 ignore,
@@ -152,7 +154,8 @@ class Origin(Generic[T]):
         records = self.trajectory.records[: self.end]
         starts = {record.turn: index for index, record in enumerate(records) if isinstance(record, TurnStarted)}
         if turn not in starts:
-            raise ValueError(f"at_turn must be the number of a turn of this session, 0 to {max(starts)}; got {turn}")
+            known = f"{min(starts)} to {max(starts)}" if starts else "but it has none"
+            raise ValueError(f"at_turn must be the number of a turn of this session, {known}; got {turn}")
         return starts[turn]
 
     def _world(self, turn: int) -> World | None:

@@ -152,7 +152,7 @@ class Run:
 
     async def keep_world(self) -> None:
         """Keep the files for the turn that comes next, if the run keeps them."""
-        if self.worlds is not None and self.turn not in self.worlds:
+        if self.worlds is not None:
             self.worlds[self.turn] = await self.world()
 
     def outcome(

@@ -140,7 +140,8 @@ class EvalRun:
             ModelError: an error of a type in `NO_MODEL` occurred.
         """
         self._begin()
-        plan = ((case, epoch) for epoch in range(self.epochs) for case in self.suite.cases)
+        # epochs of a task are neighbours, so that its prompt is still in the engine's cache
+        plan = ((case, epoch) for case in self.suite.cases for epoch in range(self.epochs))
         try:
             async with anyio.create_task_group() as workers:
                 for number in range(min(self.concurrency, len(self.suite.cases) * self.epochs)):

@@ -154,6 +154,26 @@ async def test_a_branch_can_be_continued_with_its_files(script: Script, environm
         await continued.fork(at_turn=6)
 
 
+async def test_a_continued_run_is_forked_with_what_its_environment_held_then(
+    script: Script, environment: Environment
+) -> None:
+    """Also if the caller has changed a file between the two runs."""
+    agent = Agent(script(AssistantTurn("", "Done."), bash("cat log"), AssistantTurn("", "Bye.")))
+    result = await agent.run("Q", environment=environment, snapshots=True)
+    await environment.write_file("log", "between")
+    result = await result.continue_("And?")
+    await environment.write_file("log", "after")
+    assert results((await result.fork(at_turn=1))[0]) == ["between"]
+    assert results((await result.fork(at_turn=0))[0]) == []
+
+
+async def test_a_run_without_turns_cannot_be_forked(script: Script, environment: Environment) -> None:
+    limits = Limits(wall_time_s=1e-9)
+    result = await Agent(script(*WRITES), limits=limits).run("Q", environment=environment, snapshots=True)
+    with pytest.raises(ValueError, match="but it has none; got 0"):
+        await result.fork(at_turn=0)
+
+
 async def test_runs_without_an_environment_need_no_snapshots(script: Script) -> None:
     result = await Agent(
         script(AssistantTurn(calls=[("get_weather", {"city": "Oslo"})]), AssistantTurn("", "Done.")), [get_weather]
