@@ -1,9 +1,11 @@
-"""Run a suite: every task and epoch on one model, several trials at a time, recorded as they happen."""
+"""Run a suite: every task and epoch on one model, several trials at a time, recorded as they happen.
+
+A run that was interrupted, even by SIGKILL, is resumed with the same settings; see `resume.py`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +34,21 @@ from agentkit.prices import Price, check_price, describe_reference, list_cost, p
 from agentkit.task import CallsConfig, Task, TestsConfig
 from agentkit.trajectory import Trajectory
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_environments import Environment
+from agentkit_environments import Environment, reap
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
-from agentkit_evals.record import Failure, RunDirectory, RunLock, TrialRecord, lock_bytes, patch_path, trajectory_path
+from agentkit_evals.record import (
+    Failure,
+    RunDirectory,
+    RunLock,
+    TrialLog,
+    TrialRecord,
+    lock_bytes,
+    patch_path,
+    trajectory_path,
+    write_lock,
+)
+from agentkit_evals.resume import prepare
 from agentkit_evals.selfcheck import StartChecks
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.suite import Case, Suite
@@ -81,7 +94,7 @@ class EvalRun:
     Attributes:
         suite: Tasks to run.
         model: A model for all trials, already entered (`async with`), or a function that returns a model for a case.
-        directory: Path of the run directory. `execute` creates it; it must not exist.
+        directory: Path of the run directory. `execute` creates it; it must not exist, unless `resume` is set.
         model_name: Name of the model in `run.json`.
         epochs: Number of times that each task is run.
         concurrency: Maximum number of trials at the same time.
@@ -94,6 +107,11 @@ class EvalRun:
         run_id: Label of the run's sandboxes.
         start_checks: Results for verifiers that did not start, shared by all trials.
         list_price: List price used to estimate what trials of embedded models would have cost.
+        resume: True to resume the interrupted run in `directory`. Its finished trials are kept. Trials that had begun
+            start again, with the same seeds, and so do trials that an infrastructure failure kept from being scored;
+            their earlier attempts are kept in `attempts/`. Only `concurrency`, `max_cost_usd` and `model_options` may
+            differ from those of the run; the costs of all attempts count.
+        model_options: Options that load the model, recorded for `agentkit eval --resume`.
 
     Raises:
         PriceError: `max_cost_usd` is given and the price of the model is unknown, or a price table cannot be used.
@@ -113,6 +131,8 @@ class EvalRun:
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
     start_checks: StartChecks = field(default_factory=StartChecks)
     list_price: Price = field(default_factory=reference_price)
+    resume: bool = False
+    model_options: dict[str, str | int] = field(default_factory=dict)
     budget: CostBudget | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -135,70 +155,92 @@ class EvalRun:
         running agents and removes sandboxes; the directory then holds the trials that had finished.
 
         Raises:
-            RunDirectoryError: the directory already exists.
+            RunDirectoryError: the directory already exists; or, with `resume`, it is not a run, has other settings
+                (the message names the first), or is in use by another process.
             OSError: the directory cannot be written.
             ModelError: an error of a type in `NO_MODEL` occurred.
         """
-        self._begin()
-        # epochs of a task are neighbours, so that its prompt is still in the engine's cache
-        plan = ((case, epoch) for case in self.suite.cases for epoch in range(self.epochs))
-        try:
-            async with anyio.create_task_group() as workers:
-                for number in range(min(self.concurrency, len(self.suite.cases) * self.epochs)):
-                    workers.start_soon(self._work, plan, name=f"eval worker {number}")
-        except ExceptionGroup as group:
-            raise first_cause(group) from group
+        lock = self._lock()
+        if not self.resume:
+            data = lock_bytes(lock)
+            try:
+                self.directory.mkdir(parents=True)
+            except FileExistsError as exc:
+                raise RunDirectoryError(
+                    f"{self.directory} exists already; a run is never overwritten, but resumed if asked to"
+                ) from exc
+            write_lock(self.directory, data)
+        RunDirectory.open(self.directory)  # checks that it is a run before a file is opened for writing
+        with TrialLog(self.directory) as log:
+            attempts: dict[str, int] = {}
+            finished: set[str] = set()
+            if self.resume:
+                found = RunDirectory.open(self.directory)  # as it is now that no other process can add to it
+                attempts = prepare(found, lock)
+                finished = {trial.trial for trial in found.trials if not trial.is_retried}
+                if self.budget is not None:
+                    self.budget.add(found.usage.cost_usd if found.usage.turns else 0.0)
+                if found.lock.run_id is not None:
+                    await reap(found.lock.run_id)
+            trials = [
+                _Trial(self, case, epoch, attempts.get(trial_name(case.task, epoch), 1))
+                for case in self.suite.cases  # epochs of a task are neighbours: its prompt is in the engine's cache
+                for epoch in range(self.epochs)
+                if trial_name(case.task, epoch) not in finished
+            ]
+            plan = iter(trials)
+            try:
+                async with anyio.create_task_group() as workers:
+                    for number in range(min(self.concurrency, len(trials))):
+                        workers.start_soon(self._work, plan, log, name=f"eval worker {number}")
+            except ExceptionGroup as group:
+                raise first_cause(group) from group
         return RunDirectory.open(self.directory)
 
-    def _begin(self) -> None:
+    def _lock(self) -> RunLock:
         price = None if callable(self.model) else price_of(self.model)
-        lock = RunLock(
+        cases = self.suite.cases
+        return RunLock(
             name=self.suite.name,
             model=self.model_name,
-            backend=self.backend or "auto",
+            fingerprint=None if callable(self.model) else getattr(self.model, "fingerprint", None),
+            model_options=self.model_options,
+            backend=self.backend,
             epochs=self.epochs,
             concurrency=self.concurrency,
             seed=self.seed,
             sampling=self.resolved_sampling,
-            tasks=[case.task for case in self.suite.cases],
-            families={case.task.id: case.family for case in self.suite.cases},
+            tasks=[case.task for case in cases],
+            families={case.task.id: case.family for case in cases},
+            phrasings={case.task.id: case.phrasing for case in cases if case.phrasing},
+            held_out_phrasings=[case.task.id for case in cases if case.held_out_phrasing],
             max_cost_usd=self.max_cost_usd,
             prices_as_of=None if price is None else price.as_of,
             list_price=describe_reference(self.list_price),
+            run_id=self.run_id,
         )
-        data = lock_bytes(lock)
-        try:
-            self.directory.mkdir(parents=True)
-        except FileExistsError as exc:
-            raise RunDirectoryError(f"{self.directory} exists already; a run is never overwritten") from exc
-        (self.directory / "run.json").write_bytes(data)
 
-    async def _work(self, plan: Iterator[tuple[Case, int]]) -> None:
-        for case, epoch in plan:
+    async def _work(self, plan: Iterator[_Trial], log: TrialLog) -> None:
+        for trial in plan:
             if self.budget is not None and self.budget.spent:
                 return
-            record = await _Trial(self, case, epoch).run()
+            record = await trial.run()
             if record is None:
                 return
-            self._write(record)
+            log.append(record)
             self.listener(TrialFinished(record))
-
-    def _write(self, record: TrialRecord) -> None:
-        with (self.directory / "trials.jsonl").open("ab") as file:
-            file.write(record.model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class _Trial:
     """One epoch of one task: runs its steps in order and returns a record, complete or not."""
 
-    def __init__(self, run: EvalRun, case: Case, epoch: int) -> None:
+    def __init__(self, run: EvalRun, case: Case, epoch: int, attempt: int) -> None:
         self.eval_run = run
         self.case = case
         self.task: Task = case.task
         self.epoch = epoch
-        self.name = f"{case.task.id}.{epoch}"
+        self.attempt = attempt
+        self.name = trial_name(case.task, epoch)
         self.backend: str | None = None
         self.status: Status | None = None
         self.usage = Usage()
@@ -239,6 +281,7 @@ class _Trial:
             trial=self.name,
             task=self.task.id,
             epoch=self.epoch,
+            attempt=self.attempt,
             family=self.case.family,
             phrasing=self.case.phrasing,
             held_out_phrasing=self.case.held_out_phrasing,
@@ -386,6 +429,11 @@ def agent_for(
         approval=approval,
         on_ask=on_ask,
     )
+
+
+def trial_name(task: Task, epoch: int) -> str:
+    """Return the name of a trial."""
+    return f"{task.id}.{epoch}"
 
 
 def trial_seed(seed: int, trial: str) -> int:

@@ -321,10 +321,11 @@ def test_ctrl_c_writes_a_report(suite: Path, untrained: Path, tmp_path: Path) ->
         assert "first.0" in child.stdout.readline().decode()
         child.send_signal(signal.SIGINT)
         rest, errors = child.stdout.read().decode(), child.stderr.read().decode()
-    assert child.returncode == 130, errors
+    assert child.returncode == 4, errors
     assert "report  run/report.html" in rest
     assert [trial.task for trial in RunDirectory.open("run").trials] == ["first"]
     assert "interrupted: 1 of 2 trials" in Path("run/report.html").read_text()
+    assert "continue with `agentkit eval --resume run`" in errors
 
 
 @pytest.mark.parametrize("env", ["unsafe-local", pytest.param("process", marks=needs_sandbox)])

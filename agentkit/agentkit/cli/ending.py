@@ -7,7 +7,8 @@
     known price
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached
     or refuses the request
-130 Ctrl-C; 143 SIGTERM; 141 the reader of standard output closed the pipe
+4   Ctrl-C or SIGTERM stopped `eval` or `demo`; `agentkit eval --resume RUN` continues
+130 Ctrl-C elsewhere; 143 SIGTERM; 141 the reader of standard output closed the pipe
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class ExitCode(IntEnum):
     UNSOLVED = 1
     USAGE = 2
     INFRASTRUCTURE = 3
+    RESUMABLE = 4
     INTERRUPTED = 130
     PIPE_CLOSED = 141
 
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 not solved (`run`), below --threshold or stopped by --max-cost (`eval`), unsound task "
-    "(`check`); 2 usage error; 3 infrastructure failure; 130 Ctrl-C; 143 SIGTERM."
+    "(`check`); 2 usage error; 3 infrastructure failure; 4 interrupted, and resumable "
+    "(`eval`); 130 Ctrl-C; 143 SIGTERM."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from agentkit.cli import signals
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.progress import LiveProgress
 from agentkit.cli.terminal import visible
@@ -45,17 +45,20 @@ def evaluate(
     sampling: dict[str, Any],
     console: Console,
     max_cost_usd: float | None = None,
+    model_options: dict[str, str | int] | None = None,
+    resume: bool = False,
 ) -> Finished:
     """Run a suite on a model with live progress on `console`, and write the report, even after Ctrl-C.
 
-    `sampling` holds the overrides of the model's own sampling parameters.
+    `sampling` holds the overrides of the model's own sampling parameters. For `resume` and `model_options`, see
+    `EvalRun`.
 
     Raises:
         PriceError: `max_cost_usd` is given and the price of the model is unknown.
         EngineError: A grammar was requested and cannot be built.
         ModelError: The API refuses the key, the model or an option.
         SandboxUnavailableError: The first task's sandbox cannot be opened, so the suite cannot run on this machine.
-        RunDirectoryError: The directory already exists.
+        RunDirectoryError: The directory already exists, or cannot be resumed with these settings.
         KeyboardInterrupt: A signal was received before the run began.
     """
     from agentkit.models.embedded import EmbeddedModel
@@ -83,7 +86,20 @@ def evaluate(
         seed=seed,
         sampling=drawn,
         max_cost_usd=max_cost_usd,
+        model_options=model_options or {},
+        resume=resume,
     )
+    planned = left = len(suite.cases) * epochs
+    if resume:
+        found = RunDirectory.open(directory)
+        retried = sum(trial.is_retried for trial in found.trials)
+        left -= len(found.trials) - retried
+        again = [
+            f"{len(found.unfinished)} interrupted" if found.unfinished else "",
+            f"{retried} not scored" if retried else "",
+        ]
+        note = f"; from the beginning again: {', '.join(filter(None, again))}" if any(again) else ""
+        typer.echo(f"resuming {directory}: {planned - left} of {planned} trials are finished{note}", err=True)
 
     async def execute() -> None:
         first = suite.cases[0].task
@@ -95,7 +111,7 @@ def evaluate(
 
     interrupted = False
     tasks = {case.task.id: case.task for case in suite.cases}
-    with LiveProgress(console, len(suite.cases) * epochs, tasks) as run_.listener:
+    with LiveProgress(console, left, tasks) as run_.listener:
         try:
             run(execute)
         except KeyboardInterrupt:
@@ -105,9 +121,12 @@ def evaluate(
     finished = RunDirectory.open(directory)
     decode = model.tokenizer.decode if isinstance(model, EmbeddedModel) else None  # an API's ids stay numbers
     report = write_report(finished, decode=decode)
-    planned = len(suite.cases) * epochs
     if interrupted:
-        typer.echo(f"interrupted {len(finished.trials)} of {planned} trials", err=True)
+        typer.echo(
+            f"interrupted after {len(finished.trials)} of {planned} trials; continue with "
+            f"`agentkit eval --resume {shlex.quote(str(directory))}`",
+            err=True,
+        )
     elif finished.out_of_budget:
         typer.echo(f"--max-cost reached after {len(finished.trials)} of {planned} trials", err=True)
     return Finished(finished, report, interrupted)
@@ -120,7 +139,7 @@ def ending(finished: Finished, threshold: float | None = None) -> int:
     from agentkit_evals.statistics import estimate
 
     if finished.interrupted:
-        return signals.status()
+        return ExitCode.RESUMABLE
     if any(trial.reward is None for trial in finished.run.trials):
         return ExitCode.INFRASTRUCTURE
     mean = estimate(scores_by_task(finished.run.trials))

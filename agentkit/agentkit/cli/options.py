@@ -47,6 +47,8 @@ API_NAMES = re.compile(
 )
 """Model names that suggest an API."""
 API_OWNERS = {"claude": "anthropic", "deepseek": "deepseek"}
+GIVEN = ("COMMANDLINE", "ENVIRONMENT")
+"""Sources of parameters that a user sets, as typer names them."""
 API_PROVIDERS = ("openai", "anthropic", "deepseek")
 """The providers in `agentkit.models.remote.resolve.PROVIDERS`, repeated to avoid the import."""
 
@@ -88,6 +90,12 @@ def packaged_models() -> list[str]:
     engine = find_spec("agentkit_engine")
     places = engine.submodule_search_locations if engine else None
     return sorted(config.parent.name for place in places or () for config in Path(place).glob("*/config.json"))
+
+
+def given_parameters(ctx: typer.Context) -> set[str]:
+    """Return the names of the parameters that the user gave, on the command line or in the environment."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source is not None and source.name in GIVEN}
 
 
 def no_such_option(*names: str, instead: str) -> Any:
@@ -317,14 +325,12 @@ CacheFlag = Annotated[
         help="A folder that keeps the prefix cache on disk for later commands.",
     ),
 ]
-SuiteArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SUITE",
-        help="A folder of tasks, a suite or task file, rows of BFCL or SWE-bench (.jsonl), `synth`, "
-        "`synth:FAMILY,FAMILY`, or a packaged suite (`everyday`, `impossible`, `readme`, `own-tools`).",
-    ),
-]
+SUITE = typer.Argument(
+    metavar="SUITE",
+    help="A folder of tasks, a suite or task file, rows of BFCL or SWE-bench (.jsonl), `synth`, "
+    "`synth:FAMILY,FAMILY`, or a packaged suite (`everyday`, `impossible`, `readme`, `own-tools`).",
+)
+SuiteArgument = Annotated[str, SUITE]
 
 
 def _new_folder(path: Path | None) -> Path | None:

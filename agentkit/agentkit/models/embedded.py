@@ -79,6 +79,11 @@ class EmbeddedModel:
     ) -> None:
         await self._stack.__aexit__(exc_type, exc, traceback)
 
+    @property
+    def fingerprint(self) -> str:
+        """See `Engine.fingerprint`."""
+        return self.engine.fingerprint
+
     @asynccontextmanager
     async def open(
         self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
