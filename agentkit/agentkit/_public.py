@@ -20,6 +20,7 @@ from agentkit.errors import (
     ModelError,
     ModelOptionError,
     PriceError,
+    ReplayError,
     TrajectoryCorruptError,
     TrajectoryError,
     TrajectoryFormatError,
@@ -61,6 +62,7 @@ from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.session import RemoteModel
 from agentkit.models.scripted import AssistantTurn, ScriptedModel
 from agentkit.prices import Price, Prices
+from agentkit.replayer import Difference, Replay, replay
 from agentkit.result import RunResult
 from agentkit.trajectory import Header, Trajectory
 from agentkit_engine.sampling_params import SamplingParams
@@ -100,6 +102,7 @@ __all__ = [
     "ConcurrencyLimits",
     "ContextFullError",
     "CostBudget",
+    "Difference",
     "EmbeddedModel",
     "Event",
     "Header",
@@ -125,6 +128,8 @@ __all__ = [
     "ReasoningDelta",
     "Refuse",
     "RemoteModel",
+    "Replay",
+    "ReplayError",
     "Retried",
     "RunFinished",
     "RunResult",
@@ -157,5 +162,6 @@ __all__ = [
     "ask_before_changes",
     "load_mcp_servers",
     "refuse_changes",
+    "replay",
     "tool",
 ]

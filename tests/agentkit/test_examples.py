@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,12 @@ def test_an_example_is_short_and_prints_its_answer(name: str, printed: str) -> N
     assert len(path.read_text().splitlines()) < 30
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == printed
+
+
+def test_replay() -> None:
+    path = EXAMPLES / "replay.py"
+    assert len(path.read_text().splitlines()) < 30
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
+    first, second = done.stdout.splitlines()
+    assert first == "equal"
+    assert re.fullmatch(r"turn 1, token \d+ \(in a prompt\): recorded \d+ .*, replayed \d+ .*", second)

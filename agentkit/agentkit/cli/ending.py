@@ -2,7 +2,7 @@
 
 0   success; `run` produced an answer, with reward 1 if the task has a verifier; `eval` met --threshold, if given
 1   `run`: no answer, an answer that does not match the schema, a limit, or a reward below 1; `eval`: below
-    --threshold, or stopped by --max-cost; `check`: an unsound task
+    --threshold, or stopped by --max-cost; `check`: an unsound task; `replay`: a difference
 2   usage: a wrong flag, file, model or family; an API's key that is missing or wrong; --max-cost for a model without a
     known price
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached
@@ -45,7 +45,7 @@ class ExitCode(IntEnum):
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 not solved (`run`), below --threshold or stopped by --max-cost (`eval`), unsound task "
-    "(`check`); 2 usage error; 3 infrastructure failure; 4 interrupted, and resumable "
+    "(`check`), a difference (`replay`); 2 usage error; 3 infrastructure failure; 4 interrupted, and resumable "
     "(`eval`); 130 Ctrl-C; 143 SIGTERM."
 )
 
@@ -137,6 +137,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
         MissingDependencyError,
         ModelOptionError,
         PriceError,
+        ReplayError,
         TaskFileError,
         TrajectoryCorruptError,
         TrajectoryFormatError,
@@ -157,7 +158,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
         return ExitCode.USAGE
     if isinstance(exc, PackageError | ProvenanceError):
         return ExitCode.USAGE
-    if isinstance(exc, TrajectoryFormatError | TrajectoryCorruptError):
+    if isinstance(exc, ReplayError | TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE
     if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | PriceError | UnknownModelError):
         return ExitCode.USAGE

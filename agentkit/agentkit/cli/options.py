@@ -135,6 +135,24 @@ ModelFlag = Annotated[
 ]
 
 
+def _embedded(name: str | None) -> str | None:
+    """Check the name of a model in this process. Raises BadParameter."""
+    if name is not None and _model(name).partition(":")[0] in API_PROVIDERS and not Path(name).is_dir():
+        raise typer.BadParameter(f"{name} is behind an API; give a packaged model or a folder")
+    return name
+
+
+OtherModelFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        callback=_embedded,
+        help="`tiny`, or a checkpoint in the official DeepSeek layout. Default: the model of the record.",
+    ),
+]
+
+
 def _models(names: list[str]) -> list[str]:
     """Check each model's name. Raises BadParameter for an unknown model, or one that is given twice."""
     checked = [_model(name) for name in names]
