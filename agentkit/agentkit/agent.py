@@ -16,10 +16,10 @@ from agentkit.approval import Approvals, AskHuman, Policy
 from agentkit.checks import check_model, check_positive, check_type, run_blocking
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import (
+    CallFinished,
     Event,
     LimitName,
     LimitReached,
-    MessageAdded,
     Outcome,
     RunFinished,
     Status,
@@ -35,16 +35,15 @@ from agentkit.forks import (
     World,
     Worlds,
     best_of,
-    current_run,
     fork_paths,
     ignore,
     run_all,
     seeded,
-    spent,
 )
-from agentkit.history import MessageHistory, opening_messages, unanswered
+from agentkit.history import MessageHistory, opening_messages
+from agentkit.interrupted import NOTHING, ResumePoint, check_settings, interrupted_run
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
-from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, user_message
+from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, unanswered, user_message
 from agentkit.model import (
     CallMalformed,
     CallReady,
@@ -52,12 +51,13 @@ from agentkit.model import (
     Effort,
     Generated,
     Model,
+    ModelSession,
     ReasoningDelta,
     TextDelta,
 )
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.session import RemoteModel
-from agentkit.output import ANSWER_AGAIN, RETRY, T, output_of
+from agentkit.output import RETRY, T, output_of
 from agentkit.prices import check_price, price_of
 from agentkit.progress import shown_progress
 from agentkit.result import RunResult
@@ -298,22 +298,73 @@ class Agent(Generic[T]):
                 instead="await agent.run(...)",
             )
 
+    async def resume(
+        self,
+        trajectory: Trajectory | str | Path,
+        *,
+        environment: Environment | None = None,
+        world_turns: int | None = None,
+        deps: object = None,
+    ) -> RunResult[T]:
+        """Resume a run that was interrupted, and continue its record and its file.
+
+        The run goes on after its last complete turn, from exactly the recorded token ids; with a disk cache, the model
+        finds their state there. The turn in flight is done again, unless a call of a tool that is not read-only had
+        started: then calls without a recorded result get an error result, "outcome unknown". The usage of the run
+        counts towards the limits. What is cut from the file moves to a file `.torn` beside it.
+
+        Without the files of the run, it goes on before the first turn that may have changed them: turns are done again
+        from the first one in which a tool that needs an environment and is not read-only was called.
+
+        Args:
+            trajectory: The record, or its file. The agent must have the model, tools and other settings of the record.
+            environment: Environment for the calls. Default: a new sandbox for this run.
+            world_turns: Number of turns of the session whose effects the environment has. Default: all turns if
+                `environment` is given, none in a new sandbox.
+            deps: As for `run`.
+
+        Raises:
+            ResumeError: the run has ended or has no turn yet, the agent has other settings, or doing a turn again would
+                repeat a call that may have had effects outside the environment.
+            TrajectoryError: see `Trajectory.load`.
+            Other errors: see `run`.
+        """
+        history = trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(trajectory)
+        return await self._run(
+            None,
+            ignore,
+            environment=environment,
+            history=history,
+            point=interrupted_run(history, self.tools, world_turns=0 if environment is None else world_turns),
+            deps=deps,
+        )
+
+    def resume_sync(self, trajectory: Trajectory | str | Path, *, deps: object = None) -> RunResult[T]:
+        """Run `resume` from synchronous code.
+
+        Raises:
+            RunningLoopError: an event loop is running, as in a notebook. Use `await agent.resume(...)` there.
+        """
+        return run_blocking(lambda: self.resume(trajectory, deps=deps), instead="await agent.resume(...)")
+
     async def stream(
         self,
-        task: Prompt,
+        task: Prompt | None,
         *,
         environment: Environment | None = None,
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
         history: Trajectory | None = None,
+        world_turns: int | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
         snapshots: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
-        With `history`, the run continues that record and its file, as `RunResult.continue_` does. `environment` is then
-        required, and `trajectory`, `metadata` and `message_history` are not allowed.
+        With `history`, the run continues that record and its file, as `RunResult.continue_` does, or without a task as
+        `resume` does. `environment` is then required, and `trajectory`, `metadata` and `message_history` are not
+        allowed.
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`. This
         cancels the run.
@@ -325,6 +376,11 @@ class Agent(Generic[T]):
         new = (trajectory, metadata, message_history)
         if history is not None and (environment is None or any(given is not None for given in new)):
             raise ValueError("history needs an environment, and takes no trajectory, metadata or message_history")
+        if task is None and history is None:
+            raise ValueError("without a task there is nothing to do; only an interrupted run (history) needs none")
+        point = None
+        if task is None and history is not None:
+            point = interrupted_run(history, self.tools, world_turns=world_turns)
         send, receive = anyio.create_memory_object_stream[Event](inf)
 
         async def drive() -> None:
@@ -336,6 +392,7 @@ class Agent(Generic[T]):
                     path=trajectory,
                     metadata=metadata,
                     history=history,
+                    point=point,
                     message_history=message_history,
                     deps=deps,
                     worlds={} if snapshots else None,
@@ -377,24 +434,26 @@ class Agent(Generic[T]):
         bounds = (self.sampling.max_tokens, limits.max_tokens_per_turn or self.sampling.max_tokens)
         return replace(limits, max_tokens_per_turn=min(bounds))
 
-    async def _converse(self, run: Run, news: list[Message]) -> Outcome:
+    async def _converse(self, run: Run, news: list[Message], point: ResumePoint | None = None) -> Outcome:
         """Run turns until the model submits or answers, or a limit is reached.
 
-        An answer that does not fit is returned to the model once.
+        An answer that does not fit is returned to the model once. A run that goes on at a point begins with the results
+        of its last turn, if they have not been answered.
         """
-        await self.observe(run, news)
-        is_fork = not news
-        if answered := sum(isinstance(message, AssistantMessage) for message in news):  # a message history
-            run.turn = answered
-        said = [record.message for record in current_run(run.trajectory.records) if isinstance(record, MessageAdded)]
-        news = unanswered(said)
-        may_retry = not any(
-            isinstance(message, UserMessage) and message.content.endswith(ANSWER_AGAIN) for message in said
-        )
-        if not is_fork:  # a fork has the files already
+        last = None
+        if point is not None:
+            last, news = await self._last_turn(run, point), point.news
+        else:
+            await self.observe(run, news)
+            if answered := sum(isinstance(message, AssistantMessage) for message in news):  # a message history
+                run.turn = answered
+            news = unanswered(news)
+        if point is None or not point.is_fork:  # a fork has the files already
             await run.keep_world()
-        while (limit := run.spent_limit) is None:
-            results, limit = await self._turn(run, news)
+        may_retry = point is None or not point.retried
+        while last is not None or (limit := run.spent_limit) is None:
+            results, limit = last or await self._turn(run, news)
+            last = None
             news = [ToolMessage.of(result) for result in results]
             if submitted := next((result for result in results if result.final), None):
                 outcome = await self._conclude(run, "submitted", submitted.content)
@@ -411,6 +470,15 @@ class Agent(Generic[T]):
             await self.observe(run, news[-1:])
         run.note(LimitReached(limit))
         return run.outcome("limit", limit=limit)
+
+    async def _last_turn(self, run: Run, point: ResumePoint) -> tuple[list[ToolResult], LimitName | None] | None:
+        """Complete the last turn before a point; return its results and limit as `_turn` does, if it had calls."""
+        for result in point.unrecorded:
+            run.note(CallFinished(result))
+        await self.observe(run, [ToolMessage.of(each) for each in point.results if each.call_id in point.unread])
+        if point.turn_open:
+            run.note(TurnFinished(run.turn - 1, run.usage))
+        return (point.results, point.limit) if point.results else None
 
     async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
         """Return the outcome of a run that has an answer. An empty answer or one that does not fit the schema is
@@ -512,6 +580,7 @@ class Agent(Generic[T]):
         path: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
         history: Trajectory | None = None,
+        point: ResumePoint | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
         above: RunContext | None = None,
@@ -522,12 +591,13 @@ class Agent(Generic[T]):
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
 
         Args:
-            task: The user message; None if `history` ends before a turn that is to be generated.
+            task: The user message; None if the run goes on at `point`.
             emit: Called with each event.
             environment: See `run`.
             path: See `run`.
             metadata: See `run`.
             history: The record that the run continues.
+            point: The place in `history` at which the run goes on, if it is resumed or a fork.
             message_history: See `run`.
             deps: See `run`.
             above: The context of the call that runs this agent as a sub-agent.
@@ -537,11 +607,16 @@ class Agent(Generic[T]):
         """
         self._check_deps(deps)
         news: list[Message] = []
-        if task is not None and history is not None and history.messages:
-            news = [user_message(task)]
-        elif task is not None:
+        before = history
+        if point is not None:
+            assert history is not None
+            before = history.branch(history.header, None, point.length)
+        else:
+            assert task is not None
             asked = user_message(task)
-            news = opening_messages(message_history, asked, system=self.system, output_schema=self.output_schema)
+            news = [asked]
+            if history is None or not history.messages:
+                news = opening_messages(message_history, asked, system=self.system, output_schema=self.output_schema)
         async with AsyncExitStack() as stack:
             tools = list(self.tools.values())
             opener, spec = (
@@ -551,26 +626,18 @@ class Agent(Generic[T]):
             here = own if environment is None else environment
             if environment is None and any(tool.needs_environment for tool in tools):
                 await own.open()
-            opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=history)
+            opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=before)
             session = await stack.enter_async_context(opening)
             if history is None:
                 if above is not None and above.call is not None:
                     path = above.run.subagent_path()
                     metadata = {"parent": above.run.trajectory.header.id, "call_id": above.call.id}
-                header = Header(
-                    model=self.model.name,
-                    dialect=session.dialect,
-                    effort=self.effort,
-                    thinking=self.thinking,
-                    sampling=self.sampling,
-                    grammar_off=session.grammar_off,
-                    prices_as_of=price.as_of if (price := price_of(self.model)) else None,
-                    tools=tuple(tool.spec for tool in tools),
-                    metadata=metadata or {},
-                )
-                trajectory = Trajectory(header, path)
+                trajectory = Trajectory(self._header(session, metadata), path)
             else:
                 trajectory = history
+                if point is not None and not point.is_fork:
+                    check_settings(trajectory.header, self._header(session, None))
+                    trajectory.rewind(point.length)
                 trajectory.reopen()
             stack.callback(trajectory.close)
             approvals, budget = self.approvals, self.budget
@@ -590,11 +657,12 @@ class Agent(Generic[T]):
                 approvals=approvals,
                 deps=deps,
                 above=above,
-                shared=spent(trajectory.records) if task is None else None,
+                shared=NOTHING if point is None else point.shared,
+                spent=NOTHING if point is None else point.spent,
                 start=world,
                 worlds=worlds,
             )
-            outcome = await self._to_the_end(run, news)
+            outcome = await self._to_the_end(run, news, point)
             is_saved = False
             if environment is None and above is None:
                 # only `continue_` needs the files, and it reports that they are missing
@@ -617,11 +685,25 @@ class Agent(Generic[T]):
         emit(RunFinished(result))
         return result
 
-    async def _to_the_end(self, run: Run, news: list[Message]) -> Outcome:
+    def _header(self, session: ModelSession, metadata: dict[str, Any] | None) -> Header:
+        price = price_of(self.model)
+        return Header(
+            model=self.model.name,
+            dialect=session.dialect,
+            effort=self.effort,
+            thinking=self.thinking,
+            sampling=self.sampling,
+            grammar_off=session.grammar_off,
+            prices_as_of=None if price is None else price.as_of,
+            tools=tuple(tool.spec for tool in self.tools.values()),
+            metadata=metadata or {},
+        )
+
+    async def _to_the_end(self, run: Run, news: list[Message], point: ResumePoint | None) -> Outcome:
         """Converse, and record an outcome in every case. If the run fails or is cancelled, kill its processes."""
         try:
             with _one_error():
-                outcome = await self._converse(run, news)
+                outcome = await self._converse(run, news, point)
         except BaseException as exc:
             cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
             with suppress(TrajectoryWriteError):

@@ -20,9 +20,9 @@ from typing_extensions import TypeVar
 
 from agentkit.checks import check_positive, check_type
 from agentkit.errors import first_cause
-from agentkit.events import Event, Outcome, Record, TurnFinished, TurnStarted
+from agentkit.events import Event, TurnStarted
+from agentkit.interrupted import fork_point
 from agentkit.messages import Prompt
-from agentkit.model import Usage
 from agentkit_environments import Environment, EnvironmentSpec, Snapshot
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class Origin(Generic[T]):
                 ignore,
                 environment=None,
                 history=branch,
+                point=fork_point(branch),
                 deps=self.deps,
                 world=world,
                 worlds=worlds,
@@ -159,7 +160,7 @@ class Origin(Generic[T]):
         return starts[turn]
 
     def _world(self, turn: int) -> World | None:
-        if self.worlds is not None:
+        if self.worlds is not None and turn in self.worlds:
             return self.worlds[turn]
         if self.environment is not None or self.world is not None or not self.is_saved:
             raise ValueError("the run kept no snapshots of its environment; run it with snapshots=True to fork it")
@@ -222,18 +223,6 @@ def seeded(agent: Agent[T], n: int, seed: int | None) -> list[Agent[T]]:
     for index, each in enumerate(agents):
         each.sampling = agent.sampling.override(seed=None if seed is None else seed + index)
     return agents
-
-
-def current_run(records: Sequence[Record]) -> Sequence[Record]:
-    """Return the records since the last outcome."""
-    outcomes = [index for index, record in enumerate(records) if isinstance(record, Outcome)]
-    return records[outcomes[-1] + 1 if outcomes else 0 :]
-
-
-def spent(records: Sequence[Record]) -> Usage | None:
-    """Return the usage of the turns since the last outcome; None if there are none."""
-    usages = [record.usage for record in current_run(records) if isinstance(record, TurnFinished)]
-    return usages[-1] if usages else None
 
 
 def fork_paths(path: Path | None, n: int) -> list[Path | None]:

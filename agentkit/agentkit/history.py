@@ -76,12 +76,6 @@ def check_history(messages: Sequence[Message]) -> None:
         )
 
 
-def unanswered(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages after the last assistant turn."""
-    answered = [index for index, message in enumerate(messages) if isinstance(message, AssistantMessage)]
-    return list(messages[answered[-1] + 1 if answered else 0 :])
-
-
 def _paired(messages: Sequence[Message]) -> Iterator[Message]:
     """Yield the messages, with error results of malformed calls, which are in no turn, as user messages.
 

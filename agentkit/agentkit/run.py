@@ -24,6 +24,7 @@ from agentkit.events import (
     SubagentStarted,
 )
 from agentkit.forks import World, Worlds
+from agentkit.interrupted import NOTHING
 from agentkit.limits import CostBudget, Limits
 from agentkit.messages import AssistantMessage
 from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage, total_usage
@@ -43,7 +44,6 @@ class Run:
         limits: The run's budget.
         budget: A budget shared with other runs, if any.
         approvals: The policies that decide on the run's calls.
-        shared: Usage of the turns that the run shares with the run it was forked from; it counts against the limits.
         worlds: The files before each turn, if the run keeps them.
         depth: Levels of sub-agents that may run below this run.
         is_guest: True if this is the run of a sub-agent in the environment of the run above it.
@@ -66,15 +66,24 @@ class Run:
         approvals: Approvals,
         deps: Any = None,
         above: RunContext | None = None,
-        shared: Usage | None = None,
+        shared: Usage = NOTHING,
+        spent: Usage = NOTHING,
         start: World | None = None,
         worlds: Worlds | None = None,
     ) -> None:
+        """Begin a run, or go on with one.
+
+        `spent` is the usage of a resumed run so far. `shared` is the usage of turns that a fork shares with another
+        run; it counts towards the limits only.
+        """
+        before = total_usage([shared, spent])
+        self._shared_tool_time_s = shared.tool_time_s
+        self._spent = replace(spent, subagents=None)
+        self._before = replace(before, subagents=None)
         self.session = session
         self.trajectory = trajectory
         self.context = RunContext(environment, timeout_s=limits.call_timeout_s, deps=deps, run=self)
         self.limits = limits
-        self.shared = shared
         self.worlds = worlds
         self._start_world = start
         self.approvals = approvals
@@ -85,17 +94,19 @@ class Run:
         self.emit = emit
         self.budget = budget
         self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
-        self.deadline = inf if limits.wall_time_s is None else anyio.current_time() + limits.wall_time_s
-        if shared is not None:
-            self.deadline -= shared.wall_time_s
-        self.calls = 0
-        self.tool_time_s = 0.0
+        self.deadline = inf
+        if limits.wall_time_s is not None:
+            self.deadline = anyio.current_time() + limits.wall_time_s - before.wall_time_s
+        self.calls = spent.calls
+        self.tool_time_s = spent.tool_time_s
         self.refused = False
         self._charged: float | None = 0.0
-        self._subagents: Usage | None = None
-        self._subagents_cost_usd = 0.0  # as far as it is known
+        self._subagents = spent.subagents
+        self._subagents_cost_usd = (
+            before.subagents and before.subagents.total.cost_usd
+        ) or 0.0  # as far as it is known
         self._above = None if above is None else above.run
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - spent.wall_time_s
         self._recorded_messages = len(session.messages)
         self._recorded_segments = len(session.segments)
 
@@ -117,12 +128,17 @@ class Run:
     def usage(self) -> Usage:
         """Usage of the run so far."""
         return replace(
-            self.session.usage,
+            self._tokens,
             calls=self.calls,
             tool_time_s=self.tool_time_s,
             wall_time_s=time.perf_counter() - self._start,
             subagents=self._subagents,
         )
+
+    @property
+    def _tokens(self) -> Usage:
+        """Tokens, turns and cost of the run so far, without its sub-agents."""
+        return _sum(self._spent, self.session.usage)
 
     def subagent_path(self) -> Path | None:
         """Return the file for the record of the next sub-agent, beside the file of this one, if any."""
@@ -179,9 +195,8 @@ class Run:
 
     @property
     def _counted(self) -> Usage:
-        """The usage of the session that counts against the limits."""
-        usage = self.session.usage
-        return usage if self.shared is None else total_usage([self.shared.total, usage])
+        """Tokens, turns and cost that count towards the limits, without sub-agents."""
+        return _sum(self._before, self.session.usage)
 
     def charge(self) -> None:
         """Charge the cost since the previous charge to the shared budget and to the runs above this one."""
@@ -208,7 +223,7 @@ class Run:
         """Seconds that calls may still run; None without a limit."""
         if self.limits.tool_time_s is None:
             return None
-        return self.limits.tool_time_s - self.tool_time_s - (0.0 if self.shared is None else self.shared.tool_time_s)
+        return self.limits.tool_time_s - self._shared_tool_time_s - self.tool_time_s
 
     @property
     def generation_limits(self) -> GenerationLimits:
@@ -236,6 +251,10 @@ class Run:
     def _tokens_left(self) -> int | None:
         """Tokens that may still be sampled; None without a limit."""
         return None if self.limits.max_tokens is None else self.limits.max_tokens - self._counted.sampled_tokens
+
+
+def _sum(before: Usage, now: Usage) -> Usage:
+    return now if before == NOTHING else total_usage([before, now])
 
 
 @dataclass(slots=True)

@@ -67,3 +67,10 @@ def test_replay() -> None:
     first, second = done.stdout.splitlines()
     assert first == "equal"
     assert re.fullmatch(r"turn 1, token \d+ \(in a prompt\): recorded \d+ .*, replayed \d+ .*", second)
+
+
+def test_resume() -> None:
+    path = EXAMPLES / "resume.py"
+    assert len(path.read_text().splitlines()) < 40
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "Error: outcome unknown\nsunny, 21 degrees, after 3 turns\n"

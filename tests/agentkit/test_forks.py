@@ -280,6 +280,24 @@ async def test_best_of_a_task(script: Script, environment: Environment, tmp_path
     assert await environment.read_file("log") == b"before\n"
 
 
+@pytest.mark.parametrize("own_turns", [0, 1, 2])
+async def test_an_interrupted_branch_is_resumed(
+    script: Script, environment: Environment, tmp_path: Path, own_turns: int
+) -> None:
+    """Its usage is that of its own turns, and the shared turns still count towards the limits."""
+    agent = Agent(script(bash("true")), limits=Limits(max_turns=4))
+    result = await agent.run("Q", environment=environment, snapshots=True, trajectory=tmp_path / "run.jsonl")
+    [branch] = await result.fork(at_turn=1)
+    path = tmp_path / "run.fork1.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    starts = [index for index, line in enumerate(lines) if b'"turn_started"' in line]
+    path.write_bytes(b"".join(lines[: starts[1 + own_turns] + 1]))
+    resumed = await agent.resume(path, environment=environment)
+    assert (resumed.limit, resumed.trajectory.token_ids) == ("max_turns", branch.trajectory.token_ids)
+    assert (resumed.usage.turns, resumed.usage.calls) == (branch.usage.turns, branch.usage.calls) == (3, 3)
+    assert resumed.usage.sampled_tokens == branch.usage.sampled_tokens
+
+
 @pytest.mark.parametrize(
     ("score", "error"),
     [("high", TypeError), (None, TypeError), (float("nan"), ValueError)],

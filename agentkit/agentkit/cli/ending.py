@@ -138,6 +138,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
         ModelOptionError,
         PriceError,
         ReplayError,
+        ResumeError,
         TaskFileError,
         TrajectoryCorruptError,
         TrajectoryFormatError,
@@ -158,7 +159,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
         return ExitCode.USAGE
     if isinstance(exc, PackageError | ProvenanceError):
         return ExitCode.USAGE
-    if isinstance(exc, ReplayError | TrajectoryFormatError | TrajectoryCorruptError):
+    if isinstance(exc, ReplayError | ResumeError | TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE
     if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | PriceError | UnknownModelError):
         return ExitCode.USAGE

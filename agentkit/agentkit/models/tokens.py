@@ -83,6 +83,10 @@ class TokenSession(Protocol):
         """Hint that other sessions are likely to start with the ids so far."""
         ...
 
+    async def keep(self) -> None:
+        """Hint that another process may have to continue from the ids so far, should this one be killed."""
+        ...
+
     async def park(self) -> None:
         """Hint that the session will be idle, so that other sessions may use its memory."""
         ...
@@ -258,6 +262,7 @@ class TokenizedSession:
             await self._tokens.append(ids[:head])
             await self._tokens.checkpoint()
         await self._tokens.append(ids[head:])
+        await self._tokens.keep()
         self._record(TokenSegment("prompt", tuple(ids)))
         self._unread.clear()
         return room
