@@ -6,11 +6,11 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentkit.cli.model import EMBEDDED_OPTIONS, REMOTE_OPTIONS, load_model, model_options
+from agentkit.cli.model import load_model, model_options, recorded_options
 from agentkit.cli.options import (
     SUITE,
     BaseUrlFlag,
@@ -21,7 +21,6 @@ from agentkit.cli.options import (
     ExpertCacheFlag,
     GrammarFlag,
     JsonFlag,
-    KVCacheDtype,
     KVCacheDtypeFlag,
     MaxCostFlag,
     MinPFlag,
@@ -114,7 +113,7 @@ def command(
     ones are reported.
 
     --resume RUN continues an interrupted run, with its tasks, model and settings; other ones are refused. Finished
-    trials are kept. Trials that were interrupted or could not be scored run again from the beginning.
+    trials are kept, interrupted ones go on, and those that could not be scored start again.
     """
     from agentkit.cli import evaluation
     from agentkit.cli.ending import ExitCode
@@ -256,12 +255,7 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
     if "model" in given and len(chosen["model"]) > 1:
         raise typer.BadParameter("a run has one model; leave it out", param_hint="--model")
     name = chosen["model"][0] if "model" in given else str(lock.model_options.get("model", lock.model))
-    options: dict[str, Any] = {
-        key: chosen[key] if key in given else lock.model_options.get(key)
-        for key in (*EMBEDDED_OPTIONS, *REMOTE_OPTIONS)
-    }
-    options["cache_dir"] = options["cache_dir"] and Path(options["cache_dir"])
-    options["kv_cache_dtype"] = options["kv_cache_dtype"] and KVCacheDtype(options["kv_cache_dtype"])
+    options = recorded_options(lock.model_options, ctx, given)
     source = load_model(name, **options)
     sampling = {field.name: getattr(lock.sampling, field.name) for field in fields(lock.sampling)} | flags.changes()
     terminal = console(quiet=chosen["as_json"])

@@ -94,12 +94,12 @@ def evaluate(
         found = RunDirectory.open(directory)
         retried = sum(trial.is_retried for trial in found.trials)
         left -= len(found.trials) - retried
-        again = [
+        parts = [
+            f"{planned - left} of {planned} trials are finished",
             f"{len(found.unfinished)} interrupted" if found.unfinished else "",
-            f"{retried} not scored" if retried else "",
+            f"{retried} could not be scored and start again" if retried else "",
         ]
-        note = f"; from the beginning again: {', '.join(filter(None, again))}" if any(again) else ""
-        typer.echo(f"resuming {directory}: {planned - left} of {planned} trials are finished{note}", err=True)
+        typer.echo(f"resuming {directory}: {', '.join(filter(None, parts))}", err=True)
 
     async def execute() -> None:
         first = suite.cases[0].task

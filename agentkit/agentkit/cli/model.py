@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,3 +101,13 @@ def model_options(name: str, options: Mapping[str, Any]) -> dict[str, str | int]
         if value is not None:
             kept[key] = value.value if isinstance(value, StrEnum) else value
     return kept
+
+
+def recorded_options(recorded: Mapping[str, str | int], ctx: typer.Context, given: Collection[str]) -> dict[str, Any]:
+    """Return the keyword arguments of `load_model` from `model_options`. Those `given` to the command replace them."""
+    options: dict[str, Any] = {
+        key: ctx.params[key] if key in given else recorded.get(key) for key in (*EMBEDDED_OPTIONS, *REMOTE_OPTIONS)
+    }
+    options["cache_dir"] = options["cache_dir"] and Path(options["cache_dir"])
+    options["kv_cache_dtype"] = options["kv_cache_dtype"] and KVCacheDtype(options["kv_cache_dtype"])
+    return options

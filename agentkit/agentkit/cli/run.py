@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
 from agentkit.cli.changes import Written, check_flags, is_confirmed, name_host, print_diff, print_written, write
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers
-from agentkit.cli.model import load_model
+from agentkit.cli.model import load_model, model_options, recorded_options
 from agentkit.cli.options import (
     ApplyFlag,
     BaseUrlFlag,
@@ -51,6 +51,7 @@ from agentkit.cli.options import (
     WorkdirFlag,
     finite,
     foreign_tasks,
+    given_parameters,
     is_solved,
 )
 from agentkit.cli.terminal import console, counted, say
@@ -74,7 +75,20 @@ if TYPE_CHECKING:
 
 
 def command(
-    what: Annotated[str, typer.Argument(metavar="TASK", help="A task file (.yaml), or an instruction in words.")],
+    ctx: typer.Context,
+    what: Annotated[
+        str | None, typer.Argument(metavar="TASK", help="A task file (.yaml), or an instruction in words.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="TRAJECTORY",
+            exists=True,
+            dir_okay=False,
+            help="Continue the interrupted run that --trajectory recorded in this file, with its task and settings.",
+        ),
+    ] = None,
     workdir: WorkdirFlag = None,
     include_ignored: IncludeIgnoredFlag = False,
     copy: CopyFlag = False,
@@ -127,6 +141,11 @@ def command(
     from agentkit.task import Task, VerifierConfig, load_task
     from agentkit_evals.run import agent_for
 
+    if resume is not None:
+        job = _resumed(ctx, resume)
+        return carry_out(job, apply=apply, as_json=as_json, patch=patch, branch=branch)
+    if what is None:
+        raise typer.BadParameter("give a task, or a trajectory with --resume", param_hint="TASK")
     flags = SamplingFlags.of(
         grammar,
         no_grammar,
@@ -174,8 +193,81 @@ def command(
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     backend: Backend | None = env.value if env else None
-    job = Job(task, agent, backend, workdir, trajectory, terminal, servers, include_ignored=include_ignored, copy=copy)
+    metadata: dict[str, Any] | None = None
+    if trajectory is not None:
+        from agentkit.cli.resume import RunSettings
+
+        settings_of_run = RunSettings(
+            task=task,
+            load=model_options(model, ctx.params),
+            fingerprint=getattr(source, "fingerprint", None),
+            env=backend,
+            workdir=None if workdir is None else str(workdir.resolve()),
+            include_ignored=include_ignored,
+            copied=copy,
+            mcp=None if mcp is None else str(mcp.resolve()),
+            approve=approve.value,
+            max_cost_usd=max_cost,
+        )
+        metadata = {"run": settings_of_run.model_dump(mode="json", exclude_defaults=True)}
+    job = Job(
+        task,
+        agent,
+        backend,
+        workdir,
+        trajectory,
+        terminal,
+        servers,
+        include_ignored=include_ignored,
+        copy=copy,
+        metadata=metadata,
+    )
     return carry_out(job, apply=apply, as_json=as_json, patch=patch, branch=branch)
+
+
+def _resumed(ctx: typer.Context, path: Path) -> Job:
+    """Return the job that continues a recorded run.
+
+    Raises:
+        typer.BadParameter: A parameter is given that the record has fixed.
+        TrajectoryError: The record cannot be read or resumed.
+    """
+    from agentkit.cli.resume import RunSettings, refuse_fixed
+    from agentkit.prices import reference_price
+    from agentkit.trajectory import Trajectory
+    from agentkit_evals.run import agent_for
+
+    given = given_parameters(ctx)
+    refuse_fixed(given, path)
+    record = Trajectory.load(path)
+    settings = RunSettings.of(record)
+    workdir = None if settings.workdir is None else Path(settings.workdir)
+    if workdir is not None and not workdir.is_dir():
+        raise typer.BadParameter(f"the folder of the run, {workdir}, does not exist", param_hint="--resume")
+    check_flags(workdir, apply=ctx.params["apply"], patch=ctx.params["patch"], branch=ctx.params["branch"])
+    servers = read_servers(None if settings.mcp is None else Path(settings.mcp))
+    reference_price()
+    source = load_model(str(settings.load["model"]), **recorded_options(settings.load, ctx, given))
+    settings.check_fingerprint(source)
+    agent = agent_for(
+        settings.task,
+        source,
+        record.header.sampling,
+        max_cost_usd=ctx.params["max_cost"] if "max_cost" in given else settings.max_cost_usd,
+        **approval_options(ApproveChoice(settings.approve)),
+    )
+    return Job(
+        settings.task,
+        agent,
+        settings.env,
+        workdir,
+        None,
+        console(quiet=ctx.params["as_json"]),
+        servers,
+        include_ignored=settings.include_ignored,
+        copy=settings.copied,
+        record=record,
+    )
 
 
 def _names_task_file(what: str) -> bool:
@@ -262,6 +354,10 @@ class Job:
     """True if the agent sees the files of `workdir` that git ignores."""
     copy: bool = False
     """True if `workdir` is copied even if an overlay is possible."""
+    metadata: dict[str, Any] | None = None
+    """JSON values for the header of the trajectory."""
+    record: Trajectory | None = None
+    """The record of an interrupted run that is resumed, instead of a new `trajectory`."""
     rescued: list[Change] = field(default_factory=list)
     """The changes to `workdir` before the agent's run failed or was interrupted."""
 
@@ -327,7 +423,12 @@ class Job:
     async def _run_in(self, environment: Environment, agent: Agent) -> RunResult:
         from agentkit.events import RunFinished
 
-        stream = agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory)
+        if self.record is None:
+            stream = agent.stream(
+                self.task.instruction, environment=environment, trajectory=self.trajectory, metadata=self.metadata
+            )
+        else:
+            stream = self._resume_in(environment, agent, self.record)
         result: RunResult | None = None
         try:
             async with aclosing(stream) as events:
@@ -340,6 +441,25 @@ class Job:
             raise
         assert result is not None, "a run that does not raise ends with RunFinished"
         return result
+
+    def _resume_in(self, environment: Environment, agent: Agent, record: Trajectory) -> AsyncGenerator[Event, None]:
+        """Resume the run in a new sandbox, which has the effects of none of its turns; print what is done again."""
+        from agentkit.events import TurnStarted
+        from agentkit.interrupted import interrupted_run
+
+        begun = sum(isinstance(each, TurnStarted) for each in record.records)
+        if not begun:
+            record.rewind(0)  # perhaps not all messages were written
+            return agent.stream(self.task.instruction, environment=environment, history=record)
+        length = interrupted_run(record, agent.tools, world_turns=0).length
+        kept = sum(isinstance(each, TurnStarted) for each in record.records[:length])
+        again = ""
+        if kept < begun:
+            again = (
+                f"; turns {kept + 1} to {begun} are done again" if kept + 1 < begun else f"; turn {begun} is done again"
+            )
+        say(self.console, f"resuming {record.path} after {counted(kept, 'turn')}{again}", "dim")
+        return agent.stream(None, environment=environment, history=record, world_turns=0)
 
 
 def carry_out(
