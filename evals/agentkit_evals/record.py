@@ -9,8 +9,9 @@
     report.html         the report
 
 The directory can be read at any moment. An interrupted or killed run reads as a run with fewer trials, and can be
-resumed (`resume.py`). A trial is finished once its line in trials.jsonl is complete. A resumed run starts unfinished
-trials again, and those that an infrastructure failure kept from being scored. Of such a trial, the last line counts.
+resumed (`resume.py`). A trial is finished once its line in trials.jsonl is complete. A resumed run goes on with trials
+that are not, and starts those again that an infrastructure failure kept from being scored. Of such a trial, the last
+line counts.
 """
 
 from __future__ import annotations

@@ -1,10 +1,20 @@
-"""Resume an interrupted run: keep what it has finished, set aside what it has begun, and refuse other settings."""
+"""Resume an interrupted run: keep what it has finished, go on with what it has begun, and refuse other settings.
+
+An interrupted trial goes on in a new sandbox before its first turn that may have changed the old one. If that is its
+first turn, the trial starts again as a new attempt, and so does a trial that the machine kept from being scored.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from agentkit.errors import TrajectoryError
+from agentkit.events import TurnStarted
+from agentkit.interrupted import interrupted_run
+from agentkit.task import CallsConfig, Task
+from agentkit.trajectory import Trajectory
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.record import (
     RunDirectory,
@@ -67,23 +77,37 @@ def check_same(run: Path, was: RunLock, now: RunLock) -> None:
         )
 
 
-def prepare(run: RunDirectory, lock: RunLock) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A trial that has begun: its `record` goes on, or it starts again as a new `attempt`."""
+
+    attempt: int
+    record: Trajectory | None
+
+
+def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     """Prepare a run for being resumed with the settings of `lock`; its `TrialLog` is open.
 
-    The trajectories and patches of trials that run again move to `attempts/`.
+    The trajectories and patches of trials that start again move to `attempts/`.
 
     Returns:
-        The number of the next attempt of each trial that has an earlier one.
+        The trials that have begun and are not finished, by name.
 
     Raises:
         RunDirectoryError: see `check_same`.
         OSError: a file cannot be moved or written.
     """
     check_same(run.path, run.lock, lock)
+    tasks = {f"{task.id}.{epoch}": task for task in lock.tasks for epoch in range(lock.epochs)}
     again = {trial.trial: trial.attempt for trial in run.trials if trial.is_retried}
-    for name in run.unfinished:
-        kept = [int(file.stem) for file in (run.path / "attempts" / name).glob("*.jsonl") if file.stem.isdecimal()]
-        again[name] = max(kept, default=0) + 1
+    begun: dict[str, Begun] = {}
+    for name, file in run.unfinished.items():
+        kept = [int(each.stem) for each in (run.path / "attempts" / name).glob("*.jsonl") if each.stem.isdecimal()]
+        attempt = max(kept, default=0) + 1
+        if name in tasks and (record := goes_on(tasks[name], file)) is not None:
+            begun[name] = Begun(attempt, record)
+        else:
+            again[name] = attempt
     for name, attempt in again.items():
         target = attempt_path(run.path, name, attempt)
         for source, kept_as in (
@@ -93,6 +117,7 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, int]:
             if source.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(kept_as)
+        begun[name] = Begun(attempt + 1, None)
     changes = {
         "concurrency": lock.concurrency,
         "max_cost_usd": lock.max_cost_usd,
@@ -101,4 +126,19 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, int]:
         "resumed": [*run.lock.resumed, datetime.now(UTC).isoformat(timespec="seconds")],
     }
     write_lock(run.path, lock_bytes(run.lock.model_copy(update=changes)))
-    return {name: attempt + 1 for name, attempt in again.items()}
+    return begun
+
+
+def goes_on(task: Task, file: Path) -> Trajectory | None:
+    """Return the record of an interrupted trial if at least one of its turns can be kept; otherwise None."""
+    if isinstance(task.verifier, CallsConfig):  # has one turn
+        return None
+    tools = {tool.name: tool for tool in task.build_tools()}
+    try:
+        record = Trajectory.load(file)
+        if [*record.header.tools] != [tool.spec for tool in tools.values()]:  # of another version of agentkit
+            return None
+        length = interrupted_run(record, tools, world_turns=0).length
+    except TrajectoryError:
+        return None
+    return record if any(isinstance(each, TurnStarted) for each in record.records[:length]) else None

@@ -48,7 +48,7 @@ from agentkit_evals.record import (
     trajectory_path,
     write_lock,
 )
-from agentkit_evals.resume import prepare
+from agentkit_evals.resume import Begun, prepare
 from agentkit_evals.selfcheck import StartChecks
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.suite import Case, Suite
@@ -108,9 +108,10 @@ class EvalRun:
         start_checks: Results for verifiers that did not start, shared by all trials.
         list_price: List price used to estimate what trials of embedded models would have cost.
         resume: True to resume the interrupted run in `directory`. Its finished trials are kept. Trials that had begun
-            start again, with the same seeds, and so do trials that an infrastructure failure kept from being scored;
-            their earlier attempts are kept in `attempts/`. Only `concurrency`, `max_cost_usd` and `model_options` may
-            differ from those of the run; the costs of all attempts count.
+            go on before their first turn that may have changed a file. If that is the first turn, they start again, and
+            so do trials that an infrastructure failure kept from being scored; earlier attempts are kept in
+            `attempts/`. Only `concurrency`, `max_cost_usd` and `model_options` may differ from those of the run; the
+            costs of all attempts count.
         model_options: Options that load the model, recorded for `agentkit eval --resume`.
 
     Raises:
@@ -172,18 +173,18 @@ class EvalRun:
             write_lock(self.directory, data)
         RunDirectory.open(self.directory)  # checks that it is a run before a file is opened for writing
         with TrialLog(self.directory) as log:
-            attempts: dict[str, int] = {}
+            begun: dict[str, Begun] = {}
             finished: set[str] = set()
             if self.resume:
                 found = RunDirectory.open(self.directory)  # as it is now that no other process can add to it
-                attempts = prepare(found, lock)
+                begun = prepare(found, lock)
                 finished = {trial.trial for trial in found.trials if not trial.is_retried}
                 if self.budget is not None:
                     self.budget.add(found.usage.cost_usd if found.usage.turns else 0.0)
                 if found.lock.run_id is not None:
                     await reap(found.lock.run_id)
             trials = [
-                _Trial(self, case, epoch, attempts.get(trial_name(case.task, epoch), 1))
+                _Trial(self, case, epoch, begun.get(trial_name(case.task, epoch), Begun(1, None)))
                 for case in self.suite.cases  # epochs of a task are neighbours: its prompt is in the engine's cache
                 for epoch in range(self.epochs)
                 if trial_name(case.task, epoch) not in finished
@@ -234,12 +235,13 @@ class EvalRun:
 class _Trial:
     """One epoch of one task: runs its steps in order and returns a record, complete or not."""
 
-    def __init__(self, run: EvalRun, case: Case, epoch: int, attempt: int) -> None:
+    def __init__(self, run: EvalRun, case: Case, epoch: int, begun: Begun) -> None:
         self.eval_run = run
         self.case = case
         self.task: Task = case.task
         self.epoch = epoch
-        self.attempt = attempt
+        self.attempt = begun.attempt
+        self.record = begun.record
         self.name = trial_name(case.task, epoch)
         self.backend: str | None = None
         self.status: Status | None = None
@@ -353,9 +355,13 @@ class _Trial:
             metadata["provenance"] = provenance
         turn = 0
         limit: LimitName | None = None
-        async with aclosing(
-            agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory, metadata=metadata)
-        ) as events:
+        if self.record is None:
+            stream = agent.stream(
+                self.task.instruction, environment=environment, trajectory=self.trajectory, metadata=metadata
+            )
+        else:
+            stream = agent.stream(None, environment=environment, history=self.record, world_turns=0)
+        async with aclosing(stream) as events:
             async for event in events:
                 match event:
                     case TurnStarted():

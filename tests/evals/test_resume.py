@@ -79,12 +79,16 @@ def suite() -> Suite:
 
 @pytest.fixture(scope="module")
 def begin(suite: Suite, tokenizer: Tokenizer) -> Callable[..., EvalRun]:
-    """Function that makes an evaluation in a directory, whose agents all solve their tasks in two turns."""
+    """Function that makes an evaluation in a directory. Its agents read in their first turn and write in the second."""
 
     def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
-        if messages[-1].role == "tool":
-            return AssistantTurn(calls=[("submit", {"answer": messages[-1].content.strip()})])
-        return AssistantTurn("Look." if think else None, calls=[("bash", {"command": "cat n.txt"})])
+        turns: list[list[tuple[str, dict[str, Any]]]] = [
+            [("list_dir", {}), ("read_file", {"path": "n.txt"})],
+            [("bash", {"command": "cat n.txt >> m.txt; cat m.txt"})],
+            [("submit", {"answer": messages[-1].content.strip()})],
+        ]
+        said = sum(message.role == "assistant" for message in messages)
+        return AssistantTurn("Look." if think else None, calls=turns[said])
 
     def make(path: Path, **options: Any) -> EvalRun:
         settings = {"model_name": "scripted", "backend": "unsafe-local", "epochs": 2, "concurrency": 1, **options}
@@ -104,7 +108,7 @@ def whole(begin: Callable[..., EvalRun], tmp_path_factory: pytest.TempPathFactor
 def test_a_run_that_was_cut_at_any_byte(
     begin: Callable[..., EvalRun], whole: RunDirectory, tmp_path: Path, place: float, trajectory_place: float
 ) -> None:
-    """The record of the trial in flight is cut in `trials.jsonl`, or not begun, and its trajectory is cut too."""
+    """The trial in flight goes on after its first turn, which only reads, or starts again. Nothing is lost."""
     path = tmp_path / "run"
     shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(whole.path, path)
@@ -113,20 +117,26 @@ def test_a_run_that_was_cut_at_any_byte(
     kept = data[: round(place * len(data))]
     file.write_bytes(kept)
     finished = RunDirectory.open(path).trials
+    was = b""
     for number, trial in enumerate(whole.trials[len(finished) :]):
         record = trajectory_path(path, trial.trial)
         if number:
             record.unlink()
         else:
-            record.write_bytes(record.read_bytes()[: round(trajectory_place * record.stat().st_size)])
+            was = record.read_bytes()[: round(trajectory_place * record.stat().st_size)]
+            record.write_bytes(was)
     resumed = anyio.run(begin(path, resume=True).execute)
     assert figures(resumed) == figures(whole)
     assert file.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1]) and resumed.trials[: len(finished)] == finished
     torn = path / "trials.torn"
     assert (torn.read_bytes()[:-1] if torn.exists() else b"") == kept[kept.rfind(b"\n") + 1 :]
     again = {trial.trial: trial.attempt for trial in resumed.trials if trial.attempt > 1}
-    assert again == {trial.trial: 2 for trial in whole.trials[len(finished) : len(finished) + 1]}
-    assert all(attempt_path(path, name, 1).exists() for name in again)
+    for name in [trial.trial for trial in whole.trials[len(finished) :]][:1]:  # the trial in flight
+        keeps_a_turn = b'"turn_finished"' in was[: was.rfind(b"\n") + 1]
+        assert again == ({} if keeps_a_turn else {name: 2})
+        before, after = (Trajectory.load(trajectory_path(run.path, name)).header.id for run in (whole, resumed))
+        assert (before == after) == keeps_a_turn
+        assert keeps_a_turn or attempt_path(path, name, 1).read_bytes() == was
     assert len(resumed.lock.resumed) == 1 and resumed.lock.created == whole.lock.created
     check_files(resumed)
 
@@ -144,7 +154,9 @@ from agentkit_evals.suite import Case, Suite
 
 def policy(messages, think):
     said = sum(message.role == "assistant" for message in messages)
-    if said < 4:
+    if said == 0:
+        return AssistantTurn("Look.", calls=[("list_dir", {}), ("search", {"pattern": "x"})])
+    if said < 5:
         return AssistantTurn("Go on." if think else None, calls=[("bash", {"command": f"echo {said} >> log; cat log"})])
     return AssistantTurn(calls=[("submit", {"answer": messages[-1].content})])
 
@@ -333,15 +345,19 @@ def test_a_log_that_leads_elsewhere_is_not_written(tmp_path: Path) -> None:
 
 
 def test_the_costs_of_all_attempts_count(begin: Callable[..., EvalRun], whole: RunDirectory, tmp_path: Path) -> None:
-    """An attempt that was interrupted after its first turn has that turn's usage."""
+    """An attempt that was interrupted has the usage of its finished turns."""
     path = tmp_path / "run"
     shutil.copytree(whole.path, path)
     lines = (path / "trials.jsonl").read_bytes().splitlines(keepends=True)
     (path / "trials.jsonl").write_bytes(b"".join(lines[:-1]))
     record = trajectory_path(path, whole.trials[-1].trial)
     turns = record.read_bytes().splitlines(keepends=True)
-    end = next(index for index, line in enumerate(turns) if b'"turn_finished"' in line)
-    record.write_bytes(b"".join(turns[: end + 1]))
-    assert RunDirectory.open(path).usage.turns == whole.usage.turns - 1
+    record.write_bytes(b"".join(turns[: next(index for index, line in enumerate(turns) if b'"turn_started"' in line)]))
+    assert RunDirectory.open(path).usage.turns == whole.usage.turns - 3
     resumed = anyio.run(begin(path, resume=True).execute)
-    assert resumed.usage.turns == whole.usage.turns + 1
+    assert resumed.usage.turns == whole.usage.turns
+    earlier = attempt_path(path, whole.trials[-1].trial, 1)
+    earlier.write_bytes(
+        b"".join(turns[: next(index for index, line in enumerate(turns) if b'"turn_finished"' in line) + 1])
+    )
+    assert RunDirectory.open(path).usage.turns == whole.usage.turns + 1

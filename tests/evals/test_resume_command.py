@@ -67,7 +67,7 @@ def test_a_killed_run_is_resumed_with_its_own_settings(suite: Path, untrained: P
     result = agentkit("eval", "--resume", "run", "--json", "--junit", "results.xml", "-n", "2")
     found = json.loads(result.stdout)
     assert (found["trials"], found["mean"], found["seed"]) == (4, 1.0, 5)
-    assert "resuming run: 3 of 4 trials are finished; from the beginning again: 1 interrupted" in result.stderr
+    assert "resuming run: 3 of 4 trials are finished, 1 interrupted" in result.stderr
     after = RunDirectory.open("run")
     assert ids(after) == ids(before) and after.complete and Path("results.xml").exists()
     assert after.lock.model_options == options_of_model and after.lock.concurrency == 2
