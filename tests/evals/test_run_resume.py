@@ -99,8 +99,10 @@ def test_what_the_record_has_fixed_is_refused(untrained: Path, tmp_path: Path) -
         assert path.read_bytes() == before
 
     kept = f"a resumed run keeps its settings, which {path} has"
-    for more in (("--seed", "4"), ("-m", "tiny"), ("--max-turns", "3"), ("--env", "process"), ("--workdir", ".")):
-        refused("--resume", path, *more, text=f"Invalid value for {'--model' if more[0] == '-m' else more[0]}: {kept}")
+    for flag, value in (
+        *(("--seed", "4"), ("--model", "tiny"), ("--max-turns", "3"), ("--env", "process"), ("--workdir", ".")),
+    ):
+        refused("--resume", path, flag, value, text=f"Invalid value for {flag}: {kept}")
     refused("Say ho.", "--resume", path, text=f"Invalid value for TASK: {kept}")
     refused("--resume", path, "--apply", text="no folder to work on")
     refused("--resume", tmp_path / "none.jsonl", text="does not exist")
