@@ -21,6 +21,8 @@ MAX_ENTRIES = 1 << 18
 SLACK_BYTES = 64 << 20
 """Bytes for the names and attributes of a snapshot's entries, beyond the `disk_mib` of each directory."""
 
+MAX_INDEX_BYTES = 64 << 20
+"""Maximum size of the list of entries in a file that is loaded."""
 MEMORY_BYTES = 1 << 20
 """Size up to which a snapshot is kept in memory, so that thousands of them need no descriptors."""
 
@@ -74,7 +76,7 @@ class Snapshot:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ValueError("not a regular file")
-            _check(*tree.read_index(fd))
+            _check(*tree.read_index(fd, MAX_INDEX_BYTES))
             return cls(fd)
         except (ValueError, RecursionError) as error:
             raise SnapshotError(f"{path} cannot be used as a snapshot: {_first_line(error)}") from error
@@ -172,7 +174,10 @@ def _check(index: Mapping[str, Any], content_size: int) -> None:
     for entry in _Index.model_validate(index).entries:
         label, *parts = entry.name.split("/")
         parent = entry.name.rpartition("/")[0]
-        if label not in (tree.WORK, tree.TMP) or {"", ".", ".."} & {*parts} or "\0" in entry.name:
+        texts = [entry.name, entry.target] if isinstance(entry, _Link) else [entry.name]
+        if any(b"\0" in os.fsencode(text) for text in texts):  # a lone surrogate raises a ValueError
+            raise ValueError(f"entry {entry.name[:200]!r} has a NUL byte")
+        if label not in (tree.WORK, tree.TMP) or {"", ".", ".."} & {*parts}:
             raise ValueError(f"an entry is named {entry.name[:200]!r}, which is not a path in a tree")
         if entry.name in kinds or (parts and kinds.get(parent) != "dir") or (not parts and entry.kind != "dir"):
             raise ValueError(f"entry {entry.name[:200]!r} does not follow its directory, or is not the only one")

@@ -181,16 +181,18 @@ def index_bytes(entries: Iterable[bytes], left_out: Iterable[str]) -> Generator[
     yield TRAILER.pack(MAGIC, len(index))
 
 
-def read_index(fd: int) -> tuple[dict[str, Any], int]:
+def read_index(fd: int, max_bytes: int = 1 << 62) -> tuple[dict[str, Any], int]:
     """Return the index of a snapshot, and the number of bytes of content before it.
 
     Raises:
-        ValueError: If the file is not a snapshot, or has another format version.
+        ValueError: If the file is not a snapshot, has another format version, or an index of more than `max_bytes`.
     """
     end = os.fstat(fd).st_size - TRAILER.size
     magic, length = TRAILER.unpack(os.pread(fd, TRAILER.size, end)) if end >= 0 else (b"", 0)
     if magic != MAGIC or length > end:
         raise ValueError("not a complete snapshot")
+    if length > max_bytes:
+        raise ValueError(f"its index has {length} bytes, more than {max_bytes}")
     data = bytearray()
     while len(data) < length and (chunk := os.pread(fd, length - len(data), end - length + len(data))):
         data += chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit_environments import Snapshot, SnapshotError
@@ -75,6 +76,7 @@ def pack(root: Path, max_entries: int = 1000, max_bytes: int = 1 << 24) -> tuple
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root reads files without permissions")
+@settings(deadline=None, max_examples=50)
 @given(work=st.dictionaries(NAMES, TREES, max_size=4), tmp=st.dictionaries(NAMES, TREES, max_size=2))
 def test_any_tree_comes_back_as_it_was(work: dict[str, Any], tmp: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as file:
@@ -127,7 +129,9 @@ CRAFTED: dict[str, tuple[list[dict[str, object]], str]] = {
     "an absolute name": ([*ROOTS, directory("/etc")], "not a path in a tree"),
     "a way out": ([*ROOTS, directory("work/..")], "not a path in a tree"),
     "an empty part": ([*ROOTS, directory("work//a")], "not a path in a tree"),
-    "a NUL": ([*ROOTS, directory("work/a\0")], "not a path in a tree"),
+    "a NUL": ([*ROOTS, directory("work/a\0")], "has a NUL byte"),
+    "a NUL in a target": ([*ROOTS, directory("work/a", kind="link", target="a\0")], "has a NUL byte"),
+    "half of a character": ([*ROOTS, directory("work/\ud800")], "surrogates not allowed"),
     "through a link": (
         [*ROOTS, directory("work/a", kind="link", target="/etc"), file("work/a/passwd")],
         "does not follow its directory",
@@ -192,6 +196,67 @@ def test_a_damaged_file_is_refused(name: str, tmp_path: Path) -> None:
     path.write_bytes(DAMAGES[name](data))
     with pytest.raises(SnapshotError, match="cannot be used as a snapshot"):
         Snapshot.load(path)
+
+
+def test_a_large_index_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(saved(tmp_path))
+    monkeypatch.setattr("agentkit_environments.snapshot.MAX_INDEX_BYTES", 100)
+    with pytest.raises(SnapshotError, match=r"its index has \d+ bytes, more than 100"):
+        Snapshot.load(path)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 2**63)
+    | st.sampled_from(["work", "work/a", "tmp", "/etc", "dir", "file"]),
+    lambda below: (
+        st.lists(below, max_size=4) | st.dictionaries(st.sampled_from(["name", "kind", "size"]), below, max_size=4)
+    ),
+    max_leaves=6,
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["work", "tmp", "work/a", "work/a/b", "work/../../a", "tmp/b", "work/b"]) | JSON,
+        "kind": st.sampled_from(["dir", "file", "link", "hard", "fifo"]) | JSON,
+        "mode": st.integers(0, 0o7777) | JSON,
+        "mtime_ns": st.integers(0, 1 << 60) | JSON,
+    },
+    optional={
+        "size": st.integers(0, 20) | JSON,
+        "offset": st.integers(0, 20) | JSON,
+        "target": st.sampled_from(["/etc", "work/a", "../x", ""]) | JSON,
+        "extents": st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=3) | JSON,
+        "owner": st.tuples(st.integers(0, 9), st.integers(0, 9)) | JSON,
+    },
+)
+PLAIN = st.sampled_from(
+    [
+        {"name": "work", "kind": "dir", "mode": 493, "mtime_ns": 0},
+        {"name": "tmp", "kind": "dir", "mode": 493, "mtime_ns": 0},
+    ]
+)
+
+
+@settings(deadline=None)
+@given(entries=st.lists(PLAIN | ENTRIES | JSON, max_size=6), content=st.binary(max_size=20), cut=st.integers(0, 12))
+def test_any_bytes_are_a_snapshot_or_a_snapshot_error(entries: list[Any], content: bytes, cut: int) -> None:
+    """And what is accepted stays inside the directories that it is unpacked into."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "snapshot")
+        data = content + b"".join(index_bytes([json.dumps(entry).encode() for entry in entries], []))
+        path.write_bytes(data[: len(data) - cut] if cut % 4 == 0 else data)
+        try:
+            snapshot = Snapshot.load(path)
+        except SnapshotError:
+            return
+        path.unlink()
+        for name in ("work", "tmp"):
+            Path(folder, name).mkdir()
+        with snapshot.descriptor() as fd, contextlib.suppress(OSError):
+            unpack(fd, {"work": f"{folder}/work", "tmp": f"{folder}/tmp"})
+        assert set(os.listdir(folder)) == {"work", "tmp"}
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
