@@ -21,14 +21,13 @@ import math
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -38,11 +37,16 @@ from pydantic import (
 )
 
 from agentkit.errors import TaskFileError, TaskSetupError
+from agentkit.strict import MAX_TIMEOUT_S as MAX_TIMEOUT_S
+from agentkit.strict import Identifier as Identifier
+from agentkit.strict import RelativePath as RelativePath
+from agentkit.strict import Shell as Shell
+from agentkit.strict import Strict as Strict
+from agentkit.strict import Variables
 from agentkit_engine.untrusted import read_regular, shorten
 from agentkit_environments import Environment, EnvironmentSpec, ResourceLimits
 from agentkit_tools import BUILTINS, CommandTool, DeclaredTool, Tool, ToolDefinitionError
 
-MAX_TIMEOUT_S = 1e7
 MAX_YAML_BYTES = 1 << 19
 MAX_YAML_NODES = 10_000
 MAX_YAML_DEPTH = 50
@@ -52,40 +56,10 @@ MAX_FILE_BYTES = 16 << 20
 """Maximum total size of the files that one YAML file includes with `!file`."""
 
 
-def _inside(path: str) -> str:
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
-        raise ValueError(f"{shorten(path)} must be a relative path without '..'")
-    return path
-
-
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain a NUL character")
-    return text
-
-
-def _variable(name: str) -> str:
-    if not name or "=" in name or "\0" in name:
-        raise ValueError(f"{shorten(name)} is not a variable name; write `NAME: value`")
-    return name
-
-
 def _built_in(name: str) -> str:
     if name not in BUILTINS:
         raise ValueError(f'unknown tool "{name}"; built in: {", ".join(BUILTINS)}')
     return name
-
-
-Shell = Annotated[str, AfterValidator(_without_nul)]
-RelativePath = Annotated[str, AfterValidator(_inside)]
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
-
-
-class Strict(BaseModel):
-    """Base of all models read from a file: no unknown keys, no coercion, immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class LimitsConfig(Strict):
@@ -109,7 +83,7 @@ class EnvironmentConfig(Strict):
     workdir: str = "/workspace"
     workdir_from_image: bool = False  # the workdir starts with the image's files at its path, instead of empty
     network: Literal["none", "public"] = "none"
-    env: dict[Annotated[str, AfterValidator(_variable)], Shell] = Field(default_factory=dict)
+    env: Variables = Field(default_factory=dict)
     limits: LimitsConfig = LimitsConfig()
 
     @model_validator(mode="after")

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +35,7 @@ from agentkit.events import Status
 from agentkit.model import Usage, total_usage
 from agentkit.task import Strict, Task
 from agentkit.trajectory import Trajectory
+from agentkit.version import agentkit_version
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_regular, parse_json, read_regular, shorten
 from agentkit_evals.errors import RunDirectoryError
@@ -58,14 +58,6 @@ limit           the reward is below 1, and a limit of the task stopped the run
 task            setup failed before the agent started
 infrastructure  the machine, the engine or the verifier failed; `blame.py` has the rule
 """
-
-
-def agentkit_version() -> str:
-    """Return the installed version, or "unknown" in a checkout that was never installed."""
-    try:
-        return version("agentkit-harness")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class RunLock(Strict):

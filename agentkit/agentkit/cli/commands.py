@@ -42,7 +42,7 @@ app.add_typer(synth.commands, name="synth")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from agentkit_evals.record import agentkit_version
+        from agentkit.version import agentkit_version
 
         typer.echo(f"agentkit {agentkit_version()}")
         raise typer.Exit

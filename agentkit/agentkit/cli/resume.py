@@ -31,6 +31,7 @@ class RunSettings(Strict):
     include_ignored: bool = False
     copied: bool = False
     mcp: str | None = None
+    history: str | None = None
     approve: Literal["all", "ask", "read-only"] = "all"
     max_cost_usd: float | None = Field(default=None, gt=0)
 

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from agentkit.cli.workdir import Change
     from agentkit.cli.workspace import Workspace
     from agentkit.events import Event
+    from agentkit.messages import Message
     from agentkit.result import RunResult
     from agentkit.task import Task
     from agentkit.trajectory import Trajectory
@@ -127,6 +128,14 @@ def command(
     max_cost: MaxCostFlag = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Time limit in seconds.")] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="A conversation that comes before the task: an ATIF file (.json), or a trajectory of agentkit.",
+        ),
+    ] = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
     no_key: NoKeyFlag = None,
@@ -178,6 +187,7 @@ def command(
         schema = _read_schema(output_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
     servers = read_servers(mcp)
+    before = None if history is None else read_history(history)
     terminal = console(quiet=as_json)
     reference_price()  # reports a broken price table before the run, not after it
     source = load_model(
@@ -206,6 +216,7 @@ def command(
             include_ignored=include_ignored,
             copied=copy,
             mcp=None if mcp is None else str(mcp.resolve()),
+            history=None if history is None else str(history.resolve()),
             approve=approve.value,
             max_cost_usd=max_cost,
         )
@@ -221,6 +232,7 @@ def command(
         include_ignored=include_ignored,
         copy=copy,
         metadata=metadata,
+        history=before,
     )
     return carry_out(job, apply=apply, as_json=as_json, patch=patch, branch=branch)
 
@@ -233,6 +245,8 @@ def _resumed(ctx: typer.Context, path: Path) -> Job:
         TrajectoryError: The record cannot be read or resumed.
     """
     from agentkit.cli.resume import RunSettings, refuse_fixed
+    from agentkit.errors import ResumeError
+    from agentkit.events import TurnStarted
     from agentkit.prices import reference_price
     from agentkit.trajectory import Trajectory
     from agentkit_evals.run import agent_for
@@ -241,6 +255,8 @@ def _resumed(ctx: typer.Context, path: Path) -> Job:
     refuse_fixed(given, path)
     record = Trajectory.load(path)
     settings = RunSettings.of(record)
+    if settings.history is not None and not any(isinstance(each, TurnStarted) for each in record.records):
+        raise ResumeError(f"{path} has no turn of its run yet; start the run again, with --history {settings.history}")
     workdir = None if settings.workdir is None else Path(settings.workdir)
     if workdir is not None and not workdir.is_dir():
         raise typer.BadParameter(f"the folder of the run, {workdir}, does not exist", param_hint="--resume")
@@ -285,6 +301,25 @@ def _names_task_file(what: str) -> bool:
     else:
         return False
     raise typer.BadParameter(f"{what} is not a task file: {hint}. Or give an instruction in words", param_hint="TASK")
+
+
+def read_history(path: Path) -> Sequence[Message]:
+    """Read the messages of an ATIF file or a trajectory.
+
+    Raises:
+        TrajectoryError: The file cannot be read, or is neither.
+        typer.BadParameter: The messages are not a conversation that a model can continue.
+    """
+    from agentkit.atif import load_atif
+    from agentkit.history import opening_messages
+    from agentkit.messages import UserMessage
+    from agentkit.trajectory import Trajectory
+
+    messages = load_atif(path) if path.suffix == ".json" else Trajectory.load(path).messages
+    try:
+        return opening_messages(messages, UserMessage(""), system="", output_schema=None)[:-1]
+    except ValueError as exc:
+        raise typer.BadParameter(f"{path}: {exc}", param_hint="--history") from exc
 
 
 def _read_schema(path: Path) -> dict[str, Any]:
@@ -358,6 +393,8 @@ class Job:
     """JSON values for the header of the trajectory."""
     record: Trajectory | None = None
     """The record of an interrupted run that is resumed, instead of a new `trajectory`."""
+    history: Sequence[Message] | None = None
+    """Messages before the task."""
     rescued: list[Change] = field(default_factory=list)
     """The changes to `workdir` before the agent's run failed or was interrupted."""
 
@@ -425,7 +462,11 @@ class Job:
 
         if self.record is None:
             stream = agent.stream(
-                self.task.instruction, environment=environment, trajectory=self.trajectory, metadata=self.metadata
+                self.task.instruction,
+                environment=environment,
+                trajectory=self.trajectory,
+                metadata=self.metadata,
+                message_history=self.history,
             )
         else:
             stream = self._resume_in(environment, agent, self.record)
