@@ -15,6 +15,7 @@ from agentkit_environments.environment import (
 from agentkit_environments.errors import (
     FileTooLargeError,
     HostFailureError,
+    ImageBuildError,
     SandboxError,
     SandboxLostError,
     SandboxUnavailableError,
@@ -37,6 +38,7 @@ __all__ = [
     "ExportedDir",
     "FileTooLargeError",
     "HostFailureError",
+    "ImageBuildError",
     "ResourceLimits",
     "SandboxError",
     "SandboxLostError",

@@ -106,6 +106,12 @@ class EnvironmentSpec:
     """Absolute path of the work directory: commands start there, and relative paths begin there. Empty at first."""
     workdir_from_image: bool = False
     """True if the work directory starts with the image's files at its path, owned by the commands' user."""
+    as_image: bool = False
+    """True if the sandbox is the image as it was built: a writable root file system, the image's user, work directory
+    and entry point, and for root the capabilities that package managers need. With it, an empty `workdir` is the
+    image's own, and any absolute path is allowed. Docker only."""
+    user: str | None = None
+    """User of commands, as a name or `uid[:gid]`; None is the image's. Only with `as_image`."""
     network: Network = "none"
     """`none` is a loopback interface only; `public` is the engine's default network (docker only)."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -117,6 +123,8 @@ class EnvironmentSpec:
             ("image", str | None, "the name of a Docker image or None"),
             ("workdir", str, "an absolute path"),
             ("workdir_from_image", bool, "True or False"),
+            ("as_image", bool, "True or False"),
+            ("user", str | None, 'a user name, "uid", "uid:gid" or None'),
             ("env", Mapping, 'a mapping of names to texts such as {"LANG": "C"}'),
             ("limits", ResourceLimits, "a ResourceLimits"),
         ):
@@ -127,13 +135,26 @@ class EnvironmentSpec:
         exec_variables(self.env)
         if self.workdir_from_image and self.image is None:
             raise ValueError("workdir_from_image needs an image; the base image has an empty work directory")
+        object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
+        if self.as_image:
+            self._check_as_image()
+            return
+        if self.user is not None:
+            raise ValueError(f"user {self.user!r} needs as_image; other sandboxes have one user")
         normal = posixpath.normpath(self.workdir)
         if not re.fullmatch(r"(/[\w.-]+)+", normal) or normal in SHARED_DIRECTORIES:
             raise ValueError(f"workdir must be the absolute path of a dedicated directory, got {self.workdir!r}")
         if normal.split("/")[1] in SYSTEM_DIRECTORIES:
             raise ValueError(f"workdir must be outside the system's directories, got {self.workdir!r}")
         object.__setattr__(self, "workdir", normal)
-        object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
+
+    def _check_as_image(self) -> None:
+        if self.image is None or self.workdir_from_image:
+            raise ValueError("as_image needs an image, and includes workdir_from_image")
+        if not re.fullmatch(r"(/[^\0]*)?", self.workdir):
+            raise ValueError(f"workdir must be an absolute path, or empty for the image's own, got {self.workdir!r}")
+        if not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", self.user or "root"):
+            raise ValueError(f'user must be a user name, "uid" or "uid:gid", got {self.user!r}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +181,8 @@ class Environment(ABC):
     `SandboxLostError` if the sandbox has died or was closed, and then never returns a result.
 
     Paths are POSIX paths as the sandbox sees them; relative ones start at `spec.workdir`. Links are followed inside the
-    sandbox and cannot lead out of it. Only `spec.workdir` and `/tmp` are writable; writing elsewhere raises an
-    `OSError` (EROFS or EACCES).
+    sandbox and cannot lead out of it. Only `spec.workdir` and `/tmp` are writable, unless `spec.as_image`; writing
+    elsewhere raises an `OSError` (EROFS or EACCES).
     """
 
     spec: EnvironmentSpec
@@ -297,7 +318,7 @@ class Environment(ABC):
 
         Raises:
             SnapshotError: If there are too many entries, or more than `limits.disk_mib` of files in each directory, or
-                if the work directory is an overlay.
+                if the work directory is an overlay, or if the sandbox is `as_image`.
             SandboxLostError: If the sandbox is gone.
         """
         with TemporaryFile() as file:

@@ -6,6 +6,7 @@ output.
 
     SandboxError                    base of the tree
       SandboxUnavailableError       no sandbox can be opened here: what was tried, why it failed, what to do
+        ImageBuildError             ... because the image cannot be built from its Dockerfile
       SandboxLostError              the sandbox died, was closed, or stopped answering
         HostFailureError            ... because the host or its engine failed, by evidence from outside the sandbox
       FileTooLargeError             a file is larger than the caller's bound
@@ -23,6 +24,10 @@ class SandboxError(Exception):
 
 class SandboxUnavailableError(SandboxError):
     """No sandbox can be opened; the message gives what was tried, why it failed and what to do."""
+
+
+class ImageBuildError(SandboxUnavailableError):
+    """An image cannot be built; the message names the Dockerfile and the step, and a base image that is missing."""
 
 
 class SandboxLostError(SandboxError):
