@@ -12,6 +12,7 @@ from pathlib import Path
 
 from agentkit.errors import TrajectoryError
 from agentkit.events import TurnStarted
+from agentkit.harbor import HarborConfig
 from agentkit.interrupted import interrupted_run
 from agentkit.task import CallsConfig, Task
 from agentkit.trajectory import Trajectory
@@ -131,7 +132,7 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
 
 def goes_on(task: Task, file: Path) -> Trajectory | None:
     """Return the record of an interrupted trial if at least one of its turns can be kept; otherwise None."""
-    if isinstance(task.verifier, CallsConfig):  # has one turn
+    if isinstance(task.verifier, CallsConfig | HarborConfig):  # one turn, or steps that are scored in their sandbox
         return None
     tools = {tool.name: tool for tool in task.build_tools()}
     try:

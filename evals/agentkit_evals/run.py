@@ -28,6 +28,7 @@ from agentkit.errors import (
     first_cause,
 )
 from agentkit.events import CallStarted, LimitName, RunFinished, Status, TurnStarted
+from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.limits import CostBudget, Limits
 from agentkit.model import Model, Usage
 from agentkit.prices import Price, check_price, describe_reference, list_cost, price_of, reference_price
@@ -37,6 +38,7 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import Environment, reap
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
+from agentkit_evals.harbor.episode import episode, for_step, prior
 from agentkit_evals.record import (
     Failure,
     RunDirectory,
@@ -248,6 +250,7 @@ class _Trial:
         self.usage = Usage()
         self.list_cost_usd: float | None = None
         self.answer: str | None = None
+        self.session: Trajectory | None = None  # of the steps before, in a task that has several
         self.phase: Phase = "setup"
         self.dropped: tuple[str, ...] = ()
         self.verifier_output = ""
@@ -304,18 +307,24 @@ class _Trial:
     async def _scored(self) -> Verdict | None:
         """Run the agent, then score its workdir and answer; None if the budget stopped the agent."""
         backend = backend_for(self.task, self.eval_run.backend)
-        archive = await self._act(backend)
-        if archive is None:
+        work = await self._act(backend)
+        if work is None:
             return None
         with self._timed("verify_s"):
             run_id = self.eval_run.run_id
-            verdict = await verify(self.task, archive=archive, answer=self.answer, backend=backend, run_id=run_id)
+            if isinstance(work, Verdict):
+                verdict = work
+            else:
+                verdict = await verify(self.task, archive=work, answer=self.answer, backend=backend, run_id=run_id)
             self.verifier_output = verdict.output
             await self.eval_run.start_checks.require(self.task, verdict, backend=backend, run_id=run_id)
         return verdict
 
-    async def _act(self, backend: Backend) -> bytes | None:
-        """Run the agent in its sandbox and return its work; None if the budget stopped the agent."""
+    async def _act(self, backend: Backend) -> bytes | Verdict | None:
+        """Run the agent in its sandbox and return its work, or the score of a task that is scored there.
+
+        None if the budget stopped the agent.
+        """
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
@@ -324,6 +333,8 @@ class _Trial:
                 await self.task.prepare(environment)
                 start = await begin(self.task, environment)
             self.phase = "agent"
+            if isinstance(self.task.verifier, HarborConfig):
+                return await self._episode(self.task.verifier, environment)
             with self._timed("agent_s"):
                 limit = await self._run_agent(environment)
             if limit == "max_cost_usd":
@@ -338,6 +349,23 @@ class _Trial:
                 patch.write_bytes(work.data)
             return work.data
 
+    async def _episode(self, config: HarborConfig, environment: Environment) -> Verdict | None:
+        """Run the agent on the steps of a Harbor task in one session; None if the budget stopped it."""
+
+        async def act(step: HarborStep) -> bool:
+            self.phase = "agent"
+            with self._timed("agent_s"):
+                limit = await self._run_agent(environment, step)
+            self.phase = "scoring"
+            return limit != "max_cost_usd"
+
+        start, agent_s = time.perf_counter(), self.seconds["agent_s"]
+        try:
+            return await episode(config, environment, act, run_id=self.eval_run.run_id)
+        finally:
+            spent = time.perf_counter() - start - (self.seconds["agent_s"] - agent_s)
+            self.seconds["verify_s"] = round(self.seconds["verify_s"] + spent, 4)
+
     def _left_out(self) -> Iterator[str]:
         """Yield lines for the verifier's output that list the entries the verifier did not get."""
         if self.dropped:
@@ -346,21 +374,28 @@ class _Trial:
             if len(self.dropped) > MAX_DROPS_SHOWN:
                 yield "[...]"
 
-    async def _run_agent(self, environment: Environment) -> LimitName | None:
-        """Run the agent and return the limit that stopped it, if any."""
+    async def _run_agent(self, environment: Environment, step: HarborStep | None = None) -> LimitName | None:
+        """Run the agent, on a step of a Harbor task if given, and return the limit that stopped it, if any."""
         sampling = self.eval_run.resolved_sampling.override(seed=trial_seed(self.eval_run.seed, self.name))
-        agent = agent_for(self.task, self._model(), sampling, budget=self.eval_run.budget)
+        task = self.task if step is None else for_step(self.task, step)
+        agent = agent_for(task, self._model(), sampling, budget=self.eval_run.budget)
         metadata = {"trial": self.name, "family": self.case.family, "backend": environment.backend}
         if provenance := self.task.metadata.get("provenance"):
             metadata["provenance"] = provenance
         turn = 0
         limit: LimitName | None = None
-        if self.record is None:
-            stream = agent.stream(
-                self.task.instruction, environment=environment, trajectory=self.trajectory, metadata=metadata
-            )
-        else:
+        if self.record is not None:
             stream = agent.stream(None, environment=environment, history=self.record, world_turns=0)
+        elif self.session is not None:
+            stream = agent.stream(task.instruction, environment=environment, history=self.session)
+        else:
+            stream = agent.stream(
+                task.instruction,
+                environment=environment,
+                trajectory=self.trajectory,
+                metadata=metadata,
+                message_history=prior(task),
+            )
         async with aclosing(stream) as events:
             async for event in events:
                 match event:
@@ -370,6 +405,7 @@ class _Trial:
                     case CallStarted():
                         self._tell(turn, event.call.name)
                     case RunFinished():
+                        self.session = event.result.trajectory
                         answer, limit = answer_of(self.task, event.result), event.result.limit
                         self.answer = None if answer is None else well_formed(answer)
         return limit
@@ -384,7 +420,7 @@ class _Trial:
             trajectory = Trajectory.load(self.trajectory)
             outcome = trajectory.outcome
             if outcome is not None:
-                self.status, self.usage = outcome.status, outcome.usage
+                self.status, self.usage = outcome.status, trajectory.usage
                 self.list_cost_usd = list_cost(trajectory, self.eval_run.list_price)
 
     def _tell(self, turn: int, doing: str) -> None:

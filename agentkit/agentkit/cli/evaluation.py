@@ -62,11 +62,10 @@ def evaluate(
         KeyboardInterrupt: A signal was received before the run began.
     """
     from agentkit.models.embedded import EmbeddedModel
-    from agentkit_environments import open_environment
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.report import write_report
     from agentkit_evals.run import EvalRun, agent_for
-    from agentkit_evals.verify import backend_for
+    from agentkit_evals.verify import backend_for, opened
 
     drawn = model.sampling.override(**sampling)
     if epochs > 1 and drawn.temperature == 0:
@@ -103,7 +102,7 @@ def evaluate(
 
     async def execute() -> None:
         first = suite.cases[0].task
-        async with await open_environment(first.environment.spec(), backend=backend_for(first, backend)):
+        async with opened(first, backend_for(first, backend)):
             pass
         agent = agent_for(first, model, drawn)
         async with model, model.open(tools=list(agent.tools.values()), effort=agent.effort, sampling=drawn):

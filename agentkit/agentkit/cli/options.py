@@ -345,8 +345,8 @@ CacheFlag = Annotated[
 ]
 SUITE = typer.Argument(
     metavar="SUITE",
-    help="A folder of tasks, a suite or task file, rows of BFCL or SWE-bench (.jsonl), `synth`, "
-    "`synth:FAMILY,FAMILY`, or a packaged suite (`everyday`, `impossible`, `readme`, `own-tools`).",
+    help="A folder of tasks, a Harbor task directory, a suite or task file, rows of BFCL or SWE-bench (.jsonl), "
+    "`synth`, `synth:FAMILY,FAMILY`, or a packaged suite (`everyday`, `impossible`, `readme`, `own-tools`).",
 )
 SuiteArgument = Annotated[str, SUITE]
 
@@ -401,26 +401,20 @@ class SamplingFlags:
 
 
 def foreign_tasks(path: Path) -> str | None:
-    """Return a hint if a file or folder holds tasks in another project's format; otherwise None."""
-    folder = path if path.is_dir() else path.parent
-    if path.suffix == ".toml" or any(folder.glob("task.toml")) or any(folder.glob("*/task.toml")):
-        kind = "a Harbor task (task.toml)"
-    elif path.suffix in (".parquet", ".csv", ".arrow"):
+    """Return a hint if a path is not that of a task, but belongs to one, or holds tasks in another format."""
+    if path.name == "task.toml":
+        return f"give the folder of a Harbor task: {path.parent}"
+    if path.suffix in (".parquet", ".csv", ".arrow"):
         return f"a data set must be JSON Lines, not {path.suffix}; export it as JSONL (with `datasets`: `to_json(...)`)"
-    elif path.suffix == ".jsonl":
+    if path.suffix == ".jsonl":
         return "a data set has many tasks; `agentkit eval` runs them"
-    elif any(folder.glob("task.y*ml")) and any(folder.glob("docker-compose.y*ml")):
-        kind = "a Terminal-Bench task"
-    else:
-        return None
-    return f"it looks like {kind}, which agentkit cannot import yet; write each task as YAML (see README.md)"
+    return None
 
 
 def refuse_foreign_suite(suite: str) -> None:
-    """Raise BadParameter with a remedy if a file or folder holds tasks in another project's format."""
+    """Raise BadParameter with a remedy if a file is not a suite, but belongs to a task, or is in another format."""
     path = Path(suite)
-    ours = path.suffix in (".json", ".jsonl") or any(any(path.rglob(pattern)) for pattern in ("*.yaml", "*.yml"))
-    if path.exists() and not ours and (hint := foreign_tasks(path)):
+    if path.is_file() and path.suffix != ".jsonl" and (hint := foreign_tasks(path)):
         raise typer.BadParameter(f"{suite}: {hint}", param_hint="SUITE")
 
 

@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from agentkit.cli.workdir import Change
     from agentkit.cli.workspace import Workspace
     from agentkit.events import Event
+    from agentkit.harbor import HarborConfig, HarborStep
     from agentkit.messages import Message
     from agentkit.result import RunResult
     from agentkit.task import Task
@@ -78,7 +79,10 @@ if TYPE_CHECKING:
 def command(
     ctx: typer.Context,
     what: Annotated[
-        str | None, typer.Argument(metavar="TASK", help="A task file (.yaml), or an instruction in words.")
+        str | None,
+        typer.Argument(
+            metavar="TASK", help="A task file (.yaml), a Harbor task directory, or an instruction in words."
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -141,13 +145,13 @@ def command(
     no_key: NoKeyFlag = None,
     no_provider: NoProviderFlag = None,
 ) -> ExitCode:
-    """Run an agent on a task file or on an instruction in words.
+    """Run an agent on a task file, a Harbor task directory, or an instruction in words.
 
     Exits with 0 if solved: the agent gave an answer, and reward 1 if the task has a verifier. Exits with 1 on no
     answer, an answer that does not match --output-schema, a limit, or a reward below 1, and prints the reason.
     """
     from agentkit.prices import reference_price
-    from agentkit.task import Task, VerifierConfig, load_task
+    from agentkit.task import HarborConfig, VerifierConfig
     from agentkit_evals.run import agent_for
 
     if resume is not None:
@@ -164,8 +168,10 @@ def command(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    task = load_task(what) if _names_task_file(what) else Task(id="run", instruction=what)
-    if not isinstance(task.verifier, VerifierConfig | None):
+    task = _read_task(what)
+    if isinstance(task.verifier, HarborConfig) and workdir is not None:
+        raise typer.BadParameter(f"{what} runs in the folder of its image; leave it out", param_hint="--workdir")
+    if not isinstance(task.verifier, VerifierConfig | HarborConfig | None):
         raise typer.BadParameter(
             f"{what} is scored by calls or tests; run it with `agentkit eval {shlex.quote(what)}`", param_hint="TASK"
         )
@@ -204,7 +210,7 @@ def command(
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     backend: Backend | None = env.value if env else None
     metadata: dict[str, Any] | None = None
-    if trajectory is not None:
+    if trajectory is not None and not isinstance(task.verifier, HarborConfig):  # such a task may have several runs
         from agentkit.cli.resume import RunSettings
 
         settings_of_run = RunSettings(
@@ -286,20 +292,25 @@ def _resumed(ctx: typer.Context, path: Path) -> Job:
     )
 
 
-def _names_task_file(what: str) -> bool:
-    """Return whether `what` is a task file rather than an instruction. Raises BadParameter for any other path."""
+def _read_task(what: str) -> Task:
+    """Return the task of a task file or directory, or one with the instruction `what`. Raises BadParameter."""
+    from agentkit.task import Task, load_task
+    from agentkit_evals.harbor import is_task_directory, read_task_directory
+
     if not what.strip():
         raise typer.BadParameter("it is empty; give a task file or an instruction", param_hint="TASK")
     if "\0" in what or any("\ud800" <= letter <= "\udfff" for letter in what):
         raise typer.BadParameter("it is not UTF-8 text", param_hint="TASK")
     if what.endswith((".yaml", ".yml")):
-        return True
+        return load_task(what)
     if os.path.isdir(what):
-        hint = foreign_tasks(Path(what)) or f"`agentkit eval {shlex.quote(what)}` runs every task in a folder"
+        if is_task_directory(Path(what)):
+            return read_task_directory(Path(what))
+        hint = f"`agentkit eval {shlex.quote(what)}` runs every task in a folder"
     elif os.path.exists(what) or what.endswith(".toml") or ("/" in what and not any(map(str.isspace, what))):
         hint = foreign_tasks(Path(what)) or "task files end in .yaml"
     else:
-        return False
+        return Task(id="run", instruction=what)
     raise typer.BadParameter(f"{what} is not a task file: {hint}. Or give an instruction in words", param_hint="TASK")
 
 
@@ -406,6 +417,7 @@ class Job:
             typer.BadParameter: The user's folder cannot be listed, or is too large to copy.
         """
         from agentkit.cli import workdir as folder
+        from agentkit.task import HarborConfig
         from agentkit_evals.blame import blame, describe
         from agentkit_evals.selfcheck import StartChecks
         from agentkit_evals.verify import backend_for, broken, opened, verify
@@ -418,6 +430,8 @@ class Job:
                 workspace.environment if workspace else await stack.enter_async_context(opened(self.task, where))
             )
             await self.task.prepare(environment)
+            if isinstance(self.task.verifier, HarborConfig):
+                return await self._run_steps(self.task.verifier, environment, agent)
             # With --workdir the diff is against the user's folder and includes the task's setup.
             # Otherwise it starts after the setup.
             before = {} if workspace else folder.unpack((await environment.export_dir(spec.workdir)).data)
@@ -450,6 +464,27 @@ class Job:
             await StartChecks().require(self.task, verdict, backend=where)
         return Done(result, environment.backend, changed, left_out, verdict)
 
+    async def _run_steps(self, config: HarborConfig, environment: Environment, agent: Agent) -> Done:
+        """Run the agent on each step of a Harbor task in one session, and score each in the sandbox."""
+        from agentkit_evals.harbor.episode import episode, for_step, prepare, prior
+        from agentkit_evals.selfcheck import StartChecks
+
+        await prepare(self.task, config, environment)
+        last: list[RunResult] = []
+
+        async def act(step: HarborStep) -> bool:
+            task = for_step(self.task, step)
+            agent.limits = replace(agent.limits, wall_time_s=task.agent.timeout_s)
+            given: dict[str, Any] = {"trajectory": self.trajectory, "message_history": self.history or prior(task)}
+            start = {"history": last[-1].trajectory} if last else given
+            last.append(await self._follow(agent.stream(task.instruction, environment=environment, **start)))
+            return True
+
+        verdict = await episode(config, environment, act)
+        assert verdict is not None, "no run of the agent ends the trial"
+        await StartChecks().require(self.task, verdict, backend="docker")
+        return Done(last[-1], environment.backend, [], [], verdict)
+
     def _workspace(self, workdir: Path) -> AbstractAsyncContextManager[Workspace]:
         from agentkit.cli.workspace import open_workspace
 
@@ -458,8 +493,6 @@ class Job:
         return open_workspace(self.task, self.backend, workdir.resolve(), self.console, **how)
 
     async def _run_in(self, environment: Environment, agent: Agent) -> RunResult:
-        from agentkit.events import RunFinished
-
         if self.record is None:
             stream = agent.stream(
                 self.task.instruction,
@@ -470,6 +503,12 @@ class Job:
             )
         else:
             stream = self._resume_in(environment, agent, self.record)
+        return await self._follow(stream)
+
+    async def _follow(self, stream: AsyncGenerator[Event, None]) -> RunResult:
+        """Show the events of a run and return its result."""
+        from agentkit.events import RunFinished
+
         result: RunResult | None = None
         try:
             async with aclosing(stream) as events:
