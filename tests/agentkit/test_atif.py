@@ -39,6 +39,8 @@ from .conftest import get_weather
 
 pytestmark = pytest.mark.anyio
 Script = Callable[..., ScriptedModel]
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
+"""Examples of each fuzz test; 20,000 take minutes."""
 HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
 """A Python 3.12 with the package `harbor`, whose own models then check every document."""
 
@@ -286,7 +288,7 @@ good_step = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(steps=st.lists(good_step | st.dictionaries(keys, values, max_size=4), max_size=5), changes=st.booleans())
 def test_any_document_is_read_or_refused(steps: list[dict[str, Any]], changes: bool) -> None:
     data = document(*steps, **({"final_metrics": {"total_steps": "x"}} if changes else {}))
@@ -300,7 +302,7 @@ def test_any_document_is_read_or_refused(steps: list[dict[str, Any]], changes: b
         assert not (isinstance(before, AssistantMessage) and isinstance(after, AssistantMessage))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(TrajectoryFormatError):

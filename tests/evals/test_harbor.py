@@ -32,6 +32,8 @@ from agentkit_evals.suite import load_suite, task_files
 Evaluate = Callable[..., RunDirectory]
 MakeScript = Callable[..., Policy]
 DOCKER = available_backends()["docker"]
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
+"""Examples of each fuzz test; 20,000 take minutes."""
 HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
 """A Python 3.12 with the package `harbor`, whose own models then read what we read."""
 
@@ -351,7 +353,7 @@ keys = st.sampled_from(
 lines = st.lists(tables | st.builds(lambda key, value: f"{key} = {value}", keys, values), max_size=8)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=lines.map("\n".join) | st.text(max_size=30))
 def test_any_toml_is_read_or_refused(text: str) -> None:
     path = Path("task.toml")
