@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def evaluate(
         KeyboardInterrupt: A signal was received before the run began.
     """
     from agentkit.models.embedded import EmbeddedModel
+    from agentkit_environments import ImageBuildError
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.report import write_report
     from agentkit_evals.run import EvalRun, agent_for
@@ -102,8 +104,9 @@ def evaluate(
 
     async def execute() -> None:
         first = suite.cases[0].task
-        async with opened(first, backend_for(first, backend)):
-            pass
+        with suppress(ImageBuildError):  # a fault of this task alone, which its trials report
+            async with opened(first, backend_for(first, backend)):
+                pass
         agent = agent_for(first, model, drawn)
         async with model, model.open(tools=list(agent.tools.values()), effort=agent.effort, sampling=drawn):
             await run_.execute()
