@@ -8,6 +8,7 @@ import pytest
 
 from agentkit_environments import EnvironmentSpec, ResourceLimits, available_backends, open_environment
 from agentkit_environments.docker.engine import BASE_IMAGE
+from agentkit_environments.errors import SnapshotError
 
 DOCKER = available_backends()["docker"]
 pytestmark = [
@@ -50,6 +51,13 @@ async def test_another_user_has_no_rights(user: str) -> None:
         await environment.write_file("made", "yes")
         assert (await environment.exec("ls -n made | cut -d ' ' -f 3")).stdout == "1000\n"
         assert (await environment.exec(SHOW, user="0:0")).stdout.split()[4] == CAPABILITIES
+
+
+async def test_a_snapshot_is_refused() -> None:
+    """Commands may change files outside the work directory and /tmp, which a snapshot does not have."""
+    async with await open_environment(as_image(), backend="docker") as environment:
+        with pytest.raises(SnapshotError, match="a sandbox as_image cannot be captured"):
+            await environment.snapshot()
 
 
 async def test_the_processes_of_root_can_be_killed() -> None:
