@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def test_what_the_record_has_fixed_is_refused(untrained: Path, tmp_path: Path) -
     shutil.copy(tmp_path / "other" / "model.safetensors", model)
     refused("--resume", path, text="the run was started with other weights of the model model")
     trajectory = Trajectory.load(path)
+    settings = {**trajectory.header.metadata["run"], "history": "before.json"}
     for name, metadata, text in (
         ("no", {}, "was not recorded by `agentkit run --trajectory`"),
         ("bad", {"run": {"task": 1}}, "has invalid settings of its run: "),
@@ -121,6 +123,8 @@ def test_what_the_record_has_fixed_is_refused(untrained: Path, tmp_path: Path) -
         trajectory.header.metadata.update(metadata)
         trajectory.save(tmp_path / f"{name}.jsonl")
         refused("--resume", tmp_path / f"{name}.jsonl", text=text)
+    started = Trajectory.load(path).branch(replace(trajectory.header, metadata={"run": settings}), tmp_path / "h", 0)
+    refused("--resume", str(started.path), text="start the run again, with --history before.json")
 
 
 def test_the_folder_of_the_run_must_exist(untrained: Path, tmp_path: Path) -> None:
