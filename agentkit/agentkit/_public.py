@@ -20,6 +20,8 @@ from agentkit.errors import (
     ModelError,
     ModelOptionError,
     PriceError,
+    ReplayError,
+    ResumeError,
     TrajectoryCorruptError,
     TrajectoryError,
     TrajectoryFormatError,
@@ -41,6 +43,7 @@ from agentkit.events import (
     TurnFinished,
     TurnStarted,
 )
+from agentkit.forks import BestOf
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import (
@@ -60,6 +63,7 @@ from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.remote.session import RemoteModel
 from agentkit.models.scripted import AssistantTurn, ScriptedModel
 from agentkit.prices import Price, Prices
+from agentkit.replayer import Difference, Replay, replay
 from agentkit.result import RunResult
 from agentkit.trajectory import Header, Trajectory
 from agentkit_engine.sampling_params import SamplingParams
@@ -89,6 +93,7 @@ __all__ = [
     "Ask",
     "AssistantMessage",
     "AssistantTurn",
+    "BestOf",
     "CallDecided",
     "CallFinished",
     "CallMalformed",
@@ -98,6 +103,7 @@ __all__ = [
     "ConcurrencyLimits",
     "ContextFullError",
     "CostBudget",
+    "Difference",
     "EmbeddedModel",
     "Event",
     "Header",
@@ -123,6 +129,9 @@ __all__ = [
     "ReasoningDelta",
     "Refuse",
     "RemoteModel",
+    "Replay",
+    "ReplayError",
+    "ResumeError",
     "Retried",
     "RunFinished",
     "RunResult",
@@ -155,5 +164,6 @@ __all__ = [
     "ask_before_changes",
     "load_mcp_servers",
     "refuse_changes",
+    "replay",
     "tool",
 ]

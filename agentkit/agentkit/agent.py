@@ -13,12 +13,37 @@ from typing import Any, Final, Generic
 import anyio
 
 from agentkit.approval import Approvals, AskHuman, Policy
-from agentkit.checks import check_model, check_type, run_blocking
+from agentkit.checks import check_model, check_positive, check_type, run_blocking
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
-from agentkit.events import Event, LimitName, LimitReached, Outcome, RunFinished, Status, TurnFinished, TurnStarted
+from agentkit.events import (
+    CallFinished,
+    Event,
+    LimitName,
+    LimitReached,
+    Outcome,
+    RunFinished,
+    Status,
+    TurnFinished,
+    TurnStarted,
+)
+from agentkit.forks import (
+    BestOf,
+    Judge,
+    Origin,
+    Start,
+    Visit,
+    World,
+    Worlds,
+    best_of,
+    fork_paths,
+    ignore,
+    run_all,
+    seeded,
+)
 from agentkit.history import MessageHistory, opening_messages
+from agentkit.interrupted import NOTHING, ResumePoint, check_settings, interrupted_run
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
-from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, user_message
+from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, unanswered, user_message
 from agentkit.model import (
     CallMalformed,
     CallReady,
@@ -26,6 +51,7 @@ from agentkit.model import (
     Effort,
     Generated,
     Model,
+    ModelSession,
     ReasoningDelta,
     TextDelta,
 )
@@ -34,7 +60,7 @@ from agentkit.models.remote.session import RemoteModel
 from agentkit.output import RETRY, T, output_of
 from agentkit.prices import check_price, price_of
 from agentkit.progress import shown_progress
-from agentkit.result import Continue, RunResult
+from agentkit.result import RunResult
 from agentkit.run import Run, RunContext
 from agentkit.subagent import AgentTool
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
@@ -151,6 +177,7 @@ class Agent(Generic[T]):
         metadata: dict[str, Any] | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
+        snapshots: bool = False,
     ) -> RunResult[T]:
         """Run a task.
 
@@ -164,6 +191,7 @@ class Agent(Generic[T]):
                 them again, whereas `RunResult.continue_` continues from the exact tokens. A system prompt among them
                 replaces the agent's.
             deps: Object for the tools, which they receive as `ToolContext.deps`; it is not shown to the model.
+            snapshots: Keep the environment's files from before each turn, so that `RunResult.fork` can return to it.
 
         Raises:
             TypeError: a tool needs `deps` of another class, or `message_history` has an item that is not a message.
@@ -176,13 +204,66 @@ class Agent(Generic[T]):
         """
         return await self._run(
             task,
-            _unheard,
+            ignore,
             environment=environment,
             path=trajectory,
             metadata=metadata,
             message_history=message_history,
             deps=deps,
+            worlds={} if snapshots else None,
         )
+
+    async def best_of(
+        self,
+        task: Prompt,
+        *,
+        n: int,
+        judge: Judge,
+        environment: Environment | None = None,
+        trajectory: str | Path | None = None,
+        metadata: dict[str, Any] | None = None,
+        message_history: MessageHistory | None = None,
+        deps: object = None,
+    ) -> BestOf[T]:
+        """Run a task `n` times, score each result, and return all with the best one.
+
+        The runs happen at the same time, with the agent's seed and the numbers after it, if it has one. The engine
+        computes the prompt once.
+
+        Args:
+            task: See `run`.
+            n: Number of runs.
+            judge: A function, async or not, of a result and its environment, which is still open. It returns a number.
+            environment: Environment whose files each run begins with, in a copy of its own. Default: a new sandbox for
+                each run.
+            trajectory: New files for the records: `run.fork1.jsonl` and so on for `run.jsonl`.
+            metadata: See `run`.
+            message_history: See `run`.
+            deps: See `run`.
+
+        Raises:
+            TypeError, ValueError: the judge returns no number.
+            Other errors: see `run` and `Environment.fork`. They stop all runs.
+        """
+        check_positive("best_of(n=...)", n, whole=True)
+        world = None if environment is None else await World.of(environment)
+        paths = fork_paths(None if trajectory is None else Path(trajectory), n)
+
+        def start(agent: Agent[T], path: Path | None) -> Start:
+            return lambda visit: agent._run(
+                task,
+                ignore,
+                environment=None,
+                path=path,
+                metadata=metadata,
+                message_history=message_history,
+                deps=deps,
+                world=world,
+                visit=visit,
+            )
+
+        agents = seeded(self, n, self.sampling.seed)
+        return best_of(*await run_all([start(*each) for each in zip(agents, paths, strict=True)], judge))
 
     def run_sync(
         self,
@@ -192,6 +273,7 @@ class Agent(Generic[T]):
         metadata: dict[str, Any] | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
+        snapshots: bool = False,
         progress: bool | None = None,
     ) -> RunResult[T]:
         """Run a task from synchronous code, in its own sandbox.
@@ -211,25 +293,78 @@ class Agent(Generic[T]):
                     metadata=metadata,
                     message_history=message_history,
                     deps=deps,
+                    worlds={} if snapshots else None,
                 ),
                 instead="await agent.run(...)",
             )
 
+    async def resume(
+        self,
+        trajectory: Trajectory | str | Path,
+        *,
+        environment: Environment | None = None,
+        world_turns: int | None = None,
+        deps: object = None,
+    ) -> RunResult[T]:
+        """Resume a run that was interrupted, and continue its record and its file.
+
+        The run goes on after its last complete turn, from exactly the recorded token ids; with a disk cache, the model
+        finds their state there. The turn in flight is done again, unless a call of a tool that is not read-only had
+        started: then calls without a recorded result get an error result, "outcome unknown". The usage of the run
+        counts towards the limits. What is cut from the file moves to a file `.torn` beside it.
+
+        Without the files of the run, it goes on before the first turn that may have changed them: turns are done again
+        from the first one in which a tool that needs an environment and is not read-only was called.
+
+        Args:
+            trajectory: The record, or its file. The agent must have the model, tools and other settings of the record.
+            environment: Environment for the calls. Default: a new sandbox for this run.
+            world_turns: Number of turns of the session whose effects the environment has. Default: all turns if
+                `environment` is given, none in a new sandbox.
+            deps: As for `run`.
+
+        Raises:
+            ResumeError: the run has ended or has no turn yet, the agent has other settings, or doing a turn again would
+                repeat a call that may have had effects outside the environment.
+            TrajectoryError: see `Trajectory.load`.
+            Other errors: see `run`.
+        """
+        history = trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(trajectory)
+        return await self._run(
+            None,
+            ignore,
+            environment=environment,
+            history=history,
+            point=interrupted_run(history, self.tools, world_turns=0 if environment is None else world_turns),
+            deps=deps,
+        )
+
+    def resume_sync(self, trajectory: Trajectory | str | Path, *, deps: object = None) -> RunResult[T]:
+        """Run `resume` from synchronous code.
+
+        Raises:
+            RunningLoopError: an event loop is running, as in a notebook. Use `await agent.resume(...)` there.
+        """
+        return run_blocking(lambda: self.resume(trajectory, deps=deps), instead="await agent.resume(...)")
+
     async def stream(
         self,
-        task: Prompt,
+        task: Prompt | None,
         *,
         environment: Environment | None = None,
         trajectory: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
         history: Trajectory | None = None,
+        world_turns: int | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
+        snapshots: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
-        With `history`, the run continues that record and its file, as `RunResult.continue_` does. `environment` is then
-        required, and `trajectory`, `metadata` and `message_history` are not allowed.
+        With `history`, the run continues that record and its file, as `RunResult.continue_` does, or without a task as
+        `resume` does. `environment` is then required, and `trajectory`, `metadata` and `message_history` are not
+        allowed.
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`. This
         cancels the run.
@@ -241,6 +376,11 @@ class Agent(Generic[T]):
         new = (trajectory, metadata, message_history)
         if history is not None and (environment is None or any(given is not None for given in new)):
             raise ValueError("history needs an environment, and takes no trajectory, metadata or message_history")
+        if task is None and history is None:
+            raise ValueError("without a task there is nothing to do; only an interrupted run (history) needs none")
+        point = None
+        if task is None and history is not None:
+            point = interrupted_run(history, self.tools, world_turns=world_turns)
         send, receive = anyio.create_memory_object_stream[Event](inf)
 
         async def drive() -> None:
@@ -252,8 +392,10 @@ class Agent(Generic[T]):
                     path=trajectory,
                     metadata=metadata,
                     history=history,
+                    point=point,
                     message_history=message_history,
                     deps=deps,
+                    worlds={} if snapshots else None,
                 )
 
         with send, receive, _one_error():
@@ -292,19 +434,26 @@ class Agent(Generic[T]):
         bounds = (self.sampling.max_tokens, limits.max_tokens_per_turn or self.sampling.max_tokens)
         return replace(limits, max_tokens_per_turn=min(bounds))
 
-    async def _converse(self, run: Run, news: list[Message]) -> Outcome:
+    async def _converse(self, run: Run, news: list[Message], point: ResumePoint | None = None) -> Outcome:
         """Run turns until the model submits or answers, or a limit is reached.
 
-        An answer that does not fit is returned to the model once.
+        An answer that does not fit is returned to the model once. A run that goes on at a point begins with the results
+        of its last turn, if they have not been answered.
         """
-        await self.observe(run, news)
-        answered = [index for index, message in enumerate(news) if isinstance(message, AssistantMessage)]
-        if answered:  # a message history
-            run.turn = len(answered)
-            news = news[answered[-1] + 1 :]
-        may_retry = True
-        while (limit := run.spent_limit) is None:
-            results, limit = await self._turn(run, news)
+        last = None
+        if point is not None:
+            last, news = await self._last_turn(run, point), point.news
+        else:
+            await self.observe(run, news)
+            if answered := sum(isinstance(message, AssistantMessage) for message in news):  # a message history
+                run.turn = answered
+            news = unanswered(news)
+        if point is None or not point.is_fork:  # a fork has the files already
+            await run.keep_world()
+        may_retry = point is None or not point.retried
+        while last is not None or (limit := run.spent_limit) is None:
+            results, limit = last or await self._turn(run, news)
+            last = None
             news = [ToolMessage.of(result) for result in results]
             if submitted := next((result for result in results if result.final), None):
                 outcome = await self._conclude(run, "submitted", submitted.content)
@@ -321,6 +470,15 @@ class Agent(Generic[T]):
             await self.observe(run, news[-1:])
         run.note(LimitReached(limit))
         return run.outcome("limit", limit=limit)
+
+    async def _last_turn(self, run: Run, point: ResumePoint) -> tuple[list[ToolResult], LimitName | None] | None:
+        """Complete the last turn before a point; return its results and limit as `_turn` does, if it had calls."""
+        for result in point.unrecorded:
+            run.note(CallFinished(result))
+        await self.observe(run, [ToolMessage.of(each) for each in point.results if each.call_id in point.unread])
+        if point.turn_open:
+            run.note(TurnFinished(run.turn - 1, run.usage))
+        return (point.results, point.limit) if point.results else None
 
     async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
         """Return the outcome of a run that has an answer. An empty answer or one that does not fit the schema is
@@ -373,6 +531,7 @@ class Agent(Generic[T]):
                 with anyio.CancelScope(shield=True):
                     await self.observe(run, [ToolMessage.of(result) for result in results])
         run.note(TurnFinished(run.turn - 1, run.usage))
+        await run.keep_world()
         return results, limit
 
     async def ask(self, run: Run, calls: TurnCalls, *, think: bool) -> LimitName | None:
@@ -414,57 +573,71 @@ class Agent(Generic[T]):
 
     async def _run(
         self,
-        task: Prompt,
+        task: Prompt | None,
         emit: Callable[[Event], None],
         *,
         environment: Environment | None,
         path: str | Path | None = None,
         metadata: dict[str, Any] | None = None,
         history: Trajectory | None = None,
+        point: ResumePoint | None = None,
         message_history: MessageHistory | None = None,
         deps: object = None,
-        files: bytes | None = None,
         above: RunContext | None = None,
+        world: World | None = None,
+        worlds: Worlds | None = None,
+        visit: Visit | None = None,
     ) -> RunResult[T]:
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
 
-        `files` is an archive that is unpacked into the work directory first; empty bytes are an empty directory.
-        `above` is the context of the call that runs this agent as a sub-agent.
+        Args:
+            task: The user message; None if the run goes on at `point`.
+            emit: Called with each event.
+            environment: See `run`.
+            path: See `run`.
+            metadata: See `run`.
+            history: The record that the run continues.
+            point: The place in `history` at which the run goes on, if it is resumed or a fork.
+            message_history: See `run`.
+            deps: See `run`.
+            above: The context of the call that runs this agent as a sub-agent.
+            world: The files that a new sandbox starts with.
+            worlds: Receives the files before each turn.
+            visit: Called with the result while the environment is open.
         """
         self._check_deps(deps)
-        asked = user_message(task)
-        if history is not None and history.messages:
-            news: list[Message] = [asked]
+        news: list[Message] = []
+        before = history
+        if point is not None:
+            assert history is not None
+            before = history.branch(history.header, None, point.length)
         else:
-            news = opening_messages(message_history, asked, system=self.system, output_schema=self.output_schema)
+            assert task is not None
+            asked = user_message(task)
+            news = [asked]
+            if history is None or not history.messages:
+                news = opening_messages(message_history, asked, system=self.system, output_schema=self.output_schema)
         async with AsyncExitStack() as stack:
             tools = list(self.tools.values())
-            own = await stack.enter_async_context(DeferredEnvironment(EnvironmentSpec(), open_environment))
+            opener, spec = (
+                (open_environment, EnvironmentSpec()) if world is None else (world.open, world.environment.spec)
+            )
+            own = await stack.enter_async_context(DeferredEnvironment(spec, opener))
             here = own if environment is None else environment
             if environment is None and any(tool.needs_environment for tool in tools):
                 await own.open()
-            if files:
-                await here.import_dir(here.spec.workdir, files)
-            opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=history)
+            opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=before)
             session = await stack.enter_async_context(opening)
             if history is None:
                 if above is not None and above.call is not None:
                     path = above.run.subagent_path()
                     metadata = {"parent": above.run.trajectory.header.id, "call_id": above.call.id}
-                header = Header(
-                    model=self.model.name,
-                    dialect=session.dialect,
-                    effort=self.effort,
-                    thinking=self.thinking,
-                    sampling=self.sampling,
-                    grammar_off=session.grammar_off,
-                    prices_as_of=price.as_of if (price := price_of(self.model)) else None,
-                    tools=tuple(tool.spec for tool in tools),
-                    metadata=metadata or {},
-                )
-                trajectory = Trajectory(header, path)
+                trajectory = Trajectory(self._header(session, metadata), path)
             else:
                 trajectory = history
+                if point is not None and not point.is_fork:
+                    check_settings(trajectory.header, self._header(session, None))
+                    trajectory.rewind(point.length)
                 trajectory.reopen()
             stack.callback(trajectory.close)
             approvals, budget = self.approvals, self.budget
@@ -474,23 +647,63 @@ class Agent(Generic[T]):
                     budget = above.run.budget
                 if above.call is not None:
                     stack.enter_context(above.run.subagent(above.call, trajectory))
-            run = Run(session, trajectory, here, self.limits, emit, budget, approvals=approvals, deps=deps, above=above)
-            outcome = await self._to_the_end(run, news)
+            run = Run(
+                session,
+                trajectory,
+                here,
+                self.limits,
+                emit,
+                budget,
+                approvals=approvals,
+                deps=deps,
+                above=above,
+                shared=NOTHING if point is None else point.shared,
+                spent=NOTHING if point is None else point.spent,
+                start=world,
+                worlds=worlds,
+            )
+            outcome = await self._to_the_end(run, news, point)
+            is_saved = False
             if environment is None and above is None:
-                files = None
                 # only `continue_` needs the files, and it reports that they are missing
                 with suppress(SandboxError, OSError):
-                    files = (await own.export_dir(own.spec.workdir)).data if own.is_open else b""
-        output = None if outcome.answer is None else self._output.value(outcome.answer)
-        result = RunResult(outcome, output, trajectory, self._continuation(trajectory, environment, files, deps))
+                    world = await run.world() if worlds is None else worlds[run.turn]
+                    is_saved = True
+            output = None if outcome.answer is None else self._output.value(outcome.answer)
+            origin = Origin(
+                agent=self,
+                trajectory=trajectory,
+                environment=environment,
+                world=world,
+                is_saved=is_saved,
+                worlds=worlds,
+                deps=deps,
+            )
+            result = RunResult(outcome, output, trajectory, origin)
+            if visit is not None:
+                await visit(result, here)
         emit(RunFinished(result))
         return result
 
-    async def _to_the_end(self, run: Run, news: list[Message]) -> Outcome:
+    def _header(self, session: ModelSession, metadata: dict[str, Any] | None) -> Header:
+        price = price_of(self.model)
+        return Header(
+            model=self.model.name,
+            dialect=session.dialect,
+            effort=self.effort,
+            thinking=self.thinking,
+            sampling=self.sampling,
+            grammar_off=session.grammar_off,
+            prices_as_of=None if price is None else price.as_of,
+            tools=tuple(tool.spec for tool in self.tools.values()),
+            metadata=metadata or {},
+        )
+
+    async def _to_the_end(self, run: Run, news: list[Message], point: ResumePoint | None) -> Outcome:
         """Converse, and record an outcome in every case. If the run fails or is cancelled, kill its processes."""
         try:
             with _one_error():
-                outcome = await self._converse(run, news)
+                outcome = await self._converse(run, news, point)
         except BaseException as exc:
             cancelled = isinstance(exc, anyio.get_cancelled_exc_class())
             with suppress(TrajectoryWriteError):
@@ -515,23 +728,6 @@ class Agent(Generic[T]):
                         f"pass deps=... to the run"
                     )
 
-    def _continuation(
-        self, trajectory: Trajectory, environment: Environment | None, files: bytes | None, deps: object
-    ) -> Continue[T]:
-        """Return the implementation of `RunResult.continue_`."""
-        end = len(trajectory.records)
-
-        async def go_on(task: Prompt, elsewhere: Environment | None) -> RunResult[T]:
-            if len(trajectory.records) != end:
-                raise ValueError("this result was already continued; continue the newer result")
-            here = elsewhere or environment
-            if here is None and files is None:
-                raise ValueError("the work directory of that run was not saved; pass environment= to continue")
-            files_if_new = None if here else files
-            return await self._run(task, _unheard, environment=here, history=trajectory, deps=deps, files=files_if_new)
-
-        return go_on
-
 
 def model_of(name: str | Path) -> Model:
     """Return the model behind an API, the packaged model or the checkpoint folder of this name.
@@ -548,10 +744,6 @@ def model_of(name: str | Path) -> Model:
     except ModelNotFoundError as error:
         hint = "a model behind an API is named with its provider, such as openai:MODEL"
         raise ModelNotFoundError(f"{error}; {hint}") from None
-
-
-def _unheard(event: Event) -> None:
-    """Discard an event of a run that is not streamed."""
 
 
 @contextmanager

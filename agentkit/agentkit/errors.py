@@ -15,6 +15,8 @@ Mistakes of the model are never exceptions: they become tool results that the mo
             TrajectoryFormatError   not a trajectory, or one of another format version
             TrajectoryCorruptError  a record in the middle of the file is damaged
             TrajectoryWriteError    a record could not be written; the run ends
+            ResumeError             the record has no interrupted run, or one with other settings
+            ReplayError             the record has no ids that a model in this process could replay
         TaskError                   a task cannot be used as it stands
             TaskFileError           a task or suite file is wrong; has file and line
             TaskSetupError          a setup command of the task failed
@@ -83,6 +85,14 @@ class TrajectoryCorruptError(TrajectoryError):
 
 class TrajectoryWriteError(TrajectoryError):
     """A record could not be written. The message names the file, the reason and the remedy."""
+
+
+class ResumeError(TrajectoryError, ValueError):
+    """The record cannot be resumed: its run has ended or not begun, has other settings, or needs a lost sandbox."""
+
+
+class ReplayError(TrajectoryError, ValueError):
+    """The record cannot be replayed. The message has the reason."""
 
 
 class TaskError(AgentkitError):

@@ -101,6 +101,12 @@ def user_message(prompt: Prompt) -> UserMessage:
     return UserMessage(parts_text(parts), parts)
 
 
+def unanswered(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages after the last assistant turn."""
+    answered = [index for index, message in enumerate(messages) if isinstance(message, AssistantMessage)]
+    return list(messages[answered[-1] + 1 if answered else 0 :])
+
+
 def to_openai(message: Message) -> dict[str, Any]:
     """Return the message as the OpenAI chat dict that `agentkit_engine.chat` encodes and HTTP APIs accept."""
     match message:

@@ -23,11 +23,13 @@ from agentkit.events import (
     SubagentFinished,
     SubagentStarted,
 )
+from agentkit.forks import World, Worlds
+from agentkit.interrupted import NOTHING
 from agentkit.limits import CostBudget, Limits
 from agentkit.messages import AssistantMessage
 from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage, total_usage
 from agentkit.trajectory import Trajectory
-from agentkit_environments import Environment
+from agentkit_environments import DeferredEnvironment, Environment
 from agentkit_tools import ToolCall, ToolContext
 from agentkit_tools.tool import Deps
 
@@ -42,6 +44,7 @@ class Run:
         limits: The run's budget.
         budget: A budget shared with other runs, if any.
         approvals: The policies that decide on the run's calls.
+        worlds: The files before each turn, if the run keeps them.
         depth: Levels of sub-agents that may run below this run.
         is_guest: True if this is the run of a sub-agent in the environment of the run above it.
         emit: Passes an event to the caller.
@@ -63,11 +66,26 @@ class Run:
         approvals: Approvals,
         deps: Any = None,
         above: RunContext | None = None,
+        shared: Usage = NOTHING,
+        spent: Usage = NOTHING,
+        start: World | None = None,
+        worlds: Worlds | None = None,
     ) -> None:
+        """Begin a run, or go on with one.
+
+        `spent` is the usage of a resumed run so far. `shared` is the usage of turns that a fork shares with another
+        run; it counts towards the limits only.
+        """
+        before = total_usage([shared, spent])
+        self._shared_tool_time_s = shared.tool_time_s
+        self._spent = replace(spent, subagents=None)
+        self._before = replace(before, subagents=None)
         self.session = session
         self.trajectory = trajectory
         self.context = RunContext(environment, timeout_s=limits.call_timeout_s, deps=deps, run=self)
         self.limits = limits
+        self.worlds = worlds
+        self._start_world = start
         self.approvals = approvals
         self.depth: int = limits.max_depth if above is None else min(limits.max_depth, above.run.depth - 1)
         self.is_guest = above is not None and above.environment is environment
@@ -76,15 +94,19 @@ class Run:
         self.emit = emit
         self.budget = budget
         self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
-        self.deadline = inf if limits.wall_time_s is None else anyio.current_time() + limits.wall_time_s
-        self.calls = 0
-        self.tool_time_s = 0.0
+        self.deadline = inf
+        if limits.wall_time_s is not None:
+            self.deadline = anyio.current_time() + limits.wall_time_s - before.wall_time_s
+        self.calls = spent.calls
+        self.tool_time_s = spent.tool_time_s
         self.refused = False
         self._charged: float | None = 0.0
-        self._subagents: Usage | None = None
-        self._subagents_cost_usd = 0.0  # as far as it is known
+        self._subagents = spent.subagents
+        self._subagents_cost_usd = (
+            before.subagents and before.subagents.total.cost_usd
+        ) or 0.0  # as far as it is known
         self._above = None if above is None else above.run
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - spent.wall_time_s
         self._recorded_messages = len(session.messages)
         self._recorded_segments = len(session.segments)
 
@@ -106,12 +128,17 @@ class Run:
     def usage(self) -> Usage:
         """Usage of the run so far."""
         return replace(
-            self.session.usage,
+            self._tokens,
             calls=self.calls,
             tool_time_s=self.tool_time_s,
             wall_time_s=time.perf_counter() - self._start,
             subagents=self._subagents,
         )
+
+    @property
+    def _tokens(self) -> Usage:
+        """Tokens, turns and cost of the run so far, without its sub-agents."""
+        return _sum(self._spent, self.session.usage)
 
     def subagent_path(self) -> Path | None:
         """Return the file for the record of the next sub-agent, beside the file of this one, if any."""
@@ -132,6 +159,18 @@ class Run:
                 self._subagents = total_usage([*filter(None, [self._subagents]), outcome.usage])
                 self.note(SubagentFinished(call.id, outcome))
 
+    async def world(self) -> World | None:
+        """Return the files of the environment; None if it was never opened."""
+        environment = self.context.environment
+        if isinstance(environment, DeferredEnvironment) and not environment.is_open:
+            return self._start_world
+        return await World.of(environment)
+
+    async def keep_world(self) -> None:
+        """Keep the files for the turn that comes next, if the run keeps them."""
+        if self.worlds is not None:
+            self.worlds[self.turn] = await self.world()
+
     def outcome(
         self, status: Status, answer: str | None = None, *, limit: LimitName | None = None, error: str | None = None
     ) -> Outcome:
@@ -141,7 +180,7 @@ class Run:
     @property
     def spent_limit(self) -> LimitName | None:
         """The limit that forbids another turn, if any."""
-        usage, limits = self.session.usage, self.limits
+        usage, limits = self._counted, self.limits
         if limits.max_turns is not None and usage.turns >= limits.max_turns:
             return "max_turns"
         if self._tokens_left is not None and self._tokens_left <= 0:
@@ -150,9 +189,14 @@ class Run:
             return "max_cost_usd"
         if limits.wall_time_s is not None and anyio.current_time() >= self.deadline:
             return "wall_time_s"
-        if limits.tool_time_s is not None and self.tool_time_s >= limits.tool_time_s:
+        if self.tool_time_left_s is not None and self.tool_time_left_s <= 0:
             return "tool_time_s"
         return None
+
+    @property
+    def _counted(self) -> Usage:
+        """Tokens, turns and cost that count towards the limits, without sub-agents."""
+        return _sum(self._before, self.session.usage)
 
     def charge(self) -> None:
         """Charge the cost since the previous charge to the shared budget and to the runs above this one."""
@@ -168,21 +212,23 @@ class Run:
 
     @property
     def _cost_spent(self) -> bool:
-        cost, limit = self.session.usage.cost_usd, self.limits.max_cost_usd
-        known = None if cost is None else cost + self._subagents_cost_usd
-        over = limit is not None and self.session.usage.turns > 0 and (known is None or known >= limit)
+        usage, limit = self._counted, self.limits.max_cost_usd
+        known = None if usage.cost_usd is None else usage.cost_usd + self._subagents_cost_usd
+        over = limit is not None and usage.turns > 0 and (known is None or known >= limit)
         above = self._above is not None and self._above._cost_spent
         return over or above or (self.budget is not None and self.budget.spent)
 
     @property
     def tool_time_left_s(self) -> float | None:
         """Seconds that calls may still run; None without a limit."""
-        return None if self.limits.tool_time_s is None else self.limits.tool_time_s - self.tool_time_s
+        if self.limits.tool_time_s is None:
+            return None
+        return self.limits.tool_time_s - self._shared_tool_time_s - self.tool_time_s
 
     @property
     def generation_limits(self) -> GenerationLimits:
         """Limits of the next turn. A thinking budget of 0 means that it must not think."""
-        usage, limits = self.session.usage, self.limits
+        usage, limits = self._counted, self.limits
         thought = [limits.max_thinking_tokens_per_turn] if limits.max_thinking_tokens_per_turn is not None else []
         if limits.max_thinking_tokens is not None:
             thought.append(max(0, limits.max_thinking_tokens - usage.thinking_tokens))
@@ -204,7 +250,11 @@ class Run:
     @property
     def _tokens_left(self) -> int | None:
         """Tokens that may still be sampled; None without a limit."""
-        return None if self.limits.max_tokens is None else self.limits.max_tokens - self.session.usage.sampled_tokens
+        return None if self.limits.max_tokens is None else self.limits.max_tokens - self._counted.sampled_tokens
+
+
+def _sum(before: Usage, now: Usage) -> Usage:
+    return now if before == NOTHING else total_usage([before, now])
 
 
 @dataclass(slots=True)

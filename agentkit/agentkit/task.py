@@ -21,14 +21,13 @@ import math
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -37,12 +36,20 @@ from pydantic import (
     model_validator,
 )
 
+from agentkit.environment_config import BuildConfig as BuildConfig
+from agentkit.environment_config import EnvironmentConfig as EnvironmentConfig
+from agentkit.environment_config import LimitsConfig as LimitsConfig
 from agentkit.errors import TaskFileError, TaskSetupError
+from agentkit.harbor import HarborConfig as HarborConfig
+from agentkit.strict import MAX_TIMEOUT_S as MAX_TIMEOUT_S
+from agentkit.strict import Identifier as Identifier
+from agentkit.strict import RelativePath as RelativePath
+from agentkit.strict import Shell as Shell
+from agentkit.strict import Strict as Strict
 from agentkit_engine.untrusted import read_regular, shorten
-from agentkit_environments import Environment, EnvironmentSpec, ResourceLimits
+from agentkit_environments import Environment
 from agentkit_tools import BUILTINS, CommandTool, DeclaredTool, Tool, ToolDefinitionError
 
-MAX_TIMEOUT_S = 1e7
 MAX_YAML_BYTES = 1 << 19
 MAX_YAML_NODES = 10_000
 MAX_YAML_DEPTH = 50
@@ -52,81 +59,10 @@ MAX_FILE_BYTES = 16 << 20
 """Maximum total size of the files that one YAML file includes with `!file`."""
 
 
-def _inside(path: str) -> str:
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
-        raise ValueError(f"{shorten(path)} must be a relative path without '..'")
-    return path
-
-
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain a NUL character")
-    return text
-
-
-def _variable(name: str) -> str:
-    if not name or "=" in name or "\0" in name:
-        raise ValueError(f"{shorten(name)} is not a variable name; write `NAME: value`")
-    return name
-
-
 def _built_in(name: str) -> str:
     if name not in BUILTINS:
         raise ValueError(f'unknown tool "{name}"; built in: {", ".join(BUILTINS)}')
     return name
-
-
-Shell = Annotated[str, AfterValidator(_without_nul)]
-RelativePath = Annotated[str, AfterValidator(_inside)]
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
-
-
-class Strict(BaseModel):
-    """Base of all models read from a file: no unknown keys, no coercion, immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class LimitsConfig(Strict):
-    """Resource limits of a sandbox, with the fields and defaults of `agentkit_environments.ResourceLimits`."""
-
-    memory_mib: int = Field(default=1024, ge=16, le=1 << 24)
-    processes: int = Field(default=256, ge=1, le=1 << 22)
-    cpus: float = Field(default=1.0, gt=0, le=1 << 14)
-    file_size_mib: int = Field(default=256, ge=1, le=1 << 24)
-    open_files: int = Field(default=1024, ge=16, le=1 << 20)
-    disk_mib: int = Field(default=512, ge=1, le=1 << 24)
-
-
-class EnvironmentConfig(Strict):
-    """The sandbox of the agent. `files` are written first, then `setup` runs, both before the agent starts."""
-
-    image: str | None = None
-    backend: Literal["auto", "docker", "process"] = "auto"
-    files: dict[RelativePath, str] = Field(default_factory=dict)  # path in the workdir -> text
-    setup: list[Shell] = Field(default_factory=list)  # shell commands; a non-zero exit status is an error of the task
-    workdir: str = "/workspace"
-    workdir_from_image: bool = False  # the workdir starts with the image's files at its path, instead of empty
-    network: Literal["none", "public"] = "none"
-    env: dict[Annotated[str, AfterValidator(_variable)], Shell] = Field(default_factory=dict)
-    limits: LimitsConfig = LimitsConfig()
-
-    @model_validator(mode="after")
-    def _accepted(self) -> Self:
-        self.spec()  # validates: EnvironmentSpec has rules of its own, such as reserved workdirs
-        return self
-
-    def spec(self) -> EnvironmentSpec:
-        """Return this configuration as an `EnvironmentSpec`."""
-        return EnvironmentSpec(
-            image=self.image,
-            workdir=self.workdir,
-            workdir_from_image=self.workdir_from_image,
-            network=self.network,
-            env=dict(self.env),
-            limits=ResourceLimits(**self.limits.model_dump()),
-        )
 
 
 class ToolConfig(Strict):
@@ -233,16 +169,23 @@ def _verifier_kind(entry: Any) -> str:
         return "<by calls>"
     if isinstance(entry, TestsConfig) or (isinstance(entry, Mapping) and "fail_to_pass" in entry):
         return "<by tests>"
+    if isinstance(entry, HarborConfig) or (isinstance(entry, Mapping) and "folder" in entry):
+        return "<harbor>"
     return "<command>"
 
 
 Verifier = Annotated[
     Annotated[VerifierConfig, Tag("<command>")]
     | Annotated[CallsConfig, Tag("<by calls>")]
-    | Annotated[TestsConfig, Tag("<by tests>")],
+    | Annotated[TestsConfig, Tag("<by tests>")]
+    | Annotated[HarborConfig, Tag("<harbor>")],
     Discriminator(_verifier_kind),
 ]
-_TAGGED: dict[object, type[BaseModel]] = {"<by calls>": CallsConfig, "<by tests>": TestsConfig}
+_TAGGED: dict[object, type[BaseModel]] = {
+    "<by calls>": CallsConfig,
+    "<by tests>": TestsConfig,
+    "<harbor>": HarborConfig,
+}
 _TAGS = {"<name>", "<definition>", "<command>", *_TAGGED, "<calls>", "<any>", "[key]"}
 """Parts of a pydantic error's location that do not appear in the file."""
 
@@ -318,7 +261,16 @@ def load_task(path: str | Path) -> Task:
     Raises:
         TaskFileError: the file is missing, is not YAML, or is not a task. The message has file, line and remedy.
     """
-    return load_yaml(path, Task)
+    task = load_yaml(path, Task)
+    places = {
+        ("environment", "build"): task.environment.build is not None,
+        ("verifier",): isinstance(task.verifier, HarborConfig),
+    }
+    for place, is_given in places.items():
+        if is_given:  # a task file may come from anywhere, and must not send folders of this machine to a sandbox
+            line = _line(read_yaml(Path(path))[0], place)
+            raise TaskFileError(f"{path}:{line}: {'.'.join(place)}: only a task directory (task.toml) can have folders")
+    return task
 
 
 def load_yaml(path: str | Path, model: type[M]) -> M:
@@ -335,7 +287,7 @@ def load_yaml(path: str | Path, model: type[M]) -> M:
         return model.model_validate(data)
     except ValidationError as exc:
         errors = exc.errors(include_url=False)
-        lines = sorted({(_line(root, error["loc"]), _explain(error, model)) for error in errors[:MAX_PROBLEMS]})
+        lines = sorted({(_line(root, error["loc"]), explain(error, model)) for error in errors[:MAX_PROBLEMS]})
         shown = [f"{path}:{line}: {text}" for line, text in lines]
         if len(errors) > MAX_PROBLEMS:
             shown.append(f"{path}:{lines[-1][0]}: and {len(errors) - MAX_PROBLEMS} more problems")
@@ -512,7 +464,8 @@ def _line(node: yaml.Node | None, loc: Sequence[int | str]) -> int:
     return mark.line + 1 if mark is not None else 1
 
 
-def _explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+def explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """Return one problem of a `ValidationError` of `model` in words, with the place and a hint."""
     loc = [step for step in error["loc"] if step not in _TAGS]
     where = shorten(".".join(str(step) for step in loc), 120, quote=False)
     if error["type"] == "extra_forbidden":

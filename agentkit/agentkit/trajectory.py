@@ -2,12 +2,14 @@
 
 A file is JSON lines. Each line is `{"seq": n, "time_s": seconds since the start, "record": {...}, "crc32": "..."}`,
 where the checksum covers the bytes before `,"crc32"`. Line 0 is the `Header`. Lines are written as events happen, so a
-killed process loses at most the line it was writing; that torn tail is cut when the file is read. Reasoning and text
-deltas have no lines, because the message and the token ids of their turn contain them.
+killed process loses at most the line it was writing. That torn tail is not read, and moves to a file `.torn` beside it
+when the record continues. Reasoning and text deltas have no lines, because the message and the token ids of their turn
+contain them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -97,15 +99,15 @@ class Trajectory:
         self.subagents: list[Trajectory] = []
         """The trajectories of sub-agents that ran in this process; empty after `load`."""
         self._file: int | None = None
-        self._size = 0  # bytes of valid lines in the file
+        self._ends: list[int] = []  # offsets in the file of the ends of the header and of each record
         self._start_ns = time.monotonic_ns()
         if path is not None:
-            self._open(Path(path), os.O_CREAT | os.O_EXCL)
+            self._open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             self._write(0, 0.0, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:
-        """Read a file. A torn tail is left out, and is cut from the file when it is next written.
+        """Read a file. A torn tail is left out, and moves to a file `.torn` when the record continues.
 
         Raises:
             TrajectoryFormatError: the file is not a trajectory, has another format version, or exceeds
@@ -129,7 +131,7 @@ class Trajectory:
         if header is None or not isinstance(header.record, Header):
             raise TrajectoryFormatError(f"{path} is not a trajectory: it has no complete {FORMAT} header.")
         self = cls(header.record)
-        self.path, self._size = path, len(text)
+        self.path, self._ends = path, [len(text)]
         while text := _next_line(file, path, seq := len(self.records) + 1):
             line = _parse(text, path, seq)
             if line is None and not file.peek(1):
@@ -141,7 +143,7 @@ class Trajectory:
                 )
             self.records.append(line.record)
             self.times_s.append(line.time_s)
-            self._size += len(text)
+            self._ends.append(self._ends[-1] + len(text))
         self._start_ns = time.monotonic_ns() - round(1e9 * self.times_s[-1] if self.times_s else 0)
         return self
 
@@ -163,25 +165,54 @@ class Trajectory:
         Raises:
             TrajectoryWriteError: the file exists already, or cannot be written.
         """
-        copy = Trajectory(self.header, path)
-        for seq, (time_s, record) in enumerate(zip(self.times_s, self.records, strict=True), start=1):
-            copy._write(seq, time_s, record)
-        copy.close()
+        copy = self.branch(self.header, path, len(self.records))
         if self.path is None:
-            self.path, self._size = copy.path, copy._size
+            self.path, self._ends = copy.path, copy._ends
 
-    def reopen(self) -> None:
-        """Reopen a closed trajectory for more records. Its file, if any, is cut after the last valid line.
+    def rewind(self, length: int) -> None:
+        """Keep only the first `length` records of a closed trajectory. `reopen` cuts the others from the file, too."""
+        assert self._file is None, "the trajectory is open"
+        del self.records[length:], self.times_s[length:], self._ends[length + 1 :]
+
+    def branch(self, header: Header, path: str | Path | None, count: int) -> Trajectory:
+        """Return a new, closed trajectory that begins with the first `count` records of this one.
 
         Raises:
-            TrajectoryWriteError: the file cannot be opened for writing.
+            TrajectoryWriteError: the file exists already, or cannot be written.
+        """
+        copy = Trajectory(header, path)
+        copy.records, copy.times_s = self.records[:count], self.times_s[:count]
+        if path is not None:
+            for seq, (time_s, record) in enumerate(zip(copy.times_s, copy.records, strict=True), start=1):
+                copy._write(seq, time_s, record)
+        copy.close()
+        copy._start_ns = time.monotonic_ns() - round(1e9 * copy.times_s[-1] if count else 0)
+        return copy
+
+    def reopen(self) -> None:
+        """Reopen a closed trajectory for more records.
+
+        Bytes of its file after the last record move to a file with the suffix `.torn`, and are never overwritten.
+
+        Raises:
+            TrajectoryWriteError: one of the files cannot be written.
         """
         if self._file is not None or self.path is None:
             return
-        self._open(self.path, 0)
+        self._open(self.path, os.O_RDWR)
         assert self._file is not None
-        os.ftruncate(self._file, self._size)
-        os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            if torn := os.pread(self._file, os.fstat(self._file).st_size - self._ends[-1], self._ends[-1]):
+                with self.path.with_suffix(f"{self.path.suffix}.torn").open("ab") as kept:
+                    kept.write(torn if torn.endswith(b"\n") else torn + b"\n")
+                os.ftruncate(self._file, self._ends[-1])
+            os.lseek(self._file, 0, os.SEEK_END)
+        except OSError as exc:
+            self.close()
+            raise TrajectoryWriteError(
+                f"Cannot continue trajectory {self.path}: {exc.strerror}. Free space on that disk, or copy "
+                "it to another."
+            ) from exc
 
     def close(self) -> None:
         """Close the file; the trajectory can still be read."""
@@ -237,6 +268,8 @@ class Trajectory:
         unfinished: list[Usage] = []
         for record in self.records:
             if isinstance(record, TurnFinished):
+                if unfinished and record.usage.turns <= unfinished[0].turns:  # the run before it has no outcome
+                    runs += unfinished
                 unfinished = [record.usage]
             elif isinstance(record, Outcome):
                 runs.append(record.usage)
@@ -251,16 +284,23 @@ class Trajectory:
     def _open(self, path: Path, flags: int) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if flags:
-                self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, 0o644)
+            if flags & os.O_CREAT:
+                self._file = os.open(path, os.O_CLOEXEC | flags, 0o644)
             else:
-                self._file = open_fd(path, os.O_WRONLY)
+                self._file = open_fd(path, flags)
         except OSError as exc:
             reason = exc.strerror
             if isinstance(exc, FileExistsError) and Path(exc.filename) == path:
                 reason = "it exists already, and trajectories are never overwritten"
             raise TrajectoryWriteError(f"Cannot write trajectory {path}: {reason}. Choose another path.") from exc
         self.path = path
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            self.close()
+            raise TrajectoryWriteError(f"Trajectory {path} is in use by another process; wait until it ends.") from exc
+        except OSError:  # a file system without locks
+            pass
 
     def _write(self, seq: int, time_s: float, record: Header | Record) -> None:
         assert self._file is not None
@@ -275,7 +315,7 @@ class Trajectory:
                 f"Cannot write record {seq} of trajectory {self.path}: {exc.strerror}. The {seq} records before it can "
                 "be read. Free space on that disk, or write trajectories to another one."
             ) from exc
-        self._size += len(line)
+        self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
 
 
 def _line_bytes(seq: int, time_s: float, record: Header | Record) -> bytes:

@@ -330,12 +330,25 @@ class Engine:
             ContextLengthError: there are more ids than the model has positions.
             OutOfMemoryError: the ids do not fit into `kv_cache_bytes`.
         """
+        return self.scheduler.logits(self._check_scored(token_ids, "logits()"))
+
+    def logprobs(self, token_ids: Iterable[int]) -> Tensor:
+        """Return the log-probability of each of the T ids but the first, given those before it: float32 [T - 1].
+
+        The values are those of `SampledToken.logprob`, from the same logits as a session computes.
+
+        Raises:
+            ValueError, TokenIdError, ContextLengthError, OutOfMemoryError: see `logits`.
+        """
+        return self.scheduler.logprobs(self._check_scored(token_ids, "logprobs()"))
+
+    def _check_scored(self, token_ids: Iterable[int], name: str) -> list[int]:
         ids = check_ids(token_ids, self.spec.vocab_size)
         if not ids:
-            raise ValueError("logits() needs at least one token id")
+            raise ValueError(f"{name} needs at least one token id")
         if len(ids) > (limit := self.spec.max_position_embeddings):
             raise ContextLengthError(f"{len(ids)} ids exceed the model's {limit} positions")
-        return self.scheduler.logits(ids)
+        return ids
 
     def session(self, *, priority: int = 0) -> Session:
         """Return a new, empty session. When memory is short, sessions with a higher priority are evicted later."""

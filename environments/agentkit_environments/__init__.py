@@ -15,13 +15,16 @@ from agentkit_environments.environment import (
 from agentkit_environments.errors import (
     FileTooLargeError,
     HostFailureError,
+    ImageBuildError,
     SandboxError,
     SandboxLostError,
     SandboxUnavailableError,
+    SnapshotError,
     UnsafeArchiveError,
     UnsafePathError,
 )
 from agentkit_environments.opening import available_backends, open_environment, reap
+from agentkit_environments.snapshot import Snapshot
 
 __all__ = [
     "MAX_ARCHIVE_BYTES",
@@ -35,10 +38,13 @@ __all__ = [
     "ExportedDir",
     "FileTooLargeError",
     "HostFailureError",
+    "ImageBuildError",
     "ResourceLimits",
     "SandboxError",
     "SandboxLostError",
     "SandboxUnavailableError",
+    "Snapshot",
+    "SnapshotError",
     "UnsafeArchiveError",
     "UnsafePathError",
     "available_backends",

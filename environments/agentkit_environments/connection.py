@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import Process
 
 from agentkit_environments.environment import ExecRequest, ExecResult, input_bytes
-from agentkit_environments.errors import HostFailureError, SandboxLostError
+from agentkit_environments.errors import HostFailureError, SandboxLostError, SnapshotError
 from agentkit_environments.executor import FRAME, start_failure
 
 START_TIMEOUT_S = 20.0
@@ -113,8 +113,10 @@ class Connection:
         self._error: type[SandboxLostError] = SandboxLostError
 
     async def ready(self) -> None:
-        """Wait for the executor's first frame."""
-        await self._reply_to(READY)
+        """Wait for the executor's first frame. Raises SnapshotError if the sandbox's snapshot cannot be restored."""
+        header, _ = await self._reply_to(READY)
+        if "errno" in header:
+            raise SnapshotError(f"the snapshot cannot be restored: {header['message']}")
         del self._waiting[READY]  # otherwise `_hand_on` would keep handing the reading to a waiter that is gone
 
     async def request(self, operation: str, fields: Mapping[str, Any], body: bytes, timeout_s: float | None) -> Reply:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from tarfile import TarInfo
+from typing import IO
 
 import anyio
 
 from agentkit_environments.archive import ExportedDir
 from agentkit_environments.environment import Environment, EnvironmentSpec, ExecRequest, ExecResult, FileOperation
 from agentkit_environments.errors import SandboxLostError
+from agentkit_environments.snapshot import Snapshot
 
 
 class DeferredEnvironment(Environment):
@@ -45,6 +47,9 @@ class DeferredEnvironment(Environment):
                 self.backend, self.run_id = self._environment.backend, self._environment.run_id
             return self._environment
 
+    async def reopen(self, snapshot: Snapshot) -> Environment:
+        return await (self._environment or await self.open()).reopen(snapshot)
+
     async def kill_all(self) -> None:
         if self._environment is not None:
             await self._environment.kill_all()
@@ -67,3 +72,6 @@ class DeferredEnvironment(Environment):
 
     async def _import_dir(self, path: str, archive: bytes, members: Sequence[TarInfo]) -> None:
         await (await self.open())._import_dir(path, archive, members)
+
+    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+        await (await self.open())._pack(file, max_entries=max_entries, max_bytes=max_bytes)

@@ -11,19 +11,23 @@ import math
 import posixpath
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from tarfile import TarInfo
+from tempfile import TemporaryFile
 from types import MappingProxyType, TracebackType
-from typing import Literal, Self, get_args
+from typing import IO, Literal, Self, get_args
 
+import anyio
 import anyio.to_thread
 
 from agentkit_environments.archive import MAX_ARCHIVE_BYTES as MAX_ARCHIVE_BYTES
 from agentkit_environments.archive import MAX_ARCHIVE_ENTRIES as MAX_ARCHIVE_ENTRIES
 from agentkit_environments.archive import ExportedDir, check_archive, drop_links
-from agentkit_environments.errors import FileTooLargeError, UnsafeArchiveError, UnsafePathError
+from agentkit_environments.errors import FileTooLargeError, SnapshotError, UnsafeArchiveError, UnsafePathError
+from agentkit_environments.snapshot import MAX_ENTRIES, SLACK_BYTES, Snapshot
 
 Backend = Literal["docker", "process", "unsafe-local"]
 """Isolation of an environment: a container, namespaces on this kernel, or none."""
@@ -34,6 +38,9 @@ FileOperation = Literal["read_file", "write_file"]
 MAX_STDIN_BYTES = 64 << 20
 """Maximum bytes of standard input of one `exec`, and of the content of one `write_file`."""
 
+
+OPENED_AT_ONCE = 8
+"""Number of forks that are opened at the same time."""
 
 SYSTEM_DIRECTORIES = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr"}
 SHARED_DIRECTORIES = {"/", "/home", "/opt", "/root", "/run", "/tmp", "/var", "/var/tmp"}
@@ -99,6 +106,12 @@ class EnvironmentSpec:
     """Absolute path of the work directory: commands start there, and relative paths begin there. Empty at first."""
     workdir_from_image: bool = False
     """True if the work directory starts with the image's files at its path, owned by the commands' user."""
+    as_image: bool = False
+    """True if the sandbox is the image as it was built: a writable root file system, the image's user, work directory
+    and entry point, and for root the capabilities that package managers need. With it, an empty `workdir` is the
+    image's own, and any absolute path is allowed. Docker only."""
+    user: str | None = None
+    """User of commands, as a name or `uid[:gid]`; None is the image's. Only with `as_image`."""
     network: Network = "none"
     """`none` is a loopback interface only; `public` is the engine's default network (docker only)."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -110,6 +123,8 @@ class EnvironmentSpec:
             ("image", str | None, "the name of a Docker image or None"),
             ("workdir", str, "an absolute path"),
             ("workdir_from_image", bool, "True or False"),
+            ("as_image", bool, "True or False"),
+            ("user", str | None, 'a user name, "uid", "uid:gid" or None'),
             ("env", Mapping, 'a mapping of names to texts such as {"LANG": "C"}'),
             ("limits", ResourceLimits, "a ResourceLimits"),
         ):
@@ -120,13 +135,26 @@ class EnvironmentSpec:
         exec_variables(self.env)
         if self.workdir_from_image and self.image is None:
             raise ValueError("workdir_from_image needs an image; the base image has an empty work directory")
+        object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
+        if self.as_image:
+            self._check_as_image()
+            return
+        if self.user is not None:
+            raise ValueError(f"user {self.user!r} needs as_image; other sandboxes have one user")
         normal = posixpath.normpath(self.workdir)
         if not re.fullmatch(r"(/[\w.-]+)+", normal) or normal in SHARED_DIRECTORIES:
             raise ValueError(f"workdir must be the absolute path of a dedicated directory, got {self.workdir!r}")
         if normal.split("/")[1] in SYSTEM_DIRECTORIES:
             raise ValueError(f"workdir must be outside the system's directories, got {self.workdir!r}")
         object.__setattr__(self, "workdir", normal)
-        object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
+
+    def _check_as_image(self) -> None:
+        if self.image is None or self.workdir_from_image:
+            raise ValueError("as_image needs an image, and includes workdir_from_image")
+        if not re.fullmatch(r"(/[^\0]*)?", self.workdir):
+            raise ValueError(f"workdir must be an absolute path, or empty for the image's own, got {self.workdir!r}")
+        if not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", self.user or "root"):
+            raise ValueError(f'user must be a user name, "uid" or "uid:gid", got {self.user!r}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +181,8 @@ class Environment(ABC):
     `SandboxLostError` if the sandbox has died or was closed, and then never returns a result.
 
     Paths are POSIX paths as the sandbox sees them; relative ones start at `spec.workdir`. Links are followed inside the
-    sandbox and cannot lead out of it. Only `spec.workdir` and `/tmp` are writable; writing elsewhere raises an
-    `OSError` (EROFS or EACCES).
+    sandbox and cannot lead out of it. Only `spec.workdir` and `/tmp` are writable, unless `spec.as_image`; writing
+    elsewhere raises an `OSError` (EROFS or EACCES).
     """
 
     spec: EnvironmentSpec
@@ -282,6 +310,71 @@ class Environment(ABC):
         except OSError as error:
             raise _named(error, path) from error
 
+    async def snapshot(self) -> Snapshot:
+        """Return the files of the work directory and /tmp as they are now.
+
+        Processes are not part of a snapshot. A file that one of them is changing meanwhile may be captured in any
+        state; call `kill_all` first if that matters. The environment goes on as before.
+
+        Raises:
+            SnapshotError: If there are too many entries, or more than `limits.disk_mib` of files in each directory, or
+                if the work directory is an overlay, or if the sandbox is `as_image`.
+            SandboxLostError: If the sandbox is gone.
+        """
+        with TemporaryFile() as file:
+            bounds = {"max_entries": MAX_ENTRIES, "max_bytes": (2 * self.spec.limits.disk_mib << 20) + SLACK_BYTES}
+            try:
+                await self._pack(file, **bounds)
+            except OSError as error:
+                raise SnapshotError(f"the files of the environment cannot be captured: {error.strerror}") from error
+            file.flush()
+            return await anyio.to_thread.run_sync(Snapshot, file.fileno())
+
+    @abstractmethod
+    async def reopen(self, snapshot: Snapshot) -> Environment:
+        """Open another environment like this one, with the files of a snapshot; this one may be closed already.
+
+        Raises:
+            SnapshotError: If the snapshot was closed, or its files do not fit into the environment.
+            SandboxUnavailableError: See `open_environment`.
+        """
+
+    @asynccontextmanager
+    async def fork(self, n: int = 1) -> AsyncIterator[list[Environment]]:
+        """Open `n` environments that begin with the files of this one, and close them when the block is left.
+
+        They are independent: a change in one is visible neither here nor in the others. Processes are not forked.
+
+        Raises:
+            ValueError: If `n` is negative.
+            SnapshotError, SandboxUnavailableError, SandboxLostError: See `snapshot` and `reopen`.
+        """
+        if n < 0:
+            raise ValueError(f"fork(n) takes at least 0, got {n}")
+        snapshot = await self.snapshot()
+        forks: dict[int, Environment] = {}
+        limiter = anyio.CapacityLimiter(OPENED_AT_ONCE)
+
+        async def open_one(index: int) -> None:
+            async with limiter:
+                forks[index] = await self.reopen(snapshot)
+
+        try:
+            try:
+                async with anyio.create_task_group() as task_group:
+                    for index in range(n):
+                        task_group.start_soon(open_one, index)
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None
+            finally:
+                snapshot.close()
+            yield [forks[index] for index in range(n)]
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as task_group:
+                    for fork in forks.values():
+                        task_group.start_soon(fork.close)
+
     @abstractmethod
     async def kill_all(self) -> None:
         """Kill every process that commands have started. All are dead on return; their files stay as they are.
@@ -321,6 +414,14 @@ class Environment(ABC):
 
         Raises:
             OSError: The file system's error, with a path of the sandbox.
+        """
+
+    @abstractmethod
+    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+        """Write the work directory and /tmp to a file in the format of `tree`.
+
+        Raises:
+            OSError: The file system's error; EFBIG if there is too much.
         """
 
     async def _transfer(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:

@@ -6,10 +6,12 @@ output.
 
     SandboxError                    base of the tree
       SandboxUnavailableError       no sandbox can be opened here: what was tried, why it failed, what to do
+        ImageBuildError             ... because the image cannot be built from its Dockerfile
       SandboxLostError              the sandbox died, was closed, or stopped answering
         HostFailureError            ... because the host or its engine failed, by evidence from outside the sandbox
       FileTooLargeError             a file is larger than the caller's bound
       UnsafePathError               a path that cannot name a file in a sandbox (empty, NUL byte, loop of links)
+      SnapshotError                 an environment that cannot be captured, or a snapshot that cannot be used
       UnsafeArchiveError            an archive with absolute names, `..`, devices, escaping links, or too much content
 """
 
@@ -22,6 +24,10 @@ class SandboxError(Exception):
 
 class SandboxUnavailableError(SandboxError):
     """No sandbox can be opened; the message gives what was tried, why it failed and what to do."""
+
+
+class ImageBuildError(SandboxUnavailableError):
+    """An image cannot be built; the message names the Dockerfile and the step, and a base image that is missing."""
 
 
 class SandboxLostError(SandboxError):
@@ -41,6 +47,10 @@ class FileTooLargeError(SandboxError):
 
 class UnsafePathError(SandboxError):
     """A path that cannot name a file in a sandbox: empty, with a NUL byte, or a loop of links."""
+
+
+class SnapshotError(SandboxError):
+    """An environment that cannot be captured, or a snapshot that cannot be used; the message gives the reason."""
 
 
 class UnsafeArchiveError(SandboxError):

@@ -34,6 +34,7 @@ import time
 TYPE_CHECKING = False  # as in `typing`; importing `typing` would make opening a sandbox a tenth slower
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+    from types import ModuleType
     from typing import Any, NoReturn
 
 FRAME = struct.Struct(">II")
@@ -367,7 +368,30 @@ def clamp_time(seconds: float) -> int:
     return int(min(max(seconds, 0), MAX_TIME)) if seconds == seconds else 0
 
 
-class Packer:
+class Pieces:
+    """A stream of bytes in pieces of about `PIECE` bytes."""
+
+    drops: DropList
+    """The entries that the stream leaves out."""
+
+    def __init__(self, stream: Generator[bytes, None, None]) -> None:
+        self._stream = stream
+
+    def piece(self) -> bytes:
+        """Return the next piece; an empty one marks the end."""
+        piece = bytearray()
+        for part in self._stream:
+            piece += part
+            if len(piece) >= PIECE:
+                break
+        return bytes(piece)
+
+    def close(self) -> None:
+        """Stop early."""
+        self._stream.close()
+
+
+class Packer(Pieces):
     """A directory as an uncompressed tar archive, in pieces; memory use is bounded by the size of a piece.
 
     Names are relative to the directory and in sorted order. Links are stored as links, and further names of a file as
@@ -399,20 +423,7 @@ class Packer:
         for _ in self._entries(DropList()):
             pass
         self.drops = DropList()
-        self._tar = self._pack()
-
-    def piece(self) -> bytes:
-        """Return the next piece; an empty one marks the end."""
-        piece = bytearray()
-        for part in self._tar:
-            piece += part
-            if len(piece) >= PIECE:
-                break
-        return bytes(piece)
-
-    def close(self) -> None:
-        """Stop early."""
-        self._tar.close()
+        super().__init__(self._pack())
 
     def _entries(self, drops: DropList) -> Generator[tuple[str, str, os.stat_result, str], None, None]:
         """Yield (name, path, status, name of the file that this is a hard link to) for every entry that can be
@@ -429,9 +440,9 @@ class Packer:
                     info = os.lstat(path) if name else os.stat(path)
                     kind = stat.S_IFMT(info.st_mode)
                     if kind == stat.S_IFDIR:
-                        if info.st_mode & 0o500 != 0o500 and _try_chmod(path, info.st_mode | 0o700):
+                        if info.st_mode & 0o500 != 0o500 and try_chmod(path, info.st_mode | 0o700):
                             unlocked.append((path, info.st_mode))
-                        children = _children(path, self._max_entries - entries + len(self._hidden))
+                        children = children_of(path, self._max_entries - entries + len(self._hidden))
                 except OSError as error:
                     if not name:
                         raise
@@ -464,7 +475,7 @@ class Packer:
                     yield name, path, info, "" if first == name else first
         finally:
             for path, mode in reversed(unlocked):
-                _try_chmod(path, mode)
+                try_chmod(path, mode)
 
     def _pack(self) -> Generator[bytes, None, None]:
         import tarfile
@@ -490,7 +501,7 @@ class Packer:
                     elif first:
                         member.type, member.linkname = tarfile.LNKTYPE, first
                     else:
-                        fd = _open_for_reading(path, info.st_mode)
+                        fd = open_for_reading(path, info.st_mode)
                         # Bytes appended after counting were not counted, so they are left out.
                         member.size = min(info.st_size, os.fstat(fd).st_size)
                 except OSError as error:
@@ -520,13 +531,13 @@ def _is_opaque(directory: str) -> bool:
         return False
 
 
-def _children(directory: str, most: int) -> list[str]:
+def children_of(directory: str, most: int) -> list[str]:
     """Return the names in a directory, or `most` + 1 of them if there are more."""
     with os.scandir(directory) as entries:
         return [entry.name for _, entry in zip(range(most + 1), entries, strict=False)]
 
 
-def _try_chmod(path: str, mode: int) -> bool:
+def try_chmod(path: str, mode: int) -> bool:
     try:
         os.chmod(path, stat.S_IMODE(mode))
     except OSError:
@@ -534,7 +545,7 @@ def _try_chmod(path: str, mode: int) -> bool:
     return True
 
 
-def _open_for_reading(path: str, mode: int) -> int:
+def open_for_reading(path: str, mode: int) -> int:
     """Open a regular file, even if its owner (this user) has no permission to read it."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -544,7 +555,7 @@ def _open_for_reading(path: str, mode: int) -> int:
         try:
             fd = os.open(path, flags)
         finally:
-            _try_chmod(path, mode)
+            try_chmod(path, mode)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "no longer a regular file")
@@ -723,8 +734,10 @@ class Executor:
     No request and no command can end it: an exception becomes the reply to its request.
     """
 
-    def __init__(self, requests_fd: int, replies_fd: int, settings: Mapping[str, Any]) -> None:
-        self._requests_fd, self._replies_fd, self._settings = requests_fd, replies_fd, settings
+    def __init__(
+        self, requests_fd: int, replies_fd: int, settings: Mapping[str, Any], tree: ModuleType | None = None
+    ) -> None:
+        self._requests_fd, self._replies_fd, self._settings, self._tree = requests_fd, replies_fd, settings, tree
         self._head = bytearray()
         self._request: dict[str, Any] | None = None
         self._body: bytearray | None = None
@@ -733,7 +746,7 @@ class Executor:
         self._spare: Child | None = None
         self._commands: dict[int, tuple[dict[str, Any], Command]] = {}
         self._pipes: dict[int, Command] = {}
-        self._exports: dict[int, Packer] = {}
+        self._exports: dict[int, Pieces] = {}
         self._hidden = frozenset(settings.get("hidden_names", ()))
 
     def serve(self) -> None:
@@ -743,7 +756,7 @@ class Executor:
         os.set_blocking(self._requests_fd, False)
         self._poll.register(self._requests_fd, select.POLLIN)
         self._poll.register(self._wakeup_fd, select.POLLIN)
-        self._reply({"id": 0})
+        self._reply({"id": 0, **self._restore()})
         while True:
             try:
                 if not self._turn():
@@ -753,6 +766,19 @@ class Executor:
             except Exception as error:
                 print(f"executor: {type(error).__name__}: {error}", file=sys.stderr)
                 time.sleep(0.01)  # if the error recurs at once, commands still get most of the processor
+
+    def _restore(self) -> dict[str, Any]:
+        """Unpack the snapshot that the sandbox starts with, if any; return the fields of an error."""
+        fd = self._settings.get("snapshot_fd")
+        if fd is None or self._tree is None:
+            return {}
+        try:
+            self._tree.unpack(fd, self._settings["trees"])
+        except Exception as error:
+            return _error_header(error.with_traceback(None))
+        finally:
+            os.close(fd)
+        return {}
 
     def _turn(self) -> bool:
         """Handle everything that is ready, or wait for the next event; return whether requests can still arrive."""
@@ -880,7 +906,9 @@ class Executor:
         header, piece = {"id": request["id"]}, b""
         if operation == "export_open":
             bounds = request["max_entries"], request["max_bytes"]
-            if request["path"]:
+            if request["path"] is None and self._tree is not None:
+                self._exports[handle] = self._tree.TreePacker(self._settings["trees"], *bounds)
+            elif request["path"]:
                 self._exports[handle] = Packer(request["path"], *bounds)
             else:
                 skip = frozenset(request["skip"])
@@ -1071,9 +1099,9 @@ OPERATIONS: dict[str, Callable[[dict[str, Any], bytes], bytes]] = {
 }
 
 
-def serve(settings: Mapping[str, Any]) -> None:
+def serve(settings: Mapping[str, Any], tree: ModuleType | None = None) -> None:
     """Serve the harness as the init of a sandbox, on standard input and output, after `confine.py` has set
-    everything up."""
+    everything up. `tree` is the module of that name, for snapshots."""
     # With Python's own handler a command could interrupt the executor. Commands would inherit SIG_IGN, but not a
     # handler.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -1082,4 +1110,4 @@ def serve(settings: Mapping[str, Any]) -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.umask(0o022)
-    Executor(requests_fd, replies_fd, settings).serve()
+    Executor(requests_fd, replies_fd, settings, tree).serve()

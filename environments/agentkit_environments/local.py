@@ -2,7 +2,8 @@
 
 Commands run as the harness's own user, with its files and its network. There is no mount namespace, so the names
 `spec.workdir` and `/tmp` are translated: to the temporary directory in paths, commands, text on standard input and
-variables, and back in output. The content of files is not translated. Only limits on time and output apply.
+variables, and back in output. The content of files is not translated; in a snapshot, the targets of links are. Only
+limits on time and output apply.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tarfile import TarInfo
-from typing import TypeVar
+from typing import IO, Self, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from agentkit_environments import executor
+from agentkit_environments import executor, tree
 from agentkit_environments.archive import ExportedDir, pieces
 from agentkit_environments.environment import (
     Environment,
@@ -34,9 +35,10 @@ from agentkit_environments.environment import (
     FileOperation,
     input_bytes,
 )
-from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError
 from agentkit_environments.leftovers import OWNER_FILE, PREFIX, remove_tree
 from agentkit_environments.owner import owner_token
+from agentkit_environments.snapshot import Snapshot
 from agentkit_environments.threads import run_cancellable
 
 T = TypeVar("T")
@@ -67,6 +69,52 @@ class LocalEnvironment(Environment):
         }
         self._limiter = anyio.CapacityLimiter(256)
         self._has_run = self._closed = False
+
+    @classmethod
+    async def open(cls, spec: EnvironmentSpec, run_id: str, *, snapshot: Snapshot | None = None) -> Self:
+        """Make the directory, with the files of a snapshot if one is given.
+
+        Raises:
+            SandboxUnavailableError: If `spec` requests an image.
+            SnapshotError: If the snapshot cannot be restored.
+        """
+        environment = cls(spec, run_id)
+        if snapshot is not None:
+            try:
+                await anyio.to_thread.run_sync(environment._restore, snapshot)
+            except BaseException:
+                await environment.close()
+                raise
+        return environment
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        try:
+            with snapshot.descriptor() as fd:
+                tree.unpack(fd, self._trees, retarget=self._to_host)
+        except OSError as error:
+            raise SnapshotError(f"the snapshot cannot be restored: {error.strerror}") from error
+
+    async def reopen(self, snapshot: Snapshot) -> LocalEnvironment:
+        return await self.open(self.spec, self.run_id, snapshot=snapshot)
+
+    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+        self._require_open()
+
+        def pack() -> None:
+            packer = tree.TreePacker(self._trees, max_entries, max_bytes, retarget=self._link_to_sandbox)
+            try:
+                file.writelines(iter(packer.piece, b""))
+            finally:
+                packer.close()
+
+        await anyio.to_thread.run_sync(pack, limiter=self._limiter)
+
+    @property
+    def _trees(self) -> dict[str, str]:
+        return {tree.WORK: self._directories[self.spec.workdir], tree.TMP: self._directories["/tmp"]}
+
+    def _link_to_sandbox(self, target: str) -> str:
+        return os.fsdecode(self._name_output(os.fsencode(target)))
 
     async def _exec(self, request: ExecRequest) -> ExecResult:
         if request.user is not None:
@@ -176,9 +224,12 @@ class LocalEnvironment(Environment):
         return self._name_in_text.sub(lambda match: self._directories[match[0]], text)
 
     def _to_sandbox(self, output: bytes) -> str:
+        return self._name_output(output).decode("utf-8", "replace")
+
+    def _name_output(self, output: bytes) -> bytes:
         for name, directory in self._directories.items():
             output = output.replace(directory.encode(), name.encode())
-        return output.decode("utf-8", "replace")
+        return output
 
     def _in_sandbox(self, error: OSError, path: str) -> OSError:
         name = self._to_sandbox(os.fsencode(error.filename)) if error.filename else path

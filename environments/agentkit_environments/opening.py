@@ -13,6 +13,7 @@ from agentkit_environments.errors import SandboxUnavailableError
 from agentkit_environments.leftovers import reap_local
 from agentkit_environments.local import LocalEnvironment
 from agentkit_environments.process import ProcessEnvironment, process_failure
+from agentkit_environments.snapshot import Snapshot
 
 DEFAULT_SPEC = EnvironmentSpec()
 
@@ -22,6 +23,7 @@ async def open_environment(
     *,
     backend: Literal["auto", "docker", "process", "unsafe-local"] = "auto",
     run_id: str | None = None,
+    snapshot: Snapshot | None = None,
 ) -> Environment:
     """Open an environment.
 
@@ -30,11 +32,13 @@ async def open_environment(
         backend: `auto` is docker if an engine answers (and has the base image, if `spec` names no other), else process.
             It is never unsafe-local, which must be requested by name.
         run_id: Label of everything that the environment makes, for `reap`; random by default.
+        snapshot: Files to start with, from `Environment.snapshot` or `Snapshot.load`; also from another backend.
 
     Raises:
         TypeError, ValueError: If `spec` is not an EnvironmentSpec, or no such backend exists.
         SandboxUnavailableError: If the backend cannot be used here, or does not support `spec`; the message gives the
             reason and the remedy. There is no fallback to less isolation than requested.
+        SnapshotError: If the snapshot was closed, or its files do not fit into the environment.
     """
     if not isinstance(spec, EnvironmentSpec):
         raise TypeError(f"spec must be an EnvironmentSpec, got {spec!r}")
@@ -42,22 +46,22 @@ async def open_environment(
         raise ValueError(f"backend must be one of auto, {', '.join(get_args(Backend))}, got {backend!r}")
     run_id = run_id or secrets.token_hex(6)
     if backend == "unsafe-local":
-        return LocalEnvironment(spec, run_id)
+        return await LocalEnvironment.open(spec, run_id, snapshot=snapshot)
     if backend == "auto":
         from agentkit_environments.docker import docker_failure
 
         needs_docker = spec.image is not None or spec.network != "none"
         failure = await anyio.to_thread.run_sync(docker_failure, spec.image)
         if failure is not None and not needs_docker:
-            return await ProcessEnvironment.open(spec, run_id)
+            return await ProcessEnvironment.open(spec, run_id, snapshot=snapshot)
         if failure is not None:
             raise SandboxUnavailableError(f"an image or a network needs the docker backend: {failure}")
     if backend == "process":
-        return await ProcessEnvironment.open(spec, run_id)
+        return await ProcessEnvironment.open(spec, run_id, snapshot=snapshot)
     # Imported on use: importing the docker library takes longer than opening a process sandbox.
     from agentkit_environments.docker import DockerEnvironment
 
-    return await DockerEnvironment.open(spec, run_id)
+    return await DockerEnvironment.open(spec, run_id, snapshot=snapshot)
 
 
 def available_backends() -> dict[str, str | None]:

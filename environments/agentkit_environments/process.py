@@ -31,12 +31,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from tarfile import TarInfo
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 import anyio
 import anyio.to_thread
@@ -54,9 +55,11 @@ from agentkit_environments.environment import (
     FileOperation,
     ResourceLimits,
 )
-from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, UnsafeArchiveError
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError, UnsafeArchiveError
 from agentkit_environments.overlay import Overlay, hidden_names
 from agentkit_environments.seccomp import AUDIT_ARCH, INOTIFY, SYSV_IPC, UNACCOUNTED, seccomp_program
+from agentkit_environments.snapshot import Snapshot
+from agentkit_environments.tree import TMP, WORK
 
 Launcher = Literal["bwrap", "unshare", "bwrap-plain"]
 
@@ -138,6 +141,7 @@ class Layout:
         group: CommandGroup,
         overlay: Overlay | None = None,
         hidden_fd: int | None = None,
+        snapshot_fd: int | None = None,
     ) -> Self:
         prefix = os.path.realpath(sys.base_prefix)
         python = os.path.realpath(f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}")
@@ -162,6 +166,7 @@ class Layout:
             pairs.append((overlay.folder, spec.workdir))
             options = _tmpfs_options("0700", disk_bytes)
             settings["overlay"] = {"path": spec.workdir, "options": options, "hidden_fd": hidden_fd}
+        settings["snapshot_fd"] = snapshot_fd
         settings["tmpfs"] = [(path, _tmpfs_options(mode, size)) for path, mode, size in tmpfs]
         return cls(
             binds=pairs,
@@ -254,7 +259,8 @@ def _settings(spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup) ->
         "has_capabilities": launcher != "bwrap-plain",
         "overlay": None,
         "hidden": HIDDEN,
-        "executor": _compiled("executor.py"),
+        "modules": {name: _compiled(f"{name}.py") for name in ("executor", "tree")},
+        "trees": {WORK: spec.workdir, TMP: "/tmp"},
         "namespace_limits": NAMESPACE_LIMITS,
         "ipc_limits": IPC_LIMITS,
         "filters": {
@@ -300,7 +306,8 @@ def _rlimits(limits: ResourceLimits) -> dict[str, int]:
 
 @functools.cache
 def _compiled(name: str) -> str:
-    return base64.b64encode(marshal.dumps(compile(_source(name), name, "exec"))).decode()
+    # Compressed, because `unshare` gets it as part of one argument, of which the kernel takes 128 KiB.
+    return base64.b64encode(zlib.compress(marshal.dumps(compile(_source(name), name, "exec")))).decode()
 
 
 @functools.cache
@@ -379,16 +386,29 @@ class ProcessEnvironment(Environment):
     backend = "process"
 
     def __init__(
-        self, spec: EnvironmentSpec, run_id: str, connection: Connection, group: CommandGroup, *, has_overlay: bool
+        self,
+        spec: EnvironmentSpec,
+        run_id: str,
+        connection: Connection,
+        group: CommandGroup,
+        *,
+        launcher: Launcher,
+        has_overlay: bool,
     ) -> None:
         self.spec, self.run_id = spec, run_id
-        self._connection, self._group, self._has_overlay = connection, group, has_overlay
+        self._connection, self._group, self._launcher, self._has_overlay = connection, group, launcher, has_overlay
         self._handles = count()
         self._env = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "HOME": spec.workdir, "LANG": "C.UTF-8"}
 
     @classmethod
     async def open(
-        cls, spec: EnvironmentSpec, run_id: str, *, launcher: Launcher | None = None, overlay: Overlay | None = None
+        cls,
+        spec: EnvironmentSpec,
+        run_id: str,
+        *,
+        launcher: Launcher | None = None,
+        overlay: Overlay | None = None,
+        snapshot: Snapshot | None = None,
     ) -> Self:
         """Open a sandbox with the given launcher, or with the first one that works here.
 
@@ -397,8 +417,10 @@ class ProcessEnvironment(Environment):
             run_id: Label of everything that the environment creates.
             launcher: The program that builds the sandbox.
             overlay: The folder that the work directory shows. Default: an empty work directory.
+            snapshot: The files to start with; not with an overlay.
 
         Raises:
+            SnapshotError: If the snapshot cannot be restored.
             SandboxUnavailableError: If no launcher works, `spec` requests an image or a network, or the kernel, the
                 file system or a policy permits no overlay.
         """
@@ -412,8 +434,8 @@ class ProcessEnvironment(Environment):
                 if overlay is not None and candidate == "bwrap-plain":
                     raise SandboxUnavailableError("a policy of this machine permits no mounts in a sandbox")
                 group = CommandGroup.create(spec.limits)
-                connection = await _launch(spec, candidate, group, overlay)
-                return cls(spec, run_id, connection, group, has_overlay=overlay is not None)
+                connection = await _launch(spec, candidate, group, overlay, snapshot)
+                return cls(spec, run_id, connection, group, launcher=candidate, has_overlay=overlay is not None)
         reason = launcher_failure(launcher) if launcher else process_failure()
         raise SandboxUnavailableError(f"no process sandbox can be opened here: {reason}")
 
@@ -462,7 +484,7 @@ class ProcessEnvironment(Environment):
         self._require_overlay()
         try:
             bounds = {"max_entries": MAX_ARCHIVE_ENTRIES, "max_bytes": MAX_ARCHIVE_BYTES}
-            return await self._export({"path": "", "skip": list(skip), **bounds})
+            return await self._export_archive({"path": "", "skip": list(skip), **bounds})
         except OSError as error:
             if error.errno in (errno.EFBIG, errno.ENOMEM):
                 raise UnsafeArchiveError(f"the changes are too large: {error.strerror}") from error
@@ -472,19 +494,32 @@ class ProcessEnvironment(Environment):
         if not self._has_overlay:
             raise ValueError("the environment has no overlay; use export_dir")
 
-    async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
-        return await self._export({"path": path, "max_entries": max_entries, "max_bytes": max_bytes})
+    async def reopen(self, snapshot: Snapshot) -> ProcessEnvironment:
+        return await type(self).open(self.spec, self.run_id, launcher=self._launcher, snapshot=snapshot)
 
-    async def _export(self, what: Mapping[str, Any]) -> ExportedDir:
-        request, export = self._connection.request, {"handle": next(self._handles)}
+    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+        if self._has_overlay:
+            raise SnapshotError("the work directory is an overlay of a folder, which a snapshot cannot hold")
+        await self._export({"path": None, "max_entries": max_entries, "max_bytes": max_bytes}, file.write)
+
+    async def _export_dir(self, path: str, *, max_entries: int, max_bytes: int) -> ExportedDir:
+        return await self._export_archive({"path": path, "max_entries": max_entries, "max_bytes": max_bytes})
+
+    async def _export_archive(self, what: Mapping[str, Any]) -> ExportedDir:
         data = bytearray()
+        dropped = await self._export(what, data.extend)
+        return ExportedDir(bytes(data), dropped)
+
+    async def _export(self, what: Mapping[str, Any], take: Callable[[bytes], object]) -> tuple[str, ...]:
+        """Pass each piece of an export to `take`, and return the lines about what was left out."""
+        request, export = self._connection.request, {"handle": next(self._handles)}
         await request("export_open", {**export, **what}, b"", FILE_TIMEOUT_S)
         try:
             while True:
                 header, piece = await request("export_next", export, b"", FILE_TIMEOUT_S)
                 if not piece:
-                    return ExportedDir(bytes(data), tuple(header["dropped"]))
-                data += piece
+                    return tuple(header["dropped"])
+                take(piece)
         finally:
             with anyio.CancelScope(shield=True), contextlib.suppress(SandboxLostError):
                 await request("export_close", export, b"", FILE_TIMEOUT_S)
@@ -503,12 +538,21 @@ class ProcessEnvironment(Environment):
 
 
 async def _launch(
-    spec: EnvironmentSpec, launcher: Launcher, group: CommandGroup, overlay: Overlay | None = None
+    spec: EnvironmentSpec,
+    launcher: Launcher,
+    group: CommandGroup,
+    overlay: Overlay | None = None,
+    snapshot: Snapshot | None = None,
 ) -> Connection:
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the connection closes it)
     connection: Connection | None = None
     try:
-        with hidden_names(overlay) as hidden_fd, _Files(Layout.of(spec, launcher, group, overlay, hidden_fd)) as files:
+        with (
+            hidden_names(overlay) as hidden_fd,
+            contextlib.nullcontext() if snapshot is None else snapshot.descriptor() as snapshot_fd,
+            _Files(Layout.of(spec, launcher, group, overlay, hidden_fd, snapshot_fd)) as files,
+        ):
+            passed = [*files.fds.values(), *group.procs_fds, *(fd for fd in (hidden_fd, snapshot_fd) if fd is not None)]
             process = await anyio.open_process(
                 launch_argv(files.layout, launcher, files.fds),
                 stdin=subprocess.PIPE,
@@ -516,7 +560,7 @@ async def _launch(
                 stderr=stderr,
                 env={"PATH": os.environ.get("PATH", os.defpath)},
                 start_new_session=True,
-                pass_fds=[*files.fds.values(), *group.procs_fds, *([] if hidden_fd is None else [hidden_fd])],
+                pass_fds=passed,
             )
         connection = Connection(ProcessPeer(process, stderr, group.host_failure))
         with anyio.fail_after(START_TIMEOUT_S):

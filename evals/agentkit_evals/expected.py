@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
-from agentkit.task import CallsConfig, Task, TestsConfig
+from agentkit.task import CallsConfig, HarborConfig, Task, TestsConfig
 from agentkit_evals.calls import shown_calls
 
 VERDICT_LINES = 6
@@ -32,7 +32,7 @@ def expected_of(task: Task) -> str | None:
         return None
     if isinstance(task.verifier, CallsConfig):
         return shown_calls(task.verifier.calls)
-    if isinstance(task.verifier, TestsConfig):
+    if isinstance(task.verifier, TestsConfig | HarborConfig):
         return None
     command = task.verifier.command
     if match := _EQUALS.search(command):

@@ -25,10 +25,11 @@ import torch
 from agentkit.model import Model
 from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit.version import agentkit_version
 from agentkit_engine import Engine
 from agentkit_engine.chat import Tokenizer
 from agentkit_evals.baselines import BASELINES
-from agentkit_evals.record import RunDirectory, TrialRecord, agentkit_version, scores_by_task
+from agentkit_evals.record import RunDirectory, TrialRecord, scores_by_task
 from agentkit_evals.report import write_report
 from agentkit_evals.run import EvalRun, TrialFinished, Update
 from agentkit_evals.statistics import estimate

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from agentkit.task import Strict
-from agentkit_evals.record import agentkit_version
+from agentkit.version import agentkit_version
 
 PERMISSIVE = frozenset(
     (

@@ -1,16 +1,22 @@
 """The run directory: the files that an evaluation writes while it runs, and the code that reads them.
 
-    run.json            fixed at the start: tasks, model, seed, epochs, concurrency, versions
+    run.json            fixed at the start: tasks, model, seed, epochs, versions
     trials.jsonl        one line per finished trial, appended when it finishes
     trajectories/       one file per trial, written while the trial runs
     patches/            one file per trial whose task is scored by tests: the agent's changes
+    attempts/TRIAL/     trajectories and patches of earlier attempts of a trial, numbered from 1
+    trials.torn         incomplete last lines that were cut from trials.jsonl when a run was resumed
     report.html         the report
 
-The directory can be read at any moment. An interrupted or killed run reads as a run with fewer trials.
+The directory can be read at any moment. An interrupted or killed run reads as a run with fewer trials, and can be
+resumed (`resume.py`). A trial is finished once its line in trials.jsonl is complete. A resumed run goes on with trials
+that are not, and starts those again that an infrastructure failure kept from being scored. Of such a trial, the last
+line counts.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import platform
@@ -19,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -30,11 +35,13 @@ from agentkit.events import Status
 from agentkit.model import Usage, total_usage
 from agentkit.task import Strict, Task
 from agentkit.trajectory import Trajectory
+from agentkit.version import agentkit_version
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_regular, parse_json, read_regular, shorten
 from agentkit_evals.errors import RunDirectoryError
+from agentkit_evals.verify import Backend
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_LOCK_BYTES = 64 << 20
 MAX_LOCK_VALUES = 2_000_000
 """Maximum number of values in `run.json`; enough for about 5,000 rows of SWE-bench."""
@@ -53,14 +60,6 @@ infrastructure  the machine, the engine or the verifier failed; `blame.py` has t
 """
 
 
-def agentkit_version() -> str:
-    """Return the installed version, or "unknown" in a checkout that was never installed."""
-    try:
-        return version("agentkit-harness")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 class RunLock(Strict):
     """Contents of `run.json`: everything fixed before the first trial."""
 
@@ -68,7 +67,9 @@ class RunLock(Strict):
     version: int = FORMAT_VERSION
     name: str
     model: str
-    backend: str
+    fingerprint: str | None = None  # of an embedded model's weights and numerics
+    model_options: dict[str, str | int] = Field(default_factory=dict)  # flags that load the model for `eval --resume`
+    backend: Backend | None  # None: each task sets its own
     epochs: int = Field(ge=1, le=1 << 20)
     concurrency: int
     seed: int
@@ -78,7 +79,11 @@ class RunLock(Strict):
     sampling: SamplingParams  # its seed is not used: each trial derives one from `seed`
     tasks: list[Task]
     families: dict[str, str] = Field(default_factory=dict)  # task id -> group in reports
+    phrasings: dict[str, str] = Field(default_factory=dict)  # task id -> phrasing, of generated tasks
+    held_out_phrasings: list[str] = Field(default_factory=list)  # ids of tasks
+    run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9-]{1,64}$")  # label of the run's sandboxes
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    resumed: list[str] = Field(default_factory=list)  # times, as `created`
     agentkit: str = Field(default_factory=agentkit_version)
     python: str = platform.python_version()
     platform: str = Field(default_factory=platform.platform)
@@ -95,6 +100,7 @@ class TrialRecord(Strict):
     trial: TrialName
     task: str
     epoch: int
+    attempt: int = Field(default=1, ge=1)
     family: str
     phrasing: str
     held_out_phrasing: bool
@@ -118,10 +124,16 @@ class TrialRecord(Strict):
         """True if the trial got the full reward."""
         return self.failure is None
 
+    @property
+    def is_retried(self) -> bool:
+        """True if a resumed run runs the trial again, because the machine kept it from being scored."""
+        return self.failure == "infrastructure"
+
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """A run on disk: its lock and its finished trials, in order of completion."""
+    """A run on disk: its lock and its finished trials, in order of completion. Of a trial that was retried, only the
+    last attempt is among them."""
 
     path: Path
     lock: RunLock
@@ -136,8 +148,8 @@ class RunDirectory:
         """
         path = Path(path)
         lock = _read_lock(path / "run.json")
-        tasks, seen = {task.id for task in lock.tasks}, set[str]()
-        trials: list[TrialRecord] = []
+        tasks = {task.id for task in lock.tasks}
+        trials: dict[str, TrialRecord] = {}
         file = path / "trials.jsonl"
         for number, line in enumerate(_whole_lines(file), start=1):
             try:
@@ -145,15 +157,15 @@ class RunDirectory:
                 trial = TrialRecord.model_validate_json(line)
                 if trial.task not in tasks:
                     raise ValueError(f"task {shorten(trial.task)} is not in run.json")
-                if trial.trial in seen:
+                earlier = trials.pop(trial.trial, None)
+                if earlier is not None and not (earlier.is_retried and trial.attempt > earlier.attempt):
                     raise ValueError(f"trial {trial.trial} occurs twice")
-                seen.add(trial.trial)
             except ValidationError as exc:
                 raise RunDirectoryError(f"{file}:{number}: not a trial: {describe(exc)}") from exc
             except ValueError as exc:
                 raise RunDirectoryError(f"{file}:{number}: not a trial: {exc}") from exc
-            trials.append(trial)
-        return cls(path, lock, tuple(trials))
+            trials[trial.trial] = trial
+        return cls(path, lock, tuple(trials.values()))
 
     @property
     def complete(self) -> bool:
@@ -162,14 +174,19 @@ class RunDirectory:
 
     @property
     def usage(self) -> Usage:
-        """Usage of all trials together, including those that were interrupted and have only a trajectory."""
+        """Usage of all trials together, including attempts that were interrupted and have only a trajectory."""
         parts = [trial.usage for trial in self.trials]
-        recorded = {trial.trial for trial in self.trials}
-        for file in sorted((self.path / "trajectories").glob("*.jsonl")):
-            if file.stem not in recorded:
-                with suppress(TrajectoryError):
-                    parts.append(Trajectory.load(file).usage)
+        for file in (*self.unfinished.values(), *sorted((self.path / "attempts").glob("*/*.jsonl"))):
+            with suppress(TrajectoryError):
+                parts.append(Trajectory.load(file).usage)
         return total_usage(parts)
+
+    @property
+    def unfinished(self) -> dict[str, Path]:
+        """The trajectories of trials that have begun and have no record: they are running, or were interrupted."""
+        recorded = {trial.trial for trial in self.trials}
+        files = sorted((self.path / "trajectories").glob("*.jsonl"))
+        return {file.stem: file for file in files if file.stem not in recorded}
 
     @property
     def out_of_budget(self) -> bool:
@@ -211,6 +228,62 @@ def patch_path(run: Path, trial: str) -> Path:
     return run / "patches" / f"{trial}.diff"
 
 
+def attempt_path(run: Path, trial: str, attempt: int) -> Path:
+    """Return the path of the trajectory of an earlier attempt of a trial; its patch has the suffix `.diff`."""
+    return run / "attempts" / trial / f"{attempt}.jsonl"
+
+
+class TrialLog:
+    """The open `trials.jsonl` of a run, which one process at a time can write. A context manager."""
+
+    def __init__(self, run: Path) -> None:
+        """Open the file, or create it. An incomplete last line, left by a crash, is moved to `trials.torn`.
+
+        Raises:
+            RunDirectoryError: another process is writing the run.
+            OSError: a file cannot be written.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(run / "trials.jsonl", flags, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._cut(run / "trials.torn")
+        except BlockingIOError as exc:
+            os.close(self._fd)
+            raise RunDirectoryError(
+                f"{run} is in use by another process; wait until that has ended, or stop it"
+            ) from exc
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)
+
+    def append(self, record: TrialRecord) -> None:
+        """Add a record. On return the disk has it."""
+        rest = memoryview(record.model_dump_json().encode() + b"\n")
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+        os.fsync(self._fd)
+
+    def _cut(self, torn: Path) -> None:
+        end = size = os.fstat(self._fd).st_size
+        tail = b""
+        while end and b"\n" not in tail:
+            start = max(0, end - (1 << 20))
+            tail, end = os.pread(self._fd, end - start, start) + tail, start
+        if kept := tail[tail.rfind(b"\n") + 1 :]:
+            with torn.open("ab") as file:
+                file.write(kept + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.ftruncate(self._fd, size - len(kept))
+
+
 def scores_by_task(trials: Sequence[TrialRecord]) -> list[list[float]]:
     """Return the rewards of the scored epochs of each task, as input for `agentkit_evals.statistics`."""
     scores: dict[str, list[float]] = {}
@@ -240,6 +313,20 @@ def lock_bytes(lock: RunLock) -> bytes:
             f"{MAX_LOCK_BYTES:,}; run fewer of them, for example with --limit"
         )
     return data
+
+
+def write_lock(run: Path, data: bytes) -> None:
+    """Write `run.json`, whole or not at all; `data` is from `lock_bytes`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    part = run / "run.json.part"
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(run / "run.json")
 
 
 def _read_lock(file: Path) -> RunLock:

@@ -301,6 +301,8 @@ def _facts(run: RunDirectory, trials: Sequence[TrialRecord], unique: int) -> lis
     if misses:
         ratio = f"; computed ÷ unique: {misses / unique:.2f}" if unique else ""  # an API may report no ids
         facts.insert(-2, ("prefix cache hits", f"{100 * hits / (hits + misses):.1f} %", f"of tokens fed{ratio}"))
+    if repeated := sum(trial.attempt - 1 for trial in trials):
+        facts.append(("attempts repeated", str(repeated), "interrupted, or not scored; kept in attempts/"))
     if agent_s:
         facts.append(("tokens per second", f"{sampled / agent_s:.0f}", "per trial, including tools"))
     facts.extend(cost_facts(run))

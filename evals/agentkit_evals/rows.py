@@ -1,27 +1,30 @@
 """Training rows from the trajectories of runs: JSON Lines, each with its provenance.
 
-A row has the ids and the loss mask of an engine session (empty for a model behind an API), the messages in OpenAI's
-form, the reward, and the provenance. Rows without an accepted licence are refused, or left out and counted.
+A row has the ids, the loss mask and the log-probabilities of an engine session (empty for a model behind an API), the
+messages in OpenAI's form, the reward, and the provenance. Rows without an accepted licence are refused, or left out and
+counted.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from agentkit.atif import atif_bytes
 from agentkit.messages import to_openai_all
 from agentkit.task import Strict
 from agentkit.trajectory import Trajectory
 from agentkit_engine.untrusted import describe
 from agentkit_evals.errors import ProvenanceError, not_written
 from agentkit_evals.provenance import PERMISSIVE, Provenance, generator_name, is_accepted
-from agentkit_evals.record import RunDirectory, TrialRecord
+from agentkit_evals.record import RunDirectory, TrialRecord, trajectory_path
 
 Unlisted = Literal["refuse", "drop"]
 
@@ -34,6 +37,8 @@ class TrainingRow(Strict):
     reward: float
     ids: list[int]
     loss_mask: list[int]
+    logprobs: list[float | None]
+    """One per id; None if the id was not sampled or its log-probability was not reported."""
     tools: list[dict[str, Any]]
     messages: list[dict[str, Any]]
     provenance: Provenance
@@ -63,6 +68,7 @@ def training_rows(run: RunDirectory) -> Iterator[TrainingRow]:
                 reward=trial.reward,
                 ids=trajectory.token_ids,
                 loss_mask=trajectory.loss_mask,
+                logprobs=trajectory.logprobs,
                 tools=list(trajectory.header.tools),
                 messages=to_openai_all(trajectory.messages),
                 provenance=provenance_of_trajectory(trial, trajectory),
@@ -94,6 +100,7 @@ def export_rows(
     licences: Iterable[str] = PERMISSIVE,
     unlisted: Unlisted = "refuse",
     min_reward: float = 1.0,
+    fields: Collection[str] | None = None,
 ) -> Exported:
     """Write the rows of runs to a new file.
 
@@ -103,6 +110,7 @@ def export_rows(
         licences: Accepted SPDX identifiers.
         unlisted: `refuse` writes nothing if a row has no accepted licence; `drop` leaves such rows out.
         min_reward: Lowest reward of a row.
+        fields: Fields of `TrainingRow` to write; None writes all.
 
     Raises:
         ProvenanceError: a row has no accepted licence and `unlisted` is `refuse`, or its provenance is malformed.
@@ -124,7 +132,7 @@ def export_rows(
                         refused[licence] += 1
                         example.setdefault(licence, row.trial)
                     else:
-                        file.write(row.model_dump_json() + "\n")
+                        file.write(row.model_dump_json(include=None if fields is None else {*fields}) + "\n")
                         written += 1
             if refused and unlisted == "refuse":
                 parts = [f"{count} with {name or 'none'} (such as {example[name]})" for name, count in refused.items()]
@@ -140,3 +148,41 @@ def export_rows(
     finally:
         partial.unlink(missing_ok=True)
     return Exported(written, below, dict(refused))
+
+
+def export_atif(sources: Sequence[RunDirectory | Path], out: Path) -> int:
+    """Write trajectories as ATIF 1.8, one file each, to a new folder.
+
+    Args:
+        sources: Runs, of which the trajectories of all finished trials are written, and trajectory files.
+        out: The folder. It appears when it is complete. A file is `NAME.json`, with the name of the trajectory's file;
+            with several sources, `NAME` begins with the source's number.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        TrajectoryError: a trajectory cannot be read, or has no message.
+        OutputError: a file cannot be written.
+    """
+    partial = out.with_name(out.name + ".partial")
+    count = 0
+    try:
+        partial.mkdir()
+        for number, source in enumerate(sources, start=1):
+            files = [source] if isinstance(source, Path) else _trajectories(source)
+            for file in files:
+                name = f"{file.stem}.json" if len(sources) == 1 else f"{number}-{file.stem}.json"
+                (partial / name).write_bytes(atif_bytes(Trajectory.load(file)))
+                count += 1
+        partial.replace(out)
+    except OSError as exc:
+        raise not_written(exc, out) from exc
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+def _trajectories(run: RunDirectory) -> list[Path]:
+    files = (trajectory_path(run.path, trial.trial) for trial in run.trials)
+    return [file for file in files if file.exists()]

@@ -1,9 +1,11 @@
-"""Run a suite: every task and epoch on one model, several trials at a time, recorded as they happen."""
+"""Run a suite: every task and epoch on one model, several trials at a time, recorded as they happen.
+
+A run that was interrupted, even by SIGKILL, is resumed with the same settings; see `resume.py`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +28,29 @@ from agentkit.errors import (
     first_cause,
 )
 from agentkit.events import CallStarted, LimitName, RunFinished, Status, TurnStarted
+from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.limits import CostBudget, Limits
 from agentkit.model import Model, Usage
 from agentkit.prices import Price, check_price, describe_reference, list_cost, price_of, reference_price
 from agentkit.task import CallsConfig, Task, TestsConfig
 from agentkit.trajectory import Trajectory
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_environments import Environment
+from agentkit_environments import Environment, reap
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
-from agentkit_evals.record import Failure, RunDirectory, RunLock, TrialRecord, lock_bytes, patch_path, trajectory_path
+from agentkit_evals.harbor.episode import episode, for_step, prior
+from agentkit_evals.record import (
+    Failure,
+    RunDirectory,
+    RunLock,
+    TrialLog,
+    TrialRecord,
+    lock_bytes,
+    patch_path,
+    trajectory_path,
+    write_lock,
+)
+from agentkit_evals.resume import Begun, prepare
 from agentkit_evals.selfcheck import StartChecks
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.suite import Case, Suite
@@ -81,7 +96,7 @@ class EvalRun:
     Attributes:
         suite: Tasks to run.
         model: A model for all trials, already entered (`async with`), or a function that returns a model for a case.
-        directory: Path of the run directory. `execute` creates it; it must not exist.
+        directory: Path of the run directory. `execute` creates it; it must not exist, unless `resume` is set.
         model_name: Name of the model in `run.json`.
         epochs: Number of times that each task is run.
         concurrency: Maximum number of trials at the same time.
@@ -94,6 +109,12 @@ class EvalRun:
         run_id: Label of the run's sandboxes.
         start_checks: Results for verifiers that did not start, shared by all trials.
         list_price: List price used to estimate what trials of embedded models would have cost.
+        resume: True to resume the interrupted run in `directory`. Its finished trials are kept. Trials that had begun
+            go on before their first turn that may have changed a file. If that is the first turn, they start again, and
+            so do trials that an infrastructure failure kept from being scored; earlier attempts are kept in
+            `attempts/`. Only `concurrency`, `max_cost_usd` and `model_options` may differ from those of the run; the
+            costs of all attempts count.
+        model_options: Options that load the model, recorded for `agentkit eval --resume`.
 
     Raises:
         PriceError: `max_cost_usd` is given and the price of the model is unknown, or a price table cannot be used.
@@ -113,6 +134,8 @@ class EvalRun:
     run_id: str = field(default_factory=lambda: secrets.token_hex(6))
     start_checks: StartChecks = field(default_factory=StartChecks)
     list_price: Price = field(default_factory=reference_price)
+    resume: bool = False
+    model_options: dict[str, str | int] = field(default_factory=dict)
     budget: CostBudget | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -135,74 +158,99 @@ class EvalRun:
         running agents and removes sandboxes; the directory then holds the trials that had finished.
 
         Raises:
-            RunDirectoryError: the directory already exists.
+            RunDirectoryError: the directory already exists; or, with `resume`, it is not a run, has other settings
+                (the message names the first), or is in use by another process.
             OSError: the directory cannot be written.
             ModelError: an error of a type in `NO_MODEL` occurred.
         """
-        self._begin()
-        plan = ((case, epoch) for epoch in range(self.epochs) for case in self.suite.cases)
-        try:
-            async with anyio.create_task_group() as workers:
-                for number in range(min(self.concurrency, len(self.suite.cases) * self.epochs)):
-                    workers.start_soon(self._work, plan, name=f"eval worker {number}")
-        except ExceptionGroup as group:
-            raise first_cause(group) from group
+        lock = self._lock()
+        if not self.resume:
+            data = lock_bytes(lock)
+            try:
+                self.directory.mkdir(parents=True)
+            except FileExistsError as exc:
+                raise RunDirectoryError(
+                    f"{self.directory} exists already; a run is never overwritten, but resumed if asked to"
+                ) from exc
+            write_lock(self.directory, data)
+        RunDirectory.open(self.directory)  # checks that it is a run before a file is opened for writing
+        with TrialLog(self.directory) as log:
+            begun: dict[str, Begun] = {}
+            finished: set[str] = set()
+            if self.resume:
+                found = RunDirectory.open(self.directory)  # as it is now that no other process can add to it
+                begun = prepare(found, lock)
+                finished = {trial.trial for trial in found.trials if not trial.is_retried}
+                if self.budget is not None:
+                    self.budget.add(found.usage.cost_usd if found.usage.turns else 0.0)
+                if found.lock.run_id is not None:
+                    await reap(found.lock.run_id)
+            trials = [
+                _Trial(self, case, epoch, begun.get(trial_name(case.task, epoch), Begun(1, None)))
+                for case in self.suite.cases  # epochs of a task are neighbours: its prompt is in the engine's cache
+                for epoch in range(self.epochs)
+                if trial_name(case.task, epoch) not in finished
+            ]
+            plan = iter(trials)
+            try:
+                async with anyio.create_task_group() as workers:
+                    for number in range(min(self.concurrency, len(trials))):
+                        workers.start_soon(self._work, plan, log, name=f"eval worker {number}")
+            except ExceptionGroup as group:
+                raise first_cause(group) from group
         return RunDirectory.open(self.directory)
 
-    def _begin(self) -> None:
+    def _lock(self) -> RunLock:
         price = None if callable(self.model) else price_of(self.model)
-        lock = RunLock(
+        cases = self.suite.cases
+        return RunLock(
             name=self.suite.name,
             model=self.model_name,
-            backend=self.backend or "auto",
+            fingerprint=None if callable(self.model) else getattr(self.model, "fingerprint", None),
+            model_options=self.model_options,
+            backend=self.backend,
             epochs=self.epochs,
             concurrency=self.concurrency,
             seed=self.seed,
             sampling=self.resolved_sampling,
-            tasks=[case.task for case in self.suite.cases],
-            families={case.task.id: case.family for case in self.suite.cases},
+            tasks=[case.task for case in cases],
+            families={case.task.id: case.family for case in cases},
+            phrasings={case.task.id: case.phrasing for case in cases if case.phrasing},
+            held_out_phrasings=[case.task.id for case in cases if case.held_out_phrasing],
             max_cost_usd=self.max_cost_usd,
             prices_as_of=None if price is None else price.as_of,
             list_price=describe_reference(self.list_price),
+            run_id=self.run_id,
         )
-        data = lock_bytes(lock)
-        try:
-            self.directory.mkdir(parents=True)
-        except FileExistsError as exc:
-            raise RunDirectoryError(f"{self.directory} exists already; a run is never overwritten") from exc
-        (self.directory / "run.json").write_bytes(data)
 
-    async def _work(self, plan: Iterator[tuple[Case, int]]) -> None:
-        for case, epoch in plan:
+    async def _work(self, plan: Iterator[_Trial], log: TrialLog) -> None:
+        for trial in plan:
             if self.budget is not None and self.budget.spent:
                 return
-            record = await _Trial(self, case, epoch).run()
+            record = await trial.run()
             if record is None:
                 return
-            self._write(record)
+            log.append(record)
             self.listener(TrialFinished(record))
-
-    def _write(self, record: TrialRecord) -> None:
-        with (self.directory / "trials.jsonl").open("ab") as file:
-            file.write(record.model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class _Trial:
     """One epoch of one task: runs its steps in order and returns a record, complete or not."""
 
-    def __init__(self, run: EvalRun, case: Case, epoch: int) -> None:
+    def __init__(self, run: EvalRun, case: Case, epoch: int, begun: Begun) -> None:
         self.eval_run = run
         self.case = case
         self.task: Task = case.task
         self.epoch = epoch
-        self.name = f"{case.task.id}.{epoch}"
+        self.attempt = begun.attempt
+        self.record = begun.record
+        self.name = trial_name(case.task, epoch)
         self.backend: str | None = None
         self.status: Status | None = None
         self.usage = Usage()
         self.list_cost_usd: float | None = None
         self.answer: str | None = None
+        self.session: Trajectory | None = None  # of the steps before, in a task that has several
         self.phase: Phase = "setup"
         self.dropped: tuple[str, ...] = ()
         self.verifier_output = ""
@@ -238,6 +286,7 @@ class _Trial:
             trial=self.name,
             task=self.task.id,
             epoch=self.epoch,
+            attempt=self.attempt,
             family=self.case.family,
             phrasing=self.case.phrasing,
             held_out_phrasing=self.case.held_out_phrasing,
@@ -258,18 +307,24 @@ class _Trial:
     async def _scored(self) -> Verdict | None:
         """Run the agent, then score its workdir and answer; None if the budget stopped the agent."""
         backend = backend_for(self.task, self.eval_run.backend)
-        archive = await self._act(backend)
-        if archive is None:
+        work = await self._act(backend)
+        if work is None:
             return None
         with self._timed("verify_s"):
             run_id = self.eval_run.run_id
-            verdict = await verify(self.task, archive=archive, answer=self.answer, backend=backend, run_id=run_id)
+            if isinstance(work, Verdict):
+                verdict = work
+            else:
+                verdict = await verify(self.task, archive=work, answer=self.answer, backend=backend, run_id=run_id)
             self.verifier_output = verdict.output
             await self.eval_run.start_checks.require(self.task, verdict, backend=backend, run_id=run_id)
         return verdict
 
-    async def _act(self, backend: Backend) -> bytes | None:
-        """Run the agent in its sandbox and return its work; None if the budget stopped the agent."""
+    async def _act(self, backend: Backend) -> bytes | Verdict | None:
+        """Run the agent in its sandbox and return its work, or the score of a task that is scored there.
+
+        None if the budget stopped the agent.
+        """
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
@@ -278,6 +333,8 @@ class _Trial:
                 await self.task.prepare(environment)
                 start = await begin(self.task, environment)
             self.phase = "agent"
+            if isinstance(self.task.verifier, HarborConfig):
+                return await self._episode(self.task.verifier, environment)
             with self._timed("agent_s"):
                 limit = await self._run_agent(environment)
             if limit == "max_cost_usd":
@@ -292,6 +349,23 @@ class _Trial:
                 patch.write_bytes(work.data)
             return work.data
 
+    async def _episode(self, config: HarborConfig, environment: Environment) -> Verdict | None:
+        """Run the agent on the steps of a Harbor task in one session; None if the budget stopped it."""
+
+        async def act(step: HarborStep) -> bool:
+            self.phase = "agent"
+            with self._timed("agent_s"):
+                limit = await self._run_agent(environment, step)
+            self.phase = "scoring"
+            return limit != "max_cost_usd"
+
+        start, agent_s = time.perf_counter(), self.seconds["agent_s"]
+        try:
+            return await episode(config, environment, act, run_id=self.eval_run.run_id)
+        finally:
+            spent = time.perf_counter() - start - (self.seconds["agent_s"] - agent_s)
+            self.seconds["verify_s"] = round(self.seconds["verify_s"] + spent, 4)
+
     def _left_out(self) -> Iterator[str]:
         """Yield lines for the verifier's output that list the entries the verifier did not get."""
         if self.dropped:
@@ -300,18 +374,29 @@ class _Trial:
             if len(self.dropped) > MAX_DROPS_SHOWN:
                 yield "[...]"
 
-    async def _run_agent(self, environment: Environment) -> LimitName | None:
-        """Run the agent and return the limit that stopped it, if any."""
+    async def _run_agent(self, environment: Environment, step: HarborStep | None = None) -> LimitName | None:
+        """Run the agent, on a step of a Harbor task if given, and return the limit that stopped it, if any."""
         sampling = self.eval_run.resolved_sampling.override(seed=trial_seed(self.eval_run.seed, self.name))
-        agent = agent_for(self.task, self._model(), sampling, budget=self.eval_run.budget)
+        task = self.task if step is None else for_step(self.task, step)
+        agent = agent_for(task, self._model(), sampling, budget=self.eval_run.budget)
         metadata = {"trial": self.name, "family": self.case.family, "backend": environment.backend}
         if provenance := self.task.metadata.get("provenance"):
             metadata["provenance"] = provenance
         turn = 0
         limit: LimitName | None = None
-        async with aclosing(
-            agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory, metadata=metadata)
-        ) as events:
+        if self.record is not None:
+            stream = agent.stream(None, environment=environment, history=self.record, world_turns=0)
+        elif self.session is not None:
+            stream = agent.stream(task.instruction, environment=environment, history=self.session)
+        else:
+            stream = agent.stream(
+                task.instruction,
+                environment=environment,
+                trajectory=self.trajectory,
+                metadata=metadata,
+                message_history=prior(task),
+            )
+        async with aclosing(stream) as events:
             async for event in events:
                 match event:
                     case TurnStarted():
@@ -320,6 +405,7 @@ class _Trial:
                     case CallStarted():
                         self._tell(turn, event.call.name)
                     case RunFinished():
+                        self.session = event.result.trajectory
                         answer, limit = answer_of(self.task, event.result), event.result.limit
                         self.answer = None if answer is None else well_formed(answer)
         return limit
@@ -334,7 +420,7 @@ class _Trial:
             trajectory = Trajectory.load(self.trajectory)
             outcome = trajectory.outcome
             if outcome is not None:
-                self.status, self.usage = outcome.status, outcome.usage
+                self.status, self.usage = outcome.status, trajectory.usage
                 self.list_cost_usd = list_cost(trajectory, self.eval_run.list_price)
 
     def _tell(self, turn: int, doing: str) -> None:
@@ -385,6 +471,11 @@ def agent_for(
         approval=approval,
         on_ask=on_ask,
     )
+
+
+def trial_name(task: Task, epoch: int) -> str:
+    """Return the name of a trial."""
+    return f"{task.id}.{epoch}"
 
 
 def trial_seed(seed: int, trial: str) -> int:

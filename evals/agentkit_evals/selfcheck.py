@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 import anyio
 
+from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.task import CallsConfig, SolutionConfig, Task
 from agentkit_environments import Environment
 from agentkit_evals.blame import blame
 from agentkit_evals.calls import gold_calls
 from agentkit_evals.errors import SuiteError, VerifierError
+from agentkit_evals.harbor.episode import FORGERY as HARBOR_FORGERY
+from agentkit_evals.harbor.episode import episode
+from agentkit_evals.harbor.episode import solve as solve_step
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.verify import Backend, Verdict, backend_for, begin, collect, opened, verify
 
@@ -84,17 +88,16 @@ async def selfcheck(task: Task, *, backend: Backend | None = None) -> SelfCheck:
         return SelfCheck(task.id, gold, nothing=idle, forged=idle, idle_reward=float(task.verifier.calls == []))
     if task.solution is None:
         raise SuiteError(f"task {task.id} has no solution; add `solution: {{command: ...}}` to check it")
-    solution = task.solution
 
-    async def nothing(environment: Environment) -> None:
+    async def nothing(environment: Environment, step: HarborStep | None) -> None:
         return None
 
-    async def forge(environment: Environment) -> None:
-        await environment.exec(FORGERY)
+    async def forge(environment: Environment, step: HarborStep | None) -> None:
+        await environment.exec(FORGERY if step is None else HARBOR_FORGERY)
 
     return SelfCheck(
         task.id,
-        oracle=await _probe(task, _solving(solution), backend),
+        oracle=await _probe(task, _solving(task, task.solution), backend),
         nothing=await _probe(task, nothing, backend),
         forged=await _probe(task, forge, backend),
     )
@@ -133,7 +136,7 @@ class StartChecks:
 
     async def _problem(self, task: Task, solution: SolutionConfig, backend: Backend, run_id: str | None) -> str | None:
         try:
-            verdict = await _probe(task, _solving(solution), backend, run_id)
+            verdict = await _probe(task, _solving(task, solution), backend, run_id)
         except Exception as exc:
             if blame(exc, "scoring") == "infrastructure":
                 raise
@@ -141,25 +144,35 @@ class StartChecks:
         return None if verdict.started else f"{verdict.error}: {verdict.output or 'no output'}"
 
 
-def _solving(solution: SolutionConfig) -> Callable[[Environment], Awaitable[str]]:
-    async def solve(environment: Environment) -> str:
+Probe = Callable[[Environment, HarborStep | None], Awaitable[str | None]]
+"""Does something in a sandbox and returns the answer. A Harbor task has steps; it is called for each."""
+
+
+def _solving(task: Task, solution: SolutionConfig) -> Probe:
+    async def solve(environment: Environment, step: HarborStep | None) -> str:
+        if step is not None and isinstance(task.verifier, HarborConfig):
+            return (await solve_step(task.verifier, step, environment)).stdout
         result = await environment.exec(solution.command, timeout_s=solution.timeout_s)
         return result.stdout.strip()
 
     return solve
 
 
-async def _probe(
-    task: Task,
-    act: Callable[[Environment], Awaitable[str | None]],
-    backend: Backend | None,
-    run_id: str | None = None,
-) -> Verdict:
+async def _probe(task: Task, act: Probe, backend: Backend | None, run_id: str | None = None) -> Verdict:
     where = backend_for(task, backend)
     async with opened(task, where, run_id) as environment:
         await task.prepare(environment)
         start = await begin(task, environment)
-        answer = await act(environment)
+        if isinstance(task.verifier, HarborConfig):
+
+            async def work(step: HarborStep) -> bool:
+                await act(environment, step)
+                return True
+
+            verdict = await episode(task.verifier, environment, work, run_id=run_id)
+            assert verdict is not None, "the probe never ends a trial"
+            return verdict
+        answer = await act(environment, None)
         await environment.kill_all()
         archive = (await collect(task, environment, start)).data
     return await verify(task, archive=archive, answer=answer, backend=where, run_id=run_id)

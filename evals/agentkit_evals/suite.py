@@ -1,7 +1,8 @@
 """Suites: the tasks of an evaluation.
 
-A suite is a folder of task files and tables (`table.py`), one of these, a data set (`dataset.py`), a suite file, the
-name of a packaged suite (`PACKAGED_SUITES`), or `synth`, tasks that are generated when the suite is loaded:
+A suite is a folder of task files, tables (`table.py`) and task directories (`harbor/`), one of these, a data set
+(`dataset.py`), a suite file, the name of a packaged suite (`PACKAGED_SUITES`), or `synth`, tasks that are generated when
+the suite is loaded:
 
     name: nightly
     tasks: [smoke.yaml, more/]                                       # files and folders beside this file, in order
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from agentkit.task import Identifier, RelativePath, Strict, Task, load_task, loa
 from agentkit_evals.bfcl import is_bfcl, read_bfcl
 from agentkit_evals.dataset import read_rows
 from agentkit_evals.errors import SuiteError
+from agentkit_evals.harbor import is_task_directory, read_task_directory
 from agentkit_evals.swebench import is_swebench, read_swebench
 from agentkit_evals.synth import Split, synth_extra
 from agentkit_evals.table import read_table
@@ -230,16 +233,28 @@ def _folder(path: Path) -> Iterable[Case]:
 
 
 def _file(path: Path, family: str) -> Iterable[Case]:
-    """Return the tasks of a table, or the one task of a task file."""
+    """Return the tasks of a table, or the one task of a task file or directory."""
+    if path.is_dir():
+        return [_case(read_task_directory(path), family)]
     if "rows" in _keys(path):
         return [_case(task, family) for task in read_table(path)]
     return [_case(load_task(path), family)]
 
 
 def task_files(folder: Path) -> list[Path]:
-    """Return all task files and tables in and below a folder, sorted; suite files are left out."""
-    files = (file for file in folder.rglob("*") if file.suffix in (".yaml", ".yml"))
-    return sorted(file for file in files if not _is_suite_file(file))
+    """Return all task files, tables and task directories in and below a folder, sorted; suite files are left out.
+
+    A folder that is a task directory is the only one; the files in a task directory are part of that task.
+    """
+    if is_task_directory(folder):
+        return [folder]
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        tasks = [name for name in folders if is_task_directory(Path(place, name))]
+        folders[:] = [name for name in folders if name not in tasks]
+        found += [Path(place, name) for name in tasks]
+        found += [path for name in files if (path := Path(place, name)).suffix in (".yaml", ".yml")]
+    return sorted(path for path in found if path.is_dir() or not _is_suite_file(path))
 
 
 def _case(task: Task, family: str) -> Case:

@@ -20,14 +20,13 @@ import math
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from agentkit.result import RunResult
-from agentkit.task import CallsConfig, Task, TestsConfig, VerifierConfig
+from agentkit.task import CallsConfig, HarborConfig, Task, TestsConfig, VerifierConfig
 from agentkit_environments import (
     Environment,
-    ExecResult,
     ExportedDir,
     SandboxUnavailableError,
     open_environment,
@@ -35,49 +34,22 @@ from agentkit_environments import (
 from agentkit_evals.blame import blame, describe, well_formed
 from agentkit_evals.calls import calls_made, mismatch
 from agentkit_evals.errors import VerifierError
+from agentkit_evals.harbor.episode import prepare
+from agentkit_evals.harbor.sandbox import settled
 from agentkit_evals.patches import patch_since, snapshot
 from agentkit_evals.repository import MAX_NAMED, apply_and_test, not_passing, parse_log
+from agentkit_evals.verdict import MAX_REWARD, RewardSource, tail
+from agentkit_evals.verdict import Verdict as Verdict
+from agentkit_evals.verdict import broken as broken
 
 Backend = Literal["auto", "docker", "process", "unsafe-local"]
-RewardSource = Literal["exit", "reward.txt", "reward.json", "calls", "tests"]
-
 MAX_ENV_ANSWER_BYTES = 65_536
 """Maximum bytes of AGENTKIT_ANSWER, as Linux limits a variable to 128 KiB. AGENTKIT_ANSWER_FILE has no limit."""
-
-
-MAX_REWARD = 1e6
-"""Maximum magnitude of a reward; sums and squares of larger values could overflow."""
 
 
 KILL_REST = '/bin/sh -c "$0"; status=$?; kill -KILL -1 2>/dev/null; exit "$status"'
 """Runs a command and then kills every other process of the sandbox. `kill_all` comes a round trip later, which gives a
 process of the agent's code enough time to rewrite the reward."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Result of a verification. A verifier that timed out gives reward 0: the agent's files can make it hang."""
-
-    reward: float
-    source: RewardSource
-    exit_code: int | None  # None: the command did not finish
-    output: str  # the end of its standard output and standard error
-    timed_out: bool
-    duration_s: float
-    error: str | None = None  # why the reward is 0, if not by the verifier's own decision
-    tests: int = 0  # number of tests with a result, if the source is "tests"
-
-    @property
-    def started(self) -> bool:
-        """True if the verifier's command ran. A shell exits with 126 or 127 if a command cannot start."""
-        if self.source == "tests":
-            return self.timed_out or self.tests > 0
-        return self.timed_out or self.exit_code not in (None, 126, 127)
-
-
-def broken(error: str) -> Verdict:
-    """Return a verdict of 0 for work that cannot be scored, where the machine is not at fault."""
-    return Verdict(0.0, "exit", None, "", False, 0.0, error)
 
 
 def backend_for(task: Task, override: Backend | None = None) -> Backend:
@@ -99,8 +71,12 @@ async def begin(task: Task, environment: Environment) -> str:
     """Return the state of a prepared sandbox before the agent starts in it; `collect` needs it.
 
     Raises:
-        TaskSetupError: the task is scored by tests, and its workdir is not a git repository.
+        TaskSetupError: the task is scored by tests, and its workdir is not a git repository; or the first step of a
+            Harbor task could not be set up.
     """
+    if isinstance(task.verifier, HarborConfig):
+        await prepare(task, task.verifier, environment)
+        return ""
     return await snapshot(environment) if isinstance(task.verifier, TestsConfig) else ""
 
 
@@ -125,10 +101,11 @@ async def opened(task: Task, backend: Backend, run_id: str | None = None) -> Asy
     Errors on closing are ignored, so that the block keeps its result; `reap` removes what is left.
 
     Raises:
-        SandboxUnavailableError: no sandbox can be opened.
+        SandboxUnavailableError: no sandbox can be opened, or its image cannot be built.
+        TaskSetupError: a variable that the task takes from this machine is not set.
     """
     try:
-        environment = await open_environment(task.environment.spec(), backend=backend, run_id=run_id)
+        environment = await open_environment(await settled(task.environment), backend=backend, run_id=run_id)
     except OSError as exc:
         raise SandboxUnavailableError(f"no sandbox could be opened: {exc}") from exc
     try:
@@ -151,7 +128,7 @@ async def verify(
         run_id: Label of the sandbox.
 
     Raises:
-        VerifierError: the task has no verifier.
+        VerifierError: the task has no verifier, or is scored in the agent's own sandbox (`harbor.episode`).
         SandboxUnavailableError: no sandbox could be opened.
         HostFailureError: the host failed.
     """
@@ -160,6 +137,8 @@ async def verify(
     if isinstance(task.verifier, CallsConfig):
         reason = mismatch(task, answer)
         return Verdict(float(reason is None), "calls", 0, reason or "", False, 0.0)
+    if isinstance(task.verifier, HarborConfig):
+        raise VerifierError(f"task {task.id} is scored in the agent's own sandbox, by agentkit_evals.harbor.episode")
     text = well_formed(answer or "")
     async with opened(task, backend, run_id) as environment:
         try:
@@ -185,7 +164,7 @@ async def _run_tests(task: Task, tests: TestsConfig, environment: Environment, p
         float(not failed and not result.timed_out),
         "tests",
         result.exit_code,
-        "\n".join([_tail(result), *lines]),
+        "\n".join([tail(result), *lines]),
         result.timed_out,
         result.duration_s,
         tests=len(found),
@@ -218,7 +197,7 @@ async def _run_verifier(verifier: VerifierConfig, environment: Environment, answ
         },
         timeout_s=verifier.timeout_s,
     )
-    verdict = Verdict(0.0, "exit", result.exit_code, _tail(result), result.timed_out, result.duration_s)
+    verdict = Verdict(0.0, "exit", result.exit_code, tail(result), result.timed_out, result.duration_s)
     if not verdict.started:
         return replace(
             verdict,
@@ -261,7 +240,3 @@ async def _reward(environment: Environment, directory: str) -> tuple[float, Rewa
             raise ValueError(f"{name} must hold a number within ±{MAX_REWARD:g}, got {text[:200]!r}")
         found.append((reward, name))
     return min(found, default=(1.0, "exit"))
-
-
-def _tail(result: ExecResult, limit: int = 8_000) -> str:
-    return "\n".join(part for part in (result.stdout.rstrip(), result.stderr.rstrip()) if part)[-limit:]

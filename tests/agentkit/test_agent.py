@@ -44,8 +44,10 @@ from agentkit_environments import (
     EnvironmentSpec,
     SandboxLostError,
     SandboxUnavailableError,
+    Snapshot,
     open_environment,
 )
+from agentkit_environments.local import LocalEnvironment
 from agentkit_tools import BUILTINS, ToolContext, ToolDefinitionError
 
 pytestmark = pytest.mark.anyio
@@ -353,7 +355,12 @@ async def test_a_run_opens_and_closes_its_own_environment(
         opened.append(await open_environment(spec, backend="unsafe-local"))
         return opened[-1]
 
+    async def reopen(self: LocalEnvironment, snapshot: Snapshot) -> LocalEnvironment:
+        opened.append(again := await LocalEnvironment.open(self.spec, self.run_id, snapshot=snapshot))
+        return again
+
     monkeypatch.setattr("agentkit.agent.open_environment", open_local)
+    monkeypatch.setattr(LocalEnvironment, "reopen", reopen)
     write = turn(("write_file", {"path": "a/b.txt", "content": "kept"}))
     read = turn(("read_file", {"path": "a/b.txt"}))
     result = await Agent(script(write, SUBMIT, read, SUBMIT)).run("Q")

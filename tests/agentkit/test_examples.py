@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_mcp() -> None:
     ("name", "printed"),
     [
         ("typed_output", "sunny, 21\n"),
+        ("fork_and_best_of_n", "1 of 3 is right: 100 10 9\n"),
         ("subagents", "sunny, 21 degrees / rainy, 14 degrees\n2 turns, 6 with sub-agents\n"),
     ],
 )
@@ -56,3 +58,19 @@ def test_an_example_is_short_and_prints_its_answer(name: str, printed: str) -> N
     assert len(path.read_text().splitlines()) < 30
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == printed
+
+
+def test_replay() -> None:
+    path = EXAMPLES / "replay.py"
+    assert len(path.read_text().splitlines()) < 30
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
+    first, second = done.stdout.splitlines()
+    assert first == "equal"
+    assert re.fullmatch(r"turn 1, token \d+ \(in a prompt\): recorded \d+ .*, replayed \d+ .*", second)
+
+
+def test_resume() -> None:
+    path = EXAMPLES / "resume.py"
+    assert len(path.read_text().splitlines()) < 40
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "Error: outcome unknown\nsunny, 21 degrees, after 3 turns\n"

@@ -150,6 +150,10 @@ def test_logprobs_can_be_recomputed_from_the_ids_alone(engine: Engine) -> None:
         ids = session.token_ids
     assert list(ids[600:640]) == [token.id for token in first] and list(ids[670:]) == [token.id for token in second]
     logprobs = torch.log_softmax(engine.logits(ids), -1)
+    scored = engine.logprobs(ids)
+    assert torch.equal(scored, logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
+    assert [token.logprob for token in first] == scored[599:639].tolist()
+    assert torch.equal(engine.scheduler.logprobs(ids, chunk=7), scored) and engine.logprobs([5]).shape == (0,)
     for start, tokens in ((600, first), (670, second)):
         for offset, token in enumerate(tokens):
             assert token.logprob == pytest.approx(float(logprobs[start + offset - 1, token.id]), abs=1e-4)
@@ -232,8 +236,9 @@ def test_use_after_close_and_before_the_first_id(engine: Engine) -> None:
     session = engine.session()
     with pytest.raises(SessionEmptyError, match="append at least one id"):
         session.generate()
-    with pytest.raises(ValueError, match="at least one token id"):
-        engine.logits([])
+    for score in (engine.logits, engine.logprobs):
+        with pytest.raises(ValueError, match="at least one token id"):
+            score([])
     session.append([5])
     session.close()
     session.close()

@@ -6,11 +6,11 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from agentkit_environments import Environment, EnvironmentSpec, open_environment
+from agentkit_environments import Environment, EnvironmentSpec, Snapshot, open_environment
 from agentkit_environments.docker import docker_failure
 from agentkit_environments.process import LAUNCHERS, Launcher, ProcessEnvironment, launcher_failure
 
@@ -41,13 +41,14 @@ def require(backend: str) -> None:
         pytest.skip(f"{backend}: {reason}")
 
 
-async def _open(backend: str, spec: EnvironmentSpec | None = None, run_id: str = "tests") -> Environment:
+async def _open(
+    backend: str, spec: EnvironmentSpec | None = None, run_id: str = "tests", *, snapshot: Snapshot | None = None
+) -> Environment:
     spec = spec or EnvironmentSpec()
     if backend in LAUNCHER_OF:
-        return await ProcessEnvironment.open(spec, run_id, launcher=LAUNCHER_OF[backend])
-    if backend == "docker":
-        return await open_environment(spec, backend="docker", run_id=run_id)
-    return await open_environment(spec, backend="unsafe-local", run_id=run_id)
+        return await ProcessEnvironment.open(spec, run_id, launcher=LAUNCHER_OF[backend], snapshot=snapshot)
+    chosen: Literal["docker", "unsafe-local"] = "docker" if backend == "docker" else "unsafe-local"
+    return await open_environment(spec, backend=chosen, run_id=run_id, snapshot=snapshot)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def open_backend() -> Opener:
-    """Return a function that opens an environment: `await open_backend(backend, spec, run_id)`."""
+    """Return a function that opens an environment: `await open_backend(backend, spec, run_id, snapshot=snapshot)`."""
     return _open
 
 

@@ -271,6 +271,26 @@ def test_run_on_a_task_file(suite: Path, untrained: Path) -> None:
     assert "turn 1" in shown and "reward    1" in shown and "in a unsafe-local sandbox" in shown
 
 
+def test_a_conversation_before_the_task(suite: Path, untrained: Path, tmp_path: Path) -> None:
+    def run(history: str, name: str, code: int | None = 0) -> str:
+        options = ("--env", "unsafe-local", "--history", history, "--trajectory", name, "-m", untrained)
+        return " ".join(agentkit("run", suite / "first.yaml", *options, code=code).output.split())
+
+    step = {"step_id": 1, "source": "user", "message": "Hello."}
+    agent = {"name": "other", "version": "1"}
+    document = {"schema_version": "ATIF-v1.6", "agent": agent, "steps": [step]}
+    (tmp_path / "before.json").write_text(json.dumps(document))
+    run("before.json", "first.jsonl", code=None)
+    first = Trajectory.load("first.jsonl").messages
+    assert [message.content for message in first[1:3]] == ["Hello.", "Say something."]
+    run("first.jsonl", "second.jsonl", code=None)
+    assert Trajectory.load("second.jsonl").messages[: len(first)] == first
+    (tmp_path / "before.json").write_text(json.dumps({**document, "steps": [{**step, "source": "agent"}]}))
+    assert "before.json: message_history[0]: an assistant turn" in run("before.json", "third.jsonl", code=2)
+    (tmp_path / "before.json").write_text("{}")
+    assert "schema_version is None" in run("before.json", "third.jsonl", code=2)
+
+
 def test_check_probes_tasks(suite: Path) -> None:
     (suite / "first.yaml").write_text(
         TASK.format(id="first").replace("test -e a.txt", "test -e b.txt").replace('"true"', '"touch b.txt"')
@@ -322,10 +342,11 @@ def test_ctrl_c_writes_a_report(suite: Path, untrained: Path, tmp_path: Path) ->
         assert "first.0" in child.stdout.readline().decode()
         child.send_signal(signal.SIGINT)
         rest, errors = child.stdout.read().decode(), child.stderr.read().decode()
-    assert child.returncode == 130, errors
+    assert child.returncode == 4, errors
     assert "report  run/report.html" in rest
     assert [trial.task for trial in RunDirectory.open("run").trials] == ["first"]
     assert "interrupted: 1 of 2 trials" in Path("run/report.html").read_text()
+    assert "continue with `agentkit eval --resume run`" in errors
 
 
 @pytest.mark.parametrize("env", ["unsafe-local", pytest.param("process", marks=needs_sandbox)])

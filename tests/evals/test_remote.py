@@ -181,7 +181,7 @@ async def test_a_key_that_the_api_refuses_ends_the_evaluation(tmp_path: Path, nu
         except ApiKeyError as exc:
             error = exc
     assert "refuses the key: check OPENAI_API_KEY" in str(error)
-    assert not (tmp_path / "run" / "trials.jsonl").exists()
+    assert (tmp_path / "run" / "trials.jsonl").read_bytes() == b""
 
 
 @pytest.mark.anyio

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer.testing
 
+from agentkit.atif import load_atif
 from agentkit.cli import app
 from agentkit.models.scripted import Policy
 from agentkit.task import Task
@@ -50,6 +51,9 @@ def test_a_row_has_ids_messages_and_its_whole_origin(
     trajectory = done.trajectory(trial)
     assert trajectory is not None
     assert row["ids"] == trajectory.token_ids and row["loss_mask"] == trajectory.loss_mask and any(row["loss_mask"])
+    assert row["logprobs"] == trajectory.logprobs and [each is not None for each in row["logprobs"]] == [
+        bool(kept) for kept in row["loss_mask"]
+    ]
     assert [message["role"] for message in row["messages"]][:2] == ["system", "user"]
     assert {tool["function"]["name"] for tool in row["tools"]} >= {"read_file", "submit"}
     assert (row["task"], row["reward"]) == ("a", 1.0)
@@ -105,3 +109,44 @@ def test_a_malformed_provenance_and_wrong_usage(
         app, ["export", str(done.path), "--out", str(tmp_path / "x" / "rows.jsonl")]
     )
     assert result.exit_code == 2 and "does not exist" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_openai_rows_have_only_messages_and_tools(
+    number_task: MakeTask, solves: Policy, evaluate: Evaluate, export: Callable[..., Any]
+) -> None:
+    done = evaluate((with_licence(number_task, "a", "MIT"), solves), (number_task("b"), solves))
+    result, rows = export(done, "--openai")
+    assert (result.exit_code, rows) == (2, []), "rows for training need a licence in this form, too"
+    result, (row,) = export(done, "--openai", "--unlisted", "drop")
+    assert result.exit_code == 0 and {*row} == {"messages", "tools"}
+    assert row["messages"][-2]["tool_calls"][0]["function"]["name"] == "submit"
+
+
+def test_atif_files_of_runs_and_trajectories(
+    number_task: MakeTask, solves: Policy, script: Callable[..., Policy], evaluate: Evaluate, tmp_path: Path
+) -> None:
+    def run(*sources: Path, out: Path) -> Any:
+        return typer.testing.CliRunner().invoke(app, ["export", *map(str, sources), "--out", str(out), "--atif"])
+
+    done = evaluate((number_task("a"), solves), (number_task("wrong"), script("41")))
+    result = run(done.path, out=tmp_path / "atif")
+    assert result.exit_code == 0 and "2 trajectories" in result.output
+    made = {file.name: json.loads(file.read_bytes()) for file in (tmp_path / "atif").iterdir()}
+    assert {*made} == {"a.0.json", "wrong.0.json"}, "trials below the reward are written, too"
+    document = made["a.0.json"]
+    assert document["schema_version"] == "ATIF-v1.8" and document["extra"]["answer"] == "42"
+    assert [message.content for message in load_atif(tmp_path / "atif" / "wrong.0.json")][-1] == "41"
+
+    file = done.path / "trajectories" / "a.0.jsonl"
+    assert run(file, out=tmp_path / "one").exit_code == 0
+    assert json.loads((tmp_path / "one" / "a.0.json").read_bytes()) == document
+    assert run(done.path, file, out=tmp_path / "both").exit_code == 0
+    assert {each.name for each in (tmp_path / "both").iterdir()} == {"1-a.0.json", "1-wrong.0.json", "2-a.0.json"}
+
+    result = run(done.path, out=tmp_path / "atif")
+    assert result.exit_code == 2 and "give a new folder" in " ".join(result.output.split())
+    file.write_bytes(b"junk")
+    assert run(done.path, out=tmp_path / "new").exit_code == 2
+    assert not {*tmp_path.glob("new*")}, "nothing is left of an export that failed"
+    arguments = ["export", str(done.path), "--out", str(tmp_path / "new"), "--atif", "--openai"]
+    assert typer.testing.CliRunner().invoke(app, arguments).exit_code == 2

@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from agentkit.cli import cache, chat, check, compare, convert, demo, doctor, export, mcp, overlap, run, synth, view
+from agentkit.cli import (
+    cache,
+    chat,
+    check,
+    compare,
+    convert,
+    demo,
+    doctor,
+    export,
+    mcp,
+    overlap,
+    replay,
+    run,
+    synth,
+    view,
+)
 from agentkit.cli import eval as eval_
 from agentkit.cli.ending import EXIT_CODES, ends_well
 
@@ -19,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for module in (run, chat, eval_, compare, demo, check, view, export, overlap, convert, mcp, doctor):
+for module in (run, chat, eval_, compare, demo, check, view, replay, export, overlap, convert, mcp, doctor):
     app.command(module.__name__.rpartition(".")[2])(ends_well(module.command))
 app.add_typer(cache.commands, name="cache")
 app.add_typer(synth.commands, name="synth")
@@ -27,7 +42,7 @@ app.add_typer(synth.commands, name="synth")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from agentkit_evals.record import agentkit_version
+        from agentkit.version import agentkit_version
 
         typer.echo(f"agentkit {agentkit_version()}")
         raise typer.Exit

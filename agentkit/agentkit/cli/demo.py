@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentkit.cli.ending import run
-from agentkit.cli.model import load_model
+from agentkit.cli.model import load_model, model_options
 from agentkit.cli.options import (
     BaseUrlFlag,
     DeviceFlag,
@@ -104,6 +104,7 @@ def command(
         seed=chosen,
         sampling=flags.changes(),
         console=terminal,
+        model_options=model_options(model, {"device": device, "base_url": base_url}),
     )
     result = evaluation.as_json(finished)
     if as_json:

@@ -28,8 +28,8 @@ def command(
     """Report which sandboxes, kernels, libraries and models work here. Exits with 3 if no sandbox does."""
     import agentkit_environments
     from agentkit.models.remote.resolve import PROVIDERS, key_variable
+    from agentkit.version import agentkit_version
     from agentkit_environments.process import LAUNCHERS, launcher_failure
-    from agentkit_evals.record import agentkit_version
 
     backends = agentkit_environments.available_backends()
     usable = any(reason is None for name, reason in backends.items() if name != "unsafe-local")

@@ -2,12 +2,13 @@
 
 0   success; `run` produced an answer, with reward 1 if the task has a verifier; `eval` met --threshold, if given
 1   `run`: no answer, an answer that does not match the schema, a limit, or a reward below 1; `eval`: below
-    --threshold, or stopped by --max-cost; `check`: an unsound task
+    --threshold, or stopped by --max-cost; `check`: an unsound task; `replay`: a difference
 2   usage: a wrong flag, file, model or operation; an API's key that is missing or wrong; --max-cost for a model without
     a known price
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached
     or refuses the request
-130 Ctrl-C; 143 SIGTERM; 141 the reader of standard output closed the pipe
+4   Ctrl-C or SIGTERM stopped `eval` or `demo`; `agentkit eval --resume RUN` continues
+130 Ctrl-C elsewhere; 143 SIGTERM; 141 the reader of standard output closed the pipe
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class ExitCode(IntEnum):
     UNSOLVED = 1
     USAGE = 2
     INFRASTRUCTURE = 3
+    RESUMABLE = 4
     INTERRUPTED = 130
     PIPE_CLOSED = 141
 
 
 EXIT_CODES = (
     "Exit codes: 0 success; 1 not solved (`run`), below --threshold or stopped by --max-cost (`eval`), unsound task "
-    "(`check`); 2 usage error; 3 infrastructure failure; 130 Ctrl-C; 143 SIGTERM."
+    "(`check`), a difference (`replay`); 2 usage error; 3 infrastructure failure; 4 interrupted, and resumable "
+    "(`eval`); 130 Ctrl-C; 143 SIGTERM."
 )
 
 
@@ -134,6 +137,8 @@ def code_of(exc: BaseException) -> ExitCode | None:
         MissingDependencyError,
         ModelOptionError,
         PriceError,
+        ReplayError,
+        ResumeError,
         TaskFileError,
         TrajectoryCorruptError,
         TrajectoryFormatError,
@@ -154,7 +159,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
         return ExitCode.USAGE
     if isinstance(exc, PackageError | ProvenanceError):
         return ExitCode.USAGE
-    if isinstance(exc, TrajectoryFormatError | TrajectoryCorruptError):
+    if isinstance(exc, ReplayError | ResumeError | TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE
     if isinstance(exc, ApiKeyError | MissingDependencyError | ModelOptionError | PriceError | UnknownModelError):
         return ExitCode.USAGE

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentkit.cli.model import load_model
+from agentkit.cli.model import load_model, model_options, recorded_options
 from agentkit.cli.options import (
+    SUITE,
     BaseUrlFlag,
     CacheFlag,
     DeviceFlag,
@@ -30,11 +32,11 @@ from agentkit.cli.options import (
     PenaltyFlag,
     SamplingFlags,
     SeedFlag,
-    SuiteArgument,
     TemperatureFlag,
     ThreadsFlag,
     TopKFlag,
     TopPFlag,
+    given_parameters,
     output_file,
     refuse_foreign_suite,
     run_directory,
@@ -42,10 +44,20 @@ from agentkit.cli.options import (
 )
 from agentkit.cli.terminal import console
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from agentkit.cli.evaluation import Finished
+
 
 def command(
-    suite: SuiteArgument,
+    ctx: typer.Context,
     model: ModelsFlag,
+    suite: Annotated[str | None, SUITE] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", exists=True, file_okay=False, help="Continue an interrupted run."),
+    ] = None,
     base_url: BaseUrlFlag = None,
     device: DeviceFlag = None,
     devices: DevicesFlag = None,
@@ -97,14 +109,16 @@ def command(
     further model fails, the runs before it are reported first.
 
     Exits with 0 after the run (if every model meets --threshold), 1 below --threshold or if --max-cost stopped the run,
-    3 if a trial could not be scored. Trials that --max-cost stopped are not recorded; finished ones are reported.
+    3 if a trial could not be scored, 4 if it was interrupted. Trials that --max-cost stopped are not recorded; finished
+    ones are reported.
+
+    --resume RUN continues an interrupted run, with its tasks, model and settings; other ones are refused. Finished
+    trials are kept, interrupted ones go on, and those that could not be scored start again.
     """
     from agentkit.cli import evaluation
     from agentkit.cli.ending import ExitCode
-    from agentkit.cli.progress import result_table
     from agentkit.models.remote.resolve import is_remote
     from agentkit.prices import check_price
-    from agentkit_evals.report import cost_facts
     from agentkit_evals.suite import load_suite
 
     flags = SamplingFlags.of(
@@ -116,6 +130,10 @@ def command(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
+    if resume is not None:
+        return _resume(ctx, resume, flags)
+    if suite is None:
+        raise typer.BadParameter("give a suite, or a run with --resume", param_hint="SUITE")
     refuse_foreign_suite(suite)
     chosen = seed_or_random(seed)
     loaded = load_suite(suite, seed=chosen, limit=limit, per_operation=tasks_per_operation)
@@ -177,6 +195,7 @@ def command(
                 max_cost_usd=None if mixed and name not in connected else left,
                 sampling=flags.changes(),
                 console=terminal,
+                model_options=model_options(name, ctx.params),
             )
         except (Exception, KeyboardInterrupt) as exc:
             if not finished:
@@ -196,14 +215,69 @@ def command(
         if failure is not None:
             raise failure
         return code or (ExitCode.UNSOLVED if len(finished) < len(model) else ExitCode.OK)
+    return _report(finished[0], terminal, threshold, as_json=as_json)
+
+
+def _report(finished: Finished, terminal: Console, threshold: float | None, *, as_json: bool) -> int:
+    """Print the scores of a run of one model, and return the exit code."""
+    from agentkit.cli import evaluation
+    from agentkit.cli.progress import result_table
+    from agentkit_evals.report import cost_facts
+
     if as_json:
-        typer.echo(json.dumps(results[0], indent=2))
-    elif finished[0].run.trials or not finished[0].interrupted:
-        terminal.print(result_table(finished[0].run))
-        for name, value, note in cost_facts(finished[0].run):
+        typer.echo(json.dumps(evaluation.as_json(finished), indent=2))
+    elif finished.run.trials or not finished.interrupted:
+        terminal.print(result_table(finished.run))
+        for name, value, note in cost_facts(finished.run):
             terminal.print(f"{name} {value}{f' {note}' if note else ''}", style="dim", soft_wrap=True)
-        typer.echo(f"\nrun     {finished[0].run.path}\nreport  {finished[0].report}")
-    return evaluation.ending(finished[0], threshold)
+        typer.echo(f"\nrun     {finished.run.path}\nreport  {finished.report}")
+    return evaluation.ending(finished, threshold)
+
+
+def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
+    """Continue a run with its own settings, except those that are given. `EvalRun` refuses those that it has fixed."""
+    from agentkit.cli import evaluation
+    from agentkit_evals.record import RunDirectory
+    from agentkit_evals.resume import suite_of
+    from agentkit_evals.suite import load_suite
+
+    chosen = ctx.params
+    given = given_parameters(ctx)
+    lock = RunDirectory.open(directory).lock
+    if "out" in given:
+        raise typer.BadParameter(f"a resumed run stays in {directory}; leave it out", param_hint="--out")
+    seed = chosen["seed"] if "seed" in given else lock.seed
+    if chosen["suite"] is None and ("limit" in given or "tasks_per_family" in given):
+        raise typer.BadParameter("the run has its tasks; leave it out", param_hint="--limit")
+    suite = suite_of(lock)
+    if chosen["suite"] is not None:
+        suite = load_suite(chosen["suite"], seed=seed, limit=chosen["limit"], per_family=chosen["tasks_per_family"])
+    if "model" in given and len(chosen["model"]) > 1:
+        raise typer.BadParameter("a run has one model; leave it out", param_hint="--model")
+    name = chosen["model"][0] if "model" in given else str(lock.model_options.get("model", lock.model))
+    options = recorded_options(lock.model_options, ctx, given)
+    source = load_model(name, **options)
+    sampling = {field.name: getattr(lock.sampling, field.name) for field in fields(lock.sampling)} | flags.changes()
+    terminal = console(quiet=chosen["as_json"])
+    finished = evaluation.evaluate(
+        suite,
+        source,
+        directory=directory,
+        epochs=chosen["epochs"] if "epochs" in given else lock.epochs,
+        concurrency=chosen["concurrency"] if "concurrency" in given else lock.concurrency,
+        backend=chosen["env"].value if "env" in given else lock.backend,
+        seed=seed,
+        max_cost_usd=chosen["max_cost"] if "max_cost" in given else lock.max_cost_usd,
+        sampling=sampling,
+        console=terminal,
+        model_options=model_options(name, options),
+        resume=True,
+    )
+    if chosen["junit"] is not None:
+        from agentkit_evals.junit import write_junit
+
+        write_junit([finished.run], chosen["junit"])
+    return _report(finished, terminal, chosen["threshold"], as_json=chosen["as_json"])
 
 
 def _folders(models: list[str]) -> list[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from agentkit.cli import signals
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.progress import LiveProgress
 from agentkit.cli.terminal import visible
@@ -45,25 +46,28 @@ def evaluate(
     sampling: dict[str, Any],
     console: Console,
     max_cost_usd: float | None = None,
+    model_options: dict[str, str | int] | None = None,
+    resume: bool = False,
 ) -> Finished:
     """Run a suite on a model with live progress on `console`, and write the report, even after Ctrl-C.
 
-    `sampling` holds the overrides of the model's own sampling parameters.
+    `sampling` holds the overrides of the model's own sampling parameters. For `resume` and `model_options`, see
+    `EvalRun`.
 
     Raises:
         PriceError: `max_cost_usd` is given and the price of the model is unknown.
         EngineError: A grammar was requested and cannot be built.
         ModelError: The API refuses the key, the model or an option.
         SandboxUnavailableError: The first task's sandbox cannot be opened, so the suite cannot run on this machine.
-        RunDirectoryError: The directory already exists.
+        RunDirectoryError: The directory already exists, or cannot be resumed with these settings.
         KeyboardInterrupt: A signal was received before the run began.
     """
     from agentkit.models.embedded import EmbeddedModel
-    from agentkit_environments import open_environment
+    from agentkit_environments import ImageBuildError
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.report import write_report
     from agentkit_evals.run import EvalRun, agent_for
-    from agentkit_evals.verify import backend_for
+    from agentkit_evals.verify import backend_for, opened
 
     drawn = model.sampling.override(**sampling)
     if epochs > 1 and drawn.temperature == 0:
@@ -83,19 +87,33 @@ def evaluate(
         seed=seed,
         sampling=drawn,
         max_cost_usd=max_cost_usd,
+        model_options=model_options or {},
+        resume=resume,
     )
+    planned = left = len(suite.cases) * epochs
+    if resume:
+        found = RunDirectory.open(directory)
+        retried = sum(trial.is_retried for trial in found.trials)
+        left -= len(found.trials) - retried
+        parts = [
+            f"{planned - left} of {planned} trials are finished",
+            f"{len(found.unfinished)} interrupted" if found.unfinished else "",
+            f"{retried} could not be scored and start again" if retried else "",
+        ]
+        typer.echo(f"resuming {directory}: {', '.join(filter(None, parts))}", err=True)
 
     async def execute() -> None:
         first = suite.cases[0].task
-        async with await open_environment(first.environment.spec(), backend=backend_for(first, backend)):
-            pass
+        with suppress(ImageBuildError):  # a fault of this task alone, which its trials report
+            async with opened(first, backend_for(first, backend)):
+                pass
         agent = agent_for(first, model, drawn)
         async with model, model.open(tools=list(agent.tools.values()), effort=agent.effort, sampling=drawn):
             await run_.execute()
 
     interrupted = False
     tasks = {case.task.id: case.task for case in suite.cases}
-    with LiveProgress(console, len(suite.cases) * epochs, tasks) as run_.listener:
+    with LiveProgress(console, left, tasks) as run_.listener:
         try:
             run(execute)
         except KeyboardInterrupt:
@@ -105,9 +123,12 @@ def evaluate(
     finished = RunDirectory.open(directory)
     decode = model.tokenizer.decode if isinstance(model, EmbeddedModel) else None  # an API's ids stay numbers
     report = write_report(finished, decode=decode)
-    planned = len(suite.cases) * epochs
     if interrupted:
-        typer.echo(f"interrupted {len(finished.trials)} of {planned} trials", err=True)
+        typer.echo(
+            f"interrupted after {len(finished.trials)} of {planned} trials; continue with "
+            f"`agentkit eval --resume {shlex.quote(str(directory))}`",
+            err=True,
+        )
     elif finished.out_of_budget:
         typer.echo(f"--max-cost reached after {len(finished.trials)} of {planned} trials", err=True)
     return Finished(finished, report, interrupted)
@@ -120,7 +141,7 @@ def ending(finished: Finished, threshold: float | None = None) -> int:
     from agentkit_evals.statistics import estimate
 
     if finished.interrupted:
-        return signals.status()
+        return ExitCode.RESUMABLE
     if any(trial.reward is None for trial in finished.run.trials):
         return ExitCode.INFRASTRUCTURE
     mean = estimate(scores_by_task(finished.run.trials))

@@ -1,4 +1,4 @@
-"""`agentkit export RUN... --out FILE`: write the trajectories of runs as training rows."""
+"""`agentkit export RUN... --out FILE`: write the trajectories of runs as training rows, OpenAI messages or ATIF."""
 
 from __future__ import annotations
 
@@ -21,8 +21,22 @@ class OnUnlisted(StrEnum):
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="The JSON Lines file to write.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Run directories; with --atif, trajectory files as well.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The JSON Lines file to write; with --atif, a new folder.", show_default=False),
+    ],
+    atif: Annotated[
+        bool, typer.Option("--atif", help="Write every trajectory as an ATIF 1.8 file, as Harbor does.")
+    ] = False,
+    openai: Annotated[
+        bool, typer.Option("--openai", help="Write only `messages` and `tools`, in the form of OpenAI's fine-tuning.")
+    ] = False,
     licences: Annotated[
         str | None,
         typer.Option("--licences", help="Accepted SPDX identifiers, comma-separated. Default: common permissive ones."),
@@ -35,19 +49,29 @@ def command(
 ) -> ExitCode:
     """Write the trajectories of runs as training rows, each with its provenance.
 
-    A row has token ids, a loss mask, messages, tools, the reward, and the origin of its task: generator, seed, package,
-    version, licence, model and sampling.
+    A row has token ids, a loss mask, log-probabilities, messages, tools, the reward, and the origin of its task:
+    generator, seed, package, version, licence, model and sampling. With --atif, licences and rewards do not matter.
     """
     from agentkit_evals.provenance import PERMISSIVE
     from agentkit_evals.record import RunDirectory
-    from agentkit_evals.rows import export_rows
+    from agentkit_evals.rows import export_atif, export_rows
 
+    if atif and openai:
+        raise typer.BadParameter("--atif contradicts --openai; give only one", param_hint="--atif")
+    if atif:
+        if out.exists():
+            raise typer.BadParameter(f"{out} already exists; give a new folder", param_hint="--out")
+        output_file(out)
+        count = export_atif([run if run.is_file() else RunDirectory.open(run) for run in runs], out)
+        typer.echo(f"{out}: {count} trajectories")
+        return ExitCode.OK
     output_file(out)
     accepted = PERMISSIVE if licences is None else {name.strip() for name in licences.split(",") if name.strip()}
     if not accepted:
         raise typer.BadParameter("no licence; give SPDX identifiers such as MIT,Apache-2.0", param_hint="--licences")
     found = [RunDirectory.open(run) for run in runs]
-    done = export_rows(found, out, licences=accepted, unlisted=unlisted.value, min_reward=min_reward)
+    fields = ("messages", "tools") if openai else None
+    done = export_rows(found, out, licences=accepted, unlisted=unlisted.value, min_reward=min_reward, fields=fields)
     typer.echo(f"{out}: {done.rows} rows; {done.below_reward} below the reward")
     for name, count in sorted(done.unlisted.items(), key=lambda item: str(item[0])):
         typer.echo(f"left out: {count} rows with licence {visible_line(name or 'unknown')}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +14,11 @@ from agentkit.cli.options import KVCacheDtype
 if TYPE_CHECKING:
     from agentkit.models.embedded import EmbeddedModel
     from agentkit.models.remote.session import RemoteModel
+
+
+EMBEDDED_OPTIONS = ("device", "devices", "threads", "expert_cache_bytes", "kv_cache_dtype", "cache_dir")
+REMOTE_OPTIONS = ("base_url", "max_connections")
+"""The parameters that load a model of each kind. A record that can be resumed has those that were given."""
 
 
 def load_model(
@@ -80,3 +87,27 @@ def load_model(
         raise typer.BadParameter(str(exc), param_hint=named if named in options else "--device") from exc
     engine.warm_up()
     return EmbeddedModel(engine)
+
+
+def model_options(name: str, options: Mapping[str, Any]) -> dict[str, str | int]:
+    """Return the name of a model and those options that load a model of its kind, for a record that is resumed."""
+    from agentkit.models.remote.resolve import is_remote
+
+    kept: dict[str, str | int] = {"model": str(Path(name).resolve()) if Path(name).is_dir() else name}
+    for key in REMOTE_OPTIONS if is_remote(name) else EMBEDDED_OPTIONS:
+        value = options.get(key)
+        if isinstance(value, Path):
+            value = str(value.resolve())
+        if value is not None:
+            kept[key] = value.value if isinstance(value, StrEnum) else value
+    return kept
+
+
+def recorded_options(recorded: Mapping[str, str | int], ctx: typer.Context, given: Collection[str]) -> dict[str, Any]:
+    """Return the keyword arguments of `load_model` from `model_options`. Those `given` to the command replace them."""
+    options: dict[str, Any] = {
+        key: ctx.params[key] if key in given else recorded.get(key) for key in (*EMBEDDED_OPTIONS, *REMOTE_OPTIONS)
+    }
+    options["cache_dir"] = options["cache_dir"] and Path(options["cache_dir"])
+    options["kv_cache_dtype"] = options["kv_cache_dtype"] and KVCacheDtype(options["kv_cache_dtype"])
+    return options

@@ -47,6 +47,8 @@ API_NAMES = re.compile(
 )
 """Model names that suggest an API."""
 API_OWNERS = {"claude": "anthropic", "deepseek": "deepseek"}
+GIVEN = ("COMMANDLINE", "ENVIRONMENT")
+"""Sources of parameters that a user sets, as typer names them."""
 API_PROVIDERS = ("openai", "anthropic", "deepseek")
 """The providers in `agentkit.models.remote.resolve.PROVIDERS`, repeated to avoid the import."""
 
@@ -90,6 +92,12 @@ def packaged_models() -> list[str]:
     return sorted(config.parent.name for place in places or () for config in Path(place).glob("*/config.json"))
 
 
+def given_parameters(ctx: typer.Context) -> set[str]:
+    """Return the names of the parameters that the user gave, on the command line or in the environment."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source is not None and source.name in GIVEN}
+
+
 def no_such_option(*names: str, instead: str) -> Any:
     """Return a hidden option that fails with a hint. For options that people expect but that do not exist."""
 
@@ -123,6 +131,24 @@ ModelFlag = Annotated[
         callback=_model,
         help="`tiny`, a checkpoint in the official DeepSeek layout, or a model behind an API: `openai:MODEL`, "
         "`anthropic:MODEL`, `deepseek:MODEL`.",
+    ),
+]
+
+
+def _embedded(name: str | None) -> str | None:
+    """Check the name of a model in this process. Raises BadParameter."""
+    if name is not None and _model(name).partition(":")[0] in API_PROVIDERS and not Path(name).is_dir():
+        raise typer.BadParameter(f"{name} is behind an API; give a packaged model or a folder")
+    return name
+
+
+OtherModelFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        callback=_embedded,
+        help="`tiny`, or a checkpoint in the official DeepSeek layout. Default: the model of the record.",
     ),
 ]
 
@@ -317,14 +343,12 @@ CacheFlag = Annotated[
         help="A folder that keeps the prefix cache on disk for later commands.",
     ),
 ]
-SuiteArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SUITE",
-        help="A folder of tasks, a suite or task file, rows of BFCL or SWE-bench (.jsonl), `synth`, "
-        "`synth:FAMILY,FAMILY`, or a packaged suite (`everyday`, `impossible`, `readme`, `own-tools`).",
-    ),
-]
+SUITE = typer.Argument(
+    metavar="SUITE",
+    help="A folder of tasks, a Harbor task directory, a suite or task file, rows of BFCL or SWE-bench (.jsonl), "
+    "`synth`, `synth:FAMILY,FAMILY`, or a packaged suite (`everyday`, `impossible`, `readme`, `own-tools`).",
+)
+SuiteArgument = Annotated[str, SUITE]
 
 
 def _new_folder(path: Path | None) -> Path | None:
@@ -377,26 +401,20 @@ class SamplingFlags:
 
 
 def foreign_tasks(path: Path) -> str | None:
-    """Return a hint if a file or folder holds tasks in another project's format; otherwise None."""
-    folder = path if path.is_dir() else path.parent
-    if path.suffix == ".toml" or any(folder.glob("task.toml")) or any(folder.glob("*/task.toml")):
-        kind = "a Harbor task (task.toml)"
-    elif path.suffix in (".parquet", ".csv", ".arrow"):
+    """Return a hint if a path is not that of a task, but belongs to one, or holds tasks in another format."""
+    if path.name == "task.toml":
+        return f"give the folder of a Harbor task: {path.parent}"
+    if path.suffix in (".parquet", ".csv", ".arrow"):
         return f"a data set must be JSON Lines, not {path.suffix}; export it as JSONL (with `datasets`: `to_json(...)`)"
-    elif path.suffix == ".jsonl":
+    if path.suffix == ".jsonl":
         return "a data set has many tasks; `agentkit eval` runs them"
-    elif any(folder.glob("task.y*ml")) and any(folder.glob("docker-compose.y*ml")):
-        kind = "a Terminal-Bench task"
-    else:
-        return None
-    return f"it looks like {kind}, which agentkit cannot import yet; write each task as YAML (see README.md)"
+    return None
 
 
 def refuse_foreign_suite(suite: str) -> None:
-    """Raise BadParameter with a remedy if a file or folder holds tasks in another project's format."""
+    """Raise BadParameter with a remedy if a file is not a suite, but belongs to a task, or is in another format."""
     path = Path(suite)
-    ours = path.suffix in (".json", ".jsonl") or any(any(path.rglob(pattern)) for pattern in ("*.yaml", "*.yml"))
-    if path.exists() and not ours and (hint := foreign_tasks(path)):
+    if path.is_file() and path.suffix != ".jsonl" and (hint := foreign_tasks(path)):
         raise typer.BadParameter(f"{suite}: {hint}", param_hint="SUITE")
 
 

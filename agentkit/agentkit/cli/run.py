@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
 from agentkit.cli.changes import Written, check_flags, is_confirmed, name_host, print_diff, print_written, write
 from agentkit.cli.ending import ExitCode, run
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers
-from agentkit.cli.model import load_model
+from agentkit.cli.model import load_model, model_options, recorded_options
 from agentkit.cli.options import (
     ApplyFlag,
     BaseUrlFlag,
@@ -51,6 +51,7 @@ from agentkit.cli.options import (
     WorkdirFlag,
     finite,
     foreign_tasks,
+    given_parameters,
     is_solved,
 )
 from agentkit.cli.terminal import console, counted, say
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
     from agentkit.cli.workdir import Change
     from agentkit.cli.workspace import Workspace
     from agentkit.events import Event
+    from agentkit.harbor import HarborConfig, HarborStep
+    from agentkit.messages import Message
     from agentkit.result import RunResult
     from agentkit.task import Task
     from agentkit.trajectory import Trajectory
@@ -74,7 +77,23 @@ if TYPE_CHECKING:
 
 
 def command(
-    what: Annotated[str, typer.Argument(metavar="TASK", help="A task file (.yaml), or an instruction in words.")],
+    ctx: typer.Context,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TASK", help="A task file (.yaml), a Harbor task directory, or an instruction in words."
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="TRAJECTORY",
+            exists=True,
+            dir_okay=False,
+            help="Continue the interrupted run that --trajectory recorded in this file, with its task and settings.",
+        ),
+    ] = None,
     workdir: WorkdirFlag = None,
     include_ignored: IncludeIgnoredFlag = False,
     copy: CopyFlag = False,
@@ -113,20 +132,33 @@ def command(
     max_cost: MaxCostFlag = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Time limit in seconds.")] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="A conversation that comes before the task: an ATIF file (.json), or a trajectory of agentkit.",
+        ),
+    ] = None,
     cache_dir: CacheFlag = None,
     as_json: JsonFlag = False,
     no_key: NoKeyFlag = None,
     no_provider: NoProviderFlag = None,
 ) -> ExitCode:
-    """Run an agent on a task file or on an instruction in words.
+    """Run an agent on a task file, a Harbor task directory, or an instruction in words.
 
     Exits with 0 if solved: the agent gave an answer, and reward 1 if the task has a verifier. Exits with 1 on no
     answer, an answer that does not match --output-schema, a limit, or a reward below 1, and prints the reason.
     """
     from agentkit.prices import reference_price
-    from agentkit.task import Task, VerifierConfig, load_task
+    from agentkit.task import HarborConfig, VerifierConfig
     from agentkit_evals.run import agent_for
 
+    if resume is not None:
+        job = _resumed(ctx, resume)
+        return carry_out(job, apply=apply, as_json=as_json, patch=patch, branch=branch)
+    if what is None:
+        raise typer.BadParameter("give a task, or a trajectory with --resume", param_hint="TASK")
     flags = SamplingFlags.of(
         grammar,
         no_grammar,
@@ -136,8 +168,10 @@ def command(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    task = load_task(what) if _names_task_file(what) else Task(id="run", instruction=what)
-    if not isinstance(task.verifier, VerifierConfig | None):
+    task = _read_task(what)
+    if isinstance(task.verifier, HarborConfig) and workdir is not None:
+        raise typer.BadParameter(f"{what} runs in the folder of its image; leave it out", param_hint="--workdir")
+    if not isinstance(task.verifier, VerifierConfig | HarborConfig | None):
         raise typer.BadParameter(
             f"{what} is scored by calls or tests; run it with `agentkit eval {shlex.quote(what)}`", param_hint="TASK"
         )
@@ -159,6 +193,7 @@ def command(
         schema = _read_schema(output_schema)
         task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
     servers = read_servers(mcp)
+    before = None if history is None else read_history(history)
     terminal = console(quiet=as_json)
     reference_price()  # reports a broken price table before the run, not after it
     source = load_model(
@@ -174,25 +209,128 @@ def command(
     sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     backend: Backend | None = env.value if env else None
-    job = Job(task, agent, backend, workdir, trajectory, terminal, servers, include_ignored=include_ignored, copy=copy)
+    metadata: dict[str, Any] | None = None
+    if trajectory is not None and not isinstance(task.verifier, HarborConfig):  # such a task may have several runs
+        from agentkit.cli.resume import RunSettings
+
+        settings_of_run = RunSettings(
+            task=task,
+            load=model_options(model, ctx.params),
+            fingerprint=getattr(source, "fingerprint", None),
+            env=backend,
+            workdir=None if workdir is None else str(workdir.resolve()),
+            include_ignored=include_ignored,
+            copied=copy,
+            mcp=None if mcp is None else str(mcp.resolve()),
+            history=None if history is None else str(history.resolve()),
+            approve=approve.value,
+            max_cost_usd=max_cost,
+        )
+        metadata = {"run": settings_of_run.model_dump(mode="json", exclude_defaults=True)}
+    job = Job(
+        task,
+        agent,
+        backend,
+        workdir,
+        trajectory,
+        terminal,
+        servers,
+        include_ignored=include_ignored,
+        copy=copy,
+        metadata=metadata,
+        history=before,
+    )
     return carry_out(job, apply=apply, as_json=as_json, patch=patch, branch=branch)
 
 
-def _names_task_file(what: str) -> bool:
-    """Return whether `what` is a task file rather than an instruction. Raises BadParameter for any other path."""
+def _resumed(ctx: typer.Context, path: Path) -> Job:
+    """Return the job that continues a recorded run.
+
+    Raises:
+        typer.BadParameter: A parameter is given that the record has fixed.
+        TrajectoryError: The record cannot be read or resumed.
+    """
+    from agentkit.cli.resume import RunSettings, refuse_fixed
+    from agentkit.errors import ResumeError
+    from agentkit.events import TurnStarted
+    from agentkit.prices import reference_price
+    from agentkit.trajectory import Trajectory
+    from agentkit_evals.run import agent_for
+
+    given = given_parameters(ctx)
+    refuse_fixed(given, path)
+    record = Trajectory.load(path)
+    settings = RunSettings.of(record)
+    if settings.history is not None and not any(isinstance(each, TurnStarted) for each in record.records):
+        raise ResumeError(f"{path} has no turn of its run yet; start the run again, with --history {settings.history}")
+    workdir = None if settings.workdir is None else Path(settings.workdir)
+    if workdir is not None and not workdir.is_dir():
+        raise typer.BadParameter(f"the folder of the run, {workdir}, does not exist", param_hint="--resume")
+    check_flags(workdir, apply=ctx.params["apply"], patch=ctx.params["patch"], branch=ctx.params["branch"])
+    servers = read_servers(None if settings.mcp is None else Path(settings.mcp))
+    reference_price()
+    source = load_model(str(settings.load["model"]), **recorded_options(settings.load, ctx, given))
+    settings.check_fingerprint(source)
+    agent = agent_for(
+        settings.task,
+        source,
+        record.header.sampling,
+        max_cost_usd=ctx.params["max_cost"] if "max_cost" in given else settings.max_cost_usd,
+        **approval_options(ApproveChoice(settings.approve)),
+    )
+    return Job(
+        settings.task,
+        agent,
+        settings.env,
+        workdir,
+        None,
+        console(quiet=ctx.params["as_json"]),
+        servers,
+        include_ignored=settings.include_ignored,
+        copy=settings.copied,
+        record=record,
+    )
+
+
+def _read_task(what: str) -> Task:
+    """Return the task of a task file or directory, or one with the instruction `what`. Raises BadParameter."""
+    from agentkit.task import Task, load_task
+    from agentkit_evals.harbor import is_task_directory, read_task_directory
+
     if not what.strip():
         raise typer.BadParameter("it is empty; give a task file or an instruction", param_hint="TASK")
     if "\0" in what or any("\ud800" <= letter <= "\udfff" for letter in what):
         raise typer.BadParameter("it is not UTF-8 text", param_hint="TASK")
     if what.endswith((".yaml", ".yml")):
-        return True
+        return load_task(what)
     if os.path.isdir(what):
-        hint = foreign_tasks(Path(what)) or f"`agentkit eval {shlex.quote(what)}` runs every task in a folder"
+        if is_task_directory(Path(what)):
+            return read_task_directory(Path(what))
+        hint = f"`agentkit eval {shlex.quote(what)}` runs every task in a folder"
     elif os.path.exists(what) or what.endswith(".toml") or ("/" in what and not any(map(str.isspace, what))):
         hint = foreign_tasks(Path(what)) or "task files end in .yaml"
     else:
-        return False
+        return Task(id="run", instruction=what)
     raise typer.BadParameter(f"{what} is not a task file: {hint}. Or give an instruction in words", param_hint="TASK")
+
+
+def read_history(path: Path) -> Sequence[Message]:
+    """Read the messages of an ATIF file or a trajectory.
+
+    Raises:
+        TrajectoryError: The file cannot be read, or is neither.
+        typer.BadParameter: The messages are not a conversation that a model can continue.
+    """
+    from agentkit.atif import load_atif
+    from agentkit.history import opening_messages
+    from agentkit.messages import UserMessage
+    from agentkit.trajectory import Trajectory
+
+    messages = load_atif(path) if path.suffix == ".json" else Trajectory.load(path).messages
+    try:
+        return opening_messages(messages, UserMessage(""), system="", output_schema=None)[:-1]
+    except ValueError as exc:
+        raise typer.BadParameter(f"{path}: {exc}", param_hint="--history") from exc
 
 
 def _read_schema(path: Path) -> dict[str, Any]:
@@ -262,6 +400,12 @@ class Job:
     """True if the agent sees the files of `workdir` that git ignores."""
     copy: bool = False
     """True if `workdir` is copied even if an overlay is possible."""
+    metadata: dict[str, Any] | None = None
+    """JSON values for the header of the trajectory."""
+    record: Trajectory | None = None
+    """The record of an interrupted run that is resumed, instead of a new `trajectory`."""
+    history: Sequence[Message] | None = None
+    """Messages before the task."""
     rescued: list[Change] = field(default_factory=list)
     """The changes to `workdir` before the agent's run failed or was interrupted."""
 
@@ -273,6 +417,7 @@ class Job:
             typer.BadParameter: The user's folder cannot be listed, or is too large to copy.
         """
         from agentkit.cli import workdir as folder
+        from agentkit.task import HarborConfig
         from agentkit_evals.blame import blame, describe
         from agentkit_evals.selfcheck import StartChecks
         from agentkit_evals.verify import backend_for, broken, opened, verify
@@ -285,6 +430,8 @@ class Job:
                 workspace.environment if workspace else await stack.enter_async_context(opened(self.task, where))
             )
             await self.task.prepare(environment)
+            if isinstance(self.task.verifier, HarborConfig):
+                return await self._run_steps(self.task.verifier, environment, agent)
             # With --workdir the diff is against the user's folder and includes the task's setup.
             # Otherwise it starts after the setup.
             before = {} if workspace else folder.unpack((await environment.export_dir(spec.workdir)).data)
@@ -317,6 +464,27 @@ class Job:
             await StartChecks().require(self.task, verdict, backend=where)
         return Done(result, environment.backend, changed, left_out, verdict)
 
+    async def _run_steps(self, config: HarborConfig, environment: Environment, agent: Agent) -> Done:
+        """Run the agent on each step of a Harbor task in one session, and score each in the sandbox."""
+        from agentkit_evals.harbor.episode import episode, for_step, prepare, prior
+        from agentkit_evals.selfcheck import StartChecks
+
+        await prepare(self.task, config, environment)
+        last: list[RunResult] = []
+
+        async def act(step: HarborStep) -> bool:
+            task = for_step(self.task, step)
+            agent.limits = replace(agent.limits, wall_time_s=task.agent.timeout_s)
+            given: dict[str, Any] = {"trajectory": self.trajectory, "message_history": self.history or prior(task)}
+            start = {"history": last[-1].trajectory} if last else given
+            last.append(await self._follow(agent.stream(task.instruction, environment=environment, **start)))
+            return True
+
+        verdict = await episode(config, environment, act)
+        assert verdict is not None, "no run of the agent ends the trial"
+        await StartChecks().require(self.task, verdict, backend="docker")
+        return Done(last[-1], environment.backend, [], [], verdict)
+
     def _workspace(self, workdir: Path) -> AbstractAsyncContextManager[Workspace]:
         from agentkit.cli.workspace import open_workspace
 
@@ -325,9 +493,22 @@ class Job:
         return open_workspace(self.task, self.backend, workdir.resolve(), self.console, **how)
 
     async def _run_in(self, environment: Environment, agent: Agent) -> RunResult:
+        if self.record is None:
+            stream = agent.stream(
+                self.task.instruction,
+                environment=environment,
+                trajectory=self.trajectory,
+                metadata=self.metadata,
+                message_history=self.history,
+            )
+        else:
+            stream = self._resume_in(environment, agent, self.record)
+        return await self._follow(stream)
+
+    async def _follow(self, stream: AsyncGenerator[Event, None]) -> RunResult:
+        """Show the events of a run and return its result."""
         from agentkit.events import RunFinished
 
-        stream = agent.stream(self.task.instruction, environment=environment, trajectory=self.trajectory)
         result: RunResult | None = None
         try:
             async with aclosing(stream) as events:
@@ -340,6 +521,25 @@ class Job:
             raise
         assert result is not None, "a run that does not raise ends with RunFinished"
         return result
+
+    def _resume_in(self, environment: Environment, agent: Agent, record: Trajectory) -> AsyncGenerator[Event, None]:
+        """Resume the run in a new sandbox, which has the effects of none of its turns; print what is done again."""
+        from agentkit.events import TurnStarted
+        from agentkit.interrupted import interrupted_run
+
+        begun = sum(isinstance(each, TurnStarted) for each in record.records)
+        if not begun:
+            record.rewind(0)  # perhaps not all messages were written
+            return agent.stream(self.task.instruction, environment=environment, history=record)
+        length = interrupted_run(record, agent.tools, world_turns=0).length
+        kept = sum(isinstance(each, TurnStarted) for each in record.records[:length])
+        again = ""
+        if kept < begun:
+            again = (
+                f"; turns {kept + 1} to {begun} are done again" if kept + 1 < begun else f"; turn {begun} is done again"
+            )
+        say(self.console, f"resuming {record.path} after {counted(kept, 'turn')}{again}", "dim")
+        return agent.stream(None, environment=environment, history=record, world_turns=0)
 
 
 def carry_out(

@@ -79,6 +79,11 @@ class EmbeddedModel:
     ) -> None:
         await self._stack.__aexit__(exc_type, exc, traceback)
 
+    @property
+    def fingerprint(self) -> str:
+        """See `Engine.fingerprint`."""
+        return self.engine.fingerprint
+
     @asynccontextmanager
     async def open(
         self, *, tools: Sequence[Tool], effort: Effort, sampling: SamplingParams, history: History | None = None
@@ -100,7 +105,8 @@ class EmbeddedModel:
                 running = await stack.enter_async_context(AsyncEngine(self.engine))
             engine_session = await stack.enter_async_context(running.session())
             max_length = self.engine.spec.max_position_embeddings
-            tokens = EngineTokens(engine_session, params, grammar=grammar, max_length=max_length)
+            on_disk = self.engine.cache_dir is not None
+            tokens = EngineTokens(engine_session, params, grammar=grammar, max_length=max_length, on_disk=on_disk)
             session = TokenizedSession(
                 tokens,
                 self.tokenizer,
@@ -118,9 +124,17 @@ class EngineTokens:
     """A `TokenSession` over an engine session."""
 
     def __init__(
-        self, session: AsyncSession, params: SamplingParams, *, grammar: Grammar | None = None, max_length: int
+        self,
+        session: AsyncSession,
+        params: SamplingParams,
+        *,
+        grammar: Grammar | None = None,
+        max_length: int,
+        on_disk: bool = False,
     ) -> None:
+        """`on_disk` is set if the engine has a disk cache, which then gets the state at the end of each prompt."""
         self.max_length = max_length
+        self._on_disk = on_disk
         self._grammar = grammar
         self._session = session
         self._params = params
@@ -143,6 +157,11 @@ class EngineTokens:
     async def checkpoint(self) -> None:
         """Ask the engine to keep the state at this position once it is computed."""
         await self._session.checkpoint()
+
+    async def keep(self) -> None:
+        """Ask the engine to write the state at this position to the disk cache, if there is one."""
+        if self._on_disk:
+            await self._session.checkpoint()
 
     async def park(self) -> None:
         """Allow the engine to free the session's memory until its next use."""

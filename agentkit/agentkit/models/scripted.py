@@ -116,6 +116,9 @@ class ScriptedTokens:
     async def checkpoint(self) -> None:
         """Do nothing: there is no state to keep."""
 
+    async def keep(self) -> None:
+        """Do nothing: there is no state to keep."""
+
     async def park(self) -> None:
         """Do nothing: there is no memory to free."""
 

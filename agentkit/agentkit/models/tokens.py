@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Protocol
 
 import anyio
@@ -82,6 +81,10 @@ class TokenSession(Protocol):
 
     async def checkpoint(self) -> None:
         """Hint that other sessions are likely to start with the ids so far."""
+        ...
+
+    async def keep(self) -> None:
+        """Hint that another process may have to continue from the ids so far, should this one be killed."""
         ...
 
     async def park(self) -> None:
@@ -181,7 +184,7 @@ class TokenizedSession:
                             only_thought = all(type(new) is chat.ReasoningDelta for new in news)
                             thinking = only_thought and last_id not in self._after_thought
                         for new in news:
-                            if event := _model_event(new):
+                            if event := model_event(new):
                                 yield event
                         full = length == room and last_id != self._eos
                         repeated = self._repeats(said, limits, in_block=parser.in_block)
@@ -195,7 +198,7 @@ class TokenizedSession:
                     thinking = False
                     yield ThoughtCut(thought)
                     for new in parser.feed((self._think_end,)):
-                        if event := _model_event(new):
+                        if event := model_event(new):
                             yield event
             left_early = False
         finally:
@@ -206,10 +209,10 @@ class TokenizedSession:
                 with anyio.CancelScope(shield=True):
                     await self._force(closing)
             last = parser.finish(stopped=last_id != self._eos)
-            message = _message(parser.message, think)
+            unheard: set[str] = set()
             if left_early:  # nobody will hear of calls that the end of the turn made ready, so they get no results
                 unheard = {event.id for event in last if isinstance(event, chat.CallReady)}
-                message = replace(message, calls=tuple(call for call in message.calls if call.id not in unheard))
+            message = parsed_message(parser.message, think, unheard=unheard)
             self.messages.append(message)
             self._turn += 1
             hits, misses = self._tokens.cache_usage
@@ -224,7 +227,7 @@ class TokenizedSession:
             )
         await self._tokens.park()  # the session is idle while the calls run
         for new in last:
-            if event := _model_event(new):
+            if event := model_event(new):
                 yield event
         reason: StopReason = "stop"  # end-of-sentence id, or the caller's stop id or stop text
         if last_id != self._eos and sampled == limits.max_tokens:
@@ -259,6 +262,7 @@ class TokenizedSession:
             await self._tokens.append(ids[:head])
             await self._tokens.checkpoint()
         await self._tokens.append(ids[head:])
+        await self._tokens.keep()
         self._record(TokenSegment("prompt", tuple(ids)))
         self._unread.clear()
         return room
@@ -340,7 +344,7 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
     return ids
 
 
-def _model_event(parsed: chat.ParseEvent) -> ModelEvent | None:
+def model_event(parsed: chat.ParseEvent) -> ModelEvent | None:
     """Convert a parser event; return None for the start of a call and the end of parsing."""
     match parsed:
         case chat.ReasoningDelta():
@@ -357,12 +361,14 @@ def _model_event(parsed: chat.ParseEvent) -> ModelEvent | None:
             return None
 
 
-def _message(parsed: dict[str, Any], think: bool) -> AssistantMessage:
+def parsed_message(parsed: dict[str, Any], think: bool, *, unheard: Collection[str] = ()) -> AssistantMessage:
+    """Return a turn's message from `StreamParser.message`, without the calls whose ids are in `unheard`."""
     return AssistantMessage(
         content=parsed.get("content") or "",
         reasoning=(parsed.get("reasoning_content") or "") if think else None,
         calls=tuple(
             ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
             for call in parsed.get("tool_calls") or ()
+            if call["id"] not in unheard
         ),
     )

@@ -5,7 +5,7 @@ Dimension key: `runtime/__init__.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from pathlib import Path
@@ -368,16 +368,32 @@ class Scheduler:
 
     def logits(self, ids: Seq[int], *, chunk: int = MAX_NUM_BATCHED_TOKENS) -> Tensor:
         """Compute the logits after every id from scratch, `chunk` ids at a time: float32 [T, V]."""
+        return torch.cat(list(self._logits_from_scratch(ids, chunk)))
+
+    def logprobs(self, ids: Seq[int], *, chunk: int = MAX_NUM_BATCHED_TOKENS) -> Tensor:
+        """Compute the log-probability of every id but the first, given those before it: float32 [T - 1].
+
+        Only the logits of `chunk` ids are in memory at a time.
+        """
+        parts: list[Tensor] = []
+        start = 1
+        for logits_RV in self._logits_from_scratch(ids, chunk):
+            next_ids_R1 = torch.tensor(ids[start : start + len(logits_RV)], dtype=torch.int64)[:, None]
+            logprobs_RV = torch.log_softmax(logits_RV[: len(next_ids_R1)].float(), dim=1)
+            parts.append(logprobs_RV.gather(1, next_ids_R1.to(logprobs_RV.device))[:, 0].cpu())
+            start += len(logits_RV)
+        return torch.cat(parts)
+
+    def _logits_from_scratch(self, ids: Seq[int], chunk: int) -> Iterator[Tensor]:
+        """Yield the logits after every id, `chunk` ids at a time: float32 [R, V]."""
         request = Request(ids)
         self._check_length(request)
         try:
             request.sequence = self._room_for(self.pools.open, keep=[])
-            rows = []
             while request.pending:
                 part = self._schedule_one(request, [chunk] * self.pools.ranks, keep=[])
                 assert part is not None
-                rows.append(self.runner.step([part], all_rows=True).logits_RV)
-            return torch.cat(rows)
+                yield self.runner.step([part], all_rows=True).logits_RV
         finally:
             self.preempt(request)
 

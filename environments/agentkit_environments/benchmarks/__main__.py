@@ -3,12 +3,16 @@
 Prints one JSON object per line, in milliseconds: p50 and p99 of 200 runs of `true` in a warm environment, and of the
 part of them that is not the command's own time (`over`); the median of ten openings, first commands and closings. The
 same for `subprocess.run` in this process, and for `docker exec` in the same kind of container, through the engine's API
-and by the command line. The last line is the median of ten openings of a process sandbox with its first command, whose
-work directory is an overlay of a folder of 50,000 files, of which 1,000 are hidden one by one.
+and by the command line. Then, for each backend, the medians of five for a world of 100 MB in 2,000 files:
+`snapshot_ms`; `restore_ms`, opening an environment from the snapshot with its first command; and `fork_8_ms`, from the
+call of `fork(8)` to a command in each of the eight. The last line is the median of ten openings of a process sandbox
+with its first command, whose work directory is an overlay of a folder of 50,000 files, of which 1,000 are hidden one by
+one. Options: `--backends process docker` measures only these.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -29,6 +33,15 @@ from agentkit_environments.process import ProcessEnvironment
 COMMANDS = 200
 OPENINGS = 10
 DIRECTORIES, FILES_EACH = 1_000, 50
+FORKS, FORKINGS = 8, 5
+WORLD_FILES, WORLD_FILE_BYTES = 2_000, 50_000
+MAKE_WORLD = f"""
+import os
+for number in range({WORLD_FILES}):
+    os.makedirs(f"d{{number % 40}}", exist_ok=True)
+    with open(f"d{{number % 40}}/{{number}}", "wb") as file:
+        file.write(os.urandom({WORLD_FILE_BYTES}))
+"""
 
 
 def percentiles(seconds: list[float], prefix: str = "") -> dict[str, float]:
@@ -94,6 +107,34 @@ async def measure(backend: Backend) -> dict[str, object]:
     }
 
 
+async def measure_forks(backend: Backend) -> dict[str, object]:
+    taking, restoring, forking = [], [], []
+    async with await open_environment(EnvironmentSpec(), backend=backend) as env:
+        await env.exec(["python3", "-c", MAKE_WORLD])
+        for _ in range(FORKINGS):
+            start = time.perf_counter()
+            snapshot = await env.snapshot()
+            taken = time.perf_counter()
+            async with await env.reopen(snapshot) as restored:
+                await restored.exec(["true"])
+                restoring.append(time.perf_counter() - taken)
+            taking.append(taken - start)
+            start = time.perf_counter()
+            async with env.fork(FORKS) as forks:
+                async with anyio.create_task_group() as task_group:
+                    for fork in forks:
+                        task_group.start_soon(fork.exec, ["true"])
+                forking.append(time.perf_counter() - start)
+    return {
+        "world_mb": WORLD_FILES * WORLD_FILE_BYTES // 10**6,
+        "files": WORLD_FILES,
+        "backend": backend,
+        "snapshot_ms": round(1e3 * statistics.median(taking), 1),
+        "restore_ms": round(1e3 * statistics.median(restoring), 1),
+        f"fork_{FORKS}_ms": round(1e3 * statistics.median(forking), 1),
+    }
+
+
 def make_files(folder: str) -> None:
     for number in range(DIRECTORIES):
         directory = Path(folder, f"d{number % 30}", str(number))
@@ -119,18 +160,22 @@ async def measure_overlay() -> dict[str, object]:
 
 
 def main() -> None:
-    print(json.dumps({"backend": "subprocess.run", **percentiles(time_program("true"))}), flush=True)
     backends: tuple[Backend, ...] = ("unsafe-local", "process", "docker")
+    parser = argparse.ArgumentParser(prog="python -m agentkit_environments.benchmarks")
+    parser.add_argument("--backends", nargs="+", choices=backends, default=backends)
+    chosen: list[Backend] = parser.parse_args().backends
+    print(json.dumps({"backend": "subprocess.run", **percentiles(time_program("true"))}), flush=True)
     reasons = available_backends()
-    for backend in backends:
+    for backend in chosen:
         if reasons[backend] is None:
             print(json.dumps(anyio.run(measure, backend)), flush=True)
+            print(json.dumps(anyio.run(measure_forks, backend)), flush=True)
         else:
             print(json.dumps({"backend": backend, "skipped": reasons[backend]}), flush=True)
-    if reasons["docker"] is None:
+    if "docker" in chosen and reasons["docker"] is None:
         for line in anyio.run(measure_docker_exec):
             print(json.dumps(line), flush=True)
-    if reasons["process"] is None:
+    if "process" in chosen and reasons["process"] is None:
         print(json.dumps(anyio.run(measure_overlay)), flush=True)
 
 

@@ -49,7 +49,8 @@ class Container:
                 )
             self.env = dict(each.partition("=")[::2] for each in image.attrs["Config"].get("Env") or ())
             in_volumes = not is_podman(self.client)
-            self.id = create_container(self.api, str(image.id), spec, run_id, in_volumes=in_volumes)
+            self.image_id = str(image.id)
+            self.id = create_container(self.api, self.image_id, spec, run_id, in_volumes=in_volumes)
         except BaseException:
             self.client.close()
             raise
@@ -61,7 +62,7 @@ class Container:
             self.api.put_archive(self.id, folder, _archive(name, 0, executor_program(architecture)))
             self.stream = self.api.attach_socket(self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             self.api.start(self.id)
-            if not in_volumes:
+            if not in_volumes and not spec.as_image:
                 self.api.put_archive(self.id, spec.workdir, _archive(".", AGENT_ID))  # this changes its owner
         except ENGINE_ERRORS as error:
             self.remove()

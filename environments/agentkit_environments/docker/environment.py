@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from tarfile import TarInfo
-from typing import Self, TypeVar
+from typing import IO, Self, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -12,12 +12,16 @@ import anyio.to_thread
 
 from agentkit_environments.archive import ExportedDir
 from agentkit_environments.connection import FILE_TIMEOUT_S, START_TIMEOUT_S, Connection
+from agentkit_environments.docker import snapshot as snapshots
 from agentkit_environments.docker.attachment import AttachedPeer
 from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.files import Files
-from agentkit_environments.docker.users import resolve_user
+from agentkit_environments.docker.hardening import uid_and_gid
+from agentkit_environments.docker.image import user_files, with_image_settings
+from agentkit_environments.docker.users import home_of, resolve_user
 from agentkit_environments.environment import Environment, EnvironmentSpec, ExecRequest, ExecResult, FileOperation
-from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError
+from agentkit_environments.snapshot import Snapshot
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """The engine's PATH for an image that sets none."""
@@ -33,33 +37,41 @@ class DockerEnvironment(Environment):
 
     def __init__(self, spec: EnvironmentSpec, run_id: str, container: Container, connection: Connection) -> None:
         self.spec, self.run_id = spec, run_id
-        self._container, self._connection, self._files = container, connection, Files(container)
-        self._env = {"PATH": PATH, **container.env, "HOME": spec.workdir, "LANG": "C.UTF-8"}
+        self._container, self._connection = container, connection
+        self._files = Files(container, int(uid_and_gid(spec)[0]))
+        own = {} if spec.as_image else {"HOME": spec.workdir, "LANG": "C.UTF-8"}
+        self._env = {"PATH": PATH, **container.env, **own}
         self._limiter = anyio.CapacityLimiter(256)
         self._closed = False
 
     @classmethod
-    async def open(cls, spec: EnvironmentSpec, run_id: str) -> Self:
-        """Start a container.
+    async def open(cls, spec: EnvironmentSpec, run_id: str, *, snapshot: Snapshot | None = None) -> Self:
+        """Start a container, with the files of a snapshot if one is given.
 
         Raises:
+            SnapshotError: If the snapshot cannot be restored.
             SandboxUnavailableError: If no engine answers, the image is missing and cannot be pulled, the engine
                 refuses the container, the container does not start, or the image's files do not fit into the work
                 directory.
         """
-        started: list[Container] = []
+        started: list[tuple[EnvironmentSpec, Container]] = []
 
         def start() -> None:
-            container = Container(spec, run_id)
-            started.append(container)
-            if spec.workdir_from_image:
+            settled = with_image_settings(spec) if spec.as_image else spec
+            container = Container(settled, run_id)
+            started.append((settled, container))
+            if snapshot is not None:
+                trees = snapshots.trees_of(spec)
+                container.guard(lambda: snapshots.restore(container.api, container.id, trees, snapshot))
+            elif spec.workdir_from_image:
                 Files(container).copy_from_image(str(spec.image), spec.workdir, run_id)
 
         connection: Connection | None = None
         try:
             # Not abandoned on cancellation, so that a container that was started is known and removed.
             await anyio.to_thread.run_sync(start)
-            connection = Connection(AttachedPeer(started[0]))
+            settled, container = started[0]
+            connection = Connection(AttachedPeer(container))
             with anyio.fail_after(START_TIMEOUT_S):
                 await connection.ready()
         except BaseException as error:
@@ -67,18 +79,39 @@ class DockerEnvironment(Environment):
                 if connection is not None:
                     await connection.close()
                 else:
-                    for container in started:
+                    for _, container in started:
                         await anyio.to_thread.run_sync(container.remove)
             if isinstance(error, TimeoutError | SandboxLostError):
                 raise SandboxUnavailableError(f"the container did not start: {error}") from error
             raise
-        return cls(spec, run_id, started[0], connection)
+        return cls(settled, run_id, container, connection)
+
+    async def reopen(self, snapshot: Snapshot) -> DockerEnvironment:
+        return await self.open(self.spec, self.run_id, snapshot=snapshot)
+
+    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+        if self.spec.as_image:
+            raise SnapshotError("a sandbox as_image cannot be captured: commands may change files anywhere in it")
+        trees, container = snapshots.trees_of(self.spec), self._container
+        bounds = {"max_entries": max_entries, "max_bytes": max_bytes}
+        await self._guarded(lambda: snapshots.pack(container.api, container.id, trees, file, **bounds))
 
     async def _exec(self, request: ExecRequest) -> ExecResult:
-        user = None if request.user is None else await self._find_user(request.user)
-        return await self._connection.exec(request, {**self._env, **request.env}, user)
+        if request.user is None:
+            return await self._connection.exec(request, {**self._env, **request.env}, None)
+        user = await self._find_user(request.user)
+        env = {**self._env, **request.env}
+        if self.spec.as_image:
+            env["HOME"] = home_of(user[0], (await self._user_files())[0])
+        return await self._connection.exec(request, env, user)
 
     async def _find_user(self, user: str) -> list[str]:
+        return resolve_user(user, *await self._user_files())
+
+    async def _user_files(self) -> tuple[str, str]:
+        """Return the texts of /etc/passwd and /etc/group; those of the image if commands could have changed them."""
+        if self.spec.as_image:
+            return await anyio.to_thread.run_sync(user_files, self._container.image_id)
         texts = []
         for path in ("/etc/passwd", "/etc/group"):
             try:
@@ -87,7 +120,7 @@ class DockerEnvironment(Environment):
                 )
             except FileNotFoundError:
                 texts.append("")
-        return resolve_user(user, *texts)
+        return texts[0], texts[1]
 
     async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
         return (await self._connection.request(operation, {"path": path, **bounds}, body, FILE_TIMEOUT_S))[1]

@@ -69,8 +69,9 @@ class Stat:
 class Files:
     """The directories of one container by absolute path; blocking calls that raise OSError."""
 
-    def __init__(self, container: Container) -> None:
-        self._container, self._api = container, container.api
+    def __init__(self, container: Container, uid: int = AGENT_ID) -> None:
+        """Files that are copied in belong to `uid`."""
+        self._container, self._api, self._uid = container, container.api, uid
         self._url = f"{self._api.base_url}/v{self._api.api_version}/containers/{container.id}/archive"
 
     def export_dir(self, path: str, max_entries: int, max_bytes: int) -> ExportedDir:
@@ -84,7 +85,7 @@ class Files:
 
     def import_dir(self, path: str, archive: bytes) -> None:
         directory, missing = self._existing_parent(posixpath.join(path, "x"), path)
-        self._put(directory, rebase_archive(archive, prefix="/".join(missing[:-1]), uid=AGENT_ID), path)
+        self._put(directory, rebase_archive(archive, prefix="/".join(missing[:-1]), uid=self._uid), path)
 
     def copy_from_image(self, image: str, path: str, run_id: str) -> None:
         """Copy a directory of the image into the volume mounted over it, and make the commands' user own everything.

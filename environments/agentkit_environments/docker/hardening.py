@@ -4,6 +4,9 @@ No capabilities for commands, no new privileges, the engine's seccomp filter, no
 (without swap), CPU, file size and open files, a read-only root, an unprivileged user. The work directory and /tmp are
 in memory and of bounded size: volumes in Docker, whose archives reach no other mounts, and plain mounts in Podman,
 which ignores the options of a volume. Another volume holds the executor; only root can write to it.
+
+A sandbox `as_image` has a writable root instead of the two mounts, and commands of root have the capabilities that
+package managers and `chown` need. The other restrictions stay.
 """
 
 from __future__ import annotations
@@ -24,7 +27,19 @@ AGENT_ID = 1000
 EXECUTOR = "/.agentkit/executor"
 EXECUTOR_USER = "0:0"
 EXECUTOR_CAPABILITIES = ["KILL", "SETGID", "SETPCAP", "SETUID"]
-"""`executor.c` says what it needs them for. Commands, also those of root, have none."""
+"""`executor.c` says what it needs them for. Commands have none, also those of root, except in a sandbox `as_image`."""
+AS_IMAGE_CAPABILITIES = {
+    "CHOWN": 0,
+    "DAC_OVERRIDE": 1,
+    "FOWNER": 3,
+    "FSETID": 4,
+    "KILL": 5,
+    "SETGID": 6,
+    "SETUID": 7,
+    "NET_BIND_SERVICE": 10,
+}
+"""Capabilities that commands of root have in a sandbox `as_image`, with the numbers of the kernel: a subset of the
+engine's default ones, without raw sockets, device nodes, chroot and file capabilities."""
 EXECUTOR_MIB = 128
 """Memory for the executor itself: input that arrives, and output that waits for the end of a command."""
 EXECUTOR_FILES = 4096
@@ -42,23 +57,26 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         image: The image.
         spec: The limits, the work directory and the network.
         run_id: Label of the container.
-        in_volumes: True if the work directory and /tmp are volumes. Otherwise the work directory belongs to root.
+        in_volumes: True if the work directory and /tmp are volumes. Otherwise the work directory belongs to root. Not
+            used if the sandbox is `as_image`.
 
     Raises:
         SandboxUnavailableError: If the engine refuses the container.
     """
     limits = spec.limits
+    in_memory = {} if spec.as_image else {spec.workdir: "0755", "/tmp": "1777"}
+    lent = AS_IMAGE_CAPABILITIES if spec.as_image else {}
     # The content of the two volumes and of /dev/shm counts as the container's memory: full volumes must not kill it.
-    memory = (limits.memory_mib + 2 * limits.disk_mib + SHM_MIB + EXECUTOR_MIB) << 20
+    memory = (limits.memory_mib + len(in_memory) * limits.disk_mib + SHM_MIB + EXECUTOR_MIB) << 20
     executor = Mount(target=posixpath.dirname(EXECUTOR), source=None, type="volume", no_copy=True)
-    in_memory = {spec.workdir: "0755", "/tmp": "1777"}
     options = {path: f"size={limits.disk_mib}m,mode={mode},nosuid,nodev" for path, mode in in_memory.items()}
     volumes = [_memory_volume(path, each) for path, each in options.items()] if in_volumes else []
     tmpfs = {} if in_volumes else {path: f"{each},exec" for path, each in options.items()}
+    capabilities = sum(1 << number for number in lent.values())
     files = max(limits.open_files, EXECUTOR_FILES)
     host_config = api.create_host_config(
         auto_remove=True,
-        cap_add=EXECUTOR_CAPABILITIES,
+        cap_add=sorted({*EXECUTOR_CAPABILITIES, *lent}),
         cap_drop=["ALL"],
         ipc_mode="private",
         log_config=LogConfig(type="none"),
@@ -70,7 +88,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         oom_score_adj=500,
         pids_limit=limits.processes + 1,  # the executor
         privileged=False,
-        read_only=True,
+        read_only=not spec.as_image,
         security_opt=["no-new-privileges:true"],
         shm_size=SHM_MIB << 20,
         tmpfs=tmpfs,
@@ -87,7 +105,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
             api.create_container(
                 image,
                 entrypoint=[EXECUTOR],
-                command=[str(AGENT_ID), str(AGENT_ID), str(limits.open_files), str(EXECUTOR_MIB << 20), "0"],
+                command=[*uid_and_gid(spec), str(limits.open_files), str(EXECUTOR_MIB << 20), f"{capabilities:x}"],
                 hostname="sandbox",
                 host_config=host_config,
                 labels={RUN_LABEL: run_id, OWNER_LABEL: owner_token()},
@@ -104,3 +122,9 @@ def _memory_volume(target: str, options: str) -> Mount:
     owned = f"{options},uid={AGENT_ID},gid={AGENT_ID}"
     driver = DriverConfig("local", {"type": "tmpfs", "device": "tmpfs", "o": owned})
     return Mount(target=target, source=None, type="volume", no_copy=True, driver_config=driver)
+
+
+def uid_and_gid(spec: EnvironmentSpec) -> tuple[str, str]:
+    """Return the uid and the gid of commands, as texts; the user of a sandbox `as_image` is already a number."""
+    uid, _, gid = (spec.user or f"{AGENT_ID}:{AGENT_ID}").partition(":")
+    return uid, gid

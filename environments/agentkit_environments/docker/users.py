@@ -31,3 +31,9 @@ def resolve_user(user: str, passwd: str, group: str) -> list[str]:
         if not (number.isascii() and number.isdecimal() and int(number) < 1 << 31):
             raise ValueError(f"the image has no {what} {number!r}, asked for by user={user!r}")
     return [uid, gid, *(number for number in further if number.isdecimal())]
+
+
+def home_of(uid: str, passwd: str) -> str:
+    """Return the home of a user by the text of /etc/passwd; `/` if it has none."""
+    users = [fields for line in passwd.splitlines() if len(fields := line.split(":")) >= 6]
+    return next((fields[5] for fields in users if fields[2] == uid and fields[5]), "/")

@@ -23,6 +23,7 @@ from agentkit.cli import app
 from agentkit.task import Task, TestsConfig
 from agentkit_environments import SandboxUnavailableError, available_backends
 from agentkit_evals.errors import FailingTestsError, OutputError, RunDirectoryError, UnknownPackageError
+from agentkit_evals.harbor import read_task_directory
 from agentkit_evals.provenance import Provenance
 from agentkit_evals.suite import load_suite
 from agentkit_evals.synth.bugs import FORMATS, PackageSpec, Progress, export, generate, make_bugs
@@ -130,6 +131,9 @@ def test_swebench_rows_and_harbor_folders_score_as_the_tasks_do(
         for name in ("Dockerfile", "bug.patch", "source.tar.gz", "tools.tar.gz"):
             image = out / "swebench" / "images" / row["instance_id"] / name
             assert image.read_bytes() == (folder / "environment" / name).read_bytes()
+        read = read_task_directory(folder)
+        assert read.instruction == (folder / "instruction.md").read_text() and read.solution is not None
+        assert read.metadata["provenance"]["licence"] == "MIT"
         container = _Container(tmp_path / f"container-{row['instance_id']}", folder)
         assert container.git("rev-parse", "HEAD") == row["base_commit"]
         assert container.score() == "0"

@@ -1,0 +1,197 @@
+"""The keys of Harbor's `task.toml`, in Harbor's units: seconds, and MiB for memory and storage.
+
+Keys that Harbor does not have are refused. `read.py` refuses what agentkit does not support.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+
+from agentkit.harbor import Collect, Healthcheck, SandboxPath, User
+from agentkit.strict import Strict, Timeout, Variables
+
+NetworkMode = Literal["public", "no-network", "allowlist"]
+
+
+def _step_name(name: str) -> str:
+    if (
+        not name.strip()
+        or name in (".", "..")
+        or re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', name)
+        or len(name.encode()) > 255
+    ):
+        raise ValueError(f"{name!r:.80} is not the name of a folder")
+    return name
+
+
+StepName = Annotated[str, AfterValidator(_step_name)]
+
+
+def _lower(text: Any) -> Any:
+    return text.lower() if isinstance(text, str) else text
+
+
+class Artifact(Strict):
+    """A file or folder of the agent's sandbox that a separate verifier gets, at the same path."""
+
+    source: SandboxPath
+    destination: str | None = None  # a place in Harbor's job folder, which agentkit does not have
+    exclude: list[str] = Field(default_factory=list)
+    service: str | None = None
+
+
+class Phase(Strict):
+    """The user and the network of the agent's or the verifier's phase; None is that of the environment."""
+
+    timeout_sec: Timeout | None = None
+    user: User | None = None
+    network_mode: NetworkMode | None = None
+    allowed_hosts: list[str] = Field(default_factory=list)
+
+
+class McpServer(Strict):
+    """An MCP server for the agent."""
+
+    name: str
+    transport: str = "sse"
+    url: str | None = None
+    command: str | None = None
+    args: list[str] = Field(default_factory=list)
+    headers: dict[str, str] = Field(default_factory=dict)
+
+
+class Environment(Strict):
+    """A sandbox. `storage_mb` limits the size of one file; the total is that of the engine's disk."""
+
+    build_timeout_sec: Timeout = 600.0
+    docker_image: str | None = Field(default=None, min_length=1)
+    os: Annotated[Literal["linux", "windows"], BeforeValidator(_lower)] = "linux"
+    cpus: float | None = Field(default=None, gt=0, le=1 << 14)
+    memory_mb: int | None = Field(default=None, ge=16, le=1 << 24)
+    storage_mb: int | None = Field(default=None, ge=1, le=1 << 24)
+    gpus: int | None = None
+    gpu_types: list[str] | None = None
+    tpu: dict[str, Any] | None = None
+    env: Variables = Field(default_factory=dict)
+    skills_dir: str | None = None
+    workdir: str | None = Field(default=None, pattern="^/")
+    network_mode: NetworkMode | None = None
+    allowed_hosts: list[str] = Field(default_factory=list)
+    mcp_servers: list[McpServer] = Field(default_factory=list)
+    healthcheck: Healthcheck | None = None
+    allow_internet: bool | None = None  # before schema 1.2
+    memory: str | None = None  # "2G", before schema 1.1
+    storage: str | None = None
+
+    @field_validator("memory", "storage")
+    @classmethod
+    def _size(cls, size: str | None) -> str | None:
+        if size is not None:
+            mebibytes(size)
+        return size
+
+    @property
+    def network(self) -> NetworkMode:
+        """The network, also if it is given in the old way."""
+        if self.network_mode is None:
+            return "allowlist" if self.allowed_hosts else "no-network" if self.allow_internet is False else "public"
+        return self.network_mode
+
+
+def mebibytes(size: str) -> int:
+    """Return a size such as "2G" or "512M" in MiB. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])", size.strip().upper())
+    if match is None:
+        raise ValueError(f'{size!r:.40} is not a size; write a number with K, M or G, such as "2G"')
+    return max(1, int(float(match[1]) * {"K": 1 / 1024, "M": 1, "G": 1024}[match[2]]))
+
+
+class Verifier(Phase):
+    """The verifier: `tests/test.sh`, in the agent's sandbox (shared) or in one of its own (separate)."""
+
+    env: Variables = Field(default_factory=dict)
+    environment_mode: Literal["shared", "separate"] | None = None
+    environment: Environment | None = None
+    collect: list[Collect] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_mode(self) -> Self:
+        if self.environment_mode == "shared" and self.environment is not None:
+            raise ValueError('environment_mode is "shared", but there is an environment; remove one of them')
+        return self
+
+    @property
+    def mode(self) -> Literal["shared", "separate"] | None:
+        """The mode; None if nothing says which."""
+        return self.environment_mode or ("separate" if self.environment is not None else None)
+
+
+class Solution(Strict):
+    """The oracle solution, `solution/solve.sh`."""
+
+    env: Variables = Field(default_factory=dict)
+
+
+def _long_form(entries: Any) -> Any:
+    """Return artifacts with each bare path as a table."""
+    if not isinstance(entries, list):
+        return entries
+    return [{"source": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+Artifacts = Annotated[list[Artifact], BeforeValidator(_long_form)]
+
+
+class Step(Strict):
+    """One step of a task with several; unset values are those of the task."""
+
+    name: StepName
+    agent: Phase = Phase()
+    verifier: Verifier = Verifier()
+    min_reward: float | dict[str, float] | None = None
+    healthcheck: Healthcheck | None = None
+    artifacts: Artifacts = Field(default_factory=list)
+
+
+class Author(Strict):
+    """An author of a task."""
+
+    name: str
+    email: str | None = None
+
+
+class Package(Strict):
+    """The task in Harbor's registry."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    version: str | None = None
+    description: str = ""
+    authors: list[Author] = Field(default_factory=list)
+    keywords: list[str] = Field(default_factory=list)
+
+
+class TaskToml(Strict):
+    """A whole `task.toml`."""
+
+    schema_version: str = Field(default="1.0", pattern=r"^1\.\d+$")
+    source: str | None = None
+    multi_step_reward_strategy: Literal["mean", "final"] = "mean"
+    artifacts: Artifacts = Field(default_factory=list)
+    task: Package | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    agent: Phase = Phase()
+    verifier: Verifier = Verifier()
+    environment: Environment = Environment()
+    solution: Solution = Solution()
+    steps: list[Step] = Field(default_factory=list)
+
+    @field_validator("steps")
+    @classmethod
+    def _distinct_steps(cls, steps: list[Step]) -> list[Step]:
+        names = [step.name for step in steps]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two steps are named {', '.join(sorted(twice))}")
+        return steps

@@ -1,0 +1,145 @@
+"""Resume an interrupted run: keep what it has finished, go on with what it has begun, and refuse other settings.
+
+An interrupted trial goes on in a new sandbox before its first turn that may have changed the old one. If that is its
+first turn, the trial starts again as a new attempt, and so does a trial that the machine kept from being scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from agentkit.errors import TrajectoryError
+from agentkit.events import TurnStarted
+from agentkit.harbor import HarborConfig
+from agentkit.interrupted import interrupted_run
+from agentkit.task import CallsConfig, Task
+from agentkit.trajectory import Trajectory
+from agentkit_evals.errors import RunDirectoryError
+from agentkit_evals.record import (
+    RunDirectory,
+    RunLock,
+    attempt_path,
+    lock_bytes,
+    patch_path,
+    trajectory_path,
+    write_lock,
+)
+from agentkit_evals.suite import Case, Suite
+
+FIXED = ("name", "model", "fingerprint", "backend", "epochs", "seed", "sampling")
+"""The fields of a lock that a resumed run must have in common with it, besides the tasks."""
+
+
+def suite_of(lock: RunLock) -> Suite:
+    """Return the suite of a run, as it was when the run began. Its cases have no signatures and oracles."""
+    held_out = set(lock.held_out_phrasings)
+    return Suite(
+        lock.name,
+        tuple(
+            Case(task, lock.families.get(task.id, ""), lock.phrasings.get(task.id, ""), task.id in held_out)
+            for task in lock.tasks
+        ),
+    )
+
+
+def check_same(run: Path, was: RunLock, now: RunLock) -> None:
+    """Compare the settings of a run with those that it is to be resumed with.
+
+    Raises:
+        RunDirectoryError: one of them differs; the message names it, with both values.
+    """
+    for name in FIXED:
+        old, new = getattr(was, name), getattr(now, name)
+        if old != new:
+            if name == "sampling":
+                name, old, new = next(
+                    (field, before, getattr(new, field))
+                    for field, before in ((field, getattr(old, field)) for field in old.__dataclass_fields__)
+                    if before != getattr(new, field)
+                )
+            if name == "fingerprint":
+                raise RunDirectoryError(
+                    f"{run} was started with other weights of the model {was.model}, or with other options that change "
+                    "its results; start a new run"
+                )
+            raise RunDirectoryError(
+                f"{run} was started with {name} {old!r}, given {new!r}; a resumed run keeps its settings. Leave the "
+                "setting out, or start a new run"
+            )
+    before, after = ({task.id: task for task in lock.tasks} for lock in (was, now))
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    if changed or list(before) != list(after):
+        named = f"task {min(changed)} differs" if changed else "the order of the tasks differs"
+        raise RunDirectoryError(
+            f"{run} was started with other tasks: {named}. Leave out the suite to resume with the tasks of the run, or "
+            "start a new run"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A trial that has begun: its `record` goes on, or it starts again as a new `attempt`."""
+
+    attempt: int
+    record: Trajectory | None
+
+
+def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
+    """Prepare a run for being resumed with the settings of `lock`; its `TrialLog` is open.
+
+    The trajectories and patches of trials that start again move to `attempts/`.
+
+    Returns:
+        The trials that have begun and are not finished, by name.
+
+    Raises:
+        RunDirectoryError: see `check_same`.
+        OSError: a file cannot be moved or written.
+    """
+    check_same(run.path, run.lock, lock)
+    tasks = {f"{task.id}.{epoch}": task for task in lock.tasks for epoch in range(lock.epochs)}
+    again = {trial.trial: trial.attempt for trial in run.trials if trial.is_retried}
+    begun: dict[str, Begun] = {}
+    for name, file in run.unfinished.items():
+        kept = [int(each.stem) for each in (run.path / "attempts" / name).glob("*.jsonl") if each.stem.isdecimal()]
+        attempt = max(kept, default=0) + 1
+        if name in tasks and (record := goes_on(tasks[name], file)) is not None:
+            begun[name] = Begun(attempt, record)
+        else:
+            again[name] = attempt
+    for name, attempt in again.items():
+        target = attempt_path(run.path, name, attempt)
+        for source, kept_as in (
+            (patch_path(run.path, name), target.with_suffix(".diff")),
+            (trajectory_path(run.path, name), target),
+        ):
+            if source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.rename(kept_as)
+        begun[name] = Begun(attempt + 1, None)
+    changes = {
+        "concurrency": lock.concurrency,
+        "max_cost_usd": lock.max_cost_usd,
+        "model_options": lock.model_options,
+        "run_id": lock.run_id,
+        "resumed": [*run.lock.resumed, datetime.now(UTC).isoformat(timespec="seconds")],
+    }
+    write_lock(run.path, lock_bytes(run.lock.model_copy(update=changes)))
+    return begun
+
+
+def goes_on(task: Task, file: Path) -> Trajectory | None:
+    """Return the record of an interrupted trial if at least one of its turns can be kept; otherwise None."""
+    if isinstance(task.verifier, CallsConfig | HarborConfig):  # one turn, or steps that are scored in their sandbox
+        return None
+    tools = {tool.name: tool for tool in task.build_tools()}
+    try:
+        record = Trajectory.load(file)
+        if [*record.header.tools] != [tool.spec for tool in tools.values()]:  # of another version of agentkit
+            return None
+        length = interrupted_run(record, tools, world_turns=0).length
+    except TrajectoryError:
+        return None
+    return record if any(isinstance(each, TurnStarted) for each in record.records[:length]) else None

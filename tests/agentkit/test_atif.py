@@ -1,0 +1,315 @@
+"""ATIF: what a document says about a run, documents of other agents as history, and malformed ones."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentkit import (
+    Agent,
+    AssistantMessage,
+    AssistantTurn,
+    ImagePart,
+    Limits,
+    Message,
+    ScriptedModel,
+    SystemMessage,
+    TextPart,
+    ToolCall,
+    ToolMessage,
+    Trajectory,
+    TrajectoryError,
+    TrajectoryFormatError,
+    UserMessage,
+)
+from agentkit.atif import MAX_FILE_BYTES, NO_RESULT, VERSIONS, atif_bytes, load_atif, parse_atif, to_atif
+from agentkit.history import check_history
+from agentkit_environments import Environment
+
+from .conftest import get_weather
+
+pytestmark = pytest.mark.anyio
+Script = Callable[..., ScriptedModel]
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
+"""Examples of each fuzz test; 20,000 take minutes."""
+HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
+"""A Python 3.12 with the package `harbor`, whose own models then check every document."""
+
+LOOK = AssistantTurn(
+    "I have to look.", "Looking.", [("get_weather", {"city": "Oslo"}), ("get_weather", {"town": "Oslo"})]
+)
+DONE = AssistantTurn(content="Snowy.")
+
+
+def document(*steps: dict[str, Any], **changes: Any) -> bytes:
+    numbered = [{"step_id": number, **step} for number, step in enumerate(steps, start=1)]
+    agent = {"name": "other", "version": "2"}
+    return json.dumps({"schema_version": "ATIF-v1.8", "agent": agent, "steps": numbered, **changes}).encode()
+
+
+def check_with_harbor(text: bytes) -> None:
+    if HARBOR_PYTHON:
+        code = (
+            "import sys; from harbor.models.trajectories import Trajectory; "
+            "Trajectory.model_validate_json(sys.stdin.buffer.read())"
+        )
+        done = subprocess.run([HARBOR_PYTHON, "-c", code], input=text, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+async def test_a_step_has_the_message_the_calls_and_the_exact_ids(script: Script, environment: Environment) -> None:
+    agent = Agent(script(LOOK, DONE), [get_weather], system="Be brief.", thinking="auto")
+    record = (await agent.run("Weather?", environment=environment, metadata={"trial": "a.0"})).trajectory
+    made = to_atif(record)
+    check_with_harbor(atif_bytes(record))
+    system, user, look, done = made["steps"]
+    assert (system["source"], system["message"]) == ("system", "Be brief.")
+    assert (user["source"], user["message"]) == ("user", "Weather?")
+    assert (look["source"], look["message"], look["reasoning_content"]) == ("agent", "Looking.", "I have to look.")
+    assert [call["arguments"] for call in look["tool_calls"]] == [{"city": "Oslo"}, {"town": "Oslo"}]
+    first, second = look["observation"]["results"]
+    assert first == {"source_call_id": "call_0_0", "content": "snowy, -3 degrees"}
+    assert second["source_call_id"] == "call_0_1" and second["extra"] == {"is_error": True}
+    # Each step repeats the ids before it; the last one has all ids of the session.
+    metrics = done["metrics"]
+    assert metrics["prompt_token_ids"] + metrics["completion_token_ids"] == record.token_ids
+    before = look["metrics"]["prompt_token_ids"] + look["metrics"]["completion_token_ids"]
+    assert metrics["prompt_token_ids"][: len(before)] == before
+    assert metrics["logprobs"] == record.logprobs[-len(metrics["logprobs"]) :]
+    assert metrics["prompt_tokens"] == len(metrics["prompt_token_ids"])
+    assert made["final_metrics"]["total_completion_tokens"] == sum(record.loss_mask)
+    assert made["final_metrics"]["total_steps"] == 4
+    assert made["agent"]["tool_definitions"] == [get_weather.spec] and made["agent"]["model_name"] == "scripted"
+    assert made["extra"] == {"metadata": {"trial": "a.0"}, "status": "answered", "answer": "Snowy."}
+    assert parse_atif(atif_bytes(record)) == record.messages
+
+
+async def test_forced_ids_are_marked(script: Script, environment: Environment) -> None:
+    agent = Agent(script(AssistantTurn(content="word " * 50)), [], limits=Limits(max_tokens=5), thinking="never")
+    record = (await agent.run("Go on.", environment=environment)).trajectory
+    check_with_harbor(atif_bytes(record))
+    metrics = to_atif(record)["steps"][-1]["metrics"]
+    mask = metrics["extra"]["loss_mask"]
+    assert sum(mask) == 5 and 0 in mask and len(mask) == len(metrics["completion_token_ids"])
+    assert [logprob for kept, logprob in zip(mask, metrics["logprobs"], strict=True) if not kept] == [0.0] * mask.count(
+        0
+    )
+
+
+async def test_sub_agents_are_embedded_also_from_their_files(
+    script: Script, environment: Environment, tmp_path: Path
+) -> None:
+    helper = Agent(script(DONE), [get_weather], system="Help.")
+    turns = AssistantTurn(calls=[("helper", {"task": "Weather in Oslo?"})]), DONE
+    main = Agent(script(*turns), [helper.as_tool("helper", "Helps.")])
+    result = await main.run("Q", environment=environment, trajectory=tmp_path / "run.jsonl")
+    loaded = Trajectory.load(tmp_path / "run.jsonl")
+    for record in (result.trajectory, loaded):
+        made = to_atif(record)
+        check_with_harbor(atif_bytes(record))
+        (child,) = made["subagent_trajectories"]
+        (found,) = made["steps"][2]["observation"]["results"]
+        assert found["subagent_trajectory_ref"] == [{"trajectory_id": child["trajectory_id"]}]
+        assert child["steps"][1]["message"] == "Weather in Oslo?"
+    (tmp_path / "run.agent1.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    made = to_atif(loaded)
+    check_with_harbor(json.dumps(made).encode())
+    (found,) = made["steps"][2]["observation"]["results"]
+    assert found["subagent_trajectory_ref"][0]["trajectory_path"] == "run.agent1.jsonl"
+    # A record that names itself as its own sub-agent is written once.
+    (tmp_path / "run.agent1.jsonl").write_bytes((tmp_path / "run.jsonl").read_bytes())
+    assert "subagent_trajectories" not in to_atif(loaded)
+
+
+async def test_a_history_is_copied_context_and_images_are_kept(script: Script, environment: Environment) -> None:
+    image = ImagePart.of(b"\x89PNG", "image/png")
+    history: list[Message] = [UserMessage("Hi"), AssistantMessage("Hello.")]
+    record = (
+        await Agent(script(DONE), [], system="").run(["Look:", image], environment=environment, message_history=history)
+    ).trajectory
+    made = to_atif(record)
+    check_with_harbor(atif_bytes(record))
+    assert made["steps"][1]["is_copied_context"] is True and "is_copied_context" not in made["steps"][3]
+    assert made["steps"][2]["message"][1]["source"]["path"] == f"data:image/png;base64,{image.data}"
+    assert parse_atif(atif_bytes(record)) == record.messages
+    with pytest.raises(TrajectoryFormatError, match="has no message"):
+        to_atif(Trajectory(record.header))
+
+
+def test_a_document_of_another_agent_becomes_a_conversation() -> None:
+    call = {"tool_call_id": "a", "function_name": "bash", "arguments": {"command": "ls", "cwd": None}}
+    found = parse_atif(
+        document(
+            {"source": "system", "message": "Be brief."},
+            {"source": "user", "message": [{"type": "text", "text": "Go."}]},
+            {"source": "agent", "message": "I plan.", "reasoning_content": "Hm."},
+            {
+                "source": "agent",
+                "message": "I look.",
+                "tool_calls": [call, {**call, "tool_call_id": "b"}, {**call, "tool_call_id": "c"}],
+                "observation": {
+                    "results": [
+                        {"source_call_id": "b", "content": "two"},
+                        {"content": "disk is nearly full"},
+                        {"source_call_id": "a", "content": "one", "extra": {"is_error": True}},
+                    ]
+                },
+            },
+            {"source": "system", "message": "Context was compacted."},
+            {"source": "agent", "message": "Done.", "metrics": {"logprobs": [-0.5], "completion_token_ids": [4]}},
+        )
+    )
+    arguments = '{"command": "ls", "cwd": null}'
+    assert found == [
+        SystemMessage("Be brief."),
+        UserMessage("Go."),
+        AssistantMessage("I plan.\n\nI look.", "Hm.", tuple(ToolCall(name, "bash", arguments) for name in "abc")),
+        ToolMessage("a", "bash", "one", is_error=True),
+        ToolMessage("b", "bash", "two"),
+        ToolMessage("c", "bash", NO_RESULT, is_error=True),
+        UserMessage("disk is nearly full"),
+        UserMessage("Context was compacted."),
+        AssistantMessage("Done."),
+    ]
+    check_history(found)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_all_versions_are_read(version: str) -> None:
+    assert parse_atif(document({"source": "user", "message": "Hi"}, schema_version=version)) == [UserMessage("Hi")]
+
+
+USER = {"source": "user", "message": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"[]", "not an ATIF trajectory"),
+        (b"{", "not an ATIF trajectory"),
+        (b"[" * 100_000, "nested too deeply"),
+        (document(USER, schema_version="ATIF-v2.0"), "schema_version is 'ATIF-v2.0', expected ATIF-v1.0 to ATIF-v1.8"),
+        (document(USER, schema_version=[]), "schema_version is \\[\\]"),
+        (document(), "at least 1 item"),
+        (document({**USER, "step_id": 2}), "step_id is 2, expected 1"),
+        (document({**USER, "colour": "red"}), "colour"),
+        (document({**USER, "reasoning_content": "x"}), "a user step has no reasoning_content"),
+        (
+            document({"source": "agent", "message": "", "observation": {"results": [{"source_call_id": "z"}]}}),
+            "source_call_id 'z' is not a call of step 1",
+        ),
+        (document({"source": "user", "message": [{"type": "text"}]}), 'a part of type "text" has text only'),
+        (
+            document(
+                {
+                    "source": "user",
+                    "message": [{"type": "image", "source": {"media_type": "image/png", "path": "images/a.png"}}],
+                }
+            ),
+            "the image 'images/a.png' is not in the document",
+        ),
+        (
+            document(
+                {
+                    "source": "user",
+                    "message": [
+                        {"type": "image", "source": {"media_type": "image/png", "path": "data:image/png;base64,?"}}
+                    ],
+                }
+            ),
+            "must be base64",
+        ),
+        (document(USER, subagent_trajectories=[json.loads(document(USER))]), "needs a trajectory_id of its own"),
+        (b'{"schema_version": "ATIF-v1.8", "schema_version": "ATIF-v1.8"}', "twice in one object"),
+    ],
+)
+def test_malformed_documents(data: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "trajectory.json"
+    path.write_bytes(data)
+    with pytest.raises(TrajectoryFormatError, match=problem) as caught:
+        load_atif(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(TrajectoryError, match="No such file"):
+        load_atif(tmp_path / "none.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(TrajectoryError, match="expected a regular file"):
+        load_atif(tmp_path / "pipe.json")
+    (tmp_path / "huge.json").touch()
+    os.truncate(tmp_path / "huge.json", MAX_FILE_BYTES + 1)
+    with pytest.raises(TrajectoryError, match="expected at most"):
+        load_atif(tmp_path / "huge.json")
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+keys = st.sampled_from(
+    ["step_id", "source", "message", "tool_calls", "observation", "metrics", "reasoning_content", "extra", "timestamp"]
+)
+good_step = st.fixed_dictionaries(
+    {"source": st.sampled_from(["system", "user", "agent"]), "message": st.text(max_size=8)},
+    optional={
+        "tool_calls": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "tool_call_id": st.sampled_from("ab"),
+                    "function_name": st.just("f"),
+                    "arguments": st.dictionaries(st.text(max_size=3), values, max_size=2),
+                }
+            ),
+            max_size=3,
+        ),
+        "observation": st.fixed_dictionaries(
+            {
+                "results": st.lists(
+                    st.fixed_dictionaries(
+                        {},
+                        optional={"source_call_id": st.sampled_from("ab"), "content": st.text(max_size=5)},
+                    ),
+                    max_size=3,
+                )
+            }
+        ),
+    },
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(steps=st.lists(good_step | st.dictionaries(keys, values, max_size=4), max_size=5), changes=st.booleans())
+def test_any_document_is_read_or_refused(steps: list[dict[str, Any]], changes: bool) -> None:
+    data = document(*steps, **({"final_metrics": {"total_steps": "x"}} if changes else {}))
+    try:
+        messages = parse_atif(data)
+    except TrajectoryFormatError:
+        return
+    kinds = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+    assert all(isinstance(message, kinds) for message in messages)
+    for before, after in itertools.pairwise(messages):
+        assert not (isinstance(before, AssistantMessage) and isinstance(after, AssistantMessage))
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(TrajectoryFormatError):
+        parse_atif(data)
+
+
+def test_text_parts_alone_are_text() -> None:
+    (message,) = parse_atif(document({"source": "user", "message": [{"type": "text", "text": "a"}] * 2}))
+    assert message == UserMessage("a\na")
+    assert TextPart("a") not in getattr(message, "parts", ())

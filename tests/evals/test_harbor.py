@@ -1,0 +1,682 @@
+"""Harbor task directories: what is read, what is refused by name, and whole trials in Docker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import typer.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agentkit.cli import app
+from agentkit.errors import TaskFileError, TaskSetupError
+from agentkit.models.scripted import Policy
+from agentkit.task import HarborConfig, Task, load_task
+from agentkit.trajectory import Trajectory
+from agentkit_environments import ImageBuildError, available_backends
+from agentkit_environments.folder import folder_hash
+from agentkit_evals.harbor import read_task_directory
+from agentkit_evals.harbor.read import _line, _parse
+from agentkit_evals.harbor.sandbox import filled_in
+from agentkit_evals.record import RunDirectory
+from agentkit_evals.selfcheck import SelfCheck, selfcheck
+from agentkit_evals.suite import load_suite, task_files
+
+Evaluate = Callable[..., RunDirectory]
+MakeScript = Callable[..., Policy]
+DOCKER = available_backends()["docker"]
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
+"""Examples of each fuzz test; 20,000 take minutes."""
+HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
+"""A Python 3.12 with the package `harbor`, whose own models then read what we read."""
+
+TOML = """\
+schema_version = "1.4"
+[metadata]
+difficulty = "easy"
+[environment]
+network_mode = "no-network"
+"""
+DOCKERFILE = "FROM agentkit-base:latest\nWORKDIR /app\nRUN echo 42 > n.txt\n"
+TEST = """\
+#!/bin/sh
+if [ "$(cat /app/answer.txt)" = 42 ]; then echo 1; else echo 0; fi > /logs/verifier/reward.txt
+"""
+SOLVE = "#!/bin/sh\ncp n.txt answer.txt\n"
+BEFORE = {
+    "schema_version": "ATIF-v1.8",
+    "agent": {"name": "x", "version": "1"},
+    "steps": [{"step_id": 1, "source": "user", "message": "Earlier."}],
+}
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Function that makes a task directory from files; None leaves a file out."""
+
+    def write(name: str = "copy-number", **files: str | None) -> Path:
+        folder = tmp_path / "tasks" / name
+        content: dict[str, str | None] = {
+            "task.toml": TOML,
+            "instruction.md": "Copy n.txt to answer.txt.\n",
+            "environment/Dockerfile": DOCKERFILE,
+            "tests/test.sh": TEST,
+            "solution/solve.sh": SOLVE,
+            **files,
+        }
+        for path, text in content.items():
+            if text is not None:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(text)
+        return folder
+
+    return write
+
+
+def config_of(task: Task) -> HarborConfig:
+    assert isinstance(task.verifier, HarborConfig)
+    return task.verifier
+
+
+# Reading.
+
+
+def test_a_directory_is_a_task(make: Make) -> None:
+    toml = """\
+version = "1.0"
+artifacts = ["/app/out", {source = "log.txt", destination = "logs/log.txt"}]
+[task]
+name = "org/copy-number"
+keywords = ["files"]
+[metadata]
+made = 2026-01-02
+big = 99999999999999999999999
+odd = inf
+[agent]
+timeout_sec = 100
+user = 1001
+network_mode = "public"
+[verifier]
+timeout_sec = 20.5
+env = {MODE = "strict"}
+user = "root"
+[environment]
+build_timeout_sec = 30.0
+os = "Linux"
+cpus = 2
+memory = "3G"
+storage_mb = 100
+env = {TOKEN = "${TOKEN}"}
+workdir = "/"
+[environment.healthcheck]
+command = "true"
+retries = 2
+[solution]
+env = {FAST = "1"}
+"""
+    folder = make("Copy number!", **{"task.toml": toml, "trajectory.json": json.dumps(BEFORE)})
+    task = read_task_directory(folder)
+    assert (task.id, task.instruction) == ("Copy-number-", "Copy n.txt to answer.txt.\n")
+    environment = task.environment
+    assert environment.build is not None and environment.build.sha256 == folder_hash(folder / "environment")
+    assert environment.build.timeout_s == 30 and environment.as_image and environment.backend == "docker"
+    assert (environment.user, environment.workdir, environment.network) == ("1001", "/", "public")
+    assert (environment.limits.memory_mib, environment.limits.cpus, environment.limits.file_size_mib) == (
+        3072,
+        2.0,
+        100,
+    )
+    assert environment.env == {"TOKEN": "${TOKEN}"}, "a run's record must not have the value"
+    assert task.agent.timeout_s == 100
+    assert task.metadata == {
+        "made": "2026-01-02",
+        "big": "99999999999999999999999",
+        "odd": "inf",
+        "package": "org/copy-number",
+    }
+    config = config_of(task)
+    (step,) = config.steps
+    assert (step.verifier_timeout_s, step.verifier_env, step.verifier_user) == (20.5, {"MODE": "strict"}, "root")
+    assert (step.tests, step.solution, step.separate, step.artifacts) == (
+        ["tests"],
+        "./solution",
+        None,
+        ["/app/out", "log.txt"],
+    )
+    assert config.healthcheck is not None and config.healthcheck.retries == 2
+    assert (config.solution_env, config.history) == ({"FAST": "1"}, "trajectory.json")
+    assert Task.model_validate_json(task.model_dump_json()) == task, "run.json holds the task"
+
+
+def test_defaults_are_those_of_harbor(make: Make) -> None:
+    task = read_task_directory(make(**{"task.toml": "", "solution/solve.sh": None}))
+    assert task.solution is None and task.environment.network == "public" and task.environment.workdir == ""
+    assert config_of(task).steps[0].verifier_timeout_s == 600
+    assert (
+        read_task_directory(make(**{"task.toml": "environment.allow_internet = false"})).environment.network == "none"
+    )
+
+
+STEPS = """\
+multi_step_reward_strategy = "final"
+[environment]
+network_mode = "no-network"
+[verifier]
+env = {A = "1", B = "1"}
+[[steps]]
+name = "first"
+min_reward = 0.5
+agent.timeout_sec = 7
+[[steps]]
+name = "second"
+min_reward = {speed = 2}
+verifier = {env = {B = "2"}, timeout_sec = 3}
+"""
+
+
+def test_steps_and_separate_verifiers(make: Make) -> None:
+    files = {
+        "task.toml": STEPS,
+        "instruction.md": None,
+        "steps/first/instruction.md": "Begin.",
+        "steps/second/instruction.md": "Go on.",
+        "steps/second/tests/test.sh": TEST,
+        "steps/second/tests/Dockerfile": DOCKERFILE,
+        "steps/second/solution/solve.sh": SOLVE,
+    }
+    folder = make(**files)
+    task = read_task_directory(folder)
+    first, second = config_of(task).steps
+    assert config_of(task).final_step_only and task.instruction == "Begin." and task.agent.timeout_s == 7
+    assert (first.tests, second.tests) == (["tests"], ["tests", "steps/second/tests"])
+    assert (first.solution, second.solution) == ("solution", "steps/second/solution")
+    assert (first.min_reward, second.min_reward) == ({"reward": 0.5}, {"speed": 2.0})
+    assert second.verifier_env == {"A": "1", "B": "2"} and second.verifier_timeout_s == 3
+    assert (first.separate, second.separate) == (None, None)
+
+    (folder / "task.toml").write_text(STEPS.replace("[verifier]", '[verifier]\nenvironment_mode = "separate"'))
+    first, second = config_of(read_task_directory(folder)).steps
+    assert first.separate == task.environment and first.upload_tests, "a fresh sandbox like the agent's"
+    assert second.separate is not None and second.separate.build is not None and not second.upload_tests
+    assert second.separate.build.folder == str(folder / "steps/second/tests")
+
+
+@pytest.mark.parametrize(
+    ("toml", "problem"),
+    [
+        ("[environment]\nmemory_gb = 2\n", ':2: unknown key "environment.memory_gb"; did you mean "memory_mb"?'),
+        ("[enviroment]\ncpus = 1\n", ':1: unknown key "enviroment"; did you mean "environment"?'),
+        ("[agent]\n\ntimeout_sec = 'long'\n", ":3: agent.timeout_sec: "),
+        ("[agent]\ntimeout_sec = nan\n", ":2: agent.timeout_sec: "),
+        ("[agent]\nuser = 'a b'\n", ":2: agent.user: 'a b' is not a user name"),
+        ("a = 1\na = 2\n", ":2: not valid TOML"),
+        ("a = " + "[" * 20_000, ":1: not valid TOML: nested too deeply"),
+        ("metadata.x = " + "[" * 60 + "]" * 60, ":1: nested more than 50 deep"),
+        ("schema_version = '2.0'\n", ":1: schema_version: "),
+        ("[[steps]]\nname = 'a/b'\n", ":2: steps.0.name: 'a/b' is not the name of a folder"),
+        ("[[steps]]\nname = 'a'\n[[steps]]\nname = 'a'\n", "two steps are named a"),
+        ("artifacts = ['/a/../etc']\n", ":1: artifacts.0.source: "),
+        ("[environment]\nmemory = 'much'\n", ":2: environment.memory: 'much' is not a size"),
+        ("[verifier]\nenvironment_mode = 'shared'\nenvironment = {}\n", "there is an environment; remove one of them"),
+        ("[environment]\nworkdir = 'app'\n", ":2: environment.workdir: "),
+        ("[environment]\nos = 'windows'\n", ":2: environment.os: only linux containers are supported"),
+        ("[environment]\ngpus = 1\n", ":2: environment.gpus: GPUs in sandboxes are not supported"),
+        ("[environment]\ntpu = {type = 'v4', topology = '2x2'}\n", ":2: environment.tpu: TPUs are not supported"),
+        ("[environment]\nskills_dir = '/skills'\n", ":2: environment.skills_dir: skills are not supported"),
+        (
+            "[[environment.mcp_servers]]\nname = 'x'\nurl = 'http://x'\n",
+            ":1: environment.mcp_servers: MCP servers of a task",
+        ),
+        ("[environment]\nnetwork_mode = 'allowlist'\n", ":2: environment.network_mode: allowlists are not supported"),
+        ("[verifier]\nnetwork_mode = 'no-network'\n", ":2: verifier.network_mode: 'no-network' for one phase is not"),
+        (
+            "[[verifier.collect]]\ncommand = 'x'\nservice = 'db'\n",
+            ":3: verifier.collect: service 'db': Compose services",
+        ),
+        ("artifacts = [{source = '/x', service = 'db'}]\n", ":1: artifacts: service 'db': Compose services"),
+        (
+            "artifacts = [{source = '/x', exclude = ['*']}]\n",
+            ":1: artifacts: exclude of /x: patterns are not supported",
+        ),
+        ("[verifier.environment]\ngpus = 1\n", ":2: verifier.environment.gpus: "),
+    ],
+)
+def test_wrong_and_unsupported_keys_are_named(make: Make, toml: str, problem: str) -> None:
+    folder = make(**{"task.toml": toml})
+    with pytest.raises(TaskFileError) as caught:
+        read_task_directory(folder)
+    assert problem in str(caught.value)
+    assert all(line.startswith(f"{folder}/task.toml:") for line in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"instruction.md": None}, "instruction.md: cannot be read: No such file"),
+        ({"instruction.md": ""}, "instruction"),
+        ({"tests/test.sh": None}, "tests/test.sh is missing"),
+        (
+            {"environment/Dockerfile": None},
+            "environment/Dockerfile is missing; add it, or give environment.docker_image",
+        ),
+        (
+            {"environment/docker-compose.yaml": "services: {}"},
+            "docker-compose.yaml: Compose services are not supported",
+        ),
+    ],
+)
+def test_missing_files_are_named(make: Make, files: dict[str, str | None], problem: str) -> None:
+    with pytest.raises(TaskFileError, match=problem):
+        read_task_directory(make(**files))
+
+
+def test_odd_files(make: Make, tmp_path: Path) -> None:
+    folder = make()
+    (folder / "task.toml").write_bytes(b"a = 1\n\xff")
+    with pytest.raises(TaskFileError, match=r"task\.toml:2: not UTF-8"):
+        read_task_directory(folder)
+    (folder / "task.toml").write_text("")
+    os.mkfifo(folder / "tests" / "pipe")
+    with pytest.raises(TaskFileError, match="pipe: cannot be read: not a file"):
+        read_task_directory(folder)
+
+
+def test_a_task_file_cannot_name_folders_of_the_machine(tmp_path: Path) -> None:
+    """What a YAML file says must not upload folders of this machine."""
+    path = tmp_path / "task.yaml"
+    sha256 = '"' + "0" * 64 + '"'
+    build = f"{{folder: /etc, sha256: {sha256}}}"
+    path.write_text(f"id: a\ninstruction: x\nenvironment: {{build: {build}}}\n")
+    with pytest.raises(TaskFileError, match=r":3: environment\.build: only a task directory"):
+        load_task(path)
+    step = "{instruction: x, agent_timeout_s: 1.0, verifier_timeout_s: 1.0, tests: [.]}"
+    path.write_text(f"id: a\ninstruction: x\nverifier: {{folder: /etc, sha256: {sha256}, steps: [{step}]}}\n")
+    with pytest.raises(TaskFileError, match=r":3: verifier: only a task directory"):
+        load_task(path)
+
+
+def test_suites_of_directories_and_files(make: Make, tmp_path: Path) -> None:
+    one, two = make("one"), make("two", **{"environment/data.yaml": "id: not-a-task\n"})
+    (tmp_path / "tasks" / "three.yaml").write_text("id: three\ninstruction: x\nverifier: {command: 'true'}\n")
+    assert task_files(tmp_path / "tasks") == [one, tmp_path / "tasks" / "three.yaml", two]
+    assert [case.task.id for case in load_suite(str(tmp_path / "tasks")).cases] == ["one", "three", "two"]
+    (case,) = load_suite(str(one)).cases
+    assert (case.task.id, case.family) == ("one", "one")
+
+
+def test_variables_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "s3cret")
+    monkeypatch.delenv("NONE", raising=False)
+    given = {"A": "${KEY}", "B": "${NONE:-a:-b}", "C": "x${KEY}", "D": "${NONE:-}"}
+    assert filled_in(given) == {"A": "s3cret", "B": "a:-b", "C": "x${KEY}", "D": ""}
+    with pytest.raises(TaskSetupError, match="the task's variable X is \\$\\{NONE\\}, but NONE is not set"):
+        filled_in({"X": "${NONE}"})
+
+
+@pytest.mark.skipif(not HARBOR_PYTHON, reason="AGENTKIT_HARBOR_PYTHON names no Python with the package harbor")
+@pytest.mark.parametrize("toml", [TOML, STEPS, ""])
+def test_harbors_own_models_accept_what_we_read(make: Make, toml: str) -> None:
+    code = (
+        "import sys; from harbor.models.task.config import TaskConfig; TaskConfig.model_validate_toml(sys.stdin.read())"
+    )
+    done = subprocess.run([HARBOR_PYTHON, "-c", code], input=toml, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+values = st.recursive(
+    st.sampled_from(["1", "-1", "0.5", "true", '"x"', '"/a"', '"public"', "nan", "inf", "1979-05-27", '"${A}"', "''"]),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]")
+        | st.dictionaries(st.sampled_from(["a", "source", "service", "name"]), inner, max_size=2).map(
+            lambda items: f"{{{', '.join(f'{key} = {value}' for key, value in items.items())}}}"
+        )
+    ),
+    max_leaves=4,
+)
+tables = st.sampled_from(
+    ["", "[task]", "[agent]", "[verifier]", "[environment]", "[verifier.environment]", "[[steps]]", "[metadata]", "[x"]
+)
+keys = st.sampled_from(
+    [
+        *("name", "timeout_sec", "user", "network_mode", "allowed_hosts", "env", "cpus", "memory", "memory_mb", "gpus"),
+        *("artifacts", "steps", "healthcheck", "collect", "min_reward", "version", "schema_version", "os", "workdir"),
+    ]
+)
+lines = st.lists(tables | st.builds(lambda key, value: f"{key} = {value}", keys, values), max_size=8)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=lines.map("\n".join) | st.text(max_size=30))
+def test_any_toml_is_read_or_refused(text: str) -> None:
+    path = Path("task.toml")
+    try:
+        _parse(path, text)
+    except TaskFileError as exc:
+        assert all(line.startswith("task.toml:") for line in str(exc).splitlines())
+
+
+def test_lines_of_keys() -> None:
+    text = 'a = 1\n[b]\nc.d = 1\n[b."e"]\nf = 2\n[[steps]]\nname = "x"\n'
+    assert [_line(text, loc) for loc in (("a",), ("b", "c", "d"), ("b", "e", "f"), ("b", "e", "zzz"), ("zzz",))] == [
+        *(1, 3, 5, 4, 1)
+    ]
+    assert _line(text, ("steps", 0, "name")) == 7
+
+
+# Terminal-Bench 1.
+
+COMPOSE = """\
+services:
+  client:
+    build: {dockerfile: Dockerfile}
+    image: ${T_BENCH_TASK_DOCKER_CLIENT_IMAGE_NAME}
+    container_name: ${T_BENCH_TASK_DOCKER_CLIENT_CONTAINER_NAME}
+    command: ["sh", "-c", "sleep infinity"]
+    environment: ["TEST_DIR=${T_BENCH_TEST_DIR}"]
+    volumes: ["${T_BENCH_TASK_LOGS_PATH}:${T_BENCH_CONTAINER_LOGS_PATH}"]
+"""
+RUN_TESTS = """\
+#!/bin/bash
+cd "$TEST_DIR" && . ./expected.sh
+[ "$(cat /app/answer.txt)" = "$EXPECTED" ] && echo "PASSED test_outputs.py::test_answer" && exit
+echo "FAILED test_outputs.py::test_answer - AssertionError"
+"""
+
+
+@pytest.fixture
+def terminal_bench(tmp_path: Path) -> Make:
+    """Function that makes a task directory of Terminal-Bench 1."""
+
+    def write(**files: str | None) -> Path:
+        folder = tmp_path / "tb" / "copy-number"
+        content: dict[str, str | None] = {
+            "task.yaml": "instruction: Copy n.txt.\ndifficulty: easy\nmax_test_timeout_sec: 30\ntags: [files]\n",
+            "Dockerfile": DOCKERFILE,
+            "docker-compose.yaml": COMPOSE,
+            "run-tests.sh": RUN_TESTS,
+            "tests/expected.sh": "EXPECTED=42\n",
+            "solution.sh": "#!/bin/bash\ncp n.txt answer.txt\n",
+            **files,
+        }
+        for path, text in content.items():
+            if text is not None:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(text)
+        return folder
+
+    return write
+
+
+def test_a_terminal_bench_directory_is_a_task(terminal_bench: Make) -> None:
+    folder = terminal_bench()
+    (case,) = load_suite(str(folder.parent)).cases
+    task = case.task
+    assert (task.id, task.instruction, task.agent.timeout_s) == ("copy-number", "Copy n.txt.", 360)
+    assert task.metadata == {"difficulty": "easy", "category": None, "tags": ["files"]}
+    config = config_of(task)
+    assert (config.reward, config.script, config.steps[0].tests) == (
+        "pytest",
+        "run-tests.sh",
+        ["run-tests.sh", "tests"],
+    )
+    assert (config.steps[0].verifier_timeout_s, config.steps[0].solution) == (30, "solution.sh")
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"task.yaml": "instruction: x\n"}, r'task\.yaml:1: missing key "difficulty"'),
+        ({"task.yaml": "instruction: x\ndifficulty: easy\ncolour: red\n"}, r'task\.yaml:3: unknown key "colour"'),
+        ({"task.yaml": "instruction: x\ndifficulty: easy\nparser_name: swe\n"}, "parser_name: 'swe' is not supported"),
+        (
+            {"task.yaml": "instruction: x\ndifficulty: easy\nrun_tests_in_same_shell: true\n"},
+            "run_tests_in_same_shell is not supported",
+        ),
+        ({"Dockerfile": None}, "Dockerfile is missing"),
+        ({"docker-compose.yaml": COMPOSE + "  db: {image: postgres}\n"}, "only one service"),
+        ({"docker-compose.yaml": COMPOSE + "networks: {}\n"}, "no networks or volumes"),
+        ({"docker-compose.yaml": COMPOSE + "    privileged: true\n"}, "keys of the service .*: privileged"),
+        (
+            {"docker-compose.yaml": "services: {client: {build: {context: client}}}\n"},
+            "build: only the Dockerfile beside",
+        ),
+        ({"docker-compose.yaml": "services: {client: x}\n"}, "no mapping"),
+        ({"docker-compose.yaml": "[]\n"}, "only one service"),
+    ],
+)
+def test_terminal_bench_directories_that_are_refused(
+    terminal_bench: Make, files: dict[str, str | None], problem: str
+) -> None:
+    with pytest.raises(TaskFileError, match=problem):
+        read_task_directory(terminal_bench(**files))
+
+
+# Trials in Docker.
+
+
+def bash(*commands: str) -> list[list[tuple[str, dict[str, Any]]]]:
+    return [[("bash", {"command": command})] for command in commands]
+
+
+def checks(task: Task) -> SelfCheck:
+    return anyio.run(selfcheck, task)
+
+
+def remove_image(task: Task) -> None:
+    image = task.environment.spec().image
+    subprocess.run(["docker", "rmi", "-f", str(image)], capture_output=True, check=False)
+
+
+@pytest.mark.docker
+@pytest.mark.skipif(DOCKER is not None, reason=f"no Docker: {DOCKER}")
+class TestInDocker:
+    """Whole trials. Each task has an image of its own, built from the base image."""
+
+    def test_a_sound_task(self, make: Make) -> None:
+        task = read_task_directory(make())
+        checked = checks(task)
+        assert checked.problems == []
+        assert (checked.oracle.reward, checked.oracle.source) == (1.0, "reward.txt")
+        assert checked.forged.reward == checked.nothing.reward == 0.0
+        remove_image(task)
+
+    def test_a_sound_terminal_bench_task(self, terminal_bench: Make) -> None:
+        task = read_task_directory(terminal_bench())
+        checked = checks(task)
+        assert checked.problems == []
+        assert (checked.oracle.source, checked.oracle.tests, checked.nothing.tests) == ("tests", 1, 1)
+        remove_image(task)
+
+    def test_the_example(self) -> None:
+        folder = Path(__file__).parents[2] / "examples" / "harbor-task"
+        checked = typer.testing.CliRunner().invoke(app, ["check", str(folder)])
+        assert (checked.exit_code, checked.stdout.split()) == (0, "✓ harbor-task 1/1 tasks are sound".split())
+        remove_image(read_task_directory(folder))
+
+    def test_tests_that_write_no_reward_cannot_be_trusted(self, make: Make) -> None:
+        """The agent's reward file is gone before the tests run, so it does not become their reward."""
+        task = read_task_directory(make(**{"tests/test.sh": "#!/bin/sh\nls /logs/verifier; exit 0\n"}))
+        checked = checks(task)
+        assert (checked.forged.reward, checked.forged.source, checked.forged.output) == (0.0, "missing", "")
+        assert "wrote neither reward.json nor reward.txt" in checked.problems[0]
+        remove_image(task)
+
+    def test_a_trial_runs_unchanged(
+        self, make: Make, evaluate: Evaluate, script: MakeScript, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Users, variables, the image's entry point, prior context and a reward as JSON, in one task."""
+        monkeypatch.setenv("HARBOR_TOKEN", "t0ken")
+        toml = """\
+[environment]
+network_mode = "no-network"
+env = {TOKEN = "${HARBOR_TOKEN}"}
+[environment.healthcheck]
+command = "test -e /app/ready && test $(id -u) = 1000"
+interval_sec = 0.1
+retries = 200
+[agent]
+user = 1000
+[verifier]
+env = {WANTED = "${HARBOR_TOKEN}"}
+"""
+        dockerfile = (
+            DOCKERFILE
+            + "RUN chmod 777 /app\n"
+            + 'ENTRYPOINT ["/bin/sh", "-c", "echo $(id -u) >> /app/ready; exec \\"$@\\"", "sh"]\n'
+        )
+        test = """\
+#!/bin/sh
+said="$(cat /app/who) $(id -un) $TOKEN"
+echo "got $said; started $(wc -l < /app/ready) times"
+[ "$said" = "agent 1000 root $WANTED" ] && quality=0.5 || quality=0
+printf '{"reward": %s, "speed": 3}' "$quality" > /logs/verifier/reward.json
+echo 1 > /logs/verifier/reward.txt
+"""
+        files = {"task.toml": toml, "environment/Dockerfile": dockerfile, "tests/test.sh": test}
+        task = read_task_directory(make(**files, **{"trajectory.json": json.dumps(BEFORE)}))
+        policy = script(*bash("echo agent $(id -u) > who; touch /etc/x; ls /tests /solution"), "Done.")
+        done = evaluate((task, policy), backend=None)
+        (trial,) = done.trials
+        assert (trial.reward, trial.failure, trial.backend, trial.status) == (0.5, "model", "docker", "answered")
+        assert trial.verifier_output == "got agent 1000 root t0ken; started 2 times"
+        trajectory = done.trajectory(trial)
+        assert trajectory is not None and trajectory.messages[1].content == "Earlier."
+        result = next(message.content for message in trajectory.messages if message.role == "tool")
+        assert "/etc/x" in result and "Permission denied" in result, "the agent is not root"
+        assert "/tests" in result and "/solution" in result and "No such file" in result
+        assert "t0ken" not in (done.path / "run.json").read_text()
+        remove_image(task)
+
+    def test_steps_share_a_sandbox_and_a_session(self, make: Make, evaluate: Evaluate, script: MakeScript) -> None:
+        toml = """\
+multi_step_reward_strategy = "mean"
+environment.network_mode = "no-network"
+[[steps]]
+name = "one"
+min_reward = 0.5
+[[steps]]
+name = "two"
+min_reward = 1
+[[steps]]
+name = "three"
+"""
+        test = "#!/bin/sh\ncat /app/n.txt; ls /tests\ncp /app/n.txt /logs/verifier/reward.txt\n"
+        files: dict[str, str | None] = {"task.toml": toml, "tests/test.sh": test, "instruction.md": None}
+        for step in ("one", "two", "three"):
+            files[f"steps/{step}/instruction.md"] = f"Do {step}."
+        files["steps/two/workdir/setup.sh"] = "cat n.txt > seen; ls /tests >> seen 2>&1; cat new.txt >> seen"
+        files["steps/two/workdir/new.txt"] = "new"
+        files["steps/two/tests/extra"] = "x"
+        task = read_task_directory(make(**files))
+        policy = script(*bash("echo 0.75 > n.txt"), "One.", *bash("cat seen; echo 0.25 > n.txt"), "Two.")
+        done = evaluate((task, policy), backend=None)
+        (trial,) = done.trials
+        assert trial.reward == 0.5, "the mean of 0.75 and 0.25; the third step is not reached"
+        lines = trial.verifier_output.splitlines()
+        assert lines[:4] == ["[step one: reward 0.75]", "0.75", "test.sh", "[step two: reward 0.25]"]
+        assert lines[4:] == ["0.25", "extra", "test.sh"]
+        trajectory = done.trajectory(trial)
+        assert trajectory is not None
+        users = [message.content for message in trajectory.messages if message.role == "user"]
+        assert users == ["Do one.", "Do two."]
+        seen = [message.content for message in trajectory.messages if message.role == "tool"][1]
+        assert seen.splitlines()[0] == "0.75" and "/tests" in seen and seen.rstrip().endswith("new")
+        assert trial.usage.turns == 4, "the usage of both steps"
+        remove_image(task)
+
+    def test_a_separate_verifier_gets_only_the_artifacts(
+        self, make: Make, evaluate: Evaluate, script: MakeScript
+    ) -> None:
+        toml = """\
+artifacts = ["out.txt", "/app/results", "/nowhere"]
+[environment]
+network_mode = "no-network"
+[verifier]
+environment_mode = "separate"
+[[verifier.collect]]
+command = "echo collected > results/collected"
+"""
+        test = """\
+#!/bin/sh
+cd /app; cat n.txt out.txt results/a results/collected /logs/artifacts/note; ls
+ls /usr/local/bin 2>/dev/null | grep -cx ls
+test "$(cat out.txt)" = 42 && echo 1 > /logs/verifier/reward.txt
+"""
+        task = read_task_directory(make(**{"task.toml": toml, "tests/test.sh": test}))
+        command = (
+            "echo 42 > out.txt; mkdir results; echo a > results/a; echo note > /logs/artifacts/note; echo 0 > n.txt;"
+            "touch left-behind; mkdir -p /usr/local/bin;"
+            "printf '#!/bin/sh\\necho forged' > /usr/local/bin/ls; chmod +x /usr/local/bin/ls"
+        )
+        (trial,) = evaluate((task, script(*bash(command), "Done.")), backend=None).trials
+        assert (trial.reward, trial.error) == (1.0, None)
+        shown = "42 42 a collected note n.txt out.txt results 0"
+        assert trial.verifier_output.split() == shown.split()
+        remove_image(task)
+
+    def test_images_that_cannot_be_built(self, make: Make) -> None:
+        folder = make(**{"environment/Dockerfile": "FROM agentkit-missing.invalid/base:1\nRUN true\n"})
+        with pytest.raises(ImageBuildError) as caught:
+            checks(read_task_directory(folder))
+        said = str(caught.value)
+        assert f"{folder}/environment/Dockerfile, step 1 of 2: FROM agentkit-missing.invalid/base:1" in said
+        assert "the base image agentkit-missing.invalid/base:1 is missing and could not be pulled" in said
+
+        (folder / "environment/Dockerfile").write_text("FROM agentkit-base:latest\nRUN echo why; exit 7\n")
+        with pytest.raises(ImageBuildError, match=r"(?s)step 2 of 2: RUN echo why; exit 7: .*code: 7\n.*why"):
+            checks(read_task_directory(folder))
+
+        task = read_task_directory(folder)
+        (folder / "environment/Dockerfile").write_text(DOCKERFILE)
+        with pytest.raises(ImageBuildError, match="has changed since the task was read"):
+            checks(task)
+        (folder / "environment/Dockerfile").write_text("FROM agentkit-base:latest\nRUN exit 7\n")
+        checked = typer.testing.CliRunner().invoke(app, ["check", str(folder)])
+        assert checked.exit_code == 1 and "step 2 of 2: RUN exit 7" in checked.stdout, (
+            "other tasks would be checked, too"
+        )
+
+    @pytest.mark.parametrize(
+        ("test", "error"),
+        [
+            ("echo nan > /logs/verifier/reward.txt", "reward.txt must hold numbers within"),
+            (
+                "echo 1 > /logs/verifier/reward.txt; echo '[1' > /logs/verifier/reward.json",
+                "reward.json must hold numbers",
+            ),
+            ('echo \'{"a": 1, "b": 1}\' > /logs/verifier/reward.json', "expected a number named `reward`, got a, b"),
+            ("sleep 60; echo 1 > /logs/verifier/reward.txt", "the tests timed out after 1 s"),
+        ],
+    )
+    def test_rewards_that_cannot_be_used(
+        self, make: Make, evaluate: Evaluate, script: MakeScript, test: str, error: str
+    ) -> None:
+        toml = f"{TOML}[verifier]\ntimeout_sec = 1\n" if "sleep" in test else TOML
+        task = read_task_directory(make(**{"tests/test.sh": f"#!/bin/sh\n{test}\n", "task.toml": toml}))
+        (trial,) = evaluate((task, script("Done.")), backend=None).trials
+        assert (trial.reward, trial.failure) == (0.0, "model") and error in (trial.error or "")
+
+    def test_commands(self, make: Make, untrained: Path, tmp_path: Path) -> None:
+        folder = make()
+        run = typer.testing.CliRunner()
+        checked = run.invoke(app, ["check", str(tmp_path / "tasks"), "--json"])
+        assert (checked.exit_code, json.loads(checked.stdout)) == (0, {"copy-number": []}), checked.output
+        options = ["-m", str(untrained), "--max-tokens", "4", "--trajectory", str(tmp_path / "t.jsonl"), "--json"]
+        ran = run.invoke(app, ["run", str(folder), *options])
+        assert ran.exit_code == 1, ran.output
+        found = json.loads(ran.stdout)
+        assert (found["reward"], found["backend"], found["limit"]) == (0.0, "docker", "max_tokens")
+        assert Trajectory.load(tmp_path / "t.jsonl").messages[1].content == "Copy n.txt to answer.txt.\n"
+        refused = run.invoke(app, ["run", str(folder), "-m", str(untrained), "--workdir", str(tmp_path)])
+        assert refused.exit_code == 2 and "runs in the folder of its image" in " ".join(refused.output.split())
+        refused = run.invoke(app, ["run", str(folder), "-m", str(untrained), "--env", "process"])
+        assert refused.exit_code == 3 and "no images" in refused.output
+        remove_image(read_task_directory(folder))
