@@ -1,8 +1,8 @@
 """Suites: the tasks of an evaluation.
 
 A suite is a folder of task files, tables (`table.py`) and task directories (`harbor/`), one of these, a data set
-(`dataset.py`), a suite file, the name of a packaged suite (`PACKAGED_SUITES`), or `synth`, tasks that are generated when
-the suite is loaded:
+(`dataset.py`), a suite file, the name of a packaged suite (`PACKAGED_SUITES`), or `synth`, tasks that are generated
+when the suite is loaded:
 
     name: nightly
     tasks: [smoke.yaml, more/]                                       # files and folders beside this file, in order

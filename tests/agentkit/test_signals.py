@@ -29,7 +29,7 @@ main()
 TASK = "id: t\ninstruction: Say hello.\nverifier: {command: 'true'}\nsolution: {command: 'true'}\n"
 LINES = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Terminated."}
 COMMANDS = (
-    ("eval", "synth:logs,chat", "-k", "20", "--env", "unsafe-local"),
+    ("eval", "everyday", "--limit", "6", "-k", "20", "--env", "unsafe-local"),
     ("run", "t.yaml", "--env", "unsafe-local"),
     ("demo", "--env", "unsafe-local"),
     ("check", "t.yaml", "--env", "unsafe-local"),
@@ -72,7 +72,9 @@ def test_a_signal_right_after_the_start(number: signal.Signals, tmp_path: Path) 
 
 
 def test_an_interrupted_evaluation_reports_its_progress(tmp_path: Path) -> None:
-    child = start(tmp_path, "eval", "synth:logs,chat", "-k", "30", "-n", "1", "--env", "unsafe-local", "--out", "run")
+    child = start(
+        tmp_path, "eval", "everyday", "--limit", "6", "-k", "30", "-n", "1", "--env", "unsafe-local", "--out", "run"
+    )
     assert child.stdout is not None
     assert "[1/180]" in child.stdout.readline()
     child.send_signal(signal.SIGINT)
