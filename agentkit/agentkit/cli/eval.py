@@ -247,11 +247,12 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
     if "out" in given:
         raise typer.BadParameter(f"a resumed run stays in {directory}; leave it out", param_hint="--out")
     seed = chosen["seed"] if "seed" in given else lock.seed
-    if chosen["suite"] is None and ("limit" in given or "tasks_per_family" in given):
+    if chosen["suite"] is None and ("limit" in given or "tasks_per_operation" in given):
         raise typer.BadParameter("the run has its tasks; leave it out", param_hint="--limit")
     suite = suite_of(lock)
     if chosen["suite"] is not None:
-        suite = load_suite(chosen["suite"], seed=seed, limit=chosen["limit"], per_family=chosen["tasks_per_family"])
+        per_operation = chosen["tasks_per_operation"]
+        suite = load_suite(chosen["suite"], seed=seed, limit=chosen["limit"], per_operation=per_operation)
     if "model" in given and len(chosen["model"]) > 1:
         raise typer.BadParameter("a run has one model; leave it out", param_hint="--model")
     name = chosen["model"][0] if "model" in given else str(lock.model_options.get("model", lock.model))

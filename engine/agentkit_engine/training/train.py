@@ -11,6 +11,7 @@ Dimension key: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ def _practised(step: int, config: TrainingConfig, count: int) -> int:
     first = min(FIRST_PRACTISED, count)
     formed = FORMING * config.practice_steps
     grown = (step - formed) / max(1.0, config.practice_steps - formed)
-    return round(first * (count / first) ** min(1.0, max(0.0, grown)))
+    return round(first * math.pow(count / first, min(1.0, max(0.0, grown))))
 
 
 def _practice(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
