@@ -1,8 +1,9 @@
-"""Fill in the tables of a model card: `python -m agentkit_evals.card EVERYDAY.json MEASURED.json [TRAINING.jsonl ...]`.
+"""Fill in the tables of a model card: `python -m agentkit_evals.card EVERYDAY.json TRAINING.jsonl... --measured FILE`.
 
-The files are the outputs of `python -m agentkit_evals.everyday` and `python -m agentkit_evals.measure`, and the
-training logs in the order of the training runs. Each table replaces the text between the lines `<!-- NAME -->` and
-`<!-- end -->` of the card. Every number in the tables comes from these files.
+The files are the output of `python -m agentkit_evals.everyday`, the training logs in the order of the training runs,
+and the output of `python -m agentkit_evals.measure`, for a card that has its sections. Each table replaces the text
+between the lines `<!-- NAME -->` and `<!-- end -->` of the card. Every number
+in the tables comes from these files.
 """
 
 from __future__ import annotations
@@ -22,22 +23,20 @@ SECTION = re.compile(r"(?<=^<!-- )(?!end)([a-z]+)( -->\n).*?(?=^<!-- end -->$)",
 
 def main(
     everyday: Annotated[Path, typer.Argument(help="Output of `python -m agentkit_evals.everyday`.")],
-    measured: Annotated[Path, typer.Argument(help="Output of `python -m agentkit_evals.measure`.")],
-    training: Annotated[
-        list[Path] | None, typer.Argument(help="training.jsonl of each training run, in order.")
-    ] = None,
+    training: Annotated[list[Path], typer.Argument(help="training.jsonl of each training run, in order.")],
+    measured: Annotated[Path | None, typer.Option(help="Output of `python -m agentkit_evals.measure`.")] = None,
     card: Annotated[Path, typer.Option(help="The model card.")] = PACKAGED_MODELS["tiny"] / "MODEL_CARD.md",
 ) -> None:
     """Fill in the tables of a model card."""
     try:
         tables = dict(everyday_tables(json.loads(everyday.read_text(encoding="utf-8"))))
-        tables |= measured_tables(json.loads(measured.read_text(encoding="utf-8")))
-        if training:
-            tables["training"] = training_table([read_log(path) for path in training])
+        tables["training"] = training_table([read_log(path) for path in training])
+        if measured is not None:
+            tables |= measured_tables(json.loads(measured.read_text(encoding="utf-8")))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        files = ", ".join(map(str, [everyday, measured, *(training or ())]))
+        files = ", ".join(map(str, [everyday, *training, *([] if measured is None else [measured])]))
         raise typer.BadParameter(
-            "expected the outputs of agentkit_evals.everyday and agentkit_evals.measure, then training.jsonl files; "
+            "expected the output of agentkit_evals.everyday, training.jsonl files, and that of agentkit_evals.measure; "
             f"got {files}: {error!r}"
         ) from error
     card.write_text(filled(card.read_text(encoding="utf-8"), tables), encoding="utf-8")
@@ -138,7 +137,7 @@ def training_table(logs: Sequence[Sequence[dict[str, Any]]]) -> str:
 def _run(entries: Sequence[dict[str, Any]]) -> list[str]:
     """Return the column of one training run. The log counts the tokens of one of its processes."""
     first, last = entries[0], [entry for entry in entries if "loss" in entry][-1]
-    final = [entry for entry in entries if "token_accuracy" in entry][-1]
+    final = [entry for entry in entries if "token_accuracy" in entry][-1:]  # none if the run was stopped before
     workers = first["workers"]
     tokens, written = workers * last["tokens"], workers * last["written"]
     planned, done = first["config"]["steps"], last["step"] + 1
@@ -149,8 +148,7 @@ def _run(entries: Sequence[dict[str, Any]]) -> list[str]:
         f"{tokens / 1e6:.1f} M, {written / 1e6:.1f} M of them the assistant's",
         f"{last['s'] / 60:.0f} minutes",
         f"{last['loss']:.3f}",
-        f"{100 * final['token_accuracy']:.1f} %",
-        f"{100 * final['row_accuracy']:.1f} %",
+        *(f"{100 * final[0][key]:.1f} %" if final else "–" for key in ("token_accuracy", "row_accuracy")),
     ]
 
 
