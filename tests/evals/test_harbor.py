@@ -676,7 +676,7 @@ test "$(cat out.txt)" = 42 && echo 1 > /logs/verifier/reward.txt
         assert (found["reward"], found["backend"], found["limit"]) == (0.0, "docker", "max_tokens")
         assert Trajectory.load(tmp_path / "t.jsonl").messages[1].content == "Copy n.txt to answer.txt.\n"
         refused = run.invoke(app, ["run", str(folder), "-m", str(untrained), "--workdir", str(tmp_path)])
-        assert refused.exit_code == 2 and "runs in the folder of its image" in " ".join(refused.output.split())
+        assert refused.exit_code == 2 and "folder of its image; leave it out" in refused.output
         refused = run.invoke(app, ["run", str(folder), "-m", str(untrained), "--env", "process"])
         assert refused.exit_code == 3 and "no images" in refused.output
         remove_image(read_task_directory(folder))
