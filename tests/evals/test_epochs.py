@@ -17,9 +17,9 @@ from agentkit_evals.run import EvalRun, TrialStarted, Update
 from agentkit_evals.suite import Case, Suite
 
 pytestmark = pytest.mark.anyio
-TASKS, EPOCHS = 3, 3
-ROOM = 14
-"""Spans of 256 tokens: two trials of about 1,300 tokens, and little more."""
+TASKS, EPOCHS = 3, 4
+ROOM = 20
+"""Spans of 256 tokens: two trials of about 1,900 tokens, and little more."""
 
 
 async def test_epochs_prefill_their_common_prefix_once(
@@ -28,7 +28,7 @@ async def test_epochs_prefill_their_common_prefix_once(
     """Also where the cache has no room for the prompts of all tasks: epochs of a task run one after another."""
     policy = script([("read_file", {"path": "n.txt"})], [("submit", {"answer": "42"})])
     tasks = [
-        number_task(f"task{number}", instruction=" ".join(str(7919 * number + word) for word in range(150)))
+        number_task(f"task{number}", instruction=" ".join(str(7919 * number + word) for word in range(300)))
         for number in range(1, TASKS + 1)
     ]
     spans = Engine.load("tiny").scheduler.capacity.spans
