@@ -1,10 +1,13 @@
-"""A typed answer: `output` is a `Weather`. Run it with `python examples/typed_output.py`."""
+"""A typed answer: `output` is a `Weather`. Run it with `python examples/typed_output.py`.
+
+The packaged model does not answer yet: it calls the tool again. Name another model to get `sky='sunny' degrees=21`.
+"""
 
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from agentkit import Agent, tool
+from agentkit import Agent, Limits, tool
 
 
 class Weather(BaseModel):
@@ -18,7 +21,6 @@ def get_weather(city: str) -> str:
     return {"Paris": "sunny, 21 degrees", "Oslo": "snowy, -3 degrees"}.get(city, "unknown")
 
 
-agent = Agent("tiny", [get_weather], output_type=Weather)
-weather = agent.run_sync("What is the weather in Paris?").output
-if weather is not None:
-    print(f"{weather.sky}, {weather.degrees}")
+agent = Agent("tiny", [get_weather], output_type=Weather, limits=Limits(max_turns=6))
+result = agent.run_sync("What is the weather in Paris?")
+print(result.output or f"no answer: {result.limit}")

@@ -41,7 +41,7 @@ DOCUMENTS = [
     for path in sorted({*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/agentkit*/**/*.md")})
     if "```" in path.read_text()
 ]
-MARKS = {"not run": 10, "not working yet": 1}
+MARKS = {"not run": 10, "not working yet": 0}
 """Number of marked blocks, so that a new mark is a deliberate change."""
 FENCE = re.compile(
     r"(?:<!-- example: (?P<mark>[^:]+): (?P<why>.+?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```\n", re.M | re.S
@@ -149,7 +149,7 @@ def test_every_block_has_a_known_language_and_mark(path: Path) -> None:
 
 def test_marks_are_counted() -> None:
     marks = Counter(block.mark for path in DOCUMENTS for block in blocks(path) if block.mark)
-    assert marks == MARKS
+    assert {**dict.fromkeys(MARKS, 0), **marks} == MARKS
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """ATIF, the Agent Trajectory Interchange Format of Harbor: trajectories as ATIF 1.8, and ATIF 1.0 to 1.8 as history.
 
-    document = to_atif(result.trajectory)              # a JSON object
-    history = load_atif("trajectory.json")             # messages, for `Agent.run(..., message_history=history)`
+`to_atif` makes a JSON object of a trajectory; `load_atif` reads the messages of a file, for
+`Agent.run(..., message_history=...)`.
 
 A step is a message. An agent's step has the calls of its turn and, as its observation, their results. Its metrics have
 the ids that the turn read (`prompt_token_ids`), the ids it added (`completion_token_ids`) and their log-probabilities.

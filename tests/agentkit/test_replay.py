@@ -283,6 +283,6 @@ def test_the_command(record: Trajectory, tmp_path: Path) -> None:
     Trajectory(replace(record.header, model="mine"), other).close()
     assert 'the record is of a model "mine"; give its folder' in agentkit("replay", other, code=2)
     assert "is behind an API" in agentkit("replay", good, "-m", "openai:m", code=2)
-    assert "does not exist" in agentkit("replay", tmp_path / "none.jsonl", code=2)
+    assert "none.jsonl" in agentkit("replay", "none.jsonl", code=2)
     bad.write_text("{}\n")
     assert "is not a trajectory" in agentkit("replay", bad, code=2)

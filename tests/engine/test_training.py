@@ -213,7 +213,14 @@ def test_rows_of_spread_facts_have_their_own_batches_and_no_selection_at_first()
 
     spread = Rows.pack([(list(range(3, 27)), [1] * 24)] * 4, copied=range(3, 40), spread=[True] * 4)
     config = TrainingConfig(
-        steps=4, practice_steps=0, mixed_steps=0, spread_steps=2, batches=1, batch_tokens=48, topk_steps=0
+        steps=4,
+        practice_steps=0,
+        mixed_steps=0,
+        practice_every=0,
+        spread_steps=2,
+        batches=1,
+        batch_tokens=48,
+        topk_steps=0,
     )
     records: list[dict[str, float]] = []
     train(initialize_(Watched(_small_spec()), torch.Generator()), spread, config, pad_id=2, log=records.append)

@@ -65,7 +65,7 @@ def test_builtins_in_order_with_their_specs() -> None:
             parameters["required"] = required
         function = {"name": name, "description": builtin.description, "parameters": parameters}
         assert builtin.spec == {"type": "function", "function": function}
-        assert builtin.description.count(".") == 1
+        assert builtin.description.endswith(".")
     assert {name for name, builtin in BUILTINS.items() if builtin.read_only} == {"read_file", "list_dir", "search"}
     assert {name for name, builtin in BUILTINS.items() if builtin.barrier} == {"submit"}
 
@@ -73,7 +73,8 @@ def test_builtins_in_order_with_their_specs() -> None:
 def test_the_schema_text_is_frozen() -> None:
     """The tiny model was trained on these bytes."""
     assert json.dumps(BUILTINS["search"].spec) == (
-        '{"type": "function", "function": {"name": "search", "description": "Search files for a regular expression.", '
+        '{"type": "function", "function": {"name": "search", "description": "Search files for a regular expression, '
+        'line by line. Returns path:line:text.", '
         '"parameters": {"type": "object", "properties": {"pattern": {"type": "string"}, '
         '"path": {"default": ".", "type": "string"}}, "required": ["pattern"]}}}'
     )

@@ -289,7 +289,7 @@ def _copy_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generat
     """
     few = len(copied) <= FIRST_PRACTISED
     half = FORMED if few else int(torch.randint(*COPIED, (), generator=generator))
-    picks_BT = torch.randint(len(copied), (config.batch_tokens // (2 * half), half), generator=generator)
+    picks_BT = torch.randint(len(copied), (max(1, config.batch_tokens // (2 * half)), half), generator=generator)
     ids_BT = copied.long()[picks_BT].repeat(1, 2)
     mask_BT = torch.ones(ids_BT.shape)
     mask_BT[:, :half] = 0.0
