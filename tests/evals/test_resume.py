@@ -108,7 +108,10 @@ def whole(begin: Callable[..., EvalRun], tmp_path_factory: pytest.TempPathFactor
 def test_a_run_that_was_cut_at_any_byte(
     begin: Callable[..., EvalRun], whole: RunDirectory, tmp_path: Path, place: float, trajectory_place: float
 ) -> None:
-    """The trial in flight goes on after its first turn, which only reads, or starts again. Nothing is lost."""
+    """The trial in flight goes on after its first turn, which only reads, or starts again. Nothing is lost.
+
+    It also starts again if its agent had ended: its files were not scored, and are gone.
+    """
     path = tmp_path / "run"
     shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(whole.path, path)
@@ -117,13 +120,14 @@ def test_a_run_that_was_cut_at_any_byte(
     kept = data[: round(place * len(data))]
     file.write_bytes(kept)
     finished = RunDirectory.open(path).trials
-    was = b""
+    was = complete = b""
     for number, trial in enumerate(whole.trials[len(finished) :]):
         record = trajectory_path(path, trial.trial)
         if number:
             record.unlink()
         else:
-            was = record.read_bytes()[: round(trajectory_place * record.stat().st_size)]
+            complete = record.read_bytes()
+            was = complete[: round(trajectory_place * len(complete))]
             record.write_bytes(was)
     resumed = anyio.run(begin(path, resume=True).execute)
     assert figures(resumed) == figures(whole)
@@ -132,7 +136,7 @@ def test_a_run_that_was_cut_at_any_byte(
     assert (torn.read_bytes()[:-1] if torn.exists() else b"") == kept[kept.rfind(b"\n") + 1 :]
     again = {trial.trial: trial.attempt for trial in resumed.trials if trial.attempt > 1}
     for name in [trial.trial for trial in whole.trials[len(finished) :]][:1]:  # the trial in flight
-        keeps_a_turn = b'"turn_finished"' in was[: was.rfind(b"\n") + 1]
+        keeps_a_turn = was != complete and b'"turn_finished"' in was[: was.rfind(b"\n") + 1]
         assert again == ({} if keeps_a_turn else {name: 2})
         before, after = (Trajectory.load(trajectory_path(run.path, name)).header.id for run in (whole, resumed))
         assert (before == after) == keeps_a_turn
