@@ -82,7 +82,7 @@ def starting_with(*starts: bytes) -> frozenset[int]:
 CLOSERS = (frozenset([MARKER, EOS]), starting_with(b"</"), starting_with(b'"', b"]", b"}"))
 
 
-def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN, longest: int = 4000) -> list[int]:
+def walk(grammar: Grammar, seed: int, turn: Sequence[int] = TURN, longest: int = 40_000) -> list[int]:
     """Return a turn of random allowed ids, drawn one at a time and biased towards ids that close something."""
     draw, matcher, ids = random.Random(seed), grammar.matcher(), list(turn)
     while ids[-1] != EOS:
