@@ -1,4 +1,4 @@
-"""What every room's tests share: which sandboxes may be missing, and how to wait for another process."""
+"""Helpers for the tests of every room: sandboxes that may be missing, and waiting for another process."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ Worlds = dict[int, World | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin(Generic[T]):
-    """What a finished run can be continued and forked from.
+    """The state from which a finished run is continued and forked.
 
     Attributes:
         agent: The agent of the run.

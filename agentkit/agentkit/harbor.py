@@ -1,4 +1,4 @@
-"""What a task keeps of a task directory; `agentkit_evals.harbor` reads and runs such directories."""
+"""The parts of a task directory that a task keeps; `agentkit_evals.harbor` reads and runs such directories."""
 
 from __future__ import annotations
 

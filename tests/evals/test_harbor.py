@@ -290,7 +290,7 @@ def test_odd_files(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_task_file_cannot_name_folders_of_the_machine(tmp_path: Path) -> None:
-    """What a YAML file says must not upload folders of this machine."""
+    """A YAML file must not make agentkit upload folders of this machine."""
     path = tmp_path / "task.yaml"
     sha256 = '"' + "0" * 64 + '"'
     build = f"{{folder: /etc, sha256: {sha256}}}"

@@ -324,7 +324,7 @@ def test_a_run_has_one_writer(begin: Callable[..., EvalRun], tmp_path: Path) -> 
 
 
 def test_a_record_that_cannot_be_written_is_an_error(whole: RunDirectory, tmp_path: Path) -> None:
-    """What was written of it is set aside when the run is next opened for writing."""
+    """The part that was written is set aside when the run is next opened for writing."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with TrialLog(tmp_path) as log:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
