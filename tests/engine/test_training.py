@@ -36,6 +36,7 @@ from agentkit_engine.training.train import (
     _practised,
     _stream,
     accuracy,
+    dtype_of,
     nudge_router_biases,
     practice_kinds,
     renew_hca_,
@@ -272,6 +273,29 @@ def test_the_loss_falls_and_training_gives_the_same_weights_twice() -> None:
     assert all(block.attn.sliding_window == model.spec.sliding_window for block in model.blocks)
     measured = accuracy(model, rows, pad_id=2)
     assert 0 <= measured["row_accuracy"] <= measured["token_accuracy"] <= 1
+
+
+def test_bfloat16_products_change_losses_little_and_leave_weights_and_served_logits_float32() -> None:
+    rows, losses = _rows(64), {}
+    for dtype in ("float32", "bfloat16"):
+        records: list[dict[str, float]] = []
+        model = _small_model()
+        config = TrainingConfig(
+            steps=11, practice_steps=0, mixed_steps=0, batches=1, batch_tokens=512, topk_steps=1, warmup_steps=5,
+            decay_steps=0, dtype=dtype_of(dtype),
+        )  # fmt: skip
+        train(model, rows, config, pad_id=2, log=records.append)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert model(torch.tensor([[5, 6, 7]])).dtype == torch.float32
+        assert model.products == torch.float32
+        losses[dtype] = [record["loss"] for record in records]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_an_unknown_dtype_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown dtype 'float16'; expected float32 or bfloat16"):
+        dtype_of("float16")
 
 
 def test_a_stopped_run_continues_with_the_same_bits() -> None:

@@ -34,6 +34,8 @@ class Decoder(nn.Module):
         self.hc_head_base = nn.Parameter(torch.zeros(spec.hc_mult))
         self.hc_head_scale = nn.Parameter(torch.ones(1))
         self.mtp = nn.ModuleList(MTPBlock(spec, layer) for layer in spec.mtp_layers)
+        self.products = torch.float32
+        """Dtype of the factors of most products in `forward`; training may lower it."""
         self.packed: dict[str, PackedRows] = {}
         """Matrices that are no parameters, because they stay packed; by name."""
 
@@ -98,7 +100,8 @@ class Decoder(nn.Module):
 
     def _forward(self, trace: Trace | None) -> Forward:
         """Return a forward without state; to bind it anew takes a millisecond, and training changes `top_k`."""
-        ops = Reference(self.embed.weight.device, train_detached=trace is not None and trace.index_scores)
+        trained = trace is not None and trace.index_scores
+        ops = Reference(self.embed.weight.device, train_detached=trained, products=self.products)
         return Forward(self, ops, [ops.state({}) for _ in self.blocks])
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from torch.multiprocessing.spawn import spawn
 
-from agentkit_engine.training.train import TrainingConfig, practice_kinds
+from agentkit_engine.training.train import TrainingConfig, dtype_of, practice_kinds
 from agentkit_engine.training.worker import work
 
 DEFAULT = TrainingConfig()
@@ -44,6 +44,9 @@ def main(
         int, typer.Option(help="Steps between states from which --resume continues.")
     ] = DEFAULT.save_steps,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.")] = 2,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of matrix products: float32, or bfloat16, faster where the processor has it.")
+    ] = DEFAULT.dtype,
     device: Annotated[str, typer.Option(help="cpu, or cuda for one GPU with --workers 1.")] = "cpu",
     resume: Annotated[bool, typer.Option(help="Continue the stopped run in OUT, bit for bit.")] = False,
 ) -> None:
@@ -68,6 +71,7 @@ def main(
         topk_steps=topk_steps,
         decay_steps=decay_steps,
         save_steps=save_steps,
+        dtype=dtype_of(dtype),
     )
     spawn(work, (workers, rendezvous, data, out, config, start, device), nprocs=workers)  # type: ignore[no-untyped-call]
     (out / "rendezvous").unlink(missing_ok=True)

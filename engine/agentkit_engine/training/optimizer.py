@@ -36,9 +36,16 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """`dtype`: dtype of the Newton-Schulz iteration."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -56,7 +63,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update.view_as(parameter).copy_(orthogonalize(parameter.grad.lerp(momentum, group["momentum"])))
+                nesterov = parameter.grad.lerp(momentum, group["momentum"])
+                update.view_as(parameter).copy_(orthogonalize(nesterov.to(self.dtype)))
             if world > 1:
                 dist.all_reduce(flat)
             for parameter, update in zip(trained, updates, strict=True):

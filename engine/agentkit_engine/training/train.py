@@ -35,6 +35,7 @@ far-copy: The same with a sliding window so short that the first occurrence lies
 majority: Rows that ask which names are frequent, with a window of two and no CSA selection, so that only HCA's
     entries carry the answer.
 """
+Dtype = Literal["float32", "bfloat16"]
 FAR_COPY_WINDOW = 12
 FORMED = 48
 COPIED = (24, 72)
@@ -52,6 +53,15 @@ def practice_kinds(text: str) -> tuple[Practice, ...]:
                 f"unknown practice {name!r}; expected one or more of {', '.join(kinds)}, with commas and no spaces"
             )
     return tuple(kinds[kinds.index(name)] for name in names)
+
+
+def dtype_of(text: str) -> Dtype:
+    """Parse the name of a dtype. Raises ValueError for one that training does not support."""
+    dtypes = get_args(Dtype)
+    if text not in dtypes:
+        raise ValueError(f"unknown dtype {text!r}; expected {' or '.join(dtypes)}")
+    dtype: Dtype = dtypes[dtypes.index(text)]
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,8 @@ class TrainingConfig:
         topk_steps: The step at which `index_topk` reaches its final value.
         bias_rate: Size of a router bias nudge, decayed with the learning rate.
         save_steps: Steps between saved states.
+        dtype: Dtype of the factors of matrix products, `float32` or `bfloat16`. Weights, gradients, router and logits
+            stay float32.
     """
 
     steps: int = 3000
@@ -103,6 +115,7 @@ class TrainingConfig:
     bias_rate: float = 2e-3
     clip: float = 1.0
     save_steps: int = 250
+    dtype: Dtype = "float32"
     seed: int = 0
 
 
@@ -126,8 +139,7 @@ def train(
 ) -> None:
     """Train `model` in place; `log` receives one record per ten steps, and `save` the state every `save_steps`.
 
-    A run that starts from a saved state gives the weights of the uninterrupted run, bit for bit. On a GPU the products
-    of a forward are computed in bfloat16.
+    A run that starts from a saved state gives the weights of the uninterrupted run, bit for bit.
 
     Inside a `torch.distributed` process group each process draws its own batches, and gradients are averaged. On a
     CPU two processes of one thread are much faster than one process of two threads. `log` then receives the numbers of
@@ -142,6 +154,7 @@ def train(
             optimizer.load_state_dict(state)
     device = model.embed.weight.device
     final_topk = model.spec.index_topk
+    model.products = getattr(torch, config.dtype)
     skipped = first * config.batches * world
     stream = itertools.islice(_stream(rows, config, pad_id, world), skipped + rank, None, world)
     started, tokens, written = time.perf_counter(), 0, 0
@@ -159,8 +172,7 @@ def train(
             _set_topk(model, _topk(step, config, final_topk, batch.ids_BT.size(1)) if picks else 0)
             _set_window(model, batch.window or model.spec.sliding_window)
             trace = Trace(index_scores=picks and step % config.index_every == 0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
-                losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
+            losses = _losses(model, batch, config, trace, draft=step % config.mtp_every == 0)
             (sum(losses.values(), torch.zeros((), device=device)) / config.batches).backward()  # type: ignore[no-untyped-call]
             for name, loss in losses.items():
                 named.setdefault("spread" if batch.spread and name == "loss" else name, []).append(float(loss.detach()))
@@ -186,6 +198,7 @@ def train(
             log({"step": step, **means, "grad_norm": float(norm), "tokens": tokens, "written": written, "s": seconds})
         _set_window(model, model.spec.sliding_window)
     _set_topk(model, final_topk)
+    model.products = torch.float32
 
 
 @torch.no_grad()
@@ -228,7 +241,7 @@ def build_optimizers(model: Decoder, config: TrainingConfig) -> list[torch.optim
         {"params": plain, "weight_decay": 0.0},
     ]
     return [
-        Muon(muon, lr=config.learning_rate, weight_decay=config.weight_decay),
+        Muon(muon, lr=config.learning_rate, weight_decay=config.weight_decay, dtype=getattr(torch, config.dtype)),
         torch.optim.AdamW(adam_groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-10, fused=True),
     ]
 

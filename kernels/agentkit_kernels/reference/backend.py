@@ -37,11 +37,24 @@ class Reference:
 
     name = "reference"
 
-    def __init__(self, device: torch.device | str = "cpu", *, train_detached: bool = False) -> None:
-        """`train_detached`: whether gradients reach the weights that are `detached` from their input. Without a loss of
-        their own these gradients are zeros, with which an optimizer still decays a weight and applies its momentum."""
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        train_detached: bool = False,
+        products: torch.dtype = torch.float32,
+    ) -> None:
+        """
+        Args:
+            device: Device of all tensors.
+            train_detached: Whether gradients reach the weights that are `detached` from their input. Without a loss of
+                their own these gradients are zeros, with which an optimizer still decays a weight and applies its
+                momentum.
+            products: Dtype of the factors of products with weights that are not `wide`.
+        """
         self.device = torch.device(device)
         self.train_detached = train_detached
+        self.products = products
         self._shapes: dict[tuple[int, ...], Tensor | Packed] = {}
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -57,12 +70,13 @@ class Reference:
     ) -> Weight:
         if not self.train_detached:
             detached = [part.detach() if isinstance(part, Tensor) else part for part in detached]
-        weight = Weight(tuple(map(in_memory, parts_XK)), tuple(map(in_memory, detached)))
+        dtype = torch.float32 if wide else self.products
+        weight = Weight(tuple(map(in_memory, parts_XK)), tuple(map(in_memory, detached)), dtype)
         self._shapes |= {tuple(part.shape): part for part in (*weight.parts, *weight.detached)}
         return weight
 
     def stack(self, *parts_EXK: Tensor | PackedRows) -> Weight:
-        weight = Weight(tuple(map(in_memory, parts_EXK)))
+        weight = Weight(tuple(map(in_memory, parts_EXK)), dtype=self.products)
         self._shapes |= {tuple(part.shape[1:]): each_expert(part)[0] for part in weight.parts}
         return weight
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentkit_kernels.packed import Packed
 from agentkit_kernels.reference.batch import ROWS, Batch
-from agentkit_kernels.reference.linear import Columns, Weight, each_expert, values
+from agentkit_kernels.reference.linear import Columns, Weight, each_expert, product
 
 
 def swiglu(gate_up: Tensor | Columns, limit: float) -> Tensor:
@@ -47,7 +47,7 @@ def experts(
 
     def multiply(rows_PK: Tensor, stack_EXK: Tensor | Packed) -> Tensor:
         parts, weights_XK = torch.split(rows_PK, list(sizes.values())), each_expert(stack_EXK)
-        return torch.cat([F.linear(part, values(weights_XK[e])) for e, part in zip(sizes, parts, strict=True)])
+        return torch.cat([product(part, weights_XK[e], w2.dtype) for e, part in zip(sizes, parts, strict=True)])
 
     pairs_P = torch.cat(pairs)
     rows_PD = (cast(x) if cast else x).index_select(0, pairs_P // active)

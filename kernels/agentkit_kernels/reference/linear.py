@@ -20,6 +20,12 @@ class Weight(NamedTuple):
 
     parts: tuple[Tensor | Packed, ...]
     detached: tuple[Tensor | Packed, ...] = ()
+    dtype: torch.dtype = torch.float32  # of the factors; the product is float32
+
+
+def product(x: Tensor, part: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """Return x · partᵀ in float32, of factors rounded to `dtype`."""
+    return F.linear(x.to(dtype), values(part).to(dtype)).float()
 
 
 def values(part: Tensor | Packed) -> Tensor:
@@ -54,14 +60,14 @@ def columns(x: Tensor | Columns, first: int, count: int) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Array:
     """Return a tensor, or `Columns` for several matrices."""
-    outs = [F.linear(x, values(part)) for part in weight.parts]
-    outs += [F.linear(x.detach(), values(part)) for part in weight.detached]
+    outs = [product(x, part, weight.dtype) for part in weight.parts]
+    outs += [product(x.detach(), part, weight.dtype) for part in weight.detached]
     return outs[0] if len(outs) == 1 else Columns(tuple(outs))
 
 
 def grouped_linear(x: Tensor, weight: Weight, groups: int) -> Tensor:
     parts, matrices = x.flatten(1).chunk(groups, dim=-1), values(weight.parts[0]).chunk(groups)
-    return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices, strict=True)], -1)
+    return torch.cat([product(part, matrix, weight.dtype) for part, matrix in zip(parts, matrices, strict=True)], -1)
 
 
 def embed(batch: Batch, table: Tensor, streams: int) -> Tensor:
