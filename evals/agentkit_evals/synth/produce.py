@@ -46,10 +46,10 @@ SPARE = 1.15  # tasks drawn for each that is asked for, because duplicates are r
 SIMILAR = 0.9  # Jaccard similarity of the word pairs of two instructions, from which they count as duplicates
 THINKING: tuple[Thinking, ...] = ("auto",) * 8 + ("always", "never")
 WEIGHTS: dict[str, float] = {
-    "call_function": 6,
-    "call_twice": 1.5,
-    "two_requests": 2,
-    "missing": 1.5,
+    "call_function": 10,
+    "call_twice": 3,
+    "two_requests": 3,
+    "missing": 3,
     "small_talk": 0.05,
     "far_note": 0.4,
     "far_name": 0.4,
