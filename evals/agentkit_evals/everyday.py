@@ -9,8 +9,9 @@ The suites are in `suites/`. None of their tasks is training data; `agentkit_eva
 | `readme` | the prompts of the READMEs, and the same sentences with other words |
 | `own-tools` | questions for a single call of a tool that is defined in the prompt |
 
-The model runs as it does for a user: with its own sampling parameters, and with a grammar for calls where one can be
-built. The output is one JSON file, written again after each suite, and a run directory with a report for each suite.
+Other suites can be named as files, such as BFCL's questions. The model runs as it does for a user: with its own
+sampling parameters, and with a grammar for calls where one can be built. The output is one JSON file, written again
+after each suite, and a run directory with a report for each suite.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     print(f"  {kind:14} {shown(scores)}")
                 for key in ("all", "pairs"):
                     print(f"  {key:14} {shown(found[key])}")
-                measured["suites"][name] = found
+                measured["suites"][Path(name).stem] = found
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps(measured, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -72,19 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 async def _run(name: str, model: Model, options: argparse.Namespace) -> RunDirectory:
-    suite = load_suite(str(PACKAGED_SUITES[name]), limit=options.limit)
+    suite = load_suite(str(PACKAGED_SUITES.get(name, name)), limit=options.limit)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = EvalRun(
         suite,
         model,
-        Path(options.runs, f"{stamp}-{name}"),
+        Path(options.runs, f"{stamp}-{suite.name}"),
         model_name=options.model,
         epochs=options.epochs,
         concurrency=options.concurrency,
         backend=options.env,
         seed=options.seed,
         sampling=model.sampling.override(temperature=options.temperature),
-        listener=Counter(name, len(suite.cases) * options.epochs),
+        listener=Counter(suite.name, len(suite.cases) * options.epochs),
     )
     return await run.execute()
 
@@ -128,7 +129,9 @@ def pair_scores(run: RunDirectory) -> list[list[float]]:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m agentkit_evals.everyday", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="tiny or a model folder")
-    parser.add_argument("--suites", nargs="+", choices=HAND_WRITTEN, default=HAND_WRITTEN)
+    parser.add_argument(
+        "--suites", nargs="+", default=HAND_WRITTEN, help="names or files (BFCL's, for example) of suites"
+    )
     parser.add_argument("--limit", type=int, help="only the first tasks of each suite")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

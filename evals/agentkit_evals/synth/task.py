@@ -22,7 +22,7 @@ from agentkit_evals.provenance import generator_name
 from agentkit_evals.synth import Split
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.oracle import Oracle, Step, play
-from agentkit_evals.synth.phrasing import CLOSERS, OPENERS, Phrasing
+from agentkit_evals.synth.phrasing import CLOSERS, OPENERS, Phrasing, wordings
 from agentkit_evals.synth.shell import print_answer
 from agentkit_evals.synth.world import World, draw_world
 from agentkit_tools import BUILTINS
@@ -93,7 +93,7 @@ class Draft:
 
 
 class Operation(ABC):
-    """One kind of task. Subclasses define `name`, `phrasings` and `draft`."""
+    """One kind of task. Subclasses define `name`, `phrasings` and `draft`; `phrasing.wordings` adds to `phrasings`."""
 
     name: ClassVar[str]
     phrasings: ClassVar[tuple[Phrasing, ...]]
@@ -101,6 +101,10 @@ class Operation(ABC):
     uses_world: ClassVar[bool] = True  # False if its tasks need no files
     far_fact: ClassVar[bool] = False  # a needed fact is more than the model's window back
     spread_fact: ClassVar[bool] = False  # the far fact is spread over many positions
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__:
+            cls.phrasings = (*cls.phrasings, *wordings(cls.name))
 
     @abstractmethod
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
