@@ -37,7 +37,7 @@ def phrasings(kind: str = "", *, train: Iterable[str], held_out: Iterable[str]) 
 
 
 def wordings(operation: str) -> tuple[Phrasing, ...]:
-    """Return the phrasings of `wordings/OPERATION.yaml`: lists `train` and `held_out` for each kind; none without a file."""
+    """Return the phrasings of `wordings/OPERATION.yaml`, lists `train` and `held_out` per kind; none without a file."""
     path = WORDINGS / f"{operation}.yaml"
     kinds = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     return tuple(one for kind, lists in kinds.items() for one in phrasings(kind, **lists))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -16,6 +17,7 @@ from agentkit_evals.synth.draw import Draw, joined
 from agentkit_evals.synth.find import is_free, new_path
 from agentkit_evals.synth.operations import OPERATIONS
 from agentkit_evals.synth.oracle import require_solved, transcript
+from agentkit_evals.synth.phrasing import WORDINGS
 from agentkit_evals.synth.shell import fixed, quote
 from agentkit_evals.synth.task import SynthTask, is_held_out, masked
 from agentkit_evals.synth.world import Artifact, World, draw_world
@@ -91,6 +93,16 @@ def test_every_phrasing_makes_a_request(operation: str) -> None:
         drawn = (kind.draft(Draw(f"{index}/{world}"), draw_world(world, "train"), phrasing) for world in range(40))
         draft = next(draft for draft in drawn if draft is not None)
         assert "  " not in draft.instruction.replace("\n", " "), draft.instruction
+
+
+def test_every_file_of_wordings_belongs_to_an_operation() -> None:
+    assert {path.stem for path in WORDINGS.iterdir()} <= OPERATIONS.keys()
+
+
+@every_operation
+def test_no_phrasing_occurs_twice(operation: str) -> None:
+    counts = Counter((each.kind, each.text) for each in OPERATIONS[operation].phrasings)
+    assert [text for text, count in counts.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("operation", [name for name, operation in OPERATIONS.items() if operation.far_fact])
