@@ -13,7 +13,18 @@ from agentkit_evals.synth.draw import Draw, Style, joined
 from agentkit_evals.synth.parameters import Parameter, Parameters, spoken
 
 VERBS: dict[str, tuple[str, ...]] = {
-    "calculate": ("calculate", "compute", "determine", "work out", "find", "figure out", "evaluate", "what is"),
+    "calculate": (
+        "calculate",
+        "compute",
+        "determine",
+        "work out",
+        "find",
+        "figure out",
+        "evaluate",
+        "what is",
+        "estimate",
+        "get",
+    ),
     "get": (
         "get",
         "find",
@@ -26,20 +37,52 @@ VERBS: dict[str, tuple[str, ...]] = {
         "check",
         "what is",
         "I need",
+        "pull up",
+        "bring up",
+        "find out",
+        "read out",
+        "see",
+        "let me know",
     ),
-    "search": ("search", "find", "look for", "list", "show me", "search for", "are there any"),
-    "create": ("create", "make", "add", "set up", "generate", "write", "prepare", "open", "register"),
-    "book": ("book", "reserve", "schedule", "arrange", "order", "buy"),
-    "update": ("update", "change", "modify", "set", "edit", "adjust"),
-    "delete": ("delete", "remove", "cancel", "drop", "clear"),
-    "send": ("send", "post", "share", "deliver", "forward"),
-    "convert": ("convert", "translate", "transform", "turn", "change"),
+    "search": (
+        "search",
+        "find",
+        "look for",
+        "list",
+        "show me",
+        "search for",
+        "are there any",
+        "hunt for",
+        "browse",
+        "see",
+    ),
+    "create": (
+        "create",
+        "make",
+        "add",
+        "set up",
+        "generate",
+        "write",
+        "prepare",
+        "open",
+        "register",
+        "build",
+        "put in",
+        "start",
+    ),
+    "book": ("book", "reserve", "schedule", "arrange", "order", "buy", "get", "secure", "make a booking for"),
+    "update": ("update", "change", "modify", "set", "edit", "adjust", "revise", "correct", "alter"),
+    "delete": ("delete", "remove", "cancel", "drop", "clear", "get rid of", "erase", "take out"),
+    "send": ("send", "post", "share", "deliver", "forward", "pass on", "get out"),
+    "convert": ("convert", "translate", "transform", "turn", "change", "switch", "express"),
     "analyze": ("analyze", "compare", "check", "examine", "summarize", "review", "rank", "estimate", "predict"),
     "play": ("play", "start", "run", "launch", "turn on", "stop", "pause"),
 }
 """The verbs of requests for each verb of a function's name."""
 PLAIN = ("what is", "I need", "are there any")
 """Those that begin a sentence."""
+FOR_ME = ("show me", "tell me", "give me", "let me know")
+"""Those that the speaker does not do."""
 
 OPENINGS = (
     *(
@@ -58,8 +101,137 @@ OPENINGS = (
         "Help me ",
     ),
     *("I want you to ", "Would you ", "Let's ", "You should "),
+    *("Could you please ", "Would you mind helping me to ", "I have to ", "We need to ", "I was hoping you could "),
+    *("Are you able to ", "Do you think you could ", "My boss asked me to ", "I am trying to ", "Kindly "),
+    *("Go ahead and ", "Is it possible to ", "hey, ", "It's time to "),
 )
-ENDINGS = ("", "", "", "", " please", " for me", " now", " today", " right away", ", thanks")
+ASKING = (
+    *("Can you ", "Could you ", "Would you ", "Could you please ", "Would you mind helping me to ", "Are you able to "),
+    *("Do you think you could ", "Is it possible to "),
+)
+"""Those that begin a question."""
+SPEAKER = (
+    *("I want to ", "I need to ", "I'd like to ", "Help me ", "Let's ", "Would you mind helping me to ", "I have to "),
+    *("We need to ", "My boss asked me to ", "I am trying to ", "It's time to "),
+)
+"""Those after which the speaker acts, so no `tell me` follows."""
+ENDINGS = (
+    *("", "", "", "", "", "", " please", " for me", " now", " today", " right away", ", thanks"),
+    *(", please", " if you can", " when you have a moment", ", if possible", " as soon as possible"),
+)
+_KNOW = (
+    *("[What is|What's] the {topic}{tail}?", "I [would like|want|need|have] to know the {topic}{tail}."),
+    *("[Any idea|Do you know] what the {topic}{tail} is?", "I am [looking for|interested in|after] the {topic}{tail}."),
+    *("The {topic}{tail}, [please|if you can].", "My question is about the {topic}{tail}: what is it?"),
+    *("[Let me know|Find out|See] what the {topic}{tail} is.", "I wonder what the {topic}{tail} is."),
+    *("Someone asked me for the {topic}{tail}.", "For my report I [need|want] the {topic}{tail}."),
+    *("Is there a way to [know|learn] the {topic}{tail}?", "{topic}{tail}?", "Could I have the {topic}{tail}?"),
+)
+FRAMES: dict[str, tuple[str, ...]] = {
+    "calculate": (
+        *_KNOW,
+        *("[How much|How high|How large] is the {topic}{tail}?", "[Do|Can you do] the math for the {topic}{tail}."),
+        *("What do you get for the {topic}{tail}?", "What [would|will] the {topic}{tail} be?"),
+        *("I can't [work out|figure out] the {topic}{tail}. Can you?", "Run the numbers on the {topic}{tail}."),
+        *("What does the {topic}{tail} come [to|out as]?", "I have to hand in the {topic}{tail}; what is it?"),
+    ),
+    "get": (
+        *_KNOW,
+        *("[Pull up|Bring up|Dig up] the {topic}{tail}.", "[Can|May|Could] I [see|get|have] the {topic}{tail}?"),
+        *("What do we have as {topic}{tail}?", "I forgot the {topic}{tail}. What was it?"),
+        *("What can you tell me about the {topic}{tail}?", "Do you have the {topic}{tail}?", "Got the {topic}{tail}?"),
+    ),
+    "search": (
+        *("I am looking for [a |any |some |]{topic}{tail}.", "[Is there|Do you see|Do you know of] any {topic}{tail}?"),
+        *("Which {topic}{tail} can you find?", "I [want|need|would like] to see what {topic}{tail} there is."),
+        *("What {topic}{tail} is [there|available]?", "[Where can I find|Where is there] {topic}{tail}?"),
+        *("Any {topic}{tail}?", "[Have|Take] a look for {topic}{tail}.", "See [if|whether] there is {topic}{tail}."),
+        *("What comes up for {topic}{tail}?", "Look around for [a |some |]{topic}{tail}."),
+        *("I can't find [a|any|the] {topic}{tail}. Can you?", "Let me see {topic}{tail}."),
+    ),
+    "create": (
+        *("I [need|want|would like] a new {topic}{tail}.", "There should be a [new |]{topic}{tail}."),
+        *("[A new|One more|Another] {topic}{tail}, please.", "[Put together|Draw up|Produce] a {topic}{tail}."),
+        *("[Can|Could|May] I have a new {topic}{tail}?", "We don't have a {topic}{tail} yet, so make one."),
+        *("New {topic}{tail}.", "Please [see to|take care of] a new {topic}{tail}.", "A {topic}{tail} is needed."),
+        *("Let there be a {topic}{tail}.", "I am missing a {topic}{tail}; [add|create] it."),
+        *("How about a new {topic}{tail}? Go ahead.", "Start a new {topic}{tail}."),
+    ),
+    "book": (
+        *("I [need|want|would like] [a|the] {topic}{tail} [booked|reserved].", "[Get|Secure|Find] me a {topic}{tail}."),
+        *("Put me down for the {topic}{tail}.", "[Can|Could|May] I [book|reserve|get] the {topic}{tail}?"),
+        *(
+            "I [would like|want] to make a booking: {topic}{tail}.",
+            "One {topic}{tail}, please, [booked|reserved] for me.",
+        ),
+        *("Make a [booking|reservation] for the {topic}{tail}.", "Is the {topic}{tail} free? If so, book it."),
+        *("A reservation for the {topic}{tail}, please.", "We need the {topic}{tail} reserved."),
+        *("Please [take care of|see to] the booking of the {topic}{tail}.", "Sign me up for the {topic}{tail}."),
+    ),
+    "update": (
+        *("I [need|want|would like] the {topic}{tail} [changed|updated].", "The {topic}{tail} [needs|has] to change."),
+        *("Make a change to the {topic}{tail}.", "The {topic}{tail} is out of date. Please update it."),
+        *("Please [apply|make] an update to the {topic}{tail}.", "[Can|Could] the {topic}{tail} be changed?"),
+        *("The {topic}{tail} isn't right. Change it, please.", "Bring the {topic}{tail} up to date."),
+        *("There's an update for the {topic}{tail}.", "The {topic}{tail} should be [updated|changed]."),
+        *("Have the {topic}{tail} updated.", "I have new data for the {topic}{tail}. Please update it."),
+    ),
+    "delete": (
+        *(
+            "I [need|want|would like] the {topic}{tail} [deleted|removed|gone].",
+            "[Get rid of|Erase] the {topic}{tail}.",
+        ),
+        *(
+            "I [don't need|no longer need|don't want] the {topic}{tail}. Delete it.",
+            "The {topic}{tail} [has to|must|can] go.",
+        ),
+        *("[Can|Could] the {topic}{tail} be [deleted|removed]?", "Throw out the {topic}{tail}."),
+        *(
+            "The {topic}{tail} is no longer needed, so remove it.",
+            "Please [take|have] the {topic}{tail} [out|removed].",
+        ),
+        *("No more {topic}{tail}, please: remove it.", "Make the {topic}{tail} go away.", "Wipe the {topic}{tail}."),
+        *("The {topic}{tail} should be deleted.", "Do away with the {topic}{tail}."),
+    ),
+    "send": (
+        *("I [need|want|would like] the {topic}{tail} [sent|delivered].", "The {topic}{tail} [has|needs] to be sent."),
+        *(
+            "Get the {topic}{tail} [out|off|on its way].",
+            "[Can|Could] the {topic}{tail} be sent?",
+            "Pass on the {topic}{tail}.",
+        ),
+        *("Please have the {topic}{tail} sent.", "I promised to send the {topic}{tail}. Do it for me."),
+        *("The {topic}{tail} should go out.", "Please [see|make sure] that the {topic}{tail} goes out."),
+        *("It's time for the {topic}{tail} to be sent.", "Off with the {topic}{tail}: send it."),
+    ),
+    "convert": (
+        *("I [need|want|would like] the {topic}{tail} converted.", "What is the {topic}{tail}, once converted?"),
+        *("The {topic}{tail} [has|needs] to be converted.", "[Can|Could] the {topic}{tail} be converted?"),
+        *("Please do a conversion of the {topic}{tail}.", "How does the {topic}{tail} convert?"),
+        *("I have to have the {topic}{tail} in another form.", "A conversion of the {topic}{tail}, please."),
+        *("What does the {topic}{tail} become when you convert it?", "Run the {topic}{tail} conversion."),
+    ),
+    "analyze": (
+        *("I [need|want|would like] an analysis of the {topic}{tail}.", "What do you make of the {topic}{tail}?"),
+        *("[Take a look at|Look into|Have a look at] the {topic}{tail}.", "What does the {topic}{tail} look like?"),
+        *("The {topic}{tail} [has|needs] to be analyzed.", "[Can|Could] the {topic}{tail} be analyzed?"),
+        *("Run an analysis of the {topic}{tail}.", "How [is|good is] the {topic}{tail}?", "Assess the {topic}{tail}."),
+        *("An analysis of the {topic}{tail}, please.", "What can be said about the {topic}{tail}?"),
+        *("I [don't understand|can't judge] the {topic}{tail}. Analyze it.", "Go over the {topic}{tail}."),
+    ),
+    "play": (
+        *("I [need|want|would like] the {topic}{tail} [on|running].", "[Get|Set] the {topic}{tail} going."),
+        *("I [feel like|am in the mood for] the {topic}{tail}.", "Put on the {topic}{tail}."),
+        *("[Can|Could] the {topic}{tail} be started?", "Let the {topic}{tail} [begin|start|run]."),
+        *(
+            "The {topic}{tail}, please, start it.",
+            "Time for the {topic}{tail}: start it.",
+            "Have the {topic}{tail} running.",
+        ),
+        *("The {topic}{tail} should be [on|running].", "[Kick off|Fire up] the {topic}{tail}."),
+    ),
+}
+"""Whole sentences for each verb of a function's name, most without that verb; `tail` has the arguments."""
 
 # `a` holds the arguments, `v` their values as text, `n` their hash; `UNIT` and `NOUN` come from the function.
 PROGRAM = """\
@@ -171,6 +343,7 @@ def request(draw: Draw, function: DrawnFunction) -> tuple[str, dict[str, Any]]:
     article = draw.choice(("the ", "the ", "a ", "")) if verb not in ("are there any", "what is") else ""
     article = "the " if verb == "what is" else article
     opening = draw.choice(OPENINGS) if verb not in PLAIN else ""
+    opening = "" if opening in SPEAKER and verb in FOR_ME else opening
     if phrases:
         phrases[0] = phrases[0].removeprefix("and ")
     joint = draw.choice((" ", " ", " ", ", ", " and "))
@@ -180,8 +353,11 @@ def request(draw: Draw, function: DrawnFunction) -> tuple[str, dict[str, Any]]:
     )
     main = f"{opening}{verb} {article}{function.topic}{tail}{draw.choice(ENDINGS)}"
     main = main[0].upper() + main[1:]
-    asks = verb in ("what is", "are there any") or opening in ("Can you ", "Could you ", "Would you ")
+    asks = verb in ("what is", "are there any") or opening in ASKING
     main += "?" if asks and draw.chance(0.9) else draw.choice((".", ".", ".", ""))
+    if draw.chance(0.35):
+        main = draw.phrase(draw.choice(FRAMES[function.verb]), topic=function.topic, tail=tail)
+        main = main if draw.chance(0.2) else main[0].upper() + main[1:]
     if draw.chance(0.06):
         main = f"Use {function.name} {tail.strip() or 'now'}."
     return " ".join([*before, main, *after]), arguments
