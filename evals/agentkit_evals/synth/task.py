@@ -134,7 +134,7 @@ class Operation(ABC):
         label, held_out = f"{self.name}/{index}", self.phrasings[index].held_out
         task = Task(
             id=f"{prefix}-{seed}",
-            instruction=draw.choice(OPENERS) + draft.instruction + draw.choice(CLOSERS),
+            instruction=draw.choice(OPENERS) + draft.instruction.strip() + draw.choice(CLOSERS),
             system=draft.system,
             environment=EnvironmentConfig(files={**world.files, **draft.files}),
             tools=[tool if isinstance(tool, str) else ToolConfig(**tool) for tool in draft.tools],

@@ -122,14 +122,13 @@ class SmallTalk(Operation):
     name = "small_talk"
     uses_world = False
     needs_tool = False
-    phrasings = phrasings(train=tuple(SMALL_TALK), held_out=())
+    phrasings = tuple(Phrasing(text, kind=answer) for text, answer in SMALL_TALK.items())
 
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        answer = SMALL_TALK[phrasing.text]
         return Draft(
             instruction=draw.phrase(phrasing.text),
-            steps=[lambda results: Act("No tool is needed.", content=answer)],
-            answer=answer.split(".")[0].split("!")[0],
+            steps=[lambda results: Act("No tool is needed.", content=phrasing.kind)],
+            answer=phrasing.kind.split(".")[0].split("!")[0],
             tools=_tools(draw),
         )
 

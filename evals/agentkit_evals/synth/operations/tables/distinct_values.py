@@ -47,7 +47,7 @@ class DistinctValues(Operation):
                 "[Which|What] {column} values [appear|occur|are used] in {path}?",
                 "What are the [possible|different] values of {column} in {path}?",
                 "List every {column} in {path} once.",
-                "{path}: [all|list the] {column} values[, no duplicates|, each once|without repeats]?",
+                "{path}: [all|list the] {column} values[, no duplicates|, each once|, without repeats]?",
                 "[Collect|Extract|Get] the unique {column} values from {path}.",
             ),
             held_out=(
