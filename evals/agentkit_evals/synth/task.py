@@ -74,6 +74,7 @@ class Draft:
         verifier_files: Files that only the verifier sees.
         tools: Names of built-in tools, or fields of command tools.
         system: The system prompt; None for agentkit's, "" for none.
+        output_schema: JSON schema of the answer, if it must be JSON.
         difficulty: Tool calls of the oracle plus one for each distractor, fact to carry or answer to compute.
     """
 
@@ -89,6 +90,7 @@ class Draft:
     verifier_files: Mapping[str, str] = field(default_factory=dict)
     tools: Sequence[str | Mapping[str, Any]] = tuple(BUILTINS)
     system: str | None = None
+    output_schema: dict[str, Any] | None = None
     difficulty: int = 1
 
 
@@ -134,6 +136,7 @@ class Operation(ABC):
             system=draft.system,
             environment=EnvironmentConfig(files={**world.files, **draft.files}),
             tools=[tool if isinstance(tool, str) else ToolConfig(**tool) for tool in draft.tools],
+            output_schema=draft.output_schema,
             agent=AgentConfig(max_turns=16, max_tokens=900),
             verifier=VerifierConfig(command=" && ".join(checks), files=dict(draft.verifier_files)),
             solution=SolutionConfig(
