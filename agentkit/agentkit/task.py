@@ -49,6 +49,7 @@ from agentkit.strict import Strict as Strict
 from agentkit_engine.untrusted import read_regular, shorten
 from agentkit_environments import Environment
 from agentkit_tools import BUILTINS, CommandTool, DeclaredTool, Tool, ToolDefinitionError
+from agentkit_tools.validation import SchemaProblemError, Validator
 
 MAX_YAML_BYTES = 1 << 19
 MAX_YAML_NODES = 10_000
@@ -194,18 +195,37 @@ def _every_built_in() -> list[str | ToolConfig]:
     return [*BUILTINS]
 
 
+def _json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Validator(schema)
+    except SchemaProblemError as problem:
+        raise ValueError(f"{problem}; expected a JSON schema") from problem
+    return schema
+
+
 class Task(Strict):
-    """A task for an agent. `tools` lists names of built-in tools and definitions of command tools, in prompt order."""
+    """A task for an agent. `tools` lists names of built-in tools and definitions of command tools, in prompt order.
+
+    With an output schema, `submit` is not among the default tools, because no grammar constrains its answer.
+    """
 
     id: Identifier
     instruction: str = Field(min_length=1)
     system: str | None = None
     environment: EnvironmentConfig = EnvironmentConfig()
     tools: list[ToolEntry] = Field(default_factory=_every_built_in)
+    output_schema: Annotated[dict[str, Any], AfterValidator(_json_schema)] | None = None  # of the answer
     agent: AgentConfig = AgentConfig()
     verifier: Verifier | None = None  # None: the task can be run but not scored
     solution: SolutionConfig | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_submit_with_a_schema(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("output_schema") is not None:
+            return {"tools": [name for name in BUILTINS if name != "submit"], **data}
+        return data
 
     @field_validator("tools")
     @classmethod

@@ -102,11 +102,13 @@ def overlaps(
 def text_of(task: Task) -> TaskText:
     """Return the parts of a task that are compared.
 
-    Paths are those of its files and those in its instruction. Keys are those in its files, whatever their format.
+    Paths are those of its files and those in its instruction. Keys are those in its files, whatever their
+    format, and the properties of its output schema.
     """
     files = task.environment.files
     paths = {*files, *(found.strip(".") for found in _PATH.findall(task.instruction))}
     keys = {name for text in files.values() for found in _KEY.findall(text) for name in found if name}
+    keys |= {*(task.output_schema or {}).get("properties", ())}
     tools = {tool.name for tool in task.tools if isinstance(tool, ToolConfig)}
     return TaskText(task.instruction, frozenset(paths), frozenset(keys), frozenset(tools), task.id)
 

@@ -5,7 +5,8 @@
         VerifierError       a task has no verifier, or its verifier does not start on the task's own solution
         RunDirectoryError   a folder is not a run, is damaged, or has another format version
         ComparisonError     two runs cannot be compared: no task in common, or tasks with different content
-        ProvenanceError     a row has no usable provenance or accepted licence, or texts to compare cannot be read
+        ProvenanceError     a row has no usable provenance or accepted licence
+        OverlapError        texts cannot be compared: a file is missing, is not text, or there is too much
         PackageError        a package cannot be used to make bugs
             UnknownPackageError     there is no such package, version or file
             NotPureError            it has compiled code
@@ -43,7 +44,11 @@ class ComparisonError(EvalError):
 
 
 class ProvenanceError(EvalError):
-    """A row has no usable provenance or no accepted licence, or texts to compare for overlap cannot be read."""
+    """A row has no usable provenance or no accepted licence."""
+
+
+class OverlapError(EvalError):
+    """Texts cannot be compared. The message names the file, or the size and the limit."""
 
 
 class PackageError(EvalError):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from agentkit_engine.untrusted import parse_json
-from agentkit_evals.errors import ProvenanceError
+from agentkit_evals.errors import OverlapError
+from agentkit_evals.synth import synth_extra
 
 EXPORT_END, CORPUS_END = b"\xf8", b"\xf9"
 """Ends of texts. UTF-8 has no byte above 0xf4."""
@@ -54,10 +55,10 @@ def read_texts(path: Path) -> list[Text]:
     A row of JSON Lines yields each of its strings; any other file is one text.
 
     Raises:
-        ProvenanceError: the path does not exist, is not UTF-8 text, or a row is not JSON.
+        OverlapError: the path does not exist, is not UTF-8 text, or a row is not JSON.
     """
     if not path.exists():
-        raise ProvenanceError(f"{path} does not exist; expected a text file, JSON Lines, or a folder of them")
+        raise OverlapError(f"{path} does not exist; expected a text file, JSON Lines, or a folder of them")
     files = (
         sorted(each for each in path.rglob("*") if each.is_file() and each.suffix in TEXT_SUFFIXES)
         if path.is_dir()
@@ -68,7 +69,7 @@ def read_texts(path: Path) -> list[Text]:
         try:
             content = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
-            raise ProvenanceError(f"{file} cannot be read as UTF-8 text: {exc}") from exc
+            raise OverlapError(f"{file} cannot be read as UTF-8 text: {exc}") from exc
         if file.suffix == ".jsonl":
             texts += _rows(file, content)
         else:
@@ -82,7 +83,7 @@ def _rows(file: Path, content: str) -> Iterator[Text]:
             try:
                 row = parse_json(line.encode())
             except ValueError as exc:
-                raise ProvenanceError(f"{file}:{number}: not a JSON row: {exc}") from exc
+                raise OverlapError(f"{file}:{number}: not a JSON row: {exc}") from exc
             yield from (Text(f"{file}:{number} {key}".rstrip(), text) for key, text in _strings(row))
 
 
@@ -106,20 +107,19 @@ def longest_copies(
 
     Raises:
         ValueError: `min_bytes` or `most` is not positive.
-        ProvenanceError: there is too much text, or `pydivsufsort` is not installed.
+        OverlapError: there is too much text.
+        MissingDependencyError: `pydivsufsort` is not installed.
     """
     if min_bytes < 1 or most < 1:
         raise ValueError(f"min_bytes and most must be positive, got {min_bytes} and {most}")
     ours, our_starts = _joined(export, EXPORT_END)
     theirs, their_starts = _joined(corpora, CORPUS_END)
     if len(ours) + len(theirs) > MAX_BYTES:
-        raise ProvenanceError(f"{len(ours) + len(theirs):,} bytes of text, expected at most {MAX_BYTES:,}; give less")
+        raise OverlapError(f"{len(ours) + len(theirs):,} bytes of text, expected at most {MAX_BYTES:,}; give less")
     if not ours or not theirs:
         return []
-    try:
+    with synth_extra():
         from pydivsufsort import common_substrings
-    except ImportError as exc:
-        raise ProvenanceError("pydivsufsort is not installed; run: pip install 'agentkit-harness[synth]'") from exc
     found = sorted(common_substrings(ours, theirs, limit=min_bytes), key=lambda each: (-each[2], each[0], each[1]))
     copies: list[Copy] = []
     covered: list[tuple[int, int]] = []

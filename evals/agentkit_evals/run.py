@@ -461,6 +461,7 @@ def agent_for(
         thinking=task.agent.thinking,
         effort=task.agent.effort,
         sampling=sampling,
+        output_schema=task.output_schema,
         limits=Limits(
             max_turns=max_turns,
             max_tokens=task.agent.max_tokens,

@@ -1,4 +1,4 @@
-"""Fixtures of the evaluation tests: a small tokenizer, an untrained model, one small task, policies and runs."""
+"""Fixtures of the evaluation tests: a small tokenizer, an untrained model, small tasks, policies, runs and commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import anyio
 import pytest
 import torch
+import typer.testing
 
+from agentkit.cli import app
 from agentkit.messages import AssistantMessage, Message
 from agentkit.models.scripted import AssistantTurn, Policy, ScriptedModel
 from agentkit.task import Task
@@ -25,6 +27,14 @@ from agentkit_evals.suite import Case, Suite
 from agentkit_evals.synth.tokenizer_texts import phrases
 from agentkit_evals.verify import Backend
 
+TASK = """\
+id: {id}
+instruction: Say something.
+environment: {{files: {{a.txt: "hello"}}}}
+agent: {{effort: none, max_turns: 2, max_tokens: 12}}
+verifier: {{command: "test -e a.txt"}}
+solution: {{command: "true"}}
+"""
 Calls = Sequence[tuple[str, dict[str, Any]]]
 MakeTask = Callable[..., Task]
 MakeScript = Callable[..., Policy]
@@ -105,6 +115,24 @@ def script() -> MakeScript:
 
 
 @pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """Folder with two task files, which any agent solves."""
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for name in ("first", "second"):
+        (folder / f"{name}.yaml").write_text(TASK.format(id=name))
+    return folder
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run commands in an empty folder, with wide output and without a home of agentkit."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AGENTKIT_HOME", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
 def solves(script: MakeScript) -> Policy:
     """A policy that solves the number task."""
     return script([("read_file", {"path": "n.txt"})], [("submit", {"answer": "42"})])
@@ -132,3 +160,10 @@ def make_run(tmp_path: Path, tokenizer: Tokenizer) -> MakeRun:
 def evaluate(make_run: MakeRun) -> Evaluate:
     """Function that runs such an evaluation and returns its run directory."""
     return lambda *pairs, **options: anyio.run(make_run(*pairs, **options).execute)
+
+
+def agentkit(*arguments: str | Path, code: int | None = 0) -> typer.testing.Result:
+    """Run a command and check its exit code; None accepts 0 or 1, since an untrained model may solve a task or not."""
+    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code in ((0, 1) if code is None else (code,)), result.output
+    return result

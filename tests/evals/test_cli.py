@@ -17,11 +17,9 @@ from typing import Any
 
 import anyio
 import pytest
-import typer.testing
 from rich.console import Console
 
 from agentkit.agent import Agent
-from agentkit.cli import app
 from agentkit.cli.progress import LiveProgress
 from agentkit.cli.run import Job
 from agentkit.models.scripted import Policy, ScriptedModel
@@ -34,6 +32,8 @@ from agentkit_evals.record import RunDirectory
 from agentkit_evals.run import TrialActed, TrialStarted
 from agentkit_evals.suite import load_suite
 
+from .conftest import TASK, agentkit
+
 MakeScript = Callable[..., Policy]
 PROCESS = available_backends().get("process", "not built")
 needs_sandbox = [
@@ -41,37 +41,7 @@ needs_sandbox = [
     pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}"),
 ]
 
-TASK = """\
-id: {id}
-instruction: Say something.
-environment: {{files: {{a.txt: "hello"}}}}
-agent: {{effort: none, max_turns: 2, max_tokens: 12}}
-verifier: {{command: "test -e a.txt"}}
-solution: {{command: "true"}}
-"""
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("AGENTKIT_HOME", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def suite(tmp_path: Path) -> Path:
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    for name in ("first", "second"):
-        (folder / f"{name}.yaml").write_text(TASK.format(id=name))
-    return folder
-
-
-def agentkit(*arguments: str | Path, code: int | None = 0) -> typer.testing.Result:
-    """Run a command and check its exit code; None accepts 0 or 1, since an untrained model may solve a task or not."""
-    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code in ((0, 1) if code is None else (code,)), result.output
-    return result
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def as_json(*arguments: str | Path, code: int | None = 0) -> dict[str, Any]:

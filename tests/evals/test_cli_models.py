@@ -10,36 +10,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import typer.testing
 
-from agentkit.cli import app
 from agentkit.cli.model import load_model
 from agentkit.cli.options import KVCacheDtype
 from agentkit.models.embedded import EmbeddedModel
 from agentkit_evals.record import RunDirectory
 
-TASK = """\
-id: {id}
-instruction: Say something.
-agent: {{effort: none, max_turns: 2, max_tokens: 12}}
-verifier: {{command: "true"}}
-"""
+from .conftest import TASK, agentkit
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("AGENTKIT_HOME", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def suite(tmp_path: Path) -> Path:
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    for name in ("first", "second"):
-        (folder / f"{name}.yaml").write_text(TASK.format(id=name))
-    return folder
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 @pytest.fixture
@@ -51,12 +30,6 @@ def models(untrained: Path, tmp_path: Path) -> list[str]:
     config = json.loads((places[2] / "config.json").read_text())
     (places[2] / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
     return [part for place in places for part in ("-m", str(place))]
-
-
-def agentkit(*arguments: str | Path, code: int = 0) -> typer.testing.Result:
-    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_models_are_compared_on_the_same_trials(suite: Path, models: list[str], tmp_path: Path) -> None:
@@ -97,14 +70,15 @@ def test_a_model_below_the_threshold_and_unscored_trials_decide_the_exit_code(
     suite: Path, models: list[str], tmp_path: Path
 ) -> None:
     # only a model that can take a turn writes an answer
-    (suite / "second.yaml").write_text(TASK.format(id="second").replace('"true"', "'test -n \"$AGENTKIT_ANSWER\"'"))
+    (suite / "second.yaml").write_text(
+        TASK.format(id="second").replace('"test -e a.txt"', "'test -n \"$AGENTKIT_ANSWER\"'")
+    )
     options: tuple[str | Path, ...] = ("eval", suite, *models[:2], *models[4:], "--env", "unsafe-local")
     agentkit(*options, "--threshold", "0.6", code=1)
-    (suite / "second.yaml").write_text(TASK.format(id="second").replace('"true"', "no-such-program"))
+    broken = TASK.format(id="second").replace("test -e", "no-such-program")
+    (suite / "second.yaml").write_text(broken.partition("solution:")[0])
     assert "1 tasks compared; left out: 1 not scored in A, 1 not scored in B" not in agentkit(*options).stdout
-    (suite / "second.yaml").write_text(
-        TASK.format(id="second").replace('"true"', "no-such-program") + 'solution: {command: "true"}\n'
-    )
+    (suite / "second.yaml").write_text(broken)
     assert "1 tasks compared; left out: 1 not scored in A, 1 not scored in B" in agentkit(*options, code=3).stdout
 
 

@@ -119,12 +119,15 @@ def test_the_texts_of_a_task(number_task: MakeTask) -> None:
     tool = {"name": "get_time", "description": "d", "parameters": {"type": "object"}, "command": "date"}
     files = {"n.txt": "42\n", "a/b.json": '{"maxSize": 1, "depth": 2}\n', ".env": "export API_KEY=x\nMODE: y\n"}
     task = number_task(
-        instruction="Write n.txt to out/result.csv, then stop.", tools=["bash", tool], environment={"files": files}
+        instruction="Write n.txt to out/result.csv, then stop.",
+        tools=["bash", tool],
+        environment={"files": files},
+        output_schema={"type": "object", "properties": {"is_written": {"type": "boolean"}}},
     )
     assert text_of(task) == TaskText(
         "Write n.txt to out/result.csv, then stop.",
         frozenset({"n.txt", "a/b.json", ".env", "out/result.csv"}),
-        frozenset({"maxSize", "depth", "API_KEY", "MODE"}),
+        frozenset({"maxSize", "depth", "API_KEY", "MODE", "is_written"}),
         frozenset({"get_time"}),
         "number",
     )

@@ -14,11 +14,9 @@ from typing import Any
 
 import anyio
 import pytest
-import typer.testing
 from rich.console import Console
 
 from agentkit import Agent, CostBudget, Limits, Price, PriceError, Usage
-from agentkit.cli import app
 from agentkit.cli.ending import ExitCode, code_of
 from agentkit.cli.evaluation import Finished, as_json, ending
 from agentkit.cli.progress import LiveProgress, result_table
@@ -46,6 +44,8 @@ from agentkit_evals.report import cost_facts, render_report, render_trajectory
 from agentkit_evals.run import EvalRun, TrialFinished
 from agentkit_evals.suite import Case, Suite
 from agentkit_tools import Tool, ToolCall
+
+from .conftest import agentkit
 
 MakeTask = Callable[..., Task]
 Turn = Sequence[tuple[str, dict[str, Any]]] | str
@@ -319,12 +319,6 @@ def test_a_run_stopped_by_its_cost_is_not_solved(number_task: MakeTask, capsys: 
     job = Job(number_task(), agent, "unsafe-local", None, None, Console(file=io.StringIO()))
     assert carry_out(job, apply=False, as_json=False) == ExitCode.UNSOLVED
     assert capsys.readouterr().err == "Not solved: the limit max_cost_usd was reached.\n"
-
-
-def agentkit(*arguments: str | Path, code: int) -> typer.testing.Result:
-    result = typer.testing.CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_what_the_embedded_model_would_have_cost(

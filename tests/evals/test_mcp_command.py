@@ -16,7 +16,6 @@ import typer.testing
 from rich.console import Console
 
 from agentkit.agent import Agent
-from agentkit.cli import app
 from agentkit.cli.run import Job
 from agentkit.models.scripted import Policy, ScriptedModel
 from agentkit.task import Task
@@ -24,6 +23,8 @@ from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_tools import load_mcp_servers
+
+from .conftest import agentkit
 
 MakeScript = Callable[..., Policy]
 ROUGH = Path(__file__).parents[1] / "tools" / "rough_mcp_server.py"
@@ -42,12 +43,6 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         return path
 
     return write
-
-
-def agentkit(*arguments: str | Path, code: int = 0) -> typer.testing.Result:
-    result = typer.testing.CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_the_tools_of_a_file_are_listed(file: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit.cli import app
-from agentkit_evals.errors import ProvenanceError
+from agentkit.errors import MissingDependencyError
+from agentkit_evals.errors import OverlapError
 from agentkit_evals.overlap import Copy, Text, longest_copies, read_texts
 
 
@@ -103,13 +105,26 @@ def test_the_longest_come_first_and_short_ones_stay_out() -> None:
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ProvenanceError, match="does not exist"):
+    with pytest.raises(
+        OverlapError, match="missing does not exist; expected a text file, JSON Lines, or a folder of them"
+    ):
         read_texts(tmp_path / "missing")
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(ProvenanceError, match=r"a\.jsonl:2: not a JSON row"):
+    with pytest.raises(OverlapError, match=r"a\.jsonl:2: not a JSON row"):
         read_texts(tmp_path / "a.jsonl")
     (tmp_path / "b.txt").write_bytes(b"\xff")
-    with pytest.raises(ProvenanceError, match=r"b\.txt cannot be read as UTF-8 text"):
+    with pytest.raises(OverlapError, match=r"b\.txt cannot be read as UTF-8 text"):
         read_texts(tmp_path / "b.txt")
-    done = typer.testing.CliRunner().invoke(app, ["overlap", str(tmp_path / "no"), str(tmp_path)])
-    assert done.exit_code == 2
+    (tmp_path / "c.txt").write_text("A text.")
+    done = typer.testing.CliRunner().invoke(app, ["overlap", str(tmp_path / "no"), str(tmp_path / "c.txt")])
+    assert done.exit_code == 2 and "no does not exist; expected a text file" in " ".join(done.output.split())
+
+
+def test_a_missing_package_and_too_much_text_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentkit_evals.overlap.MAX_BYTES", 9)
+    with pytest.raises(OverlapError, match="12 bytes of text, expected at most 9; give less"):
+        longest_copies([Text("e", "hello")], [Text("c", "hello")])
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "pydivsufsort", None)
+    with pytest.raises(MissingDependencyError, match=r"pydivsufsort is missing; run: pip install '.*\[synth\]'"):
+        longest_copies([Text("e", "hello")], [Text("c", "hello")])

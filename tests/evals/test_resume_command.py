@@ -8,39 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.testing
 
-from agentkit.cli import app
 from agentkit_evals.record import RunDirectory
 
-TASK = """\
-id: {id}
-instruction: Say something.
-agent: {{effort: none, max_turns: 2, max_tokens: 12}}
-verifier: {{command: "true"}}
-"""
+from .conftest import TASK, agentkit
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("AGENTKIT_HOME", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def suite(tmp_path: Path) -> Path:
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    for name in ("first", "second"):
-        (folder / f"{name}.yaml").write_text(TASK.format(id=name))
-    return folder
-
-
-def agentkit(*arguments: str | Path, code: int = 0) -> typer.testing.Result:
-    result = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    return result
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def cut(run: Path) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import anyio
 import pytest
 
+from agentkit.agent import DEFAULT_SYSTEM
+from agentkit.messages import SystemMessage
 from agentkit.models.scripted import Policy
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
@@ -41,6 +43,22 @@ def test_a_solved_trial_and_its_record(evaluate: Evaluate, number_task: MakeTask
     assert trajectory.header.metadata["trial"] == "number.0"
     assert trajectory.header.sampling.seed == trial_seed(7, "number.0") != trial_seed(7, "number.1")
     assert run.lock.tasks == [number_task()]
+
+
+def test_an_answer_must_fit_the_output_schema_of_its_task(
+    evaluate: Evaluate, number_task: MakeTask, script: MakeScript
+) -> None:
+    form = {"tools": ["read_file"], "output_schema": {"type": "integer"}}
+    run = evaluate(
+        (number_task("fits", **form), script([("read_file", {"path": "n.txt"})], "42")),
+        (number_task("text", **form), script("It is 42.")),
+    )
+    assert {trial.task: (trial.solved, trial.status) for trial in run.trials} == {
+        "fits": (True, "answered"),
+        "text": (False, "invalid_output"),
+    }
+    trajectory = run.trajectory(run.trials[0])
+    assert trajectory is not None and trajectory.messages[0] == SystemMessage(DEFAULT_SYSTEM, {"type": "integer"})
 
 
 def test_a_trial_and_its_verifier_on_each_backend(

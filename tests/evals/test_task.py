@@ -67,6 +67,14 @@ def test_defaults_match_the_packages() -> None:
     assert task.verifier is None
 
 
+def test_an_output_schema_leaves_submit_out_of_the_default_tools() -> None:
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}}
+    task = Task(id="a", instruction="Measure.", output_schema=schema)
+    assert task.tools == [name for name in BUILTINS if name != "submit"]
+    assert Task.model_validate_json(task.model_dump_json()) == task
+    assert Task(id="a", instruction="Measure.", output_schema=schema, tools=["submit"]).tools == ["submit"]
+
+
 def test_a_task_survives_its_own_dump(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, GOOD))
     assert Task.model_validate_json(task.model_dump_json()) == task
@@ -77,6 +85,12 @@ def test_a_task_survives_its_own_dump(tmp_path: Path) -> None:
     [
         ("verifier:", "verfier:", 'task.yaml:19: unknown key "verfier"; did you mean "verifier"?'),
         ("max_turns: 4", "turns: 4", 'task.yaml:18: unknown key "agent.turns"; did you mean "max_turns"?'),
+        (
+            "metadata:",
+            "output_schema: {type: strin}\nmetadata:",
+            "task.yaml:22: output_schema: $.type: 'strin' is not valid under any of the given schemas; "
+            "expected a JSON schema",
+        ),
         ("    command: cat", "    cmd: cat", 'task.yaml:16: unknown key "tools.1.cmd"; did you mean "command"?'),
         ("max_turns: 4", "zzz: 4", 'unknown key "agent.zzz"; expected one of thinking, effort, max_turns, '),
         ("max_turns: 4", "max_turns: four", "task.yaml:18: agent.max_turns: input should be a valid integer, got str"),

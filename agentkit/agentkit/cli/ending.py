@@ -148,6 +148,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
     from agentkit_evals.errors import (
         ComparisonError,
         EvalError,
+        OverlapError,
         PackageError,
         ProvenanceError,
         RunDirectoryError,
@@ -157,7 +158,7 @@ def code_of(exc: BaseException) -> ExitCode | None:
 
     if isinstance(exc, TaskFileError | SuiteError | RunDirectoryError | ComparisonError):
         return ExitCode.USAGE
-    if isinstance(exc, PackageError | ProvenanceError):
+    if isinstance(exc, OverlapError | PackageError | ProvenanceError):
         return ExitCode.USAGE
     if isinstance(exc, ReplayError | ResumeError | TrajectoryFormatError | TrajectoryCorruptError):
         return ExitCode.USAGE

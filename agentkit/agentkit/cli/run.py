@@ -188,10 +188,9 @@ def command(
     }
     given = {name: value for name, value in settings.items() if value is not None}
     task = task.model_copy(update={"agent": task.agent.model_copy(update=given)})
-    schema = None
     if output_schema is not None:
-        schema = _read_schema(output_schema)
-        task = task.model_copy(update={"tools": [tool for tool in task.tools if tool != "submit"]})
+        tools = [tool for tool in task.tools if tool != "submit"]
+        task = task.model_copy(update={"output_schema": _read_schema(output_schema), "tools": tools})
     servers = read_servers(mcp)
     before = None if history is None else read_history(history)
     terminal = console(quiet=as_json)
@@ -206,7 +205,7 @@ def command(
         cache_dir=cache_dir,
         base_url=base_url,
     )
-    sampling = source.sampling.override(seed=seed, output_schema=schema, **flags.changes())
+    sampling = source.sampling.override(seed=seed, **flags.changes())
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     backend: Backend | None = env.value if env else None
     metadata: dict[str, Any] | None = None

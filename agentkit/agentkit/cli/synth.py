@@ -99,12 +99,13 @@ def bugs(
     from agentkit_evals.synth import synth_extra
 
     with synth_extra():
-        from agentkit_evals.synth.bugs import FORMATS, Format, PackageSpec, Progress, make_bugs
+        from agentkit_evals.synth.bugs import EXPORT_FORMATS, ExportFormat, PackageProgress, PackageSpec, make_bugs
 
-    wanted: list[Format] = [each for each in FORMATS if each in formats.split(",")]
-    if unknown := set(formats.split(",")) - set(FORMATS):
+    wanted: list[ExportFormat] = [each for each in EXPORT_FORMATS if each in formats.split(",")]
+    if unknown := set(formats.split(",")) - set(EXPORT_FORMATS):
         raise typer.BadParameter(
-            f"unknown formats {', '.join(sorted(unknown))}; there are {', '.join(FORMATS)}", param_hint="--formats"
+            f"unknown formats {', '.join(sorted(unknown))}; there are {', '.join(EXPORT_FORMATS)}",
+            param_hint="--formats",
         )
     lines = [*(package or [])]
     if packages is not None:
@@ -116,7 +117,7 @@ def bugs(
     if not specs:
         raise typer.BadParameter("no package; give --package NAME==VERSION, --packages FILE or --source DIR")
 
-    def report(progress: Progress) -> None:
+    def report(progress: PackageProgress) -> None:
         text = progress.problem or f"{progress.kept} kept of {progress.tried} tried"
         typer.echo(f"{progress.package}: {visible_line(text)}", err=True)
 

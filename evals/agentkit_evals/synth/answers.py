@@ -1,6 +1,7 @@
-"""Verifiers of answers: a number, or names that the answer must and must not mention.
+"""Verifiers of answers: a number, names that the answer must and must not mention, or a JSON value.
 
-They accept what a person would: `12`, `There are 12 of them.` and `**12**`, unless the request demands the bare value.
+Those of numbers and names accept what a person would: `12`, `There are 12 of them.` and `**12**`, unless the request
+demands the bare value.
 """
 
 from __future__ import annotations
@@ -69,6 +70,23 @@ else:
         require(len(lines) == 1 and answer.count(",") >= len(wanted) - 1, "expected one line with commas")
 '''
 
+SAME_JSON = '''\
+"""Compare the answer with answer.json as JSON values: 1 is 1.0, but neither true nor "1"."""
+import json, os, sys
+
+def normal(text):
+    return json.dumps(json.loads(text, parse_int=float), sort_keys=True)
+
+with open(os.path.join(os.environ["AGENTKIT_VERIFIER_DIR"], "answer.json"), encoding="utf-8") as file:
+    expected = normal(file.read())
+try:
+    given = normal(os.environ["AGENTKIT_ANSWER"])
+except ValueError as error:
+    sys.exit(f"the answer is not JSON: {error}")
+if given != expected:
+    sys.exit(f"expected {expected}, found {given}")
+'''
+
 
 def number_is(value: float, *, layout: Layout = "", decimals: int = 0, ignored: Iterable[str] = ()) -> dict[str, Any]:
     """Return the fields of a draft whose answer is a number.
@@ -98,10 +116,20 @@ def names_are(
     )
 
 
+def json_is(value: Any) -> dict[str, Any]:
+    """Return the fields of a draft whose answer is JSON with this value, in any layout and order of keys."""
+    return _checked(SAME_JSON, value, reply=json.dumps(value, ensure_ascii=False), alone=True)
+
+
 def _verifier(reply: str, expected: dict[str, Any]) -> dict[str, Any]:
+    alone = expected["layout"] != "" or "." in str(expected.get("number", ""))
+    return _checked(SCRIPT, expected, reply=reply, alone=alone)
+
+
+def _checked(script: str, expected: Any, *, reply: str, alone: bool) -> dict[str, Any]:
     return {
         "reply": reply,
-        "alone": expected["layout"] != "" or "." in str(expected.get("number", "")),
+        "alone": alone,
         "verifier": 'python3 "$AGENTKIT_VERIFIER_DIR/check_answer.py"',
-        "verifier_files": {"check_answer.py": SCRIPT, "answer.json": json.dumps(expected, ensure_ascii=False)},
+        "verifier_files": {"check_answer.py": script, "answer.json": json.dumps(expected, ensure_ascii=False)},
     }

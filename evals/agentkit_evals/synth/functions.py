@@ -290,11 +290,18 @@ class DrawnFunction:
             "command": f"python3 -c {shlex.quote(program)}",
         }
 
+    def returning(self, text: str, arguments: Mapping[str, Any]) -> DrawnFunction:
+        """Return the function with a program that prints a text for these arguments, and "unknown" for others."""
+        return replace(self, style=f"{text!r} if n == {self._number(arguments)} else 'unknown'")
+
     def result(self, arguments: Mapping[str, Any]) -> str:
         """Return what the program prints for these arguments."""
-        number = zlib.crc32((json.dumps(arguments, sort_keys=True) + self.salt).encode())
+        number = self._number(arguments)
         values = ", ".join(map(str, arguments.values()))
         return str(eval(self.style, {"json": json, "n": number, "v": values, "w": self.words}))  # trusted: STYLES only
+
+    def _number(self, arguments: Mapping[str, Any]) -> int:
+        return zlib.crc32((json.dumps(arguments, sort_keys=True) + self.salt).encode())
 
 
 def draw_function(draw: Draw, parameters: Parameters, *, count: int | None = None) -> DrawnFunction:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentkit.agent import DEFAULT_SYSTEM
-from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
+from agentkit.history import opening_messages
+from agentkit.messages import AssistantMessage, Message, ToolMessage, UserMessage
 from agentkit.models.scripted import AssistantTurn
 from agentkit.thinking import Thinking
 from agentkit_environments import Environment
@@ -71,9 +72,11 @@ async def transcript(
     `environment` must contain the task's files.
     """
     policy = synth.oracle()
-    tools = {tool.name: tool for tool in synth.task.build_tools()}
+    task = synth.task
+    system = DEFAULT_SYSTEM if task.system is None else task.system
+    messages = opening_messages(None, UserMessage(task.instruction), system=system, output_schema=task.output_schema)
+    tools = {tool.name: tool for tool in task.build_tools()}
     context = ToolContext(environment)
-    messages: list[Message] = [SystemMessage(synth.task.system or DEFAULT_SYSTEM), UserMessage(synth.task.instruction)]
     failed = False
     while True:
         first = not isinstance(messages[-1], ToolMessage)

@@ -32,6 +32,11 @@ class Phrasing:
     held_out: bool = False
 
 
+def sentence(text: str) -> str:
+    """Return a request with a full stop, unless it ends with a mark."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def phrasings(kind: str = "", *, train: Iterable[str], held_out: Iterable[str]) -> tuple[Phrasing, ...]:
     return (*(Phrasing(text, kind) for text in train), *(Phrasing(text, kind, held_out=True) for text in held_out))
 

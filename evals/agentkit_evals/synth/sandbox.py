@@ -62,7 +62,14 @@ class OracleSandbox:
         task = synth.task
         await self._reset(task.environment.files)
         model = ScriptedModel(synth.oracle(), tokenizer, name="oracle")
-        agent = Agent(model, task.build_tools(), system=task.system, thinking=thinking, effort=task.agent.effort)
+        agent = Agent(
+            model,
+            task.build_tools(),
+            system=task.system,
+            thinking=thinking,
+            effort=task.agent.effort,
+            output_schema=task.output_schema,
+        )
         result = await agent.run(task.instruction, environment=self._environment)
         if result.status not in ("submitted", "answered"):
             raise OracleError(f"{task.id}: the oracle's run ended with status {result.status}, expected an answer")

@@ -14,21 +14,23 @@ import shlex
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 from agentkit.task import AgentConfig, EnvironmentConfig, SolutionConfig, Task, ToolConfig, VerifierConfig
 from agentkit_evals.provenance import generator_name
 from agentkit_evals.synth import Split
 from agentkit_evals.synth.draw import Draw
+from agentkit_evals.synth.find import find
 from agentkit_evals.synth.oracle import Oracle, Step, play
 from agentkit_evals.synth.phrasing import CLOSERS, OPENERS, Phrasing, wordings
 from agentkit_evals.synth.shell import print_answer
-from agentkit_evals.synth.world import World, draw_world
+from agentkit_evals.synth.world import Artifact, World, draw_world
 from agentkit_tools import BUILTINS
 
 BUCKETS = 5  # one bucket of signatures in five is held out
 _DIGITS = re.compile(r"\d+")
+A = TypeVar("A", bound=Artifact)
 LICENCE = "Apache-2.0 AND MIT"  # of the phrasings, and of the words (`vocabulary.PACKAGES`)
 ATTEMPTS = 50  # drafts that may fall into the other split before the next seed is tried
 
@@ -74,6 +76,7 @@ class Draft:
         verifier_files: Files that only the verifier sees.
         tools: Names of built-in tools, or fields of command tools.
         system: The system prompt; None for agentkit's, "" for none.
+        output_schema: JSON schema of the answer, if it must be JSON.
         difficulty: Tool calls of the oracle plus one for each distractor, fact to carry or answer to compute.
     """
 
@@ -89,6 +92,7 @@ class Draft:
     verifier_files: Mapping[str, str] = field(default_factory=dict)
     tools: Sequence[str | Mapping[str, Any]] = tuple(BUILTINS)
     system: str | None = None
+    output_schema: dict[str, Any] | None = None
     difficulty: int = 1
 
 
@@ -138,6 +142,7 @@ class Operation(ABC):
             system=draft.system,
             environment=EnvironmentConfig(files={**world.files, **draft.files}),
             tools=[tool if isinstance(tool, str) else ToolConfig(**tool) for tool in draft.tools],
+            output_schema=draft.output_schema,
             agent=AgentConfig(max_turns=16, max_tokens=900),
             verifier=VerifierConfig(command=" && ".join(checks), files=dict(draft.verifier_files)),
             solution=SolutionConfig(
@@ -165,6 +170,37 @@ class Operation(ABC):
             names=tuple(sorted(draw.names)),
             oracle=lambda: functools.partial(play, draft.steps),
         )
+
+
+class OperationOver(Operation, Generic[A]):
+    """An operation over one file of a class: one that the world has, or a new one."""
+
+    artifact: type[A]
+    tries: ClassVar[int] = 1  # files over which to try to draw a task
+
+    @abstractmethod
+    def new(self, draw: Draw, kind: str) -> A:
+        """Draw a new file for a kind of phrasing."""
+
+    def fits(self, artifact: A, /, kind: str) -> bool:
+        """Return whether a task can be drawn over the file."""
+        return True
+
+    @abstractmethod
+    def draft_over(self, artifact: A, /, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        """Draw one task over the file, which the world need not have, or None if there is none after all."""
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        new, fits = functools.partial(self.new, kind=phrasing.kind), functools.partial(self.fits, kind=phrasing.kind)
+        for _ in range(self.tries):
+            found = find(draw, world, self.artifact, new, fits)
+            if found is None:
+                return None
+            artifact, files = found
+            draft = self.draft_over(artifact, draw, world, phrasing)
+            if draft is not None:
+                return replace(draft, files={**files, **draft.files})
+        return None
 
 
 def answer_has(text: str) -> str:

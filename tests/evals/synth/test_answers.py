@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentkit_evals.synth.answers import names_are, number_is
+from agentkit_evals.synth.answers import json_is, names_are, number_is
 from agentkit_evals.synth.operations.lists.sort_lines import same_lines
 from agentkit_evals.synth.operations.tables.write_table import same_table
 
@@ -91,6 +91,21 @@ def test_all_names_and_no_others_are_mentioned(answer: str, expected: bool, tmp_
 )
 def test_order_and_form_of_names(layout: Any, answer: str, expected: bool, tmp_path: Path) -> None:
     assert accepts(names_are(["Anna", "Bob"], ordered=True, layout=layout), answer, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ('{"sky": "grün", "ok": true, "n": [1, 2.5]}', True),
+        ('{"n":[1.0,25e-1],"ok":true,"sky":"gr\\u00fcn"}\n', True),
+        *(('{"sky": "grün", "ok": 1, "n": [1, 2.5]}', False), ('{"sky": "grün", "ok": true, "n": [2.5, 1]}', False)),
+        *(('{"sky": "grün", "ok": true, "n": ["1", 2.5]}', False), ('{"sky": "grün", "ok": true}', False)),
+        *(('{"sky": "grün", "ok": true, "n": [1, 2.5], "m": null}', False), ("", False), ("sky: grün", False)),
+        ('```json\n{"sky": "grün", "ok": true, "n": [1, 2.5]}\n```', False),
+    ],
+)
+def test_json_is_compared_by_value(answer: str, expected: bool, tmp_path: Path) -> None:
+    assert accepts(json_is({"sky": "grün", "ok": True, "n": [1, 2.5]}), answer, tmp_path) == expected
 
 
 ROWS = [{"name": "Anna", "price": "2.50"}, {"name": "Bob, Jr.", "price": "10"}]

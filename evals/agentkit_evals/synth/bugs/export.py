@@ -26,7 +26,9 @@ import yaml
 from agentkit_evals.errors import not_written
 from agentkit_evals.provenance import Provenance
 from agentkit_evals.swebench import INSTRUCTION
-from agentkit_evals.synth.bugs.bench import (
+from agentkit_evals.synth.bugs.find import Bug
+from agentkit_evals.synth.bugs.package import Package
+from agentkit_evals.synth.bugs.sandbox import (
     COMMIT,
     IDENTITY,
     TOOLS,
@@ -37,11 +39,9 @@ from agentkit_evals.synth.bugs.bench import (
     tools_archive,
     variables,
 )
-from agentkit_evals.synth.bugs.find import Bug
-from agentkit_evals.synth.bugs.package import Package
 
-Format = Literal["tasks", "swebench", "harbor"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+ExportFormat = Literal["tasks", "swebench", "harbor"]
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 IMAGE_TOOLS = "/opt/agentkit-tools"
 TESTBED = "/testbed"
 PYTHON_IMAGE = "python:3.11-slim"
@@ -83,7 +83,12 @@ _Dumper.add_representer(str, _represent)
 
 
 def export(
-    package: Package, runner: Runner, bugs: Sequence[Bug], provenance: Provenance, out: Path, formats: Sequence[Format]
+    package: Package,
+    runner: Runner,
+    bugs: Sequence[Bug],
+    provenance: Provenance,
+    out: Path,
+    formats: Sequence[ExportFormat],
 ) -> None:
     """Write the bugs of one package below `out`. Existing files of the same names are replaced.
 
@@ -325,7 +330,7 @@ def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
         partial.unlink(missing_ok=True)
 
 
-_EXPORTS: Mapping[Format, Callable[[_Material, Sequence[Bug]], None]] = {
+_EXPORTS: Mapping[ExportFormat, Callable[[_Material, Sequence[Bug]], None]] = {
     "tasks": _tasks,
     "swebench": _swebench,
     "harbor": _harbor,

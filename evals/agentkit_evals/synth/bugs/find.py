@@ -26,13 +26,13 @@ from agentkit.task import Strict
 from agentkit_environments import HostFailureError, SandboxLostError
 from agentkit_evals.errors import FailingTestsError, PackageError
 from agentkit_evals.repository import PASSES
-from agentkit_evals.synth.bugs.bench import Bench, Runner
 from agentkit_evals.synth.bugs.hidden_tests import function_of, path_of, without_tests
 from agentkit_evals.synth.bugs.hunks import module_pairs, reversed_hunks
 from agentkit_evals.synth.bugs.issue import issue_text
 from agentkit_evals.synth.bugs.journal import Journal
 from agentkit_evals.synth.bugs.mutate import Mutation, drawn
 from agentkit_evals.synth.bugs.package import Package
+from agentkit_evals.synth.bugs.sandbox import PackageSandbox, Runner
 
 HASH_SEEDS = (0, 1)
 BASELINE_TIMEOUT_S = 180.0
@@ -122,16 +122,16 @@ class Baseline:
     timeout_s: float
 
 
-async def baseline(bench: Bench) -> Baseline:
+async def baseline(sandbox: PackageSandbox) -> Baseline:
     """Run all tests of the release twice.
 
     Raises:
         FailingTestsError: fewer than `MIN_PASSING` of them pass, or they do not end in time.
     """
-    package, runs = bench.package, []
+    package, runs = sandbox.package, []
     for seed in HASH_SEEDS:
-        await bench.reset()
-        runs.append(await bench.test(package.tests, timeout_s=BASELINE_TIMEOUT_S, hash_seed=seed))
+        await sandbox.reset()
+        runs.append(await sandbox.test(package.tests, timeout_s=BASELINE_TIMEOUT_S, hash_seed=seed))
         if runs[-1].timed_out:
             raise FailingTestsError(f"{package.name}: the tests did not end within {BASELINE_TIMEOUT_S:g} s")
     names = frozenset().union(*(run.statuses for run in runs))
@@ -174,7 +174,7 @@ def faults(package: Package, previous: Package | None, seed: int) -> Iterator[tu
 
 
 async def find(
-    bench: Bench,
+    sandbox: PackageSandbox,
     journal: Journal[Source, Tried],
     *,
     base: Baseline,
@@ -193,7 +193,7 @@ async def find(
     kept = [entry.bug for entry in journal.entries if entry.bug]
     done = {entry.number for entry in journal.entries}
     tries, deadline = TRIES_PER_BUG * limit + 20, anyio.current_time() + timeout_s
-    for number, (path, fault) in enumerate(faults(bench.package, previous, journal.header.seed)):
+    for number, (path, fault) in enumerate(faults(sandbox.package, previous, journal.header.seed)):
         if len(kept) >= limit or len(journal.entries) >= tries or anyio.current_time() >= deadline:
             return
         places = [(bug.path, bug.function) for bug in kept]
@@ -201,7 +201,7 @@ async def find(
             continue
         started, lost = anyio.current_time(), None
         try:
-            outcome, bug = await try_fault(bench, base, number, path, fault)
+            outcome, bug = await try_fault(sandbox, base, number, path, fault)
         except PackageError:  # git refuses a patch
             outcome, bug = "lasting", None
         except HostFailureError:
@@ -234,7 +234,7 @@ class _Rejected(Exception):
 
 
 async def try_fault(
-    bench: Bench, base: Baseline, number: int, path: str, fault: Mutation
+    sandbox: PackageSandbox, base: Baseline, number: int, path: str, fault: Mutation
 ) -> tuple[Outcome, Bug | None]:
     """Return the outcome of one fault, with the bug if it is kept.
 
@@ -243,25 +243,25 @@ async def try_fault(
         SandboxLostError: the sandbox died.
     """
     try:
-        return "kept", await _bug(bench, base, number, path, fault)
+        return "kept", await _bug(sandbox, base, number, path, fault)
     except _Rejected as rejected:
         return rejected.outcome, None
 
 
-async def _bug(bench: Bench, base: Baseline, number: int, path: str, fault: Mutation) -> Bug:
-    package = bench.package
+async def _bug(sandbox: PackageSandbox, base: Baseline, number: int, path: str, fault: Mutation) -> Bug:
+    package = sandbox.package
     near = [file for file in importers(package, path) if file in base.files] or [*base.files]
-    failing, output = await _failing_tests(bench, base, near, path, fault)
+    failing, output = await _failing_tests(sandbox, base, near, path, fault)
     by_file: dict[str, set[str]] = {}
     for name in failing:
         if (file := path_of(name, package.tests)) is None or b"\r" in package.files[file]:
             raise _Rejected("unlocated")
         by_file.setdefault(file, set()).add(function_of(name))
 
-    bug_patch, commit = await _start_of_task(bench, path, fault, by_file)
-    test_patch = await _patch_to_release(bench, commit, [*by_file])
-    fix = await _patch_to_release(bench, commit, [path])
-    await _confirm(bench, base, commit, test_patch, fix, frozenset(failing))
+    bug_patch, commit = await _start_of_task(sandbox, path, fault, by_file)
+    test_patch = await _patch_to_release(sandbox, commit, [*by_file])
+    fix = await _patch_to_release(sandbox, commit, [path])
+    await _confirm(sandbox, base, commit, test_patch, fix, frozenset(failing))
 
     test_files = sorted({*by_file, *near})
     scored = {name for name in base.stable if path_of(name, package.tests) in test_files}
@@ -284,19 +284,19 @@ async def _bug(bench: Bench, base: Baseline, number: int, path: str, fault: Muta
 
 
 async def _failing_tests(
-    bench: Bench, base: Baseline, near: list[str], path: str, fault: Mutation
+    sandbox: PackageSandbox, base: Baseline, near: list[str], path: str, fault: Mutation
 ) -> tuple[list[str], str]:
     """Return the stable tests that fail with a fault, and the output of all tests: the first run with the bug."""
-    await bench.reset()
-    await bench.write(path, fault.text)
-    quick = await bench.test(near, timeout_s=base.timeout_s, stop_at_first=True)
+    await sandbox.reset()
+    await sandbox.write(path, fault.text)
+    quick = await sandbox.test(near, timeout_s=base.timeout_s, stop_at_first=True)
     if quick.timed_out:
         raise _Rejected("hangs")
     if not quick.failed and quick.statuses:
         raise _Rejected("unnoticed")
-    await bench.reset()
-    await bench.write(path, fault.text)
-    red = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=HASH_SEEDS[0])
+    await sandbox.reset()
+    await sandbox.write(path, fault.text)
+    red = await sandbox.test(base.files, timeout_s=base.timeout_s, hash_seed=HASH_SEEDS[0])
     if red.timed_out:
         raise _Rejected("hangs")
     if any(name not in red.statuses for name in base.stable):
@@ -309,29 +309,31 @@ async def _failing_tests(
     return failing, red.output
 
 
-async def _start_of_task(bench: Bench, path: str, fault: Mutation, by_file: Mapping[str, set[str]]) -> tuple[str, str]:
+async def _start_of_task(
+    sandbox: PackageSandbox, path: str, fault: Mutation, by_file: Mapping[str, set[str]]
+) -> tuple[str, str]:
     """Make the fault and remove the failing tests; return the patch from the release, and the commit."""
-    await bench.reset()
-    await bench.write(path, fault.text)
+    await sandbox.reset()
+    await sandbox.write(path, fault.text)
     for file, functions in by_file.items():
-        source = bench.package.text(file)
+        source = sandbox.package.text(file)
         text = without_tests(source, functions) if source else None
         if text is None:
-            await bench.shell(f"rm -- {shlex.quote(file)}")
+            await sandbox.shell(f"rm -- {shlex.quote(file)}")
         else:
-            await bench.write(file, text)
-    return await bench.diff(), await bench.shell("git commit-tree -m 'Start of the task' $(git write-tree)")
+            await sandbox.write(file, text)
+    return await sandbox.diff(), await sandbox.shell("git commit-tree -m 'Start of the task' $(git write-tree)")
 
 
 async def _confirm(
-    bench: Bench, base: Baseline, commit: str, test_patch: str, fix: str, failing: frozenset[str]
+    sandbox: PackageSandbox, base: Baseline, commit: str, test_patch: str, fix: str, failing: frozenset[str]
 ) -> None:
     """Run all tests for the second time with the bug, and twice with the fix; compare the files with the release."""
 
     async def failing_with(patch: str, hash_seed: int) -> frozenset[str] | None:
-        await bench.reset(commit)
-        await bench.apply(patch)
-        run = await bench.test(base.files, timeout_s=base.timeout_s, hash_seed=hash_seed)
+        await sandbox.reset(commit)
+        await sandbox.apply(patch)
+        run = await sandbox.test(base.files, timeout_s=base.timeout_s, hash_seed=hash_seed)
         return None if run.timed_out else frozenset(n for n in base.stable if run.statuses.get(n) not in PASSES)
 
     for hash_seed in HASH_SEEDS[1:]:
@@ -340,17 +342,17 @@ async def _confirm(
     for hash_seed in HASH_SEEDS:
         if await failing_with(test_patch + fix, hash_seed) != frozenset():
             raise _Rejected("lasting")
-    await bench.reset(commit)
-    await bench.apply(test_patch + fix)
-    if await bench.shell(f"git add -A -f && git diff --cached --name-only {bench.release}"):
+    await sandbox.reset(commit)
+    await sandbox.apply(test_patch + fix)
+    if await sandbox.shell(f"git add -A -f && git diff --cached --name-only {sandbox.release}"):
         raise _Rejected("lasting")
 
 
-async def _patch_to_release(bench: Bench, commit: str, paths: list[str]) -> str:
+async def _patch_to_release(sandbox: PackageSandbox, commit: str, paths: list[str]) -> str:
     """Return the patch that gives files their content in the release."""
-    await bench.reset(commit)
-    await bench.shell(shlex.join(["git", "checkout", "-q", bench.release, "--", *paths]))
-    return await bench.diff()
+    await sandbox.reset(commit)
+    await sandbox.shell(shlex.join(["git", "checkout", "-q", sandbox.release, "--", *paths]))
+    return await sandbox.diff()
 
 
 def importers(package: Package, path: str) -> list[str]:

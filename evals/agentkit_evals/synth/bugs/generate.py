@@ -25,11 +25,11 @@ import anyio.to_thread
 from agentkit_environments import HostFailureError, SandboxLostError
 from agentkit_evals.errors import PackageError, not_written
 from agentkit_evals.provenance import Provenance, generator_name
-from agentkit_evals.synth.bugs.bench import Bench, runner_of
-from agentkit_evals.synth.bugs.export import FORMATS, Format, export
+from agentkit_evals.synth.bugs.export import EXPORT_FORMATS, ExportFormat, export
 from agentkit_evals.synth.bugs.find import Baseline, Source, Tried, baseline, find
 from agentkit_evals.synth.bugs.journal import Journal
 from agentkit_evals.synth.bugs.package import Package, PackageSpec, fetch, local_package, read_package
+from agentkit_evals.synth.bugs.sandbox import PackageSandbox, runner_of
 from agentkit_evals.verify import Backend
 
 GENERATOR = "synth.bugs"
@@ -38,7 +38,7 @@ MAX_SANDBOXES = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PackageProgress:
     """State of one package, reported after each fault."""
 
     package: str
@@ -53,12 +53,12 @@ async def make_bugs(
     *,
     limit: int = 20,
     seed: int = 0,
-    formats: Sequence[Format] = FORMATS,
+    formats: Sequence[ExportFormat] = EXPORT_FORMATS,
     jobs: int = 2,
     backend: Backend = "process",
     index: Path | None = None,
     timeout_s: float = math.inf,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[PackageProgress], None] = lambda progress: None,
 ) -> dict[str, Any]:
     """Make up to `limit` bugs in each package, export them, and return the card.
 
@@ -95,7 +95,7 @@ async def make_bugs(
                 )
             except PackageError as exc:
                 refused[number] = exc
-                report(Progress(str(spec), 0, 0, str(exc)))
+                report(PackageProgress(str(spec), 0, 0, str(exc)))
 
     async with anyio.create_task_group() as group:
         for number, spec in enumerate(specs):
@@ -116,11 +116,11 @@ async def _package(
     out: Path,
     limit: int,
     seed: int,
-    formats: Sequence[Format],
+    formats: Sequence[ExportFormat],
     backend: Backend,
     index: Path | None,
     timeout_s: float,
-    report: Callable[[Progress], None],
+    report: Callable[[PackageProgress], None],
     writing: anyio.Lock,
 ) -> dict[str, Any]:
     started = anyio.current_time()
@@ -161,18 +161,18 @@ async def _search(
     limit: int,
     backend: Backend,
     timeout_s: float,
-    report: Callable[[Progress], None],
+    report: Callable[[PackageProgress], None],
 ) -> Baseline:
     """Fill the journal with `limit` bugs. A sandbox that a fault has killed is replaced."""
     label = f"{package.name}-{package.version}"
     for attempt in range(1, MAX_SANDBOXES + 1):
         try:
-            async with await Bench.open(package, cache=cache, backend=backend) as bench:
-                base = await baseline(bench)
-                search = find(bench, journal, base=base, previous=previous, limit=limit, timeout_s=timeout_s)
+            async with await PackageSandbox.open(package, cache=cache, backend=backend) as sandbox:
+                base = await baseline(sandbox)
+                search = find(sandbox, journal, base=base, previous=previous, limit=limit, timeout_s=timeout_s)
                 async for _ in search:
                     kept = sum(entry.bug is not None for entry in journal.entries)
-                    report(Progress(label, kept, len(journal.entries)))
+                    report(PackageProgress(label, kept, len(journal.entries)))
                 return base
         except HostFailureError:
             raise

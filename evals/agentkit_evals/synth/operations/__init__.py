@@ -17,6 +17,7 @@ from agentkit_evals.synth.operations.files import (
     MoveFile,
     Recover,
 )
+from agentkit_evals.synth.operations.json_answers import JSON_ANSWERS
 from agentkit_evals.synth.operations.ledgers import LEDGERS
 from agentkit_evals.synth.operations.lists import LISTS
 from agentkit_evals.synth.operations.lists.ask_items import HasItem, NthItem
@@ -47,6 +48,6 @@ OPERATIONS: dict[str, Operation] = {
         *(*SIMPLE, ReadSeveral(), ListFiles(), Recover(), Missing(), FixBug(), RenameIdentifier()),
         *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
         *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk()),
-        *(*TABLES, *LISTS, *LOGS, *LEDGERS, *FAR),
+        *(*TABLES, *LISTS, *LOGS, *LEDGERS, *FAR, *JSON_ANSWERS),
     )
 }

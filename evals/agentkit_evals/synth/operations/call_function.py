@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agentkit_evals.synth.draw import Draw
@@ -35,7 +35,7 @@ class CallFunction(Operation):
         parameters = Parameters(draw)
         function = draw_function(draw, parameters)
         text, arguments = request(draw, function)
-        return _draft(draw, text, [(function, arguments)], _others(draw, function))
+        return _draft(draw, text, [(function, arguments)], other_functions(draw, function))
 
 
 class CallTwice(Operation):
@@ -57,7 +57,7 @@ class CallTwice(Operation):
         joint = draw.choice(JOINTS)
         if joint != " ":
             texts[1] = texts[1][0].lower() + texts[1][1:] if not texts[1].startswith("I ") else texts[1]
-        return _draft(draw, texts[0] + joint + texts[1], calls, _others(draw, first)[:1])
+        return _draft(draw, texts[0] + joint + texts[1], calls, other_functions(draw, first)[:1])
 
 
 class NoFunction(Operation):
@@ -84,11 +84,22 @@ class NoFunction(Operation):
         )
 
 
-def _others(draw: Draw, function: DrawnFunction) -> list[DrawnFunction]:
+def other_functions(draw: Draw, function: DrawnFunction) -> list[DrawnFunction]:
     """Draw functions that the request does not need, with other names."""
     count = draw.weighted({0: 5, 1: 3, 2: 2, 3: 1})
     found = [draw_function(draw, Parameters(draw)) for _ in range(count)]
     return [other for other in found if other.name != function.name]
+
+
+def call(calls: Sequence[tuple[DrawnFunction, Mapping[str, Any]]]) -> Act:
+    """Return the turn that calls functions with these arguments."""
+    stated = "; ".join(
+        f"`{function.name}` with {series([f'{name} = {value}' for name, value in arguments.items()])}"
+        if arguments
+        else f"`{function.name}`"
+        for function, arguments in calls
+    )
+    return Act(f"I call {stated}.", [(function.name, dict(arguments)) for function, arguments in calls])
 
 
 def _draft(
@@ -106,12 +117,6 @@ def _draft(
     elif where < 0.25:
         tools.append("submit")
     results = [function.result(arguments) for function, arguments in calls]
-    stated = "; ".join(
-        f"`{function.name}` with {series([f'{name} = {value}' for name, value in arguments.items()])}"
-        if arguments
-        else f"`{function.name}`"
-        for function, arguments in calls
-    )
 
     def tell(texts: list[str]) -> Act:
         answer = "\n".join(texts)
@@ -122,7 +127,7 @@ def _draft(
     return Draft(
         instruction=text,
         steps=[
-            lambda texts: Act(f"I call {stated}.", [(function.name, arguments) for function, arguments in calls]),
+            lambda texts: call(calls),
             tell,
         ],
         answer="\n".join(results),

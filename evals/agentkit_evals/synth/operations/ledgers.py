@@ -11,7 +11,7 @@ from agentkit_evals.synth.operations.steps import look, look_and_run, run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import fixed, quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft, Operation, OperationOver
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
@@ -131,10 +131,11 @@ class SumNumbers(Operation):
         )
 
 
-class CompareNumbers(Operation):
+class CompareNumbers(OperationOver[Ledger]):
     """The number of a name, the name with the largest or smallest number, a difference, or a price times a count."""
 
     name = "compare_numbers"
+    artifact = Ledger
     phrasings = (
         *phrasings(
             "one",
@@ -211,12 +212,14 @@ class CompareNumbers(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def new(self, draw: Draw, kind: str) -> Ledger:
+        return draw_ledger(draw)
+
+    def fits(self, ledger: Ledger, kind: str) -> bool:
+        return all(ledger.text.lower().count(name.lower()) == 1 for name, _ in ledger.entries)
+
+    def draft_over(self, ledger: Ledger, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-        found = find(draw, world, Ledger, draw_ledger, _names_once)
-        if found is None:
-            return None
-        ledger, files = found
         path = quote(ledger.path)
         ranked = sorted(ledger.entries, key=lambda entry: float(entry[1]))
         if kind in ("most", "least"):
@@ -235,7 +238,6 @@ class CompareNumbers(Operation):
                     lambda results: submit(f"It is {name}.", name),
                 ],
                 about=[ledger.shape],
-                files=files,
                 difficulty=3,
                 **names_are([name], others=others, layout=request.layout),
             )
@@ -272,7 +274,6 @@ class CompareNumbers(Operation):
                 lambda results: submit("That is the number.", one if kind == "one" else results[0]),
             ],
             about=[ledger.shape],
-            files=files,
             difficulty=1 if kind == "one" else 3,
             **number_is(
                 round(value, 2),
@@ -283,8 +284,4 @@ class CompareNumbers(Operation):
         )
 
 
-def _names_once(ledger: Ledger) -> bool:
-    return all(ledger.text.lower().count(name.lower()) == 1 for name, _ in ledger.entries)
-
-
-LEDGERS = (SumNumbers(), CompareNumbers())
+LEDGERS: tuple[Operation, ...] = (SumNumbers(), CompareNumbers())

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 
 from agentkit_evals.synth.answers import names_are, number_is
 from agentkit_evals.synth.artifacts.log import FORMATS, Entry, Log, draw_log
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import look, look_and_run, run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import fixed, quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft, Operation, OperationOver
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
@@ -55,7 +53,16 @@ def draw_word(draw: Draw, log: Log) -> str | None:
     return None
 
 
-class CountLines(Operation):
+class LogOperation(OperationOver[Log]):
+    """An operation over a log."""
+
+    artifact = Log
+
+    def new(self, draw: Draw, kind: str) -> Log:
+        return draw_log(draw)
+
+
+class CountLines(LogOperation):
     """The number of lines with a level, a status or a word, or of all lines."""
 
     name = "count_lines"
@@ -142,19 +149,14 @@ class CountLines(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def new(self, draw: Draw, kind: str) -> Log:
+        return draw_log(draw, formats=["access"] if kind == "status" else [*FORMATS])
+
+    def fits(self, log: Log, kind: str) -> bool:
+        return bool(marked_levels(log)) if kind == "level" else kind != "status" or log.format == "access"
+
+    def draft_over(self, log: Log, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-
-        def fits(log: Log) -> bool:
-            if kind == "level":
-                return bool(marked_levels(log))
-            return kind != "status" or log.format == "access"
-
-        formats = ["access"] if kind == "status" else [*FORMATS]
-        found = find(draw, world, Log, functools.partial(draw_log, formats=formats), fits)
-        if found is None:
-            return None
-        log, files = found
         slots, path, said = {"path": mention(draw, log.path)}, quote(log.path), ""
         if kind == "level":
             marks = marked_levels(log)
@@ -184,13 +186,12 @@ class CountLines(Operation):
             instruction=request.text,
             steps=steps[1:] if kind in ("word", "total") else steps,
             about=[log.shape],
-            files=files,
             difficulty=1 if kind in ("word", "total") else 2,
             **number_is(count, layout=request.layout, ignored=[log.path, said]),
         )
 
 
-class FindLine(Operation):
+class FindLine(LogOperation):
     """A field of the line with an id, or that line's number."""
 
     name = "find_line"
@@ -247,26 +248,21 @@ class FindLine(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def new(self, draw: Draw, kind: str) -> Log:
+        return draw_log(draw, ids=True)
+
+    def fits(self, log: Log, kind: str) -> bool:
+        return "id" in log.entries[0].fields and (kind != "field" or bool(_named_fields(log)))
+
+    def draft_over(self, log: Log, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-
-        def fields(log: Log) -> list[str]:
-            return [name for name in ("level", "component", "user", "host") if name in log.entries[0].fields]
-
-        def fits(log: Log) -> bool:
-            return "id" in log.entries[0].fields and (kind != "field" or bool(fields(log)))
-
-        found = find(draw, world, Log, functools.partial(draw_log, ids=True), fits)
-        if found is None:
-            return None
-        log, files = found
         at = draw.between(0, len(log.entries) - 1)
         entry = log.entries[at]
         key = draw.named(entry.fields["id"])
         if log.count(key) != 1 or log.text.count(key) != 1:
             return None
         path, slots = quote(log.path), {"path": mention(draw, log.path), "id": mention_value(draw, key)}
-        name = draw.choice(fields(log)) if kind == "field" else kind
+        name = draw.choice(_named_fields(log)) if kind == "field" else kind
         request = ask(
             draw, phrasing, "number" if kind == "number" else "value", field=name if kind == "field" else "", **slots
         )
@@ -284,13 +280,12 @@ class FindLine(Operation):
                 lambda results: submit(f"The {name} is {answer}.", answer),
             ],
             about=[log.shape, name],
-            files=files,
             difficulty=2,
             **check,
         )
 
 
-class EndLine(Operation):
+class EndLine(LogOperation):
     """The message or time of the first or last line, of all or of a level."""
 
     name = "end_line"
@@ -333,12 +328,11 @@ class EndLine(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def fits(self, log: Log, kind: str) -> bool:
+        return bool(marked_levels(log))
+
+    def draft_over(self, log: Log, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-        found = find(draw, world, Log, draw_log, lambda log: bool(marked_levels(log)))
-        if found is None:
-            return None
-        log, files = found
         marks, path = marked_levels(log), quote(log.path)
         end = draw.choice(("first", "last", "last"))
         part = "head -n 1" if end == "first" else "tail -n 1"
@@ -365,13 +359,12 @@ class EndLine(Operation):
                 lambda results: submit(f"The {kind} is {answer}.", answer),
             ],
             about=[log.shape],
-            files=files,
             difficulty=2,
             **names_are([answer], layout=request.layout),
         )
 
 
-class LogField(Operation):
+class LogField(LogOperation):
     """The most frequent value of a field, or the number of its different values."""
 
     name = "log_field"
@@ -416,17 +409,12 @@ class LogField(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def fits(self, log: Log, kind: str) -> bool:
+        return bool(_counted_fields(log, kind))
+
+    def draft_over(self, log: Log, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         most = phrasing.kind == "most"
-
-        def fields(log: Log) -> list[str]:
-            return [name for name in log.columns if not most or _first(log, name) is not None]
-
-        found = find(draw, world, Log, draw_log, lambda log: bool(fields(log)))
-        if found is None:
-            return None
-        log, files = found
-        name = draw.choice(fields(log))
+        name = draw.choice(_counted_fields(log, phrasing.kind))
         one, many = (draw.phrase(text) for text in FIELDS[name])
         request = ask(
             draw, phrasing, "value" if most else "number", path=mention(draw, log.path), field=one, fields=many
@@ -440,7 +428,6 @@ class LogField(Operation):
                     log.path, f"I count the {name} values.", f"{column} | sort -u | wc -l", "That is the number."
                 ),
                 about=[log.shape, name],
-                files=files,
                 difficulty=3,
                 **number_is(count, layout=request.layout, ignored=[log.path]),
             )
@@ -455,12 +442,20 @@ class LogField(Operation):
                 lambda results: submit(f"The most frequent one is {answer}.", answer),
             ],
             about=[log.shape, name],
-            files=files,
             difficulty=3,
             **names_are(
                 [answer], others=[value for value in log.values(name) if value != answer], layout=request.layout
             ),
         )
+
+
+def _named_fields(log: Log) -> list[str]:
+    return [name for name in ("level", "component", "user", "host") if name in log.entries[0].fields]
+
+
+def _counted_fields(log: Log, kind: str) -> list[str]:
+    """Return the fields whose values can be counted or, for "most", of which one value is the most frequent."""
+    return [name for name in log.columns if kind != "most" or _first(log, name) is not None]
 
 
 def _first(log: Log, name: str) -> str | None:
@@ -469,4 +464,4 @@ def _first(log: Log, name: str) -> str | None:
     return ranked[0][0] if len(ranked) == 2 and ranked[0][1] > ranked[1][1] else None
 
 
-LOGS = (CountLines(), FindLine(), EndLine(), LogField())
+LOGS: tuple[Operation, ...] = (CountLines(), FindLine(), EndLine(), LogField())

@@ -9,7 +9,7 @@ from typing import Any
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.mention import mention
 from agentkit_evals.synth.oracle import Act, Step, submit
-from agentkit_evals.synth.phrasing import Phrasing, phrasings
+from agentkit_evals.synth.phrasing import Phrasing, phrasings, sentence
 from agentkit_evals.synth.task import Draft, Operation
 from agentkit_evals.synth.world import World
 
@@ -48,7 +48,7 @@ class TwoRequests(Operation):
         second = next((part for part in parts if part is not None and not part.files), None)
         if second is None or first.instruction == second.instruction:
             return None
-        one, other = _sentence(first.instruction), _sentence(second.instruction)
+        one, other = sentence(first.instruction), sentence(second.instruction)
         return Draft(
             instruction=draw.phrase(
                 phrasing.text, First=one, first=_lowered(one), Second=other, second=_lowered(other)
@@ -136,10 +136,6 @@ def _answer(act: Act) -> str:
     ((_, arguments),) = act.calls
     answer: Any = arguments["answer"]
     return str(answer)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _lowered(text: str) -> str:

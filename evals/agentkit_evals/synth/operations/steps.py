@@ -11,6 +11,11 @@ def run(command: str) -> tuple[str, dict[str, str]]:
     return ("bash", {"command": command})
 
 
+def always(act: Act) -> Step:
+    """Return the step that takes one turn, whatever the results before it are."""
+    return lambda results: act
+
+
 def look(path: str) -> Act:
     """Return the turn that looks at the first lines of a file."""
     return Act(f"I look at the first lines of `{path}`.", [run(f"head -n 3 {quote(path)}")])

@@ -12,10 +12,10 @@ import pytest
 
 from agentkit_environments import HostFailureError, SandboxLostError
 from agentkit_evals.synth.bugs import PackageSpec, generate, make_bugs
-from agentkit_evals.synth.bugs.bench import Bench, TestRun
 from agentkit_evals.synth.bugs.find import Outcome, baseline, importers, try_fault
 from agentkit_evals.synth.bugs.mutate import Mutation
 from agentkit_evals.synth.bugs.package import Package, read_package
+from agentkit_evals.synth.bugs.sandbox import PackageSandbox, TestRun
 
 MakeSdist = Callable[..., Path]
 
@@ -31,16 +31,18 @@ FAULTS: list[tuple[Outcome, str, str]] = [
 
 
 @pytest.fixture
-async def bench(make_sdist: MakeSdist, tmp_path: Path) -> AsyncIterator[Bench]:
-    async with await Bench.open(read_package(make_sdist()), cache=tmp_path / "cache", backend="unsafe-local") as opened:
+async def sandbox(make_sdist: MakeSdist, tmp_path: Path) -> AsyncIterator[PackageSandbox]:
+    async with await PackageSandbox.open(
+        read_package(make_sdist()), cache=tmp_path / "cache", backend="unsafe-local"
+    ) as opened:
         yield opened
 
 
 @pytest.mark.anyio
-async def test_why_a_fault_is_not_kept(bench: Bench) -> None:
-    base = await baseline(bench)
+async def test_why_a_fault_is_not_kept(sandbox: PackageSandbox) -> None:
+    base = await baseline(sandbox)
     assert len(base.stable) == 6 and base.failing == 0 and base.timeout_s >= 10
-    text = bench.package.text("calc.py")
+    text = sandbox.package.text("calc.py")
     assert text is not None
     found = {}
     for number, (outcome, old, new) in enumerate(FAULTS):
@@ -48,25 +50,27 @@ async def test_why_a_fault_is_not_kept(bench: Bench) -> None:
         changed = text.replace(old, new, 1)
         limits = replace(base, timeout_s=3.0) if outcome == "hangs" else base
         fault = Mutation("by hand", 5, "total", None, changed)
-        found[outcome], bug = await try_fault(bench, limits, number, "calc.py", fault)
+        found[outcome], bug = await try_fault(sandbox, limits, number, "calc.py", fault)
         assert (bug is not None) == (outcome == "kept")
     assert found == {outcome: outcome for outcome, _, _ in FAULTS}
 
 
 class _Dying:
-    """A bench whose sandbox dies the first times that a fault is tried."""
+    """A sandbox that dies the first times that a fault is tried."""
 
     def __init__(self, error: type[SandboxLostError], times: int) -> None:
         self.error, self.left = error, times
 
-    async def test(self, bench: Bench, *arguments: object, stop_at_first: bool = False, **options: object) -> TestRun:
+    async def test(
+        self, sandbox: PackageSandbox, *arguments: object, stop_at_first: bool = False, **options: object
+    ) -> TestRun:
         if stop_at_first and self.left:
             self.left -= 1
             raise self.error("the sandbox is gone")
-        return await ALIVE(bench, *arguments, stop_at_first=stop_at_first, **options)  # type: ignore[arg-type]
+        return await ALIVE(sandbox, *arguments, stop_at_first=stop_at_first, **options)  # type: ignore[arg-type]
 
 
-ALIVE = Bench.test
+ALIVE = PackageSandbox.test
 
 
 @pytest.mark.parametrize(("error", "times"), [(SandboxLostError, 2), (SandboxLostError, 99), (HostFailureError, 1)])
@@ -80,7 +84,9 @@ def test_a_sandbox_that_dies_of_a_fault_is_replaced(
 ) -> None:
     make_sdist()
     dying = _Dying(error, times)
-    monkeypatch.setattr(Bench, "test", lambda bench, *arguments, **options: dying.test(bench, *arguments, **options))
+    monkeypatch.setattr(
+        PackageSandbox, "test", lambda sandbox, *arguments, **options: dying.test(sandbox, *arguments, **options)
+    )
     monkeypatch.setattr(generate, "MAX_SANDBOXES", 3)
     spec = PackageSpec.parse("calc==1.0")
     make = partial(make_bugs, [spec], tmp_path / "out", limit=1, backend="unsafe-local", index=index, formats=["tasks"])

@@ -26,7 +26,7 @@ from agentkit_evals.errors import FailingTestsError, OutputError, RunDirectoryEr
 from agentkit_evals.harbor import read_task_directory
 from agentkit_evals.provenance import Provenance
 from agentkit_evals.suite import load_suite
-from agentkit_evals.synth.bugs import FORMATS, PackageSpec, Progress, export, generate, make_bugs
+from agentkit_evals.synth.bugs import EXPORT_FORMATS, PackageProgress, PackageSpec, export, generate, make_bugs
 from agentkit_evals.synth.bugs.find import Source, Tried, faults
 from agentkit_evals.synth.bugs.journal import Journal
 from agentkit_evals.synth.bugs.package import read_package
@@ -315,7 +315,7 @@ def test_a_package_that_is_refused_does_not_stop_the_others(
     make: Callable[..., dict[str, Any]], make_sdist: MakeSdist, tmp_path: Path
 ) -> None:
     make_sdist()
-    reports: list[Progress] = []
+    reports: list[PackageProgress] = []
     unknown = PackageSpec.parse("nothing==1")
     card = make(tmp_path / "out", unknown, SPEC, limit=1, report=reports.append)
     assert card["bugs"] == 1 and [each["package"] for each in card["refused"]] == ["nothing==1"]
@@ -373,5 +373,5 @@ def test_a_folder_and_hunks_between_releases(
     for name, content in new.files.items():
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).write_bytes(content)
-    assert make(tmp_path / "local", tmp_path / "tree", limit=1, formats=FORMATS[:1])["bugs"] == 1
+    assert make(tmp_path / "local", tmp_path / "tree", limit=1, formats=EXPORT_FORMATS[:1])["bugs"] == 1
     assert {path.name for path in (tmp_path / "local").iterdir()} == {"card.json", "packages", "tasks"}

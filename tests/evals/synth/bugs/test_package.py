@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from agentkit_evals.errors import NoTestsError, NotPureError, PackageError, UnknownPackageError
-from agentkit_evals.synth.bugs.bench import archive, command_for, runner_of, tools_archive
 from agentkit_evals.synth.bugs.package import PackageSpec, fetch, local_package, read_package
+from agentkit_evals.synth.bugs.sandbox import archive, command_for, runner_of, tools_archive
 
 MakeSdist = Callable[..., Path]
 

@@ -7,8 +7,9 @@ from agentkit_evals.synth.operations.lists.change_list import AddItem, CheckItem
 from agentkit_evals.synth.operations.lists.compare_lists import CompareLists
 from agentkit_evals.synth.operations.lists.count_items import CountItems
 from agentkit_evals.synth.operations.lists.sort_lines import SortLines
+from agentkit_evals.synth.task import Operation
 
-LISTS = (
+LISTS: tuple[Operation, ...] = (
     *(CountItems(), ListItems(), NthItem(), HasItem(), AddItem(), RemoveItem(), CheckItem(), SortLines()),
     CompareLists(),
 )

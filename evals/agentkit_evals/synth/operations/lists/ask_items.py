@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-
 from agentkit_evals.synth.answers import names_are
 from agentkit_evals.synth.artifacts.items import ItemList, draw_items
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
-from agentkit_evals.synth.operations.lists.code import BOXES, chosen, has_state, noun, show
+from agentkit_evals.synth.operations.lists.code import BOXES, ListOperation, chosen, has_state, noun, show
 from agentkit_evals.synth.operations.steps import look_and_run, run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import fixed, quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class ListItems(Operation):
+class ListItems(ListOperation):
     """The items of a list: all, the open ones or the done ones."""
 
     name = "list_items"
@@ -74,16 +71,14 @@ class ListItems(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def new(self, draw: Draw, kind: str) -> ItemList:
+        return draw_items(draw, todo=kind != "all")
+
+    def fits(self, made: ItemList, kind: str) -> bool:
+        return len(chosen(made, kind)) in range(1, 9) and (kind == "all" or has_state(made, kind))
+
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-
-        def fits(made: ItemList) -> bool:
-            return len(chosen(made, kind)) in range(1, 9) and (kind == "all" or has_state(made, kind))
-
-        found = find(draw, world, ItemList, functools.partial(draw_items, todo=kind != "all"), fits)
-        if found is None:
-            return None
-        made, files = found
         names = [item.text for item in chosen(made, kind)]
         others = [item.text for item in made.items if item.text not in names]
         request = ask(draw, phrasing, "list", path=mention(draw, made.path), noun=noun(draw, made))
@@ -98,13 +93,12 @@ class ListItems(Operation):
                 made.path, f"I print the {'' if kind == 'all' else kind + ' '}items.", command, "These are the items."
             ),
             about=[made.shape],
-            files=files,
             difficulty=2,
             **names_are(names, others=others, layout=request.layout),
         )
 
 
-class NthItem(Operation):
+class NthItem(ListOperation):
     """The first, last or third item of a list."""
 
     name = "nth_item"
@@ -130,11 +124,7 @@ class NthItem(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, ItemList, draw_items)
-        if found is None:
-            return None
-        made, files = found
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         orders = {"first": 0, "last": len(made.items) - 1, "second": 1, "third": 2, "fourth": 3, "fifth": 4}
         nth, at = draw.choice([pair for pair in orders.items() if 0 <= pair[1] < len(made.items)])
         part = "tail -n 1" if nth == "last" else f"sed -n {at + 1}p"
@@ -145,13 +135,12 @@ class NthItem(Operation):
             instruction=request.text,
             steps=look_and_run(made.path, f"I print the {nth} item.", command, "That is the item."),
             about=[made.shape],
-            files=files,
             difficulty=2,
             **names_are([texts[at]], others=texts[:at] + texts[at + 1 :], layout=request.layout),
         )
 
 
-class HasItem(Operation):
+class HasItem(ListOperation):
     """Say yes or no to the question if a list has an item."""
 
     name = "has_item"
@@ -177,11 +166,7 @@ class HasItem(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, ItemList, draw_items)
-        if found is None:
-            return None
-        made, files = found
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         there = draw.chance(0.5)
         text = draw.named(draw.choice(made.items).text) if there else made.another(draw)
         if (text in made.text) != there:
@@ -196,7 +181,6 @@ class HasItem(Operation):
                 lambda results: submit(f"It is {'there' if there else 'not there'}.", "yes" if there else "no"),
             ],
             about=[made.shape, str(there)],
-            files=files,
             difficulty=1,
             **names_are(["yes" if there else "no"], others=["no" if there else "yes"]),
         )

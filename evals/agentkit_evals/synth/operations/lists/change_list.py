@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 from agentkit_evals.synth.artifacts.items import Item, ItemList, draw_items
 from agentkit_evals.synth.checks import same_files
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
-from agentkit_evals.synth.operations.lists.code import has_state
+from agentkit_evals.synth.operations.lists.code import ListOperation, has_state
 from agentkit_evals.synth.operations.steps import run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import fixed, quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class AddItem(Operation):
+class AddItem(ListOperation):
     """Append an item in the style of the list."""
 
     name = "add_item"
@@ -48,11 +46,7 @@ class AddItem(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, ItemList, draw_items)
-        if found is None:
-            return None
-        made, files = found
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         item = Item(made.another(draw))
         line = made.line(item, len(made.items) + 1)
         command = f"echo {quote(line)} >> {quote(made.path)}"
@@ -67,13 +61,12 @@ class AddItem(Operation):
             ],
             solution=command,
             about=[made.shape],
-            files=files,
             difficulty=2,
             **same_files({made.path: made.written([*made.items, item])}),
         )
 
 
-class RemoveItem(Operation):
+class RemoveItem(ListOperation):
     """Delete an item of a list."""
 
     name = "remove_item"
@@ -99,11 +92,10 @@ class RemoveItem(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, ItemList, draw_items, lambda made: made.format != "numbered")
-        if found is None:
-            return None
-        made, files = found
+    def fits(self, made: ItemList, kind: str) -> bool:
+        return made.format != "numbered"
+
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         item = draw.choice(made.items)
         draw.named(item.text)
         if made.text.count(item.text) != 1:
@@ -128,13 +120,12 @@ class RemoveItem(Operation):
             ],
             solution=f"sed -i {line}d {quote(made.path)}",
             about=[made.shape],
-            files=files,
             difficulty=2,
             **same_files({made.path: made.written(rest)}),
         )
 
 
-class CheckItem(Operation):
+class CheckItem(ListOperation):
     """Check off a to-do item, or open it again."""
 
     name = "check_item"
@@ -173,13 +164,14 @@ class CheckItem(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def new(self, draw: Draw, kind: str) -> ItemList:
+        return draw_items(draw, todo=True)
+
+    def fits(self, made: ItemList, kind: str) -> bool:
+        return has_state(made, "open" if kind == "done" else "done")
+
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-        make = functools.partial(draw_items, todo=True)
-        found = find(draw, world, ItemList, make, lambda made: has_state(made, "open" if kind == "done" else "done"))
-        if found is None:
-            return None
-        made, files = found
         at = draw.choice([at for at, item in enumerate(made.items) if item.done != (kind == "done")])
         old, new = made.items[at], replace(made.items[at], done=kind == "done")
         draw.named(old.text)
@@ -198,7 +190,6 @@ class CheckItem(Operation):
             ],
             solution=f"printf %s {quote(expected)} > {quote(made.path)}",
             about=[made.shape],
-            files=files,
             difficulty=2,
             **same_files({made.path: expected}),
         )

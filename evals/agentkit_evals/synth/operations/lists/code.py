@@ -1,14 +1,24 @@
-"""Shell and text of lists that several operations share."""
+"""The base of operations over lists, and shell and text that several of them share."""
 
 from __future__ import annotations
 
-from agentkit_evals.synth.artifacts.items import Item, ItemList
+from agentkit_evals.synth.artifacts.items import Item, ItemList, draw_items
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.shell import quote
+from agentkit_evals.synth.task import OperationOver
 
 MARKS = {"plain": ".", "dash": "^- ", "star": r"^\* ", "numbered": "^[0-9]", "todo": r"^- \["}
 STRIP = {"dash": "s/^- //p", "star": r"s/^\* //p", "numbered": r"s/^[0-9]*\. //p", "todo": r"s/^- \[.\] //p"}
 BOXES = {"open": "[ ]", "done": "[x]"}
+
+
+class ListOperation(OperationOver[ItemList]):
+    """An operation over a list."""
+
+    artifact = ItemList
+
+    def new(self, draw: Draw, kind: str) -> ItemList:
+        return draw_items(draw)
 
 
 def show(made: ItemList) -> str:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from agentkit_evals.synth.answers import names_are
-from agentkit_evals.synth.artifacts.items import ItemList, draw_items
+from agentkit_evals.synth.artifacts.items import ItemList
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find, is_free, new_path
+from agentkit_evals.synth.find import is_free, new_path
 from agentkit_evals.synth.mention import mention
+from agentkit_evals.synth.operations.lists.code import ListOperation
 from agentkit_evals.synth.operations.lists.sort_lines import same_lines
 from agentkit_evals.synth.operations.steps import run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import AnswerKind, ask
 from agentkit_evals.synth.world import World
 
 
-class CompareLists(Operation):
+class CompareLists(ListOperation):
     """Merge two lists into a new file, or tell what they share and what only one of them has."""
 
     name = "compare_lists"
@@ -71,12 +72,11 @@ class CompareLists(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def fits(self, first: ItemList, kind: str) -> bool:
+        return first.format == "plain" and len(first.items) >= 4
+
+    def draft_over(self, first: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-        found = find(draw, world, ItemList, draw_items, lambda made: made.format == "plain" and len(made.items) >= 4)
-        if found is None:
-            return None
-        first, files = found
         texts = [item.text for item in first.items]
         shared = draw.some(texts, draw.between(1, min(6, len(texts) - 1)))
         others: list[str] = []
@@ -86,11 +86,10 @@ class CompareLists(Operation):
                 others.append(text)
         seconds = [*shared, *others]
         draw.rng.shuffle(seconds)
-        path = new_path(draw, world, first.path, first.path.rpartition(".")[2], files)
-        target = new_path(draw, world, first.path, first.path.rpartition(".")[2], [path, *files])
+        path = new_path(draw, world, first.path, first.path.rpartition(".")[2])
+        target = new_path(draw, world, first.path, first.path.rpartition(".")[2], [path])
         if not others or target == path or not is_free(path, world, [first.path]):
             return None
-        files = {**files, path: "".join(f"{text}\n" for text in seconds)}
         slots = {"a": mention(draw, first.path), "b": mention(draw, path), "new": mention(draw, target)}
         answer: AnswerKind = "list" if kind in ("common", "only") else "done"
         request = ask(draw, phrasing, answer, noun=first.noun, **slots)
@@ -121,7 +120,7 @@ class CompareLists(Operation):
                 lambda results: submit("These are the lines.", results[0]) if answer == "list" else done,
             ],
             about=[first.shape],
-            files=files,
+            files={path: "".join(f"{text}\n" for text in seconds)},
             difficulty=2,
             **check,
         )

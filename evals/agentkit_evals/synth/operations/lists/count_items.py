@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-
 from agentkit_evals.synth.answers import number_is
 from agentkit_evals.synth.artifacts.items import ItemList, draw_items
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.lists.code import BOXES, MARKS, has_state, noun
+from agentkit_evals.synth.operations.lists.code import BOXES, MARKS, ListOperation, has_state, noun
 from agentkit_evals.synth.operations.steps import look_and_run
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class CountItems(Operation):
+class CountItems(ListOperation):
     """The number of items, of open ones or of done ones."""
 
     name = "count_items"
@@ -78,13 +75,14 @@ class CountItems(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def new(self, draw: Draw, kind: str) -> ItemList:
+        return draw_items(draw, todo=kind != "all")
+
+    def fits(self, made: ItemList, kind: str) -> bool:
+        return kind == "all" or has_state(made, kind)
+
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         kind = phrasing.kind
-        make = functools.partial(draw_items, todo=kind != "all")
-        found = find(draw, world, ItemList, make, lambda made: kind == "all" or has_state(made, kind))
-        if found is None:
-            return None
-        made, files = found
         if kind == "all":
             count, pattern = len(made.items), MARKS[made.format]
         else:
@@ -96,7 +94,6 @@ class CountItems(Operation):
             instruction=request.text,
             steps=look_and_run(made.path, f"I count the lines with `{pattern}`.", command, "That is the number."),
             about=[made.shape],
-            files=files,
             difficulty=2,
             **number_is(count, layout=request.layout, ignored=[made.path]),
         )

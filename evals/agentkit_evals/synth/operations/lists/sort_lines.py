@@ -6,15 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from agentkit_evals.synth.artifacts.items import ItemList, draw_items
+from agentkit_evals.synth.artifacts.items import ItemList
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find, new_path
+from agentkit_evals.synth.find import new_path
 from agentkit_evals.synth.mention import mention
+from agentkit_evals.synth.operations.lists.code import ListOperation
 from agentkit_evals.synth.operations.steps import run
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
@@ -49,7 +50,7 @@ def same_lines(path: str, lines: Sequence[str], order: str = "") -> dict[str, An
     }
 
 
-class SortLines(Operation):
+class SortLines(ListOperation):
     """Sort a plain list, or write it without repetitions, in place or into another file."""
 
     name = "sort_lines"
@@ -104,21 +105,21 @@ class SortLines(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def fits(self, made: ItemList, kind: str) -> bool:
+        return made.format == "plain"
+
+    def draft_over(self, made: ItemList, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         order, _, new = phrasing.kind.partition(" ")
-        found = find(draw, world, ItemList, draw_items, lambda made: made.format == "plain")
-        if found is None:
-            return None
-        made, files = found
         texts = [item.text for item in made.items]
         if texts == sorted(texts):
             return None
+        files: dict[str, str] = {}
         if order == "unique":
             extra = [draw.choice(texts) for _ in range(draw.between(1, 4))]
             doubled = [*texts, *extra]
             draw.rng.shuffle(doubled)
             files = {made.path: "".join(f"{text}\n" for text in doubled)}
-        target = new_path(draw, world, made.path, made.path.rpartition(".")[2], files) if new else made.path
+        target = new_path(draw, world, made.path, made.path.rpartition(".")[2]) if new else made.path
         path, out = quote(made.path), quote(target)
         command = {
             "sorted": f"sort {path} > {out}" if new else f"sort -o {path} {path}",

@@ -13,8 +13,9 @@ from agentkit_evals.synth.operations.tables.look_up_row import LookUpRow
 from agentkit_evals.synth.operations.tables.top_group import TopGroup
 from agentkit_evals.synth.operations.tables.top_rows import TopRows
 from agentkit_evals.synth.operations.tables.write_table import ConvertTable, ExtractRows, SortTable
+from agentkit_evals.synth.task import Operation
 
-TABLES = (
+TABLES: tuple[Operation, ...] = (
     *(CountRows(), FilterRows(), AggregateColumn(), TopRows(), TopGroup(), DistinctValues(), LookUpRow()),
     *(EndRow(), JoinTables(), AddRow(), RemoveRow(), ChangeCell(), ConvertTable(), SortTable(), ExtractRows()),
 )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 from agentkit_evals.synth.answers import number_is
 from agentkit_evals.synth.artifacts.table import Column, Table, draw_table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import computed, load, value
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load, value
 from agentkit_evals.synth.operations.tables.conditions import column_named, draw_condition
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
@@ -24,7 +21,7 @@ RESULTS = {
 }
 
 
-class AggregateColumn(Operation):
+class AggregateColumn(TableOperation):
     name = "aggregate_column"
     phrasings = (
         *phrasings(
@@ -115,13 +112,15 @@ class AggregateColumn(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def new(self, draw: Draw, kind: str) -> Table:
+        return draw_table(draw, priced=kind == "product")
+
+    def fits(self, table: Table, kind: str) -> bool:
+        return bool(table.of("int", "decimal")) if kind != "product" else _price_and_count(table) is not None
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         if phrasing.kind == "product":
-            return self._product(draw, world, phrasing)
-        found = find(draw, world, Table, draw_table, lambda table: bool(table.of("int", "decimal")))
-        if found is None:
-            return None
-        table, files = found
+            return self._product(table, draw, phrasing)
         column = draw.choice(table.of("int", "decimal"))
         condition = draw_condition(draw, table) if draw.chance(0.3) else None
         rows = condition.rows if condition else table.rows
@@ -149,7 +148,6 @@ class AggregateColumn(Operation):
             instruction=request.text,
             steps=computed([table], f"I compute the {kind} of `{column.header}`{only}.", code),
             about=[table.shape],
-            files=files,
             difficulty=3 + bool(condition),
             **number_is(
                 result,
@@ -159,13 +157,11 @@ class AggregateColumn(Operation):
             ),
         )
 
-    def _product(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        make = functools.partial(draw_table, priced=True)
-        found = find(draw, world, Table, make, lambda table: _price_and_count(table) is not None)
-        pair = found and _price_and_count(found[0])
-        if found is None or pair is None:
+    def _product(self, table: Table, draw: Draw, phrasing: Phrasing) -> Draft | None:
+        pair = _price_and_count(table)
+        if pair is None:
             return None
-        (table, files), (price, count) = found, pair
+        price, count = pair
         code = f"{load(table)}\nvalues = [{value(price)} * {value(count)} for row in rows]\nprint({RESULTS['sum']})"
         total = sum(float(a) * int(b) for a, b in zip(table.cells(price), table.cells(count), strict=True))
         request = ask(
@@ -181,7 +177,6 @@ class AggregateColumn(Operation):
             instruction=request.text,
             steps=computed([table], f"I add up `{price.header}` times `{count.header}`.", code),
             about=[table.shape],
-            files=files,
             difficulty=4,
             **number_is(round(total, 2), layout=request.layout, decimals=2, ignored=[table.path]),
         )

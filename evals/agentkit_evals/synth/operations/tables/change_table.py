@@ -6,23 +6,21 @@ from agentkit_evals.synth.artifacts.table import (
     Column,
     Row,
     Table,
-    draw_table,
     new_cell,
     new_row,
     to_object,
     write,
 )
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
 from agentkit_evals.synth.operations.steps import run
-from agentkit_evals.synth.operations.tables.code import dump, load, look, script, solution, written
+from agentkit_evals.synth.operations.tables.code import TableOperation, dump, load, look, script, solution, written
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.operations.tables.write_table import same_table
 from agentkit_evals.synth.oracle import Act, Step, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
 from agentkit_evals.synth.shell import fixed, quote
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
@@ -40,7 +38,7 @@ def draw_row(draw: Draw, table: Table) -> int | None:
     return at if table.text.count(labels[at]) == 1 else None
 
 
-class AddRow(Operation):
+class AddRow(TableOperation):
     """Append a row whose cells the request gives."""
 
     name = "add_row"
@@ -66,11 +64,10 @@ class AddRow(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: len(table.columns) <= 5)
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return len(table.columns) <= 5
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         row = new_row(draw, table)
         pattern = draw.choice(("{name}: {cell}", "{name} {cell}", "{name} = {cell}", "{name}={cell}"))
         cells = {
@@ -104,12 +101,10 @@ class AddRow(Operation):
                 lambda results: submit("The row is added."),
             ]
             way = command
-        return Draft(
-            instruction=request.text, steps=steps, solution=way, about=[table.shape], files=files, difficulty=3, **check
-        )
+        return Draft(instruction=request.text, steps=steps, solution=way, about=[table.shape], difficulty=3, **check)
 
 
-class RemoveRow(Operation):
+class RemoveRow(TableOperation):
     """Delete the row with a name."""
 
     name = "remove_row"
@@ -135,11 +130,7 @@ class RemoveRow(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table)
-        if found is None:
-            return None
-        table, files = found
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         at = draw_row(draw, table)
         if at is None:
             return None
@@ -170,13 +161,12 @@ class RemoveRow(Operation):
             steps=steps,
             solution=way,
             about=[table.shape],
-            files=files,
             difficulty=2,
             **same_table(table.path, table.records([*table.rows[:at], *table.rows[at + 1 :]])),
         )
 
 
-class ChangeCell(Operation):
+class ChangeCell(TableOperation):
     """Change one cell of the row with a name."""
 
     name = "change_cell"
@@ -202,11 +192,10 @@ class ChangeCell(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: len(table.columns) > 1)
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return len(table.columns) > 1
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         at = draw_row(draw, table)
         if at is None:
             return None
@@ -253,7 +242,6 @@ class ChangeCell(Operation):
             steps=steps,
             solution=f"printf %s {quote(text)} > {quote(table.path)}",
             about=[table.shape],
-            files=files,
             difficulty=2,
             **same_table(table.path, table.records(changed)),
         )

@@ -1,13 +1,18 @@
-"""Python and shell that oracles run over tables: a few fixed shapes with the path, headers and values filled in."""
+"""The base of operations over tables, and the Python and shell that their oracles run.
+
+The code has a few fixed shapes with the path, headers and values filled in.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentkit_evals.synth.artifacts.table import Column, Table, TableFormat
+from agentkit_evals.synth.artifacts.table import Column, Table, TableFormat, draw_table
+from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.operations.steps import run
 from agentkit_evals.synth.oracle import Act, Step, submit
 from agentkit_evals.synth.shell import quote
+from agentkit_evals.synth.task import OperationOver
 
 _LOAD = {
     "csv": "import csv\nrows = list(csv.DictReader(open({path!r})))",
@@ -17,6 +22,15 @@ _LOAD = {
     "md": "lines = [line.strip('|\\n ').split(' | ') for line in open({path!r})]\n"
     "rows = [dict(zip(lines[0], line)) for line in lines[2:]]",
 }
+
+
+class TableOperation(OperationOver[Table]):
+    """An operation over a table."""
+
+    artifact = Table
+
+    def new(self, draw: Draw, kind: str) -> Table:
+        return draw_table(draw)
 
 
 def load(table: Table, name: str = "rows") -> str:

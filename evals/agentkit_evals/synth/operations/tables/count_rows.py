@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.answers import number_is
-from agentkit_evals.synth.artifacts.table import Table, draw_table
+from agentkit_evals.synth.artifacts.table import Table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import computed, load
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load
 from agentkit_evals.synth.operations.tables.conditions import draw_condition, rows_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class CountRows(Operation):
+class CountRows(TableOperation):
     name = "count_rows"
     phrasings = (
         *phrasings(
@@ -64,11 +63,10 @@ class CountRows(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: bool(table.of("category", "int", "decimal")))
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return bool(table.of("category", "int", "decimal"))
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         said: tuple[str, ...] = ()
         slots = {"path": mention(draw, table.path), "noun": rows_named(draw, table)}
         if phrasing.kind == "all":
@@ -88,7 +86,6 @@ class CountRows(Operation):
             instruction=request.text,
             steps=computed([table], reasoning, code),
             about=[table.shape],
-            files=files,
             difficulty=2 + (phrasing.kind == "some"),
             **number_is(count, layout=request.layout, ignored=[table.path, *said]),
         )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.answers import names_are, number_is
-from agentkit_evals.synth.artifacts.table import Table, draw_table
+from agentkit_evals.synth.artifacts.table import Table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import computed, load
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class DistinctValues(Operation):
+class DistinctValues(TableOperation):
     name = "distinct_values"
     phrasings = (
         *phrasings(
@@ -57,11 +56,10 @@ class DistinctValues(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: bool(table.of("category")))
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return bool(table.of("category"))
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         column = draw.choice(table.of("category"))
         values = sorted({*table.cells(column)})
         request = ask(
@@ -83,7 +81,6 @@ class DistinctValues(Operation):
             instruction=request.text,
             steps=computed([table], f"I collect the values of `{column.header}`.", code),
             about=[table.shape],
-            files=files,
             difficulty=3,
             **check,
         )

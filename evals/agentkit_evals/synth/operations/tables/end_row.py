@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.answers import names_are, number_is
-from agentkit_evals.synth.artifacts.table import Table, draw_table
+from agentkit_evals.synth.artifacts.table import Table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import computed, load
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class EndRow(Operation):
+class EndRow(TableOperation):
     name = "end_row"
     phrasings = phrasings(
         train=(
@@ -39,11 +38,7 @@ class EndRow(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table)
-        if found is None:
-            return None
-        table, files = found
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         end, at = draw.choice((("first", 0), ("last", -1), ("last", -1)))
         column = draw.choice(table.columns)
         cells = table.cells(column)
@@ -67,7 +62,6 @@ class EndRow(Operation):
             instruction=request.text,
             steps=computed([table], f"I print `{column.header}` of the {end} row.", code),
             about=[table.shape],
-            files=files,
             difficulty=2,
             **check,
         )

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.answers import names_are
-from agentkit_evals.synth.artifacts.table import Table, draw_table
+from agentkit_evals.synth.artifacts.table import Table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import computed, load
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load
 from agentkit_evals.synth.operations.tables.conditions import column_named, draw_condition
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 MOST = 7  # names in an answer
 
 
-class FilterRows(Operation):
+class FilterRows(TableOperation):
     name = "filter_rows"
+    tries = 6
     phrasings = phrasings(
         train=(
             "Which {noun} in {path} {have}?",
@@ -46,16 +46,12 @@ class FilterRows(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        for _ in range(6):
-            found = find(draw, world, Table, draw_table, lambda table: bool(table.of("category", "int", "decimal")))
-            if found is None:
-                return None
-            table, files = found
-            condition = draw_condition(draw, table, most=MOST)
-            if condition is not None:
-                break
-        else:
+    def fits(self, table: Table, kind: str) -> bool:
+        return bool(table.of("category", "int", "decimal"))
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        condition = draw_condition(draw, table, most=MOST)
+        if condition is None:
             return None
         label = table.label
         request = ask(
@@ -76,7 +72,6 @@ class FilterRows(Operation):
             instruction=request.text,
             steps=computed([table], f"I list `{label.header}` of the rows with `{condition.code}`.", code),
             about=[table.shape],
-            files=files,
             difficulty=3,
             **names_are(
                 names, others=[name for name in table.cells(label) if name not in names], layout=request.layout

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.answers import names_are, number_is
-from agentkit_evals.synth.artifacts.table import Column, Table, draw_table, reference_table
+from agentkit_evals.synth.artifacts.table import Column, Table, reference_table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find, is_free
+from agentkit_evals.synth.find import is_free
 from agentkit_evals.synth.mention import mention, mention_value
-from agentkit_evals.synth.operations.tables.code import computed, load, script
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load, script
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class JoinTables(Operation):
+class JoinTables(TableOperation):
     name = "join_tables"
     phrasings = phrasings(
         train=(
@@ -39,11 +39,10 @@ class JoinTables(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: bool(_keys(table)) and len(table.rows) <= 60)
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return bool(_keys(table)) and len(table.rows) <= 60
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         key = draw.choice(_keys(table))
         other = reference_table(draw, key, table.cells(key))
         labels = table.cells(table.label)
@@ -80,7 +79,7 @@ class JoinTables(Operation):
             instruction=request.text,
             steps=computed([table, other], f"I find the `{key.header}` of {name}, then its `{wanted.header}`.", code),
             about=[table.shape, other.shape],
-            files={**files, other.path: other.text},
+            files={other.path: other.text},
             difficulty=4,
             **check,
         )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.answers import names_are, number_is
-from agentkit_evals.synth.artifacts.table import Column, Table, draw_table
+from agentkit_evals.synth.artifacts.table import Column, Table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention, mention_value
-from agentkit_evals.synth.operations.tables.code import computed, load
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class LookUpRow(Operation):
+class LookUpRow(TableOperation):
     name = "look_up_row"
     phrasings = (
         *phrasings(
@@ -63,11 +62,10 @@ class LookUpRow(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: bool(_pairs(table, phrasing.kind)))
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return bool(_pairs(table, kind))
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         column = draw.choice(_pairs(table, phrasing.kind))
         key, wanted = (table.label, column) if phrasing.kind == "cell" else (column, table.label)
         at = draw.choice([at for at, cell in enumerate(table.cells(key)) if _once(cell, table.cells(key))])
@@ -97,7 +95,6 @@ class LookUpRow(Operation):
             instruction=request.text,
             steps=computed([table], f"I look up `{wanted.header}` where `{key.header}` has {name}.", code),
             about=[table.shape],
-            files=files,
             difficulty=3,
             **check,
         )

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 from agentkit_evals.synth.answers import names_are
-from agentkit_evals.synth.artifacts.table import Table, draw_table
+from agentkit_evals.synth.artifacts.table import Table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import computed, load, value
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load, value
 from agentkit_evals.synth.operations.tables.conditions import column_named, rows_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
 
-class TopGroup(Operation):
+class TopGroup(TableOperation):
     name = "top_group"
+    tries = 8
     phrasings = (
         *phrasings(
             "count",
@@ -60,26 +60,18 @@ class TopGroup(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+    def fits(self, table: Table, kind: str) -> bool:
+        return bool(table.of("category")) and (kind != "total" or bool(table.of("int", "decimal")))
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         total = phrasing.kind == "total"
-
-        def fits(table: Table) -> bool:
-            return bool(table.of("category")) and (not total or bool(table.of("int", "decimal")))
-
-        for _ in range(8):
-            found = find(draw, world, Table, draw_table, fits)
-            if found is None:
-                return None
-            table, files = found
-            group = draw.choice(table.of("category"))
-            column = draw.choice(table.of("int", "decimal")) if total else table.label
-            totals: Counter[str] = Counter()
-            for name, cell in zip(table.cells(group), table.cells(column), strict=True):
-                totals[name] += round(100 * float(cell)) if total else 1
-            ranked = totals.most_common()
-            if len(ranked) > 1 and ranked[0][1] > ranked[1][1]:
-                break
-        else:
+        group = draw.choice(table.of("category"))
+        column = draw.choice(table.of("int", "decimal")) if total else table.label
+        totals: Counter[str] = Counter()
+        for name, cell in zip(table.cells(group), table.cells(column), strict=True):
+            totals[name] += round(100 * float(cell)) if total else 1
+        ranked = totals.most_common()
+        if len(ranked) < 2 or ranked[0][1] == ranked[1][1]:
             return None
         request = ask(
             draw,
@@ -99,7 +91,6 @@ class TopGroup(Operation):
             instruction=request.text,
             steps=computed([table], f"I {what} for each `{group.header}`.", code),
             about=[table.shape],
-            files=files,
             difficulty=4,
             **names_are([ranked[0][0]], others=[name for name, _ in ranked[1:]], layout=request.layout),
         )

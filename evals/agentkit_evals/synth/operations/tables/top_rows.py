@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.answers import names_are
-from agentkit_evals.synth.artifacts.table import Column, Table, draw_table
+from agentkit_evals.synth.artifacts.table import Column, Table
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import computed, load, value
+from agentkit_evals.synth.operations.tables.code import TableOperation, computed, load, value
 from agentkit_evals.synth.operations.tables.conditions import column_named
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
@@ -29,7 +28,7 @@ SUPERLATIVES: dict[str, tuple[str, str]] = {
 }
 
 
-class TopRows(Operation):
+class TopRows(TableOperation):
     name = "top_rows"
     phrasings = (
         *phrasings(
@@ -85,16 +84,11 @@ class TopRows(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        def columns(table: Table) -> list[Column]:
-            numbers = [column for column in table.of("int", "decimal") if _ends_differ(table, column)]
-            return [one for one in numbers if phrasing.kind != "superlative" or one.spoken in SUPERLATIVES]
+    def fits(self, table: Table, kind: str) -> bool:
+        return len(table.rows) >= 5 and bool(_columns(table, kind))
 
-        found = find(draw, world, Table, draw_table, lambda table: len(table.rows) >= 5 and bool(columns(table)))
-        if found is None:
-            return None
-        table, files = found
-        column, label, high = draw.choice(columns(table)), table.label, draw.chance(0.65)
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        column, label, high = draw.choice(_columns(table, phrasing.kind)), table.label, draw.chance(0.65)
         pairs = list(zip(map(float, table.cells(column)), table.cells(label), strict=True))
         ranked = [name for _, name in sorted(pairs, key=lambda pair: pair[0], reverse=high)]
         count = draw.choice((2, 3)) if phrasing.kind == "few" else 1
@@ -126,10 +120,15 @@ class TopRows(Operation):
             instruction=request.text,
             steps=computed([table], f"I look for the {order} `{column.header}`.", code),
             about=[table.shape],
-            files=files,
             difficulty=3,
             **names_are(ranked[:count], others=ranked[count:], ordered=count > 1, layout=request.layout),
         )
+
+
+def _columns(table: Table, kind: str) -> list[Column]:
+    """Return the columns by which a request of a kind can rank the rows."""
+    numbers = [column for column in table.of("int", "decimal") if _ends_differ(table, column)]
+    return [one for one in numbers if kind != "superlative" or one.spoken in SUPERLATIVES]
 
 
 def _ends_differ(table: Table, column: Column) -> bool:

@@ -6,14 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from agentkit_evals.synth.artifacts.table import ENDINGS, Column, Row, Table, TableFormat, draw_table
+from agentkit_evals.synth.artifacts.table import ENDINGS, Column, Row, Table, TableFormat
 from agentkit_evals.synth.draw import Draw
-from agentkit_evals.synth.find import find, new_path
+from agentkit_evals.synth.find import new_path
 from agentkit_evals.synth.mention import mention
-from agentkit_evals.synth.operations.tables.code import dump, load, script, solution, value, written
+from agentkit_evals.synth.operations.tables.code import TableOperation, dump, load, script, solution, value, written
 from agentkit_evals.synth.operations.tables.conditions import column_named, draw_condition
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
-from agentkit_evals.synth.task import Draft, Operation
+from agentkit_evals.synth.task import Draft
 from agentkit_evals.synth.wording import ask
 from agentkit_evals.synth.world import World
 
@@ -82,7 +82,6 @@ def _written(
     draw: Draw,
     phrasing: Phrasing,
     table: Table,
-    files: dict[str, str],
     new: str,
     form: TableFormat,
     rows: Sequence[Row],
@@ -99,13 +98,12 @@ def _written(
         steps=written([table], thought, code),
         solution=solution(code),
         about=[table.shape, form],
-        files=files,
         difficulty=3,
         **same_table(new, table.records(rows)),
     )
 
 
-class ConvertTable(Operation):
+class ConvertTable(TableOperation):
     """Write a table in another format."""
 
     name = "convert_table"
@@ -133,20 +131,18 @@ class ConvertTable(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(draw, world, Table, draw_table, lambda table: len(table.rows) <= _SMALL)
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return len(table.rows) <= _SMALL
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         forms: dict[TableFormat, float] = {"csv": 4, "json": 4, "jsonl": 2, "tsv": 1, "md": 1}
         forms.pop(table.format)
         form: TableFormat = draw.weighted(forms)
-        new = new_path(draw, world, table.path, ENDINGS[form][0], files)
+        new = new_path(draw, world, table.path, ENDINGS[form][0])
         return _written(
             draw,
             phrasing,
             table,
-            files,
             new,
             form,
             table.rows,
@@ -156,7 +152,7 @@ class ConvertTable(Operation):
         )
 
 
-class SortTable(Operation):
+class SortTable(TableOperation):
     """Write a table sorted by a column."""
 
     name = "sort_table"
@@ -180,19 +176,11 @@ class SortTable(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        def columns(table: Table) -> list[Column]:
-            return [
-                column
-                for column in table.of("int", "decimal", "date")
-                if len({*table.cells(column)}) == len(table.rows) <= _SMALL
-            ]
+    def fits(self, table: Table, kind: str) -> bool:
+        return table.format != "md" and bool(_orders(table))
 
-        found = find(draw, world, Table, draw_table, lambda table: table.format != "md" and bool(columns(table)))
-        if found is None:
-            return None
-        table, files = found
-        column, high = draw.choice(columns(table)), draw.chance(0.5)
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        column, high = draw.choice(_orders(table)), draw.chance(0.5)
         at = table.columns.index(column)
         if column.number:
             rows = sorted(table.rows, key=lambda row: float(row[at]), reverse=high)
@@ -201,13 +189,12 @@ class SortTable(Operation):
             rows = sorted(table.rows, key=lambda row: row[at], reverse=high)
             orders = "[newest|latest|most recent] first" if high else "[oldest|earliest] first"
         order = draw.phrase(f"[{orders}]")
-        new = new_path(draw, world, table.path, ENDINGS[table.format][0], files)
+        new = new_path(draw, world, table.path, ENDINGS[table.format][0])
         reverse = ", reverse=True" if high else ""
         return _written(
             draw,
             phrasing,
             table,
-            files,
             new,
             table.format,
             rows,
@@ -218,7 +205,7 @@ class SortTable(Operation):
         )
 
 
-class ExtractRows(Operation):
+class ExtractRows(TableOperation):
     """Write the rows that a condition holds for."""
 
     name = "extract_rows"
@@ -242,26 +229,18 @@ class ExtractRows(Operation):
         ),
     )
 
-    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
-        found = find(
-            draw,
-            world,
-            Table,
-            draw_table,
-            lambda table: table.format != "md" and bool(table.of("category", "int", "decimal")),
-        )
-        if found is None:
-            return None
-        table, files = found
+    def fits(self, table: Table, kind: str) -> bool:
+        return table.format != "md" and bool(table.of("category", "int", "decimal"))
+
+    def draft_over(self, table: Table, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         condition = draw_condition(draw, table, most=_SMALL)
         if condition is None:
             return None
-        new = new_path(draw, world, table.path, ENDINGS[table.format][0], files)
+        new = new_path(draw, world, table.path, ENDINGS[table.format][0])
         return _written(
             draw,
             phrasing,
             table,
-            files,
             new,
             table.format,
             condition.rows,
@@ -269,3 +248,9 @@ class ExtractRows(Operation):
             f"I keep the rows with `{condition.code}`.",
             which=condition.which,
         )
+
+
+def _orders(table: Table) -> list[Column]:
+    """Return the columns that give the rows of a small table an order."""
+    columns = table.of("int", "decimal", "date")
+    return [column for column in columns if len({*table.cells(column)}) == len(table.rows) <= _SMALL]

@@ -194,7 +194,7 @@ def _wheels(package: Package, cache: Path) -> dict[str, bytes]:
     return files
 
 
-class Bench:
+class PackageSandbox:
     """An open sandbox with the package's repository, committed as released. Use as an async context manager."""
 
     def __init__(self, environment: Environment, package: Package, runner: Runner, release: str) -> None:
@@ -218,14 +218,14 @@ class Bench:
         try:
             await environment.import_dir(TOOLS, tools)
             await environment.import_dir(WORKDIR, source)
-            bench = cls(environment, package, runner, "")
+            sandbox = cls(environment, package, runner, "")
             await environment.exec(["python3", "-m", "compileall", "-q", TOOLS], timeout_s=120)  # read-only from here
-            await bench.shell(COMMIT)
-            bench.release = await bench.shell("git rev-parse HEAD")
+            await sandbox.shell(COMMIT)
+            sandbox.release = await sandbox.shell("git rev-parse HEAD")
         except BaseException:
             await environment.close()
             raise
-        return bench
+        return sandbox
 
     async def __aenter__(self) -> Self:
         return self
