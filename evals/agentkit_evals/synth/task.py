@@ -107,6 +107,7 @@ class Operation(ABC):
     spread_fact: ClassVar[bool] = False  # the far fact is spread over many positions
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         if "name" in cls.__dict__:
             cls.phrasings = (*cls.phrasings, *wordings(cls.name))
 
