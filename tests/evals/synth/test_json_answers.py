@@ -29,7 +29,7 @@ def drawn(operation: str, worlds: int) -> list[SynthTask]:
 @pytest.mark.anyio
 @pytest.mark.parametrize("operation", [*(operation.name for operation in JSON_ANSWERS), "call_function"])
 async def test_a_row_has_the_ids_of_its_transcript(operation: str) -> None:
-    tasks = [synth for synth in drawn(operation, 8) if "submit" not in synth.task.tools]
+    tasks = [synth for synth in drawn(operation, 24) if "submit" not in synth.task.tools]
     assert {synth.task.system for synth in tasks} >= {None, ""}
     async with OracleSandbox("unsafe-local") as sandbox:
         for synth in tasks:
