@@ -11,6 +11,7 @@ from agentkit.approval import (
     ask_before_changes,
     refuse_changes,
 )
+from agentkit.compaction import Compaction
 from agentkit.errors import (
     AgentkitError,
     ApiError,
@@ -32,6 +33,7 @@ from agentkit.events import (
     CallDecided,
     CallFinished,
     CallStarted,
+    Compacted,
     Event,
     LimitReached,
     MessageAdded,
@@ -100,6 +102,8 @@ __all__ = [
     "CallReady",
     "CallStarted",
     "CallsWithdrawn",
+    "Compacted",
+    "Compaction",
     "ConcurrencyLimits",
     "ContextFullError",
     "CostBudget",

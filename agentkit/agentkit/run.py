@@ -14,6 +14,7 @@ import anyio
 
 from agentkit.approval import Approvals
 from agentkit.events import (
+    Compacted,
     Event,
     LimitName,
     MessageAdded,
@@ -26,7 +27,6 @@ from agentkit.events import (
 from agentkit.forks import World, Worlds
 from agentkit.interrupted import NOTHING
 from agentkit.limits import CostBudget, Limits
-from agentkit.messages import AssistantMessage
 from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage, total_usage
 from agentkit.trajectory import Trajectory
 from agentkit_environments import DeferredEnvironment, Environment
@@ -65,6 +65,7 @@ class Run:
         *,
         approvals: Approvals,
         deps: Any = None,
+        spill_dir: str | None = None,
         above: RunContext | None = None,
         shared: Usage = NOTHING,
         spent: Usage = NOTHING,
@@ -82,7 +83,9 @@ class Run:
         self._before = replace(before, subagents=None)
         self.session = session
         self.trajectory = trajectory
-        self.context = RunContext(environment, timeout_s=limits.call_timeout_s, deps=deps, run=self)
+        self.context = RunContext(
+            environment, timeout_s=limits.call_timeout_s, deps=deps, spill_dir=spill_dir, run=self
+        )
         self.limits = limits
         self.worlds = worlds
         self._start_world = start
@@ -93,7 +96,7 @@ class Run:
             self.context.lock = above.lock
         self.emit = emit
         self.budget = budget
-        self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
+        self.turn = session.turns
         self.deadline = inf
         if limits.wall_time_s is not None:
             self.deadline = anyio.current_time() + limits.wall_time_s - before.wall_time_s
@@ -123,6 +126,11 @@ class Run:
         while self._recorded_messages < len(self.session.messages):
             self._recorded_messages += 1
             self.note(MessageAdded(self.session.messages[self._recorded_messages - 1]))
+
+    def note_compaction(self, compacted: Compacted) -> None:
+        """Record that the session was restarted with the messages of `compacted`."""
+        self._recorded_segments, self._recorded_messages = 0, len(compacted.messages)
+        self.note(compacted)
 
     @property
     def usage(self) -> Usage:

@@ -587,7 +587,7 @@ def carry_out(
 
 def show(console: Console, event: Event) -> None:
     """Print one event of a run."""
-    from agentkit.events import CallDecided, CallFinished, CallStarted, LimitReached, TurnStarted
+    from agentkit.events import CallDecided, CallFinished, CallStarted, Compacted, LimitReached, TurnStarted
     from agentkit.model import ReasoningDelta, Retried, TextDelta
 
     match event:
@@ -605,6 +605,8 @@ def show(console: Console, event: Event) -> None:
             say(console, event.result.content, "red" if event.result.is_error else "dim")
         case Retried():
             say(console, f"\nretrying in {event.wait_s:.1f} s: {event.reason}", "yellow")
+        case Compacted():
+            console.print(f"\n[yellow]compacted: {event.tokens_before:,} to {event.tokens_after:,} tokens[/]")
         case LimitReached():
             console.print(f"\n[yellow]limit reached: {event.limit}[/]")
 

@@ -113,6 +113,11 @@ class ScriptedTokens:
         """Feed ids."""
         self.token_ids.extend(ids)
 
+    async def clear(self) -> None:
+        """Remove all ids."""
+        self.token_ids.clear()
+        self._end = -1
+
     async def checkpoint(self) -> None:
         """Do nothing: there is no state to keep."""
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import anyio
 
 from agentkit.errors import ContextFullError
-from agentkit.events import MessageAdded, TurnStarted
+from agentkit.events import Compacted, MessageAdded, TurnStarted
 from agentkit.messages import AssistantMessage, Message, to_openai_all
 from agentkit.model import (
     CallMalformed,
@@ -79,6 +79,10 @@ class TokenSession(Protocol):
         """Feed ids."""
         ...
 
+    async def clear(self) -> None:
+        """Remove all ids."""
+        ...
+
     async def checkpoint(self) -> None:
         """Hint that other sessions are likely to start with the ids so far."""
         ...
@@ -120,7 +124,7 @@ class TokenizedSession:
         self._effort = effort
         self._length = 0
         self._counts = Counter[SegmentKind]()  # ids of this run, by kind
-        self._turn = 0
+        self.turns = 0
         self._unread: list[Message] = []
         self._eos = tokenizer.eos_id
         self._user = tokenizer.control_id(USER)
@@ -134,7 +138,7 @@ class TokenizedSession:
         self.messages.extend(history.messages)
         self._length = len(self._tokens.token_ids)
         said = [index for index, message in enumerate(self.messages) if isinstance(message, AssistantMessage)]
-        self._turn = len(said)
+        self.turns = history.turns
         self._unread = self.messages[said[-1] + 1 if said and self.segments else 0 :]
 
     async def append(self, messages: Sequence[Message]) -> None:
@@ -142,9 +146,27 @@ class TokenizedSession:
 
         Assistant turns, which come from a message history, may only be among the first messages.
         """
-        self._turn += sum(isinstance(message, AssistantMessage) for message in messages)
+        self.turns += sum(isinstance(message, AssistantMessage) for message in messages)
         self.messages.extend(messages)
         self._unread.extend(messages)
+
+    async def restart(self, messages: Sequence[Message]) -> None:
+        """Replace the whole conversation; the next `generate` encodes it anew."""
+        await self._tokens.clear()
+        self.messages[:] = messages
+        self.segments.clear()
+        self._unread = list(messages)
+        self._length = 0
+
+    @property
+    def context_window(self) -> int | None:
+        """Maximum number of ids of the session."""
+        return self._tokens.max_length
+
+    @property
+    def context_tokens(self) -> int:
+        """Number of ids of the next prompt, with a turn that does not think."""
+        return self._length + len(self._prompt_ids(think=False)) if self._unread else self._length
 
     async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
         """Generate one turn; see `ModelSession.generate`.
@@ -156,7 +178,7 @@ class TokenizedSession:
         parser = StreamParser(
             think,
             tokenizer=self._tokenizer,
-            turn=self._turn,
+            turn=self.turns,
             tools=self._tools,
             calls=bool(self._tools),
             ends_after_block=self.grammar_off is None,
@@ -214,7 +236,7 @@ class TokenizedSession:
                 unheard = {event.id for event in last if isinstance(event, chat.CallReady)}
             message = parsed_message(parser.message, think, unheard=unheard)
             self.messages.append(message)
-            self._turn += 1
+            self.turns += 1
             hits, misses = self._tokens.cache_usage
             self.usage = Usage(
                 prompt_tokens=self._counts["prompt"],
@@ -240,15 +262,7 @@ class TokenizedSession:
 
     async def _feed_prompt(self, think: bool) -> int | None:
         """Feed the unread messages; return how many ids may now be sampled, None without a limit."""
-        ids = prompt_ids(
-            self._unread,
-            first=not self.segments,
-            think=think,
-            tools=self._tools,
-            effort=self._effort,
-            dialect=self.dialect,
-            tokenizer=self._tokenizer,
-        )
+        ids = self._prompt_ids(think=think)
         room = None
         if self._tokens.max_length is not None:
             room = self._tokens.max_length - self._length - len(ids) - CLOSING_TOKENS
@@ -266,6 +280,18 @@ class TokenizedSession:
         self._record(TokenSegment("prompt", tuple(ids)))
         self._unread.clear()
         return room
+
+    def _prompt_ids(self, *, think: bool) -> list[int]:
+        """Return the ids of the unread messages."""
+        return prompt_ids(
+            self._unread,
+            first=not self.segments,
+            think=think,
+            tools=self._tools,
+            effort=self._effort,
+            dialect=self.dialect,
+            tokenizer=self._tokenizer,
+        )
 
     def _repeats(self, said: list[int], limits: GenerationLimits, *, in_block: bool) -> bool:
         bound = limits.max_repeated_tokens
@@ -315,6 +341,8 @@ def prompt_ids(
 def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]:
     """Rebuild the token ids of a session, encoding every prompt anew from the recorded messages.
 
+    Of a session that was compacted, these are the ids since then.
+
     The result equals `trajectory.token_ids` if the record is complete and the encoder is the one that wrote it.
     """
     header = trajectory.header
@@ -326,6 +354,9 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
         match record:
             case MessageAdded(message) if not (ids and isinstance(message, AssistantMessage)):  # not one sampled here
                 unread.append(message)
+            case Compacted():
+                ids.clear()
+                unread[:] = record.messages
             case TurnStarted():
                 think = record.think
             case TokenSegment(kind="prompt"):
