@@ -573,8 +573,17 @@ class Agent(Generic[T]):
         raise AssertionError("the generation ended without a Generated event")
 
     async def act(self, run: Run, calls: TurnCalls) -> None:
-        """Run the calls that have not been started yet, and wait for all calls of the turn."""
-        await calls.finish()
+        """Run the calls that have not been started yet, and wait for all calls of the turn.
+
+        Meanwhile a model in this process computes the results in call order, as far as they are there.
+        """
+        if calls.count < 2:
+            await calls.finish()
+            return
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(_prefill, run.session, calls, name="agentkit: prefill of results")
+            await calls.finish()
+            task_group.cancel_scope.cancel()
 
     async def observe(self, run: Run, news: Sequence[Message]) -> None:
         """Add messages to the session and record them; the model reads them in its next turn."""
@@ -755,6 +764,15 @@ def model_of(name: str | Path) -> Model:
     except ModelNotFoundError as error:
         hint = "a model behind an API is named with its provider, such as openai:MODEL"
         raise ModelNotFoundError(f"{error}; {hint}") from None
+
+
+async def _prefill(session: ModelSession, calls: TurnCalls) -> None:
+    results: list[ToolResult] = []
+    while True:
+        results = await calls.more_in_order(len(results))
+        if len(results) == calls.count:  # `observe` follows at once
+            return
+        await session.prefill([ToolMessage.of(result) for result in results])
 
 
 @contextmanager

@@ -277,6 +277,13 @@ class ModelSession(History, Protocol):
         """
         ...
 
+    async def prefill(self, messages: Sequence[Message]) -> None:
+        """Compute the beginning of the next prompt, which begins with `messages`. They are appended only later.
+
+        It may be cancelled. A session whose model is behind an API does nothing.
+        """
+        ...
+
     def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
         """Generate one turn, with a thinking block if `think` is set. Close the generator to leave early."""
         ...

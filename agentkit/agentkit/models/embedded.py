@@ -175,6 +175,10 @@ class EngineTokens:
         if self._on_disk:
             await self._session.checkpoint()
 
+    async def prefill(self) -> None:
+        """Compute the ids so far."""
+        await self._session.prefill()
+
     async def park(self) -> None:
         """Allow the engine to free the session's memory until its next use."""
         await self._session.park()

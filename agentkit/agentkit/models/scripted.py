@@ -124,6 +124,9 @@ class ScriptedTokens:
     async def keep(self) -> None:
         """Do nothing: there is no state to keep."""
 
+    async def prefill(self) -> None:
+        """Do nothing: there is nothing to compute."""
+
     async def park(self) -> None:
         """Do nothing: there is no memory to free."""
 

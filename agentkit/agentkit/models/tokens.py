@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
+from itertools import takewhile
 from typing import Any, Protocol
 
 import anyio
 
 from agentkit.errors import ContextFullError
 from agentkit.events import Compacted, MessageAdded, TurnStarted
-from agentkit.messages import AssistantMessage, Message, to_openai_all
+from agentkit.messages import AssistantMessage, Message, ToolMessage, to_openai_all
 from agentkit.model import (
     CallMalformed,
     CallReady,
@@ -37,6 +38,9 @@ from agentkit_engine.chat import StreamParser, Tokenizer
 from agentkit_engine.chat.tokens import USER
 from agentkit_tools import Tool, ToolCall
 
+MIN_PREFILL = 1024
+"""Characters of new results that are worth a prefill. All results so far are encoded again for it, so they must also
+have grown by a quarter since the last one."""
 CLOSING_TOKENS = 2
 """Positions reserved at the end of the context for closing a turn that is stopped while thinking."""
 
@@ -91,6 +95,10 @@ class TokenSession(Protocol):
         """Hint that another process may have to continue from the ids so far, should this one be killed."""
         ...
 
+    async def prefill(self) -> None:
+        """Compute the state of the ids so far, while those that follow are not known."""
+        ...
+
     async def park(self) -> None:
         """Hint that the session will be idle, so that other sessions may use its memory."""
         ...
@@ -123,6 +131,8 @@ class TokenizedSession:
         self._tools = [tool.spec for tool in tools]
         self._effort = effort
         self._length = 0
+        self._ahead: list[int] = []  # ids of the next prompt that were fed already, and are not recorded yet
+        self._ahead_characters = 0  # of the messages that they came from
         self._counts = Counter[SegmentKind]()  # ids of this run, by kind
         self.turns = 0
         self._unread: list[Message] = []
@@ -157,6 +167,28 @@ class TokenizedSession:
         self.segments.clear()
         self._unread = list(messages)
         self._length = 0
+        self._ahead, self._ahead_characters = [], 0
+
+    async def prefill(self, messages: Sequence[Message]) -> None:
+        """Feed and compute the ids that the next prompt begins with, if `messages` are worth it.
+
+        The last ids of a text depend on what follows it, so only those are fed that do not differ if a result follows.
+        """
+        characters = sum(len(message.content) for message in messages)
+        if characters - self._ahead_characters < max(MIN_PREFILL, self._ahead_characters // 4):
+            return
+        self._ahead_characters = characters
+        unread = [*self._unread, *messages]
+        ends: tuple[list[Message], list[Message]] = ([], [ToolMessage("", "", "")])
+        one, other = (self._encode([*unread, *end], think=False) for end in ends)
+        ids = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+        count, limit = len(self._ahead), self._tokens.max_length
+        if ids[:count] != self._ahead or (limit is not None and self._length + len(ids) + CLOSING_TOKENS >= limit):
+            return
+        self._ahead = ids
+        await self._tokens.append(ids[count:])
+        await self._tokens.prefill()
+        await self._tokens.park()
 
     @property
     def context_window(self) -> int | None:
@@ -166,13 +198,13 @@ class TokenizedSession:
     @property
     def context_tokens(self) -> int:
         """Number of ids of the next prompt, with a turn that does not think."""
-        return self._length + len(self._prompt_ids(think=False)) if self._unread else self._length
+        return self._length + len(self._encode(self._unread, think=False)) if self._unread else self._length
 
     async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
         """Generate one turn; see `ModelSession.generate`.
 
         Raises:
-            ContextFullError: the unread messages do not fit into the context; none of them was fed.
+            ContextFullError: the unread messages do not fit into the context; none of them was recorded.
         """
         room = await self._feed_prompt(think)
         parser = StreamParser(
@@ -262,7 +294,7 @@ class TokenizedSession:
 
     async def _feed_prompt(self, think: bool) -> int | None:
         """Feed the unread messages; return how many ids may now be sampled, None without a limit."""
-        ids = self._prompt_ids(think=think)
+        ids = self._encode(self._unread, think=think)
         room = None
         if self._tokens.max_length is not None:
             room = self._tokens.max_length - self._length - len(ids) - CLOSING_TOKENS
@@ -271,20 +303,25 @@ class TokenizedSession:
                     f"the next prompt of {len(ids)} ids does not fit: {self._length} of the model's "
                     f"{self._tokens.max_length} positions are taken"
                 )
+        ahead, self._ahead, self._ahead_characters = self._ahead, [], 0
+        if ids[: len(ahead)] != ahead:
+            await self._tokens.clear()
+            await self._tokens.append([token for segment in self.segments for token in segment.ids])
+            ahead = []
         head = ids.index(self._user) if not self.segments and self._user in ids else 0
         if head:  # system prompt and tools, which all runs of an agent share
             await self._tokens.append(ids[:head])
             await self._tokens.checkpoint()
-        await self._tokens.append(ids[head:])
+        await self._tokens.append(ids[head or len(ahead) :])
         await self._tokens.keep()
         self._record(TokenSegment("prompt", tuple(ids)))
         self._unread.clear()
         return room
 
-    def _prompt_ids(self, *, think: bool) -> list[int]:
-        """Return the ids of the unread messages."""
+    def _encode(self, messages: Sequence[Message], *, think: bool) -> list[int]:
+        """Return the ids of a prompt that adds `messages`."""
         return prompt_ids(
-            self._unread,
+            messages,
             first=not self.segments,
             think=think,
             tools=self._tools,

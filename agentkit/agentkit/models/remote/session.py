@@ -234,6 +234,9 @@ class RemoteSession:
         self._ids.clear()
         self._length = 0
 
+    async def prefill(self, messages: Sequence[Message]) -> None:
+        """Do nothing: the API receives a prompt as a whole."""
+
     @property
     def context_window(self) -> int | None:
         """Size of the context in tokens, if it was given."""
