@@ -67,6 +67,7 @@ from agentkit.models.scripted import AssistantTurn, ScriptedModel
 from agentkit.prices import Price, Prices
 from agentkit.replayer import Difference, Replay, replay
 from agentkit.result import RunResult
+from agentkit.subagent import ForkTool
 from agentkit.trajectory import Header, Trajectory
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import (
@@ -110,6 +111,7 @@ __all__ = [
     "Difference",
     "EmbeddedModel",
     "Event",
+    "ForkTool",
     "Header",
     "ImagePart",
     "LimitReached",

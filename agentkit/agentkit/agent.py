@@ -673,6 +673,7 @@ class Agent(Generic[T]):
                 self.limits,
                 emit,
                 budget,
+                agent=self,
                 approvals=approvals,
                 deps=deps,
                 spill_dir=SPILL_DIR if any(tool.needs_environment for tool in tools) else None,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -33,11 +33,15 @@ from agentkit_environments import DeferredEnvironment, Environment
 from agentkit_tools import ToolCall, ToolContext
 from agentkit_tools.tool import Deps
 
+if TYPE_CHECKING:
+    from agentkit.agent import Agent
+
 
 class Run:
     """One `Agent.run` in progress.
 
     Attributes:
+        agent: The agent that runs.
         session: The conversation with the model.
         trajectory: The record.
         context: The context that calls run in.
@@ -63,6 +67,7 @@ class Run:
         emit: Callable[[Event], None],
         budget: CostBudget | None = None,
         *,
+        agent: Agent[Any],
         approvals: Approvals,
         deps: Any = None,
         spill_dir: str | None = None,
@@ -81,6 +86,7 @@ class Run:
         self._shared_tool_time_s = shared.tool_time_s
         self._spent = replace(spent, subagents=None)
         self._before = replace(before, subagents=None)
+        self.agent = agent
         self.session = session
         self.trajectory = trajectory
         self.context = RunContext(
