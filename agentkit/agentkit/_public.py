@@ -11,6 +11,7 @@ from agentkit.approval import (
     ask_before_changes,
     refuse_changes,
 )
+from agentkit.compaction import Compaction
 from agentkit.errors import (
     AgentkitError,
     ApiError,
@@ -32,6 +33,7 @@ from agentkit.events import (
     CallDecided,
     CallFinished,
     CallStarted,
+    Compacted,
     Event,
     LimitReached,
     MessageAdded,
@@ -65,6 +67,7 @@ from agentkit.models.scripted import AssistantTurn, ScriptedModel
 from agentkit.prices import Price, Prices
 from agentkit.replayer import Difference, Replay, replay
 from agentkit.result import RunResult
+from agentkit.subagent import ForkTool
 from agentkit.trajectory import Header, Trajectory
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import (
@@ -100,12 +103,15 @@ __all__ = [
     "CallReady",
     "CallStarted",
     "CallsWithdrawn",
+    "Compacted",
+    "Compaction",
     "ConcurrencyLimits",
     "ContextFullError",
     "CostBudget",
     "Difference",
     "EmbeddedModel",
     "Event",
+    "ForkTool",
     "Header",
     "ImagePart",
     "LimitReached",

@@ -14,6 +14,7 @@ import anyio
 
 from agentkit.approval import Approvals, AskHuman, Policy
 from agentkit.checks import check_model, check_positive, check_type, run_blocking
+from agentkit.compaction import Compaction, make_room
 from agentkit.errors import ContextFullError, TrajectoryWriteError, first_cause
 from agentkit.events import (
     CallFinished,
@@ -73,6 +74,8 @@ from agentkit_tools import BUILTINS, Tool, ToolResult, as_tool
 from agentkit_tools.model_texts import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 
 KILL_TIMEOUT_S: Final = 0.8
+SPILL_DIR: Final = "/tmp/agentkit"
+"""Directory of the environment for the whole text of results that are too long for the model."""
 
 
 class Agent(Generic[T]):
@@ -100,6 +103,7 @@ class Agent(Generic[T]):
         budget: CostBudget | None = None,
         approval: Policy | Sequence[Policy] = (),
         on_ask: AskHuman | None = None,
+        compaction: Compaction | None = None,
     ) -> None:
         """Create an agent.
 
@@ -125,6 +129,8 @@ class Agent(Generic[T]):
                 separate limits, or the two agents may wait for each other. An agent from `as_tool` does not.
             budget: A limit on the cost of all runs of all agents that are given this object.
             approval: Policies that decide on each call before it runs; see `agentkit.approval`.
+            compaction: Makes room in the context window when it is nearly full. Default: nothing is removed, and a full
+                context ends the run with the limit "context".
             on_ask: Asks a human about a call, for policies that return `Ask()`; a function that is not async runs in a
                 thread. Without `on_ask`, such calls are refused.
 
@@ -140,6 +146,7 @@ class Agent(Generic[T]):
         check_type("Agent(limits=...)", limits, Limits | None, "a Limits or None")
         check_type("Agent(concurrency=...)", concurrency, ConcurrencyLimits | None, "a ConcurrencyLimits or None")
         check_type("Agent(budget=...)", budget, CostBudget | None, "a CostBudget or None")
+        check_type("Agent(compaction=...)", compaction, Compaction | None, "a Compaction or None")
         check_type("Agent(system=...)", system, str | None, "a text or None")
         self._thinks = thinking_policy(thinking, effort)
         if output_type is None and output_schema is None and sampling is not None:
@@ -162,6 +169,7 @@ class Agent(Generic[T]):
         self.limits = self._bounded(limits or Limits())
         self.concurrency = concurrency or ConcurrencyLimits()
         self.budget = budget
+        self.compaction = compaction
         if self.limits.max_cost_usd is not None or budget is not None:
             check_price(self.model, self.model.name)
         policies = [approval] if callable(approval) else approval
@@ -497,6 +505,8 @@ class Agent(Generic[T]):
         Returns:
             The results of the turn's calls in call order, and the limit that stopped the turn, if any.
         """
+        if self.compaction is not None:
+            await make_room(run, self.compaction)
         think = self._thinks(news) and run.generation_limits.max_thinking_tokens != 0
         run.note(TurnStarted(run.turn, think))
         calls = TurnCalls(
@@ -563,8 +573,17 @@ class Agent(Generic[T]):
         raise AssertionError("the generation ended without a Generated event")
 
     async def act(self, run: Run, calls: TurnCalls) -> None:
-        """Run the calls that have not been started yet, and wait for all calls of the turn."""
-        await calls.finish()
+        """Run the calls that have not been started yet, and wait for all calls of the turn.
+
+        Meanwhile a model in this process computes the results in call order, as far as they are there.
+        """
+        if calls.count < 2:
+            await calls.finish()
+            return
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(_prefill, run.session, calls, name="agentkit: prefill of results")
+            await calls.finish()
+            task_group.cancel_scope.cancel()
 
     async def observe(self, run: Run, news: Sequence[Message]) -> None:
         """Add messages to the session and record them; the model reads them in its next turn."""
@@ -654,8 +673,10 @@ class Agent(Generic[T]):
                 self.limits,
                 emit,
                 budget,
+                agent=self,
                 approvals=approvals,
                 deps=deps,
+                spill_dir=SPILL_DIR if any(tool.needs_environment for tool in tools) else None,
                 above=above,
                 shared=NOTHING if point is None else point.shared,
                 spent=NOTHING if point is None else point.spent,
@@ -744,6 +765,15 @@ def model_of(name: str | Path) -> Model:
     except ModelNotFoundError as error:
         hint = "a model behind an API is named with its provider, such as openai:MODEL"
         raise ModelNotFoundError(f"{error}; {hint}") from None
+
+
+async def _prefill(session: ModelSession, calls: TurnCalls) -> None:
+    results: list[ToolResult] = []
+    while True:
+        results = await calls.more_in_order(len(results))
+        if len(results) == calls.count:  # `observe` follows at once
+            return
+        await session.prefill([ToolMessage.of(result) for result in results])
 
 
 @contextmanager

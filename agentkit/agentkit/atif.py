@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from agentkit.errors import TrajectoryError, TrajectoryFormatError
-from agentkit.events import MessageAdded, Outcome, SubagentStarted, TurnFinished, TurnStarted
+from agentkit.events import Compacted, MessageAdded, Outcome, SubagentStarted, TurnFinished, TurnStarted
 from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage
 from agentkit.model import TokenSegment, Usage
 from agentkit.strict import Strict
@@ -317,12 +317,14 @@ class _Steps:
         self._turn: list[TokenSegment] = []  # segments since the last turn
         self._turn_step: dict[str, Any] | None = None  # the last turn's step
         self._usage = Usage()  # of the run before the turn
-        self._has_ids = bool(trajectory.segments)
+        self._has_ids = any(isinstance(record, TokenSegment) for record in trajectory.records)
         self._began = False  # a turn has started; the messages before it are a given history
         for time_s, record in zip(trajectory.times_s, trajectory.records, strict=True):
             match record:
                 case TokenSegment():
                     self._segment(record)
+                case Compacted():
+                    self._ids.clear()
                 case TurnStarted():
                     self._began = True
                 case MessageAdded():

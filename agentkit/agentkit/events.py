@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import FailFast
 
 from agentkit.messages import STRICT, Message
 from agentkit.model import (
@@ -144,6 +146,25 @@ class TurnFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class Compacted:
+    """The conversation was compacted, between two turns: from here on it has only `messages`.
+
+    What was replaced stays in the records before this one. `cleared` has the ids of the calls whose results were
+    cleared, and `turns_left_out` is the number of turns that were left out. `turns` is the number of turns of the
+    session so far. `tokens_before` and `tokens_after` count the next prompt; behind an API, they are estimates.
+    """
+
+    messages: Annotated[tuple[Message, ...], FailFast()]
+    turns: int
+    cleared: Annotated[tuple[str, ...], FailFast()]
+    turns_left_out: int
+    tokens_before: int
+    tokens_after: int
+    type: Literal["compacted"] = "compacted"
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
 class LimitReached:
     """A limit ends the run."""
 
@@ -192,6 +213,7 @@ Record = (
     | SubagentStarted
     | SubagentFinished
     | TurnFinished
+    | Compacted
     | LimitReached
     | Outcome
 )

@@ -220,17 +220,22 @@ class History(Protocol):
 
     @property
     def messages(self) -> Sequence[Message]:
-        """All messages in order, including assistant turns."""
+        """All messages in order, including assistant turns; those that compaction has left, if there was one."""
         ...
 
     @property
     def segments(self) -> Sequence[TokenSegment]:
-        """All token ids in order; empty if the model is behind an API."""
+        """The token ids of the conversation in order; empty if the model is behind an API."""
+        ...
+
+    @property
+    def turns(self) -> int:
+        """Number of turns so far, including those that compaction has left out."""
         ...
 
 
 class ModelSession(History, Protocol):
-    """An append-only conversation; `messages` and `segments` grow during generation.
+    """An append-only conversation, until it is restarted; `messages` and `segments` grow during generation.
 
     `generate` always leaves the session at a turn boundary. If it is stopped by a limit, left early or cancelled, it
     closes the turn (with forced ids, if the model works on ids), so the conversation can always be continued.
@@ -251,10 +256,31 @@ class ModelSession(History, Protocol):
         """Token counts of the session so far."""
         ...
 
+    @property
+    def context_window(self) -> int | None:
+        """Maximum number of tokens of the conversation; None if it is not known."""
+        ...
+
+    @property
+    def context_tokens(self) -> int:
+        """Number of tokens of the next prompt; behind an API, an estimate."""
+        ...
+
+    async def restart(self, messages: Sequence[Message]) -> None:
+        """Replace the whole conversation between two turns. The number of turns and the usage go on."""
+        ...
+
     async def append(self, messages: Sequence[Message]) -> None:
         """Add user messages and tool results; the model reads them at the next `generate`.
 
         The first messages of a session may be a whole conversation, with assistant turns.
+        """
+        ...
+
+    async def prefill(self, messages: Sequence[Message]) -> None:
+        """Compute the beginning of the next prompt, which begins with `messages`. They are appended only later.
+
+        It may be cancelled. A session whose model is behind an API does nothing.
         """
         ...
 

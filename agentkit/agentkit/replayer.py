@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 
 from agentkit.checks import check_type
 from agentkit.errors import ReplayError
-from agentkit.events import CallFinished, MessageAdded, Outcome, TurnStarted
+from agentkit.events import CallFinished, Compacted, MessageAdded, Outcome, TurnStarted
 from agentkit.messages import AssistantMessage, Message, ToolMessage
 from agentkit.model import CallMalformed, CallReady, CallsWithdrawn, TokenSegment
 from agentkit.models.embedded import EmbeddedModel
@@ -40,7 +40,7 @@ class Difference:
     Attributes:
         kind: "token", an id of a prompt; "logprob", the log-probability of a sampled id; or "byte", a byte of a text.
         turn: The number of the turn, from 0.
-        position: The index of the token in `Trajectory.token_ids`, or of the byte in the text in UTF-8.
+        position: The index of the token in the conversation at that time, or of the byte in the text in UTF-8.
         recorded: What the record has.
         replayed: What the replay has instead.
         what: A description of the place.
@@ -132,7 +132,8 @@ class _Replayer:
         self.tools = list(self.header.tools)
         self.turn = 0
         self.history = 0  # turns of a message history
-        self.position = 0  # number of ids compared
+        self.position = 0  # number of ids compared since the conversation began or was compacted
+        self.compared = 0  # number of ids compared before that
         self.sampled = 0
         self.error = 0.0
         self.think = False
@@ -141,6 +142,7 @@ class _Replayer:
         self.events: list[CallReady | CallMalformed | CallsWithdrawn] = []  # of the turn in progress
         self.results: dict[str, ToolResult] = {}  # of the last turn's calls
         self.last: Message | None = None
+        self.parts = _parts(trajectory)
         self._logprobs: list[float] | None = None
 
     def run(self) -> Replay:
@@ -150,7 +152,7 @@ class _Replayer:
                 self._compare(record)
         except _Differs as found:
             difference = found.difference
-        return Replay(self.turn, self.position, self.sampled, self.error, difference)
+        return Replay(self.turn, self.compared + self.position, self.sampled, self.error, difference)
 
     def _compare(self, record: object) -> None:
         match record:
@@ -173,6 +175,8 @@ class _Replayer:
                 self.history += isinstance(message, AssistantMessage)
                 self.unread.append(message)
                 self.last = message
+            case Compacted():
+                self._compacted(record)
             case Outcome():
                 self._outcome(record)
 
@@ -215,8 +219,14 @@ class _Replayer:
         self.error = max(self.error, error)
 
     def _ids_of_the_vocabulary(self) -> list[int]:
-        """Return the ids up to the first that the model does not have."""
-        return list(takewhile(lambda token_id: token_id < self.vocab_size, self.trajectory.token_ids))
+        """Return the ids of the conversation up to the first that the model does not have."""
+        return list(takewhile(lambda token_id: token_id < self.vocab_size, self.parts[0]))
+
+    def _compacted(self, compacted: Compacted) -> None:
+        """Go on with the conversation that compaction has left, whose ids begin anew."""
+        self.parts.pop(0)
+        self.unread[:] = compacted.messages
+        self.compared, self.position, self._logprobs = self.compared + self.position, 0, None
 
     def _turn(self, message: AssistantMessage) -> None:
         """Compare a turn's message and calls with what its ids say."""
@@ -293,6 +303,17 @@ class _Replayer:
             return "no token"
         text = self.tokenizer.decode([token_id]) if token_id < self.vocab_size else "?"
         return f"{token_id} {text!r:.{SHOWN}}"
+
+
+def _parts(trajectory: Trajectory) -> list[list[int]]:
+    """Return the ids of the conversation up to each compaction, and those after the last."""
+    parts: list[list[int]] = [[]]
+    for record in trajectory.records:
+        if isinstance(record, Compacted):
+            parts.append([])
+        elif isinstance(record, TokenSegment):
+            parts[-1] += record.ids
+    return parts
 
 
 def _calls(events: Sequence[chat.ParseEvent]) -> list[Any]:

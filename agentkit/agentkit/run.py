@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from agentkit.approval import Approvals
 from agentkit.events import (
+    Compacted,
     Event,
     LimitName,
     MessageAdded,
@@ -26,18 +27,21 @@ from agentkit.events import (
 from agentkit.forks import World, Worlds
 from agentkit.interrupted import NOTHING
 from agentkit.limits import CostBudget, Limits
-from agentkit.messages import AssistantMessage
 from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage, total_usage
 from agentkit.trajectory import Trajectory
 from agentkit_environments import DeferredEnvironment, Environment
 from agentkit_tools import ToolCall, ToolContext
 from agentkit_tools.tool import Deps
 
+if TYPE_CHECKING:
+    from agentkit.agent import Agent
+
 
 class Run:
     """One `Agent.run` in progress.
 
     Attributes:
+        agent: The agent that runs.
         session: The conversation with the model.
         trajectory: The record.
         context: The context that calls run in.
@@ -63,8 +67,10 @@ class Run:
         emit: Callable[[Event], None],
         budget: CostBudget | None = None,
         *,
+        agent: Agent[Any],
         approvals: Approvals,
         deps: Any = None,
+        spill_dir: str | None = None,
         above: RunContext | None = None,
         shared: Usage = NOTHING,
         spent: Usage = NOTHING,
@@ -80,9 +86,12 @@ class Run:
         self._shared_tool_time_s = shared.tool_time_s
         self._spent = replace(spent, subagents=None)
         self._before = replace(before, subagents=None)
+        self.agent = agent
         self.session = session
         self.trajectory = trajectory
-        self.context = RunContext(environment, timeout_s=limits.call_timeout_s, deps=deps, run=self)
+        self.context = RunContext(
+            environment, timeout_s=limits.call_timeout_s, deps=deps, spill_dir=spill_dir, run=self
+        )
         self.limits = limits
         self.worlds = worlds
         self._start_world = start
@@ -93,7 +102,7 @@ class Run:
             self.context.lock = above.lock
         self.emit = emit
         self.budget = budget
-        self.turn = sum(isinstance(message, AssistantMessage) for message in session.messages)
+        self.turn = session.turns
         self.deadline = inf
         if limits.wall_time_s is not None:
             self.deadline = anyio.current_time() + limits.wall_time_s - before.wall_time_s
@@ -123,6 +132,11 @@ class Run:
         while self._recorded_messages < len(self.session.messages):
             self._recorded_messages += 1
             self.note(MessageAdded(self.session.messages[self._recorded_messages - 1]))
+
+    def note_compaction(self, compacted: Compacted) -> None:
+        """Record that the session was restarted with the messages of `compacted`."""
+        self._recorded_segments, self._recorded_messages = 0, len(compacted.messages)
+        self.note(compacted)
 
     @property
     def usage(self) -> Usage:

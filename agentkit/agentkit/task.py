@@ -97,6 +97,7 @@ class AgentConfig(Strict):
     max_turns: int = Field(default=32, ge=1, le=1 << 31)
     max_tokens: int | None = Field(default=None, ge=1, le=1 << 31)  # sampled tokens over the whole run
     timeout_s: float = Field(default=600.0, gt=0, le=MAX_TIMEOUT_S)
+    compact_at_tokens: int | None = Field(default=None, ge=1, le=1 << 31)  # `Compaction.at_tokens`; None: no compaction
 
 
 class VerifierConfig(Strict):

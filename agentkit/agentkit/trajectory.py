@@ -25,8 +25,8 @@ from pydantic import FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from agentkit.errors import TrajectoryCorruptError, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
-from agentkit.events import CallFinished, MessageAdded, Outcome, Record, TurnFinished
-from agentkit.messages import STRICT, Message
+from agentkit.events import CallFinished, Compacted, MessageAdded, Outcome, Record, TurnFinished
+from agentkit.messages import STRICT, AssistantMessage, Message
 from agentkit.model import Dialect, Effort, TokenSegment, Usage, total_usage
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_fd, open_regular, parse_json, shorten
@@ -222,39 +222,54 @@ class Trajectory:
 
     @property
     def messages(self) -> list[Message]:
-        """All messages of the conversation."""
-        return [record.message for record in self.records if isinstance(record, MessageAdded)]
+        """All messages of the conversation; those that compaction has left, and those after it, if there was one."""
+        messages: list[Message] = []
+        for record in self.records:
+            if isinstance(record, MessageAdded):
+                messages.append(record.message)
+            elif isinstance(record, Compacted):
+                messages = list(record.messages)
+        return messages
 
     @property
     def segments(self) -> list[TokenSegment]:
-        """All token segments."""
-        return [record for record in self.records if isinstance(record, TokenSegment)]
+        """The token segments of the conversation: all, or those since the ids began anew.
+
+        They begin anew when the conversation is compacted, and when a server renders it again from the start.
+        """
+        segments: list[TokenSegment] = []
+        for record in self.records:
+            if isinstance(record, Compacted) or (isinstance(record, TokenSegment) and record.restart):
+                segments.clear()
+            if isinstance(record, TokenSegment):
+                segments.append(record)
+        return segments
+
+    @property
+    def turns(self) -> int:
+        """Number of turns of the session, including those that compaction has left out."""
+        turns = 0
+        for record in self.records:
+            if isinstance(record, Compacted):
+                turns = record.turns
+            elif isinstance(record, MessageAdded):
+                turns += isinstance(record.message, AssistantMessage)
+        return turns
 
     @property
     def token_ids(self) -> list[int]:
-        """All token ids of the session in order; equal to the engine's own list.
-
-        If a server rendered the conversation again from the start, these are the ids since the last such rendering.
-        """
-        return [token for segment in self._joined_segments for token in segment.ids]
+        """The token ids of `segments` in order; equal to the engine's own list."""
+        return [token for segment in self.segments for token in segment.ids]
 
     @property
     def loss_mask(self) -> list[int]:
         """One number per id of `token_ids`: 1 if the model sampled it, 0 if it was fed or forced."""
-        return [int(segment.kind == "sampled") for segment in self._joined_segments for _ in segment.ids]
+        return [int(segment.kind == "sampled") for segment in self.segments for _ in segment.ids]
 
     @property
     def logprobs(self) -> list[float | None]:
         """One log-probability per id of `token_ids`; None if the id was not sampled or none was reported."""
-        return [
-            logprob for segment in self._joined_segments for logprob in segment.logprobs or [None] * len(segment.ids)
-        ]
-
-    @property
-    def _joined_segments(self) -> list[TokenSegment]:
-        segments = self.segments
-        restarts = [index for index, segment in enumerate(segments) if segment.restart]
-        return segments[restarts[-1] if restarts else 0 :]
+        return [logprob for segment in self.segments for logprob in segment.logprobs or [None] * len(segment.ids)]
 
     @property
     def results(self) -> list[ToolResult]:

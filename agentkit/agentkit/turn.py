@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import takewhile
 
 import anyio
 from anyio.abc import TaskGroup
@@ -69,6 +70,7 @@ class TurnCalls:
         self._running = 0
         self._running_since = 0.0
         self._idle: anyio.Event | None = None  # set while `finish` waits
+        self._news: anyio.Event | None = None  # set while `more_in_order` waits
 
     def open(self, task_group: TaskGroup, *, deadline: float, time_left_s: float | None) -> None:
         """Run in `task_group`, which is cancelled at `deadline`, or after calls have been running for `time_left_s`."""
@@ -117,6 +119,20 @@ class TurnCalls:
             else:
                 self._start(index, early=False)
         await self._all_finished()
+
+    @property
+    def count(self) -> int:
+        """Number of calls."""
+        return len(self._calls)
+
+    async def more_in_order(self, count: int) -> list[ToolResult]:
+        """Wait until more than `count` of the first calls have finished; return their results, in call order."""
+        while True:
+            finished = list(takewhile(self._results.__contains__, sorted(self._calls)))
+            if len(finished) > count:
+                return [self._results[index] for index in finished]
+            self._news = anyio.Event()
+            await self._news.wait()
 
     def results(self, stopped: str) -> list[ToolResult]:
         """Return one result per call, in call order; an unfinished call gets an error with the reason `stopped`."""
@@ -190,6 +206,8 @@ class TurnCalls:
     def _finish(self, index: int, result: ToolResult) -> None:
         self._results[index] = result
         self._note(CallFinished(result))
+        if self._news is not None:
+            self._news.set()
 
     async def _all_finished(self) -> None:
         if self._pending:

@@ -321,6 +321,19 @@ class AsyncSession(SessionBase):
         self._settle()
         self._put(lambda: self._scheduler.mark(self._request))
 
+    async def prefill(self) -> None:
+        """Compute the ids so far, so that a later `generate` only has to compute what follows.
+
+        If the caller is cancelled, the session keeps its ids and what was computed of them.
+
+        Raises:
+            SessionBusyError: a step of this session is running.
+            OutOfMemoryError, NonFiniteLogitsError, SessionClosedError, EngineClosedError: see `generate`.
+        """
+        self._settle()
+        if self._ids:
+            await self._busy(self._begin(_Generation(self._request, SamplingParams(), left=0)).get())
+
     async def fork(self, n: int = 1) -> list[AsyncSession]:
         """Return `n` sessions that continue from here; see `Session.fork`.
 

@@ -26,6 +26,7 @@ from agentkit.events import (
     CallDecided,
     CallFinished,
     CallStarted,
+    Compacted,
     LimitReached,
     MessageAdded,
     Outcome,
@@ -505,6 +506,11 @@ def _turns(trajectory: Trajectory, *, with_tokens: bool) -> tuple[list[dict[str,
                 calls[result.call_id]["duration"] = result.duration_s
             case ThoughtCut():
                 turn["notes"].append("The thinking budget ran out: a forced id closed the thought.")
+            case Compacted():
+                turn["notes"].append(
+                    f"The conversation was compacted from {record.tokens_before:,} to {record.tokens_after:,} tokens: "
+                    f"{len(record.cleared)} results cleared, {record.turns_left_out} turns left out."
+                )
             case LimitReached():
                 notes.append(f"Limit reached: {record.limit}.")
             case TurnFinished(usage=Usage(cost_usd=float() as cost)):

@@ -19,6 +19,7 @@ import anyio
 from agentkit.agent import Agent
 from agentkit.approval import AskHuman, Policy
 from agentkit.checks import check_positive
+from agentkit.compaction import Compaction
 from agentkit.errors import (
     ApiKeyError,
     MissingDependencyError,
@@ -454,6 +455,7 @@ def agent_for(
         PriceError: there is a limit on the cost, and the price of the model is unknown.
     """
     max_turns = 1 if isinstance(task.verifier, CallsConfig) else task.agent.max_turns
+    compact_at = task.agent.compact_at_tokens
     return Agent(
         model,
         task.build_tools(),
@@ -471,6 +473,7 @@ def agent_for(
         budget=budget,
         approval=approval,
         on_ask=on_ask,
+        compaction=None if compact_at is None else Compaction(at_tokens=compact_at),
     )
 
 

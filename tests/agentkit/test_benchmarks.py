@@ -26,11 +26,15 @@ def run(*arguments: str) -> Any:
 
 def test_the_quick_benchmarks_write_their_records(tmp_path: Path) -> None:
     out = tmp_path / "results" / "cpu.json"
-    result = run("--quick", "--only", "decode,turn-overhead,shared-prefill", "--out", str(out))
+    result = run("--quick", "--only", "decode,turn-overhead,shared-prefill,parallel-calls", "--out", str(out))
     assert result.exit_code == 0, result.output
     records = json.loads(out.read_text())
-    assert [record["benchmark"] for record in records] == ["shared-prefill"] * 3 + ["turn-overhead"] * 3
+    assert [record["benchmark"] for record in records] == (
+        ["parallel-calls"] + ["shared-prefill"] * 3 + ["turn-overhead"] * 3
+    )
     assert all(record["outputs"] for record in records)
+    calls, *records = records
+    assert calls["value"] >= calls["peer_value"] == 2 * 6 * 0.001 / 4 and calls["target"] == "value <= 0.0045"
     scripted, through, again = records[3:]
     assert (scripted["unit"], scripted["target"], scripted["stretch"]) == ("us/turn", "value <= 500", "value <= 100")
     assert scripted["ratio"] and through["value"] > 0
@@ -45,7 +49,10 @@ def test_an_unknown_benchmark_is_an_error() -> None:
     result = run("--only", "shared-prefill,C99")
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())
-    assert "unknown benchmark 'C99'; expected turn-overhead, shared-prefill, or in the other rooms decode," in message
+    assert (
+        "unknown benchmark 'C99'; expected turn-overhead, shared-prefill, parallel-calls, or in the other rooms decode,"
+        in message
+    )
 
 
 def test_the_engine_lists_the_benchmarks_of_the_loop() -> None:
@@ -56,6 +63,7 @@ def test_the_engine_lists_the_benchmarks_of_the_loop() -> None:
 class Said:
     segments: Sequence[TokenSegment]
     messages: Sequence[Message] = ()
+    turns: int = 0
 
 
 def test_unique_tokens_are_the_fed_nodes_of_a_trie() -> None:

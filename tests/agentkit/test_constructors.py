@@ -49,6 +49,7 @@ DONE = AssistantTurn(None, "done")
         ({"sampling": SamplingParams(output_schema={"type": "strin"})}, ValueError, "is not valid"),
         ({"limits": 5}, TypeError, "limits=.* must be a Limits or None, got 5"),
         ({"limits": Limits}, TypeError, r"pass an instance: Limits\(\)"),
+        ({"compaction": 3000}, TypeError, "compaction=.* must be a Compaction or None, got 3000"),
         ({"concurrency": 5}, TypeError, "concurrency=.* must be a ConcurrencyLimits or None"),
     ],
 )

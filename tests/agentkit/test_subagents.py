@@ -15,8 +15,10 @@ import pytest
 from agentkit import (
     Agent,
     AssistantTurn,
+    CallReady,
     ConcurrencyLimits,
     EmbeddedModel,
+    ForkTool,
     Limits,
     Message,
     PendingCall,
@@ -30,9 +32,15 @@ from agentkit import (
     Trajectory,
     Usage,
     UserMessage,
+    replay,
     tool,
 )
+from agentkit.benchmarks.steered import SteeredModel
 from agentkit.model import total_usage
+from agentkit.models.tokens import rebuild_token_ids
+from agentkit.subagent import ELSEWHERE
+from agentkit_engine import AsyncEngine, Engine
+from agentkit_engine.chat import Tokenizer
 from agentkit_environments import Environment
 from agentkit_tools import BUILTINS, ToolCall, ToolDefinitionError
 
@@ -341,3 +349,92 @@ def test_the_budget_of_the_tool_is_its_own(script: Script) -> None:
     assert agent.as_tool("a", "A.").agent.limits.max_turns == 7
     assert agent.as_tool("a", "A.", limits=Limits(max_turns=2)).agent.limits.max_turns == 2
     assert agent.limits.max_turns == 7
+
+
+def delegating(messages: Sequence[Message], think: bool) -> AssistantTurn:
+    """Delegate two questions to forks of the agent, which each look once; then join their answers."""
+    last = messages[-1]
+    assert isinstance(last, UserMessage | ToolMessage)
+    if isinstance(last, UserMessage):
+        return ask("What is the weather in Oslo?", "What is the weather in Paris?", name="fork")
+    results = [message.content for message in messages if isinstance(message, ToolMessage)]
+    asked = next((text for text in results if "copy of the conversation, made for this call" in text), None)
+    if last.name == "get_weather":
+        return say(last.content)
+    if asked is not None:
+        return use("get_weather", city="Oslo" if "Oslo" in asked else "Paris")
+    return say(" / ".join(results))
+
+
+async def test_a_fork_knows_the_conversation_and_returns_only_its_answer(
+    tokenizer: Tokenizer, environment: Environment, tmp_path: Path
+) -> None:
+    fork = ForkTool("fork", "Does a part of the task.", limits=Limits(max_turns=3))
+    agent = Agent(ScriptedModel(delegating, tokenizer), [get_weather, fork], system="Be brief.")
+    result = await agent.run("Weather?", environment=environment, trajectory=tmp_path / "run.jsonl")
+    assert result.answer == "snowy, -3 degrees / sunny, 21 degrees"
+    record = result.trajectory
+    assert [message.role for message in record.messages] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+
+    first, second = record.subagents
+    shared = record.messages[:3]
+    for child, number in ((first, 0), (second, 1)):
+        assert child.messages[:3] == shared and child.turns == 3
+        own, other = child.messages[3 + number], child.messages[4 - number]
+        assert own.content.startswith("This is a copy") and other.content == ELSEWHERE
+        ids = sum((segment.ids for segment in record.segments[:2]), ())
+        assert tuple(child.token_ids[: len(ids)]) == ids
+        assert rebuild_token_ids(child, tokenizer) == child.token_ids
+        assert child.header.metadata["parent"] == record.header.id
+        assert child.outcome is not None and child.outcome.usage.turns == 2
+    assert result.usage.subagents is not None and result.usage.subagents.turns == 4
+    kept = Trajectory.load(tmp_path / "run.agent1.jsonl")
+    assert kept.records == first.records and kept.header.metadata["call_id"] == "call_0_0"
+    assert [call.call.id for call in first.records if isinstance(call, CallReady)] == [
+        "call_0_0",
+        "call_0_1",
+        "call_1_0",
+    ]
+
+
+async def test_forks_have_a_budget_and_a_depth(tokenizer: Tokenizer, environment: Environment) -> None:
+    def endless(messages: Sequence[Message], think: bool) -> AssistantTurn:
+        last = messages[-1]
+        if last.content.startswith("Error"):
+            return say(last.content)
+        return ask("Go on.", name="fork")
+
+    model = ScriptedModel(endless, tokenizer)
+    agent = Agent(model, [ForkTool("fork", "Forks.")], limits=Limits(max_depth=2))
+    result = await agent.run("Q", environment=environment)
+    assert result.answer is not None and "nested as deeply as the run allows" in result.answer
+    assert len(result.trajectory.subagents) == 1 and len(result.trajectory.subagents[0].subagents) == 1
+
+    fork = ForkTool("fork", "Forks.", limits=Limits(max_turns=1))
+    result = await Agent(model, [fork], limits=Limits(max_depth=1)).run("Q", environment=environment)
+    assert result.answer is not None and "the agent gave no valid answer: the limit max_turns" in result.answer
+
+
+async def test_only_an_agent_can_be_forked(environment: Environment) -> None:
+    fork = ForkTool("fork", "Forks.")
+    outside = await fork.call(ToolCall("c", "fork", '{"task": "Q"}'), ToolContext(environment))
+    assert outside.is_error and "only an agent can be forked" in outside.content
+    with pytest.raises(TypeError, match=r"limits=.* must be a Limits or None, got 3"):
+        ForkTool("fork", "Forks.", limits=3)  # type: ignore[arg-type]
+
+
+async def test_forks_share_the_state_of_the_conversation(environment: Environment) -> None:
+    """Each computes only its own results and turns, not the prompt that the agent has computed."""
+    engine = Engine.load("tiny")
+    async with AsyncEngine(engine) as running:
+        fork = ForkTool("fork", "Does a part of the task.")
+        agent = Agent(SteeredModel(running, delegating), [get_weather, fork], system="Be brief. " * 150, effort="none")
+        result = await agent.run("Weather?", environment=environment)
+    assert result.answer == "snowy, -3 degrees / sunny, 21 degrees"
+    prompt = len(result.trajectory.segments[0].ids)
+    shared = result.usage.subagents
+    assert shared is not None and prompt > 500
+    assert shared.cache_hit_tokens >= 2 * prompt > 4 * shared.cache_miss_tokens
+    for record in (result.trajectory, *result.trajectory.subagents):
+        found = replay(record, EmbeddedModel(engine))
+        assert found.same, str(found.difference)

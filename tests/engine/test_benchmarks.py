@@ -175,7 +175,7 @@ def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones() -> None:
     message = " ".join(result.output.replace("│", " ").split())
     assert (
         "unknown benchmark 'C99'; expected decode, batch-decode, prefill," in message
-        and "or in the other rooms turn-overhead, shared-prefill" in message
+        and "or in the other rooms turn-overhead, shared-prefill, parallel-calls" in message
     )
 
 

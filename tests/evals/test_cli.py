@@ -21,15 +21,17 @@ from rich.console import Console
 
 from agentkit.agent import Agent
 from agentkit.cli.progress import LiveProgress
+from agentkit.cli.resume import RunSettings
 from agentkit.cli.run import Job
+from agentkit.compaction import Compaction
 from agentkit.models.scripted import Policy, ScriptedModel
-from agentkit.task import EnvironmentConfig, Task
+from agentkit.task import EnvironmentConfig, Task, load_task
 from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import available_backends
 from agentkit_evals.record import RunDirectory
-from agentkit_evals.run import TrialActed, TrialStarted
+from agentkit_evals.run import TrialActed, TrialStarted, agent_for
 from agentkit_evals.suite import load_suite
 
 from .conftest import TASK, agentkit
@@ -89,6 +91,18 @@ def test_sampling_defaults_to_the_models_own(suite: Path, untrained: Path, tmp_p
         record = tmp_path / f"{expected}.jsonl"
         as_json("run", suite / "first.yaml", "--trajectory", record, "--seed", "3", *options, *more, code=None)
         assert Trajectory.load(record).header.sampling == SamplingParams(expected, 0.5, seed=3)
+
+
+def test_a_run_may_be_compacted(suite: Path, untrained: Path, tmp_path: Path) -> None:
+    """The resumed run has the setting, too, because the record has the task."""
+    record = tmp_path / "run.jsonl"
+    task = ("run", suite / "first.yaml", "-m", untrained, "--env", "unsafe-local", "--trajectory", record)
+    agentkit(*task, "--compact-at", "5000", code=None)
+    run = RunSettings.of(Trajectory.load(record))
+    model = ScriptedModel(lambda messages, think: [])
+    assert agent_for(run.task, model, model.sampling).compaction == Compaction(at_tokens=5000)
+    assert agent_for(load_task(suite / "first.yaml"), model, model.sampling).compaction is None
+    assert "--compact-at" in agentkit(*task, "--compact-at", "0", code=2).output
 
 
 def test_grammar_options(suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

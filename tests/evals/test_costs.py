@@ -87,6 +87,8 @@ class HostedModel:
 class HostedSession:
     dialect = None
     grammar_off = "the model is behind an API"
+    context_window = None
+    context_tokens = 0
 
     def __init__(self, model: HostedModel, history: History | None) -> None:
         self.model = model
@@ -94,8 +96,18 @@ class HostedSession:
         self.segments: list[TokenSegment] = []
         self.usage = Usage(cost_usd=None if model.price is None else 0.0)
 
+    @property
+    def turns(self) -> int:
+        return sum(message.role == "assistant" for message in self.messages)
+
     async def append(self, messages: Sequence[Message]) -> None:
         self.messages.extend(messages)
+
+    async def restart(self, messages: Sequence[Message]) -> None:
+        self.messages[:] = messages
+
+    async def prefill(self, messages: Sequence[Message]) -> None:
+        pass
 
     async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
         number = sum(isinstance(message, AssistantMessage) for message in self.messages)

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from agentkit import Agent, AssistantTurn, Compaction, ScriptedModel, ToolMessage, tool
 from agentkit.models.scripted import Policy
 from agentkit.task import Task
 from agentkit_engine.chat import Tokenizer
 from agentkit_evals.record import RunDirectory
-from agentkit_evals.report import render_report, write_report
+from agentkit_evals.report import render_report, render_trajectory, write_report
 
 MakeTask = Callable[..., Task]
 MakeScript = Callable[..., Policy]
@@ -139,6 +140,23 @@ def test_a_run_without_a_single_trial_and_a_damaged_trajectory(run: RunDirectory
     assert "is not a trajectory" in trials["solved.0"]["notes"][0]
     (run.path / "trials.jsonl").unlink()
     assert "interrupted: 0 of 8 trials" in write_report(RunDirectory.open(run.path), tmp_path / "r.html").read_text()
+
+
+def test_a_trajectory_says_where_it_was_compacted(tokenizer: Tokenizer) -> None:
+    @tool
+    def page(number: int) -> str:
+        """Return a page."""
+        return f"{number + 1} " * 400
+
+    def policy(messages: Any, think: bool) -> AssistantTurn:
+        number = int(messages[-1].content.split()[0]) if isinstance(messages[-1], ToolMessage) else 0
+        return AssistantTurn(content="Done.") if number == 4 else AssistantTurn(calls=[("page", {"number": number})])
+
+    agent = Agent(ScriptedModel(policy, tokenizer), [page], compaction=Compaction(at_tokens=2500, keep_turns=1))
+    result = agent.run_sync("Read.", progress=False)
+    assert result.answer == "Done."
+    page_of_run = render_trajectory(result.trajectory, "run")
+    assert re.search(r"The conversation was compacted from [\d,]+ to [\d,]+ tokens: [12] results cleared", page_of_run)
 
 
 def test_json_has_null_for_rates_over_a_part_of_the_tasks(run: RunDirectory) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from agentkit_environments import Environment
-from agentkit_tools import ToolContext, ToolResult
+from agentkit_tools import ToolContext, ToolResult, cut
 
 pytestmark = pytest.mark.anyio
 Call = Callable[..., Awaitable[ToolResult]]
@@ -32,7 +32,8 @@ async def test_read_bytes_that_are_not_utf8(call: Call, environment: Environment
 async def test_read_of_a_long_file_is_cut(call: Call, environment: Environment, context: ToolContext) -> None:
     context.max_output_bytes = 128
     await environment.write_file("x", b"a" * 1000)
-    assert (await call("read_file", path="x")).content == "a" * 40 + "\n[... 920 bytes cut ...]\n" + "a" * 40
+    expected = cut("a" * 1000, 128, where="; see x (1 line)")
+    assert (await call("read_file", path="x")).content == expected
 
 
 @pytest.mark.parametrize(

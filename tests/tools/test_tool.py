@@ -29,7 +29,7 @@ from agentkit_tools import (
     tool,
     unknown_tool,
 )
-from agentkit_tools.tool import MIN_OUTPUT_BYTES, cut_parts
+from agentkit_tools.output import MIN_OUTPUT_BYTES, cut_parts
 
 pytestmark = pytest.mark.anyio
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first example builds tables

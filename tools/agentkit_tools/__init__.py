@@ -16,6 +16,7 @@ from agentkit_tools.errors import (
 from agentkit_tools.files import list_dir, read_file, write_file
 from agentkit_tools.function import FunctionTool, as_tool, tool
 from agentkit_tools.mcp import MCPServer, MCPServerStdio, MCPServerStreamableHttp, load_mcp_servers
+from agentkit_tools.output import cut
 from agentkit_tools.parts import ImagePart, TextPart
 from agentkit_tools.python import python
 from agentkit_tools.search import search
@@ -27,7 +28,6 @@ from agentkit_tools.tool import (
     ToolContext,
     ToolOutput,
     ToolResult,
-    cut,
     unknown_tool,
 )
 

@@ -10,7 +10,7 @@ from agentkit_environments import FileTooLargeError, UnsafePathError
 from agentkit_tools.errors import ToolError
 from agentkit_tools.function import tool
 from agentkit_tools.model_texts import DESCRIPTIONS, NO_SUCH_FILE, WROTE
-from agentkit_tools.tool import ToolContext, refuse_nul
+from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul
 
 NO_DIRECTORY, NOT_A_DIRECTORY, NOT_READABLE = 44, 45, 46  # exit codes of LIST_DIR
 # Shell builtins only: no program in the image is run, and names with a newline or a leading `-` are safe.
@@ -52,10 +52,11 @@ def file_errors(path: str) -> Iterator[None]:
 
 
 @tool(description=DESCRIPTIONS["read_file"], read_only=True)
-async def read_file(path: str, context: ToolContext) -> str:
+async def read_file(path: str, context: ToolContext) -> ToolOutput:
     """Return the text of the file as it is; bytes that are not UTF-8 come out as U+FFFD."""
     with file_errors(path):
-        return (await context.environment.read_file(path)).decode("utf-8", "replace")
+        data = await context.environment.read_file(path)
+    return ToolOutput(data.decode("utf-8", "replace"), path=path)
 
 
 @tool(description=DESCRIPTIONS["write_file"])

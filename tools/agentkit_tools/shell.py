@@ -8,6 +8,7 @@ from agentkit_environments import ExecResult
 from agentkit_tools.errors import ToolError
 from agentkit_tools.function import tool
 from agentkit_tools.model_texts import DESCRIPTIONS, EXIT_CODE, NO_OUTPUT
+from agentkit_tools.output import MAX_CAPTURED_BYTES
 from agentkit_tools.tool import ToolContext, ToolOutput, refuse_nul
 
 MAX_COMMAND_BYTES = 131_071  # Linux's MAX_ARG_STRLEN minus the terminating NUL
@@ -16,9 +17,8 @@ BASH_OR_SH = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1"; else e
 
 async def run_command(command: str | Sequence[str], context: ToolContext, *, name: str, stdin: str = "") -> ToolOutput:
     """Run a command in the environment's work directory, within the limits of `context`, and return its output."""
-    result = await context.environment.exec(
-        command, stdin=stdin, timeout_s=context.timeout_s, max_output_bytes=context.max_output_bytes
-    )
+    kept = context.max_output_bytes if context.spill_dir is None else MAX_CAPTURED_BYTES
+    result = await context.environment.exec(command, stdin=stdin, timeout_s=context.timeout_s, max_output_bytes=kept)
     return command_output(result, name=name, timeout_s=context.timeout_s)
 
 

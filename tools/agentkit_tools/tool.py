@@ -11,7 +11,7 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, cast
 
@@ -22,16 +22,12 @@ from typing_extensions import TypeVar
 from agentkit_environments import Environment
 from agentkit_tools.errors import ToolDefinitionError, ToolError
 from agentkit_tools.model_texts import ERROR
+from agentkit_tools.output import MIN_OUTPUT_BYTES, bounded, cut_parts
 from agentkit_tools.parts import ImagePart, Part, TextPart, parts_text
 from agentkit_tools.results import belongs_to_the_loop, error_text, value_text
 from agentkit_tools.validation import NeedsTimeError, briefly
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-CUT_NOTICE = re.compile(rb"\n\[\.\.\. (\d{1,18}) bytes cut \.\.\.\]\n")
-CUT_NOTICE_BYTES = 48  # upper bound, for any byte count
-MIN_OUTPUT_BYTES = 128  # room for the notice and some text on both sides
-MAX_IMAGE_BYTES = 5 << 20  # the strictest limit of the APIs that take images
-MAX_IMAGES_BYTES = 20 << 20  # in one result, which must fit into a request and into a line of a record
 Deps = TypeVar("Deps", default=Any)
 GRACE_S = 5.0  # extra time for a tool with its own deadline in the environment, to return its output so far
 
@@ -67,13 +63,15 @@ class ToolResult:
 class ToolOutput:
     """Return value of a tool function that also sets `is_error` or `final`, or has images among its `parts`.
 
-    If `parts` is given, `content` is not used; the parts have the text of the result.
+    If `parts` is given, `content` is not used; the parts have the text of the result. `path` is a file of the
+    environment that has `content` already; a result that is too long names it.
     """
 
     content: str = ""
     is_error: bool = False
     final: bool = False
     parts: tuple[TextPart | ImagePart, ...] = ()
+    path: str | None = None
 
 
 @dataclass(slots=True)
@@ -81,7 +79,8 @@ class ToolContext(Generic[Deps]):
     """The environment and limits of the calls of one run. All calls of a run share one context.
 
     `max_output_bytes` limits the UTF-8 size of each result (at least 128), `timeout_s` the time of each call in
-    seconds. Tools that read, modify and write a file hold `lock`, so that parallel edits are not lost. `deps` is the
+    seconds. A longer result is written to a file in the environment's directory `spill_dir`, if that is set, and names
+    the file. Tools that read, modify and write a file hold `lock`, so that parallel edits are not lost. `deps` is the
     object that the caller of the run gave for its tools, such as a database connection. A tool that declares
     `context: ToolContext[Database]` runs only with a `Database`.
     """
@@ -91,6 +90,7 @@ class ToolContext(Generic[Deps]):
     timeout_s: float = 60.0
     lock: anyio.Lock = field(default_factory=anyio.Lock, repr=False)
     deps: Deps = field(default=cast(Any, None), repr=False)
+    spill_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_output_bytes < MIN_OUTPUT_BYTES:
@@ -194,7 +194,7 @@ class Tool(ABC):
         if scope.cancelled_caught:
             output, content = _failed(ToolError(f"{self.name} timed out after {context.timeout_s:g} s"))
         if not output.final:
-            content = cut(content, context.max_output_bytes)
+            content = await bounded(content, context, path=output.path)
         duration_s = time.perf_counter() - start
         parts = cut_parts(output.parts, context.max_output_bytes)
         return ToolResult(call.id, self.name, content, output.is_error, duration_s, output.final, parts)
@@ -220,41 +220,3 @@ def refuse_nul(**arguments: str) -> None:
     for name, value in arguments.items():
         if "\0" in value:
             raise ToolError(f'"{name}" contains a NUL byte; remove it')
-
-
-def cut_parts(parts: Sequence[TextPart | ImagePart], max_bytes: int) -> tuple[TextPart | ImagePart, ...]:
-    """Limit the text of the parts to about `max_bytes`. Leave out images that are larger than `MAX_IMAGE_BYTES`, or
-    that exceed a total of `MAX_IMAGES_BYTES`."""
-    texts = sum(isinstance(part, TextPart) for part in parts)
-    each = max(MIN_OUTPUT_BYTES, max_bytes // max(texts, 1))
-    left = MAX_IMAGES_BYTES
-    kept: list[TextPart | ImagePart] = []
-    for part in parts:
-        if isinstance(part, TextPart):
-            kept.append(TextPart(cut(part.text, each)))
-        elif (size := len(part.content)) > MAX_IMAGE_BYTES:
-            kept.append(TextPart(f"{part} is larger than {MAX_IMAGE_BYTES:,} bytes and was left out"))
-        elif size > left:
-            kept.append(TextPart(f"{part} was left out: a result has {MAX_IMAGES_BYTES:,} bytes of images at most"))
-        else:
-            kept.append(part)
-            left -= size
-    return tuple(kept)
-
-
-def cut(text: str, max_bytes: int) -> str:
-    """Limit the UTF-8 size of `text` to `max_bytes` (at least 128): keep head and tail, replace the middle by a notice.
-
-    Characters are not split. If the removed part contains an earlier notice, its count is included.
-    """
-    if len(text) * 4 <= max_bytes:
-        return text
-    data = text.encode("utf-8", "replace")
-    if len(data) <= max_bytes:
-        return text
-    half = (max_bytes - CUT_NOTICE_BYTES) // 2
-    head = data[:half].decode("utf-8", "ignore")
-    tail = data[-half:].decode("utf-8", "ignore")
-    middle = data[len(head.encode()) : len(data) - len(tail.encode())]
-    count = len(middle) + sum(int(notice[1]) - len(notice[0]) for notice in CUT_NOTICE.finditer(middle))
-    return f"{head}\n[... {count} bytes cut ...]\n{tail}"

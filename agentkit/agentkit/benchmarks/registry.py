@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from agentkit.benchmarks.calls import Load, parallel_calls
 from agentkit.benchmarks.overhead import overhead
 from agentkit.benchmarks.sharing import Shape, sharing
 from agentkit_engine.benchmarks.record import Measurement
@@ -19,12 +20,14 @@ class Sizes:
         turns: Turns of the run in turn-overhead.
         rendered: Turns in which the peer of turn-overhead is timed.
         sharing: Trajectories of shared-prefill.
+        calls: Agents and calls of parallel-calls.
     """
 
     repeats: int
     turns: int
     rendered: int
     sharing: Shape
+    calls: Load
 
 
 FULL = Sizes(
@@ -32,16 +35,19 @@ FULL = Sizes(
     turns=1000,
     rendered=20,
     sharing=Shape(trajectories=64, at_once=32, turns=30, head=20_000),
+    calls=Load(agents=32, calls=128, call_s=0.05, at_once=64),
 )
 QUICK = Sizes(
     repeats=1,
     turns=4,
     rendered=2,
     sharing=Shape(trajectories=3, at_once=2, turns=3, head=300),
+    calls=Load(agents=2, calls=6, call_s=0.001, at_once=4),
 )
 
 BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
     "turn-overhead": lambda sizes: overhead(sizes.turns, sizes.rendered, sizes.repeats),
     "shared-prefill": lambda sizes: sharing(sizes.sharing),
+    "parallel-calls": lambda sizes: parallel_calls(sizes.calls, sizes.repeats),
 }
 """The names that `--only` accepts, in the order in which they run."""

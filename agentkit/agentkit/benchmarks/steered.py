@@ -13,7 +13,7 @@ from agentkit.model import Effort, History, ModelSession
 from agentkit.models.embedded import EngineTokens
 from agentkit.models.scripted import Policy, ScriptedTokens
 from agentkit.models.tokens import TokenizedSession
-from agentkit_engine import AsyncEngine, AsyncSession, SampledToken, SamplingParams
+from agentkit_engine import AsyncEngine, SampledToken, SamplingParams
 from agentkit_tools import Tool
 
 BIAS = 1e9
@@ -36,8 +36,8 @@ class SteeredModel:
         """See `Model.open`; sampling has no effect on a script."""
         engine = self._running.engine
         script = ScriptedTokens(self._policy, engine.tokenizer)
-        async with self._running.session() as engine_session:
-            tokens = SteeredTokens(engine_session, script, max_length=engine.spec.max_position_embeddings)
+        tokens = SteeredTokens(self._running, script, max_length=engine.spec.max_position_embeddings)
+        async with aclosing(tokens):
             session = TokenizedSession(tokens, engine.tokenizer, tools=tools, effort=effort, dialect=engine.dialect)
             script.messages = session.messages
             if history is not None:
@@ -48,14 +48,19 @@ class SteeredModel:
 class SteeredTokens(EngineTokens):
     """A `TokenSession` over an engine session that samples the ids of a script."""
 
-    def __init__(self, session: AsyncSession, script: ScriptedTokens, *, max_length: int) -> None:
-        super().__init__(session, SamplingParams(temperature=0, max_tokens=1), max_length=max_length)
+    def __init__(self, engine: AsyncEngine, script: ScriptedTokens, *, max_length: int) -> None:
+        super().__init__(engine, SamplingParams(temperature=0, max_tokens=1), max_length=max_length)
         self._script = script
 
     async def append(self, ids: Sequence[int], /) -> None:
         """Feed ids."""
         await self._script.append(ids)
         await super().append(ids)
+
+    async def clear(self) -> None:
+        """Remove all ids."""
+        await self._script.clear()
+        await super().clear()
 
     async def generate(self, *, max_tokens: int | None) -> AsyncGenerator[SampledToken, None]:
         """Sample the script's ids, one at a time."""

@@ -131,6 +131,9 @@ def command(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens.")] = None,
     max_cost: MaxCostFlag = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Time limit in seconds.")] = None,
+    compact_at: Annotated[
+        int | None, typer.Option(min=1, help="Compact the conversation once it has this many tokens.")
+    ] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     history: Annotated[
         Path | None,
@@ -184,6 +187,7 @@ def command(
         "max_turns": max_turns,
         "max_tokens": max_tokens,
         "timeout_s": timeout,
+        "compact_at_tokens": compact_at,
         "effort": effort and effort.value,
     }
     given = {name: value for name, value in settings.items() if value is not None}
@@ -586,7 +590,7 @@ def carry_out(
 
 def show(console: Console, event: Event) -> None:
     """Print one event of a run."""
-    from agentkit.events import CallDecided, CallFinished, CallStarted, LimitReached, TurnStarted
+    from agentkit.events import CallDecided, CallFinished, CallStarted, Compacted, LimitReached, TurnStarted
     from agentkit.model import ReasoningDelta, Retried, TextDelta
 
     match event:
@@ -604,6 +608,8 @@ def show(console: Console, event: Event) -> None:
             say(console, event.result.content, "red" if event.result.is_error else "dim")
         case Retried():
             say(console, f"\nretrying in {event.wait_s:.1f} s: {event.reason}", "yellow")
+        case Compacted():
+            console.print(f"\n[yellow]compacted: {event.tokens_before:,} to {event.tokens_after:,} tokens[/]")
         case LimitReached():
             console.print(f"\n[yellow]limit reached: {event.limit}[/]")
 

@@ -19,7 +19,7 @@ from agentkit_tools import Tool
 if TYPE_CHECKING:
     import torch
 
-    from agentkit_engine import AsyncEngine, AsyncSession, Engine, SampledToken
+    from agentkit_engine import AsyncEngine, Engine, SampledToken
     from agentkit_engine.grammar import Grammar
 
 
@@ -103,10 +103,10 @@ class EmbeddedModel:
             running = self._running
             if running is None:
                 running = await stack.enter_async_context(AsyncEngine(self.engine))
-            engine_session = await stack.enter_async_context(running.session())
             max_length = self.engine.spec.max_position_embeddings
             on_disk = self.engine.cache_dir is not None
-            tokens = EngineTokens(engine_session, params, grammar=grammar, max_length=max_length, on_disk=on_disk)
+            tokens = EngineTokens(running, params, grammar=grammar, max_length=max_length, on_disk=on_disk)
+            await stack.enter_async_context(aclosing(tokens))
             session = TokenizedSession(
                 tokens,
                 self.tokenizer,
@@ -125,7 +125,7 @@ class EngineTokens:
 
     def __init__(
         self,
-        session: AsyncSession,
+        engine: AsyncEngine,
         params: SamplingParams,
         *,
         grammar: Grammar | None = None,
@@ -136,8 +136,10 @@ class EngineTokens:
         self.max_length = max_length
         self._on_disk = on_disk
         self._grammar = grammar
-        self._session = session
+        self._engine = engine
+        self._session = engine.session()
         self._params = params
+        self._cleared = (0, 0)  # cache counts of the sessions before this one
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -147,12 +149,22 @@ class EngineTokens:
     @property
     def cache_usage(self) -> tuple[int, int]:
         """The engine's cache counts."""
-        usage = self._session.usage
-        return usage.hit_tokens, usage.miss_tokens
+        usage, (hits, misses) = self._session.usage, self._cleared
+        return hits + usage.hit_tokens, misses + usage.miss_tokens
 
     async def append(self, ids: Sequence[int], /) -> None:
         """Feed ids."""
         await self._session.append(ids)
+
+    async def clear(self) -> None:
+        """Go on in a new engine session."""
+        self._cleared = self.cache_usage
+        await self._session.close()
+        self._session = self._engine.session()
+
+    async def aclose(self) -> None:
+        """Free the engine session."""
+        await self._session.close()
 
     async def checkpoint(self) -> None:
         """Ask the engine to keep the state at this position once it is computed."""
@@ -162,6 +174,10 @@ class EngineTokens:
         """Ask the engine to write the state at this position to the disk cache, if there is one."""
         if self._on_disk:
             await self._session.checkpoint()
+
+    async def prefill(self) -> None:
+        """Compute the ids so far."""
+        await self._session.prefill()
 
     async def park(self) -> None:
         """Allow the engine to free the session's memory until its next use."""

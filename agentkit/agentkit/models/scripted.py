@@ -113,11 +113,19 @@ class ScriptedTokens:
         """Feed ids."""
         self.token_ids.extend(ids)
 
+    async def clear(self) -> None:
+        """Remove all ids."""
+        self.token_ids.clear()
+        self._end = -1
+
     async def checkpoint(self) -> None:
         """Do nothing: there is no state to keep."""
 
     async def keep(self) -> None:
         """Do nothing: there is no state to keep."""
+
+    async def prefill(self) -> None:
+        """Do nothing: there is nothing to compute."""
 
     async def park(self) -> None:
         """Do nothing: there is no memory to free."""

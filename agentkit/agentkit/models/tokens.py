@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
+from itertools import takewhile
 from typing import Any, Protocol
 
 import anyio
 
 from agentkit.errors import ContextFullError
-from agentkit.events import MessageAdded, TurnStarted
-from agentkit.messages import AssistantMessage, Message, to_openai_all
+from agentkit.events import Compacted, MessageAdded, TurnStarted
+from agentkit.messages import AssistantMessage, Message, ToolMessage, to_openai_all
 from agentkit.model import (
     CallMalformed,
     CallReady,
@@ -37,6 +38,9 @@ from agentkit_engine.chat import StreamParser, Tokenizer
 from agentkit_engine.chat.tokens import USER
 from agentkit_tools import Tool, ToolCall
 
+MIN_PREFILL = 1024
+"""Characters of new results that are worth a prefill. All results so far are encoded again for it, so they must also
+have grown by a quarter since the last one."""
 CLOSING_TOKENS = 2
 """Positions reserved at the end of the context for closing a turn that is stopped while thinking."""
 
@@ -79,12 +83,20 @@ class TokenSession(Protocol):
         """Feed ids."""
         ...
 
+    async def clear(self) -> None:
+        """Remove all ids."""
+        ...
+
     async def checkpoint(self) -> None:
         """Hint that other sessions are likely to start with the ids so far."""
         ...
 
     async def keep(self) -> None:
         """Hint that another process may have to continue from the ids so far, should this one be killed."""
+        ...
+
+    async def prefill(self) -> None:
+        """Compute the state of the ids so far, while those that follow are not known."""
         ...
 
     async def park(self) -> None:
@@ -119,8 +131,10 @@ class TokenizedSession:
         self._tools = [tool.spec for tool in tools]
         self._effort = effort
         self._length = 0
+        self._ahead: list[int] = []  # ids of the next prompt that were fed already, and are not recorded yet
+        self._ahead_characters = 0  # of the messages that they came from
         self._counts = Counter[SegmentKind]()  # ids of this run, by kind
-        self._turn = 0
+        self.turns = 0
         self._unread: list[Message] = []
         self._eos = tokenizer.eos_id
         self._user = tokenizer.control_id(USER)
@@ -134,7 +148,7 @@ class TokenizedSession:
         self.messages.extend(history.messages)
         self._length = len(self._tokens.token_ids)
         said = [index for index, message in enumerate(self.messages) if isinstance(message, AssistantMessage)]
-        self._turn = len(said)
+        self.turns = history.turns
         self._unread = self.messages[said[-1] + 1 if said and self.segments else 0 :]
 
     async def append(self, messages: Sequence[Message]) -> None:
@@ -142,21 +156,61 @@ class TokenizedSession:
 
         Assistant turns, which come from a message history, may only be among the first messages.
         """
-        self._turn += sum(isinstance(message, AssistantMessage) for message in messages)
+        self.turns += sum(isinstance(message, AssistantMessage) for message in messages)
         self.messages.extend(messages)
         self._unread.extend(messages)
+
+    async def restart(self, messages: Sequence[Message]) -> None:
+        """Replace the whole conversation; the next `generate` encodes it anew."""
+        await self._tokens.clear()
+        self.messages[:] = messages
+        self.segments.clear()
+        self._unread = list(messages)
+        self._length = 0
+        self._ahead, self._ahead_characters = [], 0
+
+    async def prefill(self, messages: Sequence[Message]) -> None:
+        """Feed and compute the ids that the next prompt begins with, if `messages` are worth it.
+
+        The last ids of a text depend on what follows it, so only those are fed that do not differ if a result follows.
+        """
+        characters = sum(len(message.content) for message in messages)
+        if characters - self._ahead_characters < max(MIN_PREFILL, self._ahead_characters // 4):
+            return
+        self._ahead_characters = characters
+        unread = [*self._unread, *messages]
+        ends: tuple[list[Message], list[Message]] = ([], [ToolMessage("", "", "")])
+        one, other = (self._encode([*unread, *end], think=False) for end in ends)
+        ids = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+        count, limit = len(self._ahead), self._tokens.max_length
+        if ids[:count] != self._ahead or (limit is not None and self._length + len(ids) + CLOSING_TOKENS >= limit):
+            return
+        self._ahead = ids
+        await self._tokens.append(ids[count:])
+        await self._tokens.prefill()
+        await self._tokens.park()
+
+    @property
+    def context_window(self) -> int | None:
+        """Maximum number of ids of the session."""
+        return self._tokens.max_length
+
+    @property
+    def context_tokens(self) -> int:
+        """Number of ids of the next prompt, with a turn that does not think."""
+        return self._length + len(self._encode(self._unread, think=False)) if self._unread else self._length
 
     async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
         """Generate one turn; see `ModelSession.generate`.
 
         Raises:
-            ContextFullError: the unread messages do not fit into the context; none of them was fed.
+            ContextFullError: the unread messages do not fit into the context; none of them was recorded.
         """
         room = await self._feed_prompt(think)
         parser = StreamParser(
             think,
             tokenizer=self._tokenizer,
-            turn=self._turn,
+            turn=self.turns,
             tools=self._tools,
             calls=bool(self._tools),
             ends_after_block=self.grammar_off is None,
@@ -214,7 +268,7 @@ class TokenizedSession:
                 unheard = {event.id for event in last if isinstance(event, chat.CallReady)}
             message = parsed_message(parser.message, think, unheard=unheard)
             self.messages.append(message)
-            self._turn += 1
+            self.turns += 1
             hits, misses = self._tokens.cache_usage
             self.usage = Usage(
                 prompt_tokens=self._counts["prompt"],
@@ -240,15 +294,7 @@ class TokenizedSession:
 
     async def _feed_prompt(self, think: bool) -> int | None:
         """Feed the unread messages; return how many ids may now be sampled, None without a limit."""
-        ids = prompt_ids(
-            self._unread,
-            first=not self.segments,
-            think=think,
-            tools=self._tools,
-            effort=self._effort,
-            dialect=self.dialect,
-            tokenizer=self._tokenizer,
-        )
+        ids = self._encode(self._unread, think=think)
         room = None
         if self._tokens.max_length is not None:
             room = self._tokens.max_length - self._length - len(ids) - CLOSING_TOKENS
@@ -257,15 +303,32 @@ class TokenizedSession:
                     f"the next prompt of {len(ids)} ids does not fit: {self._length} of the model's "
                     f"{self._tokens.max_length} positions are taken"
                 )
+        ahead, self._ahead, self._ahead_characters = self._ahead, [], 0
+        if ids[: len(ahead)] != ahead:
+            await self._tokens.clear()
+            await self._tokens.append([token for segment in self.segments for token in segment.ids])
+            ahead = []
         head = ids.index(self._user) if not self.segments and self._user in ids else 0
         if head:  # system prompt and tools, which all runs of an agent share
             await self._tokens.append(ids[:head])
             await self._tokens.checkpoint()
-        await self._tokens.append(ids[head:])
+        await self._tokens.append(ids[head or len(ahead) :])
         await self._tokens.keep()
         self._record(TokenSegment("prompt", tuple(ids)))
         self._unread.clear()
         return room
+
+    def _encode(self, messages: Sequence[Message], *, think: bool) -> list[int]:
+        """Return the ids of a prompt that adds `messages`."""
+        return prompt_ids(
+            messages,
+            first=not self.segments,
+            think=think,
+            tools=self._tools,
+            effort=self._effort,
+            dialect=self.dialect,
+            tokenizer=self._tokenizer,
+        )
 
     def _repeats(self, said: list[int], limits: GenerationLimits, *, in_block: bool) -> bool:
         bound = limits.max_repeated_tokens
@@ -315,6 +378,8 @@ def prompt_ids(
 def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]:
     """Rebuild the token ids of a session, encoding every prompt anew from the recorded messages.
 
+    Of a session that was compacted, these are the ids since then.
+
     The result equals `trajectory.token_ids` if the record is complete and the encoder is the one that wrote it.
     """
     header = trajectory.header
@@ -326,6 +391,9 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
         match record:
             case MessageAdded(message) if not (ids and isinstance(message, AssistantMessage)):  # not one sampled here
                 unread.append(message)
+            case Compacted():
+                ids.clear()
+                unread[:] = record.messages
             case TurnStarted():
                 think = record.think
             case TokenSegment(kind="prompt"):

@@ -625,5 +625,5 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
 NIGHTLY = ("context-1m",)
 """Benchmarks that take half an hour or more and run only when named."""
 
-ELSEWHERE = ("turn-overhead", "shared-prefill")
+ELSEWHERE = ("turn-overhead", "shared-prefill", "parallel-calls")
 """Names of the benchmarks in `agentkit.benchmarks`; they are skipped here."""

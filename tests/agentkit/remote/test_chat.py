@@ -18,6 +18,8 @@ from agentkit import (
     ApiError,
     ApiKeyError,
     AssistantMessage,
+    Compacted,
+    Compaction,
     ImagePart,
     Limits,
     ModelOptionError,
@@ -717,3 +719,26 @@ async def test_token_ids_are_kept(logprobs: bool, environment: Environment) -> N
     assert third.trajectory.segments[-2] == TokenSegment("prompt", (9, 8), restart=True)
     assert third.trajectory.token_ids == [9, 8, 7] and third.trajectory.loss_mask == [0, 0, 1]
     assert "authorization" in server.headers[0] and "sk-" not in server.headers[0]["authorization"]
+
+
+async def test_a_long_conversation_is_compacted(environment: Environment) -> None:
+    """The API's count and the length of what is new decide; the cleared result is not sent again."""
+
+    @tool
+    def article(name: str) -> str:
+        """Return an article."""
+        return f"{name} " * 400
+
+    def asks(name: str, call_id: str) -> Reply:
+        call = {"index": 0, "id": call_id, "function": {"name": "article", "arguments": json.dumps({"name": name})}}
+        return stream({"tool_calls": [call]})
+
+    server = ChatServer(asks("bolt", "a"), asks("nut", "b"), asks("screw", "c"), text("All three."))
+    compaction = Compaction(at_tokens=1200, keep_turns=1)
+    result = await run(server, environment, tools=[article], compaction=compaction)
+    assert result.answer == "All three."
+    [compacted] = [record for record in result.trajectory.records if isinstance(record, Compacted)]
+    assert compacted.cleared == ("a", "b") and compacted.turns_left_out == 0
+    sent = [message["content"] for message in server.requests[3]["messages"] if message["role"] == "tool"]
+    assert sent == ["[This result was cleared to make room.]"] * 2 + ["screw " * 400]
+    assert [message["role"] for message in server.requests[3]["messages"][:2]] == ["system", "user"]

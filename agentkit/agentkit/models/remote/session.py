@@ -14,7 +14,7 @@ import anyio
 
 from agentkit.checks import check_positive, check_type
 from agentkit.errors import ApiError, ContextFullError, ModelOptionError
-from agentkit.messages import Message
+from agentkit.messages import Message, unanswered
 from agentkit.model import (
     Effort,
     Generated,
@@ -217,15 +217,36 @@ class RemoteSession:
         self._length = 0  # tokens of the conversation, by the API's last count
         self._ids = [token for segment in self.segments for token in segment.ids]
         self._call_ids = {call.id for message in self.messages if message.role == "assistant" for call in message.calls}
-        self._turn = sum(message.role == "assistant" for message in self.messages)
+        self.turns = history.turns if history else 0
 
     async def append(self, messages: Sequence[Message]) -> None:
         """Add `messages`; they are sent with the next `generate`."""
         self.messages.extend(messages)
         for message in messages:
             if message.role == "assistant":  # from a message history
-                self._turn += 1
+                self.turns += 1
                 self._call_ids.update(call.id for call in message.calls)
+
+    async def restart(self, messages: Sequence[Message]) -> None:
+        """Replace the whole conversation; it is sent with the next `generate`."""
+        self.messages[:] = messages
+        self.segments.clear()
+        self._ids.clear()
+        self._length = 0
+
+    async def prefill(self, messages: Sequence[Message]) -> None:
+        """Do nothing: the API receives a prompt as a whole."""
+
+    @property
+    def context_window(self) -> int | None:
+        """Size of the context in tokens, if it was given."""
+        return self._context_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """Estimated tokens of the next prompt: the API's last count, and one for 4 characters of what is new."""
+        new = sum(len(message.content) for message in unanswered(self.messages))
+        return max(self._length + new // 4, self._estimated_length())
 
     async def generate(self, *, think: bool, limits: GenerationLimits) -> AsyncGenerator[ModelEvent, None]:
         """Generate one turn; see `ModelSession.generate`. Its calls are ready only once the whole turn has arrived.
@@ -278,7 +299,7 @@ class RemoteSession:
             return
         message, events = turn.end()
         self.messages.append(message)
-        self._turn += 1
+        self.turns += 1
         self._count(turn.finished)
         for event in events:
             yield event
@@ -286,7 +307,7 @@ class RemoteSession:
         yield Generated(message, reason)
 
     def _new_turn(self, think: bool) -> RemoteTurn:
-        return RemoteTurn(self._turn, think=think, tools=self._tools, names=self._names, taken_ids=self._call_ids)
+        return RemoteTurn(self.turns, think=think, tools=self._tools, names=self._names, taken_ids=self._call_ids)
 
     def _pause(self, error: TransientError, failures: int) -> float:
         """Return the seconds to wait before the next attempt. Raises ApiError if there is none."""
@@ -310,7 +331,7 @@ class RemoteSession:
         if message is None:
             return
         self.messages.append(message)
-        self._turn += 1
+        self.turns += 1
         self.usage = replace(
             self.usage,
             sampled_tokens=self.usage.sampled_tokens + turn.chunks,
