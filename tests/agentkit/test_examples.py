@@ -27,15 +27,13 @@ pytestmark = [
 ]
 
 
-def test_hello_agent() -> None:
+def test_hello_agent_is_the_readmes_first_example() -> None:
+    """`tests/test_examples.py` runs the README's examples and compares their output."""
     path = EXAMPLES / "hello_agent.py"
     assert len(path.read_text().splitlines()) < 20
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=30)
     code = path.read_text().partition('"""\n\n')[2]
     shown = (EXAMPLES.parent / "README.md").read_text()
-    assert f"```python\n{code}```" in shown
-    assert f"It prints `{done.stdout.strip()}`" in shown
-    assert done.stdout == "sunny, 21 degrees\n"
+    assert f"```python\n{code}```\n\nIt prints `sunny, 21 degrees`" in shown
 
 
 def test_mcp() -> None:

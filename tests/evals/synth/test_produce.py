@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from agentkit_evals.synth.produce import Plan, ShardFinished, distinct, produce
 from agentkit_evals.synth.sandbox import OracleSandbox
 from agentkit_evals.synth.task import SynthTask
 
-PLAN = Plan(environments=4, instructions=24, seed=3, worlds_per_shard=2, backend="unsafe-local")
+PLAN = Plan(environments=4, instructions=13, seed=3, worlds_per_shard=2, backend="unsafe-local")
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,10 @@ def test_a_run_has_the_instructions_asked_for_and_a_card(made: Path) -> None:
     rows = [
         json.loads(line) for name in ("train", "heldout") for line in (made / f"{name}.jsonl").read_text().splitlines()
     ]
-    assert card["instructions"] == len(rows) == 24
+    assert card["instructions"] == len(rows) == 13
     assert card["environments"] == len({row["world"] for row in rows}) <= 4
-    assert sum(card["operations"].values()) == 24 and card["share_checked_with_an_idle_agent"] > 0
-    assert len({row["instruction"] for row in rows}) == 24
+    assert sum(card["operations"].values()) == 13 and card["share_checked_with_an_idle_agent"] > 0
+    assert len({row["instruction"] for row in rows}) == 13
     worlds = {row["world"]: row["files"] for row in map(json.loads, (made / "worlds.jsonl").read_text().splitlines())}
     assert {*worlds} == {row["world"] for row in rows}
     assert all(row["messages"][0]["role"] in ("system", "user") for row in rows)
@@ -78,6 +79,7 @@ def test_a_folder_of_another_run_is_refused(made: Path) -> None:
 
 
 def test_a_full_disk_says_so_and_loses_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(made / "shards", tmp_path / "shards")
     write = module._write
 
     def full(path: Path, lines: Any) -> None:
@@ -97,7 +99,7 @@ def test_a_full_disk_says_so_and_loses_nothing(made: Path, tmp_path: Path, monke
 
 def test_the_command_makes_instructions_and_says_what_is_missing(made: Path, tmp_path: Path) -> None:
     runner = CliRunner()
-    asked = ["synth", "--environments", "4", "--instructions", "24", "--seed", "3", "--env", "unsafe-local"]
+    asked = ["synth", "--environments", "4", "--instructions", "13", "--seed", "3", "--env", "unsafe-local"]
     for missing in (["synth", "--environments", "4"], ["synth", "--seed", "1"]):
         refused = runner.invoke(app, missing)
         assert refused.exit_code == 2 and "give --environments, --instructions and --out" in plain(refused.output)
@@ -105,7 +107,7 @@ def test_the_command_makes_instructions_and_says_what_is_missing(made: Path, tmp
     assert other.exit_code != 0 and "holds another run" in plain(other.output)
     done = runner.invoke(app, [*asked, "--out", str(tmp_path), "-n", "1"])
     assert done.exit_code == 0, done.output
-    assert "24 instructions over 4 worlds" in plain(done.output)
+    assert "13 instructions over 4 worlds" in plain(done.output)
 
 
 def plain(output: str) -> str:
