@@ -24,6 +24,8 @@ NEARLY_FULL: Final = 0.8
 """The part of the context window at which it is compacted by default."""
 ENOUGH: Final = 0.75
 """The part of the limit below which clearing results must bring the conversation; else turns are left out, too."""
+MAX_MESSAGES: Final = 1000
+"""Messages that clearing results may leave; else turns are left out, too. `Compacted` is one line of the record."""
 MIN_CLEARED: Final = 200
 """Characters of the shortest result that is cleared; the notice in its place takes up to about 80."""
 CLEARED: Final = "[This result was cleared to make room{where}.]"
@@ -76,7 +78,7 @@ async def make_room(run: Run, compaction: Compaction) -> None:
     if files:
         await session.restart(with_results_cleared(session.messages, files))
     left_out = 0
-    if session.context_tokens >= ENOUGH * limit:
+    if session.context_tokens >= ENOUGH * limit or len(session.messages) > MAX_MESSAGES:
         shorter = with_turns_left_out(session.messages, keep_turns)
         left_out = _count(session.messages) - _count(shorter)
         if left_out:

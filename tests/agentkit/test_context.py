@@ -147,6 +147,17 @@ async def test_the_oldest_turns_are_left_out_if_clearing_is_not_enough(
     assert result.answer == "Done."
 
 
+async def test_the_number_of_messages_is_bounded(
+    tokenizer: Tokenizer, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clearing the results would be enough, but the messages have to fit into a line of the record."""
+    monkeypatch.setattr("agentkit.compaction.MAX_MESSAGES", 8)
+    look = AssistantTurn(None, "", [("pages", {"count": 150})])
+    agent = Agent(in_order(tokenizer, *[look] * 6, DONE), [pages], compaction=Compaction(at_tokens=8000, keep_turns=1))
+    first = compactions((await agent.run("Q", environment=environment)).trajectory)[0]
+    assert len(first.cleared) == first.turns_left_out == first.turns - 1 > 2
+
+
 async def test_a_conversation_with_nothing_to_remove_ends_at_the_limit(
     tokenizer: Tokenizer, environment: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
