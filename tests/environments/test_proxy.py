@@ -182,6 +182,28 @@ def test_idle_clients_give_their_place_to_others(start: Start, monkeypatch: pyte
     assert all(received(each).startswith(b"HTTP/1.1 408") for each in idle)
 
 
+def test_clients_beyond_the_bound_wait_and_do_not_hold_up_the_next_phase(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentkit_environments.proxy.MAX_CLIENTS", 1)
+    proxy, port = start()
+    held = tunnel(port)
+    refused, allowed = (client(port, f"CONNECT {host}:443 HTTP/1.1\r\n\r\n".encode()) for host in ("a.org", "pypi.org"))
+    held.sendall(b"x\r\n\r\n")
+    while held.recv(4096)[-5:] != b"x\r\n\r\n":
+        continue
+    for _ in range(20):  # the proxy has time for the others, if it took more than one
+        held.sendall(b"y")
+        assert held.recv(1) == b"y"
+    assert proxy.refusals() == []
+    proxy.enter("agent")
+    assert received(held) == b""
+    assert b"add it to network.agent" in received(refused)
+    assert allowed.recv(12) == b"HTTP/1.1 200"
+    allowed.close()
+    assert [line.partition(":")[0] for line in proxy.refusals()] == ["agent"]
+
+
 def test_a_phase_has_its_own_policy_and_ends_the_connections_of_the_last_one(start: Start) -> None:
     proxy, port = start(Network(setup=["pypi.org"], agent="none", verifier=["files.example.com"]))
     open_tunnel = tunnel(port)
