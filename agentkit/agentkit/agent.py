@@ -645,6 +645,8 @@ class Agent(Generic[T]):
             here = own if environment is None else environment
             if environment is None and any(tool.needs_environment for tool in tools):
                 await own.open()
+            if here.phase == "setup":
+                await here.enter_phase("agent")
             opening = self.model.open(tools=tools, effort=self.effort, sampling=self.sampling, history=before)
             session = await stack.enter_async_context(opening)
             if history is None:

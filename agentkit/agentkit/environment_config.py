@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from agentkit.strict import MAX_TIMEOUT_S, RelativePath, Shell, Strict, Variables
-from agentkit_environments import EnvironmentSpec, ResourceLimits
+from agentkit_environments import EnvironmentSpec, Network, NetworkPolicy, ResourceLimits
 from agentkit_environments.folder import image_tag
+from agentkit_environments.network import PHASES, checked_policy
+
+Policy = Annotated[NetworkPolicy, PlainValidator(checked_policy)]
 
 
 class LimitsConfig(Strict):
@@ -20,6 +24,33 @@ class LimitsConfig(Strict):
     file_size_mib: int = Field(default=256, ge=1, le=1 << 24)
     open_files: int = Field(default=1024, ge=16, le=1 << 20)
     disk_mib: int = Field(default=512, ge=1, le=1 << 24)
+
+
+class NetworkConfig(Strict):
+    """What commands can reach in each phase: `none`, `public` or a list of hosts; see `agentkit_environments.network`.
+
+    A single value is that of every phase.
+    """
+
+    setup: Policy = "none"
+    agent: Policy = "none"
+    verifier: Policy = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _same_in_every_phase(cls, value: Any) -> Any:
+        if isinstance(value, Mapping | NetworkConfig):
+            return value
+        return dict.fromkeys(PHASES, checked_policy(value))
+
+    @classmethod
+    def everywhere(cls, policy: NetworkPolicy) -> Self:
+        """Return a configuration with the same policy in every phase."""
+        return cls(setup=policy, agent=policy, verifier=policy)
+
+    def network(self) -> Network:
+        """Return this configuration as a `Network`."""
+        return Network(self.setup, self.agent, self.verifier)
 
 
 class BuildConfig(Strict):
@@ -42,7 +73,7 @@ class EnvironmentConfig(Strict):
     setup: list[Shell] = Field(default_factory=list)  # shell commands; a non-zero exit status is an error of the task
     workdir: str = "/workspace"
     workdir_from_image: bool = False  # the workdir starts with the image's files at its path, instead of empty
-    network: Literal["none", "public"] = "none"
+    network: NetworkConfig = NetworkConfig()
     env: Variables = Field(default_factory=dict)
     limits: LimitsConfig = LimitsConfig()
 
@@ -61,7 +92,7 @@ class EnvironmentConfig(Strict):
             workdir_from_image=self.workdir_from_image,
             as_image=self.as_image,
             user=self.user,
-            network=self.network,
+            network=self.network.network(),
             env=dict(self.env),
             limits=ResourceLimits(**self.limits.model_dump()),
         )

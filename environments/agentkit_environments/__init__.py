@@ -23,6 +23,7 @@ from agentkit_environments.errors import (
     UnsafeArchiveError,
     UnsafePathError,
 )
+from agentkit_environments.network import Network, NetworkPolicy, Phase
 from agentkit_environments.opening import available_backends, open_environment, reap
 from agentkit_environments.snapshot import Snapshot
 
@@ -39,6 +40,9 @@ __all__ = [
     "FileTooLargeError",
     "HostFailureError",
     "ImageBuildError",
+    "Network",
+    "NetworkPolicy",
+    "Phase",
     "ResourceLimits",
     "SandboxError",
     "SandboxLostError",

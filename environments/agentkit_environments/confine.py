@@ -155,6 +155,8 @@ def main() -> None:
         settings = json.load(file)
     if os.getpid() != 1 or os.getuid() == 0:
         raise SystemExit(f"the executor must be PID 1 and not root, but it is PID {os.getpid()}, uid {os.getuid()}")
+    if settings["proxy"] is not None:
+        lend_listener(**settings["proxy"])
     missing = ["ipc", "inotify"]
     if settings["has_capabilities"]:
         # Bubblewrap's mount namespace belongs to an outer user namespace, over which we have no capabilities.
@@ -173,6 +175,14 @@ def main() -> None:
     for name, value in settings["executor_rlimits"].items():
         executor.set_limit(name, value)
     executor.serve(settings, tree)
+
+
+def lend_listener(fd: int, port: int) -> None:
+    """Listen at a port of the sandbox's loopback interface, and send the listening socket to the harness."""
+    import socket  # rarely needed, and every sandbox would wait for it
+
+    with socket.socket(fileno=fd) as channel, socket.create_server(("127.0.0.1", port)) as listener:
+        socket.send_fds(channel, [b"."], [listener.fileno()])
 
 
 def load(name: str, code: str) -> ModuleType:

@@ -11,6 +11,7 @@ import anyio
 from agentkit_environments.archive import ExportedDir
 from agentkit_environments.environment import Environment, EnvironmentSpec, ExecRequest, ExecResult, FileOperation
 from agentkit_environments.errors import SandboxLostError
+from agentkit_environments.network import Phase
 from agentkit_environments.snapshot import Snapshot
 
 
@@ -43,12 +44,15 @@ class DeferredEnvironment(Environment):
             if self._closed:
                 raise SandboxLostError("the environment was closed")
             if self._environment is None:
-                self._environment = await self._opener(self.spec)
+                self._environment = await self._in_this_phase(self._opener(self.spec))
                 self.backend, self.run_id = self._environment.backend, self._environment.run_id
             return self._environment
 
     async def reopen(self, snapshot: Snapshot) -> Environment:
         return await (self._environment or await self.open()).reopen(snapshot)
+
+    def refusals(self) -> list[str]:
+        return [] if self._environment is None else self._environment.refusals()
 
     async def kill_all(self) -> None:
         if self._environment is not None:
@@ -60,6 +64,11 @@ class DeferredEnvironment(Environment):
                 self._closed = True
                 if self._environment is not None:
                     await self._environment.close()
+
+    async def _enter_phase(self, phase: Phase) -> None:
+        async with self._lock:
+            if self._environment is not None:
+                await self._environment.enter_phase(phase)
 
     async def _exec(self, request: ExecRequest) -> ExecResult:
         return await (await self.open())._exec(request)

@@ -10,15 +10,16 @@ import errno
 import math
 import posixpath
 import re
+import socket
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from tarfile import TarInfo
 from tempfile import TemporaryFile
 from types import MappingProxyType, TracebackType
-from typing import IO, Literal, Self, get_args
+from typing import IO, Literal, Self, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -27,6 +28,8 @@ from agentkit_environments.archive import MAX_ARCHIVE_BYTES as MAX_ARCHIVE_BYTES
 from agentkit_environments.archive import MAX_ARCHIVE_ENTRIES as MAX_ARCHIVE_ENTRIES
 from agentkit_environments.archive import ExportedDir, check_archive, drop_links
 from agentkit_environments.errors import FileTooLargeError, SnapshotError, UnsafeArchiveError, UnsafePathError
+from agentkit_environments.network import PHASES, Network, Phase
+from agentkit_environments.proxy import VARIABLES, Proxy
 from agentkit_environments.snapshot import MAX_ENTRIES, SLACK_BYTES, Snapshot
 
 Backend = Literal["docker", "process", "unsafe-local"]
@@ -41,6 +44,8 @@ MAX_STDIN_BYTES = 64 << 20
 
 OPENED_AT_ONCE = 8
 """Number of forks that are opened at the same time."""
+
+E = TypeVar("E", bound="Environment")
 
 SYSTEM_DIRECTORIES = {"bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "sys", "usr"}
 SHARED_DIRECTORIES = {"/", "/home", "/opt", "/root", "/run", "/tmp", "/var", "/var/tmp"}
@@ -62,10 +67,6 @@ class ExecResult:
     """True if `timeout_s` ran out and the command was killed with everything it had started."""
     duration_s: float
     """Wall-clock seconds from start to exit."""
-
-
-Network = Literal["none", "public"]
-NETWORKS: tuple[Network, ...] = get_args(Network)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +113,8 @@ class EnvironmentSpec:
     image's own, and any absolute path is allowed. Docker only."""
     user: str | None = None
     """User of commands, as a name or `uid[:gid]`; None is the image's. Only with `as_image`."""
-    network: Network = "none"
-    """`none` is a loopback interface only; `public` is the engine's default network (docker only)."""
+    network: Network = field(default_factory=Network)
+    """What commands can reach in each phase; `Network.everywhere("public")` is the same in all."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of every command, in addition to PATH, HOME and LANG."""
     limits: ResourceLimits = ResourceLimits()
@@ -125,13 +126,12 @@ class EnvironmentSpec:
             ("workdir_from_image", bool, "True or False"),
             ("as_image", bool, "True or False"),
             ("user", str | None, 'a user name, "uid", "uid:gid" or None'),
+            ("network", Network, 'a Network such as Network(agent=["pypi.org"])'),
             ("env", Mapping, 'a mapping of names to texts such as {"LANG": "C"}'),
             ("limits", ResourceLimits, "a ResourceLimits"),
         ):
             if not isinstance(getattr(self, name), kinds):
                 raise TypeError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-        if self.network not in NETWORKS:
-            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {self.network!r}")
         exec_variables(self.env)
         if self.workdir_from_image and self.image is None:
             raise ValueError("workdir_from_image needs an image; the base image has an empty work directory")
@@ -189,6 +189,28 @@ class Environment(ABC):
     backend: Backend
     run_id: str
     """Label of everything that this environment makes; `reap(run_id)` removes its leftovers."""
+    phase: Phase = "setup"
+    """The phase whose network commands have."""
+    _proxy: Proxy | None = None
+
+    async def enter_phase(self, phase: Phase) -> None:
+        """Give commands, also those that are running, the network of another phase. Open connections end.
+
+        An `Agent` whose environment is in the phase `setup` enters `agent` by itself.
+
+        Raises:
+            ValueError: If there is no such phase.
+            SandboxLostError: If the network cannot be changed because the sandbox is gone.
+        """
+        if phase not in PHASES:
+            raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
+        if phase != self.phase:
+            await self._enter_phase(phase)
+            self.phase = phase
+
+    def refusals(self) -> list[str]:
+        """Return one line for each destination that the allowlist kept commands from, with the phase and the reason."""
+        return [] if self._proxy is None else self._proxy.refusals()
 
     async def exec(
         self,
@@ -382,6 +404,35 @@ class Environment(ABC):
         Raises:
             SandboxLostError: If the sandbox is gone, or a process cannot be killed.
         """
+
+    async def _enter_phase(self, phase: Phase) -> None:
+        if self._proxy is not None:
+            await anyio.to_thread.run_sync(self._proxy.enter, phase)
+
+    async def _in_this_phase(self, opening: Awaitable[E]) -> E:
+        """Return another environment, in the phase of this one."""
+        environment = await opening
+        try:
+            await environment.enter_phase(self.phase)
+        except BaseException:
+            await environment.close()
+            raise
+        return environment
+
+    async def _serve_proxy(self, listener: socket.socket | None) -> None:
+        """Start a proxy at a listening socket of the sandbox, if there is one."""
+        if listener is not None:
+            with anyio.CancelScope(shield=True):
+                self._proxy = await anyio.to_thread.run_sync(Proxy, listener, self.spec.network)
+
+    async def _close_proxy(self) -> None:
+        if self._proxy is not None:
+            await anyio.to_thread.run_sync(self._proxy.close)
+
+    @property
+    def _proxy_variables(self) -> Mapping[str, str]:
+        """Variables that send the clients of commands to the proxy, unless they have a network of their own."""
+        return {} if self._proxy is None or self.spec.network.policy(self.phase) == "public" else VARIABLES
 
     @abstractmethod
     async def close(self) -> None:

@@ -52,6 +52,10 @@ class LocalEnvironment(Environment):
     def __init__(self, spec: EnvironmentSpec, run_id: str) -> None:
         if spec.image is not None:
             raise SandboxUnavailableError(f"image {spec.image!r} needs the docker backend, not unsafe-local")
+        if spec.network.has_allowlist:
+            raise SandboxUnavailableError(
+                "a network allowlist needs the docker or the process backend; unsafe-local has the host's network"
+            )
         self.spec, self.run_id = spec, run_id
         self._root = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
         (self._root / OWNER_FILE).write_text(f"{owner_token()}\n{run_id}\n")
@@ -75,7 +79,7 @@ class LocalEnvironment(Environment):
         """Make the directory, with the files of a snapshot if one is given.
 
         Raises:
-            SandboxUnavailableError: If `spec` requests an image.
+            SandboxUnavailableError: If `spec` requests an image or a network allowlist.
             SnapshotError: If the snapshot cannot be restored.
         """
         environment = cls(spec, run_id)

@@ -50,12 +50,12 @@ async def open_environment(
     if backend == "auto":
         from agentkit_environments.docker import docker_failure
 
-        needs_docker = spec.image is not None or spec.network != "none"
+        needs_docker = spec.image is not None or spec.network.is_public
         failure = await anyio.to_thread.run_sync(docker_failure, spec.image)
         if failure is not None and not needs_docker:
             return await ProcessEnvironment.open(spec, run_id, snapshot=snapshot)
         if failure is not None:
-            raise SandboxUnavailableError(f"an image or a network needs the docker backend: {failure}")
+            raise SandboxUnavailableError(f"an image or a public network needs the docker backend: {failure}")
     if backend == "process":
         return await ProcessEnvironment.open(spec, run_id, snapshot=snapshot)
     # Imported on use: importing the docker library takes longer than opening a process sandbox.

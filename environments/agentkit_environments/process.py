@@ -28,6 +28,7 @@ import platform
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,7 @@ from agentkit_environments.environment import (
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError, UnsafeArchiveError
 from agentkit_environments.overlay import Overlay, hidden_names
+from agentkit_environments.proxy import PORT, receive_listener
 from agentkit_environments.seccomp import AUDIT_ARCH, INOTIFY, SYSV_IPC, UNACCOUNTED, seccomp_program
 from agentkit_environments.snapshot import Snapshot
 from agentkit_environments.tree import TMP, WORK
@@ -142,6 +144,7 @@ class Layout:
         overlay: Overlay | None = None,
         hidden_fd: int | None = None,
         snapshot_fd: int | None = None,
+        proxy_fd: int | None = None,
     ) -> Self:
         prefix = os.path.realpath(sys.base_prefix)
         python = os.path.realpath(f"{prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}")
@@ -167,6 +170,7 @@ class Layout:
             options = _tmpfs_options("0700", disk_bytes)
             settings["overlay"] = {"path": spec.workdir, "options": options, "hidden_fd": hidden_fd}
         settings["snapshot_fd"] = snapshot_fd
+        settings["proxy"] = None if proxy_fd is None else {"fd": proxy_fd, "port": PORT}
         settings["tmpfs"] = [(path, _tmpfs_options(mode, size)) for path, mode, size in tmpfs]
         return cls(
             binds=pairs,
@@ -421,21 +425,23 @@ class ProcessEnvironment(Environment):
 
         Raises:
             SnapshotError: If the snapshot cannot be restored.
-            SandboxUnavailableError: If no launcher works, `spec` requests an image or a network, or the kernel, the
-                file system or a policy permits no overlay.
+            SandboxUnavailableError: If no launcher works, `spec` requests an image or a public network, or the kernel,
+                the file system or a policy permits no overlay.
         """
-        if spec.image is not None or spec.network != "none":
+        if spec.image is not None or spec.network.is_public:
+            wanted = "a public network" if spec.image is None else f"image {spec.image!r}"
             raise SandboxUnavailableError(
-                f"the process sandbox has no images and no network, got image={spec.image!r}, "
-                f"network={spec.network!r}: use the docker backend"
+                f"{wanted} needs the docker backend: the process sandbox has no images and no public network"
             )
         for candidate in (launcher,) if launcher else LAUNCHERS:
             if await anyio.to_thread.run_sync(launcher_failure, candidate) is None:
                 if overlay is not None and candidate == "bwrap-plain":
                     raise SandboxUnavailableError("a policy of this machine permits no mounts in a sandbox")
                 group = CommandGroup.create(spec.limits)
-                connection = await _launch(spec, candidate, group, overlay, snapshot)
-                return cls(spec, run_id, connection, group, launcher=candidate, has_overlay=overlay is not None)
+                connection, listener = await _launch(spec, candidate, group, overlay, snapshot)
+                environment = cls(spec, run_id, connection, group, launcher=candidate, has_overlay=overlay is not None)
+                await environment._serve_proxy(listener)
+                return environment
         reason = launcher_failure(launcher) if launcher else process_failure()
         raise SandboxUnavailableError(f"no process sandbox can be opened here: {reason}")
 
@@ -443,7 +449,7 @@ class ProcessEnvironment(Environment):
         if request.user is not None:
             raise ValueError(f"a process sandbox has one user; user={request.user!r} needs the docker backend")
         kills_before = self._group.kills()
-        result = await self._connection.exec(request, {**self._env, **request.env})
+        result = await self._connection.exec(request, {**self._env, **self._proxy_variables, **request.env})
         if result.exit_code == KILLED and not result.timed_out and self._group.kills() > kills_before:
             memory_mib = self.spec.limits.memory_mib
             reason = f"killed: the sandbox's {memory_mib} MiB of memory, which its files share, were used up\n"
@@ -495,7 +501,9 @@ class ProcessEnvironment(Environment):
             raise ValueError("the environment has no overlay; use export_dir")
 
     async def reopen(self, snapshot: Snapshot) -> ProcessEnvironment:
-        return await type(self).open(self.spec, self.run_id, launcher=self._launcher, snapshot=snapshot)
+        return await self._in_this_phase(
+            type(self).open(self.spec, self.run_id, launcher=self._launcher, snapshot=snapshot)
+        )
 
     async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
         if self._has_overlay:
@@ -535,6 +543,7 @@ class ProcessEnvironment(Environment):
         with anyio.CancelScope(shield=True):
             await self._connection.close()
             await anyio.to_thread.run_sync(self._group.remove)
+            await self._close_proxy()
 
 
 async def _launch(
@@ -543,16 +552,21 @@ async def _launch(
     group: CommandGroup,
     overlay: Overlay | None = None,
     snapshot: Snapshot | None = None,
-) -> Connection:
+) -> tuple[Connection, socket.socket | None]:
+    """Start a sandbox. Returns the connection to its executor and, with an allowlist, the proxy's listening socket."""
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the connection closes it)
     connection: Connection | None = None
+    channel, far_channel = socket.socketpair() if spec.network.has_allowlist else (None, None)
+    proxy_fd = None if far_channel is None else far_channel.fileno()
     try:
         with (
+            far_channel or contextlib.nullcontext(),
             hidden_names(overlay) as hidden_fd,
             contextlib.nullcontext() if snapshot is None else snapshot.descriptor() as snapshot_fd,
-            _Files(Layout.of(spec, launcher, group, overlay, hidden_fd, snapshot_fd)) as files,
+            _Files(Layout.of(spec, launcher, group, overlay, hidden_fd, snapshot_fd, proxy_fd)) as files,
         ):
-            passed = [*files.fds.values(), *group.procs_fds, *(fd for fd in (hidden_fd, snapshot_fd) if fd is not None)]
+            optional = (fd for fd in (hidden_fd, snapshot_fd, proxy_fd) if fd is not None)
+            passed = [*files.fds.values(), *group.procs_fds, *optional]
             process = await anyio.open_process(
                 launch_argv(files.layout, launcher, files.fds),
                 stdin=subprocess.PIPE,
@@ -566,7 +580,7 @@ async def _launch(
         with anyio.fail_after(START_TIMEOUT_S):
             await connection.ready()
         group.close_descriptors()
-        return connection
+        return connection, None if channel is None else receive_listener(channel)
     except BaseException as error:
         if connection is not None:
             await connection.close()
@@ -575,3 +589,6 @@ async def _launch(
         if isinstance(error, TimeoutError | SandboxLostError):
             raise SandboxUnavailableError(f"the sandbox did not start with {launcher}: {error}") from error
         raise
+    finally:
+        if channel is not None:
+            channel.close()

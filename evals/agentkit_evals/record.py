@@ -111,6 +111,7 @@ class TrialRecord(Strict):
     error: str | None
     verifier_output: str
     dropped: list[str] = Field(default_factory=list)  # workdir entries the verifier did not get, with reasons
+    refused: list[str] = Field(default_factory=list)  # connections that the network refused, with phase and reason
     backend: str | None
     usage: Usage
     list_cost_usd: float | None = None  # what an embedded model's run would have cost; None for a model behind an API

@@ -84,6 +84,7 @@ async def apply_and_test(task: Task, tests: TestsConfig, environment: Environmen
         await task.prepare(environment)
     except TaskSetupError as exc:
         raise VerifierError(str(exc)) from exc
+    await environment.enter_phase("verifier")
     place = f"/tmp/agentkit-{secrets.token_hex(8)}"
     kept: list[str] = []
     if tests.patch:

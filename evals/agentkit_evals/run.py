@@ -57,7 +57,7 @@ from agentkit_evals.statistics import SOLVED
 from agentkit_evals.suite import Case, Suite
 from agentkit_evals.verify import Backend, Verdict, answer_of, backend_for, begin, collect, opened, verify
 
-MAX_DROPS_SHOWN = 20
+MAX_LINES_SHOWN = 20
 NO_MODEL = (ApiKeyError, MissingDependencyError, UnknownModelError)
 """Errors of a model that would occur in every other trial, too."""
 MAX_ANSWER_CHARS = 1_000_000
@@ -254,6 +254,7 @@ class _Trial:
         self.session: Trajectory | None = None  # of the steps before, in a task that has several
         self.phase: Phase = "setup"
         self.dropped: tuple[str, ...] = ()
+        self.refused: list[str] = []
         self.verifier_output = ""
         self.seconds = {"setup_s": 0.0, "agent_s": 0.0, "verify_s": 0.0}
         self.trajectory = trajectory_path(run.directory, self.name)
@@ -298,6 +299,7 @@ class _Trial:
             error=error,
             verifier_output="\n".join(filter(None, [self.verifier_output, *self._left_out()])),
             dropped=list(self.dropped),
+            refused=self.refused,
             backend=self.backend,
             usage=self.usage,
             list_cost_usd=self.list_cost_usd,
@@ -318,6 +320,7 @@ class _Trial:
             else:
                 verdict = await verify(self.task, archive=work, answer=self.answer, backend=backend, run_id=run_id)
             self.verifier_output = verdict.output
+            self.refused += verdict.refused
             await self.eval_run.start_checks.require(self.task, verdict, backend=backend, run_id=run_id)
         return verdict
 
@@ -329,6 +332,7 @@ class _Trial:
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
+                stack.callback(lambda: self.refused.extend(environment.refusals()))
                 if not isinstance(self.task.verifier, CallsConfig):  # a task scored by calls does not use its folder
                     self.backend = environment.backend
                 await self.task.prepare(environment)
@@ -368,12 +372,17 @@ class _Trial:
             self.seconds["verify_s"] = round(self.seconds["verify_s"] + spent, 4)
 
     def _left_out(self) -> Iterator[str]:
-        """Yield lines for the verifier's output that list the entries the verifier did not get."""
-        if self.dropped:
-            yield f"[{len(self.dropped)} entries of the work directory were not copied to the verifier:]"
-            yield from self.dropped[:MAX_DROPS_SHOWN]
-            if len(self.dropped) > MAX_DROPS_SHOWN:
-                yield "[...]"
+        """Yield lines for the verifier's output that list the entries the verifier did not get, and the connections
+        that were refused."""
+        for lines, title in (
+            (self.dropped, "entries of the work directory were not copied to the verifier"),
+            (self.refused, "destinations were refused by the task's network"),
+        ):
+            if lines:
+                yield f"[{len(lines)} {title}:]"
+                yield from lines[:MAX_LINES_SHOWN]
+                if len(lines) > MAX_LINES_SHOWN:
+                    yield "[...]"
 
     async def _run_agent(self, environment: Environment, step: HarborStep | None = None) -> LimitName | None:
         """Run the agent, on a step of a Harbor task if given, and return the limit that stopped it, if any."""

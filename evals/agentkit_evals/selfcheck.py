@@ -166,12 +166,14 @@ async def _probe(task: Task, act: Probe, backend: Backend | None, run_id: str | 
         if isinstance(task.verifier, HarborConfig):
 
             async def work(step: HarborStep) -> bool:
+                await environment.enter_phase("agent")
                 await act(environment, step)
                 return True
 
             verdict = await episode(task.verifier, environment, work, run_id=run_id)
             assert verdict is not None, "the probe never ends a trial"
             return verdict
+        await environment.enter_phase("agent")
         answer = await act(environment, None)
         await environment.kill_all()
         archive = (await collect(task, environment, start)).data

@@ -24,6 +24,7 @@ class Verdict:
     timed_out: bool
     duration_s: float
     error: str | None = None  # why the reward is 0, if not by the verifier's own decision
+    refused: tuple[str, ...] = ()  # what the network of the verifier's own sandbox refused, from `refusals`
     tests: int = 0  # number of tests with a result, if the source is "tests"
 
     @property

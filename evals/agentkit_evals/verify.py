@@ -143,13 +143,16 @@ async def verify(
     async with opened(task, backend, run_id) as environment:
         try:
             if isinstance(task.verifier, TestsConfig):
-                return await _run_tests(task, task.verifier, environment, archive)
-            await environment.import_dir(environment.spec.workdir, archive)
-            return await _run_verifier(task.verifier, environment, text)
+                verdict = await _run_tests(task, task.verifier, environment, archive)
+            else:
+                await environment.enter_phase("verifier")
+                await environment.import_dir(environment.spec.workdir, archive)
+                verdict = await _run_verifier(task.verifier, environment, text)
         except Exception as exc:
             if blame(exc, "scoring") == "infrastructure":
                 raise
-            return broken(f"scoring failed: {describe(exc)}")
+            verdict = broken(f"scoring failed: {describe(exc)}")
+        return replace(verdict, refused=tuple(environment.refusals()))
 
 
 async def _run_tests(task: Task, tests: TestsConfig, environment: Environment, patch: bytes) -> Verdict:

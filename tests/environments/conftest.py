@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socketserver
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import anyio
 import pytest
+from anyio.abc import SocketStream
 
 from agentkit_environments import Environment, EnvironmentSpec, Snapshot, open_environment
 from agentkit_environments.docker import docker_failure
 from agentkit_environments.process import LAUNCHERS, Launcher, ProcessEnvironment, launcher_failure
+from agentkit_environments.proxy import Internet
 
 if TYPE_CHECKING:
     from tests.conftest import WaitUntil
@@ -108,3 +114,51 @@ class Tag:
 @pytest.fixture
 def tag(wait_until: WaitUntil) -> Tag:
     return Tag(wait_until)
+
+
+class _Echo(socketserver.StreamRequestHandler):
+    """Answers an HTTP request with its own head and body; sends everything else back as it comes."""
+
+    def handle(self) -> None:
+        head = b"".join(iter(lambda: self.rfile.readline().rstrip(b"\r\n") + b"\r\n", b"\r\n")) + b"\r\n"
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n" + head)
+        if b"HTTP/1." in head:
+            length = re.search(rb"Content-Length: ([0-9]+)", head)
+            self.wfile.write(self.rfile.read(int(length[1]) if length else 0))
+            return
+        while chunk := self.rfile.read1(4096):
+            self.wfile.write(chunk)
+
+
+class FakeInternet(Internet):
+    """Names and addresses that exist only here. A connection to any address reaches a server of the test."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.names = {"pypi.org": ["151.101.0.223"], "files.example.com": ["93.184.216.34"]}
+        self.resolved: list[str] = []
+        self.connected: list[tuple[str, int]] = []
+        self.unreachable: set[str] = set()
+
+    async def resolve(self, host: str) -> list[str]:
+        self.resolved.append(host)
+        if host not in self.names:
+            raise OSError("no such name")
+        return self.names[host]
+
+    async def connect(self, address: str, port: int) -> SocketStream:
+        self.connected.append((address, port))
+        if address in self.unreachable:
+            raise OSError("no route to host")
+        return await anyio.connect_tcp("127.0.0.1", self.port)
+
+
+@pytest.fixture
+def internet() -> Iterator[FakeInternet]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Echo) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield FakeInternet(server.server_address[1])
+        server.shutdown()
+        thread.join()

@@ -32,7 +32,7 @@ def test_cpus_are_finite_and_other_limits_whole(value: float) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"network": "all"}, ValueError, "network must be one of none, public, got 'all'"),
+        ({"network": "public"}, TypeError, "network must be a Network such as"),
         ({"image": 5}, TypeError, "image must be the name of a Docker image or None, got 5"),
         ({"workdir_from_image": 1, "image": "x"}, TypeError, "workdir_from_image must be True or False, got 1"),
         ({"workdir_from_image": True}, ValueError, "workdir_from_image needs an image"),

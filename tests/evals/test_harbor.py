@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentkit.cli import app
+from agentkit.environment_config import NetworkConfig
 from agentkit.errors import TaskFileError, TaskSetupError
 from agentkit.models.scripted import Policy
 from agentkit.task import HarborConfig, Task, load_task
@@ -128,7 +129,8 @@ env = {FAST = "1"}
     environment = task.environment
     assert environment.build is not None and environment.build.sha256 == folder_hash(folder / "environment")
     assert environment.build.timeout_s == 30 and environment.as_image and environment.backend == "docker"
-    assert (environment.user, environment.workdir, environment.network) == ("1001", "/", "public")
+    assert (environment.user, environment.workdir) == ("1001", "/")
+    assert environment.network == NetworkConfig.everywhere("public")
     assert (environment.limits.memory_mib, environment.limits.cpus, environment.limits.file_size_mib) == (
         3072,
         2.0,
@@ -158,11 +160,32 @@ env = {FAST = "1"}
 
 def test_defaults_are_those_of_harbor(make: Make) -> None:
     task = read_task_directory(make(**{"task.toml": "", "solution/solve.sh": None}))
-    assert task.solution is None and task.environment.network == "public" and task.environment.workdir == ""
+    assert task.solution is None and task.environment.workdir == ""
+    assert task.environment.network == NetworkConfig.everywhere("public")
     assert config_of(task).steps[0].verifier_timeout_s == 600
-    assert (
-        read_task_directory(make(**{"task.toml": "environment.allow_internet = false"})).environment.network == "none"
-    )
+    offline = read_task_directory(make(**{"task.toml": "environment.allow_internet = false"}))
+    assert offline.environment.network == NetworkConfig()
+
+
+PHASES = """\
+[environment]
+allowed_hosts = ["PyPI.org", "*.example.com"]
+[agent]
+network_mode = "no-network"
+[verifier]
+network_mode = "public"
+"""
+
+
+def test_each_phase_has_a_network(make: Make) -> None:
+    task = read_task_directory(make(**{"task.toml": PHASES}))
+    setup = ("pypi.org", "*.example.com")
+    assert task.environment.network == NetworkConfig(setup=setup, agent="none", verifier="public")
+    assert Task.model_validate_json(task.model_dump_json()) == task
+    separate = PHASES + 'environment_mode = "separate"\n[verifier.environment]\nnetwork_mode = "no-network"\n'
+    (step,) = config_of(read_task_directory(make(**{"task.toml": separate, "tests/Dockerfile": DOCKERFILE}))).steps
+    assert step.separate is not None
+    assert step.separate.network == NetworkConfig(setup="none", agent="none", verifier="public")
 
 
 STEPS = """\
@@ -235,8 +258,22 @@ def test_steps_and_separate_verifiers(make: Make) -> None:
             "[[environment.mcp_servers]]\nname = 'x'\nurl = 'http://x'\n",
             ":1: environment.mcp_servers: MCP servers of a task",
         ),
-        ("[environment]\nnetwork_mode = 'allowlist'\n", ":2: environment.network_mode: allowlists are not supported"),
-        ("[verifier]\nnetwork_mode = 'no-network'\n", ":2: verifier.network_mode: 'no-network' for one phase is not"),
+        (
+            "[environment]\nallowed_hosts = ['10.0.0.0/8']\n",
+            ":2: environment.allowed_hosts: '10.0.0.0/8' is not a host",
+        ),
+        (
+            "[agent]\nnetwork_mode = 'public'\nallowed_hosts = ['pypi.org']\n",
+            'allowed_hosts need network_mode = "allowlist", got "public"',
+        ),
+        (
+            "[[steps]]\nname = 'a'\nagent.network_mode = 'no-network'\n",
+            ":3: steps.agent.network_mode: a network for one step is not supported",
+        ),
+        (
+            "[[steps]]\nname = 'a'\n[steps.verifier]\nallowed_hosts = ['pypi.org']\n",
+            ":3: steps.verifier.network_mode: a network for one step is not supported",
+        ),
         (
             "[[verifier.collect]]\ncommand = 'x'\nservice = 'db'\n",
             ":3: verifier.collect: service 'db': Compose services",

@@ -9,7 +9,7 @@ import pytest
 
 from agentkit.errors import TaskFileError
 from agentkit.task import LimitsConfig, Task, load_task
-from agentkit_environments import ResourceLimits
+from agentkit_environments import Network, ResourceLimits
 from agentkit_tools import BUILTINS
 
 GOOD = """\
@@ -51,11 +51,39 @@ def problem(tmp_path: Path, text: str) -> str:
     return str(caught.value).replace(f"{tmp_path}/", "")
 
 
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ("none", Network()),
+        ("public", Network.everywhere("public")),
+        ("[PyPI.org]", Network.everywhere(["pypi.org"])),
+        ("{setup: public, agent: ['*.example.com:443']}", Network(setup="public", agent=["*.example.com:443"])),
+    ],
+)
+def test_a_network_is_that_of_every_phase_or_of_each(tmp_path: Path, network: str, expected: Network) -> None:
+    task = load_task(write(tmp_path, f"id: x\ninstruction: y\nenvironment:\n  network: {network}\n"))
+    assert task.environment.spec().network == expected
+    assert Task.model_validate_json(task.model_dump_json()) == task
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("all", "task.yaml:4: environment.network: network must be none, public or a list of hosts, got 'all'"),
+        ("[5]", "task.yaml:4: environment.network: a host must be text, got 5"),
+        ("{agent: [https://pypi.org]}", "task.yaml:4: environment.network.agent: 'https://pypi.org' is not a host"),
+        ("{agents: none}", 'task.yaml:4: unknown key "environment.network.agents"; did you mean "agent"?'),
+    ],
+)
+def test_a_wrong_network_is_named(tmp_path: Path, network: str, message: str) -> None:
+    assert message in problem(tmp_path, f"id: x\ninstruction: y\nenvironment:\n  network: {network}\n")
+
+
 def test_reads_a_whole_task(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, GOOD))
     assert task.environment.files == {"app.log": "ERROR a\nok\nERROR b\n", "notes/readme.txt": "hello\n"}
     assert task.environment.spec().limits == ResourceLimits(memory_mib=256)
-    assert task.environment.spec().network == "none"
+    assert task.environment.spec().network == Network()
     assert [tool.name for tool in task.build_tools()] == ["bash", "weather", "submit"]
     assert (task.agent.thinking, task.agent.effort, task.agent.max_turns) == ("never", "high", 4)
 

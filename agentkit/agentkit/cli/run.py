@@ -409,6 +409,8 @@ class Job:
     """The record of an interrupted run that is resumed, instead of a new `trajectory`."""
     history: Sequence[Message] | None = None
     """Messages before the task."""
+    refused: list[str] = field(default_factory=list)
+    """The connections that the task's network refused, with phase and reason."""
     rescued: list[Change] = field(default_factory=list)
     """The changes to `workdir` before the agent's run failed or was interrupted."""
 
@@ -432,6 +434,7 @@ class Job:
             environment = (
                 workspace.environment if workspace else await stack.enter_async_context(opened(self.task, where))
             )
+            stack.callback(lambda: self.refused.extend(environment.refusals()))
             await self.task.prepare(environment)
             if isinstance(self.task.verifier, HarborConfig):
                 return await self._run_steps(self.task.verifier, environment, agent)
@@ -576,10 +579,13 @@ def carry_out(
             print_written(job.console, job.workdir, job.rescued, [], written)
         raise
     written = keep(done.changes)
+    refused = [*job.refused, *(done.verdict.refused if done.verdict else ())]
     if as_json:
-        typer.echo(json.dumps(_as_json(done, written), indent=2))
+        typer.echo(json.dumps({**_as_json(done, written), "refused_connections": refused}, indent=2))
     else:
         print_end(job.console, job.task, done)
+        for line in refused:
+            say(job.console, f"refused by the network: {line}", "yellow")
         if job.workdir:
             print_written(job.console, job.workdir, done.changes, done.left_out, written)
     if done.failure is None:

@@ -127,7 +127,7 @@ def _no_overlay(task: Task, backend: Backend, folder: Path, listing: Listing) ->
     """Return the reason why no overlay is possible, or None if one can be tried."""
     if backend not in ("auto", "process"):
         return f"the {backend} backend has no overlay"
-    if task.environment.image is not None or task.environment.network != "none":
+    if task.environment.image is not None or task.environment.spec().network.is_public:
         return "the task's image or network needs the docker backend"
     if task.verifier is not None:
         return "the task's verifier needs a copy"

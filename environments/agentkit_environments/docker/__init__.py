@@ -2,6 +2,7 @@
 
 environment.py  DockerEnvironment, the contract
 container.py    the life of one container: start, loss, removal; blocking calls
+handover.py     the socket that gives the harness the listening socket of its proxy
 attachment.py   the standard streams of its first program, the executor
 executor/       the executor: runs commands, reads and writes files, kills
 users.py        users by the image's /etc/passwd and /etc/group

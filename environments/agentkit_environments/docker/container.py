@@ -14,6 +14,7 @@ from docker.errors import DockerException
 
 from agentkit_environments.docker.engine import connect, is_podman, remove_container, require_image
 from agentkit_environments.docker.executor import ARCHITECTURES, executor_program
+from agentkit_environments.docker.handover import Handover
 from agentkit_environments.docker.hardening import AGENT_ID, EXECUTOR, create_container
 from agentkit_environments.docker.loss import why_lost
 from agentkit_environments.environment import EnvironmentSpec
@@ -33,13 +34,21 @@ class Container:
     stream: Any = None
     """The attached connection, as the docker library returns it."""
 
+    handover: Handover | None = None
+    """The socket for the listening socket of the proxy, if a phase has an allowlist."""
+
     def __init__(self, spec: EnvironmentSpec, run_id: str) -> None:
         """Start a container. Raises SandboxUnavailableError if that fails."""
         self.client = connect()
         self.api = self.client.api
         self._memory_mib = spec.limits.memory_mib
         self._is_removed = False
+        self._is_public, self._networks = spec.network.is_public, list[str]()
         try:
+            if spec.network.has_allowlist and not self.api.base_url.startswith("http+docker"):
+                raise SandboxUnavailableError(
+                    f"a network allowlist needs a Docker engine on this machine, but DOCKER_HOST is {self.api.base_url}"
+                )
             image = require_image(self.client, spec.image)
             architecture = image.attrs["Architecture"]
             if architecture not in ARCHITECTURES:
@@ -50,8 +59,15 @@ class Container:
             self.env = dict(each.partition("=")[::2] for each in image.attrs["Config"].get("Env") or ())
             in_volumes = not is_podman(self.client)
             self.image_id = str(image.id)
-            self.id = create_container(self.api, self.image_id, spec, run_id, in_volumes=in_volumes)
+            if spec.network.has_allowlist:
+                self.handover = Handover(run_id)
+            proxy_socket = None if self.handover is None else self.handover.path
+            self.id = create_container(
+                self.api, self.image_id, spec, run_id, in_volumes=in_volumes, proxy_socket=proxy_socket
+            )
         except BaseException:
+            if self.handover is not None:
+                self.handover.close()
             self.client.close()
             raise
         try:
@@ -62,6 +78,7 @@ class Container:
             self.api.put_archive(self.id, folder, _archive(name, 0, executor_program(architecture)))
             self.stream = self.api.attach_socket(self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             self.api.start(self.id)
+            self.set_public(spec.network.setup == "public")
             if not in_volumes and not spec.as_image:
                 self.api.put_archive(self.id, spec.workdir, _archive(".", AGENT_ID))  # this changes its owner
         except ENGINE_ERRORS as error:
@@ -77,6 +94,17 @@ class Container:
             return function()
         except ENGINE_ERRORS as error:
             raise self.lost(error) from error
+
+    def set_public(self, is_public: bool) -> None:
+        """Disconnect the container from the engine's network, or connect it again."""
+        if is_public == self._is_public:
+            return
+        if not is_public:
+            self._networks = [*self.api.inspect_container(self.id)["NetworkSettings"]["Networks"]]
+        change = self.api.connect_container_to_network if is_public else self.api.disconnect_container_from_network
+        for network in self._networks:
+            change(self.id, network)
+        self._is_public = is_public
 
     def require_running(self) -> None:
         """Raise SandboxLostError, with the reason, if the container has ended."""
@@ -95,6 +123,8 @@ class Container:
         try:
             remove_container(self.client, self.id)
         finally:
+            if self.handover is not None:
+                self.handover.close()
             if self.stream is not None:
                 close_stream(self.stream)
             self.client.close()

@@ -21,6 +21,7 @@ from agentkit_environments.docker.image import user_files, with_image_settings
 from agentkit_environments.docker.users import home_of, resolve_user
 from agentkit_environments.environment import Environment, EnvironmentSpec, ExecRequest, ExecResult, FileOperation
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError
+from agentkit_environments.network import Phase
 from agentkit_environments.snapshot import Snapshot
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -74,6 +75,7 @@ class DockerEnvironment(Environment):
             connection = Connection(AttachedPeer(container))
             with anyio.fail_after(START_TIMEOUT_S):
                 await connection.ready()
+            listener = None if container.handover is None else container.handover.receive()
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 if connection is not None:
@@ -84,10 +86,17 @@ class DockerEnvironment(Environment):
             if isinstance(error, TimeoutError | SandboxLostError):
                 raise SandboxUnavailableError(f"the container did not start: {error}") from error
             raise
-        return cls(settled, run_id, container, connection)
+        environment = cls(settled, run_id, container, connection)
+        await environment._serve_proxy(listener)
+        return environment
 
     async def reopen(self, snapshot: Snapshot) -> DockerEnvironment:
-        return await self.open(self.spec, self.run_id, snapshot=snapshot)
+        return await self._in_this_phase(self.open(self.spec, self.run_id, snapshot=snapshot))
+
+    async def _enter_phase(self, phase: Phase) -> None:
+        is_public = self.spec.network.policy(phase) == "public"
+        await self._guarded(lambda: self._container.set_public(is_public))
+        await super()._enter_phase(phase)
 
     async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
         if self.spec.as_image:
@@ -98,9 +107,9 @@ class DockerEnvironment(Environment):
 
     async def _exec(self, request: ExecRequest) -> ExecResult:
         if request.user is None:
-            return await self._connection.exec(request, {**self._env, **request.env}, None)
+            return await self._connection.exec(request, {**self._env, **self._proxy_variables, **request.env}, None)
         user = await self._find_user(request.user)
-        env = {**self._env, **request.env}
+        env = {**self._env, **self._proxy_variables, **request.env}
         if self.spec.as_image:
             env["HOME"] = home_of(user[0], (await self._user_files())[0])
         return await self._connection.exec(request, env, user)
@@ -144,3 +153,4 @@ class DockerEnvironment(Environment):
         if not self._closed:
             self._closed = True
             await self._connection.close()
+            await self._close_proxy()

@@ -22,9 +22,12 @@ from agentkit_environments.docker.engine import OWNER_LABEL, RUN_LABEL
 from agentkit_environments.environment import EnvironmentSpec
 from agentkit_environments.errors import SandboxUnavailableError
 from agentkit_environments.owner import owner_token
+from agentkit_environments.proxy import PORT
 
 AGENT_ID = 1000
 EXECUTOR = "/.agentkit/executor"
+PROXY_SOCKET = "/.agentkit/proxy"
+"""A UNIX socket of the harness in the container, as in executor.c."""
 EXECUTOR_USER = "0:0"
 EXECUTOR_CAPABILITIES = ["KILL", "SETGID", "SETPCAP", "SETUID"]
 """`executor.c` says what it needs them for. Commands have none, also those of root, except in a sandbox `as_image`."""
@@ -47,7 +50,15 @@ EXECUTOR_FILES = 4096
 SHM_MIB = 64
 
 
-def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: str, *, in_volumes: bool) -> str:
+def create_container(
+    api: APIClient,
+    image: str,
+    spec: EnvironmentSpec,
+    run_id: str,
+    *,
+    in_volumes: bool,
+    proxy_socket: str | None = None,
+) -> str:
     """Create a container without starting it, and return its id.
 
     Its first program is the executor, which must be put into its volume before the start.
@@ -59,6 +70,7 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         run_id: Label of the container.
         in_volumes: True if the work directory and /tmp are volumes. Otherwise the work directory belongs to root. Not
             used if the sandbox is `as_image`.
+        proxy_socket: Path of the UNIX socket through which the executor sends the proxy's listening socket.
 
     Raises:
         SandboxUnavailableError: If the engine refuses the container.
@@ -72,6 +84,9 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
     options = {path: f"size={limits.disk_mib}m,mode={mode},nosuid,nodev" for path, mode in in_memory.items()}
     volumes = [_memory_volume(path, each) for path, each in options.items()] if in_volumes else []
     tmpfs = {} if in_volumes else {path: f"{each},exec" for path, each in options.items()}
+    mounts = [executor, *volumes]
+    if proxy_socket is not None:
+        mounts.append(Mount(target=PROXY_SOCKET, source=proxy_socket, type="bind", read_only=True))
     capabilities = sum(1 << number for number in lent.values())
     files = max(limits.open_files, EXECUTOR_FILES)
     host_config = api.create_host_config(
@@ -82,9 +97,9 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
         log_config=LogConfig(type="none"),
         mem_limit=memory,
         memswap_limit=memory,
-        mounts=[executor, *volumes],
+        mounts=mounts,
         nano_cpus=int(limits.cpus * 1e9),
-        network_mode="none" if spec.network == "none" else "bridge",
+        network_mode="bridge" if spec.network.is_public else "none",
         oom_score_adj=500,
         pids_limit=limits.processes + 1,  # the executor
         privileged=False,
@@ -105,7 +120,11 @@ def create_container(api: APIClient, image: str, spec: EnvironmentSpec, run_id: 
             api.create_container(
                 image,
                 entrypoint=[EXECUTOR],
-                command=[*uid_and_gid(spec), str(limits.open_files), str(EXECUTOR_MIB << 20), f"{capabilities:x}"],
+                command=[
+                    *uid_and_gid(spec),
+                    *(str(limits.open_files), str(EXECUTOR_MIB << 20), f"{capabilities:x}"),
+                    str(0 if proxy_socket is None else PORT),
+                ],
                 hostname="sandbox",
                 host_config=host_config,
                 labels={RUN_LABEL: run_id, OWNER_LABEL: owner_token()},

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from agentkit.environment_config import NetworkConfig
 from agentkit.harbor import Collect, Healthcheck, SandboxPath, User
 from agentkit.strict import Strict, Timeout, Variables
+from agentkit_environments.network import NetworkPolicy, checked_policy
 
 NetworkMode = Literal["public", "no-network", "allowlist"]
 
@@ -43,13 +45,36 @@ class Artifact(Strict):
     service: str | None = None
 
 
-class Phase(Strict):
+class Networked(Strict):
+    """A network, or None for that of the environment."""
+
+    network_mode: NetworkMode | None = None
+    allowed_hosts: list[str] = Field(default_factory=list)
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts(cls, hosts: list[str]) -> list[str]:
+        return [*checked_policy(hosts)]
+
+    @model_validator(mode="after")
+    def _mode_of_hosts(self) -> Self:
+        if self.allowed_hosts and self.network_mode in ("public", "no-network"):
+            raise ValueError(f'allowed_hosts need network_mode = "allowlist", got "{self.network_mode}"')
+        return self
+
+    @property
+    def policy(self) -> NetworkPolicy | None:
+        """The network as agentkit names it."""
+        if self.network_mode == "allowlist" or self.allowed_hosts:
+            return tuple(self.allowed_hosts)
+        return None if self.network_mode is None else "public" if self.network_mode == "public" else "none"
+
+
+class Phase(Networked):
     """The user and the network of the agent's or the verifier's phase; None is that of the environment."""
 
     timeout_sec: Timeout | None = None
     user: User | None = None
-    network_mode: NetworkMode | None = None
-    allowed_hosts: list[str] = Field(default_factory=list)
 
 
 class McpServer(Strict):
@@ -63,7 +88,7 @@ class McpServer(Strict):
     headers: dict[str, str] = Field(default_factory=dict)
 
 
-class Environment(Strict):
+class Environment(Networked):
     """A sandbox. `storage_mb` limits the size of one file; the total is that of the engine's disk."""
 
     build_timeout_sec: Timeout = 600.0
@@ -78,8 +103,6 @@ class Environment(Strict):
     env: Variables = Field(default_factory=dict)
     skills_dir: str | None = None
     workdir: str | None = Field(default=None, pattern="^/")
-    network_mode: NetworkMode | None = None
-    allowed_hosts: list[str] = Field(default_factory=list)
     mcp_servers: list[McpServer] = Field(default_factory=list)
     healthcheck: Healthcheck | None = None
     allow_internet: bool | None = None  # before schema 1.2
@@ -93,12 +116,16 @@ class Environment(Strict):
             mebibytes(size)
         return size
 
-    @property
-    def network(self) -> NetworkMode:
-        """The network, also if it is given in the old way."""
-        if self.network_mode is None:
-            return "allowlist" if self.allowed_hosts else "no-network" if self.allow_internet is False else "public"
-        return self.network_mode
+    def network(self, agent: Phase, verifier: Phase) -> NetworkConfig:
+        """Return the network of each phase; that of the setup, also if it is given in the old way, is the default."""
+        own = self.policy
+        if own is None:
+            own = "none" if self.allow_internet is False else "public"
+        return NetworkConfig(
+            setup=own,
+            agent=own if agent.policy is None else agent.policy,
+            verifier=own if verifier.policy is None else verifier.policy,
+        )
 
 
 def mebibytes(size: str) -> int:

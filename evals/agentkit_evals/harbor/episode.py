@@ -98,6 +98,7 @@ async def episode(
             return None
         try:
             await environment.kill_all()
+            await environment.enter_phase("verifier")
             scores.append(await _score(config, step, environment, run_id))
             await environment.kill_all()
         except Exception as exc:
@@ -167,6 +168,7 @@ def _combined(config: HarborConfig, scores: Sequence[_Score]) -> Verdict:
         reward=_reward(rewards) if rewards else 0.0,
         output="\n".join(filter(None, lines)),
         error="; ".join(errors) or None,
+        refused=tuple(line for score in scores for line in score.verdict.refused),
         duration_s=sum(score.verdict.duration_s for score in scores),
         timed_out=any(score.verdict.timed_out for score in scores),
     )
@@ -175,6 +177,7 @@ def _combined(config: HarborConfig, scores: Sequence[_Score]) -> Verdict:
 async def _begin(config: HarborConfig, step: HarborStep, environment: Environment) -> None:
     """Make the sandbox ready for a step. Raises TaskSetupError."""
     if step is not config.steps[0]:
+        await environment.enter_phase("setup")
         await _as_root(environment, "rm -rf /tests /solution /logs/verifier")
     await _as_root(environment, f"mkdir -p {LOGS} && chmod 777 {LOGS}")
     await _start_entry_point(environment)
@@ -235,10 +238,12 @@ async def _score(config: HarborConfig, step: HarborStep, environment: Environmen
             place = await stack.enter_async_context(await open_environment(spec, backend="docker", run_id=run_id))
         except (OSError, TaskSetupError) as exc:
             raise SandboxUnavailableError(f"no sandbox for the verifier could be opened: {exc}") from exc
+        await place.enter_phase("verifier")
         await _as_root(place, f"mkdir -p {LOGS} && chmod 777 {LOGS}")
         for folder, archive in filter(None, found):
             await place.import_dir(folder, archive)
-        return await _run_tests(config, step, place)
+        score = await _run_tests(config, step, place)
+        return replace(score, verdict=replace(score.verdict, refused=tuple(place.refusals())))
 
 
 async def _artifact(environment: Environment, source: str) -> tuple[str, bytes] | None:

@@ -19,14 +19,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from agentkit.atif import load_atif
-from agentkit.environment_config import BuildConfig, EnvironmentConfig, LimitsConfig
+from agentkit.environment_config import BuildConfig, EnvironmentConfig, LimitsConfig, NetworkConfig
 from agentkit.errors import TaskFileError, TrajectoryError
 from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.history import check_history
 from agentkit.task import AgentConfig, SolutionConfig, Task, explain
 from agentkit_engine.untrusted import describe, read_regular, shorten
 from agentkit_environments.folder import folder_hash
-from agentkit_evals.harbor.config import Environment, Phase, Step, TaskToml, mebibytes
+from agentkit_evals.harbor.config import Environment, Phase, Step, TaskToml, Verifier, mebibytes
 
 MAX_TOML_BYTES = 1 << 19
 MAX_INSTRUCTION_BYTES = 1 << 20
@@ -62,7 +62,12 @@ def read_harbor(folder: Path) -> Task:
     if problems := list(_unsupported(toml, folder)):
         raise TaskFileError("\n".join(f"{path}:{_line(text, loc)}: {problem}" for loc, problem in problems))
     try:
-        environment = _environment(toml.environment, folder / "environment", user=toml.agent.user)
+        environment = _environment(
+            toml.environment,
+            folder / "environment",
+            user=toml.agent.user,
+            network=toml.environment.network(toml.agent, toml.verifier),
+        )
         steps = [_step(toml, step, folder) for step in toml.steps] or [_step(toml, None, folder)]
         return Task(
             id=task_id(folder),
@@ -193,22 +198,15 @@ def _unsupported(toml: TaskToml, folder: Path) -> Iterator[tuple[tuple[str, ...]
             yield (*loc, "skills_dir"), f"{name}.skills_dir: skills are not supported"
         if environment.mcp_servers:
             yield (*loc, "mcp_servers"), f"{name}.mcp_servers: MCP servers of a task are not supported; give --mcp FILE"
-        if environment.network == "allowlist":
-            yield (*loc, "network_mode"), f"{name}.network_mode: allowlists are not supported; use no-network or public"
         if environment.docker_image is None and (found := [file for file in COMPOSE if (context / file).exists()]):
             yield loc, f"{context / found[0]}: {_COMPOSE}"
-    phases: list[tuple[tuple[str, ...], Phase, Environment]] = [(("agent",), toml.agent, toml.environment)]
-    phases += [(("steps", "agent"), step.agent, toml.environment) for step in toml.steps]
-    phases += [(loc, verifier, verifier.environment or toml.environment) for loc, verifier in verifiers]
-    for loc, phase, environment in phases:
-        mode = phase.network_mode or ("allowlist" if phase.allowed_hosts else None)
-        if mode is not None and mode != environment.network:
-            yield (
-                (*loc, "network_mode"),
-                f"{'.'.join(loc)}.network_mode: {mode!r} for one phase is not supported; the environment has "
-                f"{environment.network!r}",
-            )
+    network = toml.environment.network(toml.agent, toml.verifier)
     for step in toml.steps:
+        own = toml.environment.network(step.agent, step.verifier)
+        if step.agent.policy is not None and own.agent != network.agent:
+            yield ("steps", "agent", "network_mode"), f"steps.agent.network_mode: {_STEP_NETWORK}"
+        if step.verifier.policy is not None and own.verifier != network.verifier:
+            yield ("steps", "verifier", "network_mode"), f"steps.verifier.network_mode: {_STEP_NETWORK}"
         if step.agent.user not in (None, toml.agent.user):
             yield (
                 ("steps", "agent", "user"),
@@ -223,10 +221,11 @@ def _unsupported(toml: TaskToml, folder: Path) -> Iterator[tuple[tuple[str, ...]
             yield ("artifacts",), f"artifacts: exclude of {artifact.source}: patterns are not supported"
 
 
+_STEP_NETWORK = "a network for one step is not supported; give it for the whole task"
 _COMPOSE = "Compose services are not supported; only tasks with one container are"
 
 
-def _environment(toml: Environment, context: Path, *, user: str | None) -> EnvironmentConfig:
+def _environment(toml: Environment, context: Path, *, user: str | None, network: NetworkConfig) -> EnvironmentConfig:
     """Return the sandbox of `environment` or `verifier.environment`, whose Dockerfile is in the folder `context`."""
     build = None
     if toml.docker_image is None:
@@ -242,7 +241,7 @@ def _environment(toml: Environment, context: Path, *, user: str | None) -> Envir
         user=user,
         backend="docker",
         workdir=toml.workdir or "",
-        network="none" if toml.network == "no-network" else "public",
+        network=network,
         env=toml.env,
         limits=LimitsConfig(
             memory_mib=toml.memory_mb or memory,
@@ -266,7 +265,7 @@ def _step(toml: TaskToml, step: Step | None, folder: Path) -> HarborStep:
     settings = verifier.environment or toml.verifier.environment
     separate, upload_tests = None, True
     if mode == "separate":
-        separate, upload_tests = _separate(settings, toml, folder, tests)
+        separate, upload_tests = _separate(settings, verifier, toml, folder, tests)
     if upload_tests and not any((folder / each / "test.sh").is_file() for each in tests):
         raise TaskFileError(f"{own / 'tests/test.sh'} is missing; it scores the agent's work")
     solutions = (f"{place}/solution", "solution")
@@ -292,21 +291,23 @@ def _step(toml: TaskToml, step: Step | None, folder: Path) -> HarborStep:
 
 
 def _separate(
-    settings: Environment | None, toml: TaskToml, folder: Path, tests: Sequence[str]
+    settings: Environment | None, verifier: Verifier, toml: TaskToml, folder: Path, tests: Sequence[str]
 ) -> tuple[EnvironmentConfig, bool]:
     """Return the sandbox of a separate verifier, and whether the tests must be copied into it.
 
     An image of the verifier's own, or one built from the Dockerfile beside the tests, has the tests. Without either,
     the verifier gets a fresh sandbox like the agent's.
     """
-    if settings is not None and settings.docker_image is not None:
-        return _environment(settings, folder, user=None), False
     chosen = settings or toml.environment.model_copy(update={"docker_image": None})
+    phase = toml.verifier if verifier.policy is None else verifier
+    network = chosen.network(agent=Phase(), verifier=phase)
+    if chosen.docker_image is not None:
+        return _environment(chosen, folder, user=None, network=network), False
     for each in reversed(tests):
         if (folder / each / "Dockerfile").is_file():
-            return _environment(chosen, folder / each, user=None), False
-    image = {"docker_image": toml.environment.docker_image}
-    return _environment(chosen.model_copy(update=image), folder / "environment", user=None), True
+            return _environment(chosen, folder / each, user=None, network=network), False
+    image = chosen.model_copy(update={"docker_image": toml.environment.docker_image})
+    return _environment(image, folder / "environment", user=None, network=network), True
 
 
 def _solution(steps: Sequence[HarborStep]) -> SolutionConfig | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from agentkit.environment_config import BuildConfig, EnvironmentConfig, LimitsConfig
+from agentkit.environment_config import BuildConfig, EnvironmentConfig, LimitsConfig, NetworkConfig
 from agentkit.errors import TaskFileError
 from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.strict import Strict, Timeout
@@ -87,7 +87,7 @@ def read_terminal_bench(folder: Path) -> Task:
             as_image=True,
             backend="docker",
             workdir="",
-            network="public",
+            network=NetworkConfig.everywhere("public"),
             limits=LimitsConfig(
                 memory_mib=MEMORY_MIB, file_size_mib=STORAGE_MIB, processes=PROCESSES, open_files=OPEN_FILES
             ),

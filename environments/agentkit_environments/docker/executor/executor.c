@@ -1,11 +1,12 @@
 /*
  * The executor of a container: runs commands and handles files for the harness.
  *
- *     executor UID GID OPEN_FILES MEMORY_BYTES CAPABILITIES
+ *     executor UID GID OPEN_FILES MEMORY_BYTES CAPABILITIES PROXY_PORT
  *
  * UID and GID are those of the agent, OPEN_FILES the limit on descriptors of each command, MEMORY_BYTES the limit on
- * this program's own memory, CAPABILITIES the hexadecimal set of those that commands of root may have, usually 0. It is
- * PID 1 of the container and ends with its standard input.
+ * this program's own memory, CAPABILITIES the hexadecimal set of those that commands of root may have, usually 0.
+ * PROXY_PORT is the port of the harness's proxy in the container, or 0 for none. The executor is PID 1 of the container
+ * and ends with its standard input.
  *
  * The protocol is that of ../../executor.py, which documents the frames: requests on standard input, replies on
  * standard output. Operations: exec, cancel, read_file, write_file, kill_all. A request may have the field `user`, the
@@ -32,6 +33,7 @@
 #include <grp.h>
 #include <limits.h>
 #include <linux/capability.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -44,12 +46,15 @@
 #include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
+#define PROXY_SOCKET "/.agentkit/proxy" /* as in hardening.py */
 #define COOKIE_NAME "AGENTKIT_COMMAND"
 #define NEVER 1e300
 enum {
@@ -1211,6 +1216,37 @@ static void serve(int signals) {
     }
 }
 
+/* Listen at a port of the container's loopback interface, and hand the listening socket to the harness through a UNIX
+ * socket. The harness accepts the connections of commands itself, so no program of the container has a part in it. */
+static void lend_listener(uint16_t port) {
+    struct sockaddr_in loopback = {.sin_family = AF_INET, .sin_port = htons(port)};
+    loopback.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (listener < 0 || bind(listener, (struct sockaddr *)&loopback, sizeof loopback) != 0 ||
+        listen(listener, SOMAXCONN) != 0)
+        die("listen for the proxy");
+    struct sockaddr_un harness = {.sun_family = AF_UNIX, .sun_path = PROXY_SOCKET};
+    int channel = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (channel < 0 || connect(channel, (struct sockaddr *)&harness, sizeof harness) != 0)
+        die("connect to " PROXY_SOCKET);
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof listener)];
+    } control = {0};
+    control.header.cmsg_len = CMSG_LEN(sizeof listener);
+    control.header.cmsg_level = SOL_SOCKET;
+    control.header.cmsg_type = SCM_RIGHTS;
+    memcpy(CMSG_DATA(&control.header), &listener, sizeof listener);
+    struct iovec byte = {"", 1};
+    struct msghdr message = {
+        .msg_iov = &byte, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control.room,
+    };
+    if (sendmsg(channel, &message, MSG_NOSIGNAL) != 1)
+        die("send to " PROXY_SOCKET);
+    close(channel);
+    close(listener);
+}
+
 /* Older engines make capabilities inheritable; a command of root would inherit them. */
 static void clear_inheritable(void) {
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
@@ -1223,8 +1259,9 @@ static void clear_inheritable(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 6 || getpid() != 1 || geteuid() != 0) {
-        dprintf(2, "usage: executor UID GID OPEN_FILES MEMORY_BYTES CAPABILITIES, as root and PID 1 of a container\n");
+    if (argc != 7 || getpid() != 1 || geteuid() != 0) {
+        dprintf(2, "usage: executor UID GID OPEN_FILES MEMORY_BYTES CAPABILITIES PROXY_PORT, "
+                   "as root and PID 1 of a container\n");
         return 2;
     }
     agent = (struct user){.uid = (uid_t)strtoul(argv[1], NULL, 10), .gid = (gid_t)strtoul(argv[2], NULL, 10)};
@@ -1250,6 +1287,9 @@ int main(int argc, char **argv) {
     int signals = signalfd(-1, &children, SFD_CLOEXEC | SFD_NONBLOCK);
     if (signals < 0)
         die("signalfd");
+    unsigned long port = strtoul(argv[6], NULL, 10);
+    if (port)
+        lend_listener((uint16_t)port);
     reply("{\"id\": 0}", NULL, 0);
     serve(signals);
 }
