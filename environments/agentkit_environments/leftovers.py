@@ -1,4 +1,4 @@
-"""Removal of the directories that `unsafe-local` makes in the system's temporary directory.
+"""Removal of the temporary directories of `unsafe-local` and of containers with an allowlist (`docker/handover.py`).
 
 Every user of the machine can write there, and the harness may run as root, so nothing there is trusted. A name is
 opened once without following a link, the directory must belong to this user, and every further step uses descriptors.
