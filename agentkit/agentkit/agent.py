@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Generic
 
 import anyio
+import anyio.to_thread
 
 from agentkit.approval import Approvals, AskHuman, Policy
 from agentkit.checks import check_model, check_positive, check_type, run_blocking
@@ -42,7 +43,7 @@ from agentkit.forks import (
     seeded,
 )
 from agentkit.history import MessageHistory, opening_messages
-from agentkit.interrupted import NOTHING, ResumePoint, check_settings, interrupted_run
+from agentkit.interrupted import NOTHING, ResumePoint, check_settings, interrupted_run, last_turn_changes_files
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, unanswered, user_message
 from agentkit.model import (
@@ -63,13 +64,22 @@ from agentkit.prices import check_price, price_of
 from agentkit.progress import shown_progress
 from agentkit.result import RunResult
 from agentkit.run import Run, RunContext
+from agentkit.saved import remove_snapshots, saved_snapshot
 from agentkit.subagent import AgentTool
 from agentkit.thinking import Thinking, ThinkingPolicy, thinking_policy
 from agentkit.trajectory import Header, Trajectory
 from agentkit.turn import TurnCalls
 from agentkit_engine.errors import ModelNotFoundError
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_environments import DeferredEnvironment, Environment, EnvironmentSpec, SandboxError, open_environment
+from agentkit_environments import (
+    DeferredEnvironment,
+    Environment,
+    EnvironmentSpec,
+    SandboxError,
+    Snapshot,
+    SnapshotError,
+    open_environment,
+)
 from agentkit_tools import BUILTINS, Tool, ToolResult, as_tool
 from agentkit_tools.model_texts import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 
@@ -186,6 +196,7 @@ class Agent(Generic[T]):
         message_history: MessageHistory | None = None,
         deps: object = None,
         snapshots: bool = False,
+        save_snapshots: bool = False,
     ) -> RunResult[T]:
         """Run a task.
 
@@ -200,11 +211,15 @@ class Agent(Generic[T]):
                 replaces the agent's.
             deps: Object for the tools, which they receive as `ToolContext.deps`; it is not shown to the model.
             snapshots: Keep the environment's files from before each turn, so that `RunResult.fork` can return to it.
+            save_snapshots: Save the environment's files beside `trajectory`, before the first turn and after each turn
+                that may have changed them, so that `resume` goes on there. Only the last ones are kept, until the run
+                ends. Processes are not saved.
 
         Raises:
             TypeError: a tool needs `deps` of another class, or `message_history` has an item that is not a message.
-            ValueError: `message_history` is not a conversation; the message has the index.
-            SandboxError: no sandbox can be opened, or the sandbox was lost.
+            ValueError: `message_history` is not a conversation (the message has the index), or `save_snapshots` is set
+                without `trajectory`.
+            SandboxError: no sandbox can be opened, the sandbox was lost, or its files cannot be saved.
             TrajectoryWriteError: the record cannot be written.
             EncodeError: the model's prompt format does not have the effort.
             EngineError: the engine failed.
@@ -219,6 +234,7 @@ class Agent(Generic[T]):
             message_history=message_history,
             deps=deps,
             worlds={} if snapshots else None,
+            save_snapshots=save_snapshots,
         )
 
     async def best_of(
@@ -282,6 +298,7 @@ class Agent(Generic[T]):
         message_history: MessageHistory | None = None,
         deps: object = None,
         snapshots: bool = False,
+        save_snapshots: bool = False,
         progress: bool | None = None,
     ) -> RunResult[T]:
         """Run a task from synchronous code, in its own sandbox.
@@ -302,6 +319,7 @@ class Agent(Generic[T]):
                     message_history=message_history,
                     deps=deps,
                     worlds={} if snapshots else None,
+                    save_snapshots=save_snapshots,
                 ),
                 instead="await agent.run(...)",
             )
@@ -313,6 +331,7 @@ class Agent(Generic[T]):
         environment: Environment | None = None,
         world_turns: int | None = None,
         deps: object = None,
+        save_snapshots: bool = False,
     ) -> RunResult[T]:
         """Resume a run that was interrupted, and continue its record and its file.
 
@@ -322,14 +341,17 @@ class Agent(Generic[T]):
         counts towards the limits. What is cut from the file moves to a file `.torn` beside it.
 
         Without the files of the run, it goes on before the first turn that may have changed them: turns are done again
-        from the first one in which a tool that needs an environment and is not read-only was called.
+        from the first one in which a tool that needs an environment and is not read-only was called. With a snapshot
+        beside the record (see `run`), these are only turns after it, such as the one in flight.
 
         Args:
             trajectory: The record, or its file. The agent must have the model, tools and other settings of the record.
-            environment: Environment for the calls. Default: a new sandbox for this run.
+            environment: Environment for the calls. Default: a new sandbox for this run, with the files of the snapshot
+                beside the record, if there is one.
             world_turns: Number of turns of the session whose effects the environment has. Default: all turns if
-                `environment` is given, none in a new sandbox.
+                `environment` is given, those of the snapshot in a new sandbox.
             deps: As for `run`.
+            save_snapshots: As for `run`.
 
         Raises:
             ResumeError: the run has ended or has no turn yet, the agent has other settings, or doing a turn again would
@@ -338,22 +360,34 @@ class Agent(Generic[T]):
             Other errors: see `run`.
         """
         history = trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(trajectory)
+        world = None
+        if environment is None:
+            world_turns = 0
+            if (saved := saved_snapshot(history)) is not None:
+                world, world_turns = World(None, Snapshot.load(saved.path)), saved.turns
         return await self._run(
             None,
             ignore,
             environment=environment,
             history=history,
-            point=interrupted_run(history, self.tools, world_turns=0 if environment is None else world_turns),
+            point=interrupted_run(history, self.tools, world_turns=world_turns),
             deps=deps,
+            world=world,
+            save_snapshots=save_snapshots,
         )
 
-    def resume_sync(self, trajectory: Trajectory | str | Path, *, deps: object = None) -> RunResult[T]:
+    def resume_sync(
+        self, trajectory: Trajectory | str | Path, *, deps: object = None, save_snapshots: bool = False
+    ) -> RunResult[T]:
         """Run `resume` from synchronous code.
 
         Raises:
             RunningLoopError: an event loop is running, as in a notebook. Use `await agent.resume(...)` there.
         """
-        return run_blocking(lambda: self.resume(trajectory, deps=deps), instead="await agent.resume(...)")
+        return run_blocking(
+            lambda: self.resume(trajectory, deps=deps, save_snapshots=save_snapshots),
+            instead="await agent.resume(...)",
+        )
 
     async def stream(
         self,
@@ -367,6 +401,7 @@ class Agent(Generic[T]):
         message_history: MessageHistory | None = None,
         deps: object = None,
         snapshots: bool = False,
+        save_snapshots: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
@@ -404,6 +439,7 @@ class Agent(Generic[T]):
                     message_history=message_history,
                     deps=deps,
                     worlds={} if snapshots else None,
+                    save_snapshots=save_snapshots,
                 )
 
         with send, receive, _one_error():
@@ -458,6 +494,8 @@ class Agent(Generic[T]):
             news = unanswered(news)
         if point is None or not point.is_fork:  # a fork has the files already
             await run.keep_world()
+        if run.save_snapshots:
+            await run.save_world()
         may_retry = point is None or not point.retried
         while last is not None or (limit := run.spent_limit) is None:
             results, limit = last or await self._turn(run, news)
@@ -540,6 +578,9 @@ class Agent(Generic[T]):
             if results:
                 with anyio.CancelScope(shield=True):
                     await self.observe(run, [ToolMessage.of(result) for result in results])
+        if run.save_snapshots and limit is None and last_turn_changes_files(run.trajectory.records, self.tools):
+            with suppress(SnapshotError):  # too many files; the ones from before stay
+                await run.save_world()
         run.note(TurnFinished(run.turn - 1, run.usage))
         await run.keep_world()
         return results, limit
@@ -605,6 +646,7 @@ class Agent(Generic[T]):
         above: RunContext | None = None,
         world: World | None = None,
         worlds: Worlds | None = None,
+        save_snapshots: bool = False,
         visit: Visit | None = None,
     ) -> RunResult[T]:
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
@@ -622,9 +664,12 @@ class Agent(Generic[T]):
             above: The context of the call that runs this agent as a sub-agent.
             world: The files that a new sandbox starts with.
             worlds: Receives the files before each turn.
+            save_snapshots: See `run`.
             visit: Called with the result while the environment is open.
         """
         self._check_deps(deps)
+        if save_snapshots and path is None and (history is None or history.path is None):
+            raise ValueError("save_snapshots=True needs a file beside which to save them; give trajectory=...")
         news: list[Message] = []
         before = history
         if point is not None:
@@ -638,9 +683,7 @@ class Agent(Generic[T]):
                 news = opening_messages(message_history, asked, system=self.system, output_schema=self.output_schema)
         async with AsyncExitStack() as stack:
             tools = list(self.tools.values())
-            opener, spec = (
-                (open_environment, EnvironmentSpec()) if world is None else (world.open, world.environment.spec)
-            )
+            opener, spec = (open_environment, EnvironmentSpec()) if world is None else (world.open, world.spec)
             own = await stack.enter_async_context(DeferredEnvironment(spec, opener))
             here = own if environment is None else environment
             if environment is None and any(tool.needs_environment for tool in tools):
@@ -684,8 +727,12 @@ class Agent(Generic[T]):
                 spent=NOTHING if point is None else point.spent,
                 start=world,
                 worlds=worlds,
+                save_snapshots=save_snapshots,
             )
             outcome = await self._to_the_end(run, news, point)
+            if trajectory.path is not None:  # there is nothing to resume
+                with suppress(OSError):
+                    await anyio.to_thread.run_sync(remove_snapshots, trajectory.path)
             is_saved = False
             if environment is None and above is None:
                 # only `continue_` needs the files, and it reports that they are missing

@@ -76,9 +76,12 @@ class EnvironmentConfig(Strict):
     network: NetworkConfig = NetworkConfig()
     env: Variables = Field(default_factory=dict)
     limits: LimitsConfig = LimitsConfig()
+    snapshots: bool = False  # the files are saved after each turn that may change them, for a run that is resumed
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
+        if self.snapshots and self.as_image:
+            raise ValueError("snapshots: the files of a sandbox with as_image cannot be captured; leave it out")
         if self.image is not None and self.build is not None:
             raise ValueError("image and build contradict each other; give one of them")
         self.spec()  # validates: EnvironmentSpec has rules of its own, such as reserved workdirs

@@ -23,7 +23,7 @@ from agentkit.errors import first_cause
 from agentkit.events import Event, TurnStarted
 from agentkit.interrupted import fork_point
 from agentkit.messages import Prompt
-from agentkit_environments import Environment, EnvironmentSpec, Snapshot
+from agentkit_environments import Environment, EnvironmentSpec, Snapshot, open_environment
 
 if TYPE_CHECKING:
     from agentkit.agent import Agent
@@ -53,9 +53,10 @@ class BestOf(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The files of a sandbox at one moment, and the environment that they were captured in."""
+    """The files of a sandbox at one moment, and the environment that they were captured in; None if they are from a
+    file."""
 
-    environment: Environment
+    environment: Environment | None
     snapshot: Snapshot
 
     @classmethod
@@ -64,8 +65,15 @@ class World:
         return cls(environment, await environment.snapshot())
 
     async def open(self, spec: EnvironmentSpec) -> Environment:
-        """Open an environment with these files; its specification is that of the environment they came from."""
+        """Open an environment with these files."""
+        if self.environment is None:
+            return await open_environment(spec, snapshot=self.snapshot)
         return await self.environment.reopen(self.snapshot)
+
+    @property
+    def spec(self) -> EnvironmentSpec:
+        """The specification of the environment that the files came from; the default one if they are from a file."""
+        return EnvironmentSpec() if self.environment is None else self.environment.spec
 
 
 Worlds = dict[int, World | None]

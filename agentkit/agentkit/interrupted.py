@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Final
 
 from pydantic_core import to_jsonable_python
@@ -184,11 +185,22 @@ def _first_change(records: Sequence[Record], tools: Mapping[str, Tool], world_tu
     for place, record in enumerate(records):
         if isinstance(record, TurnStarted):
             begun = place if record.turn >= world_turns else -1
-        elif isinstance(record, CallStarted) and begun >= 0:
-            tool = tools.get(record.call.name)
-            if tool is None or (tool.needs_environment and not tool.read_only):
-                return begun
+        elif begun >= 0 and _changes_files(record, tools):
+            return begun
     return None
+
+
+def last_turn_changes_files(records: Sequence[Record], tools: Mapping[str, Tool]) -> bool:
+    """Return True if a call of the last turn may have changed the environment."""
+    turn = takewhile(lambda record: not isinstance(record, TurnStarted), reversed(records))
+    return any(_changes_files(record, tools) for record in turn)
+
+
+def _changes_files(record: Record, tools: Mapping[str, Tool]) -> bool:
+    if not isinstance(record, CallStarted):
+        return False
+    tool = tools.get(record.call.name)
+    return tool is None or (tool.needs_environment and not tool.read_only)
 
 
 def _check_repeatable(records: Sequence[Record], tools: Mapping[str, Tool]) -> None:

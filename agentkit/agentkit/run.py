@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.to_thread
 
 from agentkit.approval import Approvals
 from agentkit.events import (
@@ -28,6 +29,7 @@ from agentkit.forks import World, Worlds
 from agentkit.interrupted import NOTHING
 from agentkit.limits import CostBudget, Limits
 from agentkit.model import GenerationLimits, ModelSession, StopReason, Usage, total_usage
+from agentkit.saved import save_snapshot
 from agentkit.trajectory import Trajectory
 from agentkit_environments import DeferredEnvironment, Environment
 from agentkit_tools import ToolCall, ToolContext
@@ -49,6 +51,7 @@ class Run:
         budget: A budget shared with other runs, if any.
         approvals: The policies that decide on the run's calls.
         worlds: The files before each turn, if the run keeps them.
+        save_snapshots: True if the files are saved beside the record.
         depth: Levels of sub-agents that may run below this run.
         is_guest: True if this is the run of a sub-agent in the environment of the run above it.
         emit: Passes an event to the caller.
@@ -76,6 +79,7 @@ class Run:
         spent: Usage = NOTHING,
         start: World | None = None,
         worlds: Worlds | None = None,
+        save_snapshots: bool = False,
     ) -> None:
         """Begin a run, or go on with one.
 
@@ -94,6 +98,7 @@ class Run:
         )
         self.limits = limits
         self.worlds = worlds
+        self.save_snapshots = save_snapshots
         self._start_world = start
         self.approvals = approvals
         self.depth: int = limits.max_depth if above is None else min(limits.max_depth, above.run.depth - 1)
@@ -184,6 +189,19 @@ class Run:
         """Keep the files for the turn that comes next, if the run keeps them."""
         if self.worlds is not None:
             self.worlds[self.turn] = await self.world()
+
+    async def save_world(self) -> None:
+        """Save the files beside the record, if the environment was opened.
+
+        Raises:
+            SnapshotError: see `Environment.snapshot`.
+            TrajectoryWriteError: the file cannot be written.
+        """
+        world = await self.world()
+        if world is not None:
+            await anyio.to_thread.run_sync(save_snapshot, world.snapshot, self.trajectory)
+            if world is not self._start_world:
+                world.snapshot.close()
 
     def outcome(
         self, status: Status, answer: str | None = None, *, limit: LimitName | None = None, error: str | None = None

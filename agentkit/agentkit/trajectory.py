@@ -214,6 +214,11 @@ class Trajectory:
                 "it to another."
             ) from exc
 
+    def sync(self) -> None:
+        """Wait until the disk has all records of an open file. Raises OSError."""
+        if self._file is not None:
+            os.fsync(self._file)
+
     def close(self) -> None:
         """Close the file; the trajectory can still be read."""
         if self._file is not None:

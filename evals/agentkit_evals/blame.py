@@ -8,6 +8,7 @@
 | `VerifierError`: the verifier does not start on the task's own solution | scoring | infrastructure |
 | a setup command, a task file, the sandbox | setup | task |
 | anything else | setup | infrastructure |
+| `SnapshotError`: the task's own files are too many for its `environment.snapshots` | agent | task |
 | the sandbox | agent | a score of 0 |
 | the model, the engine, the trajectory file | agent | infrastructure |
 | anything else, such as an oversized workdir or a sandbox that dies | scoring | a score of 0 |
@@ -21,7 +22,7 @@ from __future__ import annotations
 from typing import Literal
 
 from agentkit.errors import TaskSetupError, first_cause
-from agentkit_environments import HostFailureError, SandboxError, SandboxUnavailableError
+from agentkit_environments import HostFailureError, SandboxError, SandboxUnavailableError, SnapshotError
 from agentkit_evals.errors import VerifierError
 
 Phase = Literal["setup", "agent", "scoring"]
@@ -36,6 +37,8 @@ def blame(exc: BaseException, phase: Phase) -> Blame:
     if phase == "setup":
         return "task" if isinstance(cause, TaskSetupError | SandboxError | OSError | ValueError) else "infrastructure"
     if phase == "agent":
+        if isinstance(cause, SnapshotError):
+            return "task"
         return "agent" if isinstance(cause, SandboxError) else "infrastructure"
     return "agent"
 

@@ -155,8 +155,9 @@ def compare(first: RunDirectory, second: RunDirectory) -> Comparison:
 
 
 def task_hash(task: Task) -> str:
-    """Return a hash of everything in a task but its metadata, which does not affect a run."""
-    return hashlib.sha256(task.model_dump_json(exclude={"metadata"}).encode()).hexdigest()
+    """Return a hash of everything in a task but its metadata and `snapshots`, which do not affect a run."""
+    data = task.model_dump_json(exclude={"metadata": True, "environment": {"snapshots": True}})
+    return hashlib.sha256(data.encode()).hexdigest()
 
 
 Scored = Mapping[str, Sequence[TrialRecord]]

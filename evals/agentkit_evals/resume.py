@@ -1,6 +1,7 @@
 """Resume an interrupted run: keep what it has finished, go on with what it has begun, and refuse other settings.
 
-An interrupted trial goes on in a new sandbox before its first turn that may have changed the old one. If that is its
+An interrupted trial of a task with `environment.snapshots` goes on after its last complete turn, in a new sandbox with
+its files. Without snapshots, it goes on before its first turn that may have changed the old sandbox. If that is its
 first turn, the trial starts again as a new attempt, and so does a trial that the machine kept from being scored.
 """
 
@@ -14,8 +15,10 @@ from agentkit.errors import TrajectoryError
 from agentkit.events import TurnStarted
 from agentkit.harbor import HarborConfig
 from agentkit.interrupted import interrupted_run
+from agentkit.saved import remove_snapshots, saved_snapshot
 from agentkit.task import CallsConfig, Task
 from agentkit.trajectory import Trajectory
+from agentkit_environments import Snapshot, SnapshotError
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.record import (
     RunDirectory,
@@ -80,10 +83,21 @@ def check_same(run: Path, was: RunLock, now: RunLock) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A trial that has begun: its `record` goes on, or it starts again as a new `attempt`."""
+    """A trial that has begun: its `record` goes on, or it starts again as a new `attempt`.
+
+    Attributes:
+        attempt: Number of the attempt.
+        record: The record that goes on.
+        kept_turns: Number of its turns that are not done again.
+        snapshot: The files that the sandbox begins with, if they were saved.
+        world_turns: Number of turns whose effects these files have.
+    """
 
     attempt: int
-    record: Trajectory | None
+    record: Trajectory | None = None
+    kept_turns: int = 0
+    snapshot: Snapshot | None = None
+    world_turns: int = 0
 
 
 def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
@@ -105,8 +119,8 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     for name, file in run.unfinished.items():
         kept = [int(each.stem) for each in (run.path / "attempts" / name).glob("*.jsonl") if each.stem.isdecimal()]
         attempt = max(kept, default=0) + 1
-        if name in tasks and (record := goes_on(tasks[name], file)) is not None:
-            begun[name] = Begun(attempt, record)
+        if name in tasks and (found := goes_on(tasks[name], file, attempt)) is not None:
+            begun[name] = found
         else:
             again[name] = attempt
     for name, attempt in again.items():
@@ -118,7 +132,8 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
             if source.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(kept_as)
-        begun[name] = Begun(attempt + 1, None)
+        remove_snapshots(trajectory_path(run.path, name))
+        begun[name] = Begun(attempt + 1)
     changes = {
         "concurrency": lock.concurrency,
         "max_cost_usd": lock.max_cost_usd,
@@ -130,8 +145,8 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     return begun
 
 
-def goes_on(task: Task, file: Path) -> Trajectory | None:
-    """Return the record of an interrupted trial if at least one of its turns can be kept; otherwise None."""
+def goes_on(task: Task, file: Path, attempt: int) -> Begun | None:
+    """Return how an interrupted attempt goes on; None if none of its turns can be kept."""
     if isinstance(task.verifier, CallsConfig | HarborConfig):  # one turn, or steps that are scored in their sandbox
         return None
     tools = {tool.name: tool for tool in task.build_tools()}
@@ -139,7 +154,11 @@ def goes_on(task: Task, file: Path) -> Trajectory | None:
         record = Trajectory.load(file)
         if [*record.header.tools] != [tool.spec for tool in tools.values()]:  # of another version of agentkit
             return None
-        length = interrupted_run(record, tools, world_turns=0).length
-    except TrajectoryError:
+        snapshot, world_turns = None, 0
+        if (saved := saved_snapshot(record)) is not None:
+            snapshot, world_turns = Snapshot.load(saved.path), saved.turns
+        length = interrupted_run(record, tools, world_turns=world_turns).length
+    except (TrajectoryError, SnapshotError):
         return None
-    return record if any(isinstance(each, TurnStarted) for each in record.records[:length]) else None
+    kept = sum(isinstance(each, TurnStarted) for each in record.records[:length])
+    return Begun(attempt, record, kept, snapshot, world_turns) if kept else None

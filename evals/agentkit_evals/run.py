@@ -66,9 +66,11 @@ MAX_ANSWER_CHARS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class TrialStarted:
-    """A trial has begun; its sandbox is being opened."""
+    """A trial has begun, or goes on after `kept_turns` turns in a resumed run; its sandbox is being opened."""
 
     trial: str
+    attempt: int = 1
+    kept_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,11 @@ class EvalRun:
         start_checks: Results for verifiers that did not start, shared by all trials.
         list_price: List price used to estimate what trials of embedded models would have cost.
         resume: True to resume the interrupted run in `directory`. Its finished trials are kept. Trials that had begun
-            go on before their first turn that may have changed a file. If that is the first turn, they start again, and
-            so do trials that an infrastructure failure kept from being scored; earlier attempts are kept in
-            `attempts/`. Only `concurrency`, `max_cost_usd` and `model_options` may differ from those of the run; the
-            costs of all attempts count.
+            go on after their last complete turn if the task has `environment.snapshots`, else before their first turn
+            that may have changed a file. If that is the first turn, they start again, and so do trials that an
+            infrastructure failure kept from being scored; earlier attempts are kept in `attempts/`. Only
+            `concurrency`, `max_cost_usd` and `model_options` may differ from those of the run; the costs of all
+            attempts count.
         model_options: Options that load the model, recorded for `agentkit eval --resume`.
 
     Raises:
@@ -187,7 +190,7 @@ class EvalRun:
                 if found.lock.run_id is not None:
                     await reap(found.lock.run_id)
             trials = [
-                _Trial(self, case, epoch, begun.get(trial_name(case.task, epoch), Begun(1, None)))
+                _Trial(self, case, epoch, begun.get(trial_name(case.task, epoch), Begun(1)))
                 for case in self.suite.cases  # epochs of a task are neighbours: its prompt is in the engine's cache
                 for epoch in range(self.epochs)
                 if trial_name(case.task, epoch) not in finished
@@ -243,8 +246,7 @@ class _Trial:
         self.case = case
         self.task: Task = case.task
         self.epoch = epoch
-        self.attempt = begun.attempt
-        self.record = begun.record
+        self.begun = begun
         self.name = trial_name(case.task, epoch)
         self.backend: str | None = None
         self.status: Status | None = None
@@ -261,7 +263,7 @@ class _Trial:
 
     async def run(self) -> TrialRecord | None:
         """Run the trial and return its record; None if the run's budget was spent before the agent was done."""
-        self.eval_run.listener(TrialStarted(self.name))
+        self.eval_run.listener(TrialStarted(self.name, self.begun.attempt, self.begun.kept_turns))
         started = datetime.now(UTC).isoformat(timespec="milliseconds")
         failure: Failure | None = None
         error: str | None = None
@@ -288,7 +290,7 @@ class _Trial:
             trial=self.name,
             task=self.task.id,
             epoch=self.epoch,
-            attempt=self.attempt,
+            attempt=self.begun.attempt,
             family=self.case.family,
             phrasing=self.case.phrasing,
             held_out_phrasing=self.case.held_out_phrasing,
@@ -331,12 +333,7 @@ class _Trial:
         """
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
-                environment = await stack.enter_async_context(opened(self.task, backend, self.eval_run.run_id))
-                stack.callback(lambda: self.refused.extend(environment.refusals()))
-                if not isinstance(self.task.verifier, CallsConfig):  # a task scored by calls does not use its folder
-                    self.backend = environment.backend
-                await self.task.prepare(environment)
-                start = await begin(self.task, environment)
+                environment, start = await self._open(stack, backend)
             self.phase = "agent"
             if isinstance(self.task.verifier, HarborConfig):
                 return await self._episode(self.task.verifier, environment)
@@ -353,6 +350,25 @@ class _Trial:
                 patch.parent.mkdir(exist_ok=True)
                 patch.write_bytes(work.data)
             return work.data
+
+    async def _open(self, stack: AsyncExitStack, backend: Backend) -> tuple[Environment, str]:
+        """Open the agent's sandbox, prepared or with the files of a snapshot; return it with what `begin` returned."""
+        run_id, start = self.eval_run.run_id, ""
+        if (snapshot := self.begun.snapshot) is not None:
+            if isinstance(self.task.verifier, TestsConfig):  # the snapshot is not the state before the agent started
+                async with opened(self.task, backend, run_id) as fresh:
+                    await self.task.prepare(fresh)
+                    start = await begin(self.task, fresh)
+            environment = await stack.enter_async_context(opened(self.task, backend, run_id, snapshot))
+            stack.callback(lambda: self.refused.extend(environment.refusals()))
+            self.backend = environment.backend
+            return environment, start
+        environment = await stack.enter_async_context(opened(self.task, backend, run_id))
+        stack.callback(lambda: self.refused.extend(environment.refusals()))
+        if not isinstance(self.task.verifier, CallsConfig):  # a task scored by calls does not use its folder
+            self.backend = environment.backend
+        await self.task.prepare(environment)
+        return environment, await begin(self.task, environment)
 
     async def _episode(self, config: HarborConfig, environment: Environment) -> Verdict | None:
         """Run the agent on the steps of a Harbor task in one session; None if the budget stopped it."""
@@ -394,8 +410,12 @@ class _Trial:
             metadata["provenance"] = provenance
         turn = 0
         limit: LimitName | None = None
-        if self.record is not None:
-            stream = agent.stream(None, environment=environment, history=self.record, world_turns=0)
+        saves = self.task.environment.snapshots
+        if (record := self.begun.record) is not None:
+            turns = self.begun.world_turns
+            stream = agent.stream(
+                None, environment=environment, history=record, world_turns=turns, save_snapshots=saves
+            )
         elif self.session is not None:
             stream = agent.stream(task.instruction, environment=environment, history=self.session)
         else:
@@ -405,6 +425,7 @@ class _Trial:
                 trajectory=self.trajectory,
                 metadata=metadata,
                 message_history=prior(task),
+                save_snapshots=saves,
             )
         async with aclosing(stream) as events:
             async for event in events:

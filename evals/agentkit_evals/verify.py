@@ -29,6 +29,7 @@ from agentkit_environments import (
     Environment,
     ExportedDir,
     SandboxUnavailableError,
+    Snapshot,
     open_environment,
 )
 from agentkit_evals.blame import blame, describe, well_formed
@@ -95,8 +96,10 @@ async def collect(task: Task, environment: Environment, start: str) -> ExportedD
 
 
 @asynccontextmanager
-async def opened(task: Task, backend: Backend, run_id: str | None = None) -> AsyncIterator[Environment]:
-    """Open a sandbox of the task's specification, and close it at the end.
+async def opened(
+    task: Task, backend: Backend, run_id: str | None = None, snapshot: Snapshot | None = None
+) -> AsyncIterator[Environment]:
+    """Open a sandbox of the task's specification, with the files of a snapshot if given, and close it at the end.
 
     Errors on closing are ignored, so that the block keeps its result; `reap` removes what is left.
 
@@ -105,7 +108,8 @@ async def opened(task: Task, backend: Backend, run_id: str | None = None) -> Asy
         TaskSetupError: a variable that the task takes from this machine is not set.
     """
     try:
-        environment = await open_environment(await settled(task.environment), backend=backend, run_id=run_id)
+        spec = await settled(task.environment)
+        environment = await open_environment(spec, backend=backend, run_id=run_id, snapshot=snapshot)
     except OSError as exc:
         raise SandboxUnavailableError(f"no sandbox could be opened: {exc}") from exc
     try:

@@ -13,9 +13,9 @@ import typer.testing
 
 from agentkit.cli import app
 from agentkit.model import Usage
-from agentkit.task import Task
+from agentkit.task import EnvironmentConfig, Task
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_evals.compare import compare
+from agentkit_evals.compare import compare, task_hash
 from agentkit_evals.errors import ComparisonError
 from agentkit_evals.record import RunDirectory, RunLock, TrialRecord
 from agentkit_evals.report import render_comparison
@@ -148,6 +148,11 @@ def test_partial_rewards_have_no_mcnemar_test(tmp_path: Path) -> None:
         make_run(tmp_path / "a", {"x": [0.5], "y": [0.0]}), make_run(tmp_path / "b", {"x": [1.0], "y": [0.0]})
     )
     assert (found.total.difference.value, found.total.difference.p_value) == (0.25, None)
+
+
+def test_snapshots_make_no_other_task() -> None:
+    saved = task("x").model_copy(update={"environment": EnvironmentConfig(snapshots=True)})
+    assert task_hash(saved) == task_hash(task("x")) != task_hash(task("x", "Do something else."))
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from agentkit_environments import (
     HostFailureError,
     SandboxLostError,
     SandboxUnavailableError,
+    SnapshotError,
     available_backends,
 )
 from agentkit_environments.docker import DockerEnvironment
@@ -271,6 +272,7 @@ def test_a_verifier_is_tried_on_the_solution_once_per_task(
         (ExceptionGroup("x", [SandboxLostError("x")]), "agent", "agent"),
         (SandboxLostError("x"), "scoring", "agent"),
         (SandboxLostError("x"), "setup", "task"),
+        (SnapshotError("x"), "agent", "task"),
         (RuntimeError("x"), "agent", "infrastructure"),
         (OSError(28, "x"), "agent", "infrastructure"),
         (OSError(28, "x"), "scoring", "agent"),

@@ -27,11 +27,12 @@ from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_evals.errors import RunDirectoryError
-from agentkit_evals.record import RunDirectory, TrialLog, attempt_path, trajectory_path
+from agentkit_evals.record import RunDirectory, TrialLog, attempt_path, patch_path, trajectory_path
 from agentkit_evals.report import render_report
 from agentkit_evals.resume import suite_of
 from agentkit_evals.run import EvalRun, TrialActed, TrialStarted, Update
 from agentkit_evals.suite import Case, Suite
+from agentkit_evals.verify import Backend
 
 MakeTask = Callable[..., Task]
 MakeScript = Callable[..., Policy]
@@ -346,6 +347,90 @@ def test_a_log_that_leads_elsewhere_is_not_written(tmp_path: Path) -> None:
     (tmp_path / "run" / "trials.jsonl").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic link"):
         TrialLog(tmp_path / "run")
+
+
+def interrupt(run: EvalRun, turn: int) -> None:
+    """Start an evaluation, and cancel it while a command of this turn runs."""
+
+    async def execute() -> None:
+        with anyio.CancelScope() as scope:
+
+            def listen(update: Update) -> None:
+                if isinstance(update, TrialActed) and update.turn == turn and update.doing == "bash":
+                    scope.cancel()
+
+            run.listener = listen
+            await run.execute()
+        assert scope.cancelled_caught
+
+    anyio.run(execute)
+
+
+WAITS = [("bash", {"command": "sleep 60"})]
+
+
+def test_an_interrupted_trial_goes_on_in_its_files(make_run: MakeRun, script: MakeScript, backend: Backend) -> None:
+    """The task's setup is not repeated, and each command has run once in the files that are scored."""
+    fields = {
+        "instruction": "Count.",
+        "environment": {"files": {"log": "0\n"}, "setup": ["echo setup >> log"], "snapshots": True},
+        "verifier": {"command": 'test "$(cat log)" = "0\nsetup\n1\n2"'},
+    }
+    turns = [("bash", {"command": "echo 1 >> log"})], [("bash", {"command": "echo 2 >> log"})]
+    task = Task.model_validate({"id": "t", **fields})
+    interrupt(make_run((task, script(*turns, WAITS)), backend=backend), turn=3)
+    heard: list[Update] = []
+    pair = (task, script(*turns, [("submit", {"answer": "done"})]))
+    run = anyio.run(make_run(pair, backend=backend, resume=True, listener=heard.append).execute)
+    assert heard[0] == TrialStarted("t.0", attempt=1, kept_turns=2)
+    [trial] = run.trials
+    assert (trial.reward, trial.attempt, trial.usage.turns, trial.backend) == (1.0, 1, 3, backend)
+    assert [file.name for file in (run.path / "trajectories").iterdir() if "snapshot" in file.name] == []
+
+
+@pytest.mark.parametrize("damage", ["no snapshot", "damaged snapshot"])
+def test_a_trial_whose_files_are_lost_starts_again(make_run: MakeRun, script: MakeScript, damage: str) -> None:
+    """The attempt that was interrupted is kept, and its snapshot is removed."""
+    first = [("bash", {"command": "echo 1 >> log"})]
+    fields = {
+        "instruction": "Count.",
+        "environment": {"snapshots": damage != "no snapshot"},
+        "verifier": {"command": "test $(wc -l < log) = 1"},
+    }
+    task = Task.model_validate({"id": "t", **fields})
+    run = make_run((task, script(first, WAITS)))
+    interrupt(run, turn=2)
+    record = trajectory_path(run.directory, "t.0").read_bytes()
+    for snapshot in run.directory.glob("trajectories/*.snapshot"):
+        snapshot.write_bytes(b"x")
+    heard: list[Update] = []
+    pair = (task, script(first, [("submit", {"answer": "done"})]))
+    resumed = anyio.run(make_run(pair, resume=True, listener=heard.append).execute)
+    assert heard[0] == TrialStarted("t.0", attempt=2, kept_turns=0)
+    assert [(trial.reward, trial.attempt) for trial in resumed.trials] == [(1.0, 2)]
+    assert attempt_path(run.directory, "t.0", 1).read_bytes() == record
+    assert not list(run.directory.glob("**/*.snapshot"))
+
+
+def test_a_change_is_scored_against_the_start_of_the_trial(make_run: MakeRun, script: MakeScript) -> None:
+    """A task that is scored by tests: the patch has the changes from before the interruption, too."""
+    setup = "git init -q && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m a"
+    fields = {
+        "instruction": "Write.",
+        "environment": {"files": {"old.txt": "0\n"}, "setup": [setup], "snapshots": True},
+        "verifier": {
+            "fail_to_pass": ["t.py::a"],
+            "command": "cat old.txt one.txt two.txt > /dev/null && echo PASSED t.py::a",
+        },
+    }
+    turns = [[("write_file", {"path": f"{name}.txt", "content": "1\n"})] for name in ("one", "two")]
+    task = Task.model_validate({"id": "t", **fields})
+    interrupt(make_run((task, script(*turns, WAITS))), turn=3)
+    pair = (task, script(*turns, [("submit", {"answer": "done"})]))
+    run = anyio.run(make_run(pair, resume=True).execute)
+    patch = patch_path(run.path, "t.0").read_text()
+    assert "+++ b/one.txt" in patch and "+++ b/two.txt" in patch and "old.txt" not in patch
+    assert [(trial.reward, trial.attempt) for trial in run.trials] == [(1.0, 1)]
 
 
 def test_the_costs_of_all_attempts_count(begin: Callable[..., EvalRun], whole: RunDirectory, tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_other_settings_are_refused(suite: Path, untrained: Path, tmp_path: Path
         (("--kv-cache-dtype", "fp8"), "with other options that change its results"),
         (("--out", "there"), "a resumed run stays in run"),
         (("--limit", "1"), "the run has its tasks"),
+        (("--snapshots",), "the run has its tasks"),
+        ((suite, "--snapshots"), "run was started with other tasks"),
         (("-m", untrained, "-m", other), "a run has one model"),
     ]
     for more, message in cases:
@@ -95,7 +97,7 @@ def test_a_run_of_the_demo_can_be_resumed(untrained: Path, tmp_path: Path) -> No
     before = RunDirectory.open("run")
     assert len(before.trials) == 4
     cut(tmp_path / "run")
-    agentkit("eval", "--resume", "run")
+    assert "starts again, attempt 2" in agentkit("eval", "--resume", "run").stdout
     after = RunDirectory.open("run")
     times = {"usage", "started", "setup_s", "agent_s", "verify_s", "attempt"}
     for was, now in zip(before.trials, after.trials, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from rich.console import Console
 from agentkit.agent import Agent
 from agentkit.cli import app
 from agentkit.cli.run import Job
-from agentkit.messages import ToolMessage
-from agentkit.models.scripted import Policy, ScriptedModel
+from agentkit.messages import AssistantMessage, Message, ToolMessage
+from agentkit.models.scripted import AssistantTurn, Policy, ScriptedModel
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
@@ -177,3 +177,62 @@ def test_turns_whose_changes_are_lost_are_done_again(
         assert [change.path for change in done.changes] == [change.path for change in whole.changes]
         read = [each.content for each in Trajectory.load(path).messages if isinstance(each, ToolMessage)][2]
         assert read.endswith("1"), "the file was written once in this sandbox"
+
+
+@pytest.mark.parametrize("breaks_in", [1, 2, 3])
+def test_a_run_with_snapshots_goes_on_in_the_files_of_its_last_complete_turn(
+    tokenizer: Tokenizer, tmp_path: Path, breaks_in: int
+) -> None:
+    turns: list[list[tuple[str, dict[str, Any]]]] = [
+        [("bash", {"command": "cat a.txt >> b.txt; date +%N > c.txt"})],
+        [("bash", {"command": "echo 2 >> b.txt"})],
+        [("submit", {"answer": "done"})],
+    ]
+    breaks = True
+
+    def policy(messages: Sequence[Message], think: bool) -> AssistantTurn:
+        said = sum(isinstance(message, AssistantMessage) for message in messages)
+        if breaks and said == breaks_in - 1:
+            raise RuntimeError("the model is on fire")
+        return AssistantTurn(calls=turns[said])
+
+    fields = {"files": {"a.txt": "1\n"}, "setup": ["echo 1 > d.txt"], "snapshots": True}
+    task = Task.model_validate({"id": "t", "instruction": "Copy.", "environment": fields})
+    agent = Agent(ScriptedModel(policy, tokenizer), thinking="never")
+    path, shown = tmp_path / "t.jsonl", io.StringIO()
+    console = Console(file=shown, width=200)
+    with pytest.raises(RuntimeError, match="on fire"):
+        anyio.run(Job(task, agent, "unsafe-local", None, path, console).run)
+    [saved] = tmp_path.glob("t.jsonl.*.snapshot")
+    breaks = False
+    done = anyio.run(Job(task, agent, "unsafe-local", None, None, console, record=Trajectory.load(path)).run)
+    kept = "1 turn" if breaks_in == 2 else f"{breaks_in - 1} turns"
+    assert f"resuming {path} after {kept}; turn {breaks_in} is done again\n" in shown.getvalue()
+    assert [change.path for change in done.changes] == ["b.txt", "c.txt"]
+    written = done.changes[0].after
+    assert written is not None and written.content == b"1\n2\n" and done.result.answer == "done"
+    assert not saved.exists()
+
+
+def test_snapshots_that_cannot_be_saved_are_refused_by_name(untrained: Path, tmp_path: Path) -> None:
+    def refused(*arguments: str | Path, text: str) -> None:
+        assert text in " ".join(agentkit(*arguments, code=2).output.replace("│", " ").split())
+
+    start = ("run", "Say hi.", "-m", untrained, *OPTIONS)
+    beside = ("--snapshots", "--trajectory", tmp_path / "t.jsonl")
+    refused(*start, "--snapshots", text="they are saved beside --trajectory FILE")
+    refused(*start, *beside, "--workdir", ".", text="the files of --workdir cannot be captured")
+    whole = tmp_path / "task.yaml"
+    whole.write_text("id: t\ninstruction: Go.\nenvironment: {image: a, as_image: true}\nverifier: {command: ls}\n")
+    refused(
+        "run", whole, *beside, text="task t: environment: snapshots: the files of a sandbox with as_image cannot be"
+    )
+    refused("eval", whole, "--snapshots", text="task t: environment: snapshots: the files of a sandbox with as_image")
+    calls = tmp_path / "calls.yaml"
+    calls.write_text("id: c\ninstruction: Go.\nverifier: {calls: any}\n")
+    refused("eval", calls, "--snapshots", text="task c: a task with verifier.calls has no environment")
+    assert not (tmp_path / "t.jsonl").exists()
+    agentkit(*start, *beside)
+    assert Trajectory.load(tmp_path / "t.jsonl").header.metadata["run"]["task"]["environment"] == {"snapshots": True}
+    cut(tmp_path / "t.jsonl", b'"turn_started"')
+    refused("run", "--resume", tmp_path / "t.jsonl", "--snapshots", text="Invalid value for --snapshots")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +32,7 @@ from agentkit.cli.options import (
     PenaltyFlag,
     SamplingFlags,
     SeedFlag,
+    SnapshotsFlag,
     TemperatureFlag,
     ThreadsFlag,
     TopKFlag,
@@ -41,6 +42,7 @@ from agentkit.cli.options import (
     refuse_foreign_suite,
     run_directory,
     seed_or_random,
+    with_snapshots,
 )
 from agentkit.cli.terminal import console
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentkit.cli.evaluation import Finished
+    from agentkit_evals.suite import Suite
 
 
 def command(
@@ -93,6 +96,7 @@ def command(
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
     env: EnvFlag = None,
+    snapshots: SnapshotsFlag = False,
     out: OutFlag = None,
     junit: Annotated[
         Path | None, typer.Option("--junit", callback=output_file, help="Also write the results as JUnit XML, for CI.")
@@ -137,6 +141,8 @@ def command(
     refuse_foreign_suite(suite)
     chosen = seed_or_random(seed)
     loaded = load_suite(suite, seed=chosen, limit=limit, per_operation=tasks_per_operation)
+    if snapshots:
+        loaded = _with_snapshots(loaded)
     if limit is not None and len(loaded.cases) < limit:
         typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
     together = len(model) > 1
@@ -253,6 +259,10 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
     if chosen["suite"] is not None:
         per_operation = chosen["tasks_per_operation"]
         suite = load_suite(chosen["suite"], seed=seed, limit=chosen["limit"], per_operation=per_operation)
+        if chosen["snapshots"]:
+            suite = _with_snapshots(suite)
+    elif chosen["snapshots"]:
+        raise typer.BadParameter("the run has its tasks; leave it out", param_hint="--snapshots")
     if "model" in given and len(chosen["model"]) > 1:
         raise typer.BadParameter("a run has one model; leave it out", param_hint="--model")
     name = chosen["model"][0] if "model" in given else str(lock.model_options.get("model", lock.model))
@@ -279,6 +289,10 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
 
         write_junit([finished.run], chosen["junit"])
     return _report(finished, terminal, chosen["threshold"], as_json=chosen["as_json"])
+
+
+def _with_snapshots(suite: Suite) -> Suite:
+    return replace(suite, cases=tuple(replace(case, task=with_snapshots(case.task)) for case in suite.cases))
 
 
 def _folders(models: list[str]) -> list[str]:

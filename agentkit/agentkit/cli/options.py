@@ -11,9 +11,12 @@ from datetime import datetime
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from agentkit.task import Task
 
 
 class Env(StrEnum):
@@ -364,6 +367,29 @@ def output_file(path: Path | None) -> Path | None:
     if path is not None and not path.parent.is_dir():
         raise typer.BadParameter(f"the folder {path.parent} does not exist; make it, or give another path")
     return path
+
+
+SnapshotsFlag = Annotated[
+    bool,
+    typer.Option(
+        "--snapshots",
+        help="Save the sandbox's files after each turn, so that --resume goes on after the last complete turn.",
+    ),
+]
+
+
+def with_snapshots(task: Task) -> Task:
+    """Return a task with `environment.snapshots`. Raises BadParameter if its sandbox cannot be captured."""
+    from pydantic import ValidationError
+
+    from agentkit.task import Task, explain
+
+    fields = task.model_dump()
+    fields["environment"]["snapshots"] = True
+    try:
+        return Task.model_validate(fields)
+    except ValidationError as exc:
+        raise typer.BadParameter(f"task {task.id}: {explain(exc.errors()[0], Task)}", param_hint="--snapshots") from exc
 
 
 OutFlag = Annotated[

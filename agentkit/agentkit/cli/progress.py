@@ -66,6 +66,10 @@ class LiveProgress:
 
         match update:
             case TrialStarted():
+                if update.kept_turns or update.attempt > 1:
+                    how = f"goes on after turn {update.kept_turns}" if update.kept_turns else "starts again"
+                    line = f"{update.trial}  {how}" + (f", attempt {update.attempt}" if update.attempt > 1 else "")
+                    self.console.print(Text(visible(line), "dim"), soft_wrap=True)
                 self.running[update.trial] = self.progress.add_task(f"{update.trial}  opening", total=None)
             case TrialActed():
                 doing = visible(f"{update.trial}  turn {update.turn}: {update.doing}")

@@ -44,6 +44,7 @@ from agentkit.cli.options import (
     PenaltyFlag,
     SamplingFlags,
     SeedFlag,
+    SnapshotsFlag,
     TemperatureFlag,
     ThreadsFlag,
     TopKFlag,
@@ -53,6 +54,7 @@ from agentkit.cli.options import (
     foreign_tasks,
     given_parameters,
     is_solved,
+    with_snapshots,
 )
 from agentkit.cli.terminal import console, counted, say
 
@@ -135,6 +137,7 @@ def command(
         int | None, typer.Option(min=1, help="Compact the conversation once it has this many tokens.")
     ] = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
+    snapshots: SnapshotsFlag = False,
     history: Annotated[
         Path | None,
         typer.Option(
@@ -182,6 +185,15 @@ def command(
     if trajectory is not None and trajectory.exists():
         raise typer.BadParameter(
             f"{trajectory} already exists and is never overwritten; give a new path", param_hint="--trajectory"
+        )
+    if snapshots:
+        if trajectory is None:
+            raise typer.BadParameter("they are saved beside --trajectory FILE; give that too", param_hint="--snapshots")
+        task = with_snapshots(task)
+    if task.environment.snapshots and workdir is not None:
+        raise typer.BadParameter(
+            "the files of --workdir cannot be captured; leave out --snapshots, or `environment.snapshots` of the task",
+            param_hint="--snapshots",
         )
     settings = {
         "max_turns": max_turns,
@@ -422,7 +434,9 @@ class Job:
             typer.BadParameter: The user's folder cannot be listed, or is too large to copy.
         """
         from agentkit.cli import workdir as folder
+        from agentkit.saved import saved_snapshot
         from agentkit.task import HarborConfig
+        from agentkit_environments import Snapshot
         from agentkit_evals.blame import blame, describe
         from agentkit_evals.selfcheck import StartChecks
         from agentkit_evals.verify import backend_for, broken, opened, verify
@@ -441,8 +455,13 @@ class Job:
             # With --workdir the diff is against the user's folder and includes the task's setup.
             # Otherwise it starts after the setup.
             before = {} if workspace else folder.unpack((await environment.export_dir(spec.workdir)).data)
+            world_turns = 0
+            if self.record is not None and (saved := saved_snapshot(self.record)) is not None:
+                await environment.close()
+                snapshot, world_turns = Snapshot.load(saved.path), saved.turns
+                environment = await stack.enter_async_context(opened(self.task, where, None, snapshot))
             try:
-                result = await self._run_in(environment, agent)
+                result = await self._run_in(environment, agent, world_turns)
             except BaseException:  # also Ctrl-C
                 if workspace:  # report the first failure; without a sandbox, the changes are lost
                     with anyio.move_on_after(RESCUE_S, shield=True), suppress(Exception):
@@ -498,7 +517,7 @@ class Job:
         how = {"include_ignored": self.include_ignored, "copy": self.copy}
         return open_workspace(self.task, self.backend, workdir.resolve(), self.console, **how)
 
-    async def _run_in(self, environment: Environment, agent: Agent) -> RunResult:
+    async def _run_in(self, environment: Environment, agent: Agent, world_turns: int) -> RunResult:
         if self.record is None:
             stream = agent.stream(
                 self.task.instruction,
@@ -506,9 +525,10 @@ class Job:
                 trajectory=self.trajectory,
                 metadata=self.metadata,
                 message_history=self.history,
+                save_snapshots=self.task.environment.snapshots and self.trajectory is not None,
             )
         else:
-            stream = self._resume_in(environment, agent, self.record)
+            stream = self._resume_in(environment, agent, self.record, world_turns)
         return await self._follow(stream)
 
     async def _follow(self, stream: AsyncGenerator[Event, None]) -> RunResult:
@@ -528,16 +548,19 @@ class Job:
         assert result is not None, "a run that does not raise ends with RunFinished"
         return result
 
-    def _resume_in(self, environment: Environment, agent: Agent, record: Trajectory) -> AsyncGenerator[Event, None]:
-        """Resume the run in a new sandbox, which has the effects of none of its turns; print what is done again."""
+    def _resume_in(
+        self, environment: Environment, agent: Agent, record: Trajectory, world_turns: int
+    ) -> AsyncGenerator[Event, None]:
+        """Resume the run in a new sandbox with the effects of `world_turns` turns; print what is done again."""
         from agentkit.events import TurnStarted
         from agentkit.interrupted import interrupted_run
 
+        saves = self.task.environment.snapshots
         begun = sum(isinstance(each, TurnStarted) for each in record.records)
         if not begun:
             record.rewind(0)  # perhaps not all messages were written
-            return agent.stream(self.task.instruction, environment=environment, history=record)
-        length = interrupted_run(record, agent.tools, world_turns=0).length
+            return agent.stream(self.task.instruction, environment=environment, history=record, save_snapshots=saves)
+        length = interrupted_run(record, agent.tools, world_turns=world_turns).length
         kept = sum(isinstance(each, TurnStarted) for each in record.records[:length])
         again = ""
         if kept < begun:
@@ -545,7 +568,9 @@ class Job:
                 f"; turns {kept + 1} to {begun} are done again" if kept + 1 < begun else f"; turn {begun} is done again"
             )
         say(self.console, f"resuming {record.path} after {counted(kept, 'turn')}{again}", "dim")
-        return agent.stream(None, environment=environment, history=record, world_turns=0)
+        return agent.stream(
+            None, environment=environment, history=record, world_turns=world_turns, save_snapshots=saves
+        )
 
 
 def carry_out(
