@@ -70,6 +70,8 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import (
     ImagePart,
     MCPServerError,
+    MCPServerHttpInSandbox,
+    MCPServerInSandbox,
     MCPServerStdio,
     MCPServerStreamableHttp,
     TextPart,
@@ -111,6 +113,8 @@ __all__ = [
     "LimitReached",
     "Limits",
     "MCPServerError",
+    "MCPServerHttpInSandbox",
+    "MCPServerInSandbox",
     "MCPServerStdio",
     "MCPServerStreamableHttp",
     "Message",
