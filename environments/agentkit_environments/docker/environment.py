@@ -86,6 +86,10 @@ class DockerEnvironment(Environment):
             raise
         return cls(settled, run_id, container, connection)
 
+    @property
+    def container_id(self) -> str:
+        return self._container.id
+
     async def reopen(self, snapshot: Snapshot) -> DockerEnvironment:
         return await self.open(self.spec, self.run_id, snapshot=snapshot)
 
