@@ -361,6 +361,7 @@ keys = st.sampled_from(
     [
         *("name", "timeout_sec", "user", "network_mode", "allowed_hosts", "env", "cpus", "memory", "memory_mb", "gpus"),
         *("artifacts", "steps", "healthcheck", "collect", "min_reward", "version", "schema_version", "os", "workdir"),
+        *("mcp_servers", "transport", "url", "command", "args", "headers", "exclude"),
     ]
 )
 lines = st.lists(tables | st.builds(lambda key, value: f"{key} = {value}", keys, values), max_size=8)

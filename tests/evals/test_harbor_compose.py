@@ -9,9 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from agentkit.errors import TaskFileError
 from agentkit.models.scripted import Policy
@@ -19,6 +23,7 @@ from agentkit.task import HarborConfig, Task
 from agentkit_environments import ServiceError, available_backends, reap
 from agentkit_environments.folder import folder_hash, image_tag
 from agentkit_evals.harbor import read_task_directory
+from agentkit_evals.harbor.compose import Build, Compose, Healthcheck, Service
 from agentkit_evals.record import RunDirectory
 from agentkit_evals.selfcheck import selfcheck
 from agentkit_evals.verify import opened
@@ -27,6 +32,8 @@ Evaluate = Callable[..., RunDirectory]
 MakeScript = Callable[..., Policy]
 Make = Callable[..., Path]
 DOCKER = available_backends()["docker"]
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
+"""Examples of the fuzz test; 20,000 take minutes."""
 
 SERVER = """\
 import http.server, os, pathlib
@@ -179,6 +186,35 @@ def service(text: str) -> str:
 def test_what_is_not_supported_is_named(make: Make, compose: str, problem: str) -> None:
     with pytest.raises(TaskFileError, match=problem):
         read_task_directory(make(compose))
+
+
+TEXTS = ["web", "seed", "./seed:/data", "../..", "/", "", "\0", '"', "$", "${A}", "$$", "10s", "A=b", "CMD"]
+scalars = st.sampled_from([*TEXTS, None, True, -1, 0, 1 << 40, 1.5]) | st.text(max_size=4)
+fields = st.sampled_from(
+    [*Service.model_fields, *Build.model_fields, *Healthcheck.model_fields, "condition", "main", "db", "loop"]
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(fields, inner, max_size=3), max_leaves=4
+)
+services = st.dictionaries(
+    st.sampled_from(["main", "db", "web", "a b"]), st.dictionaries(fields, values, max_size=3) | values, max_size=3
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=st.fixed_dictionaries({"services": services}) | values)
+@example(document={"services": {"db": {"build": "a\0b"}}})
+@example(document={"services": {"db": {"build": "x" * 300}}})
+@example(document={"services": {"db": {"image": "x", "volumes": ["./loop:/a"]}}})
+@example(document={"services": {"db": {"image": "x", "command": "echo '"}}})
+def test_any_services_are_read_or_refused(make: Make, document: Any) -> None:
+    path = make(yaml.safe_dump(document)) / "environment" / "docker-compose.yaml"
+    if not (loop := path.with_name("loop")).is_symlink():
+        loop.symlink_to("loop")
+    try:
+        Compose(path)
+    except TaskFileError as exc:
+        assert all(line.startswith(str(path.parent)) for line in str(exc).splitlines())
 
 
 def docker(*arguments: str) -> list[str]:

@@ -7,6 +7,7 @@ published.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import shlex
@@ -78,7 +79,7 @@ Value = Annotated[str | int | float, AfterValidator(_value)]
 class Build(Strict):
     """A folder with a Dockerfile."""
 
-    context: str = "."
+    context: Text = "."
     dockerfile: str = Field(default="Dockerfile", pattern=r"^(\./)?Dockerfile$")
 
 
@@ -205,7 +206,7 @@ class Compose:
         return target, self._inside(name, "volumes", source).relative_to(self._folder.parent).as_posix()
 
     def _inside(self, name: str, key: str, place: str) -> Path:
-        path = (self._folder / place).resolve()
+        path = Path(os.path.realpath(self._folder / place))  # Path.resolve raises RuntimeError for a loop of links
         if not path.is_relative_to(self._folder):
             raise self._error(name, f"{key}: {place!r} lies outside {self._folder}")
         if not path.exists():
