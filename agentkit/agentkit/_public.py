@@ -73,6 +73,8 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_tools import (
     ImagePart,
     MCPServerError,
+    MCPServerHttpInSandbox,
+    MCPServerInSandbox,
     MCPServerStdio,
     MCPServerStreamableHttp,
     TextPart,
@@ -117,6 +119,8 @@ __all__ = [
     "LimitReached",
     "Limits",
     "MCPServerError",
+    "MCPServerHttpInSandbox",
+    "MCPServerInSandbox",
     "MCPServerStdio",
     "MCPServerStreamableHttp",
     "Message",

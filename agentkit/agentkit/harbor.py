@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from agentkit.environment_config import EnvironmentConfig
+from agentkit.environment_config import BuildConfig, EnvironmentConfig
 from agentkit.strict import RelativePath, Shell, Strict, Timeout, Variables
 
 
@@ -29,8 +29,13 @@ def _user(user: Any) -> Any:
 
 SandboxPath = Annotated[str, AfterValidator(_source)]
 """A path in a sandbox; a relative one begins at its work directory."""
+Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
 User = Annotated[str, BeforeValidator(_user)]
 """A user's name or uid; a number becomes text."""
+
+
+def _transport(name: Any) -> Any:
+    return "streamable-http" if name == "http" else name
 
 
 class Healthcheck(Strict):
@@ -44,6 +49,22 @@ class Healthcheck(Strict):
     retries: int = Field(default=3, ge=1, le=1_000_000)
 
 
+def _exclusion(pattern: str) -> str:
+    if "\0" in pattern or re.search(r"\[[^\]]*(\\|\[[:.=])|(?<!\\)(\\\\)*\\$", pattern):
+        raise ValueError(
+            f"{pattern!r:.80}: escapes and classes such as [:alpha:] in brackets, and a backslash at the end, are not "
+            "supported"
+        )
+    return pattern
+
+
+class Artifact(Strict):
+    """A file or folder of the agent's sandbox that a separate verifier gets, at the same path."""
+
+    source: SandboxPath
+    exclude: list[Annotated[str, AfterValidator(_exclusion)]] = Field(default_factory=list)  # as `tar --exclude`
+
+
 class Collect(Strict):
     """A command in the agent's sandbox, before artifacts are taken out of it."""
 
@@ -51,6 +72,58 @@ class Collect(Strict):
     service: str | None = None
     timeout_sec: Timeout = 60.0
     user: User | None = None
+
+
+class McpServer(Strict):
+    """An MCP server for the agent: a command in its sandbox, or a URL that is reached from there."""
+
+    name: str = Field(min_length=1, max_length=100)
+    transport: Annotated[Literal["stdio", "sse", "streamable-http"], BeforeValidator(_transport)] = "sse"
+    url: str | None = None
+    command: Shell | None = None
+    args: list[Shell] = Field(default_factory=list)
+    headers: dict[str, str] = Field(default_factory=dict)  # values may have `${NAME}`
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed, foreign = ("command", ("url", "headers")) if self.transport == "stdio" else ("url", ("command", "args"))
+        if not getattr(self, needed):
+            raise ValueError(f'the transport "{self.transport}" needs {needed}')
+        if given := [name for name in foreign if getattr(self, name)]:
+            raise ValueError(f'the transport "{self.transport}" has no {" and no ".join(given)}')
+        if self.url is not None and not re.match(r"https?://[^/]", self.url):
+            raise ValueError(f"url: {self.url!r:.80} must begin with http:// or https:// and a host")
+        return self
+
+
+def _test(test: list[str]) -> list[str]:
+    if not test or test[0] not in ("CMD", "CMD-SHELL", "NONE"):
+        raise ValueError(f"test: given {test!r:.80}, expected a command, or a list that begins with CMD or CMD-SHELL")
+    return test
+
+
+class ServiceHealthcheck(Strict):
+    """A health check of a service; None leaves a setting to the engine."""
+
+    test: Annotated[list[Shell], AfterValidator(_test)]  # ["CMD", ...], ["CMD-SHELL", command] or ["NONE"]
+    interval_s: Timeout | None = None
+    timeout_s: Timeout | None = None
+    start_period_s: float | None = Field(default=None, ge=0, le=1e6)
+    retries: int | None = Field(default=None, ge=1, le=1_000_000)
+
+
+class ServiceConfig(Strict):
+    """A container beside the agent's sandbox, which reaches it by its name. None leaves a setting to the image."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$", max_length=63)
+    image: str | None = Field(default=None, min_length=1)
+    build: BuildConfig | None = None  # instead of `image`
+    command: list[Shell] | None = None
+    entrypoint: list[Shell] | None = None
+    env: Variables = Field(default_factory=dict)
+    healthcheck: ServiceHealthcheck | None = None
+    depends_on: dict[str, Condition] = Field(default_factory=dict)
+    files: dict[str, RelativePath] = Field(default_factory=dict)  # path in the container -> below the task's folder
 
 
 class HarborStep(Strict):
@@ -69,7 +142,7 @@ class HarborStep(Strict):
     solution: str | None = None  # a file or folder below the task's folder that becomes /solution
     separate: EnvironmentConfig | None = None  # the verifier's own sandbox; None: the agent's
     upload_tests: bool = True  # False: the image of the separate sandbox has them
-    artifacts: list[SandboxPath] = Field(default_factory=list)
+    artifacts: list[Artifact] = Field(default_factory=list)
     collect: list[Collect] = Field(default_factory=list)
 
 
@@ -90,4 +163,7 @@ class HarborConfig(Strict):
     final_step_only: bool = False
     solution_env: Variables = Field(default_factory=dict)
     healthcheck: Healthcheck | None = None  # before the first step
+    services: list[ServiceConfig] = Field(default_factory=list)  # each after those that it depends on
+    wait_for: dict[str, Condition] = Field(default_factory=dict)  # services that the agent's sandbox depends on
+    mcp_servers: list[McpServer] = Field(default_factory=list)
     history: RelativePath | None = None  # an ATIF file with the conversation before the task

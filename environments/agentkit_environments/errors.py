@@ -7,6 +7,7 @@ output.
     SandboxError                    base of the tree
       SandboxUnavailableError       no sandbox can be opened here: what was tried, why it failed, what to do
         ImageBuildError             ... because the image cannot be built from its Dockerfile
+      ServiceError                  a service beside the sandbox did not start, or ended
       SandboxLostError              the sandbox died, was closed, or stopped answering
         HostFailureError            ... because the host or its engine failed, by evidence from outside the sandbox
       FileTooLargeError             a file is larger than the caller's bound
@@ -28,6 +29,10 @@ class SandboxUnavailableError(SandboxError):
 
 class ImageBuildError(SandboxUnavailableError):
     """An image cannot be built; the message names the Dockerfile and the step, and a base image that is missing."""
+
+
+class ServiceError(SandboxError):
+    """A service ended, became unhealthy, or was not ready in time; the message has its last output."""
 
 
 class SandboxLostError(SandboxError):

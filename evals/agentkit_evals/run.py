@@ -56,6 +56,7 @@ from agentkit_evals.selfcheck import StartChecks
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.suite import Case, Suite
 from agentkit_evals.verify import Backend, Verdict, answer_of, backend_for, begin, collect, opened, verify
+from agentkit_tools import Tool
 
 MAX_LINES_SHOWN = 20
 NO_MODEL = (ApiKeyError, MissingDependencyError, UnknownModelError)
@@ -334,9 +335,9 @@ class _Trial:
         async with AsyncExitStack() as stack:
             with self._timed("setup_s"):
                 environment, start = await self._open(stack, backend)
-            self.phase = "agent"
             if isinstance(self.task.verifier, HarborConfig):
                 return await self._episode(self.task.verifier, environment)
+            self.phase = "agent"
             with self._timed("agent_s"):
                 limit = await self._run_agent(environment)
             if limit == "max_cost_usd":
@@ -373,10 +374,10 @@ class _Trial:
     async def _episode(self, config: HarborConfig, environment: Environment) -> Verdict | None:
         """Run the agent on the steps of a Harbor task in one session; None if the budget stopped it."""
 
-        async def act(step: HarborStep) -> bool:
+        async def act(step: HarborStep, tools: Sequence[Tool]) -> bool:
             self.phase = "agent"
             with self._timed("agent_s"):
-                limit = await self._run_agent(environment, step)
+                limit = await self._run_agent(environment, step, tools)
             self.phase = "scoring"
             return limit != "max_cost_usd"
 
@@ -400,11 +401,14 @@ class _Trial:
                 if len(lines) > MAX_LINES_SHOWN:
                     yield "[...]"
 
-    async def _run_agent(self, environment: Environment, step: HarborStep | None = None) -> LimitName | None:
-        """Run the agent, on a step of a Harbor task if given, and return the limit that stopped it, if any."""
+    async def _run_agent(
+        self, environment: Environment, step: HarborStep | None = None, tools: Sequence[Tool] = ()
+    ) -> LimitName | None:
+        """Run the agent, on a step of a Harbor task with further tools if given, and return the limit that stopped it,
+        if any."""
         sampling = self.eval_run.resolved_sampling.override(seed=trial_seed(self.eval_run.seed, self.name))
         task = self.task if step is None else for_step(self.task, step)
-        agent = agent_for(task, self._model(), sampling, budget=self.eval_run.budget)
+        agent = agent_for(task, self._model(), sampling, budget=self.eval_run.budget, tools=tools)
         metadata = {"trial": self.name, "family": self.case.family, "backend": environment.backend}
         if provenance := self.task.metadata.get("provenance"):
             metadata["provenance"] = provenance
@@ -475,9 +479,10 @@ def agent_for(
     budget: CostBudget | None = None,
     approval: Policy | Sequence[Policy] = (),
     on_ask: AskHuman | None = None,
+    tools: Sequence[Tool] = (),
 ) -> Agent:
-    """Return the agent that a task specifies, with a limit on the cost of each run, a budget shared with others, and
-    approvals.
+    """Return the agent that a task specifies, with a limit on the cost of each run, a budget shared with others,
+    approvals, and further tools.
 
     If the task scores calls, the agent has one turn.
 
@@ -488,7 +493,7 @@ def agent_for(
     compact_at = task.agent.compact_at_tokens
     return Agent(
         model,
-        task.build_tools(),
+        [*task.build_tools(), *tools],
         system=task.system,
         thinking=task.agent.thinking,
         effort=task.agent.effort,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -19,6 +19,7 @@ from agentkit_evals.harbor.episode import episode
 from agentkit_evals.harbor.episode import solve as solve_step
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.verify import Backend, Verdict, backend_for, begin, collect, opened, verify
+from agentkit_tools import Tool
 
 FORGERY = """\
 for place in . "$HOME" /tmp /tmp/reward /tmp/agentkit-verifier/reward /logs/verifier; do
@@ -165,7 +166,7 @@ async def _probe(task: Task, act: Probe, backend: Backend | None, run_id: str | 
         start = await begin(task, environment)
         if isinstance(task.verifier, HarborConfig):
 
-            async def work(step: HarborStep) -> bool:
+            async def work(step: HarborStep, tools: Sequence[Tool]) -> bool:
                 await environment.enter_phase("agent")
                 await act(environment, step)
                 return True

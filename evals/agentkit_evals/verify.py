@@ -37,6 +37,7 @@ from agentkit_evals.calls import calls_made, mismatch
 from agentkit_evals.errors import VerifierError
 from agentkit_evals.harbor.episode import prepare
 from agentkit_evals.harbor.sandbox import settled
+from agentkit_evals.harbor.services import services_beside
 from agentkit_evals.patches import patch_since, snapshot
 from agentkit_evals.repository import MAX_NAMED, apply_and_test, not_passing, parse_log
 from agentkit_evals.verdict import MAX_REWARD, RewardSource, tail
@@ -99,13 +100,16 @@ async def collect(task: Task, environment: Environment, start: str) -> ExportedD
 async def opened(
     task: Task, backend: Backend, run_id: str | None = None, snapshot: Snapshot | None = None
 ) -> AsyncIterator[Environment]:
-    """Open a sandbox of the task's specification, with the files of a snapshot if given, and close it at the end.
+    """Open a sandbox of the task's specification, with the services of a Harbor task, and close it at the end.
+
+    With a snapshot, the sandbox has its files.
 
     Errors on closing are ignored, so that the block keeps its result; `reap` removes what is left.
 
     Raises:
         SandboxUnavailableError: no sandbox can be opened, or its image cannot be built.
         TaskSetupError: a variable that the task takes from this machine is not set.
+        ServiceError: a service of the task did not start.
     """
     try:
         spec = await settled(task.environment)
@@ -113,7 +117,11 @@ async def opened(
     except OSError as exc:
         raise SandboxUnavailableError(f"no sandbox could be opened: {exc}") from exc
     try:
-        yield environment
+        if isinstance(task.verifier, HarborConfig):
+            async with services_beside(task.verifier, environment):
+                yield environment
+        else:
+            yield environment
     finally:
         with suppress(Exception):
             await environment.close()

@@ -147,12 +147,8 @@ env = {FAST = "1"}
     config = config_of(task)
     (step,) = config.steps
     assert (step.verifier_timeout_s, step.verifier_env, step.verifier_user) == (20.5, {"MODE": "strict"}, "root")
-    assert (step.tests, step.solution, step.separate, step.artifacts) == (
-        ["tests"],
-        "./solution",
-        None,
-        ["/app/out", "log.txt"],
-    )
+    assert (step.tests, step.solution) == (["tests"], "./solution") and step.separate is None
+    assert [artifact.source for artifact in step.artifacts] == ["/logs/artifacts", "/app/out", "log.txt"]
     assert config.healthcheck is not None and config.healthcheck.retries == 2
     assert (config.solution_env, config.history) == ({"FAST": "1"}, "trajectory.json")
     assert Task.model_validate_json(task.model_dump_json()) == task, "run.json holds the task"
@@ -255,8 +251,25 @@ def test_steps_and_separate_verifiers(make: Make) -> None:
         ("[environment]\ntpu = {type = 'v4', topology = '2x2'}\n", ":2: environment.tpu: TPUs are not supported"),
         ("[environment]\nskills_dir = '/skills'\n", ":2: environment.skills_dir: skills are not supported"),
         (
-            "[[environment.mcp_servers]]\nname = 'x'\nurl = 'http://x'\n",
-            ":1: environment.mcp_servers: MCP servers of a task",
+            "[[verifier.environment.mcp_servers]]\nname = 'x'\nurl = 'http://x'\n",
+            ":1: verifier.environment.mcp_servers: only the agent can have MCP servers",
+        ),
+        ("[[environment.mcp_servers]]\nname = 'x'\n", ':1: environment.mcp_servers.0: the transport "sse" needs url'),
+        (
+            "[[environment.mcp_servers]]\nname = 'x'\ntransport = 'stdio'\ncommand = 'a'\nheaders = {A = 'b'}\n",
+            ':1: environment.mcp_servers.0: the transport "stdio" has no headers',
+        ),
+        (
+            "[[environment.mcp_servers]]\nname = 'x'\ntransport = 'websocket'\nurl = 'http://x'\n",
+            ":3: environment.mcp_servers.0.transport: ",
+        ),
+        (
+            "[[environment.mcp_servers]]\nname = 'x'\nurl = 'file:///etc/passwd'\n",
+            ":1: environment.mcp_servers.0: url: 'file:///etc/passwd' must begin with http",
+        ),
+        (
+            "[[environment.mcp_servers]]\nname = 'x'\nurl = 'http://x'\n" * 2,
+            ":1: environment.mcp_servers: two servers are named x",
         ),
         (
             "[environment]\nallowed_hosts = ['10.0.0.0/8']\n",
@@ -276,12 +289,12 @@ def test_steps_and_separate_verifiers(make: Make) -> None:
         ),
         (
             "[[verifier.collect]]\ncommand = 'x'\nservice = 'db'\n",
-            ":3: verifier.collect: service 'db': Compose services",
+            ":3: verifier.collect: service 'db': only the agent's sandbox is supported",
         ),
-        ("artifacts = [{source = '/x', service = 'db'}]\n", ":1: artifacts: service 'db': Compose services"),
+        ("artifacts = [{source = '/x', service = 'db'}]\n", ":1: artifacts: service 'db': only the agent's sandbox"),
         (
-            "artifacts = [{source = '/x', exclude = ['*']}]\n",
-            ":1: artifacts: exclude of /x: patterns are not supported",
+            "artifacts = [{source = '/x', exclude = ['[[:alpha:]]']}]\n",
+            ":1: artifacts.0.exclude.0: '[[:alpha:]]': escapes and classes such as",
         ),
         ("[verifier.environment]\ngpus = 1\n", ":2: verifier.environment.gpus: "),
     ],
@@ -305,8 +318,8 @@ def test_wrong_and_unsupported_keys_are_named(make: Make, toml: str, problem: st
             "environment/Dockerfile is missing; add it, or give environment.docker_image",
         ),
         (
-            {"environment/docker-compose.yaml": "services: {}"},
-            "docker-compose.yaml: Compose services are not supported",
+            {"environment/compose.yaml": "services: {}"},
+            "compose.yaml: only environment/docker-compose.yaml can declare services",
         ),
     ],
 )
@@ -385,6 +398,7 @@ keys = st.sampled_from(
     [
         *("name", "timeout_sec", "user", "network_mode", "allowed_hosts", "env", "cpus", "memory", "memory_mb", "gpus"),
         *("artifacts", "steps", "healthcheck", "collect", "min_reward", "version", "schema_version", "os", "workdir"),
+        *("mcp_servers", "transport", "url", "command", "args", "headers", "exclude"),
     ]
 )
 lines = st.lists(tables | st.builds(lambda key, value: f"{key} = {value}", keys, values), max_size=8)
@@ -633,7 +647,7 @@ name = "three"
         self, make: Make, evaluate: Evaluate, script: MakeScript
     ) -> None:
         toml = """\
-artifacts = ["out.txt", "/app/results", "/nowhere"]
+artifacts = ["out.txt", {source = "/app/results", exclude = ["*.tmp", "cache"]}, "/nowhere", "/app/results"]
 [environment]
 network_mode = "no-network"
 [verifier]
@@ -643,21 +657,77 @@ command = "echo collected > results/collected"
 """
         test = """\
 #!/bin/sh
-cd /app; cat n.txt out.txt results/a results/collected /logs/artifacts/note; ls
+cd /app; cat n.txt out.txt results/a results/collected /logs/artifacts/note; ls; ls results
 ls /usr/local/bin 2>/dev/null | grep -cx ls
 test "$(cat out.txt)" = 42 && echo 1 > /logs/verifier/reward.txt
 """
         task = read_task_directory(make(**{"task.toml": toml, "tests/test.sh": test}))
         command = (
-            "echo 42 > out.txt; mkdir results; echo a > results/a; echo note > /logs/artifacts/note; echo 0 > n.txt;"
+            "echo 42 > out.txt; mkdir -p results/cache/deep; echo a > results/a; touch results/b.tmp;"
+            "echo note > /logs/artifacts/note; echo 0 > n.txt;"
             "touch left-behind; mkdir -p /usr/local/bin;"
             "printf '#!/bin/sh\\necho forged' > /usr/local/bin/ls; chmod +x /usr/local/bin/ls"
         )
         (trial,) = evaluate((task, script(*bash(command), "Done.")), backend=None).trials
         assert (trial.reward, trial.error) == (1.0, None)
-        shown = "42 42 a collected note n.txt out.txt results 0"
+        shown = "42 42 a collected note n.txt out.txt results a collected 0"
         assert trial.verifier_output.split() == shown.split()
         remove_image(task)
+
+    def test_mcp_servers_run_in_the_sandbox(self, make: Make, evaluate: Evaluate, script: MakeScript) -> None:
+        toml = """\
+environment.network_mode = "no-network"
+[[environment.mcp_servers]]
+name = "notes"
+transport = "stdio"
+command = "python3"
+args = ["/srv/server.py", "strict"]
+[[environment.mcp_servers]]
+name = "web"
+transport = "http"
+url = "http://localhost:8000/mcp"
+headers = {Authorization = "Bearer ${WEB_TOKEN:-t0ken}"}
+[[steps]]
+name = "one"
+healthcheck = {command = "CONNECT", interval_sec = 0.1, retries = 200}
+[[steps]]
+name = "two"
+healthcheck = {command = "CONNECT", interval_sec = 0.1, retries = 200}
+"""
+        toml = toml.replace(
+            "CONNECT", "python3 -c 'import socket; socket.create_connection((\\\"localhost\\\", 8000))'"
+        )
+        dockerfile = (
+            DOCKERFILE
+            + 'COPY *.py /srv/\nENTRYPOINT ["/bin/sh", "-c", "python3 /srv/web.py 8000 & exec \\"$@\\"", "sh"]\n'
+        )
+        test = "#!/bin/sh\nsort -u calls; ls /tmp; cp n.txt /logs/verifier/reward.txt\n"
+        files = {"task.toml": toml, "environment/Dockerfile": dockerfile, "tests/test.sh": test}
+        for name, source in (("server", "rough_mcp_server"), ("web", "small_http_mcp_server")):
+            files[f"environment/{name}.py"] = (Path(__file__).parents[1] / "tools" / f"{source}.py").read_text()
+        for step in ("one", "two"):
+            files[f"steps/{step}/instruction.md"] = "Call."
+        task = read_task_directory(make(**files))
+        calls = [("notes__echo", {"text": "hello"}), ("web__where", {})]
+        policy = script(calls, "Done.", [("notes__echo", {"text": "again"})], "Done.")
+        done = evaluate((task, policy), backend=None)
+        (trial,) = done.trials
+        assert (trial.reward, trial.error) == (42.0, None)
+        assert trial.verifier_output.splitlines()[1:2] == ["echo"], "the server ran in the sandbox; its pipes are gone"
+        trajectory = done.trajectory(trial)
+        assert trajectory is not None
+        results = [message.content for message in trajectory.messages if message.role == "tool"]
+        assert [json.loads(results[0]), json.loads(results[2])] == [{"text": "hello"}, {"text": "again"}]
+        assert results[1] == "sandbox Bearer t0ken localhost:8000"
+        remove_image(task)
+
+    def test_a_server_that_does_not_start_is_the_tasks_fault(
+        self, make: Make, evaluate: Evaluate, script: MakeScript
+    ) -> None:
+        toml = TOML + '[[environment.mcp_servers]]\nname = "notes"\ntransport = "stdio"\ncommand = "no-such-program"\n'
+        (trial,) = evaluate((read_task_directory(make(**{"task.toml": toml})), script("Done.")), backend=None).trials
+        assert (trial.reward, trial.failure) == (None, "task")
+        assert (trial.error or "").startswith("MCP server notes: it ended before it answered")
 
     def test_images_that_cannot_be_built(self, make: Make) -> None:
         folder = make(**{"environment/Dockerfile": "FROM agentkit-missing.invalid/base:1\nRUN true\n"})

@@ -15,7 +15,14 @@ from agentkit_tools.errors import (
 )
 from agentkit_tools.files import list_dir, read_file, write_file
 from agentkit_tools.function import FunctionTool, as_tool, tool
-from agentkit_tools.mcp import MCPServer, MCPServerStdio, MCPServerStreamableHttp, load_mcp_servers
+from agentkit_tools.mcp import (
+    MCPServer,
+    MCPServerHttpInSandbox,
+    MCPServerInSandbox,
+    MCPServerStdio,
+    MCPServerStreamableHttp,
+    load_mcp_servers,
+)
 from agentkit_tools.output import cut
 from agentkit_tools.parts import ImagePart, TextPart
 from agentkit_tools.python import python
@@ -46,6 +53,8 @@ __all__ = [
     "MCPError",
     "MCPServer",
     "MCPServerError",
+    "MCPServerHttpInSandbox",
+    "MCPServerInSandbox",
     "MCPServerStdio",
     "MCPServerStreamableHttp",
     "TextPart",

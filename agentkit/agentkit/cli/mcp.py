@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,7 @@ from agentkit.cli.terminal import console, visible_line
 
 if TYPE_CHECKING:
     from agentkit.agent import Agent
-    from agentkit_tools import MCPServer
+    from agentkit_tools import MCPServer, Tool
 
 MCPFlag = Annotated[
     Path | None,
@@ -63,14 +63,17 @@ async def equipped(agent: Agent, servers: Sequence[MCPServer]) -> AsyncIterator[
     """
     async with AsyncExitStack() as stack:
         equipped = copy.copy(agent)
-        equipped.tools = dict(agent.tools)
         for server in servers:
             await stack.enter_async_context(server)
-            for tool in server.tools:
-                if tool.name in equipped.tools:
-                    raise typer.BadParameter(f'two tools are named "{tool.name}"; rename a server', param_hint="--mcp")
-                equipped.tools[tool.name] = tool
+            equipped.tools = with_tools(equipped.tools, server.tools)
         yield equipped
+
+
+def with_tools(tools: Mapping[str, Tool], more: Sequence[Tool]) -> dict[str, Tool]:
+    """Return the tools of an agent with those of a server. Raises BadParameter if two have the same name."""
+    if twice := tools.keys() & {tool.name for tool in more}:
+        raise typer.BadParameter(f'two tools are named "{min(twice)}"; rename a server', param_hint="--mcp")
+    return {**tools, **{tool.name: tool for tool in more}}
 
 
 async def _inspect(servers: Sequence[MCPServer]) -> list[dict[str, Any]]:

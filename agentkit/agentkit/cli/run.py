@@ -17,7 +17,7 @@ import typer
 from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
 from agentkit.cli.changes import Written, check_flags, is_confirmed, name_host, print_diff, print_written, write
 from agentkit.cli.ending import ExitCode, run
-from agentkit.cli.mcp import MCPFlag, equipped, read_servers
+from agentkit.cli.mcp import MCPFlag, equipped, read_servers, with_tools
 from agentkit.cli.model import load_model, model_options, recorded_options
 from agentkit.cli.options import (
     ApplyFlag,
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from agentkit.trajectory import Trajectory
     from agentkit_environments import Environment
     from agentkit_evals.verify import Backend, Verdict
-    from agentkit_tools import MCPServer
+    from agentkit_tools import MCPServer, Tool
 
 
 def command(
@@ -496,9 +496,11 @@ class Job:
 
         await prepare(self.task, config, environment)
         last: list[RunResult] = []
+        own = agent.tools
 
-        async def act(step: HarborStep) -> bool:
+        async def act(step: HarborStep, tools: Sequence[Tool]) -> bool:
             task = for_step(self.task, step)
+            agent.tools = with_tools(own, tools)
             agent.limits = replace(agent.limits, wall_time_s=task.agent.timeout_s)
             given: dict[str, Any] = {"trajectory": self.trajectory, "message_history": self.history or prior(task)}
             start = {"history": last[-1].trajectory} if last else given

@@ -10,11 +10,22 @@ files.py        directories in and out, by the engine's archives; blocking calls
 hardening.py    what the container is allowed to do
 loss.py         the reason why a container was lost, from evidence outside it
 image.py        building an image from a folder, and an image's own settings
+services.py     containers beside a sandbox, on a private network
 engine.py       the engine: connecting, images, removing and reaping containers
 """
 
 from agentkit_environments.docker.engine import BUILD_HINT, docker_failure, reap_docker
 from agentkit_environments.docker.environment import DockerEnvironment
 from agentkit_environments.docker.image import build_image, image_config
+from agentkit_environments.docker.services import ServiceSpec, open_services
 
-__all__ = ["BUILD_HINT", "DockerEnvironment", "build_image", "docker_failure", "image_config", "reap_docker"]
+__all__ = [
+    "BUILD_HINT",
+    "DockerEnvironment",
+    "ServiceSpec",
+    "build_image",
+    "docker_failure",
+    "image_config",
+    "open_services",
+    "reap_docker",
+]

@@ -6,6 +6,7 @@ engine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -87,7 +88,8 @@ def require_image(client: docker.DockerClient, image: str | None) -> Image:
 
 
 def reap_docker(run_id: str | None) -> int:
-    """Remove the containers of `run_id`, or of every dead harness of this machine; return how many."""
+    """Remove the containers and networks of `run_id`, or of every dead harness of this machine; return how many
+    containers."""
     try:
         client = connect()
     except SandboxUnavailableError:
@@ -102,11 +104,23 @@ def reap_docker(run_id: str | None) -> int:
                     count += 1
                 except SandboxLostError as error:  # go on with the other containers
                     failures.append(error)
+        for network in client.api.networks(filters={"label": label}):
+            if run_id is not None or is_orphan((network["Labels"] or {}).get(OWNER_LABEL, "")):
+                with contextlib.suppress(DockerException, requests.RequestException):  # another process removes it
+                    remove_network(client, network["Id"])
         if failures:
             raise failures[0]
         return count
     finally:
         client.close()
+
+
+def remove_network(client: docker.DockerClient, network: str) -> None:
+    """Disconnect every container from a network and remove it. Raises errors of the docker library."""
+    for container_id in client.api.inspect_network(network).get("Containers") or ():
+        with contextlib.suppress(APIError):  # it is gone
+            client.api.disconnect_container_from_network(container_id, network, force=True)
+    client.api.remove_network(network)
 
 
 def remove_container(client: docker.DockerClient, container_id: str) -> None:

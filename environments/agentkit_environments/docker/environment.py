@@ -90,6 +90,10 @@ class DockerEnvironment(Environment):
         await environment._serve_proxy(listener)
         return environment
 
+    @property
+    def container_id(self) -> str:
+        return self._container.id
+
     async def reopen(self, snapshot: Snapshot) -> DockerEnvironment:
         return await self._in_this_phase(self.open(self.spec, self.run_id, snapshot=snapshot))
 

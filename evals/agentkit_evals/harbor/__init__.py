@@ -4,6 +4,10 @@ config.py          the keys of task.toml
 read.py            a Harbor directory as a task
 terminal_bench.py  a Terminal-Bench 1 directory as a task
 sandbox.py         the image of a task, and variables of this machine
+compose.py         the keys of docker-compose.yaml
+services.py        the services of a task
+servers.py         the MCP servers of a task
+artifacts.py       what a separate verifier gets of the agent's sandbox
 episode.py         a trial: the steps of a task in one sandbox, and their verification
 """
 

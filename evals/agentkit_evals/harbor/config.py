@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from agentkit.environment_config import NetworkConfig
-from agentkit.harbor import Collect, Healthcheck, SandboxPath, User
+from agentkit.harbor import Artifact, Collect, Healthcheck, McpServer, User
 from agentkit.strict import Strict, Timeout, Variables
 from agentkit_environments.network import NetworkPolicy, checked_policy
 
@@ -36,12 +36,10 @@ def _lower(text: Any) -> Any:
     return text.lower() if isinstance(text, str) else text
 
 
-class Artifact(Strict):
-    """A file or folder of the agent's sandbox that a separate verifier gets, at the same path."""
+class DeclaredArtifact(Artifact):
+    """An artifact with all keys of Harbor."""
 
-    source: SandboxPath
     destination: str | None = None  # a place in Harbor's job folder, which agentkit does not have
-    exclude: list[str] = Field(default_factory=list)
     service: str | None = None
 
 
@@ -75,17 +73,6 @@ class Phase(Networked):
 
     timeout_sec: Timeout | None = None
     user: User | None = None
-
-
-class McpServer(Strict):
-    """An MCP server for the agent."""
-
-    name: str
-    transport: str = "sse"
-    url: str | None = None
-    command: str | None = None
-    args: list[str] = Field(default_factory=list)
-    headers: dict[str, str] = Field(default_factory=dict)
 
 
 class Environment(Networked):
@@ -126,6 +113,14 @@ class Environment(Networked):
             agent=own if agent.policy is None else agent.policy,
             verifier=own if verifier.policy is None else verifier.policy,
         )
+
+    @field_validator("mcp_servers")
+    @classmethod
+    def _distinct_servers(cls, servers: list[McpServer]) -> list[McpServer]:
+        names = [server.name for server in servers]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two servers are named {', '.join(sorted(twice))}")
+        return servers
 
 
 def mebibytes(size: str) -> int:
@@ -169,7 +164,7 @@ def _long_form(entries: Any) -> Any:
     return [{"source": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
-Artifacts = Annotated[list[Artifact], BeforeValidator(_long_form)]
+Artifacts = Annotated[list[DeclaredArtifact], BeforeValidator(_long_form)]
 
 
 class Step(Strict):

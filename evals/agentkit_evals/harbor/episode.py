@@ -30,12 +30,16 @@ from agentkit.task import Task
 from agentkit_environments import Environment, ExecResult, SandboxUnavailableError, open_environment
 from agentkit_environments.folder import folder_hash, pack_folder
 from agentkit_evals.blame import blame, describe
+from agentkit_evals.harbor.artifacts import exported, one_file
 from agentkit_evals.harbor.sandbox import filled_in, settled
+from agentkit_evals.harbor.servers import servers_tools
 from agentkit_evals.repository import parse_log
 from agentkit_evals.verdict import MAX_REWARD, Verdict, broken, tail
+from agentkit_tools import Tool
 
-Act = Callable[[HarborStep], Awaitable[bool]]
-"""Does the work of a step in the open sandbox. Returns False if the trial ends without a score."""
+Act = Callable[[HarborStep, Sequence[Tool]], Awaitable[bool]]
+"""Does the work of a step in the open sandbox, with the tools of the task's MCP servers. Returns False if the trial
+ends without a score."""
 
 RewardFile = Literal["reward.json", "reward.txt"]
 ROOT = "0:0"
@@ -82,20 +86,25 @@ async def episode(
         The verdict, or None if `act` ended the trial.
 
     Raises:
+        TaskSetupError: an MCP server of the task could not be started before the first step.
         SandboxUnavailableError: no sandbox could be opened for a separate verifier.
         HostFailureError: the host failed.
         Other errors: those of `act`.
     """
     scores: list[_Score] = []
     for number, step in enumerate(config.steps):
-        try:
-            if number > 0:
-                await _begin(config, step, environment)
-        except Exception as exc:
-            scores.append(_Score.broken(step, exc))
-            break
-        if not await act(step):
-            return None
+        async with AsyncExitStack() as stack:
+            try:
+                if number > 0:
+                    await _begin(config, step, environment)
+                tools = await stack.enter_async_context(servers_tools(config, environment))
+            except Exception as exc:
+                if number == 0:
+                    raise
+                scores.append(_Score.broken(step, exc))
+                break
+            if not await act(step, tools):
+                return None
         try:
             await environment.kill_all()
             await environment.enter_phase("verifier")
@@ -231,7 +240,7 @@ async def _score(config: HarborConfig, step: HarborStep, environment: Environmen
         result = await environment.exec(hook.command, user=hook.user, timeout_s=hook.timeout_sec)
         if result.exit_code != 0:
             return _Score(step, {}, broken(f"{hook.command!r} exited {result.exit_code}: {tail(result)[-2000:]}"))
-    found = [await _artifact(environment, source) for source in ("/logs/artifacts", *step.artifacts)]
+    found = [await exported(environment, artifact) for artifact in step.artifacts]
     async with AsyncExitStack() as stack:
         try:
             spec = await settled(step.separate)
@@ -244,18 +253,6 @@ async def _score(config: HarborConfig, step: HarborStep, environment: Environmen
             await place.import_dir(folder, archive)
         score = await _run_tests(config, step, place)
         return replace(score, verdict=replace(score.verdict, refused=tuple(place.refusals())))
-
-
-async def _artifact(environment: Environment, source: str) -> tuple[str, bytes] | None:
-    """Return a file or folder of the agent as the folder and the archive to unpack there; None if it is missing."""
-    path = environment.resolve(source)
-    try:
-        return path, (await environment.export_dir(path)).data
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
-        content = await environment.read_file(path, max_bytes=64 << 20)
-    return str(PurePosixPath(path).parent), _one_file(PurePosixPath(path).name, content)
 
 
 async def _run_tests(config: HarborConfig, step: HarborStep, environment: Environment) -> _Score:
@@ -335,16 +332,7 @@ async def _upload(config: HarborConfig, paths: Sequence[str], place: str, enviro
 
 
 def _packed(path: Path) -> bytes:
-    return pack_folder(path) if path.is_dir() else _one_file(path.name, path.read_bytes())
-
-
-def _one_file(name: str, content: bytes) -> bytes:
-    """Return an archive of one file."""
-    out, entry = io.BytesIO(), tarfile.TarInfo(name)
-    entry.size, entry.mode = len(content), 0o644
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        archive.addfile(entry, io.BytesIO(content))
-    return out.getvalue()
+    return pack_folder(path) if path.is_dir() else one_file(path.name, path.read_bytes())
 
 
 async def _start_entry_point(environment: Environment) -> None:

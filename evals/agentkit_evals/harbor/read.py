@@ -21,12 +21,13 @@ from pydantic import ValidationError
 from agentkit.atif import load_atif
 from agentkit.environment_config import BuildConfig, EnvironmentConfig, LimitsConfig, NetworkConfig
 from agentkit.errors import TaskFileError, TrajectoryError
-from agentkit.harbor import HarborConfig, HarborStep
+from agentkit.harbor import Artifact, HarborConfig, HarborStep
 from agentkit.history import check_history
 from agentkit.task import AgentConfig, SolutionConfig, Task, explain
 from agentkit_engine.untrusted import describe, read_regular, shorten
 from agentkit_environments.folder import folder_hash
-from agentkit_evals.harbor.config import Environment, Phase, Step, TaskToml, Verifier, mebibytes
+from agentkit_evals.harbor.compose import Compose
+from agentkit_evals.harbor.config import DeclaredArtifact, Environment, Phase, Step, TaskToml, Verifier, mebibytes
 
 MAX_TOML_BYTES = 1 << 19
 MAX_INSTRUCTION_BYTES = 1 << 20
@@ -40,7 +41,9 @@ MEMORY_MIB = 2048
 STORAGE_MIB = 10_240
 PROCESSES = 4096
 OPEN_FILES = 4096
-COMPOSE = ("docker-compose.yaml", "docker-compose.yml", "compose.yaml", "compose.yml")
+CONVENTION = "/logs/artifacts"
+COMPOSE = "docker-compose.yaml"
+OTHER_COMPOSE = ("docker-compose.yml", "compose.yaml", "compose.yml")
 
 
 def is_harbor(folder: Path) -> bool:
@@ -61,6 +64,11 @@ def read_harbor(folder: Path) -> Task:
     toml = _parse(path, text)
     if problems := list(_unsupported(toml, folder)):
         raise TaskFileError("\n".join(f"{path}:{_line(text, loc)}: {problem}" for loc, problem in problems))
+    compose = Compose(file) if (file := folder / "environment" / COMPOSE).exists() else None
+    if compose is not None:
+        own = toml.environment
+        merged = {"env": {**compose.env, **own.env}, "docker_image": own.docker_image or compose.image}
+        toml = toml.model_copy(update={"environment": own.model_copy(update=merged)})
     try:
         environment = _environment(
             toml.environment,
@@ -81,6 +89,9 @@ def read_harbor(folder: Path) -> Task:
                 final_step_only=toml.multi_step_reward_strategy == "final",
                 solution_env=toml.solution.env,
                 healthcheck=toml.environment.healthcheck,
+                services=compose.services if compose else [],
+                wait_for=compose.wait_for if compose else {},
+                mcp_servers=toml.environment.mcp_servers,
                 history=_history(folder),
             ),
             solution=_solution(steps),
@@ -196,10 +207,11 @@ def _unsupported(toml: TaskToml, folder: Path) -> Iterator[tuple[tuple[str, ...]
             yield (*loc, "tpu"), f"{name}.tpu: TPUs are not supported"
         if environment.skills_dir is not None:
             yield (*loc, "skills_dir"), f"{name}.skills_dir: skills are not supported"
-        if environment.mcp_servers:
-            yield (*loc, "mcp_servers"), f"{name}.mcp_servers: MCP servers of a task are not supported; give --mcp FILE"
-        if environment.docker_image is None and (found := [file for file in COMPOSE if (context / file).exists()]):
-            yield loc, f"{context / found[0]}: {_COMPOSE}"
+        if environment.mcp_servers and environment is not toml.environment:
+            yield (*loc, "mcp_servers"), f"{name}.mcp_servers: only the agent can have MCP servers, not a verifier"
+        files = OTHER_COMPOSE if environment is toml.environment else (COMPOSE, *OTHER_COMPOSE)
+        if environment.docker_image is None and (found := [file for file in files if (context / file).exists()]):
+            yield loc, f"{context / found[0]}: only environment/{COMPOSE} can declare services"
     network = toml.environment.network(toml.agent, toml.verifier)
     for step in toml.steps:
         own = toml.environment.network(step.agent, step.verifier)
@@ -217,12 +229,10 @@ def _unsupported(toml: TaskToml, folder: Path) -> Iterator[tuple[tuple[str, ...]
     for artifact in [*toml.artifacts, *(artifact for step in toml.steps for artifact in step.artifacts)]:
         if artifact.service not in (None, "main"):
             yield ("artifacts",), f"artifacts: service {artifact.service!r}: {_COMPOSE}"
-        if artifact.exclude:
-            yield ("artifacts",), f"artifacts: exclude of {artifact.source}: patterns are not supported"
 
 
 _STEP_NETWORK = "a network for one step is not supported; give it for the whole task"
-_COMPOSE = "Compose services are not supported; only tasks with one container are"
+_COMPOSE = "only the agent's sandbox is supported, not a service"
 
 
 def _environment(toml: Environment, context: Path, *, user: str | None, network: NetworkConfig) -> EnvironmentConfig:
@@ -285,9 +295,17 @@ def _step(toml: TaskToml, step: Step | None, folder: Path) -> HarborStep:
         solution=next((each for each in solutions if (folder / each / "solve.sh").is_file()), None),
         separate=separate,
         upload_tests=upload_tests,
-        artifacts=list(dict.fromkeys(artifact.source for artifact in artifacts)),
+        artifacts=_distinct(artifacts),
         collect=[*toml.verifier.collect, *(step.verifier.collect if step else ())],
     )
+
+
+def _distinct(declared: Sequence[DeclaredArtifact]) -> list[Artifact]:
+    """Return each source once, as it is declared first; `/logs/artifacts` is one in any case."""
+    found = {CONVENTION: Artifact(source=CONVENTION)} if all(each.source != CONVENTION for each in declared) else {}
+    for each in declared:
+        found.setdefault(each.source, Artifact(source=each.source, exclude=each.exclude))
+    return list(found.values())
 
 
 def _separate(

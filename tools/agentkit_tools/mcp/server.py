@@ -23,7 +23,7 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -43,6 +43,7 @@ from agentkit_tools.tool import Tool, ToolContext, ToolOutput
 from agentkit_tools.validation import Validator
 
 if TYPE_CHECKING:
+    import httpx2
     from mcp.client._transport import TransportStreams
     from mcp.types import CallToolResult
     from mcp.types import Tool as RemoteTool
@@ -397,7 +398,7 @@ class MCPServerStdio(MCPServer):
                     yield streams
             finally:
                 stderr.seek(0)
-                connection.stderr = " | ".join(stderr.read().split("\n")[-MAX_STDERR_LINES - 1 :]).strip(" |")
+                connection.stderr = last_lines(stderr.read())
 
     def _check_paths(self) -> None:
         if self.cwd is not None and not os.path.isdir(self.cwd):
@@ -407,17 +408,7 @@ class MCPServerStdio(MCPServer):
             raise OSError(f"there is no program {self.command}; install it, or give its full path")
 
     def _trouble(self, connection: Connection, error: BaseException) -> str:
-        match error:
-            case TimeoutError():
-                trouble = f"it did not answer within {self.connect_timeout_s:g} s of its start"
-            case OSError():
-                return str(error)
-            case _ if str(error) == CLOSED:
-                trouble = "it ended before it answered"
-            case _:
-                trouble = f"it refused the session: {error}"
-        last = connection.stderr and f"; its last lines: {connection.stderr}"
-        return f"{trouble}; check its command and arguments{connection.noise}{last}"
+        return start_trouble(connection, error, self.connect_timeout_s)
 
 
 class MCPServerStreamableHttp(MCPServer):
@@ -456,15 +447,29 @@ class MCPServerStreamableHttp(MCPServer):
     @asynccontextmanager
     async def _transport(self, connection: Connection) -> AsyncIterator[TransportStreams]:
         import httpx2
-        from mcp.client.streamable_http import streamable_http_client
 
         async def note(response: httpx2.Response) -> None:
             connection.status = response.status_code
 
-        hooks = {"response": [note]}
-        async with (
+        async with self._connections(connection) as transport:
             # no timeout here: each request has its own deadline
-            httpx2.AsyncClient(headers=self.headers, timeout=None, event_hooks=hooks) as client,
+            client = httpx2.AsyncClient(
+                transport=transport, headers=self.headers, timeout=None, event_hooks={"response": [note]}
+            )
+            async with self._session(client) as streams:
+                yield streams
+
+    def _connections(self, connection: Connection) -> AbstractAsyncContextManager[httpx2.AsyncBaseTransport | None]:
+        """Return how connections are made; None is the client's default."""
+        return nullcontext()
+
+    @asynccontextmanager
+    async def _session(self, client: httpx2.AsyncClient) -> AsyncIterator[TransportStreams]:
+        """Return the streams of a session over a client that has not been entered."""
+        from mcp.client.streamable_http import streamable_http_client
+
+        async with (
+            client,
             streamable_http_client(self.url, http_client=client, max_sse_event_size=MAX_EVENT_BYTES) as streams,
         ):
             yield streams
@@ -532,6 +537,26 @@ class MCPTool(Tool):
 
 class _SessionUnknownError(ToolError):
     """The server no longer knows the session, and has not read the call."""
+
+
+def last_lines(stderr: str) -> str:
+    """Return the last lines of a server's standard error, as one line for a message."""
+    return " | ".join(stderr.split("\n")[-MAX_STDERR_LINES - 1 :]).strip(" |")
+
+
+def start_trouble(connection: Connection, error: BaseException, timeout_s: float) -> str:
+    """Return why a server that is started by a command could not be connected to."""
+    match error:
+        case TimeoutError():
+            trouble = f"it did not answer within {timeout_s:g} s of its start"
+        case OSError():
+            return str(error)
+        case _ if str(error) == CLOSED:
+            trouble = "it ended before it answered"
+        case _:
+            trouble = f"it refused the session: {error}"
+    last = connection.stderr and f"; its last lines: {connection.stderr}"
+    return f"{trouble}; check its command and arguments{connection.noise}{last}"
 
 
 def _cause(error: BaseException) -> BaseException:

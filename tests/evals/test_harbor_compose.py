@@ -1,0 +1,290 @@
+"""Services of a Harbor task: what docker-compose.yaml may say, and whole trials with services in Docker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from agentkit.errors import TaskFileError
+from agentkit.models.scripted import Policy
+from agentkit.task import HarborConfig, Task
+from agentkit_environments import ServiceError, available_backends, reap
+from agentkit_environments.folder import folder_hash, image_tag
+from agentkit_evals.harbor import read_task_directory
+from agentkit_evals.harbor.compose import Build, Compose, Healthcheck, Service
+from agentkit_evals.record import RunDirectory
+from agentkit_evals.selfcheck import selfcheck
+from agentkit_evals.verify import opened
+
+Evaluate = Callable[..., RunDirectory]
+MakeScript = Callable[..., Policy]
+Make = Callable[..., Path]
+DOCKER = available_backends()["docker"]
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
+"""Examples of the fuzz test; 20,000 take minutes."""
+
+SERVER = """\
+import http.server, os, pathlib
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/seed":
+            text = pathlib.Path("/data/seed.txt").read_text() + os.environ["SUFFIX"]
+        else:
+            text = "ok"
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+http.server.HTTPServer(("", 8000), Handler).serve_forever()
+"""
+GET = "python3 -c 'import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode())'"
+REACH = """\
+import ipaddress, socket
+own = ipaddress.ip_interface(socket.gethostbyname("main") + "/16")
+for address in (next(own.network.hosts()), "172.17.0.1", "192.0.2.1"):
+    try:
+        socket.create_connection((str(address), PORT), timeout=1)
+        print("reached", address)
+    except OSError:
+        pass
+print("done")
+"""
+"""Tries the gateway of the private network, the usual address of the host, and one outside."""
+COMPOSE = f"""\
+services:
+  main:
+    depends_on:
+      web: {{condition: service_healthy}}
+    environment: [WEB=http://web:8000]
+  web:
+    build: ./web
+    command: python3 /srv/server.py
+    environment: {{SUFFIX: "!$$"}}
+    volumes: ["./seed:/data:ro"]
+    expose: [8000]
+    healthcheck:
+      test: {GET} http://localhost:8000/
+      interval: 200ms
+      retries: 100
+    depends_on: [once]
+  once:
+    image: agentkit-base:latest
+    command: ["sh", "-c", "exit 0"]
+"""
+
+
+@pytest.fixture(scope="module")
+def images() -> Iterator[set[str]]:
+    """Names of images that are removed after the tests of this file, which share them."""
+    built: set[str] = set()
+    yield built
+    if DOCKER is None:
+        subprocess.run(["docker", "rmi", "-f", *built], capture_output=True, check=False)
+
+
+@pytest.fixture
+def make(tmp_path: Path, images: set[str]) -> Make:
+    """Function that makes a task directory with a docker-compose.yaml."""
+
+    def write(compose: str = COMPOSE, **files: str) -> Path:
+        folder = tmp_path / "task"
+        content = {
+            "task.toml": 'environment.network_mode = "no-network"\n',
+            "instruction.md": "Fetch the seed.",
+            "environment/Dockerfile": "FROM agentkit-base:latest\nWORKDIR /app\n",
+            "environment/docker-compose.yaml": compose,
+            "environment/web/Dockerfile": "FROM agentkit-base:latest\nCOPY server.py /srv/\n",
+            "environment/web/server.py": SERVER,
+            "environment/seed/seed.txt": "42",
+            "tests/test.sh": '#!/bin/sh\n[ "$(cat answer.txt)" = "42!$" ] && echo 1 > /logs/verifier/reward.txt\n',
+            "solution/solve.sh": f'#!/bin/sh\n{GET} "$WEB/seed" > answer.txt\n',
+            **files,
+        }
+        for path, text in content.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        images.update(image_tag(folder_hash(folder / place)) for place in ("environment", "environment/web"))
+        return folder
+
+    return write
+
+
+def config_of(task: Task) -> HarborConfig:
+    assert isinstance(task.verifier, HarborConfig)
+    return task.verifier
+
+
+def test_services_are_read(make: Make) -> None:
+    task = read_task_directory(make())
+    config = config_of(task)
+    once, web = config.services
+    assert (once.name, once.command, web.name, web.command) == (
+        "once",
+        ["sh", "-c", "exit 0"],
+        "web",
+        ["python3", "/srv/server.py"],
+    )
+    assert (web.env, web.files, web.depends_on) == (
+        {"SUFFIX": "!$"},
+        {"/data": "environment/seed"},
+        {"once": "service_started"},
+    )
+    assert web.healthcheck is not None and (web.healthcheck.interval_s, web.healthcheck.retries) == (0.2, 100)
+    assert web.build is not None and web.build.folder.endswith("environment/web")
+    assert config.wait_for == {"web": "service_healthy"} and task.environment.env == {"WEB": "http://web:8000"}
+    assert Task.model_validate_json(task.model_dump_json()) == task, "run.json holds the task"
+
+
+def service(text: str) -> str:
+    return f"services:\n  db:\n    image: x\n    {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("compose", "problem"),
+    [
+        ("services: {}\n", r"docker-compose\.yaml:1: services: "),
+        ("networks: {}\nservices: {db: {image: x}}\n", r':1: unknown key "networks"'),
+        (service("privileged: true"), r':4: unknown key "services\.db\.privileged"'),
+        (service("network_mode: host"), r':4: unknown key "services\.db\.network_mode"'),
+        (service("build: ."), r"services\.db: give either image or build"),
+        ("services: {db: {}}\n", r"services\.db: give either image or build"),
+        ("services: {db: {build: ../..}}\n", r"services\.db: build: '\.\./\.\.' lies outside"),
+        ("services: {db: {build: seed}}\n", r"services\.db: build: .*seed/Dockerfile is missing"),
+        ("services: {db: {build: {context: web, args: {A: b}}}}\n", r':1: unknown key "services\.db\.build\.args"'),
+        (service("volumes: ['/etc:/etc']"), r"services\.db: volumes: '/etc:/etc': expected \./PATH:/TARGET"),
+        (service("volumes: ['data:/data']"), r"services\.db: volumes: 'data:/data': expected \./PATH:/TARGET"),
+        (service("volumes: ['./../..:/data']"), r"services\.db: volumes: '\./\.\./\.\.' lies outside"),
+        (service("volumes: ['./seed:/']"), r"services\.db: volumes: .* '/' is not the absolute path"),
+        (service("volumes: ['./none:/data']"), r"services\.db: volumes: .*none is missing"),
+        (service("command: echo ${HOME}"), r":4: services\.db\.command.*a variable is supported only as a whole value"),
+        (service("environment: [A]"), r":4: services\.db\.environment.*expected NAME=VALUE"),
+        (
+            service("healthcheck: {test: x, interval: 5}"),
+            r":4: services\.db\.healthcheck\.interval: 5 is not a duration",
+        ),
+        (service("healthcheck: {test: [curl, x]}"), r"services\.db: .*expected a command, or a list"),
+        (service("depends_on: [nobody]"), r"services\.db: depends_on: 'nobody' is not one of the other services"),
+        (service("depends_on: [db]"), r"services depend on each other: db > db"),
+        (service("depends_on: {db: {condition: ready}}"), r":4: services\.db\.depends_on\.db\.condition"),
+        ("services: {'a b': {image: x}}\n", r"services\.a b: name"),
+        ("services: {main: {command: serve}}\n", r"services\.main: command: only one that waits"),
+        ("services: {main: {build: web}}\n", r"services\.main: build: only the folder of this file"),
+        ("services: {main: {volumes: ['./seed:/data']}}\n", r"services\.main: volumes: not supported"),
+    ],
+)
+def test_what_is_not_supported_is_named(make: Make, compose: str, problem: str) -> None:
+    with pytest.raises(TaskFileError, match=problem):
+        read_task_directory(make(compose))
+
+
+TEXTS = ["web", "seed", "./seed:/data", "../..", "/", "", "\0", '"', "$", "${A}", "$$", "10s", "A=b", "CMD"]
+scalars = st.sampled_from([*TEXTS, None, True, -1, 0, 1 << 40, 1.5]) | st.text(max_size=4)
+fields = st.sampled_from(
+    [*Service.model_fields, *Build.model_fields, *Healthcheck.model_fields, "condition", "main", "db", "loop"]
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(fields, inner, max_size=3), max_leaves=4
+)
+services = st.dictionaries(
+    st.sampled_from(["main", "db", "web", "a b"]), st.dictionaries(fields, values, max_size=3) | values, max_size=3
+)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=st.fixed_dictionaries({"services": services}) | values)
+@example(document={"services": {"db": {"build": "a\0b"}}})
+@example(document={"services": {"db": {"build": "x" * 300}}})
+@example(document={"services": {"db": {"image": "x", "volumes": ["./loop:/a"]}}})
+@example(document={"services": {"db": {"image": "x", "command": "echo '"}}})
+def test_any_services_are_read_or_refused(make: Make, document: Any) -> None:
+    path = make(yaml.safe_dump(document)) / "environment" / "docker-compose.yaml"
+    if not (loop := path.with_name("loop")).is_symlink():
+        loop.symlink_to("loop")
+    try:
+        Compose(path)
+    except TaskFileError as exc:
+        assert all(line.startswith(str(path.parent)) for line in str(exc).splitlines())
+
+
+def docker(*arguments: str) -> list[str]:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.split()
+
+
+def left_of(run_id: str) -> list[str]:
+    """Return the ids of the containers and networks of a run."""
+    label = f"label=agentkit.run={run_id}"
+    return docker("ps", "-aq", "--filter", label) + docker("network", "ls", "-q", "--filter", label)
+
+
+@pytest.mark.docker
+@pytest.mark.skipif(DOCKER is not None, reason=f"no Docker: {DOCKER}")
+class TestInDocker:
+    def test_a_sound_task(self, make: Make) -> None:
+        checked = anyio.run(selfcheck, read_task_directory(make()))
+        assert checked.problems == []
+
+    def test_the_agent_reaches_the_services_and_nothing_else(
+        self, make: Make, evaluate: Evaluate, script: MakeScript
+    ) -> None:
+        command = f"{GET} $WEB/seed > answer.txt; python3 - <<'END'\n{REACH}END"
+        with socket.create_server(("0.0.0.0", 0)) as host:
+            policy = script([("bash", {"command": command.replace("PORT", str(host.getsockname()[1]))})], "Done.")
+            done = evaluate((read_task_directory(make()), policy), backend=None)
+        (trial,) = done.trials
+        assert (trial.reward, trial.error) == (1.0, None)
+        trajectory = done.trajectory(trial)
+        assert trajectory is not None
+        result = next(message.content for message in trajectory.messages if message.role == "tool")
+        assert result.strip() == "done"
+        assert done.lock.run_id is not None and left_of(done.lock.run_id) == []
+
+    @pytest.mark.parametrize(
+        ("command", "problem"),
+        [
+            ("sh -c 'echo no licence; exit 3'", "service web exited with status 3 before it was healthy.*no licence"),
+            ("sleep 100", "service web is unhealthy"),
+        ],
+    )
+    def test_a_service_that_does_not_start_is_named(self, make: Make, command: str, problem: str) -> None:
+        compose = COMPOSE.replace("python3 /srv/server.py", command).replace("retries: 100", "retries: 1")
+        task = read_task_directory(make(compose))
+
+        async def use() -> None:
+            async with opened(task, "docker", "services-test"):
+                pass
+
+        with pytest.raises(ServiceError, match=f"(?s){problem}"):
+            anyio.run(use)
+        assert left_of("services-test") == []
+
+    def test_services_of_a_harness_that_was_killed_are_reaped(self, make: Make) -> None:
+        program = f"""
+import anyio
+from agentkit_evals.harbor import read_task_directory
+from agentkit_evals.verify import opened
+from pathlib import Path
+async def main():
+    async with opened(read_task_directory(Path({str(make())!r})), "docker", "services-killed"):
+        print("open", flush=True)
+        await anyio.sleep_forever()
+anyio.run(main)
+"""
+        harness = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        assert harness.stdout is not None and harness.stdout.readline() == "open\n"
+        os.kill(harness.pid, signal.SIGKILL)
+        harness.wait()
+        harness.stdout.close()
+        assert len(left_of("services-killed")) >= 3
+        anyio.run(reap)
+        assert left_of("services-killed") == []
