@@ -246,8 +246,8 @@ def _attend_kernel(
         tl.store(part_m_ptr + at, m, mask=h < H)
         tl.store(part_total_ptr + at, total, mask=h < H)
         at = part_ptr + at[:, None] * (BLOCK_P + BLOCK_R)
-        tl.store(at + p[None, :], plain, mask=(h < H)[:, None] & (p < P)[None, :])
-        tl.store(at + BLOCK_P + r[None, :], rotary, mask=(h < H)[:, None] & (r < R)[None, :])
+        tl.store(at + p[None, :], plain, mask=(h < H)[:, None])
+        tl.store(at + BLOCK_P + r[None, :], rotary, mask=(h < H)[:, None])
 
 
 @triton.jit
@@ -273,8 +273,7 @@ def _merge_kernel(
         at = (n * S + split) * H + h
         m_split, total_split = tl.load(part_m_ptr + at), tl.load(part_total_ptr + at)
         at = part_ptr + at[:, None] * (BLOCK_P + BLOCK_R)
-        plain_split = tl.load(at + p, mask=p < P, other=0.0)
-        rotary_split = tl.load(at + BLOCK_P + r, mask=r < R, other=0.0)
+        plain_split, rotary_split = tl.load(at + p), tl.load(at + BLOCK_P + r)
         m, total, plain, rotary = _merge(m, total, plain, rotary, m_split, total_split, plain_split, rotary_split)
     _finish(m, total, plain, rotary, n, h, out_ptr, sink_ptr, rotations_ptr, H, stride_rn, P, R, BLOCK_P, BLOCK_R)
     if tl.program_id(1) == 0:
