@@ -236,8 +236,8 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
         write, mix = 2 * dim * size * (size + 1), 2 * dim * size * (outputs + 2)
         pre = fn.nbytes + vectors + rows * (row + 4 * weights)
         post = rows * (row + 4 * weights) + 2 * streams.nbytes
-        run = partial(hc_pre, streams, hc, dtype=dtype)
-        yield Call(name("hc_pre"), run, streams.nbytes + pre, rows * mix, True)
+        read = partial(hc_pre, streams, hc, dtype=dtype)
+        yield Call(name("hc_pre"), read, streams.nbytes + pre, rows * mix, True)
         yield Call(name("hc_post"), partial(hc_post, streams, y, mixing), post, rows * write)
         run = partial(hc_post_pre, streams, y, mixing, hc, dtype=dtype)
         yield Call(name("hc_post_pre"), run, post + pre, rows * (write + mix), True)
