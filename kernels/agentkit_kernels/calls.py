@@ -16,7 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The sizes of one model; fields are named as in `config.json`."""
+    """The sizes of one model; fields are named as in `config.json`.
+
+    Attributes:
+        activations: Dtypes that the model can have on a GPU; V4-Flash does not fit there in float32.
+    """
 
     name: str
     hidden_size: int
@@ -36,11 +40,13 @@ class Shapes:
     num_experts_per_tok: int
     moe_intermediate_size: int
     vocab_size: int
+    activations: tuple[torch.dtype, ...] = (torch.bfloat16,)
 
 
+FLOATS = (torch.bfloat16, torch.float32)
 FLASH = Shapes("flash", 4096, 64, 512, 64, 1024, 8, 1024, 128, 64, 128, 512, 4, 20, 256, 6, 2048, 129_280)
 """DeepSeek-V4-Flash."""
-TINY = Shapes("tiny", 256, 4, 96, 32, 128, 2, 128, 256, 8, 32, 16, 4, 20, 8, 2, 96, 1536)
+TINY = Shapes("tiny", 256, 4, 96, 32, 128, 2, 128, 256, 8, 32, 16, 4, 20, 8, 2, 96, 3072, FLOATS)
 """The packaged tiny model; its head and expert sizes are no powers of two."""
 
 
@@ -52,6 +58,11 @@ class Make(Protocol):
 
     def ints(self, values: Sequence[int] | range, dtype: torch.dtype = torch.int64) -> Tensor:
         """Return these integers."""
+
+
+def with_dtype(name: str, dtype: torch.dtype) -> str:
+    """Return the name of a configuration with activations of this dtype; bfloat16 is not mentioned."""
+    return name if dtype == torch.bfloat16 else f"{name}, {str(dtype).removeprefix('torch.')} activations"
 
 
 @dataclass(frozen=True, slots=True)

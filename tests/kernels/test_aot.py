@@ -3,7 +3,8 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+import agentkit_engine
 from agentkit_kernels.aot import __main__ as command
 from agentkit_kernels.aot import accepted as accepted_module
 from agentkit_kernels.aot import calls as catalog
@@ -21,9 +23,9 @@ from agentkit_kernels.aot.calls import OnMeta
 from agentkit_kernels.aot.compiling import Compiled, Outcome, compile_calls, faults
 from agentkit_kernels.aot.counting import Counted, fault
 from agentkit_kernels.aot.device import compiling_for
-from agentkit_kernels.aot.report import BEGIN, END, Report, code_hash, sources, table_is_current, write_table
+from agentkit_kernels.aot.report import BEGIN, END, Report, code_hash, sources, stale, table_is_current, write_table
 from agentkit_kernels.aot.targets import GFX942, SM_80, SM_90, SM_100, TARGETS, Target
-from agentkit_kernels.calls import Call
+from agentkit_kernels.calls import TINY, Call
 from agentkit_kernels.triton.launch import INTERPRET, launch
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="compiles kernels, which TRITON_INTERPRET=1 prevents")
@@ -221,6 +223,13 @@ def test_targets_do_not_share_programs() -> None:
     assert programs[0].key == programs[2].key != programs[1].key
 
 
+def test_the_shapes_of_the_tiny_model_are_those_of_its_config() -> None:
+    config = json.loads((Path(agentkit_engine.__file__).parent / "tiny" / "config.json").read_text())
+    sizes = {field.name: getattr(TINY, field.name) for field in fields(TINY)}
+    del sizes["name"], sizes["activations"]
+    assert sizes == {name: config[name] for name in sizes}
+
+
 COUNTED = Counted("planted", "decode, sum", 1000, 1100, 1500, 10, 20, 4_000_000)
 
 
@@ -273,6 +282,8 @@ def checked(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Report, "read", classmethod(lambda cls: read(path)))
     monkeypatch.setattr(catalog, "kernel_files", lambda: ["norm"])
     monkeypatch.setattr(catalog, "calls", lambda *args: [Call("decode, sum", lambda: None, 1000, 0)])
+    for name in ("SPILLS", "EXCESSES", "FLOAT_PRODUCTS"):
+        monkeypatch.setattr(accepted_module, name, {})
     return command.main(["--check"])
 
 
@@ -288,6 +299,36 @@ def test_a_fault_or_a_call_that_is_not_counted_fails_the_check(
 ) -> None:
     assert checked(replace(made(), faults=["norm.py: touches"], counted=[]), tmp_path, monkeypatch) == 1
     assert capsys.readouterr().out.splitlines()[:2] == ["FAULT: norm.py: touches", "not counted: norm.py (decode, sum)"]
+
+
+def test_an_accepted_fault_that_does_not_occur_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    spill, excess, product = ("_norm", "sm_90"), ("norm", "decode"), ("norm", "sum")
+    monkeypatch.setattr(accepted_module, "SPILLS", {spill: Spill(8, "planted")})
+    monkeypatch.setattr(accepted_module, "EXCESSES", {excess: Excess(2.0, "planted")})
+    monkeypatch.setattr(accepted_module, "FLOAT_PRODUCTS", {product: "planted"})
+    report = made()
+    needed = [replace(one, spill_bytes=4) for one in report.programs]
+    assert not stale(replace(report, programs=needed, counted=[replace(report.counted[0], touched_bytes=1500)]))
+    assert stale(replace(report, programs=[replace(one, tensor_cores="mma") for one in report.programs])) == [
+        "_norm on sm_90 spills nothing",
+        "norm.py (decode) touches no more than 1.1 times its floor",
+        "norm.py (sum) has no product without tensor cores",
+    ]
+
+
+def test_a_stale_entry_fails_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "stale", lambda report: ["_norm on sm_90 spills nothing"])
+    assert checked(made(), tmp_path, monkeypatch) == 1
+    assert capsys.readouterr().out == "accepted.py has an entry that is not needed: _norm on sm_90 spills nothing\n"
+
+
+def test_a_product_of_float32_operands_needs_no_tensor_cores_if_it_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = replace(product(16, 16, dot=False), name="product, float32")
+    assert any("uses no tensor cores" in one for one in compiled(call, SM_90).faults)
+    monkeypatch.setattr(accepted_module, "FLOAT_PRODUCTS", {("planted", "float32"): "planted"})
+    assert not any("uses no tensor cores" in one for one in compiled(call, SM_90).faults)
 
 
 def test_a_missing_report_is_asked_for(tmp_path: Path) -> None:

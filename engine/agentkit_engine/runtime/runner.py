@@ -45,7 +45,7 @@ Backend = Literal["reference", "cpu", "triton"]
 BACKENDS = ("auto", *get_args(Backend))
 logger = logging.getLogger(__name__)
 
-NUMERICS = 6
+NUMERICS = 7
 """Version of the numerics. Increment it with every change to a bit of a forward's output: stored states of another
 version are not used."""
 

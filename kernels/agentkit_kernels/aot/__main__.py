@@ -16,7 +16,7 @@ from pathlib import Path
 from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.aot.compiling import Outcome, compile_file, joined
 from agentkit_kernels.aot.counting import Counted, fault
-from agentkit_kernels.aot.report import README, RESULTS, Report, table_is_current, uncounted, write_table
+from agentkit_kernels.aot.report import README, RESULTS, Report, stale, table_is_current, uncounted, write_table
 from agentkit_kernels.aot.targets import TARGETS
 
 
@@ -59,11 +59,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _check() -> int:
     try:
         report = Report.read()
-    except ValueError as stale:
-        print(stale)
+    except ValueError as error:
+        print(error)
         return 1
     wrong = [f"FAULT: {one}" for one in report.faults]
     wrong += [f"not counted: {file}.py ({call})" for file, call in uncounted(report)]
+    wrong += [f"accepted.py has an entry that is not needed: {entry}" for entry in stale(report)]
     if not table_is_current(report):
         wrong.append(
             f"The table in {README.name} is not that of {RESULTS.name}; make it again with `make kernels-table`."

@@ -34,9 +34,6 @@ SPILLS: dict[tuple[str, str], Spill] = {
         8,
         "HCA keeps the running maximum, sum and average of a window beside its rows; 4 bytes, at tiny sizes",
     ),
-    ("_qkv", "sm_100"): Spill(
-        16, "the Hadamard rotation keeps a whole index query in registers, beside the codes and scales of its FP8 form"
-    ),
 }
 """By kernel and target."""
 EXCESSES: dict[tuple[str, str], Excess] = {
@@ -48,9 +45,13 @@ EXCESSES: dict[tuple[str, str], Excess] = {
     ("hyper_connections", "prefill, hc_pre"): Excess(
         1.15, "the partial sums of slabs pass through memory, so that a few rows keep many processors busy"
     ),
-    ("attention", "decode"): Excess(
-        1.75, "the float32 partial results of splits pass through memory, so that a few rows keep many processors busy"
+    ("attention", "decode, chosen"): Excess(
+        4.0,
+        "the float32 partial results of splits pass through memory, so that a few rows keep many processors busy: at "
+        "V4-Flash's shapes a split of 128 keys reads 75 kB of FP8 rows, and its results are 147 kB; without their "
+        "padding, 131 kB, the kernel spills 48 bytes on sm_90",
     ),
+    ("attention", "decode, all"): Excess(3.6, "as for chosen entries"),
     ("indexer", "prefill"): Excess(
         2.3,
         "each row's buffer of candidates is written and read back; it is as large as a query, whatever the number of "
@@ -58,12 +59,27 @@ EXCESSES: dict[tuple[str, str], Excess] = {
     ),
 }
 """By file and the start of a call's label."""
+FLOAT_PRODUCTS: dict[tuple[str, str], str] = dict.fromkeys(
+    [
+        ("linear", "float32"),
+        ("experts", "float32"),
+        ("attention", "float32 activations"),
+        ("indexer", "float32 activations"),
+    ],
+    "float32 operands are multiplied in float32, to which NVIDIA's tensor cores would not be exact: they round to TF32",
+)
+"""Reasons why products need no tensor cores, by file and a part of a call's label."""
 
 
 def spill_bytes(kernel: str, target: str) -> int:
     """Return the bytes that a kernel may spill on a target."""
     accepted = SPILLS.get((kernel, target))
     return accepted.bytes if accepted else 0
+
+
+def float_product(file: str, call: str) -> bool:
+    """Return whether a product is computed in float32, and so needs no tensor cores."""
+    return any(of == file and part in call for of, part in FLOAT_PRODUCTS)
 
 
 def touched_ratio(file: str, call: str, default: float) -> float:

@@ -20,6 +20,8 @@ COMPILED = {shapes.name: shapes for shapes in (FLASH, TINY)}
 COUNTED = Shapes("counted", 512, 16, 128, 64, 256, 2, 128, 128, 16, 128, 64, 4, 20, 8, 2, 256, 2048)
 """Shapes that fill their tiles and are small enough to interpret."""
 COUNTED_ROWS = {"decode": 2, "prefill": 128}
+COUNTED_AT_FLASH = ("attention",)
+"""Files whose decoding is counted at V4-Flash's shapes, with one row: their traffic depends on the number of splits."""
 
 
 class OnMeta:
@@ -63,8 +65,17 @@ def calls(file: str, shapes: Shapes, rows: Mapping[str, int], make: Make) -> Ite
     """
     for phase, count in rows.items():
         for call in _module(file).calls(shapes, count, make):
-            if not any(call.name.startswith(other) for other in rows if other != phase):
+            if not any(call.name.startswith(other) for other in ROWS if other != phase):
                 yield replace(call, name=f"{phase}, {call.name.removeprefix(f'{phase}, ')}")
+
+
+def counted_calls(file: str, make: Make) -> Iterator[Call]:
+    """Yield the calls of a file that are counted; see `calls`."""
+    rows = COUNTED_ROWS
+    if file in COUNTED_AT_FLASH:
+        yield from calls(file, FLASH, {"decode": 1}, make)
+        rows = {"prefill": COUNTED_ROWS["prefill"]}
+    yield from calls(file, COUNTED, rows, make)
 
 
 def _module(name: str) -> ModuleType:

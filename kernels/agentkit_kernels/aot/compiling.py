@@ -11,7 +11,7 @@ from triton import OutOfResources
 from triton.compiler.errors import CompilationError
 
 from agentkit_kernels.aot import calls as catalog
-from agentkit_kernels.aot.accepted import spill_bytes
+from agentkit_kernels.aot.accepted import float_product, spill_bytes
 from agentkit_kernels.aot.assembly import SCALAR, WIDE, Load, Resources, resources
 from agentkit_kernels.aot.device import Program, compiling_for
 from agentkit_kernels.aot.targets import TARGETS, Target
@@ -111,7 +111,7 @@ def _compile_call(call: Call, target: Target, launched: list[Program], file: str
                 wide_share=round(costs.wide_share, 3),
             )
         )
-    if call.tensor_cores and not any(costs.tensor_cores for _, costs in programs):
+    if call.tensor_cores and not (float_product(file, call.name) or any(costs.tensor_cores for _, costs in programs)):
         outcome.faults.append(f"{place}: uses no tensor cores")
     return outcome
 

@@ -158,7 +158,7 @@ def count_file(file: str) -> list[Counted]:
     flash = {call.name: call.bytes for call in catalog.calls(file, FLASH, catalog.ROWS, catalog.OnMeta())}
     return [
         count_call(call, file=file, flash_floor_bytes=flash.get(call.name))
-        for call in catalog.calls(file, catalog.COUNTED, catalog.COUNTED_ROWS, catalog.Random())
+        for call in catalog.counted_calls(file, catalog.Random())
     ]
 
 

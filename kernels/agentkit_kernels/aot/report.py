@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import triton
 
+from agentkit_kernels.aot import accepted
 from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.aot.compiling import Compiled
-from agentkit_kernels.aot.counting import Counted
+from agentkit_kernels.aot.counting import MOST_TOUCHED, Counted
 from agentkit_kernels.aot.device import compiling_for
 from agentkit_kernels.aot.targets import SM_90, TARGETS
 
@@ -138,9 +139,25 @@ def uncounted(report: Report) -> list[tuple[str, str]]:
         listed = [
             (file, call.name)
             for file in catalog.kernel_files()
-            for call in catalog.calls(file, catalog.COUNTED, catalog.COUNTED_ROWS, catalog.OnMeta())
+            for call in catalog.counted_calls(file, catalog.OnMeta())
         ]
     return sorted(set(listed) - {(counted.file, counted.call) for counted in report.counted})
+
+
+def stale(report: Report) -> list[str]:
+    """Return the entries of `accepted.py` that nothing in the report needs."""
+    spilling = {(program.kernel, program.target) for program in report.programs if program.spill_bytes}
+    unused = [f"{kernel} on {target} spills nothing" for kernel, target in accepted.SPILLS.keys() - spilling]
+    for file, start in accepted.EXCESSES:
+        calls = (one for one in report.counted if one.file == file and one.call.startswith(start))
+        if not any(one.touched_bytes > MOST_TOUCHED * one.floor_bytes for one in calls):
+            unused.append(f"{file}.py ({start}) touches no more than {MOST_TOUCHED} times its floor")
+    on_cores = {(one.file, one.call, one.target) for one in report.programs if one.tensor_cores}
+    without = {(one.file, one.call) for one in report.programs if (one.file, one.call, one.target) not in on_cores}
+    for file, part in accepted.FLOAT_PRODUCTS:
+        if not any(of == file and part in call for of, call in without):
+            unused.append(f"{file}.py ({part}) has no product without tensor cores")
+    return sorted(unused)
 
 
 def write_table(report: Report, readme: Path = README) -> None:

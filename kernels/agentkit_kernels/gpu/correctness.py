@@ -135,7 +135,7 @@ def _compressor(bench: Bench) -> Found:
         options: list[dict[str, Any]] = [{}]
         if prefix:
             made += [pools(zeros(spans + 1, per_span, size, dtype=torch.uint8))]
-            options += [{"key_scales": zeros(spans + 1, per_span), "hadamard": True}]
+            options += [{"key_scales": zeros(spans + 1, per_span)}]
         else:
             made += [pools(zeros(spans + 1, per_span, quantize_twin.kv_row_bytes(size, rotary), dtype=torch.uint8))]
             options += [{}]
@@ -155,7 +155,7 @@ def _compressor(bench: Bench) -> Found:
         flat = expected.flatten(0, 1)[slots]
         if prefix:
             codes = stored.view(torch.float8_e4m3fn).float() * options[1]["key_scales"][:, :, None]
-            yield f"{kind}, FP8 with Hadamard", codes.flatten(0, 1)[slots], quantize_twin.hadamard(flat), FP8
+            yield f"{kind}, FP8", codes.flatten(0, 1)[slots], flat, FP8
         else:
             loaded = quantize_twin.load_kv_rows(stored, slots, size, rotary=rotary, dtype=torch.float32)
             yield f"{kind}, FP8 rows", loaded, flat, FP8
@@ -295,10 +295,6 @@ def _qkv(bench: Bench) -> Found:
     expected_weights = projected[:, size:].float() * (index_heads * index_size) ** -0.5
     expected = (expected_q, expected_kv, expected_index, expected_weights)
     yield "queries, rows and index queries", qkv.qkv(q, projected, turns, heads), expected, BF16
-    _, _, codes, weights = qkv.qkv(q, projected, turns, heads, hadamard=True, fp8=True)
-    decoded = codes.view(torch.float8_e4m3fn).float() * weights[:, :, None]
-    rotated = quantize_twin.hadamard(expected_index) * expected_weights[:, :, None]
-    yield "Hadamard and FP8 index queries, weighted", decoded, rotated, FP8
 
 
 def _quantize(bench: Bench) -> Found:

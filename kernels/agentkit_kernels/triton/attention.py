@@ -20,7 +20,7 @@ Splits. The window and the entries are divided into splits of `SPLIT` keys, coun
 entry (or choice) 0 upwards. Splits are computed apart and then merged in order, so the sum of a row has one order for
 every batch. `decode=True` computes each split in its own program and merges them in a second kernel. `decode=False`
 does both in one program per row, without partial results in memory. Both run the same operations in the same order and
-give the same bits for a row; tests compare them.
+give the same bits for a row; tests compare them. A window alone is one split, and needs no partial results.
 
 Floor: every distinct row once, queries and result once; 4 * K flops per head and key. At Flash, decoding a row over
 640 keys of 584 bytes moves 0.37 MB of keys and 0.13 MB of queries and result for 84 MFLOP.
@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.ops import QUERY_BLOCK
 from agentkit_kernels.reference.quantize import KV_GROUP, KV_SCALES, kv_row_bytes
 from agentkit_kernels.triton.formats import e4m3_to_float
@@ -338,7 +339,8 @@ def attend(
         entries: [spans, entries per span, K], or uint8 [spans, entries per span, X].
         block_tables: int64 [B, spans per sequence].
         topk: Chosen entries [N, P], and how many of them are valid [N]; None for all entries in a query's past.
-        decode: True for few rows: splits run in parallel, with float32 partial results [N, S, H, K] in memory.
+        decode: True for few rows: if there are several splits, they run in parallel, with float32 partial results
+            [N, S, H, K] in memory.
 
     Raises:
         ValueError: The rows' formats or sizes do not fit together.
@@ -366,6 +368,7 @@ def attend(
     if ratio:
         most = topk_indices.shape[1] if topk is not None else tables.shape[1] * entries.shape[1]
     splits = triton.cdiv(window, SPLIT) + triton.cdiv(most, SPLIT)
+    decode = decode and splits > 1  # a single split needs no partial results
     plain = size - rotary
     block_p = max(GROUP.value if fp8 else 16, triton.next_power_of_2(plain))
     block_r = max(16, triton.next_power_of_2(rotary))
@@ -419,9 +422,9 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
             per_span = 256 // ratio if ratio else 1
             spans = -(-seen // per_span)
             end = max(ratio * seen, shapes.sliding_window + rows)
-            for fp8 in (False, True):
-                dtype, width = (torch.uint8, kv_row_bytes(size, rotary)) if fp8 else (torch.bfloat16, size)
-                q = make.floats(rows, heads, size)
+            for fp8, activations in product((False, True), shapes.activations):
+                dtype, width = (torch.uint8, kv_row_bytes(size, rotary)) if fp8 else (torch.float32, size)
+                q = make.floats(rows, heads, size, dtype=activations)
                 kv = make.floats(rows, width, dtype=dtype)
                 rotations = make.floats(rows, rotary, dtype=torch.float32)
                 sink = make.floats(heads, dtype=torch.float32)
@@ -442,7 +445,7 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
                     window=shapes.sliding_window, ratio=ratio, decode=decode, **options,
                 )  # fmt: skip
                 distinct = sequences * (shapes.sliding_window + seen) + (0 if decode else rows - 1)
-                moved = (distinct + rows) * width * dtype.itemsize + 4 * rows * heads * size
+                moved = (distinct + rows) * width * dtype.itemsize + 2 * q.nbytes
                 flops = 4 * size * heads * rows * (shapes.sliding_window + seen)
-                name = f"{'decode' if decode else 'prefill'}, {kind}, {'FP8' if fp8 else 'bf16'} rows"
-                yield Call(name, run, moved, flops, tensor_cores=True)
+                name = f"{'decode' if decode else 'prefill'}, {kind}, {'FP8' if fp8 else 'float32'} rows"
+                yield Call(with_dtype(name, activations), run, moved, flops, tensor_cores=True)

@@ -1,7 +1,7 @@
 """`Triton`: the operations of this folder, as `agentkit_kernels.ops.Ops`.
 
-Activations have one dtype, bfloat16 or float32; logits, and products with float32 weights, are float32. A lookup of
-rows is torch's, all other operations are Triton kernels. Only batches of a fixed size, for CUDA graphs, have padding.
+Activations have one dtype, bfloat16 or float32; logits are float32. A lookup of rows is torch's, all other operations
+are Triton kernels. Only batches of a fixed size, for CUDA graphs, have padding.
 """
 
 from __future__ import annotations
@@ -253,9 +253,7 @@ class Triton:
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         sizes = [part.shape[-2] for part in weight.parts]
-        dtypes = [part.dtype for part in weight.parts if isinstance(part, Tensor)]
-        wide = weight.wide or torch.float32 in dtypes
-        out = x.new_empty(len(x), sum(sizes), dtype=torch.float32 if wide else x.dtype)
+        out = x.new_empty(len(x), sum(sizes), dtype=torch.float32 if weight.wide else x.dtype)
         first = 0
         for part, size in zip(weight.parts, sizes, strict=True):
             linear.linear(x, part, out=out[:, first : first + size], exact=self.exact)

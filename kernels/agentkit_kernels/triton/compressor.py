@@ -18,7 +18,7 @@ with `ape` already added: token t in row t mod open rows. So there are two launc
 A row's bits do not depend on the forward that computed it if the pools are float32.
 
 Entries are stored through block tables, as they are, as 584-byte key-value rows, or as E4M3 index keys with a float32
-scale (a power of two) each, optionally after a Hadamard rotation. See `quantize.py` for the formats.
+scale (a power of two) each. See `quantize.py` for the formats.
 
 Floor: the projected values and scores read once (4 KiB per token for CSA, 2 KiB for HCA and 1 KiB for index keys, with
 bfloat16), entries written once. Source: the DeepSeek-V4 reference. Dimension key: `agentkit_kernels.ops`.
@@ -28,23 +28,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.ops import Compressor
 from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.triton.launch import launch
-from agentkit_kernels.triton.quantize import (
-    encode_e4m3,
-    hadamard,
-    inverse_scale,
-    scale_byte,
-    store_kv_row,
-)
+from agentkit_kernels.triton.quantize import encode_e4m3, inverse_scale, scale_byte, store_kv_row
 from agentkit_kernels.triton.rope import pairs_of, rotate, turn
 
 _TILE, _SEQUENCES = 8, 64
@@ -79,8 +74,7 @@ def _entries(
     scores_ptr, entries_ptr, scales_ptr,
     sequences, stride_projected, stride_slot, stride_table, stride_span, column, eps,
     RATIO: tl.constexpr, SERIES: tl.constexpr, K: tl.constexpr, R: tl.constexpr, OPEN: tl.constexpr,
-    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, HADAMARD: tl.constexpr,
-    FORMAT: tl.constexpr,
+    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Pool, norm, rotate and store one completed entry."""
     width: tl.constexpr = SERIES * K
@@ -121,8 +115,6 @@ def _entries(
         pair, rotary = pairs_of(K, R, BLOCK)
         cosine, sine = turn(window * RATIO, tl.load(frequencies_ptr + pair, mask=rotary, other=0.0))
         entry = rotate(entry[None, :], cosine, sine, 1, BLOCK)
-        if HADAMARD:
-            entry = hadamard(entry, 1, BLOCK)
 
         span = tl.load(tables_ptr + sequence.to(tl.int64) * stride_table + window // PER_SPAN)
         entries_ptr += span * stride_span
@@ -173,7 +165,6 @@ def compress(
     entries: Tensor,
     *,
     key_scales: Tensor | None = None,
-    hadamard: bool = False,
 ) -> None:
     """Store every entry that this forward's tokens complete, and the last open rows of each sequence.
 
@@ -190,11 +181,9 @@ def compress(
         entries: [spans, entries per span, K] of a float dtype; uint8 E4M3 codes of index keys [spans, entries per span,
             K] with `key_scales`, float32 [spans, entries per span]; or pages of key-value rows (`quantize.py`).
         key_scales: Of index keys in FP8.
-        hadamard: Multiply entries by the Hadamard matrix over sqrt(K); index queries need the same.
 
     Raises:
-        ValueError: the entries have none of these formats, there are too few open rows, or K is not a power of two with
-            `hadamard`.
+        ValueError: the entries have none of these formats, or there are too few open rows.
     """
     size, width = len(compressor.norm), compressor.ape.shape[1]
     series, rotary = width // size, 2 * len(compressor.frequencies)
@@ -204,8 +193,6 @@ def compress(
             f"an entry pools {series * compressor.ratio} rows, but the pools have {values.shape[1]} open rows with "
             f"strides {values.stride()} and {scores.stride()}"
         )
-    if hadamard and size & (size - 1):
-        raise ValueError(f"the Hadamard rotation needs an entry size that is a power of two, got {size}")
     sequences, block = len(slots), triton.next_power_of_2(size)
     launch(
         _entries, (len(projected) // compressor.ratio + sequences if sequences else 0,), projected, compressor.ape,
@@ -213,7 +200,7 @@ def compress(
         key_scales, sequences, projected.stride(0), values.stride(0), block_tables.stride(0), entries.stride(0),
         compressor.column, compressor.eps, RATIO=compressor.ratio, SERIES=series, K=size, R=rotary,
         OPEN=values.shape[1], PER_SPAN=entries.shape[1], TILE=_TILE, BLOCK=block,
-        CHUNK=_SEQUENCES, HADAMARD=hadamard, FORMAT=format,
+        CHUNK=_SEQUENCES, FORMAT=format,
         num_warps=max(1, min(8, block // 64)),
     )  # fmt: skip
     launch(
@@ -241,13 +228,14 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     entry."""
     rotary, head, index = shapes.qk_rope_head_dim, shapes.head_dim, shapes.index_head_dim
     column = shapes.q_lora_rank + head + shapes.index_n_heads
-    for kind, ratio, size, series in (("CSA", 4, head, 2), ("HCA", 128, head, 1), ("index keys", 4, index, 2)):
+    kinds = (("CSA", 4, head, 2), ("HCA", 128, head, 1), ("index keys", 4, index, 2))
+    for (kind, ratio, size, series), activations in product(kinds, shapes.activations):
         width, per_span, open_rows = series * size, 256 // ratio, series * ratio + 12
         vector = partial(make.floats, dtype=torch.float32)
         parameters = Compressor(
             "", column, ratio, series == 2, vector(ratio, width), vector(size), 1e-6, vector(rotary // 2)
         )  # fmt: skip
-        projected = make.floats(rows, column + 2 * width)
+        projected = make.floats(rows, column + 2 * width, dtype=activations)
         for phase in ("prefill", "decode"):
             sequences, longest = (1, rows) if phase == "prefill" else (rows, 1)
             completed = rows // ratio if phase == "prefill" else rows
@@ -267,15 +255,13 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
                 compress, projected, parameters, cu_seqlens, starts, slots, tables, longest, values, scores
             )  # fmt: skip
             shape = (sequences * spans + 1, per_span)
-            name, plain = f"{phase}, {kind}", make.floats(*shape, size)
-            yield Call(f"{name}, bfloat16", partial(run, plain), moved + completed * size * 2, flops)
-            if kind != "index keys":
+            name = with_dtype(f"{phase}, {kind}", activations)
+            yield Call(f"{name}, float32", partial(run, vector(*shape, size)), moved + completed * size * 4, flops)
+            if kind == "index keys":
+                keys, key_scales = make.floats(*shape, size, dtype=torch.uint8), vector(*shape)
+                run_keys = partial(run, keys, key_scales=key_scales)
+                yield Call(f"{name}, FP8", run_keys, moved + completed * (size + 4), flops)
+            else:
                 row = kv_row_bytes(size, rotary)
                 pages = make.floats(*shape, row, dtype=torch.uint8)
                 yield Call(f"{name}, key-value rows", partial(run, pages), moved + completed * row, flops)
-                continue
-            keys, key_scales = make.floats(*shape, size, dtype=torch.uint8), vector(*shape)
-            for rotated in (False, True):
-                run_keys = partial(run, keys, key_scales=key_scales, hadamard=rotated)
-                name_keys = f"{name}{', Hadamard' if rotated else ''}, FP8"
-                yield Call(name_keys, run_keys, moved + completed * (size + 4), flops)

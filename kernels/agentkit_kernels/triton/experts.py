@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.packed import Packed
 from agentkit_kernels.triton.formats import scale_to_float
 from agentkit_kernels.triton.launch import launch
@@ -347,7 +348,7 @@ def _fit(tile: Tile, weight: Operand) -> Tile:
 
 def _multiply(kernel: Any, groups: Groups, weight: Operand, x: Tensor, *args: Any, **options: int) -> None:
     """Launch a kernel over all tiles of rows `x` and all columns of a weight."""
-    tile = _fit(groups.tile, weight)
+    tile = weight.fit(_fit(groups.tile, weight), x)
     launch(
         kernel, (groups.tiles * triton.cdiv(weight.outputs, tile.outputs),), x, *args,
         X=weight.outputs, K=weight.inputs, FORMAT=weight.format, DIRECT=groups.direct, OPERAND=weight.type(x),
@@ -436,7 +437,7 @@ def experts(
             f"rows {tuple(x.shape)} need w1 and w3 [E, I, D] of one format and w2 [E, D, I], got "
             f"{tuple(w1.shape)}, {tuple(w3.shape)} and {tuple(w2.shape)}"
         )
-    groups = group(experts_NA, gates.groups, exact=exact)
+    groups = group(experts_NA, gates.groups, exact=exact or not gates.narrow(x))
     hidden = gate_up(x, groups, weights_NA.reshape(-1), gates, ups, limit, experts_NA.shape[1])
     return combine(down(hidden, groups, downs), shared)
 
@@ -446,8 +447,10 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     hidden, width, number = shapes.hidden_size, shapes.moe_intermediate_size, shapes.n_routed_experts
     active = shapes.num_experts_per_tok
     pairs = rows * active
-    x, weights = make.floats(rows, hidden), make.floats(pairs, dtype=torch.float32)
-    inner, outer = make.floats(pairs, width), make.floats(pairs, hidden)
+    weights = make.floats(pairs, dtype=torch.float32)
+    formats = ["bfloat16", "fp8", "mxfp4", "int8"]
+    if torch.float32 in shapes.activations:
+        formats.append("float32")
     used = min(pairs, number)
     for exact in (True, False):
         groups = _grouped_in_turn(pairs, number, exact, make)
@@ -457,25 +460,30 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
         if not groups.direct:
             bytes_ = 8 * 2 * pairs + 12 * groups.tiles
             yield Call(f"group{name}", partial(group, groups.experts, number, exact=exact), bytes_, 0)
-        for number_format in ("bfloat16", "fp8", "mxfp4", "int8"):
+        for number_format, activations in product(formats, shapes.activations):
+            x, inner = (make.floats(*shape, dtype=activations) for shape in ((rows, hidden), (pairs, width)))
             w1, w3 = (operand(random_weight(number_format, (number, width, hidden), make)) for _ in range(2))
             w2 = operand(random_weight(number_format, (number, hidden, width), make))
+            if not (exact or w1.narrow(x)):
+                continue
             yield Call(
-                f"gate and up, {number_format}{name}",
+                with_dtype(f"gate and up, {number_format}{name}", activations),
                 partial(gate_up, x, groups, weights, w1, w3, 10.0, active),
-                2 * used * _matrix_bytes(w1) + 2 * rows * hidden + pairs * (4 + 8 + 2 * width),
+                2 * used * _matrix_bytes(w1) + x.nbytes + inner.nbytes + pairs * (4 + 8),
                 4 * pairs * hidden * width,
                 tensor_cores=True,
             )
             yield Call(
-                f"down, {number_format}{name}",
+                with_dtype(f"down, {number_format}{name}", activations),
                 partial(down, inner, groups, w2),
-                used * _matrix_bytes(w2) + 2 * pairs * (width + hidden) + 8 * pairs,
+                used * _matrix_bytes(w2) + inner.nbytes + pairs * (hidden * x.itemsize + 8),
                 2 * pairs * hidden * width,
                 tensor_cores=True,
             )
-        if exact:
-            yield Call("combine", partial(combine, outer, x), 2 * hidden * (pairs + 2 * rows), pairs * hidden)
+        for activations in shapes.activations if exact else ():
+            outer, shared = (make.floats(count, hidden, dtype=activations) for count in (pairs, rows))
+            moved = outer.nbytes + 2 * shared.nbytes
+            yield Call(with_dtype("combine", activations), partial(combine, outer, shared), moved, pairs * hidden)
 
 
 def _matrix_bytes(weight: Operand) -> int:

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.ops import HyperConnection, HyperHead
 from agentkit_kernels.triton.launch import INTERPRET, launch
 
@@ -220,7 +220,7 @@ def _precision() -> str:
 
 
 def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
-    """Yield every configuration with bfloat16 and with float32 streams; see `agentkit_kernels.calls`."""
+    """Yield every configuration; see `agentkit_kernels.calls`."""
     size, dim = shapes.hc_mult, shapes.hidden_size
     outputs, weights = (2 + size) * size, size + size * size
     vector = partial(make.floats, dtype=torch.float32)
@@ -228,20 +228,19 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     hc = HyperConnection(fn, base, scale, norm, 1e-6, 1e-6, shapes.hc_sinkhorn_iters)
     head_fn, head_base, head_scale = vector(size, size * dim), vector(size), vector(1)
     head = HyperHead(head_fn, head_base, head_scale, norm, 1e-6, 1e-6)
-    y, mixing = make.floats(rows, dim), vector(rows, weights)
-    for dtype in (torch.bfloat16, torch.float32):
-        streams = make.floats(rows, size, dim, dtype=dtype)
-        name = f"{str(dtype).removeprefix('torch.')} streams"
+    mixing = vector(rows, weights)
+    for dtype in shapes.activations:
+        streams, y = make.floats(rows, size, dim, dtype=dtype), make.floats(rows, dim, dtype=dtype)
+        name = partial(with_dtype, dtype=dtype)
         row, vectors = dim * y.itemsize, 4 * (outputs + 3 + dim)
         write, mix = 2 * dim * size * (size + 1), 2 * dim * size * (outputs + 2)
         pre = fn.nbytes + vectors + rows * (row + 4 * weights)
         post = rows * (row + 4 * weights) + 2 * streams.nbytes
-        yield Call(
-            f"hc_pre, {name}", partial(hc_pre, streams, hc, dtype=y.dtype), streams.nbytes + pre, rows * mix, True
-        )
-        yield Call(f"hc_post, {name}", partial(hc_post, streams, y, mixing), post, rows * write)
-        run = partial(hc_post_pre, streams, y, mixing, hc, dtype=y.dtype)
-        yield Call(f"hc_post_pre, {name}", run, post + pre, rows * (write + mix), True)
+        read = partial(hc_pre, streams, hc, dtype=dtype)
+        yield Call(name("hc_pre"), read, streams.nbytes + pre, rows * mix, True)
+        yield Call(name("hc_post"), partial(hc_post, streams, y, mixing), post, rows * write)
+        run = partial(hc_post_pre, streams, y, mixing, hc, dtype=dtype)
+        yield Call(name("hc_post_pre"), run, post + pre, rows * (write + mix), True)
         moved = streams.nbytes + head_fn.nbytes + 4 * (size + 1 + dim) + rows * row
         flops = rows * 2 * dim * size * (size + 2)
-        yield Call(f"hc_head, {name}", partial(hc_head, streams, head, dtype=y.dtype), moved, flops, True)
+        yield Call(name("hc_head"), partial(hc_head, streams, head, dtype=dtype), moved, flops, True)

@@ -7,7 +7,6 @@ infinity, so that the logits show it. Source: DeepSeek-V3.2 (arXiv:2512.02556). 
 
 Keys are read through block tables: entry w is in row w mod E of span `block_tables[b, w // E]`, where E is the number
 of entries per span. They are bf16 or fp32 rows of C values, or C codes in E4M3 (uint8) with a float32 scale per row.
-Queries may be E4M3 codes too; the scale of a head is then part of its weight.
 
 Scores become unsigned integers in the same order. `_best` finds the lowest score that belongs to the best `top_k` of a
 list bit by bit, and keeps the best in the order of the entries, so that the first of equals is chosen.
@@ -35,13 +34,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.triton.formats import e4m3_to_float
 from agentkit_kernels.triton.launch import INTERPRET, launch
 
@@ -87,14 +87,12 @@ def _best(keys, top_k):
 @triton.jit
 def _query(
     q_ptr, weights_ptr, n, J, C, stride_qn, stride_qj, stride_wn,
-    FP8_Q: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Return the heads of row n [BLOCK_J, BLOCK_C], and their weights."""
     j, c = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_C)
     mask = (j < J)[:, None] & (c < C)[None, :]
     q = tl.load(q_ptr + n * stride_qn + j[:, None].to(tl.int64) * stride_qj + c[None, :], mask=mask, other=0)
-    if FP8_Q:
-        q = e4m3_to_float(q).to(tl.bfloat16)
     if INTERPRET:  # the interpreter's product of bfloat16 is wrong
         q = q.to(tl.float32)
     return q, tl.load(weights_ptr + n * stride_wn + j, mask=j < J, other=0.0).to(tl.float32)
@@ -138,7 +136,7 @@ def _index_scan(
     q_ptr, weights_ptr, positions_ptr, sequences_ptr, tables_ptr, entries_ptr, scales_ptr,
     best_ptr, best_index_ptr, counts_ptr,
     J, C, RATIO, top_k, S, stride_qn, stride_qj, stride_wn, stride_tb, stride_es, stride_er, stride_ss,
-    PER_SPAN: tl.constexpr, FP8_Q: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr,
+    PER_SPAN: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split): the candidates of one split."""
@@ -156,9 +154,7 @@ def _index_scan(
         tl.store(best_index_ptr + out * top_k + position, position, mask=low + position < visible)
         tl.store(counts_ptr + out, tl.maximum(end - low, 0).to(tl.int64))
         return
-    q, weights = _query(
-        q_ptr, weights_ptr, n, J, C, stride_qn, stride_qj, stride_wn, FP8_Q, BLOCK_J, BLOCK_C, INTERPRET
-    )
+    q, weights = _query(q_ptr, weights_ptr, n, J, C, stride_qn, stride_qj, stride_wn, BLOCK_J, BLOCK_C, INTERPRET)
     table_ptr = tables_ptr + b * stride_tb
     TILES: tl.constexpr = SPLIT // BLOCK_S
     tile = tl.arange(0, TILES)
@@ -206,7 +202,7 @@ def _index_stream(
     q_ptr, weights_ptr, positions_ptr, sequences_ptr, tables_ptr, entries_ptr, scales_ptr,
     buffer_ptr, buffer_index_ptr, best_ptr, best_index_ptr, counts_ptr,
     N, J, C, RATIO, top_k, S, stride_qn, stride_qj, stride_wn, stride_tb, stride_es, stride_er, stride_ss,
-    PER_SPAN: tl.constexpr, FP8_Q: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, QUERIES: tl.constexpr,
+    PER_SPAN: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, QUERIES: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (QUERIES rows, part): the candidates of these rows among one of S parts of their entries."""
@@ -228,7 +224,7 @@ def _index_stream(
     for i in tl.static_range(QUERIES):
         heads, of_heads = _query(
             q_ptr, weights_ptr, tl.minimum(n0 + i, N - 1), J, C, stride_qn, stride_qj, stride_wn,
-            FP8_Q, BLOCK_J, BLOCK_C, INTERPRET,
+            BLOCK_J, BLOCK_C, INTERPRET,
         )  # fmt: skip
         q += (heads,)
         weights += (of_heads,)
@@ -310,7 +306,7 @@ def index_topk(
     """Choose each query's best entries; see `Ops.index_topk`.
 
     Args:
-        q: [N, J, C], rotated; rows and heads may have any stride. uint8 for E4M3 codes.
+        q: [N, J, C], rotated; rows and heads may have any stride.
         weights: [N, J], scaled.
         positions: int64 [N].
         sequences: int64 [N], the sequence of each row; negative for padding, which chooses nothing.
@@ -350,7 +346,7 @@ def index_topk(
         *streamed, keys, indices, counts, *((rows,) if more else ()),
         heads, size, ratio, top_k, lists, q.stride(0), q.stride(1), weights.stride(0), block_tables.stride(0),
         entries.stride(0), entries.stride(1), 0 if key_scales is None else key_scales.stride(0),
-        PER_SPAN=per_span, FP8_Q=q.dtype == torch.uint8, FP8=key_scales is not None, SPLIT=split,
+        PER_SPAN=per_span, FP8=key_scales is not None, SPLIT=split,
         BLOCK_J=max(16, triton.next_power_of_2(heads)), BLOCK_C=max(16, triton.next_power_of_2(size)), BLOCK_S=BLOCK_S,
         INTERPRET=INTERPRET, num_warps=4, **more,
     )  # fmt: skip
@@ -381,9 +377,9 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     heads, size, top_k, ratio, per_span = shapes.index_n_heads, shapes.index_head_dim, shapes.index_topk, 4, 64
     visible = 16 * top_k
     spans = -(-visible // per_span)
-    for fp8 in (False, True):
-        dtype = torch.uint8 if fp8 else torch.bfloat16
-        q = make.floats(rows, heads, size, dtype=dtype)
+    for fp8, activations in product((False, True), shapes.activations):
+        dtype = torch.uint8 if fp8 else torch.float32
+        q = make.floats(rows, heads, size, dtype=activations)
         weights = make.floats(rows, heads, dtype=torch.float32)
         positions = make.ints([ratio * visible - 1] * rows)
         sequences = make.ints([0] * rows)
@@ -391,8 +387,7 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
         entries = make.floats(spans, per_span, size, dtype=dtype)
         scales = make.floats(spans, per_span, dtype=torch.float32) if fp8 else None
         run = partial(index_topk, q, weights, positions, sequences, tables, entries, scales, ratio=ratio, top_k=top_k)
-        moved = visible * (size * dtype.itemsize + 4 * fp8) + rows * (
-            heads * (size * dtype.itemsize + 4) + 16 + 4 * top_k + 8
-        )
+        moved = visible * (size * dtype.itemsize + 4 * fp8) + q.nbytes + rows * (4 * heads + 16 + 4 * top_k + 8)
         flops = 2 * rows * visible * heads * (size + 1)
-        yield Call(f"{'FP8' if fp8 else 'bf16'} queries and keys", run, moved, flops, tensor_cores=True)
+        name = with_dtype(f"{'FP8' if fp8 else 'float32'} keys", activations)
+        yield Call(name, run, moved, flops, tensor_cores=True)

@@ -4,7 +4,8 @@ Weights are bfloat16 or float32 tensors, or `Packed` (`agentkit_kernels.packed`)
 scale per row, MXFP4 with a scale per 32 columns. A packed weight is decoded tile by tile in registers; no dequantised
 copy exists. Products of bfloat16 rows run on tensor cores with float32 sums, since every E4M3, E2M1 and int8 code is
 exact in bfloat16, as is an E2M1 code times its power of two. FP8 scales multiply the sum over a block's 128 columns,
-and int8 scales the whole sum. Float32 rows are multiplied in float32.
+and int8 scales the whole sum. Float32 rows or weights are multiplied in float32: NVIDIA's tensor cores would round them
+to TF32, so these products do not use them, and take shorter steps.
 
 Floor: the weight's bytes (X K for bfloat16 twice, FP8 and int8 once, MXFP4 17/32), 2 N K bytes of rows, 2 N X bytes of
 results; 2 N X K flops. Few rows are bound by the weight's bytes: one row of V4-Flash's `wq_b` (32768 x 1024 in FP8)
@@ -15,8 +16,8 @@ BLOCK_K, and splits are added in order. For few rows each split has a program of
 weight with all its multiprocessors, and a second kernel adds the splits. For many rows one program adds them as it
 goes. Both do the same arithmetic on the same tile, so a row's bits do not depend on the number of rows. (A compiler may
 fuse a product into the sum that follows, so nothing multiplies a split between its last step and the addition.)
-`exact=False` takes a larger tile without splits for many rows. It decodes each weight once per 128 rows instead of once
-per 32, and its sums group otherwise.
+`exact=False` takes a larger tile without splits for many rows in bfloat16. It decodes each weight once per 128 rows
+instead of once per 32, and its sums group otherwise.
 
 The weight is the left operand: its rows fill the 64-row side of a tensor core's tile, so few rows of x waste little.
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.packed import FP8_BLOCK, MXFP4_GROUP, Packed
 from agentkit_kernels.triton.formats import e4m3_to_float, mxfp4_to_float, scale_to_float
 from agentkit_kernels.triton.launch import INTERPRET, launch
@@ -51,6 +53,8 @@ class Tile(NamedTuple):
 
 EXACT_TILE = Tile(32, 64, 128, 4, 4)
 LARGE_TILE = Tile(128, 128, 64, 8, 4)
+FLOAT_INPUTS = 16
+"""Inputs of one step with float32 operands: without tensor cores, a thread holds its part of a step in registers."""
 FEW_ROWS = 64
 """Up to this many rows, each split of K has a program of its own."""
 PROGRAMS = 256
@@ -223,10 +227,19 @@ class Operand:
             other.strides,
         )
 
+    def narrow(self, x: Tensor) -> bool:
+        """True if rows and weight are exact in bfloat16."""
+        return x.dtype == torch.bfloat16 and self.data.dtype != torch.float32
+
     def type(self, x: Tensor) -> Any:
         """The type of the product's operands: bfloat16 where both sides are exact in it, else float32."""
-        both = x.dtype == torch.bfloat16 and self.data.dtype != torch.float32
-        return tl.bfloat16 if both and not INTERPRET else tl.float32
+        return tl.bfloat16 if self.narrow(x) and not INTERPRET else tl.float32
+
+    def fit(self, tile: Tile, x: Tensor) -> Tile:
+        """Return the tile with as many inputs as registers can hold; a step over MXFP4 has a group at least."""
+        if self.narrow(x):
+            return tile
+        return tile._replace(inputs=MXFP4_GROUP if self.format == "mxfp4" else FLOAT_INPUTS)
 
 
 def operand(weight: Tensor | Packed) -> Operand:
@@ -329,9 +342,9 @@ def _multiply(x_NGK: Tensor, w: Operand, out_NGX: Tensor, exact: bool) -> None:
         raise ValueError(f"the output's rows must be contiguous, got strides {out_NGX.stride()}")
     tile = EXACT_TILE
     size = split_size(w.outputs, w.inputs, w.groups)
-    if not exact and rows > FEW_ROWS:
+    if not exact and rows > FEW_ROWS and w.narrow(x_NGK):
         tile, size = LARGE_TILE, triton.cdiv(w.inputs, LARGE_TILE.inputs) * LARGE_TILE.inputs
-    number = triton.cdiv(w.inputs, size)
+    tile, number = w.fit(tile, x_NGK), triton.cdiv(w.inputs, size)
     together = number == 1 or rows > FEW_ROWS
     target, stride_split = out_NGX, 0
     if not together:
@@ -390,7 +403,7 @@ def _multiply(x_NGK: Tensor, w: Operand, out_NGX: Tensor, exact: bool) -> None:
 
 
 def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
-    """Yield the query product in every format, the grouped output product, and the head."""
+    """Yield the products of an attention layer in every format, and those whose results are float32."""
     hidden, latent = shapes.hidden_size, shapes.q_lora_rank
     queries = shapes.num_attention_heads * shapes.head_dim
     group = queries // shapes.o_groups
@@ -399,23 +412,27 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
         ("query", (queries, latent)),
         ("grouped output", (shapes.o_groups, shapes.o_lora_rank, group)),
         ("output", (hidden, shapes.o_groups * shapes.o_lora_rank)),
+        ("gate", (shapes.n_routed_experts, hidden)),
         ("head", (shapes.vocab_size, hidden)),
     ]
-    for number_format in ("bfloat16", "fp8", "int8", "mxfp4"):
-        for name, shape in stacks:
-            weight = random_weight(number_format, shape, make)
-            groups, outputs, inputs = 1 if len(shape) == 2 else shape[0], shape[-2], shape[-1]
-            moved = weight.nbytes + 2 * rows * groups * (inputs + outputs)
-            for exact in (True, False) if rows > FEW_ROWS else (True,):
-                x = make.floats(rows, groups * inputs)
-                product = linear if len(shape) == 2 else grouped_linear
-                yield Call(
-                    f"{name}, {number_format}{'' if exact else ', inexact'}",
-                    partial(product, x, weight, exact=exact),
-                    moved,
-                    2 * rows * groups * outputs * inputs,
-                    tensor_cores=True,
-                )
+    formats = ("bfloat16", "float32", "fp8", "int8", "mxfp4")
+    for number_format, activations, (name, shape) in product(formats, shapes.activations, stacks):
+        logits = name in ("gate", "head")
+        if logits and number_format not in ("bfloat16", "float32"):
+            continue  # checkpoints do not pack them
+        weight = random_weight(number_format, shape, make)
+        groups, outputs, inputs = 1 if len(shape) == 2 else shape[0], shape[-2], shape[-1]
+        x = make.floats(rows, groups * inputs, dtype=activations)
+        out = make.floats(rows, groups * outputs, dtype=torch.float32 if logits else activations)
+        multiply = partial(linear, x, weight, out=out) if groups == 1 else partial(grouped_linear, x, weight)
+        for exact in (True, False) if rows > FEW_ROWS and operand(weight).narrow(x) else (True,):
+            yield Call(
+                with_dtype(f"{name}, {number_format}{'' if exact else ', inexact'}", activations),
+                partial(multiply, exact=exact),
+                weight.nbytes + x.nbytes + out.nbytes,
+                2 * rows * groups * outputs * inputs,
+                tensor_cores=True,
+            )
 
 
 def random_weight(number_format: str, shape: tuple[int, ...], make: Make) -> Tensor | Packed:
@@ -432,4 +449,4 @@ def random_weight(number_format: str, shape: tuple[int, ...], make: Make) -> Ten
     if number_format == "int8":
         data = make.floats(*shape, dtype=torch.int8)
         return Packed("int8", data, make.floats(*lead, outputs, dtype=torch.float32), shape)
-    return make.floats(*shape)
+    return make.floats(*shape, dtype=torch.float32 if number_format == "float32" else torch.bfloat16)

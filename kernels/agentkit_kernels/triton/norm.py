@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.triton.launch import launch
 
 
@@ -42,7 +43,9 @@ def rms_norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
 
 def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     """Yield the norm of the query latent, a view of a wider row, and of whole rows."""
-    for name, size in (("query latent", shapes.q_lora_rank), ("hidden", shapes.hidden_size)):
-        wide, weight = make.floats(rows, size + shapes.head_dim), make.floats(size, dtype=torch.float32)
+    sizes = (("query latent", shapes.q_lora_rank), ("hidden", shapes.hidden_size))
+    for (name, size), activations in product(sizes, shapes.activations):
+        wide = make.floats(rows, size + shapes.head_dim, dtype=activations)
+        weight = make.floats(size, dtype=torch.float32)
         moved = rows * 2 * size * wide.itemsize + weight.nbytes
-        yield Call(name, partial(rms_norm, wide, weight, 1e-6), moved, rows * 4 * size)
+        yield Call(with_dtype(name, activations), partial(rms_norm, wide, weight, 1e-6), moved, rows * 4 * size)

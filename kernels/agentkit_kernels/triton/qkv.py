@@ -2,12 +2,11 @@
 
     q[h]     = rope(q[h] / rms(q[h])) * K^-0.5                 per head, without a weight
     kv       = rope(RMSNorm(kv))
-    index[j] = rope(index[j])                                  optionally Hadamard-rotated and quantised to FP8
-    w[j]     = w[j] * (J * C)^-0.5                             times the scale of a quantised index[j]
+    index[j] = rope(index[j])
+    w[j]     = w[j] * (J * C)^-0.5
 
 All in one launch. A program takes a few heads, a few index heads, or the key-value row; the sizes decide which, so a
-row has the same bits in every batch. A quantised query's scale, a power of two, goes into its head's weight: the index
-score sum_j w[j] * relu(index[j] · key) is linear in it.
+row has the same bits in every batch.
 
 Floor: each value read and written once (at V4-Flash with bfloat16, 132 KiB read and 132 KiB written per row), and the
 rotations. Source: the DeepSeek-V4 reference. Dimension key: `agentkit_kernels.ops`.
@@ -17,16 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.ops import Heads
 from agentkit_kernels.triton.launch import launch
-from agentkit_kernels.triton.quantize import encode_e4m3, hadamard, inverse_scale, scale_byte
 from agentkit_kernels.triton.rope import rotate, rotations_of
 
 _VALUES = 4096
@@ -63,23 +62,15 @@ def _key_value(x_ptr, norm_ptr, out_ptr, rotations_ptr, eps, K: tl.constexpr, R:
 def _index_heads(
     x_ptr, weights_ptr, out_ptr, out_weights_ptr, rotations_ptr, first, WEIGHT_SCALE: tl.constexpr,
     J: tl.constexpr, C: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    HADAMARD: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the index heads of one row from number `first` on, quantise them, and scale their weights."""
+    """Rotate the index heads of one row from number `first` on, and scale their weights."""
     cosine, sine = rotations_of(rotations_ptr, C, R, BLOCK)
     head, column = first + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     inside = (head[:, None] < J) & (column[None, :] < C)
     place = head[:, None] * C + column[None, :]
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    x = rotate(x, cosine, sine, HEADS, BLOCK)
-    if HADAMARD:
-        x = hadamard(x, HEADS, BLOCK)
     weight = tl.load(weights_ptr + head, mask=head < J, other=0.0).to(tl.float32) * WEIGHT_SCALE
-    if FP8:
-        byte = scale_byte(tl.maximum(tl.max(tl.abs(x), axis=1), 1e-4), 448.0)
-        weight *= inverse_scale(254 - byte)
-        x = encode_e4m3(x * inverse_scale(byte)[:, None])
-    tl.store(out_ptr + place, x, mask=inside)
+    tl.store(out_ptr + place, rotate(x, cosine, sine, HEADS, BLOCK), mask=inside)
     tl.store(out_weights_ptr + head, weight, mask=head < J)
 
 
@@ -89,7 +80,7 @@ def _qkv(
     stride_q, stride_projected, kv_column, index_column, eps,
     H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     J: tl.constexpr, C: tl.constexpr, INDEX_BLOCK: tl.constexpr, INDEX_HEADS: tl.constexpr,
-    R: tl.constexpr, SCALE: tl.constexpr, WEIGHT_SCALE: tl.constexpr, HADAMARD: tl.constexpr, FP8: tl.constexpr,
+    R: tl.constexpr, SCALE: tl.constexpr, WEIGHT_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Compute one part of a row: HEADS heads, then the key-value row, then INDEX_HEADS index heads each."""
     row = tl.program_id(0).to(tl.int64)
@@ -106,13 +97,10 @@ def _qkv(
         _index_heads(
             q_ptr + H * K, projected_ptr + index_column, out_index_ptr + row * (J * C), out_weights_ptr + row * J,
             rotations_ptr, (part - parts - 1) * INDEX_HEADS, WEIGHT_SCALE, J, C, R, INDEX_HEADS, INDEX_BLOCK,
-            HADAMARD, FP8,
         )  # fmt: skip
 
 
-def qkv(
-    q: Tensor, projected: Tensor, rotations: Tensor, heads: Heads, *, hadamard: bool = False, fp8: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def qkv(q: Tensor, projected: Tensor, rotations: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Norm and rotate a layer's queries, its key-value row and its index queries.
 
     Args:
@@ -120,22 +108,15 @@ def qkv(
         projected: [N, X], rows of any stride.
         rotations: float32 [N, R], contiguous.
         heads: Sizes and columns.
-        hadamard: Multiply index queries by the Hadamard matrix over sqrt(C); index keys need the same.
-        fp8: Quantise index queries to E4M3 with a power-of-two scale per head, which is multiplied into its weight.
 
     Returns:
-        Queries [N, H, K] and rows [N, K] in the dtype of `q`; index queries [N, J, C] in the same, or uint8 E4M3 codes;
-        and index weights [N, J], float32.
-
-    Raises:
-        ValueError: `hadamard` with a C that is not a power of two.
+        Queries [N, H, K], rows [N, K] and index queries [N, J, C] in the dtype of `q`, and index weights [N, J],
+        float32.
     """
     rows, (count, size, index_heads, index_size) = len(q), _sizes(heads)
-    if hadamard and index_size & (index_size - 1):
-        raise ValueError(f"the Hadamard rotation needs an index head size that is a power of two, got {index_size}")
     out_q = torch.empty(rows, count, size, dtype=q.dtype, device=q.device)
     out_kv = torch.empty(rows, size, dtype=q.dtype, device=q.device)
-    out_index = torch.empty(rows, index_heads, index_size, dtype=torch.uint8 if fp8 else q.dtype, device=q.device)
+    out_index = torch.empty(rows, index_heads, index_size, dtype=q.dtype, device=q.device)
     out_weights = torch.empty(rows, index_heads, dtype=torch.float32, device=q.device)
     block, index_block = triton.next_power_of_2(size), triton.next_power_of_2(max(2, index_size))
     some = max(1, min(_VALUES // block, triton.next_power_of_2(count)))
@@ -145,7 +126,7 @@ def qkv(
         out_q, out_kv, out_index, out_weights, q.stride(0), projected.stride(0), heads.kv_column, heads.index_column,
         heads.eps, H=count, K=size, BLOCK=block, HEADS=some, J=index_heads, C=index_size, INDEX_BLOCK=index_block,
         INDEX_HEADS=index_some, R=rotations.shape[1], SCALE=size**-0.5,
-        WEIGHT_SCALE=max(1, index_heads * index_size) ** -0.5, HADAMARD=hadamard, FP8=fp8,
+        WEIGHT_SCALE=max(1, index_heads * index_size) ** -0.5,
     )  # fmt: skip
     return out_q, out_kv, out_index, out_weights
 
@@ -155,7 +136,7 @@ def _sizes(heads: Heads) -> tuple[int, int, int, int]:
 
 
 def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
-    """Yield a layer without an indexer, and the number formats of one with it."""
+    """Yield a layer without an indexer, and one with it."""
     size, rotary = shapes.head_dim, shapes.qk_rope_head_dim
     norm = make.floats(size, dtype=torch.float32)
     rotations = make.floats(rows, rotary, dtype=torch.float32)
@@ -164,13 +145,12 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
         index_heads=shapes.index_n_heads, index_head_dim=shapes.index_head_dim,
         index_column=shapes.q_lora_rank + size,
     )  # fmt: skip
-    formats = [("window", plain, False, False), ("index", index, False, False), ("index, FP8", index, False, True)]
-    formats += [("index, Hadamard", index, True, False), ("index, Hadamard, FP8", index, True, True)]
-    for name, heads, rotated, fp8 in formats:
+    for (name, heads), activations in product((("window", plain), ("index", index)), shapes.activations):
         values, index_values = heads.heads * size, heads.index_heads * heads.index_head_dim
-        q = make.floats(rows, values + index_values)
-        projected = make.floats(rows, shapes.q_lora_rank + size + heads.index_heads)
-        moved = rows * (4 * (values + size) + (3 if fp8 else 4) * index_values + 6 * heads.index_heads + 4 * rotary)
+        q = make.floats(rows, values + index_values, dtype=activations)
+        projected = make.floats(rows, shapes.q_lora_rank + size + heads.index_heads, dtype=activations)
+        read = values + size + index_values + heads.index_heads
+        moved = rows * ((2 * read - heads.index_heads) * q.itemsize + 4 * (heads.index_heads + rotary))
         flops = rows * 8 * (values + size + index_values)
-        run = partial(qkv, q, projected, rotations, heads, hadamard=rotated, fp8=fp8)
-        yield Call(name, run, moved + norm.nbytes, flops)
+        run = partial(qkv, q, projected, rotations, heads)
+        yield Call(with_dtype(name, activations), run, moved + norm.nbytes, flops)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.reference.quantize import ACTIVATION_FLOOR, FP4_GROUP, kv_row_bytes
 from agentkit_kernels.triton.launch import launch
 
@@ -110,20 +110,6 @@ def scale_byte(amax, LARGEST: tl.constexpr):
 def inverse_scale(byte):
     """Return float32 2^(127 - byte) of an E8M0 byte between 1 and 253."""
     return ((254 - byte) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """Return x · H / sqrt(SIZE) for x [ROWS, SIZE], float32, where H is Sylvester's matrix and SIZE a power of two.
-
-    A step adds and subtracts neighbours, and moves the bit in which they differ to the front. After a step for each bit
-    of the column, the columns are in their places again.
-    """
-    bits: tl.constexpr = SIZE.bit_length() - 1
-    for _ in tl.static_range(bits):
-        even, odd = tl.split(tl.reshape(x, (ROWS, SIZE // 2, 2)))
-        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, SIZE))
-    return x * (SIZE**-0.5)
 
 
 # --- FP8 ---------------------------------------------------------------------------------------------------------
@@ -428,10 +414,12 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     moved = rows * (3 * size + 4)
     yield Call("quantise int8", partial(quantise_int8, x), moved, 0)
     yield Call("dequantise int8", partial(dequantise_int8, codes8, scales8, dtype=x.dtype), moved, 0)
-    kv = make.floats(rows, head)
     pages = make.floats(-(-rows // 64), 64, kv_row_bytes(head, rotary), dtype=torch.uint8)
     slots = make.ints(range(rows))
-    moved = rows * (2 * head + kv_row_bytes(head, rotary) + 8)
-    yield Call("store key-value rows", partial(store_kv_rows, kv, slots, pages, rotary=rotary), moved, 0)
-    load = partial(load_kv_rows, pages, slots, head, rotary=rotary, dtype=kv.dtype)
-    yield Call("load key-value rows", load, moved, 0)
+    for activations in shapes.activations:
+        kv = make.floats(rows, head, dtype=activations)
+        moved = kv.nbytes + rows * (kv_row_bytes(head, rotary) + 8)
+        store = partial(store_kv_rows, kv, slots, pages, rotary=rotary)
+        yield Call(with_dtype("store key-value rows", activations), store, moved, 0)
+        load = partial(load_kv_rows, pages, slots, head, rotary=rotary, dtype=activations)
+        yield Call(with_dtype("load key-value rows", activations), load, moved, 0)

@@ -9,12 +9,13 @@ Floor: 4 N I bytes read and 2 N I written in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentkit_kernels.calls import Call, Make, Shapes
+from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.triton.launch import launch
 
 
@@ -71,5 +72,7 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
 def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
     """Yield the shared expert's activation."""
     width = shapes.moe_intermediate_size
-    x = make.floats(rows, 2 * width)
-    yield Call("shared expert", lambda: swiglu(x, 10.0), 6 * rows * width, 6 * rows * width)
+    for activations in shapes.activations:
+        x = make.floats(rows, 2 * width, dtype=activations)
+        name = with_dtype("shared expert", activations)
+        yield Call(name, partial(swiglu, x, 10.0), 3 * x.nbytes // 2, 6 * rows * width)

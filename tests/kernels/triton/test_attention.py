@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agentkit_kernels.reference.quantize import kv_row_bytes, load_kv_rows, store_kv_rows
 from agentkit_kernels.triton.attention import SPLIT, attend
+from agentkit_kernels.triton.launch import LAUNCHES
 
 NAN = float("nan")
 
@@ -172,6 +173,13 @@ def check(case: Case, *, decode: bool) -> Tensor:
 @pytest.mark.parametrize("position", [0, 6, 7, 40])
 def test_one_row_sees_its_window(position: int, decode: bool) -> None:
     check(case([1], [position]), decode=decode)
+
+
+def test_a_window_of_one_split_has_no_partial_results() -> None:
+    for window, merges in ((SPLIT, 0), (SPLIT + 1, 1)):
+        before = LAUNCHES["_merge_kernel"]
+        case([1], [40], heads=1, window=window).run(decode=True)
+        assert LAUNCHES["_merge_kernel"] == before + merges
 
 
 RAGGED = case([1, 11, 1, 2], [0, 5, 70, 31], heads=2)

@@ -13,7 +13,7 @@ from agentkit_kernels.calls import FLASH, TINY, Shapes
 from agentkit_kernels.packed import Format, Packed
 from agentkit_kernels.reference.formats import dequantise
 from agentkit_kernels.triton.launch import LAUNCHES
-from agentkit_kernels.triton.linear import FEW_ROWS, calls, grouped_linear, linear, split_size
+from agentkit_kernels.triton.linear import EXACT_TILE, FEW_ROWS, calls, grouped_linear, linear, operand, split_size
 
 FORMATS: tuple[Format, ...] = ("fp8", "mxfp4", "int8")
 
@@ -96,9 +96,19 @@ def test_a_row_has_the_same_bits_alone_and_among_others(number_format: Format | 
 
 @pytest.mark.parametrize("number_format", [None, *FORMATS])
 def test_inexact_products_of_many_rows_match(number_format: Format | None) -> None:
-    weight = random_packed(number_format, 140, 224) if number_format else torch.randn(140, 224)
-    x = torch.randn(130, 224)
+    weight = random_packed(number_format, 140, 224) if number_format else torch.randn(140, 224).bfloat16()
+    x = torch.randn(130, 224).bfloat16()
     assert_product(linear(x, weight, exact=False), x, weight)
+
+
+@pytest.mark.parametrize("number_format", [None, *FORMATS])
+def test_float32_operands_have_one_tile(number_format: Format | None) -> None:
+    weight = operand(random_packed(number_format, 70, 64) if number_format else torch.randn(70, 64))
+    narrow, wide = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(1, 64)
+    assert weight.fit(EXACT_TILE, narrow).inputs == (128 if number_format else 16)
+    assert weight.fit(EXACT_TILE, wide).inputs == (32 if number_format == "mxfp4" else 16)
+    dense, x = torch.randn(70, 64), torch.randn(FEW_ROWS + 1, 64)
+    assert torch.equal(linear(x, dense, exact=False), linear(x, dense))
 
 
 def test_views_of_fused_projections_are_read_and_written_in_place() -> None:

@@ -157,6 +157,23 @@ def test_key_value_pages_lie_beyond_32_bits() -> None:
     torch.testing.assert_close(restored, x, rtol=2**-3, atol=1e-2 * float(x.abs().max()))
 
 
+def test_rows_lie_beyond_32_bits() -> None:
+    stride = 1 << 30
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * (2 * stride + 64)), dtype=torch.float32)
+    x = memory.as_strided((3, 64), (stride, 1)).copy_(rows(3, 64))
+    for quantise in (triton.quantise_fp8, triton.quantise_fp4, triton.quantise_int8):
+        for far, near in zip(quantise(x), quantise(x.clone()), strict=True):
+            assert torch.equal(far, near)
+
+
+def test_the_hadamard_twin_is_sylvesters_matrix() -> None:
+    eye = torch.eye(8, dtype=torch.float64)
+    matrix = reference.hadamard(eye) * 8**0.5
+    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(8)] for i in range(8)], dtype=torch.float64)
+    torch.testing.assert_close(matrix, signs)
+    torch.testing.assert_close(reference.hadamard(reference.hadamard(eye)), eye)
+
+
 def test_no_rows_are_no_launch() -> None:
     before = sum(LAUNCHES.values())
     empty = torch.empty(0, 96)

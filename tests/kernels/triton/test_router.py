@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,3 +91,12 @@ def test_routers_that_cannot_choose_are_refused() -> None:
         route(torch.zeros(1, 3), Router(None, None, 2, 1.0), *torch.zeros(2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="4 of 3 experts"):
         route(torch.zeros(1, 3), Router(None, torch.zeros(3), 4, 1.0), *torch.zeros(2, 1, dtype=torch.int64))
+
+
+def test_rows_lie_beyond_32_bits() -> None:
+    stride = 1 << 30
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * (2 * stride + 8)), dtype=torch.float32)
+    logits = memory.as_strided((3, 8), (stride, 1)).copy_(torch.randn(3, 8))
+    ids = torch.tensor([1, 0, 1])
+    check(logits, Router(torch.tensor([[3, 1], [0, 7]]), None, 2, 1.5), ids)
+    check(logits, Router(None, torch.randn(8), 2, 1.5), ids)

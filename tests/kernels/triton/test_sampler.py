@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -113,3 +114,14 @@ def test_the_choice_of_a_row_does_not_depend_on_the_other_rows() -> None:
         some = slice(row, row + 1)
         alone = sample(logits[some], temperatures[some], uniforms[some], bitmask[some])
         assert all(torch.equal(part[0], parts[row]) for part, parts in zip(alone, whole, strict=True))
+
+
+def test_rows_lie_beyond_32_bits() -> None:
+    stride, (logits, temperatures, uniforms, bitmask) = 1 << 30, arguments(3, 33)
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * (2 * stride + 48)), dtype=torch.float32)
+    far = memory.as_strided((3, 33), (stride, 1)).copy_(logits)
+    far_mask = memory.view(torch.int32).as_strided((3, 2), (stride, 1), 40).copy_(bitmask)
+    for token, answer in zip(
+        sample(far, temperatures, uniforms, far_mask), check(logits, temperatures, uniforms, bitmask), strict=True
+    ):
+        assert torch.equal(token, answer)
