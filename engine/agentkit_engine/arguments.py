@@ -94,6 +94,19 @@ def check_dtype(dtype: object) -> torch.dtype | None:
     return found
 
 
+def check_backend_dtype(backend: str, dtype: torch.dtype | None) -> None:
+    """Check that a backend can compute with weights held as this dtype.
+
+    Raises:
+        ValueError: it is `triton`, whose activations are float32 or bfloat16, and the dtype another one.
+    """
+    if backend == "triton" and dtype in (torch.float16, torch.float64):
+        raise ValueError(
+            f'dtype="{str(dtype).removeprefix("torch.")}" is not implemented by backend="triton", which computes in '
+            'bfloat16 or float32; use dtype="bfloat16" or dtype="float32", or leave it out'
+        )
+
+
 def check_kv_cache_dtype(value: object) -> KVCacheDtype:
     """Return the format of the rows that sessions keep.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from agentkit_engine.arguments import (
+    check_backend_dtype,
     check_bytes,
     check_device,
     check_devices,
@@ -134,11 +135,11 @@ class Engine:
             backend: What computes forwards: `"cpu"`, kernels that Numba compiles for this CPU; `"triton"`, Triton
                 kernels for a GPU; `"reference"`, plain torch on any device, several times slower; `"auto"`, the fastest
                 that this machine and device have.
-            dtype: Dtype of the weights: `"float32"`, `"bfloat16"`, `"float16"` or the torch dtype. Tensors that the
-                official layout stores as float32 stay float32. By default FP8, FP4 and int8 matrices stay packed, and
-                other weights are bfloat16 if it represents every stored value exactly and the backend is `"cpu"`, or
-                `"triton"` on a GPU, else float32. On a CPU, results are the same bits. `"int8"` rounds the matrices
-                that the official checkpoints quantise to 8 bits with a scale per output.
+            dtype: Dtype of the weights: `"float32"`, `"bfloat16"`, `"float16"` or the torch dtype; `"triton"` takes
+                the first two. Tensors that the official layout stores as float32 stay float32. By default FP8, FP4 and
+                int8 matrices stay packed, and other weights are bfloat16 if it represents every stored value exactly
+                and the backend is `"cpu"`, or `"triton"` on a GPU, else float32. On a CPU, results are the same bits.
+                `"int8"` rounds the matrices that the official checkpoints quantise to 8 bits with a scale per output.
             kv_cache_bytes: Limit on the state of all sessions. Beyond it, state is evicted, lowest priority and least
                 recently used first, and recomputed when it is needed. By default 2 GiB on a CPU, which takes memory as
                 it is used, and on a GPU what is free beside the weights and the activations of a forward.
@@ -164,7 +165,7 @@ class Engine:
         Raises:
             TypeError, ValueError: an argument has the wrong type or is out of range, or does not fit the backend.
             ModelNotFoundError: there is no such name and no such folder; the message lists the packaged names.
-            DeviceUnavailableError: a GPU does not exist on this machine.
+            DeviceUnavailableError: a GPU does not exist on this machine, or Triton's kernels do not support it.
             WorkerLostError: the process of another device failed.
             CheckpointError: the folder's content is wrong; see `weights.checkpoint`.
             ModelTooLargeError: the weights need more memory than the device has left.
@@ -191,6 +192,7 @@ class Engine:
         skip_collection_at_exit()
         with collection_paused():
             backend = choose_backend(backend, device)
+            check_backend_dtype(backend, held_as)
             limits = check_limits(backend, threads, expert_cache_bytes).share(devices)
             if quantize_activations and backend == "triton":
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 EngineError
 ├── ModelNotFoundError        no packaged model and no folder has that name
-├── DeviceUnavailableError    the GPU does not exist on this machine, or this torch does not support it
+├── DeviceUnavailableError    the GPU does not exist on this machine, or Triton's kernels do not support it
 ├── BackendUnavailableError   a library that the requested backend needs is missing or broken
 ├── CheckpointError           a model folder does not match its layout; names file, tensor, found, expected
 │   └── ModelTooLargeError    the weights need more memory than the machine has; names forms that would fit
@@ -45,7 +45,8 @@ class ModelNotFoundError(EngineError):
 
 
 class DeviceUnavailableError(EngineError):
-    """The requested device does not exist here; the message lists the devices found and a remedy."""
+    """The requested device does not exist here, or the kernels do not support it; the message names what was found and
+    a remedy."""
 
 
 class BackendUnavailableError(EngineError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,7 +87,64 @@ def test_a_backend_without_its_library(
     with pytest.raises(BackendUnavailableError, match=r'pip install .*, or use backend="reference"'):
         choose_backend(backend, torch.device(device))
     assert choose_backend("auto", torch.device(device)) == "reference"
-    assert f"the {backend} backend cannot be loaded" in caplog.text
+    assert f"the {backend} backend cannot be used" in caplog.text
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, hip: str | None, **properties: Any) -> None:
+    """Let torch see one GPU, which is not there."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties))
+
+
+TURING = {"major": 7, "minor": 5, "name": "Tesla T4"}
+MI250 = {"major": 9, "minor": 0, "name": "AMD Instinct MI250X", "gcnArchName": "gfx90a:sramecc+:xnack-"}
+
+
+@pytest.mark.parametrize(
+    ("hip", "properties", "found"),
+    [(None, TURING, "Tesla T4 (sm_75)"), ("6.4", MI250, "AMD Instinct MI250X (gfx90a)")],
+)
+def test_a_gpu_that_the_kernels_do_not_support(
+    hip: str | None,
+    properties: dict[str, Any],
+    found: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu(monkeypatch, hip, **properties)
+    with pytest.raises(DeviceUnavailableError) as raised:
+        Engine.load("tiny", device="cuda", backend="triton")
+    assert str(raised.value) == (
+        f"backend=\"triton\" needs an NVIDIA GPU of sm_80 or newer, or an AMD GPU of gfx942, and 'cuda' is {found}; "
+        'use backend="reference", or device="cpu"'
+    )
+    assert choose_backend("auto", torch.device("cuda")) == "reference"
+    assert f"forwards will be slow: the triton backend cannot be used: {raised.value}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("hip", "properties"),
+    [
+        (None, {"major": 8, "minor": 0}),
+        (None, {"major": 9, "minor": 0}),
+        (None, {"major": 12, "minor": 0}),
+        ("6.4", {"gcnArchName": "gfx942:sramecc+:xnack-"}),
+    ],
+)
+def test_a_gpu_that_the_kernels_support(
+    hip: str | None, properties: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(monkeypatch, hip, name="a GPU", **properties)
+    for backend in ("auto", "triton"):
+        assert choose_backend(backend, torch.device("cuda")) == "triton"
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float64])
+def test_a_dtype_that_triton_does_not_compute_in(dtype: str | torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, None, major=9, minor=0, name="a GPU")
+    with pytest.raises(ValueError, match=r'float\d+" is not implemented by backend="triton".*use dtype="bfloat16"'):
+        Engine.load("tiny", device="cuda", dtype=dtype)
 
 
 def test_no_host_memory_by_default() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agentkit_engine import Engine, ModelSpec, ModelTooLargeError, OutOfMemoryError
+from agentkit_engine.benchmarks.gpu.slice import random_decoder, slice_spec
 from agentkit_engine.benchmarks.random_checkpoint import flash
 from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_engine.model import Decoder
@@ -31,6 +32,8 @@ from agentkit_engine.weights.checkpoint import read_layout
 from agentkit_engine.weights.export import export_checkpoint
 from agentkit_engine.weights.memory import GIB
 from agentkit_engine.weights.stored_rows import find_packed
+from agentkit_kernels.calls import FLASH as FLASH_SHAPES
+from agentkit_kernels.gpu.bench import Bench
 
 from .conftest import make_random_decoder, small_config, some_ids
 
@@ -60,6 +63,34 @@ def test_what_is_free_beside_weights_and_activations_is_used_but_for_a_span(free
     assert planned.tokens == planned.spans * SPAN > 10_000 * free_gib
     pools = Pools(FLASH, slots=planned.slots, spans=planned.spans, device=META, kv_cache_dtype=sizes.kv_cache_dtype)
     assert planned.bytes == sum(pool.nbytes for pool in (*pools.entries, *pools.tails))
+
+
+class WithoutMemory(Bench):
+    """Data of V4-Flash's shapes on no device."""
+
+    def __init__(self) -> None:
+        self.rehearse, self.device, self.shapes = False, META, FLASH_SHAPES
+
+    def floats(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    def below(self, bound: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+
+@pytest.mark.parametrize(("layers", "weights_gb"), [(4, 14.4), (16, 57.7)])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_slices_of_flash_hold_a_million_tokens_on_one_gpu(layers: int, weights_gb: float, kv_cache_dtype: str) -> None:
+    """An H200 has 141 GB."""
+    spec = slice_spec(WithoutMemory(), layers)
+    decoder = random_decoder(WithoutMemory(), spec)
+    weights = sum(part.nbytes for part in (*decoder.packed.values(), *decoder.state_dict().values()))
+    assert weights == pytest.approx(weights_gb * 1e9, rel=0.02)
+    total = 141 * 10**9
+    found = DeviceMemory(total - weights, total)
+    pending = pending_weights(decoder)
+    planned = plan(spec, sizes_of(spec, kv_cache_dtype), found, batched_tokens=512, pending_bytes=pending)
+    assert len(spec.layers) == layers and planned.tokens >= 1 << 20
 
 
 def test_a_small_model_takes_no_more_than_it_can_use() -> None:

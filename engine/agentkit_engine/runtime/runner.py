@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-from agentkit_engine.errors import BackendUnavailableError
+from agentkit_engine.errors import BackendUnavailableError, DeviceUnavailableError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Computed as ModelOutput
 from agentkit_engine.model.forward import Forward
+from agentkit_engine.runtime.architecture import check_architecture
 from agentkit_engine.runtime.graphs import Capture, CudaCapture, Graphs
 from agentkit_engine.runtime.scheduled import Computed, ScheduledTokens
 from agentkit_engine.runtime.state import SPAN, Pools, rows_of
@@ -56,6 +57,7 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
     Raises:
         ValueError: there is no such backend, or it does not run on the device.
         BackendUnavailableError: a library that the backend needs is missing or broken.
+        DeviceUnavailableError: Triton's kernels do not support the GPU.
     """
     if backend not in BACKENDS:
         raise ValueError(f'no backend "{backend}"; choose one of {", ".join(BACKENDS)}')
@@ -71,10 +73,14 @@ def choose_backend(backend: str, device: torch.device) -> Backend:
                 'backend="triton" needs a GPU: pass device="cuda". To test its kernels without one, set '
                 "TRITON_INTERPRET=1 before Python starts, which runs them a thousand times slower"
             )
-    except ImportError as error:
+        if chosen == "triton" and device.type == "cuda":
+            check_architecture(device)
+    except (ImportError, DeviceUnavailableError) as error:
         if backend == "auto":
-            logger.warning("forwards will be slow: the %s backend cannot be loaded: %s", chosen, error)
+            logger.warning("forwards will be slow: the %s backend cannot be used: %s", chosen, error)
             return "reference"
+        if isinstance(error, DeviceUnavailableError):
+            raise
         package = "numba" if chosen == "cpu" else '"agentkit-harness[triton]"'
         raise BackendUnavailableError(
             f'backend="{chosen}" cannot be loaded: {error}; pip install {package}, or use backend="reference"'

@@ -26,19 +26,29 @@ _CHUNK = 1 << 18
 """Rows quantised or gathered at once."""
 
 
-def kv_pages(bench: Bench, pages: int, rows: int) -> Tensor:
-    """Return pages of random key-value rows in the 8-bit format: uint8 [pages, rows, bytes of a row]."""
+def kv_pages(bench: Bench, pages: int, rows: int, *, fp8: bool = True) -> Tensor:
+    """Return pages of random key-value rows: uint8 [pages, rows, bytes of a row] in the 8-bit format, or float32
+    [pages, rows, K]."""
     size, rotary = bench.shapes.head_dim, bench.shapes.qk_rope_head_dim
+    if not fp8:
+        return bench.floats(pages, rows, size, dtype=torch.float32)
     made = torch.zeros(pages, rows, kv_row_bytes(size, rotary), dtype=torch.uint8, device=bench.device)
-    for low in range(0, pages * rows, _CHUNK):
-        slots = bench.ints(range(low, min(low + _CHUNK, pages * rows)))
-        store_kv_rows(bench.floats(len(slots), size), slots, made, rotary=rotary)
+    fill_kv_pages(bench, made)
     return made
+
+
+def fill_kv_pages(bench: Bench, pages: Tensor) -> None:
+    """Store random key-value rows in every row of pages in the 8-bit format."""
+    count = pages.shape[0] * pages.shape[1]
+    for low in range(0, count, _CHUNK):
+        slots = bench.ints(range(low, min(low + _CHUNK, count)))
+        rows = bench.floats(len(slots), bench.shapes.head_dim)
+        store_kv_rows(rows, slots, pages, rotary=bench.shapes.qk_rope_head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Sequences that compute `tokens` new tokens each from position `start` on, over 8-bit rows.
+    """Sequences that compute `tokens` new tokens each from position `start` on.
 
     Attributes:
         arguments: Of `attend`.
@@ -72,7 +82,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """Each distinct row that the queries see once, queries and result once."""
-        q, width = self.arguments["q"], self.arguments["window_pool"].shape[2]
+        q, row = self.arguments["q"], self.arguments["window_pool"][0, 0]
         window = self.sequences * (self.arguments["window"] + self.tokens - 1)
         topk, tables = self.arguments["topk"], self.arguments["block_tables"]
         entries = 0
@@ -81,20 +91,21 @@ class Case:
             entries = len(picks.unique())
         elif tables is not None:
             entries = self.sequences * (self.keys - self.arguments["window"])
-        return int((window + entries) * width + 2 * q.nbytes)
+        return int((window + entries) * row.nbytes + 2 * q.nbytes)
 
-    def rows(self) -> Tensor:
-        """Return the keys of every query, dequantised to bfloat16: [N, S, K]."""
-        a = self.arguments
-        chunk = max(1, _CHUNK // self.keys)
-        return torch.cat([self._rows(low, min(low + chunk, len(a["q"]))) for low in range(0, len(a["q"]), chunk)])
+    def rows(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Return the keys of every query, dequantised: [N, S, K]."""
+        count, chunk = len(self.arguments["q"]), max(1, _CHUNK // self.keys)
+        return torch.cat([self._rows(low, min(low + chunk, count), dtype) for low in range(0, count, chunk)])
 
-    def _rows(self, low: int, high: int) -> Tensor:
+    def _rows(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
         a, size, rotary = self.arguments, self.arguments["q"].shape[2], self.arguments["rotations"].shape[1]
         device = a["q"].device
 
         def load(pages: Tensor, slots: Tensor) -> Tensor:
-            rows = load_kv_rows(pages, slots.flatten(), size, rotary=rotary, dtype=torch.bfloat16)
+            if pages.dtype != torch.uint8:
+                return pages.flatten(0, 1)[slots].to(dtype)
+            rows = load_kv_rows(pages, slots.flatten(), size, rotary=rotary, dtype=dtype)
             return rows.view(*slots.shape, size)
 
         n = torch.arange(low, high, device=device)[:, None]
@@ -115,8 +126,13 @@ class Case:
         return torch.cat(parts, dim=1)
 
 
-def case(bench: Bench, sequences: int, tokens: int, start: int, ratio: int, picks: int = 0) -> Case:
-    """Make a case whose queries see a whole window, and `picks` random entries each, or all entries."""
+def case(
+    bench: Bench, sequences: int, tokens: int, start: int, ratio: int, picks: int = 0, *, fp8: bool = True
+) -> Case:
+    """Make a case whose queries see a whole window, and `picks` random entries each, or all entries.
+
+    Rows are in the 8-bit format, or float32.
+    """
     shapes = bench.shapes
     count, rotary, window = sequences * tokens, shapes.qk_rope_head_dim, shapes.sliding_window
     assert start >= window and (not picks or (start + 1) // ratio >= picks), (start, window, picks)
@@ -125,14 +141,14 @@ def case(bench: Bench, sequences: int, tokens: int, start: int, ratio: int, pick
     rotations[:, 0::2], rotations[:, 1::2] = 1.0, 0.0
     arguments: dict[str, Any] = {
         "q": bench.floats(count, shapes.num_attention_heads, shapes.head_dim) * (3 * shapes.head_dim**-0.5),
-        "kv": kv_pages(bench, 1, count)[0],
+        "kv": kv_pages(bench, 1, count, fp8=fp8)[0],
         "rotations": rotations,
         "sink": torch.full((shapes.num_attention_heads,), -1e30, device=bench.device),
         "positions": positions,
         "sequences": bench.ints(range(sequences)).repeat_interleave(tokens),
         "cu_seqlens": bench.ints(range(0, count + 1, tokens)),
         "slots": bench.ints(range(sequences)),
-        "window_pool": kv_pages(bench, sequences, window + QUERY_BLOCK),
+        "window_pool": kv_pages(bench, sequences, window + QUERY_BLOCK, fp8=fp8),
         "window": window,
         "ratio": ratio,
         "entries": None,
@@ -141,7 +157,7 @@ def case(bench: Bench, sequences: int, tokens: int, start: int, ratio: int, pick
     }
     if ratio:
         spans = -(-(start + tokens) // SPAN)
-        arguments["entries"] = kv_pages(bench, sequences * spans, SPAN // ratio)
+        arguments["entries"] = kv_pages(bench, sequences * spans, SPAN // ratio, fp8=fp8)
         ids = torch.randperm(sequences * spans, generator=bench.generator, device=bench.device)
         arguments["block_tables"] = ids.view(sequences, spans)
     if picks:

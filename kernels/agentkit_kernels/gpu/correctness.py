@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def _rotations(bench: Bench, rows: int) -> Tensor:
 
 def _attend(made: Case) -> Tensor:
     """Attention with a sink in float32 over gathered rows, rotated back."""
-    a, rows = made.arguments, made.rows().float()
+    a, rows = made.arguments, made.rows(torch.float32)
     scores = torch.bmm(a["q"].float(), rows.mT)
     scores = torch.cat((scores, a["sink"].expand(len(rows), -1)[:, :, None]), dim=2)
     out = torch.bmm(scores.softmax(-1)[:, :, :-1], rows)
@@ -103,13 +104,14 @@ def _attend(made: Case) -> Tensor:
 
 def _attention(bench: Bench) -> Found:
     start = bench.pick(5000, 199)
-    for name, ratio, picks in (("window", 0, 0), ("chosen", 4, bench.shapes.index_topk), ("all", 128, 0)):
-        made = case(bench, bench.pick(3, 2), 1, start, ratio, picks)
+    keys = (("window", 0, 0), ("chosen", 4, bench.shapes.index_topk), ("all", 128, 0))
+    for (name, ratio, picks), rows in product(keys, ("float32", "FP8")):
+        made = case(bench, bench.pick(3, 2), 1, start, ratio, picks, fp8=rows == "FP8")
         made.arguments["sink"] = _vector(bench, bench.shapes.num_attention_heads)
         made.arguments["rotations"] = _rotations(bench, made.sequences)
         out = made.run(decode=True)
-        yield f"decode, {name}, FP8 rows", out, _attend(made), BF16
-        yield f"decode and prefill alike, {name}", made.run(decode=False), out, EXACT
+        yield f"decode, {name}, {rows} rows", out, _attend(made), BF16
+        yield f"decode and prefill alike, {name}, {rows} rows", made.run(decode=False), out, EXACT
 
 
 def _compressor(bench: Bench) -> Found:
@@ -229,28 +231,39 @@ def _indexer(bench: Bench) -> Found:
     rows = bench.pick(200, 34)
     # Small integers: every product and sum is exact, so ties are real and must go to the lowest entry.
     q = bench.below(3, rows, heads, size).to(torch.bfloat16) - 1
-    codes = (bench.below(2, spans, 64, size) + 1).float().to(torch.float8_e4m3fn)
-    keys, scales = codes.view(torch.uint8), torch.ones(spans, 64, device=bench.device)
+    values = bench.below(2, spans, 64, size).float() + 1
+    codes, scales = values.to(torch.float8_e4m3fn).view(torch.uint8), torch.ones(spans, 64, device=bench.device)
     weights = bench.below(4, rows, heads).float()
     tables = torch.randperm(spans, generator=bench.generator, device=bench.device)[None]
     positions = bench.ints([4 * spans * 64 - 1 - 4 * n for n in range(rows)])
     owners = torch.zeros(rows, dtype=torch.int64, device=bench.device)
-
-    def choose(rows: int) -> tuple[Tensor, Tensor]:
-        return indexer.index_topk(
-            q[:rows], weights[:rows], positions[:rows], owners[:rows], tables, keys, scales, ratio=4, top_k=top_k
-        )
-
-    chosen, counts = choose(rows)
-    entries = codes.float()[tables[0]].view(-1, size)
+    entries = values[tables[0]].view(-1, size)
     visible = torch.arange(len(entries), device=bench.device) < ((positions + 1) // 4)[:, None]
     mask = select_top_k(index_scores(q.float(), entries, weights), top_k, visible)
     expected = mask.nonzero()[:, 1].view(rows, top_k)
-    yield "chosen entries, with ties, FP8 keys", chosen, expected, EXACT
-    yield "counts", counts, torch.full_like(counts, top_k), EXACT
     # Random queries and keys have near ties, which other bits of the scores would decide in another way.
-    q = bench.floats(rows, heads, size)
-    yield "few and many rows alike", choose(5)[0], choose(rows)[0][:5], EXACT
+    random_q = bench.floats(rows, heads, size)
+    for name, keys, key_scales in (("float32", values, None), ("FP8", codes, scales)):
+
+        def choose(
+            q: Tensor, rows: int, keys: Tensor = keys, key_scales: Tensor | None = key_scales
+        ) -> tuple[Tensor, Tensor]:
+            return indexer.index_topk(
+                q[:rows],
+                weights[:rows],
+                positions[:rows],
+                owners[:rows],
+                tables,
+                keys,
+                key_scales,
+                ratio=4,
+                top_k=top_k,
+            )
+
+        chosen, counts = choose(q, rows)
+        yield f"chosen entries, with ties, {name} keys", chosen, expected, EXACT
+        yield f"counts, {name} keys", counts, torch.full_like(counts, top_k), EXACT
+        yield f"few and many rows alike, {name} keys", choose(random_q, 5)[0], choose(random_q, rows)[0][:5], EXACT
 
 
 def _linear(bench: Bench) -> Found:

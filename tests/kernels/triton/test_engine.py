@@ -162,3 +162,13 @@ def test_forks_and_saved_sessions_continue_like_a_live_one(make_folder: MakeFold
         assert list(restored.generate(GREEDY)) == tokens
     assert [token.id for token in tokens] == [token.id for token in expected.generate(GREEDY)]
     assert triton.scheduler.mtp_drafted
+
+
+def test_without_exactness_products_may_depend_on_the_number_of_rows(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentkit_kernels.triton.linear.FEW_ROWS", 4)  # as for more than 64 rows
+    folder, text = make_folder("bf16", 0, hidden_size=320), some_ids(5)
+    exact, inexact = (Engine.load(folder, backend="triton", exact=promise).logits(text) for promise in (True, False))
+    assert_close(inexact, exact, FLOAT32)
+    assert not torch.equal(inexact, exact)

@@ -13,6 +13,7 @@ PARTS = (
     *parts.PARTS,
     Part("slice-decode", "H1", f"{_SLICE}:slice_decode"),
     Part("context-growth", "H2", f"{_SLICE}:context_growth"),
+    Part("sixteen-layers", "H2", f"{_SLICE}:sixteen_layers"),
     Part("kernels-per-layer", "H3", f"{_SLICE}:kernels_per_layer"),
     Part("slice-prefill", "H11", f"{_SLICE}:slice_prefill"),
     Part("depth-prefill", "H12", f"{_SLICE}:depth_prefill"),

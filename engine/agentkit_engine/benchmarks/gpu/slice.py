@@ -1,14 +1,15 @@
 """Decoding and prefill of a few layers of DeepSeek-V4-Flash.
 
 Four layers (CSA, HCA, CSA, HCA) at true shapes with random weights in the published formats: FP8 for attention and
-shared experts, MXFP4 for routed experts, 14.4 GB in all. Multiply times per layer by 43 for the whole model, and add
-the head, which has a small vocabulary here.
+shared experts, MXFP4 for routed experts, 14.4 GB in all; or sixteen, 58 GB. Multiply times per layer by 43 for the
+whole model, and add the head, which has a small vocabulary here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,23 +17,26 @@ from torch import Tensor
 from agentkit_engine.model import Decoder
 from agentkit_engine.model.forward import Computed, Forward
 from agentkit_engine.runtime.graphs import CudaCapture, Graphs
+from agentkit_engine.runtime.state import SPAN, KVCacheDtype, Pools
 from agentkit_engine.spec import LayerSpec, ModelSpec, RopeSpec
-from agentkit_kernels.gpu.attention import kv_pages
+from agentkit_kernels.gpu.attention import fill_kv_pages
 from agentkit_kernels.gpu.bench import Bench, OutputsDifferError, Peer, floor_us
 from agentkit_kernels.gpu.experts import mxfp4
 from agentkit_kernels.gpu.record import Goal, Measurement, PeerResult, Skipped
-from agentkit_kernels.ops import QUERY_BLOCK, Plan
+from agentkit_kernels.ops import Plan
 from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows
 from agentkit_kernels.reference import Reference
-from agentkit_kernels.reference.quantize import load_kv_rows
 from agentkit_kernels.triton.backend import Triton
 from agentkit_kernels.triton.launch import LAUNCHES
 
-SPAN = 256
+MILLION = 1 << 20
+"""Tokens of the longest sequence."""
 LAYERS = 43
 """Of V4-Flash."""
-PATTERN = (4, 128, 4, 128)
-"""Tokens per compressed entry in each layer of the slice."""
+PATTERN = (4, 128)
+"""Tokens per compressed entry, in layers in turn."""
+ROWS: dict[str, KVCacheDtype] = {"FP8 rows": "fp8", "float32 rows": "auto"}
+"""Formats of key-value rows and index keys: that of the goals, and the engine's default."""
 EXPERTS = ("w1", "w2", "w3")
 FP8 = ("wq_a", "wkv", "wq_b", "wo_a", "wo_b")
 """Matrices of attention in FP8; those of compressors are not, though they have the same names."""
@@ -41,17 +45,18 @@ AGREE = 0.95
 """Least cosine between the streams of both backends: rounding to bfloat16 may choose another expert here and there."""
 
 
-def slice_spec(bench: Bench) -> ModelSpec:
-    """Return the slice's spec; its vocabulary is small, so the head costs nothing."""
+def slice_spec(bench: Bench, layers: int = 4) -> ModelSpec:
+    """Return the spec of a slice, of half as many layers in a rehearsal; its vocabulary is small, so the head costs
+    nothing."""
     shapes, rope = bench.shapes, RopeSpec(160_000.0, 16.0)
-    ratios = PATTERN[: bench.pick(4, 2)]
-    layers = [
+    ratios = PATTERN * bench.pick(layers // 2, layers // 4)
+    kinds = [
         LayerSpec(index, "csa" if ratio == 4 else "hca", ratio, "score", rope) for index, ratio in enumerate(ratios)
     ]
     return ModelSpec(
         vocab_size=128,
         hidden_size=shapes.hidden_size,
-        layers=tuple(layers),
+        layers=tuple(kinds),
         mtp_layers=(),
         num_hash_layers=0,
         num_attention_heads=shapes.num_attention_heads,
@@ -112,23 +117,21 @@ def random_decoder(bench: Bench, spec: ModelSpec) -> Decoder:
     return decoder.requires_grad_(False)
 
 
-def random_pools(bench: Bench, spec: ModelSpec, sequences: int, tokens: int) -> list[dict[str, Tensor]]:
-    """Return random state per layer for `sequences` sequences of `tokens` tokens: key-value rows in FP8, index keys
-    in bfloat16."""
-    spans, ring = sequences * -(-tokens // SPAN) + 1, spec.sliding_window + QUERY_BLOCK
-    layers = []
-    for layer in spec.layers:
-        ratio = layer.compress_ratio
-        pools = {"window": kv_pages(bench, sequences, ring), "entries": kv_pages(bench, spans, SPAN // ratio)}
-        sizes = {"": spec.head_dim} | ({"index_": spec.index_head_dim} if layer.attention == "csa" else {})
-        for prefix, size in sizes.items():
-            rows = (sequences, layer.series * ratio + 12, layer.series * size)
-            pools[f"{prefix}values"] = bench.floats(*rows, dtype=torch.float32)
-            pools[f"{prefix}scores"] = bench.floats(*rows, dtype=torch.float32)
-            if prefix:
-                pools[f"{prefix}entries"] = bench.floats(spans, SPAN // ratio, size)
-        layers.append(pools)
-    return layers
+def random_pools(bench: Bench, spec: ModelSpec, sequences: int, tokens: int, kv_cache_dtype: KVCacheDtype) -> Pools:
+    """Return the engine's pools for `sequences` sequences of `tokens` tokens, full of random rows."""
+    spans = sequences * -(-tokens // SPAN)
+    pools = Pools(spec, slots=sequences, spans=spans, device=bench.device, kv_cache_dtype=kv_cache_dtype)
+    for layer in pools.layers:
+        for name, pool in layer.items():
+            if name == "index_scales":
+                pool.fill_(1.0)
+            elif pool.dtype != torch.uint8:
+                pool.normal_(generator=bench.generator)
+            elif name == "index_entries":
+                pool.copy_(bench.floats(*pool.shape, dtype=torch.uint8))
+            else:
+                fill_kv_pages(bench, pool)
+    return pools
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +142,15 @@ class Slice:
     decoder: Decoder
     ops: Triton
     forward: Forward
-    pools: list[dict[str, Tensor]]
+    pools: Pools
     sequences: int
     tokens: int
 
     @classmethod
-    def over(cls, bench: Bench, decoder: Decoder, sequences: int, tokens: int) -> Slice:
+    def over(cls, bench: Bench, decoder: Decoder, sequences: int, tokens: int, kv_cache_dtype: KVCacheDtype) -> Slice:
         """Return a slice with random state."""
-        pools, ops = random_pools(bench, decoder.spec, sequences, tokens), Triton(bench.device)
-        forward = Forward(decoder, ops, [ops.state(each) for each in pools])
+        pools, ops = random_pools(bench, decoder.spec, sequences, tokens, kv_cache_dtype), Triton(bench.device)
+        forward = Forward(decoder, ops, [ops.state(each) for each in pools.layers])
         return cls(bench, decoder, ops, forward, pools, sequences, tokens)
 
     def plan(self, start: int, new: int) -> Plan:
@@ -177,12 +180,13 @@ class Slice:
         weights = hit * sum(_bytes(part) for part in stacks) + sum(_bytes(part) for part in others)
         weights += sum(tensor.nbytes for tensor in self.decoder.state_dict().values())
         keys = 0
-        for layer, pools in zip(spec.layers, self.pools, strict=True):
-            seen, row = (start + new) // layer.compress_ratio, pools["entries"].shape[2]
+        for layer, pools in zip(spec.layers, self.pools.layers, strict=True):
+            row = {name: pool[0, 0].nbytes for name, pool in pools.items()}
+            seen = (start + new) // layer.compress_ratio
             if layer.attention == "csa":
-                keys += (seen * spec.index_head_dim * 2) * (seen > spec.index_topk)
+                keys += seen * (row["index_entries"] + row.get("index_scales", 0)) * (seen > spec.index_topk)
                 seen = min(seen, spec.index_topk * new)
-            keys += (seen + spec.sliding_window) * row
+            keys += (seen + spec.sliding_window) * row["entries"]
         return int(weights + self.sequences * keys)
 
     def flops(self, start: int, new: int) -> int:
@@ -209,19 +213,9 @@ def _bytes(part: PackedRows) -> int:
 
 
 def _reference_step(made: Slice, start: int) -> Callable[[], Tensor]:
-    """Return the same step on the reference backend, over a float32 copy of the state."""
-    bench, spec = made.bench, made.decoder.spec
-    ops = Reference(bench.device)
-    states = []
-    for pools in made.pools:
-        copy = {}
-        for name, pool in pools.items():
-            copy[name] = pool.float()
-            if pool.dtype == torch.uint8:
-                slots = bench.ints(range(pool.shape[0] * pool.shape[1]))
-                rows = load_kv_rows(pool, slots, spec.head_dim, rotary=spec.qk_rope_head_dim, dtype=torch.float32)
-                copy[name] = rows.view(*pool.shape[:2], -1)
-        states.append(ops.state(copy))
+    """Return the same step on the reference backend, over a copy of the state."""
+    ops = Reference(made.bench.device)
+    states = [ops.state({name: pool.clone() for name, pool in pools.items()}) for pools in made.pools.layers]
     forward, plan = Forward(made.decoder, ops, states), made.plan(start, 1)
 
     def run() -> Tensor:
@@ -248,8 +242,9 @@ def slice_decode(bench: Bench) -> Iterator[Measurement | Skipped]:
             not those of the forward launched from Python, bit for bit.
     """
     decoder, start = random_decoder(bench, slice_spec(bench)), bench.pick(4096, 70)
-    for sequences, goal in ((1, Goal("us", 200, 110)), (bench.pick(32, 2), Goal("us"))):
-        made = Slice.over(bench, decoder, sequences, start + 1)
+    goals = ((1, Goal("us", 200, 110)), (bench.pick(32, 2), Goal("us")))
+    for (rows, kv_cache_dtype), (sequences, goal) in product(ROWS.items(), goals):
+        made = Slice.over(bench, decoder, sequences, start + 1, kv_cache_dtype)
         peers, note = [], ""
         if sequences == 1:
             reference = _reference_step(made, start)
@@ -257,7 +252,7 @@ def slice_decode(bench: Bench) -> Iterator[Measurement | Skipped]:
             note = f"cosine of the streams with the reference backend's: {cosine:.5f}"
             peers = [Peer("reference backend, torch eager", reference, graph=False, compare=False)]
         yield bench.measure(
-            f"B={sequences}, after {start} tokens, per layer",
+            f"B={sequences}, after {start} tokens, {rows}, per layer",
             made.step(start),
             goal,
             bytes=made.bytes(start),
@@ -267,12 +262,12 @@ def slice_decode(bench: Bench) -> Iterator[Measurement | Skipped]:
             note=note,
         )
         if sequences > 1 or not bench.rehearse:
-            yield _engine_step(made, start)
+            yield _engine_step(made, start, rows)
     yield Skipped("torch.compile of the slice", "the reference backend's ragged batches depend on data")
 
 
 @torch.inference_mode()
-def _engine_step(made: Slice, start: int) -> Measurement:
+def _engine_step(made: Slice, start: int, rows: str) -> Measurement:
     bench, plan, count = made.bench, made.plan(start, 1), len(made.decoder.spec.layers)
     capture = _rerun if bench.rehearse else CudaCapture(bench.device)
     graphs = Graphs(made.forward, made.ops, capture, spans=max(map(len, plan.block_tables)))
@@ -282,7 +277,7 @@ def _engine_step(made: Slice, start: int) -> Measurement:
         raise OutputsDifferError(f"B={made.sequences}: a replayed step has other logits than one launched from Python")
     replay, launch = bench.wall(lambda: graphs(plan)), bench.wall(lambda: made.forward(plan))
     return Measurement(
-        f"B={made.sequences}, the engine's step after {start} tokens, per layer",
+        f"B={made.sequences}, the engine's step after {start} tokens, {rows}, per layer",
         replay.us / count,
         Goal("us"),
         replay.spread,
@@ -308,19 +303,24 @@ def context_growth(bench: Bench) -> Iterator[Measurement]:
     """H2: the same at 1K to 1M tokens: latency over that at 1K, and index and attention of a CSA layer at 1M over the
     time of reading as many dense bfloat16 rows."""
     decoder = random_decoder(bench, slice_spec(bench))
-    lengths = bench.pick((1024, 16_384, 131_072, 1_048_576), (40, 300))
+    for rows, kv_cache_dtype in ROWS.items():
+        yield from _growth(bench, decoder, rows, kv_cache_dtype)
+
+
+def _growth(bench: Bench, decoder: Decoder, rows: str, kv_cache_dtype: KVCacheDtype) -> Iterator[Measurement]:
+    lengths = bench.pick((1024, 16_384, 131_072, MILLION), (40, 300))
     first = None
     for length in lengths:
         bench.check_time()
-        made = Slice.over(bench, decoder, 1, length)
+        made = Slice.over(bench, decoder, 1, length, kv_cache_dtype)
         timing = bench.time(made.step(length - 1))
         first = first or timing
         goal = Goal("ratio", 1.35, 1.15) if length == lengths[-1] else Goal("ratio")
         note = f"{timing.us / len(decoder.spec.layers):.0f} us per layer"
         floor = floor_us(made.bytes(length - 1))
-        what = f"decoding at {length} over at {lengths[0]} tokens"
+        what = f"decoding at {length} over at {lengths[0]} tokens, {rows}"
         yield Measurement(what, timing.us / first.us, goal, timing.spread, timing.us, floor, note=note)
-    spec, ops, state = decoder.spec, made.ops, made.ops.state(made.pools[0])
+    spec, ops, state = decoder.spec, made.ops, made.ops.state(made.pools.layers[0])
     batch = ops.batch(made.plan(lengths[-1] - 1, 1))
     q, kv = bench.floats(1, spec.num_attention_heads, spec.head_dim) * 0.1, bench.floats(1, spec.head_dim)
     index_q = bench.floats(1, spec.index_n_heads, spec.index_head_dim)
@@ -336,7 +336,7 @@ def context_growth(bench: Bench) -> Iterator[Measurement]:
 
     timing, dense = bench.time(attend), floor_us(lengths[-1] * spec.head_dim * 2)
     yield Measurement(
-        f"CSA index and attention at {lengths[-1]} tokens over reading dense rows",
+        f"CSA index and attention at {lengths[-1]} tokens over reading dense rows, {rows}",
         timing.us / dense,
         Goal("ratio", 1 / 20, 1 / 50),
         timing.spread,
@@ -345,16 +345,37 @@ def context_growth(bench: Bench) -> Iterator[Measurement]:
     )
 
 
+def sixteen_layers(bench: Bench) -> Iterator[Measurement]:
+    """H2 with sixteen layers: one token after 1,048,575."""
+    decoder, tokens = random_decoder(bench, slice_spec(bench, 16)), bench.pick(MILLION, 300)
+    for rows, kv_cache_dtype in ROWS.items():
+        made = Slice.over(bench, decoder, 1, tokens, kv_cache_dtype)
+        held = sum(pool.nbytes for pools in made.pools.layers for pool in pools.values())
+        yield bench.measure(
+            f"{len(decoder.spec.layers)} layers, decoding at {tokens} tokens, {rows}, per layer",
+            made.step(tokens - 1),
+            Goal("us"),
+            bytes=made.bytes(tokens - 1),
+            flops=made.flops(tokens - 1, 1),
+            value=lambda us: us / len(decoder.spec.layers),
+            note=f"the state takes {held / 1e9:.2f} GB",
+        )
+
+
 def kernels_per_layer(bench: Bench) -> Iterator[Measurement]:
     """H3: kernels and copies of one decoding step, per layer; in a rehearsal Triton's launches alone."""
-    start = bench.pick(4096, 70)
-    made = Slice.over(bench, random_decoder(bench, slice_spec(bench)), 1, start + 1)
+    decoder, start = random_decoder(bench, slice_spec(bench)), bench.pick(4096, 70)
+    for rows, kv_cache_dtype in ROWS.items():
+        yield _kernels(Slice.over(bench, decoder, 1, start + 1, kv_cache_dtype), start, rows)
+
+
+def _kernels(made: Slice, start: int, rows: str) -> Measurement:
     run, count = made.step(start), len(made.decoder.spec.layers)
-    if not bench.rehearse:
+    if not made.bench.rehearse:
         run()  # compiles
         torch.cuda.synchronize()
     before = LAUNCHES.copy()
-    if bench.rehearse:
+    if made.bench.rehearse:
         run()
         names = [*(LAUNCHES - before).elements()]
     else:
@@ -366,8 +387,8 @@ def kernels_per_layer(bench: Bench) -> Iterator[Measurement]:
         names = [event.name for event in events if event.device_type.name != "CPU"]
     launches = dict(LAUNCHES - before)
     others = len(names) - sum(launches.values())
-    yield Measurement(
-        "decoding one token, per layer",
+    return Measurement(
+        f"decoding one token, {rows}, per layer",
         len(names) / count,
         Goal("kernels", 25, 12),
         launches=launches,
@@ -381,36 +402,39 @@ def slice_prefill(bench: Bench) -> Iterator[Measurement | Skipped]:
     Raises:
         OutputsDifferError: The streams are not finite.
     """
-    tokens = bench.pick(8192, 2)
-    made = Slice.over(bench, random_decoder(bench, slice_spec(bench)), 1, tokens)
-    if not made.step(0, tokens)().isfinite().all():
-        raise OutputsDifferError("the streams of a prefill are not finite")
-    for exact in (True, False):
-        made.ops.settle(exact=exact)
-        yield bench.measure(
-            f"{tokens} tokens, {'exact' if exact else 'inexact'}",
-            made.step(0, tokens),
-            Goal("tokens/s", 8000, 15_000),
-            bytes=made.bytes(0, tokens),
-            flops=made.flops(0, tokens),
-            value=lambda us: tokens / (us * 1e-6 * LAYERS / len(made.decoder.spec.layers)),
-            graph=False,
-        )
+    decoder, tokens = random_decoder(bench, slice_spec(bench)), bench.pick(8192, 2)
+    for rows, kv_cache_dtype in ROWS.items():
+        made = Slice.over(bench, decoder, 1, tokens, kv_cache_dtype)
+        if not made.step(0, tokens)().isfinite().all():
+            raise OutputsDifferError(f"the streams of a prefill over {rows} are not finite")
+        for exact in (True, False):
+            made.ops.settle(exact=exact)
+            yield bench.measure(
+                f"{tokens} tokens, {rows}, {'exact' if exact else 'inexact'}",
+                made.step(0, tokens),
+                Goal("tokens/s", 8000, 15_000),
+                bytes=made.bytes(0, tokens),
+                flops=made.flops(0, tokens),
+                value=lambda us: tokens / (us * 1e-6 * LAYERS / len(decoder.spec.layers)),
+                graph=False,
+            )
     yield Skipped("torch.compile of the slice", "the reference backend's ragged batches depend on data")
 
 
 def depth_prefill(bench: Bench) -> Iterator[Measurement]:
     """H12: a chunk of 8,192 tokens after 524,288 over the same chunk at the start."""
-    tokens, depth = bench.pick(8192, 2), bench.pick(524_288, 300)
-    made = Slice.over(bench, random_decoder(bench, slice_spec(bench)), 1, depth + tokens)
-    shallow, deep = bench.time(made.step(0, tokens), graph=False), bench.time(made.step(depth, tokens), graph=False)
-    floors = [floor_us(made.bytes(start, tokens), made.flops(start, tokens)) for start in (0, depth)]
-    yield Measurement(
-        f"{tokens} tokens after {depth}, over the first {tokens}",
-        deep.us / shallow.us,
-        Goal("ratio", 4, 2.8),
-        deep.spread,
-        deep.us,
-        floors[1],
-        note=f"{shallow.us:.0f} us at the start, whose floor is {floors[0]:.0f} us",
-    )
+    decoder, tokens, depth = random_decoder(bench, slice_spec(bench)), bench.pick(8192, 2), bench.pick(524_288, 300)
+    for rows, kv_cache_dtype in ROWS.items():
+        bench.check_time()
+        made = Slice.over(bench, decoder, 1, depth + tokens, kv_cache_dtype)
+        shallow, deep = bench.time(made.step(0, tokens), graph=False), bench.time(made.step(depth, tokens), graph=False)
+        floors = [floor_us(made.bytes(start, tokens), made.flops(start, tokens)) for start in (0, depth)]
+        yield Measurement(
+            f"{tokens} tokens after {depth}, over the first {tokens}, {rows}",
+            deep.us / shallow.us,
+            Goal("ratio", 4, 2.8),
+            deep.spread,
+            deep.us,
+            floors[1],
+            note=f"{shallow.us:.0f} us at the start, whose floor is {floors[0]:.0f} us",
+        )
