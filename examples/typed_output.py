@@ -1,6 +1,5 @@
-"""A typed answer: `output` is a `Weather`. Run it with `python examples/typed_output.py`.
-
-The packaged model does not answer yet: it calls the tool again. Name another model to get `sky='sunny' degrees=21`.
+"""A typed answer: `output` is a `Weather`. Run it with `python examples/typed_output.py`; it prints
+`sky='sunny' degrees=21`.
 """
 
 from typing import Literal

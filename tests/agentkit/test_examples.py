@@ -46,7 +46,7 @@ def test_mcp() -> None:
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
-        ("typed_output", "no answer: max_turns\n"),
+        ("typed_output", "sky='sunny' degrees=21\n"),
         ("fork_and_best_of_n", "1 of 3 is right: 100 10 9\n"),
         ("subagents", "sunny, 21 degrees / rainy, 14 degrees\n2 turns, 6 with sub-agents\n"),
     ],

@@ -75,15 +75,16 @@ def test_without_exactness_logits_are_close(decoder: Decoder) -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_without_exactness_forks_and_restored_sessions_have_the_same_bits(decoder: Decoder, tmp_path: Path) -> None:
-    inexact = engine(decoder, exact=False)
+    inexact = engine(decoder, exact=False, backend="reference")
     with inexact.session() as session:
-        session.append(some_ids(300, 1))
+        session.append(some_ids(150, 1))
         list(session.generate(PARAMS))
         fork = session.fork()[0]
         session.save(tmp_path / "saved")
         said = list(session.generate(PARAMS))
         assert list(fork.generate(PARAMS)) == said
-        assert list(engine(decoder, exact=False).open(tmp_path / "saved").generate(PARAMS)) == said
+    restored = engine(decoder, exact=False, backend="reference").open(tmp_path / "saved")
+    assert list(restored.generate(PARAMS)) == said
 
 
 def test_states_of_other_numerics_are_not_used(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

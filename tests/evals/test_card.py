@@ -110,6 +110,9 @@ def test_the_packaged_model_card_matches_the_measurements() -> None:
     card = (PACKAGED_MODELS["tiny"] / "MODEL_CARD.md").read_text()
     assert filled(card, tables) == card
     assert list(everyday["suites"]) == list(HAND_WRITTEN)
+    for name, found in json.loads((EVERYDAY.parent / "bfcl-tiny.json").read_text())["suites"].items():
+        mean, stderr = 100 * found["all"]["mean"], 100 * found["all"]["stderr"]
+        assert f"`{name.removeprefix('BFCL_v4_')}` | {mean:.1f} ± {stderr:.1f} | {found['all']['n']}" in card
     readme, score = (ROOT / "README.md").read_text(), everyday["suites"]["everyday"]["all"]
     mean, stderr = 100 * score["mean"], 100 * score["stderr"]
     assert f"{mean:.1f} % ± {stderr:.1f} of {score['n']} everyday tasks" in readme
