@@ -30,6 +30,11 @@ SPILLS: dict[tuple[str, str], Spill] = {
     ("_attend_kernel", "sm_90"): Spill(
         8, "during the loop the queries of 16 heads of 512 values take half of the registers, 128 per thread"
     ),
+    ("_down", "sm_100"): Spill(
+        24, "the tiny model's MXFP4 experts with float32 activations, whose products are summed without tensor cores"
+    ),
+    ("_linear", "sm_80"): Spill(4, "one register of the head's product: its inputs are bfloat16 and its sums float32"),
+    ("_linear", "sm_90"): Spill(4, "one register of float32 products with packed weights, at tiny shapes"),
     ("_entries", "sm_80"): Spill(
         8,
         "HCA keeps the running maximum, sum and average of a window beside its rows; 4 bytes, at tiny sizes",
