@@ -41,7 +41,7 @@ class ConfigFile(BaseModel):
     num_hidden_layers: Small
     num_hash_layers: Annotated[int, Field(ge=0, le=1 << 10)]
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=1 << 10)] = 0
-    compress_ratios: Annotated[list[Literal[0, 4, 128]], Field(max_length=1 << 11)]
+    compress_ratios: Annotated[list[Literal[0, 4, 128]], Field(min_length=1, max_length=1 << 11)]
     num_attention_heads: Count
     num_key_value_heads: Literal[1] = 1
     head_dim: Width

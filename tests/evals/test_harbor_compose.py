@@ -234,15 +234,17 @@ class TestInDocker:
         checked = anyio.run(selfcheck, read_task_directory(make()))
         assert checked.problems == []
 
+    @pytest.mark.parametrize("network", ["environment.network_mode", "agent.network_mode"])
     def test_the_agent_reaches_the_services_and_nothing_else(
-        self, make: Make, evaluate: Evaluate, script: MakeScript
+        self, make: Make, evaluate: Evaluate, script: MakeScript, network: str
     ) -> None:
         command = f"{GET} $WEB/seed > answer.txt; python3 - <<'END'\n{REACH}END"
         with socket.create_server(("0.0.0.0", 0)) as host:
             policy = script([("bash", {"command": command.replace("PORT", str(host.getsockname()[1]))})], "Done.")
-            done = evaluate((read_task_directory(make()), policy), backend=None)
+            task = read_task_directory(make(**{"task.toml": f'{network} = "no-network"\n'}))
+            done = evaluate((task, policy), backend=None)
         (trial,) = done.trials
-        assert (trial.reward, trial.error) == (1.0, None)
+        assert (trial.error, trial.reward) == (None, 1.0)
         trajectory = done.trajectory(trial)
         assert trajectory is not None
         result = next(message.content for message in trajectory.messages if message.role == "tool")

@@ -100,7 +100,9 @@ class Container:
         if is_public == self._is_public:
             return
         if not is_public:
-            self._networks = [*self.api.inspect_container(self.id)["NetworkSettings"]["Networks"]]
+            networks = self.api.inspect_container(self.id)["NetworkSettings"]["Networks"]
+            # An internal network, which leads to the services of a task and no further, stays.
+            self._networks = [each for each in networks if not self.api.inspect_network(each)["Internal"]]
         change = self.api.connect_container_to_network if is_public else self.api.disconnect_container_from_network
         for network in self._networks:
             change(self.id, network)

@@ -211,14 +211,17 @@ class MCPServerHttpInSandbox(MCPServerStreamableHttp):
         argv = ["/bin/sh", "-c", CONNECT, str(parts.hostname), str(port)]
 
         async def relay(client: anyio.abc.SocketStream) -> None:
-            pipe = Pipe(self.environment, argv)
+            pipe, ended = Pipe(self.environment, argv), anyio.Event()
 
             async def run(*, task_status: anyio.abc.TaskStatus[None]) -> None:
                 connection.stderr = await pipe.run(task_status=task_status) or connection.stderr
+                ended.set()
 
             async def answer() -> None:
                 while data := await pipe.receive():
                     await client.send(data)
+                with anyio.move_on_after(CLOSE_S):  # a failed command's reason is known before the client sees the end
+                    await ended.wait()
                 await client.send_eof()
 
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):

@@ -32,7 +32,6 @@ class JsonFromFunction(Operation):
     phrasings = phrasings(
         train=(
             "{request}",
-            "{request}",
             "{request} [Answer|Reply|Respond] [in|as|with] JSON[, please|].",
             "{request} [Give me|Return|Report] the [answer|result|outcome] as [JSON|a JSON object].",
             "[Answer|Reply] in JSON: {request}",
