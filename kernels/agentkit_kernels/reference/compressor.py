@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.ops import Compressor
@@ -19,6 +20,9 @@ from agentkit_kernels.reference.linear import Columns, columns
 from agentkit_kernels.reference.norm import rms_norm
 from agentkit_kernels.reference.rope import rotate, rotations_at
 from agentkit_kernels.reference.state import LayerState
+
+CHANNELS = 32
+"""Over fewer channels, torch's softmax over rows gives a window other bits beside other windows."""
 
 
 def compress(
@@ -46,7 +50,9 @@ def compress(
 
 def pool(values_BWLK: Tensor, scores_BWLK: Tensor) -> Tensor:
     """Average the L rows of each window, weighted per channel by the softmax of the scores over L: [B, W, K]."""
-    return (scores_BWLK.softmax(2) * values_BWLK).sum(2)
+    channels = scores_BWLK.shape[-1]
+    padded = F.pad(scores_BWLK, (0, max(0, CHANNELS - channels)))
+    return (padded.softmax(2)[..., :channels] * values_BWLK).sum(2)
 
 
 def _entries(
