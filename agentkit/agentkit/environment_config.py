@@ -27,7 +27,7 @@ class LimitsConfig(Strict):
 
 
 class NetworkConfig(Strict):
-    """What commands can reach in each phase: `none`, `public` or a list of hosts; see `agentkit_environments.network`.
+    """Network of commands in each phase: `none`, `public` or a list of hosts; see `agentkit_environments.network`.
 
     A single value is that of every phase.
     """

@@ -114,7 +114,7 @@ class EnvironmentSpec:
     user: str | None = None
     """User of commands, as a name or `uid[:gid]`; None is the image's. Only with `as_image`."""
     network: Network = field(default_factory=Network)
-    """What commands can reach in each phase; `Network.everywhere("public")` is the same in all."""
+    """Network of commands in each phase; `Network.everywhere("public")` is the same in all."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of every command, in addition to PATH, HOME and LANG."""
     limits: ResourceLimits = ResourceLimits()

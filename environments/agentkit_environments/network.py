@@ -22,7 +22,7 @@ Phase = Literal["setup", "agent", "verifier"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 NetworkPolicy = Literal["none", "public"] | Sequence[str]
-"""What commands can reach; a sequence is an allowlist."""
+"""Hosts that commands can reach: none, all, or those of an allowlist."""
 
 DEFAULT_PORTS = (80, 443)
 LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"

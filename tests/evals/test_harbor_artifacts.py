@@ -1,4 +1,4 @@
-"""What `exclude` leaves out of an artifact, compared with GNU tar, whose patterns they are."""
+"""`exclude` leaves the same files out of an artifact as GNU tar, whose patterns it has."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from agentkit_environments.network import PHASES
 from agentkit_environments.owner import owner_token
 
 Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
-"""What a service waits for before it starts, in the words of Compose."""
+"""State of another service that a service waits for, in the words of Compose."""
 
 MAIN = "main"
 START_TIMEOUT_S = 600.0

@@ -94,7 +94,7 @@ class Healthcheck(Strict):
 
 
 class Dependency(Strict):
-    """What must be true of a service before another one starts."""
+    """State that a service must have before another one starts."""
 
     condition: Condition = "service_started"
 

@@ -1,4 +1,4 @@
-"""What engines launch is in the catalogue of `python -m agentkit_kernels.aot`, whatever their number formats.
+"""All launches of an engine are in the catalogue of `python -m agentkit_kernels.aot`, whatever their number formats.
 
 A configuration is a kernel with the dtypes of its tensors and its choices, without sizes. Nothing is computed here.
 """
