@@ -39,7 +39,9 @@ LENGTH = 270
 IS_AMD = "AuthenticAMD" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
 AWKWARD_STACK = pytest.param(
     "awkward sizes",
-    marks=pytest.mark.xfail(IS_AMD, reason="MKL on AMD rounds products of 5 to 11 columns by a row's place", strict=False),
+    marks=pytest.mark.xfail(
+        IS_AMD, reason="MKL on AMD rounds products of 5 to 11 columns by a row's place", strict=False
+    ),
 )
 
 
