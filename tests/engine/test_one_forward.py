@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,16 +35,7 @@ LENGTH = 270
 """More than two windows of HCA, and more entries of CSA than a query chooses."""
 
 
-IS_AMD = "AuthenticAMD" in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
-AWKWARD_STACK = pytest.param(
-    "awkward sizes",
-    marks=pytest.mark.xfail(
-        IS_AMD, reason="MKL on AMD rounds products of 5 to 11 columns by a row's place", strict=False
-    ),
-)
-
-
-@pytest.fixture(scope="module", params=[*(name for name in STACKS if name != "awkward sizes"), AWKWARD_STACK])
+@pytest.fixture(scope="module", params=STACKS)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     return make_random_decoder(STACKS[request.param], seed=4)
 

@@ -103,20 +103,36 @@ class _Write(torch.autograd.Function):
         )
 
 
+def homogeneous_width(size: int) -> int:
+    """Return the length of a flattened M x M matrix with a 1 and zeros.
+
+    On AMD processors MKL rounds rows of products with 5 to 7 or 9 to 11 columns by their place among the rows.
+    """
+    return max(12, size * size + 1)
+
+
+def homogeneous(matrices_NL: Tensor, size: int) -> Tensor:
+    """Append a 1 and zeros to flattened M x M matrices."""
+    padded = F.pad(matrices_NL, (0, homogeneous_width(size) - size * size))
+    padded[:, size * size] = 1.0
+    return padded
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def half_steps(size: int, iterations: int, eps: float, device: torch.device) -> list[Tensor]:
     """Return one matrix per half step that maps a flattened M x M matrix, followed by a 1, to the divisors of its
     entries.
 
-    An entry's divisor is the sum of its column (or row) + eps; the divisor of the 1 is 1.
+    An entry's divisor is the sum of its column (or row) + eps; the divisor of the 1, and of zeros after it, is 1.
     """
     eye, ones = torch.eye(size, device=device), torch.ones(size, size, device=device)
+    entries, width = size * size, homogeneous_width(size)
 
     def divisors(sums: Tensor) -> Tensor:
-        homogeneous = F.pad(sums, (0, 1, 0, 1))
-        homogeneous[-1] = eps
-        homogeneous[-1, -1] = 1.0
+        homogeneous = F.pad(sums, (0, width - entries, 0, width - entries))
+        homogeneous[entries, :entries] = eps
+        homogeneous[entries, entries:] = 1.0
         return homogeneous
 
     rows, columns = divisors(torch.kron(eye, ones)), divisors(torch.kron(ones, eye))
@@ -141,20 +157,21 @@ class _Sinkhorn(torch.autograd.Function):
     def forward(ctx: Any, matrices_NL: Tensor, size: int, iterations: int, eps: float) -> Tensor:
         ctx.save_for_backward(matrices_NL)
         ctx.settings = (size, iterations, eps)
-        out = F.pad(matrices_NL, (0, 1), value=1.0)
+        out = homogeneous(matrices_NL, size)
         for current in torch.split(out, SINKHORN_ROWS):
             divisor = torch.empty_like(current)
             for step in half_steps(size, iterations, eps, out.device):
                 current.div_(torch.mm(current, step, out=divisor))
-        return out[:, :-1]
+        return out[:, : size * size]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (matrices_NL,) = ctx.saved_tensors
+        size = ctx.settings[0]
         steps = half_steps(*ctx.settings, matrices_NL.device)
-        out = F.pad(grads[0], (0, 1))
+        out = F.pad(grads[0], (0, homogeneous_width(size) - size * size))
         for source, grad in zip(*(torch.split(x, SINKHORN_ROWS) for x in (matrices_NL, out)), strict=True):
-            current, done = F.pad(source, (0, 1), value=1.0), []
+            current, done = homogeneous(source, size), []
             for step in steps:
                 divisor = current @ step
                 current = current / divisor
@@ -162,7 +179,7 @@ class _Sinkhorn(torch.autograd.Function):
             for step, divisor, result in reversed(done):
                 grad.div_(divisor)
                 grad.addmm_(grad * result, step.mT, alpha=-1)
-        return out[:, :-1], None, None, None
+        return out[:, : size * size], None, None, None
 
 
 def sinkhorn(logits_NMM: Tensor, iterations: int, eps: float) -> Tensor:
