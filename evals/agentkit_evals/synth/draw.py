@@ -56,9 +56,13 @@ class Draw:
 
     def phrase(self, template: str, **slots: object) -> str:
         """Fill in a phrasing: draw one option of each `[a|b]`, innermost first, and replace each `{slot}`."""
+        return self.expand(template).format_map(slots)
+
+    def expand(self, template: str) -> str:
+        """Draw one option of each `[a|b]` of a phrasing, innermost first."""
         while (text := _CHOICE.sub(lambda match: self.choice(match[1].split("|")), template)) != template:
             template = text
-        return template.format_map(slots)
+        return template
 
     # --- names and values ---
 

@@ -46,7 +46,12 @@ SPARE = 1.15  # tasks drawn for each that is asked for, because duplicates are r
 SIMILAR = 0.9  # Jaccard similarity of the word pairs of two instructions, from which they count as duplicates
 THINKING: tuple[Thinking, ...] = ("auto",) * 8 + ("always", "never")
 WEIGHTS: dict[str, float] = {
-    "call_function": 10,
+    "call_function": 5,
+    "call_known_function": 18,
+    "call_known_twice": 4,
+    "no_known_function": 2,
+    "compute_known": 5,
+    "create_known_file": 5,
     "call_twice": 3,
     "two_requests": 3,
     "missing": 3,

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.operations.ask_text import AskAgenda, AskMail, AskNote, ReadSeveral
-from agentkit_evals.synth.operations.call_function import CallFunction, CallTwice, NoFunction
+from agentkit_evals.synth.operations.call_function import (
+    CallFunction,
+    CallKnownFunction,
+    CallKnownTwice,
+    CallTwice,
+    NoFunction,
+    NoKnownFunction,
+)
 from agentkit_evals.synth.operations.change_setting import ChangeSetting
 from agentkit_evals.synth.operations.code import FixBug, RenameIdentifier, RunScript
 from agentkit_evals.synth.operations.far import FAR
@@ -11,6 +18,7 @@ from agentkit_evals.synth.operations.files import (
     AppendLine,
     CountFiles,
     CreateFile,
+    CreateKnownFile,
     FindText,
     ListFiles,
     Missing,
@@ -32,7 +40,7 @@ from agentkit_evals.synth.operations.tables.change_table import AddRow
 from agentkit_evals.synth.operations.tables.count_rows import CountRows
 from agentkit_evals.synth.operations.tables.look_up_row import LookUpRow
 from agentkit_evals.synth.operations.tables.write_table import ConvertTable
-from agentkit_evals.synth.operations.talk import Compute, Recall, Repeat, SmallTalk
+from agentkit_evals.synth.operations.talk import Compute, ComputeKnown, Recall, Repeat, SmallTalk
 from agentkit_evals.synth.task import Operation
 
 SIMPLE: tuple[Operation, ...] = (
@@ -47,7 +55,8 @@ OPERATIONS: dict[str, Operation] = {
     for operation in (
         *(*SIMPLE, ReadSeveral(), ListFiles(), Recover(), Missing(), FixBug(), RenameIdentifier()),
         *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
-        *(CallFunction(), CallTwice(), NoFunction(), Recall(), Repeat(), SmallTalk()),
+        *(CallFunction(), CallTwice(), NoFunction(), CallKnownFunction(), CallKnownTwice(), NoKnownFunction()),
+        *(ComputeKnown(), CreateKnownFile(), Recall(), Repeat(), SmallTalk()),
         *(*TABLES, *LISTS, *LOGS, *LEDGERS, *FAR, *JSON_ANSWERS),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agentkit_evals.synth.catalog import KnownFunction, functions_by_domain
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.functions import DrawnFunction, draw_function, request
 from agentkit_evals.synth.oracle import Act, submit
@@ -72,16 +73,67 @@ class NoFunction(Operation):
         asked = draw_function(draw, Parameters(draw))
         text, _ = request(draw, asked)
         offered = [draw_function(draw, Parameters(draw)) for _ in range(draw.between(1, 3))]
-        answer = draw.choice(REFUSALS)
-        return Draft(
-            instruction=text,
-            steps=[lambda results: Act(f"No tool is about {asked.topic}.", content=answer)],
-            verifier='printf %s "$AGENTKIT_ANSWER" | grep -Eqi "no tool|none of the|cannot|not able|unable|can.t"',
-            solution=print_answer(answer),
-            tools=[function.tool for function in offered],
-            about=[function.name for function in offered],
-            system=draw.weighted(SYSTEMS),
-        )
+        return _refusal(draw, text, f"No tool is about {asked.topic}.", offered)
+
+
+class CallKnownFunction(Operation):
+    """One request for one function of the catalog, among up to four others."""
+
+    name = "call_known_function"
+    uses_world = False
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        domain = draw.choice([*functions_by_domain()])
+        known = draw.choice(functions_by_domain()[domain])
+        function = known.draw(draw)
+        request = known.call(draw, function)
+        others = _other_known(draw, domain, draw.weighted({0: 4, 1: 3, 2: 3, 3: 1, 4: 1}), known)
+        return _draft(draw, request.text, [(function, request.arguments)], others)
+
+
+class CallKnownTwice(Operation):
+    """Two requests in one for functions of the catalog, half of the time for the same function."""
+
+    name = "call_known_twice"
+    uses_world = False
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        domain = draw.choice([*functions_by_domain()])
+        known = draw.choice(functions_by_domain()[domain])
+        other = known if draw.chance(0.5) else draw.choice(functions_by_domain()[domain])
+        function = known.draw(draw)
+        other_function = function if other is known else other.draw(draw)
+        first, second = known.call(draw, function), other.call(draw, other_function)
+        if function is other_function and first.arguments == second.arguments:
+            return None
+        joint = draw.choice((*JOINTS, "\n", " Another one: "))
+        joint = joint if first.text[-1] in ".?!" or joint == "\n" else f".{joint}"
+        calls = [(function, first.arguments), (other_function, second.arguments)]
+        others = _other_known(draw, domain, draw.between(0, 2), known, other)
+        return _draft(draw, first.text + joint + second.text, calls, others)
+
+
+class NoKnownFunction(Operation):
+    """A request for a function of the catalog that is not among those offered."""
+
+    name = "no_known_function"
+    uses_world = False
+    needs_tool = False
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        domain, other = draw.some([*functions_by_domain()], 2)
+        missing = draw.choice(functions_by_domain()[domain])
+        offered = _other_known(draw, domain if draw.chance(0.25) else other, draw.between(1, 3), missing)
+        return _refusal(draw, missing.request(draw).text, "None of the tools is for this.", offered)
+
+
+def _other_known(draw: Draw, domain: str, count: int, *needed: KnownFunction) -> list[DrawnFunction]:
+    """Draw different functions of a domain of the catalog, none of those needed."""
+    known = [one for one in functions_by_domain()[domain] if one not in needed]
+    return [one.draw(draw) for one in draw.some(known, min(count, len(known)))]
 
 
 def other_functions(draw: Draw, function: DrawnFunction) -> list[DrawnFunction]:
@@ -102,11 +154,24 @@ def call(calls: Sequence[tuple[DrawnFunction, Mapping[str, Any]]]) -> Act:
     return Act(f"I call {stated}.", [(function.name, dict(arguments)) for function, arguments in calls])
 
 
+def _refusal(draw: Draw, text: str, thought: str, offered: Sequence[DrawnFunction]) -> Draft:
+    answer = draw.choice(REFUSALS)
+    return Draft(
+        instruction=text,
+        steps=[lambda results: Act(thought, content=answer)],
+        verifier='printf %s "$AGENTKIT_ANSWER" | grep -Eqi "no tool|none of the|cannot|not able|unable|can.t"',
+        solution=print_answer(answer),
+        tools=[function.tool for function in offered],
+        about=[function.name for function in offered],
+        system=draw.weighted(SYSTEMS),
+    )
+
+
 def _draft(
     draw: Draw, text: str, calls: list[tuple[DrawnFunction, dict[str, Any]]], others: list[DrawnFunction]
 ) -> Draft | None:
-    functions = list({function.name: function for function, _ in calls}.values())
-    if len({function.name for function in [*functions, *others]}) < len(calls) + len(others):
+    functions = list({id(function): function for function, _ in calls}.values())
+    if len({function.name for function in [*functions, *others]}) < len(functions) + len(others):
         return None
     tools: list[str | Mapping[str, Any]] = [
         function.tool for function in draw.some([*functions, *others], len(functions) + len(others))

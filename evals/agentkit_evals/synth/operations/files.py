@@ -9,6 +9,7 @@ from typing import Any
 
 from agentkit_evals.synth.artifacts.settings import Settings
 from agentkit_evals.synth.artifacts.texts import Note, fact, filler
+from agentkit_evals.synth.catalog import files
 from agentkit_evals.synth.checks import same_files
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.mention import mention, mention_value
@@ -224,6 +225,31 @@ class CreateFile(Operation):
         folder = shlex.quote(posixpath.dirname(path) or ".")
         return Draft(
             instruction=draw.phrase(phrasing.text, path=mention(draw, path), text=quoted, items=", ".join(items)),
+            steps=[
+                lambda results: Act(f"I write `{path}`.", [("write_file", {"path": path, "content": content})]),
+                lambda results: submit("The file is there."),
+            ],
+            solution=f"mkdir -p {folder} && printf %s {shlex.quote(content)} > {shlex.quote(path)}",
+            **same_files({path: content}),
+        )
+
+
+class CreateKnownFile(Operation):
+    """Write a new file of the catalog."""
+
+    name = "create_known_file"
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        known = draw.choice(files())
+        path = known.draw_path(draw)
+        if path in world.files or any(part in world.files for part in _parents(path)):
+            return None
+        request = known.request(draw, path=mention(draw, path))
+        content = known.text(request.arguments)
+        folder = shlex.quote(posixpath.dirname(path) or ".")
+        return Draft(
+            instruction=request.text,
             steps=[
                 lambda results: Act(f"I write `{path}`.", [("write_file", {"path": path, "content": content})]),
                 lambda results: submit("The file is there."),

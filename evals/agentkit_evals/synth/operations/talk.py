@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from agentkit_evals.synth.artifacts.texts import fact
+from agentkit_evals.synth.catalog import computations
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.oracle import Act, submit
 from agentkit_evals.synth.phrasing import Phrasing, phrasings
@@ -242,6 +243,28 @@ class Compute(Operation):
             ],
             answer=result,
             about=[phrasing.kind],
+        )
+
+
+class ComputeKnown(Operation):
+    """A computation of the catalog with values of the request, done in Python."""
+
+    name = "compute_known"
+    uses_world = False
+    phrasings = phrasings(train=("{request}",), held_out=())
+
+    def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
+        known = draw.choice(computations())
+        request = known.request(draw)
+        script, result = known.solve(request.arguments)
+        return Draft(
+            instruction=request.text,
+            steps=[
+                lambda results: Act(f"I compute {script.splitlines()[-1][6:-1]}.", [("python", {"code": script})]),
+                lambda results: submit(f"It is {results[0].strip()}.", results[0].strip()),
+            ],
+            answer=result,
+            about=[known.expression],
         )
 
 
