@@ -52,6 +52,7 @@ WEIGHTS: dict[str, float] = {
     "no_known_function": 2,
     "compute_known": 5,
     "create_known_file": 5,
+    "run_known_command": 10,
     "call_twice": 3,
     "two_requests": 3,
     "missing": 3,

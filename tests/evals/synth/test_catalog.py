@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 from pydantic import ValidationError
 
 from agentkit_evals.synth import catalog
-from agentkit_evals.synth.catalog import KnownComputation, KnownFile, KnownFunction, computations, files
+from agentkit_evals.synth.catalog import KnownComputation, KnownFile, KnownFunction, commands, computations, files
+from agentkit_evals.synth.catalog.inputs import INPUTS
 from agentkit_evals.synth.catalog.slots import SLOTS
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.parameters import series
@@ -75,6 +78,20 @@ def test_each_file_states_its_path_and_its_content_has_every_argument() -> None:
         assert not content or content.endswith("\n")
         for value in request.arguments.values():
             assert isinstance(value, (list, bool, int)) or str(value) in content or json.dumps(value)[1:-1] in content
+
+
+def test_each_command_does_what_its_expression_says(tmp_path: Path) -> None:
+    for number, known in enumerate(commands()):
+        draw = Draw(str(number))
+        file = INPUTS[known.input][0](draw)
+        source, out = tmp_path / f"{number} in.txt", tmp_path / f"{number} out.txt"
+        source.write_text(file.content)
+        assert known.request(draw, file, path="data.txt", out="new.txt")
+        tool, arguments = known.call(file, path=str(source), out=str(out))
+        program = ["sh", "-c", arguments["command"]] if tool == "bash" else [sys.executable, "-c", arguments["code"]]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+        found = done.stdout if known.answer else out.read_text() if known.writes else source.read_text()
+        assert found.strip() == known.result(file).strip(), (arguments, done.stderr)
 
 
 def test_a_number_next_to_a_letter_is_not_a_word() -> None:

@@ -1,9 +1,10 @@
-"""Everyday functions, computations and files, with requests as people make them.
+"""Everyday functions, computations, files and commands, with requests as people make them.
 
 `functions.draw_function` draws functions of random words whose requests name each parameter. Here a request seldom
 does: in `Ferry to Bari on 2025-06-02, coming from Split, please`, the kinds of values say which goes where.
-`functions/`, `computations/` and `files/` hold lists of entries by topic. In a request, `[a|b]` stands for one of its
-alternatives and `{key}` for the words for a parameter; the parameters in it are those that the request states.
+`functions/`, `computations/`, `files/` and `commands/` hold lists of entries by topic. In a request, `[a|b]` stands for
+one of its alternatives and `{key}` for the words for a parameter; the parameters in it are those that the request
+states.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ from typing import Annotated, Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from agentkit_evals.synth.catalog.inputs import INPUTS, NAMESPACE, InputFile
 from agentkit_evals.synth.catalog.slots import SLOTS, Value
 from agentkit_evals.synth.draw import Draw, joined
 from agentkit_evals.synth.functions import STYLES, DrawnFunction
+from agentkit_evals.synth.mention import mention_value
 from agentkit_evals.synth.parameters import Parameter, series, spoken
+from agentkit_evals.synth.shell import quote
 
-K = TypeVar("K", bound="Known")
+K = TypeVar("K", bound="_Model")
 FOLDER = Path(__file__).parent
 ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
 KEY = re.compile(r"\{(\w+)\}")
+QUOTED = re.compile(r"[\"'`]\{(\w+)\}")
 GLUED = re.compile(r"(?<=[^\s.,:;!?(])\{(\w+)\}|\{(\w+)\}(?=[^\s.,:;!?)])")
 """Keys without a space around, as in `{x}x + {y}y`, where a number cannot be a word."""
 
@@ -232,6 +237,67 @@ class KnownFile(Known):
         return self.content.format_map({key: _Argument(argument) for key, argument in arguments.items()})
 
 
+class KnownCommand(_Model):
+    """Something to do with one text file, by a shell command or a Python script.
+
+    Attributes:
+        input: The kind of file, see `inputs.INPUTS`.
+        command, script: How it is done; `{name}` is a part of the file, quoted for the shell or as a Python literal.
+        answer, writes, changes: Expression for what is printed, for the content of `{out}`, or for that of `{path}`.
+        ending: Ending of `{out}`; by default that of `{path}`.
+    """
+
+    input: str
+    command: str = ""
+    script: str = ""
+    answer: str = ""
+    writes: str = ""
+    changes: str = ""
+    ending: str = ""
+    requests: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.input not in INPUTS:
+            raise ValueError(f"no input {self.input!r}; expected one of {', '.join(INPUTS)}")
+        for names in (("command", "script"), ("answer", "writes", "changes")):
+            if sum(bool(getattr(self, name)) for name in names) != 1:
+                raise ValueError(f"a command needs one of {', '.join(names)}")
+        for request in self.requests:
+            for key in ("path", "out") if self.writes else ("path",):
+                if f"{{{key}}}" not in request:
+                    raise ValueError(f"{request!r} does not state {{{key}}}")
+        return self
+
+    def request(self, draw: Draw, file: InputFile, **paths: str) -> str:
+        """Draw a request about the file; `paths` are those of the file and of `{out}`, as the request has them."""
+        template = draw.expand(draw.choice(self.requests))
+        quoted = set(QUOTED.findall(template))
+        said = {
+            key: value if key in quoted or key.endswith("_col") else mention_value(draw, value)
+            for key, value in file.variables.items()
+            if isinstance(value, str)
+        }
+        text = template.format_map({**file.variables, **said, **paths})
+        return text[0].upper() + text[1:] if draw.chance(0.6) else text
+
+    def call(self, file: InputFile, **paths: str) -> tuple[str, dict[str, str]]:
+        """Return the call of `bash` or `python` that does it."""
+        values = {key: value for key, value in file.variables.items() if isinstance(value, (str, int))} | paths
+        if self.script:
+            return "python", {"code": _filled(self.script, {key: repr(value) for key, value in values.items()}).strip()}
+        return "bash", {"command": _filled(self.command, {key: quote(str(value)) for key, value in values.items()})}
+
+    def result(self, file: InputFile) -> str:
+        """Return what is printed, or the content of the file that is written."""
+        return str(eval(self.answer or self.writes or self.changes, {**NAMESPACE, **file.variables}))  # trusted
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """Replace each `{name}` of a value; other braces, such as those of awk, stay."""
+    return KEY.sub(lambda match: values.get(match[1], match[0]), template)
+
+
 @dataclass(frozen=True, slots=True)
 class _Argument:
     """An argument in a file's content: `{key:lines}`, `{key:json}` and so on."""
@@ -271,6 +337,13 @@ def computations() -> tuple[KnownComputation, ...]:
 def files() -> tuple[KnownFile, ...]:
     """Return all files to create. Raises ValueError if a file does not hold such a list."""
     found = (_read(path, KnownFile) for path in sorted((FOLDER / "files").glob("*.yaml")))
+    return tuple(itertools.chain.from_iterable(found))
+
+
+@functools.cache
+def commands() -> tuple[KnownCommand, ...]:
+    """Return all commands. Raises ValueError if a file does not hold such a list."""
+    found = (_read(path, KnownCommand) for path in sorted((FOLDER / "commands").glob("*.yaml")))
     return tuple(itertools.chain.from_iterable(found))
 
 

@@ -26,6 +26,7 @@ from agentkit_evals.synth.operations.files import (
     Recover,
 )
 from agentkit_evals.synth.operations.json_answers import JSON_ANSWERS
+from agentkit_evals.synth.operations.known_command import RunKnownCommand
 from agentkit_evals.synth.operations.ledgers import LEDGERS
 from agentkit_evals.synth.operations.lists import LISTS
 from agentkit_evals.synth.operations.lists.ask_items import HasItem, NthItem
@@ -56,7 +57,7 @@ OPERATIONS: dict[str, Operation] = {
         *(*SIMPLE, ReadSeveral(), ListFiles(), Recover(), Missing(), FixBug(), RenameIdentifier()),
         *(TwoRequests(SIMPLE), FollowFile(SIMPLE)),
         *(CallFunction(), CallTwice(), NoFunction(), CallKnownFunction(), CallKnownTwice(), NoKnownFunction()),
-        *(ComputeKnown(), CreateKnownFile(), Recall(), Repeat(), SmallTalk()),
+        *(ComputeKnown(), CreateKnownFile(), RunKnownCommand(), Recall(), Repeat(), SmallTalk()),
         *(*TABLES, *LISTS, *LOGS, *LEDGERS, *FAR, *JSON_ANSWERS),
     )
 }
