@@ -103,6 +103,14 @@ def test_a_number_next_to_a_letter_is_not_a_word() -> None:
     assert any(not text.split("times ")[1].split(",")[0].isdigit() for text in texts)
 
 
+def test_a_text_in_quotation_marks_gets_no_others() -> None:
+    known = KnownComputation.model_validate(
+        {"expression": "{a}", "parameters": _slots(a="title"), "requests": ["Say '{a}', {a}"]}
+    )
+    texts = [known.request(Draw(str(seed))).text for seed in range(30)]
+    assert not any("'\"" in text or "''" in text for text in texts)
+
+
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [

@@ -158,6 +158,7 @@ class Known(_Model):
         values = {key: one.draw(draw) for key, one in self.parameters.items() if key in stated}
         glued = {key for pair in GLUED.findall(template) for key in pair}
         said = {key: value.digits if key in glued else value.said for key, value in values.items()}
+        said |= {key: values[key].plain for key in QUOTED.findall(template) if key in values}
         text = template.format_map(said | slots)
         text = text[0].upper() + text[1:] if draw.chance(0.6) else text
         return Request(text, {key: value.argument for key, value in values.items()})

@@ -23,6 +23,11 @@ class Value:
         """The words, or the digits of a number that is said as a word."""
         return str(self.argument) if self.said in NUMBER_WORDS else self.said
 
+    @property
+    def plain(self) -> str:
+        """The words, or the text itself without the quotation marks of the request."""
+        return self.argument if isinstance(self.argument, str) else self.said
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
