@@ -7,6 +7,7 @@ FOLDER unless it is there. In a control group with a memory limit, the limit hol
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import tempfile
@@ -87,6 +88,7 @@ def small(spec: ModelSpec, decoded: int) -> Iterator[Measurement]:
 def beyond_memory(folder: Path, twin: ModelSpec, cache_bytes: int, decoded: int) -> Iterator[Measurement]:
     """experts-beyond-memory: a checkpoint of any size, after a random one of `twin`, whose experts fit into memory."""
     list(small(twin, decoded))
+    gc.collect()  # engines are parts of cycles
     outputs = (
         f"cold = cached; with {len(twin.layers)} layers and {twin.n_routed_experts} experts "
         "= all experts in memory, bit for bit"
