@@ -143,8 +143,8 @@ def main(
     for measured in measure(old, new, pairs, only.split(",")):
         records.append(make_record(measured, machine=machine, commit=commit, command=command))
         print(f"{measured.what}: {measured.value:.3f} ({measured.outputs})", flush=True)
-    if out is not None:
-        merge_records(out, NAME, records)
+        if out is not None:
+            merge_records(out, NAME, records)
 
 
 if __name__ == "__main__":
