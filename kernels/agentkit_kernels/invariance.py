@@ -3,6 +3,10 @@
 A library uses different kernels, with different orders of summation, for few rows and for many. No library documents
 where that ends, so it is probed with the shapes of the model's own weights when a model is packed.
 
+Products without a weight (attention, index scores, mHC and its Sinkhorn steps) are not probed: their shapes come with a
+forward. Positions alone decide them (`reference/batch.py`), so only a row's place can matter;
+`tests/engine/test_one_forward.py` compares whole forwards for that.
+
 Dimension key: N rows, K inputs, O outputs.
 """
 

@@ -12,12 +12,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from agentkit_engine.benchmarks import caching, peers, registry
+from agentkit_engine.benchmarks import caching, experts_on_disk, peers, registry
 from agentkit_engine.benchmarks.__main__ import main
 from agentkit_engine.benchmarks.command import chosen_benchmarks
 from agentkit_engine.benchmarks.errors import OutputsDifferError, PeerMissingError
 from agentkit_engine.benchmarks.floor import Floor
-from agentkit_engine.benchmarks.random_checkpoint import random_decoder, tiny_v4
+from agentkit_engine.benchmarks.random_checkpoint import random_decoder, tiny_v4, write_random_checkpoint
 from agentkit_engine.benchmarks.record import BenchmarkRecord, Bound, Measurement, make_record, merge_records, table
 from agentkit_engine.runtime import Request, Scheduler
 from agentkit_engine.sampler import SampledToken
@@ -134,6 +134,20 @@ def test_experts_on_disk_answer_like_those_in_memory(tmp_path: Path) -> None:
     read = [record["value"] for record in records if record["what"].startswith("experts read per decoded token")]
     assert len(read) == 2 and all(megabytes > 0 for megabytes in read)
     assert any("all experts in memory, bit for bit" in (record["outputs"] or "") for record in records)
+
+
+def test_a_checkpoint_beyond_memory_must_use_many_experts_in_bounded_memory(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, spec := tiny_v4())
+    measured = list(experts_on_disk.beyond_memory(tmp_path, spec, 1 << 20, 2))
+    records = [make_record(each, machine="", commit="", command="") for each in measured]
+    assert {record.benchmark for record in records} == {"experts-beyond-memory"}
+    used = next(record for record in records if record.unit == "experts")
+    assert used.target == "value >= 200" and used.met is (used.value >= 200) is False  # of 96
+    peak = next(record for record in records if record.what.startswith("peak memory of the process"))
+    assert peak.target == "ratio >= 0.8" and peak.met is False  # mostly torch
+    assert 0 < (peak.peer_value or 0) < 0.1
+    compared = next(record.outputs for record in records if record.what.startswith("decode, cold"))
+    assert compared == "cold = cached; with 6 layers and 16 experts = all experts in memory, bit for bit"
 
 
 def test_two_threads_answer_like_one(tmp_path: Path) -> None:

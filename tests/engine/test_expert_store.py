@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ def test_experts_in_memory_are_not_read_again(folder: Path) -> None:
     first = store.read_bytes
     engine.logits(IDS)
     assert once // 2 >= store.held > once // 3 and once < store.read_bytes <= 2 * first
+
+
+@pytest.mark.parametrize("folder", ["official"], indirect=True)
+def test_the_system_reads_no_more_than_the_experts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: advised.append(advice))
+    Engine.load(folder).logits(IDS)
+    assert not advised
+    Engine.load(folder, expert_cache_bytes=1 << 20).logits(IDS)
+    assert set(advised) == {os.POSIX_FADV_RANDOM}
 
 
 @pytest.mark.parametrize("folder", ["official"], indirect=True)

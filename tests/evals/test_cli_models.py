@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from agentkit.cli.model import load_model
 from agentkit.cli.options import KVCacheDtype
 from agentkit.models.embedded import EmbeddedModel
+from agentkit.trajectory import Trajectory
 from agentkit_evals.record import RunDirectory
 
 from .conftest import TASK, agentkit
@@ -108,3 +112,43 @@ def test_the_format_of_sessions_reaches_the_engine(option: KVCacheDtype | None, 
     model = load_model("tiny", device=None, cache_dir=None, base_url=None, kv_cache_dtype=option)
     assert isinstance(model, EmbeddedModel)
     assert model.engine.kv_cache_dtype == found
+
+
+def test_a_run_on_two_devices_has_the_tokens_of_one_process(untrained: Path) -> None:
+    # the command that scores the run finds the second device's process among the children of agentkit
+    worker = (
+        "cd /proc; for child in $(cat $PPID/task/*/children); do cat $child/cmdline; done | grep -aq engine[.]worker"
+    )
+    task = {"id": "say", "instruction": "Say hello.", "agent": {"max_tokens": 24}, "verifier": {"command": worker}}
+    Path("say.yaml").write_text(json.dumps(task))
+    options = ["run", "say.yaml", "-m", str(untrained), "--env", "unsafe-local", "--temperature", "1", "--seed", "3"]
+    agentkit(*options, "--trajectory", "one.jsonl", code=1)
+    command = [sys.executable, "-m", "agentkit", *options, "--devices", "2", "--trajectory", "two.jsonl", "--json"]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    assert json.loads(ran.stdout)["reward"] == 1.0
+    one, two = (Trajectory.load(Path(f"{name}.jsonl")) for name in ("one", "two"))
+    assert sum(logprob is not None for logprob in one.logprobs) == 24
+    assert (two.token_ids, two.logprobs) == (one.token_ids, one.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "message"),
+    [
+        (0, ["--device", "cuda"], "device='cuda' does not exist: torch .* sees 0 GPUs; use device=\"cpu\", or install"),
+        (1, ["--device", "cuda"], "devices=2 needs cuda:0 to cuda:1, but torch sees 1 GPUs; use devices=1"),
+        (3, ["--device", "cuda:2"], "devices=2 needs cuda:2 to cuda:3, but torch sees 3 GPUs; use devices=1"),
+    ],
+)
+def test_devices_that_a_machine_lacks_are_refused_with_a_remedy(
+    gpus: int, options: list[str], message: str, untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    result = agentkit("run", "Hi", "-m", untrained, "--devices", "2", *options, code=2)
+    assert re.search(message, " ".join(result.output.split())), result.output
+
+
+def test_a_model_that_cannot_be_divided_is_refused_with_a_remedy(untrained: Path) -> None:
+    shown = agentkit("run", "Hi", "-m", untrained, "--devices", "9", code=2).output
+    assert "9 is more than the 8 experts of this model, which the devices divide among themselves; use at most 8" in (
+        " ".join(shown.replace("│", " ").split())
+    )

@@ -190,6 +190,8 @@ def load_checkpoint(
             "expert_cache_bytes needs experts that stay packed, and these are not: leave dtype out or pass "
             'dtype="int8", or convert the folder to FP8 and FP4 (agentkit convert)'
         )
+    if expert_cache_bytes is not None and device.type == "cpu":
+        left |= {name: dataclasses.replace(left[name], ahead=False) for name in routed}
     check_memory(folder, expected, stored, dtypes, left, expert_cache_bytes, device=device, devices=devices)
     decoder = _empty_decoder(spec, device, dtypes, left)
     if lay_out is not None:

@@ -71,8 +71,8 @@ def runs(tensors: Iterable[StoredTensor], most_bytes: int) -> list[list[StoredTe
     return found
 
 
-def read(run: Sequence[StoredTensor]) -> Iterator[Tensor]:
-    """Yield the tensors of a run as stored, on the CPU.
+def read(run: Sequence[StoredTensor], *, ahead: bool = True) -> Iterator[Tensor]:
+    """Yield the tensors of a run as stored, on the CPU. The system may read `ahead` what follows them in the file.
 
     Raises:
         CheckpointError: the file has become shorter since its header was read.
@@ -80,6 +80,8 @@ def read(run: Sequence[StoredTensor]) -> Iterator[Tensor]:
     start = run[0].start
     bytes_X = torch.empty(run[-1].end - start, dtype=torch.uint8)
     with open_regular(run[0].path) as file:
+        if not ahead and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         file.seek(start)
         found, memory = 0, bytes_X.numpy().data
         while found < len(memory) and (count := file.readinto(memory[found:])):

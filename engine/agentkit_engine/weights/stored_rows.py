@@ -41,6 +41,7 @@ class StoredRows:
         format: The format in which rows are returned. Rows stored otherwise are quantised to int8 when they are read.
         stored: The codes or values, and the scales, of each expert.
         first: The row of the file that is row 0 here.
+        ahead: Whether what follows the rows in the file is read soon; false for experts that stay in the file.
     """
 
     format: Format
@@ -48,6 +49,7 @@ class StoredRows:
     scale_dtype: torch.dtype
     stored: Sequence[tuple[StoredTensor, StoredTensor | None]]
     first: int = 0
+    ahead: bool = True
 
     def rows(self, first: int, last: int, expert: int | None = None) -> Packed:
         """See `PackedRows`.
@@ -58,7 +60,7 @@ class StoredRows:
         """
         found, scale = self.stored[expert or 0]
         kept = stored_format(found, (found.shape[0], self.shape[-1]))
-        values = read_rows(found, first + self.first, last + self.first)
+        values = read_rows(found, first + self.first, last + self.first, ahead=self.ahead)
         shape = (last - first, self.shape[-1])
         if kept is None or scale is None:
             return quantise_int8(_finite(values, found))
@@ -67,7 +69,7 @@ class StoredRows:
         packed = Packed(
             kept,
             values.view(torch.uint8) if kept == "mxfp4" else values,
-            _in_range(read_rows(scale, begin, end), scale),
+            _in_range(read_rows(scale, begin, end, ahead=self.ahead), scale),
             shape,
         )
         if kept == "fp8" and int((values.view(torch.uint8) & _NAN).max()) == _NAN:
@@ -88,13 +90,13 @@ class StoredRows:
         return count * (codes + -(-inputs // width) * self.scale_dtype.itemsize)
 
 
-def read_rows(tensor: StoredTensor, first: int, last: int) -> Tensor:
-    """Read some rows of a stored tensor."""
+def read_rows(tensor: StoredTensor, first: int, last: int, *, ahead: bool = True) -> Tensor:
+    """Read some rows of a stored tensor; see `read`."""
     size = tensor.size // tensor.shape[0]
     some = replace(
         tensor, shape=(last - first, *tensor.shape[1:]), start=tensor.start + first * size, size=(last - first) * size
     )
-    [value] = read([some])
+    [value] = read([some], ahead=ahead)
     return value
 
 
