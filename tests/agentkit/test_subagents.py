@@ -36,6 +36,7 @@ from agentkit import (
     tool,
 )
 from agentkit.benchmarks.steered import SteeredModel
+from agentkit.events import CallFinished, MessageAdded
 from agentkit.model import total_usage
 from agentkit.models.tokens import rebuild_token_ids
 from agentkit.subagent import ELSEWHERE
@@ -378,10 +379,14 @@ async def test_a_fork_knows_the_conversation_and_returns_only_its_answer(
 
     first, second = record.subagents
     shared = record.messages[:3]
+    asked = record.records.index(MessageAdded(shared[-1])) + 1
     for child, number in ((first, 0), (second, 1)):
         assert child.messages[:3] == shared and child.turns == 3
         own, other = child.messages[3 + number], child.messages[4 - number]
         assert own.content.startswith("This is a copy") and other.content == ELSEWHERE
+        assert child.records[:asked] == record.records[:asked], "up to the turn that makes the calls"
+        ends = [each for each in child.records[asked : asked + 2] if isinstance(each, CallFinished)]
+        assert [each.result.content for each in ends] == [each.content for each in child.messages[3:5]]
         ids = sum((segment.ids for segment in record.segments[:2]), ())
         assert tuple(child.token_ids[: len(ids)]) == ids
         assert rebuild_token_ids(child, tokenizer) == child.token_ids

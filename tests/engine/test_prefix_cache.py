@@ -228,6 +228,18 @@ def test_the_least_valuable_checkpoint_is_evicted_first(decoder: Decoder) -> Non
     assert order == ["prompt b", "prompt c", "turn a", "head"]
 
 
+def test_a_prompt_that_sessions_share_outlives_the_ends_of_older_turns(decoder: Decoder) -> None:
+    """The second session finds the first one's prompt, although its own memory has to come from the cache."""
+    sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
+    scheduler = Scheduler(decoder, kv_cache_bytes=4 * sizes.bytes_per_span)
+    turn, ids = some_ids(100, 0), some_ids(SPAN + 40, 1)
+    scheduler.park(run(scheduler, turn)[0])  # one span
+    run(scheduler, ids)  # three: two of the session, and one of the checkpoint at the end of its prompt
+    run(scheduler, ids)
+    assert scheduler.prefilled == len(turn) + len(ids) + 1
+    assert [scheduler.cache.holds(each, IdChain(), len(each)) for each in (turn, ids)] == [False, True]
+
+
 def test_checkpoints_never_cost_a_session_its_state(decoder: Decoder) -> None:
     sizes = Pools(decoder.spec, slots=1, spans=1, device=torch.device("meta"))
     scheduler = Scheduler(decoder, kv_cache_bytes=4 * sizes.bytes_per_span)

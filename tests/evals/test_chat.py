@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from agentkit.events import Compacted
 from agentkit.messages import AssistantMessage
 from agentkit.trajectory import Trajectory
 from agentkit_engine.engine import PACKAGED_MODELS
@@ -42,6 +43,18 @@ def test_each_line_of_piped_input_is_one_message(tmp_path: Path) -> None:
     users = [m.content for m in first.messages if m.role == "user"]
     assert users[:2] == ["What is the sum of 19, 23 and 31? Submit it.", "Hello"]
     assert [m.content for m in second.messages if m.role == "user"] == ["What is the sum of 1 and 2? Submit it."]
+
+
+def test_a_long_conversation_is_compacted(tmp_path: Path) -> None:
+    """Each message is a turn here, and all but the latest three are left out."""
+    flags = ["--max-tokens", "4", "--compact-at", "1", "--trajectory", "chat.jsonl"]
+    done = subprocess.run(
+        [*CHAT, *flags], input=b"Hello\n" * 5, cwd=tmp_path, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (compacted,) = [each for each in Trajectory.load(tmp_path / "chat.jsonl").records if isinstance(each, Compacted)]
+    assert compacted.turns_left_out == 1
+    assert f"compacted: {compacted.tokens_before:,} to {compacted.tokens_after:,} tokens" in done.stdout.decode()
 
 
 class Terminal:

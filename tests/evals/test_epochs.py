@@ -22,10 +22,11 @@ ROOM = 20
 """Spans of 256 tokens: two trials of about 1,900 tokens, and little more."""
 
 
+@pytest.mark.parametrize("concurrency", [2, 4])
 async def test_epochs_prefill_their_common_prefix_once(
-    number_task: Callable[..., Task], script: Callable[..., Policy], tmp_path: Path
+    number_task: Callable[..., Task], script: Callable[..., Policy], tmp_path: Path, concurrency: int
 ) -> None:
-    """Also where the cache has no room for the prompts of all tasks: epochs of a task run one after another."""
+    """Also where the cache has no room for the prompts of all tasks: epochs of a task start one after another."""
     policy = script([("read_file", {"path": "n.txt"})], [("submit", {"answer": "42"})])
     tasks = [
         number_task(f"task{number}", instruction=" ".join(str(7919 * number + word) for word in range(300)))
@@ -47,7 +48,7 @@ async def test_epochs_prefill_their_common_prefix_once(
             tmp_path / "run",
             model_name="steered",
             epochs=EPOCHS,
-            concurrency=1,  # with more, it depends on the order in which trials end whose state is evicted first
+            concurrency=concurrency,
             backend="unsafe-local",
             listener=listen,
         )

@@ -27,6 +27,7 @@ from agentkit.cli.options import (
     BaseUrlFlag,
     BranchFlag,
     CacheFlag,
+    CompactAtFlag,
     CopyFlag,
     DeviceFlag,
     DevicesFlag,
@@ -107,6 +108,7 @@ def command(
     approve: ApproveFlag = ApproveChoice.ALL,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens per message.")] = None,
     max_cost: MaxCostFlag = None,
+    compact_at: CompactAtFlag = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     cache_dir: CacheFlag = None,
     no_key: NoKeyFlag = None,
@@ -118,6 +120,7 @@ def command(
     --workdir, the changes are shown at the end, and you are asked whether to apply them.
     """
     from agentkit.agent import Agent
+    from agentkit.compaction import Compaction
     from agentkit.limits import CostBudget, Limits
 
     flags = SamplingFlags.of(
@@ -157,6 +160,7 @@ def command(
         sampling=sampling,
         limits=limits,
         budget=budget,
+        compaction=None if compact_at is None else Compaction(at_tokens=compact_at),
         **approvals,
     )
     with tempfile.TemporaryDirectory(prefix="agentkit-chat-") as folder, _history():

@@ -283,6 +283,9 @@ def _positive(value: float | None) -> float | None:
     return value
 
 
+CompactAtFlag = Annotated[
+    int | None, typer.Option("--compact-at", min=1, help="Compact the conversation once it has this many tokens.")
+]
 MaxCostFlag = Annotated[
     float | None,
     typer.Option(

@@ -24,6 +24,7 @@ from agentkit.cli.options import (
     BaseUrlFlag,
     BranchFlag,
     CacheFlag,
+    CompactAtFlag,
     CopyFlag,
     DeviceFlag,
     DevicesFlag,
@@ -133,9 +134,7 @@ def command(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens.")] = None,
     max_cost: MaxCostFlag = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Time limit in seconds.")] = None,
-    compact_at: Annotated[
-        int | None, typer.Option(min=1, help="Compact the conversation once it has this many tokens.")
-    ] = None,
+    compact_at: CompactAtFlag = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     snapshots: SnapshotsFlag = False,
     history: Annotated[

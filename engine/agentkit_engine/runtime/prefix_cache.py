@@ -34,7 +34,7 @@ class Keep(IntEnum):
     PROMPT = 0
     """The end of a prompt within a turn: saves one prompt if it is sent again."""
     TURN = 1
-    """The end of a turn, a prefix that other sessions share, or a checkpoint of a long prompt."""
+    """The end of a turn, a prefix that other sessions share, a checkpoint of a long prompt, or a prompt sent again."""
 
 
 class IdChain:
@@ -126,7 +126,8 @@ class PrefixCache:
         if found is None:
             return None
         checkpoint, length = found
-        checkpoint.used = next(self._clock)  # before the fork, whose memory may have to come from other checkpoints
+        # before the fork, whose memory may have to come from other checkpoints
+        checkpoint.used, checkpoint.keep = next(self._clock), Keep.TURN
         sequence = self.pools.branch(checkpoint.sequence)
         sequence.shorten(length)
         checkpoint.shared = True
