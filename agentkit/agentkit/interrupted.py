@@ -28,9 +28,9 @@ from agentkit.events import (
     TurnFinished,
     TurnStarted,
 )
-from agentkit.messages import AssistantMessage, Message, ToolMessage, UserMessage, unanswered
+from agentkit.messages import AssistantMessage, Message, SystemMessage, ToolMessage, UserMessage, unanswered
 from agentkit.model import CallMalformed, CallReady, CallsWithdrawn, SegmentKind, TokenSegment, Usage, total_usage
-from agentkit.trajectory import Header, Trajectory
+from agentkit.trajectory import Header, Trajectory, messages_of
 from agentkit_tools import BUILTINS, Tool, ToolCall, ToolResult
 from agentkit_tools.model_texts import ERROR
 
@@ -96,8 +96,8 @@ def interrupted_run(
             The run then goes on before the first other turn that may have changed the environment.
 
     Raises:
-        ResumeError: the run has ended, has no turn yet, or a call that may have had effects outside the environment
-            would be made twice.
+        ResumeError: the run has ended, has no turn yet or no message to answer, or a call that may have had effects
+            outside the environment would be made twice.
     """
     records = trajectory.records
     end = len(records)
@@ -127,6 +127,8 @@ def interrupted_run(
     if paid.cost_usd is not None and (usage.cost_usd is not None or not usage.turns):  # turns done again cost twice
         usage = replace(usage, cost_usd=max(paid.cost_usd, usage.cost_usd or 0.0))
     results = turn.results if turn.is_kept and not turn.answered else []
+    unread = {result.call_id for result in results} - turn.read
+    _check_asks(messages_of(records[:length]), has_results=bool(unread))
     return ResumePoint(
         length,
         _news(records[start:length]),
@@ -137,10 +139,17 @@ def interrupted_run(
         spent=usage,
         results=results,
         unrecorded=[result for result in results if result.call_id not in turn.recorded],
-        unread={result.call_id for result in results} - turn.read,
+        unread=unread,
         turn_open=bool(results) and turn.finished is None,
         limit=turn.limit if results else None,
     )
+
+
+def _check_asks(messages: Sequence[Message], *, has_results: bool) -> None:
+    """Raise ResumeError if the next turn would answer nothing: neither results of calls nor a message."""
+    waiting = unanswered(messages)
+    if not has_results and (not waiting or isinstance(waiting[-1], SystemMessage)):
+        raise ResumeError("the record has no message that the next turn would answer; start the run again")
 
 
 def _news(run: Sequence[Record]) -> list[Message]:

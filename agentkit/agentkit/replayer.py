@@ -24,7 +24,7 @@ from agentkit.models.embedded import EmbeddedModel
 from agentkit.models.tokens import model_event, parsed_message, prompt_ids
 from agentkit.trajectory import Trajectory
 from agentkit_engine import chat
-from agentkit_engine.chat import StreamParser
+from agentkit_engine.chat import EncodeError, StreamParser
 from agentkit_tools import ToolResult
 
 TOLERANCE: Final = 1e-3
@@ -94,7 +94,7 @@ def replay(
 
     Raises:
         TypeError: `model` is not a model in this process.
-        ReplayError: the record has no ids of a model in this process.
+        ReplayError: the record has no ids of a model in this process, or messages that cannot be encoded.
         TrajectoryError: see `Trajectory.load`.
         EngineError: see `EmbeddedModel` and `Engine.logprobs`.
     """
@@ -182,15 +182,18 @@ class _Replayer:
 
     def _prompt(self, segment: TokenSegment) -> None:
         assert self.header.dialect is not None
-        ids = prompt_ids(
-            self.unread,
-            first=not self.position,
-            think=self.think,
-            tools=self.tools,
-            effort=self.header.effort,
-            dialect=self.header.dialect,
-            tokenizer=self.tokenizer,
-        )
+        try:
+            ids = prompt_ids(
+                self.unread,
+                first=not self.position,
+                think=self.think,
+                tools=self.tools,
+                effort=self.header.effort,
+                dialect=self.header.dialect,
+                tokenizer=self.tokenizer,
+            )
+        except EncodeError as exc:
+            raise ReplayError(f"the messages before turn {self.turn + 1} of the record are no prompt: {exc}") from exc
         self.unread.clear()
         for was, now in zip_longest(segment.ids, ids):
             if was != now:

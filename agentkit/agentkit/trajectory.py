@@ -15,13 +15,14 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from uuid import uuid4
 
-from pydantic import FailFast, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, FailFast, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from agentkit.errors import TrajectoryCorruptError, TrajectoryError, TrajectoryFormatError, TrajectoryWriteError
@@ -42,6 +43,13 @@ MAX_LINE_TEXTS: Final = 50_000
 """Lower than for numbers: validation stops at the first error in a list of ids, but reports every error among texts."""
 
 
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    match tool:
+        case {"function": {"name": str()}}:
+            return tool
+    raise ValueError("expected a tool as an OpenAI dict, with a name")
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """Settings that are fixed when the session opens. The header and the messages determine all prompt ids."""
@@ -51,7 +59,7 @@ class Header:
     effort: Effort
     sampling: SamplingParams
     """Effective parameters: those of the checkpoint folder with the caller's changes."""
-    tools: Annotated[tuple[dict[str, Any], ...], FailFast()]
+    tools: Annotated[tuple[Annotated[dict[str, Any], AfterValidator(_tool)], ...], FailFast()]
     """The tools as OpenAI dicts, in prompt order."""
     thinking: str
     grammar_off: str | None = None
@@ -228,13 +236,7 @@ class Trajectory:
     @property
     def messages(self) -> list[Message]:
         """All messages of the conversation; those that compaction has left, and those after it, if there was one."""
-        messages: list[Message] = []
-        for record in self.records:
-            if isinstance(record, MessageAdded):
-                messages.append(record.message)
-            elif isinstance(record, Compacted):
-                messages = list(record.messages)
-        return messages
+        return messages_of(self.records)
 
     @property
     def segments(self) -> list[TokenSegment]:
@@ -336,6 +338,17 @@ class Trajectory:
                 "be read. Free space on that disk, or write trajectories to another one."
             ) from exc
         self._ends.append((self._ends[-1] if self._ends else 0) + len(line))
+
+
+def messages_of(records: Iterable[Record]) -> list[Message]:
+    """Return the messages of the conversation that records end with; see `Trajectory.messages`."""
+    messages: list[Message] = []
+    for record in records:
+        if isinstance(record, MessageAdded):
+            messages.append(record.message)
+        elif isinstance(record, Compacted):
+            messages = list(record.messages)
+    return messages
 
 
 def _line_bytes(seq: int, time_s: float, record: Header | Record) -> bytes:

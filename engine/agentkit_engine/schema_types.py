@@ -1,13 +1,14 @@
 """JSON types and values that a JSON Schema can accept.
 
 The answers are upper bounds, found without validation: `type`, `enum`, `const`, references and their combinations are
-evaluated, and every other keyword is assumed to accept. `chat.v4_arguments` uses them to interpret a parameter's text,
-and `schema_forms` to choose its forms in a grammar.
+evaluated, and every other keyword is assumed to accept, as is a malformed one. `chat.v4_arguments` uses them to
+interpret a parameter's text, and `schema_forms` to choose its forms in a grammar.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -18,6 +19,10 @@ Schema = Any
 TYPES = ("string", "null", "boolean", "integer", "number", "array", "object")
 MAX_LOOKS = 1000
 """Number of subschemas that are evaluated before the rest is assumed to accept."""
+MAX_DEPTH = 100
+"""Number of subschemas inside each other, also through references, below which the rest is assumed to accept."""
+
+_INDEX = re.compile(r"[0-9]{1,9}")
 
 _Leaf = Callable[[Sequence[str] | None, Sequence[Any] | None], bool]
 """Returns whether the names in a `type`, or the values of an `enum`, can satisfy the query."""
@@ -46,7 +51,7 @@ def could_accept(schema: Schema, root: Schema, value: Any) -> bool:
 
     def leaf(names: Sequence[str] | None, values: Sequence[Any] | None) -> bool:
         if names is not None:
-            return not types.isdisjoint(names)
+            return any(name in names for name in types)
         return any(equal(value, each) for each in values or ())
 
     return _passes(schema, root, leaf)
@@ -66,11 +71,17 @@ def resolve(reference: Any, root: Schema) -> Schema | None:
         key = part.replace("~1", "/").replace("~0", "~")
         if isinstance(found, Mapping) and key in found:
             found = found[key]
-        elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+        elif isinstance(found, list) and _INDEX.fullmatch(key) and int(key) < len(found):
             found = found[int(key)]
         else:
             return None
     return found if isinstance(found, Mapping | bool) else None
+
+
+def branches(schema: Mapping[str, Schema], keyword: str) -> list[Schema]:
+    """Return the subschemas in `allOf`, `anyOf` or `oneOf`; none if the keyword is malformed."""
+    found = schema.get(keyword)
+    return found if isinstance(found, list) else []
 
 
 def json_types(value: Any) -> frozenset[str]:
@@ -118,7 +129,7 @@ def _passes(schema: Schema, root: Schema, leaf: _Leaf) -> bool:
     def passes(schema: Schema, inside: tuple[int, ...]) -> bool:
         nonlocal looks
         looks += 1
-        if looks > MAX_LOOKS:
+        if looks > MAX_LOOKS or len(inside) > MAX_DEPTH:
             return True
         if not isinstance(schema, Mapping):
             return schema is not False
@@ -130,17 +141,17 @@ def _passes(schema: Schema, root: Schema, leaf: _Leaf) -> bool:
                 target = resolve(schema[key], root)
                 if target is not None and not passes(target, inside):
                     return False
-        names = schema.get("type")
-        if names is not None and not leaf([names] if isinstance(names, str) else names, None):
+        names, values = schema.get("type"), schema.get("enum")
+        if isinstance(names, str | list) and not leaf([names] if isinstance(names, str) else names, None):
             return False
-        if "enum" in schema and not leaf(None, schema["enum"]):
+        if isinstance(values, list) and not leaf(None, values):
             return False
         if "const" in schema and not leaf(None, [schema["const"]]):
             return False
-        if not all(passes(part, inside) for part in schema.get("allOf", ())):
+        if not all(passes(part, inside) for part in branches(schema, "allOf")):
             return False
         for key in ("anyOf", "oneOf"):
-            if key in schema and not any(passes(part, inside) for part in schema[key]):
+            if isinstance(schema.get(key), list) and not any(passes(part, inside) for part in branches(schema, key)):
                 return False
         return not (isinstance(schema.get("not"), Mapping) and set(schema["not"]) == {"type"}) or not passes(
             schema["not"], inside

@@ -26,6 +26,7 @@ from agentkit_environments.errors import (
 )
 from agentkit_environments.network import Network, NetworkPolicy, Phase
 from agentkit_environments.opening import available_backends, open_environment, reap
+from agentkit_environments.pool import EnvironmentPool
 from agentkit_environments.snapshot import Snapshot
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Backend",
     "DeferredEnvironment",
     "Environment",
+    "EnvironmentPool",
     "EnvironmentSpec",
     "ExecResult",
     "ExportedDir",

@@ -36,10 +36,11 @@ from agentkit.prices import Price, check_price, describe_reference, list_cost, p
 from agentkit.task import CallsConfig, Task, TestsConfig
 from agentkit.trajectory import Trajectory
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_environments import Environment, reap
+from agentkit_environments import Environment, EnvironmentPool, reap
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.harbor.episode import episode, for_step, prior
+from agentkit_evals.harbor.sandbox import settled
 from agentkit_evals.record import (
     Failure,
     RunDirectory,
@@ -104,6 +105,8 @@ class EvalRun:
         model_name: Name of the model in `run.json`.
         epochs: Number of times that each task is run.
         concurrency: Maximum number of trials at the same time.
+        warm: Maximum number of sandboxes that are opened ahead of the trials and verifiers that will need them. Each is
+            used once. Those whose image is built from a folder are opened when they are needed.
         backend: Sandbox backend; None uses the one that each task sets.
         seed: Base seed. Each trial derives its sampling seed from this seed, the task and the epoch.
         sampling: Sampling parameters, except the seed; None uses the model's own.
@@ -117,8 +120,8 @@ class EvalRun:
             go on after their last complete turn if the task has `environment.snapshots`, else before their first turn
             that may have changed a file. If that is the first turn, they start again, and so do trials that an
             infrastructure failure kept from being scored; earlier attempts are kept in `attempts/`. Only
-            `concurrency`, `max_cost_usd` and `model_options` may differ from those of the run; the costs of all
-            attempts count.
+            `concurrency`, `warm`, `max_cost_usd` and `model_options` may differ from those of the run; the costs of
+            all attempts count.
         model_options: Options that load the model, recorded for `agentkit eval --resume`.
 
     Raises:
@@ -131,6 +134,7 @@ class EvalRun:
     model_name: str
     epochs: int = 1
     concurrency: int = 2
+    warm: int = 0
     backend: Backend | None = None
     seed: int = 0
     sampling: SamplingParams | None = None
@@ -142,6 +146,7 @@ class EvalRun:
     resume: bool = False
     model_options: dict[str, str | int] = field(default_factory=dict)
     budget: CostBudget | None = field(default=None, init=False)
+    pool: EnvironmentPool = field(init=False)
 
     def __post_init__(self) -> None:
         if self.max_cost_usd is not None:
@@ -150,6 +155,7 @@ class EvalRun:
                 check_price(self.model, self.model_name)
         check_positive("EvalRun(epochs=...)", self.epochs, whole=True)
         check_positive("EvalRun(concurrency=...)", self.concurrency, whole=True)
+        self.pool = EnvironmentPool(self.warm, run_id=self.run_id)
 
     @property
     def resolved_sampling(self) -> SamplingParams:
@@ -198,7 +204,9 @@ class EvalRun:
             ]
             plan = iter(trials)
             try:
-                async with anyio.create_task_group() as workers:
+                async with self.pool, anyio.create_task_group() as workers:
+                    for trial in trials:
+                        await trial.announce()
                     for number in range(min(self.concurrency, len(trials))):
                         workers.start_soon(self._work, plan, log, name=f"eval worker {number}")
             except ExceptionGroup as group:
@@ -310,6 +318,19 @@ class _Trial:
             **self.seconds,
         )
 
+    async def announce(self) -> None:
+        """Tell the pool which sandboxes the trial will open."""
+        config, verifier = self.task.environment, self.task.verifier
+        if not self.eval_run.warm or config.build is not None or isinstance(verifier, CallsConfig):
+            return
+        count = 1 if isinstance(verifier, HarborConfig) else 2  # the agent's, and the verifier's
+        if self.begun.snapshot is not None and not isinstance(verifier, TestsConfig):
+            count -= 1
+        with suppress(TaskSetupError):  # the trial will raise it
+            spec = await settled(config)
+            for _ in range(count):
+                self.eval_run.pool.expect(spec, backend=backend_for(self.task, self.eval_run.backend))
+
     async def _scored(self) -> Verdict | None:
         """Run the agent, then score its workdir and answer; None if the budget stopped the agent."""
         backend = backend_for(self.task, self.eval_run.backend)
@@ -321,7 +342,10 @@ class _Trial:
             if isinstance(work, Verdict):
                 verdict = work
             else:
-                verdict = await verify(self.task, archive=work, answer=self.answer, backend=backend, run_id=run_id)
+                pool = self.eval_run.pool
+                verdict = await verify(
+                    self.task, archive=work, answer=self.answer, backend=backend, run_id=run_id, pool=pool
+                )
             self.verifier_output = verdict.output
             self.refused += verdict.refused
             await self.eval_run.start_checks.require(self.task, verdict, backend=backend, run_id=run_id)
@@ -354,17 +378,17 @@ class _Trial:
 
     async def _open(self, stack: AsyncExitStack, backend: Backend) -> tuple[Environment, str]:
         """Open the agent's sandbox, prepared or with the files of a snapshot; return it with what `begin` returned."""
-        run_id, start = self.eval_run.run_id, ""
+        run_id, pool, start = self.eval_run.run_id, self.eval_run.pool, ""
         if (snapshot := self.begun.snapshot) is not None:
             if isinstance(self.task.verifier, TestsConfig):  # the snapshot is not the state before the agent started
-                async with opened(self.task, backend, run_id) as fresh:
+                async with opened(self.task, backend, run_id, pool=pool) as fresh:
                     await self.task.prepare(fresh)
                     start = await begin(self.task, fresh)
-            environment = await stack.enter_async_context(opened(self.task, backend, run_id, snapshot))
+            environment = await stack.enter_async_context(opened(self.task, backend, run_id, snapshot, pool=pool))
             stack.callback(lambda: self.refused.extend(environment.refusals()))
             self.backend = environment.backend
             return environment, start
-        environment = await stack.enter_async_context(opened(self.task, backend, run_id))
+        environment = await stack.enter_async_context(opened(self.task, backend, run_id, pool=pool))
         stack.callback(lambda: self.refused.extend(environment.refusals()))
         if not isinstance(self.task.verifier, CallsConfig):  # a task scored by calls does not use its folder
             self.backend = environment.backend

@@ -185,7 +185,7 @@ def read_table(path: Path) -> Iterator[Task]:
         except ValidationError as exc:
             raise TaskFileError(f"{path}: row {row.id}: {describe(exc)}") from exc
         except ValueError as exc:
-            raise TaskFileError(f"{path}: row {row.id}: {exc}") from exc
+            raise TaskFileError(f"{path}: row {row.id}: {shorten(str(exc), 500, quote=False)}") from exc
 
 
 def _task(table: Table, row: Row, name: str, *, pair: str | None = None, solvable: bool = False) -> Task:

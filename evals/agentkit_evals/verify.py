@@ -27,6 +27,7 @@ from agentkit.result import RunResult
 from agentkit.task import CallsConfig, HarborConfig, Task, TestsConfig, VerifierConfig
 from agentkit_environments import (
     Environment,
+    EnvironmentPool,
     ExportedDir,
     SandboxUnavailableError,
     Snapshot,
@@ -98,11 +99,16 @@ async def collect(task: Task, environment: Environment, start: str) -> ExportedD
 
 @asynccontextmanager
 async def opened(
-    task: Task, backend: Backend, run_id: str | None = None, snapshot: Snapshot | None = None
+    task: Task,
+    backend: Backend,
+    run_id: str | None = None,
+    snapshot: Snapshot | None = None,
+    *,
+    pool: EnvironmentPool | None = None,
 ) -> AsyncIterator[Environment]:
     """Open a sandbox of the task's specification, with the services of a Harbor task, and close it at the end.
 
-    With a snapshot, the sandbox has its files.
+    With a snapshot, the sandbox has its files. With a pool, it is one that the pool has opened ahead, if any.
 
     Errors on closing are ignored, so that the block keeps its result; `reap` removes what is left.
 
@@ -113,7 +119,10 @@ async def opened(
     """
     try:
         spec = await settled(task.environment)
-        environment = await open_environment(spec, backend=backend, run_id=run_id, snapshot=snapshot)
+        if pool is not None:
+            environment = await pool.open(spec, backend=backend, snapshot=snapshot)
+        else:
+            environment = await open_environment(spec, backend=backend, run_id=run_id, snapshot=snapshot)
     except OSError as exc:
         raise SandboxUnavailableError(f"no sandbox could be opened: {exc}") from exc
     try:
@@ -128,7 +137,13 @@ async def opened(
 
 
 async def verify(
-    task: Task, *, archive: bytes, answer: str | None, backend: Backend = "auto", run_id: str | None = None
+    task: Task,
+    *,
+    archive: bytes,
+    answer: str | None,
+    backend: Backend = "auto",
+    run_id: str | None = None,
+    pool: EnvironmentPool | None = None,
 ) -> Verdict:
     """Score an agent's work and its answer.
 
@@ -138,6 +153,7 @@ async def verify(
         answer: The agent's answer, from `answer_of`, or None if there is none.
         backend: Sandbox backend.
         run_id: Label of the sandbox.
+        pool: Pool that the sandbox is taken from.
 
     Raises:
         VerifierError: the task has no verifier, or is scored in the agent's own sandbox (`harbor.episode`).
@@ -152,7 +168,7 @@ async def verify(
     if isinstance(task.verifier, HarborConfig):
         raise VerifierError(f"task {task.id} is scored in the agent's own sandbox, by agentkit_evals.harbor.episode")
     text = well_formed(answer or "")
-    async with opened(task, backend, run_id) as environment:
+    async with opened(task, backend, run_id, pool=pool) as environment:
         try:
             if isinstance(task.verifier, TestsConfig):
                 verdict = await _run_tests(task, task.verifier, environment, archive)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fuzz import amounts, fuzz
 
 from agentkit import (
     Agent,
@@ -39,8 +39,6 @@ from .conftest import get_weather
 
 pytestmark = pytest.mark.anyio
 Script = Callable[..., ScriptedModel]
-EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
-"""Examples of each fuzz test; 20,000 take minutes."""
 HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
 """A Python 3.12 with the package `harbor`, whose own models then check every document."""
 
@@ -288,25 +286,31 @@ good_step = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(steps=st.lists(good_step | st.dictionaries(keys, values, max_size=4), max_size=5), changes=st.booleans())
-def test_any_document_is_read_or_refused(steps: list[dict[str, Any]], changes: bool) -> None:
-    data = document(*steps, **({"final_metrics": {"total_steps": "x"}} if changes else {}))
-    try:
-        messages = parse_atif(data)
-    except TrajectoryFormatError:
-        return
-    kinds = SystemMessage | UserMessage | AssistantMessage | ToolMessage
-    assert all(isinstance(message, kinds) for message in messages)
-    for before, after in itertools.pairwise(messages):
-        assert not (isinstance(before, AssistantMessage) and isinstance(after, AssistantMessage))
+@amounts(200, 10_000)
+def test_any_document_is_read_or_refused(examples: int) -> None:
+    def check(value: tuple[list[dict[str, Any]], bool]) -> None:
+        steps, changes = value
+        data = document(*steps, **({"final_metrics": {"total_steps": "x"}} if changes else {}))
+        try:
+            messages = parse_atif(data)
+        except TrajectoryFormatError:
+            return
+        kinds = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+        assert all(isinstance(message, kinds) for message in messages)
+        for before, after in itertools.pairwise(messages):
+            assert not (isinstance(before, AssistantMessage) and isinstance(after, AssistantMessage))
+
+    steps = st.lists(good_step | st.dictionaries(keys, values, max_size=4), max_size=5)
+    fuzz(check, st.tuples(steps, st.booleans()), examples)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
-@given(st.binary(max_size=60))
-def test_any_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(TrajectoryFormatError):
-        parse_atif(data)
+@amounts(200, 10_000)
+def test_any_bytes_are_refused(examples: int) -> None:
+    def check(data: bytes) -> None:
+        with pytest.raises(TrajectoryFormatError):
+            parse_atif(data)
+
+    fuzz(check, st.binary(max_size=60), examples)
 
 
 def test_text_parts_alone_are_text() -> None:

@@ -144,6 +144,15 @@ def test_metadata_holds_finite_numbers_only(value: bytes, good: bytes, tmp_path:
     assert Trajectory.load(path).header.metadata == header["metadata"]
 
 
+@pytest.mark.parametrize("tool", [{}, {"function": 1}, {"function": {"name": 1}}, {"function": {"parameters": {}}}])
+def test_a_tool_without_a_name_is_an_error(tool: dict[str, Any], good: bytes, tmp_path: Path) -> None:
+    header = json.loads(good.splitlines()[0])["record"] | {"tools": [tool]}
+    path = tmp_path / "crafted.jsonl"
+    path.write_bytes(line(0, json.dumps(header).encode()))
+    with pytest.raises(TrajectoryFormatError, match=r"crafted\.jsonl, line 1 .* expected a tool as an OpenAI dict"):
+        Trajectory.load(path)
+
+
 def test_a_version_of_another_type_is_named(good: bytes, tmp_path: Path) -> None:
     path = tmp_path / "crafted.jsonl"
     path.write_bytes(line(0, b'{"type":"header","version":%b}' % (b"[" * 150 + b"]" * 150)))

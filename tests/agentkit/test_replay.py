@@ -286,3 +286,15 @@ def test_the_command(record: Trajectory, tmp_path: Path) -> None:
     assert "none.jsonl" in agentkit("replay", "none.jsonl", code=2)
     bad.write_text("{}\n")
     assert "is not a trajectory" in agentkit("replay", bad, code=2)
+
+
+def test_messages_that_are_no_prompt_are_an_error(record: Trajectory, tiny: EmbeddedModel) -> None:
+    """A turn that no ids have is among the messages that the next turn answers."""
+    records = list(record.records)
+    said = next(
+        place for place, each in enumerate(records) if isinstance(getattr(each, "message", None), AssistantMessage)
+    )
+    with pytest.raises(
+        ReplayError, match="messages before turn 2 of the record are no prompt: a continuation holds no"
+    ):
+        replay(copy_of(record, [*records[: said + 1], *records[said:]]), tiny)

@@ -26,12 +26,14 @@ from agentkit import (
     Header,
     LimitReached,
     Limits,
+    Message,
     MessageAdded,
     ModelSession,
     Outcome,
     ResumeError,
     SamplingParams,
     ScriptedModel,
+    SystemMessage,
     TokenSegment,
     ToolCall,
     ToolMessage,
@@ -269,6 +271,14 @@ async def test_a_call_with_effects_elsewhere_is_not_repeated_for_a_lost_sandbox(
         with pytest.raises(ResumeError, match="doing its turns again would repeat a call of buy"):
             await agent.resume(cut, environment=environment, world_turns=0)
         assert (await agent.resume(cut, environment=environment)).answer == "Done."
+
+
+@pytest.mark.parametrize("messages", [[], [UserMessage("x"), AssistantMessage("y")], [SystemMessage("z")]])
+def test_a_record_without_a_message_to_answer_is_refused(agent: Agent, messages: list[Message]) -> None:
+    trajectory = Trajectory(Header("m", "v4-preview", "high", SamplingParams(), (), "auto"))
+    trajectory.records = [*map(MessageAdded, messages), TurnStarted(0, think=True)]
+    with pytest.raises(ResumeError, match="no message that the next turn would answer"):
+        interrupted_run(trajectory, agent.tools)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)

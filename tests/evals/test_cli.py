@@ -59,7 +59,9 @@ def test_help_and_version_start_without_torch() -> None:
 
 
 def test_eval_writes_a_run_and_reports_its_scores(suite: Path, untrained: Path, tmp_path: Path) -> None:
-    found = as_json("eval", suite, "-m", untrained, "-k", "2", "-n", "2", "--seed", "5", "--env", "unsafe-local")
+    found = as_json(
+        "eval", suite, "-m", untrained, "-k", "2", "-n", "2", "--warm", "2", "--seed", "5", "--env", "unsafe-local"
+    )
     assert (found["solved"], found["trials"], found["mean"], found["stderr"]) == (4, 4, 1.0, 0.0)
     assert (found["suite"], found["model"], found["seed"]) == ("suite", "untrained", 5)
     assert found["usage"]["sampled_tokens"] > 0

@@ -12,8 +12,8 @@ from typing import Any
 import anyio
 import pytest
 import typer.testing
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fuzz import amounts, fuzz
 
 from agentkit.cli import app
 from agentkit.environment_config import NetworkConfig
@@ -33,8 +33,6 @@ from agentkit_evals.suite import load_suite, task_files
 Evaluate = Callable[..., RunDirectory]
 MakeScript = Callable[..., Policy]
 DOCKER = available_backends()["docker"]
-EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
-"""Examples of each fuzz test; 20,000 take minutes."""
 HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
 """A Python 3.12 with the package `harbor`, whose own models then read what we read."""
 
@@ -404,14 +402,15 @@ keys = st.sampled_from(
 lines = st.lists(tables | st.builds(lambda key, value: f"{key} = {value}", keys, values), max_size=8)
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=lines.map("\n".join) | st.text(max_size=30))
-def test_any_toml_is_read_or_refused(text: str) -> None:
-    path = Path("task.toml")
-    try:
-        _parse(path, text)
-    except TaskFileError as exc:
-        assert all(line.startswith("task.toml:") for line in str(exc).splitlines())
+@amounts(200, 20_000)
+def test_any_toml_is_read_or_refused(examples: int) -> None:
+    def check(text: str) -> None:
+        try:
+            _parse(Path("task.toml"), text)
+        except TaskFileError as exc:
+            assert all(line.startswith("task.toml:") for line in str(exc).splitlines())
+
+    fuzz(check, lines.map("\n".join) | st.text(max_size=30), examples)
 
 
 def test_lines_of_keys() -> None:

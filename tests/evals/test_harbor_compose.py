@@ -14,8 +14,8 @@ from typing import Any
 import anyio
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tests.fuzz import amounts, fuzz
 
 from agentkit.errors import TaskFileError
 from agentkit.models.scripted import Policy
@@ -32,8 +32,6 @@ Evaluate = Callable[..., RunDirectory]
 MakeScript = Callable[..., Policy]
 Make = Callable[..., Path]
 DOCKER = available_backends()["docker"]
-EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "200"))
-"""Examples of the fuzz test; 20,000 take minutes."""
 
 SERVER = """\
 import http.server, os, pathlib
@@ -201,20 +199,28 @@ services = st.dictionaries(
 )
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(document=st.fixed_dictionaries({"services": services}) | values)
-@example(document={"services": {"db": {"build": "a\0b"}}})
-@example(document={"services": {"db": {"build": "x" * 300}}})
-@example(document={"services": {"db": {"image": "x", "volumes": ["./loop:/a"]}}})
-@example(document={"services": {"db": {"image": "x", "command": "echo '"}}})
-def test_any_services_are_read_or_refused(make: Make, document: Any) -> None:
-    path = make(yaml.safe_dump(document)) / "environment" / "docker-compose.yaml"
-    if not (loop := path.with_name("loop")).is_symlink():
-        loop.symlink_to("loop")
-    try:
-        Compose(path)
-    except TaskFileError as exc:
-        assert all(line.startswith(str(path.parent)) for line in str(exc).splitlines())
+ODD: list[dict[str, Any]] = [
+    {"build": "a\0b"},
+    {"build": "x" * 300},
+    {"image": "x", "volumes": ["./loop:/a"]},
+    {"image": "x", "command": "echo '"},
+]
+
+
+@amounts(200, 5_000)
+def test_any_services_are_read_or_refused(examples: int, make: Make) -> None:
+    def check(document: Any) -> None:
+        path = make(yaml.safe_dump(document)) / "environment" / "docker-compose.yaml"
+        if not (loop := path.with_name("loop")).is_symlink():
+            loop.symlink_to("loop")
+        try:
+            Compose(path)
+        except TaskFileError as exc:
+            assert all(line.startswith(str(path.parent)) for line in str(exc).splitlines())
+
+    for service in ODD:
+        check({"services": {"db": service}})
+    fuzz(check, st.fixed_dictionaries({"services": services}) | values, examples)
 
 
 def docker(*arguments: str) -> list[str]:

@@ -19,7 +19,7 @@ from agentkit.messages import SystemMessage
 from agentkit.models.scripted import Policy
 from agentkit.task import Task
 from agentkit.trajectory import Trajectory
-from agentkit_environments import reap
+from agentkit_environments import Environment, open_environment, reap
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.record import RunDirectory, scores_by_task, trajectory_path
 from agentkit_evals.run import EvalRun, TrialActed, TrialFinished, TrialStarted, Update, trial_seed
@@ -43,6 +43,32 @@ def test_a_solved_trial_and_its_record(evaluate: Evaluate, number_task: MakeTask
     assert trajectory.header.metadata["trial"] == "number.0"
     assert trajectory.header.sampling.seed == trial_seed(7, "number.0") != trial_seed(7, "number.1")
     assert run.lock.tasks == [number_task()]
+
+
+def test_sandboxes_are_opened_ahead_and_each_is_used_once(
+    make_run: Callable[..., EvalRun],
+    number_task: MakeTask,
+    solves: Policy,
+    backend: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Environment] = []
+    tasks: list[str | None] = []
+
+    async def note(*arguments: Any, **options: Any) -> Environment:
+        tasks.append(anyio.get_current_task().name)
+        opened.append(await open_environment(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("agentkit_environments.pool.open_environment", note)
+    scored_by_calls = number_task("calls", environment={}, verifier={"calls": "any"}, solution=None)
+    run = make_run((number_task(), solves), (scored_by_calls, solves), epochs=2, backend=backend, concurrency=1, warm=2)
+    trials = anyio.run(run.execute).trials
+    assert [trial.reward for trial in trials] == [1.0] * 4
+    ahead = [each for each, task in zip(opened, tasks, strict=True) if task == "environment opened ahead"]
+    assert len(ahead) == 4, "two trials with a verifier; those that are scored by calls need no sandbox"
+    assert {each.backend for each in ahead} == {backend} and {each.run_id for each in opened} == {run.run_id}
+    assert anyio.run(reap, run.run_id) == 0
 
 
 def test_an_answer_must_fit_the_output_schema_of_its_task(

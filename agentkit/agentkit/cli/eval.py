@@ -68,6 +68,9 @@ def command(
     expert_cache_bytes: ExpertCacheFlag = None,
     kv_cache_dtype: KVCacheDtypeFlag = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-n", min=1, help="Number of concurrent trials.")] = 4,
+    warm: Annotated[
+        int, typer.Option("--warm", min=0, help="Sandboxes opened ahead, so that the next trials start at once.")
+    ] = 0,
     max_connections: Annotated[
         int | None,
         typer.Option(min=1, help="Maximum API requests in flight. Default: no limit until the API sets one."),
@@ -196,6 +199,7 @@ def command(
                 directory=directory / folder,
                 epochs=epochs,
                 concurrency=concurrency,
+                warm=warm,
                 backend=env.value if env else None,
                 seed=chosen,
                 max_cost_usd=None if mixed and name not in connected else left,
@@ -275,6 +279,7 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
         source,
         directory=directory,
         epochs=chosen["epochs"] if "epochs" in given else lock.epochs,
+        warm=chosen["warm"],
         concurrency=chosen["concurrency"] if "concurrency" in given else lock.concurrency,
         backend=chosen["env"].value if "env" in given else lock.backend,
         seed=seed,

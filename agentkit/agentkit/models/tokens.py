@@ -381,6 +381,9 @@ def rebuild_token_ids(trajectory: Trajectory, tokenizer: Tokenizer) -> list[int]
     Of a session that was compacted, these are the ids since then.
 
     The result equals `trajectory.token_ids` if the record is complete and the encoder is the one that wrote it.
+
+    Raises:
+        EncodeError: the messages before a prompt are not a conversation that can be encoded.
     """
     header = trajectory.header
     assert header.dialect is not None, "the record of a model behind an API has no ids"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agentkit_engine.chat.format import json_object, json_text
-from agentkit_engine.schema_types import MAX_LOOKS, could_accept, read_json, resolve
+from agentkit_engine.schema_types import MAX_DEPTH, MAX_LOOKS, branches, could_accept, read_json, resolve
 
 _WRAPPING_KEYS = ("arguments", "input", "parameters")
 """Names of a parameter that wraps all arguments, if the tool does not declare that parameter."""
@@ -14,13 +14,12 @@ _WRAPPING_KEYS = ("arguments", "input", "parameters")
 
 def parameters_json(parameters: Mapping[str, tuple[str, str | None]], schema: Any) -> str:
     """Return a call's arguments as JSON text, unwrapped if one parameter holds them all."""
-    properties = (schema or {}).get("properties") or {}
     values = {
         key: _value_json(value, string, _parameter(schema, key), schema) for key, (value, string) in parameters.items()
     }
     if schema is not None and len(values) == 1:
         [(key, value)] = values.items()
-        if key not in properties and not schema.get("additionalProperties"):
+        if key not in _properties(schema) and not schema.get("additionalProperties"):
             unwrapped = _unwrapped(key, read_json(value)[1], schema)
             if unwrapped is not None:
                 return json_text(unwrapped)
@@ -32,7 +31,7 @@ def _unwrapped(key: str, value: Any, schema: Mapping[str, Any]) -> dict[str, Any
     inner = read_json(value)[1] if isinstance(value, str) else value
     if isinstance(inner, dict) and _fits(inner, schema):
         return inner
-    needed = schema.get("required") or list(schema.get("properties") or {})
+    needed = _required(schema) or list(_properties(schema))
     if key in _WRAPPING_KEYS and len(needed) == 1 and _fits({needed[0]: value}, schema):
         return {needed[0]: value}
     return None
@@ -55,12 +54,21 @@ def body_json(text: str, schema: Any) -> str | None:
 
 def _fits(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
     """Return whether the arguments have the schema's parameters, with values of its types."""
-    properties = schema.get("properties") or {}
-    if not arguments.keys() >= set(schema.get("required") or ()):
+    if not arguments.keys() >= set(_required(schema)):
         return False
-    if not (arguments.keys() <= properties.keys() or schema.get("additionalProperties")):
+    if not (arguments.keys() <= _properties(schema).keys() or schema.get("additionalProperties")):
         return False
     return all(could_accept(_parameter(schema, key), schema, value) for key, value in arguments.items())
+
+
+def _properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = schema.get("properties")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _required(schema: Mapping[str, Any]) -> list[str]:
+    found = schema.get("required")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def _value_json(value: str, string: str | None, schema: Any, root: Any) -> str:
@@ -86,7 +94,7 @@ def _parameter(schema: Any, key: str) -> Any:
     def look(part: Any, inside: tuple[int, ...]) -> None:
         nonlocal looks
         looks += 1
-        if not isinstance(part, Mapping) or id(part) in inside or looks > MAX_LOOKS:
+        if not isinstance(part, Mapping) or id(part) in inside or looks > MAX_LOOKS or len(inside) > MAX_DEPTH:
             return
         inside = (*inside, id(part))
         properties = part.get("properties")
@@ -94,7 +102,7 @@ def _parameter(schema: Any, key: str) -> Any:
             found.append(properties[key])
         look(resolve(part.get("$ref"), schema), inside)
         for keyword in ("allOf", "anyOf", "oneOf"):
-            for branch in part.get(keyword) or ():
+            for branch in branches(part, keyword):
                 look(branch, inside)
         if not found and isinstance(part.get("additionalProperties"), Mapping):
             found.append(part["additionalProperties"])

@@ -216,7 +216,8 @@ class StreamParser:
         self._decoder = tokenizer.stream() if tokenizer else None
         self._turn = turn
         self._reads_calls = calls
-        self._schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        self._schemas = {name: schema if isinstance(schema, Mapping) else {} for name, schema in schemas.items()}
         self._ends_after_block = ends_after_block
         self._mode: Literal["reasoning", "content", "done"] = "reasoning" if think else "content"
         self._unread = ""  # text not yet split into controls and text (text input only)
@@ -443,8 +444,9 @@ class StreamParser:
         block = self._block
         if block is None or block.closed:
             self._take_back(markers=block is not None)
-        elif block.state in ("between", "call"):
-            self._malformed("unknown or unfinished tag")
+        else:
+            if block.state != "skip":
+                self._malformed("unknown or unfinished tag")
             block.text.add(tag.text)  # its end may be the start of the next tag
 
     def _drop_tag(self, rest: str) -> None:

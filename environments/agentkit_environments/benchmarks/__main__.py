@@ -3,11 +3,13 @@
 Prints one JSON object per line, in milliseconds: p50 and p99 of 200 runs of `true` in a warm environment, and of the
 part of them that is not the command's own time (`over`); the median of ten openings, first commands and closings. The
 same for `subprocess.run` in this process, and for `docker exec` in the same kind of container, through the engine's API
-and by the command line. Then, for each backend, the medians of five for a world of 100 MB in 2,000 files:
-`snapshot_ms`; `restore_ms`, opening an environment from the snapshot with its first command; and `fork_8_ms`, from the
-call of `fork(8)` to a command in each of the eight. The last line is the median of ten openings of a process sandbox
-with its first command, whose work directory is an overlay of a folder of 50,000 files, of which 1,000 are hidden one by
-one. Options: `--backends process docker` measures only these.
+and by the command line. Then, for each backend, the median time from the call that opens an environment to the end of
+its first command, ten times each in turn: `cold_ms` without a pool, and `warm_ms` from an `EnvironmentPool` in which
+one is waiting. Then the medians of five for a world of 100 MB in 2,000 files: `snapshot_ms`; `restore_ms`, opening an
+environment from the snapshot with its first command; and `fork_8_ms`, from the call of `fork(8)` to a command in each
+of the eight. The last line is the median of ten openings of a process sandbox with its first command, whose work
+directory is an overlay of a folder of 50,000 files, of which 1,000 are hidden one by one. Options: `--backends process
+docker` measures only these.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import anyio
 
-from agentkit_environments import EnvironmentSpec, available_backends, open_environment
+from agentkit_environments import EnvironmentPool, EnvironmentSpec, available_backends, open_environment
 from agentkit_environments.environment import Backend
 from agentkit_environments.overlay import Overlay
 from agentkit_environments.process import ProcessEnvironment
@@ -107,6 +109,28 @@ async def measure(backend: Backend) -> dict[str, object]:
     }
 
 
+async def measure_pool(backend: Backend) -> dict[str, object]:
+    """Time opening to the first command, in turn without and with a pool, which refills between the two."""
+    cold, warm = [], []
+    async with EnvironmentPool(1) as pool:
+        for _ in range(OPENINGS):
+            start = time.perf_counter()
+            async with await open_environment(EnvironmentSpec(), backend=backend) as env:
+                await env.exec(["true"])
+                cold.append(time.perf_counter() - start)
+            pool.expect(EnvironmentSpec(), backend=backend)
+            await pool.ready()
+            start = time.perf_counter()
+            async with await pool.open(EnvironmentSpec(), backend=backend) as env:
+                await env.exec(["true"])
+                warm.append(time.perf_counter() - start)
+    return {
+        "backend": backend,
+        "cold_ms": round(1e3 * statistics.median(cold), 1),
+        "warm_ms": round(1e3 * statistics.median(warm), 1),
+    }
+
+
 async def measure_forks(backend: Backend) -> dict[str, object]:
     taking, restoring, forking = [], [], []
     async with await open_environment(EnvironmentSpec(), backend=backend) as env:
@@ -169,6 +193,7 @@ def main() -> None:
     for backend in chosen:
         if reasons[backend] is None:
             print(json.dumps(anyio.run(measure, backend)), flush=True)
+            print(json.dumps(anyio.run(measure_pool, backend)), flush=True)
             print(json.dumps(anyio.run(measure_forks, backend)), flush=True)
         else:
             print(json.dumps({"backend": backend, "skipped": reasons[backend]}), flush=True)
