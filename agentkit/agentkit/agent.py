@@ -43,7 +43,14 @@ from agentkit.forks import (
     seeded,
 )
 from agentkit.history import MessageHistory, opening_messages
-from agentkit.interrupted import NOTHING, ResumePoint, check_settings, interrupted_run, last_turn_changes_files
+from agentkit.interrupted import (
+    FILES_RESTORED,
+    NOTHING,
+    ResumePoint,
+    check_settings,
+    interrupted_run,
+    last_turn_changes_files,
+)
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, unanswered, user_message
 from agentkit.model import (
@@ -342,7 +349,9 @@ class Agent(Generic[T]):
 
         Without the files of the run, it goes on before the first turn that may have changed them: turns are done again
         from the first one in which a tool that needs an environment and is not read-only was called. With a snapshot
-        beside the record (see `run`), these are only turns after it, such as the one in flight.
+        beside the record (see `run`), these are only turns after it, such as the one in flight. If the last turn had
+        also started a call with effects elsewhere, it is kept, and the model is told that its files are those from
+        before it.
 
         Args:
             trajectory: The record, or its file. The agent must have the model, tools and other settings of the record.
@@ -526,6 +535,8 @@ class Agent(Generic[T]):
             run.note(TurnFinished(run.turn - 1, run.usage))
         return (point.results, point.limit) if point.results else None
 
+        if point.files_restored:
+            await self.observe(run, [UserMessage(FILES_RESTORED)])
     async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
         """Return the outcome of a run that has an answer. An empty answer or one that does not fit the schema is
         refused."""
