@@ -411,12 +411,13 @@ class Agent(Generic[T]):
         deps: object = None,
         snapshots: bool = False,
         save_snapshots: bool = False,
+        keep_snapshot: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
         With `history`, the run continues that record and its file, as `RunResult.continue_` does, or without a task as
         `resume` does. `environment` is then required, and `trajectory`, `metadata` and `message_history` are not
-        allowed.
+        allowed. With `keep_snapshot`, the newest saved snapshot stays beside the record after the end of the run.
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`. This
         cancels the run.
@@ -449,6 +450,7 @@ class Agent(Generic[T]):
                     deps=deps,
                     worlds={} if snapshots else None,
                     save_snapshots=save_snapshots,
+                    keep_snapshot=keep_snapshot,
                 )
 
         with send, receive, _one_error():
@@ -533,10 +535,10 @@ class Agent(Generic[T]):
         await self.observe(run, [ToolMessage.of(each) for each in point.results if each.call_id in point.unread])
         if point.turn_open:
             run.note(TurnFinished(run.turn - 1, run.usage))
-        return (point.results, point.limit) if point.results else None
-
         if point.files_restored:
             await self.observe(run, [UserMessage(FILES_RESTORED)])
+        return (point.results, point.limit) if point.results else None
+
     async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
         """Return the outcome of a run that has an answer. An empty answer or one that does not fit the schema is
         refused."""
@@ -589,7 +591,7 @@ class Agent(Generic[T]):
             if results:
                 with anyio.CancelScope(shield=True):
                     await self.observe(run, [ToolMessage.of(result) for result in results])
-        if run.save_snapshots and limit is None and last_turn_changes_files(run.trajectory.records, self.tools):
+        if run.save_snapshots and last_turn_changes_files(run.trajectory.records, self.tools):
             with suppress(SnapshotError):  # too many files; the ones from before stay
                 await run.save_world()
         run.note(TurnFinished(run.turn - 1, run.usage))
@@ -658,6 +660,7 @@ class Agent(Generic[T]):
         world: World | None = None,
         worlds: Worlds | None = None,
         save_snapshots: bool = False,
+        keep_snapshot: bool = False,
         visit: Visit | None = None,
     ) -> RunResult[T]:
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
@@ -676,6 +679,7 @@ class Agent(Generic[T]):
             world: The files that a new sandbox starts with.
             worlds: Receives the files before each turn.
             save_snapshots: See `run`.
+            keep_snapshot: See `stream`.
             visit: Called with the result while the environment is open.
         """
         self._check_deps(deps)
@@ -741,7 +745,7 @@ class Agent(Generic[T]):
                 save_snapshots=save_snapshots,
             )
             outcome = await self._to_the_end(run, news, point)
-            if trajectory.path is not None:  # there is nothing to resume
+            if trajectory.path is not None and not keep_snapshot:  # there is nothing to resume
                 with suppress(OSError):
                     await anyio.to_thread.run_sync(remove_snapshots, trajectory.path)
             is_saved = False
