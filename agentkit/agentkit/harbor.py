@@ -132,6 +132,7 @@ class ServiceConfig(Strict):
     healthcheck: ServiceHealthcheck | None = None
     depends_on: dict[str, Condition] = Field(default_factory=dict)
     files: dict[str, RelativePath] = Field(default_factory=dict)  # path in the container -> below the task's folder
+    volumes: list[str] = Field(default_factory=list)  # folders in the container that are volumes of its own
 
 
 class HarborStep(Strict):
