@@ -43,7 +43,14 @@ from agentkit.forks import (
     seeded,
 )
 from agentkit.history import MessageHistory, opening_messages
-from agentkit.interrupted import NOTHING, ResumePoint, check_settings, interrupted_run, last_turn_changes_files
+from agentkit.interrupted import (
+    FILES_RESTORED,
+    NOTHING,
+    ResumePoint,
+    check_settings,
+    interrupted_run,
+    last_turn_changes_files,
+)
 from agentkit.limits import ConcurrencyLimits, CostBudget, Limits
 from agentkit.messages import AssistantMessage, Message, Prompt, ToolMessage, UserMessage, unanswered, user_message
 from agentkit.model import (
@@ -342,7 +349,9 @@ class Agent(Generic[T]):
 
         Without the files of the run, it goes on before the first turn that may have changed them: turns are done again
         from the first one in which a tool that needs an environment and is not read-only was called. With a snapshot
-        beside the record (see `run`), these are only turns after it, such as the one in flight.
+        beside the record (see `run`), these are only turns after it, such as the one in flight. If the last turn had
+        also started a call with effects elsewhere, it is kept, and the model is told that its files are those from
+        before it.
 
         Args:
             trajectory: The record, or its file. The agent must have the model, tools and other settings of the record.
@@ -402,12 +411,13 @@ class Agent(Generic[T]):
         deps: object = None,
         snapshots: bool = False,
         save_snapshots: bool = False,
+        keep_snapshot: bool = False,
     ) -> AsyncGenerator[Event, None]:
         """Run a task and yield each event as it happens; the last one is `RunFinished`.
 
         With `history`, the run continues that record and its file, as `RunResult.continue_` does, or without a task as
         `resume` does. `environment` is then required, and `trajectory`, `metadata` and `message_history` are not
-        allowed.
+        allowed. With `keep_snapshot`, the newest saved snapshot stays beside the record after the end of the run.
 
         To leave early, close the generator in the task that iterates it: `async with aclosing(agent.stream(...))`. This
         cancels the run.
@@ -440,6 +450,7 @@ class Agent(Generic[T]):
                     deps=deps,
                     worlds={} if snapshots else None,
                     save_snapshots=save_snapshots,
+                    keep_snapshot=keep_snapshot,
                 )
 
         with send, receive, _one_error():
@@ -524,6 +535,8 @@ class Agent(Generic[T]):
         await self.observe(run, [ToolMessage.of(each) for each in point.results if each.call_id in point.unread])
         if point.turn_open:
             run.note(TurnFinished(run.turn - 1, run.usage))
+        if point.files_restored:
+            await self.observe(run, [UserMessage(FILES_RESTORED)])
         return (point.results, point.limit) if point.results else None
 
     async def _conclude(self, run: Run, status: Status, answer: str) -> Outcome:
@@ -578,7 +591,7 @@ class Agent(Generic[T]):
             if results:
                 with anyio.CancelScope(shield=True):
                     await self.observe(run, [ToolMessage.of(result) for result in results])
-        if run.save_snapshots and limit is None and last_turn_changes_files(run.trajectory.records, self.tools):
+        if run.save_snapshots and last_turn_changes_files(run.trajectory.records, self.tools):
             with suppress(SnapshotError):  # too many files; the ones from before stay
                 await run.save_world()
         run.note(TurnFinished(run.turn - 1, run.usage))
@@ -647,6 +660,7 @@ class Agent(Generic[T]):
         world: World | None = None,
         worlds: Worlds | None = None,
         save_snapshots: bool = False,
+        keep_snapshot: bool = False,
         visit: Visit | None = None,
     ) -> RunResult[T]:
         """Open the sandbox, session and trajectory that are not given, converse, and close them again.
@@ -665,6 +679,7 @@ class Agent(Generic[T]):
             world: The files that a new sandbox starts with.
             worlds: Receives the files before each turn.
             save_snapshots: See `run`.
+            keep_snapshot: See `stream`.
             visit: Called with the result while the environment is open.
         """
         self._check_deps(deps)
@@ -730,7 +745,7 @@ class Agent(Generic[T]):
                 save_snapshots=save_snapshots,
             )
             outcome = await self._to_the_end(run, news, point)
-            if trajectory.path is not None:  # there is nothing to resume
+            if trajectory.path is not None and not keep_snapshot:  # there is nothing to resume
                 with suppress(OSError):
                     await anyio.to_thread.run_sync(remove_snapshots, trajectory.path)
             is_saved = False

@@ -34,6 +34,9 @@ User = Annotated[str, BeforeValidator(_user)]
 """A user's name or uid; a number becomes text."""
 
 
+_SECRET_HEADER = re.compile(r"key|secret|token(?!s)|password|credential|auth|^(set-)?cookie$", re.IGNORECASE)
+
+
 def _transport(name: Any) -> Any:
     return "streamable-http" if name == "http" else name
 
@@ -93,6 +96,11 @@ class McpServer(Strict):
             raise ValueError(f'the transport "{self.transport}" has no {" and no ".join(given)}')
         if self.url is not None and not re.match(r"https?://[^/]", self.url):
             raise ValueError(f"url: {self.url!r:.80} must begin with http:// or https:// and a host")
+        for header, value in self.headers.items():
+            if _SECRET_HEADER.search(header) and value.strip() and "${" not in value:
+                raise ValueError(
+                    f"headers: {header!r:.80} is a secret; write it as ${{NAME}}, a variable of the machine"
+                )
         return self
 
 
@@ -124,6 +132,7 @@ class ServiceConfig(Strict):
     healthcheck: ServiceHealthcheck | None = None
     depends_on: dict[str, Condition] = Field(default_factory=dict)
     files: dict[str, RelativePath] = Field(default_factory=dict)  # path in the container -> below the task's folder
+    volumes: list[str] = Field(default_factory=list)  # folders in the container that are volumes of its own
 
 
 class HarborStep(Strict):

@@ -3,7 +3,8 @@
 A fork goes on at the end of its record, which it shares with another run. An interrupted run goes on after its last
 complete turn. A turn that was interrupted is done again, unless a call of a tool that is not read-only had started.
 Such a call may have had effects, so the turn is kept, and calls without a recorded result get an error result that says
-so. A turn without calls ends a run, so it is complete only with the outcome.
+so. If such a turn had also changed files, and these are lost, the model is told. A turn without calls ends a run, so it
+is complete only with the outcome.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ UNKNOWN: Final = (
     "its work; check that before making the call again"
 )
 NOT_STARTED: Final = "not run: the run was interrupted before this call started; make it again if it is still needed"
+FILES_RESTORED: Final = (
+    "The run was interrupted during the turn above and goes on in a new sandbox, with the files from before that turn: "
+    "what its calls changed there is lost."
+)
 BROKEN_OFF: Final = ("cancelled", "error")
 """Statuses of runs that can be resumed."""
 
@@ -61,6 +66,7 @@ class ResumePoint:
         turn_open: True if the last turn has no `TurnFinished`.
         limit: The limit that had already ended the run, if any.
         is_fork: True if the run begins here, as a fork.
+        files_restored: True if the environment lacks the effects of the last turn, and the model must be told.
     """
 
     length: int
@@ -74,6 +80,7 @@ class ResumePoint:
     turn_open: bool = False
     limit: LimitName | None = None
     is_fork: bool = False
+    files_restored: bool = False
 
 
 def fork_point(trajectory: Trajectory) -> ResumePoint:
@@ -93,7 +100,8 @@ def interrupted_run(
         trajectory: The record.
         tools: The agent's tools by name.
         world_turns: Number of turns of the session whose effects the environment has, 0 for a new one; None for all.
-            The run then goes on before the first other turn that may have changed the environment.
+            The run then goes on before the first other turn that may have changed the environment. If that is the last
+            one, and has also started a call with effects outside the environment, the run goes on after it.
 
     Raises:
         ResumeError: the run has ended, has no turn yet or no message to answer, or a call that may have had effects
@@ -112,12 +120,20 @@ def interrupted_run(
         raise ResumeError("the record has no turn of the run yet, so there is nothing to resume; start the run again")
     at_turn = _forked_at(trajectory.header)
     paid = _last_usage(records[start:end], at_turn)
+    files_restored = False
     if world_turns is not None and (lost := _first_change(records[:end], tools, world_turns)) is not None:
-        _check_repeatable(records[lost:end], tools)
+        elsewhere = _effect_elsewhere(records[lost:end], tools)
+        files_restored = elsewhere is not None and lost == turns[-1] and _Turn(records[lost:end], tools).goes_on
+        if elsewhere is not None and not files_restored:
+            raise ResumeError(
+                f"the sandbox of the run is gone, and doing its turns again would repeat a call of {elsewhere}, which "
+                "may have effects outside it; pass the environment with the files of the run, or start the run again"
+            )
         if lost < start:
             raise ResumeError("calls of an earlier run of the session have changed files, and its sandbox is gone")
-        turns = [place for place in turns if place < lost]
-        end, cut_off = lost, None
+        if not files_restored:
+            turns = [place for place in turns if place < lost]
+            end, cut_off = lost, None
     last = turns[-1] if turns else end
     turn = _Turn(records[last:end], tools)
     length = end if turn.is_kept else last
@@ -142,6 +158,7 @@ def interrupted_run(
         unread=unread,
         turn_open=bool(results) and turn.finished is None,
         limit=turn.limit if results else None,
+        files_restored=files_restored,
     )
 
 
@@ -161,7 +178,9 @@ def _is_retried(run: Sequence[Record]) -> bool:
     """Return True if a user message follows a turn of the run."""
     turns = [place for place, record in enumerate(run) if isinstance(record, TurnStarted)]
     later = run[turns[0] :] if turns else ()
-    return any(isinstance(each, MessageAdded) and each.message.role == "user" for each in later)
+    return any(
+        isinstance(each, MessageAdded) and each.message.role == "user" and not _tells_of_files(each) for each in later
+    )
 
 
 def _usage(run: Sequence[Record]) -> Usage:
@@ -189,14 +208,20 @@ def _forked_at(header: Header) -> int:
 
 def _first_change(records: Sequence[Record], tools: Mapping[str, Tool], world_turns: int) -> int | None:
     """Return the index of the `TurnStarted` of the first turn from `world_turns` on that may have changed the
-    environment; None if there is none."""
-    begun = -1
+    environment; None if there is none. A turn whose changes are known to be lost has changed nothing."""
+    begun, first = -1, None
     for place, record in enumerate(records):
         if isinstance(record, TurnStarted):
             begun = place if record.turn >= world_turns else -1
-        elif begun >= 0 and _changes_files(record, tools):
-            return begun
-    return None
+        elif first is None and begun >= 0 and _changes_files(record, tools):
+            first = begun
+        elif first == begun and _tells_of_files(record):
+            first = None
+    return first
+
+
+def _tells_of_files(record: Record) -> bool:
+    return isinstance(record, MessageAdded) and record.message == UserMessage(FILES_RESTORED)
 
 
 def last_turn_changes_files(records: Sequence[Record], tools: Mapping[str, Tool]) -> bool:
@@ -212,15 +237,19 @@ def _changes_files(record: Record, tools: Mapping[str, Tool]) -> bool:
     return tool is None or (tool.needs_environment and not tool.read_only)
 
 
-def _check_repeatable(records: Sequence[Record], tools: Mapping[str, Tool]) -> None:
+def _effect_elsewhere(records: Sequence[Record], tools: Mapping[str, Tool]) -> str | None:
+    """Return the name of the first tool that was called and may have effects outside the environment."""
     for record in records:
         tool = tools.get(record.call.name) if isinstance(record, CallStarted) else None
         if tool is None or tool is BUILTINS["submit"] or tool.needs_environment or tool.read_only:
             continue
-        raise ResumeError(
-            f"the sandbox of the run is gone, and doing its turns again would repeat a call of {tool.name}, which may "
-            "have effects outside it; pass the environment with the files of the run, or start the run again"
-        )
+        return tool.name
+    return None
+
+
+def has_changes_of_all(trajectory: Trajectory, tools: Mapping[str, Tool], world_turns: int) -> bool:
+    """Return True if no turn but the first `world_turns` of the session may have changed the environment."""
+    return _first_change(trajectory.records, tools, world_turns) is None
 
 
 def check_settings(was: Header, now: Header) -> None:
@@ -292,6 +321,7 @@ class _Turn:
         self.is_kept = self.message is not None and (
             self.answered or has_effects or (self.finished is not None and bool(self.results))
         )
+        self.goes_on = self.is_kept and not any(result.final for result in self.results)
         self.usage = Usage(
             prompt_tokens=tokens["prompt"],
             sampled_tokens=tokens["sampled"],

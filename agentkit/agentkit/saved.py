@@ -76,6 +76,11 @@ def remove_snapshots(path: Path, *, but: Path | None = None) -> None:
             file.unlink(missing_ok=True)
 
 
+def record_of(file: Path) -> Path:
+    """Return the record that a snapshot, or a part of one, is beside."""
+    return file.with_name(file.name.removeprefix(".").rpartition(".jsonl.")[0] + ".jsonl")
+
+
 def _prefix(trajectory: Trajectory) -> str:
     assert trajectory.path is not None
     identity = hashlib.sha256(trajectory.header.id.encode("utf-8", "replace")).hexdigest()[:8]

@@ -21,8 +21,8 @@ from typing import Any
 
 from agentkit.messages import AssistantMessage
 from agentkit.model import CallMalformed, CallsWithdrawn
-from agentkit.result import RunResult
 from agentkit.task import CallsConfig, Task, ToolConfig
+from agentkit.trajectory import Trajectory
 from agentkit_tools import BUILTINS, ArgumentsError
 from agentkit_tools.schema import parse_object
 
@@ -39,22 +39,23 @@ TYPES: Mapping[object, type] = {
 Call = tuple[str, dict[str, Any]]
 
 
-def calls_made(result: RunResult) -> str | None:
-    """Return the calls of a run's first turn as a JSON list of `{"name": ..., "arguments": {...}}`.
+def calls_made(trajectory: Trajectory) -> str | None:
+    """Return the calls of the first turn of a run that has ended as a JSON list of `{"name": ..., "arguments": {...}}`.
 
     The arguments of a malformed call are its text, or the reason why it cannot be parsed. Return None if a limit
     cut off the turn, because its calls are then not known.
     """
-    if result.outcome.limit not in (None, "max_turns"):
+    assert trajectory.outcome is not None
+    if trajectory.outcome.limit not in (None, "max_turns"):
         return None
     made: list[dict[str, Any]] = []
     malformed: dict[int, dict[str, Any]] = {}
-    for record in result.trajectory.records:
+    for record in trajectory.records:
         if isinstance(record, CallMalformed):
             malformed[record.index] = {"name": record.name, "arguments": record.error}
         elif isinstance(record, CallsWithdrawn):
             malformed = {index: call for index, call in malformed.items() if index < record.first}
-    first = next((each for each in result.trajectory.messages if isinstance(each, AssistantMessage)), None)
+    first = next((each for each in trajectory.messages if isinstance(each, AssistantMessage)), None)
     for call in first.calls if first is not None else ():
         try:
             made.append({"name": call.name, "arguments": parse_object(call.arguments, name=call.name)})

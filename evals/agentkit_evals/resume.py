@@ -3,6 +3,9 @@
 An interrupted trial of a task with `environment.snapshots` goes on after its last complete turn, in a new sandbox with
 its files. Without snapshots, it goes on before its first turn that may have changed the old sandbox. If that is its
 first turn, the trial starts again as a new attempt, and so does a trial that the machine kept from being scored.
+
+A trial whose agent had ended, but that was not scored, is scored from its record and its files if those were saved, and
+else starts again.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from agentkit.errors import TrajectoryError
-from agentkit.events import TurnStarted
+from agentkit.events import Outcome, TurnStarted
 from agentkit.harbor import HarborConfig
-from agentkit.interrupted import interrupted_run
-from agentkit.saved import remove_snapshots, saved_snapshot
+from agentkit.interrupted import BROKEN_OFF, has_changes_of_all, interrupted_run
+from agentkit.saved import record_of, remove_snapshots, saved_snapshot
 from agentkit.task import CallsConfig, Task
 from agentkit.trajectory import Trajectory
 from agentkit_environments import Snapshot, SnapshotError
@@ -33,6 +36,7 @@ from agentkit_evals.suite import Case, Suite
 
 FIXED = ("name", "model", "fingerprint", "backend", "epochs", "seed", "sampling")
 """The fields of a lock that a resumed run must have in common with it, besides the tasks."""
+NOT_SCORED = "the machine kept it from being scored"
 
 
 def suite_of(lock: RunLock) -> Suite:
@@ -91,6 +95,8 @@ class Begun:
         kept_turns: Number of its turns that are not done again.
         snapshot: The files that the sandbox begins with, if they were saved.
         world_turns: Number of turns whose effects these files have.
+        has_ended: True if the agent's run has ended, and only the score is missing.
+        why_again: The reason why the trial starts again.
     """
 
     attempt: int
@@ -98,12 +104,15 @@ class Begun:
     kept_turns: int = 0
     snapshot: Snapshot | None = None
     world_turns: int = 0
+    has_ended: bool = False
+    why_again: str = ""
 
 
 def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     """Prepare a run for being resumed with the settings of `lock`; its `TrialLog` is open.
 
-    The trajectories and patches of trials that start again move to `attempts/`.
+    The trajectories and patches of trials that start again move to `attempts/`, and snapshots of finished trials are
+    removed.
 
     Returns:
         The trials that have begun and are not finished, by name.
@@ -114,16 +123,17 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     """
     check_same(run.path, run.lock, lock)
     tasks = {f"{task.id}.{epoch}": task for task in lock.tasks for epoch in range(lock.epochs)}
-    again = {trial.trial: trial.attempt for trial in run.trials if trial.is_retried}
+    again = {trial.trial: (trial.attempt, NOT_SCORED) for trial in run.trials if trial.is_retried}
     begun: dict[str, Begun] = {}
     for name, file in run.unfinished.items():
         kept = [int(each.stem) for each in (run.path / "attempts" / name).glob("*.jsonl") if each.stem.isdecimal()]
         attempt = max(kept, default=0) + 1
-        if name in tasks and (found := goes_on(tasks[name], file, attempt)) is not None:
+        found = goes_on(tasks[name], file, attempt) if name in tasks else "it is no trial of the run"
+        if isinstance(found, Begun):
             begun[name] = found
         else:
-            again[name] = attempt
-    for name, attempt in again.items():
+            again[name] = attempt, found
+    for name, (attempt, why) in again.items():
         target = attempt_path(run.path, name, attempt)
         for source, kept_as in (
             (patch_path(run.path, name), target.with_suffix(".diff")),
@@ -133,7 +143,10 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(kept_as)
         remove_snapshots(trajectory_path(run.path, name))
-        begun[name] = Begun(attempt + 1)
+        begun[name] = Begun(attempt + 1, why_again=why)
+    for file in {record_of(each) for each in (run.path / "trajectories").glob("*.snapshot*")}:
+        if file.stem not in begun:
+            remove_snapshots(file)
     changes = {
         "concurrency": lock.concurrency,
         "max_cost_usd": lock.max_cost_usd,
@@ -145,20 +158,32 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     return begun
 
 
-def goes_on(task: Task, file: Path, attempt: int) -> Begun | None:
-    """Return how an interrupted attempt goes on; None if none of its turns can be kept."""
-    if isinstance(task.verifier, CallsConfig | HarborConfig):  # one turn, or steps that are scored in their sandbox
-        return None
+def goes_on(task: Task, file: Path, attempt: int) -> Begun | str:
+    """Return how an interrupted attempt goes on, or the reason why none of its turns can be kept."""
+    if isinstance(task.verifier, HarborConfig):
+        return "the steps of its task are scored in their sandbox, which is gone"
     tools = {tool.name: tool for tool in task.build_tools()}
     try:
         record = Trajectory.load(file)
+        last = record.records[-1] if record.records else None
+        # a run that the budget stopped is not scored
+        has_ended = isinstance(last, Outcome) and last.status not in BROKEN_OFF and last.limit != "max_cost_usd"
+        if isinstance(task.verifier, CallsConfig):
+            return Begun(attempt, record, 1, has_ended=True) if has_ended else "its only turn was interrupted"
         if [*record.header.tools] != [tool.spec for tool in tools.values()]:  # of another version of agentkit
-            return None
+            return "its tools have other definitions now"
         snapshot, world_turns = None, 0
         if (saved := saved_snapshot(record)) is not None:
             snapshot, world_turns = Snapshot.load(saved.path), saved.turns
+        turns = sum(isinstance(each, TurnStarted) for each in record.records)
+        if has_ended:
+            if snapshot is None or not has_changes_of_all(record, tools, world_turns):
+                return "its agent had ended, but the files that are scored were not saved; --snapshots saves them"
+            return Begun(attempt, record, turns, snapshot, world_turns, has_ended=True)
         length = interrupted_run(record, tools, world_turns=world_turns).length
-    except (TrajectoryError, SnapshotError):
-        return None
+    except (TrajectoryError, SnapshotError) as exc:
+        return str(exc)
     kept = sum(isinstance(each, TurnStarted) for each in record.records[:length])
-    return Begun(attempt, record, kept, snapshot, world_turns) if kept else None
+    if not kept:
+        return "its first turn is done again"
+    return Begun(attempt, record, kept, snapshot, world_turns)

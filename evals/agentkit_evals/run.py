@@ -33,6 +33,7 @@ from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.limits import CostBudget, Limits
 from agentkit.model import Model, Usage
 from agentkit.prices import Price, check_price, describe_reference, list_cost, price_of, reference_price
+from agentkit.saved import remove_snapshots
 from agentkit.task import CallsConfig, Task, TestsConfig
 from agentkit.trajectory import Trajectory
 from agentkit_engine.sampling_params import SamplingParams
@@ -68,11 +69,17 @@ MAX_ANSWER_CHARS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class TrialStarted:
-    """A trial has begun, or goes on after `kept_turns` turns in a resumed run; its sandbox is being opened."""
+    """A trial has begun, or goes on after `kept_turns` turns in a resumed run; its sandbox is being opened.
+
+    If its agent had ended (`has_ended`), the trial is only scored. `why_again` is the reason why a trial of a resumed
+    run starts again.
+    """
 
     trial: str
     attempt: int = 1
     kept_turns: int = 0
+    has_ended: bool = False
+    why_again: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +125,10 @@ class EvalRun:
         list_price: List price used to estimate what trials of embedded models would have cost.
         resume: True to resume the interrupted run in `directory`. Its finished trials are kept. Trials that had begun
             go on after their last complete turn if the task has `environment.snapshots`, else before their first turn
-            that may have changed a file. If that is the first turn, they start again, and so do trials that an
-            infrastructure failure kept from being scored; earlier attempts are kept in `attempts/`. Only
-            `concurrency`, `warm`, `max_cost_usd` and `model_options` may differ from those of the run; the costs of
-            all attempts count.
+            that may have changed a file, and those whose agent had ended are scored. If that is the first turn, or the
+            files to score are gone, they start again, and so do trials that an infrastructure failure kept from being
+            scored; earlier attempts are kept in `attempts/`. Only `concurrency`, `warm`, `max_cost_usd` and
+            `model_options` may differ from those of the run; the costs of all attempts count.
         model_options: Options that load the model, recorded for `agentkit eval --resume`.
 
     Raises:
@@ -244,6 +251,9 @@ class EvalRun:
             if record is None:
                 return
             log.append(record)
+            if trial.task.environment.snapshots:
+                with suppress(OSError):  # a resumed run removes it, too
+                    remove_snapshots(trial.trajectory)
             self.listener(TrialFinished(record))
 
 
@@ -272,7 +282,10 @@ class _Trial:
 
     async def run(self) -> TrialRecord | None:
         """Run the trial and return its record; None if the run's budget was spent before the agent was done."""
-        self.eval_run.listener(TrialStarted(self.name, self.begun.attempt, self.begun.kept_turns))
+        begun = self.begun
+        self.eval_run.listener(
+            TrialStarted(self.name, begun.attempt, begun.kept_turns, begun.has_ended, begun.why_again)
+        )
         started = datetime.now(UTC).isoformat(timespec="milliseconds")
         failure: Failure | None = None
         error: str | None = None
@@ -361,11 +374,15 @@ class _Trial:
                 environment, start = await self._open(stack, backend)
             if isinstance(self.task.verifier, HarborConfig):
                 return await self._episode(self.task.verifier, environment)
-            self.phase = "agent"
-            with self._timed("agent_s"):
-                limit = await self._run_agent(environment)
-            if limit == "max_cost_usd":
-                return None
+            if self.begun.has_ended:
+                assert self.begun.record is not None
+                self._note_answer(self.begun.record)
+            else:
+                self.phase = "agent"
+                with self._timed("agent_s"):
+                    limit = await self._run_agent(environment)
+                if limit == "max_cost_usd":
+                    return None
             self.phase = "scoring"
             await environment.kill_all()
             work = await collect(self.task, environment, start)
@@ -438,11 +455,16 @@ class _Trial:
             metadata["provenance"] = provenance
         turn = 0
         limit: LimitName | None = None
-        saves = self.task.environment.snapshots
+        saves = self.task.environment.snapshots  # and the last one is kept until the trial is scored
         if (record := self.begun.record) is not None:
             turns = self.begun.world_turns
             stream = agent.stream(
-                None, environment=environment, history=record, world_turns=turns, save_snapshots=saves
+                None,
+                environment=environment,
+                history=record,
+                world_turns=turns,
+                save_snapshots=saves,
+                keep_snapshot=saves,
             )
         elif self.session is not None:
             stream = agent.stream(task.instruction, environment=environment, history=self.session)
@@ -454,6 +476,7 @@ class _Trial:
                 metadata=metadata,
                 message_history=prior(task),
                 save_snapshots=saves,
+                keep_snapshot=saves,
             )
         async with aclosing(stream) as events:
             async for event in events:
@@ -464,10 +487,13 @@ class _Trial:
                     case CallStarted():
                         self._tell(turn, event.call.name)
                     case RunFinished():
-                        self.session = event.result.trajectory
-                        answer, limit = answer_of(self.task, event.result), event.result.limit
-                        self.answer = None if answer is None else well_formed(answer)
+                        self.session, limit = event.result.trajectory, event.result.limit
+                        self._note_answer(self.session)
         return limit
+
+    def _note_answer(self, trajectory: Trajectory) -> None:
+        answer = answer_of(self.task, trajectory)
+        self.answer = None if answer is None else well_formed(answer)
 
     def _model(self) -> Model:
         model = self.eval_run.model

@@ -23,8 +23,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Literal
 
-from agentkit.result import RunResult
 from agentkit.task import CallsConfig, HarborConfig, Task, TestsConfig, VerifierConfig
+from agentkit.trajectory import Trajectory
 from agentkit_environments import (
     Environment,
     EnvironmentPool,
@@ -65,9 +65,10 @@ def backend_for(task: Task, override: Backend | None = None) -> Backend:
     return override or task.environment.backend
 
 
-def answer_of(task: Task, result: RunResult) -> str | None:
-    """Return the answer of a run for the verifier of `task`: the calls if it scores calls, else the text."""
-    return calls_made(result) if isinstance(task.verifier, CallsConfig) else result.answer
+def answer_of(task: Task, trajectory: Trajectory) -> str | None:
+    """Return the answer of a finished run for the verifier of `task`: the calls if it scores calls, else the text."""
+    assert trajectory.outcome is not None
+    return calls_made(trajectory) if isinstance(task.verifier, CallsConfig) else trajectory.outcome.answer
 
 
 async def begin(task: Task, environment: Environment) -> str:

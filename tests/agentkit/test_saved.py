@@ -23,6 +23,9 @@ from agentkit import (
     TurnStarted,
     tool,
 )
+from agentkit.events import CallFinished, MessageAdded, Record
+from agentkit.interrupted import FILES_RESTORED
+from agentkit.messages import UserMessage
 from agentkit.run import Run
 from agentkit.saved import remove_snapshots, saved_snapshot
 from agentkit_engine.chat import Tokenizer
@@ -107,6 +110,67 @@ async def test_a_run_that_was_killed_at_many_moments(script: Script, tmp_path: P
         assert {file.name for file in moment.iterdir()} <= {"t.jsonl", "t.jsonl.torn"}
         done_again += begun - complete
     assert done_again > 0
+
+
+BOUGHT: list[str] = []
+
+
+@tool
+def buy(article: str) -> str:
+    """Buy an article, elsewhere."""
+    BOUGHT.append(article)
+    return f"bought {article}"
+
+
+MIXED = (
+    bash("echo 1 >> log"),
+    AssistantTurn(
+        None, "", [("bash", {"command": "echo 2 >> log"}), ("buy", {"article": "bolt"}), ("buy", {"article": "nut"})]
+    ),
+    AssistantTurn(None, "Done."),
+)
+
+
+def cut(record: Trajectory, records: list[Record]) -> Trajectory:
+    """Return a record that has only these of the records."""
+    part = Trajectory(record.header)
+    part.records, part.times_s = records, [0.0] * len(records)
+    return part
+
+
+@pytest.mark.parametrize("read", [False, True])
+async def test_a_turn_that_also_had_effects_elsewhere_is_kept(script: Script, read: bool) -> None:
+    """No call is made again. Recorded results stay, and the model is told once that its changes to files are lost."""
+    agent = Agent(script(*MIXED), [BUILTINS["bash"], buy], thinking="never")
+    BOUGHT.clear()
+    async with await open_environment(backend="unsafe-local") as environment:
+        whole = (await agent.run("Q", environment=environment)).trajectory
+        await environment.write_file("log", "1\n")
+        records = whole.records[: [n for n, each in enumerate(whole.records) if isinstance(each, TurnFinished)][1]]
+        if not read:  # killed before the last call had a result
+            end = max(n for n, each in enumerate(records) if isinstance(each, CallFinished))
+            lost = [each for each in records if isinstance(each, CallFinished) and each.result.call_id == "call_1_2"]
+            records = [each for each in records[: end + 1] if each not in lost]
+        result = await agent.resume(cut(whole, records), environment=environment, world_turns=1)
+        assert await environment.read_file("log") == b"1\n" and sorted(BOUGHT) == ["bolt", "nut"]
+        second = {each.call_id: each.content for each in result.trajectory.results}
+        assert second["call_1_1"] == "bought bolt"
+        assert ("outcome unknown" in second["call_1_2"]) != read and ("bought nut" in second["call_1_2"]) == read
+        assert (result.answer, result.usage.turns) == ("Done.", 3)
+        told = [each for each in result.trajectory.records if each == MessageAdded(UserMessage(FILES_RESTORED))]
+        assert len(told) == 1
+        place = result.trajectory.records.index(told[0])
+        again = await agent.resume(
+            cut(whole, result.trajectory.records[: place + 1]), environment=environment, world_turns=1
+        )
+        assert again.trajectory.messages == result.trajectory.messages and len(BOUGHT) == 2
+        submits = agent.tools["bash"], buy, BUILTINS["submit"]
+        agent = Agent(
+            script(MIXED[0], replace(MIXED[1], calls=[*MIXED[1].calls, ("submit", {"answer": "a"})])), submits
+        )
+        ended = (await agent.run("Q", environment=environment)).trajectory
+        with pytest.raises(ResumeError, match="would repeat a call of buy"):
+            await agent.resume(cut(ended, ended.records[:-1]), environment=environment, world_turns=1)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -19,11 +21,14 @@ from agentkit.cli import app
 from agentkit.environment_config import NetworkConfig
 from agentkit.errors import TaskFileError, TaskSetupError
 from agentkit.models.scripted import Policy
+from agentkit.strict import Strict
 from agentkit.task import HarborConfig, Task, load_task
 from agentkit.trajectory import Trajectory
 from agentkit_environments import ImageBuildError, available_backends
 from agentkit_environments.folder import folder_hash
 from agentkit_evals.harbor import read_task_directory
+from agentkit_evals.harbor.config import DeclaredArtifact, Package, Phase, Step, TaskToml, Verifier
+from agentkit_evals.harbor.config import Environment as TomlEnvironment
 from agentkit_evals.harbor.read import _line, _parse
 from agentkit_evals.harbor.sandbox import filled_in
 from agentkit_evals.record import RunDirectory
@@ -163,6 +168,7 @@ def test_defaults_are_those_of_harbor(make: Make) -> None:
 
 PHASES = """\
 [environment]
+network_mode = "allowlist"
 allowed_hosts = ["PyPI.org", "*.example.com"]
 [agent]
 network_mode = "no-network"
@@ -270,20 +276,32 @@ def test_steps_and_separate_verifiers(make: Make) -> None:
             ":1: environment.mcp_servers: two servers are named x",
         ),
         (
-            "[environment]\nallowed_hosts = ['10.0.0.0/8']\n",
-            ":2: environment.allowed_hosts: '10.0.0.0/8' is not a host",
+            "[environment]\nnetwork_mode = 'allowlist'\nallowed_hosts = ['10.0.0.0/8']\n",
+            ":3: environment.allowed_hosts: '10.0.0.0/8' is not a host",
         ),
         (
             "[agent]\nnetwork_mode = 'public'\nallowed_hosts = ['pypi.org']\n",
             'allowed_hosts need network_mode = "allowlist", got "public"',
+        ),
+        ("[verifier]\nallowed_hosts = ['pypi.org']\n", 'allowed_hosts need network_mode = "allowlist", got none'),
+        ("[environment]\nallowed_hosts = ['pypi.org:80']\n", "'pypi.org:80' must be a host without a port"),
+        ("[[steps]]\nname = 'A'\n[[steps]]\nname = 'a'\n", "two steps are named a"),
+        ("[[steps]]\nname = 'nul.1'\n", ":2: steps.0.name: 'nul.1' is not the name of a folder"),
+        (
+            "artifacts = [{source = '/x', destination = '../x'}]\n",
+            ":1: artifacts.0.destination: '../x' must be a relative",
+        ),
+        (
+            "[[environment.mcp_servers]]\nname = 'x'\nurl = 'http://x'\nheaders = {Authorization = 'Bearer abc'}\n",
+            ":1: environment.mcp_servers.0: headers: 'Authorization' is a secret; write it as ${NAME}",
         ),
         (
             "[[steps]]\nname = 'a'\nagent.network_mode = 'no-network'\n",
             ":3: steps.agent.network_mode: a network for one step is not supported",
         ),
         (
-            "[[steps]]\nname = 'a'\n[steps.verifier]\nallowed_hosts = ['pypi.org']\n",
-            ":3: steps.verifier.network_mode: a network for one step is not supported",
+            "[[steps]]\nname = 'a'\n[steps.verifier]\nnetwork_mode = 'allowlist'\nallowed_hosts = ['pypi.org']\n",
+            ":4: steps.verifier.network_mode: a network for one step is not supported",
         ),
         (
             "[[verifier.collect]]\ncommand = 'x'\nservice = 'db'\n",
@@ -369,14 +387,65 @@ def test_variables_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         filled_in({"X": "${NONE}"})
 
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "harbor-task" / "task.toml"
+GRID: dict[str, tuple[str, str]] = {  # start of a file -> keys, values
+    "": (
+        "artifacts steps",
+        """["/a"] [{source="/a",destination="b"}] [{source="/a",destination="/b"}] [{source="/a",exclude=["*.o"]}]
+        [{source="/a",service="db"}]
+        [{name="a"}] [{name="A"},{name="a"}] [{name="s."}] [{name="con"}] [{name="a.b"}]""",
+    ),
+    "[task]\nname = 'a/b'\n": ("name version keywords", """'' 'a/b' 'a/.b' '1' ['x']"""),
+    "[environment]\n": (
+        "network_mode allowed_hosts cpus memory_mb user workdir os memory env mcp_servers healthcheck",
+        """'public' 'no-network' 'allowlist' [] ['a.com'] 1 0.5 64 '2G' '/a' 'Linux' {A='b'} {command='x'}
+        [{name='a',url='http://x'}] [{name='a',transport='http',url='http://x'}]
+        [{name='a',transport='stdio',command='x'}] [{name='a',url='http://x',headers={Authorization='Bearer-x'}}]
+        [{name='a',url='http://x',headers={Authorization='${X}'}}]""",
+    ),
+    "[agent]\nnetwork_mode = 'allowlist'\n": (
+        "allowed_hosts timeout_sec user",
+        """[] ['a.com'] ['*.a.com'] ['10.0.0.1'] ['a.com:80'] ['A.Com.'] ['::1'] ['[::1]:80'] 1 0.5 'root'""",
+    ),
+    "[verifier]\n": (
+        "network_mode allowed_hosts environment_mode environment collect env timeout_sec",
+        """'public' 'shared' 'separate' ['a.com'] {} {cpus=2} [{command='x'}] [{command='x',service='db',user=0}] 3""",
+    ),
+    "[[steps]]\nname = 'a'\n": (
+        "min_reward artifacts healthcheck agent",
+        """0.5 {a=1} ['/b'] {command='x'} {user=0}""",
+    ),
+}
+
+
 @pytest.mark.skipif(not HARBOR_PYTHON, reason="AGENTKIT_HARBOR_PYTHON names no Python with the package harbor")
-@pytest.mark.parametrize("toml", [TOML, STEPS, ""])
-def test_harbors_own_models_accept_what_we_read(make: Make, toml: str) -> None:
-    code = (
-        "import sys; from harbor.models.task.config import TaskConfig; TaskConfig.model_validate_toml(sys.stdin.read())"
-    )
-    done = subprocess.run([HARBOR_PYTHON, "-c", code], input=toml, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_harbors_own_models_accept_what_we_read() -> None:
+    """Every file of the grid that we can read, and their models have no key that ours lack."""
+    files = [TOML, STEPS, PHASES, EXAMPLE.read_text(), ""]
+    for start, (keys, values) in GRID.items():
+        for key, value in itertools.product(keys.split(), values.split()):
+            with contextlib.suppress(TaskFileError):
+                _parse(Path("task.toml"), text := f"{start}{key} = {value}\n")
+                files.append(text)
+    assert len(files) > 50
+    code = """
+import json, sys
+from harbor.models.task import config
+for text in json.load(sys.stdin):
+    try:
+        config.TaskConfig.model_validate_toml(text)
+    except Exception as exc:
+        sys.exit(f"{text!r}: {exc}")
+names = "TaskConfig EnvironmentConfig VerifierConfig AgentConfig StepConfig PackageInfo ArtifactConfig"
+print(json.dumps([sorted(getattr(config, name).model_fields) for name in names.split()]))
+"""
+    given = json.dumps(files)
+    done = subprocess.run([HARBOR_PYTHON, "-c", code], input=given, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours: tuple[type[Strict], ...] = (TaskToml, TomlEnvironment, Verifier, Phase, Step, Package, DeclaredArtifact)
+    assert [
+        set(theirs) - set(model.model_fields) for model, theirs in zip(ours, json.loads(done.stdout), strict=True)
+    ] == [set() for _ in ours]
 
 
 values = st.recursive(

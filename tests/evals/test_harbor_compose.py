@@ -65,11 +65,13 @@ services:
     depends_on:
       web: {{condition: service_healthy}}
     environment: [WEB=http://web:8000]
+    networks: [inner]
   web:
     build: ./web
     command: python3 /srv/server.py
     environment: {{SUFFIX: "!$$"}}
-    volumes: ["./seed:/data:ro"]
+    volumes: ["./seed:/data:ro", "state:/var/state"]
+    networks: [inner]
     expose: [8000]
     healthcheck:
       test: {GET} http://localhost:8000/
@@ -79,6 +81,9 @@ services:
   once:
     image: agentkit-base:latest
     command: ["sh", "-c", "exit 0"]
+    networks: [inner, default]
+volumes: {{state: }}
+networks: {{inner: {{driver: bridge}}}}
 """
 
 
@@ -139,6 +144,7 @@ def test_services_are_read(make: Make) -> None:
         {"once": "service_started"},
     )
     assert web.healthcheck is not None and (web.healthcheck.interval_s, web.healthcheck.retries) == (0.2, 100)
+    assert (web.volumes, once.volumes) == (["/var/state"], [])
     assert web.build is not None and web.build.folder.endswith("environment/web")
     assert config.wait_for == {"web": "service_healthy"} and task.environment.env == {"WEB": "http://web:8000"}
     assert Task.model_validate_json(task.model_dump_json()) == task, "run.json holds the task"
@@ -152,7 +158,16 @@ def service(text: str) -> str:
     ("compose", "problem"),
     [
         ("services: {}\n", r"docker-compose\.yaml:1: services: "),
-        ("networks: {}\nservices: {db: {image: x}}\n", r':1: unknown key "networks"'),
+        ("networks: {a: {external: true}}\nservices: {db: {image: x}}\n", r':1: unknown key "networks\.a\.external"'),
+        (service("networks: [a]"), r"services\.db: networks: 'a' is not in `networks` of the file"),
+        (
+            "networks: {a: }\nservices: {db: {image: x, networks: [a]}}\n",
+            r":1: networks: services that share no network",
+        ),
+        (
+            service("networks: {default: {aliases: [a]}}"),
+            r":4: services\.db\.networks: 'default': options of a network",
+        ),
         (service("privileged: true"), r':4: unknown key "services\.db\.privileged"'),
         (service("network_mode: host"), r':4: unknown key "services\.db\.network_mode"'),
         (service("build: ."), r"services\.db: give either image or build"),
@@ -161,7 +176,18 @@ def service(text: str) -> str:
         ("services: {db: {build: seed}}\n", r"services\.db: build: .*seed/Dockerfile is missing"),
         ("services: {db: {build: {context: web, args: {A: b}}}}\n", r':1: unknown key "services\.db\.build\.args"'),
         (service("volumes: ['/etc:/etc']"), r"services\.db: volumes: '/etc:/etc': expected \./PATH:/TARGET"),
-        (service("volumes: ['data:/data']"), r"services\.db: volumes: 'data:/data': expected \./PATH:/TARGET"),
+        (
+            service("volumes: ['data:/data']"),
+            r"services\.db: volumes: 'data:/data': expected .* NAME:/TARGET of a named",
+        ),
+        (
+            "volumes: {v: }\n" + service("volumes: ['v:/']"),
+            r"services\.db: volumes: 'v:/': '/' is not the absolute path",
+        ),
+        (
+            "volumes: {v: }\nservices: {a: {image: x, volumes: ['v:/v']}, b: {image: x, volumes: ['v:/w']}}\n",
+            r"services\.(a|b): volumes: 'v' is one of (a|b); sharing is not supported",
+        ),
         (service("volumes: ['./../..:/data']"), r"services\.db: volumes: '\./\.\./\.\.' lies outside"),
         (service("volumes: ['./seed:/']"), r"services\.db: volumes: .* '/' is not the absolute path"),
         (service("volumes: ['./none:/data']"), r"services\.db: volumes: .*none is missing"),

@@ -406,10 +406,62 @@ def test_a_trial_whose_files_are_lost_starts_again(make_run: MakeRun, script: Ma
     heard: list[Update] = []
     pair = (task, script(first, [("submit", {"answer": "done"})]))
     resumed = anyio.run(make_run(pair, resume=True, listener=heard.append).execute)
-    assert heard[0] == TrialStarted("t.0", attempt=2, kept_turns=0)
+    assert isinstance(started := heard[0], TrialStarted)
+    assert (started.attempt, started.kept_turns) == (2, 0)
+    assert (
+        "its first turn is done again" if damage == "no snapshot" else "not a complete snapshot"
+    ) in started.why_again
     assert [(trial.reward, trial.attempt) for trial in resumed.trials] == [(1.0, 2)]
     assert attempt_path(run.directory, "t.0", 1).read_bytes() == record
     assert not list(run.directory.glob("**/*.snapshot"))
+
+
+ENDED: dict[str, dict[str, Any]] = {
+    "files saved": {
+        "environment": {"snapshots": True},
+        "verifier": {"command": 'test "$AGENTKIT_ANSWER$(cat log)" = yes1'},
+    },
+    "no files scored": {"verifier": {"calls": [{"bash": {"command": ["echo 1 >> log"]}}]}},
+    "files gone": {"verifier": {"command": "test -e log"}},
+}
+"""Tasks whose only missing part is the score."""
+
+
+@pytest.mark.parametrize("case", ENDED)
+def test_a_trial_whose_agent_had_ended_is_scored(
+    make_run: MakeRun, script: MakeScript, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Its agent does not run again, unless the files that would be scored are gone."""
+    task = Task.model_validate({"id": "t", "instruction": "Count.", **ENDED[case]})
+    turns = [("bash", {"command": "echo 1 >> log"})], [("submit", {"answer": "yes"})]
+
+    async def execute() -> None:
+        with anyio.CancelScope() as scope, monkeypatch.context() as patch:
+
+            async def die(*_: object, **__: object) -> None:
+                scope.cancel()
+                await anyio.sleep_forever()
+
+            patch.setattr("agentkit_evals.run.verify", die)
+            await make_run((task, script(*turns))).execute()
+
+    anyio.run(execute)
+    heard: list[Update] = []
+    again = script(*turns) if case == "files gone" else script()
+    run = anyio.run(make_run((task, again), resume=True, listener=heard.append).execute)
+    assert isinstance(started := heard[0], TrialStarted)
+    assert started.has_ended == (case != "files gone")
+    assert started.why_again == (
+        "its agent had ended, but the files that are scored were not saved; --snapshots saves them"
+        if case == "files gone"
+        else ""
+    )
+    [trial] = run.trials
+    assert (trial.reward, trial.attempt) == (1.0, 2 if case == "files gone" else 1)
+    assert trial.usage.turns == (1 if case == "no files scored" else 2)
+    assert not list(run.path.glob("**/*.snapshot"))
+    record = run.trajectory(trial)
+    assert record is not None and record.outcome is not None and trial.status == record.outcome.status
 
 
 def test_a_change_is_scored_against_the_start_of_the_trial(make_run: MakeRun, script: MakeScript) -> None:

@@ -68,7 +68,9 @@ class LiveProgress:
             case TrialStarted():
                 if update.kept_turns or update.attempt > 1:
                     how = f"goes on after turn {update.kept_turns}" if update.kept_turns else "starts again"
+                    how = "is scored: its agent had ended" if update.has_ended else how
                     line = f"{update.trial}  {how}" + (f", attempt {update.attempt}" if update.attempt > 1 else "")
+                    line += f": {update.why_again}" if update.why_again else ""
                     self.console.print(Text(visible(line), "dim"), soft_wrap=True)
                 self.running[update.trial] = self.progress.add_task(f"{update.trial}  opening", total=None)
             case TrialActed():

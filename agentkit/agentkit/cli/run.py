@@ -561,9 +561,9 @@ class Job:
         if not begun:
             record.rewind(0)  # perhaps not all messages were written
             return agent.stream(self.task.instruction, environment=environment, history=record, save_snapshots=saves)
-        length = interrupted_run(record, agent.tools, world_turns=world_turns).length
-        kept = sum(isinstance(each, TurnStarted) for each in record.records[:length])
-        again = ""
+        point = interrupted_run(record, agent.tools, world_turns=world_turns)
+        kept = sum(isinstance(each, TurnStarted) for each in record.records[: point.length])
+        again = f", with the files from before turn {kept}" if point.files_restored else ""
         if kept < begun:
             again = (
                 f"; turns {kept + 1} to {begun} are done again" if kept + 1 < begun else f"; turn {begun} is done again"

@@ -64,6 +64,8 @@ class ServiceSpec:
     depends_on: Mapping[str, Condition] = field(default_factory=dict)
     files: Sequence[tuple[str, bytes]] = ()
     """Folders, and the tar archives that are unpacked into them before the start."""
+    volumes: Sequence[str] = ()
+    """Folders that are volumes: they begin with the image's files there, and are removed with the container."""
 
 
 @contextlib.asynccontextmanager
@@ -153,6 +155,7 @@ class _Services:
             ),
             hostname=service.name,
             labels=self._labels,
+            volumes=[*service.volumes],
             networking_config=self._api.create_networking_config(
                 {self._network: self._api.create_endpoint_config(aliases=[service.name])}  # type: ignore[arg-type]
             ),

@@ -1,8 +1,8 @@
 """Services of a task: `environment/docker-compose.yaml`, read strictly.
 
 The service `main` is the agent's sandbox; the file may leave it out. Keys of Compose that are not here are refused by
-name: networks, named volumes, build arguments and others. Services reach each other by their names, so ports are not
-published.
+name: build arguments and others. All services are in one network and reach each other by their names, so ports are not
+published. A named volume belongs to one service, and lives as long as it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import shlex
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
@@ -66,6 +66,15 @@ def _words(command: Any) -> Any:
     return shlex.split(command) if isinstance(command, str) else command
 
 
+def _names(networks: Any) -> Any:
+    """Return a mapping of names to nothing as a list."""
+    if not isinstance(networks, dict):
+        return networks
+    if given := [name for name, options in networks.items() if options]:
+        raise ValueError(f"{given[0]!r:.80}: options of a network are not supported")
+    return [*networks]
+
+
 def _folder(build: Any) -> Any:
     return {"context": build} if isinstance(build, str) else build
 
@@ -110,14 +119,29 @@ class Service(Strict):
     healthcheck: Healthcheck | None = None
     depends_on: Annotated[dict[str, Dependency], BeforeValidator(_dependencies)] = Field(default_factory=dict)
     volumes: list[Text] = Field(default_factory=list)
+    networks: Annotated[list[str], BeforeValidator(_names)] = Field(default_factory=lambda: ["default"])
     expose: list[str | int] = Field(default_factory=list)
     ports: list[str | int] = Field(default_factory=list)
+
+
+class Volume(Strict):
+    """A named volume."""
+
+    driver: Literal["local"] = "local"
+
+
+class Network(Strict):
+    """A named network."""
+
+    driver: Literal["bridge"] = "bridge"
 
 
 class ComposeFile(Strict):
     """The whole file."""
 
     version: str | float | None = None
+    volumes: dict[str, Volume | None] = Field(default_factory=dict)
+    networks: dict[str, Network | None] = Field(default_factory=dict)
     services: dict[str, Service] = Field(min_length=1)
 
 
@@ -134,8 +158,10 @@ class Compose:
     def __init__(self, path: Path) -> None:
         """Read a file. Raises TaskFileError; the message has the file, and the service or the line."""
         self._path, self._folder = path, path.parent
-        found = load_yaml(path, ComposeFile).services
+        file = load_yaml(path, ComposeFile)
+        found, self._volumes = file.services, dict.fromkeys(file.volumes, "")
         main = found.get(MAIN, Service())
+        self._check_networks(file)
         self._check_main(main)
         for name, service in found.items():
             for other in service.depends_on:
@@ -151,6 +177,19 @@ class Compose:
         self.wait_for = _conditions(main)
         self.env = {name: str(value) for name, value in main.environment.items()}
         self.image = main.image
+
+    def _check_networks(self, file: ComposeFile) -> None:
+        """Check that the services that name networks share one with each other and with those that name none."""
+        for name, service in file.services.items():
+            if unknown := [each for each in service.networks if each not in (*file.networks, "default")]:
+                raise self._error(name, f"networks: {unknown[0]!r:.80} is not in `networks` of the file")
+        every = [
+            set(service.networks) for service in (file.services | {MAIN: file.services.get(MAIN, Service())}).values()
+        ]
+        if not set.intersection(*every):
+            raise TaskFileError(
+                f"{self._path}:1: networks: services that share no network are not supported; give all one"
+            )
 
     def _check_main(self, main: Service) -> None:
         if main.build is not None and main.build.context not in (".", "./"):
@@ -184,7 +223,8 @@ class Compose:
                     retries=check.retries,
                 ),
                 depends_on=_conditions(service),
-                files=dict(self._file(name, volume) for volume in service.volumes),
+                files=dict(self._file(name, volume) for volume in service.volumes if volume[:1] in "./~$"),
+                volumes=[self._volume(name, volume) for volume in service.volumes if volume[:1] not in "./~$"],
             )
         except ValidationError as exc:
             raise self._error(name, describe(exc)) from exc
@@ -201,9 +241,23 @@ class Compose:
         if not source.startswith("./") or not 1 <= len(rest) <= 2 or rest[1:] not in ([], ["ro"], ["rw"]):
             raise self._error(name, f"volumes: {volume!r}: expected ./PATH:/TARGET, a file or folder beside this file")
         target = posixpath.normpath(rest[0])
-        if not re.fullmatch(r"/[^/].*", target):
-            raise self._error(name, f"volumes: {volume!r}: {rest[0]!r} is not the absolute path of a file or folder")
+        self._check_target(name, volume, target)
         return target, self._inside(name, "volumes", source).relative_to(self._folder.parent).as_posix()
+
+    def _volume(self, name: str, volume: str) -> str:
+        """Return the path in the container of `NAME:/TARGET[:rw]`."""
+        source, *rest = volume.split(":")
+        if source not in self._volumes or not 1 <= len(rest) <= 2 or rest[1:] not in ([], ["rw"]):
+            raise self._error(name, f"volumes: {volume!r}: expected ./PATH:/TARGET, or NAME:/TARGET of a named volume")
+        if self._volumes[source] not in ("", name):
+            raise self._error(name, f"volumes: {source!r} is one of {self._volumes[source]}; sharing is not supported")
+        self._volumes[source], target = name, posixpath.normpath(rest[0])
+        self._check_target(name, volume, target)
+        return target
+
+    def _check_target(self, name: str, volume: str, target: str) -> None:
+        if not re.fullmatch(r"/[^/].*", target):
+            raise self._error(name, f"volumes: {volume!r}: {target!r} is not the absolute path of a file or folder")
 
     def _inside(self, name: str, key: str, place: str) -> Path:
         path = Path(os.path.realpath(self._folder / place))  # Path.resolve raises RuntimeError for a loop of links

@@ -6,6 +6,7 @@ Keys that Harbor does not have are refused. `read.py` refuses what agentkit does
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -18,11 +19,16 @@ from agentkit_environments.network import NetworkPolicy, checked_policy
 NetworkMode = Literal["public", "no-network", "allowlist"]
 
 
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *(\..*)?", re.IGNORECASE)
+
+
 def _step_name(name: str) -> str:
+    """Check that a step's name is that of a folder on every system, as Harbor demands."""
     if (
         not name.strip()
-        or name in (".", "..")
+        or name.endswith((".", " "))
         or re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', name)
+        or _DEVICE.fullmatch(name)
         or len(name.encode()) > 255
     ):
         raise ValueError(f"{name!r:.80} is not the name of a folder")
@@ -42,9 +48,16 @@ class DeclaredArtifact(Artifact):
     destination: str | None = None  # a place in Harbor's job folder, which agentkit does not have
     service: str | None = None
 
+    @field_validator("destination")
+    @classmethod
+    def _inside(cls, path: str | None) -> str | None:
+        if path and (path.startswith("/") or "\\" in path or not {".", ".."}.isdisjoint(path.split("/"))):
+            raise ValueError(f"{path!r:.80} must be a relative path, without '.' and '..'")
+        return path
+
 
 class Networked(Strict):
-    """A network, or None for that of the environment."""
+    """A network, or None for that of the environment. The ports of `allowed_hosts` are 80 and 443."""
 
     network_mode: NetworkMode | None = None
     allowed_hosts: list[str] = Field(default_factory=list)
@@ -52,18 +65,21 @@ class Networked(Strict):
     @field_validator("allowed_hosts")
     @classmethod
     def _hosts(cls, hosts: list[str]) -> list[str]:
+        if ported := next((host for host in hosts if re.fullmatch(r"[^:]+:\d+|\[.*", host)), None):
+            raise ValueError(f"{ported!r:.80} must be a host without a port")
         return [*checked_policy(hosts)]
 
     @model_validator(mode="after")
     def _mode_of_hosts(self) -> Self:
-        if self.allowed_hosts and self.network_mode in ("public", "no-network"):
-            raise ValueError(f'allowed_hosts need network_mode = "allowlist", got "{self.network_mode}"')
+        if self.allowed_hosts and self.network_mode != "allowlist":
+            given = "none" if self.network_mode is None else f'"{self.network_mode}"'
+            raise ValueError(f'allowed_hosts need network_mode = "allowlist", got {given}')
         return self
 
     @property
     def policy(self) -> NetworkPolicy | None:
         """The network as agentkit names it."""
-        if self.network_mode == "allowlist" or self.allowed_hosts:
+        if self.network_mode == "allowlist":
             return tuple(self.allowed_hosts)
         return None if self.network_mode is None else "public" if self.network_mode == "public" else "none"
 
@@ -189,7 +205,7 @@ class Package(Strict):
     """The task in Harbor's registry."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
-    version: str | None = None
+    version: str | None = Field(default=None, min_length=1)
     description: str = ""
     authors: list[Author] = Field(default_factory=list)
     keywords: list[str] = Field(default_factory=list)
@@ -213,7 +229,7 @@ class TaskToml(Strict):
     @field_validator("steps")
     @classmethod
     def _distinct_steps(cls, steps: list[Step]) -> list[Step]:
-        names = [step.name for step in steps]
+        names = [unicodedata.normalize("NFC", step.name).casefold() for step in steps]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two steps are named {', '.join(sorted(twice))}")
         return steps

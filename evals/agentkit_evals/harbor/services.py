@@ -55,6 +55,7 @@ async def _spec(config: HarborConfig, service: ServiceConfig, environment: Envir
         env=filled_in(service.env),
         healthcheck=_healthcheck(service.healthcheck),
         depends_on=service.depends_on,
+        volumes=service.volumes,
         files=[_packed(target, Path(config.folder, place)) for target, place in service.files.items()],
     )
 
