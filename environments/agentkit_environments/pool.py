@@ -34,11 +34,13 @@ class _Ahead:
 class EnvironmentPool:
     """Opens the environments that `expect` announces in the background, and hands each out once.
 
-        async with EnvironmentPool(2, run_id="r1") as pool:
-            for _ in range(10):
-                pool.expect(spec, backend="docker")
-            async with await pool.open(spec, backend="docker") as environment:
-                ...
+        spec = EnvironmentSpec()
+        async with EnvironmentPool(1) as pool:
+            for _ in range(3):
+                pool.expect(spec)
+            for _ in range(3):
+                async with await pool.open(spec) as environment:
+                    await environment.exec("echo hello > greeting")
 
     At most `size` environments are open or being opened ahead, in the order in which they were announced. `open` takes
     one of exactly the same specification (image, limits, network, variables, ...) and backend, or opens one if there
