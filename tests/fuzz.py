@@ -33,7 +33,8 @@ def amounts(quick: int, long: int) -> pytest.MarkDecorator:
     """Pass a number of examples to a test as `examples`: the first one always, the second one if `hostile`."""
     given_number = os.environ.get("AGENTKIT_FUZZ_EXAMPLES")
     few, many = (int(given_number or number) for number in (quick, long))
-    cases = [pytest.param(few, id="quick"), pytest.param(many, id="long", marks=pytest.mark.hostile)]
+    marks = [pytest.mark.hostile, pytest.mark.timeout(1800)]
+    cases = [pytest.param(few, id="quick"), pytest.param(many, id="long", marks=marks)]
     return pytest.mark.parametrize("examples", cases)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import chain
 from types import TracebackType
 from typing import Literal, Self
 
@@ -18,14 +20,13 @@ from agentkit_environments.snapshot import Snapshot
 AnyBackend = Literal["auto", "docker", "process", "unsafe-local"]
 
 
-Key = tuple[EnvironmentSpec, AnyBackend]
-
-
 class _Ahead:
-    """An environment that is opened ahead: `done` is set when it is open, or cannot be."""
+    """An environment that was announced. Once it has begun, `done` is set when it is open, or cannot be."""
 
-    def __init__(self, key: Key) -> None:
-        self.key = key
+    def __init__(
+        self, spec: EnvironmentSpec, backend: AnyBackend, prepare: Callable[[], Awaitable[object]] | None
+    ) -> None:
+        self.spec, self.backend, self.prepare = spec, backend, prepare
         self.scope = anyio.CancelScope()
         self.done = anyio.Event()
         self.environment: Environment | None = None
@@ -34,11 +35,13 @@ class _Ahead:
 class EnvironmentPool:
     """Opens the environments that `expect` announces in the background, and hands each out once.
 
-        async with EnvironmentPool(2, run_id="r1") as pool:
-            for _ in range(10):
-                pool.expect(spec, backend="docker")
-            async with await pool.open(spec, backend="docker") as environment:
-                ...
+        spec = EnvironmentSpec()
+        async with EnvironmentPool(1) as pool:
+            for _ in range(3):
+                pool.expect(spec)
+            for _ in range(3):
+                async with await pool.open(spec) as environment:
+                    await environment.exec("echo hello > greeting")
 
     At most `size` environments are open or being opened ahead, in the order in which they were announced. `open` takes
     one of exactly the same specification (image, limits, network, variables, ...) and backend, or opens one if there
@@ -61,7 +64,7 @@ class EnvironmentPool:
         self.size = size
         self._run_id = run_id
         self._ahead: list[_Ahead] = []
-        self._later: deque[Key] = deque()  # announced, and not begun for want of room
+        self._later: deque[_Ahead] = deque()  # not begun for want of room
         self._tasks: anyio.abc.TaskGroup | None = None
 
     @property
@@ -69,9 +72,18 @@ class EnvironmentPool:
         """Number of environments that are open and were not taken yet."""
         return sum(each.environment is not None for each in self._ahead)
 
-    def expect(self, spec: EnvironmentSpec, *, backend: AnyBackend = "auto") -> None:
-        """Announce that `open` will be called with these arguments. Without room, it is opened ahead later."""
-        self._later.append((spec, backend))
+    def expect(
+        self,
+        spec: EnvironmentSpec,
+        *,
+        backend: AnyBackend = "auto",
+        prepare: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        """Announce that `open` will be called with these arguments. Without room, it is opened ahead later.
+
+        `prepare` is called before it is opened ahead, for example to build its image. If it fails, so does the opening.
+        """
+        self._later.append(_Ahead(spec, backend, prepare))
         self._fill()
 
     async def ready(self) -> None:
@@ -86,28 +98,27 @@ class EnvironmentPool:
 
         One whose opening ahead has failed, or that has died since, is opened again.
         """
-        key = (spec, backend)
-        if snapshot is None:
-            found = next((each for each in self._ahead if each.key == key), None)
-            if found is not None:
-                self._ahead.remove(found)  # its place is free for the next one
-                self._fill()
-                if (environment := await _taken(found)) is not None:
-                    return environment
-            elif key in self._later:
-                self._later.remove(key)
+        announced = chain(self._ahead, self._later)
+        alike = (each for each in announced if (each.spec, each.backend) == (spec, backend))
+        if snapshot is None and (found := next(alike, None)) is not None:
+            has_begun = found in self._ahead
+            (self._ahead if has_begun else self._later).remove(found)
+            self._fill()  # there is room for the next one
+            if has_begun and (environment := await _taken(found)) is not None:
+                return environment
         return await open_environment(spec, backend=backend, run_id=self._run_id, snapshot=snapshot)
 
     def _fill(self) -> None:
         while self._tasks is not None and self._later and len(self._ahead) < self.size:
-            self._ahead.append(_Ahead(self._later.popleft()))
+            self._ahead.append(self._later.popleft())
             self._tasks.start_soon(self._open_ahead, self._ahead[-1], name="environment opened ahead")
 
     async def _open_ahead(self, ahead: _Ahead) -> None:
-        spec, backend = ahead.key
         try:
             with ahead.scope, suppress(Exception):  # `open` tries again, and raises what it meets
-                ahead.environment = await open_environment(spec, backend=backend, run_id=self._run_id)
+                if ahead.prepare is not None:
+                    await ahead.prepare()
+                ahead.environment = await open_environment(ahead.spec, backend=ahead.backend, run_id=self._run_id)
         finally:
             ahead.done.set()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -41,7 +42,7 @@ from agentkit_environments import Environment, EnvironmentPool, reap
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.harbor.episode import episode, for_step, prior
-from agentkit_evals.harbor.sandbox import settled
+from agentkit_evals.harbor.sandbox import settled, specification
 from agentkit_evals.record import (
     Failure,
     RunDirectory,
@@ -113,7 +114,7 @@ class EvalRun:
         epochs: Number of times that each task is run.
         concurrency: Maximum number of trials at the same time.
         warm: Maximum number of sandboxes that are opened ahead of the trials and verifiers that will need them. Each is
-            used once. Those whose image is built from a folder are opened when they are needed.
+            used once. Images that are built from a folder are built ahead, too.
         backend: Sandbox backend; None uses the one that each task sets.
         seed: Base seed. Each trial derives its sampling seed from this seed, the task and the epoch.
         sampling: Sampling parameters, except the seed; None uses the model's own.
@@ -213,7 +214,7 @@ class EvalRun:
             try:
                 async with self.pool, anyio.create_task_group() as workers:
                     for trial in trials:
-                        await trial.announce()
+                        trial.announce()
                     for number in range(min(self.concurrency, len(trials))):
                         workers.start_soon(self._work, plan, log, name=f"eval worker {number}")
             except ExceptionGroup as group:
@@ -331,18 +332,19 @@ class _Trial:
             **self.seconds,
         )
 
-    async def announce(self) -> None:
+    def announce(self) -> None:
         """Tell the pool which sandboxes the trial will open."""
         config, verifier = self.task.environment, self.task.verifier
-        if not self.eval_run.warm or config.build is not None or isinstance(verifier, CallsConfig):
+        if isinstance(verifier, CallsConfig):
             return
         count = 1 if isinstance(verifier, HarborConfig) else 2  # the agent's, and the verifier's
         if self.begun.snapshot is not None and not isinstance(verifier, TestsConfig):
             count -= 1
         with suppress(TaskSetupError):  # the trial will raise it
-            spec = await settled(config)
+            spec, backend = specification(config), backend_for(self.task, self.eval_run.backend)
+            prepare = None if config.build is None else partial(settled, config)
             for _ in range(count):
-                self.eval_run.pool.expect(spec, backend=backend_for(self.task, self.eval_run.backend))
+                self.eval_run.pool.expect(spec, backend=backend, prepare=prepare)
 
     async def _scored(self) -> Verdict | None:
         """Run the agent, then score its workdir and answer; None if the budget stopped the agent."""

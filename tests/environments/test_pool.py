@@ -224,3 +224,24 @@ async def test_a_caller_who_is_cancelled_leaves_none_behind(opener: Opener) -> N
             scope.cancel()
             await environments.open(SPEC)
         assert scope.cancelled_caught and await is_closed(opener.opened[0])
+
+
+async def test_what_is_prepared_comes_before_the_opening_and_may_fail(opener: Opener) -> None:
+    opener.go.set()
+    other = EnvironmentSpec(workdir="/app")
+    built: list[int] = []
+
+    async def build() -> None:
+        built.append(len(opener.opened))
+
+    async def fail() -> None:
+        raise SandboxUnavailableError("the image cannot be built")
+
+    async with EnvironmentPool(2) as environments:
+        environments.expect(SPEC, prepare=build)
+        await environments.ready()
+        assert built == [0] and environments.waiting == 1
+        environments.expect(other, prepare=fail)
+        await environments.ready()
+        assert environments.waiting == len(opener.opened) == 1
+        await (await environments.open(other)).close()

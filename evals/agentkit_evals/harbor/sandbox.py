@@ -36,6 +36,16 @@ def filled_in(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value(name, text) for name, text in variables.items()}
 
 
+def specification(config: EnvironmentConfig) -> EnvironmentSpec:
+    """Return the specification to open, once the image is built.
+
+    Raises:
+        TaskSetupError: a variable is not set.
+    """
+    spec = config.spec()
+    return replace(spec, env=filled_in(spec.env)) if config.as_image else spec
+
+
 async def settled(config: EnvironmentConfig) -> EnvironmentSpec:
     """Build the image of a sandbox that has one to build, and return the specification to open.
 
@@ -44,12 +54,9 @@ async def settled(config: EnvironmentConfig) -> EnvironmentSpec:
         ImageBuildError: the image cannot be built.
         SandboxUnavailableError: no Docker engine answers.
     """
-    spec = config.spec()
-    if not config.as_image:
-        return spec
-    if config.build is not None:
+    if config.as_image and config.build is not None:
         from agentkit_environments.docker import build_image  # the docker library takes long to import
 
         build = config.build
         await anyio.to_thread.run_sync(partial(build_image, build.folder, build.sha256, timeout_s=build.timeout_s))
-    return replace(spec, env=filled_in(spec.env))
+    return specification(config)
