@@ -149,6 +149,11 @@ def parse(config: Mapping[str, Any]) -> ConfigFile:
     Raises:
         ConfigError: As in `ModelSpec.from_config`.
     """
+    if (found := config.get("model_type", "deepseek_v4")) != "deepseek_v4":
+        raise ConfigError(
+            f"config.json: model_type: found {shorten(found)}, expected 'deepseek_v4': this engine runs DeepSeek-V4 "
+            "only; serve other models with vLLM or SGLang, for example, and use them behind their API"
+        )
     try:
         return ConfigFile.model_validate(dict(config))
     except ValidationError as exc:

@@ -288,7 +288,8 @@ class Engine:
         try:
             return Tokenizer.from_dir(self.folder)
         except TokenizerError as error:
-            raise CheckpointError(self.folder / "tokenizer.json", str(error)) from error
+            file = self.folder / "tokenizer.json"
+            raise CheckpointError(file, str(error).removeprefix(f"{file}: ")) from error
 
     @cached_property
     def sampling(self) -> SamplingParams:

@@ -360,7 +360,8 @@ def process_failure() -> str | None:
     failures = [launcher_failure(launcher) for launcher in LAUNCHERS]
     if None in failures:
         return None
-    return f"{'; '.join(filter(None, failures))}. Install bubblewrap, and allow user namespaces to ordinary users"
+    reasons = "; ".join(dict.fromkeys(filter(None, failures)))  # two launchers may use the same program
+    return f"{reasons}. Install bubblewrap, and allow user namespaces to ordinary users"
 
 
 class _Files:

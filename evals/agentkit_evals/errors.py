@@ -20,6 +20,7 @@ A task or suite file that cannot be read raises `agentkit.errors.TaskFileError`.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 
@@ -81,4 +82,6 @@ class OutputError(EvalError):
 
 def not_written(exc: OSError, path: Path) -> OutputError:
     """Return the error for a file that could not be written; `path` is used if `exc` names none."""
-    return OutputError(f"{exc.filename or path} cannot be written: {exc.strerror}; make room, then run again")
+    full = exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room, then run again" if full else "give a path that can be written"
+    return OutputError(f"{exc.filename or path} cannot be written: {exc.strerror}; {remedy}")

@@ -38,7 +38,7 @@ from agentkit.trajectory import Trajectory
 from agentkit.version import agentkit_version
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.untrusted import check_values, describe, open_regular, parse_json, read_regular, shorten
-from agentkit_evals.errors import RunDirectoryError
+from agentkit_evals.errors import RunDirectoryError, not_written
 from agentkit_evals.verify import Backend
 
 FORMAT_VERSION = 4
@@ -245,7 +245,8 @@ class TrialLog:
             OSError: a file cannot be written.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(run / "trials.jsonl", flags, 0o644)
+        self._path = run / "trials.jsonl"
+        self._fd = os.open(self._path, flags, 0o644)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._cut(run / "trials.torn")
@@ -265,11 +266,18 @@ class TrialLog:
         os.close(self._fd)
 
     def append(self, record: TrialRecord) -> None:
-        """Add a record. On return the disk has it."""
+        """Add a record. On return the disk has it.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         rest = memoryview(record.model_dump_json().encode() + b"\n")
-        while rest:
-            rest = rest[os.write(self._fd, rest) :]
-        os.fsync(self._fd)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            os.fsync(self._fd)
+        except OSError as exc:
+            raise not_written(exc, self._path) from exc
 
     def _cut(self, torn: Path) -> None:
         end = size = os.fstat(self._fd).st_size
@@ -320,14 +328,17 @@ def write_lock(run: Path, data: bytes) -> None:
     """Write `run.json`, whole or not at all; `data` is from `lock_bytes`.
 
     Raises:
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     part = run / "run.json.part"
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(run / "run.json")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(run / "run.json")
+    except OSError as exc:
+        raise not_written(exc, part) from exc
 
 
 def _read_lock(file: Path) -> RunLock:

@@ -26,7 +26,7 @@ from agentkit_evals.errors import ProvenanceError, not_written
 from agentkit_evals.provenance import PERMISSIVE, Provenance, generator_name, is_accepted
 from agentkit_evals.record import RunDirectory, TrialRecord, trajectory_path
 
-Unlisted = Literal["refuse", "drop"]
+Unlisted = Literal["refuse", "drop", "keep"]
 
 
 class TrainingRow(Strict):
@@ -108,7 +108,8 @@ def export_rows(
         runs: The runs.
         out: The file to write. It appears when it is complete.
         licences: Accepted SPDX identifiers.
-        unlisted: `refuse` writes nothing if a row has no accepted licence; `drop` leaves such rows out.
+        unlisted: `refuse` writes nothing if a row has no accepted licence; `drop` leaves such rows out; `keep` writes
+            them.
         min_reward: Lowest reward of a row.
         fields: Fields of `TrainingRow` to write; None writes all.
 
@@ -128,7 +129,7 @@ def export_rows(
                     licence = row.provenance.licence
                     if row.reward < min_reward:
                         below += 1
-                    elif not is_accepted(licence, accepted):
+                    elif unlisted != "keep" and not is_accepted(licence, accepted):
                         refused[licence] += 1
                         example.setdefault(licence, row.trial)
                     else:
@@ -138,7 +139,8 @@ def export_rows(
                 parts = [f"{count} with {name or 'none'} (such as {example[name]})" for name, count in refused.items()]
                 raise ProvenanceError(
                     f"{refused.total()} rows have no accepted licence: {', '.join(parts)}; accepted are "
-                    f"{', '.join(sorted(accepted))}. Give --licences, or leave such rows out with --unlisted drop"
+                    f"{', '.join(sorted(accepted))}. Accept other licences with --licences, leave such rows out with "
+                    "--unlisted drop, or write them too with --unlisted keep, for example if the tasks are your own"
                 )
             file.flush()
             os.fsync(file.fileno())

@@ -179,7 +179,7 @@ class EvalRun:
         Raises:
             RunDirectoryError: the directory already exists; or, with `resume`, it is not a run, has other settings
                 (the message names the first), or is in use by another process.
-            OSError: the directory cannot be written.
+            OutputError, OSError: the directory cannot be written.
             ModelError: an error of a type in `NO_MODEL` occurred.
         """
         lock = self._lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from agentkit.cli.commands import app
+from agentkit.cli.ending import ExitCode
 from agentkit_engine import Engine
+from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_engine.weights.convert import convert_checkpoint
 from agentkit_engine.weights.export import Format
 
@@ -53,6 +56,19 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, source: str, proble
     (tmp_path / "empty").mkdir()
     result = CliRunner().invoke(app, ["convert", str(tmp_path / source), str(tmp_path / "out"), "--to", "bf16"])
     assert result.exit_code != 0 and problem in " ".join(result.output.split())
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        result = CliRunner().invoke(
+            app, ["convert", str(PACKAGED_MODELS["tiny"]), str(tmp_path / "out"), "--to", "int8"]
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == ExitCode.INFRASTRUCTURE
+    assert result.output == f"Error: {tmp_path}/out/part-0.safetensors: File too large\n"
 
 
 def test_weights_are_not_overwritten(tmp_path: Path) -> None:

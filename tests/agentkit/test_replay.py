@@ -273,6 +273,10 @@ def test_the_command(record: Trajectory, tmp_path: Path) -> None:
     shown = agentkit("replay", good)
     assert shown.splitlines()[-2].startswith(f"replayed 2 turns, {len(record.token_ids)} ids, ")
     assert shown.splitlines()[-1] == "equal"
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(good.read_bytes()[:-20])
+    assert "Note: the record ends before its run did" in agentkit("replay", cut)
+    assert [json.loads(agentkit("replay", file, "--json"))["complete"] for file in (good, cut)] == [True, False]
     changed(record, MessageAdded, 2, message(fields(content="I liik."))).save(bad)
     shown = agentkit("replay", bad, "-m", "tiny", code=1)
     assert "differs at turn 1, byte 3 (the message.content): recorded 'I liik.', replayed 'I look.'" in shown

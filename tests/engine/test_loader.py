@@ -532,6 +532,16 @@ def test_file_cut_inside_its_header(broken: Path, size: int) -> None:
     fails(broken, "model.safetensors: corrupted or truncated")
 
 
+def test_a_git_lfs_pointer_is_named(broken: Path) -> None:
+    (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    fails(broken, "model.safetensors: found a Git LFS pointer", "run `git lfs pull`")
+
+
+def test_another_architecture_is_named_first(broken: Path) -> None:
+    (broken / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    fails(broken, "config.json: model_type: found 'llama', expected 'deepseek_v4': this engine runs DeepSeek-V4 only")
+
+
 def rewrite_header(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")

@@ -214,7 +214,9 @@ async def test_a_detached_process_does_not_outlive_the_sandbox(launcher: Launche
 async def test_opening_fails_without_any_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
-    with pytest.raises(SandboxUnavailableError, match=r"bwrap is not installed.*Install bubblewrap"):
+    with pytest.raises(
+        SandboxUnavailableError, match=r"bwrap is not installed; unshare is not installed\. Install bubblewrap"
+    ):
         await open_environment(backend="auto")
     with pytest.raises(SandboxUnavailableError, match="docker backend"):
         await open_environment(EnvironmentSpec(image="debian:12"), backend="process")

@@ -191,6 +191,12 @@ def test_no_encoding_or_closed_stream_causes_a_traceback(environment: dict[str, 
     assert redirect or b"+ a" in done.stdout or "✓ a".encode() in done.stdout
 
 
+def test_a_defect_is_not_an_unsolved_task() -> None:
+    code = "import agentkit.cli.commands as c; c.app = lambda **_: 1 / 0; from agentkit.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.INFRASTRUCTURE and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_a_closed_pipe_prints_no_error() -> None:
     command = f"{sys.executable} -m agentkit doctor | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -253,12 +253,22 @@ def test_chat_with_a_model_behind_an_api(serving: Serving) -> None:
 
 
 def test_a_chat_outlives_a_failure_of_the_api(serving: Serving) -> None:
-    odd = chat.error(400, "something odd")  # twice: the request is repeated without fields that not every server knows
+    odd = chat.error(
+        400, "something \x1b[31modd"
+    )  # twice: the request is repeated without fields that not every server knows
     server = ChatServer(text("Hello."), odd, odd, text("I am back."))
     arguments = ["chat", "-m", "openai:toy", "--base-url", serving(server), "--env", "unsafe-local"]
     result = typer.testing.CliRunner().invoke(app, arguments, input="Hi\nAnd?\nAgain\n", catch_exceptions=False)
-    assert result.exit_code == ExitCode.OK, result.output
-    assert "something odd" in result.output and "I am back." in result.output
+    assert result.exit_code == ExitCode.INFRASTRUCTURE, result.output
+    assert "something \N{SYMBOL FOR ESCAPE}[31modd" in result.output and "I am back." in result.output
+    assert "\x1b[31m" not in result.output
+
+
+def test_a_piped_chat_fails_if_a_message_got_no_answer(serving: Serving) -> None:
+    server = ChatServer(text(""), text("Hello."))
+    arguments = ["chat", "-m", "openai:toy", "--base-url", serving(server), "--env", "unsafe-local"]
+    result = typer.testing.CliRunner().invoke(app, arguments, input="Hi\nAgain\n", catch_exceptions=False)
+    assert result.exit_code == ExitCode.UNSOLVED and "Hello." in result.output
 
 
 @pytest.mark.parametrize(

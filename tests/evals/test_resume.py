@@ -26,7 +26,7 @@ from agentkit.task import Task
 from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.sampling_params import SamplingParams
-from agentkit_evals.errors import RunDirectoryError
+from agentkit_evals.errors import OutputError, RunDirectoryError
 from agentkit_evals.record import RunDirectory, TrialLog, attempt_path, patch_path, trajectory_path
 from agentkit_evals.report import render_report
 from agentkit_evals.resume import suite_of
@@ -330,7 +330,7 @@ def test_a_record_that_cannot_be_written_is_an_error(whole: RunDirectory, tmp_pa
     with TrialLog(tmp_path) as log:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
         try:
-            with pytest.raises(OSError, match="File too large"):
+            with pytest.raises(OutputError, match=r"trials\.jsonl cannot be written: File too large; make room"):
                 log.append(whole.trials[0])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

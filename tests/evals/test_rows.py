@@ -83,6 +83,8 @@ def test_rows_without_an_accepted_licence_are_refused_or_dropped(
     assert "left out: 2 rows with licence unknown" in result.output
     _, rows = export(done, "--unlisted", "drop", "--licences", "GPL-3.0-only, X")
     assert [row["task"] for row in rows] == ["copyleft"]
+    _, rows = export(done, "--unlisted", "keep")
+    assert sorted(row["task"] for row in rows) == ["copyleft", "free", "none", "unknown"]
 
 
 def test_rewards_below_the_bound_stay_out_whatever_their_licence(

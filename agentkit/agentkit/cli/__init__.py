@@ -25,10 +25,10 @@ else:
 
 
 def main() -> None:
-    """Run the `agentkit` script."""
+    """Run the `agentkit` script. A defect exits with 3 after its traceback; 1 would mean "not solved"."""
     signals.install()
     from agentkit.cli.commands import app
-    from agentkit.cli.ending import leave
+    from agentkit.cli.ending import ExitCode, leave
     from agentkit.cli.terminal import prepare_streams, show_traceback
 
     sys.excepthook = show_traceback
@@ -37,3 +37,6 @@ def main() -> None:
         app(prog_name="agentkit")
     except SystemExit as ending:
         leave(ending.code)
+    except Exception as defect:
+        sys.excepthook(type(defect), defect, defect.__traceback__)
+        leave(ExitCode.INFRASTRUCTURE)

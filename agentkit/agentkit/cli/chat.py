@@ -53,7 +53,7 @@ from agentkit.cli.options import (
     TopPFlag,
     WorkdirFlag,
 )
-from agentkit.cli.terminal import console
+from agentkit.cli.terminal import console, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,8 +116,11 @@ def command(
 ) -> ExitCode:
     """Talk to an agent that has the built-in tools, in one sandbox for the whole conversation.
 
-    Ctrl-C stops the turn, Ctrl-D quits. If standard input is not a terminal, each of its lines is one message. With
-    --workdir, the changes are shown at the end, and you are asked whether to apply them.
+    Ctrl-C stops the turn, Ctrl-D quits. With --workdir, the changes are shown at the end, and you are asked whether to
+    apply them.
+
+    If standard input is not a terminal, each of its lines is one message, and Ctrl-C ends the command. It then exits
+    with 3 if the API failed, and with 1 if a message got no answer or reached a limit.
     """
     from agentkit.agent import Agent
     from agentkit.compaction import Compaction
@@ -168,7 +171,7 @@ def command(
         chat = Chat(agent, backend, record, terminal, thinking)
         if workdir is None:
             run(lambda: chat.converse(servers))
-            return ExitCode.OK
+            return chat.code
         chat.workdir, chat.include_ignored, chat.copy = workdir, include_ignored, copy
         try:
             run(lambda: chat.converse(servers))
@@ -176,11 +179,16 @@ def command(
             if chat.changes:  # made by the turns before the failure
                 chat.keep(apply=apply, patch=patch, branch=branch)
             raise
-    return ExitCode.UNSOLVED if chat.keep(apply=apply, patch=patch, branch=branch).refused else ExitCode.OK
+        refused = chat.keep(apply=apply, patch=patch, branch=branch).refused
+    return max(chat.code, ExitCode.UNSOLVED if refused else ExitCode.OK)
 
 
 class Chat:
-    """One conversation in one sandbox."""
+    """One conversation in one sandbox.
+
+    Attributes:
+        code: The exit code so far. It stays 0 at a terminal, where the user has seen each failure.
+    """
 
     def __init__(
         self, agent: Agent, backend: str, record: Path, terminal: Console, thinking: bool, *, tty: bool | None = None
@@ -194,6 +202,7 @@ class Chat:
         self.history: Trajectory | None = None
         self.number = 0
         self.usages: list[Usage] = []
+        self.code = ExitCode.OK
         self.workdir: Path | None = None
         self.include_ignored = self.copy = False
         self._workspace: Workspace | None = None
@@ -249,7 +258,13 @@ class Chat:
                 if self.agent.budget is not None and self.agent.budget.spent:
                     limit = dollars(self.agent.budget.max_cost_usd)
                     self.terminal.print(f"The cost limit of {limit} is reached.", style="yellow")
+                    self._failed(ExitCode.UNSOLVED)
                     break
+
+    def _failed(self, code: ExitCode) -> None:
+        """Record that a message failed."""
+        if not self.tty:
+            self.code = max(self.code, code)
 
     async def _collect(self, environment: Environment) -> None:
         """Find the changes to the user's folder, if there is one."""
@@ -316,6 +331,7 @@ class Chat:
             return None
         except UnicodeDecodeError as exc:
             self.terminal.print(f"That line is not {exc.encoding} text and was ignored.", style="yellow")
+            self._failed(ExitCode.UNSOLVED)
             return ""
         finally:
             signals.answer_with(None)
@@ -331,7 +347,7 @@ class Chat:
             try:
                 changes, _, _ = await self._workspace.changes()
             except UnsafeArchiveError as exc:
-                self.terminal.print(str(exc), style="yellow", markup=False)
+                say(self.terminal, str(exc), "yellow")
                 return
             print_diff(self.terminal, changes)
             if not changes:
@@ -340,8 +356,7 @@ class Chat:
             self.thinking = not self.thinking
             self.terminal.print(f"Thoughts are {'shown in full' if self.thinking else 'folded'}.", style="dim")
         else:
-            text = HELP if said == "/help" else f"Unknown command {said.split()[0]}.\n{HELP}"
-            self.terminal.print(text, markup=False)
+            say(self.terminal, HELP if said == "/help" else f"Unknown command {said.split()[0]}.\n{HELP}")
 
     async def _turn(self, said: str, environment: Environment) -> None:
         from agentkit.errors import ApiError, ApiKeyError, TrajectoryError
@@ -354,9 +369,10 @@ class Chat:
         with anyio.CancelScope() as scope:
 
             def stop(number: int) -> bool:
-                if number == signal.SIGINT:
-                    loop.call_soon_threadsafe(scope.cancel)
-                return number == signal.SIGINT
+                if number != signal.SIGINT or not self.tty:
+                    return False
+                loop.call_soon_threadsafe(scope.cancel)
+                return True
 
             signals.answer_with(stop)
             try:
@@ -371,6 +387,8 @@ class Chat:
                         self._show(event)
                         if isinstance(event, RunFinished):
                             self.history = event.result.trajectory
+                            if event.result.status not in ("answered", "submitted"):
+                                self._failed(ExitCode.UNSOLVED)
             except ApiError as exc:
                 if isinstance(exc, ApiKeyError):
                     raise
@@ -379,7 +397,8 @@ class Chat:
                 signals.answer_with(None)
                 self._end_thought()
         if scope.cancelled_caught or failed:
-            self.terminal.print("\n(stopped)" if failed is None else f"\n{failed}", style="yellow", markup=False)
+            say(self.terminal, "\n(stopped)" if failed is None else f"\n{failed}", "yellow")
+            self._failed(ExitCode.INFRASTRUCTURE)
             with suppress(TrajectoryError):  # none yet if the turn was stopped before it began
                 # The trajectory of a stopped or failed turn is complete, so the next turn continues it.
                 self.history = Trajectory.load(path)
@@ -388,7 +407,6 @@ class Chat:
 
     def _show(self, event: Event) -> None:
         from agentkit.cli.run import show
-        from agentkit.cli.terminal import say
         from agentkit.events import CallFinished, RunFinished, TurnStarted
         from agentkit.model import ReasoningDelta
 

@@ -6,7 +6,7 @@
 2   usage: a wrong flag, file, model or operation; an API's key that is missing or wrong; --max-cost for a model without
     a known price
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached
-    or refuses the request
+    or refuses the request; a defect of agentkit, with its traceback
 4   Ctrl-C or SIGTERM stopped `eval` or `demo`; `agentkit eval --resume RUN` continues
 130 Ctrl-C elsewhere; 143 SIGTERM; 141 the reader of standard output closed the pipe
 """
@@ -80,11 +80,18 @@ def ends_well(command: Callable[P, int | None]) -> Callable[P, None]:
                 if found is None:
                     raise
                 typer.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-                typer.echo(visible(str(cause)), err=True)
+                typer.echo(visible(described(cause)), err=True)
                 code = found
         raise typer.Exit(code)
 
     return wrapper
+
+
+def described(error: BaseException) -> str:
+    """Return the message of an error; for one of the operating system, the file and the reason."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def run(function: Callable[[], Awaitable[T]]) -> T:

@@ -18,6 +18,7 @@ class OnUnlisted(StrEnum):
 
     REFUSE = "refuse"
     DROP = "drop"
+    KEEP = "keep"
 
 
 def command(
@@ -43,7 +44,9 @@ def command(
     ] = None,
     unlisted: Annotated[
         OnUnlisted,
-        typer.Option("--unlisted", help="Rows without an accepted licence: `refuse` the export, or `drop` the rows."),
+        typer.Option(
+            "--unlisted", help="Rows without an accepted licence: `refuse` the export, `drop` them, or `keep` them."
+        ),
     ] = OnUnlisted.REFUSE,
     min_reward: Annotated[float, typer.Option("--min-reward", callback=finite, help="Lowest reward of a row.")] = 1.0,
 ) -> ExitCode:

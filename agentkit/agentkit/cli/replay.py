@@ -26,7 +26,9 @@ from agentkit.cli.terminal import visible
 
 
 def command(
-    trajectory: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A trajectory (.jsonl).")],
+    trajectory: Annotated[
+        Path, typer.Argument(metavar="TRAJECTORY", exists=True, dir_okay=False, help="A trajectory (.jsonl).")
+    ],
     model: OtherModelFlag = None,
     tolerance: Annotated[
         float, typer.Option(min=0.0, callback=finite, help="Largest difference of log-probabilities that is accepted.")
@@ -41,8 +43,10 @@ def command(
     """Replay a trajectory of a model in this process: force its ids through the model, take tool results from the
     record, and name the first token or byte that differs.
 
-    Exits with 0 if everything is equal, and log-probabilities differ by at most --tolerance, and with 1 if not.
+    Exits with 0 if everything is equal, and log-probabilities differ by at most --tolerance, and with 1 if not. A
+    record that ends before its run did is compared as far as it goes, and a note says so.
     """
+    from agentkit.events import Outcome
     from agentkit.models.embedded import EmbeddedModel
     from agentkit.replayer import check_replayable, replay
     from agentkit.trajectory import Trajectory
@@ -64,12 +68,15 @@ def command(
     )
     assert isinstance(source, EmbeddedModel), "--model refuses a model behind an API"
     done = replay(record, source, tolerance=tolerance)
+    complete = bool(record.records) and isinstance(record.records[-1], Outcome)
     if as_json:
-        typer.echo(json.dumps({"same": done.same, **asdict(done)}, indent=2))
+        typer.echo(json.dumps({"same": done.same, "complete": complete, **asdict(done)}, indent=2))
     else:
         typer.echo(
             f"replayed {done.turns} turns, {done.tokens} ids, {done.sampled} of them sampled; log-probabilities differ "
             f"by at most {done.max_logprob_error:.3g}"
         )
         typer.echo("equal" if done.difference is None else visible(f"differs at {done.difference}"))
+        if not complete:
+            typer.echo("Note: the record ends before its run did; only what it has was compared.", err=True)
     return ExitCode.OK if done.same else ExitCode.UNSOLVED

@@ -69,8 +69,9 @@ class Tokenizer:
             with _panics_are_errors():
                 self._text_encoder = tokenizers.Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
         except Exception as error:  # the Rust side raises bare `Exception`
+            problem = shorten(str(error), 300, quote=False) or type(error).__name__
             raise TokenizerError(
-                f"not a usable tokenizer.json: {shorten(str(error), 300, quote=False) or type(error).__name__}. "
+                f"not a usable tokenizer.json: {'no key ' if isinstance(error, KeyError) else ''}{problem}. "
                 "Expected a BPE with added_tokens."
             ) from error
         missing = [token for token in _BYTE_OF if token not in model["vocab"]]

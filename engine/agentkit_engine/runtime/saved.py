@@ -20,7 +20,6 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from agentkit_engine.errors import CheckpointError, OutOfMemoryError, SavedSessionError
@@ -61,7 +60,7 @@ def write(path: Path, ids: Seq[int], fed: bytes, sequence: Sequence | None, pool
     # A private folder, mode 0700, so that nobody can place a link where the file is about to be written.
     with tempfile.TemporaryDirectory(prefix=".agentkit-", dir=path.parent, ignore_cleanup_errors=True) as folder:
         beside = Path(folder, "session")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata=metadata)
+        safetensors_file.write({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
         beside.chmod(0o600)
         beside.replace(path)
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from agentkit_engine.weights import safetensors_file
 
 DTYPES = (torch.int32, torch.uint8, torch.int64, torch.int32, torch.uint8)
 """The dtypes of the fields of `Rows`, in their order."""
@@ -82,7 +84,7 @@ class Rows:
         return rows
 
     def save(self, path: Path) -> None:
-        save_file({name: getattr(self, name) for name in self.__slots__}, path)
+        safetensors_file.write({name: getattr(self, name) for name in self.__slots__}, path)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -115,7 +115,7 @@ def read_layout(folder: Path) -> Layout:
     try:
         spec = ModelSpec.from_config(config)
     except ConfigError as error:
-        raise CheckpointError(folder / CONFIG_FILE, str(error)) from error
+        raise CheckpointError(folder / CONFIG_FILE, str(error).removeprefix(f"{CONFIG_FILE}: ")) from error
     stored = _read_headers(folder)
 
     dspark = any(key.startswith("dspark_") for key in config) or "mtp.0.main_proj.weight" in stored

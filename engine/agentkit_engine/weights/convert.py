@@ -60,6 +60,7 @@ def convert_checkpoint(source: Path, target: Path, *, format: Format) -> list[Ki
     Raises:
         CheckpointError: see `load_checkpoint`.
         FileExistsError: the target already holds safetensors files.
+        OSError: a file of the target cannot be written.
     """
     layout = read_layout(source)
     kinds: dict[str, Kind] = {}

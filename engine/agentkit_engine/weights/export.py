@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from agentkit_engine.chat import Dialect
@@ -17,6 +16,7 @@ from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.weights.checkpoint import CONFIG_FILE, INDEX_FILE, SIDECAR_FILE, WEIGHTS_FILE, Sidecar
 from agentkit_engine.weights.formats import quantise_fp4, quantise_fp8, quantise_int8
 from agentkit_engine.weights.names import Storage, checkpoint_tensors, scale_name
+from agentkit_engine.weights.safetensors_file import write
 
 Format = Literal["bf16", "fp32", "official", "int8"]
 
@@ -43,6 +43,7 @@ def export_checkpoint(
 
     Raises:
         FileExistsError: the folder already holds safetensors files.
+        OSError: a file cannot be written.
         ValueError: a routed expert's input size is not a multiple of 32 (`"official"` only).
     """
     write_tensors(folder, _stored_tensors(decoder, format), max_shard_bytes)
@@ -54,6 +55,7 @@ def write_tensors(folder: Path, tensors: Iterable[dict[str, Tensor]], max_shard_
 
     Raises:
         FileExistsError: the folder already holds safetensors files.
+        OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if existing := sorted(folder.glob("*.safetensors*")):
@@ -99,7 +101,7 @@ class _Part:
 
 
 def _save_part(path: Path, tensors: dict[str, Tensor]) -> _Part:
-    save_file(tensors, path, metadata={"format": "pt"})
+    write(tensors, path, {"format": "pt"})
     return _Part(path, list(tensors), _bytes(tensors))
 
 

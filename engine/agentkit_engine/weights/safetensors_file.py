@@ -1,4 +1,4 @@
-"""Reader for safetensors files that loads one tensor at a time and names the faulty tensor in errors.
+"""Safetensors files: a reader that loads one tensor at a time and names the faulty tensor in errors, and a writer.
 
 The format is an 8-byte little-endian header length, that many bytes of JSON, then the tensors' bytes without gaps.
 Files are read, not mapped: a file that shrinks while it is read is an error here, but crashes the process under mmap.
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from agentkit_engine.errors import CheckpointError
@@ -23,6 +26,7 @@ from agentkit_engine.untrusted import open_regular, parse_json, shorten
 MAX_HEADER_BYTES = 8 << 20
 """Enough for 50,000 tensors in one file; the official files hold 3,000 at most."""
 _MAX_RANK = 8
+_GIT_LFS = int.from_bytes(b"version ", "little")  # how the text of a pointer begins
 _MAX_SIZE = 1 << 62
 
 DTYPES = {
@@ -71,6 +75,20 @@ def runs(tensors: Iterable[StoredTensor], most_bytes: int) -> list[list[StoredTe
     return found
 
 
+def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors to a file.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as exc:  # it has the operating system's error in its text only
+        if (found := re.search(r"\(os error (\d+)\)", str(exc))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from exc
+
+
 def read(run: Sequence[StoredTensor], *, ahead: bool = True) -> Iterator[Tensor]:
     """Yield the tensors of a run as stored, on the CPU. The system may read `ahead` what follows them in the file.
 
@@ -113,6 +131,10 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
         with open_regular(path) as file:
             file_size = os.fstat(file.fileno()).st_size
             header_size = int.from_bytes(file.read(8), "little")
+            if header_size == _GIT_LFS:
+                raise CheckpointError(
+                    path, "found a Git LFS pointer, not the weights; run `git lfs pull` in its repository"
+                )
             if file_size < 8 or header_size > min(file_size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
                     path,
