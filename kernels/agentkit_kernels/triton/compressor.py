@@ -18,7 +18,8 @@ with `ape` already added: token t in row t mod open rows. So there are two launc
 A row's bits do not depend on the forward that computed it if the pools are float32.
 
 Entries are stored through block tables, as they are, as 584-byte key-value rows, or as E4M3 index keys with a float32
-scale (a power of two) each. See `quantize.py` for the formats.
+scale (a power of two) each. With FP4, index keys are rotated by Hadamard's matrix and rounded to MXFP4 before. See
+`quantize.py` for the formats.
 
 Floor: the projected values and scores read once (4 KiB per token for CSA, 2 KiB for HCA and 1 KiB for index keys, with
 bfloat16), entries written once. Source: the DeepSeek-V4 reference. Dimension key: `agentkit_kernels.ops`.
@@ -39,7 +40,14 @@ from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.ops import Compressor
 from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.triton.launch import launch
-from agentkit_kernels.triton.quantize import encode_e4m3, inverse_scale, scale_byte, store_kv_row
+from agentkit_kernels.triton.quantize import (
+    check_index_size,
+    encode_e4m3,
+    inverse_scale,
+    round_index,
+    scale_byte,
+    store_kv_row,
+)
 from agentkit_kernels.triton.rope import pairs_of, rotate, turn
 
 _TILE, _SEQUENCES = 8, 64
@@ -74,7 +82,8 @@ def _entries(
     scores_ptr, entries_ptr, scales_ptr,
     sequences, stride_projected, stride_slot, stride_table, stride_span, column, eps,
     RATIO: tl.constexpr, SERIES: tl.constexpr, K: tl.constexpr, R: tl.constexpr, OPEN: tl.constexpr,
-    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr,
+    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FP4: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Pool, norm, rotate and store one completed entry."""
     width: tl.constexpr = SERIES * K
@@ -115,6 +124,8 @@ def _entries(
         pair, rotary = pairs_of(K, R, BLOCK)
         cosine, sine = turn(window * RATIO, tl.load(frequencies_ptr + pair, mask=rotary, other=0.0))
         entry = rotate(entry[None, :], cosine, sine, 1, BLOCK)
+        if FP4:
+            entry = round_index(entry, 1, BLOCK)
 
         span = tl.load(tables_ptr + sequence.to(tl.int64) * stride_table + window // PER_SPAN)
         entries_ptr += span * stride_span
@@ -165,6 +176,7 @@ def compress(
     entries: Tensor,
     *,
     key_scales: Tensor | None = None,
+    fp4: bool = False,
 ) -> None:
     """Store every entry that this forward's tokens complete, and the last open rows of each sequence.
 
@@ -181,9 +193,10 @@ def compress(
         entries: [spans, entries per span, K] of a float dtype; uint8 E4M3 codes of index keys [spans, entries per span,
             K] with `key_scales`, float32 [spans, entries per span]; or pages of key-value rows (`quantize.py`).
         key_scales: Of index keys in FP8.
+        fp4: Rotate entries by Hadamard's matrix and round them to MXFP4, as `qkv` does with index queries.
 
     Raises:
-        ValueError: the entries have none of these formats, or there are too few open rows.
+        ValueError: the entries have none of these formats, there are too few open rows, or K does not suit `fp4`.
     """
     size, width = len(compressor.norm), compressor.ape.shape[1]
     series, rotary = width // size, 2 * len(compressor.frequencies)
@@ -193,6 +206,8 @@ def compress(
             f"an entry pools {series * compressor.ratio} rows, but the pools have {values.shape[1]} open rows with "
             f"strides {values.stride()} and {scores.stride()}"
         )
+    if fp4:
+        check_index_size(size)
     sequences, block = len(slots), triton.next_power_of_2(size)
     launch(
         _entries, (len(projected) // compressor.ratio + sequences if sequences else 0,), projected, compressor.ape,
@@ -200,7 +215,7 @@ def compress(
         key_scales, sequences, projected.stride(0), values.stride(0), block_tables.stride(0), entries.stride(0),
         compressor.column, compressor.eps, RATIO=compressor.ratio, SERIES=series, K=size, R=rotary,
         OPEN=values.shape[1], PER_SPAN=entries.shape[1], TILE=_TILE, BLOCK=block,
-        CHUNK=_SEQUENCES, FORMAT=format,
+        CHUNK=_SEQUENCES, FP4=fp4, FORMAT=format,
         num_warps=max(1, min(8, block // 64)),
     )  # fmt: skip
     launch(
@@ -256,12 +271,16 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
             )  # fmt: skip
             shape = (sequences * spans + 1, per_span)
             name = with_dtype(f"{phase}, {kind}", activations)
-            yield Call(f"{name}, float32", partial(run, vector(*shape, size)), moved + completed * size * 4, flops)
-            if kind == "index keys":
-                keys, key_scales = make.floats(*shape, size, dtype=torch.uint8), vector(*shape)
-                run_keys = partial(run, keys, key_scales=key_scales)
-                yield Call(f"{name}, FP8", run_keys, moved + completed * (size + 4), flops)
-            else:
+            rounded = (False, True) if kind == "index keys" else (False,)
+            for fp4 in rounded:
+                label, run_entries = f"{name}{', FP4' if fp4 else ''}", partial(run, fp4=fp4)
+                plain = partial(run_entries, vector(*shape, size))
+                yield Call(f"{label}, float32", plain, moved + completed * size * 4, flops)
+                if kind == "index keys":
+                    keys, key_scales = make.floats(*shape, size, dtype=torch.uint8), vector(*shape)
+                    in_fp8 = partial(run_entries, keys, key_scales=key_scales)
+                    yield Call(f"{label}, FP8", in_fp8, moved + completed * (size + 4), flops)
+            if kind != "index keys":
                 row = kv_row_bytes(size, rotary)
                 pages = make.floats(*shape, row, dtype=torch.uint8)
                 yield Call(f"{name}, key-value rows", partial(run, pages), moved + completed * row, flops)

@@ -222,6 +222,23 @@ def test_index_keys_can_be_fp8() -> None:
     assert bool(scales[0].isnan().all() and scales[1, 10:].isnan().all())
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_index_keys_can_be_rotated_and_rounded_to_fp4(size: int) -> None:
+    of = compressor(4, size)
+    projected = forward(40, of, 0)
+    plain, rounded, packed = (Pools.empty(of, 1, 2) for _ in range(3))
+    packed.entries, scales = torch.zeros(2, SPAN // 4, size, dtype=torch.uint8), torch.full((2, SPAN // 4), torch.nan)
+    run(of, projected, plain, [40], [0], [0], [[1]])
+    run(of, projected, rounded, [40], [0], [0], [[1]], fp4=True)
+    run(of, projected, packed, [40], [0], [0], [[1]], fp4=True, key_scales=scales)
+    keys = quantize.round_index(plain.entries[1, :10])
+    assert torch.equal(rounded.entries[1, :10], keys)
+    codes, expected_scales = quantize.quantise_keys(keys)
+    assert torch.equal(packed.entries[1, :10], codes)
+    assert torch.equal(scales[1, :10], expected_scales[:, 0])
+    assert bool(rounded.entries[1, 10:].isnan().all())
+
+
 def test_pools_and_rows_lie_beyond_32_bits() -> None:
     of = compressor(4, 32)
     stride = 1 << 28
@@ -260,6 +277,9 @@ def test_pools_that_do_not_fit_are_refused() -> None:
     arguments = forward(1, of, 0), pools, [1], [0], [0], [[1]]
     with pytest.raises(ValueError, match=r"no format of entries of 32 columns: torch.float32 .* with scales"):
         run(of, *arguments, key_scales=torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="power of two of at least 32 columns, got 96"):
+        run(compressor(4, 96), forward(1, compressor(4, 96), 0), Pools.empty(compressor(4, 96), 1, 2), [1], [0], [0],
+            [[1]], fp4=True)  # fmt: skip
     with pytest.raises(ValueError, match="an entry pools 8 rows, but the pools have 7"):
         pools.values, pools.scores = pools.values[:, :7], pools.scores[:, :7]
         run(of, *arguments)

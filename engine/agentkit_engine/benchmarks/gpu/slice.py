@@ -19,7 +19,7 @@ from agentkit_engine.model.forward import Computed, Forward
 from agentkit_engine.runtime.graphs import CudaCapture, Graphs
 from agentkit_engine.runtime.state import SPAN, KVCacheDtype, Pools
 from agentkit_engine.spec import LayerSpec, ModelSpec, RopeSpec
-from agentkit_kernels.gpu.attention import fill_kv_pages
+from agentkit_kernels.gpu.attention import fill_kv_pages, kv_pages
 from agentkit_kernels.gpu.bench import Bench, OutputsDifferError, Peer, floor_us
 from agentkit_kernels.gpu.experts import mxfp4
 from agentkit_kernels.gpu.record import Goal, Measurement, PeerResult, Skipped
@@ -322,7 +322,8 @@ def _growth(bench: Bench, decoder: Decoder, rows: str, kv_cache_dtype: KVCacheDt
         yield Measurement(what, timing.us / first.us, goal, timing.spread, timing.us, floor, note=note)
     spec, ops, state = decoder.spec, made.ops, made.ops.state(made.pools.layers[0])
     batch = ops.batch(made.plan(lengths[-1] - 1, 1))
-    q, kv = bench.floats(1, spec.num_attention_heads, spec.head_dim) * 0.1, bench.floats(1, spec.head_dim)
+    q = bench.floats(1, spec.num_attention_heads, spec.head_dim) * 0.1
+    [kv] = kv_pages(bench, 1, 1, fp8=state["window"].dtype == torch.uint8)
     index_q = bench.floats(1, spec.index_n_heads, spec.index_head_dim)
     weights = bench.floats(1, spec.index_n_heads, dtype=torch.float32)
     rotations, sink = (
