@@ -184,7 +184,7 @@ def test_a_window_of_one_split_has_no_partial_results() -> None:
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_rows_that_are_in_the_window_already_are_not_stored_again(decode: bool) -> None:
-    made = case([3, 1], [40, 9], ratio=2, picks=3)
+    made = case([16, 1], [70, 9], ratio=2, picks=3)  # the ring has 16 rows more than the window
     answer, pool = expected(made)
     before = LAUNCHES["_store_kernel"]
     for window_pool in (pool.float(), made.window_pool.clone()):  # its own rows come from `kv`

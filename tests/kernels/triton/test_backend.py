@@ -76,8 +76,8 @@ def test_prefill_and_decoding_match_the_reference(decoder: Decoder) -> None:
     for which, texts in [([1], [other[:9]]), ([0, 1], [text[126:129], other[9:10]]), ([0], [text[129:]])]:
         torch.testing.assert_close(served.step(which, texts), answer.step(which, texts), atol=1e-4, rtol=1e-4)
     kernels = {
-        "_attend_kernel", "_combine", "_down", "_entries", "_gate_up", "_index_scan", "_linear", "_merge_kernel",
-        "_qkv", "_read", "_rms_norm", "_rotations", "_route_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
+        "_attend_kernel", "_combine", "_compress", "_down", "_gate_up", "_index_scan", "_linear", "_merge_kernel",
+        "_qkv", "_read", "_rms_norm", "_rotations", "_route_kernel", "_swiglu", "_write_and_mix",
     }  # fmt: skip
     assert kernels <= set(LAUNCHES)
 

@@ -81,7 +81,7 @@ def test_what_an_engine_launches_is_compiled(
         runner.step([ScheduledTokens(sequence, ids)])
     runner.mtp_draft(torch.zeros(1, 4, 32, dtype=dtype), [2])
     of_engine = launched.copy()
-    assert {"_attend_kernel", "_entries", "_linear", "_down", "_index_scan", "_index_stream"} <= {
+    assert {"_attend_kernel", "_compress", "_linear", "_down", "_index_scan", "_index_stream"} <= {
         one.kernel for one in of_engine
     }
     assert not of_engine - listed(launched)

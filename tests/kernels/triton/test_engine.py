@@ -25,8 +25,8 @@ from agentkit_kernels.triton.launch import LAUNCHES
 FLOAT32, BFLOAT16 = 1e-4, 4e-2
 """Tolerances, relative and absolute, for logits of about 1: of float32 activations, and of bfloat16 ones."""
 KERNELS = {
-    "_attend_kernel", "_combine", "_down", "_entries", "_gate_up", "_index_scan", "_linear", "_merge_kernel", "_qkv",
-    "_read", "_rms_norm", "_rotations", "_route_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
+    "_attend_kernel", "_combine", "_compress", "_down", "_gate_up", "_index_scan", "_linear", "_merge_kernel", "_qkv",
+    "_read", "_rms_norm", "_rotations", "_route_kernel", "_swiglu", "_write_and_mix",
 }  # fmt: skip
 GREEDY = SamplingParams(temperature=0, max_tokens=3)
 MakeFolder = Callable[..., Path]
