@@ -60,7 +60,8 @@ class Window:
             pool = torch.full((rows + 1, RING, kv_row_bytes(size, rotary)), 0xAB, dtype=torch.uint8)
         else:
             pool = torch.full((rows + 1, RING, 2 * size), torch.nan)[:, :, :size]
-        return cls(pool, torch.arange(rows) * 1009, torch.arange(rows), torch.arange(rows).flip(0))
+        slots = torch.arange(rows + 1).flip(0)[1:]  # the last slot, which no row has, is before them in memory
+        return cls(pool, torch.arange(rows) * 1009, torch.arange(rows), slots)
 
     @property
     def places(self) -> tuple[Tensor, Tensor]:

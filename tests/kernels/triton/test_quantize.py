@@ -85,6 +85,8 @@ def test_rounded_activations_are_those_of_the_twin(count: int, size: int, dtype:
     assert actual.dtype == dtype
     assert_same(actual.float(), reference.round_activations(x))  # exact in bfloat16
     assert_same(triton.round_activations(actual), actual)
+    few = x * 2.0**-20  # groups below the floor
+    assert_same(triton.round_activations(few).float(), reference.round_activations(few))
     assert torch.equal(triton.round_activations(x[-1:]), actual[-1:])
 
 
