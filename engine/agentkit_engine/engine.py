@@ -150,7 +150,7 @@ class Engine:
                 with one copy per span. By default none.
             quantize_activations: Round inputs of FP8 and FP4 matrices to FP8, and index queries and keys to FP4, as
                 DeepSeek's own inference does; with `kv_cache_dtype="fp8"` results are closest to it. Slower than
-                without, and not on the `"triton"` backend.
+                without.
             cache_dir: Folder in which computed state is also kept, for later processes.
             cache_bytes: Limit on the disk cache.
             exact: If True, a session gives the same bits alone, in any batch, with any chunking and from any cache. If
@@ -194,11 +194,6 @@ class Engine:
             backend = choose_backend(backend, device)
             check_backend_dtype(backend, held_as)
             limits = check_limits(backend, threads, expert_cache_bytes).share(devices)
-            if quantize_activations and backend == "triton":
-                raise ValueError(
-                    'quantize_activations=True is not implemented by backend="triton"; use backend="reference", or '
-                    '"cpu" on a CPU, or leave it out'
-                )
             if rows_dtype != "auto":
                 spec = read_layout(folder).spec
                 rows_of(spec.layers[0], spec, rows_dtype)  # refuses a head size before reading weights

@@ -230,12 +230,16 @@ class Ops(Protocol):
     def rotations(self, batch: Batch, frequencies: Array) -> Array:
         """Return cosine and sine of every pair's angle at each row's position, interleaved: float32 [N, R]."""
 
-    def qkv(self, q: Array, projected: Array, rotations: Array, heads: Heads) -> tuple[Array, Array, Array, Array]:
+    def qkv(
+        self, q: Array, projected: Array, rotations: Array, heads: Heads, batch: Batch, state: State
+    ) -> tuple[Array, Any, Array, Array]:
         """Norm and rotate a layer's queries and its key-value row; q [N, H * K + J * C] comes from the query latent.
 
         Returns:
             Queries [N, H, K], normed per head, rotated and scaled by K^-0.5; rows [N, K], which are both key and value,
-            normed and rotated; index queries [N, J, C], rotated; index weights [N, J], scaled by (J * C)^-0.5.
+            normed and rotated, as `attend` takes them (opaque); index queries [N, J, C], rotated; index weights [N, J],
+            scaled by (J * C)^-0.5. A backend may store the rows in the window here already, if no query of the forward
+            reads what they replace.
         """
 
     def compress(self, projected: Array, compressor: Compressor, batch: Batch, state: State) -> None:
@@ -257,7 +261,7 @@ class Ops(Protocol):
     def attend(
         self,
         q: Array,
-        kv: Array,
+        kv: Any,
         rotations: Array,
         sink: Array,
         batch: Batch,

@@ -1,7 +1,8 @@
 """Activations rounded as in DeepSeek's own inference, on random stacks of every layer kind in the official formats.
 
 Implementations sum in different orders, so one may round a value up that the other rounds down. The rest of that row
-then differs by as much as a rounding error of FP8. The tests allow this in a few rows.
+then differs by as much as a rounding error of FP8. The tests allow this in a few rows. Tests of the `triton` backend
+are in `tests/kernels/triton/test_engine.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-import agentkit_engine.engine
 from agentkit_engine import Engine, ModelSpec, SamplingParams
 from agentkit_engine.weights.checkpoint import load_checkpoint
 from agentkit_engine.weights.export import Format, export_checkpoint
@@ -127,15 +127,6 @@ def test_index_keys_that_do_not_fit_into_fp4_are_refused(make_folder: MakeFolder
     with pytest.raises(ValueError, match=r"index_head_dim that is a power of two of at least 32, and .* is 48"):
         Engine.load(folder, quantize_activations=True)
     Engine.load(make_folder(0, index_head_dim=48), quantize_activations=True)  # there is no indexer
-
-
-def test_a_backend_without_it_refuses_by_name_before_reading(
-    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agentkit_engine.engine, "choose_backend", lambda *_: "triton")
-    monkeypatch.setattr(agentkit_engine.engine, "read_decoder", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(ValueError, match='not implemented by backend="triton"; use backend="reference"'):
-        Engine.load(make_folder(0), quantize_activations=True)
 
 
 def test_a_value_that_is_no_flag_is_refused() -> None:

@@ -2,9 +2,9 @@
 
 The residual is M parallel streams. A sub-layer (attention or experts) reads one normed vector from them and writes its
 output back to all of them (mHC). The forward only calls operations (`agentkit_kernels.ops`); arrays, weights and state
-are the backend's. The reference's quantisation of activations (FP8 round trip of KV rows and linear inputs, Hadamard
-rotation and FP4 round trip in the indexer) is not simulated: in exact arithmetic the rotation cancels and the rest is
-noise. Dimension key: `model/__init__.py`.
+are the backend's. So is the quantisation of activations in DeepSeek's inference (FP8 round trip of KV rows and linear
+inputs, Hadamard rotation and FP4 round trip in the indexer): a backend does it if it is asked to. Dimension key:
+`model/__init__.py`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class AttentionLayer:
         ops, state, turns = self.ops, self.state, rotations[self.layer.rope]
         projected = ops.linear(x, self.project)
         latent = ops.linear(ops.rms_norm(projected, self.q_norm, self.eps), self.project_latent)
-        q, kv, index_q, index_weights = ops.qkv(latent, projected, turns, self.heads)
+        q, kv, index_q, index_weights = ops.qkv(latent, projected, turns, self.heads, batch, state)
         for compressor in self.compressors:
             ops.compress(projected, compressor, batch, state)
         ratio, topk = self.layer.compress_ratio, None

@@ -126,10 +126,12 @@ def make_ops(
         kind = QuantizedCpu if quantize_activations else Cpu
         return kind(Workers(threads), expert_cache_bytes=limits.expert_cache_bytes)
     if backend == "triton":
+        from agentkit_kernels.triton.activations import QuantizedTriton
         from agentkit_kernels.triton.backend import Triton
 
         kept = None if limits is None else limits.expert_cache_bytes
-        return Triton(device, torch.float32 if dtype == torch.float32 else torch.bfloat16, expert_cache_bytes=kept)
+        rows = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        return (QuantizedTriton if quantize_activations else Triton)(device, rows, expert_cache_bytes=kept)
     return QuantizedReference(device) if quantize_activations else Reference(device)
 
 

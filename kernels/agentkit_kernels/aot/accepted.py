@@ -35,7 +35,7 @@ SPILLS: dict[tuple[str, str], Spill] = {
     ),
     ("_linear", "sm_80"): Spill(4, "one register of the head's product: its inputs are bfloat16 and its sums float32"),
     ("_linear", "sm_90"): Spill(4, "one register of float32 products with packed weights, at tiny shapes"),
-    ("_entries", "sm_80"): Spill(
+    ("_compress", "sm_80"): Spill(
         8,
         "HCA keeps the running maximum, sum and average of a window beside its rows; 4 bytes, at tiny sizes",
     ),

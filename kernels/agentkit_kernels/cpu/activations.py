@@ -26,7 +26,13 @@ def round_activations(x: Floats) -> Floats:
 
 
 def _qkv(
-    workers: Workers, q: Floats, projected: Floats, rotations: Floats, heads: Heads
+    workers: Workers,
+    q: Floats,
+    projected: Floats,
+    rotations: Floats,
+    heads: Heads,
+    batch: Batch | None = None,
+    state: LayerState | None = None,
 ) -> tuple[Floats, Floats, Floats, Floats]:
     q_NHK, kv_NK, index_NJC, weights_NJ = qkv(workers, q, projected, rotations, heads)
     if heads.index_heads:

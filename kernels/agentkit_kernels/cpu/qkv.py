@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from agentkit_kernels.cpu import loops
+from agentkit_kernels.cpu.batch import Batch
 from agentkit_kernels.cpu.linear import empty
 from agentkit_kernels.cpu.loops import Floats
+from agentkit_kernels.cpu.state import LayerState
 from agentkit_kernels.cpu.workers import Workers
 from agentkit_kernels.ops import Heads
 
@@ -15,8 +17,15 @@ OPERATIONS = 8
 
 
 def qkv(
-    workers: Workers, q: Floats, projected: Floats, rotations: Floats, heads: Heads
+    workers: Workers,
+    q: Floats,
+    projected: Floats,
+    rotations: Floats,
+    heads: Heads,
+    batch: Batch | None = None,
+    state: LayerState | None = None,
 ) -> tuple[Floats, Floats, Floats, Floats]:
+    """See `ops.Ops`; `attend` stores the rows, so batch and state are not needed."""
     rows = len(q)
     q_NHK, kv_NK = empty(rows, heads.heads, heads.head_dim), empty(rows, heads.head_dim)
     index_NJC, weights_NJ = empty(rows, heads.index_heads, heads.index_head_dim), empty(rows, heads.index_heads)

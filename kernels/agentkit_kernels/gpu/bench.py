@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,9 +90,15 @@ class Bench:
         self.rehearse = rehearse
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.shapes = TOY if rehearse else FLASH
-        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.generator: torch.Generator | None = torch.Generator(self.device).manual_seed(0)
         self._deadline = time.monotonic() + seconds
         self._flush: Tensor | None = None
+
+    def without_memory(self) -> Bench:
+        """Return the bench of a GPU that makes tensors without memory, to count what a forward would launch."""
+        made = copy(self)
+        made.rehearse, made.device, made.shapes, made.generator = False, torch.device("meta"), FLASH, None
+        return made
 
     def pick(self, full: T, toy: T) -> T:
         """Return the size for a GPU or for a rehearsal."""

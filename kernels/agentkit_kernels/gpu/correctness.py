@@ -57,6 +57,8 @@ FP32 = 1e-4
 FP8 = 0.065
 """An E4M3 code is rounded by 2^-4 of its value at most."""
 EXACT = 0.0
+FLIPS = 1e-3
+"""A compiler may fuse the products of a rotation in other ways in two kernels, so that a value gets another code."""
 
 Found = Iterator[tuple[str, object, object, float]]
 """The name of a comparison, the kernel's result, the twin's, and the tolerance."""
@@ -137,7 +139,8 @@ def _compressor(bench: Bench) -> Found:
         options: list[dict[str, Any]] = [{}]
         if prefix:
             made += [pools(zeros(spans + 1, per_span, size, dtype=torch.uint8))]
-            options += [{"key_scales": zeros(spans + 1, per_span)}]
+            made += [pools(zeros(spans + 1, per_span, size))]
+            options += [{"key_scales": zeros(spans + 1, per_span)}, {"fp4": True}]
         else:
             made += [pools(zeros(spans + 1, per_span, quantize_twin.kv_row_bytes(size, rotary), dtype=torch.uint8))]
             options += [{}]
@@ -158,6 +161,9 @@ def _compressor(bench: Bench) -> Found:
         if prefix:
             codes = stored.view(torch.float8_e4m3fn).float() * options[1]["key_scales"][:, :, None]
             yield f"{kind}, FP8", codes.flatten(0, 1)[slots], flat, FP8
+            plain, rounded = (each["index_entries"].flatten(0, 1)[slots] for each in (made[0], made[2]))
+            equal = (rounded == quantize_twin.round_index(plain)).float().mean()
+            yield f"{kind} in FP4: share of equal values", equal, torch.ones_like(equal), FLIPS
         else:
             loaded = quantize_twin.load_kv_rows(stored, slots, size, rotary=rotary, dtype=torch.float32)
             yield f"{kind}, FP8 rows", loaded, flat, FP8
@@ -307,7 +313,24 @@ def _qkv(bench: Bench) -> Found:
     expected_index = rotate(index.view(rows, index_heads, index_size), turns)
     expected_weights = projected[:, size:].float() * (index_heads * index_size) ** -0.5
     expected = (expected_q, expected_kv, expected_index, expected_weights)
-    yield "queries, rows and index queries", qkv.qkv(q, projected, turns, heads), expected, BF16
+    where, rotary = bench.ints(range(rows)), shapes.qk_rope_head_dim
+    pool = torch.zeros(rows, 3, size, device=bench.device)
+    found = qkv.qkv(q, projected, turns, heads, where, where, where, pool, store=True)
+    yield "queries, rows and index queries", found, expected, BF16
+    yield "rows in the window", pool[where, where % 3], found[1], EXACT
+    pages = torch.zeros(rows, 3, quantize_twin.kv_row_bytes(size, rotary), dtype=torch.uint8, device=bench.device)
+    twin = torch.zeros_like(pages)
+    in_fp8 = qkv.qkv(q, projected, turns, heads, where, where, where, pages, store=True)
+    quantize_twin.store_kv_rows(found[1], where * 3 + where % 3, twin, rotary=rotary)
+    yield "FP8 rows' bits in the window", pages, twin, EXACT
+    page = torch.empty_like(in_fp8[1])[None]
+    quantize_twin.store_kv_rows(found[1], where, page, rotary=rotary)
+    yield "FP8 rows' bits", in_fp8[1], page[0], EXACT
+    wide = q.float()
+    plain_index = qkv.qkv(wide, projected, turns, heads, where, where, where, pool, store=False)[2]
+    rounded = qkv.qkv(wide, projected, turns, heads, where, where, where, pool, store=False, fp4=True)[2]
+    equal = (rounded == quantize_twin.round_index(plain_index)).float().mean()
+    yield "index queries in FP4: share of equal values", equal, torch.ones_like(equal), FLIPS
 
 
 def _quantize(bench: Bench) -> Found:
@@ -328,6 +351,7 @@ def _quantize(bench: Bench) -> Found:
     yield "int8 bits", eight, quantize_twin.quantise_int8(x), EXACT
     decoded = quantize.dequantise_int8(*eight, dtype=torch.float32)
     yield "int8 decoded", decoded, quantize_twin.dequantise_int8(*eight, dtype=torch.float32), EXACT
+    yield "activations", quantize.round_activations(x), quantize_twin.round_activations(x).to(x.dtype), EXACT
     head, rotary = bench.shapes.head_dim, bench.shapes.qk_rope_head_dim
     kv, slots = bench.floats(rows, head), bench.ints([3, -1, 130, 0, 65])
     pages = torch.zeros(3, 64, quantize_twin.kv_row_bytes(head, rotary), dtype=torch.uint8, device=bench.device)

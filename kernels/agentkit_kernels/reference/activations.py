@@ -36,7 +36,12 @@ class QuantizedReference(Reference):
 
     @staticmethod
     def qkv(
-        q: Tensor | Columns, projected: Tensor | Columns, rotations: Tensor, heads: Heads
+        q: Tensor | Columns,
+        projected: Tensor | Columns,
+        rotations: Tensor,
+        heads: Heads,
+        batch: Batch | None = None,
+        state: LayerState | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q_NHK, kv_NK, index_NJC, weights_NJ = qkv(q, projected, rotations, heads)
         return q_NHK, kv_NK, round_index(index_NJC) if heads.index_heads else index_NJC, weights_NJ

@@ -6,14 +6,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.ops import Heads
+from agentkit_kernels.reference.batch import Batch
 from agentkit_kernels.reference.linear import Columns, columns
 from agentkit_kernels.reference.norm import rms_norm
 from agentkit_kernels.reference.rope import rotate
+from agentkit_kernels.reference.state import LayerState
 
 
 def qkv(
-    q: Tensor | Columns, projected: Tensor | Columns, rotations: Tensor, heads: Heads
+    q: Tensor | Columns,
+    projected: Tensor | Columns,
+    rotations: Tensor,
+    heads: Heads,
+    batch: Batch | None = None,
+    state: LayerState | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `ops.Ops`; `attend` stores the rows, so batch and state are not needed."""
     size, index_size = heads.head_dim, heads.index_head_dim
     q_NHK = columns(q, 0, heads.heads * size).reshape(len(rotations), heads.heads, size)
     q_NHK = rotate(F.rms_norm(q_NHK, (size,), eps=heads.eps), rotations) * size**-0.5

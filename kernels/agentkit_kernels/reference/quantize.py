@@ -64,7 +64,7 @@ def hadamard(x: Tensor) -> Tensor:
         first, second = pairs.unbind(-2)
         x = torch.stack((first + second, first - second), -2).reshape(x.shape)
         half *= 2
-    return x / math.sqrt(size)
+    return _divide(x, math.sqrt(size))
 
 
 def quantise_fp8(

@@ -22,6 +22,9 @@ every batch. `decode=True` computes each split in its own program and merges the
 does both in one program per row, without partial results in memory. Both run the same operations in the same order and
 give the same bits for a row; tests compare them. A window alone is one split, and needs no partial results.
 
+The window. `qkv` stores the rows of short forwards. Those of longer ones replace rows that their queries read, so a
+kernel of its own stores them at the end.
+
 Floor: every distinct row once, queries and result once; 4 * K flops per head and key. At Flash, decoding a row over
 640 keys of 584 bytes moves 0.37 MB of keys and 0.13 MB of queries and result for 84 MFLOP.
 
@@ -131,27 +134,6 @@ def _count_keys(n, t, b, counts_ptr, WINDOW: tl.constexpr, RATIO: tl.constexpr, 
 
 
 @triton.jit
-def _store_row(
-    n, b, t, kv_ptr, window_ptr, cu_seqlens_ptr, slots_ptr, N, ring, stride_kn, stride_ws, stride_wr,
-    P: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Store row `n` in its window ring, unless it is padding or a later row of this forward would replace it."""
-    kept = (b >= 0) & (n + ring >= tl.load(cu_seqlens_ptr + tl.maximum(b, 0) + 1))
-    slot, row = tl.load(slots_ptr + tl.maximum(b, 0)), t % ring
-    SIZE: tl.constexpr = P + 2 * R if FP8 else P + R  # the rotary values of an FP8 row take two bytes each
-    size = tl.where(kept, SIZE, 0)
-    from_ptr, to_ptr = kv_ptr + n * stride_kn, window_ptr + slot * stride_ws + row * stride_wr
-    for low in range(0, SIZE, BLOCK_P):
-        x = low + tl.arange(0, BLOCK_P)
-        tl.store(to_ptr + x, tl.load(from_ptr + x, mask=x < size), mask=x < size)
-    if FP8:
-        x = tl.arange(0, SCALE_BYTES)
-        size = tl.where(kept, SCALE_BYTES, 0)
-        scales = tl.load(kv_ptr + N * stride_kn + n * SCALE_BYTES + x, mask=x < size)
-        tl.store(window_ptr + slot * stride_ws + ring * stride_wr + row * SCALE_BYTES + x, scales, mask=x < size)
-
-
-@triton.jit
 def _attend_kernel(
     q_ptr, kv_ptr, window_ptr, entries_ptr, rotations_ptr, sink_ptr,
     positions_ptr, sequences_ptr, cu_seqlens_ptr, slots_ptr, tables_ptr, topk_ptr, counts_ptr,
@@ -252,13 +234,11 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    kv_ptr, window_ptr, rotations_ptr, sink_ptr, positions_ptr, sequences_ptr, cu_seqlens_ptr, slots_ptr, counts_ptr,
-    out_ptr, part_ptr, part_m_ptr, part_total_ptr,
-    N, H, S, ring, stride_kn, stride_ws, stride_wr, stride_rn,
-    P: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr,
+    rotations_ptr, sink_ptr, positions_ptr, sequences_ptr, counts_ptr, out_ptr, part_ptr, part_m_ptr, part_total_ptr,
+    H, S, stride_rn, P: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr,
     CHOSEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head): merge the splits in order; the program of head 0 also stores the row in the window."""
+    """Program (row, head): merge the splits in order."""
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
     t, b = tl.load(positions_ptr + n), tl.load(sequences_ptr + n)
@@ -276,11 +256,6 @@ def _merge_kernel(
         plain_split, rotary_split = tl.load(at + p), tl.load(at + BLOCK_P + r)
         m, total, plain, rotary = _merge(m, total, plain, rotary, m_split, total_split, plain_split, rotary_split)
     _finish(m, total, plain, rotary, n, h, out_ptr, sink_ptr, rotations_ptr, H, stride_rn, P, R, BLOCK_P, BLOCK_R)
-    if tl.program_id(1) == 0:
-        _store_row(
-            n, b, t, kv_ptr, window_ptr, cu_seqlens_ptr, slots_ptr, N, ring, stride_kn, stride_ws, stride_wr,
-            P, R, FP8, BLOCK_P,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -289,12 +264,22 @@ def _store_kernel(
     N, ring, stride_kn, stride_ws, stride_wr,
     P: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """Store a row in its window ring, unless it is padding or a later row of this forward would replace it."""
     n = tl.program_id(0).to(tl.int64)
     t, b = tl.load(positions_ptr + n), tl.load(sequences_ptr + n)
-    _store_row(
-        n, b, t, kv_ptr, window_ptr, cu_seqlens_ptr, slots_ptr, N, ring, stride_kn, stride_ws, stride_wr,
-        P, R, FP8, BLOCK_P,
-    )  # fmt: skip
+    kept = (b >= 0) & (n + ring >= tl.load(cu_seqlens_ptr + tl.maximum(b, 0) + 1))
+    slot, row = tl.load(slots_ptr + tl.maximum(b, 0)), t % ring
+    SIZE: tl.constexpr = P + 2 * R if FP8 else P + R  # the rotary values of an FP8 row take two bytes each
+    size = tl.where(kept, SIZE, 0)
+    from_ptr, to_ptr = kv_ptr + n * stride_kn, window_ptr + slot * stride_ws + row * stride_wr
+    for low in range(0, SIZE, BLOCK_P):
+        x = low + tl.arange(0, BLOCK_P)
+        tl.store(to_ptr + x, tl.load(from_ptr + x, mask=x < size), mask=x < size)
+    if FP8:
+        x = tl.arange(0, SCALE_BYTES)
+        size = tl.where(kept, SCALE_BYTES, 0)
+        scales = tl.load(kv_ptr + N * stride_kn + n * SCALE_BYTES + x, mask=x < size)
+        tl.store(window_ptr + slot * stride_ws + ring * stride_wr + row * SCALE_BYTES + x, scales, mask=x < size)
 
 
 def _num_warps(block_p: int) -> int:
@@ -321,6 +306,7 @@ def attend(
     block_tables: Tensor | None = None,
     topk: tuple[Tensor, Tensor] | None = None,
     decode: bool,
+    stored: bool = False,
 ) -> Tensor:
     """Attend, then store the rows in the window: [N, H, K], in the dtype of `q`; see `Ops.attend`.
 
@@ -341,6 +327,7 @@ def attend(
         topk: Chosen entries [N, P], and how many of them are valid [N]; None for all entries in a query's past.
         decode: True for few rows: if there are several splits, they run in parallel, with float32 partial results
             [N, S, H, K] in memory.
+        stored: Whether the rows are in the window already, where they have replaced none that a query reads.
 
     Raises:
         ValueError: The rows' formats or sizes do not fit together.
@@ -381,7 +368,7 @@ def attend(
     entry_stride = row_stride or entries.stride(1)
     strides = (kv_stride, window_pool.stride(0), window_stride, entries.stride(0), entry_stride)
     align = math.gcd(16, *(stride * kv.element_size() for stride in strides), *(pool.data_ptr() for pool in pools))
-    sizes: dict[str, Any] = {"P": plain, "R": rotary, "FP8": fp8, "BLOCK_P": block_p}
+    sizes: dict[str, Any] = {"P": plain, "R": rotary, "BLOCK_P": block_p}
     keys = {"WINDOW": window, "RATIO": ratio, "CHOSEN": topk is not None, "SPLIT": SPLIT, "BLOCK_R": block_r}
     launch(
         _attend_kernel, (rows, triton.cdiv(heads, block_h), splits if decode else 1),
@@ -393,21 +380,18 @@ def attend(
         entries.stride(0), entry_stride, rotations.stride(0), tables.stride(0),
         topk_indices.stride(0),
         ALIGN=align, PER_SPAN=entries.shape[1], WHOLE=not decode, BLOCK_H=block_h, BLOCK_S=block_s, INTERPRET=INTERPRET,
-        num_warps=_num_warps(block_p), num_stages=2, **sizes, **keys,
+        FP8=fp8, num_warps=_num_warps(block_p), num_stages=2, **sizes, **keys,
     )  # fmt: skip
     if decode:
         launch(
-            _merge_kernel, (rows, heads),
-            kv, window_pool, rotations, sink, positions, sequences, cu_seqlens, slots, counts,
-            out, part, part_m, part_total,
-            rows, heads, splits, ring, kv_stride, window_pool.stride(0), window_stride, rotations.stride(0),
-            num_warps=max(1, block_p // 256), **sizes, **keys,
+            _merge_kernel, (rows, heads), rotations, sink, positions, sequences, counts, out, part, part_m, part_total,
+            heads, splits, rotations.stride(0), num_warps=max(1, block_p // 256), **sizes, **keys,
         )  # fmt: skip
-    else:
+    if not stored:
         launch(
             _store_kernel, (rows,),
             kv, window_pool, positions, sequences, cu_seqlens, slots,
-            rows, ring, kv_stride, window_pool.stride(0), window_stride, num_warps=1, **sizes,
+            rows, ring, kv_stride, window_pool.stride(0), window_stride, FP8=fp8, num_warps=1, **sizes,
         )  # fmt: skip
     return out
 
@@ -442,10 +426,10 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
                     options["topk"] = (chosen, make.ints([seen] * rows))
                 run = partial(
                     attend, q, kv, rotations, sink, positions, ids, cu_seqlens, slots, pool,
-                    window=shapes.sliding_window, ratio=ratio, decode=decode, **options,
+                    window=shapes.sliding_window, ratio=ratio, decode=decode, stored=decode, **options,
                 )  # fmt: skip
                 distinct = sequences * (shapes.sliding_window + seen) + (0 if decode else rows - 1)
-                moved = (distinct + rows) * width * dtype.itemsize + 2 * q.nbytes
+                moved = (distinct + (0 if decode else rows)) * width * dtype.itemsize + 2 * q.nbytes
                 flops = 4 * size * heads * rows * (shapes.sliding_window + seen)
                 name = f"{'decode' if decode else 'prefill'}, {kind}, {'FP8' if fp8 else 'float32'} rows"
                 yield Call(with_dtype(name, activations), run, moved, flops, tensor_cores=True)

@@ -6,24 +6,22 @@ are Triton kernels. Only batches of a fixed size, for CUDA graphs, have padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agentkit_kernels.ops import Compressor, Heads, HyperConnection, HyperHead, Plan, Router
+from agentkit_kernels.ops import QUERY_BLOCK, Compressor, Heads, HyperConnection, HyperHead, Plan, Router
 from agentkit_kernels.packed import FP8_BLOCK, Packed, PackedRows, in_memory
 from agentkit_kernels.pinned_experts import PinnedStack, row_groups
 from agentkit_kernels.reference import host_zeros
-from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.trace import Trace
 from agentkit_kernels.triton import attention, compressor, experts, hyper_connections, indexer, linear, rope, router
 from agentkit_kernels.triton.launch import INTERPRET
 from agentkit_kernels.triton.norm import rms_norm
 from agentkit_kernels.triton.qkv import qkv
-from agentkit_kernels.triton.quantize import store_kv_rows
 from agentkit_kernels.triton.sampler import sample
 from agentkit_kernels.triton.swiglu import swiglu
 
@@ -56,6 +54,11 @@ class Batch:
         size = sum(map(_aligned, self._sizes))
         self._integers = torch.empty(size, dtype=torch.int64, device=block_tables.device)
         self.ids, self.positions, self.sequences, self.starts, self.slots, self.cu_seqlens = self._split(self._integers)
+
+    @property
+    def short(self) -> bool:
+        """Whether a window has room for the forward's rows beside those that its queries read; see `QUERY_BLOCK`."""
+        return self.longest <= QUERY_BLOCK
 
     def write(self, plan: Plan) -> None:
         """Copy all of a plan but its block tables to the device, at once and without waiting for it."""
@@ -251,12 +254,14 @@ class Triton:
     def embed(self, batch: Batch, table: Tensor, streams: int) -> Tensor:
         return F.embedding(batch.ids, table).to(self.dtype).unsqueeze(1).repeat(1, streams, 1)
 
-    def linear(self, x: Tensor, weight: Weight) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, *, rounded: Tensor | None = None) -> Tensor:
+        """See `ops.Ops`; packed matrices multiply `rounded`, if it is given."""
         sizes = [part.shape[-2] for part in weight.parts]
         out = x.new_empty(len(x), sum(sizes), dtype=torch.float32 if weight.wide else x.dtype)
         first = 0
         for part, size in zip(weight.parts, sizes, strict=True):
-            linear.linear(x, part, out=out[:, first : first + size], exact=self.exact)
+            rows = x if rounded is None or isinstance(part, Tensor) else rounded
+            linear.linear(rows, part, out=out[:, first : first + size], exact=self.exact)
             first += size
         return out
 
@@ -294,15 +299,30 @@ class Triton:
         return rope.rotations(batch.positions, frequencies)
 
     def qkv(
-        self, q: Tensor, projected: Tensor, rotations: Tensor, heads: Heads
+        self,
+        q: Tensor,
+        projected: Tensor,
+        rotations: Tensor,
+        heads: Heads,
+        batch: Batch,
+        state: State,
+        *,
+        fp4: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return qkv(q, projected, rotations, heads)
+        """See `ops.Ops`; `fp4` rounds index queries."""
+        return qkv(
+            q, projected, rotations, heads, batch.positions, batch.sequences, batch.slots, state["window"],
+            store=batch.short, fp4=fp4,
+        )  # fmt: skip
 
-    def compress(self, projected: Tensor, parameters: Compressor, batch: Batch, state: State) -> None:
+    def compress(
+        self, projected: Tensor, parameters: Compressor, batch: Batch, state: State, *, fp4: bool = False
+    ) -> None:
+        """See `ops.Ops`; `fp4` rounds entries."""
         values, scores, entries = (state[parameters.prefix + name] for name in ("values", "scores", "entries"))
         compressor.compress(
             projected, parameters, batch.cu_seqlens, batch.starts, batch.slots, batch.block_tables, batch.longest,
-            values, scores, entries, key_scales=_key_scales(state) if parameters.prefix else None,
+            values, scores, entries, key_scales=_key_scales(state) if parameters.prefix else None, fp4=fp4,
         )  # fmt: skip
 
     def index_topk(
@@ -326,12 +346,11 @@ class Triton:
         ratio: int = 0,
         topk: TopK | None = None,
     ) -> Tensor:
-        pool = state["window"]
         return attention.attend(
-            q, _as_rows_of(pool, kv, rotations.shape[1]), rotations, sink, batch.positions, batch.sequences,
-            batch.cu_seqlens, batch.slots, pool, window=window, ratio=ratio,
-            entries=state["entries"] if ratio else None, block_tables=batch.block_tables if ratio else None,
-            topk=topk, decode=batch.tokens <= DECODING,
+            q, kv, rotations, sink, batch.positions, batch.sequences, batch.cu_seqlens, batch.slots, state["window"],
+            window=window, ratio=ratio, entries=state["entries"] if ratio else None,
+            block_tables=batch.block_tables if ratio else None, topk=topk, decode=batch.tokens <= DECODING,
+            stored=batch.short,
         )  # fmt: skip
 
     # --- mixture of experts ---
@@ -349,17 +368,20 @@ class Triton:
         limit: float,
         shared: Tensor,
         batch: Batch,
+        *,
+        cast: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        """See `ops.Ops`; `cast` rounds the inputs of both products."""
         if w13.pinned is None or w2.pinned is None:
             w1, w3 = w13.parts
-            return experts.experts(x, chosen, weights, w1, w3, w2.parts[0], limit, shared, exact=self.exact)
+            return experts.experts(x, chosen, weights, w1, w3, w2.parts[0], limit, shared, exact=self.exact, cast=cast)
         out = torch.empty_like(shared)
         for first, last, some in row_groups(chosen.tolist(), w13.pinned.slots):
             (w1, w3), slot_of = w13.pinned.load(some)
             (down,), _ = w2.pinned.load(some)  # in the same slots, because both load the same experts
             out[first:last] = experts.experts(
                 x[first:last], slot_of[chosen[first:last]], weights[first:last], w1, w3, down, limit,
-                shared[first:last], exact=self.exact,
+                shared[first:last], exact=self.exact, cast=cast,
             )  # fmt: skip
         return out
 
@@ -390,12 +412,3 @@ def _grouped(matrix: Matrix, groups: int) -> Matrix:
 def _key_scales(state: State) -> Tensor | None:
     """Return the scales of index keys in FP8, [spans, entries per span]; None if they are floats."""
     return state["index_scales"][..., 0] if "index_scales" in state else None
-
-
-def _as_rows_of(pool: Tensor, kv: Tensor, rotary: int) -> Tensor:
-    """Return key-value rows in the format of a pool."""
-    if pool.dtype != torch.uint8:
-        return kv.to(pool.dtype)
-    page = torch.empty(1, len(kv), kv_row_bytes(kv.shape[1], rotary), dtype=torch.uint8, device=kv.device)
-    store_kv_rows(kv, torch.arange(len(kv), device=kv.device), page, rotary=rotary)
-    return page[0]

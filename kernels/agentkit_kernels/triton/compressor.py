@@ -7,18 +7,20 @@ HCA (ratio 128) pools the rows of window w. CSA (ratio 4) has rows of two series
 half of the rows of window w - 1 and the second half of those of window w. Windows are aligned to absolute positions.
 
 A window's rows come from this forward (`projected`) or from earlier ones, which left them in the pools of open rows,
-with `ape` already added: token t in row t mod open rows. So there are two launches, in this order:
+with `ape` already added: token t in row t mod open rows. There are two kinds of programs:
 
-1. `_entries` takes one completed entry per program, for prefill and decode alike. The grid has room for every entry
-   that the forward may complete, N / ratio + B, and each program finds its sequence from the lengths on the device.
-   So tokens that complete nothing cost nothing, and the grid does not depend on positions. Rows are pooled with a
-   running maximum and sum, 8 at a time, so that a window of 128 rows needs few registers.
-2. `_store_open_rows` stores the last rows of each sequence, once no program reads their predecessors any more.
+1. One takes one completed entry, for prefill and decode alike. The grid has room for every entry that the forward may
+   complete, N / ratio + B, and each program finds its sequence from the lengths on the device. So tokens that complete
+   nothing cost nothing, and the grid does not depend on positions. Rows are pooled with a running maximum and sum, 8 at
+   a time, so that a window of 128 rows needs few registers.
+2. The other stores one of the last rows of a sequence. In a short forward, such as a decoding step, it replaces a row
+   that no entry pools any more, so one launch has both kinds; else a second launch follows the first.
 
 A row's bits do not depend on the forward that computed it if the pools are float32.
 
 Entries are stored through block tables, as they are, as 584-byte key-value rows, or as E4M3 index keys with a float32
-scale (a power of two) each. See `quantize.py` for the formats.
+scale (a power of two) each. With FP4, index keys are rotated by Hadamard's matrix and rounded to MXFP4 before. See
+`quantize.py` for the formats.
 
 Floor: the projected values and scores read once (4 KiB per token for CSA, 2 KiB for HCA and 1 KiB for index keys, with
 bfloat16), entries written once. Source: the DeepSeek-V4 reference. Dimension key: `agentkit_kernels.ops`.
@@ -39,7 +41,14 @@ from agentkit_kernels.calls import Call, Make, Shapes, with_dtype
 from agentkit_kernels.ops import Compressor
 from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.triton.launch import launch
-from agentkit_kernels.triton.quantize import encode_e4m3, inverse_scale, scale_byte, store_kv_row
+from agentkit_kernels.triton.quantize import (
+    check_index_size,
+    encode_e4m3,
+    inverse_scale,
+    round_index,
+    scale_byte,
+    store_kv_row,
+)
 from agentkit_kernels.triton.rope import pairs_of, rotate, turn
 
 _TILE, _SEQUENCES = 8, 64
@@ -69,16 +78,17 @@ def _find(cu_seqlens_ptr, starts_ptr, entry, sequences, RATIO: tl.constexpr, CHU
 
 
 @triton.jit
-def _entries(
+def _entry(
     projected_ptr, ape_ptr, norm_ptr, frequencies_ptr, cu_seqlens_ptr, starts_ptr, slots_ptr, tables_ptr, values_ptr,
     scores_ptr, entries_ptr, scales_ptr,
-    sequences, stride_projected, stride_slot, stride_table, stride_span, column, eps,
+    program, sequences, stride_projected, stride_slot, stride_table, stride_span, column, eps,
     RATIO: tl.constexpr, SERIES: tl.constexpr, K: tl.constexpr, R: tl.constexpr, OPEN: tl.constexpr,
-    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FORMAT: tl.constexpr,
+    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FP4: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Pool, norm, rotate and store one completed entry."""
     width: tl.constexpr = SERIES * K
-    sequence, number = _find(cu_seqlens_ptr, starts_ptr, tl.program_id(0), sequences, RATIO, CHUNK)
+    sequence, number = _find(cu_seqlens_ptr, starts_ptr, program, sequences, RATIO, CHUNK)
     if sequence < sequences:
         start = tl.load(starts_ptr + sequence)
         window = start // RATIO + number
@@ -115,6 +125,8 @@ def _entries(
         pair, rotary = pairs_of(K, R, BLOCK)
         cosine, sine = turn(window * RATIO, tl.load(frequencies_ptr + pair, mask=rotary, other=0.0))
         entry = rotate(entry[None, :], cosine, sine, 1, BLOCK)
+        if FP4:
+            entry = round_index(entry, 1, BLOCK)
 
         span = tl.load(tables_ptr + sequence.to(tl.int64) * stride_table + window // PER_SPAN)
         entries_ptr += span * stride_span
@@ -131,15 +143,14 @@ def _entries(
 
 
 @triton.jit
-def _store_open_rows(
+def _open_row(
     projected_ptr, ape_ptr, cu_seqlens_ptr, starts_ptr, slots_ptr, values_ptr, scores_ptr,
-    stride_projected, stride_slot, column,
+    sequence, back, stride_projected, stride_slot, column,
     RATIO: tl.constexpr, WIDTH: tl.constexpr, OPEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store one of the last OPEN rows of a sequence, counted from its end."""
-    sequence = tl.program_id(0)
     low, high = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
-    n = high - 1 - tl.program_id(1)
+    n = high - 1 - back
     if n >= low:
         token = tl.load(starts_ptr + sequence) + n - low
         x = tl.arange(0, BLOCK)
@@ -150,6 +161,33 @@ def _store_open_rows(
         place = tl.load(slots_ptr + sequence) * stride_slot + token % OPEN * WIDTH + x
         tl.store(values_ptr + place, value, mask=x < WIDTH)
         tl.store(scores_ptr + place, score, mask=x < WIDTH)
+
+
+@triton.jit
+def _compress(
+    projected_ptr, ape_ptr, norm_ptr, frequencies_ptr, cu_seqlens_ptr, starts_ptr, slots_ptr, tables_ptr, values_ptr,
+    scores_ptr, entries_ptr, scales_ptr,
+    entries, rows, sequences, stride_projected, stride_slot, stride_table, stride_span, column, eps,
+    RATIO: tl.constexpr, SERIES: tl.constexpr, K: tl.constexpr, R: tl.constexpr, OPEN: tl.constexpr,
+    PER_SPAN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, OPEN_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    FP4: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """The first `entries` programs compute an entry each, the others store an open row each, up to `rows` of a
+    sequence."""
+    program = tl.program_id(0)
+    if program < entries:
+        _entry(
+            projected_ptr, ape_ptr, norm_ptr, frequencies_ptr, cu_seqlens_ptr, starts_ptr, slots_ptr, tables_ptr,
+            values_ptr, scores_ptr, entries_ptr, scales_ptr,
+            program, sequences, stride_projected, stride_slot, stride_table, stride_span, column, eps,
+            RATIO, SERIES, K, R, OPEN, PER_SPAN, TILE, BLOCK, CHUNK, FP4, FORMAT,
+        )  # fmt: skip
+    else:
+        _open_row(
+            projected_ptr, ape_ptr, cu_seqlens_ptr, starts_ptr, slots_ptr, values_ptr, scores_ptr,
+            (program - entries) // rows, (program - entries) % rows, stride_projected, stride_slot, column,
+            RATIO, SERIES * K, OPEN, OPEN_BLOCK,
+        )  # fmt: skip
 
 
 def compress(
@@ -165,6 +203,7 @@ def compress(
     entries: Tensor,
     *,
     key_scales: Tensor | None = None,
+    fp4: bool = False,
 ) -> None:
     """Store every entry that this forward's tokens complete, and the last open rows of each sequence.
 
@@ -181,9 +220,10 @@ def compress(
         entries: [spans, entries per span, K] of a float dtype; uint8 E4M3 codes of index keys [spans, entries per span,
             K] with `key_scales`, float32 [spans, entries per span]; or pages of key-value rows (`quantize.py`).
         key_scales: Of index keys in FP8.
+        fp4: Rotate entries by Hadamard's matrix and round them to MXFP4, as `qkv` does with index queries.
 
     Raises:
-        ValueError: the entries have none of these formats, or there are too few open rows.
+        ValueError: the entries have none of these formats, there are too few open rows, or K does not suit `fp4`.
     """
     size, width = len(compressor.norm), compressor.ape.shape[1]
     series, rotary = width // size, 2 * len(compressor.frequencies)
@@ -193,21 +233,23 @@ def compress(
             f"an entry pools {series * compressor.ratio} rows, but the pools have {values.shape[1]} open rows with "
             f"strides {values.stride()} and {scores.stride()}"
         )
+    if fp4:
+        check_index_size(size)
     sequences, block = len(slots), triton.next_power_of_2(size)
-    launch(
-        _entries, (len(projected) // compressor.ratio + sequences if sequences else 0,), projected, compressor.ape,
-        compressor.norm, compressor.frequencies, cu_seqlens, starts, slots, block_tables, values, scores, entries,
-        key_scales, sequences, projected.stride(0), values.stride(0), block_tables.stride(0), entries.stride(0),
-        compressor.column, compressor.eps, RATIO=compressor.ratio, SERIES=series, K=size, R=rotary,
-        OPEN=values.shape[1], PER_SPAN=entries.shape[1], TILE=_TILE, BLOCK=block,
-        CHUNK=_SEQUENCES, FORMAT=format,
-        num_warps=max(1, min(8, block // 64)),
-    )  # fmt: skip
-    launch(
-        _store_open_rows, (sequences, min(longest, values.shape[1])), projected, compressor.ape, cu_seqlens, starts,
-        slots, values, scores, projected.stride(0), values.stride(0), compressor.column, RATIO=compressor.ratio,
-        WIDTH=width, OPEN=values.shape[1], BLOCK=triton.next_power_of_2(width),
-    )  # fmt: skip
+    count, open_rows = (len(projected) // compressor.ratio + sequences if sequences else 0), values.shape[1]
+    rows = min(longest, open_rows)
+    # New rows replace those of tokens before start + longest - open rows, and entries pool none before this one.
+    short = longest <= open_rows - series * compressor.ratio + 1
+    for entries_of, rows_of in [(count, rows)] if short else [(count, 0), (0, rows)]:
+        launch(
+            _compress, (entries_of + sequences * rows_of,), projected, compressor.ape, compressor.norm,
+            compressor.frequencies, cu_seqlens, starts, slots, block_tables, values, scores, entries, key_scales,
+            entries_of, max(1, rows_of), sequences, projected.stride(0), values.stride(0), block_tables.stride(0),
+            entries.stride(0), compressor.column, compressor.eps, RATIO=compressor.ratio, SERIES=series, K=size,
+            R=rotary, OPEN=open_rows, PER_SPAN=entries.shape[1], TILE=_TILE, BLOCK=block,
+            OPEN_BLOCK=triton.next_power_of_2(width), CHUNK=_SEQUENCES, FP4=fp4, FORMAT=format,
+            num_warps=max(1, min(8, block // 64)),
+        )  # fmt: skip
 
 
 def _format(entries: Tensor, size: int, rotary: int, key_scales: Tensor | None) -> int:
@@ -256,12 +298,16 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
             )  # fmt: skip
             shape = (sequences * spans + 1, per_span)
             name = with_dtype(f"{phase}, {kind}", activations)
-            yield Call(f"{name}, float32", partial(run, vector(*shape, size)), moved + completed * size * 4, flops)
-            if kind == "index keys":
-                keys, key_scales = make.floats(*shape, size, dtype=torch.uint8), vector(*shape)
-                run_keys = partial(run, keys, key_scales=key_scales)
-                yield Call(f"{name}, FP8", run_keys, moved + completed * (size + 4), flops)
-            else:
+            rounded = (False, True) if kind == "index keys" else (False,)
+            for fp4 in rounded:
+                label, run_entries = f"{name}{', FP4' if fp4 else ''}", partial(run, fp4=fp4)
+                plain = partial(run_entries, vector(*shape, size))
+                yield Call(f"{label}, float32", plain, moved + completed * size * 4, flops)
+                if kind == "index keys":
+                    keys, key_scales = make.floats(*shape, size, dtype=torch.uint8), vector(*shape)
+                    in_fp8 = partial(run_entries, keys, key_scales=key_scales)
+                    yield Call(f"{label}, FP8", in_fp8, moved + completed * (size + 4), flops)
+            if kind != "index keys":
                 row = kv_row_bytes(size, rotary)
                 pages = make.floats(*shape, row, dtype=torch.uint8)
                 yield Call(f"{name}, key-value rows", partial(run, pages), moved + completed * row, flops)

@@ -24,7 +24,7 @@ Dimension key: N tokens, A active experts, E experts, D hidden size, I expert wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -406,6 +406,7 @@ def experts(
     shared: Tensor,
     *,
     exact: bool = True,
+    cast: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Sum each token's weighted experts, in the order of its choice, and `shared`.
 
@@ -419,6 +420,7 @@ def experts(
         limit: The clamp of `swiglu`.
         shared: The shared expert's output [N, D].
         exact: Whether a row's bits may not depend on the number of rows.
+        cast: Rounds the inputs of both products.
 
     Returns:
         [N, D], in the dtype of `shared`.
@@ -438,8 +440,9 @@ def experts(
             f"{tuple(w1.shape)}, {tuple(w3.shape)} and {tuple(w2.shape)}"
         )
     groups = group(experts_NA, gates.groups, exact=exact or not gates.narrow(x))
-    hidden = gate_up(x, groups, weights_NA.reshape(-1), gates, ups, limit, experts_NA.shape[1])
-    return combine(down(hidden, groups, downs), shared)
+    rows = x if cast is None else cast(x)
+    hidden = gate_up(rows, groups, weights_NA.reshape(-1), gates, ups, limit, experts_NA.shape[1])
+    return combine(down(hidden if cast is None else cast(hidden), groups, downs), shared)
 
 
 def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:

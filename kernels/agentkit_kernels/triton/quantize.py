@@ -12,9 +12,14 @@ are rounded to nearest, ties to even. Codes are encoded and decoded with integer
 E4M3 conversions (NVIDIA before Hopper has none, AMD's gfx942 converts to another FP8), and because integers give the
 same bits in Triton's interpreter.
 
+`round_activations` rounds rows to FP8 and decodes them in one kernel, in their own dtype: bfloat16 has every E4M3 code
+times a power of two in range. `round_index` rotates index queries and keys by Sylvester's Hadamard matrix and rounds
+them to MXFP4, within the kernels that compute them.
+
 All of this is bound by memory: each value and each code is moved once.
 
-Sources: OCP Microscaling Formats 1.0; DeepSeek-V4 `inference/kernel.py`; FlashMLA (the key-value row).
+Sources: OCP Microscaling Formats 1.0; DeepSeek-V4 `inference/kernel.py`; FlashMLA (the key-value row). Twin:
+`reference/quantize.py`.
 """
 
 from __future__ import annotations
@@ -112,6 +117,39 @@ def inverse_scale(byte):
     return ((254 - byte) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Return x · H / sqrt(SIZE) for x [ROWS, SIZE], float32, where H is Sylvester's matrix and SIZE a power of two.
+
+    A step adds and subtracts neighbours, and moves the bit in which they differ to the front. After a step for each bit
+    of the column, the columns are in their places again.
+    """
+    bits: tl.constexpr = SIZE.bit_length() - 1
+    for _ in tl.static_range(bits):
+        even, odd = tl.split(tl.reshape(x, (ROWS, SIZE // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, SIZE))
+    return tl.div_rn(x, tl.full(x.shape, SIZE**0.5, tl.float32))
+
+
+@triton.jit
+def round_index(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Return index queries or keys [ROWS, SIZE], float32, after the Hadamard rotation, rounded to MXFP4."""
+    groups = tl.reshape(hadamard(x, ROWS, SIZE), (ROWS, SIZE // 32, 32))
+    byte = scale_byte(tl.max(tl.abs(groups), axis=2), 6.0)
+    rounded = decode_e2m1(encode_e2m1(groups * inverse_scale(byte)[:, :, None])) * inverse_scale(254 - byte)[:, :, None]
+    return tl.reshape(rounded, (ROWS, SIZE))
+
+
+def check_index_size(size: int) -> None:
+    """Check that index queries and keys of `size` columns can be rounded to MXFP4.
+
+    Raises:
+        ValueError: The size is no power of two, which the Hadamard rotation needs, or less than a group.
+    """
+    if size % FP4_GROUP or size & (size - 1):
+        raise ValueError(f"index keys in FP4 need a power of two of at least {FP4_GROUP} columns, got {size}")
+
+
 # --- FP8 ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +192,18 @@ def _dequantise_fp8(
     tl.store(x_ptr + row * SIZE + column, decode_e4m3(code) * scale[:, None], mask=column < SIZE)
 
 
+@triton.jit
+def _round_activations(x_ptr, out_ptr, stride_x, SIZE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Round GROUPS groups of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(x_ptr + row * stride_x + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    byte = scale_byte(tl.maximum(tl.max(tl.abs(x), axis=1), 1e-4), 448.0)
+    x = decode_e4m3(encode_e4m3(x * inverse_scale(byte)[:, None])) * inverse_scale(254 - byte)[:, None]
+    tl.store(out_ptr + row * SIZE + column, x, mask=column < SIZE)
+
+
 def quantise_fp8(
     x_NK: Tensor, *, group: int = FP8_GROUP, e8m0: bool = True, floor: float = ACTIVATION_FLOOR
 ) -> tuple[Tensor, Tensor]:
@@ -192,6 +242,15 @@ def _tiles(rows: int, size: int, group: int) -> tuple[tuple[int, int], int]:
     """Return the grid, and how many groups one program takes."""
     groups = min(triton.next_power_of_2(-(-size // group)), max(1, _COLUMNS // group))
     return (rows, -(-size // (group * groups))), groups
+
+
+def round_activations(x_NK: Tensor) -> Tensor:
+    """Return rows [N, K] of any float dtype, in it, rounded to FP8 with a power of two per 128 columns."""
+    rows, size = x_NK.shape
+    out = torch.empty(rows, size, dtype=x_NK.dtype, device=x_NK.device)
+    grid, groups = _tiles(rows, size, FP8_GROUP)
+    launch(_round_activations, grid, x_NK, out, x_NK.stride(0), SIZE=size, GROUP=FP8_GROUP, GROUPS=groups)
+    return out
 
 
 # --- MXFP4 -------------------------------------------------------------------------------------------------------
@@ -304,8 +363,8 @@ def dequantise_int8(codes_NK: Tensor, scales_N: Tensor, *, dtype: torch.dtype) -
 
 
 @triton.jit
-def store_kv_row(page_ptr, row, ROWS: tl.constexpr, x, SIZE: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr):
-    """Write row `row` (int64) of a page of ROWS rows; `x` is float32 [BLOCK], of which SIZE count.
+def store_kv_row(page_ptr, row, rows, x, SIZE: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr):
+    """Write row `row` (int64) of a page of `rows` rows; `x` is float32 [BLOCK], of which SIZE count.
 
     A page holds the data of all its rows, SIZE - ROTARY codes and ROTARY bfloat16 each, and then their scales, 8 bytes
     each.
@@ -321,7 +380,7 @@ def store_kv_row(page_ptr, row, ROWS: tl.constexpr, x, SIZE: tl.constexpr, ROTAR
     byte = scale_byte(tl.maximum(tl.max(tl.abs(groups), axis=1), 1e-4), 448.0)
     codes = tl.reshape(encode_e4m3(groups * inverse_scale(byte)[:, None]), (BLOCK,))
     tl.store(data_ptr + column, codes, mask=column < plain)
-    scales_ptr = page_ptr + ROWS * data + row * 8
+    scales_ptr = data_ptr + (rows - row) * data + row * 8  # 64-bit, as the row is
     group = tl.arange(0, BLOCK // 64)
     tl.store(scales_ptr + group, byte.to(tl.uint8), mask=group < plain // 64)
     rest = tl.arange(0, 8)
@@ -405,6 +464,10 @@ def calls(shapes: Shapes, rows: int, make: Make) -> Iterator[Call]:
         moved = rows * (3 * size + groups * dtype.itemsize)
         yield Call(f"quantise FP8, {name} scales", partial(quantise_fp8, x, e8m0=e8m0), moved, 0)
         yield Call(f"dequantise FP8, {name} scales", partial(dequantise_fp8, codes, scales, dtype=x.dtype), moved, 0)
+    for activations in shapes.activations:
+        some = make.floats(rows, size, dtype=activations)
+        rounding = partial(round_activations, some)
+        yield Call(with_dtype("round activations to FP8", activations), rounding, 2 * some.nbytes, 0)
     packed = make.floats(rows, size // 2, dtype=torch.uint8)
     scales4 = make.floats(rows, size // FP4_GROUP, dtype=torch.uint8)
     moved = rows * (2 * size + size // 2 + size // FP4_GROUP)

@@ -52,8 +52,8 @@ class Case:
     block_tables: Tensor | None = None
     topk: tuple[Tensor, Tensor] | None = None
 
-    def run(self, *, decode: bool) -> Tensor:
-        return attend(**vars(self), decode=decode)
+    def run(self, *, decode: bool, stored: bool = False) -> Tensor:
+        return attend(**vars(self), decode=decode, stored=stored)
 
     def rows(self, *chosen: int) -> Case:
         """Return the case of one row of each of some sequences, decoded: its token is the only one."""
@@ -180,6 +180,18 @@ def test_a_window_of_one_split_has_no_partial_results() -> None:
         before = LAUNCHES["_merge_kernel"]
         case([1], [40], heads=1, window=window).run(decode=True)
         assert LAUNCHES["_merge_kernel"] == before + merges
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_rows_that_are_in_the_window_already_are_not_stored_again(decode: bool) -> None:
+    made = case([16, 1], [70, 9], ratio=2, picks=3)  # the ring has 16 rows more than the window
+    answer, pool = expected(made)
+    before = LAUNCHES["_store_kernel"]
+    for window_pool in (pool.float(), made.window_pool.clone()):  # its own rows come from `kv`
+        result = replace(made, window_pool=window_pool).run(decode=decode, stored=True)
+        torch.testing.assert_close(result.double(), answer, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(window_pool, made.window_pool, atol=0, rtol=0, equal_nan=True)
+    assert LAUNCHES["_store_kernel"] == before
 
 
 RAGGED = case([1, 11, 1, 2], [0, 5, 70, 31], heads=2)

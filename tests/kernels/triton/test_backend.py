@@ -11,7 +11,7 @@ from torch import Tensor
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.model.forward import Forward
 from agentkit_engine.runtime.state import Pools
-from agentkit_kernels.ops import Ops, Plan
+from agentkit_kernels.ops import Heads, Ops, Plan
 from agentkit_kernels.reference import Reference
 from agentkit_kernels.triton.backend import Triton
 from agentkit_kernels.triton.launch import LAUNCHES
@@ -76,10 +76,37 @@ def test_prefill_and_decoding_match_the_reference(decoder: Decoder) -> None:
     for which, texts in [([1], [other[:9]]), ([0, 1], [text[126:129], other[9:10]]), ([0], [text[129:]])]:
         torch.testing.assert_close(served.step(which, texts), answer.step(which, texts), atol=1e-4, rtol=1e-4)
     kernels = {
-        "_attend_kernel", "_combine", "_down", "_entries", "_gate_up", "_index_scan", "_linear", "_merge_kernel",
-        "_qkv", "_read", "_rms_norm", "_rotations", "_route_kernel", "_store_open_rows", "_swiglu", "_write_and_mix",
+        "_attend_kernel", "_combine", "_compress", "_down", "_gate_up", "_index_scan", "_linear", "_merge_kernel",
+        "_qkv", "_read", "_rms_norm", "_rotations", "_route_kernel", "_swiglu", "_write_and_mix",
     }  # fmt: skip
     assert kernels <= set(LAUNCHES)
+
+
+def test_only_forwards_longer_than_a_block_store_their_rows_after_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring of a window and a block has no room for more rows beside those that their queries read."""
+    block, size, window = 16, 24, 5
+    monkeypatch.setattr("agentkit_kernels.triton.backend.QUERY_BLOCK", block)
+    ops, heads = Triton("cpu", torch.float32), Heads(1, size, size, torch.ones(size), 1e-6)
+    generator = torch.Generator().manual_seed(0)
+    text, frequencies = torch.randn(30, 2 * size, generator=generator), torch.tensor([1.0, 0.3, 0.1, 0.02])
+
+    def outputs(*lengths: int) -> tuple[Tensor, Tensor]:
+        state, start, outs = {"window": torch.zeros(1, window + block, size)}, 0, []
+        for length in lengths:
+            batch = ops.batch(Plan([0] * length, [length], [start], [0], [()]))
+            rows, turns = text[start : start + length], ops.rotations(batch, frequencies)
+            q, kv, *_ = ops.qkv(rows, rows, turns, heads, batch, state)
+            outs.append(ops.attend(q, kv, turns, torch.zeros(1), batch, state, window=window))
+            start += length
+        return torch.cat(outs), state["window"]
+
+    before = LAUNCHES["_store_kernel"]
+    in_blocks = outputs(10, block, 4)
+    assert LAUNCHES["_store_kernel"] == before
+    whole = outputs(10, block + 4)
+    assert LAUNCHES["_store_kernel"] == before + 1
+    for one, other in zip(whole, in_blocks, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_wide_product_of_bfloat16_rows_is_not_rounded() -> None:

@@ -20,7 +20,7 @@ from agentkit_engine.runtime.runner import Runner
 from agentkit_engine.runtime.scheduled import ScheduledTokens
 from agentkit_engine.runtime.state import KVCacheDtype, Pools
 from agentkit_engine.weights.checkpoint import load_checkpoint
-from agentkit_engine.weights.export import Format, export_checkpoint
+from agentkit_engine.weights.export import export_checkpoint
 from agentkit_kernels.aot import calls as catalog
 from agentkit_kernels.calls import TINY
 
@@ -59,27 +59,29 @@ def listed(found: set[Configuration]) -> set[Configuration]:
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("format", ["bf16", "official", "int8"])
+@pytest.mark.parametrize("format", ["bf16", "official", "int8", "official, quantised activations"])
 def test_what_an_engine_launches_is_compiled(
     launched: set[Configuration],
     small_decoder: Callable[..., Any],
     tmp_path: Path,
-    format: Format,
+    format: str,
     dtype: torch.dtype,
     kv_cache_dtype: KVCacheDtype,
 ) -> None:
-    export_checkpoint(small_decoder(0, 4, 128, mtp=True, head_dim=72), tmp_path, format=format)
+    name, _, quantised = format.partition(", ")
+    decoder = small_decoder(0, 4, 128, mtp=True, head_dim=72, index_head_dim=32)
+    export_checkpoint(decoder, tmp_path, format=name)  # type: ignore[arg-type]
     decoder, _ = load_checkpoint(tmp_path, device=CPU, dtype=dtype, packed=True)
     assert decoder.embed.weight.dtype == dtype
     pools = Pools(decoder.spec, slots=1, spans=1, device=CPU, kv_cache_dtype=kv_cache_dtype)
-    runner = Runner(decoder, pools, backend="triton")
+    runner = Runner(decoder, pools, backend="triton", quantize_activations=bool(quantised))
     sequence = pools.open()
     pools.reserve(sequence, 131)
     for ids in ([2] * 130, [2]):  # enough rows for prefill, and then decoding
         runner.step([ScheduledTokens(sequence, ids)])
     runner.mtp_draft(torch.zeros(1, 4, 32, dtype=dtype), [2])
     of_engine = launched.copy()
-    assert {"_attend_kernel", "_entries", "_linear", "_down", "_index_scan", "_index_stream"} <= {
+    assert {"_attend_kernel", "_compress", "_linear", "_down", "_index_scan", "_index_stream"} <= {
         one.kernel for one in of_engine
     }
     assert not of_engine - listed(launched)

@@ -6,6 +6,7 @@ import itertools
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from agentkit_kernels.reference.compressor import compress as reference
 from agentkit_kernels.reference.quantize import kv_row_bytes
 from agentkit_kernels.reference.state import PooledState
 from agentkit_kernels.triton.compressor import compress
-from agentkit_kernels.triton.launch import LAUNCHES
+from agentkit_kernels.triton.launch import LAUNCHES, launch
 from agentkit_kernels.triton.quantize import load_kv_rows
 
 SPAN = 256
@@ -222,6 +223,23 @@ def test_index_keys_can_be_fp8() -> None:
     assert bool(scales[0].isnan().all() and scales[1, 10:].isnan().all())
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_index_keys_can_be_rotated_and_rounded_to_fp4(size: int) -> None:
+    of = compressor(4, size)
+    projected = forward(40, of, 0)
+    plain, rounded, packed = (Pools.empty(of, 1, 2) for _ in range(3))
+    packed.entries, scales = torch.zeros(2, SPAN // 4, size, dtype=torch.uint8), torch.full((2, SPAN // 4), torch.nan)
+    run(of, projected, plain, [40], [0], [0], [[1]])
+    run(of, projected, rounded, [40], [0], [0], [[1]], fp4=True)
+    run(of, projected, packed, [40], [0], [0], [[1]], fp4=True, key_scales=scales)
+    keys = quantize.round_index(plain.entries[1, :10])
+    assert torch.equal(rounded.entries[1, :10], keys)
+    codes, expected_scales = quantize.quantise_keys(keys)
+    assert torch.equal(packed.entries[1, :10], codes)
+    assert torch.equal(scales[1, :10], expected_scales[:, 0])
+    assert bool(rounded.entries[1, 10:].isnan().all())
+
+
 def test_pools_and_rows_lie_beyond_32_bits() -> None:
     of = compressor(4, 32)
     stride = 1 << 28
@@ -241,18 +259,45 @@ def test_pools_and_rows_lie_beyond_32_bits() -> None:
     assert torch.equal(near.entries[8, :2], far.entries[8, :2])
 
 
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_open_rows_of_a_short_forward_replace_none_that_an_entry_pools(
+    ratio: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of one launch run in any order; the interpreter computes entries first."""
+    of, start = compressor(ratio, 32), 3 * ratio - 1
+    projected, new = forward(start, of, 0), forward(13, of, 1)
+    pools = [Pools.empty(of, 1, 3) for _ in range(2)]
+    for made in pools:
+        run(of, projected, made, [start], [0], [0], [[1, 2]])
+    run(of, new, pools[0], [13], [start], [0], [[1, 2]])
+    launches = []
+
+    def backwards(kernel: Any, grid: tuple[int], *args: Any, **options: Any) -> None:
+        launches.append(args[12])  # programs that compute entries
+        launch(kernel, (grid[0] - args[12],), *args[:12], 0, *args[13:], **options)
+        launch(kernel, (args[12],), *args, **options)
+
+    monkeypatch.setattr("agentkit_kernels.triton.compressor.launch", backwards)
+    run(of, new, pools[1], [13], [start], [0], [[1, 2]])
+    assert len(launches) == 1
+    for one, other in zip(vars(pools[0]).values(), vars(pools[1]).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    run(of, forward(14, of, 2), pools[1], [14], [start + 13], [0], [[1, 2]])
+    assert len(launches) == 3
+
+
 def test_tokens_that_complete_nothing_leave_open_rows_only() -> None:
     of, pools = compressor(128, 32), Pools.empty(compressor(128, 32), 1, 2)
-    before = LAUNCHES["_entries"], LAUNCHES["_store_open_rows"]
+    before = LAUNCHES["_compress"]
     run(of, forward(100, of, 0), pools, [100], [0], [0], [[1]])
-    assert (LAUNCHES["_entries"], LAUNCHES["_store_open_rows"]) == (before[0] + 1, before[1] + 1)
+    assert LAUNCHES["_compress"] == before + 2
     assert bool(pools.entries.isnan().all())
     empty = torch.empty(0, dtype=torch.int64)
     compress(
         forward(0, of, 0)[:0], of, torch.zeros(1, dtype=torch.int64), empty, empty, empty.view(0, 1), 0, pools.values,
         pools.scores, pools.entries,
     )  # fmt: skip
-    assert (LAUNCHES["_entries"], LAUNCHES["_store_open_rows"]) == (before[0] + 1, before[1] + 1)
+    assert LAUNCHES["_compress"] == before + 2
 
 
 def test_pools_that_do_not_fit_are_refused() -> None:
@@ -260,6 +305,9 @@ def test_pools_that_do_not_fit_are_refused() -> None:
     arguments = forward(1, of, 0), pools, [1], [0], [0], [[1]]
     with pytest.raises(ValueError, match=r"no format of entries of 32 columns: torch.float32 .* with scales"):
         run(of, *arguments, key_scales=torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="power of two of at least 32 columns, got 96"):
+        run(compressor(4, 96), forward(1, compressor(4, 96), 0), Pools.empty(compressor(4, 96), 1, 2), [1], [0], [0],
+            [[1]], fp4=True)  # fmt: skip
     with pytest.raises(ValueError, match="an entry pools 8 rows, but the pools have 7"):
         pools.values, pools.scores = pools.values[:, :7], pools.scores[:, :7]
         run(of, *arguments)

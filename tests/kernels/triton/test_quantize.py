@@ -75,6 +75,28 @@ def test_fp4_rows_have_the_bits_of_the_twin(count: int, size: int) -> None:
     assert_same(restored, reference.dequantise_fp4(*expected, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "size"), SHAPES)
+def test_rounded_activations_are_those_of_the_twin(count: int, size: int, dtype: torch.dtype) -> None:
+    x = rows(count, size).to(dtype)
+    before = LAUNCHES["_round_activations"]
+    actual = triton.round_activations(within(x))
+    assert LAUNCHES["_round_activations"] == before + 1
+    assert actual.dtype == dtype
+    assert_same(actual.float(), reference.round_activations(x))  # exact in bfloat16
+    assert_same(triton.round_activations(actual), actual)
+    few = x * 2.0**-20  # groups below the floor
+    assert_same(triton.round_activations(few).float(), reference.round_activations(few))
+    assert torch.equal(triton.round_activations(x[-1:]), actual[-1:])
+
+
+def test_a_nan_among_activations_stays_one() -> None:
+    x = rows(2, 256)
+    x[1, 5] = torch.nan
+    rounded = triton.round_activations(x)
+    assert rounded.isnan().nonzero().tolist() == [[1, 5]]
+
+
 @pytest.mark.parametrize(("count", "size"), SHAPES)
 def test_int8_rows_have_the_bits_of_the_twin(count: int, size: int) -> None:
     x = rows(count, size)
@@ -164,6 +186,7 @@ def test_rows_lie_beyond_32_bits() -> None:
     for quantise in (triton.quantise_fp8, triton.quantise_fp4, triton.quantise_int8):
         for far, near in zip(quantise(x), quantise(x.clone()), strict=True):
             assert torch.equal(far, near)
+    assert torch.equal(triton.round_activations(x), triton.round_activations(x.clone()))
 
 
 def test_the_hadamard_twin_is_sylvesters_matrix() -> None:
@@ -180,6 +203,7 @@ def test_no_rows_are_no_launch() -> None:
     assert triton.dequantise_fp8(*triton.quantise_fp8(empty), dtype=torch.float32).shape == (0, 96)
     assert triton.dequantise_fp4(*triton.quantise_fp4(empty), dtype=torch.float32).shape == (0, 96)
     assert triton.dequantise_int8(*triton.quantise_int8(empty), dtype=torch.float32).shape == (0, 96)
+    assert triton.round_activations(empty).shape == (0, 96)
     assert sum(LAUNCHES.values()) == before
 
 
