@@ -28,7 +28,9 @@ from agentkit.cli import app
 from agentkit.errors import TaskFileError
 from agentkit.task import MAX_YAML_NODES, Task, load_task
 
-in_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "150"))
+"""Examples of each fuzz test; 20,000 take minutes."""
+in_place = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=EXAMPLES)
 SOON_S = 20.0
 """Far above the time of any file here on a quiet machine (a second), and far below that of a successful attack."""
 

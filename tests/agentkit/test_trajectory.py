@@ -105,7 +105,11 @@ def test_torn_at_every_byte(tmp_path: Path) -> None:
         assert Trajectory.load(torn).records == [*good, TurnStarted(1, think=False)]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "150"))
+"""Examples of the fuzz test; 20,000 take minutes."""
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=EXAMPLES)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_a_changed_byte_is_never_misread(recorded: Trajectory, tmp_path: Path, place: float, flip: int) -> None:
     assert recorded.path is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -155,7 +156,11 @@ soup = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+EXAMPLES = int(os.environ.get("AGENTKIT_FUZZ_EXAMPLES", "300"))
+"""Examples of the fuzz test; 20,000 take minutes."""
+
+
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(pieces=soup, think=st.booleans(), cuts=st.lists(st.integers(0, 400), max_size=6))
 def test_any_text_split_anywhere_gives_the_same_events(
     tiny: Tokenizer, pieces: list[str], think: bool, cuts: list[int]
