@@ -44,6 +44,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(text.encode())
+assert os.path.ismount("/var/state"), "the named volume"
 http.server.HTTPServer(("", 8000), Handler).serve_forever()
 """
 GET = "python3 -c 'import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode())'"
