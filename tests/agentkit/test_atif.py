@@ -286,7 +286,7 @@ good_step = st.fixed_dictionaries(
 )
 
 
-@amounts(200, 10_000)
+@amounts(200, 5_000)
 def test_any_document_is_read_or_refused(examples: int) -> None:
     def check(value: tuple[list[dict[str, Any]], bool]) -> None:
         steps, changes = value
@@ -304,7 +304,7 @@ def test_any_document_is_read_or_refused(examples: int) -> None:
     fuzz(check, st.tuples(steps, st.booleans()), examples)
 
 
-@amounts(200, 10_000)
+@amounts(200, 5_000)
 def test_any_bytes_are_refused(examples: int) -> None:
     def check(data: bytes) -> None:
         with pytest.raises(TrajectoryFormatError):

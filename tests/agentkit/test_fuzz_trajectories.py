@@ -118,7 +118,7 @@ def file_of(records: Records) -> bytes:
     return b"".join(body + b',"crc32":"%08x"}\n' % zlib.crc32(body) for body in bodies)
 
 
-@amounts(40, 3_000)
+@amounts(40, 2_000)
 def test_any_records_are_read_exported_resumed_and_replayed_or_refused(
     examples: int, agent: Agent, tiny: EmbeddedModel, documents: list[Records], tmp_path: Path
 ) -> None:

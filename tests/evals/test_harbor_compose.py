@@ -234,7 +234,7 @@ ODD: list[dict[str, Any]] = [
 ]
 
 
-@amounts(200, 5_000)
+@amounts(200, 3_000)
 def test_any_services_are_read_or_refused(examples: int, make: Make) -> None:
     def check(document: Any) -> None:
         path = make(yaml.safe_dump(document)) / "environment" / "docker-compose.yaml"

@@ -90,7 +90,7 @@ def run(pieces: Any, value: dict[str, Any], tokenizer: Tokenizer | None = None) 
     return found
 
 
-@amounts(100, 8_000)
+@amounts(100, 5_000)
 def test_any_text_in_any_pieces_gives_the_same_events(examples: int) -> None:
     def check(value: dict[str, Any]) -> None:
         text = value["text"]
@@ -112,7 +112,7 @@ def test_any_text_in_any_pieces_gives_the_same_events(examples: int) -> None:
     fuzz(check, inputs, examples)
 
 
-@amounts(100, 4_000)
+@amounts(100, 2_500)
 def test_any_ids_in_any_pieces_give_the_same_events(examples: int, tiny: Tokenizer) -> None:
     markers = [tiny.control_id(token) for token in (D, E, "<think>", "</think>")]
     some = st.lists(st.sampled_from(markers) | st.integers(0, tiny.vocab_size - 1), max_size=30)
