@@ -7,6 +7,7 @@ output.
     SandboxError                    base of the tree
       SandboxUnavailableError       no sandbox can be opened here: what was tried, why it failed, what to do
         ImageBuildError             ... because the image cannot be built from its Dockerfile
+        ImageMissingError           ... because the image that was asked for is not here and cannot be pulled
       ServiceError                  a service beside the sandbox did not start, or ended
       SandboxLostError              the sandbox died, was closed, or stopped answering
         HostFailureError            ... because the host or its engine failed, by evidence from outside the sandbox
@@ -29,6 +30,10 @@ class SandboxUnavailableError(SandboxError):
 
 class ImageBuildError(SandboxUnavailableError):
     """An image cannot be built; the message names the Dockerfile and the step, and a base image that is missing."""
+
+
+class ImageMissingError(SandboxUnavailableError):
+    """The image that was asked for is missing and cannot be pulled; other images may still work."""
 
 
 class ServiceError(SandboxError):

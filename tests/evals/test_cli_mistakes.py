@@ -15,9 +15,12 @@ from agentkit.cli import app
 from agentkit.cli.ending import ExitCode
 from agentkit.cli.options import parse_bytes
 from agentkit.cli.terminal import spell
+from agentkit_environments import available_backends
 from agentkit_evals.errors import SuiteError
+from agentkit_evals.record import RunDirectory
 from agentkit_evals.suite import load_operations, load_suite
 
+DOCKER = available_backends()["docker"]
 TASK = "id: {id}\ninstruction: Say hello.\nverifier: {{command: 'test -e made'}}\nsolution: {{command: touch made}}\n"
 
 
@@ -151,6 +154,17 @@ def test_check_reports_every_file() -> None:
     assert "has no verifier" in found["d-no-verifier"][0]
     assert "has no solution" in found["z"][0]
     assert "doing nothing scores 1" in found["unsound"][0]
+
+
+@pytest.mark.skipif(DOCKER is not None, reason=f"no Docker: {DOCKER}")
+def test_a_missing_image_spoils_its_own_task_only() -> None:
+    Path("a.yaml").write_text(TASK.format(id="a") + "environment: {image: 'localhost:9/none:1'}\n")
+    Path("b.yaml").write_text(TASK.format(id="b") + "agent: {max_turns: 1}\n")
+    assert "✓ b" in agentkit("check", ".", code=ExitCode.UNSOLVED)
+    output = agentkit("eval", ".", "--out", "run", code=ExitCode.INFRASTRUCTURE)
+    assert "localhost:9/none:1 is missing and could not be pulled" in output
+    first, second = sorted(RunDirectory.open("run").trials, key=lambda trial: trial.task)
+    assert (first.reward, second.reward) == (None, 0)
 
 
 def test_limits_on_generated_tasks_are_exact() -> None:

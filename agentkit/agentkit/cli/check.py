@@ -19,7 +19,7 @@ def command(suite: SuiteArgument, env: EnvFlag = None, as_json: JsonFlag = False
     cannot be read as a task.
     """
     from agentkit.errors import AgentkitError, TaskFileError
-    from agentkit_environments import ImageBuildError
+    from agentkit_environments import ImageBuildError, ImageMissingError
     from agentkit_evals.errors import EvalError, SuiteError
     from agentkit_evals.selfcheck import selfcheck
     from agentkit_evals.suite import Case, load_suite, task_files
@@ -57,7 +57,7 @@ def command(suite: SuiteArgument, env: EnvFlag = None, as_json: JsonFlag = False
         for case in cases:
             try:
                 found = (await selfcheck(case.task, backend=env.value if env else None)).problems
-            except (AgentkitError, EvalError, ImageBuildError) as exc:
+            except (AgentkitError, EvalError, ImageBuildError, ImageMissingError) as exc:
                 found = [str(exc)]
             report(case.task.id, found)
 

@@ -64,7 +64,7 @@ def evaluate(
         KeyboardInterrupt: A signal was received before the run began.
     """
     from agentkit.models.embedded import EmbeddedModel
-    from agentkit_environments import ImageBuildError
+    from agentkit_environments import ImageBuildError, ImageMissingError
     from agentkit_evals.record import RunDirectory
     from agentkit_evals.report import write_report
     from agentkit_evals.run import EvalRun, agent_for
@@ -106,7 +106,7 @@ def evaluate(
 
     async def execute() -> None:
         first = suite.cases[0].task
-        with suppress(ImageBuildError):  # a fault of this task alone, which its trials report
+        with suppress(ImageBuildError, ImageMissingError):  # a fault of this task alone, which its trials report
             async with opened(first, backend_for(first, backend)):
                 pass
         agent = agent_for(first, model, drawn)

@@ -17,7 +17,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.images import Image
 from docker.utils import parse_host
 
-from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
+from agentkit_environments.errors import ImageMissingError, SandboxLostError, SandboxUnavailableError
 from agentkit_environments.owner import is_orphan
 
 BASE_IMAGE = "agentkit-base:latest"
@@ -71,7 +71,8 @@ def docker_failure(image: str | None = None) -> str | None:
 
 
 def require_image(client: docker.DockerClient, image: str | None) -> Image:
-    """Return an image (None: the base image), which is pulled if it is missing. Raises SandboxUnavailableError."""
+    """Return an image (None: the base image), which is pulled if it is missing. Raises SandboxUnavailableError, or
+    ImageMissingError if it cannot be pulled."""
     name = image or BASE_IMAGE
     try:
         return client.images.get(name)
@@ -82,7 +83,7 @@ def require_image(client: docker.DockerClient, image: str | None) -> Image:
             client.images.pull(name)
             return client.images.get(name)
         except (DockerException, requests.RequestException) as error:
-            raise SandboxUnavailableError(f"image {name} is missing and could not be pulled: {error}") from error
+            raise ImageMissingError(f"image {name} is missing and could not be pulled: {error}") from error
     except (DockerException, requests.RequestException) as error:
         raise SandboxUnavailableError(f"image {name} cannot be used: {error}") from error
 

@@ -486,7 +486,7 @@ class MCPServerStreamableHttp(MCPServer):
             return f"{url} answered with HTTP {status}; check that it is an MCP endpoint"
         if status:
             return f"{url} does not speak MCP over streamable HTTP: {error}; check the path, which is often /mcp"
-        return f"{url} cannot be reached: {error}; check the URL, and that the server runs"
+        return f"{url} cannot be reached: {str(error).rstrip('.')}; check the URL, and that the server runs"
 
 
 class MCPTool(Tool):

@@ -129,7 +129,7 @@ class Connection:
             raise self._status_failure(error) from None  # its text may quote the key
         except sdk.APIConnectionError as error:
             what = f"no connection to {self.host}" if stream is None else f"the stream of {self.host} broke"
-            raise TransientError(self._redacted(f"{what}: {error.__cause__ or error}")) from None
+            raise TransientError(self._redacted(f"{what}: {str(error.__cause__ or error).rstrip('.')}")) from None
         except sdk.APIError as error:  # an error event of a stream
             raise self.failure(error.message, kinds=_kinds(error.body)) from None
         except httpx2.TimeoutException as error:
