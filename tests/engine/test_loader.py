@@ -403,9 +403,14 @@ def test_wrong_dtype(broken: Path, dtype: torch.dtype) -> None:
     fails(broken, "tensor norm.weight: found dtype", "expected BF16 or F16 or F32")
 
 
-def test_unknown_dtype(broken: Path) -> None:
-    change(broken, norm__weight=torch.ones(256, dtype=torch.float64))
-    fails(broken, "tensor norm.weight: found dtype F64, expected one of BF16")
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float64, "F64"), (torch.float8_e5m2, "F8_E5M2")])
+def test_unknown_dtype(broken: Path, dtype: torch.dtype, name: str) -> None:
+    change(broken, norm__weight=torch.ones(256).to(dtype))
+    fails(
+        broken,
+        f"tensor norm.weight: found dtype {name}, expected one of BF16",
+        "store weights as BF16, F16 or F32, of which `agentkit convert` makes FP8, FP4 or int8",
+    )
 
 
 def test_a_quantised_weight_without_scale_and_a_scale_without_quantised_weight(broken: Path) -> None:

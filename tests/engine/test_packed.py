@@ -17,7 +17,7 @@ from agentkit_engine.errors import CheckpointError, ModelTooLargeError
 from agentkit_engine.model.decoder import Decoder
 from agentkit_engine.sampling_params import SamplingParams
 from agentkit_engine.spec import ModelSpec
-from agentkit_engine.weights import memory
+from agentkit_engine.weights import checkpoint, memory
 from agentkit_engine.weights.export import Format, export_checkpoint
 from agentkit_kernels.packed import Packed
 
@@ -128,6 +128,7 @@ def test_too_little_memory_names_what_would_fit(folder: Path, monkeypatch: pytes
     needed = memory.GIB
     monkeypatch.setattr(memory, "GIB", 1 << 20)
     monkeypatch.setattr(memory, "available_memory", lambda *_: 2 << 20)
+    monkeypatch.setattr(checkpoint, "_empty_decoder", lambda *_: pytest.fail("memory is allocated"))
     with pytest.raises(
         ModelTooLargeError,
         match=r"needs [\d.]+ GiB of memory for its weights, has 2.0 GiB; loaded as it is stored, without a dtype it "

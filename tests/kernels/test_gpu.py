@@ -54,7 +54,7 @@ def test_a_rehearsal_compares_outputs_and_needs_few_packages(tmp_path: Path) -> 
 
 
 FAULTY = """
-import os, sys
+import os, sys, threading
 from agentkit_kernels.gpu.record import Goal, Measurement
 
 def dies(bench):
@@ -81,31 +81,52 @@ def is_late(bench):
     bench._deadline = 0.0
     yield bench.measure("late", lambda: None, Goal("us"), bytes=1)
 
+def is_late_comparing(bench):
+    from agentkit_kernels.gpu.correctness import correctness
+    bench._deadline = 0.0
+    yield from correctness(bench)
+
+def hangs(bench):
+    yield Measurement("before", 1.0, Goal("us"))
+    threading.Event().wait()
+
 def works(bench):
     yield Measurement("after", 2.0, Goal("us", 3.0, 1.0))
 
 if __name__ == "__main__":
-    from agentkit_kernels.gpu.command import Part, main
-    names = ("dies", "raises", "differs", "launches_nothing", "is_late", "works")
-    parts = [Part(name, "H0", f"faulty:{name}") for name in names]
-    sys.exit(main("faulty", parts, ["--rehearse", "--out", sys.argv[1]]))
+    from agentkit_kernels.gpu import command
+    out, *names = sys.argv[1:]
+    command.SECONDS = 0.01  # a rehearsal has another limit
+    if names == ["hangs"]:
+        command.REHEARSAL_SECONDS = 1
+    parts = [command.Part(name, "H0", f"faulty:{name}") for name in names]
+    sys.exit(command.main("faulty", parts, ["--rehearse", "--out", out]))
 """
+FAULTS = ("dies", "raises", "differs", "launches_nothing", "is_late", "is_late_comparing", "works")
 
 
 def test_a_part_that_fails_leaves_its_measurements_and_the_others_run(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY)
-    finished = run(str(tmp_path / "faulty.py"), str(tmp_path / "out"), folder=tmp_path)
+    finished = run(str(tmp_path / "faulty.py"), str(tmp_path / "out"), *FAULTS, folder=tmp_path)
     assert finished.returncode == 1, finished.stderr
     records = {file.stem: read(tmp_path / "out", file.stem) for file in (tmp_path / "out").iterdir()}
     states = {name: (record["status"], len(record["measurements"])) for name, record in records.items()}
     assert states == {
         "dies": ("failed", 1), "raises": ("failed", 1), "differs": ("failed", 0), "launches_nothing": ("failed", 0),
-        "is_late": ("cut", 1), "works": ("done", 1),
+        "is_late": ("cut", 1), "is_late_comparing": ("cut", 1), "works": ("done", 1),
     }  # fmt: skip
     assert "status 11" in records["dies"]["error"] and "a kernel is wrong" in records["raises"]["error"]
     assert "another function: largest difference" in records["differs"]["error"]
     assert "no kernel was launched" in records["launches_nothing"]["error"]
     assert records["works"]["measurements"][0]["good_met"] and not records["works"]["measurements"][0]["moonshot_met"]
+
+
+def test_a_rehearsal_that_hangs_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    finished = run(str(tmp_path / "faulty.py"), str(tmp_path / "out"), "hangs", folder=tmp_path)
+    assert finished.returncode == 1, finished.stderr
+    record = read(tmp_path / "out", "hangs")
+    assert record["status"] == "failed" and "ended after 1 s" in record["error"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

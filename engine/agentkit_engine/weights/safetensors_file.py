@@ -190,7 +190,10 @@ def _stored(path: Path, name: str, entry: object, data_start: int) -> StoredTens
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
-            path, f"found dtype {shorten(dtype, quote=False)}, expected one of {', '.join(DTYPES)}", tensor=name
+            path,
+            f"found dtype {shorten(dtype, quote=False)}, expected one of {', '.join(DTYPES)}; store weights as BF16, "
+            "F16 or F32, of which `agentkit convert` makes FP8, FP4 or int8",
+            tensor=name,
         )
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
         raise ValueError(f"{shorten(name)}: found shape {shorten(shape)}, expected at most {_MAX_RANK} sizes")

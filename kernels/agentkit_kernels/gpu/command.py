@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from agentkit_kernels.gpu.bench import Bench
 
 SECONDS = 240
-"""A part is ended after this time."""
+"""A part is ended after this time on a GPU."""
+REHEARSAL_SECONDS = 1800
+"""A part is ended after this time in a rehearsal, whose times depend on what else the CPU does."""
 _RESERVE = 30
 """No measurement begins in a part's last seconds."""
 OUT = Path("runs/gpu")
@@ -49,19 +51,19 @@ def main(program: str, parts: Sequence[Part], arguments: Sequence[str] | None = 
     processes = multiprocessing.get_context("forkserver")
     modules = {part.function.partition(":")[0] for part in options.parts}
     processes.set_forkserver_preload([_BENCH, *sorted(modules)])  # imported once for all parts
-    files = []
+    files, seconds = [], REHEARSAL_SECONDS if options.rehearse else SECONDS
     for part in options.parts:
         print(f"{part.name} ...", end=" ", flush=True)
         start = time.monotonic()
         file = options.out / f"{part.name}.json"
         file.unlink(missing_ok=True)
-        process = processes.Process(target=_run, args=(part, options.rehearse, options.out))
+        process = processes.Process(target=_run, args=(part, options.rehearse, options.out, seconds))
         process.start()
-        process.join(SECONDS)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
             process.join()
-        status = _settle(part, file, process.exitcode, rehearse=options.rehearse)
+        status = _settle(part, file, process.exitcode, seconds, rehearse=options.rehearse)
         print(f"{status}, {time.monotonic() - start:.0f} s", flush=True)
         files.append(file)
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
@@ -102,13 +104,13 @@ def _prepare(*, rehearse: bool) -> str:
     return ""
 
 
-def _run(part: Part, rehearse: bool, out: Path) -> None:
+def _run(part: Part, rehearse: bool, out: Path, seconds: int) -> None:
     """Run one part, in its own process."""
     record, start = Record(part.name, part.goal, rehearse), time.monotonic()
     try:
         from agentkit_kernels.gpu.bench import Bench, OutOfTimeError, machine
 
-        bench: Bench = Bench(rehearse=rehearse, seconds=SECONDS - _RESERVE)
+        bench: Bench = Bench(rehearse=rehearse, seconds=seconds - _RESERVE)
         record.machine = machine(bench)
         module, _, name = part.function.partition(":")
         try:
@@ -125,7 +127,7 @@ def _run(part: Part, rehearse: bool, out: Path) -> None:
     record.write(out)
 
 
-def _settle(part: Part, file: Path, exit_code: int | None, *, rehearse: bool) -> str:
+def _settle(part: Part, file: Path, exit_code: int | None, seconds: int, *, rehearse: bool) -> str:
     """Return a part's status; a process that died leaves the record of a failure, with what it had measured."""
     fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if fields is None:
@@ -133,6 +135,6 @@ def _settle(part: Part, file: Path, exit_code: int | None, *, rehearse: bool) ->
         fields = json.loads(file.read_text(encoding="utf-8"))
     if fields["status"] == "running":
         fields["status"] = "failed"
-        fields["error"] = f"its process ended with status {exit_code}, or was ended after {SECONDS} s"
+        fields["error"] = f"its process ended with status {exit_code}, or was ended after {seconds} s"
         file.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     return str(fields["status"])

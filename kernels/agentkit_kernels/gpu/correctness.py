@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentkit_kernels.gpu.attention import Case, case
-from agentkit_kernels.gpu.bench import Bench, OutputsDifferError, difference
+from agentkit_kernels.gpu.bench import Bench, OutOfTimeError, OutputsDifferError, difference
 from agentkit_kernels.gpu.catalogue import kernels
 from agentkit_kernels.gpu.compressor import random_compressor
 from agentkit_kernels.gpu.experts import LIMIT, swiglu
@@ -69,6 +69,7 @@ def correctness(bench: Bench) -> Iterator[Measurement]:
 
     Raises:
         OutputsDifferError: One differs by more than its tolerance, or a kernel was not launched.
+        OutOfTimeError: The part's time is over, and nothing differed so far.
     """
     faults = []
     for file, names in kernels().items():
@@ -79,7 +80,12 @@ def correctness(bench: Bench) -> Iterator[Measurement]:
                 if not error <= tolerance:
                     faults.append(f"{file}: {what}: error {error:.2e}, the tolerance is {tolerance:.0e}")
                 yield Measurement(f"{file}: {what}", error, Goal("error", tolerance), launches=dict(LAUNCHES))
+                bench.check_time()
             faults += [f"{file}: {name} was not launched" for name in names if not LAUNCHES[name]]
+        except OutOfTimeError:
+            if not faults:
+                raise
+            break
         except Exception:  # the other files are still checked
             faults.append(f"{file}: {traceback.format_exc()}")
     if faults:
