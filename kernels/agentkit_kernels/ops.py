@@ -178,8 +178,11 @@ class Ops(Protocol):
     def vector(self, parameter: Tensor) -> Array:
         """Return a small parameter as the backend's operations take it, float32."""
 
-    def settle(self, *, exact: bool) -> None:
-        """Choose the kernels of the products, once all weights are packed; `exact=False` drops the contract on bits."""
+    def settle(self, *, exact: bool, active: int = 1) -> None:
+        """Choose the kernels of the products, once all weights are packed; `exact=False` drops the contract on bits.
+
+        A token chooses `active` experts of a layer.
+        """
 
     def batch(self, plan: Plan) -> Batch:
         """Move a plan to the device."""

@@ -15,7 +15,18 @@ import torch
 from agentkit_kernels.gpu.record import Goal, Measurement, PeerResult, Record, Skipped, table
 
 ROOT = Path(__file__).parents[2]
-NOT_ON_A_BORROWED_GPU = ("anyio", "jinja2", "llguidance", "numba", "pydantic", "rich", "tokenizers", "typer", "yaml")
+NOT_ON_A_BORROWED_GPU = (
+    "anyio",
+    "flash_mla",
+    "jinja2",
+    "llguidance",
+    "numba",
+    "pydantic",
+    "rich",
+    "tokenizers",
+    "typer",
+    "yaml",
+)
 
 
 def run(*arguments: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,11 +50,11 @@ def test_a_rehearsal_compares_outputs_and_needs_few_packages(tmp_path: Path) -> 
     for name in NOT_ON_A_BORROWED_GPU:
         (tmp_path / f"{name}.py").write_text("raise ModuleNotFoundError(__name__)\n")
     out = tmp_path / "out"
-    options = ["--rehearse", "--out", str(out), "--only", "sparse-prefill,kernels-per-layer,tiers"]
+    options = ["--rehearse", "--out", str(out), "--only", "sparse-prefill,kernels-per-layer,tiers,restore"]
     finished = run("-m", "agentkit_engine.benchmarks.gpu", *options, folder=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "these times mean nothing" in finished.stdout
-    for name, goal in (("sparse-prefill", "H6"), ("kernels-per-layer", "H3"), ("tiers", "H14")):
+    for name, goal in (("sparse-prefill", "H6"), ("kernels-per-layer", "H3"), ("tiers", "H14"), ("restore", "H14")):
         record = read(out, name)
         assert (record["status"], record["goal"], record["rehearsal"]) == ("done", goal, True)
         assert record["machine"]["torch"] == torch.__version__ and record["measurements"]
@@ -51,6 +62,8 @@ def test_a_rehearsal_compares_outputs_and_needs_few_packages(tmp_path: Path) -> 
     assert prefill["launches"]["_attend_kernel"] == 1 and prefill["floor_us"] > 0
     assert all(peer["outputs"].startswith("largest difference") for peer in prefill["peers"])
     assert "| sparse-prefill H6 |" in finished.stdout
+    [skipped] = read(out, "sparse-prefill")["skipped"]
+    assert skipped == {"what": "FlashMLA, sparse prefill", "why": "cannot be imported: ModuleNotFoundError: flash_mla"}
 
 
 FAULTY = """

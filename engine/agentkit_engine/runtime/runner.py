@@ -215,7 +215,7 @@ class Runner:
                 window = next(rows for rows in kept if rows.name == "window")
                 states.append(ops.state({"window": ops.zeros((1, window.count, window.width), window.dtype)}))
             forward = Forward(decoder, ops, states)
-            ops.settle(exact=self.exact)
+            ops.settle(exact=self.exact, active=decoder.spec.num_experts_per_tok)
             return forward
 
     def step(self, scheduled: Seq[ScheduledTokens], *, all_rows: bool = False) -> Computed:

@@ -65,7 +65,7 @@ class Cpu:
         array: Floats = parameter.detach().float().contiguous().numpy()
         return array
 
-    def settle(self, *, exact: bool) -> None:
+    def settle(self, *, exact: bool, active: int = 1) -> None:
         """Do nothing: products and loops are always exact."""
 
     def batch(self, plan: Plan) -> Batch:

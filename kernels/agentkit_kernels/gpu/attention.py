@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agentkit_kernels.gpu.bench import Bench, Peer
-from agentkit_kernels.gpu.record import Goal, Measurement, Unit
+from agentkit_kernels.gpu.bench import Bench, Peer, absent
+from agentkit_kernels.gpu.record import Goal, Measurement, Skipped, Unit
 from agentkit_kernels.ops import QUERY_BLOCK
 from agentkit_kernels.reference.quantize import kv_row_bytes, load_kv_rows, store_kv_rows
 from agentkit_kernels.triton.attention import attend
@@ -188,7 +188,7 @@ def peers(bench: Bench, made: Case) -> list[Peer]:
     ]
 
 
-def sparse_decode(bench: Bench) -> Iterator[Measurement]:
+def sparse_decode(bench: Bench) -> Iterator[Measurement | Skipped]:
     """H4: 64 sequences decode over 512 chosen entries and the window, 64 heads, at 128K tokens."""
     goals: dict[int, tuple[Unit, float | None, float | None]] = {
         bench.pick(64, 2): ("TFLOPS", 200, 300),
@@ -205,6 +205,7 @@ def sparse_decode(bench: Bench) -> Iterator[Measurement]:
             flops=made.flops,
             peers=peers(bench, made),
         )
+    yield absent("FlashMLA, sparse decoding", "flash_mla")
 
 
 def hca_decode(bench: Bench) -> Iterator[Measurement]:
@@ -221,7 +222,7 @@ def hca_decode(bench: Bench) -> Iterator[Measurement]:
         )
 
 
-def sparse_prefill(bench: Bench) -> Iterator[Measurement]:
+def sparse_prefill(bench: Bench) -> Iterator[Measurement | Skipped]:
     """H6: 4,096 queries of one sequence, 512 chosen entries and the window each."""
     tokens = bench.pick(4096, 5)
     made = case(bench, 1, tokens, bench.pick(4096, 60), 4, bench.shapes.index_topk)
@@ -233,3 +234,4 @@ def sparse_prefill(bench: Bench) -> Iterator[Measurement]:
         flops=made.flops,
         peers=peers(bench, made),
     )
+    yield absent("FlashMLA, sparse prefill", "flash_mla")

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ import triton
 from torch import Tensor
 
 from agentkit_kernels.calls import FLASH, Shapes
-from agentkit_kernels.gpu.record import Goal, Measurement, PeerResult, Unit
+from agentkit_kernels.gpu.record import Goal, Measurement, PeerResult, Skipped, Unit
 from agentkit_kernels.triton.launch import INTERPRET, LAUNCHES
 
 T = TypeVar("T")
@@ -305,6 +306,15 @@ def difference(ours: object, theirs: object) -> float:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+
+
+def absent(library: str, module: str) -> Skipped:
+    """Return why a peer that is no part of torch is not measured."""
+    try:
+        import_module(module)
+    except Exception as error:  # libraries of kernels also fail to import in ways of their own
+        return Skipped(library, f"cannot be imported: {_short(error)}")
+    return Skipped(library, "can be imported, but this part has no call of it")
 
 
 def machine(bench: Bench) -> dict[str, str]:

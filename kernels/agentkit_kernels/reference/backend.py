@@ -86,7 +86,7 @@ class Reference:
     def vector(self, parameter: Tensor) -> Tensor:
         return parameter
 
-    def settle(self, *, exact: bool) -> None:
+    def settle(self, *, exact: bool, active: int = 1) -> None:
         if exact:
             with torch.no_grad():
                 check_products([values(weight) for weight in self._shapes.values()], ROWS)

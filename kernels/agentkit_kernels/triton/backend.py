@@ -203,15 +203,16 @@ class Triton:
     def vector(self, parameter: Tensor) -> Tensor:
         return parameter.detach().to(self.device, torch.float32).contiguous()
 
-    def settle(self, *, exact: bool) -> None:
+    def settle(self, *, exact: bool, active: int = 1) -> None:
         self.exact = exact
         if self.expert_cache_bytes is not None and self.pinned:
             one = sum(stack.bytes_per_expert for stack in self.pinned)
-            slots = self.expert_cache_bytes // one
-            if slots < 1:
+            slots, least = self.expert_cache_bytes // one, min(active, self.pinned[0].experts)
+            if slots < least:
                 raise ValueError(
-                    f"expert_cache_bytes must hold at least one expert of each layer, {one} bytes, "
-                    f"got {self.expert_cache_bytes}"
+                    f"expert_cache_bytes must hold the experts of each layer that one token chooses, {least} x {one} "
+                    f"bytes, got {self.expert_cache_bytes}; pass {least * one} or more for each device, or leave it "
+                    "out to keep all experts on the device"
                 )
             for stack in self.pinned:
                 stack.allocate(slots)

@@ -335,6 +335,21 @@ def test_addresses_beyond_32_bits() -> None:
         torch.testing.assert_close(fp8.run(decode=decode).double(), answer, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("decode", [True, False])
+def test_rows_of_queries_and_keys_lie_beyond_32_bits(decode: bool) -> None:
+    made, stride = case([3], [9], size=24, rotary=8, ratio=2, picks=3), 1 << 30
+    queries = torch.frombuffer(mmap.mmap(-1, 2 * (4 * stride + 8192)), dtype=torch.bfloat16)
+    keys = torch.frombuffer(mmap.mmap(-1, 4 * (2 * stride + 24)), dtype=torch.float32)
+    near = replace(made, q=made.q.bfloat16(), window_pool=made.window_pool.clone())
+    far = replace(
+        made,
+        q=queries.as_strided(made.q.shape, (stride, stride + 1024, 1)).copy_(made.q),
+        kv=keys.as_strided(made.kv.shape, (stride, 1)).copy_(made.kv),
+    )
+    assert torch.equal(far.run(decode=decode), near.run(decode=decode))
+    torch.testing.assert_close(far.window_pool, near.window_pool, atol=0, rtol=0, equal_nan=True)
+
+
 def test_formats_that_do_not_fit_together_are_refused() -> None:
     made = case([1], [3], ratio=2)
     with pytest.raises(ValueError, match="same dtype"):

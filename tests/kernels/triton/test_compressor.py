@@ -84,6 +84,15 @@ def forward(rows: int, of: Compressor, seed: int) -> Tensor:
     return projected
 
 
+def test_no_rows_are_no_launch() -> None:
+    of, none, before = compressor(4, 96), torch.empty(0, dtype=torch.int64), LAUNCHES.total()
+    pools = Pools.empty(of, 1, 1)
+    state = pools.values, pools.scores, pools.entries
+    for projected in (forward(5, of, 0)[:0], forward(5, of, 0)):  # padding is of no sequence
+        compress(projected, of, torch.tensor([0]), none, none, none.view(0, 1), 0, *state)
+    assert LAUNCHES.total() == before
+
+
 @pytest.mark.parametrize(("ratio", "size"), [(4, 96), (128, 96)])
 @pytest.mark.parametrize(
     "lengths",

@@ -80,12 +80,12 @@ def test_experts_in_host_memory_give_the_bits_of_resident_ones(make_folder: Make
     assert len(ops.pinned) == 2 * len(spec.layers)
     assert {stack.slots for stack in ops.pinned} == {spec.num_experts_per_tok}
     assert max(stack.copied for stack in ops.pinned) > spec.n_routed_experts  # some were replaced, and copied again
-    with pytest.raises(ValueError, match="a token chooses 2 experts, and 1 fit on the device"):
-        Engine.load(folder, backend="triton", expert_cache_bytes=one).logits(text)
-    with pytest.raises(
-        ValueError, match=rf"expert_cache_bytes must hold at least one expert of each layer, {one} bytes, got 7"
-    ):
-        Engine.load(folder, backend="triton", expert_cache_bytes=7)
+    for too_few in (2 * one - 1, 7):
+        message = (
+            rf"experts of each layer that one token chooses, 2 x {one} bytes, got {too_few}; pass {2 * one} or more"
+        )
+        with pytest.raises(ValueError, match=message):
+            Engine.load(folder, backend="triton", expert_cache_bytes=too_few)
 
 
 def test_entries_of_hca_give_the_logits_of_the_reference(make_folder: MakeFolder) -> None:

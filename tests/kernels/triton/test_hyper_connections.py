@@ -11,8 +11,8 @@ from torch import Tensor
 from agentkit_kernels.ops import HyperConnection, HyperHead
 from agentkit_kernels.reference import hyper_connections as reference
 from agentkit_kernels.reference.linear import Weight
-from agentkit_kernels.triton.hyper_connections import hc_head, hc_post, hc_post_pre, hc_pre
-from agentkit_kernels.triton.launch import LAUNCHES
+from agentkit_kernels.triton.hyper_connections import _read, hc_head, hc_post, hc_post_pre, hc_pre
+from agentkit_kernels.triton.launch import LAUNCHES, launch
 
 SIZE = 4
 EDGES = [(1, 32), (3, 96), (15, 128), (16, 160), (17, 256)]
@@ -145,6 +145,21 @@ def test_rows_of_y_lie_beyond_32_bits() -> None:
     y.copy_(normal(rows, dim))
     streams, mixing = normal(rows, SIZE, dim), normal(rows, SIZE + SIZE * SIZE)
     assert torch.equal(hc_post(streams, y, mixing), hc_post(streams, y.clone(), mixing))
+
+
+def test_streams_lie_beyond_32_bits() -> None:
+    """Equal rows of 2^30 elements, of which the kernel is told to read 32 per stream, give the same."""
+    rows, dim, block = 3, 1 << 28, 32
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * rows * SIZE * dim), dtype=torch.bfloat16)
+    streams = memory.view(rows, SIZE, dim)
+    streams[:, :, :block] = normal(SIZE, block)
+    x = torch.frombuffer(mmap.mmap(-1, 2 * rows * dim), dtype=torch.bfloat16).view(rows, dim)
+    launch(
+        _read, (rows,), streams, normal(1, 16).abs().repeat(rows, 1), normal(SIZE), normal(1), normal(block), x,
+        torch.empty(0), 1.0, 1e-6, M=SIZE, D=dim, OUTPUTS=SIZE, PADDED=16, SLABS=1, SLABS_PADDED=1, BLOCK=block,
+        ITERATIONS=0,
+    )  # fmt: skip
+    assert x[0, :block].all() and torch.equal(x[2, :block], x[0, :block])
 
 
 def test_no_rows_are_no_launch() -> None:

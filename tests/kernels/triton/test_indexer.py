@@ -280,6 +280,19 @@ def test_addresses_beyond_32_bits() -> None:
     assert torch.equal(far.run()[0], answer)
 
 
+@on_every_path
+def test_rows_of_queries_and_weights_lie_beyond_32_bits() -> None:
+    near, stride = case([3], [40]), 1 << 30
+    queries = torch.frombuffer(mmap.mmap(-1, 4 * (4 * stride + 8192)), dtype=torch.float32)
+    weights = torch.frombuffer(mmap.mmap(-1, 4 * (2 * stride + 8)), dtype=torch.float32)
+    far = replace(
+        near,
+        q=queries.as_strided(near.q.shape, (stride, stride + 1024, 1)).copy_(near.q),
+        weights=weights.as_strided(near.weights.shape, (stride, 1)).copy_(near.weights),
+    )
+    assert torch.equal(far.run()[0], near.run()[0])
+
+
 def test_shapes_that_do_not_fit_together_are_refused() -> None:
     made = case([1], [15])
     with pytest.raises(ValueError, match="contiguous rows of 24 elements"):

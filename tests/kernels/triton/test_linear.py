@@ -12,8 +12,17 @@ from torch import Tensor
 from agentkit_kernels.calls import FLASH, TINY, Shapes
 from agentkit_kernels.packed import Format, Packed
 from agentkit_kernels.reference.formats import dequantise
-from agentkit_kernels.triton.launch import LAUNCHES
-from agentkit_kernels.triton.linear import EXACT_TILE, FEW_ROWS, calls, grouped_linear, linear, operand, split_size
+from agentkit_kernels.triton.launch import LAUNCHES, launch
+from agentkit_kernels.triton.linear import (
+    EXACT_TILE,
+    FEW_ROWS,
+    _linear,
+    calls,
+    grouped_linear,
+    linear,
+    operand,
+    split_size,
+)
 
 FORMATS: tuple[Format, ...] = ("fp8", "mxfp4", "int8")
 
@@ -163,12 +172,44 @@ def test_grouped_product_multiplies_each_part_by_its_own_matrix(number_format: F
     torch.testing.assert_close(grouped_linear(x, weight), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_addresses_are_64_bit() -> None:
-    stride = 2**31 // 5 + 64
-    memory = torch.frombuffer(mmap.mmap(-1, 4 * (6 * stride + 64)), dtype=torch.float32)  # pages appear when written
-    x = memory.as_strided((7, 64), (stride, 1)).copy_(torch.randn(7, 64))
-    weight = torch.randn(5, 64)
-    assert_product(linear(x, weight), x, weight)
+def far(values: Tensor, *strides: int) -> Tensor:
+    """Return values at these strides; memory appears where it is written."""
+    last = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+    memory = torch.frombuffer(mmap.mmap(-1, values.itemsize * (last + 1)), dtype=values.dtype)
+    return memory.as_strided(values.shape, strides).copy_(values)
+
+
+def test_rows_and_results_lie_beyond_32_bits() -> None:
+    stride = 1 << 30
+    x, weight = torch.randn(3, 64), torch.randn(5, 64)
+    assert_product(linear(far(x, stride, 1), weight), x, weight)
+    x, weight = torch.randn(2, 3), torch.randn(5, 3)
+    assert_product(linear(far(x, 1, stride), weight), x, weight)
+    x, weight = torch.randn(3, 600), torch.randn(5, 600)  # two splits
+    out = far(torch.zeros(3, 5), stride, 1)
+    assert_product(linear(x, weight, out=out), x, weight)
+
+
+def test_matrices_of_a_stack_lie_beyond_32_bits() -> None:
+    stride, x, weight = 1 << 30, torch.randn(2, 1800), random_packed("int8", 3, 5, 600)  # two splits
+    apart = Packed("int8", far(weight.data, stride, 600, 1), far(weight.scale, stride, 1), weight.shape)
+    assert torch.equal(grouped_linear(x, apart), grouped_linear(x, weight))
+
+
+@pytest.mark.parametrize("number_format", [None, "mxfp4"])
+def test_rows_of_a_weight_lie_beyond_32_bits(number_format: Format | None) -> None:
+    """The kernel is told of 2^30 inputs, and that the first 32 are the only split."""
+    x, inputs, outputs = torch.randn(2, 32), 1 << 30, 17 if number_format else 3
+    packed, dense = random_packed("mxfp4", outputs, 32), torch.randn(outputs, 32).bfloat16()
+    weight = far(packed.data.view(torch.int32), inputs // 8, 1) if number_format else far(dense, inputs, 1)
+    scale = far(packed.scale.view(torch.uint8), inputs // 32, 1) if number_format else weight
+    out = torch.empty(2, outputs)
+    launch(
+        _linear, (1, 1, 1), x, weight, scale, out, 2, 0, 32, 1, 0, 0, 0, outputs, 0, X=outputs, K=inputs,
+        FORMAT=number_format or "dense", SPLITS=1, SPLIT_K=32, TOGETHER=True, BLOCK_N=16, BLOCK_X=32, BLOCK_K=32,
+        OPERAND=operand(dense).type(x),
+    )  # fmt: skip
+    assert_product(out, x, packed if number_format else dense)
 
 
 def test_a_wrong_shape_or_layout_is_refused() -> None:

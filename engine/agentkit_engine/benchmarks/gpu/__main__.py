@@ -17,6 +17,7 @@ PARTS = (
     Part("kernels-per-layer", "H3", f"{_SLICE}:kernels_per_layer"),
     Part("slice-prefill", "H11", f"{_SLICE}:slice_prefill"),
     Part("depth-prefill", "H12", f"{_SLICE}:depth_prefill"),
+    Part("restore", "H14", f"{_SLICE}:restore"),
 )
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 from agentkit_engine.model import Decoder
 from agentkit_engine.model.forward import Computed, Forward
 from agentkit_engine.runtime.graphs import CudaCapture, Graphs
+from agentkit_engine.runtime.host_tier import HostTier
 from agentkit_engine.runtime.state import SPAN, KVCacheDtype, Pools
 from agentkit_engine.spec import LayerSpec, ModelSpec, RopeSpec
 from agentkit_kernels.gpu.attention import fill_kv_pages, kv_pages
@@ -444,3 +445,50 @@ def depth_prefill(bench: Bench) -> Iterator[Measurement]:
             floors[1],
             note=f"{shallow.us:.0f} us at the start, whose floor is {floors[0]:.0f} us",
         )
+
+
+def restore(bench: Bench) -> Iterator[Measurement]:
+    """H14: the state of a sequence of 131,072 tokens, from host memory to its pools, over computing it again.
+
+    Raises:
+        OutputsDifferError: The state differs from the one that was stored.
+    """
+    decoder, tokens, chunk = random_decoder(bench, slice_spec(bench)), bench.pick(131_072, 4), bench.pick(8192, 2)
+    for rows, kv_cache_dtype in ROWS.items():
+        made = Slice.over(bench, decoder, 1, tokens, kv_cache_dtype)
+        pools, [spans] = made.pools, made.plan(0, 1).block_tables
+        host = HostTier(pools.entries, pools.tails, slots=1, spans=len(spans), device=bench.device)
+        places, before = range(len(spans)), pools.rows_at(0, spans)
+        host.store(0, places, before)
+        for pool in (*pools.entries, *pools.tails):
+            pool.zero_()
+
+        def load(pools: Pools = pools, host: HostTier = host, places: range = places) -> None:
+            pools.write_rows(0, [place + 1 for place in places], host.load(0, places))
+
+        load()
+        after = pools.rows_at(0, spans)
+        if not all(torch.equal(_bits(after[name]), _bits(stored)) for name, stored in before.items()):
+            raise OutputsDifferError(f"the restored state in {rows} differs from the stored one")
+        steps = [made.step(start, chunk) for start in range(0, tokens, chunk)]
+
+        def prefill(steps: list[Callable[[], Tensor]] = steps) -> None:
+            for step in steps:
+                step()
+
+        loading = bench.wall(load)
+        steps[0]()  # compiles
+        computing = bench.wall(prefill)
+        held = pools.bytes_per_slot + len(spans) * pools.bytes_per_span
+        yield Measurement(
+            f"restoring {tokens} tokens from host memory over computing them in chunks of {chunk}, {rows}",
+            loading.us / computing.us,
+            Goal("ratio", 1 / 10, 1 / 50),
+            loading.spread,
+            loading.us,
+            note=f"{held / loading.us / 1e3:.1f} GB/s; computing takes {computing.us / 1e6:.3f} s",
+        )
+
+
+def _bits(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(torch.uint8)
