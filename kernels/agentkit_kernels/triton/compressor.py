@@ -23,7 +23,7 @@ scale (a power of two) each. With FP4, index keys are rotated by Hadamard's matr
 `quantize.py` for the formats.
 
 Floor: the projected values and scores read once (4 KiB per token for CSA, 2 KiB for HCA and 1 KiB for index keys, with
-bfloat16), entries written once. Source: the DeepSeek-V4 reference. Dimension key: `agentkit_kernels.ops`.
+bfloat16), entries written once; 6 flops per value pooled. Source: the DeepSeek-V4 reference. Dimension key: `ops.py`.
 """
 
 from __future__ import annotations

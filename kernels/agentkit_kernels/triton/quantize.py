@@ -16,7 +16,7 @@ same bits in Triton's interpreter.
 times a power of two in range. `round_index` rotates index queries and keys by Sylvester's Hadamard matrix and rounds
 them to MXFP4, within the kernels that compute them.
 
-All of this is bound by memory: each value and each code is moved once.
+Floor: each value, code and scale moved once (2 + 1 + 1 / 128 bytes per value for FP8 of bfloat16); the flops are few.
 
 Sources: OCP Microscaling Formats 1.0; DeepSeek-V4 `inference/kernel.py`; FlashMLA (the key-value row). Twin:
 `reference/quantize.py`.

@@ -5,7 +5,7 @@ product, as in the DeepSeek-V4 reference: its rounding error grows with the posi
 make the same one. `tl.cos` and `tl.sin` are those of CUDA's and ROCm's device libraries, which reduce an angle of any
 size exactly; the hardware's fast ones would be useless at a million radians.
 
-`rotations` computes every pair's cosine and sine once per forward. Floor: 8 bytes read and 4 * R written per row.
+`rotations` computes all cosines and sines once per forward. Floor per row: 8 bytes read, 4 R written, R / 2 flops.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Sums and exponentials are float64, as in the twin. Order and rounding differ fro
 place, so the id differs only if u times the total is within about 1e-13 of a boundary, relative to the total; the
 log-probability agrees within float32 rounding.
 
-Floor: the logits once, V / 8 bytes of mask. At Flash 0.53 MB per row in fp32. Dimension key: B rows, V vocabulary.
+Floor: the logits once, V / 8 bytes of mask, 8 V flops. At Flash 0.53 MB per row. Dimension key: B rows, V vocabulary.
 """
 
 from __future__ import annotations
