@@ -353,7 +353,7 @@ async def test_a_run_in_its_own_sandbox(script: Script, monkeypatch: pytest.Monk
         assert results(continued)[-1] == "0\ntmp\n640"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("temperature", [0.0, 3.0], ids=["greedy", "seeded"])
 async def test_a_branch_with_the_same_seed_is_the_run_bit_for_bit(
     tiny: EmbeddedModel, environment: Environment, temperature: float
 ) -> None:

@@ -126,7 +126,7 @@ def test_run_shows_the_cost(priced_server: str) -> None:
 
 def test_a_chat_has_one_limit_on_its_cost(priced_server: str) -> None:
     options = ("--base-url", priced_server, "--max-cost", "0.00005")
-    shown = agentkit("chat", *options, code=0, said="Hi.\n/new\nHi again.\nNever read.\n").output
+    shown = agentkit("chat", *options, code=1, said="Hi.\n/new\nHi again.\nNever read.\n").output
     assert shown.count("A cat.") == 2
     assert shown.endswith("The cost limit of $0.000050 is reached.\ncost $0.000060\n")
 
