@@ -41,6 +41,8 @@ FRAME = struct.Struct(">II")
 COOKIE = "AGENTKIT_COMMAND"
 CHUNK = 1 << 16
 KILL_TIMEOUT_S = 2.0
+FLAGS, ENVIRONMENT_END, PF_KTHREAD = 6, 48, 0x00200000
+"""Fields of /proc/PID/stat after the name, and the flag of the kernel's own threads; see proc_pid_stat(5)."""
 START_TIMEOUT_S = 10.0
 
 
@@ -220,13 +222,19 @@ def start_failure(error: OSError, argv: Sequence[str]) -> tuple[int, str]:
     return 126, f"{argv[0]}: cannot execute: {os.strerror(error.errno or errno.EIO)}\n"
 
 
-def find_processes(*, cookie: str, session: int | None = None) -> dict[int, str]:
-    """Return pid -> state letter of the living processes that carry `cookie` in their environment or belong to
-    `session`, and of their descendants, except this process."""
+def find_processes(*, cookie: str, session: int | None = None) -> tuple[dict[int, str], set[int]]:
+    """Find the living processes that carry `cookie` in their environment or belong to `session`, and their descendants,
+    except this process.
+
+    Returns:
+        Their state letters by pid, and the pids of processes whose program is being loaded: the kernel shows no
+        environment of theirs yet, so they may be others of these.
+    """
     marker = b"=" + cookie.encode() + b"\0"
     states: dict[int, str] = {}
     children: dict[int, list[int]] = {}
     roots: list[int] = []
+    loading: set[int] = set()
     for name in os.listdir("/proc"):
         if not name.isdecimal():
             continue
@@ -241,9 +249,11 @@ def find_processes(*, cookie: str, session: int | None = None) -> dict[int, str]
             if session in (int(sid), pid):
                 roots.append(pid)
                 continue
-            with open(f"/proc/{name}/environ", "rb") as file:
-                if marker in b"\0" + file.read(1 << 21) + b"\0":
-                    roots.append(pid)
+            environment = _environment(name)
+            if environment is None:
+                loading.add(pid)
+            elif marker in b"\0" + environment + b"\0":
+                roots.append(pid)
         except OSError:
             continue
     found: dict[int, str] = {}
@@ -252,7 +262,20 @@ def find_processes(*, cookie: str, session: int | None = None) -> dict[int, str]
         if pid not in found and pid != os.getpid():
             found[pid] = states[pid]
             roots += children.get(pid, ())
-    return found
+    return found, loading
+
+
+def _environment(pid: str) -> bytes | None:
+    """Return the variables of a process; None if the kernel shows none because its program is being loaded."""
+    for _ in range(2):  # the program may have been loaded between the two reads
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if environment := file.read(1 << 21):
+                return environment
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        if fields[ENVIRONMENT_END] == b"0":
+            return b"" if int(fields[FLAGS]) & PF_KTHREAD else None
+    return b""
 
 
 def kill_processes(*, cookie: str, session: int | None = None) -> None:
@@ -264,17 +287,20 @@ def kill_processes(*, cookie: str, session: int | None = None) -> None:
     """
     deadline = time.monotonic() + KILL_TIMEOUT_S
     stopped: set[int] = set()
-    while time.monotonic() < deadline:
-        found = find_processes(cookie=cookie, session=session)
-        if not found:
-            return
+    found, suspects = find_processes(cookie=cookie, session=session)
+    while found or suspects:
+        if time.monotonic() > deadline:
+            if not found:  # they have been loading since the first look
+                return
+            raise TimeoutError(errno.ETIMEDOUT, f"processes still alive after {KILL_TIMEOUT_S} s of SIGKILL")
         fresh = [pid for pid, state in found.items() if state not in "Tt" and pid not in stopped]
         _signal(fresh, signal.SIGSTOP)
         stopped.update(fresh)
         if not fresh:
             _signal(found, signal.SIGKILL)
             time.sleep(0.001)
-    raise TimeoutError(errno.ETIMEDOUT, f"processes still alive after {KILL_TIMEOUT_S} s of SIGKILL")
+        found, loading = find_processes(cookie=cookie, session=session)
+        suspects = loading if found else suspects & loading  # only those found can have started others
 
 
 def _signal(pids: Collection[int], number: signal.Signals) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,3 +255,40 @@ def test_all_processes_are_stopped_before_any_is_killed(
     for pid in survivors:
         kill(pid, signal.SIGKILL)
     assert survivors == []
+
+
+@contextmanager
+def sleeping(env: dict[str, str], wait_until: WaitUntil) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["/bin/sleep", "60"], env=env, start_new_session=True)
+    try:
+        wait_until(lambda: "sleep" in Path(f"/proc/{process.pid}/cmdline").read_text(), "the program to run")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_whose_program_is_being_loaded_is_killed_once_it_has_variables(
+    monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
+    """The kernel shows no variables of a process for a moment of each `exec`."""
+    with sleeping({executor.COOKIE: "being-loaded"}, wait_until) as process:
+        shown, looks = executor._environment, [None]
+
+        def environment(pid: str) -> bytes | None:
+            return looks.pop() if pid == str(process.pid) and looks else shown(pid)
+
+        monkeypatch.setattr(executor, "_environment", environment)
+        kill_processes(cookie="being-loaded")
+        assert process.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_a_process_that_never_shows_its_variables_is_waited_for_in_vain(
+    monkeypatch: pytest.MonkeyPatch, wait_until: WaitUntil
+) -> None:
+    monkeypatch.setattr(executor, "KILL_TIMEOUT_S", 0.05)
+    with sleeping({}, wait_until) as process:
+        assert executor._environment(str(process.pid)) == b""
+        monkeypatch.setattr(executor, "_environment", lambda pid: None if pid == str(process.pid) else b"")
+        kill_processes(cookie="of-nobody")
+        assert process.poll() is None
