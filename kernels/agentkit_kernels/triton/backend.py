@@ -57,7 +57,7 @@ class Batch:
 
     @property
     def short(self) -> bool:
-        """Whether a window has room for the forward's rows beside those that its queries read; see `QUERY_BLOCK`."""
+        """True if a window has room for the forward's rows beside those that its queries read; see `QUERY_BLOCK`."""
         return self.longest <= QUERY_BLOCK
 
     def write(self, plan: Plan) -> None:

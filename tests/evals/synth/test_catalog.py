@@ -84,6 +84,8 @@ def test_each_command_does_what_its_expression_says(tmp_path: Path) -> None:
     for number, known in enumerate(commands()):
         draw = Draw(str(number))
         file = INPUTS[known.input][0](draw)
+        keys = {*file.variables, "path", *(["out"] if known.writes else [])}
+        assert set(catalog.KEY.findall(" ".join(known.requests))) <= keys
         source, out = tmp_path / f"{number} in.txt", tmp_path / f"{number} out.txt"
         source.write_text(file.content)
         assert known.request(draw, file, path="data.txt", out="new.txt")
@@ -142,6 +144,7 @@ FUNCTION = {"names": ["f"], "descriptions": ["F."], "parameters": {"a": {"slot":
     ("change", "message"),
     [
         ({"requests": ["In {b}"]}, "has b, which is no parameter"),
+        ({"requests": ["In {a}, see {path}"]}, "has path, which is no parameter"),
         ({"requests": ["In [{a}|Rome]"]}, "does not always state a"),
         ({"requests": ["In {a} [b [c|d]]"]}, "alternatives inside alternatives"),
         ({"requests": []}, "at least 1 item"),

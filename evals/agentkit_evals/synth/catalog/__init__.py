@@ -10,13 +10,12 @@ states.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,7 +42,7 @@ class _Model(BaseModel):
 
 
 class Kind(_Model):
-    """What a parameter's values are, by one of these fields.
+    """The kind of a parameter's values, given by one of these fields.
 
     Attributes:
         slot: Name of a kind of value, see `slots.SLOTS`.
@@ -132,6 +131,9 @@ class Request:
 class Known(_Model):
     """An entry of the catalog. Raises ValueError if a request misses a parameter."""
 
+    other_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of requests that are not parameters."""
+
     parameters: dict[str, KnownParameter]
     requests: tuple[str, ...] = Field(min_length=1)
 
@@ -139,7 +141,7 @@ class Known(_Model):
     def _check(self) -> Self:
         required = {key for key, one in self.parameters.items() if not one.optional}
         for request in self.requests:
-            if unknown := set(KEY.findall(request)) - {*self.parameters, "path"}:
+            if unknown := set(KEY.findall(request)) - self.parameters.keys() - self.other_keys:
                 raise ValueError(f"{request!r} has {', '.join(sorted(unknown))}, which is no parameter")
             parts = ALTERNATIVES.split(request)  # plain text and alternatives in turn
             if any(mark in "".join(parts[::2]) for mark in "[]|"):
@@ -212,6 +214,8 @@ class KnownComputation(Known):
 
 class KnownFile(Known):
     """A file to create: its content, in which `{key}` is the argument as text, see `_Argument`."""
+
+    other_keys = frozenset({"path"})
 
     ending: str = ""
     name: str = ""
@@ -330,22 +334,23 @@ def functions_by_domain() -> Mapping[str, tuple[KnownFunction, ...]]:
 @functools.cache
 def computations() -> tuple[KnownComputation, ...]:
     """Return all computations. Raises ValueError if a file does not hold such a list."""
-    found = (_read(path, KnownComputation) for path in sorted((FOLDER / "computations").glob("*.yaml")))
-    return tuple(itertools.chain.from_iterable(found))
+    return _all("computations", KnownComputation)
 
 
 @functools.cache
 def files() -> tuple[KnownFile, ...]:
     """Return all files to create. Raises ValueError if a file does not hold such a list."""
-    found = (_read(path, KnownFile) for path in sorted((FOLDER / "files").glob("*.yaml")))
-    return tuple(itertools.chain.from_iterable(found))
+    return _all("files", KnownFile)
 
 
 @functools.cache
 def commands() -> tuple[KnownCommand, ...]:
     """Return all commands. Raises ValueError if a file does not hold such a list."""
-    found = (_read(path, KnownCommand) for path in sorted((FOLDER / "commands").glob("*.yaml")))
-    return tuple(itertools.chain.from_iterable(found))
+    return _all("commands", KnownCommand)
+
+
+def _all(folder: str, kind: type[K]) -> tuple[K, ...]:
+    return tuple(entry for path in sorted((FOLDER / folder).glob("*.yaml")) for entry in _read(path, kind))
 
 
 class _Loader(yaml.SafeLoader):
