@@ -174,6 +174,12 @@ class RunDirectory:
         return len(self.trials) == len(self.lock.tasks) * self.lock.epochs
 
     @property
+    def num_left(self) -> int:
+        """Number of planned trials that a resumed run has to run: unfinished ones, and those to be retried."""
+        finished = sum(not trial.is_retried for trial in self.trials)
+        return len(self.lock.tasks) * self.lock.epochs - finished
+
+    @property
     def usage(self) -> Usage:
         """Usage of all trials together, including attempts that were interrupted and have only a trajectory."""
         parts = [trial.usage for trial in self.trials]

@@ -10,6 +10,8 @@ else starts again.
 
 from __future__ import annotations
 
+from collections.abc import Container
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +23,7 @@ from agentkit.interrupted import BROKEN_OFF, has_changes_of_all, interrupted_run
 from agentkit.saved import record_of, remove_snapshots, saved_snapshot
 from agentkit.task import CallsConfig, Task
 from agentkit.trajectory import Trajectory
-from agentkit_environments import Snapshot, SnapshotError
+from agentkit_environments import Snapshot, SnapshotError, reap
 from agentkit_evals.errors import RunDirectoryError
 from agentkit_evals.record import (
     RunDirectory,
@@ -144,9 +146,7 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
                 source.rename(kept_as)
         remove_snapshots(trajectory_path(run.path, name))
         begun[name] = Begun(attempt + 1, why_again=why)
-    for file in {record_of(each) for each in (run.path / "trajectories").glob("*.snapshot*")}:
-        if file.stem not in begun:
-            remove_snapshots(file)
+    _remove_snapshots_but(run, begun)
     changes = {
         "concurrency": lock.concurrency,
         "max_cost_usd": lock.max_cost_usd,
@@ -156,6 +156,24 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     }
     write_lock(run.path, lock_bytes(run.lock.model_copy(update=changes)))
     return begun
+
+
+async def remove_leftovers(run: RunDirectory) -> None:
+    """Remove the sandboxes and snapshots that a killed process has left of a run without trials to run.
+
+    Files that cannot be removed stay.
+    """
+    if run.lock.run_id is not None:
+        await reap(run.lock.run_id)
+    with suppress(OSError):
+        _remove_snapshots_but(run, ())
+
+
+def _remove_snapshots_but(run: RunDirectory, trials: Container[str]) -> None:
+    """Remove the snapshots of all trials but these."""
+    for file in {record_of(each) for each in (run.path / "trajectories").glob("*.snapshot*")}:
+        if file.stem not in trials:
+            remove_snapshots(file)
 
 
 def goes_on(task: Task, file: Path, attempt: int) -> Begun | str:

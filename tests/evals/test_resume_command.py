@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import agentkit_evals.verify
 from agentkit_evals.record import RunDirectory
 
 from .conftest import TASK, agentkit
@@ -45,8 +46,32 @@ def test_a_killed_run_is_resumed_with_its_own_settings(suite: Path, untrained: P
     assert ids(after) == ids(before) and after.complete and Path("results.xml").exists()
     assert after.lock.model_options == options_of_model and after.lock.concurrency == 2
     assert "attempts repeated" in Path("run/report.html").read_text()
-    shown = agentkit("eval", "--resume", "run")  # nothing is left to run
-    assert "resuming run: 4 of 4 trials are finished\n" in shown.stderr and "report  run/report.html" in shown.stdout
+
+
+def test_a_finished_run_is_reported_without_its_model_and_without_a_sandbox(
+    suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(untrained, model)
+    options = ("-m", model, "--seed", "5", "--env", "unsafe-local", "--out", "run")
+    before = json.loads(agentkit("eval", suite, *options, "--json").stdout)
+    report, written = Path("run/report.html"), Path("run/run.json").read_bytes()
+    kept = report.read_bytes()
+    report.write_text('<p class="brand">agentkit</p> of the run when it was interrupted')
+    leftover = Path("run/trajectories/first.0.jsonl.01234567-3.snapshot")
+    leftover.touch()
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()
+    monkeypatch.setattr(agentkit_evals.verify, "open_environment", None)
+    shown = agentkit("eval", "--resume", "run", "--json", "--junit", "results.xml", "-n", "3", "-m", model)
+    assert shown.stderr == "run is finished: all 2 trials have a record\n"
+    assert json.loads(shown.stdout) == before and Path("results.xml").exists()
+    assert report.read_bytes() == kept and Path("run/run.json").read_bytes() == written and not leftover.exists()
+    shown = agentkit("eval", suite, *options[:-2], "--resume", "run")
+    assert "report  run/report.html" in shown.stdout
+    assert agentkit("eval", "--resume", "run", "--threshold", "1").exit_code == 0
+    for more, message in ((("-k", "3"), "epochs 1, given 3"), (("-m", untrained), "given 'untrained'")):
+        assert message in agentkit("eval", "--resume", "run", *more, code=2).stderr
 
 
 def test_other_settings_are_refused(suite: Path, untrained: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agentkit.cli.model import load_model, model_options, recorded_options
+from agentkit.cli.model import load_model, model_name, model_options, recorded_options
 from agentkit.cli.options import (
     SUITE,
     BaseUrlFlag,
@@ -245,15 +245,19 @@ def _report(finished: Finished, terminal: Console, threshold: float | None, *, a
 
 
 def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
-    """Continue a run with its own settings, except those that are given. `EvalRun` refuses those that it has fixed."""
+    """Continue a run with its own settings, except those that are given, or report it if nothing is left to run.
+
+    Settings that the run has fixed are refused before the model is loaded, and other weights afterwards.
+    """
     from agentkit.cli import evaluation
     from agentkit_evals.record import RunDirectory
-    from agentkit_evals.resume import suite_of
+    from agentkit_evals.resume import check_same, suite_of
     from agentkit_evals.suite import load_suite
 
     chosen = ctx.params
     given = given_parameters(ctx)
-    lock = RunDirectory.open(directory).lock
+    found = RunDirectory.open(directory)
+    lock = found.lock
     if "out" in given:
         raise typer.BadParameter(f"a resumed run stays in {directory}; leave it out", param_hint="--out")
     seed = chosen["seed"] if "seed" in given else lock.seed
@@ -270,25 +274,38 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
     if "model" in given and len(chosen["model"]) > 1:
         raise typer.BadParameter("a run has one model; leave it out", param_hint="--model")
     name = chosen["model"][0] if "model" in given else str(lock.model_options.get("model", lock.model))
-    options = recorded_options(lock.model_options, ctx, given)
-    source = load_model(name, **options)
-    sampling = {field.name: getattr(lock.sampling, field.name) for field in fields(lock.sampling)} | flags.changes()
-    terminal = console(quiet=chosen["as_json"])
-    finished = evaluation.evaluate(
-        suite,
-        source,
-        directory=directory,
-        epochs=chosen["epochs"] if "epochs" in given else lock.epochs,
-        warm=chosen["warm"],
-        concurrency=chosen["concurrency"] if "concurrency" in given else lock.concurrency,
-        backend=chosen["env"].value if "env" in given else lock.backend,
-        seed=seed,
-        max_cost_usd=chosen["max_cost"] if "max_cost" in given else lock.max_cost_usd,
-        sampling=sampling,
-        console=terminal,
-        model_options=model_options(name, options),
-        resume=True,
+    now = lock.model_copy(
+        update={
+            "name": suite.name,
+            "tasks": [case.task for case in suite.cases],
+            "model": model_name(name) if "model" in given else lock.model,
+            "epochs": chosen["epochs"] if "epochs" in given else lock.epochs,
+            "backend": chosen["env"].value if "env" in given else lock.backend,
+            "seed": seed,
+            "sampling": lock.sampling.override(**flags.changes()),
+        }
     )
+    check_same(directory, lock, now)
+    terminal = console(quiet=chosen["as_json"])
+    if found.num_left == 0:
+        finished = evaluation.already_finished(found)
+    else:
+        options = recorded_options(lock.model_options, ctx, given)
+        finished = evaluation.evaluate(
+            suite,
+            load_model(name, **options),
+            directory=directory,
+            epochs=now.epochs,
+            warm=chosen["warm"],
+            concurrency=chosen["concurrency"] if "concurrency" in given else lock.concurrency,
+            backend=now.backend,
+            seed=seed,
+            max_cost_usd=chosen["max_cost"] if "max_cost" in given else lock.max_cost_usd,
+            sampling={field.name: getattr(now.sampling, field.name) for field in fields(now.sampling)},
+            console=terminal,
+            model_options=model_options(name, options),
+            resume=True,
+        )
     if chosen["junit"] is not None:
         from agentkit_evals.junit import write_junit
 
@@ -304,7 +321,7 @@ def _folders(models: list[str]) -> list[str]:
     """Return a distinct folder name for the run of each model."""
     names: list[str] = []
     for model in models:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).resolve().name if Path(model).is_dir() else model)
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name(model))
         stem = stem.strip("-.") or "model"
         number = 1
         while (name := stem if number == 1 else f"{stem}-{number}") in names:

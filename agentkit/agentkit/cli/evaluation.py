@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def evaluate(
     if resume:
         found = RunDirectory.open(directory)
         retried = sum(trial.is_retried for trial in found.trials)
-        left -= len(found.trials) - retried
+        left = found.num_left
         parts = [
             f"{planned - left} of {planned} trials are finished",
             f"{len(found.unfinished)} interrupted" if found.unfinished else "",
@@ -134,6 +135,20 @@ def evaluate(
     elif finished.out_of_budget:
         typer.echo(f"--max-cost reached after {len(finished.trials)} of {planned} trials", err=True)
     return Finished(finished, report, interrupted)
+
+
+def already_finished(found: RunDirectory) -> Finished:
+    """Write the report of a run that has no trial left to run, and remove what a killed process has left of it.
+
+    No model is loaded, and no sandbox is opened.
+    """
+    from agentkit.cli.view import write_report
+    from agentkit_evals.resume import remove_leftovers
+
+    planned = len(found.lock.tasks) * found.lock.epochs
+    typer.echo(f"{found.path} is finished: all {planned} trials have a record", err=True)
+    run(partial(remove_leftovers, found))
+    return Finished(found, write_report(found), interrupted=False)
 
 
 def ending(finished: Finished, threshold: float | None = None) -> int:

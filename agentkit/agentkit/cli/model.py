@@ -89,6 +89,11 @@ def load_model(
     return EmbeddedModel(engine)
 
 
+def model_name(name: str) -> str:
+    """Return the name that a model has once it is loaded: for a folder, the folder's own."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
 def model_options(name: str, options: Mapping[str, Any]) -> dict[str, str | int]:
     """Return the name of a model and those options that load a model of its kind, for a record that is resumed."""
     from agentkit.models.remote.resolve import is_remote

@@ -14,6 +14,7 @@ from agentkit.cli.ending import ExitCode
 from agentkit.cli.terminal import visible
 
 if TYPE_CHECKING:
+    from agentkit_evals.record import RunDirectory
     from agentkit_evals.report import Decode
 
 
@@ -41,12 +42,12 @@ def _page(path: Path) -> Path:
 
     if path.is_dir():
         if (path / "run.json").exists() or not (runs := _runs(path)):
-            return _report(RunDirectory.open(path))
+            return write_report(RunDirectory.open(path))
         return _index(path, runs)
     if path.suffix == ".html" and path.is_file():
         return path
     if path.name in ("run.json", "trials.jsonl"):
-        return _report(RunDirectory.open(path.parent))
+        return write_report(RunDirectory.open(path.parent))
     if path.is_file():
         return _trajectory(path)
     raise RunDirectoryError(f"{path} does not exist; give a run, a folder of runs, a report or a trajectory (.jsonl)")
@@ -57,12 +58,12 @@ def _runs(folder: Path) -> list[Path]:
     return sorted(file.parent for pattern in ("*/run.json", "*/*/run.json") for file in folder.glob(pattern))
 
 
-def _report(run: object) -> Path:
-    from agentkit_evals.record import RunDirectory
+def write_report(run: RunDirectory) -> Path:
+    """Write the report of a run without loading its model, and return its path: in the run directory, if possible."""
     from agentkit_evals.report import render_report
 
-    assert isinstance(run, RunDirectory)
-    return _write(run.path / "report.html", render_report(run, decode=_decoder(run.lock.model)))
+    model = str(run.lock.model_options.get("model", run.lock.model))
+    return _write(run.path / "report.html", render_report(run, decode=_decoder(model)))
 
 
 def _index(folder: Path, runs: list[Path]) -> Path:
@@ -77,7 +78,7 @@ def _index(folder: Path, runs: list[Path]) -> Path:
             run = RunDirectory.open(path)
             report = path / "report.html"
             if not report.exists():  # killed, or still running
-                report = _report(run)
+                report = write_report(run)
             where = (
                 f"{quote(path.relative_to(folder).as_posix())}/report.html"
                 if report.parent == path
@@ -109,9 +110,18 @@ def _write(path: Path, page: str) -> Path:
 
 
 def _decoder(model: str) -> Decode | None:
-    """Return the decoder of a packaged model without loading the model; None for other models, whose pages show ids."""
+    """Return the decoder of a packaged model, or of one in a folder (an absolute path), without loading the model.
+
+    None for other models, and if the folder has no usable tokenizer; their pages show ids.
+    """
     from agentkit_engine.chat import Tokenizer
+    from agentkit_engine.chat.errors import TokenizerError
     from agentkit_engine.engine import PACKAGED_MODELS
 
-    folder = PACKAGED_MODELS.get(model)
-    return Tokenizer.from_dir(folder).decode if folder and (folder / "tokenizer.json").is_file() else None
+    folder = PACKAGED_MODELS.get(model, Path(model))
+    if not folder.is_absolute():
+        return None
+    try:
+        return Tokenizer.from_dir(folder).decode
+    except TokenizerError:
+        return None
