@@ -72,6 +72,7 @@ class RunLock(Strict):
     backend: Backend | None  # None: each task sets its own
     epochs: int = Field(ge=1, le=1 << 20)
     concurrency: int
+    warm: int = Field(default=0, ge=0)  # sandboxes opened ahead
     seed: int
     max_cost_usd: float | None = Field(default=None, gt=0)
     prices_as_of: str | None = None  # the date of the list price of `Usage.cost_usd`

@@ -149,6 +149,7 @@ def prepare(run: RunDirectory, lock: RunLock) -> dict[str, Begun]:
     _remove_snapshots_but(run, begun)
     changes = {
         "concurrency": lock.concurrency,
+        "warm": lock.warm,
         "max_cost_usd": lock.max_cost_usd,
         "model_options": lock.model_options,
         "run_id": lock.run_id,

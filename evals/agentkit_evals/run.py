@@ -232,6 +232,7 @@ class EvalRun:
             backend=self.backend,
             epochs=self.epochs,
             concurrency=self.concurrency,
+            warm=self.warm,
             seed=self.seed,
             sampling=self.resolved_sampling,
             tasks=[case.task for case in cases],

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import agentkit_evals.run
 import agentkit_evals.verify
+from agentkit_environments import EnvironmentPool
 from agentkit_evals.record import RunDirectory
 
 from .conftest import TASK, agentkit
@@ -28,17 +30,29 @@ def ids(run: RunDirectory) -> dict[str, list[int]]:
     return {trial.trial: found.token_ids for trial in run.trials if (found := run.trajectory(trial)) is not None}
 
 
-def test_a_killed_run_is_resumed_with_its_own_settings(suite: Path, untrained: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_with_its_own_settings(
+    suite: Path, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ("-m", untrained, "-k", "2", "-n", "1", "--seed", "5", "--env", "unsafe-local", "--temperature", "0.7")
-    agentkit("eval", suite, *options, "--threads", "1", "--cache-dir", "cache", "--out", "run")
+    more = ("--warm", "2", "--compact-at", "5000")
+    agentkit("eval", suite, *options, "--threads", "1", "--cache-dir", "cache", "--out", "run", *more)
     before = RunDirectory.open("run")
     options_of_model = {"model": str(untrained), "threads": 1, "cache_dir": str(tmp_path / "cache")}
     assert before.lock.model_options == options_of_model and before.lock.fingerprint is not None
+    assert [task.agent.compact_at_tokens for task in before.lock.tasks] == [5000, 5000] and before.lock.warm == 2
     cut(tmp_path / "run")
     shutil.rmtree(suite)  # the run has its tasks
     result = agentkit("eval", "--resume", "run", "--json", "--junit", "results.xml", "--max-connections", "3", code=2)
     assert "name a model behind the API" in " ".join(result.output.split())
+    pools: list[int] = []
+
+    def pool(size: int, **options: Any) -> EnvironmentPool:
+        pools.append(size)
+        return EnvironmentPool(size, **options)
+
+    monkeypatch.setattr(agentkit_evals.run, "EnvironmentPool", pool)
     result = agentkit("eval", "--resume", "run", "--json", "--junit", "results.xml", "-n", "2")
+    assert pools == [2]
     found = json.loads(result.stdout)
     assert (found["trials"], found["mean"], found["seed"]) == (4, 1.0, 5)
     assert "resuming run: 3 of 4 trials are finished, 1 interrupted" in result.stderr
@@ -90,6 +104,8 @@ def test_other_settings_are_refused(suite: Path, untrained: Path, tmp_path: Path
         (("--out", "there"), "a resumed run stays in run"),
         (("--limit", "1"), "the run has its tasks"),
         (("--snapshots",), "the run has its tasks"),
+        (("--compact-at", "100"), "the run has its tasks"),
+        ((suite, "--compact-at", "100"), "run was started with other tasks"),
         ((suite, "--snapshots"), "run was started with other tasks"),
         (("-m", untrained, "-m", other), "a run has one model"),
     ]

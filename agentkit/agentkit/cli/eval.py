@@ -15,6 +15,7 @@ from agentkit.cli.options import (
     SUITE,
     BaseUrlFlag,
     CacheFlag,
+    CompactAtFlag,
     DeviceFlag,
     DevicesFlag,
     EnvFlag,
@@ -50,7 +51,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentkit.cli.evaluation import Finished
+    from agentkit.task import Task
     from agentkit_evals.suite import Suite
+
+
+OF_THE_TASKS = {"limit", "tasks_per_operation", "compact_at", "snapshots"}
+"""Parameters that choose or change tasks, which a run that is resumed has."""
 
 
 def command(
@@ -99,6 +105,7 @@ def command(
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
     env: EnvFlag = None,
+    compact_at: CompactAtFlag = None,
     snapshots: SnapshotsFlag = False,
     out: OutFlag = None,
     junit: Annotated[
@@ -144,8 +151,7 @@ def command(
     refuse_foreign_suite(suite)
     chosen = seed_or_random(seed)
     loaded = load_suite(suite, seed=chosen, limit=limit, per_operation=tasks_per_operation)
-    if snapshots:
-        loaded = _with_snapshots(loaded)
+    loaded = _with_options(loaded, compact_at, snapshots=snapshots)
     if limit is not None and len(loaded.cases) < limit:
         typer.echo(f"Note: the suite has {len(loaded.cases)} tasks, fewer than --limit {limit}.", err=True)
     together = len(model) > 1
@@ -261,16 +267,14 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
     if "out" in given:
         raise typer.BadParameter(f"a resumed run stays in {directory}; leave it out", param_hint="--out")
     seed = chosen["seed"] if "seed" in given else lock.seed
-    if chosen["suite"] is None and ("limit" in given or "tasks_per_operation" in given):
-        raise typer.BadParameter("the run has its tasks; leave it out", param_hint="--limit")
+    if chosen["suite"] is None and (fixed := sorted(given & OF_THE_TASKS)):
+        option = f"--{fixed[0].replace('_', '-')}"
+        raise typer.BadParameter("the run has its tasks; leave it out", param_hint=option)
     suite = suite_of(lock)
     if chosen["suite"] is not None:
         per_operation = chosen["tasks_per_operation"]
         suite = load_suite(chosen["suite"], seed=seed, limit=chosen["limit"], per_operation=per_operation)
-        if chosen["snapshots"]:
-            suite = _with_snapshots(suite)
-    elif chosen["snapshots"]:
-        raise typer.BadParameter("the run has its tasks; leave it out", param_hint="--snapshots")
+        suite = _with_options(suite, chosen["compact_at"], snapshots=chosen["snapshots"])
     if "model" in given and len(chosen["model"]) > 1:
         raise typer.BadParameter("a run has one model; leave it out", param_hint="--model")
     name = chosen["model"][0] if "model" in given else str(lock.model_options.get("model", lock.model))
@@ -296,7 +300,7 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
             load_model(name, **options),
             directory=directory,
             epochs=now.epochs,
-            warm=chosen["warm"],
+            warm=chosen["warm"] if "warm" in given else lock.warm,
             concurrency=chosen["concurrency"] if "concurrency" in given else lock.concurrency,
             backend=now.backend,
             seed=seed,
@@ -313,8 +317,16 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
     return _report(finished, terminal, chosen["threshold"], as_json=chosen["as_json"])
 
 
-def _with_snapshots(suite: Suite) -> Suite:
-    return replace(suite, cases=tuple(replace(case, task=with_snapshots(case.task)) for case in suite.cases))
+def _with_options(suite: Suite, compact_at: int | None, *, snapshots: bool) -> Suite:
+    """Return a suite whose tasks have the options of the command."""
+
+    def changed(task: Task) -> Task:
+        if compact_at is not None:
+            agent = task.agent.model_copy(update={"compact_at_tokens": compact_at})
+            task = task.model_copy(update={"agent": agent})
+        return with_snapshots(task) if snapshots else task
+
+    return replace(suite, cases=tuple(replace(case, task=changed(case.task)) for case in suite.cases))
 
 
 def _folders(models: list[str]) -> list[str]:

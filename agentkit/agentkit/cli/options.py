@@ -284,7 +284,8 @@ def _positive(value: float | None) -> float | None:
 
 
 CompactAtFlag = Annotated[
-    int | None, typer.Option("--compact-at", min=1, help="Compact the conversation once it has this many tokens.")
+    int | None,
+    typer.Option("--compact-at", min=1, max=1 << 31, help="Compact the conversation once it has this many tokens."),
 ]
 MaxCostFlag = Annotated[
     float | None,
