@@ -62,7 +62,8 @@ async def make_bugs(
 ) -> dict[str, Any]:
     """Make up to `limit` bugs in each package, export them, and return the card.
 
-    A package that cannot be used is listed in the card. If none can be used, the reason of the first is raised.
+    A package that cannot be used is listed in the card. If none can be used, that is raised: for a single package, with
+    the reason, which is then not reported.
 
     Args:
         specs: Packages to fetch, and folders that hold one.
@@ -74,7 +75,7 @@ async def make_bugs(
         backend: Sandbox backend.
         index: A folder of source distributions, in place of the package index.
         timeout_s: Seconds after which the search in a package ends.
-        report: Called after each fault, and when a package is refused.
+        report: Called after each fault, and when one of several packages is refused.
 
     Raises:
         PackageError: no package can be used.
@@ -95,13 +96,17 @@ async def make_bugs(
                 )
             except PackageError as exc:
                 refused[number] = exc
-                report(PackageProgress(str(spec), 0, 0, str(exc)))
+                if len(specs) > 1:
+                    report(PackageProgress(str(spec), 0, 0, str(exc)))
 
     async with anyio.create_task_group() as group:
         for number, spec in enumerate(specs):
             group.start_soon(make, number, spec)
     if refused and not cards:
-        raise refused[min(refused)]
+        first = refused[min(refused)]
+        if len(specs) == 1:
+            raise first
+        raise PackageError(f"none of the {len(specs)} packages can be used; the reason of each was reported") from first
     card = _card([cards[number] for number in sorted(cards)], limit, seed)
     card["refused"] = [{"package": str(specs[n]), "reason": str(refused[n])[:300]} for n in sorted(refused)]
     try:

@@ -22,7 +22,7 @@ import typer.testing
 from agentkit.cli import app
 from agentkit.task import Task, TestsConfig
 from agentkit_environments import SandboxUnavailableError, available_backends
-from agentkit_evals.errors import FailingTestsError, OutputError, RunDirectoryError, UnknownPackageError
+from agentkit_evals.errors import FailingTestsError, OutputError, PackageError, RunDirectoryError, UnknownPackageError
 from agentkit_evals.harbor import read_task_directory
 from agentkit_evals.provenance import Provenance
 from agentkit_evals.suite import load_suite
@@ -320,8 +320,13 @@ def test_a_package_that_is_refused_does_not_stop_the_others(
     card = make(tmp_path / "out", unknown, SPEC, limit=1, report=reports.append)
     assert card["bugs"] == 1 and [each["package"] for each in card["refused"]] == ["nothing==1"]
     assert any(each.problem and "no source distribution of nothing==1" in each.problem for each in reports)
+    reports.clear()
     with pytest.raises(UnknownPackageError):
-        make(tmp_path / "out", unknown)
+        make(tmp_path / "out", unknown, report=reports.append)
+    assert not reports, "the error has the reason"
+    with pytest.raises(PackageError, match="none of the 2 packages can be used"):
+        make(tmp_path / "out", unknown, PackageSpec.parse("none==2"), report=reports.append)
+    assert sorted(each.package for each in reports) == ["none==2", "nothing==1"]
 
 
 def test_no_sandbox_is_an_error_and_never_less_isolation(
