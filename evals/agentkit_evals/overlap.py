@@ -55,7 +55,7 @@ def read_texts(path: Path) -> list[Text]:
     A row of JSON Lines yields each of its strings; any other file is one text.
 
     Raises:
-        OverlapError: the path does not exist, is not UTF-8 text, or a row is not JSON.
+        OverlapError: the path does not exist, is not UTF-8 text, or has no text; or a row is not JSON.
     """
     if not path.exists():
         raise OverlapError(f"{path} does not exist; expected a text file, JSON Lines, or a folder of them")
@@ -74,6 +74,9 @@ def read_texts(path: Path) -> list[Text]:
             texts += _rows(file, content)
         else:
             texts.append(Text(str(file), content))
+    if not any(each.text for each in texts):
+        kinds = f" in files of the kinds {', '.join(sorted(TEXT_SUFFIXES))}" if path.is_dir() else ""
+        raise OverlapError(f"{path} has no text{kinds}, so there is nothing to compare")
     return texts
 
 

@@ -46,11 +46,21 @@ class TrainingRow(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Numbers of an export. `unlisted` counts rows that were left out, by licence; None is an unknown one."""
+    """Numbers of an export.
+
+    Attributes:
+        rows: Rows that were written.
+        below_reward: Trials left out because of their reward.
+        unlisted: Trials left out because of their licence, by licence; None is an unknown one.
+        not_scored: Trials without a reward.
+        no_trajectory: Scored trials whose trajectory is missing.
+    """
 
     rows: int
     below_reward: int
     unlisted: dict[str | None, int]
+    not_scored: int
+    no_trajectory: int
 
 
 def training_rows(run: RunDirectory) -> Iterator[TrainingRow]:
@@ -102,7 +112,7 @@ def export_rows(
     min_reward: float = 1.0,
     fields: Collection[str] | None = None,
 ) -> Exported:
-    """Write the rows of runs to a new file.
+    """Write the rows of runs to a new file. Without a row, no file is written.
 
     Args:
         runs: The runs.
@@ -119,6 +129,8 @@ def export_rows(
     """
     accepted = frozenset(licences)
     written = below = 0
+    trials = [trial for run in runs for trial in run.trials]
+    missing = scored = sum(trial.reward is not None for trial in trials)
     refused: Counter[str | None] = Counter()
     example: dict[str | None, str] = {}
     partial = out.with_name(out.name + ".partial")
@@ -126,6 +138,7 @@ def export_rows(
         with partial.open("w", encoding="utf-8") as file:
             for run in runs:
                 for row in training_rows(run):
+                    missing -= 1
                     licence = row.provenance.licence
                     if row.reward < min_reward:
                         below += 1
@@ -144,16 +157,17 @@ def export_rows(
                 )
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(out)
+        if written:
+            partial.replace(out)
     except OSError as exc:
         raise not_written(exc, out) from exc
     finally:
         partial.unlink(missing_ok=True)
-    return Exported(written, below, dict(refused))
+    return Exported(written, below, dict(refused), len(trials) - scored, missing)
 
 
 def export_atif(sources: Sequence[RunDirectory | Path], out: Path) -> int:
-    """Write trajectories as ATIF 1.8, one file each, to a new folder.
+    """Write trajectories as ATIF 1.8, one file each, to a new folder. Without a trajectory, there is no folder.
 
     Args:
         sources: Runs, of which the trajectories of all finished trials are written, and trajectory files.
@@ -177,7 +191,8 @@ def export_atif(sources: Sequence[RunDirectory | Path], out: Path) -> int:
                 name = f"{file.stem}.json" if len(sources) == 1 else f"{number}-{file.stem}.json"
                 (partial / name).write_bytes(atif_bytes(Trajectory.load(file)))
                 count += 1
-        partial.replace(out)
+        if count:
+            partial.replace(out)
     except OSError as exc:
         raise not_written(exc, out) from exc
     finally:

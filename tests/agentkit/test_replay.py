@@ -286,6 +286,7 @@ def test_the_command(record: Trajectory, tmp_path: Path) -> None:
     assert "a model behind an API" in agentkit("replay", hosted, code=2)
     Trajectory(replace(record.header, model="mine"), other).close()
     assert 'the record is of a model "mine"; give its folder' in agentkit("replay", other, code=2)
+    assert "other.jsonl has no ids, so there is nothing to compare" in agentkit("replay", other, "-m", "tiny", code=2)
     assert "is behind an API" in agentkit("replay", good, "-m", "openai:m", code=2)
     assert "none.jsonl" in agentkit("replay", "none.jsonl", code=2)
     bad.write_text("{}\n")

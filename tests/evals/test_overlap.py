@@ -56,6 +56,21 @@ def test_a_planted_copy_is_found_with_its_places(tmp_path: Path) -> None:
     assert "b.md +3" in shown and "1 copies of at least 50 bytes" in shown
 
 
+def test_texts_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "c.bin").write_text("of another kind")
+    (tmp_path / "text.txt").write_text("text")
+    for names, missing in (
+        (("rows.jsonl", "text.txt"), "rows.jsonl"),
+        (("text.txt", "corpus"), "corpus"),
+        (("text.txt", "text.txt", "corpus"), "corpus"),
+    ):
+        arguments = ["overlap", *(str(tmp_path / name) for name in names), "--fail-above", "9"]
+        done = typer.testing.CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2 and f"{tmp_path / missing} has no text" in done.stderr and not done.stdout
+
+
 def brute_force(export: list[str], corpora: list[str]) -> int:
     lengths = [
         len(ours[start:end].encode())

@@ -92,8 +92,32 @@ def test_rewards_below_the_bound_stay_out_whatever_their_licence(
 ) -> None:
     done = evaluate((number_task("wrong"), script("41")))
     result, rows = export(done)
-    assert (result.exit_code, rows) == (0, []) and "0 rows; 1 below the reward" in result.output
+    assert (result.exit_code, rows, result.stdout) == (1, [], "")
+    assert "rows.jsonl is not written: 1 of 1 trials are finished; left out: 1 below the reward 1" in result.stderr
     assert [row.reward for row in training_rows(done)] == [0.0]
+
+
+def test_an_export_of_nothing_fails_and_leaves_the_file(
+    number_task: MakeTask, solves: Policy, evaluate: Evaluate, export: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = evaluate((with_licence(number_task, "a", "GPL-3.0-only"), solves), (number_task("b"), solves))
+    out = tmp_path / "rows.jsonl"
+    out.write_text("{}\n")
+    result, rows = export(done, "--unlisted", "drop")
+    assert (result.exit_code, rows) == (1, [{}])
+    assert "left out: 1 rows with licence GPL-3.0-only, 1 rows with licence unknown" in result.stderr
+    for file in (done.path / "trajectories").iterdir():
+        file.unlink()
+    result, rows = export(done, "--unlisted", "keep")
+    assert (result.exit_code, rows) == (1, [{}])
+    assert "2 of 2 trials are finished; left out: 2 without a trajectory" in result.stderr
+    atif = ["export", str(done.path), "--out", str(tmp_path / "atif"), "--atif"]
+    result = typer.testing.CliRunner().invoke(app, atif)
+    assert (result.exit_code, result.stdout) == (1, "") and not (tmp_path / "atif").exists()
+    assert "2 of 2 trials are finished; none has a trajectory" in result.stderr
+    (done.path / "trials.jsonl").write_text("")
+    result, rows = export(done)
+    assert result.exit_code == 1 and "is not written: 0 of 2 trials are finished\n" in result.stderr
 
 
 def test_a_malformed_provenance_and_wrong_usage(

@@ -2,7 +2,8 @@
 
 0   success; `run` produced an answer, with reward 1 if the task has a verifier; `eval` met --threshold, if given
 1   `run`: no answer, an answer that does not match the schema, a limit, or a reward below 1; `eval`: below
-    --threshold, or stopped by --max-cost; `check`: an unsound task; `replay`: a difference
+    --threshold, or stopped by --max-cost; `check`: an unsound task; `replay`: a difference; `export`: nothing to write;
+    `synth`: fewer tasks than were asked for
 2   usage: a wrong flag, file, model or operation; an API's key that is missing or wrong; --max-cost for a model without
     a known price
 3   infrastructure: no sandbox, a verifier that cannot start, an engine or disk failure, an API that cannot be reached

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agentkit.cli.ending import ExitCode
 from agentkit.cli.options import finite, output_file
 from agentkit.cli.terminal import visible_line
+
+if TYPE_CHECKING:
+    from agentkit_evals.record import RunDirectory
 
 
 class OnUnlisted(StrEnum):
@@ -54,6 +57,8 @@ def command(
 
     A row has token ids, a loss mask, log-probabilities, messages, tools, the reward, and the origin of its task:
     generator, seed, package, version, licence, model and sampling. With --atif, licences and rewards do not matter.
+
+    Exits with 1, and says why, if there is nothing to write.
     """
     from agentkit_evals.provenance import PERMISSIVE
     from agentkit_evals.record import RunDirectory
@@ -65,7 +70,12 @@ def command(
         if out.exists():
             raise typer.BadParameter(f"{out} already exists; give a new folder", param_hint="--out")
         output_file(out)
-        count = export_atif([run if run.is_file() else RunDirectory.open(run) for run in runs], out)
+        sources = [run if run.is_file() else RunDirectory.open(run) for run in runs]
+        count = export_atif(sources, out)
+        if not count:
+            read = _trials_read([source for source in sources if isinstance(source, RunDirectory)])
+            typer.echo(f"No trajectory, so {out} is not written: {read}; none has a trajectory", err=True)
+            return ExitCode.UNSOLVED
         typer.echo(f"{out}: {count} trajectories")
         return ExitCode.OK
     output_file(out)
@@ -75,7 +85,29 @@ def command(
     found = [RunDirectory.open(run) for run in runs]
     fields = ("messages", "tools") if openai else None
     done = export_rows(found, out, licences=accepted, unlisted=unlisted.value, min_reward=min_reward, fields=fields)
+    licences_left_out = [
+        f"{count} rows with licence {visible_line(name or 'unknown')}"
+        for name, count in sorted(done.unlisted.items(), key=lambda item: str(item[0]))
+    ]
+    if not done.rows:
+        reasons = [
+            f"{count} {reason}"
+            for count, reason in (
+                (done.not_scored, "not scored"),
+                (done.no_trajectory, "without a trajectory"),
+                (done.below_reward, f"below the reward {min_reward:g} (--min-reward)"),
+            )
+            if count
+        ]
+        why = ", ".join([*reasons, *licences_left_out])
+        typer.echo(f"No row, so {out} is not written: {_trials_read(found)}{why and f'; left out: {why}'}", err=True)
+        return ExitCode.UNSOLVED
     typer.echo(f"{out}: {done.rows} rows; {done.below_reward} below the reward")
-    for name, count in sorted(done.unlisted.items(), key=lambda item: str(item[0])):
-        typer.echo(f"left out: {count} rows with licence {visible_line(name or 'unknown')}")
+    for line in licences_left_out:
+        typer.echo(f"left out: {line}")
     return ExitCode.OK
+
+
+def _trials_read(runs: list[RunDirectory]) -> str:
+    planned = sum(len(run.lock.tasks) * run.lock.epochs for run in runs)
+    return f"{sum(len(run.trials) for run in runs)} of {planned} trials are finished"

@@ -46,7 +46,9 @@ def command(
     Exits with 0 if everything is equal, and log-probabilities differ by at most --tolerance, and with 1 if not. A
     record that ends before its run did is compared as far as it goes, and a note says so.
     """
+    from agentkit.errors import ReplayError
     from agentkit.events import Outcome
+    from agentkit.model import TokenSegment
     from agentkit.models.embedded import EmbeddedModel
     from agentkit.replayer import check_replayable, replay
     from agentkit.trajectory import Trajectory
@@ -56,6 +58,10 @@ def command(
     name = model or record.header.model
     if model is None and name not in packaged_models():
         raise typer.BadParameter(f'the record is of a model "{name}"; give its folder', param_hint="--model")
+    if not any(isinstance(each, TokenSegment) for each in record.records):
+        raise ReplayError(
+            f"{trajectory} has no ids, so there is nothing to compare: its run ended before its first prompt"
+        )
     source = load_model(
         name,
         device=device,
