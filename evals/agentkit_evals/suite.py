@@ -115,6 +115,8 @@ def load_suite(spec: str, *, seed: int = 0, limit: int | None = None, per_operat
         path = PACKAGED_SUITES[spec]
     if head == "synth" and not path.exists():
         chosen = [name for name in names.split(",") if name]
+        if spec != "synth" and not chosen:
+            raise SuiteError(f"{spec} names no operation; give synth:OPERATION,OPERATION, or synth for all")
         if per_operation is None and limit is not None:
             per_operation = -(-limit // len(chosen or load_operations()))
         suite = synth_suite(SynthSelection(operations=chosen, per_operation=per_operation or 3), seed=seed)

@@ -123,6 +123,7 @@ def test_other_settings_are_refused(suite: Path, untrained: Path, tmp_path: Path
 
 
 def test_mistakes(suite: Path, untrained: Path) -> None:
+    assert "1048576" in agentkit("eval", suite, "-k", "2000000", code=2).output
     assert "give a suite, or a run with --resume" in agentkit("eval", code=2).output
     assert "suite is not a run: it has no run.json" in agentkit("eval", "--resume", suite, code=2).output
     assert "does not exist" in agentkit("eval", "--resume", "none", code=2).output

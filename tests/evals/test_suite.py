@@ -113,3 +113,9 @@ def test_a_packaged_suite_is_loaded_by_name(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "everyday").mkdir()
     (tmp_path / "everyday" / "mine.yaml").write_text(TASK.format(id="mine"))
     assert ids("everyday") == ["mine"]
+
+
+def test_a_selection_of_no_operation_is_refused() -> None:
+    for spec in ("synth:", "synth:,"):
+        with pytest.raises(SuiteError, match="names no operation"):
+            load_suite(spec)

@@ -81,7 +81,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Maximum API requests in flight. Default: no limit until the API sets one."),
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, help="Runs of each task.")] = 1,
+    epochs: Annotated[int, typer.Option("--epochs", "-k", min=1, max=1 << 20, help="Runs of each task.")] = 1,
     tasks_per_operation: Annotated[
         int | None, typer.Option(min=1, help="Tasks to generate per operation, for `synth` only. Default: 3.")
     ] = None,
