@@ -508,7 +508,7 @@ def explain(error: Mapping[str, Any], model: type[BaseModel]) -> str:
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__name__} {shorten(value)}"
+    return "nothing" if value is None else f"{type(value).__name__} {shorten(value)}"
 
 
 def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> Iterable[str]:

@@ -267,7 +267,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "UTF-16": (HEAD.encode("utf-16"), ":1: not UTF-8 text: byte 0 is 0xff"),
     "Latin-1": (HEAD.encode() + b"system: \xe9", ":3: not UTF-8 text: byte 29 is 0xe9"),
     "binary": (bytes(range(256)), ":2: not UTF-8 text: byte 128 is 0x80"),
-    "nothing": ("", ":1: expected keys and values .*, got NoneType None"),
+    "nothing": ("", ":1: expected keys and values .*, got nothing"),
     "a list": ("- a", ":1: expected keys and values"),
     "a long text": ("x" * 400_000, ":1: expected keys and values"),
     "too much text": ("x" * 600_000, ": cannot be read: it has 600,000 bytes, .*include them with `!file`"),

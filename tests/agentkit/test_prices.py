@@ -176,7 +176,7 @@ def test_a_table_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
         ),
         (("output: 2", "output: 2\n  tiers: [{utc_hours: [1-4], input: 1, output: 2}]"), "'1-4' must be hours"),
         ((ROW, "- 1"), "1: expected keys and values (prices), got list [1]"),
-        ((ROW, ""), "1: expected keys and values (prices), got NoneType None"),
+        ((ROW, ""), "1: expected keys and values (prices), got nothing"),
     ],
 )
 def test_mistakes_in_a_table_are_shown_with_their_line(tmp_path: Path, change: tuple[str, str], problem: str) -> None:

@@ -75,7 +75,9 @@ def agentkit(*arguments: str, code: int) -> str:
         (["run", "Hi", "--device", "tpu"], 'device must be "cpu", "cuda" or "cuda:N"'),
         (["run", "Hi", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
         (["run", "Hi", "--temperature", "nan"], "'--temperature': Input should be greater than or equal to 0"),
-        (["run", "Hi", "--timeout", "inf"], "inf is not a finite number"),
+        (["run", "Hi", "--timeout", "1e8"], "'--timeout': Input should be less than or equal to"),
+        (["run", "Hi", "--max-turns", "1" + 20 * "0"], "'--max-turns': Input should be less than or equal to"),
+        (["chat", "--max-tokens", "1" + 20 * "0"], "'--max-tokens': Input should be less than or equal to"),
         (["run", "Hi", "--top-p", "0"], "0 leaves no token"),
         (["run", "Hi", "--top-k", "0"], "'--top-k': Input should be greater than or equal to 1"),
         (["run", "Hi", "--min-p", "2"], "'--min-p': Input should be less than or equal to 1"),
@@ -96,6 +98,7 @@ def agentkit(*arguments: str, code: int) -> str:
         (["eval", "good.yaml", "--tasks-per-operation", "3"], "good.yaml is not generated"),
         (["check", "empty"], "empty has no tasks; add .yaml task files"),
         (["check", "nowhere"], "nowhere: cannot be read"),
+        (["check", "nothing.yaml"], "nothing.yaml:1: expected keys and values"),
         (["view", "nowhere"], "nowhere does not exist; give a run, a folder of runs"),
         (["view", "good.yaml"], "good.yaml is not a trajectory"),
     ],
@@ -107,6 +110,7 @@ def test_each_mistake_has_a_remedy(arguments: list[str], message: str) -> None:
     Path("harbor/one/task.toml").touch()
     Path("file.txt").touch()
     Path("data.jsonl").touch()
+    Path("nothing.yaml").touch()
     Path("data.parquet").touch()
     Path("calls.yaml").write_text("id: c\ninstruction: Call.\ntools: [bash]\nverifier: {calls: any}\n")
     Path("good.yaml").write_text(TASK.format(id="good"))

@@ -106,7 +106,9 @@ def command(
     grammar: GrammarFlag = None,
     no_grammar: NoGrammarFlag = False,
     approve: ApproveFlag = ApproveChoice.ALL,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens per message.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, max=1 << 31, help="Maximum number of sampled tokens per message.")
+    ] = None,
     max_cost: MaxCostFlag = None,
     compact_at: CompactAtFlag = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,

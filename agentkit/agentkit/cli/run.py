@@ -130,10 +130,14 @@ def command(
         ),
     ] = None,
     approve: ApproveFlag = ApproveChoice.ALL,
-    max_turns: Annotated[int | None, typer.Option(min=1, help="Maximum number of model turns.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of sampled tokens.")] = None,
+    max_turns: Annotated[int | None, typer.Option(min=1, max=1 << 31, help="Maximum number of model turns.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, max=1 << 31, help="Maximum number of sampled tokens.")
+    ] = None,
     max_cost: MaxCostFlag = None,
-    timeout: Annotated[float | None, typer.Option(min=0.1, callback=finite, help="Time limit in seconds.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, max=1e7, callback=finite, help="Time limit in seconds.")
+    ] = None,
     compact_at: CompactAtFlag = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     snapshots: SnapshotsFlag = False,
