@@ -29,6 +29,8 @@ from agentkit_environments.snapshot import Snapshot
 BLOCK = 1 << 16
 """Bytes of a file that become a hole if all are zero: the engine's archives have no holes."""
 ZEROS = bytes(BLOCK)
+PIECE = 1 << 18
+"""Bytes of an archive that are sent or received at once."""
 AGENT = (AGENT_ID, AGENT_ID)
 KINDS = {tarfile.DIRTYPE: "dir", tarfile.SYMTYPE: "link", tarfile.FIFOTYPE: "fifo", tarfile.LNKTYPE: "hard"}
 TYPES = {kind: tar_type for tar_type, kind in KINDS.items()} | {"file": tarfile.REGTYPE}
@@ -58,7 +60,7 @@ def pack(
         ) as response:
             response.raise_for_status()
             try:
-                with tarfile.open(fileobj=response.raw, mode="r|") as archive:
+                with tarfile.open(fileobj=response.raw, mode="r|", bufsize=PIECE) as archive:
                     for member in archive:
                         packer.add(label, archive, member)
             except (tarfile.TarError, EOFError, OverflowError) as error:
@@ -75,10 +77,12 @@ def restore(api: APIClient, container_id: str, trees: Mapping[str, str], snapsho
     with snapshot.descriptor() as fd:
         index, _ = tree.read_index(fd)
         for label, path in trees.items():
+            if not any(entry["name"].startswith(f"{label}/") for entry in index["entries"]):
+                continue  # the engine starts a process for each archive
             response: requests.Response = api.put(
                 _url(api, container_id),
                 params={"path": path, "noOverwriteDirNonDir": "1"},
-                data=_archive(label, index["entries"], fd),
+                data=_pieces(_archive(label, index["entries"], fd)),
                 timeout=API_TIMEOUT_S,
             )
             if not response.ok:
@@ -155,6 +159,18 @@ class _Packer:
         self._bytes += size
         if self._bytes > self._max_bytes:
             raise OSError(errno.EFBIG, f"more than {self._max_bytes} bytes")
+
+
+def _pieces(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the same bytes in larger pieces: each is a chunk of the request."""
+    piece = bytearray()
+    for chunk in chunks:
+        piece += chunk
+        if len(piece) >= PIECE:
+            yield bytes(piece)
+            piece.clear()
+    if piece:
+        yield bytes(piece)
 
 
 def _archive(label: str, entries: list[dict[str, Any]], fd: int) -> Iterator[bytes]:

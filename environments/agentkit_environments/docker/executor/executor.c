@@ -803,15 +803,19 @@ refused:
 
 /* ---- Killing ---- */
 
+enum { ENVIRONMENT_START = 50 }; /* field of /proc/PID/stat: see proc_pid_stat(5) */
+
 struct process {
     pid_t pid, parent;
-    bool is_stopped, is_found;
+    bool is_stopped, is_found, is_loading;
 };
 
-/* Read the state, parent and session of a process; false if it is gone or dead. */
-static bool read_stat(pid_t pid, struct process *process, pid_t *session) {
-    char path[32], text[512], *fields, state;
+/* Read the state, parent and session of a process, and the size of its environment: -1 while its program is being
+ * loaded. False if it is gone or dead. */
+static bool read_stat(pid_t pid, struct process *process, pid_t *session, long *environment) {
+    char path[32], text[1024], *fields, state;
     int parent, group, its_session;
+    unsigned long start = 0, end = 0;
     snprintf(path, sizeof path, "/proc/%d/stat", pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t size = fd < 0 ? -1 : read_again(fd, text, sizeof text - 1);
@@ -822,20 +826,27 @@ static bool read_stat(pid_t pid, struct process *process, pid_t *session) {
     fields = strrchr(text, ')'); /* the name before it may contain anything */
     if (!fields || sscanf(fields + 1, " %c %d %d %d", &state, &parent, &group, &its_session) != 4)
         return false;
-    *process = (struct process){pid, parent, state == 'T' || state == 't', false};
+    for (int field = 2; fields && field < ENVIRONMENT_START; field++)
+        fields = strchr(fields + 1, ' ');
+    if (fields)
+        sscanf(fields, "%lu %lu", &start, &end);
+    *process = (struct process){pid, parent, state == 'T' || state == 't', false, false};
     *session = its_session;
+    *environment = end ? (long)(end - start) : -1;
     return state != 'Z' && state != 'X';
 }
 
-/* Return whether a process's environment has a variable of this value. */
-static bool has_variable(pid_t pid, const char *value) {
+/* Return whether a process's environment has a variable of this value: 1 or 0, or -1 if the kernel shows none because
+ * its program is being loaded. */
+static int has_variable(pid_t pid, const char *value) {
     char path[32], wanted[2 * COOKIE_BYTES + 3];
     snprintf(path, sizeof path, "/proc/%d/environ", pid);
     size_t length = (size_t)snprintf(wanted, sizeof wanted, "=%s", value) + 1, kept = 0;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    bool found = false;
+    bool found = false, is_empty = fd >= 0;
     ssize_t size;
     while (fd >= 0 && !found && (size = read_again(fd, scratch + kept, sizeof scratch - kept - 1)) > 0) {
+        is_empty = false;
         kept += (size_t)size;
         scratch[kept] = '\0'; /* the last variable may lack its end */
         found = memmem(scratch, kept + 1, wanted, length) != NULL;
@@ -844,15 +855,22 @@ static bool has_variable(pid_t pid, const char *value) {
         kept = tail;
     }
     close_fd(&fd);
+    struct process process;
+    pid_t session;
+    long environment;
+    if (is_empty && read_stat(pid, &process, &session, &environment) && environment != 0)
+        return -1; /* if the program has been loaded by now, the next look sees its variables */
     return found;
 }
 
-/* Find the living processes of a command: its session, those that carry its cookie, and all their descendants. Returns
- * their number, or -1 if /proc cannot be read. The caller frees the list. */
+/* Find the living processes of a command: its session, those that carry its cookie, and all their descendants; and
+ * those whose program is being loaded, which may be others of these. Returns their number, or -1 if /proc cannot be
+ * read. The caller frees the list. */
 static int find_processes(const struct command *command, struct process **list) {
     struct process *found = NULL, process;
     size_t count = 0, room = 0;
     pid_t session;
+    long environment;
     struct dirent *entry;
     DIR *proc = opendir("/proc");
     *list = NULL;
@@ -861,9 +879,10 @@ static int find_processes(const struct command *command, struct process **list) 
     act_as(&command->user);
     while ((entry = readdir(proc))) {
         pid_t pid = (pid_t)strtol(entry->d_name, NULL, 10);
-        if (pid <= 1 || !read_stat(pid, &process, &session))
+        if (pid <= 1 || !read_stat(pid, &process, &session, &environment))
             continue;
-        process.is_found = session == command->pid || pid == command->pid || has_variable(pid, command->cookie);
+        int has = session == command->pid || pid == command->pid ? 1 : has_variable(pid, command->cookie);
+        process.is_found = has > 0, process.is_loading = has < 0;
         if (count == room) {
             room = room ? 2 * room : 64;
             struct process *larger = realloc(found, room * sizeof *found);
@@ -885,10 +904,22 @@ static int find_processes(const struct command *command, struct process **list) 
     }
     size_t kept = 0;
     for (size_t i = 0; i < count; i++)
-        if (found[i].is_found)
+        if (found[i].is_found || found[i].is_loading)
             found[kept++] = found[i];
     *list = found;
     return is_complete ? (int)kept : -1;
+}
+
+/* Keep the processes of a list that are in another one, too; return their number. */
+static int keep_common(struct process *list, int count, const struct process *other, int other_count) {
+    int kept = 0;
+    for (int i = 0; i < count; i++)
+        for (int j = 0; j < other_count; j++)
+            if (list[i].pid == other[j].pid) {
+                list[kept++] = list[i];
+                break;
+            }
+    return kept;
 }
 
 /* Kill every process but this one. The kernel does it in one sweep, which no process can resist or outrun. */
@@ -904,27 +935,36 @@ static bool kill_everything(void) {
 }
 
 /* Kill a command and everything it has started. All are stopped before any is killed, so that none can escape by
- * forking. */
+ * forking. A process whose program is being loaded is looked at again until it shows its variables. */
 static void kill_command(const struct command *command) {
     double deadline = now() + KILL_TIMEOUT_S;
+    struct process *list, *before = NULL;
+    int count, before_count = -1;
+    bool is_any_found = true;
     for (int stops = 0; now() < deadline; nap()) {
-        struct process *list;
-        int count = find_processes(command, &list);
         bool is_fresh = false;
+        count = find_processes(command, &list);
+        is_any_found = count < 0;
+        for (int i = 0; i < count; i++)
+            is_any_found |= list[i].is_found;
+        if (!is_any_found && before_count >= 0) /* only those found can have started others */
+            count = keep_common(list, count, before, before_count);
         /* Another command may keep continuing what is stopped here, so the number of attempts is bounded. */
         for (int i = 0; stops < MOST_STOPS && i < count; i++)
-            if (!list[i].is_stopped && kill(list[i].pid, SIGSTOP) == 0)
+            if (list[i].is_found && !list[i].is_stopped && kill(list[i].pid, SIGSTOP) == 0)
                 is_fresh = true;
         for (int i = 0; !is_fresh && i < count; i++)
-            kill(list[i].pid, SIGKILL);
+            if (list[i].is_found)
+                kill(list[i].pid, SIGKILL);
         stops = is_fresh ? stops + 1 : 0;
-        free(list);
-        if (count == 0)
-            return;
-        if (count < 0)
+        free(before);
+        before = list, before_count = count;
+        if (count <= 0)
             break;
     }
-    kill_everything(); /* the processes fork faster than they are killed, or /proc cannot be read */
+    free(before);
+    if (is_any_found)
+        kill_everything(); /* the processes fork faster than they are killed, or /proc cannot be read */
 }
 
 static void expire(void) {
