@@ -43,6 +43,25 @@ def test_arguments_fit_the_schema_and_are_said_in_the_request(domain: str) -> No
                     assert all(each.lower() in request.text.lower() for each in value)
 
 
+def test_a_request_with_several_values_needs_a_call_for_each() -> None:
+    found = 0
+    for domain, known in FUNCTIONS:
+        draw = Draw(f"{domain}/{known.names}")
+        function = known.draw(draw)
+        if (drawn := known.call_each(draw, function)) is None:
+            continue
+        found += 1
+        text, calls = drawn
+        assert 2 <= len(calls) <= 3
+        for arguments in calls:
+            jsonschema.validate(arguments, function.tool["parameters"])
+        [several] = [name for name, value in calls[0].items() if value != calls[1][name]]
+        assert len({arguments[several] for arguments in calls}) == len(calls)
+        assert all({**arguments, several: None} == {**calls[0], several: None} for arguments in calls)
+        assert all(arguments[several].lower() in text.lower() for arguments in calls), (text, calls)
+    assert found > len(FUNCTIONS) / 3
+
+
 def test_functions_have_different_names() -> None:
     names = [name for _, known in FUNCTIONS for name in known.names]
     assert len(FUNCTIONS) > 200

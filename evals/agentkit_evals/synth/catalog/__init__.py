@@ -156,12 +156,18 @@ class Known(_Model):
     def request(self, draw: Draw, **slots: str) -> Request:
         """Draw a request; `slots` are texts for keys that are not parameters."""
         template = draw.expand(draw.choice(self.requests))
+        return self._request(draw, template, self._values(draw, template), slots)
+
+    def _values(self, draw: Draw, template: str) -> dict[str, Value]:
         stated = set(KEY.findall(template))
-        values = {key: one.draw(draw) for key, one in self.parameters.items() if key in stated}
+        return {key: one.draw(draw) for key, one in self.parameters.items() if key in stated}
+
+    @staticmethod
+    def _request(draw: Draw, template: str, values: Mapping[str, Value], slots: Mapping[str, str]) -> Request:
         glued = {key for pair in GLUED.findall(template) for key in pair}
         said = {key: value.digits if key in glued else value.said for key, value in values.items()}
         said |= {key: values[key].plain for key in QUOTED.findall(template) if key in values}
-        text = template.format_map(said | slots)
+        text = template.format_map({**said, **slots})
         text = text[0].upper() + text[1:] if draw.chance(0.6) else text
         return Request(text, {key: value.argument for key, value in values.items()})
 
@@ -192,7 +198,30 @@ class KnownFunction(Known):
 
     def call(self, draw: Draw, function: DrawnFunction) -> Request:
         """Draw a request for a function that `draw` returned, with the arguments under the names of its schema."""
-        request = self.request(draw)
+        return self._named(self.request(draw), function)
+
+    def call_each(self, draw: Draw, function: DrawnFunction) -> tuple[str, list[dict[str, Any]]] | None:
+        """Draw a request that states two or three values of a text parameter, with the arguments of a call for each.
+
+        None if its words have no place for several.
+        """
+        template = draw.expand(draw.choice(self.requests))
+        keys = KEY.findall(template)
+        glued = {key for pair in GLUED.findall(template) for key in pair} | {*QUOTED.findall(template)}
+        free = [key for key in keys if self.parameters[key].schema_ == {"type": "string"} and keys.count(key) == 1]
+        if not (free := [key for key in free if key not in glued]):
+            return None
+        several = draw.choice(free)
+        drawn = [self.parameters[several].draw(draw) for _ in range(draw.weighted({2: 3, 3: 1}))]
+        different = {value.said: value.argument for value in drawn}
+        if len({*different.values()}) < 2:
+            return None
+        values = self._values(draw, template) | {several: Value(None, series([*different]))}
+        text = self._request(draw, template, values, {}).text
+        arguments = [{key: value.argument for key, value in values.items()} | {several: a} for a in different.values()]
+        return text, [self._named(Request(text, each), function).arguments for each in arguments]
+
+    def _named(self, request: Request, function: DrawnFunction) -> Request:
         names = dict(zip(self.parameters, (one.name for one in function.parameters), strict=True))
         return Request(request.text, {names[key]: argument for key, argument in request.arguments.items()})
 

@@ -93,7 +93,7 @@ class CallKnownFunction(Operation):
 
 
 class CallKnownTwice(Operation):
-    """Two requests in one for functions of the catalog, half of the time for the same function."""
+    """Two requests in one for functions of the catalog, or one request with two or three values of a parameter."""
 
     name = "call_known_twice"
     uses_world = False
@@ -102,8 +102,12 @@ class CallKnownTwice(Operation):
     def draft(self, draw: Draw, world: World, phrasing: Phrasing) -> Draft | None:
         domain = draw.choice([*functions_by_domain()])
         known = draw.choice(functions_by_domain()[domain])
-        other = known if draw.chance(0.5) else draw.choice(functions_by_domain()[domain])
         function = known.draw(draw)
+        if draw.chance(0.5) and (found := known.call_each(draw, function)):
+            text, each = found
+            others = _other_known(draw, domain, draw.between(0, 2), known)
+            return _draft(draw, text, [(function, arguments) for arguments in each], others)
+        other = known if draw.chance(0.5) else draw.choice(functions_by_domain()[domain])
         other_function = function if other is known else other.draw(draw)
         first, second = known.call(draw, function), other.call(draw, other_function)
         if function is other_function and first.arguments == second.arguments:
