@@ -28,6 +28,8 @@ MEMORY_BYTES = 1 << 20
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Id = Annotated[int, Field(ge=0, lt=(1 << 32) - 1)]
+"""A user or group; the kernel would take a larger number modulo 2^32, and so 2^32 as root."""
 
 
 class Snapshot:
@@ -139,7 +141,7 @@ class _Entry(BaseModel):
     name: str
     mode: Annotated[int, Field(ge=0, le=0o7777)]
     mtime_ns: Annotated[int, Field(ge=-(1 << 62), lt=1 << 62)]
-    owner: Pair | None = None
+    owner: Annotated[list[Id], Field(min_length=2, max_length=2)] | None = None
 
 
 class _Directory(_Entry):

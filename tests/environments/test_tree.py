@@ -152,6 +152,8 @@ CRAFTED: dict[str, tuple[list[dict[str, object]], str]] = {
     "a negative size": ([*ROOTS, file("work/a", size=-1)], "greater than or equal to 0"),
     "a device": ([*ROOTS, directory("work/a", kind="device")], "does not match any of the expected tags"),
     "a mode": ([*ROOTS, directory("work/a", mode=0o100644)], "less than or equal to"),
+    "an owner that would wrap": ([*ROOTS, directory("work/a", owner=(1000, 1 << 32))], "less than 4294967295"),
+    "nobody as owner": ([*ROOTS, directory("work/a", owner=((1 << 32) - 1, 0))], "less than 4294967295"),
     "a text as mode": ([*ROOTS, directory("work/a", mode="0")], "valid integer"),
     "another field": ([*ROOTS, directory("work/a", run="x")], "Extra inputs"),
     "no target": ([*ROOTS, directory("work/a", kind="link", target="")], "at least 1 character"),
