@@ -75,6 +75,8 @@ def agentkit(*arguments: str, code: int) -> str:
         (["run", "Hi", "--device", "tpu"], 'device must be "cpu", "cuda" or "cuda:N"'),
         (["run", "Hi", "--temperature", "-1"], "'--temperature': Input should be greater than or equal to 0"),
         (["run", "Hi", "--temperature", "nan"], "'--temperature': Input should be greater than or equal to 0"),
+        (["run", "Hi", "--timeout", "nan"], "'--timeout': Input should be less than or equal to"),
+        (["run", "Hi", "--timeout", "inf"], "'--timeout': Input should be less than or equal to"),
         (["run", "Hi", "--timeout", "1e8"], "'--timeout': Input should be less than or equal to"),
         (["run", "Hi", "--max-turns", "1" + 20 * "0"], "'--max-turns': Input should be less than or equal to"),
         (["chat", "--max-tokens", "1" + 20 * "0"], "'--max-tokens': Input should be less than or equal to"),

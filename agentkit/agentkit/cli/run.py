@@ -51,7 +51,6 @@ from agentkit.cli.options import (
     TopKFlag,
     TopPFlag,
     WorkdirFlag,
-    finite,
     foreign_tasks,
     given_parameters,
     is_solved,
@@ -135,9 +134,7 @@ def command(
         int | None, typer.Option(min=1, max=1 << 31, help="Maximum number of sampled tokens.")
     ] = None,
     max_cost: MaxCostFlag = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=0.1, max=1e7, callback=finite, help="Time limit in seconds.")
-    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, max=1e7, help="Time limit in seconds.")] = None,
     compact_at: CompactAtFlag = None,
     trajectory: Annotated[Path | None, typer.Option(help="Save the trajectory to this new file.")] = None,
     snapshots: SnapshotsFlag = False,
