@@ -164,7 +164,7 @@ class Known(_Model):
 
     @staticmethod
     def _request(draw: Draw, template: str, values: Mapping[str, Value], slots: Mapping[str, str]) -> Request:
-        glued = {key for pair in GLUED.findall(template) for key in pair}
+        glued = _glued(template)
         said = {key: value.digits if key in glued else value.said for key, value in values.items()}
         said |= {key: values[key].plain for key in QUOTED.findall(template) if key in values}
         text = template.format_map({**said, **slots})
@@ -206,10 +206,9 @@ class KnownFunction(Known):
         None if its words have no place for several.
         """
         template = draw.expand(draw.choice(self.requests))
-        keys = KEY.findall(template)
-        glued = {key for pair in GLUED.findall(template) for key in pair} | {*QUOTED.findall(template)}
-        free = [key for key in keys if self.parameters[key].schema_ == {"type": "string"} and keys.count(key) == 1]
-        if not (free := [key for key in free if key not in glued]):
+        keys, single = KEY.findall(template), _glued(template) | {*QUOTED.findall(template)}
+        texts = [key for key in keys if self.parameters[key].schema_ == {"type": "string"} and keys.count(key) == 1]
+        if not (free := [key for key in texts if key not in single]):
             return None
         several = draw.choice(free)
         drawn = [self.parameters[several].draw(draw) for _ in range(draw.weighted({2: 3, 3: 1}))]
@@ -325,6 +324,11 @@ class KnownCommand(_Model):
     def result(self, file: InputFile) -> str:
         """Return what is printed, or the content of the file that is written."""
         return str(eval(self.answer or self.writes or self.changes, {**NAMESPACE, **file.variables}))  # trusted
+
+
+def _glued(template: str) -> set[str]:
+    """Return the keys without a space around."""
+    return {key for pair in GLUED.findall(template) for key in pair}
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
