@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import anyio
 import anyio.abc
 import anyio.to_thread
-from anyio.lowlevel import current_token
+from anyio.lowlevel import checkpoint_if_cancelled, current_token
 from torch import Tensor
 
 from agentkit_engine.engine import Engine
@@ -71,6 +71,7 @@ class _Generation(Generation):
         self.news.set()
 
     async def get(self) -> tuple[SampledToken | None, float]:
+        await checkpoint_if_cancelled()
         while not self.inbox:
             self.news = anyio.Event()
             await self.news.wait()

@@ -346,6 +346,8 @@ async def test_a_cancelled_consumer_leaves_no_unseen_id_and_can_continue(engine:
             async for token in session.generate(params):
                 seen.append(token)
                 if len(seen) == 5:
+                    while not (session._generation and session._generation.inbox):
+                        await lowlevel.checkpoint()  # until the model is ahead
                     scope.cancel()
         assert len(seen) == 5 and session.token_ids[10:] == tuple(token.id for token in seen)
         seen += await collect(session, dataclasses.replace(params, max_tokens=35))
