@@ -234,12 +234,14 @@ def draw_tasks(plan: Plan, shard: int) -> Iterator[tuple[SynthTask, int]]:
 
 def _finish(plan: Plan, out: Path, folder: Path, *, seconds: float) -> Path:
     """Remove duplicates from all shards, and write the instructions by split, the worlds and the card."""
-    rows = list(distinct(_read(folder), limit=max(1, int(plan.instructions * LARGEST_SHARE))))[: plan.instructions]
+    found = list(distinct(_read(folder), limit=max(1, int(plan.instructions * LARGEST_SHARE))))
+    count = min(plan.instructions, len(found))
+    rows = [found[index * len(found) // count] for index in range(count)]  # evenly, so that every world keeps some
     splits: dict[Split, list[dict[str, Any]]] = {"train": [], "heldout": []}
     for row in rows:
         splits[split_of(row["id"])].append(row)
-    for split, found in splits.items():
-        _write(out / f"{split}.jsonl", (json.dumps(row, ensure_ascii=False) for row in found))
+    for split, kept in splits.items():
+        _write(out / f"{split}.jsonl", (json.dumps(row, ensure_ascii=False) for row in kept))
     worlds = {row["world"]: split_of(row["id"]) for row in rows}
     drawn = ((world, split, draw_world(world, split)) for world, split in sorted(worlds.items()))
     _write(
@@ -256,7 +258,7 @@ def _finish(plan: Plan, out: Path, folder: Path, *, seconds: float) -> Path:
         "largest_share_of_a_form": round(max(forms.values()) / len(rows), 6),
         "share_solved_by_the_oracle": 1.0,
         "share_checked_with_an_idle_agent": round(sum(row["idle_checked"] for row in rows) / len(rows), 4),
-        "splits": {split: len(found) for split, found in splits.items()},
+        "splits": {split: len(kept) for split, kept in splits.items()},
         "operations": dict(Counter(row["operation"] for row in rows).most_common()),
         "difficulty": dict(sorted(Counter(row["difficulty"] for row in rows).items())),
         "turns": dict(sorted(Counter(row["turns"] for row in rows).items())),

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from agentkit.task import AgentConfig, EnvironmentConfig, SolutionConfig, Task, ToolConfig, VerifierConfig
 from agentkit_evals.provenance import generator_name
 from agentkit_evals.synth import Split
+from agentkit_evals.synth.checks import nothing_to_do
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.find import find
 from agentkit_evals.synth.oracle import Oracle, Step, play
@@ -127,6 +128,8 @@ class Operation(ABC):
             draft = self.draft(draw, world, self.phrasings[index])
             if draft is None:
                 return None
+            if nothing_to_do(draft.verifier_files, {**world.files, **draft.files}):
+                continue
             signature = masked("\n".join([draft.instruction, *draft.about]), draw.names)
             if new_phrasing or is_held_out(signature) == (split == "heldout"):
                 return self._task(draw, world, draft, index, f"{self.name}-{split}-{world_seed}", seed, signature)

@@ -43,7 +43,7 @@ def test_a_run_has_the_instructions_asked_for_and_a_card(made: Path) -> None:
         json.loads(line) for name in ("train", "heldout") for line in (made / f"{name}.jsonl").read_text().splitlines()
     ]
     assert card["instructions"] == len(rows) == 13
-    assert card["environments"] == len({row["world"] for row in rows}) <= 4
+    assert card["environments"] == len({row["world"] for row in rows}) == 4
     assert sum(card["operations"].values()) == 13 and card["share_checked_with_an_idle_agent"] > 0
     assert len({row["instruction"] for row in rows}) == 13
     worlds = {row["world"]: row["files"] for row in map(json.loads, (made / "worlds.jsonl").read_text().splitlines())}

@@ -8,11 +8,13 @@ from collections import Counter
 import pytest
 
 from agentkit.messages import AssistantMessage
+from agentkit.task import VerifierConfig
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.engine import PACKAGED_MODELS
 from agentkit_environments import open_environment
 from agentkit_evals.statistics import SOLVED
 from agentkit_evals.synth import SPLITS, vocabulary
+from agentkit_evals.synth.checks import nothing_to_do, same_files
 from agentkit_evals.synth.draw import Draw, joined
 from agentkit_evals.synth.find import is_free, new_path
 from agentkit_evals.synth.operations import OPERATIONS
@@ -166,3 +168,13 @@ def test_styles_of_names() -> None:
 def test_a_phrasing_draws_one_option_of_nested_choices() -> None:
     drawn = {Draw(str(seed)).phrase("[a|b [c|d]] {x}", x="1") for seed in range(60)}
     assert drawn == {"a 1", "b c 1", "b d 1"}
+
+
+def test_a_request_that_would_change_nothing_is_not_drawn() -> None:
+    synth = OPERATIONS["run_known_command"].sample(9000189, 6, "heldout")  # it was to capitalise lines that were
+    assert synth is not None and isinstance(synth.task.verifier, VerifierConfig)
+    assert not nothing_to_do(synth.task.verifier.files, synth.task.environment.files)
+    expected = same_files({"a.json": '{"x": 1}', "notes.txt": "One\n"})["verifier_files"]
+    assert nothing_to_do(expected, {"a.json": '{ "x":1 }', "notes.txt": "'One'\n\n", "other.txt": ""})
+    assert not nothing_to_do(expected, {"a.json": '{"x": 2}', "notes.txt": "One\n"})
+    assert not nothing_to_do(expected, {"notes.txt": "One\n"}) and not nothing_to_do({"hidden.py": ""}, {})
