@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from agentkit import Agent, ScriptedModel
 from agentkit.messages import Message
 from agentkit.task import VerifierConfig
 from agentkit.thinking import Thinking
-from agentkit_engine.chat import Tokenizer
 from agentkit_environments import Environment, EnvironmentSpec, open_environment
 from agentkit_evals.synth.oracle import OracleError, transcript
 from agentkit_evals.synth.task import SynthTask
@@ -52,28 +50,6 @@ class OracleSandbox:
         if output := await self._rejects(synth, answer):
             raise OracleError(f"{synth.task.id}: answered {answer!r}, which its verifier rejects: {output}")
         return messages, answer
-
-    async def row(self, synth: SynthTask, tokenizer: Tokenizer, *, thinking: Thinking) -> tuple[list[int], list[int]]:
-        """Run a task's oracle through the agent; return the ids of the session, and a mask of those it wrote.
-
-        Raises:
-            OracleError: the run has no answer.
-        """
-        task = synth.task
-        await self._reset(task.environment.files)
-        model = ScriptedModel(synth.oracle(), tokenizer, name="oracle")
-        agent = Agent(
-            model,
-            task.build_tools(),
-            system=task.system,
-            thinking=thinking,
-            effort=task.agent.effort,
-            output_schema=task.output_schema,
-        )
-        result = await agent.run(task.instruction, environment=self._environment)
-        if result.status not in ("submitted", "answered"):
-            raise OracleError(f"{task.id}: the oracle's run ended with status {result.status}, expected an answer")
-        return list(result.trajectory.token_ids), list(result.trajectory.loss_mask)
 
     async def check_idle(self, synth: SynthTask) -> None:
         """Run the verifier on the untouched files. Raises OracleError if it accepts them."""
