@@ -52,8 +52,7 @@ def _worlds(
 
     def report(progress: ShardFinished) -> None:
         text = f"{progress.finished} of {progress.shards} shards, {progress.instructions} instructions"
-        left = progress.seconds * (progress.shards / progress.finished - 1)
-        typer.echo(f"{text}, {progress.seconds:.0f} s, {left:.0f} s left", err=True)
+        typer.echo(f"{text}, {progress.seconds:.0f} s, {progress.left_s:.0f} s left", err=True)
 
     path = produce(Plan(environments, instructions, seed, backend=env.value), out, workers=jobs, listener=report)
     card = json.loads(path.read_text(encoding="utf-8"))
@@ -61,6 +60,8 @@ def _worlds(
         typer.echo(json.dumps(card, indent=1))
     else:
         typer.echo(f"{card['instructions']} instructions over {card['environments']} worlds; {path}")
+        if refused := card["refused"]:
+            typer.echo(f"{len(refused)} tasks were left out because their check failed, the first: {refused[0]}")
     if card["instructions"] < instructions:
         typer.echo(f"{instructions} were asked for; more --environments give more that differ", err=True)
         return ExitCode.UNSOLVED

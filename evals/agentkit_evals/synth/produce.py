@@ -6,6 +6,9 @@ near-duplicates and too frequent forms are removed from all shards at once, and 
 
 OUT/shards/*.jsonl       what was drawn and checked
 OUT/train.jsonl, heldout.jsonl, worlds.jsonl, card.json
+
+A task whose oracle does not solve it, or that is solved by doing nothing, is refused: it is left out, and the card has
+the reason.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from agentkit_evals.contamination import Guard, packaged_texts
 from agentkit_evals.errors import SynthError
 from agentkit_evals.synth import Split, vocabulary
 from agentkit_evals.synth.operations import OPERATIONS
+from agentkit_evals.synth.oracle import OracleError
 from agentkit_evals.synth.sandbox import OracleSandbox, turns
 from agentkit_evals.synth.task import SynthTask, masked
 from agentkit_evals.synth.world import draw_world, world_seed
@@ -111,12 +115,21 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class ShardFinished:
-    """A finished shard: how many are finished, of how many, with how many instructions so far."""
+    """A finished shard.
+
+    Attributes:
+        finished: Number of shards that are finished.
+        shards: Number of all shards.
+        instructions: Number of instructions in the finished ones.
+        seconds: Time since the command began.
+        left_s: Estimate of the time that the others take.
+    """
 
     finished: int
     shards: int
     instructions: int
     seconds: float
+    left_s: float
 
 
 def produce(
@@ -127,7 +140,6 @@ def produce(
     Raises:
         SynthError: OUT holds another run, or the disk is full.
         SandboxUnavailableError: no sandbox can be opened.
-        OracleError: an oracle does not solve its task, or doing nothing does.
     """
     started = time.perf_counter()
     try:
@@ -137,9 +149,10 @@ def produce(
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             jobs = {pool.submit(_run_shard, plan, shard, folder) for shard in missing}
             try:
-                for finished, job in enumerate(as_completed(jobs), plan.shards - len(missing) + 1):
+                for made, job in enumerate(as_completed(jobs), 1):
                     count += job.result()
-                    listener(ShardFinished(finished, plan.shards, count, time.perf_counter() - started))
+                    seconds, left = time.perf_counter() - started, len(missing) - made
+                    listener(ShardFinished(plan.shards - left, plan.shards, count, seconds, seconds / made * left))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -174,10 +187,14 @@ async def _checked(plan: Plan, shard: int, folder: Path) -> int:
     async with OracleSandbox(plan.backend) as sandbox:
         for number, (synth, world) in enumerate(draw_tasks(plan, shard)):
             thinking = THINKING[number % len(THINKING)]
-            messages, answer = await sandbox.solve(synth, thinking=thinking)
-            if number % IDLE == 0:
-                await sandbox.check_idle(synth)
             task = synth.task
+            try:
+                messages, answer = await sandbox.solve(synth, thinking=thinking)
+                if number % IDLE == 0:
+                    await sandbox.check_idle(synth)
+            except OracleError as error:  # one task in thousands; it must not end a run of hours
+                rows.append(json.dumps({"id": task.id, "world": world, "refused": str(error)}, ensure_ascii=False))
+                continue
             old = draw_world(world, split_of(task.id)).files
             rows.append(
                 json.dumps(
@@ -234,7 +251,10 @@ def draw_tasks(plan: Plan, shard: int) -> Iterator[tuple[SynthTask, int]]:
 
 def _finish(plan: Plan, out: Path, folder: Path, *, seconds: float) -> Path:
     """Remove duplicates from all shards, and write the instructions by split, the worlds and the card."""
-    found = list(distinct(_read(folder), limit=max(1, int(plan.instructions * LARGEST_SHARE))))
+    drawn = list(_read(folder))
+    refused = [row["refused"] for row in drawn if "refused" in row]
+    checked = (row for row in drawn if "refused" not in row)
+    found = list(distinct(checked, limit=max(1, int(plan.instructions * LARGEST_SHARE))))
     count = min(plan.instructions, len(found))
     rows = [found[index * len(found) // count] for index in range(count)]  # evenly, so that every world keeps some
     splits: dict[Split, list[dict[str, Any]]] = {"train": [], "heldout": []}
@@ -243,17 +263,18 @@ def _finish(plan: Plan, out: Path, folder: Path, *, seconds: float) -> Path:
     for split, kept in splits.items():
         _write(out / f"{split}.jsonl", (json.dumps(row, ensure_ascii=False) for row in kept))
     worlds = {row["world"]: split_of(row["id"]) for row in rows}
-    drawn = ((world, split, draw_world(world, split)) for world, split in sorted(worlds.items()))
+    files = ((world, split, dict(draw_world(world, split).files)) for world, split in sorted(worlds.items()))
     _write(
         out / "worlds.jsonl",
-        (json.dumps({"world": w, "split": s, "files": dict(one.files)}, ensure_ascii=False) for w, s, one in drawn),
+        (json.dumps({"world": w, "split": s, "files": each}, ensure_ascii=False) for w, s, each in files),
     )
     forms = Counter(row["form"] for row in rows)
     card = {
         "plan": asdict(plan),
         "instructions": len(rows),
         "environments": len(worlds),
-        "drawn": sum(_lines(path) for path in folder.glob("*.jsonl")),
+        "drawn": len(drawn),
+        "refused": refused,
         "forms": len(forms),
         "largest_share_of_a_form": round(max(forms.values()) / len(rows), 6),
         "share_solved_by_the_oracle": 1.0,

@@ -128,7 +128,8 @@ class Operation(ABC):
             draft = self.draft(draw, world, self.phrasings[index])
             if draft is None:
                 return None
-            if nothing_to_do(draft.verifier_files, {**world.files, **draft.files}):
+            unscored = not draft.verifier and not draft.answer.strip()
+            if unscored or nothing_to_do(draft.verifier_files, {**world.files, **draft.files}):
                 continue
             signature = masked("\n".join([draft.instruction, *draft.about]), draw.names)
             if new_phrasing or is_held_out(signature) == (split == "heldout"):

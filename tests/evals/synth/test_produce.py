@@ -66,7 +66,9 @@ def test_a_stopped_run_continues_and_ends_with_the_same_files(made: Path, tmp_pa
     assert len(list((tmp_path / "shards").glob("*.jsonl"))) >= 1
     assert not (tmp_path / "card.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").glob("*.jsonl")}
-    produce(PLAN, tmp_path, workers=1)
+    later: list[ShardFinished] = []
+    produce(PLAN, tmp_path, workers=1, listener=later.append)
+    assert len(later) == 2 - len(kept) and all((one.finished, one.left_s) == (2, 0.0) for one in later)
     assert all(path.stat().st_mtime_ns == modified for path, modified in kept.items())
     assert contents(tmp_path) == contents(made)
 
@@ -131,6 +133,23 @@ async def test_a_verifier_that_rejects_the_oracle_or_accepts_an_idle_agent_is_an
             broken = replace(synth, task=synth.task.model_copy(update={"verifier": verifier}))
             with pytest.raises(OracleError, match=problem):
                 await (sandbox.solve(broken, thinking="auto") if command == "false" else sandbox.check_idle(broken))
+
+
+@pytest.mark.anyio
+async def test_a_task_that_fails_its_check_is_left_out_and_the_card_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = list(module.draw_tasks(PLAN, 0))[:2]
+    assert bad[0].task.verifier is not None
+    verifier = bad[0].task.verifier.model_copy(update={"command": "false"})
+    broken = replace(bad[0], task=bad[0].task.model_copy(update={"verifier": verifier})), bad[1]
+    monkeypatch.setattr(module, "draw_tasks", lambda plan, shard: [broken, good])
+    (tmp_path / "shards").mkdir()
+    assert await module._checked(PLAN, 0, tmp_path / "shards") == 2
+    card = json.loads(module._finish(PLAN, tmp_path, tmp_path / "shards", seconds=1.0).read_text())
+    assert (card["drawn"], card["instructions"]) == (2, 1)
+    (reason,) = card["refused"]
+    assert reason.startswith(f"{broken[0].task.id}: answered ") and "its verifier rejects" in reason
 
 
 @pytest.mark.anyio

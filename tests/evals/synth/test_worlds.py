@@ -178,3 +178,8 @@ def test_a_request_that_would_change_nothing_is_not_drawn() -> None:
     assert nothing_to_do(expected, {"a.json": '{ "x":1 }', "notes.txt": "'One'\n\n", "other.txt": ""})
     assert not nothing_to_do(expected, {"a.json": '{"x": 2}', "notes.txt": "One\n"})
     assert not nothing_to_do(expected, {"notes.txt": "One\n"}) and not nothing_to_do({"hidden.py": ""}, {})
+
+
+def test_a_request_whose_answer_is_empty_is_not_drawn() -> None:
+    synth = OPERATIONS["run_known_command"].sample(9000388, 22, "train")  # it asked for repeated lines; there were none
+    assert synth is not None and isinstance(synth.task.verifier, VerifierConfig) and synth.task.verifier.command
