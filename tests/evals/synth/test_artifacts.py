@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from agentkit_evals.synth.artifacts.code import BUILTINS, draw_module
 from agentkit_evals.synth.artifacts.items import Item, draw_items
 from agentkit_evals.synth.artifacts.ledger import draw_ledger
 from agentkit_evals.synth.artifacts.log import FORMATS, draw_log
@@ -106,3 +107,12 @@ def test_the_numbers_of_a_ledger_are_in_the_field_that_it_names() -> None:
         command = ["awk", f"{{ sum += {ledger.field} }} END {{ print sum }}"]
         printed = subprocess.run(command, input=ledger.text, capture_output=True, text=True, check=True).stdout
         assert float(printed) == pytest.approx(ledger.total, rel=1e-4)
+
+
+def test_no_parameter_hides_a_builtin_that_the_function_calls() -> None:
+    class Hiding(Draw):
+        def noun(self) -> str:
+            return self.choice(BUILTINS) if self.chance(0.8) else super().noun()
+
+    for seed in range(200):
+        assert draw_module(Hiding(f"module/{seed}")).functions

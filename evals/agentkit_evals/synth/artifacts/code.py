@@ -87,6 +87,9 @@ SHAPES: tuple[Shape, ...] = (
     Shape("Return True if {1} is in {0}.", "return {1} @ {0}", "in", ("not in",), _ends),
 )
 
+BUILTINS = ("sum", "max", "min", "len")
+"""Functions that the shapes call; no parameter has such a name."""
+
 
 @dataclass(frozen=True, slots=True)
 class CodeFunction:
@@ -126,10 +129,10 @@ def _function(draw: Draw) -> CodeFunction:
     names: list[str] = []
     while len(names) < count:
         drawn = draw.noun() if draw.chance(0.6) else draw.choice("abxynkst")
-        if drawn not in names and not keyword.iskeyword(drawn):
+        if drawn not in (*names, *BUILTINS) and not keyword.iskeyword(drawn):
             names.append(drawn)
     name = draw.identifier("snake", parts=draw.choice((1, 2, 2)))
-    if name in (*names, "sum", "max", "min", "len"):
+    if name in (*names, *BUILTINS):
         name = f"{name}_value"
     wrong = draw.choice(shape.wrong)
     lines = {token: shape.body.replace("@", token, 1).format(*names) for token in (shape.right, wrong)}
