@@ -183,3 +183,11 @@ def test_no_sandbox_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SandboxUnavailableError, match="docker"):
         produce(replace(PLAN, backend="docker"), tmp_path, workers=1)
     assert not (tmp_path / "card.json").exists()
+
+
+def test_the_recorded_run_is_as_large_as_the_readme_says() -> None:
+    evals = Path(__file__).parents[3] / "evals"
+    card, text = json.loads((evals / "results" / "synth.json").read_text()), (evals / "README.md").read_text()
+    assert card["environments"] >= 1800 and card["instructions"] >= 85_000 and card["largest_share_of_a_form"] <= 0.001
+    assert f"{card['instructions']:,} instructions over {card['environments']:,} worlds" in text
+    assert f"It drew {card['drawn']:,} tasks and left out four" in text and len(card["refused"]) == 4
