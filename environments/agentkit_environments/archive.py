@@ -200,40 +200,38 @@ def repack(source: IO[bytes], *, max_entries: int, max_bytes: int) -> ExportedDi
     links are left out, as are names that are too long. Links are not changed.
 
     Raises:
-        UnsafeArchiveError: If it is not a tar archive, or is too large.
+        UnsafeArchiveError: If it is too large.
+        tarfile.TarError, ValueError, EOFError, OverflowError: If it is not a tar archive.
     """
     drops, out, hidden = DropList(), io.BytesIO(), set()
     entries = size = 0
-    try:
-        with (
-            tarfile.open(fileobj=source, mode="r|") as engine,
-            tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as target,
-        ):
-            for member in engine:
-                name = posixpath.normpath(member.name).partition("/")[2]
-                if not name:
-                    continue
-                entries += 1
-                size += _stored(member) + len(name) + len(member.linkname)
-                if entries > max_entries or size > max_bytes:
-                    raise UnsafeArchiveError(f"more than {max_entries} entries or {max_bytes} bytes, at {name[:200]!r}")
-                entry = _like(member, name)
-                if member.islnk():
-                    entry.linkname = posixpath.normpath(member.linkname).partition("/")[2]
-                problem = name_problem(name)
-                if not _is_plain(member):
-                    problem = "a pipe, a socket or a device"
-                elif member.islnk() and entry.linkname in hidden:
-                    problem = "a hard link to a file that was left out"
-                if posixpath.dirname(name) in hidden:
-                    hidden.add(name)  # its directory's line in `dropped` covers it
-                elif problem is None:
-                    target.addfile(entry, engine.extractfile(member) if member.isreg() else None)
-                else:
-                    hidden.add(name)
-                    drops.add(name, problem)
-    except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-        raise UnsafeArchiveError(f"the engine's archive cannot be read: {error}") from error
+    with (
+        tarfile.open(fileobj=source, mode="r|") as engine,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as target,
+    ):
+        for member in engine:
+            name = posixpath.normpath(member.name).partition("/")[2]
+            if not name:
+                continue
+            entries += 1
+            size += _stored(member) + len(name) + len(member.linkname)
+            if entries > max_entries or size > max_bytes:
+                raise UnsafeArchiveError(f"more than {max_entries} entries or {max_bytes} bytes, at {name[:200]!r}")
+            entry = _like(member, name)
+            if member.islnk():
+                entry.linkname = posixpath.normpath(member.linkname).partition("/")[2]
+            problem = name_problem(name)
+            if not _is_plain(member):
+                problem = "a pipe, a socket or a device"
+            elif member.islnk() and entry.linkname in hidden:
+                problem = "a hard link to a file that was left out"
+            if posixpath.dirname(name) in hidden:
+                hidden.add(name)  # its directory's line in `dropped` covers it
+            elif problem is None:
+                target.addfile(entry, engine.extractfile(member) if member.isreg() else None)
+            else:
+                hidden.add(name)
+                drops.add(name, problem)
     return ExportedDir(out.getvalue(), drops.lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -11,11 +12,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 import pytest
+import requests
 
 from agentkit_environments import (
     Environment,
@@ -23,9 +25,13 @@ from agentkit_environments import (
     HostFailureError,
     ResourceLimits,
     SandboxLostError,
+    SnapshotError,
+    UnsafeArchiveError,
     open_environment,
 )
-from agentkit_environments.docker import docker_failure
+from agentkit_environments.archive import check_archive
+from agentkit_environments.docker import DockerEnvironment, docker_failure
+from agentkit_environments.docker.files import ATTEMPTS
 from agentkit_environments.docker.loss import is_killed_for_host_memory
 
 if TYPE_CHECKING:
@@ -265,6 +271,37 @@ async def test_a_command_that_finds_no_room_for_a_process_says_so() -> None:
         assert result.exit_code != 0 and result.stdout == "" and result.stderr
         await env.kill_all()
         assert (await env.exec("echo usable")).stdout == "usable\n"
+
+
+async def test_an_archive_that_is_short_is_read_again(env: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine ends an archive at a file that a command has made shorter meanwhile."""
+    assert isinstance(env, DockerEnvironment)
+    api = env._container.api
+    whole, left = api.get, 0
+
+    def get(url: str, **options: Any) -> requests.Response:
+        nonlocal left
+        response = whole(url, **options)
+        if left > 0:
+            left -= 1
+            response.raw = io.BytesIO(response.raw.read(100_000, decode_content=True))
+        return response
+
+    monkeypatch.setattr(api, "get", get)
+    await env.exec("head -c 300000 /dev/zero >big; echo text >small")
+    left = ATTEMPTS - 1
+    snapshot = await env.snapshot()
+    async with await env.reopen(snapshot) as copy:
+        assert (await copy.exec("stat -c %s big small")).stdout == "300000\n5\n"
+    left = ATTEMPTS - 1
+    exported = await env.export_dir(".")
+    assert {member.name: member.size for member in check_archive(exported.data)} == {"big": 300_000, "small": 5}
+    left = ATTEMPTS
+    with pytest.raises(SnapshotError, match="unexpected end of data"):
+        await env.snapshot()
+    left = ATTEMPTS
+    with pytest.raises(UnsafeArchiveError, match="unexpected end of data"):
+        await env.export_dir(".")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can kill the executor, and only from outside")

@@ -107,7 +107,7 @@ class DockerEnvironment(Environment):
             raise SnapshotError("a sandbox as_image cannot be captured: commands may change files anywhere in it")
         trees, container = snapshots.trees_of(self.spec), self._container
         bounds = {"max_entries": max_entries, "max_bytes": max_bytes}
-        await self._guarded(lambda: snapshots.pack(container.api, container.id, trees, file, **bounds))
+        await self._guarded(lambda: snapshots.pack(container, trees, file, **bounds))
 
     async def _exec(self, request: ExecRequest) -> ExecResult:
         if request.user is None:

@@ -6,6 +6,7 @@ The engine's messages become the OSError that a file system would raise.
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import io
 import json
@@ -13,9 +14,9 @@ import os
 import posixpath
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import requests
 from docker.errors import DockerException
@@ -24,12 +25,14 @@ from agentkit_environments.archive import MAX_LINKS_FOLLOWED, ExportedDir, rebas
 from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.engine import API_TIMEOUT_S, OWNER_LABEL, RUN_LABEL, remove_container
 from agentkit_environments.docker.hardening import AGENT_ID
-from agentkit_environments.errors import SandboxUnavailableError
+from agentkit_environments.errors import SandboxUnavailableError, UnsafeArchiveError
 from agentkit_environments.owner import owner_token
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+T = TypeVar("T")
+ATTEMPTS = 5
 PHRASES = {
     "too many levels": errno.ELOOP,
     "symbolic link loop": errno.ELOOP,
@@ -66,6 +69,17 @@ class Stat:
         return bool(self.mode & 1 << 27)
 
 
+def retry_short(read: Callable[[], T]) -> T:
+    """Return what `read` returns, which reads an archive of the engine: up to `ATTEMPTS` times if the archive is short.
+
+    The engine ends an archive at a file that a command has made shorter meanwhile.
+    """
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(tarfile.ReadError, EOFError):
+            return read()
+    return read()
+
+
 class Files:
     """The directories of one container by absolute path; blocking calls that raise OSError."""
 
@@ -78,10 +92,17 @@ class Files:
         stat = self.stat(path)
         if not stat.is_dir:
             raise os_error(errno.ENOTDIR, path)
-        with self._api.get(self._url, params={"path": stat.path}, stream=True, timeout=API_TIMEOUT_S) as response:
-            self._raise_for(response, path)
-            source = io.BufferedReader(_Stream(response.iter_content(1 << 20)))
-            return repack(source, max_entries=max_entries, max_bytes=max_bytes)
+
+        def export() -> ExportedDir:
+            with self._api.get(self._url, params={"path": stat.path}, stream=True, timeout=API_TIMEOUT_S) as response:
+                self._raise_for(response, path)
+                source = io.BufferedReader(_Stream(response.iter_content(1 << 20)))
+                return repack(source, max_entries=max_entries, max_bytes=max_bytes)
+
+        try:
+            return retry_short(export)
+        except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+            raise UnsafeArchiveError(f"the engine's archive of {stat.path} cannot be read: {error}") from error
 
     def import_dir(self, path: str, archive: bytes) -> None:
         directory, missing = self._existing_parent(posixpath.join(path, "x"), path)

@@ -19,7 +19,9 @@ import requests
 from docker import APIClient
 
 from agentkit_environments import tree
+from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.engine import API_TIMEOUT_S
+from agentkit_environments.docker.files import retry_short
 from agentkit_environments.docker.hardening import AGENT_ID
 from agentkit_environments.environment import EnvironmentSpec
 from agentkit_environments.errors import SnapshotError
@@ -41,30 +43,36 @@ def trees_of(spec: EnvironmentSpec) -> dict[str, str]:
     return {tree.WORK: spec.workdir, tree.TMP: "/tmp"}
 
 
-def pack(
-    api: APIClient, container_id: str, trees: Mapping[str, str], file: IO[bytes], *, max_entries: int, max_bytes: int
-) -> None:
-    """Write directories of a container to a file in the format of `tree`.
+def pack(container: Container, trees: Mapping[str, str], file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+    """Write directories of a container to an empty file in the format of `tree`.
 
     Raises:
         OSError: EFBIG if there are too many entries or bytes, holes included; EIO if the engine answers nonsense.
     """
-    packer = _Packer(file, max_entries, max_bytes)
-    for label, path in trees.items():
-        with api.get(
-            _url(api, container_id),
-            params={"path": path},
-            headers={"Accept-Encoding": "identity"},  # otherwise the engine compresses the archive
-            stream=True,
-            timeout=API_TIMEOUT_S,
-        ) as response:
-            response.raise_for_status()
-            try:
+    api = container.api
+
+    def read() -> _Packer:
+        file.seek(0)
+        file.truncate()
+        packer = _Packer(file, max_entries, max_bytes)
+        for label, path in trees.items():
+            with api.get(
+                _url(api, container.id),
+                params={"path": path},
+                headers={"Accept-Encoding": "identity"},  # otherwise the engine compresses the archive
+                stream=True,
+                timeout=API_TIMEOUT_S,
+            ) as response:
+                response.raise_for_status()
                 with tarfile.open(fileobj=response.raw, mode="r|", bufsize=PIECE) as archive:
                     for member in archive:
                         packer.add(label, archive, member)
-            except (tarfile.TarError, EOFError, OverflowError) as error:
-                raise OSError(errno.EIO, f"the engine's archive of {path} cannot be read: {error}") from error
+        return packer
+
+    try:
+        packer = retry_short(read)
+    except (tarfile.TarError, EOFError, OverflowError) as error:
+        raise OSError(errno.EIO, f"the engine's archive of {' or '.join(trees.values())}: {error}") from error
     file.writelines(tree.index_bytes(packer.entries, packer.drops.lines))
 
 
