@@ -57,13 +57,13 @@ class Container:
                     f"{' and '.join(ARCHITECTURES)}"
                 )
             self.env = dict(each.partition("=")[::2] for each in image.attrs["Config"].get("Env") or ())
-            in_volumes = not is_podman(self.client)
+            self.is_podman = is_podman(self.client)
             self.image_id = str(image.id)
             if spec.network.has_allowlist:
                 self.handover = Handover(run_id)
             proxy_socket = None if self.handover is None else self.handover.path
             self.id = create_container(
-                self.api, self.image_id, spec, run_id, in_volumes=in_volumes, proxy_socket=proxy_socket
+                self.api, self.image_id, spec, run_id, in_volumes=not self.is_podman, proxy_socket=proxy_socket
             )
         except BaseException:
             if self.handover is not None:
@@ -79,7 +79,7 @@ class Container:
             self.stream = self.api.attach_socket(self.id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             self.api.start(self.id)
             self.set_public(spec.network.setup == "public")
-            if not in_volumes and not spec.as_image:
+            if self.is_podman and not spec.as_image:
                 self.api.put_archive(self.id, spec.workdir, _archive(".", AGENT_ID))  # this changes its owner
         except ENGINE_ERRORS as error:
             self.remove()

@@ -3,7 +3,8 @@
 No capabilities for commands, no new privileges, the engine's seccomp filter, no network, bounds on processes, memory
 (without swap), CPU, file size and open files, a read-only root, an unprivileged user. The work directory and /tmp are
 in memory and of bounded size: volumes in Docker, whose archives reach no other mounts, and plain mounts in Podman,
-which ignores the options of a volume. Another volume holds the executor; only root can write to it.
+which ignores the options of a volume. Podman adds /var/tmp, which hides /tmp in an image where one is a link to the
+other, so it gets the same bounds. Another volume holds the executor; only root can write to it.
 
 A sandbox `as_image` has a writable root instead of the two mounts, and commands of root have the capabilities that
 package managers and `chown` need. The other restrictions stay.
@@ -77,13 +78,15 @@ def create_container(
     """
     limits = spec.limits
     in_memory = {} if spec.as_image else {spec.workdir: "0755", "/tmp": "1777"}
+    if in_memory and not in_volumes:
+        in_memory.setdefault("/var/tmp", "1777")
     lent = AS_IMAGE_CAPABILITIES if spec.as_image else {}
-    # The content of the two volumes and of /dev/shm counts as the container's memory: full volumes must not kill it.
+    # The content of these mounts and of /dev/shm counts as the container's memory: full volumes must not kill it.
     memory = (limits.memory_mib + len(in_memory) * limits.disk_mib + SHM_MIB + EXECUTOR_MIB) << 20
     executor = Mount(target=posixpath.dirname(EXECUTOR), source=None, type="volume", no_copy=True)
     options = {path: f"size={limits.disk_mib}m,mode={mode},nosuid,nodev" for path, mode in in_memory.items()}
     volumes = [_memory_volume(path, each) for path, each in options.items()] if in_volumes else []
-    tmpfs = {} if in_volumes else {path: f"{each},exec" for path, each in options.items()}
+    tmpfs = {} if in_volumes else {path: f"{each},exec,notmpcopyup" for path, each in options.items()}
     mounts = [executor, *volumes]
     if proxy_socket is not None:
         mounts.append(Mount(target=PROXY_SOCKET, source=proxy_socket, type="bind", read_only=True))

@@ -48,11 +48,11 @@ def why_lost(api: APIClient, container_id: str, error: Exception | None, memory_
 def _events(api: APIClient, container_id: str) -> dict[str, str]:
     """Return the events that show how a container ended; the value of `die` is the exit code.
 
-    Waits up to a second, so that an event still on its way is not missed.
+    Waits one to two seconds, so that an event still on its way is not missed. Podman selects `die` by the name `died`.
     """
-    wanted = {"container": container_id, "event": ["die", "kill", "oom"]}
+    wanted = {"container": container_id, "event": ["die", "died", "kill", "oom"]}
     found: dict[str, str] = {}
-    for event in api.events(since=1, until=int(time.time()) + 1, filters=wanted, decode=True):
+    for event in api.events(since=1, until=int(time.time()) + 2, filters=wanted, decode=True):
         found[event["Action"]] = event["Actor"]["Attributes"].get("exitCode", "")
     return found
 

@@ -54,7 +54,7 @@ def pack(container: Container, trees: Mapping[str, str], file: IO[bytes], *, max
     def read() -> _Packer:
         file.seek(0)
         file.truncate()
-        packer = _Packer(file, max_entries, max_bytes)
+        packer = _Packer(file, max_entries, max_bytes, has_owners=not container.is_podman)
         for label, path in trees.items():
             with api.get(
                 _url(api, container.id),
@@ -102,12 +102,16 @@ def _url(api: APIClient, container_id: str) -> str:
 
 
 class _Packer:
-    """The entries of the engine's archives, whose content goes to a file."""
+    """The entries of the engine's archives, whose content goes to a file.
 
-    def __init__(self, file: IO[bytes], max_entries: int, max_bytes: int) -> None:
+    Without `has_owners`, everything belongs to the agent: in Podman's archives it all belongs to root.
+    """
+
+    def __init__(self, file: IO[bytes], max_entries: int, max_bytes: int, *, has_owners: bool) -> None:
         self.entries: list[bytes] = []
         self.drops = DropList()
         self._file, self._max_entries, self._max_bytes = file, max_entries, max_bytes
+        self._has_owners = has_owners
         self._bytes = self._offset = 0
         self._left_out: set[str] = set()
 
@@ -126,7 +130,7 @@ class _Packer:
             self.drops.add(name, problem)
             return
         entry: dict[str, Any] = {"name": name, "mode": member.mode & 0o7777, "mtime_ns": int(member.mtime * 1e9)}
-        if (member.uid, member.gid) != AGENT:
+        if self._has_owners and (member.uid, member.gid) != AGENT:
             entry["owner"] = (member.uid, member.gid)
         if not member.isreg():
             entry["kind"] = KINDS[member.type]
