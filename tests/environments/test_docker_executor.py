@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
 import secrets
 import tarfile
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +23,7 @@ from agentkit_environments.docker import DockerEnvironment, docker_failure
 from agentkit_environments.docker.attachment import Frames
 from agentkit_environments.docker.executor import ARCHITECTURES, executor_program
 from agentkit_environments.docker.executor.build import TARGETS, compile_executor, compiler_failure, record
+from agentkit_environments.docker.hardening import EXECUTOR
 from agentkit_environments.docker.users import resolve_user
 from agentkit_environments.executor import FRAME
 
@@ -196,19 +199,37 @@ def test_frames_of_the_engine_come_apart_at_any_cut(frames: list[tuple[int, byte
 # Images and users
 
 
-@pytest.fixture
-def bare_image() -> Iterator[str]:
-    """An image of one static program, without a shell, libraries or /etc."""
-    client = docker.from_env()
-    program = executor_program(client.version()["Arch"])
+def archive_of(files: dict[str, bytes]) -> bytes:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
-        member = tarfile.TarInfo("tool")
-        member.size, member.mode = len(program), 0o755
-        tar.addfile(member, io.BytesIO(program))
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o755
+            tar.addfile(member, io.BytesIO(data))
+    return archive.getvalue()
+
+
+@pytest.fixture
+def bare_image(architecture: str) -> Iterator[str]:
+    """An image of one static program, without a shell, libraries or /etc."""
+    client = docker.from_env()
+    emulator = Path("/proc/sys/fs/binfmt_misc") / {"amd64": "qemu-x86_64", "arm64": "qemu-aarch64"}[architecture]
+    # With the flag F, the kernel finds the emulator in a container, too.
+    is_emulated = emulator.exists() and re.search("^flags: .*F", emulator.read_text(), re.MULTILINE)
+    if architecture != client.version()["Arch"] and not is_emulated:
+        client.close()
+        pytest.skip(
+            f"not applicable: containers for {architecture} do not run here; on Debian, "
+            "`apt-get install binfmt-support qemu-user-static` lets them"
+        )
     name = f"agentkit-test-{secrets.token_hex(4)}"
+    layer = archive_of({"tool": executor_program(architecture)})
+    layers = {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]}
+    config = json.dumps({"architecture": architecture, "os": "linux", "rootfs": layers, "config": {}})
+    manifest = json.dumps([{"Config": "config.json", "RepoTags": [f"{name}:latest"], "Layers": ["layer.tar"]}])
+    image = {"layer.tar": layer, "config.json": config.encode(), "manifest.json": manifest.encode()}
     try:
-        client.api.import_image_from_data(archive.getvalue(), repository=name)
+        client.images.load(archive_of(image))
         yield name
         client.images.remove(name, force=True)
     finally:
@@ -216,8 +237,10 @@ def bare_image() -> Iterator[str]:
 
 
 @pytest.mark.docker
-async def test_an_image_needs_to_have_nothing(env: DockerEnvironment, bare_image: str) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_an_image_needs_to_have_nothing(env: DockerEnvironment, architecture: str, bare_image: str) -> None:
     async with await open_environment(EnvironmentSpec(image=bare_image), backend="docker") as bare:
+        assert await bare.read_file(EXECUTOR) == executor_program(architecture)
         await bare.write_file("d/f", "text")
         assert await bare.read_file("d/f") == b"text"
         exported = await bare.export_dir(".")
