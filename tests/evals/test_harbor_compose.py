@@ -20,7 +20,7 @@ from tests.fuzz import amounts, fuzz
 from agentkit.errors import TaskFileError
 from agentkit.models.scripted import Policy
 from agentkit.task import HarborConfig, Task
-from agentkit_environments import ServiceError, available_backends, reap
+from agentkit_environments import SandboxUnavailableError, ServiceError, available_backends, reap
 from agentkit_environments.folder import folder_hash, image_tag
 from agentkit_evals.harbor import read_task_directory
 from agentkit_evals.harbor.compose import Build, Compose, Healthcheck, Service
@@ -302,6 +302,19 @@ class TestInDocker:
         with pytest.raises(ServiceError, match=f"(?s){problem}"):
             anyio.run(use)
         assert left_of("services-test") == []
+
+    def test_podman_is_refused_where_services_would_reach_this_machine(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("agentkit_environments.docker.services.is_podman", lambda client: True)
+
+        async def use() -> None:
+            async with opened(read_task_directory(make()), "docker", "services-podman"):
+                pass
+
+        with pytest.raises(SandboxUnavailableError, match="with Podman, services and the sandbox would reach"):
+            anyio.run(use)
+        assert left_of("services-podman") == []
 
     def test_services_of_a_harness_that_was_killed_are_reaped(self, make: Make) -> None:
         program = f"""

@@ -27,6 +27,8 @@ from agentkit_environments.snapshot import Snapshot
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """The engine's PATH for an image that sets none."""
 USER_FILE_BYTES = 1 << 20
+NO_FILES = bytes(1024)
+"""An empty archive."""
 
 T = TypeVar("T")
 
@@ -66,6 +68,8 @@ class DockerEnvironment(Environment):
                 container.guard(lambda: snapshots.restore(container.api, container.id, trees, snapshot))
             elif spec.workdir_from_image:
                 Files(container).copy_from_image(str(spec.image), spec.workdir, run_id)
+            elif spec.as_image and container.is_podman:
+                Files(container, 0).import_dir(settled.workdir, NO_FILES)  # its builder does not make the WORKDIR
 
         connection: Connection | None = None
         try:

@@ -30,7 +30,8 @@ from agentkit_environments.folder import folder_hash, image_tag
 from agentkit_environments.owner import owner_token
 
 MAX_LOG_CHARS = 2_000
-_STEP = re.compile(r"^Step (\d+)/(\d+) : (.*)")
+_STEP = re.compile(r"^(?:Step|(?:\[\d+/\d+\] )?STEP) (\d+)/(\d+) ?: (.*)")
+"""A line of Docker's builder, or of Podman's, which also numbers the stages if there are several."""
 _building: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 

@@ -25,6 +25,7 @@ from agentkit_environments.docker.engine import (
     OWNER_LABEL,
     RUN_LABEL,
     connect,
+    is_podman,
     remove_container,
     remove_network,
     require_image,
@@ -109,6 +110,11 @@ class _Services:
 
     def start(self, services: Sequence[ServiceSpec], wait_for: Mapping[str, Condition]) -> None:
         try:
+            if self._is_internal and is_podman(self._client):
+                raise SandboxUnavailableError(
+                    "with Podman, services and the sandbox would reach this machine: use Docker's engine, or make the "
+                    "task's network public in every phase"
+                )
             options = NO_HOST if self._is_internal else {}
             self._api.create_network(
                 self._network, driver="bridge", internal=self._is_internal, options=options, labels=self._labels
