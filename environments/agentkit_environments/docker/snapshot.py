@@ -1,8 +1,9 @@
 """Snapshots of a container: the work directory and /tmp, through the engine's archive interface.
 
 The root of the file system is read-only, so these two hold everything that commands can change. The engine reads and
-writes archives as root and needs nothing from the image. It rounds modification times down to seconds, leaves sockets
-out silently, and does not restore the permission bits of the two directories themselves. Blocking calls.
+writes archives as root and needs nothing from the image. It rounds modification times down to seconds (Podman: to the
+nearest one), leaves sockets out silently, and does not restore the permission bits of the two directories themselves.
+Blocking calls.
 """
 
 from __future__ import annotations
