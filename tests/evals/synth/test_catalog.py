@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,16 @@ import pytest
 from pydantic import ValidationError
 
 from agentkit_evals.synth import catalog
-from agentkit_evals.synth.catalog import KnownComputation, KnownFile, KnownFunction, commands, computations, files
-from agentkit_evals.synth.catalog.inputs import INPUTS
+from agentkit_evals.synth.catalog import (
+    KnownCommand,
+    KnownComputation,
+    KnownFile,
+    KnownFunction,
+    commands,
+    computations,
+    files,
+)
+from agentkit_evals.synth.catalog.inputs import INPUTS, InputFile
 from agentkit_evals.synth.catalog.slots import SLOTS
 from agentkit_evals.synth.draw import Draw
 from agentkit_evals.synth.parameters import series
@@ -105,14 +114,29 @@ def test_each_command_does_what_its_expression_says(tmp_path: Path) -> None:
         file = INPUTS[known.input][0](draw)
         keys = {*file.variables, "path", *(["out"] if known.writes else [])}
         assert set(catalog.KEY.findall(" ".join(known.requests))) <= keys
-        source, out = tmp_path / f"{number} in.txt", tmp_path / f"{number} out.txt"
-        source.write_text(file.content)
         assert known.request(draw, file, path="data.txt", out="new.txt")
-        tool, arguments = known.call(file, path=str(source), out=str(out))
-        program = ["sh", "-c", arguments["command"]] if tool == "bash" else [sys.executable, "-c", arguments["code"]]
-        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
-        found = done.stdout if known.answer else out.read_text() if known.writes else source.read_text()
-        assert found.strip() == known.result(file).strip(), (arguments, done.stderr)
+        check(known, file, tmp_path / str(number))
+
+
+def test_commands_over_lines_work_with_every_script(tmp_path: Path) -> None:
+    names = ["Vincenzo Gamble", "Иуда Лапутин", "Δούκισσα Δαγκλή", "Ersan Uzunoğlu", "희솔 청", "Иуда Лапутин"]
+    variables = {"lines": names, "item": names[1], "other": "Рикарда Савкин", "n": 2}
+    file = InputFile("".join(f"{name}\n" for name in names), variables)
+    for number, known in enumerate(known for known in commands() if known.input == "lines"):
+        check(known, file, tmp_path / str(number))
+
+
+def check(known: KnownCommand, file: InputFile, folder: Path) -> None:
+    """Run a command over a file, and compare with its expression."""
+    folder.mkdir()
+    source, out = folder / "in put.txt", folder / "out put.txt"
+    source.write_text(file.content, encoding="utf-8")
+    tool, arguments = known.call(file, path=str(source), out=str(out))
+    program = ["sh", "-c", arguments["command"]] if tool == "bash" else [sys.executable, "-c", arguments["code"]]
+    environ = {**os.environ, "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(program, cwd=folder, capture_output=True, encoding="utf-8", check=False, env=environ)
+    found = done.stdout if known.answer else (out if known.writes else source).read_text(encoding="utf-8")
+    assert found.strip() == known.result(file).strip(), (arguments, done.stderr)
 
 
 def test_a_number_next_to_a_letter_is_not_a_word() -> None:
