@@ -48,6 +48,10 @@ def test_mcp() -> None:
     [
         ("typed_output", "sky='sunny' degrees=21\n"),
         ("fork_and_best_of_n", "1 of 3 is right: 100 10 9\n"),
+        (
+            "parallel_tools",
+            "Paris?\nRome?\nOslo?\nOslo.\nRome.\nParis.\nParis is sunny, Rome is sunny, Oslo is sunny\n",
+        ),
         ("subagents", "sunny, 21 degrees / rainy, 14 degrees\n2 turns, 6 with sub-agents\n"),
     ],
 )
