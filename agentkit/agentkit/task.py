@@ -48,7 +48,7 @@ from agentkit.strict import Shell as Shell
 from agentkit.strict import Strict as Strict
 from agentkit_engine.untrusted import read_regular, shorten
 from agentkit_environments import Environment
-from agentkit_tools import BUILTINS, CommandTool, DeclaredTool, Tool, ToolDefinitionError
+from agentkit_tools import BUILTINS, NAMED_TOOLS, CommandTool, DeclaredTool, Tool, ToolDefinitionError
 from agentkit_tools.validation import SchemaProblemError, Validator
 
 MAX_YAML_BYTES = 1 << 19
@@ -61,8 +61,8 @@ MAX_FILE_BYTES = 16 << 20
 
 
 def _built_in(name: str) -> str:
-    if name not in BUILTINS:
-        raise ValueError(f'unknown tool "{name}"; built in: {", ".join(BUILTINS)}')
+    if name not in NAMED_TOOLS:
+        raise ValueError(f'unknown tool "{name}"; built in: {", ".join(NAMED_TOOLS)}')
     return name
 
 
@@ -251,7 +251,7 @@ class Task(Strict):
 
     def build_tools(self) -> list[Tool]:
         """Return the task's tools, in the order of the file. With `verifier.calls` none of them can be run."""
-        tools = [BUILTINS[entry] if isinstance(entry, str) else entry.build() for entry in self.tools]
+        tools = [NAMED_TOOLS[entry] if isinstance(entry, str) else entry.build() for entry in self.tools]
         if isinstance(self.verifier, CallsConfig):
             return [DeclaredTool(tool.name, tool.description, tool.parameters) for tool in tools]
         return tools

@@ -23,7 +23,7 @@ from agentkit.messages import AssistantMessage
 from agentkit.model import CallMalformed, CallsWithdrawn
 from agentkit.task import CallsConfig, Task, ToolConfig
 from agentkit.trajectory import Trajectory
-from agentkit_tools import BUILTINS, ArgumentsError
+from agentkit_tools import NAMED_TOOLS, ArgumentsError
 from agentkit_tools.schema import parse_object
 
 TYPES: Mapping[object, type] = {
@@ -139,7 +139,7 @@ def _parse(answer: str) -> tuple[list[Call], str | None]:
 def _schemas(task: Task) -> dict[str, Mapping[str, Any]]:
     """Return the schema of each tool's arguments by the tool's name."""
     return {
-        **{name: BUILTINS[name].parameters for name in task.tools if isinstance(name, str)},
+        **{name: NAMED_TOOLS[name].parameters for name in task.tools if isinstance(name, str)},
         **{tool.name: tool.parameters for tool in task.tools if isinstance(tool, ToolConfig)},
     }
 

@@ -95,6 +95,14 @@ def test_defaults_match_the_packages() -> None:
     assert task.verifier is None
 
 
+def test_a_task_can_name_bash_session_which_is_no_default(tmp_path: Path) -> None:
+    path = tmp_path / "task.yaml"
+    path.write_text("id: one\ninstruction: Go on.\ntools: [bash_session, submit]\n")
+    assert [tool.name for tool in load_task(path).build_tools()] == ["bash_session", "submit"]
+    path.write_text("id: one\ninstruction: Go on.\n")
+    assert "bash_session" not in [tool.name for tool in load_task(path).build_tools()]
+
+
 def test_an_output_schema_leaves_submit_out_of_the_default_tools() -> None:
     schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}}
     task = Task(id="a", instruction="Measure.", output_schema=schema)

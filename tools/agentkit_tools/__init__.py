@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from agentkit_tools.bash_session import bash_session
 from agentkit_tools.command import CommandTool
 from agentkit_tools.declared import DeclaredTool
 from agentkit_tools.edit import edit_file
@@ -41,9 +42,13 @@ from agentkit_tools.tool import (
 BUILTINS: dict[str, Tool] = {
     builtin.name: builtin for builtin in (bash, read_file, write_file, edit_file, list_dir, search, python, submit)
 }
+"""The tools of an agent that names none."""
+NAMED_TOOLS: dict[str, Tool] = {**BUILTINS, bash_session.name: bash_session}
+"""The tools that a task can name; `bash_session` is not a default."""
 
 __all__ = [
     "BUILTINS",
+    "NAMED_TOOLS",
     "ArgumentsError",
     "CommandTool",
     "DeclaredTool",
@@ -66,6 +71,7 @@ __all__ = [
     "ToolOutput",
     "ToolResult",
     "as_tool",
+    "bash_session",
     "cut",
     "load_mcp_servers",
     "tool",

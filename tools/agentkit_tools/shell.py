@@ -36,14 +36,19 @@ def command_output(result: ExecResult, *, name: str, timeout_s: float) -> ToolOu
     return ToolOutput("\n".join(parts) or NO_OUTPUT, is_error=result.exit_code != 0)
 
 
-@tool(description=DESCRIPTIONS["bash"])
-async def bash(command: str, context: ToolContext) -> ToolOutput:
-    """Run `command` in a fresh bash (sh where there is none); nothing but files survives to the next call."""
+def check_command(command: str) -> None:
+    """Raise ToolError if a command is too long for an argument of a program, or has NUL characters."""
     if len(command.encode()) > MAX_COMMAND_BYTES:
         raise ToolError(
             f"command has {len(command.encode())} bytes, expected at most {MAX_COMMAND_BYTES}; "
             "write it to a file with write_file and run that"
         )
     refuse_nul(command=command)
+
+
+@tool(description=DESCRIPTIONS["bash"])
+async def bash(command: str, context: ToolContext) -> ToolOutput:
+    """Run `command` in a fresh bash (sh where there is none); nothing but files survives to the next call."""
+    check_command(command)
     shell = ["/bin/sh", "-c", BASH_OR_SH, "sh", command]
     return await run_command(shell, context, name="bash")
