@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from agentkit.benchmarks.__main__ import main
 from agentkit.benchmarks.registry import BENCHMARKS
 from agentkit.benchmarks.sharing import Counts
 from agentkit_engine.benchmarks.registry import ELSEWHERE
+from agentkit_environments import available_backends
 
 
 def run(*arguments: str) -> Any:
@@ -45,14 +47,26 @@ def test_the_quick_benchmarks_write_their_records(tmp_path: Path) -> None:
     assert prefilled["command"] == "python -m agentkit.benchmarks --only shared-prefill --quick"
 
 
+@pytest.mark.sandbox
+def test_sandboxes_are_measured_on_the_backends_that_work(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    result = run("--quick", "--only", "sandboxes", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    records = {record["what"]: record for record in json.loads(out.read_text())}
+    works = [backend for backend, reason in available_backends().items() if reason is None]
+    assert {what.partition(":")[0] for what in records} == {*works}
+    for backend in works:
+        assert records[f"{backend}: beyond the time of a command itself, p50 of 3"]["value"] > 0
+        forked = records[f"{backend}: fork(2) of a world of 0.004 MB in 40 files, and a command in each"]
+        assert forked["value"] > 0 and (forked["stretch"] == "value <= 2500") == (backend != "unsafe-local")
+
+
 def test_an_unknown_benchmark_is_an_error() -> None:
     result = run("--only", "shared-prefill,C99")
     assert result.exit_code == 2
     message = " ".join(result.output.replace("│", " ").split())
-    assert (
-        "unknown benchmark 'C99'; expected turn-overhead, shared-prefill, parallel-calls, or in the other rooms decode,"
-        in message
-    )
+    expected = "expected turn-overhead, shared-prefill, parallel-calls, sandboxes, or in the other rooms decode,"
+    assert f"unknown benchmark 'C99'; {expected}" in message
 
 
 def test_the_engine_lists_the_benchmarks_of_the_loop() -> None:

@@ -626,5 +626,5 @@ BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {
 NIGHTLY = ("context-1m",)
 """Benchmarks that take half an hour or more and run only when named."""
 
-ELSEWHERE = ("turn-overhead", "shared-prefill", "parallel-calls")
+ELSEWHERE = ("turn-overhead", "shared-prefill", "parallel-calls", "sandboxes")
 """Names of the benchmarks in `agentkit.benchmarks`; they are skipped here."""

@@ -1,1 +1,0 @@
-"""Benchmarks of opening an environment and running a command in it."""
