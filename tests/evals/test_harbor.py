@@ -628,6 +628,28 @@ class TestInDocker:
         assert "wrote neither reward.json nor reward.txt" in checked.problems[0]
         remove_image(task)
 
+    def test_no_process_of_the_agent_outlives_it(self, make: Make, evaluate: Evaluate, script: MakeScript) -> None:
+        """A daemon of root writes the answer and the reward without end; while the tests run, it is dead."""
+        forge = "while :; do echo 42 > /app/answer.txt; echo 1 > /logs/verifier/reward.txt; done"
+        test = """\
+#!/bin/sh
+rm -f /app/answer.txt
+grep -sl '[f]orge' /proc/[0-9]*/cmdline
+for _ in $(seq 100000); do :; done
+[ -e /app/answer.txt ] && echo 1 > /logs/verifier/reward.txt || echo 0 > /logs/verifier/reward.txt
+"""
+        task = read_task_directory(make(**{"tests/test.sh": test}))
+        start = f"echo '{forge}' > /forge.sh; setsid sh /forge.sh > /dev/null 2>&1 &"
+        lives = "rm /app/answer.txt; until [ -s /app/answer.txt ]; do :; done; id -u; pgrep -c -f '[f]orge.sh'"
+        done = evaluate((task, script(*bash(start, lives), "Done.")), backend=None)
+        (trial,) = done.trials
+        trajectory = done.trajectory(trial)
+        assert trajectory is not None
+        result = [message.content for message in trajectory.messages if message.role == "tool"][1]
+        assert result.split()[:2] == ["0", "1"], "the daemon outlives the call that started it, as root"
+        assert (trial.reward, trial.error, trial.verifier_output) == (0.0, None, "")
+        remove_image(task)
+
     def test_a_trial_runs_unchanged(
         self, make: Make, evaluate: Evaluate, script: MakeScript, monkeypatch: pytest.MonkeyPatch
     ) -> None:
