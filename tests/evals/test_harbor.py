@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -818,6 +819,36 @@ healthcheck = {command = "CONNECT", interval_sec = 0.1, retries = 200}
         (trial,) = evaluate((read_task_directory(make(**{"task.toml": toml})), script("Done.")), backend=None).trials
         assert (trial.reward, trial.failure) == (None, "task")
         assert (trial.error or "").startswith("MCP server notes: it ended before it answered")
+
+    @pytest.mark.parametrize(
+        ("command", "error"),
+        [
+            ("echo no database; exit 3", r"health check .* failed 2 times: exit status 3, no database"),
+            ("echo waiting; sleep 60", r"health check .* failed 2 times: no end within 1 s, waiting"),
+        ],
+    )
+    def test_a_sandbox_that_never_becomes_healthy_is_the_tasks_fault(
+        self, make: Make, evaluate: Evaluate, script: MakeScript, command: str, error: str
+    ) -> None:
+        check = f'[environment.healthcheck]\ncommand = "{command}"\ninterval_sec = 0\ntimeout_sec = 1\nretries = 2\n'
+        task = read_task_directory(make(**{"task.toml": TOML + check}))
+        (trial,) = evaluate((task, script("Done.")), backend=None).trials
+        assert (trial.reward, trial.failure, trial.usage.turns) == (None, "task", 0)
+        assert re.search(error, trial.error or ""), trial.error
+        remove_image(task)
+
+    @pytest.mark.parametrize("patience", ["retries = 4", "start_period_sec = 300\nretries = 1"])
+    def test_the_agent_waits_until_the_sandbox_is_healthy(
+        self, make: Make, evaluate: Evaluate, script: MakeScript, patience: str
+    ) -> None:
+        command = "echo >> /checks; test $(wc -l < /checks) = 4"
+        check = f'command = "{command}"\ninterval_sec = 0.01\nstart_interval_sec = 0.01\n{patience}\n'
+        toml = f"{TOML}[environment.healthcheck]\n{check}"
+        test = "#!/bin/sh\ncp seen /logs/verifier/reward.txt\n"
+        task = read_task_directory(make(**{"task.toml": toml, "tests/test.sh": test}))
+        (trial,) = evaluate((task, script(*bash("wc -l < /checks > seen"), "Done.")), backend=None).trials
+        assert (trial.reward, trial.error) == (4.0, None), "the agent starts after the fourth check"
+        remove_image(task)
 
     def test_images_that_cannot_be_built(self, make: Make) -> None:
         folder = make(**{"environment/Dockerfile": "FROM agentkit-missing.invalid/base:1\nRUN true\n"})

@@ -222,8 +222,9 @@ async def _until_healthy(check: Healthcheck, environment: Environment) -> None:
             return
         failures += not starting
         if failures >= check.retries:
+            end = f"no end within {check.timeout_sec:g} s" if result.timed_out else f"exit status {result.exit_code}"
             raise TaskSetupError(
-                f"the health check {check.command!r} failed {failures} times: exit status {result.exit_code}, "
+                f"the health check {check.command!r} failed {failures} times: {end}, "
                 f"{tail(result)[-2000:] or 'no output'}"
             )
         await anyio.sleep(check.start_interval_sec if starting else check.interval_sec)
