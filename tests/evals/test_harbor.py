@@ -36,6 +36,8 @@ from agentkit_evals.record import RunDirectory
 from agentkit_evals.selfcheck import SelfCheck, selfcheck
 from agentkit_evals.suite import load_suite, task_files
 
+from .conftest import agentkit
+
 Evaluate = Callable[..., RunDirectory]
 MakeScript = Callable[..., Policy]
 DOCKER = available_backends()["docker"]
@@ -872,6 +874,25 @@ healthcheck = {command = "CONNECT", interval_sec = 0.1, retries = 200}
             "other tasks would be checked, too"
         )
 
+    def test_an_image_is_built_once_for_each_content(self, make: Make, untrained: Path) -> None:
+        """The base image is gone after the first build, so that a second one would fail."""
+        base, run = f"localhost:1/agentkit-base:{os.getpid()}", typer.testing.CliRunner()
+        subprocess.run(["docker", "tag", "agentkit-base:latest", base], check=True)
+        folder = make(**{"environment/Dockerfile": DOCKERFILE.replace("agentkit-base:latest", base)})
+        task = read_task_directory(folder)
+        checked = run.invoke(app, ["check", str(folder)])
+        subprocess.run(["docker", "rmi", base], check=True, capture_output=True)
+        assert checked.exit_code == 0, checked.output
+        ran = run.invoke(app, ["run", str(folder), "-m", str(untrained), "--max-tokens", "4", "--json"])
+        assert json.loads(ran.stdout)["limit"] == "max_tokens", ran.output
+        assert run.invoke(app, ["check", str(folder)]).exit_code == 0
+
+        with (folder / "environment/Dockerfile").open("a") as file:
+            file.write("RUN true\n")
+        checked = run.invoke(app, ["check", str(folder)])
+        assert checked.exit_code == 1 and f"step 1 of 4: FROM {base}: the base image" in checked.stdout, checked.output
+        remove_image(task)
+
     @pytest.mark.parametrize(
         ("test", "error"),
         [
@@ -908,3 +929,18 @@ healthcheck = {command = "CONNECT", interval_sec = 0.1, retries = 200}
         refused = run.invoke(app, ["run", str(folder), "-m", str(untrained), "--env", "process"])
         assert refused.exit_code == 3 and "no images" in refused.output
         remove_image(read_task_directory(folder))
+
+    def test_a_folder_of_directories_is_evaluated(self, make: Make, untrained: Path, tmp_path: Path) -> None:
+        short = f"{TOML}[agent]\ntimeout_sec = 1\n"
+        folders = [
+            make(**{"task.toml": short}),
+            make("always", **{"task.toml": short, "tests/test.sh": "#!/bin/sh\necho 1 > /logs/verifier/reward.txt\n"}),
+        ]
+        done = agentkit("eval", tmp_path / "tasks", "-m", untrained, "--out", tmp_path / "run", "--json")
+        found = json.loads(done.stdout)
+        assert (found["solved"], found["trials"], found["mean"]) == (1, 2, 0.5)
+        run = RunDirectory.open(tmp_path / "run")
+        scored = {trial.task: (trial.reward, trial.backend, trial.error) for trial in run.trials}
+        assert scored == {"always": (1.0, "docker", None), "copy-number": (0.0, "docker", None)}
+        for folder in folders:
+            remove_image(read_task_directory(folder))
