@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
 import signal
-import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ import anyio
 import anyio.to_thread
 import pytest
 import requests
+from tests.engine_proxy import EngineProxy
 
 from agentkit_environments import (
     Environment,
@@ -353,63 +351,15 @@ async def test_a_command_in_flight_when_its_environment_is_closed_is_lost_withou
     assert "closed" in str(errors[0])
 
 
-class Proxy:
-    """A proxy between a client and the engine's socket, so that the engine can go away for this client alone."""
-
-    def __init__(self, path: Path, target: str) -> None:
-        self._target, self._ends, self._is_gone = target, list[socket.socket](), False
-        self._listener = socket.create_server(str(path), family=socket.AF_UNIX)
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._is_gone:
-                client.close()  # closed instead of refused: the docker library leaks the socket of a refused connection
-                continue
-            engine = socket.socket(socket.AF_UNIX)
-            engine.connect(self._target)
-            self._ends += [client, engine]
-            for source, target in ((client, engine), (engine, client)):
-                self._threads.append(threading.Thread(target=self._copy, args=(source, target)))
-                self._threads[-1].start()
-
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-
-    def stop(self) -> None:
-        """Close every connection, and every new one at once."""
-        self._is_gone = True
-        for end in self._ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.stop()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for end in (self._listener, *self._ends):
-            end.close()
-
-
 @pytest.fixture
-def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    proxy = Proxy(tmp_path / "engine", "/var/run/docker.sock")
+def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineProxy]:
+    proxy = EngineProxy(tmp_path / "engine", "/var/run/docker.sock")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'engine'}")
     yield proxy
     proxy.close()
 
 
-async def test_an_engine_that_is_gone_is_the_hosts_failure(proxy: Proxy) -> None:
+async def test_an_engine_that_is_gone_is_the_hosts_failure(proxy: EngineProxy) -> None:
     async with await open_environment(backend="docker") as env:
         assert (await env.exec("echo fine")).stdout == "fine\n"
         proxy.stop()
@@ -418,7 +368,7 @@ async def test_an_engine_that_is_gone_is_the_hosts_failure(proxy: Proxy) -> None
                 await doomed
 
 
-async def test_an_engine_lost_during_a_command_is_the_hosts_failure(proxy: Proxy, tag: Tag) -> None:
+async def test_an_engine_lost_during_a_command_is_the_hosts_failure(proxy: EngineProxy, tag: Tag) -> None:
     raised: list[Exception] = []
 
     async def run() -> None:

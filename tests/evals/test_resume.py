@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.conftest import WaitUntil
+from tests.engine_proxy import EngineProxy
 
 from agentkit.errors import TrajectoryFormatError
 from agentkit.messages import Message
@@ -26,6 +30,7 @@ from agentkit.task import Task
 from agentkit.trajectory import Trajectory
 from agentkit_engine.chat import Tokenizer
 from agentkit_engine.sampling_params import SamplingParams
+from agentkit_environments import available_backends
 from agentkit_evals.errors import OutputError, RunDirectoryError
 from agentkit_evals.record import RunDirectory, TrialLog, attempt_path, patch_path, trajectory_path
 from agentkit_evals.report import render_report
@@ -37,6 +42,7 @@ from agentkit_evals.verify import Backend
 MakeTask = Callable[..., Task]
 MakeScript = Callable[..., Policy]
 MakeRun = Callable[..., EvalRun]
+DOCKER = available_backends()["docker"]
 
 
 def figures(run: RunDirectory) -> dict[str, Any]:
@@ -502,3 +508,55 @@ def test_the_costs_of_all_attempts_count(begin: Callable[..., EvalRun], whole: R
         b"".join(turns[: next(index for index, line in enumerate(turns) if b'"turn_finished"' in line) + 1])
     )
     assert RunDirectory.open(path).usage.turns == whole.usage.turns + 1
+
+
+@pytest.mark.docker
+@pytest.mark.skipif(DOCKER is not None, reason=f"no Docker: {DOCKER}")
+def test_an_engine_that_goes_away_interrupts_a_run_that_can_be_resumed(
+    number_task: MakeTask, make_run: MakeRun, script: MakeScript, tmp_path: Path, wait_until: WaitUntil
+) -> None:
+    """The first trial is kept; the one with a call in flight, and the one after it, could not be scored."""
+    read = [[("read_file", {"path": "n.txt"})], [("submit", {"answer": "42"})]]
+    sleep = f"sleep {1_000_000 + os.getpid()}"
+    pairs = [
+        (number_task("first"), script(*read)),
+        (number_task("cut"), script([("bash", {"command": sleep})], *read)),
+        (number_task("last"), script(*read)),
+    ]
+    settings: dict[str, Any] = {"backend": "docker", "concurrency": 1, "directory": tmp_path / "run"}
+    proxy = EngineProxy(tmp_path / "engine", "/var/run/docker.sock")
+
+    def sleeps() -> bool:
+        return subprocess.run(["pgrep", "-fx", sleep], stdout=subprocess.DEVNULL).returncode == 0
+
+    def cut() -> None:
+        wait_until(sleeps, sleep)
+        proxy.stop()
+
+    async def interrupted() -> RunDirectory:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, cut)
+            return await make_run(*pairs, **settings).execute()
+
+    with contextlib.closing(proxy), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'engine'}")
+        run = anyio.run(interrupted)
+        assert [(trial.task, trial.reward, trial.failure) for trial in run.trials] == [
+            ("first", 1.0, None),
+            ("cut", None, "infrastructure"),
+            ("last", None, "infrastructure"),
+        ]
+        assert "the Docker engine" in (run.trials[1].error or "") and run.trials[2].error
+        record = run.trajectory(run.trials[1])
+        assert record is not None and record.messages[-1].role == "tool" and record.outcome is not None
+
+        proxy.start_again()
+        pairs[1] = (pairs[1][0], script(*read))
+        resumed = anyio.run(make_run(*pairs, **settings, resume=True).execute)
+    assert resumed.complete and resumed.trials[0] == run.trials[0]
+    assert {trial.task: (trial.reward, trial.attempt) for trial in resumed.trials} == {
+        "first": (1.0, 1),
+        "cut": (1.0, 2),
+        "last": (1.0, 2),
+    }
+    wait_until(lambda: not sleeps(), "the end of the lost container")
