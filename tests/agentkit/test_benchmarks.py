@@ -57,6 +57,8 @@ def test_sandboxes_are_measured_on_the_backends_that_work(tmp_path: Path) -> Non
     assert {what.partition(":")[0] for what in records} == {*works}
     for backend in works:
         assert records[f"{backend}: beyond the time of a command itself, p50 of 3"]["value"] > 0
+        cancelled = records[f"{backend}: from a cancellation to the last process dead, longest of 2"]
+        assert cancelled["value"] > 0 and cancelled["outputs"] == "no process is left after any of them"
         forked = records[f"{backend}: fork(2) of a world of 0.004 MB in 40 files, and a command in each"]
         assert forked["value"] > 0 and (forked["stretch"] == "value <= 2500") == (backend != "unsafe-local")
 

@@ -18,7 +18,7 @@ from agentkit_environments import Environment, available_backends, open_environm
 
 MOMENTS = 100
 SLACK_S = 5
-"""Longest time from a cancellation to the end of everything, on a busy machine; the benchmark of environments has the
+"""Longest time from a cancellation to the end of everything, on a busy machine; the benchmark `sandboxes` has the
 times of an idle one."""
 SEED = 20
 

@@ -39,7 +39,16 @@ FULL = Sizes(
     rendered=20,
     sharing=Shape(trajectories=64, at_once=32, turns=30, head=20_000),
     calls=Load(agents=32, calls=128, call_s=0.05, at_once=64),
-    scale=Scale(commands=200, openings=10, snapshots=5, forks=8, files=2_000, file_bytes=50_000, overlaid=50_000),
+    scale=Scale(
+        commands=200,
+        cancellations=100,
+        openings=10,
+        snapshots=5,
+        forks=8,
+        files=2_000,
+        file_bytes=50_000,
+        overlaid=50_000,
+    ),
 )
 QUICK = Sizes(
     repeats=1,
@@ -47,7 +56,7 @@ QUICK = Sizes(
     rendered=2,
     sharing=Shape(trajectories=3, at_once=2, turns=3, head=300),
     calls=Load(agents=2, calls=6, call_s=0.001, at_once=4),
-    scale=Scale(commands=3, openings=1, snapshots=1, forks=2, files=40, file_bytes=100, overlaid=100),
+    scale=Scale(commands=3, cancellations=2, openings=1, snapshots=1, forks=2, files=40, file_bytes=100, overlaid=100),
 )
 
 BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {

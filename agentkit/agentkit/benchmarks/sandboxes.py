@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import subprocess
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import anyio
 
+from agentkit_engine.benchmarks.errors import OutputsDifferError
 from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median
 from agentkit_environments import EnvironmentPool, EnvironmentSpec, available_backends, open_environment
@@ -38,9 +40,10 @@ for number in range(files):
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Number of commands, openings, snapshots and forks; files of a world and their bytes; files under an overlay."""
+    """Number of commands, cancellations, openings, snapshots and forks; files of a world, and under an overlay."""
 
     commands: int
+    cancellations: int
     openings: int
     snapshots: int
     forks: int
@@ -74,6 +77,15 @@ def sandboxes(scale: Scale) -> Iterator[Measurement]:
         cold, warm = anyio.run(_openings, backend, scale)
         yield _median(f"{backend}: opening and the first command", cold, Bound("value", "<=", 1000))
         yield _median(f"{backend}: opening from a warm pool and the first command", warm)
+        cancelled = anyio.run(_cancellations, backend, scale)
+        yield Measurement(
+            NAME,
+            f"{backend}: from a cancellation to the last process dead, longest of {scale.cancellations}",
+            round(max(cancelled), 2),
+            "ms",
+            target=Bound("value", "<=", 1000) if isolated else None,
+            outputs="no process is left after any of them",
+        )
         taking, restoring, forking = anyio.run(_forks, backend, scale)
         yield _median(f"{backend}: snapshot of {scale.world}", taking)
         yield _median(f"{backend}: restoring {scale.world}, and the first command", restoring)
@@ -144,6 +156,35 @@ async def _openings(backend: Backend, scale: Scale) -> tuple[list[float], list[f
                 await env.exec(["true"])
                 warm.append(_ms(start))
     return cold, warm
+
+
+async def _cancellations(backend: Backend, scale: Scale) -> list[float]:
+    """Return the ms from the cancellation of a command, at a random moment, to the end of its last process.
+
+    Among its processes are detached ones, and one that ignores signals.
+
+    Raises:
+        OutputsDifferError: If a process outlives a cancellation.
+    """
+    draw, found, sleep = random.Random(20), [], f"sleep {1_000_000 + os.getpid()}"
+    tree = f"{sleep} & setsid {sleep} & ({sleep} & {sleep} &); trap '' TERM INT; {sleep}; {sleep}"
+    async with await open_environment(EnvironmentSpec(), backend=backend) as env:
+        for _ in range(scale.cancellations):
+            with anyio.move_on_after(draw.uniform(0, 0.05)) as scope:
+                await env.exec(tree)
+            found.append(1000 * (anyio.current_time() - scope.deadline))
+            if left := _count_processes(sleep.split()):
+                raise OutputsDifferError(f"{left} processes have outlived the cancellation of their command")
+    return found
+
+
+def _count_processes(argv: Sequence[str]) -> int:
+    """Return the number of living processes of this machine, in any sandbox, with these arguments."""
+    cmdline, count = "\0".join([*argv, ""]).encode(), 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            count += path.read_bytes() == cmdline
+    return count
 
 
 async def _forks(backend: Backend, scale: Scale) -> tuple[list[float], list[float], list[float]]:
