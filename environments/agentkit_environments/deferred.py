@@ -48,6 +48,9 @@ class DeferredEnvironment(Environment):
                 self.backend, self.run_id = self._environment.backend, self._environment.run_id
             return self._environment
 
+    async def snapshot(self) -> Snapshot:
+        return await (await self.open()).snapshot()
+
     async def reopen(self, snapshot: Snapshot) -> Environment:
         return await (self._environment or await self.open()).reopen(snapshot)
 

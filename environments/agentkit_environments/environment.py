@@ -333,14 +333,17 @@ class Environment(ABC):
             raise _named(error, path) from error
 
     async def snapshot(self) -> Snapshot:
-        """Return the files of the work directory and /tmp as they are now.
+        """Return the files of the work directory and /tmp as they are now; all files of a sandbox `as_image`.
 
         Processes are not part of a snapshot. A file that one of them is changing meanwhile may be captured in any
-        state; call `kill_all` first if that matters. The environment goes on as before.
+        state; call `kill_all` first if that matters. The environment goes on as before. A sandbox `as_image` is paused
+        meanwhile.
 
         Raises:
             SnapshotError: If there are too many entries, or more than `limits.disk_mib` of files in each directory, or
-                if the work directory is an overlay, or if the sandbox is `as_image`.
+                if the work directory is an overlay. For a sandbox `as_image`: if more than twice `limits.disk_mib` was
+                written, if the image has volumes or there are services beside it, if about 125 forks of forks are
+                exceeded, or if the engine is Podman or cannot pause containers.
             SandboxLostError: If the sandbox is gone.
         """
         with TemporaryFile() as file:

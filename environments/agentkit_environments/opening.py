@@ -75,7 +75,7 @@ def available_backends() -> dict[str, str | None]:
 
 
 async def reap(run_id: str | None = None) -> int:
-    """Remove the leftovers of a run: containers with their volumes, temporary directories, processes.
+    """Remove the leftovers of a run: containers with their volumes, snapshots, temporary directories, processes.
 
     The kernel ends a process sandbox with its harness. Only empty control groups remain; they are removed but not
     counted.

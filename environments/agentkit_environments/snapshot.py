@@ -43,10 +43,15 @@ class Snapshot:
     A small snapshot is kept in memory, a larger one in a temporary file without a name. `close`, or the end of the
     process, frees it.
 
+    The snapshot of a sandbox `as_image` is an image of the engine with the whole root file system. Only docker
+    sandboxes `as_image` of the same image can begin with it, and it cannot be saved. The engine keeps it until it and
+    all sandboxes that began with it are closed; `reap` removes those of killed processes.
+
     Attributes:
         left_out: One line for each entry that could not be captured: its name and the reason.
-        entries: Number of entries.
-        size_bytes: Size of the snapshot; holes do not count.
+        entries: Number of entries; None for a sandbox `as_image`.
+        size_bytes: Size of the snapshot, without holes. For a sandbox `as_image`, size of the files that were written
+            since it was opened.
     """
 
     def __init__(self, fd: int) -> None:
@@ -56,8 +61,8 @@ class Snapshot:
             ValueError: If the file is not in the format of `tree`.
         """
         index, _ = tree.read_index(fd)
-        self.left_out = tuple(index["left_out"])
-        self.entries = len(index["entries"])
+        self.left_out: tuple[str, ...] = tuple(index["left_out"])
+        self.entries: int | None = len(index["entries"])
         self.size_bytes = os.fstat(fd).st_size
         self._content: bytes | int | None  # a small one itself, a larger one's descriptor, None once closed
         if self.size_bytes <= MEMORY_BYTES:
@@ -90,7 +95,7 @@ class Snapshot:
 
         Raises:
             OSError: If the file cannot be written.
-            SnapshotError: If the snapshot was closed.
+            SnapshotError: If the snapshot was closed, or is of a sandbox `as_image`.
         """
         path = Path(path)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -110,7 +115,7 @@ class Snapshot:
         """Yield a descriptor of the content that can only read; a sandbox may get it.
 
         Raises:
-            SnapshotError: If the snapshot was closed.
+            SnapshotError: If the snapshot was closed, or is of a sandbox `as_image`.
         """
         if self._content is None:
             raise SnapshotError("this snapshot was closed; take another one")
@@ -126,7 +131,7 @@ class Snapshot:
             os.close(fd)
 
     def close(self) -> None:
-        """Free the content. Environments that were opened from it are not affected. Safe to call twice."""
+        """Free the content. Environments that were opened from it are not affected. Safe to call twice. Blocks."""
         if isinstance(self._content, int):
             self._finalizer()
         self._content = None

@@ -32,13 +32,16 @@ from agentkit_environments import (
     EnvironmentSpec,
     SandboxLostError,
     SandboxUnavailableError,
+    available_backends,
     open_environment,
 )
+from agentkit_environments.docker.engine import BASE_IMAGE
 from agentkit_tools import BUILTINS
 
 from .conftest import get_weather
 
 pytestmark = pytest.mark.anyio
+NO_DOCKER = available_backends()["docker"]
 Script = Callable[..., ScriptedModel]
 
 
@@ -76,6 +79,22 @@ async def test_a_branch_has_the_turns_and_the_files_before_it(
         for again in {0, 3}:
             assert results((await branch.fork(at_turn=again))[0]) == results(result)
     assert await environment.read_file("log") == b"the original has gone on"
+
+
+@pytest.mark.docker
+@pytest.mark.skipif(NO_DOCKER is not None, reason=f"no Docker: {NO_DOCKER}")
+async def test_a_branch_of_a_run_in_a_whole_image_has_its_root(script: Script) -> None:
+    """Harbor tasks run in such sandboxes; also a branch of a branch, and a branch that is continued."""
+    turns = (bash("echo 0 >>/etc/log"), bash("echo 1 >>/etc/log"), bash("cat /etc/log"), AssistantTurn("", "Done."))
+    spec = EnvironmentSpec(image=BASE_IMAGE, as_image=True, workdir="")
+    async with await open_environment(spec, backend="docker") as environment:
+        agent = Agent(script(*turns, bash("cat /etc/log"), AssistantTurn("", "Bye.")))
+        result = await agent.run("Q", environment=environment, snapshots=True)
+        await environment.write_file("/etc/log", "the original has gone on")
+        branches = await result.fork(at_turn=1, n=2)
+        assert [results(branch) for branch in branches] == [results(result)] * 2
+        assert results((await branches[0].fork(at_turn=2))[0])[-1] == "0\n1"
+        assert results(await branches[0].continue_("And?"))[-1] == "0\n1"
 
 
 async def test_branches_differ_and_do_not_see_each_other(environment: Environment, tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.files import Files
 from agentkit_environments.docker.hardening import uid_and_gid
 from agentkit_environments.docker.image import user_files, with_image_settings
+from agentkit_environments.docker.layer import LayerSnapshot, capture
 from agentkit_environments.docker.users import home_of, resolve_user
 from agentkit_environments.environment import Environment, EnvironmentSpec, ExecRequest, ExecResult, FileOperation
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError
@@ -37,6 +38,8 @@ class DockerEnvironment(Environment):
     """One hardened container. The package's docstring lists the parts."""
 
     backend = "docker"
+    services: tuple[str, ...] = ()
+    """Names of the services that `open_services` has started beside it."""
 
     def __init__(self, spec: EnvironmentSpec, run_id: str, container: Container, connection: Connection) -> None:
         self.spec, self.run_id = spec, run_id
@@ -61,8 +64,15 @@ class DockerEnvironment(Environment):
 
         def start() -> None:
             settled = with_image_settings(spec) if spec.as_image else spec
-            container = Container(settled, run_id)
+            layer = None
+            if spec.as_image and snapshot is not None:
+                if not isinstance(snapshot, LayerSnapshot):
+                    raise SnapshotError("a sandbox as_image can only begin with the snapshot of another one")
+                layer = snapshot.image
+            container = Container(settled, run_id, layer)
             started.append((settled, container))
+            if layer is not None:
+                return
             if snapshot is not None:
                 trees = snapshots.trees_of(spec)
                 container.guard(lambda: snapshots.restore(container.api, container.id, trees, snapshot))
@@ -101,14 +111,24 @@ class DockerEnvironment(Environment):
     async def reopen(self, snapshot: Snapshot) -> DockerEnvironment:
         return await self._in_this_phase(self.open(self.spec, self.run_id, snapshot=snapshot))
 
+    async def snapshot(self) -> Snapshot:
+        if not self.spec.as_image:
+            return await super().snapshot()
+        if self._container.is_podman:
+            raise SnapshotError("with Podman, a sandbox as_image cannot be captured; use Docker's engine")
+        if self.services:
+            raise SnapshotError(f"the sandbox has services that cannot be captured: {', '.join(self.services)}")
+        container, max_bytes = self._container, 2 * self.spec.limits.disk_mib << 20
+        return await self._guarded(
+            lambda: capture(container.api, container.id, container.image_id, container.layer, max_bytes=max_bytes)
+        )
+
     async def _enter_phase(self, phase: Phase) -> None:
         is_public = self.spec.network.policy(phase) == "public"
         await self._guarded(lambda: self._container.set_public(is_public))
         await super()._enter_phase(phase)
 
     async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
-        if self.spec.as_image:
-            raise SnapshotError("a sandbox as_image cannot be captured: commands may change files anywhere in it")
         trees, container = snapshots.trees_of(self.spec), self._container
         bounds = {"max_entries": max_entries, "max_bytes": max_bytes}
         await self._guarded(lambda: snapshots.pack(container, trees, file, **bounds))

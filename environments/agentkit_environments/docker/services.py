@@ -85,12 +85,14 @@ async def open_services(
         SandboxUnavailableError: an image is missing and cannot be pulled, or the engine fails.
     """
     running = await anyio.to_thread.run_sync(_Services, environment)
+    environment.services = tuple(each.name for each in services)
     try:
         await anyio.to_thread.run_sync(running.start, services, wait_for)
         yield
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(running.stop)
+        environment.services = ()
 
 
 class _Services:
