@@ -107,7 +107,8 @@ async def test_a_snapshot_lasts_until_its_sandboxes_are_closed_and_has_no_variab
     [image] = snapshots_of(run_id)
     client = docker.from_env()
     try:
-        assert "hidden" not in str(client.api.inspect_image(image)) + str(client.api.history(image))
+        stored = client.images.get(image)
+        assert "hidden" not in f"{stored.attrs} {stored.history()}"
     finally:
         client.close()
     async with await open_environment(as_image(), backend="docker", run_id=run_id, snapshot=snapshot) as first:
