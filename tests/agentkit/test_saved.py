@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -260,10 +259,10 @@ class FullEnvironment(DeferredEnvironment):
 
     full = False
 
-    async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
+    async def snapshot(self) -> Snapshot:
         if self.full:
-            raise OSError(errno.EFBIG, "more than 3 entries")
-        await super()._pack(file, max_entries=max_entries, max_bytes=max_bytes)
+            raise SnapshotError("the files of the environment cannot be captured: more than 3 entries")
+        return await super().snapshot()
 
 
 async def local(spec: EnvironmentSpec) -> Environment:

@@ -536,8 +536,8 @@ def test_an_engine_that_goes_away_interrupts_a_run_that_can_be_resumed(
     async def interrupted() -> RunDirectory:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(anyio.to_thread.run_sync, cut)
-            run = await make_run(*pairs, **settings).execute()
-        return run
+            await make_run(*pairs, **settings).execute()
+        return RunDirectory.open(tmp_path / "run")
 
     with contextlib.closing(proxy), pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCKER_HOST", f"unix://{tmp_path / 'engine'}")
