@@ -1,4 +1,4 @@
-"""`python -m agentkit_evals.synth DIR`: the tokenizer and the training rows of the packaged model; see `training`."""
+"""`python -m agentkit_evals.synth DIR INSTRUCTIONS`: the tokenizer and the training rows of the packaged model."""
 
 import typer
 

@@ -115,7 +115,7 @@ def test_each_command_does_what_its_expression_says(tmp_path: Path) -> None:
         keys = {*file.variables, "path", *(["out"] if known.writes else [])}
         assert set(catalog.KEY.findall(" ".join(known.requests))) <= keys
         assert known.request(draw, file, path="data.txt", out="new.txt")
-        check(known, file, tmp_path / str(number))
+        assert_as_said(known, file, tmp_path / str(number))
 
 
 def test_commands_over_lines_work_with_every_script(tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_commands_over_lines_work_with_every_script(tmp_path: Path) -> None:
     variables = {"lines": names, "item": names[1], "other": "Рикарда Савкин", "n": 2}
     file = InputFile("".join(f"{name}\n" for name in names), variables)
     for number, known in enumerate(known for known in commands() if known.input == "lines"):
-        check(known, file, tmp_path / str(number))
+        assert_as_said(known, file, tmp_path / str(number))
 
 
-def check(known: KnownCommand, file: InputFile, folder: Path) -> None:
-    """Run a command over a file, and compare with its expression."""
+def assert_as_said(known: KnownCommand, file: InputFile, folder: Path) -> None:
+    """Run a command over a file, and compare its result with that of its expression."""
     folder.mkdir()
     source, out = folder / "in put.txt", folder / "out put.txt"
     source.write_text(file.content, encoding="utf-8")
