@@ -145,7 +145,7 @@ def fetch(spec: PackageSpec, cache: Path, index: Path | None = None) -> Path:
             made = [path for path in folder.iterdir() if re.search(r"\.orig\.tar\.\w+$", path.name)]
         else:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-            _client([*command, "--dest", str(folder), f"{spec.name}=={spec.version}"], folder, spec)
+            _client([*command, f"{spec.name}=={spec.version}"], folder, spec)
             made = [path for path in folder.iterdir() if path.name.endswith((".tar.gz", ".zip"))]
         if not made:
             raise UnknownPackageError(f"{spec} has no source distribution")

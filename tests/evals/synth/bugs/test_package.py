@@ -113,6 +113,28 @@ def test_a_package_that_pip_does_not_find(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_pip_fetches_into_a_cache_with_a_relative_path(
+    make_sdist: MakeSdist, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = """
+from pathlib import Path
+
+
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    made = Path(folder, "calc-1.0.dist-info")
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\\nName: calc\\nVersion: 1.0\\n")
+    return made.name
+"""
+    build = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    made = make_sdist({"pyproject.toml": build, "backend.py": backend})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.chdir(tmp_path)
+    path = fetch(PackageSpec.parse("calc==1.0"), Path("out", "cache"))
+    assert (path, path.read_bytes()) == (Path("out", "cache", made.name), made.read_bytes())
+
+
 def test_a_debian_package_is_its_upstream_source(
     make_sdist: MakeSdist, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
