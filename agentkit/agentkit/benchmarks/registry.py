@@ -56,7 +56,7 @@ QUICK = Sizes(
     rendered=2,
     sharing=Shape(trajectories=3, at_once=2, turns=3, head=300),
     calls=Load(agents=2, calls=6, call_s=0.001, at_once=4),
-    scale=Scale(commands=3, cancellations=2, openings=1, snapshots=1, forks=2, files=40, file_bytes=100, overlaid=100),
+    scale=Scale(commands=3, cancellations=2, openings=1, snapshots=1, forks=2, files=200, file_bytes=20, overlaid=100),
 )
 
 BENCHMARKS: dict[str, Callable[[Sizes], Iterator[Measurement]]] = {

@@ -2,18 +2,21 @@
 
 A command is `true`; the part of its time that is not the command's own is beside `docker exec` in the same kind of
 container, as a harness runs it that has no process of its own there. A world is a work directory of random files.
+The environment variable AGENTKIT_MINI_SWE_AGENT_PYTHON names a Python with the package mini-swe-agent, whose Docker
+environment is then measured too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio
@@ -23,11 +26,33 @@ from agentkit_engine.benchmarks.record import Bound, Measurement
 from agentkit_engine.benchmarks.timing import Median
 from agentkit_environments import EnvironmentPool, EnvironmentSpec, available_backends, open_environment
 from agentkit_environments.environment import Backend
+from agentkit_environments.images.base import TAG
 from agentkit_environments.overlay import Overlay
 from agentkit_environments.process import ProcessEnvironment
 
 NAME = "sandboxes"
 BACKENDS: tuple[Backend, ...] = ("docker", "process", "unsafe-local")
+MINI_SWE_AGENT_PYTHON = os.environ.get("AGENTKIT_MINI_SWE_AGENT_PYTHON", "")
+MINI_SWE_AGENT = """
+import json, sys, time
+from minisweagent import __version__
+from minisweagent.environments.docker import DockerEnvironment
+
+def run(env):
+    start = time.perf_counter()
+    found = env.execute({"command": "true"})
+    assert found["returncode"] == 0, found
+    return 1000 * (time.perf_counter() - start)
+
+openings = []
+for _ in range(int(sys.argv[3])):
+    start = time.perf_counter()
+    env = DockerEnvironment(image=sys.argv[1], cwd="/tmp")
+    run(env)
+    openings.append(1000 * (time.perf_counter() - start))
+commands = [run(env) for _ in range(int(sys.argv[2]))]
+json.dump({"version": __version__, "openings": openings, "commands": commands}, sys.stdout)
+"""
 MAKE_WORLD = """
 import os, sys
 files, size = map(int, sys.argv[1:])
@@ -60,6 +85,8 @@ def sandboxes(scale: Scale) -> Iterator[Measurement]:
     """Run sandboxes on the backends that work here."""
     works = [backend for backend in BACKENDS if available_backends()[backend] is None]
     exec_ms = anyio.run(_docker_exec, scale) if "docker" in works else None
+    if exec_ms and MINI_SWE_AGENT_PYTHON:
+        yield from _mini_swe_agent(scale)
     for backend in works:
         bare = anyio.run(_commands, backend, scale)
         isolated = backend != "unsafe-local"
@@ -86,11 +113,13 @@ def sandboxes(scale: Scale) -> Iterator[Measurement]:
             target=Bound("value", "<=", 1000) if isolated else None,
             outputs="no process is left after any of them",
         )
-        taking, restoring, forking = anyio.run(_forks, backend, scale)
-        yield _median(f"{backend}: snapshot of {scale.world}", taking)
-        yield _median(f"{backend}: restoring {scale.world}, and the first command", restoring)
         goal = Bound("value", "<=", 2500) if isolated else None
-        yield _median(f"{backend}: fork({scale.forks}) of {scale.world}, and a command in each", forking, stretch=goal)
+        for size in (replace(scale, files=scale.files // 100), scale):
+            taking, restoring, forking = anyio.run(_forks, backend, size)
+            yield _median(f"{backend}: snapshot of {size.world}", taking)
+            yield _median(f"{backend}: restoring {size.world}, and the first command", restoring)
+            what = f"{backend}: fork({size.forks}) of {size.world}, and a command in each"
+            yield _median(what, forking, stretch=goal)
     if "process" in works:
         yield _median(f"process: opening over a folder of {scale.overlaid:,} files", anyio.run(_overlay, scale))
 
@@ -127,6 +156,18 @@ async def _docker_exec(scale: Scale) -> tuple[float, float]:
         argv = ["docker", "exec", "--user", "1000:1000", str(container.id), "true"]
         found = _timed(lambda: subprocess.run(argv, capture_output=True, check=True), scale.commands)
     return _percentile(found, 0.5), _percentile(found, 0.99)
+
+
+def _mini_swe_agent(scale: Scale) -> Iterator[Measurement]:
+    """Measure the Docker environment of mini-swe-agent, with its defaults and our base image."""
+    argv = [MINI_SWE_AGENT_PYTHON, "-c", MINI_SWE_AGENT, TAG, str(scale.commands), str(scale.openings)]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    name = f"mini-swe-agent {found['version']} in Docker"
+    for share in (0.5, 0.99):
+        what = f"{name}: the whole of a command, p{100 * share:g} of {scale.commands}"
+        yield Measurement(NAME, what, round(_percentile(found["commands"], share), 2), "ms")
+    yield _median(f"{name}: opening and the first command", found["openings"])
 
 
 async def _commands(backend: Backend, scale: Scale) -> list[float]:
