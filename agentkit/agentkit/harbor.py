@@ -30,6 +30,8 @@ def _user(user: Any) -> Any:
 SandboxPath = Annotated[str, AfterValidator(_source)]
 """A path in a sandbox; a relative one begins at its work directory."""
 Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
+HOST_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$"
+Restart = Literal["no", "always", "unless-stopped", "on-failure"]
 User = Annotated[str, BeforeValidator(_user)]
 """A user's name or uid; a number becomes text."""
 
@@ -120,19 +122,32 @@ class ServiceHealthcheck(Strict):
     retries: int | None = Field(default=None, ge=1, le=1_000_000)
 
 
+class VolumeConfig(Strict):
+    """A volume in a container. Those of the same name are one volume."""
+
+    name: str
+    read_only: bool = False
+
+
 class ServiceConfig(Strict):
     """A container beside the agent's sandbox, which reaches it by its name. None leaves a setting to the image."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$", max_length=63)
+    name: str = Field(pattern=HOST_NAME, max_length=63)
     image: str | None = Field(default=None, min_length=1)
     build: BuildConfig | None = None  # instead of `image`
     command: list[Shell] | None = None
     entrypoint: list[Shell] | None = None
+    user: User | None = None
+    workdir: str | None = Field(default=None, pattern="^/")
     env: Variables = Field(default_factory=dict)
     healthcheck: ServiceHealthcheck | None = None
+    aliases: list[Annotated[str, Field(pattern=HOST_NAME, max_length=63)]] = Field(default_factory=list)
+    restart: Restart = "no"
+    cpus: float | None = Field(default=None, gt=0, le=1 << 14)  # None: as many as the agent's sandbox
+    memory_mib: int | None = Field(default=None, ge=16, le=1 << 24)
     depends_on: dict[str, Condition] = Field(default_factory=dict)
     files: dict[str, RelativePath] = Field(default_factory=dict)  # path in the container -> below the task's folder
-    volumes: list[str] = Field(default_factory=list)  # folders in the container that are volumes of its own
+    volumes: dict[str, VolumeConfig] = Field(default_factory=dict)  # path in the container -> volume
 
 
 class HarborStep(Strict):
@@ -172,6 +187,10 @@ class HarborConfig(Strict):
     final_step_only: bool = False
     solution_env: Variables = Field(default_factory=dict)
     healthcheck: Healthcheck | None = None  # before the first step
+    entrypoint: list[Shell] | None = None  # None: the image's
+    command: list[Shell] | None = None  # arguments of the entry point; None: a command that waits
+    files: dict[str, RelativePath] = Field(default_factory=dict)  # path in the sandbox -> below the task's folder
+    volumes: dict[str, VolumeConfig] = Field(default_factory=dict)  # path in the sandbox -> one that services share
     services: list[ServiceConfig] = Field(default_factory=list)  # each after those that it depends on
     wait_for: dict[str, Condition] = Field(default_factory=dict)  # services that the agent's sandbox depends on
     mcp_servers: list[McpServer] = Field(default_factory=list)

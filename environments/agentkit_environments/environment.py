@@ -98,6 +98,14 @@ class ResourceLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeMount:
+    """A volume at a path of a container."""
+
+    name: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EnvironmentSpec:
     """Specification of an environment: image, work directory, network, variables and limits."""
 
@@ -113,6 +121,9 @@ class EnvironmentSpec:
     image's own, and any absolute path is allowed. Docker only."""
     user: str | None = None
     """User of commands, as a name or `uid[:gid]`; None is the image's. Only with `as_image`."""
+    volumes: Mapping[str, VolumeMount] = field(default_factory=dict)
+    """Path -> volume of the Docker engine, which services beside the sandbox can share. It begins with the image's
+    files there, and is not part of a snapshot. Only with `as_image`."""
     network: Network = field(default_factory=Network)
     """Network of commands in each phase; `Network.everywhere("public")` is the same in all."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -126,6 +137,7 @@ class EnvironmentSpec:
             ("workdir_from_image", bool, "True or False"),
             ("as_image", bool, "True or False"),
             ("user", str | None, 'a user name, "uid", "uid:gid" or None'),
+            ("volumes", Mapping, "a mapping of absolute paths to VolumeMount"),
             ("network", Network, 'a Network such as Network(agent=["pypi.org"])'),
             ("env", Mapping, 'a mapping of names to texts such as {"LANG": "C"}'),
             ("limits", ResourceLimits, "a ResourceLimits"),
@@ -136,11 +148,14 @@ class EnvironmentSpec:
         if self.workdir_from_image and self.image is None:
             raise ValueError("workdir_from_image needs an image; the base image has an empty work directory")
         object.__setattr__(self, "env", MappingProxyType(dict(self.env)))
+        object.__setattr__(self, "volumes", MappingProxyType(dict(self.volumes)))
         if self.as_image:
             self._check_as_image()
             return
         if self.user is not None:
             raise ValueError(f"user {self.user!r} needs as_image; other sandboxes have one user")
+        if self.volumes:
+            raise ValueError(f"volumes {[*self.volumes]} need as_image; other sandboxes have none")
         normal = posixpath.normpath(self.workdir)
         if not re.fullmatch(r"(/[\w.-]+)+", normal) or normal in SHARED_DIRECTORIES:
             raise ValueError(f"workdir must be the absolute path of a dedicated directory, got {self.workdir!r}")
@@ -155,6 +170,8 @@ class EnvironmentSpec:
             raise ValueError(f"workdir must be an absolute path, or empty for the image's own, got {self.workdir!r}")
         if not re.fullmatch(r"[\w.-]+(:[\w.-]+)?", self.user or "root"):
             raise ValueError(f'user must be a user name, "uid" or "uid:gid", got {self.user!r}')
+        if wrong := [path for path in self.volumes if not re.fullmatch(r"(/[^/\0:]+)+", path)]:
+            raise ValueError(f"volumes must have absolute paths, got {wrong[0]!r}")
 
 
 @dataclass(frozen=True, slots=True)

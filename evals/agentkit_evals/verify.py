@@ -38,7 +38,7 @@ from agentkit_evals.calls import calls_made, mismatch
 from agentkit_evals.errors import VerifierError
 from agentkit_evals.harbor.episode import prepare
 from agentkit_evals.harbor.sandbox import settled
-from agentkit_evals.harbor.services import services_beside
+from agentkit_evals.harbor.services import mounted, services_beside, volumes_for
 from agentkit_evals.patches import patch_since, snapshot
 from agentkit_evals.repository import MAX_NAMED, apply_and_test, not_passing, parse_log
 from agentkit_evals.verdict import MAX_REWARD, RewardSource, tail
@@ -118,23 +118,25 @@ async def opened(
         TaskSetupError: a variable that the task takes from this machine is not set.
         ServiceError: a service of the task did not start.
     """
-    try:
-        spec = await settled(task.environment)
-        if pool is not None:
-            environment = await pool.open(spec, backend=backend, snapshot=snapshot)
-        else:
-            environment = await open_environment(spec, backend=backend, run_id=run_id, snapshot=snapshot)
-    except OSError as exc:
-        raise SandboxUnavailableError(f"no sandbox could be opened: {exc}") from exc
-    try:
-        if isinstance(task.verifier, HarborConfig):
-            async with services_beside(task.verifier, environment):
+    harbor = task.verifier if isinstance(task.verifier, HarborConfig) else None
+    run_id = run_id or secrets.token_hex(6)
+    async with volumes_for(harbor, run_id) as volumes:
+        try:
+            spec = await settled(task.environment)
+            if harbor and harbor.volumes:
+                spec = replace(spec, volumes=mounted(harbor.volumes, volumes))
+            if pool is not None:
+                environment = await pool.open(spec, backend=backend, snapshot=snapshot)
+            else:
+                environment = await open_environment(spec, backend=backend, run_id=run_id, snapshot=snapshot)
+        except OSError as exc:
+            raise SandboxUnavailableError(f"no sandbox could be opened: {exc}") from exc
+        try:
+            async with services_beside(harbor, environment, volumes):
                 yield environment
-        else:
-            yield environment
-    finally:
-        with suppress(Exception):
-            await environment.close()
+        finally:
+            with suppress(Exception):
+                await environment.close()
 
 
 async def verify(

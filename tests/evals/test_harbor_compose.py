@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.fuzz import amounts, fuzz
 
 from agentkit.errors import TaskFileError
+from agentkit.harbor import VolumeConfig
 from agentkit.models.scripted import Policy
 from agentkit.task import HarborConfig, Task
 from agentkit_environments import SandboxUnavailableError, ServiceError, available_backends, reap
@@ -88,6 +89,43 @@ networks: {{inner: {{driver: bridge}}}}
 """
 
 
+SHARING = """\
+services:
+  main:
+    image: ${MAIN_IMAGE_NAME}
+    command: [sh, -c, "cat /etc/greeting > /run/started; sleep infinity"]
+    volumes: [./greeting:/etc/greeting, "keys:/run/keys:ro", "work:/work"]
+    depends_on: {issuer: {condition: service_healthy}}
+  issuer:
+    image: agentkit-base:latest
+    restart: on-failure
+    user: "0"
+    working_dir: /issued
+    command:
+      - sh
+      - -c
+      - |
+        test -e tried || { touch tried; exit 1; }
+        echo 7 > key
+        while :; do cp /work/* /issued 2>/dev/null; sleep 0.1; done
+    volumes: ["keys:/issued", "work:/work:ro"]
+    healthcheck: {test: test -s /issued/key, interval: 200ms, retries: 100}
+volumes: {keys: , work: }
+"""
+SHARING_FILES = {
+    "environment/greeting": "hello",
+    "solution/solve.sh": """#!/bin/sh
+cat /run/keys/key > /work/answer
+while [ ! -s /run/keys/answer ]; do sleep 0.1; done
+""",
+    "tests/test.sh": """#!/bin/sh
+touch /run/keys/x && exit 1  # read-only
+[ "$(cat /run/started)" = hello ] && [ "$(cat /run/keys/answer)" = 7 ] && echo 1 > /logs/verifier/reward.txt
+exit 0
+""",
+}
+
+
 @pytest.fixture(scope="module")
 def images() -> Iterator[set[str]]:
     """Names of images that are removed after the tests of this file, which share them."""
@@ -145,7 +183,7 @@ def test_services_are_read(make: Make) -> None:
         {"once": "service_started"},
     )
     assert web.healthcheck is not None and (web.healthcheck.interval_s, web.healthcheck.retries) == (0.2, 100)
-    assert (web.volumes, once.volumes) == (["/var/state"], [])
+    assert (web.volumes, once.volumes) == ({"/var/state": VolumeConfig(name="state")}, {})
     assert web.build is not None and web.build.folder.endswith("environment/web")
     assert config.wait_for == {"web": "service_healthy"} and task.environment.env == {"WEB": "http://web:8000"}
     assert Task.model_validate_json(task.model_dump_json()) == task, "run.json holds the task"
@@ -166,12 +204,12 @@ def service(text: str) -> str:
             r":1: networks: services that share no network",
         ),
         (
-            service("networks: {default: {aliases: [a]}}"),
-            r":4: services\.db\.networks: 'default': options of a network",
+            service("networks: {default: {ipv4_address: 10.0.0.5}}"),
+            r':4: unknown key "services\.db\.networks\.default\.ipv4_address"',
         ),
+        ("services: {main: {networks: {default: {aliases: [a]}}}}\n", r"services\.main: networks: aliases"),
         (service("privileged: true"), r':4: unknown key "services\.db\.privileged"'),
         (service("network_mode: host"), r':4: unknown key "services\.db\.network_mode"'),
-        (service("build: ."), r"services\.db: give either image or build"),
         ("services: {db: {}}\n", r"services\.db: give either image or build"),
         ("services: {db: {build: ../..}}\n", r"services\.db: build: '\.\./\.\.' lies outside"),
         ("services: {db: {build: seed}}\n", r"services\.db: build: .*seed/Dockerfile is missing"),
@@ -185,15 +223,30 @@ def service(text: str) -> str:
             "volumes: {v: }\n" + service("volumes: ['v:/']"),
             r"services\.db: volumes: 'v:/': '/' is not the absolute path",
         ),
+        (service("volumes: ['data:/data:z']"), r"services\.db: volumes: 'data:/data:z': expected"),
         (
-            "volumes: {v: }\nservices: {a: {image: x, volumes: ['v:/v']}, b: {image: x, volumes: ['v:/w']}}\n",
-            r"services\.(a|b): volumes: 'v' is one of (a|b); sharing is not supported",
+            service("volumes: [{type: tmpfs, target: /t}]"),
+            r":4: services\.db\.volumes.*expected SOURCE:TARGET, or type",
+        ),
+        (service("volumes: ['${HOST_AGENT_LOGS_PATH}:/l']"), r"services\.db: volumes: '/HOST_AGENT_LOGS_PATH:/l': exp"),
+        *(
+            (
+                f"volumes: {{v: }}\nservices: {{main: {{volumes: ['v:{path}']}}}}\n",
+                rf"services\.main: volumes: '{path}': a service could change how the agent is scored",
+            )
+            for path in ("/logs", "/logs/verifier/x", "/tests")
         ),
         (service("volumes: ['./../..:/data']"), r"services\.db: volumes: '\./\.\./\.\.' lies outside"),
         (service("volumes: ['./seed:/']"), r"services\.db: volumes: .* '/' is not the absolute path"),
         (service("volumes: ['./none:/data']"), r"services\.db: volumes: .*none is missing"),
-        (service("command: echo ${HOME}"), r":4: services\.db\.command.*a variable is supported only as a whole value"),
-        (service("environment: [A]"), r":4: services\.db\.environment.*expected NAME=VALUE"),
+        (service("command: echo ${HOME}"), r":4: services\.db\.command.*a variable that Harbor does not set is supp"),
+        (service("command: echo $"), r":4: services\.db\.command.*a variable that Harbor does not set is supported"),
+        (service("environment: [=A]"), r":4: services\.db\.environment.*expected NAME=VALUE"),
+        (service("environment: {A: 'a${B}'}"), r":4: services\.db\.environment.*only as a whole value of `env"),
+        (service("cpus: many"), r"services\.db: limits: 'many' is not a number of CPUs"),
+        (service("mem_limit: 1q"), r"services\.db: limits: '1q' is not a size"),
+        (service("platform: linux/s390x"), r":4: services\.db\.platform: 'linux/s390x' is not the platform of this"),
+        (service("restart: sometimes"), r":4: services\.db\.restart"),
         (
             service("healthcheck: {test: x, interval: 5}"),
             r":4: services\.db\.healthcheck\.interval: 5 is not a duration",
@@ -203,14 +256,103 @@ def service(text: str) -> str:
         (service("depends_on: [db]"), r"services depend on each other: db > db"),
         (service("depends_on: {db: {condition: ready}}"), r":4: services\.db\.depends_on\.db\.condition"),
         ("services: {'a b': {image: x}}\n", r"services\.a b: name"),
-        ("services: {main: {command: serve}}\n", r"services\.main: command: only one that waits"),
         ("services: {main: {build: web}}\n", r"services\.main: build: only the folder of this file"),
-        ("services: {main: {volumes: ['./seed:/data']}}\n", r"services\.main: volumes: not supported"),
+        ("services: {main: {working_dir: app}}\n", r"services\.main: working_dir: 'app' is not an absolute path"),
+        (
+            "services: {main: {volumes: ['./seed:/etc/hosts']}}\n",
+            r"services\.main: volumes: /etc/hosts is written by the",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(make: Make, compose: str, problem: str) -> None:
     with pytest.raises(TaskFileError, match=problem):
         read_task_directory(make(compose))
+
+
+ADAPTERS = """\
+services:
+  main:
+    build:
+      context: ${CONTEXT_DIR}
+    image: ${MAIN_IMAGE_NAME}
+    command: [ "sh", "-c", "sleep infinity" ]
+    environment:
+      - TEST_DIR=${TEST_DIR}
+      - API_KEY
+      - MODE=${MODE-fast}
+      - URL=http://web-${COMPOSE_PROJECT_NAME}:80
+    volumes:
+      - ${HOST_VERIFIER_LOGS_PATH}:${ENV_VERIFIER_LOGS_PATH}
+      - ${HOST_AGENT_LOGS_PATH}:${ENV_AGENT_LOGS_PATH}
+    deploy:
+      resources:
+        limits:
+          cpus: ${CPUS}
+          memory: ${MEMORY}
+"""
+"""The file that Harbor's adapters write beside each task, with further variables."""
+
+
+def test_the_file_that_adapters_write_is_the_sandbox_as_it_is_without_it(make: Make) -> None:
+    limits = "[environment]\ncpus = 2\nmemory_mb = 3000\n"
+    task = read_task_directory(make(ADAPTERS, **{"task.toml": limits}))
+    config, plain = config_of(task), task.environment
+    assert plain.build is not None and plain.image is None
+    assert (plain.limits.cpus, plain.limits.memory_mib) == (2, 3000)
+    assert plain.env == {
+        "TEST_DIR": "/tests",
+        "API_KEY": "${API_KEY}",
+        "MODE": "${MODE:-fast}",
+        "URL": "http://web-agentkit:80",
+    }
+    assert (config.services, config.volumes, config.files) == ([], {}, {})
+
+
+@pytest.mark.parametrize(
+    ("keys", "toml", "cpus", "memory_mib"),
+    [
+        ("cpus: 0.5, mem_limit: 64m", "", 0.5, 64),
+        ("cpus: '3', mem_limit: 1.5gb", "cpus = 2\nmemory_mb = 100", 3, 1536),
+        ("deploy: {resources: {limits: {cpus: '${CPUS:-4}', memory: '${MEMORY:-8G}'}}}", "", 4, 8192),
+        ("deploy: {resources: {limits: {cpus: '${CPUS:-4}', memory: $MEMORY}}}", 'cpus = 2\nmemory = "1G"', 2, 1024),
+        ("mem_limit: 104857600", "cpus = 2", 2, 100),
+    ],
+)
+def test_limits_of_a_service(make: Make, keys: str, toml: str, cpus: float, memory_mib: int) -> None:
+    for name in ("main", "db"):
+        compose = f"services: {{{name}: {{image: x, {keys}}}}}"
+        task = read_task_directory(make(compose, **{"task.toml": f"[environment]\n{toml}\n"}))
+        for found in [task.environment.limits] if name == "main" else config_of(task).services:
+            assert (found.cpus, found.memory_mib) == (cpus, memory_mib)
+
+
+def test_the_settings_of_main(make: Make) -> None:
+    compose = """
+x-common: &common {init: true, tty: true}
+services:
+  main:
+    <<: *common
+    platform: linux
+    working_dir: /srv
+    user: 1000
+    entrypoint: /bin/start
+    command: serve --port 80
+    healthcheck: {test: [CMD, test, -f, a b], interval: 5s}
+    volumes: [./seed/seed.txt:/etc/seed:ro, alone:/alone]
+  db: {image: "${MAIN_IMAGE_NAME}", restart: always, container_name: base, networks: {default: {aliases: [store]}}}
+volumes: {alone: }
+"""
+    task = read_task_directory(make(compose))
+    config, main = config_of(task), task.environment
+    assert (main.workdir, main.user, config.entrypoint) == ("/srv", "1000", ["/bin/start"])
+    assert config.command == ["serve", "--port", "80"]
+    assert config.healthcheck is not None
+    assert (config.healthcheck.command, config.healthcheck.interval_sec) == ("test -f 'a b'", 5)
+    assert config.files == {"/etc/seed": "environment/seed/seed.txt"}
+    assert config.volumes == {}, "a volume that no service shares is a folder"
+    (db,) = config.services
+    assert db.build is not None and main.build is not None and db.build.sha256 == main.build.sha256
+    assert (db.restart, db.aliases) == ("always", ["base", "store"])
 
 
 TEXTS = ["web", "seed", "./seed:/data", "../..", "/", "", "\0", '"', "$", "${A}", "$$", "10s", "A=b", "CMD"]
@@ -255,9 +397,10 @@ def docker(*arguments: str) -> list[str]:
 
 
 def left_of(run_id: str) -> list[str]:
-    """Return the ids of the containers and networks of a run."""
+    """Return the ids of the containers, networks and volumes of a run."""
     label = f"label=agentkit.run={run_id}"
-    return docker("ps", "-aq", "--filter", label) + docker("network", "ls", "-q", "--filter", label)
+    kinds = (["ps", "-aq"], ["network", "ls", "-q"], ["volume", "ls", "-q"])
+    return [each for kind in kinds for each in docker(*kind, "--filter", label)]
 
 
 @pytest.mark.docker
@@ -265,6 +408,10 @@ def left_of(run_id: str) -> list[str]:
 class TestInDocker:
     def test_a_sound_task(self, make: Make) -> None:
         checked = anyio.run(selfcheck, read_task_directory(make()))
+        assert checked.problems == []
+
+    def test_volumes_files_and_a_command_of_the_agents_sandbox(self, make: Make) -> None:
+        checked = anyio.run(selfcheck, read_task_directory(make(SHARING, **SHARING_FILES)))
         assert checked.problems == []
 
     @pytest.mark.parametrize("network", ["environment.network_mode", "agent.network_mode"])
@@ -323,7 +470,7 @@ from agentkit_evals.harbor import read_task_directory
 from agentkit_evals.verify import opened
 from pathlib import Path
 async def main():
-    async with opened(read_task_directory(Path({str(make())!r})), "docker", "services-killed"):
+    async with opened(read_task_directory(Path({str(make(SHARING, **SHARING_FILES))!r})), "docker", "services-killed"):
         print("open", flush=True)
         await anyio.sleep_forever()
 anyio.run(main)
@@ -333,6 +480,6 @@ anyio.run(main)
         os.kill(harness.pid, signal.SIGKILL)
         harness.wait()
         harness.stdout.close()
-        assert len(left_of("services-killed")) >= 3
+        assert len(left_of("services-killed")) >= 4
         anyio.run(reap)
         assert left_of("services-killed") == []

@@ -12,14 +12,14 @@ layer.py        snapshots of a sandbox `as_image`: images of its writable layer;
 hardening.py    what the container is allowed to do
 loss.py         the reason why a container was lost, from evidence outside it
 image.py        building an image from a folder, and an image's own settings
-services.py     containers beside a sandbox, on a private network
+services.py     containers beside a sandbox, on a private network, and volumes that they share
 engine.py       the engine: connecting, images, removing and reaping containers
 """
 
 from agentkit_environments.docker.engine import BUILD_HINT, docker_failure, reap_docker
 from agentkit_environments.docker.environment import DockerEnvironment
 from agentkit_environments.docker.image import build_image, image_config
-from agentkit_environments.docker.services import ServiceSpec, open_services
+from agentkit_environments.docker.services import ServiceSpec, open_services, open_volumes
 
 __all__ = [
     "BUILD_HINT",
@@ -29,5 +29,6 @@ __all__ = [
     "docker_failure",
     "image_config",
     "open_services",
+    "open_volumes",
     "reap_docker",
 ]

@@ -91,8 +91,8 @@ def require_image(client: docker.DockerClient, image: str | None) -> Image:
 
 
 def reap_docker(run_id: str | None) -> int:
-    """Remove the containers, networks and snapshots of `run_id`, or of every dead harness of this machine; return how
-    many containers."""
+    """Remove the containers, networks, volumes and snapshots of `run_id`, or of every dead harness of this machine;
+    return how many containers."""
     try:
         client = connect()
     except SandboxUnavailableError:
@@ -111,6 +111,10 @@ def reap_docker(run_id: str | None) -> int:
             if run_id is not None or is_orphan((network["Labels"] or {}).get(OWNER_LABEL, "")):
                 with contextlib.suppress(DockerException, requests.RequestException):  # another process removes it
                     remove_network(client, network["Id"])
+        for volume in client.api.volumes(filters={"label": label})["Volumes"] or ():
+            if run_id is not None or is_orphan(volume["Labels"].get(OWNER_LABEL, "")):
+                with contextlib.suppress(DockerException, requests.RequestException):  # removed with its container
+                    client.api.remove_volume(volume["Name"])
         images = client.api.images(SNAPSHOTS, all=True, filters={"label": label})
         _remove_images(
             client,

@@ -13,6 +13,7 @@ package managers and `chown` need. The other restrictions stay.
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Mapping
 
 import requests
 from docker import APIClient
@@ -20,7 +21,7 @@ from docker.errors import DockerException
 from docker.types import DriverConfig, LogConfig, Mount, Ulimit
 
 from agentkit_environments.docker.engine import OWNER_LABEL, RUN_LABEL
-from agentkit_environments.environment import EnvironmentSpec
+from agentkit_environments.environment import EnvironmentSpec, VolumeMount
 from agentkit_environments.errors import SandboxUnavailableError
 from agentkit_environments.owner import owner_token
 from agentkit_environments.proxy import PORT
@@ -87,7 +88,7 @@ def create_container(
     options = {path: f"size={limits.disk_mib}m,mode={mode},nosuid,nodev" for path, mode in in_memory.items()}
     volumes = [_memory_volume(path, each) for path, each in options.items()] if in_volumes else []
     tmpfs = {} if in_volumes else {path: f"{each},exec,notmpcopyup" for path, each in options.items()}
-    mounts = [executor, *volumes]
+    mounts = [executor, *volumes, *volume_mounts(spec.volumes)]
     if proxy_socket is not None:
         mounts.append(Mount(target=PROXY_SOCKET, source=proxy_socket, type="bind", read_only=True))
     capabilities = sum(1 << number for number in lent.values())
@@ -138,6 +139,11 @@ def create_container(
         )
     except (DockerException, requests.RequestException) as error:
         raise SandboxUnavailableError(f"the Docker engine refused the container: {error}") from error
+
+
+def volume_mounts(volumes: Mapping[str, VolumeMount]) -> list[Mount]:
+    """Return the mounts of volumes, by path in a container."""
+    return [Mount(path, each.name, type="volume", read_only=each.read_only) for path, each in volumes.items()]
 
 
 def _memory_volume(target: str, options: str) -> Mount:

@@ -11,7 +11,7 @@ import io
 import secrets
 import tarfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,14 +31,17 @@ from agentkit_environments.docker.engine import (
     require_image,
 )
 from agentkit_environments.docker.environment import DockerEnvironment
-from agentkit_environments.docker.hardening import AS_IMAGE_CAPABILITIES
-from agentkit_environments.environment import ResourceLimits
+from agentkit_environments.docker.hardening import AS_IMAGE_CAPABILITIES, volume_mounts
+from agentkit_environments.environment import ResourceLimits, VolumeMount
 from agentkit_environments.errors import SandboxUnavailableError, ServiceError
 from agentkit_environments.network import PHASES
 from agentkit_environments.owner import owner_token
 
 Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
 """State of another service that a service waits for, in the words of Compose."""
+
+Restart = Literal["no", "always", "unless-stopped", "on-failure"]
+"""When a service that has ended is started again, in the words of Compose."""
 
 MAIN = "main"
 START_TIMEOUT_S = 600.0
@@ -59,14 +62,58 @@ class ServiceSpec:
     """Memory, CPU and processes."""
     command: Sequence[str] | None = None
     entrypoint: Sequence[str] | None = None
+    user: str | None = None
+    workdir: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     healthcheck: Mapping[str, Any] | None = None
     """A health check with the names and units (nanoseconds) of the engine's interface."""
+    aliases: Sequence[str] = ()
+    """Further host names on the private network."""
+    restart: Restart = "no"
+    """When the engine starts it again."""
     depends_on: Mapping[str, Condition] = field(default_factory=dict)
     files: Sequence[tuple[str, bytes]] = ()
     """Folders, and the tar archives that are unpacked into them before the start."""
-    volumes: Sequence[str] = ()
-    """Folders that are volumes: they begin with the image's files there, and are removed with the container."""
+    volumes: Mapping[str, VolumeMount] = field(default_factory=dict)
+    """Path in the container -> volume."""
+
+
+@contextlib.asynccontextmanager
+async def open_volumes(run_id: str, names: Iterable[str]) -> AsyncIterator[dict[str, str]]:
+    """Make volumes, and remove them at the end, when no container may have them any more.
+
+    Args:
+        run_id: Their label, for `reap`.
+        names: One per volume.
+
+    Yields:
+        Name -> the engine's name.
+
+    Raises:
+        SandboxUnavailableError: the engine does not answer, or makes no volume.
+    """
+    labels, made = {RUN_LABEL: run_id, OWNER_LABEL: owner_token()}, dict[str, str]()
+    client = await anyio.to_thread.run_sync(connect)
+
+    def make() -> None:
+        for name in names:
+            made[name] = client.api.create_volume(labels=labels)["Name"]
+
+    def remove() -> None:
+        for volume in made.values():
+            with contextlib.suppress(*ENGINE_ERRORS):  # `reap` removes it
+                client.api.remove_volume(volume)
+        client.close()
+
+    try:
+        try:
+            await anyio.to_thread.run_sync(make)
+        except ENGINE_ERRORS as error:
+            raise SandboxUnavailableError(f"the Docker engine makes no volume: {error}") from error
+        yield made
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(remove)
 
 
 @contextlib.asynccontextmanager
@@ -155,17 +202,20 @@ class _Services:
                 log_config=LogConfig(type="json-file", config={"max-size": "1m"}),
                 mem_limit=limits.memory_mib << 20,
                 memswap_limit=limits.memory_mib << 20,
+                mounts=volume_mounts(service.volumes),
                 nano_cpus=int(limits.cpus * 1e9),
                 network_mode=self._network,
                 oom_score_adj=500,
                 pids_limit=limits.processes,
+                restart_policy={"Name": service.restart},
                 security_opt=["no-new-privileges:true"],
             ),
             hostname=service.name,
             labels=self._labels,
-            volumes=[*service.volumes],
+            user=service.user,
+            working_dir=service.workdir,
             networking_config=self._api.create_networking_config(
-                {self._network: self._api.create_endpoint_config(aliases=[service.name])}  # type: ignore[arg-type]
+                {self._network: self._api.create_endpoint_config(aliases=[service.name, *service.aliases])}  # type: ignore[arg-type]
             ),
         )["Id"]
         self._ids[service.name] = container_id
@@ -185,6 +235,8 @@ class _Services:
 
     def _is_ready(self, name: str, condition: Condition) -> bool:
         state = self._api.inspect_container(self._ids[name])["State"]
+        if state["Restarting"]:  # then it is "unhealthy" too
+            return condition == "service_started"
         has_ended = state["Status"] in ("exited", "dead")
         if condition == "service_completed_successfully":
             if has_ended and state["ExitCode"] != 0:

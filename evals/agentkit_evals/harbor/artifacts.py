@@ -1,4 +1,4 @@
-"""Files and folders that leave the agent's sandbox for that of a separate verifier."""
+"""Files and folders on their way into a sandbox: those of the task, and those that a separate verifier gets."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from agentkit.harbor import Artifact
 from agentkit_environments import Environment
+from agentkit_environments.folder import pack_folder
 
 MAX_FILE_BYTES = 64 << 20
 _SETS_AND_ESCAPES = re.compile(r"\[[!^]?\]?[^\]]*\]|\\.|\[", re.DOTALL)
@@ -74,3 +75,11 @@ def _in_python(pattern: str) -> str:
         return "[[]" if part == "[" else f"[!{part[2:]}" if part.startswith("[^") else part
 
     return _SETS_AND_ESCAPES.sub(replaced, pattern)
+
+
+def packed_at(target: str, path: Path) -> tuple[str, bytes]:
+    """Return the folder and the archive to unpack there, so that a file or folder of the task is at `target`."""
+    if path.is_dir():
+        return target, pack_folder(path)
+    place = PurePosixPath(target)
+    return str(place.parent), one_file(place.name, path.read_bytes())

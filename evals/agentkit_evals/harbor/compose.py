@@ -2,7 +2,10 @@
 
 The service `main` is the agent's sandbox; the file may leave it out. Keys of Compose that are not here are refused by
 name: build arguments and others. All services are in one network and reach each other by their names, so ports are not
-published. A named volume belongs to one service, and lives as long as it.
+published. Volumes live as long as the services. One that `main` shares with a service is a volume of its sandbox.
+
+Harbor sets variables for such a file (`${MAIN_IMAGE_NAME}`, `${CPUS}`, ...), and tasks that its adapters write use all
+of them. They are filled in here; other variables are read when the sandbox opens, and only in `environment`.
 """
 
 from __future__ import annotations
@@ -11,36 +14,70 @@ import os
 import posixpath
 import re
 import shlex
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from agentkit.environment_config import BuildConfig
 from agentkit.errors import TaskFileError
-from agentkit.harbor import Condition, ServiceConfig, ServiceHealthcheck
+from agentkit.harbor import Condition, Restart, ServiceConfig, ServiceHealthcheck, VolumeConfig
+from agentkit.harbor import Healthcheck as MainHealthcheck
 from agentkit.strict import Shell, Strict
 from agentkit.task import load_yaml
 from agentkit_engine.untrusted import describe
 from agentkit_environments.folder import folder_hash
-from agentkit_evals.harbor.sandbox import TEMPLATE
+from agentkit_evals.harbor.config import Environment, mebibytes
+
+N = TypeVar("N", int, float)
 
 MAIN = "main"
-WAITING = (["sleep", "infinity"], ["sh", "-c", "sleep infinity"], ["tail", "-f", "/dev/null"])
-"""Commands of `main` that only keep its container, which the sandbox does by itself."""
+MAIN_IMAGE = "the image of environment/Dockerfile"
+LOGS = {"VERIFIER_LOGS": "/logs/verifier", "AGENT_LOGS": "/logs/agent", "ARTIFACTS": "/logs/artifacts"}
+HARBOR = {
+    "MAIN_IMAGE_NAME": MAIN_IMAGE,
+    "CONTEXT_DIR": ".",
+    "TEST_DIR": "/tests",
+    "COMPOSE_PROJECT_NAME": "agentkit",
+    "HARBOR_CONTAINER_NAME": MAIN,
+    **{f"ENV_{name}_PATH": path for name, path in LOGS.items()},
+    **{f"HOST_{name}_PATH": f"/HOST_{name}_PATH" for name in LOGS},
+}
+"""Variables that Harbor sets for the file, besides `CPUS` and `MEMORY` of task.toml."""
+SCORING = ("/logs/verifier", "/solution", "/tests")
+"""Folders of `main` that no service may write to."""
+OF_THE_ENGINE = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
+PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<plain>\w+)|\{(?P<name>\w+)(?::?-(?P<default>[^{}]*)|:?\?[^{}]*)?\}|)")
 
 
 def _literal(text: str) -> str:
-    if "$" in text.replace("$$", ""):
-        raise ValueError(f"{text!r:.80}: a variable is supported only as a whole value of `environment`")
-    return text.replace("$$", "$")
+    """Return text with the variables of Harbor filled in. Raises ValueError if it has others."""
+
+    def value(match: re.Match[str]) -> str:
+        if match["dollar"]:
+            return "$"
+        found = HARBOR.get(match["plain"] or match["name"] or "")
+        if found is None:
+            raise ValueError(
+                f"{text!r:.80}: a variable that Harbor does not set is supported only as a whole value of `environment`"
+            )
+        return found
+
+    return _VARIABLE.sub(value, text)
 
 
-def _value(value: str | int | float) -> str:
-    text = str(value)
-    return text if TEMPLATE.fullmatch(text) else _literal(text)
+def _value(value: str | int | float | None, name: str) -> str:
+    """Return the value of a variable: a text, or a template `${NAME}` or `${NAME:-default}` that is filled in later."""
+    text = f"${{{name}}}" if value is None else str(value)
+    match = _VARIABLE.fullmatch(text)
+    if match is None or match["dollar"] or (match["plain"] or match["name"] or "") in {"", *HARBOR}:
+        return _literal(text)
+    default = "" if match["default"] is None else f":-{match['default']}"
+    return f"${{{match['plain'] or match['name']}{default}}}"
 
 
 def _seconds(given: Any) -> Any:
@@ -50,12 +87,12 @@ def _seconds(given: Any) -> Any:
 
 
 def _pairs(entries: Any) -> Any:
-    """Return a list of `NAME=VALUE` as a mapping."""
+    """Return a list of `NAME=VALUE`, or `NAME` for a variable of this machine, as a mapping."""
     if not isinstance(entries, list):
         return entries
-    if bare := [entry for entry in entries if not isinstance(entry, str) or "=" not in entry]:
-        raise ValueError(f"{bare[0]!r:.80}: expected NAME=VALUE")
-    return dict(entry.split("=", 1) for entry in entries)
+    if wrong := [entry for entry in entries if not isinstance(entry, str) or not entry.partition("=")[0]]:
+        raise ValueError(f"{wrong[0]!r:.80}: expected NAME=VALUE or NAME")
+    return {name: value if equals else None for name, equals, value in (each.partition("=") for each in entries)}
 
 
 def _dependencies(names: Any) -> Any:
@@ -66,13 +103,27 @@ def _words(command: Any) -> Any:
     return shlex.split(command) if isinstance(command, str) else command
 
 
-def _names(networks: Any) -> Any:
-    """Return a mapping of names to nothing as a list."""
-    if not isinstance(networks, dict):
-        return networks
-    if given := [name for name, options in networks.items() if options]:
-        raise ValueError(f"{given[0]!r:.80}: options of a network are not supported")
-    return [*networks]
+def _networks(names: Any) -> Any:
+    return {str(name): None for name in names} if isinstance(names, list) else names
+
+
+def _platform(name: str) -> str:
+    own = PLATFORMS.get(os.uname().machine, "")
+    if name not in (own, "linux"):
+        raise ValueError(f"{name!r:.40} is not the platform of this machine, {own or os.uname().machine}")
+    return name
+
+
+def _mount(volume: Any) -> Any:
+    """Return a volume in the long form as `SOURCE:TARGET[:ro]`."""
+    match volume:
+        case {"type": "bind" | "volume", "source": str(source), "target": str(target), **others} if (
+            not others.keys() - {"type", "read_only"}
+        ):
+            return f"{source}:{target}" + (":ro" if others.get("read_only") else "")
+        case dict():
+            raise ValueError(f"{volume!r:.80}: expected SOURCE:TARGET, or type (bind, volume), source and target")
+    return volume
 
 
 def _folder(build: Any) -> Any:
@@ -82,14 +133,16 @@ def _folder(build: Any) -> Any:
 Text = Annotated[Shell, AfterValidator(_literal)]
 Command = Annotated[list[Text], BeforeValidator(_words)]
 Duration = Annotated[float, BeforeValidator(_seconds)]
-Value = Annotated[str | int | float, AfterValidator(_value)]
+Value = str | int | float | None
+Ignored = Any
+"""The value of a key without an effect on what a sandbox is or does."""
 
 
 class Build(Strict):
     """A folder with a Dockerfile."""
 
     context: Text = "."
-    dockerfile: str = Field(default="Dockerfile", pattern=r"^(\./)?Dockerfile$")
+    dockerfile: Annotated[Text, Field(pattern=r"^(\./)?Dockerfile$")] = "Dockerfile"
 
 
 class Healthcheck(Strict):
@@ -106,6 +159,35 @@ class Dependency(Strict):
     """State that a service must have before another one starts."""
 
     condition: Condition = "service_started"
+    required: Literal[True] = True
+    restart: Ignored = None
+
+
+class Limits(Strict):
+    """The most that a service may use."""
+
+    cpus: str | float | None = None
+    memory: str | int | None = None
+
+
+class Resources(Strict):
+    """Resources of a service."""
+
+    limits: Limits = Limits()
+    reservations: Ignored = None
+
+
+class Deploy(Strict):
+    """Resources of a service, and one copy of it."""
+
+    resources: Resources = Resources()
+    replicas: Literal[1] = 1
+
+
+class Membership(Strict):
+    """Other names of a service in a network."""
+
+    aliases: list[Text] = Field(default_factory=list)
 
 
 class Service(Strict):
@@ -115,34 +197,66 @@ class Service(Strict):
     build: Annotated[Build | None, BeforeValidator(_folder)] = None
     command: Command | None = None
     entrypoint: Command | None = None
+    working_dir: Text | None = None
+    user: Annotated[Text, BeforeValidator(str)] | None = None
     environment: Annotated[dict[str, Value], BeforeValidator(_pairs)] = Field(default_factory=dict)
     healthcheck: Healthcheck | None = None
     depends_on: Annotated[dict[str, Dependency], BeforeValidator(_dependencies)] = Field(default_factory=dict)
-    volumes: list[Text] = Field(default_factory=list)
-    networks: Annotated[list[str], BeforeValidator(_names)] = Field(default_factory=lambda: ["default"])
-    expose: list[str | int] = Field(default_factory=list)
-    ports: list[str | int] = Field(default_factory=list)
+    volumes: list[Annotated[Text, BeforeValidator(_mount)]] = Field(default_factory=list)
+    networks: Annotated[dict[str, Membership | None], BeforeValidator(_networks)] = {"default": None}  # noqa: RUF012
+    deploy: Deploy = Deploy()
+    cpus: str | float | None = None
+    mem_limit: str | int | None = None
+    restart: Restart = "no"
+    platform: Annotated[str, AfterValidator(_platform)] | None = None
+    container_name: Text | None = None
+    expose: Ignored = None
+    ports: Ignored = None
+    hostname: Ignored = None
+    init: Ignored = None
+    labels: Ignored = None
+    logging: Ignored = None
+    pull_policy: Ignored = None
+    stdin_open: Ignored = None
+    stop_grace_period: Ignored = None
+    stop_signal: Ignored = None
+    tty: Ignored = None
+
+    @field_validator("environment")
+    @classmethod
+    def _filled_in(cls, given: dict[str, Value]) -> dict[str, Value]:
+        return {name: _value(value, name) for name, value in given.items()}
 
 
 class Volume(Strict):
     """A named volume."""
 
     driver: Literal["local"] = "local"
+    name: Ignored = None
 
 
 class Network(Strict):
     """A named network."""
 
     driver: Literal["bridge"] = "bridge"
+    name: Ignored = None
 
 
 class ComposeFile(Strict):
     """The whole file."""
 
-    version: str | float | None = None
+    version: Ignored = None
+    name: Ignored = None
     volumes: dict[str, Volume | None] = Field(default_factory=dict)
     networks: dict[str, Network | None] = Field(default_factory=dict)
     services: dict[str, Service] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_extensions(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if not str(key).startswith("x-")}
 
 
 class Compose:
@@ -151,32 +265,48 @@ class Compose:
     Attributes:
         services: the services except `main`, each after those that it depends on.
         wait_for: what `main` waits for.
-        env: the environment variables of `main`.
-        image: the image of `main`; None if the file does not name one.
+        main: the settings of `main`; its `image` is None if it is built from the Dockerfile.
+        files: path in `main` -> path below the task's folder, of files that are copied there before it starts.
+        volumes: path in `main` -> volume, of those that it shares with a service.
+        healthcheck: the health check of `main`.
+        cpus, memory_mib: the limits of `main`; None if neither this file nor task.toml has any.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read a file. Raises TaskFileError; the message has the file, and the service or the line."""
-        self._path, self._folder = path, path.parent
+    def __init__(self, path: Path, environment: Environment | None = None) -> None:
+        """Read a file, beside the `environment` of task.toml.
+
+        Raises:
+            TaskFileError: the message has the file, and the service or the line.
+        """
+        self._path, self._folder, self._toml = path, path.parent, environment or Environment()
         file = load_yaml(path, ComposeFile)
-        found, self._volumes = file.services, dict.fromkeys(file.volumes, "")
+        found, self._names = file.services, file.volumes.keys()
         main = found.get(MAIN, Service())
         self._check_networks(file)
-        self._check_main(main)
         for name, service in found.items():
             for other in service.depends_on:
                 if other not in found or other == MAIN:
                     raise self._error(name, f"depends_on: {other!r} is not one of the other services")
         try:
+            self.main, self.files, volumes = self._main(main)
             order = TopologicalSorter({name: [*found[name].depends_on] for name in found}).static_order()
             self.services = [self._service(name, found[name]) for name in order if name != MAIN]
+            of_services = {volume.name for service in self.services for volume in service.volumes.values()}
+            self.volumes = {path: volume for path, volume in volumes.items() if volume.name in of_services}
+            self.healthcheck = _before_start(main.healthcheck)
         except CycleError as exc:
             raise TaskFileError(f"{path}:1: services depend on each other: {' > '.join(exc.args[1])}") from exc
+        except ValidationError as exc:
+            raise self._error(MAIN, describe(exc)) from exc
         except OSError as exc:
             raise TaskFileError(f"{exc.filename or path}: cannot be read: {exc.strerror}") from exc
         self.wait_for = _conditions(main)
-        self.env = {name: str(value) for name, value in main.environment.items()}
-        self.image = main.image
+        self.cpus, self.memory_mib = self._limits(MAIN, main)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment variables of `main`."""
+        return _variables(self.main)
 
     def _check_networks(self, file: ComposeFile) -> None:
         """Check that the services that name networks share one with each other and with those that name none."""
@@ -191,40 +321,60 @@ class Compose:
                 f"{self._path}:1: networks: services that share no network are not supported; give all one"
             )
 
-    def _check_main(self, main: Service) -> None:
-        if main.build is not None and main.build.context not in (".", "./"):
+    def _main(self, main: Service) -> tuple[Service, dict[str, str], dict[str, VolumeConfig]]:
+        """Return `main`, whose image is None if it is built, the files that are copied into it, and its volumes."""
+        if main.build is not None and os.path.realpath(self._folder / main.build.context) != str(self._folder):
             raise self._error(MAIN, f"build: only the folder of this file is supported, got {main.build.context!r}")
-        if main.command is not None and main.command not in WAITING:
-            raise self._error(MAIN, f"command: only one that waits is supported, such as {' '.join(WAITING[0])}")
-        for key in ("entrypoint", "healthcheck", "volumes"):
-            if getattr(main, key):
-                raise self._error(MAIN, f"{key}: not supported; use the Dockerfile, or task.toml")
+        if main.working_dir is not None and not main.working_dir.startswith("/"):
+            raise self._error(MAIN, f"working_dir: {main.working_dir!r:.80} is not an absolute path")
+        if any(use and use.aliases for use in main.networks.values()):
+            raise self._error(MAIN, "networks: aliases are not supported; services reach the agent's sandbox as `main`")
+        logs = [f"/HOST_{name}_PATH:{path}" for name, path in LOGS.items()]  # always there
+        files, volumes = self._mounts(MAIN, [each for each in main.volumes if each.removesuffix(":rw") not in logs])
+        if taken := OF_THE_ENGINE & files.keys():
+            raise self._error(MAIN, f"volumes: {min(taken)} is written by the engine; it cannot be replaced")
+        for path in volumes:
+            if any(f"{each}/".startswith(f"{path}/") or f"{path}/".startswith(f"{each}/") for each in SCORING):
+                raise self._error(MAIN, f"volumes: {path!r:.80}: a service could change how the agent is scored")
+        is_built = main.build is not None or main.image == MAIN_IMAGE
+        return main.model_copy(update={"image": None} if is_built else {}), files, volumes
+
+    def _limits(self, name: str, service: Service) -> tuple[float | None, int | None]:
+        """Return the CPUs and MiB of memory that a service may use; None if neither it nor task.toml gives any."""
+        limits, toml = service.deploy.resources.limits, self._toml
+        memory = toml.memory_mb or (mebibytes(toml.memory) if toml.memory else None)
+        cpus = limits.cpus if service.cpus is None else service.cpus
+        size = limits.memory if service.mem_limit is None else service.mem_limit
+        try:
+            return _limit(cpus, "CPUS", toml.cpus, _cpus), _limit(size, "MEMORY", memory, _mebibytes)
+        except ValueError as exc:
+            raise self._error(name, f"limits: {exc}") from exc
 
     def _service(self, name: str, service: Service) -> ServiceConfig:
-        if (service.image is None) == (service.build is None):
+        if service.image is None and service.build is None:
             raise self._error(name, "give either image or build")
-        check = service.healthcheck
-        test = check.test if check else None
+        cpus, memory_mib = self._limits(name, service)
+        files, volumes = self._mounts(name, service.volumes)
+        build = Build() if service.image == MAIN_IMAGE else service.build
+        other_names = [service.container_name] if service.container_name else []
         try:
             return ServiceConfig(
                 name=name,
-                image=service.image,
-                build=None if service.build is None else self._build(name, service.build),
+                image=service.image if build is None else None,
+                build=None if build is None else self._build(name, build),
                 command=service.command,
                 entrypoint=service.entrypoint,
-                env={key: str(value) for key, value in service.environment.items()},
-                healthcheck=None
-                if check is None
-                else ServiceHealthcheck(
-                    test=["CMD-SHELL", test] if isinstance(test, str) else test or [],
-                    interval_s=check.interval,
-                    timeout_s=check.timeout,
-                    start_period_s=check.start_period,
-                    retries=check.retries,
-                ),
+                user=service.user,
+                workdir=service.working_dir,
+                env=_variables(service),
+                healthcheck=_healthcheck(service.healthcheck),
                 depends_on=_conditions(service),
-                files=dict(self._file(name, volume) for volume in service.volumes if volume[:1] in "./~$"),
-                volumes=[self._volume(name, volume) for volume in service.volumes if volume[:1] not in "./~$"],
+                aliases=other_names + [each for use in service.networks.values() if use for each in use.aliases],
+                restart=service.restart,
+                cpus=cpus,
+                memory_mib=memory_mib,
+                files=files,
+                volumes=volumes,
             )
         except ValidationError as exc:
             raise self._error(name, describe(exc)) from exc
@@ -235,29 +385,29 @@ class Compose:
             raise self._error(name, f"build: {folder / 'Dockerfile'} is missing")
         return BuildConfig(folder=str(folder), sha256=folder_hash(folder))
 
-    def _file(self, name: str, volume: str) -> tuple[str, str]:
-        """Return the path in the container, and the one below the task's folder, of `./PATH:/TARGET[:ro]`."""
-        source, *rest = volume.split(":")
-        if not source.startswith("./") or not 1 <= len(rest) <= 2 or rest[1:] not in ([], ["ro"], ["rw"]):
-            raise self._error(name, f"volumes: {volume!r}: expected ./PATH:/TARGET, a file or folder beside this file")
-        target = posixpath.normpath(rest[0])
-        self._check_target(name, volume, target)
-        return target, self._inside(name, "volumes", source).relative_to(self._folder.parent).as_posix()
+    def _mounts(self, name: str, volumes: list[str]) -> tuple[dict[str, str], dict[str, VolumeConfig]]:
+        """Return the files of the task, by path in the container, and the volumes.
 
-    def _volume(self, name: str, volume: str) -> str:
-        """Return the path in the container of `NAME:/TARGET[:rw]`."""
-        source, *rest = volume.split(":")
-        if source not in self._volumes or not 1 <= len(rest) <= 2 or rest[1:] not in ([], ["rw"]):
-            raise self._error(name, f"volumes: {volume!r}: expected ./PATH:/TARGET, or NAME:/TARGET of a named volume")
-        if self._volumes[source] not in ("", name):
-            raise self._error(name, f"volumes: {source!r} is one of {self._volumes[source]}; sharing is not supported")
-        self._volumes[source], target = name, posixpath.normpath(rest[0])
-        self._check_target(name, volume, target)
-        return target
-
-    def _check_target(self, name: str, volume: str, target: str) -> None:
-        if not re.fullmatch(r"/[^/].*", target):
-            raise self._error(name, f"volumes: {volume!r}: {target!r} is not the absolute path of a file or folder")
+        Accepted are `./PATH:/TARGET`, `NAME:/TARGET` of a named volume, both with `:ro` or `:rw`, and `/TARGET`.
+        """
+        files, found = {}, {}
+        for volume in volumes:
+            source, *rest = volume.split(":") if ":" in volume else ("", volume)
+            target = posixpath.normpath(rest[0])
+            if not re.fullmatch(r"/[^/].*", target):
+                raise self._error(name, f"volumes: {volume!r}: {target!r} is not the absolute path of a file or folder")
+            is_known_mode = rest[1:] in ([], ["ro"], ["rw"])
+            if is_known_mode and source.startswith("."):
+                files[target] = self._inside(name, "volumes", source).relative_to(self._folder.parent).as_posix()
+            elif is_known_mode and source in ("", *self._names):
+                found[target] = VolumeConfig(name=source or f"{name}:{target}", read_only=rest[1:] == ["ro"])
+            else:
+                raise self._error(
+                    name,
+                    f"volumes: {volume!r}: expected ./PATH:/TARGET, a file or folder beside this file, or NAME:/TARGET "
+                    "of a named volume",
+                )
+        return files, found
 
     def _inside(self, name: str, key: str, place: str) -> Path:
         path = Path(os.path.realpath(self._folder / place))  # Path.resolve raises RuntimeError for a loop of links
@@ -273,3 +423,54 @@ class Compose:
 
 def _conditions(service: Service) -> dict[str, Condition]:
     return {name: dependency.condition for name, dependency in service.depends_on.items()}
+
+
+def _variables(service: Service) -> dict[str, str]:
+    return {name: str(value) for name, value in service.environment.items()}
+
+
+def _healthcheck(check: Healthcheck | None) -> ServiceHealthcheck | None:
+    if check is None:
+        return None
+    return ServiceHealthcheck(
+        test=["CMD-SHELL", check.test] if isinstance(check.test, str) else check.test,
+        interval_s=check.interval,
+        timeout_s=check.timeout,
+        start_period_s=check.start_period,
+        retries=check.retries,
+    )
+
+
+def _before_start(check: Healthcheck | None) -> MainHealthcheck | None:
+    """Return a health check of `main` as one that must succeed before the agent starts, with the engine's defaults."""
+    given = _healthcheck(check)
+    if given is None or given.test[0] == "NONE":
+        return None
+    return MainHealthcheck(
+        command=shlex.join(given.test[1:]) if given.test[0] == "CMD" else " ".join(given.test[1:]),
+        interval_sec=given.interval_s or 30.0,
+        timeout_sec=given.timeout_s or 30.0,
+        start_period_sec=given.start_period_s or 0.0,
+        retries=given.retries or 3,
+    )
+
+
+def _limit(given: str | float | None, variable: str, toml: N | None, read: Callable[[str], N]) -> N | None:
+    """Return a limit that may be given as a variable of Harbor, which has the value of task.toml."""
+    if given is None:
+        return toml
+    text = str(given)
+    if (match := _VARIABLE.fullmatch(text)) and variable in (match["plain"], match["name"]):
+        return toml if toml is not None or not match["default"] else read(match["default"])
+    return read(text)
+
+
+def _cpus(text: str) -> float:
+    if not re.fullmatch(r"\d{1,5}(\.\d{1,9})?", text) or not float(text):
+        raise ValueError(f"{text!r:.40} is not a number of CPUs")
+    return float(text)
+
+
+def _mebibytes(text: str) -> int:
+    size = text.strip().lower().removesuffix("b")
+    return max(16, int(size) >> 20 if size.isdecimal() else mebibytes(size))

@@ -30,7 +30,7 @@ from agentkit.task import Task
 from agentkit_environments import Environment, ExecResult, SandboxUnavailableError, open_environment
 from agentkit_environments.folder import folder_hash, pack_folder
 from agentkit_evals.blame import blame, describe
-from agentkit_evals.harbor.artifacts import exported, one_file
+from agentkit_evals.harbor.artifacts import exported, one_file, packed_at
 from agentkit_evals.harbor.sandbox import filled_in, settled
 from agentkit_evals.harbor.servers import servers_tools
 from agentkit_evals.repository import parse_log
@@ -44,7 +44,8 @@ ends without a score."""
 RewardFile = Literal["reward.json", "reward.txt"]
 ROOT = "0:0"
 LOGS = "/logs/agent /logs/verifier /logs/artifacts"
-START_ENTRY_POINT = '"$@" sh -c "sleep infinity" </dev/null >/dev/null 2>&1 &'
+START_ENTRY_POINT = '"$@" </dev/null >/dev/null 2>&1 &'
+WAIT = ["sh", "-c", "sleep infinity"]
 FORGERY = """\
 mkdir -p /logs/verifier /tests
 for place in . /tmp /logs /logs/verifier /logs/artifacts "$HOME"; do
@@ -68,6 +69,8 @@ async def prepare(task: Task, config: HarborConfig, environment: Environment) ->
     folder = Path(config.folder)
     if await anyio.to_thread.run_sync(folder_hash, folder) != config.sha256:
         raise TaskSetupError(f"task {task.id}: the files in {folder} have changed since it was read; run again")
+    for path, source in config.files.items():
+        await environment.import_dir(*await anyio.to_thread.run_sync(packed_at, path, folder / source))
     await _begin(config, config.steps[0], environment)
 
 
@@ -189,7 +192,7 @@ async def _begin(config: HarborConfig, step: HarborStep, environment: Environmen
         await environment.enter_phase("setup")
         await _as_root(environment, "rm -rf /tests /solution /logs/verifier")
     await _as_root(environment, f"mkdir -p {LOGS} && chmod 777 {LOGS}")
-    await _start_entry_point(environment)
+    await _start_entry_point(environment, config)
     workdir, has_setup = Path(config.folder, step.folder, "workdir"), False
     if step.name and (archive := await anyio.to_thread.run_sync(_packed_if_there, workdir)) is not None:
         await environment.import_dir(environment.spec.workdir, archive)
@@ -257,7 +260,7 @@ async def _score(config: HarborConfig, step: HarborStep, environment: Environmen
 
 
 async def _run_tests(config: HarborConfig, step: HarborStep, environment: Environment) -> _Score:
-    await _start_entry_point(environment)
+    await _start_entry_point(environment, config if step.separate is None else None)
     if step.upload_tests:
         await _upload(config, step.tests, "/tests", environment)
     script = f"/tests/{config.script}"
@@ -336,11 +339,16 @@ def _packed(path: Path) -> bytes:
     return pack_folder(path) if path.is_dir() else one_file(path.name, path.read_bytes())
 
 
-async def _start_entry_point(environment: Environment) -> None:
-    """Start the image's entry point as Harbor does, with a command that waits; it may start services."""
+async def _start_entry_point(environment: Environment, config: HarborConfig | None) -> None:
+    """Start the entry point as Harbor does, with a command that waits unless the task has another.
+
+    It may start services. None stands for a separate verifier, whose image alone says what is started.
+    """
     image = await _image(environment)
-    if entry_point := image.get("Entrypoint"):
-        argv = ["/bin/sh", "-c", START_ENTRY_POINT, "sh", *entry_point]
+    entry_point = image.get("Entrypoint") if config is None or config.entrypoint is None else config.entrypoint
+    command = None if config is None else config.command
+    if entry_point or command:
+        argv = ["/bin/sh", "-c", START_ENTRY_POINT, "sh", *(entry_point or []), *(command or WAIT)]
         await environment.exec(argv, user=image.get("User") or ROOT)
 
 

@@ -64,11 +64,9 @@ def read_harbor(folder: Path) -> Task:
     toml = _parse(path, text)
     if problems := list(_unsupported(toml, folder)):
         raise TaskFileError("\n".join(f"{path}:{_line(text, loc)}: {problem}" for loc, problem in problems))
-    compose = Compose(file) if (file := folder / "environment" / COMPOSE).exists() else None
+    compose = Compose(file, toml.environment) if (file := folder / "environment" / COMPOSE).exists() else None
     if compose is not None:
-        own = toml.environment
-        merged = {"env": {**compose.env, **own.env}, "docker_image": own.docker_image or compose.image}
-        toml = toml.model_copy(update={"environment": own.model_copy(update=merged)})
+        toml = _merged(toml, compose)
     try:
         environment = _environment(
             toml.environment,
@@ -89,6 +87,10 @@ def read_harbor(folder: Path) -> Task:
                 final_step_only=toml.multi_step_reward_strategy == "final",
                 solution_env=toml.solution.env,
                 healthcheck=toml.environment.healthcheck,
+                entrypoint=compose.main.entrypoint if compose else None,
+                command=compose.main.command if compose else None,
+                files=compose.files if compose else {},
+                volumes=compose.volumes if compose else {},
                 services=compose.services if compose else [],
                 wait_for=compose.wait_for if compose else {},
                 mcp_servers=toml.environment.mcp_servers,
@@ -101,6 +103,21 @@ def read_harbor(folder: Path) -> Task:
         raise TaskFileError(f"{path}:1: {describe(exc)}") from exc
     except OSError as exc:
         raise TaskFileError(f"{exc.filename or folder}: cannot be read: {exc.strerror}") from exc
+
+
+def _merged(toml: TaskToml, compose: Compose) -> TaskToml:
+    """Return task.toml with the settings that the Compose file has for the agent's sandbox."""
+    own, main = toml.environment, compose.main
+    settings = {
+        "env": {**compose.env, **own.env},
+        "docker_image": own.docker_image or main.image,
+        "workdir": own.workdir or main.working_dir,
+        "healthcheck": own.healthcheck or compose.healthcheck,
+        "cpus": compose.cpus,
+        "memory_mb": compose.memory_mib,
+    }
+    agent = toml.agent.model_copy(update={"user": toml.agent.user or main.user})
+    return toml.model_copy(update={"environment": own.model_copy(update=settings), "agent": agent})
 
 
 def task_id(folder: Path) -> str:
