@@ -98,7 +98,7 @@ def config_of(task: Task) -> HarborConfig:
 
 def test_a_directory_is_a_task(make: Make) -> None:
     toml = """\
-version = "1.0"
+version = "2.0"
 artifacts = ["/app/out", {source = "log.txt", destination = "logs/log.txt"}]
 [task]
 name = "org/copy-number"
@@ -246,7 +246,7 @@ def test_steps_and_separate_verifiers(make: Make) -> None:
         ("a = 1\na = 2\n", ":2: not valid TOML"),
         ("a = " + "[" * 20_000, ":1: not valid TOML: nested too deeply"),
         ("metadata.x = " + "[" * 60 + "]" * 60, ":1: nested more than 50 deep"),
-        ("schema_version = '2.0'\n", ":1: schema_version: "),
+        ("schema_version = 2.0\n", ":1: schema_version: "),
         ("[[steps]]\nname = 'a/b'\n", ":2: steps.0.name: 'a/b' is not the name of a folder"),
         ("[[steps]]\nname = 'a'\n[[steps]]\nname = 'a'\n", "two steps are named a"),
         ("artifacts = ['/a/../etc']\n", ":1: artifacts.0.source: "),

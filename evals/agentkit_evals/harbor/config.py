@@ -214,7 +214,7 @@ class Package(Strict):
 class TaskToml(Strict):
     """A whole `task.toml`."""
 
-    schema_version: str = Field(default="1.0", pattern=r"^1\.\d+$")
+    schema_version: str = "1.0"  # as in Harbor, any text: tasks give the version of their own template here
     source: str | None = None
     multi_step_reward_strategy: Literal["mean", "final"] = "mean"
     artifacts: Artifacts = Field(default_factory=list)
