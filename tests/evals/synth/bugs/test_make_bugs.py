@@ -53,6 +53,22 @@ def journal_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_the_recorded_run_is_as_large_as_the_readme_says() -> None:
+    evals = Path(__file__).parents[4] / "evals"
+    card, text = json.loads((evals / "results" / "bugs.json").read_text()), (evals / "README.md").read_text()
+    assert card["bugs"] >= 300 and card["packages_with_bugs"] >= 20
+    said = f"kept {card['bugs']} bugs in {card['packages_with_bugs']} packages, of {card['tried']} faults"
+    assert said in " ".join(text.split())
+    for package in card["packages"]:
+        assert package["passed_both_checks"] == package["kept"]
+    log = (evals / "results" / "bugs.log").read_text()
+    for backend in ("process", "docker"):
+        _, _, checked = log.partition(f"$ agentkit check bugs/tasks/ --env {backend}\n")
+        lines = checked.partition("\n$ ")[0].splitlines()
+        sound = [line.removeprefix("✓ ") for line in lines if line.startswith("✓ ")]
+        assert len({*sound}) == len(sound) == card["bugs"] and f"{len(sound)}/{len(sound)} tasks are sound" in lines
+
+
 @pytest.mark.sandbox
 @pytest.mark.skipif(PROCESS is not None, reason=f"no process sandbox: {PROCESS}")
 @pytest.mark.parametrize("style", ["unittest", "pytest"])
