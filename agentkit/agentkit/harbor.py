@@ -194,4 +194,5 @@ class HarborConfig(Strict):
     services: list[ServiceConfig] = Field(default_factory=list)  # each after those that it depends on
     wait_for: dict[str, Condition] = Field(default_factory=dict)  # services that the agent's sandbox depends on
     mcp_servers: list[McpServer] = Field(default_factory=list)
+    skills_dir: str | None = None  # a folder in the sandbox with folders that have a SKILL.md
     history: RelativePath | None = None  # an ATIF file with the conversation before the task

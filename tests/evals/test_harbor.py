@@ -256,7 +256,10 @@ def test_steps_and_separate_verifiers(make: Make) -> None:
         ("[environment]\nos = 'windows'\n", ":2: environment.os: only linux containers are supported"),
         ("[environment]\ngpus = 1\n", ":2: environment.gpus: GPUs in sandboxes are not supported"),
         ("[environment]\ntpu = {type = 'v4', topology = '2x2'}\n", ":2: environment.tpu: TPUs are not supported"),
-        ("[environment]\nskills_dir = '/skills'\n", ":2: environment.skills_dir: skills are not supported"),
+        (
+            "[verifier.environment]\nskills_dir = '/skills'\n",
+            ":2: verifier.environment.skills_dir: only the agent can have skills",
+        ),
         (
             "[[verifier.environment.mcp_servers]]\nname = 'x'\nurl = 'http://x'\n",
             ":1: verifier.environment.mcp_servers: only the agent can have MCP servers",
@@ -629,6 +632,33 @@ class TestInDocker:
         checked = checks(task)
         assert (checked.forged.reward, checked.forged.source, checked.forged.output) == (0.0, "missing", "")
         assert "wrote neither reward.json nor reward.txt" in checked.problems[0]
+        remove_image(task)
+
+    def test_the_agent_is_told_its_skills(self, make: Make, evaluate: Evaluate, script: MakeScript) -> None:
+        skills = {
+            "csv": "---\nname: csv\ndescription: >\n  Read and write\n  tables.\n---\nUse the csv module.\n",
+            "no-front-matter": "Just text.\n",
+            "no-description": "---\nname: x\n---\n",
+            "not-yaml": "---\nname: [\n---\n",
+            "odd name": "---\r\nname: odd\r\ndescription: 'Odd: yes'\r\n---\r\n",
+        }
+        files = {f"environment/skills/{name}/SKILL.md": text for name, text in skills.items()}
+        build = DOCKERFILE + "COPY skills /skills/\nRUN mkdir /skills/empty /skills/huge\n"
+        build += "RUN head -c 2000000 /dev/zero > /skills/huge/SKILL.md\n"
+        toml = TOML + "skills_dir = '/skills'\n"
+        task = read_task_directory(make(**{"task.toml": toml, "environment/Dockerfile": build, **files}))
+        done = evaluate((task, script([("bash", {"command": "cp n.txt answer.txt"})], "Done.")), backend=None)
+        (trial,) = done.trials
+        trajectory = done.trajectory(trial)
+        assert (trial.error, trial.reward) == (None, 1.0) and trajectory is not None
+        said = next(message.content for message in trajectory.messages if message.role == "user")
+        assert said.splitlines() == [
+            "Copy n.txt to answer.txt.",
+            "",
+            "These skills are available. Before you do what one describes, read its file.",
+            "- csv (/skills/csv/SKILL.md): Read and write tables.",
+            "- odd (/skills/odd name/SKILL.md): Odd: yes",
+        ]
         remove_image(task)
 
     def test_no_process_of_the_agent_outlives_it(self, make: Make, evaluate: Evaluate, script: MakeScript) -> None:

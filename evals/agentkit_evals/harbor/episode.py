@@ -33,6 +33,7 @@ from agentkit_evals.blame import blame, describe
 from agentkit_evals.harbor.artifacts import exported, one_file, packed_at
 from agentkit_evals.harbor.sandbox import filled_in, settled
 from agentkit_evals.harbor.servers import servers_tools
+from agentkit_evals.harbor.skills import with_skills
 from agentkit_evals.repository import parse_log
 from agentkit_evals.verdict import MAX_REWARD, Verdict, broken, tail
 from agentkit_tools import Tool
@@ -106,7 +107,7 @@ async def episode(
                     raise
                 scores.append(_Score.broken(step, exc))
                 break
-            if not await act(step, tools):
+            if not await act(await with_skills(config, step, environment), tools):
                 return None
         try:
             await environment.kill_all()
@@ -133,7 +134,7 @@ async def solve(config: HarborConfig, step: HarborStep, environment: Environment
 def for_step(task: Task, step: HarborStep) -> Task:
     """Return the task with the instruction and the time limit of one of its steps."""
     if len(getattr(task.verifier, "steps", ())) < 2:  # a caller may have set another time limit
-        return task
+        return task.model_copy(update={"instruction": step.instruction})
     agent = task.agent.model_copy(update={"timeout_s": step.agent_timeout_s})
     return task.model_copy(update={"instruction": step.instruction, "agent": agent})
 

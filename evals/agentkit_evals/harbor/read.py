@@ -94,6 +94,7 @@ def read_harbor(folder: Path) -> Task:
                 services=compose.services if compose else [],
                 wait_for=compose.wait_for if compose else {},
                 mcp_servers=toml.environment.mcp_servers,
+                skills_dir=toml.environment.skills_dir,
                 history=_history(folder),
             ),
             solution=_solution(steps),
@@ -222,8 +223,8 @@ def _unsupported(toml: TaskToml, folder: Path) -> Iterator[tuple[tuple[str, ...]
             yield (*loc, "gpus"), f"{name}.gpus: GPUs in sandboxes are not supported"
         if environment.tpu:
             yield (*loc, "tpu"), f"{name}.tpu: TPUs are not supported"
-        if environment.skills_dir is not None:
-            yield (*loc, "skills_dir"), f"{name}.skills_dir: skills are not supported"
+        if environment.skills_dir is not None and environment is not toml.environment:
+            yield (*loc, "skills_dir"), f"{name}.skills_dir: only the agent can have skills, not a verifier"
         if environment.mcp_servers and environment is not toml.environment:
             yield (*loc, "mcp_servers"), f"{name}.mcp_servers: only the agent can have MCP servers, not a verifier"
         files = OTHER_COMPOSE if environment is toml.environment else (COMPOSE, *OTHER_COMPOSE)
