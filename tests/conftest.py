@@ -1,8 +1,9 @@
-"""Helpers for the tests of every room: sandboxes that may be missing, and waiting for another process."""
+"""Helpers for the tests of every room: sandboxes that may be missing, and other processes."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Generator
@@ -52,6 +53,40 @@ def wait_until() -> WaitUntil:
             time.sleep(0.01)
 
     return wait
+
+
+class Tag:
+    """A number that nothing else on this machine uses, so that `sleep <tag>` can be found from outside any sandbox."""
+
+    def __init__(self, wait_until: WaitUntil) -> None:
+        self._wait_until = wait_until
+        self.value = f"{1_000_000 + secrets.randbelow(8_000_000)}"
+
+    def pids(self) -> list[int]:
+        """Return the living processes of this machine that have the tag among their arguments."""
+        found = []
+        for directory in Path("/proc").iterdir():
+            if directory.name.isdecimal() and int(directory.name) != os.getpid():
+                try:
+                    arguments = (directory / "cmdline").read_bytes().split(b"\0")
+                    state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
+                except OSError:
+                    continue
+                if self.value.encode() in arguments and state not in "ZX":
+                    found.append(int(directory.name))
+        return found
+
+    def alive(self) -> int:
+        return len(self.pids())
+
+    def wait(self, count: int) -> None:
+        """Wait until exactly `count` processes are alive; fail if that takes too long."""
+        self._wait_until(lambda: self.alive() == count, f"{count} living processes with `{self.value}`")
+
+
+@pytest.fixture
+def tag(wait_until: WaitUntil) -> Tag:
+    return Tag(wait_until)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 import socketserver
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import anyio
 import pytest
@@ -19,9 +16,6 @@ from agentkit_environments import Environment, EnvironmentSpec, Snapshot, open_e
 from agentkit_environments.docker import docker_failure
 from agentkit_environments.process import LAUNCHERS, Launcher, ProcessEnvironment, launcher_failure
 from agentkit_environments.proxy import Internet
-
-if TYPE_CHECKING:
-    from tests.conftest import WaitUntil
 
 BACKENDS = [
     pytest.param("unsafe-local", id="unsafe-local"),
@@ -80,40 +74,6 @@ async def env(backend: str, anyio_backend: str) -> AsyncIterator[Environment]:
     """One environment, shared by all tests of a module that do not end it."""
     async with await _open(backend, EnvironmentSpec(env={"FROM_SPEC": "spec"})) as environment:
         yield environment
-
-
-class Tag:
-    """A number that nothing else on this machine uses, so that `sleep <tag>` can be found from outside any sandbox."""
-
-    def __init__(self, wait_until: WaitUntil) -> None:
-        self._wait_until = wait_until
-        self.value = f"{1_000_000 + secrets.randbelow(8_000_000)}"
-
-    def pids(self) -> list[int]:
-        """Return the living processes of this machine that have the tag among their arguments."""
-        found = []
-        for directory in Path("/proc").iterdir():
-            if directory.name.isdecimal() and int(directory.name) != os.getpid():
-                try:
-                    arguments = (directory / "cmdline").read_bytes().split(b"\0")
-                    state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
-                except OSError:
-                    continue
-                if self.value.encode() in arguments and state not in "ZX":
-                    found.append(int(directory.name))
-        return found
-
-    def alive(self) -> int:
-        return len(self.pids())
-
-    def wait(self, count: int) -> None:
-        """Wait until exactly `count` processes are alive; fail if that takes too long."""
-        self._wait_until(lambda: self.alive() == count, f"{count} living processes with `{self.value}`")
-
-
-@pytest.fixture
-def tag(wait_until: WaitUntil) -> Tag:
-    return Tag(wait_until)
 
 
 class _Echo(socketserver.StreamRequestHandler):

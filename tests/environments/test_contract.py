@@ -25,7 +25,8 @@ from agentkit_environments import (
 )
 
 if TYPE_CHECKING:
-    from tests.environments.conftest import Opener, Tag
+    from tests.conftest import Tag
+    from tests.environments.conftest import Opener
 
 pytestmark = pytest.mark.anyio
 

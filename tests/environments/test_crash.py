@@ -17,8 +17,8 @@ import pytest
 from agentkit_environments import EnvironmentSpec, SandboxLostError, SandboxUnavailableError, open_environment, reap
 
 if TYPE_CHECKING:
-    from tests.conftest import WaitUntil
-    from tests.environments.conftest import Opener, Tag
+    from tests.conftest import Tag, WaitUntil
+    from tests.environments.conftest import Opener
 
 HARNESS = """
 import signal

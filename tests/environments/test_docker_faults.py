@@ -33,7 +33,7 @@ from agentkit_environments.docker.files import ATTEMPTS
 from agentkit_environments.docker.loss import is_killed_for_host_memory
 
 if TYPE_CHECKING:
-    from tests.environments.conftest import Tag
+    from tests.conftest import Tag
 
 pytestmark = [pytest.mark.anyio, pytest.mark.docker]
 

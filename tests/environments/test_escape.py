@@ -18,7 +18,7 @@ from agentkit_environments import Environment, EnvironmentSpec, SandboxUnavailab
 from agentkit_environments.process import Launcher, ProcessEnvironment, launcher_failure
 
 if TYPE_CHECKING:
-    from tests.environments.conftest import Tag
+    from tests.conftest import Tag
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
 PREFIX = os.path.realpath(sys.base_prefix)

@@ -20,8 +20,7 @@ from agentkit_environments import executor
 from agentkit_environments.executor import FRAME, BoundedOutput, kill_processes
 
 if TYPE_CHECKING:
-    from tests.conftest import WaitUntil
-    from tests.environments.conftest import Tag
+    from tests.conftest import Tag, WaitUntil
 
 SERVE = f"""
 import errno, os, resource, struct, sys

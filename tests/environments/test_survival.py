@@ -32,8 +32,7 @@ from agentkit_environments.cgroups import PREFIX, CommandGroup, hierarchies
 from agentkit_environments.process import Launcher, ProcessEnvironment, launcher_failure
 
 if TYPE_CHECKING:
-    from tests.conftest import WaitUntil
-    from tests.environments.conftest import Tag
+    from tests.conftest import Tag, WaitUntil
 
 pytestmark = [pytest.mark.anyio, pytest.mark.sandbox]
 SMALL = EnvironmentSpec(limits=ResourceLimits(memory_mib=128, disk_mib=64))
