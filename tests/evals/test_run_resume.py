@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ from rich.console import Console
 from agentkit.agent import Agent
 from agentkit.cli import app
 from agentkit.cli.run import Job
+from agentkit.events import TurnFinished
 from agentkit.messages import AssistantMessage, Message, ToolMessage
 from agentkit.models.scripted import AssistantTurn, Policy, ScriptedModel
 from agentkit.task import Task
@@ -236,3 +240,58 @@ def test_snapshots_that_cannot_be_saved_are_refused_by_name(untrained: Path, tmp
     assert Trajectory.load(tmp_path / "t.jsonl").header.metadata["run"]["task"]["environment"] == {"snapshots": True}
     cut(tmp_path / "t.jsonl", b'"turn_started"')
     refused("run", "--resume", tmp_path / "t.jsonl", "--snapshots", text="Invalid value for --snapshots")
+
+
+KILLED_RUN = """
+import os, signal, sys, time
+from pathlib import Path
+from agentkit.cli import main
+from agentkit_engine.runtime.disk_cache import survey
+
+turns, cache = int(sys.argv.pop(1)), Path(sys.argv.pop(1))
+write, prompts = os.write, 0
+
+def write_or_die(fd, data):
+    global prompts
+    prompts += bytes(data).count(b'"kind":"prompt"')
+    if prompts == turns:
+        while sum(model.checkpoints for model in survey(cache)) < turns:  # a thread writes them
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(fd, data)
+
+os.write = write_or_die
+main()
+"""
+"""`agentkit`, killed before it records turn `argv[1]`, once the disk cache `argv[2]` has the state of every prompt."""
+
+
+def test_a_killed_run_goes_on_with_its_state_from_the_disk_cache(tmp_path: Path) -> None:
+    """Without the cache, everything is computed again; the ids are the same."""
+    (tmp_path / "task.yaml").write_text(
+        "id: t\ninstruction: What is the value of level in settings.txt?\n"
+        'environment: {files: {settings.txt: "name=x\\nlevel=7\\n"}, snapshots: true}\n'
+        "agent: {max_tokens: 200}\nverifier: {command: 'true'}\n"
+    )
+    command = ("run", "task.yaml", "-m", "tiny", "--env", "unsafe-local", "--json", "--trajectory")
+    turns = json.loads(agentkit(*command, "whole.jsonl").stdout)["usage"]["turns"]
+    assert turns > 1, "the packaged model made no call"
+    whole = Trajectory.load(tmp_path / "whole.jsonl").token_ids
+
+    (tmp_path / "warm").mkdir()
+    arguments = [str(turns), "cache", *command, "warm/t.jsonl", "--cache-dir", "cache"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_RUN, *arguments], capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    shutil.copytree(tmp_path / "warm", tmp_path / "cold")
+    record = Trajectory.load(tmp_path / "warm" / "t.jsonl")
+    before = [each for each in record.records if isinstance(each, TurnFinished)][-1].usage
+    last = max(place for place, segment in enumerate(record.segments) if segment.kind == "prompt")
+    prompt_end = sum(len(segment.ids) for segment in record.segments[: last + 1])
+
+    computed = {}
+    for folder, cache, found_on_disk in (("warm", "cache", prompt_end), ("cold", "empty", 0)):
+        resumed = json.loads(agentkit("run", "--resume", f"{folder}/t.jsonl", "--cache-dir", cache, "--json").stdout)
+        assert Trajectory.load(tmp_path / folder / "t.jsonl").token_ids == whole
+        assert resumed["usage"]["cache_hit_tokens"] - before.cache_hit_tokens == found_on_disk
+        computed[folder] = resumed["usage"]["cache_miss_tokens"] - before.cache_miss_tokens
+    assert computed["warm"] == computed["cold"] - prompt_end
