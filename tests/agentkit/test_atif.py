@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from tests.fuzz import amounts, fuzz
+from tests.harbor import models as harbor
 
 from agentkit import (
     Agent,
@@ -39,8 +39,7 @@ from .conftest import get_weather
 
 pytestmark = pytest.mark.anyio
 Script = Callable[..., ScriptedModel]
-HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
-"""A Python 3.12 with the package `harbor`, whose own models then check every document."""
+Check = Callable[[bytes], None]
 
 LOOK = AssistantTurn(
     "I have to look.", "Looking.", [("get_weather", {"city": "Oslo"}), ("get_weather", {"town": "Oslo"})]
@@ -54,21 +53,19 @@ def document(*steps: dict[str, Any], **changes: Any) -> bytes:
     return json.dumps({"schema_version": "ATIF-v1.8", "agent": agent, "steps": numbered, **changes}).encode()
 
 
-def check_with_harbor(text: bytes) -> None:
-    if HARBOR_PYTHON:
-        code = (
-            "import sys; from harbor.models.trajectories import Trajectory; "
-            "Trajectory.model_validate_json(sys.stdin.buffer.read())"
-        )
-        done = subprocess.run([HARBOR_PYTHON, "-c", code], input=text, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()[-2000:]
+@pytest.fixture(params=["schema", pytest.param("harbor", marks=harbor.needs_harbor)])
+def check(request: pytest.FixtureRequest) -> Check:
+    """Function that raises ValueError for a document that harbor refuses: by its schema, or by harbor itself."""
+    return harbor.check_trajectory if request.param == "schema" else harbor.check_trajectory_with_harbor
 
 
-async def test_a_step_has_the_message_the_calls_and_the_exact_ids(script: Script, environment: Environment) -> None:
+async def test_a_step_has_the_message_the_calls_and_the_exact_ids(
+    script: Script, environment: Environment, check: Check
+) -> None:
     agent = Agent(script(LOOK, DONE), [get_weather], system="Be brief.", thinking="auto")
     record = (await agent.run("Weather?", environment=environment, metadata={"trial": "a.0"})).trajectory
     made = to_atif(record)
-    check_with_harbor(atif_bytes(record))
+    check(atif_bytes(record))
     system, user, look, done = made["steps"]
     assert (system["source"], system["message"]) == ("system", "Be brief.")
     assert (user["source"], user["message"]) == ("user", "Weather?")
@@ -91,10 +88,10 @@ async def test_a_step_has_the_message_the_calls_and_the_exact_ids(script: Script
     assert parse_atif(atif_bytes(record)) == record.messages
 
 
-async def test_forced_ids_are_marked(script: Script, environment: Environment) -> None:
+async def test_forced_ids_are_marked(script: Script, environment: Environment, check: Check) -> None:
     agent = Agent(script(AssistantTurn(content="word " * 50)), [], limits=Limits(max_tokens=5), thinking="never")
     record = (await agent.run("Go on.", environment=environment)).trajectory
-    check_with_harbor(atif_bytes(record))
+    check(atif_bytes(record))
     metrics = to_atif(record)["steps"][-1]["metrics"]
     mask = metrics["extra"]["loss_mask"]
     assert sum(mask) == 5 and 0 in mask and len(mask) == len(metrics["completion_token_ids"])
@@ -104,7 +101,7 @@ async def test_forced_ids_are_marked(script: Script, environment: Environment) -
 
 
 async def test_sub_agents_are_embedded_also_from_their_files(
-    script: Script, environment: Environment, tmp_path: Path
+    script: Script, environment: Environment, tmp_path: Path, check: Check
 ) -> None:
     helper = Agent(script(DONE), [get_weather], system="Help.")
     turns = AssistantTurn(calls=[("helper", {"task": "Weather in Oslo?"})]), DONE
@@ -113,14 +110,14 @@ async def test_sub_agents_are_embedded_also_from_their_files(
     loaded = Trajectory.load(tmp_path / "run.jsonl")
     for record in (result.trajectory, loaded):
         made = to_atif(record)
-        check_with_harbor(atif_bytes(record))
+        check(atif_bytes(record))
         (child,) = made["subagent_trajectories"]
         (found,) = made["steps"][2]["observation"]["results"]
         assert found["subagent_trajectory_ref"] == [{"trajectory_id": child["trajectory_id"]}]
         assert child["steps"][1]["message"] == "Weather in Oslo?"
     (tmp_path / "run.agent1.jsonl").rename(tmp_path / "elsewhere.jsonl")
     made = to_atif(loaded)
-    check_with_harbor(json.dumps(made).encode())
+    check(json.dumps(made).encode())
     (found,) = made["steps"][2]["observation"]["results"]
     assert found["subagent_trajectory_ref"][0]["trajectory_path"] == "run.agent1.jsonl"
     # A record that names itself as its own sub-agent is written once.
@@ -128,19 +125,69 @@ async def test_sub_agents_are_embedded_also_from_their_files(
     assert "subagent_trajectories" not in to_atif(loaded)
 
 
-async def test_a_history_is_copied_context_and_images_are_kept(script: Script, environment: Environment) -> None:
+async def test_a_history_is_copied_context_and_images_are_kept(
+    script: Script, environment: Environment, check: Check
+) -> None:
     image = ImagePart.of(b"\x89PNG", "image/png")
     history: list[Message] = [UserMessage("Hi"), AssistantMessage("Hello.")]
     record = (
         await Agent(script(DONE), [], system="").run(["Look:", image], environment=environment, message_history=history)
     ).trajectory
     made = to_atif(record)
-    check_with_harbor(atif_bytes(record))
+    check(atif_bytes(record))
     assert made["steps"][1]["is_copied_context"] is True and "is_copied_context" not in made["steps"][3]
     assert made["steps"][2]["message"][1]["source"]["path"] == f"data:image/png;base64,{image.data}"
     assert parse_atif(atif_bytes(record)) == record.messages
     with pytest.raises(TrajectoryFormatError, match="has no message"):
         to_atif(Trajectory(record.header))
+
+
+AGENT_STEP = {"source": "agent", "message": "Hi"}
+CALL = {"tool_call_id": "a", "function_name": "f", "arguments": {}}
+IMAGE = {"media_type": "image/png", "path": "a.png"}
+
+
+def observed(**result: Any) -> dict[str, Any]:
+    return {**AGENT_STEP, "tool_calls": [CALL], "observation": {"results": [result]}}
+
+
+@pytest.mark.parametrize(
+    "good", [document({**AGENT_STEP, "timestamp": "2026-01-02T03:04:05Z"}), document(observed(source_call_id="a"))]
+)
+def test_harbor_accepts_good_documents(check: Check, good: bytes) -> None:
+    check(good)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        document(),
+        document(AGENT_STEP, schema_version="ATIF-v2.0"),
+        document(AGENT_STEP, colour="red"),
+        document({**AGENT_STEP, "step_id": 2}),
+        document({**AGENT_STEP, "step_id": "one"}),
+        document({**AGENT_STEP, "timestamp": "yesterday"}),
+        document({**AGENT_STEP, "llm_call_count": 0, "metrics": {}}),
+        document({**AGENT_STEP, "metrics": {"logprobs": ["x"]}}),
+        document({**AGENT_STEP, "message": [{"type": "text"}]}),
+        document({**AGENT_STEP, "message": [{"type": "text", "text": "a", "source": IMAGE}]}),
+        document({**AGENT_STEP, "message": [{"type": "image"}]}),
+        document({**AGENT_STEP, "message": [{"type": "audio", "source": IMAGE}]}),
+        document({"source": "user", "message": "Hi", "tool_calls": [CALL]}),
+        document(observed(source_call_id="b")),
+        document(observed(content=[{"type": "image", "text": "a", "source": IMAGE}])),
+        document(observed(subagent_trajectory_ref=[{"session_id": "s"}])),
+        document(AGENT_STEP, subagent_trajectories=[json.loads(document(AGENT_STEP))]),
+        document(AGENT_STEP, subagent_trajectories=[json.loads(document(AGENT_STEP, trajectory_id="a"))] * 2),
+        document(
+            AGENT_STEP,
+            subagent_trajectories=[json.loads(document({**AGENT_STEP, "step_id": 2}, trajectory_id="a"))],
+        ),
+    ],
+)
+def test_harbor_refuses_broken_documents(check: Check, broken: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\$|\.validate_|ValidationError"):
+        check(broken)
 
 
 def test_a_document_of_another_agent_becomes_a_conversation() -> None:

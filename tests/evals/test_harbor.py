@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import pytest
 import typer.testing
 from hypothesis import strategies as st
 from tests.fuzz import amounts, fuzz
+from tests.harbor import grid
+from tests.harbor import models as harbor
 
 from agentkit.cli import app
 from agentkit.environment_config import NetworkConfig
@@ -41,8 +42,6 @@ from .conftest import agentkit
 Evaluate = Callable[..., RunDirectory]
 MakeScript = Callable[..., Policy]
 DOCKER = available_backends()["docker"]
-HARBOR_PYTHON = os.environ.get("AGENTKIT_HARBOR_PYTHON", "")
-"""A Python 3.12 with the package `harbor`, whose own models then read what we read."""
 
 TOML = """\
 schema_version = "1.4"
@@ -394,64 +393,84 @@ def test_variables_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "harbor-task" / "task.toml"
-GRID: dict[str, tuple[str, str]] = {  # start of a file -> keys, values
-    "": (
-        "artifacts steps",
-        """["/a"] [{source="/a",destination="b"}] [{source="/a",destination="/b"}] [{source="/a",exclude=["*.o"]}]
-        [{source="/a",service="db"}]
-        [{name="a"}] [{name="A"},{name="a"}] [{name="s."}] [{name="con"}] [{name="a.b"}]""",
-    ),
-    "[task]\nname = 'a/b'\n": ("name version keywords", """'' 'a/b' 'a/.b' '1' ['x']"""),
-    "[environment]\n": (
-        "network_mode allowed_hosts cpus memory_mb user workdir os memory env mcp_servers healthcheck",
-        """'public' 'no-network' 'allowlist' [] ['a.com'] 1 0.5 64 '2G' '/a' 'Linux' {A='b'} {command='x'}
-        [{name='a',url='http://x'}] [{name='a',transport='http',url='http://x'}]
-        [{name='a',transport='stdio',command='x'}] [{name='a',url='http://x',headers={Authorization='Bearer-x'}}]
-        [{name='a',url='http://x',headers={Authorization='${X}'}}]""",
-    ),
-    "[agent]\nnetwork_mode = 'allowlist'\n": (
-        "allowed_hosts timeout_sec user",
-        """[] ['a.com'] ['*.a.com'] ['10.0.0.1'] ['a.com:80'] ['A.Com.'] ['::1'] ['[::1]:80'] 1 0.5 'root'""",
-    ),
-    "[verifier]\n": (
-        "network_mode allowed_hosts environment_mode environment collect env timeout_sec",
-        """'public' 'shared' 'separate' ['a.com'] {} {cpus=2} [{command='x'}] [{command='x',service='db',user=0}] 3""",
-    ),
-    "[[steps]]\nname = 'a'\n": (
-        "min_reward artifacts healthcheck agent",
-        """0.5 {a=1} ['/b'] {command='x'} {user=0}""",
-    ),
+
+
+def readable(texts: Iterable[str]) -> list[str]:
+    """Return the files that we can read."""
+    found = []
+    for text in texts:
+        with contextlib.suppress(TaskFileError):
+            _parse(Path("task.toml"), text)
+            found.append(text)
+    return found
+
+
+OUR_MODELS: dict[str, type[Strict]] = {
+    "TaskConfig": TaskToml,
+    "EnvironmentConfig": TomlEnvironment,
+    "VerifierConfig": Verifier,
+    "AgentConfig": Phase,
+    "StepConfig": Step,
+    "PackageInfo": Package,
+    "ArtifactConfig": DeclaredArtifact,
 }
+"""Our models by the names of harbor's."""
 
 
-@pytest.mark.skipif(not HARBOR_PYTHON, reason="AGENTKIT_HARBOR_PYTHON names no Python with the package harbor")
-def test_harbors_own_models_accept_what_we_read() -> None:
-    """Every file of the grid that we can read, and their models have no key that ours lack."""
-    files = [TOML, STEPS, PHASES, EXAMPLE.read_text(), ""]
-    for start, (keys, values) in GRID.items():
-        for key, value in itertools.product(keys.split(), values.split()):
-            with contextlib.suppress(TaskFileError):
-                _parse(Path("task.toml"), text := f"{start}{key} = {value}\n")
-                files.append(text)
-    assert len(files) > 50
+def test_harbor_accepts_what_we_read() -> None:
+    """Every file of the grid that we can read is accepted by harbor, and its models have no key that ours lack."""
+    for text in (TOML, STEPS, PHASES, EXAMPLE.read_text(), ""):
+        _parse(Path("task.toml"), text)
+        harbor.check_task_config(text)
+    read = readable(grid.files())
+    assert len(read) > 50
+    for text in read:
+        harbor.check_task_config(text)
+    assert [text for text in read if text not in harbor.ACCEPTED] == []
+    schemas = {"TaskConfig": harbor.TASK_CONFIG, **harbor.TASK_CONFIG["$defs"]}
+    for name, model in OUR_MODELS.items():
+        assert set(schemas[name]["properties"]) <= set(model.model_fields), name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "schema_version = 1",
+        "[environment]\ncpus = []",
+        "[environment]\nos = 'plan9'",
+        "[[steps]]",
+        "[verifier]\nenv = 1",
+    ],
+)
+def test_harbors_schema_refuses_other_types(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\$\."):
+        harbor.check_task_config(text)
+
+
+@harbor.needs_harbor
+def test_harbors_own_models_accept_what_we_read(tmp_path: Path) -> None:
+    """Harbor itself says the same as the files in `tests/harbor`, which it can make again."""
     code = """
 import json, sys
 from harbor.models.task import config
-for text in json.load(sys.stdin):
+*texts, names = json.load(sys.stdin)
+for text in texts:
     try:
         config.TaskConfig.model_validate_toml(text)
     except Exception as exc:
         sys.exit(f"{text!r}: {exc}")
-names = "TaskConfig EnvironmentConfig VerifierConfig AgentConfig StepConfig PackageInfo ArtifactConfig"
-print(json.dumps([sorted(getattr(config, name).model_fields) for name in names.split()]))
+print(json.dumps({name: list(getattr(config, name).model_fields) for name in names}))
 """
-    given = json.dumps(files)
-    done = subprocess.run([HARBOR_PYTHON, "-c", code], input=given, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ours: tuple[type[Strict], ...] = (TaskToml, TomlEnvironment, Verifier, Phase, Step, Package, DeclaredArtifact)
-    assert [
-        set(theirs) - set(model.model_fields) for model, theirs in zip(ours, json.loads(done.stdout), strict=True)
-    ] == [set() for _ in ours]
+    given = [TOML, STEPS, PHASES, EXAMPLE.read_text(), "", *readable(grid.files()), [*OUR_MODELS]]
+    fields = json.loads(harbor.run_harbor(code, json.dumps(given).encode()))
+    schemas = {"TaskConfig": harbor.TASK_CONFIG, **harbor.TASK_CONFIG["$defs"]}
+    for name, model in OUR_MODELS.items():
+        assert set(fields[name]) <= set(model.model_fields), name
+        assert set(fields[name]) == set(schemas[name]["properties"]), name
+    subprocess.run([harbor.PYTHON, harbor.FOLDER / "record.py", tmp_path], check=True)
+    for path in tmp_path.glob("*.json"):
+        assert json.loads(path.read_text()) == json.loads((harbor.FOLDER / path.name).read_text())
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 values = st.recursive(
