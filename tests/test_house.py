@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,27 @@ def test_every_package_ships_and_is_typed() -> None:
     assert [package.split("/")[0] for package in packages] == list(ROOMS)
     for package in packages:
         assert (ROOT / package / "py.typed").is_file(), f"{package}/py.typed is missing: mypy would skip the package"
+
+
+def test_the_wheel_has_every_file_of_the_packages(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    with zipfile.ZipFile(path) as wheel:
+        shipped = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+    source = {
+        file.relative_to(ROOT / room).as_posix(): file.read_bytes()
+        for room, package in zip(ROOMS, PACKAGES, strict=True)
+        for file in (ROOT / room / package).rglob("*")
+        if file.is_file() and file.parent.name != "__pycache__"
+    }
+    assert shipped.keys() == source.keys()
+    assert [name for name in source if shipped[name] != source[name]] == []
+    # The Docker backend sets the mode of its executor when it copies it into a container.
+    executor = Path("agentkit_environments/docker/executor")
+    needed = [executor / name for name in ("executor-amd64", "executor-arm64", "executor.c", "programs.json")]
+    needed += [Path(package) / "py.typed" for package in PACKAGES]
+    assert {str(path) for path in needed} <= shipped.keys()
 
 
 @pytest.mark.parametrize("room", ["agentkit", "engine"])
