@@ -228,7 +228,9 @@ def test_the_snapshots_of_a_killed_harness_are_reaped() -> None:
 
 async def test_the_processes_of_root_can_be_killed() -> None:
     async with await open_environment(as_image(), backend="docker") as environment:
-        await environment.exec("(trap '' TERM; while :; do sleep 1; done) >/dev/null 2>&1 &")
+        alive = "ps -eo comm | grep -cx sleep"
+        stubborn = "(trap '' TERM; while :; do sleep 1000; done) >/dev/null 2>&1 &"
+        await environment.exec(f"{stubborn} until {alive}; do :; done", timeout_s=20)
+        assert (await environment.exec(alive)).stdout == "1\n"
         await environment.kill_all()
-        result = await environment.exec("ps -eo comm | grep -cx sleep")
-        assert result.stdout == "0\n"
+        assert (await environment.exec(alive)).stdout == "0\n"
