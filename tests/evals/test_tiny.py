@@ -1,6 +1,6 @@
 """The packaged model: its folder is complete, its tokenizer fits the tools' texts, and it solves tasks.
 
-No other test depends on what this model answers.
+No other test depends on what this model answers, except that it makes a call (`test_run_resume.py`).
 """
 
 from __future__ import annotations
