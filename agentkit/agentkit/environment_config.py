@@ -80,8 +80,6 @@ class EnvironmentConfig(Strict):
 
     @model_validator(mode="after")
     def _accepted(self) -> Self:
-        if self.snapshots and self.as_image:
-            raise ValueError("snapshots: the files of a sandbox with as_image cannot be saved to a file; leave it out")
         if self.image is not None and self.build is not None:
             raise ValueError("image and build contradict each other; give one of them")
         self.spec()  # validates: EnvironmentSpec has rules of its own, such as reserved workdirs

@@ -350,17 +350,15 @@ class Environment(ABC):
             raise _named(error, path) from error
 
     async def snapshot(self) -> Snapshot:
-        """Return the files of the work directory and /tmp as they are now; all files of a sandbox `as_image`.
+        """Return the files of the work directory and /tmp as they are now; all changed files of a sandbox `as_image`.
 
         Processes are not part of a snapshot. A file that one of them is changing meanwhile may be captured in any
-        state; call `kill_all` first if that matters. The environment goes on as before. A sandbox `as_image` is paused
-        meanwhile.
+        state; call `kill_all` first if that matters. The environment goes on as before.
 
         Raises:
             SnapshotError: If there are too many entries, or more than `limits.disk_mib` of files in each directory, or
                 if the work directory is an overlay. For a sandbox `as_image`: if more than twice `limits.disk_mib` was
-                written, if the image has volumes or there are services beside it, if about 125 forks of forks are
-                exceeded, or if the engine is Podman or cannot pause containers.
+                written, if the image has volumes or there are services beside it, or if the engine is Podman.
             SandboxLostError: If the sandbox is gone.
         """
         with TemporaryFile() as file:

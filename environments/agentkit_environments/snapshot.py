@@ -28,6 +28,7 @@ MEMORY_BYTES = 1 << 20
 
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Pair = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Capability = Annotated[str, Field(pattern="^([0-9a-f]{2}){1,64}$")]
 Id = Annotated[int, Field(ge=0, lt=(1 << 32) - 1)]
 """A user or group; the kernel would take a larger number modulo 2^32, and so 2^32 as root."""
 
@@ -40,18 +41,17 @@ class Snapshot:
     permission bits, modification times and, in containers, owners. It does not include processes, sockets, extended
     attributes, /dev/shm and the rest of the file system, which is read-only.
 
+    The snapshot of a sandbox `as_image` has what commands have changed anywhere in the root file system, with file
+    capabilities. Only docker sandboxes `as_image` of the same image can begin with it.
+
     A small snapshot is kept in memory, a larger one in a temporary file without a name. `close`, or the end of the
     process, frees it.
 
-    The snapshot of a sandbox `as_image` is an image of the engine with the whole root file system. Only docker
-    sandboxes `as_image` of the same image can begin with it, and it cannot be saved. The engine keeps it until it and
-    all sandboxes that began with it are closed; `reap` removes those of killed processes.
-
     Attributes:
         left_out: One line for each entry that could not be captured: its name and the reason.
-        entries: Number of entries; None for a sandbox `as_image`.
-        size_bytes: Size of the snapshot, without holes. For a sandbox `as_image`, size of the files that were written
-            since it was opened.
+        entries: Number of entries.
+        size_bytes: Size of the snapshot, without holes.
+        image: Id of the image of a sandbox `as_image`; None for other sandboxes.
     """
 
     def __init__(self, fd: int) -> None:
@@ -62,7 +62,8 @@ class Snapshot:
         """
         index, _ = tree.read_index(fd)
         self.left_out: tuple[str, ...] = tuple(index["left_out"])
-        self.entries: int | None = len(index["entries"])
+        self.entries = len(index["entries"])
+        self.image: str | None = index.get("image")
         self.size_bytes = os.fstat(fd).st_size
         self._content: bytes | int | None  # a small one itself, a larger one's descriptor, None once closed
         if self.size_bytes <= MEMORY_BYTES:
@@ -95,11 +96,11 @@ class Snapshot:
 
         Raises:
             OSError: If the file cannot be written.
-            SnapshotError: If the snapshot was closed, or is of a sandbox `as_image`.
+            SnapshotError: If the snapshot was closed.
         """
         path = Path(path)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        with self.descriptor() as fd:
+        with self.descriptor(self.image) as fd:
             try:
                 with partial.open("xb") as file:
                     offset = 0
@@ -111,14 +112,19 @@ class Snapshot:
                 partial.unlink(missing_ok=True)
 
     @contextmanager
-    def descriptor(self) -> Iterator[int]:
+    def descriptor(self, image: str | None = None) -> Iterator[int]:
         """Yield a descriptor of the content that can only read; a sandbox may get it.
 
+        Args:
+            image: Id of the image of a sandbox `as_image`, or None, that begins with the snapshot.
+
         Raises:
-            SnapshotError: If the snapshot was closed, or is of a sandbox `as_image`.
+            SnapshotError: If the snapshot was closed, or such a sandbox cannot begin with it.
         """
         if self._content is None:
             raise SnapshotError("this snapshot was closed; take another one")
+        if self.image != image:
+            raise SnapshotError(_other_image(self.image, image))
         if isinstance(self._content, int):
             fd = _read_only(self._content)
         else:
@@ -135,6 +141,14 @@ class Snapshot:
         if isinstance(self._content, int):
             self._finalizer()
         self._content = None
+
+
+def _other_image(of: str | None, wanted: str | None) -> str:
+    if of is None:
+        return "a sandbox as_image can only begin with the snapshot of another one"
+    if wanted is None:
+        return f"the snapshot is of a sandbox as_image of {of}; only such a sandbox can begin with it"
+    return f"the snapshot is of image {of}, but the sandbox is of {wanted}; use that image, or take another snapshot"
 
 
 def _read_only(fd: int) -> int:
@@ -156,6 +170,7 @@ class _Directory(_Entry):
 class _Link(_Entry):
     kind: Literal["link", "hard"]
     target: Annotated[str, Field(min_length=1)]
+    capability: Capability | None = None
 
 
 class _File(_Entry):
@@ -163,6 +178,7 @@ class _File(_Entry):
     size: Count
     offset: Count
     extents: list[Pair] | None = None
+    capability: Capability | None = None
 
 
 class _Index(BaseModel):
@@ -170,6 +186,8 @@ class _Index(BaseModel):
     format: str
     version: int
     left_out: list[str]
+    image: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")] | None = None
+    removed: Annotated[list[str], Field(max_length=MAX_ENTRIES)] = []
     entries: Annotated[
         list[Annotated[_Directory | _Link | _File, Field(discriminator="kind")]], Field(max_length=MAX_ENTRIES)
     ]
@@ -177,14 +195,21 @@ class _Index(BaseModel):
 
 def _check(index: Mapping[str, Any], content_size: int) -> None:
     """Check the index of a file from outside. Raises ValueError if `tree.unpack` could not be trusted with it."""
+    checked = _Index.model_validate(index)
     kinds: dict[str, str] = {}
-    for entry in _Index.model_validate(index).entries:
+    roots = (tree.WORK, tree.TMP) if checked.image is None else (tree.ROOT,)
+    if checked.image is None and checked.removed:
+        raise ValueError("files were removed from an image, but the image is missing")
+    for name in checked.removed:
+        if b"\0" in os.fsencode(name) or {"", ".", ".."} & {*name.split("/")}:
+            raise ValueError(f"{name[:200]!r}, which was removed, is not a path in a tree")
+    for entry in checked.entries:
         label, *parts = entry.name.split("/")
         parent = entry.name.rpartition("/")[0]
         texts = [entry.name, entry.target] if isinstance(entry, _Link) else [entry.name]
         if any(b"\0" in os.fsencode(text) for text in texts):  # a lone surrogate raises a ValueError
             raise ValueError(f"entry {entry.name[:200]!r} has a NUL byte")
-        if label not in (tree.WORK, tree.TMP) or {"", ".", ".."} & {*parts}:
+        if label not in roots or {"", ".", ".."} & {*parts}:
             raise ValueError(f"an entry is named {entry.name[:200]!r}, which is not a path in a tree")
         if entry.name in kinds or (parts and kinds.get(parent) != "dir") or (not parts and entry.kind != "dir"):
             raise ValueError(f"entry {entry.name[:200]!r} does not follow its directory, or is not the only one")
@@ -198,8 +223,8 @@ def _check(index: Mapping[str, Any], content_size: int) -> None:
             if not in_order or ends[-1] > entry.size or entry.offset + stored > content_size:
                 raise ValueError(f"the content of entry {entry.name[:200]!r} is outside the snapshot")
         kinds[entry.name] = entry.kind
-    if not {tree.WORK, tree.TMP} <= kinds.keys():
-        raise ValueError("the work directory or /tmp is missing")
+    if not {*roots} <= kinds.keys():
+        raise ValueError(f"the directory {' or '.join(roots)} is missing")
 
 
 def _first_line(error: Exception) -> str:

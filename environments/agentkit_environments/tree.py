@@ -7,6 +7,10 @@ the path in it ("work/src/a.py"; "work" is the root of that tree). An entry has 
 modification time, and a file also the position of its content. A file with holes lists the extents that have data, and
 only these are stored. Owners are stored only where they are not the commands' user.
 
+The snapshot of a sandbox `as_image` has one tree, "root": what commands have changed in the root file system. The index
+then has the image's id, and the names (below "root") that were removed from the image. They are removed before the tree
+is written; a directory that was replaced is in both. Files may have a capability, as hexadecimal digits.
+
 The executor runs this file in process sandboxes, with its own functions as `agentkit_environments.executor`; otherwise
 it imports only the standard library.
 """
@@ -32,6 +36,8 @@ TRAILER = struct.Struct(">8sQ")
 MAGIC = b"AKITSNAP"
 WORK, TMP = "work", "tmp"
 """Labels of the two trees of an environment: its work directory and its /tmp."""
+ROOT = "root"
+"""Label of the tree of a sandbox `as_image`."""
 READ_SIZE = 1 << 18
 NAME_COST = 256
 """Bytes that one entry counts as, in addition to its name and content."""
@@ -173,9 +179,12 @@ def file_fields(size: int, extents: list[tuple[int, int]], offset: int) -> dict[
     return fields
 
 
-def index_bytes(entries: Iterable[bytes], left_out: Iterable[str]) -> Generator[bytes, None, None]:
+def index_bytes(
+    entries: Iterable[bytes], left_out: Iterable[str], *, image: str | None = None, removed: Iterable[str] = ()
+) -> Generator[bytes, None, None]:
     """Yield the index and the trailer; each entry is encoded as JSON already."""
-    head = json.dumps({"format": FORMAT, "version": VERSION, "left_out": list(left_out)}).encode()
+    of_image = {} if image is None else {"image": image, "removed": sorted(removed)}
+    head = json.dumps({"format": FORMAT, "version": VERSION, "left_out": list(left_out), **of_image}).encode()
     index = head[:-1] + b',"entries":[' + b",".join(entries) + b"]}"
     yield index
     yield TRAILER.pack(MAGIC, len(index))

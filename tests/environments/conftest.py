@@ -6,7 +6,9 @@ import re
 import socketserver
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 import pytest
@@ -14,6 +16,7 @@ from anyio.abc import SocketStream
 
 from agentkit_environments import Environment, EnvironmentSpec, Snapshot, open_environment
 from agentkit_environments.docker import docker_failure
+from agentkit_environments.docker.engine import BASE_IMAGE
 from agentkit_environments.process import LAUNCHERS, Launcher, ProcessEnvironment, launcher_failure
 from agentkit_environments.proxy import Internet
 
@@ -25,6 +28,8 @@ BACKENDS = [
     pytest.param("docker", id="docker", marks=pytest.mark.docker),
 ]
 
+AS_IMAGE = "docker-as-image"
+"""A sandbox `as_image` of the base image, for tests whose guarantees it shares."""
 LAUNCHER_OF: dict[str, Launcher] = {f"process-{launcher}": launcher for launcher in LAUNCHERS}
 
 Opener = Callable[..., Awaitable[Environment]]
@@ -33,7 +38,7 @@ Opener = Callable[..., Awaitable[Environment]]
 def require(backend: str) -> None:
     """Skip the test if `backend` does not work here."""
     reason = None
-    if backend == "docker":
+    if backend.startswith("docker"):
         reason = docker_failure()
     elif backend in LAUNCHER_OF:
         reason = launcher_failure(LAUNCHER_OF[backend])
@@ -45,6 +50,8 @@ async def _open(
     backend: str, spec: EnvironmentSpec | None = None, run_id: str = "tests", *, snapshot: Snapshot | None = None
 ) -> Environment:
     spec = spec or EnvironmentSpec()
+    if backend == AS_IMAGE:
+        backend, spec = "docker", replace(spec, image=BASE_IMAGE, as_image=True)
     if backend in LAUNCHER_OF:
         return await ProcessEnvironment.open(spec, run_id, launcher=LAUNCHER_OF[backend], snapshot=snapshot)
     chosen: Literal["docker", "unsafe-local"] = "docker" if backend == "docker" else "unsafe-local"

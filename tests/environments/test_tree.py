@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import stat
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkit_environments import Snapshot, SnapshotError
-from agentkit_environments.tree import MAGIC, TRAILER, TreePacker, index_bytes, unpack
+from agentkit_environments.docker.snapshot import _archive
+from agentkit_environments.tree import MAGIC, TRAILER, TreePacker, index_bytes, read_index, unpack
 
 NAMES = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20),
@@ -169,6 +172,41 @@ def test_a_crafted_index_is_refused(name: str, tmp_path: Path) -> None:
         Snapshot.load(path)
 
 
+IMAGE = "sha256:" + 64 * "a"
+ROOT = [directory("root")]
+CRAFTED_OF_IMAGE: dict[str, tuple[list[dict[str, object]], list[str], str | None, str]] = {
+    "no root": ([], [], IMAGE, "the directory root is missing"),
+    "a root without an image": (ROOT, [], None, "not a path in a tree"),
+    "another root": ([*ROOT, *ROOTS], [], IMAGE, "not a path in a tree"),
+    "an image by name": (ROOT, [], "agentkit-base:latest", "String should match pattern"),
+    "an absolute path": (ROOT, ["/etc"], IMAGE, "which was removed, is not a path in a tree"),
+    "the whole root": (ROOT, [""], IMAGE, "which was removed, is not a path in a tree"),
+    "a removed way out": (ROOT, ["etc/.."], IMAGE, "which was removed, is not a path in a tree"),
+    "a removed NUL": (ROOT, ["etc\0"], IMAGE, "which was removed, is not a path in a tree"),
+    "half of a character": (ROOT, ["\ud800"], IMAGE, "surrogates not allowed"),
+    "a capability": ([*ROOT, file("root/a", capability="CAP_SYS_ADMIN")], [], IMAGE, "String should match pattern"),
+    "a long capability": ([*ROOT, file("root/a", capability=200 * "0")], [], IMAGE, "String should match pattern"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED_OF_IMAGE)
+def test_a_crafted_index_of_an_image_is_refused(name: str, tmp_path: Path) -> None:
+    entries, removed, image, reason = CRAFTED_OF_IMAGE[name]
+    path = tmp_path / "crafted"
+    encoded = [json.dumps(entry).encode() for entry in entries]
+    path.write_bytes(b"".join(index_bytes(encoded, [], image=image, removed=removed)))
+    with pytest.raises(SnapshotError, match=f"cannot be used as a snapshot: .*{reason}"):
+        Snapshot.load(path)
+
+
+def test_paths_that_were_removed_need_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "crafted"
+    data = b"".join(index_bytes([json.dumps(entry).encode() for entry in ROOTS], [], image=IMAGE, removed=["a"]))
+    path.write_bytes(data.replace(f'"{IMAGE}"'.encode(), b"null".ljust(len(IMAGE) + 2)))
+    with pytest.raises(SnapshotError, match="files were removed from an image, but the image is missing"):
+        Snapshot.load(path)
+
+
 def saved(tmp_path: Path) -> bytes:
     build(tmp_path / "work", {"a": ([(0, b"12345")], 0o644, 0)})
     (tmp_path / "tmp").mkdir()
@@ -259,6 +297,44 @@ def test_any_bytes_are_a_snapshot_or_a_snapshot_error(entries: list[Any], conten
         with snapshot.descriptor() as fd, contextlib.suppress(OSError):
             unpack(fd, {"work": f"{folder}/work", "tmp": f"{folder}/tmp"})
         assert set(os.listdir(folder)) == {"work", "tmp"}
+
+
+ENTRIES_OF_IMAGE = ENTRIES.map(
+    lambda entry: {
+        name: value.replace("work", "root", 1) if isinstance(value, str) else value for name, value in entry.items()
+    }
+)
+
+
+@settings(deadline=None)
+@given(
+    entries=st.lists(ENTRIES_OF_IMAGE | JSON, max_size=6),
+    removed=st.lists(st.sampled_from(["etc", "/etc", "..", "a/b", ""]) | st.text(max_size=5), max_size=3),
+    content=st.binary(max_size=20),
+)
+def test_any_bytes_of_an_image_are_a_snapshot_or_a_snapshot_error(
+    entries: list[Any], removed: list[str], content: bytes
+) -> None:
+    """And what is accepted is an archive whose names lead nowhere else."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "snapshot")
+        encoded = [json.dumps(entry).encode() for entry in [*ROOT, *entries]]
+        path.write_bytes(content + b"".join(index_bytes(encoded, [], image=IMAGE, removed=removed)))
+        try:
+            snapshot = Snapshot.load(path)
+        except SnapshotError:
+            return
+        assert snapshot.image == IMAGE
+        with pytest.raises(SnapshotError, match="only such a sandbox can begin with it"), snapshot.descriptor():
+            pass
+        with snapshot.descriptor(IMAGE) as fd:
+            index, _ = read_index(fd)
+            data = b"".join(_archive("root", index["entries"], fd))
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            names = archive.getnames()
+        assert len(names) == len(index["entries"]) - 1
+        for name in [*names, *index["removed"]]:
+            assert name and not name.startswith("/") and not {"", ".", ".."} & {*name.split("/")}
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

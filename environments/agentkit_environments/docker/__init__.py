@@ -7,8 +7,7 @@ attachment.py   the standard streams of its first program, the executor
 executor/       the executor: runs commands, reads and writes files, kills
 users.py        users by the image's /etc/passwd and /etc/group
 files.py        directories in and out, by the engine's archives; blocking calls
-snapshot.py     the work directory and /tmp, for a snapshot; blocking calls
-layer.py        snapshots of a sandbox `as_image`: images of its writable layer; blocking calls
+snapshot.py     the files that commands can change, for a snapshot; blocking calls
 hardening.py    what the container is allowed to do
 loss.py         the reason why a container was lost, from evidence outside it
 image.py        building an image from a folder, and an image's own settings

@@ -16,10 +16,9 @@ from agentkit_environments.docker.engine import connect, is_podman, remove_conta
 from agentkit_environments.docker.executor import ARCHITECTURES, executor_program
 from agentkit_environments.docker.handover import Handover
 from agentkit_environments.docker.hardening import AGENT_ID, EXECUTOR, create_container
-from agentkit_environments.docker.layer import LayerImage, check_startable
 from agentkit_environments.docker.loss import why_lost
 from agentkit_environments.environment import EnvironmentSpec
-from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
 
 T = TypeVar("T")
 ENGINE_ERRORS = (DockerException, requests.RequestException, urllib3.exceptions.HTTPError)
@@ -38,17 +37,8 @@ class Container:
     handover: Handover | None = None
     """The socket for the listening socket of the proxy, if a phase has an allowlist."""
 
-    layer: LayerImage | None
-    """The image with the files that it began with, if they are from a snapshot of a sandbox `as_image`."""
-
-    def __init__(self, spec: EnvironmentSpec, run_id: str, layer: LayerImage | None = None) -> None:
-        """Start a container, with the files of `layer` instead of those of the image.
-
-        Raises:
-            SandboxUnavailableError: If that fails.
-            SnapshotError: If `layer` is of another image.
-        """
-        self.layer = layer
+    def __init__(self, spec: EnvironmentSpec, run_id: str) -> None:
+        """Start a container. Raises SandboxUnavailableError if that fails."""
         self.client = connect()
         self.api = self.client.api
         self._memory_mib = spec.limits.memory_mib
@@ -69,17 +59,12 @@ class Container:
             self.env = dict(each.partition("=")[::2] for each in image.attrs["Config"].get("Env") or ())
             self.is_podman = is_podman(self.client)
             self.image_id = str(image.id)
-            if layer is not None and layer.base_id != self.image_id:
-                raise SnapshotError(
-                    f"the snapshot is of image {layer.base_id}, but {spec.image} is {self.image_id}; open it with that "
-                    "image, or take another one"
-                )
             if spec.network.has_allowlist:
                 self.handover = Handover(run_id)
             proxy_socket = None if self.handover is None else self.handover.path
             self.id = create_container(
                 self.api,
-                self.image_id if layer is None else layer.id,
+                self.image_id,
                 spec,
                 run_id,
                 in_volumes=not self.is_podman,
@@ -91,8 +76,6 @@ class Container:
             self.client.close()
             raise
         try:
-            if layer is not None:
-                check_startable(self.api, self.id)
             # Through the engine, and not as a bind mount: the engine may not see the harness's files, because it is
             # remote, in a virtual machine, or because the harness itself runs in a container; and SELinux forbids
             # containers to run files of a user's home.
@@ -106,9 +89,6 @@ class Container:
         except ENGINE_ERRORS as error:
             self.remove()
             raise SandboxUnavailableError(f"the container did not start: {error}") from error
-        except SnapshotError:
-            self.remove()
-            raise
 
     def __str__(self) -> str:
         return f"container {self.id[:12]}"
@@ -150,7 +130,6 @@ class Container:
         try:
             remove_container(self.client, self.id)
         finally:
-            self.layer = None
             if self.handover is not None:
                 self.handover.close()
             if self.stream is not None:

@@ -1,7 +1,7 @@
 """The Docker engine: connecting to it, its images, and removing containers of dead harnesses.
 
-Every container, network and image of a snapshot is labelled with its run and its owner, so that `reap_docker` finds
-those that outlived a killed engine or harness.
+Every container and network is labelled with its run and its owner, so that `reap_docker` finds those that outlived a
+killed engine or harness.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from agentkit_environments.owner import is_orphan
 BASE_IMAGE = "agentkit-base:latest"
 BUILD_HINT = "build it with `python -m agentkit_environments.images`"
 RUN_LABEL, OWNER_LABEL = "agentkit.run", "agentkit.owner"
-SNAPSHOTS = "agentkit-snapshot"
-"""Name of the images of snapshots; a named image is safe from `docker image prune`."""
 API_TIMEOUT_S = 60
 
 
@@ -91,8 +89,8 @@ def require_image(client: docker.DockerClient, image: str | None) -> Image:
 
 
 def reap_docker(run_id: str | None) -> int:
-    """Remove the containers, networks, volumes and snapshots of `run_id`, or of every dead harness of this machine;
-    return how many containers."""
+    """Remove the containers, networks and volumes of `run_id`, or of every dead harness of this machine; return how many
+    containers."""
     try:
         client = connect()
     except SandboxUnavailableError:
@@ -115,36 +113,11 @@ def reap_docker(run_id: str | None) -> int:
             if run_id is not None or is_orphan(volume["Labels"].get(OWNER_LABEL, "")):
                 with contextlib.suppress(DockerException, requests.RequestException):  # removed with its container
                     client.api.remove_volume(volume["Name"])
-        images = client.api.images(SNAPSHOTS, all=True, filters={"label": label})
-        _remove_images(
-            client,
-            [each["Id"] for each in images if run_id is not None or is_orphan(each["Labels"].get(OWNER_LABEL, ""))],
-        )
         if failures:
             raise failures[0]
         return count
     finally:
         client.close()
-
-
-def _remove_images(client: docker.DockerClient, image_ids: list[str]) -> None:
-    """Remove images, of which some may be the base of others; those that somebody else uses stay."""
-    while left := [each for each in image_ids if not remove_image(client, each)]:
-        if len(left) == len(image_ids):
-            return
-        image_ids = left
-
-
-def remove_image(client: docker.DockerClient, image_id: str) -> bool:
-    """Remove the image of a snapshot; return False if it stays, because something uses it or the engine is gone."""
-    try:
-        # Untagged images below it stay: they are the user's.
-        client.api.remove_image(image_id, noprune=True)
-    except NotFound:
-        return True
-    except (DockerException, requests.RequestException):
-        return False
-    return True
 
 
 def remove_network(client: docker.DockerClient, network: str) -> None:

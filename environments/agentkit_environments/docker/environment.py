@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from tarfile import TarInfo
 from typing import IO, Self, TypeVar
 
@@ -18,7 +20,6 @@ from agentkit_environments.docker.container import Container
 from agentkit_environments.docker.files import Files
 from agentkit_environments.docker.hardening import uid_and_gid
 from agentkit_environments.docker.image import user_files, with_image_settings
-from agentkit_environments.docker.layer import LayerSnapshot, capture
 from agentkit_environments.docker.users import home_of, resolve_user
 from agentkit_environments.environment import Environment, EnvironmentSpec, ExecRequest, ExecResult, FileOperation
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError
@@ -64,24 +65,18 @@ class DockerEnvironment(Environment):
 
         def start() -> None:
             settled = with_image_settings(spec) if spec.as_image else spec
-            layer = None
-            if spec.as_image and snapshot is not None:
-                if not isinstance(snapshot, LayerSnapshot):
-                    raise SnapshotError("a sandbox as_image can only begin with the snapshot of another one")
-                layer = snapshot.image
-            container = Container(settled, run_id, layer)
+            container = Container(settled, run_id)
             started.append((settled, container))
-            if layer is not None:
-                return
             if snapshot is not None:
-                trees = snapshots.trees_of(spec)
-                container.guard(lambda: snapshots.restore(container.api, container.id, trees, snapshot))
+                if not spec.as_image:  # else commands must remove files first
+                    container.guard(lambda: snapshots.restore(container, spec, snapshot))
             elif spec.workdir_from_image:
                 Files(container).copy_from_image(str(spec.image), spec.workdir, run_id)
             elif spec.as_image and container.is_podman:
                 Files(container, 0).import_dir(settled.workdir, NO_FILES)  # its builder does not make the WORKDIR
 
         connection: Connection | None = None
+        listener: socket.socket | None = None
         try:
             # Not abandoned on cancellation, so that a container that was started is known and removed.
             await anyio.to_thread.run_sync(start)
@@ -90,7 +85,12 @@ class DockerEnvironment(Environment):
             with anyio.fail_after(START_TIMEOUT_S):
                 await connection.ready()
             listener = None if container.handover is None else container.handover.receive()
+            environment = cls(settled, run_id, container, connection)
+            if spec.as_image and snapshot is not None:
+                await environment._restore_root(snapshot)
         except BaseException as error:
+            if listener is not None:
+                listener.close()
             with anyio.CancelScope(shield=True):
                 if connection is not None:
                     await connection.close()
@@ -100,7 +100,6 @@ class DockerEnvironment(Environment):
             if isinstance(error, TimeoutError | SandboxLostError):
                 raise SandboxUnavailableError(f"the container did not start: {error}") from error
             raise
-        environment = cls(settled, run_id, container, connection)
         await environment._serve_proxy(listener)
         return environment
 
@@ -118,10 +117,20 @@ class DockerEnvironment(Environment):
             raise SnapshotError("with Podman, a sandbox as_image cannot be captured; use Docker's engine")
         if self.services:
             raise SnapshotError(f"the sandbox has services that cannot be captured: {', '.join(self.services)}")
-        container, max_bytes = self._container, 2 * self.spec.limits.disk_mib << 20
-        return await self._guarded(
-            lambda: capture(container.api, container.id, container.image_id, container.layer, max_bytes=max_bytes)
-        )
+        return await super().snapshot()
+
+    async def _restore_root(self, snapshot: Snapshot) -> None:
+        """Change the root file system, as it is in the image, to that of a snapshot. Raises SnapshotError."""
+        container = self._container
+        for paths in await anyio.to_thread.run_sync(snapshots.removed_paths, container, snapshot):
+            request = ExecRequest(["rm", "-rf", "--", *paths], b"", "/", {}, None, FILE_TIMEOUT_S, 4096)
+            result = await self._connection.exec(request, self._env, ["0", "0"])
+            if result.exit_code != 0:
+                raise SnapshotError(
+                    f"the snapshot cannot be restored: `rm` of the image exited {result.exit_code}: "
+                    f"{result.stderr.strip()[:500] or 'no output'}"
+                )
+        await self._guarded(lambda: snapshots.restore(container, self.spec, snapshot))
 
     async def _enter_phase(self, phase: Phase) -> None:
         is_public = self.spec.network.policy(phase) == "public"
@@ -129,9 +138,8 @@ class DockerEnvironment(Environment):
         await super()._enter_phase(phase)
 
     async def _pack(self, file: IO[bytes], *, max_entries: int, max_bytes: int) -> None:
-        trees, container = snapshots.trees_of(self.spec), self._container
-        bounds = {"max_entries": max_entries, "max_bytes": max_bytes}
-        await self._guarded(lambda: snapshots.pack(container, trees, file, **bounds))
+        packed = partial(snapshots.pack, self._container, self.spec, self.run_id, file)
+        await self._guarded(lambda: packed(max_entries=max_entries, max_bytes=max_bytes))
 
     async def _exec(self, request: ExecRequest) -> ExecResult:
         if request.user is None:
