@@ -196,3 +196,12 @@ class HarborConfig(Strict):
     mcp_servers: list[McpServer] = Field(default_factory=list)
     skills_dir: str | None = None  # a folder in the sandbox with folders that have a SKILL.md
     history: RelativePath | None = None  # an ATIF file with the conversation before the task
+
+    @property
+    def beside_the_sandbox(self) -> str | None:
+        """The state of a trial that is not in the files of its sandbox, and so in no snapshot of it; None without."""
+        if len(self.steps) > 1:
+            return "the rewards of its steps"
+        if self.services:
+            return "its services"
+        return "its MCP servers" if self.mcp_servers else None

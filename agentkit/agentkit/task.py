@@ -238,6 +238,12 @@ class Task(Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        if (
+            self.environment.snapshots
+            and isinstance(self.verifier, HarborConfig)
+            and (state := self.verifier.beside_the_sandbox) is not None
+        ):
+            raise ValueError(f"snapshots: the files of the sandbox would be saved without {state}; leave it out")
         if isinstance(self.verifier, CallsConfig):
             if self.environment != EnvironmentConfig() or self.solution is not None:
                 raise ValueError("a task with verifier.calls has no environment and no solution, as no tool is run")

@@ -179,8 +179,8 @@ def _remove_snapshots_but(run: RunDirectory, trials: Container[str]) -> None:
 
 def goes_on(task: Task, file: Path, attempt: int) -> Begun | str:
     """Return how an interrupted attempt goes on, or the reason why none of its turns can be kept."""
-    if isinstance(task.verifier, HarborConfig):
-        return "the steps of its task are scored in their sandbox, which is gone"
+    if isinstance(task.verifier, HarborConfig) and (state := task.verifier.beside_the_sandbox) is not None:
+        return f"{state} are gone"
     tools = {tool.name: tool for tool in task.build_tools()}
     try:
         record = Trajectory.load(file)

@@ -41,6 +41,7 @@ from agentkit_engine.sampling_params import SamplingParams
 from agentkit_environments import Environment, EnvironmentPool, reap
 from agentkit_evals.blame import Phase, blame, describe, well_formed
 from agentkit_evals.errors import RunDirectoryError
+from agentkit_evals.harbor import episode as harbor
 from agentkit_evals.harbor.episode import episode, for_step, prior
 from agentkit_evals.harbor.sandbox import settled, specification
 from agentkit_evals.record import (
@@ -407,6 +408,8 @@ class _Trial:
             environment = await stack.enter_async_context(opened(self.task, backend, run_id, snapshot, pool=pool))
             stack.callback(lambda: self.refused.extend(environment.refusals()))
             self.backend = environment.backend
+            if isinstance(self.task.verifier, HarborConfig):
+                await harbor.prepare(self.task, self.task.verifier, environment, is_restored=True)
             return environment, start
         environment = await stack.enter_async_context(opened(self.task, backend, run_id, pool=pool))
         stack.callback(lambda: self.refused.extend(environment.refusals()))
@@ -419,6 +422,11 @@ class _Trial:
         """Run the agent on the steps of a Harbor task in one session; None if the budget stopped it."""
 
         async def act(step: HarborStep, tools: Sequence[Tool]) -> bool:
+            if self.begun.has_ended:
+                assert self.begun.record is not None
+                self._note_answer(self.begun.record)
+                self.phase = "scoring"
+                return True
             self.phase = "agent"
             with self._timed("agent_s"):
                 limit = await self._run_agent(environment, step, tools)

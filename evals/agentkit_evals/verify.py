@@ -31,6 +31,7 @@ from agentkit_environments import (
     ExportedDir,
     SandboxUnavailableError,
     Snapshot,
+    SnapshotError,
     open_environment,
 )
 from agentkit_evals.blame import blame, describe, well_formed
@@ -114,7 +115,8 @@ async def opened(
     Errors on closing are ignored, so that the block keeps its result; `reap` removes what is left.
 
     Raises:
-        SandboxUnavailableError: no sandbox can be opened, or its image cannot be built.
+        SandboxUnavailableError: no sandbox can be opened, its image cannot be built, or the snapshot is of another
+            image or does not fit.
         TaskSetupError: a variable that the task takes from this machine is not set.
         ServiceError: a service of the task did not start.
     """
@@ -131,6 +133,8 @@ async def opened(
                 environment = await open_environment(spec, backend=backend, run_id=run_id, snapshot=snapshot)
         except OSError as exc:
             raise SandboxUnavailableError(f"no sandbox could be opened: {exc}") from exc
+        except SnapshotError as exc:
+            raise SandboxUnavailableError(f"no sandbox with the saved files could be opened: {exc}") from exc
         try:
             async with services_beside(harbor, environment, volumes):
                 yield environment

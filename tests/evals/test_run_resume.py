@@ -226,12 +226,6 @@ def test_snapshots_that_cannot_be_saved_are_refused_by_name(untrained: Path, tmp
     beside = ("--snapshots", "--trajectory", tmp_path / "t.jsonl")
     refused(*start, "--snapshots", text="they are saved beside --trajectory FILE")
     refused(*start, *beside, "--workdir", ".", text="the files of --workdir cannot be captured")
-    whole = tmp_path / "task.yaml"
-    whole.write_text("id: t\ninstruction: Go.\nenvironment: {image: a, as_image: true}\nverifier: {command: ls}\n")
-    refused(
-        "run", whole, *beside, text="task t: environment: snapshots: the files of a sandbox with as_image cannot be"
-    )
-    refused("eval", whole, "--snapshots", text="task t: environment: snapshots: the files of a sandbox with as_image")
     calls = tmp_path / "calls.yaml"
     calls.write_text("id: c\ninstruction: Go.\nverifier: {calls: any}\n")
     refused("eval", calls, "--snapshots", text="task c: a task with verifier.calls has no environment")

@@ -319,12 +319,18 @@ def _resume(ctx: typer.Context, directory: Path, flags: SamplingFlags) -> int:
 
 def _with_options(suite: Suite, compact_at: int | None, *, snapshots: bool) -> Suite:
     """Return a suite whose tasks have the options of the command."""
+    from agentkit.task import HarborConfig
 
     def changed(task: Task) -> Task:
         if compact_at is not None:
             agent = task.agent.model_copy(update={"compact_at_tokens": compact_at})
             task = task.model_copy(update={"agent": agent})
-        return with_snapshots(task) if snapshots else task
+        if not snapshots:
+            return task
+        if isinstance(task.verifier, HarborConfig) and (state := task.verifier.beside_the_sandbox) is not None:
+            typer.echo(f"Note: task {task.id} is run without snapshots, which would not have {state}.", err=True)
+            return task
+        return with_snapshots(task)
 
     return replace(suite, cases=tuple(replace(case, task=changed(case.task)) for case in suite.cases))
 

@@ -45,8 +45,8 @@ class RunSettings(Strict):
         found = trajectory.header.metadata.get("run")
         if found is None:
             raise ResumeError(
-                f"{trajectory.path} was not recorded by `agentkit run --trajectory`, or is of a Harbor task; resume it "
-                "in Python, with Agent.resume"
+                f"{trajectory.path} was not recorded by `agentkit run --trajectory`, or is of a Harbor task with "
+                "several steps, services or MCP servers; resume it in Python, with Agent.resume"
             )
         try:
             return cls.model_validate(found)

@@ -225,7 +225,7 @@ def command(
     agent = agent_for(task, source, sampling, max_cost_usd=max_cost, **approval_options(approve))
     backend: Backend | None = env.value if env else None
     metadata: dict[str, Any] | None = None
-    if trajectory is not None and not isinstance(task.verifier, HarborConfig):  # such a task may have several runs
+    if trajectory is not None and not (isinstance(task.verifier, HarborConfig) and task.verifier.beside_the_sandbox):
         from agentkit.cli.resume import RunSettings
 
         settings_of_run = RunSettings(
@@ -269,6 +269,7 @@ def _resumed(ctx: typer.Context, path: Path) -> Job:
     from agentkit.errors import ResumeError
     from agentkit.events import TurnStarted
     from agentkit.prices import reference_price
+    from agentkit.task import HarborConfig
     from agentkit.trajectory import Trajectory
     from agentkit_evals.run import agent_for
 
@@ -276,8 +277,11 @@ def _resumed(ctx: typer.Context, path: Path) -> Job:
     refuse_fixed(given, path)
     record = Trajectory.load(path)
     settings = RunSettings.of(record)
-    if settings.history is not None and not any(isinstance(each, TurnStarted) for each in record.records):
-        raise ResumeError(f"{path} has no turn of its run yet; start the run again, with --history {settings.history}")
+    verifier = settings.task.verifier
+    has_history = settings.history is not None or (isinstance(verifier, HarborConfig) and verifier.history is not None)
+    if has_history and not any(isinstance(each, TurnStarted) for each in record.records):
+        option = "" if settings.history is None else f", with --history {settings.history}"
+        raise ResumeError(f"{path} has no turn of its run yet; start the run again{option}")
     workdir = None if settings.workdir is None else Path(settings.workdir)
     if workdir is not None and not workdir.is_dir():
         raise typer.BadParameter(f"the folder of the run, {workdir}, does not exist", param_hint="--resume")
@@ -444,14 +448,14 @@ class Job:
         spec, where = self.task.environment.spec(), backend_for(self.task, self.backend)
         async with AsyncExitStack() as stack:
             agent = await stack.enter_async_context(equipped(self.agent, self.servers))
+            if isinstance(self.task.verifier, HarborConfig):
+                return await self._run_steps(self.task.verifier, where, agent, stack)
             workspace = await stack.enter_async_context(self._workspace(self.workdir)) if self.workdir else None
             environment = (
                 workspace.environment if workspace else await stack.enter_async_context(opened(self.task, where))
             )
             stack.callback(lambda: self.refused.extend(environment.refusals()))
             await self.task.prepare(environment)
-            if isinstance(self.task.verifier, HarborConfig):
-                return await self._run_steps(self.task.verifier, environment, agent)
             # With --workdir the diff is against the user's folder and includes the task's setup.
             # Otherwise it starts after the setup.
             before = {} if workspace else folder.unpack((await environment.export_dir(spec.workdir)).data)
@@ -461,7 +465,7 @@ class Job:
                 snapshot, world_turns = Snapshot.load(saved.path), saved.turns
                 environment = await stack.enter_async_context(opened(self.task, where, None, snapshot))
             try:
-                result = await self._run_in(environment, agent, world_turns)
+                result = await self._run_in(environment, agent, world_turns, self.history)
             except BaseException:  # also Ctrl-C
                 if workspace:  # report the first failure; without a sandbox, the changes are lost
                     with anyio.move_on_after(RESCUE_S, shield=True), suppress(Exception):
@@ -489,12 +493,22 @@ class Job:
             await StartChecks().require(self.task, verdict, backend=where)
         return Done(result, environment.backend, changed, left_out, verdict)
 
-    async def _run_steps(self, config: HarborConfig, environment: Environment, agent: Agent) -> Done:
+    async def _run_steps(self, config: HarborConfig, where: Backend, agent: Agent, stack: AsyncExitStack) -> Done:
         """Run the agent on each step of a Harbor task in one session, and score each in the sandbox."""
+        from agentkit.saved import saved_snapshot
+        from agentkit_environments import Snapshot, reap
         from agentkit_evals.harbor.episode import episode, for_step, prepare, prior
         from agentkit_evals.selfcheck import StartChecks
+        from agentkit_evals.verify import opened
 
-        await prepare(self.task, config, environment)
+        snapshot, world_turns = None, 0
+        if self.record is not None:
+            await reap()  # the interrupted run may have left a container
+            if (saved := saved_snapshot(self.record)) is not None:
+                snapshot, world_turns = Snapshot.load(saved.path), saved.turns
+        environment = await stack.enter_async_context(opened(self.task, where, None, snapshot))
+        stack.callback(lambda: self.refused.extend(environment.refusals()))
+        await prepare(self.task, config, environment, is_restored=snapshot is not None)
         last: list[RunResult] = []
         own = agent.tools
 
@@ -502,9 +516,11 @@ class Job:
             task = for_step(self.task, step)
             agent.tools = with_tools(own, tools)
             agent.limits = replace(agent.limits, wall_time_s=task.agent.timeout_s)
-            given: dict[str, Any] = {"trajectory": self.trajectory, "message_history": self.history or prior(task)}
-            start = {"history": last[-1].trajectory} if last else given
-            last.append(await self._follow(agent.stream(task.instruction, environment=environment, **start)))
+            if last:
+                stream = agent.stream(task.instruction, environment=environment, history=last[-1].trajectory)
+                last.append(await self._follow(stream))
+            else:
+                last.append(await self._run_in(environment, agent, world_turns, self.history or prior(task)))
             return True
 
         verdict = await episode(config, environment, act)
@@ -519,14 +535,16 @@ class Job:
         how = {"include_ignored": self.include_ignored, "copy": self.copy}
         return open_workspace(self.task, self.backend, workdir.resolve(), self.console, **how)
 
-    async def _run_in(self, environment: Environment, agent: Agent, world_turns: int) -> RunResult:
+    async def _run_in(
+        self, environment: Environment, agent: Agent, world_turns: int, history: Sequence[Message] | None
+    ) -> RunResult:
         if self.record is None:
             stream = agent.stream(
                 self.task.instruction,
                 environment=environment,
                 trajectory=self.trajectory,
                 metadata=self.metadata,
-                message_history=self.history,
+                message_history=history,
                 save_snapshots=self.task.environment.snapshots and self.trajectory is not None,
             )
         else:

@@ -60,8 +60,11 @@ true
 """Commands that try to forge a reward: reward files, tests of their own, and a process that keeps writing rewards."""
 
 
-async def prepare(task: Task, config: HarborConfig, environment: Environment) -> None:
-    """Make a fresh sandbox ready for the first step.
+async def prepare(task: Task, config: HarborConfig, environment: Environment, *, is_restored: bool = False) -> None:
+    """Make a new sandbox ready for the first step.
+
+    A sandbox that `is_restored` has the files of a step that goes on. Its setup is not done again, and it need not
+    become healthy, as the agent may have changed that.
 
     Raises:
         TaskSetupError: the task's files have changed, a command of the first step's setup failed, or the sandbox did
@@ -70,9 +73,10 @@ async def prepare(task: Task, config: HarborConfig, environment: Environment) ->
     folder = Path(config.folder)
     if await anyio.to_thread.run_sync(folder_hash, folder) != config.sha256:
         raise TaskSetupError(f"task {task.id}: the files in {folder} have changed since it was read; run again")
-    for path, source in config.files.items():
+    files = {} if is_restored else config.files
+    for path, source in files.items():
         await environment.import_dir(*await anyio.to_thread.run_sync(packed_at, path, folder / source))
-    await _begin(config, config.steps[0], environment)
+    await _begin(config, config.steps[0], environment, is_restored=is_restored)
 
 
 async def episode(
@@ -187,7 +191,9 @@ def _combined(config: HarborConfig, scores: Sequence[_Score]) -> Verdict:
     )
 
 
-async def _begin(config: HarborConfig, step: HarborStep, environment: Environment) -> None:
+async def _begin(
+    config: HarborConfig, step: HarborStep, environment: Environment, *, is_restored: bool = False
+) -> None:
     """Make the sandbox ready for a step. Raises TaskSetupError."""
     if step is not config.steps[0]:
         await environment.enter_phase("setup")
@@ -195,7 +201,11 @@ async def _begin(config: HarborConfig, step: HarborStep, environment: Environmen
     await _as_root(environment, f"mkdir -p {LOGS} && chmod 777 {LOGS}")
     await _start_entry_point(environment, config)
     workdir, has_setup = Path(config.folder, step.folder, "workdir"), False
-    if step.name and (archive := await anyio.to_thread.run_sync(_packed_if_there, workdir)) is not None:
+    if (
+        step.name
+        and not is_restored
+        and (archive := await anyio.to_thread.run_sync(_packed_if_there, workdir)) is not None
+    ):
         await environment.import_dir(environment.spec.workdir, archive)
         has_setup = "setup.sh" in _names(archive)
     if has_setup:
@@ -204,7 +214,11 @@ async def _begin(config: HarborConfig, step: HarborStep, environment: Environmen
         if result.exit_code != 0:
             raise TaskSetupError(f"step {step.name}: setup.sh exited {result.exit_code}: {tail(result)[-2000:]}")
     for check in filter(None, [config.healthcheck if step is config.steps[0] else None, step.healthcheck]):
-        await _until_healthy(check, environment)
+        try:
+            await _until_healthy(check, environment)
+        except TaskSetupError:
+            if not is_restored:
+                raise
 
 
 def _packed_if_there(folder: Path) -> bytes | None:
