@@ -75,6 +75,7 @@ from rich.console import Console
 from agentkit import Agent, AssistantTurn, ScriptedModel
 from agentkit.cli.run import Job
 from agentkit.task import Task
+from agentkit_environments.docker import DockerEnvironment
 from agentkit_evals.harbor import episode
 from agentkit_evals.run import EvalRun
 from agentkit_evals.suite import Case, Suite
@@ -93,6 +94,12 @@ def policy(messages, think):
 
 if breaks_in == "scoring":
     episode._score = die
+if breaks_in == "a command":
+    execute = DockerEnvironment.exec
+    async def execute_and_die(self, command, **options):
+        result = await execute(self, command, **options)
+        return die() if "echo 3" in str(command) else result
+    DockerEnvironment.exec = execute_and_die
 if kind == "run":
     agent = Agent(ScriptedModel(policy), thinking="never")
     anyio.run(Job(task, agent, None, None, path, Console(quiet=True)).run)
@@ -133,7 +140,7 @@ def images_of(engine: docker.DockerClient) -> set[str]:
 
 
 def killed(kind: str, task: Task, breaks_in: str, path: Path) -> None:
-    """Run a harness until it kills itself in a turn (from 1), or when it scores the agent's work."""
+    """Run a harness until it kills itself in a turn (from 1), after the command of the third one, or when it scores."""
     arguments = (kind, task.model_dump_json(), json.dumps(TURNS), breaks_in, str(path))
     done = subprocess.run([sys.executable, "-c", HARNESS, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -157,7 +164,7 @@ def resumed(task: Task, path: Path) -> tuple[TrialRecord, list[TrialStarted]]:
     return trial, started
 
 
-@pytest.mark.parametrize("breaks_in", ["1", "2", "3", "4", "scoring"])
+@pytest.mark.parametrize("breaks_in", ["1", "2", "a command", "4", "scoring"])
 def test_a_trial_goes_on_in_its_world(task: Task, tmp_path: Path, engine: docker.DockerClient, breaks_in: str) -> None:
     killed("eval", task, breaks_in, tmp_path / "run")
     before = images_of(engine)
@@ -169,7 +176,7 @@ def test_a_trial_goes_on_in_its_world(task: Task, tmp_path: Path, engine: docker
     if breaks_in == "1":
         assert (trial.attempt, started.why_again) == (2, "its first turn is done again")
     else:
-        turns = 4 if breaks_in == "scoring" else int(breaks_in) - 1
+        turns = {"2": 1, "a command": 2, "4": 3, "scoring": 4}[breaks_in]
         assert (trial.attempt, started.kept_turns) == (1, turns)
         assert started.has_ended == (breaks_in == "scoring")
         # the entry point runs in each sandbox before the agent and before the tests

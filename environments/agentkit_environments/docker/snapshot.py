@@ -50,16 +50,16 @@ PIECE = 1 << 18
 AGENT = (AGENT_ID, AGENT_ID)
 KINDS = {tarfile.DIRTYPE: "dir", tarfile.SYMTYPE: "link", tarfile.FIFOTYPE: "fifo", tarfile.LNKTYPE: "hard"}
 TYPES = {kind: tar_type for tar_type, kind in KINDS.items()} | {"file": tarfile.REGTYPE}
-
-
 CAPABILITY = "SCHILY.xattr.security.capability"
+"""Key of a file's capability in the extended header of an archive."""
 OWN_FOLDER = posixpath.dirname(EXECUTOR)
 OWN_MOUNTS = {OWN_FOLDER, PROXY_SOCKET}
-LAYER = "/layer"
-MAX_ARGUMENT_BYTES = 1 << 16
 DRIVERS_WITH_FOLDERS = ("overlay2",)
+"""Storage drivers whose writable layer is a folder with nothing but what was changed."""
 REMOVED = 2
 """The engine's number for a path that was removed."""
+MAX_ARGUMENT_BYTES = 1 << 16
+"""Maximum size of the paths that one command removes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def pack(
         removed = {each["Path"].strip("/") for each in changes if each["Kind"] == REMOVED}
         with _layer_reader(container, inspected, run_id) as reader:
             if reader is not None:
-                packer = read(_Source(tree.ROOT, reader, LAYER))
+                packer = read(_Source(tree.ROOT, reader, OWN_FOLDER))
             else:
                 kept = {""}
                 for each in changes:
@@ -170,14 +170,14 @@ def _layer_folder(api: APIClient, inspected: Mapping[str, Any]) -> str | None:
 
 @contextlib.contextmanager
 def _layer_reader(container: Container, inspected: Mapping[str, Any], run_id: str) -> Iterator[str | None]:
-    """Yield the id of a container, never started, that has a container's writable layer at `LAYER`, read-only.
+    """Yield the id of a container, never started, that has a container's writable layer at `OWN_FOLDER`, read-only.
 
     None if the engine cannot mount the layer.
     """
     api = container.api
     reader: str | None = None
     if (folder := _layer_folder(api, inspected)) is not None:
-        mounts = [Mount(LAYER, folder, type="bind", read_only=True)]
+        mounts = [Mount(OWN_FOLDER, folder, type="bind", read_only=True)]
         try:
             reader = api.create_container(
                 container.image_id,
