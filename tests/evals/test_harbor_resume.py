@@ -46,7 +46,7 @@ WORKDIR /app
 RUN echo 42 > n.txt && mkdir -p /usr/share/old && echo old > /usr/share/old/a && echo old > /usr/share/old/b
 ENTRYPOINT ["/bin/sh", "-c", "echo >> /app/starts; exec \\"$@\\"", "sh"]
 """
-TOML = 'environment = {network_mode = "no-network"}\n'
+TOML = 'environment = {network_mode = "no-network"}\nverifier = {timeout_sec = 30}\n'
 INSTALL = """\
 mkdir -p /usr/lib/package && printf '#!/bin/sh\\necho works\\n' > /usr/lib/package/run && chmod 755 /usr/lib/package/run
 ln -s ../lib/package/run /usr/bin/package && rm /usr/share/old/a && mv n.txt m.txt
@@ -63,7 +63,8 @@ TURNS: list[list[tuple[str, dict[str, Any]]]] = [
 TEST = """\
 #!/bin/sh
 found="$(package) $(ls /usr/share/old) $(cat /app/m.txt) $(stat -c '%u %a' /srv/own) $(echo $(cat /usr/share/log))"
-echo "$found; $(wc -l < /app/starts) starts"
+echo "$found"
+until [ "$(wc -l < /app/starts)" -ge 2 ]; do :; done  # the entry point starts again in the new sandbox
 test "$found" = "works b 42 1000 600 1 2 3" && test ! -e /app/n.txt && echo 1 > /logs/verifier/reward.txt
 """
 
@@ -179,8 +180,6 @@ def test_a_trial_goes_on_in_its_world(task: Task, tmp_path: Path, engine: docker
         turns = {"2": 1, "a command": 2, "4": 3, "scoring": 4}[breaks_in]
         assert (trial.attempt, started.kept_turns) == (1, turns)
         assert started.has_ended == (breaks_in == "scoring")
-        # the entry point runs in each sandbox before the agent and before the tests
-        assert trial.verifier_output.endswith("; 3 starts")
     assert trial.usage.turns == 4
     assert not [*(tmp_path / "run").glob("**/*.snapshot*")]
     assert images_of(engine) == before, "snapshots leave no image"
@@ -250,7 +249,7 @@ def test_commands(untrained: Path, task: Task, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "300")
     assert isinstance(task.verifier, HarborConfig)
     path = tmp_path / "t.jsonl"
-    options = ("-m", untrained, "--max-tokens", "4", "--snapshots", "--trajectory", path, "--json")
+    options = ("-m", untrained, "--max-tokens", "4", "--seed", "3", "--snapshots", "--trajectory", path, "--json")
     whole = json.loads(agentkit("run", task.verifier.folder, *options, code=1).stdout)
     lines = path.read_bytes().splitlines(keepends=True)
     end = next(index for index, line in enumerate(lines) if b'"turn_started"' in line) + 1
