@@ -139,6 +139,7 @@ printf same >opt/one; ln opt/one two
 ln stay/program three
 ln opt/setuid four
 mkfifo opt/pipe
+echo 1 >opt/.wh.secret; echo 2 >stay/.wh.a; echo 3 >opt/.wh..wh..opq; mkdir opt/...; echo 4 >opt/.../..file
 chmod 1777 empty
 chmod 700 stay/program
 rm /etc/group
