@@ -89,8 +89,11 @@ def require_image(client: docker.DockerClient, image: str | None) -> Image:
 
 
 def reap_docker(run_id: str | None) -> int:
-    """Remove the containers, networks and volumes of `run_id`, or of every dead harness of this machine; return how many
-    containers."""
+    """Remove the containers, networks and volumes of `run_id`, or of every dead harness of this machine.
+
+    Returns:
+        The number of containers.
+    """
     try:
         client = connect()
     except SandboxUnavailableError:
