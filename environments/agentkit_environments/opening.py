@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from typing import Literal, get_args
 
 import anyio.to_thread
 
 from agentkit_environments.cgroups import reap_groups
 from agentkit_environments.environment import Backend, Environment, EnvironmentSpec
-from agentkit_environments.errors import SandboxUnavailableError
+from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError
 from agentkit_environments.leftovers import reap_local
 from agentkit_environments.local import LocalEnvironment
 from agentkit_environments.process import ProcessEnvironment, process_failure
 from agentkit_environments.snapshot import Snapshot
 
 DEFAULT_SPEC = EnvironmentSpec()
+_has_reaped = False
 
 
 async def open_environment(
@@ -25,7 +27,7 @@ async def open_environment(
     run_id: str | None = None,
     snapshot: Snapshot | None = None,
 ) -> Environment:
-    """Open an environment.
+    """Open an environment. The first container of a process also removes those of dead harnesses of this machine.
 
     Args:
         spec: The specification of the environment.
@@ -61,7 +63,20 @@ async def open_environment(
     # Imported on use: importing the docker library takes longer than opening a process sandbox.
     from agentkit_environments.docker import DockerEnvironment
 
+    await _reap_docker_once()
     return await DockerEnvironment.open(spec, run_id, snapshot=snapshot)
+
+
+async def _reap_docker_once() -> None:
+    """Remove what dead harnesses of this machine have left in the Docker engine, if this process has not done so."""
+    global _has_reaped
+    if _has_reaped:
+        return
+    _has_reaped = True
+    from agentkit_environments.docker import reap_docker
+
+    with suppress(SandboxLostError, OSError):  # the next process tries again
+        await anyio.to_thread.run_sync(reap_docker, None)
 
 
 def available_backends() -> dict[str, str | None]:

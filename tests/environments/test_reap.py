@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from agentkit_environments import reap
+from agentkit_environments.docker import docker_failure
+from agentkit_environments.docker.engine import BASE_IMAGE, OWNER_LABEL, RUN_LABEL
 from agentkit_environments.leftovers import PREFIX, reap_local, remove_tree
 from agentkit_environments.owner import is_orphan, owner_token
 
@@ -215,3 +219,23 @@ async def test_reap_survives_malformed_leftovers(shared: Path) -> None:
     bad.mkdir()
     os.mkfifo(bad / "owner")
     assert await reap("no-such-run") == 0
+
+
+@pytest.mark.docker
+def test_the_first_container_of_a_process_removes_those_of_dead_harnesses() -> None:
+    if (reason := docker_failure()) is not None:
+        pytest.skip(f"docker: {reason}")
+    names = []
+    for owner in (DEAD, owner_token()):
+        labels = ["--label", f"{RUN_LABEL}=left-behind", "--label", f"{OWNER_LABEL}={owner}"]
+        names.append(docker("create", *labels, BASE_IMAGE, "true"))
+    try:
+        opening = "import anyio, agentkit_environments as e; anyio.run(lambda: e.open_environment(backend='docker'))"
+        subprocess.run([sys.executable, "-c", opening], check=True, capture_output=True)
+        assert docker("ps", "-aq", "--no-trunc", "--filter", f"label={RUN_LABEL}=left-behind") == names[1]
+    finally:
+        docker("rm", "-f", *names)
+
+
+def docker(*arguments: str) -> str:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False).stdout.strip()
