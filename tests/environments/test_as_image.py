@@ -19,6 +19,7 @@ from agentkit_environments import (
     Environment,
     EnvironmentSpec,
     ResourceLimits,
+    SandboxUnavailableError,
     Snapshot,
     available_backends,
     open_environment,
@@ -42,6 +43,14 @@ SHOW = 'echo $(id -u) $(id -g) "$HOME"; grep -E "CapEff|CapBnd|NoNewPrivs" /proc
 def as_image(**changes: Any) -> EnvironmentSpec:
     limits = ResourceLimits(memory_mib=256, processes=64)
     return EnvironmentSpec(as_image=True, **{"image": BASE_IMAGE, "limits": limits, "workdir": "", **changes})
+
+
+async def test_a_work_directory_that_the_image_lacks_is_made() -> None:
+    async with await open_environment(as_image(workdir="/made/for this"), backend="docker") as environment:
+        await environment.write_file("f", "text")
+        assert (await environment.exec("pwd; cat f")).stdout == "/made/for this\ntext"
+    with pytest.raises(SandboxUnavailableError, match="/etc/passwd is not a directory"):
+        await open_environment(as_image(workdir="/etc/passwd"), backend="docker")
 
 
 async def test_root_can_change_the_system_and_has_few_capabilities() -> None:

@@ -134,7 +134,7 @@ def create_container(
                 labels={RUN_LABEL: run_id, OWNER_LABEL: owner_token()},
                 stdin_open=True,
                 user=EXECUTOR_USER,
-                working_dir="/",
+                working_dir=spec.workdir if spec.as_image else "/",  # the engine makes it if it is missing
             )["Id"]
         )
     except (DockerException, requests.RequestException) as error:
