@@ -25,6 +25,7 @@ from agentkit_environments.errors import (
     UnsafeArchiveError,
     UnsafePathError,
 )
+from agentkit_environments.live_output import OnOutput, OutputStream
 from agentkit_environments.network import Network, NetworkPolicy, Phase
 from agentkit_environments.opening import available_backends, open_environment, reap
 from agentkit_environments.pool import EnvironmentPool
@@ -47,6 +48,8 @@ __all__ = [
     "ImageMissingError",
     "Network",
     "NetworkPolicy",
+    "OnOutput",
+    "OutputStream",
     "Phase",
     "ResourceLimits",
     "SandboxError",

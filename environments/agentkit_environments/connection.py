@@ -19,6 +19,7 @@ from anyio.abc import Process
 from agentkit_environments.environment import ExecRequest, ExecResult, input_bytes
 from agentkit_environments.errors import HostFailureError, SandboxLostError, SnapshotError
 from agentkit_environments.executor import FRAME, start_failure
+from agentkit_environments.live_output import OnChunk
 
 START_TIMEOUT_S = 20.0
 FILE_TIMEOUT_S = 60.0
@@ -107,6 +108,7 @@ class Connection:
         self._buffer = bytearray()
         self._waiting: dict[int, anyio.Event] = {READY: anyio.Event()}
         self._replies: dict[int, Reply] = {}
+        self._listeners: dict[int, OnChunk] = {}
         self._is_reading = False
         self._sending = anyio.Lock()
         self._lost: str | None = None
@@ -119,11 +121,19 @@ class Connection:
             raise SnapshotError(f"the snapshot cannot be restored: {header['message']}")
         del self._waiting[READY]  # otherwise `_hand_on` would keep handing the reading to a waiter that is gone
 
-    async def request(self, operation: str, fields: Mapping[str, Any], body: bytes, timeout_s: float | None) -> Reply:
+    async def request(
+        self,
+        operation: str,
+        fields: Mapping[str, Any],
+        body: bytes,
+        timeout_s: float | None,
+        on_chunk: OnChunk | None = None,
+    ) -> Reply:
         """Send one request and return its reply.
 
         When the caller is cancelled, a cancel request goes to the executor, and the cancellation continues after the
         executor's reply. A reply that takes longer than `timeout_s` means that the executor hangs, so it is killed.
+        `on_chunk` is called with the chunks that come before the reply, from the task of any request.
 
         Raises:
             SandboxLostError: If the executor is gone or hangs.
@@ -131,6 +141,8 @@ class Connection:
         """
         request_id = next(self._ids)
         self._waiting[request_id] = anyio.Event()
+        if on_chunk is not None:
+            self._listeners[request_id] = on_chunk
         try:
             await self._send({"id": request_id, "op": operation, **fields}, body)
             try:
@@ -139,6 +151,7 @@ class Connection:
             except TimeoutError:
                 raise self._lose(f"it did not answer within {timeout_s} s") from None
             except anyio.get_cancelled_exc_class():
+                self._listeners.pop(request_id, None)
                 with anyio.move_on_after(CANCEL_TIMEOUT_S, shield=True) as scope:
                     await self._send({"id": next(self._ids), "op": "cancel", "target": request_id}, b"")
                     await self._reply_to(request_id)
@@ -148,6 +161,7 @@ class Connection:
         finally:
             self._waiting.pop(request_id, None)
             self._replies.pop(request_id, None)
+            self._listeners.pop(request_id, None)
             self._hand_on()
         if "errno" in header:
             number = header["errno"]
@@ -170,10 +184,11 @@ class Connection:
             "timeout_s": request.timeout_s,
             "max_output_bytes": request.max_output_bytes,
             **({} if user is None else {"user": list(user)}),
+            **({} if request.on_chunk is None else {"chunks": True}),
         }
         answer_s = None if request.timeout_s is None else request.timeout_s + HANG_TIMEOUT_S
         try:
-            header, body = await self.request("exec", fields, input_bytes(request.stdin), answer_s)
+            header, body = await self.request("exec", fields, input_bytes(request.stdin), answer_s, request.on_chunk)
         except OSError as error:
             if error.errno != errno.E2BIG:
                 raise
@@ -235,7 +250,7 @@ class Connection:
         return self._replies.pop(request_id)
 
     async def _read_frame(self) -> None:
-        """Read at least one frame and wake the request that waits for it."""
+        """Read at least one frame. Wake the request that waits for a reply, or pass on a chunk."""
         while True:
             if len(self._buffer) >= FRAME.size:
                 header_size, body_size = FRAME.unpack_from(self._buffer)
@@ -244,7 +259,10 @@ class Connection:
                     header = json.loads(self._buffer[FRAME.size : body_start])
                     body = bytes(self._buffer[body_start : body_start + body_size])
                     del self._buffer[: body_start + body_size]
-                    if header["id"] in self._waiting:
+                    if "chunk" in header:
+                        if (on_chunk := self._listeners.get(header["id"])) is not None:
+                            on_chunk(header["chunk"], body)
+                    elif header["id"] in self._waiting:
                         self._replies[header["id"]] = header, body
                         self._waiting[header["id"]].set()
                     return

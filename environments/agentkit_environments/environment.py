@@ -14,7 +14,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from tarfile import TarInfo
 from tempfile import TemporaryFile
@@ -28,6 +28,7 @@ from agentkit_environments.archive import MAX_ARCHIVE_BYTES as MAX_ARCHIVE_BYTES
 from agentkit_environments.archive import MAX_ARCHIVE_ENTRIES as MAX_ARCHIVE_ENTRIES
 from agentkit_environments.archive import ExportedDir, check_archive, drop_links
 from agentkit_environments.errors import FileTooLargeError, SnapshotError, UnsafeArchiveError, UnsafePathError
+from agentkit_environments.live_output import LiveOutput, OnChunk, OnOutput
 from agentkit_environments.network import PHASES, Network, Phase
 from agentkit_environments.proxy import VARIABLES, Proxy
 from agentkit_environments.snapshot import MAX_ENTRIES, SLACK_BYTES, Snapshot
@@ -188,6 +189,9 @@ class ExecRequest:
     user: str | None
     timeout_s: float | None
     max_output_bytes: int
+    on_chunk: OnChunk | None = None
+    """Called in the event loop with bytes from the first half of what is kept of a stream, in order, while the command
+    runs. A backend may call it late or never, but not after `_exec` has returned."""
 
 
 class Environment(ABC):
@@ -239,6 +243,7 @@ class Environment(ABC):
         user: str | None = None,
         timeout_s: float | None = None,
         max_output_bytes: int = 1 << 20,
+        on_output: OnOutput | None = None,
     ) -> ExecResult:
         """Run one command until it exits.
 
@@ -257,6 +262,10 @@ class Environment(ABC):
             timeout_s: Seconds until the command and everything it started are killed; None means no timeout.
             max_output_bytes: Bytes kept of each of stdout and stderr, half from the start and half from the end. The
                 rest is read and discarded, so memory stays bounded.
+            on_output: Called with the stream (`"stdout"` or `"stderr"`) and text, in the event loop, about 50 ms after
+                the command has written it. All texts of a stream together are its text in the result: if the output is
+                cut, the half from the start comes while the command runs, and the rest at its end. If it raises, the
+                command is killed and `exec` raises the exception.
 
         Raises:
             SandboxLostError: If the sandbox died before the command ended.
@@ -272,7 +281,17 @@ class Environment(ABC):
             timeout_s=timeout_s,
             max_output_bytes=max_output_bytes,
         )
-        return await self._exec(request)
+        if on_output is None:
+            return await self._exec(request)
+        live = LiveOutput(on_output)
+        result: ExecResult | None = None
+        with live.scope:
+            result = await self._exec(replace(request, on_chunk=live.chunk))
+        if live.error is not None:
+            raise live.error
+        assert result is not None
+        live.complete(result)
+        return result
 
     async def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """Return the content of a regular file.

@@ -15,6 +15,13 @@ A frame is two big-endian 32-bit lengths, a JSON header of the first length, and
     request  {"id": 7, "op": "exec", "argv": [...], ...}  body: standard input
     reply    {"id": 7, "exit_code": 0, "stdout": 12, ...} body: standard output (12 bytes), then standard error
     reply    {"id": 8, "errno": 2, "message": "No such file or directory"}
+
+A request to exec with `"chunks": true` gets output before its reply, from the first half of what is kept of a stream.
+The reply has all of it again.
+
+    chunk    {"id": 7, "chunk": "stdout"}                 body: the next bytes of that stream
+
+Chunks are sent only while the harness reads: a frame never waits, and it leaves room in the pipe for replies.
 """
 
 from __future__ import annotations
@@ -44,6 +51,11 @@ KILL_TIMEOUT_S = 2.0
 FLAGS, ENVIRONMENT_END, PF_KTHREAD = 6, 48, 0x00200000
 """Fields of /proc/PID/stat after the name, and the flag of the kernel's own threads; see proc_pid_stat(5)."""
 START_TIMEOUT_S = 10.0
+CHUNK_EVERY_S = 0.05
+CHUNK_BYTES = 4000  # with its header at most PIPE_BUF, so that a pipe takes all of it at once
+CHUNKS_AT_ONCE = 16
+UNREAD_BYTES = 1 << 14
+FIONREAD = 0x541B
 
 
 class BoundedOutput:
@@ -57,7 +69,18 @@ class BoundedOutput:
         self._tail_limit = limit // 2
         self._head = bytearray()
         self._tail = bytearray()
-        self._total = 0
+        self._total = self._taken = 0
+
+    @property
+    def has_news(self) -> bool:
+        """True if `take` has not returned all of the first half."""
+        return self._taken < len(self._head)
+
+    def take(self, most: int) -> bytes:
+        """Return the next bytes of the first half, at most `most`. They stay in the value, too."""
+        piece = bytes(self._head[self._taken : self._taken + most])
+        self._taken += len(piece)
+        return piece
 
     @property
     def truncated(self) -> bool:
@@ -72,7 +95,8 @@ class BoundedOutput:
                 chunk = chunk[room:]
             self._tail += chunk
         except MemoryError:
-            self._head_limit, self._tail_limit = len(self._head) // 2, len(self._tail) // 2
+            self._head_limit = max(len(self._head) // 2, self._taken)
+            self._tail_limit = len(self._tail) // 2
             del self._head[self._head_limit :]
             del self._tail[: len(self._tail) - self._tail_limit]
         if len(self._tail) > self._tail_limit + (1 << 20):
@@ -127,6 +151,7 @@ class Command:
         self.started = time.monotonic()
         self.start_deadline = self.started + START_TIMEOUT_S
         self.deadline = float("inf") if timeout_s is None else self.started + timeout_s
+        self.chunk_at = float("inf")
         self._status_fd = status_fd
         self._stdin = [memoryview(part) for part in stdin if part]
         outputs = (None, self.stdout, self.stderr)
@@ -768,7 +793,8 @@ class Executor:
         self._request: dict[str, Any] | None = None
         self._body: bytearray | None = None
         self._body_size = self._received = 0
-        self._poll = select.poll()
+        self._poll, self._room = select.poll(), select.poll()
+        self._room.register(replies_fd, select.POLLOUT)
         self._spare: Child | None = None
         self._commands: dict[int, tuple[dict[str, Any], Command]] = {}
         self._pipes: dict[int, Command] = {}
@@ -822,10 +848,12 @@ class Executor:
                 self._forget(fd)
         self._reap()
         self._expire()
+        self._send_chunks()
         return True
 
     def _wait_ms(self) -> float | None:
-        times = [min(command.deadline, self._start_deadline(command)) for _, command in self._commands.values()]
+        commands = [command for _, command in self._commands.values()]
+        times = [min(each.deadline, each.chunk_at, self._start_deadline(each)) for each in commands]
         first = min(times, default=float("inf"))
         return None if first == float("inf") else max(0.0, (first - time.monotonic()) * 1000 + 1)
 
@@ -843,6 +871,31 @@ class Executor:
                 command.stderr.add(b"killed: something stopped this command before its program ran\n")
                 command.start_deadline = float("inf")
                 _signal([command.pid], signal.SIGKILL)
+
+    def _send_chunks(self) -> None:
+        """Send new output of the commands whose requests ask for it, as far as there is room."""
+        now = time.monotonic()
+        for request, command in self._commands.values():
+            if not request.get("chunks"):
+                continue
+            outputs = {"stdout": command.stdout, "stderr": command.stderr}
+            if command.chunk_at <= now:
+                command.chunk_at = float("inf")
+                for name, output in outputs.items():
+                    header = json.dumps({"id": request["id"], "chunk": name}).encode()
+                    for _ in range(CHUNKS_AT_ONCE):
+                        if output.has_news and self._has_room():
+                            piece = output.take(CHUNK_BYTES)
+                            self._write(FRAME.pack(len(header), len(piece)) + header + piece)
+            if command.chunk_at == float("inf") and any(output.has_news for output in outputs.values()):
+                command.chunk_at = now + CHUNK_EVERY_S
+
+    def _has_room(self) -> bool:
+        """Return whether a chunk can be sent without waiting, and would leave room for replies."""
+        import fcntl  # here, because loading it takes time that few sandboxes need to spend
+
+        unread = int.from_bytes(fcntl.ioctl(self._replies_fd, FIONREAD, bytes(4)), sys.byteorder)
+        return unread < UNREAD_BYTES and bool(self._room.poll(0))
 
     def _forget(self, fd: int) -> None:
         del self._pipes[fd]
@@ -1045,9 +1098,12 @@ class Executor:
     def _reply(self, header: dict[str, Any], *body: bytes | bytearray | memoryview) -> None:
         encoded = json.dumps(header).encode()
         for part in (FRAME.pack(len(encoded), sum(map(len, body))) + encoded, *body):
-            view = memoryview(part)
-            while view:
-                view = view[os.write(self._replies_fd, view) :]
+            self._write(part)
+
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._replies_fd, view) :]
 
 
 def _error_header(error: Exception) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from agentkit_environments.environment import (
 )
 from agentkit_environments.errors import SandboxLostError, SandboxUnavailableError, SnapshotError
 from agentkit_environments.leftovers import OWNER_FILE, PREFIX, remove_tree
+from agentkit_environments.live_output import CHUNK_EVERY_S, OnChunk, OutputStream
 from agentkit_environments.owner import owner_token
 from agentkit_environments.snapshot import Snapshot
 from agentkit_environments.threads import run_cancellable
@@ -64,6 +65,9 @@ class LocalEnvironment(Environment):
             os.mkdir(directory)
         names = "|".join(re.escape(name) for name in self._directories)
         self._name_in_text = re.compile(rf"(?<![\w./}})~*-])(?:{names})(?![\w.-])")
+        hosts = "|".join(re.escape(directory) for directory in self._directories.values())
+        self._host_name = re.compile(hosts.encode())
+        self._names_of_host = {directory.encode(): name.encode() for name, directory in self._directories.items()}
         self._env = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
             "HOME": self._directories[spec.workdir],
@@ -130,6 +134,7 @@ class LocalEnvironment(Environment):
         directory = self._path(request.cwd)
         env = {**self._env, **{name: self._to_host(value) for name, value in request.env.items()}}
         self._has_run = True
+        commands: list[executor.Command] = []
 
         def run(cancel_fd: int) -> ExecResult:
             try:
@@ -143,6 +148,7 @@ class LocalEnvironment(Environment):
             except OSError as error:
                 exit_code, message = executor.start_failure(error, argv)
                 return ExecResult(exit_code, "", self._to_sandbox(os.fsencode(message)), False, False, 0.0)
+            commands.append(running)
             try:
                 _run_to_end(running, cancel_fd)
             except TimeoutError as error:
@@ -159,7 +165,30 @@ class LocalEnvironment(Environment):
                 duration_s=running.duration_s,
             )
 
-        return await run_cancellable(run, self._limiter)
+        if (on_chunk := request.on_chunk) is None:
+            return await run_cancellable(run, self._limiter)
+        return await run_cancellable(run, self._limiter, lambda: self._pass_on(commands, on_chunk))
+
+    async def _pass_on(self, commands: Sequence[executor.Command], on_chunk: OnChunk) -> None:
+        """Pass the output of a command on, which a thread has appended to `commands`."""
+        held: dict[OutputStream, bytes] = {"stdout": b"", "stderr": b""}
+        while True:
+            await anyio.sleep(CHUNK_EVERY_S)
+            for command in commands:
+                for stream, output in zip(held, (command.stdout, command.stderr), strict=True):
+                    data = held[stream] + output.take(executor.CHUNK)
+                    end = self._end_of_names(data)
+                    held[stream] = data[end:]
+                    on_chunk(stream, self._name_output(data[:end]))
+
+    def _end_of_names(self, data: bytes) -> int:
+        """Return the end of the part of some output in which no name of a directory is incomplete."""
+        complete = max((match.end() for match in self._host_name.finditer(data)), default=0)
+        longest = max(map(len, self._names_of_host))
+        for start in range(max(complete, len(data) - longest), len(data)):
+            if any(name.startswith(data[start:]) for name in self._names_of_host):
+                return start
+        return len(data)
 
     async def _file(self, operation: FileOperation, path: str, body: bytes = b"", **bounds: int) -> bytes:
         operate = executor.OPERATIONS[operation]
@@ -231,9 +260,7 @@ class LocalEnvironment(Environment):
         return self._name_output(output).decode("utf-8", "replace")
 
     def _name_output(self, output: bytes) -> bytes:
-        for name, directory in self._directories.items():
-            output = output.replace(directory.encode(), name.encode())
-        return output
+        return self._host_name.sub(lambda match: self._names_of_host[match[0]], output)
 
     def _in_sandbox(self, error: OSError, path: str) -> OSError:
         name = self._to_sandbox(os.fsencode(error.filename)) if error.filename else path

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -13,8 +13,12 @@ import anyio.to_thread
 T = TypeVar("T")
 
 
-async def run_cancellable(function: Callable[[int], T], limiter: anyio.CapacityLimiter) -> T:
-    """Run `function(cancel_fd)` in a worker thread and return its result.
+async def run_cancellable(
+    function: Callable[[int], T],
+    limiter: anyio.CapacityLimiter,
+    meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> T:
+    """Run `function(cancel_fd)` in a worker thread and return its result. Run `meanwhile()` beside it, until it ends.
 
     When the caller is cancelled, `cancel_fd` becomes readable (end of file). The function should then stop its work and
     return soon; the cancellation continues after that.
@@ -32,6 +36,8 @@ async def run_cancellable(function: Callable[[int], T], limiter: anyio.CapacityL
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(close_on_cancel)
+            if meanwhile is not None:
+                tasks.start_soon(meanwhile)
             await anyio.lowlevel.checkpoint()
             try:
                 result.append(await anyio.to_thread.run_sync(function, cancel_read, limiter=limiter))
@@ -40,6 +46,7 @@ async def run_cancellable(function: Callable[[int], T], limiter: anyio.CapacityL
             tasks.cancel_scope.cancel()
     finally:
         os.close(cancel_read)
+    await anyio.lowlevel.checkpoint_if_cancelled()
     if error:
         raise error[0]
     return result[0]

@@ -8,7 +8,8 @@ import os
 import resource
 import tarfile
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -16,7 +17,9 @@ import pytest
 from agentkit_environments import (
     Environment,
     EnvironmentSpec,
+    ExecResult,
     FileTooLargeError,
+    OutputStream,
     ResourceLimits,
     SandboxLostError,
     UnsafeArchiveError,
@@ -139,6 +142,127 @@ async def test_an_endless_line_takes_bounded_memory(env: Environment) -> None:
 
 async def test_invalid_utf8_is_replaced(env: Environment) -> None:
     assert (await env.exec("printf 'a\\377\\376b'")).stdout == "a\ufffd\ufffdb"
+
+
+UNTIL_GO = "while ! [ -e go ]; do sleep 0.01; done; rm go"
+
+
+class Heard:
+    """Output that came while a command ran; the file `go`, for which the command waits, is written at a given text."""
+
+    def __init__(self, env: Environment, answers: dict[str, str] | None = None) -> None:
+        self.calls: list[tuple[OutputStream, str]] = []
+        self._env, self._answers, self._tasks = env, answers or {}, anyio.create_task_group()
+
+    def text(self, stream: OutputStream) -> str:
+        return "".join(text for each, text in self.calls if each == stream)
+
+    def __call__(self, stream: OutputStream, text: str) -> None:
+        self.calls.append((stream, text))
+        if self.text(stream) == self._answers.get(stream):
+            self._tasks.start_soon(self._env.write_file, "go", "")
+
+    async def exec(self, command: str, **options: Any) -> ExecResult:
+        with anyio.fail_after(60):
+            async with self._tasks:
+                result = await self._env.exec(command, on_output=self, **options)
+        assert (self.text("stdout"), self.text("stderr")) == (result.stdout, result.stderr)
+        return result
+
+
+async def test_output_comes_while_the_command_runs(env: Environment) -> None:
+    heard = Heard(env, {"stdout": "one\n", "stderr": "two\n"})
+    result = await heard.exec(f"echo one; {UNTIL_GO}; echo two >&2; {UNTIL_GO}; echo three; exit 4")
+    assert (result.stdout, result.stderr, result.exit_code) == ("one\nthree\n", "two\n", 4)
+    assert heard.calls[:2] == [("stdout", "one\n"), ("stderr", "two\n")]
+
+
+async def test_output_of_a_short_command_comes_at_its_end(env: Environment) -> None:
+    heard = Heard(env)
+    await heard.exec("echo out; echo err >&2", stdin=b"x" * 100_000)
+    assert sorted(heard.calls) == [("stderr", "err\n"), ("stdout", "out\n")]
+    heard = Heard(env)
+    assert (await heard.exec("true")).exit_code == 0
+    assert heard.calls == []
+    heard = Heard(env)
+    assert "not found" in (await heard.exec("no-such-program")).stderr
+
+
+async def test_live_output_is_decoded_across_chunks(env: Environment) -> None:
+    heard = Heard(env, {"stdout": "a\ufffdb"})
+    result = await heard.exec(f"printf 'a\\377b\\303'; {UNTIL_GO}; printf '\\251c\\342\\202'")
+    assert result.stdout == "a\ufffdbéc\ufffd"
+    assert heard.calls[0] == ("stdout", "a\ufffdb")
+
+
+async def test_names_of_the_host_do_not_come_in_two_parts(env: Environment) -> None:
+    heard = Heard(env, {"stderr": "first half"})
+    halves = 'printf "in %s" "${PWD%??}"; printf "first half" >&2', 'printf "%s!\n" "${PWD#"${PWD%??}"}"'
+    assert (await heard.exec(f"{halves[0]}; {UNTIL_GO}; {halves[1]}")).stdout == "in /workspace!\n"
+    result = await Heard(env).exec("for i in 1 2 3; do echo $PWD/$i /tmp/$i /tmp/x/tmp /tm; sleep 0.06; done")
+    assert result.stdout == "".join(f"/workspace/{i} /tmp/{i} /tmp/x/tmp /tm\n" for i in (1, 2, 3))
+
+
+async def test_live_output_of_a_flood_is_bounded(env: Environment) -> None:
+    flood = "head -c 300000 /dev/zero | tr '\\0' x; printf é"
+    heard = Heard(env, {"stdout": "start" + "x" * 495})
+    result = await heard.exec(f"printf start; {flood}; {UNTIL_GO}; {flood}; printf end", max_output_bytes=1000)
+    assert result.truncated and result.stdout.endswith("xéend")
+    assert "".join(text for _, text in heard.calls[:-1]) == "start" + "x" * 495
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    heard = Heard(env)
+    assert (await heard.exec("yes", timeout_s=1)).timed_out
+    assert len(heard.calls) < 500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 64 << 10
+
+
+async def test_floods_do_not_hold_up_other_commands(env: Environment, tag: Tag) -> None:
+    async with anyio.create_task_group() as tasks:
+        for _ in range(4):
+            tasks.start_soon(partial(Heard(env).exec, f"sleep {tag.value} & yes"))
+        await anyio.to_thread.run_sync(tag.wait, 4)
+        with anyio.fail_after(30):
+            for number in range(20):
+                heard = Heard(env)
+                assert (await heard.exec(f"echo {number}")).stdout == f"{number}\n"
+        tasks.cancel_scope.cancel()
+    assert tag.alive() == 0
+
+
+async def test_live_output_ends_with_a_cancellation(env: Environment, tag: Tag) -> None:
+    calls = []
+
+    def stop(stream: OutputStream, text: str) -> None:
+        calls.append(text)
+        scope.cancel()
+
+    with anyio.fail_after(30), anyio.CancelScope() as scope:
+        await env.exec(f"sleep {tag.value} & while :; do echo again; done", on_output=stop)
+    assert scope.cancelled_caught
+    assert tag.alive() == 0
+    heard = len(calls)  # more than one if several chunks arrived together
+    assert (await Heard(env).exec("echo fine")).stdout == "fine\n"
+    assert len(calls) == heard
+
+
+async def test_an_exception_of_the_listener_kills_the_command(env: Environment, tag: Tag) -> None:
+    def fail(stream: OutputStream, text: str) -> None:
+        raise TimeoutError(text)
+
+    with anyio.fail_after(30):
+        with pytest.raises(TimeoutError, match="ready"):
+            await env.exec(f"echo ready; sleep {tag.value}", on_output=fail)
+        assert tag.alive() == 0
+        with pytest.raises(TimeoutError, match="at the end"):
+            await env.exec("echo at the end", on_output=fail)
+    assert (await env.exec("echo fine")).stdout == "fine\n"
+
+
+async def test_a_timeout_keeps_the_live_output(env: Environment) -> None:
+    heard = Heard(env)
+    result = await heard.exec("echo before; sleep 60", timeout_s=1)
+    assert result.timed_out
+    assert heard.calls == [("stdout", "before\n")]
 
 
 async def test_background_processes_live_on_until_kill_all(env: Environment, tag: Tag) -> None:

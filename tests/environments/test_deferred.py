@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio
 import pytest
 
@@ -38,7 +40,10 @@ async def test_concurrent_first_uses_open_one_environment() -> None:
             task_group.start_soon(environment.open)
         assert environment.is_open
         assert (environment.backend, environment.run_id) == ("unsafe-local", "deferred")
-        assert (await environment.exec('echo "$NAME"; cat a')).stdout == "value\n1"
+        heard: list[tuple[str, str]] = []
+        listen = partial(environment.exec, on_output=lambda *each: heard.append(each))
+        assert (await listen('echo "$NAME"; sleep 0.2; cat a')).stdout == "value\n1"
+        assert heard == [("stdout", "value\n"), ("stdout", "1")]
         archive = (await environment.export_dir(".")).data
         await environment.import_dir("copy", archive)
         assert await environment.read_file("copy/a") == b"1"

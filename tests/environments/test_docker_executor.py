@@ -186,6 +186,26 @@ async def test_output_that_does_not_fit_in_memory_is_cut(env: DockerEnvironment)
     assert (await env.exec("echo alive")).stdout == "alive\n"
 
 
+@pytest.mark.docker
+async def test_chunks_leave_room_for_a_harness_that_does_not_read(env: DockerEnvironment) -> None:
+    """The harness sends floods, and then a command whose reply it does not read either, but which must run."""
+    peer, common = env._connection._peer, {"op": "exec", "cwd": "/workspace", "env": {"PATH": "/usr/bin:/bin"}}
+    floods = [{"id": 900 + number, "argv": ["yes"], "chunks": True} for number in range(8)]
+    touch = {"id": 908, "argv": ["/bin/sh", "-c", "sleep 1; touch /tmp/ran"]}
+    for request in [*floods, touch]:
+        header = json.dumps({**common, "timeout_s": 60, "max_output_bytes": 16 << 20, **request}).encode()
+        await peer.send(FRAME.pack(len(header), 0) + header)
+    client = docker.from_env()
+    try:
+        until = ["/bin/sh", "-c", "for i in $(seq 600); do [ ! -e /tmp/ran ] || exit 0; sleep 0.05; done; exit 1"]
+        assert client.containers.get(env.container_id).exec_run(until).exit_code == 0
+    finally:
+        client.close()
+    with anyio.fail_after(60):
+        await env.kill_all()
+        assert (await env.exec("echo alive")).stdout == "alive\n"
+
+
 @given(st.lists(st.tuples(st.sampled_from([1, 2]), st.binary(max_size=30)), max_size=8), st.integers(1, 9))
 def test_frames_of_the_engine_come_apart_at_any_cut(frames: list[tuple[int, bytes]], size: int) -> None:
     data = b"".join(bytes([stream, 0, 0, 0]) + len(text).to_bytes(4, "big") + text for stream, text in frames)

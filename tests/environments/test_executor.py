@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -87,6 +89,11 @@ class Peer:
         header: dict[str, Any] = json.loads(self._process.stdout.read(header_size))
         return header, self._process.stdout.read(body_size)
 
+    def unread(self) -> int:
+        """Return the number of bytes that the executor has sent and nobody has read."""
+        assert self._process.stdout is not None
+        return int.from_bytes(fcntl.ioctl(self._process.stdout, termios.FIONREAD, bytes(4)), sys.byteorder)
+
     def ask(self, header: dict[str, Any], body: bytes = b"") -> tuple[dict[str, Any], bytes]:
         self.send(header, body)
         return self.receive()
@@ -133,6 +140,29 @@ def test_an_unknown_operation_and_missing_fields_are_replies(peer: Peer) -> None
     assert peer.ask({"id": 3, "op": "read_file"})[0]["errno"] == errno.EIO
     assert peer.ask({"id": 4, "op": "exec", "argv": []})[0]["errno"] == errno.EIO
     assert peer.exec("true")[0]["exit_code"] == 0
+
+
+def test_chunks_leave_room_for_replies_of_a_harness_that_does_not_read(tmp_path: Path, wait_until: WaitUntil) -> None:
+    peer = Peer()
+    flood = {"cwd": "/", "env": {"PATH": os.environ["PATH"]}, "timeout_s": 60, "max_output_bytes": 64 << 20}
+    for number in range(8):
+        peer.send({"id": number, "op": "exec", "argv": ["yes"], "chunks": True, **flood})
+    wait_until(lambda: peer.unread() >= executor.UNREAD_BYTES, "chunks that nobody reads")
+    path = str(tmp_path / "written")
+    peer.send({"id": 98, "op": "write_file", "path": path}, b"x" * 1_000_000)
+    wait_until(lambda: os.path.exists(path), "a request that is handled")
+    for number in range(8):
+        peer.send({"id": 99, "op": "cancel", "target": number})
+    chunks, results = dict.fromkeys(range(8), b""), 0
+    while results < 8:
+        header, body = peer.receive()
+        if "chunk" in header:
+            chunks[header["id"]] += body
+        elif "exit_code" in header:
+            assert header["exit_code"] == 128 + signal.SIGKILL and body.startswith(chunks[header["id"]])
+            results += 1
+    assert any(chunks.values())
+    assert peer.close() == 0
 
 
 def test_a_body_that_does_not_fit_in_memory_is_refused() -> None:

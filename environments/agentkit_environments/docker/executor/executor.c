@@ -42,6 +42,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/fsuid.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/random.h>
 #include <sys/resource.h>
@@ -57,10 +58,14 @@
 #define PROXY_SOCKET "/.agentkit/proxy" /* as in hardening.py */
 #define COOKIE_NAME "AGENTKIT_COMMAND"
 #define NEVER 1e300
+#define CHUNK_EVERY_S 0.05 /* as in executor.py */
 enum {
     REQUESTS = 0,          /* descriptor of requests */
     REPLIES = 1,           /* descriptor of replies */
     CHUNK = 1 << 16,       /* bytes moved at once */
+    SENT_BYTES = 4000,     /* of output before a reply; with its header at most PIPE_BUF */
+    SENT_AT_ONCE = 16,
+    UNREAD_BYTES = 1 << 14,
     PIPE_MOST = 1 << 20,   /* bytes that a pipe can hold */
     MAX_HEADER = 8 << 20,  /* as in connection.py */
     MAX_FIELDS = 16,
@@ -424,6 +429,7 @@ struct output {
     char *head, *tail;
     size_t head_size, head_room, head_limit;
     size_t tail_size, tail_room, tail_limit;
+    size_t sent; /* bytes of the head, in chunks before the reply */
     uint64_t total;
 };
 
@@ -529,8 +535,8 @@ struct command {
     int fds[PIPES]; /* our ends; -1 if closed. STATUS ends when the process becomes the command's program. */
     struct output output[2];
     struct failure failure;
-    bool has_failed, timed_out;
-    double started, deadline, start_deadline;
+    bool has_failed, timed_out, has_chunks;
+    double started, deadline, start_deadline, chunk_at;
     char cookie[2 * COOKIE_BYTES + 1];
 };
 
@@ -770,7 +776,8 @@ static void start(const struct request *request, char *header, char *body, size_
     double timeout_s = number_of(request, "timeout_s");
     *command = (struct command){
         .id = request->id, .header = header, .body = body, .body_size = body_size, .program = argv[0], .cwd = cwd,
-        .user = user_of(request), .fds = {-1, -1, -1, -1}, .started = now(),
+        .user = user_of(request), .fds = {-1, -1, -1, -1}, .started = now(), .chunk_at = NEVER,
+        .has_chunks = number_of(request, "chunks") == 1,
     };
     command->deadline = timeout_s < NEVER ? command->started + timeout_s : NEVER;
     command->start_deadline = command->started + START_TIMEOUT_S;
@@ -980,6 +987,39 @@ static void expire(void) {
             command->start_deadline = NEVER;
             kill(command->pid, SIGKILL);
         }
+    }
+}
+
+/* Return whether a chunk can be sent without waiting, and would leave room for replies. */
+static bool has_room(void) {
+    struct pollfd replies = {REPLIES, POLLOUT, 0};
+    int unread;
+    return ioctl(REPLIES, FIONREAD, &unread) == 0 && unread < UNREAD_BYTES && poll(&replies, 1, 0) == 1;
+}
+
+/* Send new output of the commands whose requests ask for it, as far as there is room. */
+static void send_chunks(void) {
+    static const char *const names[] = {"stdout", "stderr"};
+    double time = now();
+    for (struct command *command = commands; command; command = command->next) {
+        if (!command->pid || !command->has_chunks)
+            continue;
+        bool is_due = command->chunk_at <= time, has_news = false;
+        for (int i = 0; i < 2; i++) {
+            struct output *output = &command->output[i];
+            char header[64];
+            snprintf(header, sizeof header, "{\"id\": %.0f, \"chunk\": \"%s\"}", command->id, names[i]);
+            size_t left = output->head_size - output->sent;
+            for (int count = 0; is_due && count < SENT_AT_ONCE && left && has_room(); count++) {
+                size_t size = left < SENT_BYTES ? left : SENT_BYTES;
+                reply(header, &(struct part){output->head + output->sent, size}, 1);
+                output->sent += size;
+                left -= size;
+            }
+            has_news |= left > 0;
+        }
+        if (is_due || command->chunk_at == NEVER)
+            command->chunk_at = has_news ? time + CHUNK_EVERY_S : NEVER;
     }
 }
 
@@ -1219,6 +1259,8 @@ static void wait_for_events(struct pollfd **polled, size_t *room, int signals) {
             next = command->deadline;
         if (command->pid && command->fds[STATUS] >= 0 && command->start_deadline < next)
             next = command->start_deadline;
+        if (command->pid && command->chunk_at < next)
+            next = command->chunk_at;
     }
     double wait_ms = next < NEVER ? (next - now()) * 1e3 + 1 : -1;
     int timeout = next == NEVER ? -1 : wait_ms < 0 ? 0 : wait_ms > INT_MAX ? INT_MAX : (int)wait_ms;
@@ -1251,6 +1293,7 @@ static void serve(int signals) {
             reap();
         }
         expire();
+        send_chunks();
         if (polled[0].revents)
             receive();
     }
