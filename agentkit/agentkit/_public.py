@@ -32,6 +32,7 @@ from agentkit.errors import (
 from agentkit.events import (
     CallDecided,
     CallFinished,
+    CallOutput,
     CallStarted,
     Compacted,
     Event,
@@ -102,6 +103,7 @@ __all__ = [
     "CallDecided",
     "CallFinished",
     "CallMalformed",
+    "CallOutput",
     "CallReady",
     "CallStarted",
     "CallsWithdrawn",

@@ -565,6 +565,7 @@ class Agent(Generic[T]):
             run.context,
             self.concurrency,
             run.note,
+            run.emit,
             approvals=run.approvals,
             max_calls=self.limits.max_calls_per_turn,
         )

@@ -1,4 +1,5 @@
-"""Events of a run. All except the deltas, `SubagentEvent` and `RunFinished` are also records of the trajectory."""
+"""Events of a run. All are also records of the trajectory, except the deltas, `CallOutput`, `SubagentEvent` and
+`RunFinished`."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from agentkit.model import (
     TokenSegment,
     Usage,
 )
+from agentkit_environments import OutputStream
 from agentkit_tools import ToolCall, ToolResult
 
 if TYPE_CHECKING:
@@ -90,6 +92,21 @@ class CallStarted:
     early: bool = False
     type: Literal["call_started"] = "call_started"
     __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class CallOutput:
+    """New output of a running call: what its command has written, or what a tool has passed to
+    `ToolContext.emit_output`.
+
+    All texts of a command's stream together are what is kept of it: at most 1 MiB, cut in the middle if it was longer.
+    The result that the model reads may have less.
+    """
+
+    call_id: str
+    stream: OutputStream
+    text: str
+    type: Literal["call_output"] = "call_output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,4 +236,4 @@ Record = (
 )
 """A record of a trajectory."""
 
-Event = Record | ReasoningDelta | TextDelta | SubagentEvent | RunFinished
+Event = Record | ReasoningDelta | TextDelta | CallOutput | SubagentEvent | RunFinished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -9,13 +10,15 @@ from dataclasses import replace
 from itertools import takewhile
 
 import anyio
+import anyio.from_thread
 from anyio.abc import TaskGroup
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint_if_cancelled, current_token
 
 from agentkit.approval import Approvals, refused, told_of_change
-from agentkit.events import CallDecided, CallFinished, CallStarted
+from agentkit.events import CallDecided, CallFinished, CallOutput, CallStarted
 from agentkit.limits import ConcurrencyLimits
 from agentkit.model import CallMalformed
+from agentkit_environments import OutputStream
 from agentkit_tools import Tool, ToolCall, ToolContext, ToolResult, unknown_tool
 from agentkit_tools.model_texts import ERROR
 
@@ -38,6 +41,7 @@ class TurnCalls:
         context: ToolContext,
         concurrency: ConcurrencyLimits,
         note: Callable[[CallDecided | CallStarted | CallFinished], None],
+        emit: Callable[[CallOutput], None],
         *,
         approvals: Approvals,
         max_calls: int,
@@ -49,6 +53,7 @@ class TurnCalls:
             context: Context passed to each call.
             concurrency: Limits on calls that run at the same time.
             note: Called with each decision, each start and each result, when it happens.
+            emit: Called with the output of running calls.
             approvals: Policies that decide on each call.
             max_calls: Number of calls to run; every further call gets an error result.
         """
@@ -60,6 +65,7 @@ class TurnCalls:
         self._concurrency = concurrency
         self._in_turn = concurrency.turn()
         self._note = note
+        self._emit = emit
         self._approvals = approvals
         self._max_calls = max_calls
         self._calls: dict[int, ToolCall] = {}
@@ -195,12 +201,14 @@ class TurnCalls:
         of_tool, in_all = (nullcontext(), nullcontext()) if tool.delegates else shared
         async with self._in_turn, of_tool, in_all:
             self._begin()
+            live = _LiveOutput(call, self._emit)
             try:
                 self._note(CallStarted(call, early))
-                result = await tool.call(call, self._context)
+                result = await tool.call(call, replace(self._context, on_output=live))
                 await checkpoint_if_cancelled()  # discard the output of a command that was just killed
                 return result
             finally:
+                live.has_ended = True
                 self._end()
 
     def _finish(self, index: int, result: ToolResult) -> None:
@@ -213,6 +221,25 @@ class TurnCalls:
         if self._pending:
             self._idle = anyio.Event()
             await self._idle.wait()
+
+
+class _LiveOutput:
+    """Emits the output of a call until it has ended. Threads of synchronous tools may call it, too."""
+
+    def __init__(self, call: ToolCall, emit: Callable[[CallOutput], None]) -> None:
+        self.has_ended = False
+        self._call, self._emit = call, emit
+        self._thread, self._token = threading.get_ident(), current_token()
+
+    def __call__(self, stream: OutputStream, text: str) -> None:
+        if threading.get_ident() == self._thread:
+            self._pass_on(stream, text)
+        elif not self.has_ended:
+            anyio.from_thread.run_sync(self._pass_on, stream, text, token=self._token)
+
+    def _pass_on(self, stream: OutputStream, text: str) -> None:
+        if text and not self.has_ended:
+            self._emit(CallOutput(self._call.id, stream, text))
 
 
 def _error(call: ToolCall, what: str) -> ToolResult:

@@ -14,6 +14,7 @@ from agentkit import (
     Agent,
     AssistantTurn,
     CallFinished,
+    CallOutput,
     CallStarted,
     ConcurrencyLimits,
     Limits,
@@ -27,6 +28,7 @@ from agentkit import (
     tool,
 )
 from agentkit.approval import Approvals
+from agentkit.forks import ignore
 from agentkit.model import Effort, History, ModelSession
 from agentkit.models.scripted import Policy, ScriptedToken, ScriptedTokens
 from agentkit.models.tokens import TokenizedSession
@@ -228,6 +230,30 @@ async def test_read_only_calls_start_while_the_model_still_generates(
     assert len(finished) == 4
 
 
+async def test_output_of_an_early_call_comes_while_the_model_still_generates(
+    environment: Environment, tokenizer: Tokenizer
+) -> None:
+    gate = anyio.Event()
+
+    @tool(read_only=True)
+    async def read(context: ToolContext) -> str:
+        """Read."""
+        context.emit_output("begun")
+        await gate.wait()
+        return "ok"
+
+    def policy(messages: object, think: bool) -> AssistantTurn:
+        return DONE if gate.is_set() else AssistantTurn(None, "", [("read", {})])
+
+    events = []
+    with anyio.fail_after(20):
+        async for event in Agent(GatedModel(policy, tokenizer, gate), [read]).stream("Q", environment=environment):
+            events.append(event)
+            if isinstance(event, CallOutput):
+                gate.set()
+    assert CallOutput("call_0_0", "stdout", "begun") in events
+
+
 @pytest.mark.parametrize("before", [0, 1])
 async def test_a_read_only_barrier_does_not_start_early(
     environment: Environment, tokenizer: Tokenizer, before: int
@@ -396,9 +422,7 @@ def read_only_calls(environment: Environment, *, hold: anyio.Event | None = None
         return "seen"
 
     context = ToolContext(environment, timeout_s=60)
-    return TurnCalls(
-        {"look": look}, context, ConcurrencyLimits(), lambda record: None, approvals=Approvals(), max_calls=8
-    )
+    return TurnCalls({"look": look}, context, ConcurrencyLimits(), ignore, ignore, approvals=Approvals(), max_calls=8)
 
 
 async def test_a_call_that_is_withdrawn_before_it_starts_leaves_the_clock_alone(environment: Environment) -> None:

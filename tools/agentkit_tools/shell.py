@@ -16,9 +16,12 @@ BASH_OR_SH = 'if command -v bash >/dev/null 2>&1; then exec bash -c "$1"; else e
 
 
 async def run_command(command: str | Sequence[str], context: ToolContext, *, name: str, stdin: str = "") -> ToolOutput:
-    """Run a command in the environment's work directory, within the limits of `context`, and return its output."""
+    """Run a command in the environment's work directory, within the limits of `context`, and return its output. Pass it
+    on while the command runs."""
     kept = context.max_output_bytes if context.spill_dir is None else MAX_CAPTURED_BYTES
-    result = await context.environment.exec(command, stdin=stdin, timeout_s=context.timeout_s, max_output_bytes=kept)
+    result = await context.environment.exec(
+        command, stdin=stdin, timeout_s=context.timeout_s, max_output_bytes=kept, on_output=context.on_output
+    )
     return command_output(result, name=name, timeout_s=context.timeout_s)
 
 

@@ -19,7 +19,7 @@ import anyio
 import anyio.to_thread
 from typing_extensions import TypeVar
 
-from agentkit_environments import Environment
+from agentkit_environments import Environment, OnOutput, OutputStream
 from agentkit_tools.errors import ToolDefinitionError, ToolError
 from agentkit_tools.model_texts import ERROR
 from agentkit_tools.output import MIN_OUTPUT_BYTES, bounded, cut_parts
@@ -76,13 +76,14 @@ class ToolOutput:
 
 @dataclass(slots=True)
 class ToolContext(Generic[Deps]):
-    """The environment and limits of the calls of one run. All calls of a run share one context.
+    """The environment and limits of a call. The calls of a run share all but `on_output`.
 
     `max_output_bytes` limits the UTF-8 size of each result (at least 128), `timeout_s` the time of each call in
     seconds. A longer result is written to a file in the environment's directory `spill_dir`, if that is set, and names
     the file. Tools that read, modify and write a file hold `lock`, so that parallel edits are not lost. `deps` is the
     object that the caller of the run gave for its tools, such as a database connection. A tool that declares
-    `context: ToolContext[Database]` runs only with a `Database`.
+    `context: ToolContext[Database]` runs only with a `Database`. `on_output` shows the output of a command to the
+    caller of the run: `context.environment.exec(command, on_output=context.on_output)`. It is None outside of a run.
     """
 
     environment: Environment
@@ -91,12 +92,21 @@ class ToolContext(Generic[Deps]):
     lock: anyio.Lock = field(default_factory=anyio.Lock, repr=False)
     deps: Deps = field(default=cast(Any, None), repr=False)
     spill_dir: str | None = None
+    on_output: OnOutput | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_output_bytes < MIN_OUTPUT_BYTES:
             raise ValueError(f"max_output_bytes={self.max_output_bytes}, expected at least {MIN_OUTPUT_BYTES}")
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s={self.timeout_s}, expected a positive number of seconds")
+
+    def emit_output(self, text: str, *, stream: OutputStream = "stdout") -> None:
+        """Show text to the caller of the run, as output of this call while it runs. The model does not see it.
+
+        A function that is not async may call this from its thread. After the end of the call, nothing is shown.
+        """
+        if self.on_output is not None:
+            self.on_output(stream, text)
 
 
 class Tool(ABC):
