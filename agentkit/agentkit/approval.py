@@ -138,6 +138,11 @@ class Approvals:
         """True if there is no policy."""
         return not self._policies and self._above is None
 
+    @property
+    def can_ask(self) -> bool:
+        """True if there is a function that asks a human."""
+        return self._on_ask is not None or (self._above is not None and self._above.can_ask)
+
     async def decide(self, call: ToolCall, tool: Tool, context: ToolContext) -> CallDecided:
         """Decide on a call with valid arguments.
 

@@ -20,6 +20,7 @@ from agentkit.cli import signals
 from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
 from agentkit.cli.changes import Written, check_flags, is_confirmed, name_host, print_diff, print_written, write
 from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.live import LiveLines
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers
 from agentkit.cli.model import load_model
 from agentkit.cli.options import (
@@ -212,6 +213,7 @@ class Chat:
         self._left_out: list[str] = []
         self._first = ""
         self._thought: tuple[float, int] | None = None
+        self._live = LiveLines(terminal, asks=agent.approvals.can_ask)
 
     async def converse(self, servers: Sequence[MCPServer] = ()) -> None:
         """Read and answer messages until the end of the input, with the tools of the MCP servers too.
@@ -397,6 +399,7 @@ class Chat:
                 failed = exc
             finally:
                 signals.answer_with(None)
+                self._live.remove()
                 self._end_thought()
         if scope.cancelled_caught or failed:
             say(self.terminal, "\n(stopped)" if failed is None else f"\n{failed}", "yellow")
@@ -412,6 +415,7 @@ class Chat:
         from agentkit.events import CallFinished, RunFinished, TurnStarted
         from agentkit.model import ReasoningDelta
 
+        self._live.hear(event)
         if isinstance(event, ReasoningDelta) and not self.thinking:
             started, count = self._thought or (time.monotonic(), 0)
             self._thought = started, count + 1

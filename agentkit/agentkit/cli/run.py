@@ -17,6 +17,7 @@ import typer
 from agentkit.cli.approve import ApproveChoice, ApproveFlag, approval_options
 from agentkit.cli.changes import Written, check_flags, is_confirmed, name_host, print_diff, print_written, write
 from agentkit.cli.ending import ExitCode, run
+from agentkit.cli.live import LiveLines
 from agentkit.cli.mcp import MCPFlag, equipped, read_servers, with_tools
 from agentkit.cli.model import load_model, model_options, recorded_options
 from agentkit.cli.options import (
@@ -556,13 +557,16 @@ class Job:
         from agentkit.events import RunFinished
 
         result: RunResult | None = None
+        live = LiveLines(self.console, asks=self.agent.approvals.can_ask)
         try:
             async with aclosing(stream) as events:
                 async for event in events:
+                    live.hear(event)
                     show(self.console, event)
                     if isinstance(event, RunFinished):
                         result = event.result
         except BaseException:
+            live.remove()
             self.console.print()  # end the line of an incomplete text
             raise
         assert result is not None, "a run that does not raise ends with RunFinished"
