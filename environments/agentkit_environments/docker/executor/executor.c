@@ -64,7 +64,7 @@ enum {
     REPLIES = 1,           /* descriptor of replies */
     CHUNK = 1 << 16,       /* bytes moved at once */
     SENT_BYTES = 4000,     /* of output before a reply; with its header at most PIPE_BUF */
-    SENT_AT_ONCE = 16,
+    SENT_AT_ONCE = 4,
     UNREAD_BYTES = 1 << 14,
     PIPE_MOST = 1 << 20,   /* bytes that a pipe can hold */
     MAX_HEADER = 8 << 20,  /* as in connection.py */
