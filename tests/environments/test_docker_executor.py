@@ -188,11 +188,13 @@ async def test_output_that_does_not_fit_in_memory_is_cut(env: DockerEnvironment)
 
 @pytest.mark.docker
 async def test_chunks_leave_room_for_a_harness_that_does_not_read(env: DockerEnvironment) -> None:
-    """The harness sends floods, and then a command whose reply it does not read either, but which must run."""
+    """The engine's pipes and buffers hold less than these commands write, so an executor that waits for room to send it
+    does not serve the last command."""
     peer, common = env._connection._peer, {"op": "exec", "cwd": "/workspace", "env": {"PATH": "/usr/bin:/bin"}}
-    floods = [{"id": 900 + number, "argv": ["yes"], "chunks": True} for number in range(8)]
-    touch = {"id": 908, "argv": ["/bin/sh", "-c", "sleep 1; touch /tmp/ran"]}
-    for request in [*floods, touch]:
+    write = ["/bin/sh", "-c", "head -c 400000 /dev/zero; exec sleep 60"]
+    writing = [{"id": 900 + number, "argv": write, "chunks": True} for number in range(16)]
+    touch = {"id": 916, "argv": ["/bin/sh", "-c", "sleep 2; head -c 10000000 /dev/zero; touch /tmp/ran"]}
+    for request in [*writing, touch]:
         header = json.dumps({**common, "timeout_s": 60, "max_output_bytes": 16 << 20, **request}).encode()
         await peer.send(FRAME.pack(len(header), 0) + header)
     client = docker.from_env()
