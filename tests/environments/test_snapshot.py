@@ -226,7 +226,7 @@ async def test_a_snapshot_is_bounded(backend: str, open_backend: Opener, monkeyp
 
 async def test_files_that_do_not_fit_are_refused(backend: str, open_backend: Opener, tag: Tag) -> None:
     if backend in ("unsafe-local", AS_IMAGE):
-        pytest.skip("without a limit on disk space")
+        pytest.skip("not applicable: no limit on disk space")
     async with await open_backend(backend) as environment:
         await environment.exec("head -c 6M /dev/urandom >big")
         snapshot = await environment.snapshot()
