@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +191,29 @@ def test_majority_practice_asks_for_names_outside_the_window() -> None:
         assert len(set(ids[:128])) <= 8 and 3 not in ids[:128]
 
 
+def test_names_recur_behind_their_keys_in_another_order() -> None:
+    rows = replace(_rows(8), copied=torch.arange(3, 600, dtype=torch.int32))
+    config = TrainingConfig(practice=("names",), practice_steps=20, batches=1, batch_tokens=512)
+    moved = 0
+    for batch in itertools.islice(_stream(rows, config, pad_id=2, world=1), 20):
+        assert batch.window is None and not batch.spread and batch.real_BT.all()
+        for ids, mask in zip(batch.ids_BT.tolist(), batch.mask_BT.tolist(), strict=True):
+            asked = [at for at, (before, mine) in enumerate(pairwise([0.0, *mask])) if mine > before]
+            end, known = ids[asked[0] - 2], ids[: asked[0] - 1]
+            names = {tuple(known[at:]) for at in range(len(known))}
+            for at in asked[:-1]:  # the last one may be cut off
+                name = tuple(ids[at - 1 : ids.index(end, at) + 1])
+                assert any(longer[: len(name)] == name for longer in names)
+            moved += ids[asked[0] - 1] != ids[0]
+    assert moved
+
+
 @pytest.mark.parametrize("text", ["copy,majorities", "", "copy, far-copy"])
 def test_an_unknown_practice_is_an_error(text: str) -> None:
     assert practice_kinds("majority,copy") == ("majority", "copy")
-    with pytest.raises(ValueError, match=r"unknown practice .*; expected one or more of copy, far-copy, majority"):
+    with pytest.raises(
+        ValueError, match=r"unknown practice .*; expected one or more of copy, far-copy, names, majority"
+    ):
         practice_kinds(text)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from agentkit_engine.model import Decoder, Trace, indexer_kl, initialize_
 from agentkit_engine.training.data import Batch, Rows, batches
 from agentkit_engine.training.optimizer import Muon
 
-Practice = Literal["copy", "far-copy", "majority"]
+Practice = Literal["copy", "far-copy", "names", "majority"]
 """Short synthetic rows for skills that trajectories teach late or not at all.
 
 copy: Random ids, each repeated once.
@@ -39,6 +40,9 @@ Dtype = Literal["float32", "bfloat16"]
 FAR_COPY_WINDOW = 12
 FORMED = 48
 COPIED = (24, 72)
+NAMES = (4, 24)
+NAME_IDS = (2, 12)
+ALPHABETS = (8, 10, 16, 32, 64, 512)
 FIRST_PRACTISED = 128
 FORMING = 0.45
 """Share of the steps with practice only in which copying heads form on the first `FIRST_PRACTISED` ids."""
@@ -291,6 +295,8 @@ def _practice(copied: Tensor, config: TrainingConfig, draw: int) -> Batch:
     kind = config.practice[draw // 2 % len(config.practice)]
     if kind == "majority":
         return _majority_batch(copied, config, generator)
+    if kind == "names":
+        return _names_batch(copied.tolist(), config, random.Random(generator.initial_seed()))
     return _copy_batch(copied, config, generator, FAR_COPY_WINDOW if kind == "far-copy" else None)
 
 
@@ -307,6 +313,30 @@ def _copy_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generat
     mask_BT = torch.ones(ids_BT.shape)
     mask_BT[:, :half] = 0.0
     return Batch(ids_BT, mask_BT, torch.ones(ids_BT.shape, dtype=torch.bool), window)
+
+
+def _names_batch(copied: list[int], config: TrainingConfig, rng: random.Random) -> Batch:
+    """Return rows of keys with their names, and then some of the keys with their names again, in any order.
+
+    Every row has an alphabet of its own, and an id that ends names.
+    """
+    count = rng.randint(*NAMES)
+    length = count * (NAME_IDS[1] + 2) * 2
+    rows, masks = [], []
+    for _ in range(max(1, config.batch_tokens // length)):
+        drawn = rng.sample(copied, min(1 + count + rng.choice(ALPHABETS), len(copied)))
+        end, keys, alphabet = drawn[0], drawn[1 : 1 + count], drawn[1 + count :]
+        names = [[key, *rng.choices(alphabet, k=rng.randint(*NAME_IDS)), end] for key in keys]
+        row = [token for name in names for token in name]
+        mask = [0.0] * len(row)
+        while len(row) < length:
+            name = rng.choice(names)
+            row += name
+            mask += [0.0] + [1.0] * (len(name) - 1)
+        rows.append(row[:length])
+        masks.append(mask[:length])
+    ids_BT = torch.tensor(rows)
+    return Batch(ids_BT, torch.tensor(masks), torch.ones(ids_BT.shape, dtype=torch.bool))
 
 
 def _majority_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generator) -> Batch:
