@@ -13,7 +13,7 @@ from agentkit_evals.synth.artifacts.items import Item, draw_items
 from agentkit_evals.synth.artifacts.ledger import draw_ledger
 from agentkit_evals.synth.artifacts.log import FORMATS, draw_log
 from agentkit_evals.synth.artifacts.table import Table, draw_table, new_row
-from agentkit_evals.synth.draw import Draw
+from agentkit_evals.synth.draw import Draw, Style
 
 SEEDS = range(60)
 
@@ -116,3 +116,12 @@ def test_no_parameter_hides_a_builtin_that_the_function_calls() -> None:
 
     for seed in range(200):
         assert draw_module(Hiding(f"module/{seed}")).functions
+
+
+def test_no_module_is_named_like_one_of_python() -> None:
+    class Named(Draw):
+        def identifier(self, style: Style = "snake", *, parts: int | None = None) -> str:
+            return "time"
+
+    module = draw_module(Named("module"))
+    assert module.name == "time_functions" and module.path.endswith("time_functions.py")

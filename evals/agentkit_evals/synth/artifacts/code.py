@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,8 @@ def draw_module(draw: Draw) -> Module:
         if all(one.line not in other.source and other.line not in one.source for other in functions.values()):
             functions.setdefault(one.name, one)
     name = draw.identifier("snake", parts=draw.choice((1, 1, 2)))
+    if name in sys.stdlib_module_names:  # `import time` never finds a file
+        name = f"{name}_functions"
     folder = draw.choice(("", "", "", "src/", "lib/", "app/"))
     text = "\n\n".join(function.source for function in functions.values())
     return Module(f"{folder}{name}.py", text, name, tuple(functions.values()))
