@@ -42,6 +42,7 @@ FORMED = 48
 COPIED = (24, 72)
 NAMES = (4, 24)
 NAME_IDS = (2, 12)
+PRINTABLE = 94
 ALPHABETS = (8, 10, 16, 32, 64, 512)
 FIRST_PRACTISED = 128
 FORMING = 0.45
@@ -318,14 +319,17 @@ def _copy_batch(copied: Tensor, config: TrainingConfig, generator: torch.Generat
 def _names_batch(copied: list[int], config: TrainingConfig, rng: random.Random) -> Batch:
     """Return rows of keys with their names, and then some of the keys with their names again, in any order.
 
-    Every row has an alphabet of its own, and an id that ends names.
+    Every row has an alphabet of its own, and an id that ends names. Half of the alphabets are neighbours among the
+    first ids, the printable ASCII characters: digits, or letters.
     """
     count = rng.randint(*NAMES)
     length = count * (NAME_IDS[1] + 2) * 2
     rows, masks = [], []
     for _ in range(max(1, config.batch_tokens // length)):
-        drawn = rng.sample(copied, min(1 + count + rng.choice(ALPHABETS), len(copied)))
-        end, keys, alphabet = drawn[0], drawn[1 : 1 + count], drawn[1 + count :]
+        end, *keys = drawn = rng.sample(copied, 1 + count)
+        size, first = rng.choice(ALPHABETS), rng.randrange(PRINTABLE)
+        near = copied[first : first + size] if rng.random() < 0.5 else rng.sample(copied, min(size, len(copied)))
+        alphabet = [token for token in near if token not in drawn] or copied
         names = [[key, *rng.choices(alphabet, k=rng.randint(*NAME_IDS)), end] for key in keys]
         row = [token for name in names for token in name]
         mask = [0.0] * len(row)
