@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from agentkit_engine.chat import CONTROL_TOKENS, Tokenizer
 from agentkit_engine.engine import Engine
 from agentkit_engine.model import Decoder, initialize_
 from agentkit_engine.spec import ModelSpec
+from agentkit_engine.training.copied import alphabets, copied, ordinary_ids
 from agentkit_engine.training.data import Rows, batches
 from agentkit_engine.training.optimizer import orthogonalize
 from agentkit_engine.training.tiny import tiny_spec
@@ -426,3 +428,33 @@ def test_the_tiny_spec_has_every_v4_mechanism_and_round_trips() -> None:
     assert spec.index_topk <= 16
     assert spec.mtp_layers
     assert type(spec).from_config(json.loads(json.dumps(spec.to_config()))) == spec
+
+
+def test_copied_names_are_right_or_wrong_as_a_whole(tokenizer: Tokenizer) -> None:
+    def copying(ids_BT: torch.Tensor) -> torch.Tensor:
+        """Predict what followed the longest earlier match of the ids before; without one, id 0."""
+        [row] = ids_BT.tolist()
+        logits_BTV = torch.zeros(1, len(row), tokenizer.vocab_size)
+        for now in range(len(row)):
+            matches = [(sum(1 for _ in _common(row[: at + 1], row[: now + 1])), at) for at in range(now)]
+            length, at = max(matches, default=(0, 0))
+            logits_BTV[0, now, row[at + 1] if length else 0] = 1.0
+        return logits_BTV
+
+    def half(ids_BT: torch.Tensor) -> torch.Tensor:
+        logits_BTV = copying(ids_BT)
+        logits_BTV[:, -2] = 0.0  # the end of the last name
+        return logits_BTV
+
+    ordinary = ordinary_ids(tokenizer)
+    assert set(alphabets(tokenizer)) == {"digits", "hexadecimal", "letters", "16 ids", "any ids"}
+    for alphabet in alphabets(tokenizer).values():
+        assert copied(copying, alphabet, ordinary, rows=3, seed=1) == 1.0
+        assert copied(half, alphabet, ordinary, rows=3, seed=1) == 0.75
+
+
+def _common(one: list[int], other: list[int]) -> Iterator[int]:
+    """Yield the ids with which both lists end, from the last one on."""
+    return (
+        a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one[::-1], other[::-1], strict=False))
+    )
