@@ -58,7 +58,15 @@ class BuildConfig(Strict):
 
     folder: str  # absolute path
     sha256: str = Field(pattern="^[0-9a-f]{64}$")  # `folder_hash` of the folder when the task was read
+    dockerfile: RelativePath = "Dockerfile"  # in the folder
+    target: str | None = Field(default=None, min_length=1)  # the stage to build; None: the last one
+    args: Variables = Field(default_factory=dict)  # build arguments
     timeout_s: float = Field(default=600.0, gt=0, le=MAX_TIMEOUT_S)
+
+    @property
+    def image(self) -> str:
+        """The name of the image."""
+        return image_tag(self.sha256, dockerfile=self.dockerfile, target=self.target, args=self.args)
 
 
 class EnvironmentConfig(Strict):
@@ -88,7 +96,7 @@ class EnvironmentConfig(Strict):
     def spec(self) -> EnvironmentSpec:
         """Return this configuration as an `EnvironmentSpec`."""
         return EnvironmentSpec(
-            image=self.image if self.build is None else image_tag(self.build.sha256),
+            image=self.image if self.build is None else self.build.image,
             workdir=self.workdir,
             workdir_from_image=self.workdir_from_image,
             as_image=self.as_image,

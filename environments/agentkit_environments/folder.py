@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from agentkit_environments.archive import MAX_ARCHIVE_BYTES
@@ -38,8 +39,13 @@ def folder_hash(folder: str | Path) -> str:
     return total.hexdigest()
 
 
-def image_tag(sha256: str) -> str:
-    """Return the name of the image that is built from a folder with this hash."""
+def image_tag(
+    sha256: str, *, dockerfile: str = "Dockerfile", target: str | None = None, args: Mapping[str, str] | None = None
+) -> str:
+    """Return the name of the image that is built from a folder with this hash, in this way."""
+    if (dockerfile, target, args or None) != ("Dockerfile", None, None):
+        way = json.dumps([sha256, dockerfile, target, args], sort_keys=True)
+        sha256 = hashlib.sha256(way.encode()).hexdigest()
     return f"agentkit-build:{sha256}"
 
 

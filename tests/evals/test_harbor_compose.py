@@ -97,7 +97,7 @@ services:
     volumes: [./greeting:/etc/greeting, "keys:/run/keys:ro", "work:/work"]
     depends_on: {issuer: {condition: service_healthy}}
   issuer:
-    image: agentkit-base:latest
+    build: {dockerfile: issuer/Dockerfile, target: keys, args: {KEY: 7}}
     restart: on-failure
     user: "0"
     working_dir: /issued
@@ -106,7 +106,7 @@ services:
       - -c
       - |
         test -e tried || { touch tried; exit 1; }
-        echo 7 > key
+        cp /key key
         while :; do cp /work/* /issued 2>/dev/null; sleep 0.1; done
     volumes: ["keys:/issued", "work:/work:ro"]
     healthcheck: {test: test -s /issued/key, interval: 200ms, retries: 100}
@@ -114,6 +114,12 @@ volumes: {keys: , work: }
 """
 SHARING_FILES = {
     "environment/greeting": "hello",
+    "environment/issuer/Dockerfile": """FROM agentkit-base:latest AS keys
+ARG KEY
+RUN echo $KEY > /key
+FROM agentkit-base:latest
+RUN false
+""",
     "solution/solve.sh": """#!/bin/sh
 cat /run/keys/key > /work/answer
 while [ ! -s /run/keys/answer ]; do sleep 0.1; done
@@ -211,9 +217,12 @@ def service(text: str) -> str:
         (service("privileged: true"), r':4: unknown key "services\.db\.privileged"'),
         (service("network_mode: host"), r':4: unknown key "services\.db\.network_mode"'),
         ("services: {db: {}}\n", r"services\.db: give either image or build"),
-        ("services: {db: {build: ../..}}\n", r"services\.db: build: '\.\./\.\.' lies outside"),
+        ("services: {main: {build: ../..}}\n", r"services\.main: build: '\.\./\.\.' lies outside .*/task$"),
         ("services: {db: {build: seed}}\n", r"services\.db: build: .*seed/Dockerfile is missing"),
-        ("services: {db: {build: {context: web, args: {A: b}}}}\n", r':1: unknown key "services\.db\.build\.args"'),
+        ("services: {db: {build: {dockerfile: ../task.toml}}}\n", r"services\.db: build: .* lies outside"),
+        ("services: {db: {build: {args: [A]}}}\n", r":1: services\.db\.build\.args: 'A' has no value"),
+        ("services: {db: {build: {args: {A: '${B}'}}}}\n", r":1: services\.db\.build\.args: .* Harbor does not set"),
+        ("services: {db: {build: {secrets: [a]}}}\n", r':1: unknown key "services\.db\.build\.secrets"'),
         (service("volumes: ['/etc:/etc']"), r"services\.db: volumes: '/etc:/etc': expected \./PATH:/TARGET"),
         (
             service("volumes: ['data:/data']"),
@@ -256,7 +265,6 @@ def service(text: str) -> str:
         (service("depends_on: [db]"), r"services depend on each other: db > db"),
         (service("depends_on: {db: {condition: ready}}"), r":4: services\.db\.depends_on\.db\.condition"),
         ("services: {'a b': {image: x}}\n", r"services\.a b: name"),
-        ("services: {main: {build: web}}\n", r"services\.main: build: only the folder of this file"),
         ("services: {main: {working_dir: app}}\n", r"services\.main: working_dir: 'app' is not an absolute path"),
         (
             "services: {main: {volumes: ['./seed:/etc/hosts']}}\n",
@@ -355,6 +363,47 @@ volumes: {alone: }
     assert (db.restart, db.aliases) == ("always", ["base", "store"])
 
 
+def test_the_name_of_main_is_that_of_the_built_image(make: Make) -> None:
+    compose = "services: {main: {image: mine}, job: {image: mine}, db: {build: web, image: stock}, dup: {image: stock}}"
+    task = read_task_directory(make(compose))
+    config, main = config_of(task), task.environment.build
+    assert main is not None and main.folder.endswith("environment") and task.environment.image is None
+    builds = {service.name: service.build for service in config.services}
+    assert builds["job"] == main and builds["db"] == builds["dup"] != main
+
+    pulled = read_task_directory(make(compose, **{"task.toml": 'environment.docker_image = "theirs"\n'})).environment
+    assert (pulled.image, pulled.build) == ("theirs", None)
+
+
+def test_how_images_are_built(make: Make) -> None:
+    compose = """
+services:
+  main: {build: {context: .., dockerfile: environment/web/Dockerfile, args: {LEVEL: 3}}}
+  db: {build: {dockerfile: web/Dockerfile, target: base, args: [NAME=a, "PLACE=${CONTEXT_DIR}"]}}
+"""
+    toml = 'environment.build_timeout_sec = 30\nverifier.environment_mode = "separate"\n'
+    task = read_task_directory(make(compose, **{"task.toml": toml}))
+    main, (db,), (step,) = task.environment.build, config_of(task).services, config_of(task).steps
+    assert step.separate is not None and step.separate.build == main, "a fresh sandbox like the agent's"
+    assert main is not None and db.build is not None
+    assert (main.folder, main.dockerfile, main.target, main.args, main.timeout_s) == (
+        config_of(task).folder,
+        "environment/web/Dockerfile",
+        None,
+        {"LEVEL": "3"},
+        30,
+    )
+    assert db.build.folder == f"{main.folder}/environment"
+    assert (db.build.dockerfile, db.build.target, db.build.args) == (
+        "web/Dockerfile",
+        "base",
+        {"NAME": "a", "PLACE": "."},
+    )
+    ways: list[dict[str, Any]] = [{}, {"dockerfile": "a"}, {"target": "a"}, {"args": {"a": ""}}, {"args": {"b": ""}}]
+    images = {db.build.model_copy(update=way).image for way in ways} | {image_tag(db.build.sha256)}
+    assert len(images) == len(ways) + 1, "each way to build a folder has an image of its own"
+
+
 TEXTS = ["web", "seed", "./seed:/data", "../..", "/", "", "\0", '"', "$", "${A}", "$$", "10s", "A=b", "CMD"]
 scalars = st.sampled_from([*TEXTS, None, True, -1, 0, 1 << 40, 1.5]) | st.text(max_size=4)
 fields = st.sampled_from(
@@ -410,8 +459,10 @@ class TestInDocker:
         checked = anyio.run(selfcheck, read_task_directory(make()))
         assert checked.problems == []
 
-    def test_volumes_files_and_a_command_of_the_agents_sandbox(self, make: Make) -> None:
-        checked = anyio.run(selfcheck, read_task_directory(make(SHARING, **SHARING_FILES)))
+    def test_volumes_files_builds_and_a_command_of_the_agents_sandbox(self, make: Make, images: set[str]) -> None:
+        task = read_task_directory(make(SHARING, **SHARING_FILES))
+        images.update(service.build.image for service in config_of(task).services if service.build is not None)
+        checked = anyio.run(selfcheck, task)
         assert checked.problems == []
 
     @pytest.mark.parametrize("network", ["environment.network_mode", "agent.network_mode"])

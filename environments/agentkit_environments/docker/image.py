@@ -1,7 +1,7 @@
 """Images: building one from a folder with a Dockerfile, and running one as it was built.
 
-A build is cached by the content of its folder: the image's tag is that hash. The engine's own builder runs the
-Dockerfile, so features of BuildKit (here-documents, `RUN --mount`) are not available.
+A build is cached by the content of its folder and its settings: the image's tag is their hash. The engine's own builder
+runs the Dockerfile, so features of BuildKit (here-documents, `RUN --mount`) are not available.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tarfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,26 +36,51 @@ _STEP = re.compile(r"^(?:Step|(?:\[\d+/\d+\] )?STEP) (\d+)/(\d+) ?: (.*)")
 _building: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
-def build_image(folder: str | Path, sha256: str, *, timeout_s: float) -> str:
+def build_image(
+    folder: str | Path,
+    sha256: str,
+    *,
+    timeout_s: float,
+    dockerfile: str = "Dockerfile",
+    target: str | None = None,
+    args: Mapping[str, str] | None = None,
+) -> str:
     """Build the image of a folder, unless the engine has it, and return its name.
 
     Args:
         folder: A folder with a Dockerfile, which is the whole build context (less what `.dockerignore` lists).
         sha256: Its `folder_hash` when the task was read.
         timeout_s: Seconds for the build.
+        dockerfile: Path of the Dockerfile in the folder.
+        target: The stage to build; None for the last one.
+        args: Build arguments.
 
     Raises:
         ImageBuildError: the Dockerfile cannot be built; the message has the step, and the base image if it is missing.
         SandboxUnavailableError: no engine answers.
     """
-    tag = image_tag(sha256)
-    with _building[sha256]:
+    tag = image_tag(sha256, dockerfile=dockerfile, target=target, args=args)
+    with _building[tag]:
         client = connect()
         try:
             try:
                 client.images.get(tag)
             except ImageNotFound:
-                _build(client, Path(folder), sha256, timeout_s)
+                if (found := folder_hash(folder)) != sha256:
+                    raise ImageBuildError(
+                        f"{folder} has changed since the task was read ({found[:12]} for {sha256[:12]}); run again"
+                    ) from None
+                lines = client.api.build(
+                    path=str(folder),
+                    tag=tag,
+                    dockerfile=dockerfile,
+                    target=target,
+                    buildargs=dict(args or {}),
+                    rm=True,
+                    forcerm=True,
+                    decode=True,
+                )
+                _follow(lines, Path(folder, dockerfile), timeout_s)
         except (DockerException, requests.RequestException) as error:
             raise SandboxUnavailableError(f"the Docker engine cannot build {folder}: {error}") from error
         finally:
@@ -62,15 +88,10 @@ def build_image(folder: str | Path, sha256: str, *, timeout_s: float) -> str:
     return tag
 
 
-def _build(client: docker.DockerClient, folder: Path, sha256: str, timeout_s: float) -> None:
-    dockerfile = folder / "Dockerfile"
-    if (found := folder_hash(folder)) != sha256:
-        raise ImageBuildError(
-            f"{folder} has changed since the task was read ({found[:12]} for {sha256[:12]}); run again"
-        )
+def _follow(lines: Any, dockerfile: Path, timeout_s: float) -> None:
+    """Read the engine's lines about a build to their end. Raises ImageBuildError."""
     deadline = time.monotonic() + timeout_s
     step, log = "before the first step", ""
-    lines: Any = client.api.build(path=str(folder), tag=image_tag(sha256), rm=True, forcerm=True, decode=True)
     try:
         for line in lines:
             text = line.get("stream") or line.get("status") or ""

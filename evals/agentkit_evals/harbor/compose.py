@@ -139,10 +139,19 @@ Ignored = Any
 
 
 class Build(Strict):
-    """A folder with a Dockerfile."""
+    """An image that is built from a folder of the task."""
 
     context: Text = "."
-    dockerfile: Annotated[Text, Field(pattern=r"^(\./)?Dockerfile$")] = "Dockerfile"
+    dockerfile: Text = "Dockerfile"
+    target: Text | None = None
+    args: Annotated[dict[str, Value], BeforeValidator(_pairs)] = Field(default_factory=dict)
+
+    @field_validator("args")
+    @classmethod
+    def _filled_in(cls, given: dict[str, Value]) -> dict[str, Value]:
+        if missing := [name for name, value in given.items() if value is None]:
+            raise ValueError(f"{missing[0]!r:.80} has no value, and gets none from this machine; write NAME: value")
+        return {name: _literal(str(value)) for name, value in given.items()}
 
 
 class Healthcheck(Strict):
@@ -265,7 +274,8 @@ class Compose:
     Attributes:
         services: the services except `main`, each after those that it depends on.
         wait_for: what `main` waits for.
-        main: the settings of `main`; its `image` is None if it is built from the Dockerfile.
+        main: the settings of `main`; its `image` is None if it is built, and else an image to pull.
+        build: how `main` is built; None if task.toml has an image, or there is nothing to build.
         files: path in `main` -> path below the task's folder, of files that are copied there before it starts.
         volumes: path in `main` -> volume, of those that it shares with a service.
         healthcheck: the health check of `main`.
@@ -279,9 +289,16 @@ class Compose:
             TaskFileError: the message has the file, and the service or the line.
         """
         self._path, self._folder, self._toml = path, path.parent, environment or Environment()
+        self._root = path.parent.parent  # the task's folder
         file = load_yaml(path, ComposeFile)
         found, self._names = file.services, file.volumes.keys()
         main = found.get(MAIN, Service())
+        if main.build is None and (self._folder / "Dockerfile").is_file():
+            main = main.model_copy(update={"build": Build()})
+        self._builds = {MAIN_IMAGE: main.build or Build()}  # by the name of the image
+        for service in (*found.values(), main):
+            if service.image and service.build:
+                self._builds[service.image] = service.build
         self._check_networks(file)
         for name, service in found.items():
             for other in service.depends_on:
@@ -289,6 +306,8 @@ class Compose:
                     raise self._error(name, f"depends_on: {other!r} is not one of the other services")
         try:
             self.main, self.files, volumes = self._main(main)
+            is_built = self._toml.docker_image is None
+            self.build = self._build(MAIN, main.build) if main.build is not None and is_built else None
             order = TopologicalSorter({name: [*found[name].depends_on] for name in found}).static_order()
             self.services = [self._service(name, found[name]) for name in order if name != MAIN]
             of_services = {volume.name for service in self.services for volume in service.volumes.values()}
@@ -322,9 +341,10 @@ class Compose:
             )
 
     def _main(self, main: Service) -> tuple[Service, dict[str, str], dict[str, VolumeConfig]]:
-        """Return `main`, whose image is None if it is built, the files that are copied into it, and its volumes."""
-        if main.build is not None and os.path.realpath(self._folder / main.build.context) != str(self._folder):
-            raise self._error(MAIN, f"build: only the folder of this file is supported, got {main.build.context!r}")
+        """Return `main`, whose image is None if it is built, the files that are copied into it, and its volumes.
+
+        As with Harbor, a name beside a build, or beside the Dockerfile, is that of the image that is built.
+        """
         if main.working_dir is not None and not main.working_dir.startswith("/"):
             raise self._error(MAIN, f"working_dir: {main.working_dir!r:.80} is not an absolute path")
         if any(use and use.aliases for use in main.networks.values()):
@@ -336,8 +356,7 @@ class Compose:
         for path in volumes:
             if any(f"{each}/".startswith(f"{path}/") or f"{path}/".startswith(f"{each}/") for each in SCORING):
                 raise self._error(MAIN, f"volumes: {path!r:.80}: a service could change how the agent is scored")
-        is_built = main.build is not None or main.image == MAIN_IMAGE
-        return main.model_copy(update={"image": None} if is_built else {}), files, volumes
+        return main.model_copy(update={"image": None if main.image in self._builds else main.image}), files, volumes
 
     def _limits(self, name: str, service: Service) -> tuple[float | None, int | None]:
         """Return the CPUs and MiB of memory that a service may use; None if neither it nor task.toml gives any."""
@@ -355,7 +374,7 @@ class Compose:
             raise self._error(name, "give either image or build")
         cpus, memory_mib = self._limits(name, service)
         files, volumes = self._mounts(name, service.volumes)
-        build = Build() if service.image == MAIN_IMAGE else service.build
+        build = service.build or self._builds.get(service.image or "")
         other_names = [service.container_name] if service.container_name else []
         try:
             return ServiceConfig(
@@ -380,10 +399,16 @@ class Compose:
             raise self._error(name, describe(exc)) from exc
 
     def _build(self, name: str, build: Build) -> BuildConfig:
-        folder = self._inside(name, "build", build.context)
-        if not (folder / "Dockerfile").is_file():
-            raise self._error(name, f"build: {folder / 'Dockerfile'} is missing")
-        return BuildConfig(folder=str(folder), sha256=folder_hash(folder))
+        folder = self._inside(name, "build", build.context, within=self._root)
+        dockerfile = self._inside(name, "build", os.path.join(build.context, build.dockerfile), within=folder)
+        return BuildConfig(
+            folder=str(folder),
+            sha256=folder_hash(folder),
+            dockerfile=dockerfile.relative_to(folder).as_posix(),
+            target=build.target,
+            args={name: str(value) for name, value in build.args.items()},
+            timeout_s=self._toml.build_timeout_sec,
+        )
 
     def _mounts(self, name: str, volumes: list[str]) -> tuple[dict[str, str], dict[str, VolumeConfig]]:
         """Return the files of the task, by path in the container, and the volumes.
@@ -398,7 +423,8 @@ class Compose:
                 raise self._error(name, f"volumes: {volume!r}: {target!r} is not the absolute path of a file or folder")
             is_known_mode = rest[1:] in ([], ["ro"], ["rw"])
             if is_known_mode and source.startswith("."):
-                files[target] = self._inside(name, "volumes", source).relative_to(self._folder.parent).as_posix()
+                path = self._inside(name, "volumes", source, within=self._folder)
+                files[target] = path.relative_to(self._root).as_posix()
             elif is_known_mode and source in ("", *self._names):
                 found[target] = VolumeConfig(name=source or f"{name}:{target}", read_only=rest[1:] == ["ro"])
             else:
@@ -409,10 +435,10 @@ class Compose:
                 )
         return files, found
 
-    def _inside(self, name: str, key: str, place: str) -> Path:
+    def _inside(self, name: str, key: str, place: str, *, within: Path) -> Path:
         path = Path(os.path.realpath(self._folder / place))  # Path.resolve raises RuntimeError for a loop of links
-        if not path.is_relative_to(self._folder):
-            raise self._error(name, f"{key}: {place!r} lies outside {self._folder}")
+        if not path.is_relative_to(within):
+            raise self._error(name, f"{key}: {place!r} lies outside {within}")
         if not path.exists():
             raise self._error(name, f"{key}: {path} is missing")
         return path

@@ -67,14 +67,16 @@ def read_harbor(folder: Path) -> Task:
     compose = Compose(file, toml.environment) if (file := folder / "environment" / COMPOSE).exists() else None
     if compose is not None:
         toml = _merged(toml, compose)
+    build = compose.build if compose else None
     try:
         environment = _environment(
             toml.environment,
             folder / "environment",
             user=toml.agent.user,
             network=toml.environment.network(toml.agent, toml.verifier),
+            build=build,
         )
-        steps = [_step(toml, step, folder) for step in toml.steps] or [_step(toml, None, folder)]
+        steps = [_step(toml, step, folder, build) for step in toml.steps] or [_step(toml, None, folder, build)]
         return Task(
             id=task_id(folder),
             instruction=steps[0].instruction,
@@ -253,10 +255,14 @@ _STEP_NETWORK = "a network for one step is not supported; give it for the whole 
 _COMPOSE = "only the agent's sandbox is supported, not a service"
 
 
-def _environment(toml: Environment, context: Path, *, user: str | None, network: NetworkConfig) -> EnvironmentConfig:
-    """Return the sandbox of `environment` or `verifier.environment`, whose Dockerfile is in the folder `context`."""
-    build = None
-    if toml.docker_image is None:
+def _environment(
+    toml: Environment, context: Path, *, user: str | None, network: NetworkConfig, build: BuildConfig | None = None
+) -> EnvironmentConfig:
+    """Return the sandbox of `environment` or `verifier.environment`.
+
+    Its image is `docker_image`, or is built: as `build` says, or else from the Dockerfile in the folder `context`.
+    """
+    if toml.docker_image is None and build is None:
         if not (context / "Dockerfile").is_file():
             raise TaskFileError(f"{context / 'Dockerfile'} is missing; add it, or give environment.docker_image")
         build = BuildConfig(folder=str(context), sha256=folder_hash(context), timeout_s=toml.build_timeout_sec)
@@ -281,8 +287,8 @@ def _environment(toml: Environment, context: Path, *, user: str | None, network:
     )
 
 
-def _step(toml: TaskToml, step: Step | None, folder: Path) -> HarborStep:
-    """Return one step of a task with several, or the whole task for None."""
+def _step(toml: TaskToml, step: Step | None, folder: Path, build: BuildConfig | None) -> HarborStep:
+    """Return one step of a task with several, or the whole task for None; `build` is that of the agent's sandbox."""
     place = "." if step is None else f"steps/{step.name}"
     own = folder / place
     tests = [each for each in dict.fromkeys(("tests", f"{place}/tests")) if (folder / each).is_dir()]
@@ -293,7 +299,7 @@ def _step(toml: TaskToml, step: Step | None, folder: Path) -> HarborStep:
     settings = verifier.environment or toml.verifier.environment
     separate, upload_tests = None, True
     if mode == "separate":
-        separate, upload_tests = _separate(settings, verifier, toml, folder, tests)
+        separate, upload_tests = _separate(settings, verifier, toml, folder, tests, build)
     if upload_tests and not any((folder / each / "test.sh").is_file() for each in tests):
         raise TaskFileError(f"{own / 'tests/test.sh'} is missing; it scores the agent's work")
     solutions = (f"{place}/solution", "solution")
@@ -327,7 +333,12 @@ def _distinct(declared: Sequence[DeclaredArtifact]) -> list[Artifact]:
 
 
 def _separate(
-    settings: Environment | None, verifier: Verifier, toml: TaskToml, folder: Path, tests: Sequence[str]
+    settings: Environment | None,
+    verifier: Verifier,
+    toml: TaskToml,
+    folder: Path,
+    tests: Sequence[str],
+    build: BuildConfig | None,
 ) -> tuple[EnvironmentConfig, bool]:
     """Return the sandbox of a separate verifier, and whether the tests must be copied into it.
 
@@ -343,7 +354,7 @@ def _separate(
         if (folder / each / "Dockerfile").is_file():
             return _environment(chosen, folder / each, user=None, network=network), False
     image = chosen.model_copy(update={"docker_image": toml.environment.docker_image})
-    return _environment(image, folder / "environment", user=None, network=network), True
+    return _environment(image, folder / "environment", user=None, network=network, build=build), True
 
 
 def _solution(steps: Sequence[HarborStep]) -> SolutionConfig | None:

@@ -10,7 +10,7 @@ from functools import partial
 
 import anyio.to_thread
 
-from agentkit.environment_config import EnvironmentConfig
+from agentkit.environment_config import BuildConfig, EnvironmentConfig
 from agentkit.errors import TaskSetupError
 from agentkit_environments import EnvironmentSpec
 
@@ -55,8 +55,17 @@ async def settled(config: EnvironmentConfig) -> EnvironmentSpec:
         SandboxUnavailableError: no Docker engine answers.
     """
     if config.as_image and config.build is not None:
-        from agentkit_environments.docker import build_image  # the docker library takes long to import
-
-        build = config.build
-        await anyio.to_thread.run_sync(partial(build_image, build.folder, build.sha256, timeout_s=build.timeout_s))
+        await built(config.build)
     return specification(config)
+
+
+async def built(build: BuildConfig) -> str:
+    """Build an image, unless the engine has it, and return its name.
+
+    Raises:
+        ImageBuildError: the image cannot be built.
+        SandboxUnavailableError: no Docker engine answers.
+    """
+    from agentkit_environments.docker import build_image  # the docker library takes long to import
+
+    return await anyio.to_thread.run_sync(partial(build_image, **build.model_dump()))

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import anyio.to_thread
 
 from agentkit.harbor import HarborConfig, ServiceConfig, ServiceHealthcheck, VolumeConfig
 from agentkit_environments import Environment
 from agentkit_environments.environment import VolumeMount
-from agentkit_environments.folder import image_tag
 from agentkit_evals.harbor.artifacts import packed_at
-from agentkit_evals.harbor.sandbox import filled_in
+from agentkit_evals.harbor.sandbox import built, filled_in
 
 if TYPE_CHECKING:
     from agentkit_environments.docker.services import ServiceSpec
@@ -75,15 +71,12 @@ async def services_beside(
 async def _spec(
     config: HarborConfig, service: ServiceConfig, environment: Environment, volumes: Mapping[str, str]
 ) -> ServiceSpec:
-    from agentkit_environments.docker import ServiceSpec, build_image
+    from agentkit_environments.docker import ServiceSpec
 
-    if service.build is not None:
-        build = partial(build_image, service.build.folder, service.build.sha256, timeout_s=service.build.timeout_s)
-        await anyio.to_thread.run_sync(build)
     limits = environment.spec.limits
     return ServiceSpec(
         name=service.name,
-        image=image_tag(service.build.sha256) if service.build else str(service.image),
+        image=str(service.image) if service.build is None else await built(service.build),
         limits=replace(limits, cpus=service.cpus or limits.cpus, memory_mib=service.memory_mib or limits.memory_mib),
         command=service.command,
         entrypoint=service.entrypoint,
