@@ -29,6 +29,8 @@ def _user(user: Any) -> Any:
 
 SandboxPath = Annotated[str, AfterValidator(_source)]
 """A path in a sandbox; a relative one begins at its work directory."""
+TaskPath = Literal["."] | RelativePath
+"""A file or folder of the task, or its whole folder."""
 Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
 HOST_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$"
 Restart = Literal["no", "always", "unless-stopped", "on-failure"]
@@ -146,7 +148,7 @@ class ServiceConfig(Strict):
     cpus: float | None = Field(default=None, gt=0, le=1 << 14)  # None: as many as the agent's sandbox
     memory_mib: int | None = Field(default=None, ge=16, le=1 << 24)
     depends_on: dict[str, Condition] = Field(default_factory=dict)
-    files: dict[str, RelativePath] = Field(default_factory=dict)  # path in the container -> below the task's folder
+    files: dict[str, TaskPath] = Field(default_factory=dict)  # path in the container -> below the task's folder
     volumes: dict[str, VolumeConfig] = Field(default_factory=dict)  # path in the container -> volume
 
 
@@ -189,7 +191,7 @@ class HarborConfig(Strict):
     healthcheck: Healthcheck | None = None  # before the first step
     entrypoint: list[Shell] | None = None  # None: the image's
     command: list[Shell] | None = None  # arguments of the entry point; None: a command that waits
-    files: dict[str, RelativePath] = Field(default_factory=dict)  # path in the sandbox -> below the task's folder
+    files: dict[str, TaskPath] = Field(default_factory=dict)  # path in the sandbox -> below the task's folder
     volumes: dict[str, VolumeConfig] = Field(default_factory=dict)  # path in the sandbox -> one that services share
     services: list[ServiceConfig] = Field(default_factory=list)  # each after those that it depends on
     wait_for: dict[str, Condition] = Field(default_factory=dict)  # services that the agent's sandbox depends on

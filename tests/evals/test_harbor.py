@@ -585,15 +585,20 @@ def test_a_terminal_bench_directory_is_a_task(terminal_bench: Make) -> None:
             "run_tests_in_same_shell is not supported",
         ),
         ({"Dockerfile": None}, "Dockerfile is missing"),
-        ({"docker-compose.yaml": COMPOSE + "  db: {image: postgres}\n"}, "only one service"),
-        ({"docker-compose.yaml": COMPOSE + "networks: {}\n"}, "no networks or volumes"),
-        ({"docker-compose.yaml": COMPOSE + "    privileged: true\n"}, "keys of the service .*: privileged"),
         (
-            {"docker-compose.yaml": "services: {client: {build: {context: client}}}\n"},
-            "build: only the Dockerfile beside",
+            {"docker-compose.yaml": "services: {a: {build: .}, b: {build: .}}\n"},
+            r":1: services: none is the agent's san",
         ),
-        ({"docker-compose.yaml": "services: {client: x}\n"}, "no mapping"),
-        ({"docker-compose.yaml": "[]\n"}, "only one service"),
+        (
+            {"docker-compose.yaml": COMPOSE + "    privileged: true\n"},
+            r":9: services\.client\.privileged: the rights of",
+        ),
+        ({"docker-compose.yaml": "services: {client: {build: lab}}\n"}, r"services\.client: build: .*lab is missing"),
+        ({"docker-compose.yaml": "services: {client: {build: ..}}\n"}, r"services\.client: build: '\.\.' lies outside"),
+        ({"docker-compose.yaml": "services: {client: {}}\n", "Dockerfile": None}, "Dockerfile is missing"),
+        ({"docker-compose.yaml": "services: {client: x}\n"}, r":1: services\.client: "),
+        ({"docker-compose.yaml": "services: {}\n"}, r":1: services: "),
+        ({"docker-compose.yaml": "[]\n"}, ":1: expected keys and values"),
     ],
 )
 def test_terminal_bench_directories_that_are_refused(
@@ -601,6 +606,49 @@ def test_terminal_bench_directories_that_are_refused(
 ) -> None:
     with pytest.raises(TaskFileError, match=problem):
         read_task_directory(terminal_bench(**files))
+
+
+def test_the_sandbox_and_services_of_terminal_bench(terminal_bench: Make) -> None:
+    compose = """
+services:
+  desk:
+    build: {context: client}
+    container_name: ${T_BENCH_TASK_DOCKER_CLIENT_CONTAINER_NAME}
+    working_dir: /app
+    user: 1000
+    tty: true
+    command: tail -f /dev/null
+    environment: ["TEST_DIR=${T_BENCH_TEST_DIR}"]
+    volumes: [".:/app", "${T_BENCH_TASK_LOGS_PATH}:${T_BENCH_CONTAINER_LOGS_PATH}"]
+    mem_limit: 3g
+    networks: [lab]
+    depends_on: [store]
+  store:
+    image: stock
+    container_name: ${T_BENCH_TASK_DOCKER_NAME_PREFIX}__store
+    networks: [lab]
+networks: {lab: {driver: bridge, labels: [a=b]}}
+"""
+    task = read_task_directory(terminal_bench(**{"docker-compose.yaml": compose, "client/Dockerfile": DOCKERFILE}))
+    main, config = task.environment, config_of(task)
+    assert main.build is not None and main.build.folder == f"{config.folder}/client"
+    assert (main.workdir, main.user, main.env) == ("/app", "1000", {"TEST_DIR": "/tests"})
+    assert (main.limits.memory_mib, main.network.agent) == (3072, "public")
+    assert (config.command, config.files, config.wait_for) == (
+        ["tail", "-f", "/dev/null"],
+        {"/app": "."},
+        {"store": "service_started"},
+    )
+    (store,) = config.services
+    assert (store.image, store.aliases) == ("stock", ["agentkit__store"])
+    assert Task.model_validate_json(task.model_dump_json()) == task, "run.json holds the task"
+
+
+@pytest.mark.parametrize(("mode", "network"), [("none", "none"), ("bridge", "public")])
+def test_the_network_of_a_terminal_bench_task(terminal_bench: Make, mode: str, network: str) -> None:
+    compose = f"services: {{any: {{build: ., network_mode: {mode}}}}}\n"
+    task = read_task_directory(terminal_bench(**{"docker-compose.yaml": compose}))
+    assert {task.environment.network.agent, task.environment.network.verifier} == {network}
 
 
 # Trials in Docker.

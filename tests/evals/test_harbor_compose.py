@@ -89,6 +89,28 @@ networks: {{inner: {{driver: bridge}}}}
 """
 
 
+TERMINAL_BENCH = f"""\
+services:
+  client:
+    build: {{context: client, dockerfile: Dockerfile}}
+    image: ${{T_BENCH_TASK_DOCKER_CLIENT_IMAGE_NAME}}
+    container_name: ${{T_BENCH_TASK_DOCKER_CLIENT_CONTAINER_NAME}}
+    command: ["sh", "-c", "sleep infinity"]
+    working_dir: /app
+    environment: ["TEST_DIR=${{T_BENCH_TEST_DIR}}", "WEB=http://web:8000"]
+    volumes: ["${{T_BENCH_TASK_LOGS_PATH}}:${{T_BENCH_CONTAINER_LOGS_PATH}}"]
+    depends_on: {{web: {{condition: service_healthy}}}}
+  web:
+    build: ./web
+    image: ${{T_BENCH_TASK_DOCKER_NAME_PREFIX}}__web
+    command: python3 /srv/server.py
+    environment: {{SUFFIX: "!"}}
+    volumes: ["./seed:/data:ro", "/var/state"]
+    healthcheck:
+      test: {GET} http://localhost:8000/
+      interval: 200ms
+      retries: 100
+"""
 SHARING = """\
 services:
   main:
@@ -214,8 +236,11 @@ def service(text: str) -> str:
             r':4: unknown key "services\.db\.networks\.default\.ipv4_address"',
         ),
         ("services: {main: {networks: {default: {aliases: [a]}}}}\n", r"services\.main: networks: aliases"),
-        (service("privileged: true"), r':4: unknown key "services\.db\.privileged"'),
-        (service("network_mode: host"), r':4: unknown key "services\.db\.network_mode"'),
+        (service("privileged: true"), r":4: services\.db\.privileged: the rights of sandboxes and services cannot"),
+        (service("cap_add: [SYS_ADMIN]"), r":4: services\.db\.cap_add: the rights of"),
+        (service("security_opt: [seccomp=unconfined]"), r":4: services\.db\.security_opt"),
+        (service("network_mode: host"), r":4: services\.db\.network_mode: input should be 'bridge' or 'none'"),
+        (service("network_mode: bridge"), r"services\.db: network_mode: services share a private network"),
         ("services: {db: {}}\n", r"services\.db: give either image or build"),
         ("services: {main: {build: ../..}}\n", r"services\.main: build: '\.\./\.\.' lies outside .*/task$"),
         ("services: {db: {build: seed}}\n", r"services\.db: build: .*seed/Dockerfile is missing"),
@@ -249,7 +274,7 @@ def service(text: str) -> str:
         (service("volumes: ['./seed:/']"), r"services\.db: volumes: .* '/' is not the absolute path"),
         (service("volumes: ['./none:/data']"), r"services\.db: volumes: .*none is missing"),
         (service("command: echo ${HOME}"), r":4: services\.db\.command.*a variable that Harbor does not set is supp"),
-        (service("command: echo $"), r":4: services\.db\.command.*a variable that Harbor does not set is supported"),
+        (service("command: echo $(id)"), r":4: services\.db\.command.*a dollar sign begins a variable; write \$\$"),
         (service("environment: [=A]"), r":4: services\.db\.environment.*expected NAME=VALUE"),
         (service("environment: {A: 'a${B}'}"), r":4: services\.db\.environment.*only as a whole value of `env"),
         (service("cpus: many"), r"services\.db: limits: 'many' is not a number of CPUs"),
@@ -284,6 +309,9 @@ services:
       context: ${CONTEXT_DIR}
     image: ${MAIN_IMAGE_NAME}
     command: [ "sh", "-c", "sleep infinity" ]
+    network_mode: ${NETWORK_MODE:-bridge}
+    security_opt: [label=disable]
+    privileged: false
     environment:
       - TEST_DIR=${TEST_DIR}
       - API_KEY
@@ -302,8 +330,11 @@ services:
 
 
 def test_the_file_that_adapters_write_is_the_sandbox_as_it_is_without_it(make: Make) -> None:
-    limits = "[environment]\ncpus = 2\nmemory_mb = 3000\n"
+    limits = "[environment]\ncpus = 2\nmemory_mb = 3000\nallow_internet = false\n"
     task = read_task_directory(make(ADAPTERS, **{"task.toml": limits}))
+    assert task.environment.network.agent == "none"
+    cut_off = make(ADAPTERS.replace("${NETWORK_MODE:-bridge}", "none"), **{"task.toml": ""})
+    assert read_task_directory(cut_off).environment.network.agent == "none"
     config, plain = config_of(task), task.environment
     assert plain.build is not None and plain.image is None
     assert (plain.limits.cpus, plain.limits.memory_mib) == (2, 3000)
@@ -464,6 +495,28 @@ class TestInDocker:
         images.update(service.build.image for service in config_of(task).services if service.build is not None)
         checked = anyio.run(selfcheck, task)
         assert checked.problems == []
+
+    def test_a_terminal_bench_task_with_a_service(self, tmp_path: Path, images: set[str]) -> None:
+        folder = tmp_path / "fetch"
+        content = {
+            "task.yaml": "instruction: Fetch the seed.\ndifficulty: easy\n",
+            "docker-compose.yaml": TERMINAL_BENCH,
+            "client/Dockerfile": "FROM agentkit-base:latest\nWORKDIR /srv\n",
+            "web/Dockerfile": "FROM agentkit-base:latest\nCOPY server.py /srv/\n",
+            "web/server.py": SERVER,
+            "seed/seed.txt": "42",
+            "tests/expected": "42!",
+            "run-tests.sh": '#!/bin/sh\ncmp answer.txt "$TEST_DIR/expected" && echo PASSED a.py::a\n',
+            "solution.sh": f'#!/bin/sh\n{GET} "$WEB/seed" | tr -d "\\n" > answer.txt\n',
+        }
+        for path, text in content.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        task = read_task_directory(folder)
+        builds = [task.environment.build, *(service.build for service in config_of(task).services)]
+        images.update(build.image for build in builds if build is not None)
+        checked = anyio.run(selfcheck, task)
+        assert (checked.problems, checked.oracle.tests) == ([], 1)
 
     @pytest.mark.parametrize("network", ["environment.network_mode", "agent.network_mode"])
     def test_the_agent_reaches_the_services_and_nothing_else(

@@ -1,11 +1,11 @@
-"""Services of a task: `environment/docker-compose.yaml`, read strictly.
+"""Services of a task: `environment/docker-compose.yaml`, or that of a directory of Terminal-Bench 1, read strictly.
 
-The service `main` is the agent's sandbox; the file may leave it out. Keys of Compose that are not here are refused by
-name: build arguments and others. All services are in one network and reach each other by their names, so ports are not
+The service `main` is the agent's sandbox; a file for Harbor may leave it out. Keys of Compose that are not here are
+refused by name. All services are in one network and reach each other by their names, so ports are not
 published. Volumes live as long as the services. One that `main` shares with a service is a volume of its sandbox.
 
-Harbor sets variables for such a file (`${MAIN_IMAGE_NAME}`, `${CPUS}`, ...), and tasks that its adapters write use all
-of them. They are filled in here; other variables are read when the sandbox opens, and only in `environment`.
+Harbor and Terminal-Bench 1 set variables for such a file (`${MAIN_IMAGE_NAME}`, `${CPUS}`, ...), and tasks use all of
+them. They are filled in here; other variables are read when the sandbox opens, and only in `environment`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from agentkit_evals.harbor.config import Environment, mebibytes
 N = TypeVar("N", int, float)
 
 MAIN = "main"
-MAIN_IMAGE = "the image of environment/Dockerfile"
+MAIN_IMAGE = "the image of the Dockerfile"
 LOGS = {"VERIFIER_LOGS": "/logs/verifier", "AGENT_LOGS": "/logs/agent", "ARTIFACTS": "/logs/artifacts"}
 HARBOR = {
     "MAIN_IMAGE_NAME": MAIN_IMAGE,
@@ -42,10 +42,29 @@ HARBOR = {
     "TEST_DIR": "/tests",
     "COMPOSE_PROJECT_NAME": "agentkit",
     "HARBOR_CONTAINER_NAME": MAIN,
+    "NETWORK_MODE": "bridge",  # by the adapters of early versions; task.toml has the network
     **{f"ENV_{name}_PATH": path for name, path in LOGS.items()},
     **{f"HOST_{name}_PATH": f"/HOST_{name}_PATH" for name in LOGS},
 }
 """Variables that Harbor sets for the file, besides `CPUS` and `MEMORY` of task.toml."""
+TERMINAL_BENCH = {
+    "T_BENCH_TASK_DOCKER_CLIENT_IMAGE_NAME": MAIN_IMAGE,
+    "T_BENCH_TASK_DOCKER_CLIENT_CONTAINER_NAME": MAIN,
+    "T_BENCH_TASK_DOCKER_NAME_PREFIX": "agentkit",
+    "T_BENCH_TEST_DIR": "/tests",
+    "T_BENCH_TASK_LOGS_PATH": "/T_BENCH_TASK_LOGS_PATH",
+    "T_BENCH_CONTAINER_LOGS_PATH": "/logs",
+    "T_BENCH_TASK_AGENT_LOGS_PATH": "/T_BENCH_TASK_AGENT_LOGS_PATH",
+    "T_BENCH_CONTAINER_AGENT_LOGS_PATH": "/agent-logs",
+}
+"""Variables that Terminal-Bench 1 sets for the file."""
+SET = HARBOR | TERMINAL_BENCH
+LOG_MOUNTS = {
+    *(f"/HOST_{name}_PATH:{path}" for name, path in LOGS.items()),
+    "/T_BENCH_TASK_LOGS_PATH:/logs",
+    "/T_BENCH_TASK_AGENT_LOGS_PATH:/agent-logs",
+}
+"""Folders of `main` that are there without being mounted."""
 SCORING = ("/logs/verifier", "/solution", "/tests")
 """Folders of `main` that no service may write to."""
 OF_THE_ENGINE = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
@@ -55,12 +74,15 @@ _VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<plain>\w+)|\{(?P<name>\w+)(?::?
 
 
 def _literal(text: str) -> str:
-    """Return text with the variables of Harbor filled in. Raises ValueError if it has others."""
+    """Return text with the variables in `SET` filled in. Raises ValueError if it has others."""
 
     def value(match: re.Match[str]) -> str:
         if match["dollar"]:
             return "$"
-        found = HARBOR.get(match["plain"] or match["name"] or "")
+        name = match["plain"] or match["name"]
+        if name is None:
+            raise ValueError(f"{text!r:.80}: a dollar sign begins a variable; write $$ for the sign itself")
+        found = SET.get(name)
         if found is None:
             raise ValueError(
                 f"{text!r:.80}: a variable that Harbor does not set is supported only as a whole value of `environment`"
@@ -74,7 +96,7 @@ def _value(value: str | int | float | None, name: str) -> str:
     """Return the value of a variable: a text, or a template `${NAME}` or `${NAME:-default}` that is filled in later."""
     text = f"${{{name}}}" if value is None else str(value)
     match = _VARIABLE.fullmatch(text)
-    if match is None or match["dollar"] or (match["plain"] or match["name"] or "") in {"", *HARBOR}:
+    if match is None or match["dollar"] or (match["plain"] or match["name"] or "") in {"", *SET}:
         return _literal(text)
     default = "" if match["default"] is None else f":-{match['default']}"
     return f"${{{match['plain'] or match['name']}{default}}}"
@@ -126,6 +148,16 @@ def _mount(volume: Any) -> Any:
     return volume
 
 
+def _unchanged(given: Any) -> Any:
+    if given:
+        raise ValueError("the rights of sandboxes and services cannot be changed, as that could let them out")
+    return given
+
+
+def _mode(name: Any) -> Any:
+    return _literal(name) if isinstance(name, str) else name
+
+
 def _folder(build: Any) -> Any:
     return {"context": build} if isinstance(build, str) else build
 
@@ -136,6 +168,8 @@ Duration = Annotated[float, BeforeValidator(_seconds)]
 Value = str | int | float | None
 Ignored = Any
 """The value of a key without an effect on what a sandbox is or does."""
+Rights = Annotated[Any, BeforeValidator(_unchanged)]
+"""The value of a key that changes the rights of a container, which may only be false or empty."""
 
 
 class Build(Strict):
@@ -219,6 +253,14 @@ class Service(Strict):
     restart: Restart = "no"
     platform: Annotated[str, AfterValidator(_platform)] | None = None
     container_name: Text | None = None
+    network_mode: Annotated[Literal["bridge", "none"] | None, BeforeValidator(_mode)] = None
+    security_opt: list[Literal["label=disable", "label:disable", "no-new-privileges:true"]] = Field(
+        default_factory=list
+    )  # which are no change
+    privileged: Rights = None
+    cap_add: Rights = None
+    cap_drop: Rights = None
+    devices: Rights = None
     expose: Ignored = None
     ports: Ignored = None
     hostname: Ignored = None
@@ -248,6 +290,7 @@ class Network(Strict):
     """A named network."""
 
     driver: Literal["bridge"] = "bridge"
+    labels: Ignored = None
     name: Ignored = None
 
 
@@ -280,19 +323,28 @@ class Compose:
         volumes: path in `main` -> volume, of those that it shares with a service.
         healthcheck: the health check of `main`.
         cpus, memory_mib: the limits of `main`; None if neither this file nor task.toml has any.
+        has_network: False if `main` has no network, whatever task.toml says.
     """
 
-    def __init__(self, path: Path, environment: Environment | None = None) -> None:
-        """Read a file, beside the `environment` of task.toml.
+    def __init__(
+        self, path: Path, environment: Environment | None = None, *, root: Path | None = None, main_name: str = MAIN
+    ) -> None:
+        """Read a file.
+
+        Args:
+            path: The file.
+            environment: The `environment` of task.toml.
+            root: The task's folder; None for the one above that of the file.
+            main_name: The name in the file of the agent's sandbox, which is `main` in the attributes.
 
         Raises:
             TaskFileError: the message has the file, and the service or the line.
         """
         self._path, self._folder, self._toml = path, path.parent, environment or Environment()
-        self._root = path.parent.parent  # the task's folder
+        self._root, self._main_name = root or path.parent.parent, main_name
         file = load_yaml(path, ComposeFile)
         found, self._names = file.services, file.volumes.keys()
-        main = found.get(MAIN, Service())
+        main = found.get(main_name, Service())
         if main.build is None and (self._folder / "Dockerfile").is_file():
             main = main.model_copy(update={"build": Build()})
         self._builds = {MAIN_IMAGE: main.build or Build()}  # by the name of the image
@@ -302,25 +354,26 @@ class Compose:
         self._check_networks(file)
         for name, service in found.items():
             for other in service.depends_on:
-                if other not in found or other == MAIN:
+                if other not in found or other == main_name:
                     raise self._error(name, f"depends_on: {other!r} is not one of the other services")
         try:
             self.main, self.files, volumes = self._main(main)
             is_built = self._toml.docker_image is None
-            self.build = self._build(MAIN, main.build) if main.build is not None and is_built else None
+            self.build = self._build(main_name, main.build) if main.build is not None and is_built else None
             order = TopologicalSorter({name: [*found[name].depends_on] for name in found}).static_order()
-            self.services = [self._service(name, found[name]) for name in order if name != MAIN]
+            self.services = [self._service(name, found[name]) for name in order if name != main_name]
             of_services = {volume.name for service in self.services for volume in service.volumes.values()}
             self.volumes = {path: volume for path, volume in volumes.items() if volume.name in of_services}
             self.healthcheck = _before_start(main.healthcheck)
         except CycleError as exc:
             raise TaskFileError(f"{path}:1: services depend on each other: {' > '.join(exc.args[1])}") from exc
         except ValidationError as exc:
-            raise self._error(MAIN, describe(exc)) from exc
+            raise self._error(main_name, describe(exc)) from exc
         except OSError as exc:
             raise TaskFileError(f"{exc.filename or path}: cannot be read: {exc.strerror}") from exc
         self.wait_for = _conditions(main)
-        self.cpus, self.memory_mib = self._limits(MAIN, main)
+        self.cpus, self.memory_mib = self._limits(main_name, main)
+        self.has_network = main.network_mode != "none"
 
     @property
     def env(self) -> dict[str, str]:
@@ -329,11 +382,18 @@ class Compose:
 
     def _check_networks(self, file: ComposeFile) -> None:
         """Check that the services that name networks share one with each other and with those that name none."""
+        is_alone = file.services.keys() == {self._main_name}
+        for name, service in file.services.items():
+            if service.network_mode and not is_alone:
+                raise self._error(
+                    name, "network_mode: services share a private network; leave it out, or name networks"
+                )
         for name, service in file.services.items():
             if unknown := [each for each in service.networks if each not in (*file.networks, "default")]:
                 raise self._error(name, f"networks: {unknown[0]!r:.80} is not in `networks` of the file")
         every = [
-            set(service.networks) for service in (file.services | {MAIN: file.services.get(MAIN, Service())}).values()
+            set(service.networks)
+            for service in (file.services | {self._main_name: file.services.get(self._main_name, Service())}).values()
         ]
         if not set.intersection(*every):
             raise TaskFileError(
@@ -346,16 +406,20 @@ class Compose:
         As with Harbor, a name beside a build, or beside the Dockerfile, is that of the image that is built.
         """
         if main.working_dir is not None and not main.working_dir.startswith("/"):
-            raise self._error(MAIN, f"working_dir: {main.working_dir!r:.80} is not an absolute path")
+            raise self._error(self._main_name, f"working_dir: {main.working_dir!r:.80} is not an absolute path")
         if any(use and use.aliases for use in main.networks.values()):
-            raise self._error(MAIN, "networks: aliases are not supported; services reach the agent's sandbox as `main`")
-        logs = [f"/HOST_{name}_PATH:{path}" for name, path in LOGS.items()]  # always there
-        files, volumes = self._mounts(MAIN, [each for each in main.volumes if each.removesuffix(":rw") not in logs])
+            raise self._error(
+                self._main_name, "networks: aliases are not supported; services reach the agent's sandbox as `main`"
+            )
+        mounts = [each for each in main.volumes if each.removesuffix(":rw") not in LOG_MOUNTS]
+        files, volumes = self._mounts(self._main_name, mounts)
         if taken := OF_THE_ENGINE & files.keys():
-            raise self._error(MAIN, f"volumes: {min(taken)} is written by the engine; it cannot be replaced")
+            raise self._error(self._main_name, f"volumes: {min(taken)} is written by the engine; it cannot be replaced")
         for path in volumes:
             if any(f"{each}/".startswith(f"{path}/") or f"{path}/".startswith(f"{each}/") for each in SCORING):
-                raise self._error(MAIN, f"volumes: {path!r:.80}: a service could change how the agent is scored")
+                raise self._error(
+                    self._main_name, f"volumes: {path!r:.80}: a service could change how the agent is scored"
+                )
         return main.model_copy(update={"image": None if main.image in self._builds else main.image}), files, volumes
 
     def _limits(self, name: str, service: Service) -> tuple[float | None, int | None]:
@@ -431,7 +495,7 @@ class Compose:
                 raise self._error(
                     name,
                     f"volumes: {volume!r}: expected ./PATH:/TARGET, a file or folder beside this file, or NAME:/TARGET "
-                    "of a named volume",
+                    "of a named volume; other paths of this machine are not mounted",
                 )
         return files, found
 

@@ -73,7 +73,9 @@ def read_harbor(folder: Path) -> Task:
             toml.environment,
             folder / "environment",
             user=toml.agent.user,
-            network=toml.environment.network(toml.agent, toml.verifier),
+            network=NetworkConfig.everywhere("none")
+            if compose and not compose.has_network
+            else toml.environment.network(toml.agent, toml.verifier),
             build=build,
         )
         steps = [_step(toml, step, folder, build) for step in toml.steps] or [_step(toml, None, folder, build)]

@@ -2,14 +2,15 @@
 
     task.yaml  Dockerfile  docker-compose.yaml  run-tests.sh  tests/  solution.sh
 
-The tests print pytest's summary (`pytest -rA`); the reward is 1 if there are tests and all of them pass. Only the usual
-docker-compose.yaml, with one service that is built from the folder, is supported.
+The tests print pytest's summary (`pytest -rA`); the reward is 1 if there are tests and all of them pass. One service of
+docker-compose.yaml is the agent's sandbox: the one with the container name that Terminal-Bench sets, the only one, or
+`client`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -19,9 +20,10 @@ from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.strict import Strict, Timeout
 from agentkit.task import AgentConfig, SolutionConfig, Task, load_yaml, read_yaml
 from agentkit_environments.folder import folder_hash
+from agentkit_evals.harbor.compose import Compose
 from agentkit_evals.harbor.read import MAX_TURNS, MEMORY_MIB, OPEN_FILES, PROCESSES, STORAGE_MIB, task_id
 
-CLIENT_KEYS = {"build", "image", "container_name", "command", "environment", "volumes"}
+CLIENT = "T_BENCH_TASK_DOCKER_CLIENT_CONTAINER_NAME"
 
 
 class TaskYaml(Strict):
@@ -63,12 +65,14 @@ def read_terminal_bench(folder: Path) -> Task:
         raise TaskFileError(
             f"{path}:1: run_tests_in_same_shell is not supported: the tests start when the agent is dead"
         )
-    if not (folder / "Dockerfile").is_file():
-        raise TaskFileError(f"{folder / 'Dockerfile'} is missing")
-    _check_compose(folder / "docker-compose.yaml")
+    compose = _compose(folder)
+    image = compose.main.image if compose else None
     solution = folder / "solution.sh"
     try:
         sha256 = folder_hash(folder)
+        build = compose.build if compose else BuildConfig(folder=str(folder), sha256=sha256)
+        if image is None and (build is None or not Path(build.folder, build.dockerfile).is_file()):
+            raise TaskFileError(f"{folder / 'Dockerfile'} is missing")
     except OSError as exc:
         raise TaskFileError(f"{exc.filename or folder}: cannot be read: {exc.strerror}") from exc
     step = HarborStep(
@@ -83,13 +87,20 @@ def read_terminal_bench(folder: Path) -> Task:
         id=task_id(folder),
         instruction=settings.instruction,
         environment=EnvironmentConfig(
-            build=BuildConfig(folder=str(folder), sha256=sha256),
+            image=image,
+            build=build,
             as_image=True,
+            user=compose.main.user if compose else None,
             backend="docker",
-            workdir="",
-            network=NetworkConfig.everywhere("public"),
+            workdir=(compose.main.working_dir if compose else None) or "",
+            network=NetworkConfig.everywhere("public" if compose is None or compose.has_network else "none"),
+            env=compose.env if compose else {},
             limits=LimitsConfig(
-                memory_mib=MEMORY_MIB, file_size_mib=STORAGE_MIB, processes=PROCESSES, open_files=OPEN_FILES
+                memory_mib=(compose.memory_mib if compose else None) or MEMORY_MIB,
+                cpus=(compose.cpus if compose else None) or 1.0,
+                processes=PROCESSES,
+                file_size_mib=STORAGE_MIB,
+                open_files=OPEN_FILES,
             ),
         ),
         agent=AgentConfig(max_turns=MAX_TURNS, timeout_s=settings.max_agent_timeout_sec),
@@ -100,6 +111,12 @@ def read_terminal_bench(folder: Path) -> Task:
             solution_script="solution.sh",
             reward="pytest",
             steps=[step],
+            entrypoint=compose.main.entrypoint if compose else None,
+            command=compose.main.command if compose else None,
+            files=compose.files if compose else {},
+            volumes=compose.volumes if compose else {},
+            services=compose.services if compose else [],
+            wait_for=compose.wait_for if compose else {},
         ),
         solution=SolutionConfig(command="/solution/solution.sh", timeout_s=settings.max_agent_timeout_sec)
         if step.solution
@@ -108,21 +125,16 @@ def read_terminal_bench(folder: Path) -> Task:
     )
 
 
-def _check_compose(path: Path) -> None:
-    """Raise TaskFileError unless the file is missing or describes one container that is built from its folder."""
+def _compose(folder: Path) -> Compose | None:
+    """Read docker-compose.yaml; None if there is none. Raises TaskFileError."""
+    path = folder / "docker-compose.yaml"
     if not path.exists():
-        return
+        return None
     _, data = read_yaml(path)
-    match data:
-        case {"services": {**services}, **others} if len(services) == 1 and not others.keys() - {"version"}:
-            client: Any = next(iter(services.values()))
-        case _:
-            raise TaskFileError(f"{path}:1: only one service and no networks or volumes are supported")
-    if not isinstance(client, dict) or (foreign := client.keys() - CLIENT_KEYS):
-        named = ", ".join(sorted(map(str, foreign))) if isinstance(client, dict) else "no mapping"
-        raise TaskFileError(f"{path}:1: keys of the service that are not supported: {named}")
-    build = client.get("build", ".")
-    context = build.get("context", ".") if isinstance(build, dict) else build
-    dockerfile = build.get("dockerfile", "Dockerfile") if isinstance(build, dict) else "Dockerfile"
-    if context not in (".", "./") or dockerfile not in ("Dockerfile", "./Dockerfile"):
-        raise TaskFileError(f"{path}:1: build: only the Dockerfile beside this file is supported")
+    services = data.get("services") if isinstance(data, dict) else None
+    named = services if isinstance(services, dict) else {"client": None}  # the other errors are those of `Compose`
+    own = [name for name, each in named.items() if isinstance(each, dict) and CLIENT in str(each.get("container_name"))]
+    main_name = str(own[0] if own else next(iter(named)) if len(named) == 1 else "client")
+    if named and main_name not in named:
+        raise TaskFileError(f"{path}:1: services: none is the agent's sandbox; name one `client`")
+    return Compose(path, root=folder, main_name=main_name)
