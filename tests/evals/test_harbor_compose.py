@@ -82,7 +82,7 @@ services:
     depends_on: [once]
   once:
     image: agentkit-base:latest
-    command: ["sh", "-c", "exit 0"]
+    command: ["sh", "-c", "exit $(echo 0)"]
     networks: [inner, default]
 volumes: {{state: }}
 networks: {{inner: {{driver: bridge}}}}
@@ -201,7 +201,7 @@ def test_services_are_read(make: Make) -> None:
     once, web = config.services
     assert (once.name, once.command, web.name, web.command) == (
         "once",
-        ["sh", "-c", "exit 0"],
+        ["sh", "-c", "exit $(echo 0)"],
         "web",
         ["python3", "/srv/server.py"],
     )
@@ -274,7 +274,7 @@ def service(text: str) -> str:
         (service("volumes: ['./seed:/']"), r"services\.db: volumes: .* '/' is not the absolute path"),
         (service("volumes: ['./none:/data']"), r"services\.db: volumes: .*none is missing"),
         (service("command: echo ${HOME}"), r":4: services\.db\.command.*a variable that Harbor does not set is supp"),
-        (service("command: echo $(id)"), r":4: services\.db\.command.*a dollar sign begins a variable; write \$\$"),
+        (service("command: 'echo ${A:+b}'"), r":4: services\.db\.command.*'\$\{' begins no variable; write \$\$\{"),
         (service("environment: [=A]"), r":4: services\.db\.environment.*expected NAME=VALUE"),
         (service("environment: {A: 'a${B}'}"), r":4: services\.db\.environment.*only as a whole value of `env"),
         (service("cpus: many"), r"services\.db: limits: 'many' is not a number of CPUs"),
@@ -450,6 +450,7 @@ services = st.dictionaries(
 
 ODD: list[dict[str, Any]] = [
     {"build": "a\0b"},
+    {"build": "a\x1eb"},
     {"build": "x" * 300},
     {"image": "x", "volumes": ["./loop:/a"]},
     {"image": "x", "command": "echo '"},

@@ -27,7 +27,7 @@ from agentkit.harbor import Condition, Restart, ServiceConfig, ServiceHealthchec
 from agentkit.harbor import Healthcheck as MainHealthcheck
 from agentkit.strict import Shell, Strict
 from agentkit.task import load_yaml
-from agentkit_engine.untrusted import describe
+from agentkit_engine.untrusted import describe, shorten
 from agentkit_environments.folder import folder_hash
 from agentkit_evals.harbor.config import Environment, mebibytes
 
@@ -70,7 +70,10 @@ SCORING = ("/logs/verifier", "/solution", "/tests")
 OF_THE_ENGINE = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
 PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<plain>\w+)|\{(?P<name>\w+)(?::?-(?P<default>[^{}]*)|:?\?[^{}]*)?\}|)")
+_NAME = "[A-Za-z_][A-Za-z0-9_]*"
+_VARIABLE = re.compile(
+    rf"\$(?:(?P<dollar>\$)|(?P<plain>{_NAME})|\{{(?:(?P<name>{_NAME})(?::?-(?P<default>[^{{}}]*)|:?\?[^{{}}]*)?\}})?)"
+)
 
 
 def _literal(text: str) -> str:
@@ -81,7 +84,7 @@ def _literal(text: str) -> str:
             return "$"
         name = match["plain"] or match["name"]
         if name is None:
-            raise ValueError(f"{text!r:.80}: a dollar sign begins a variable; write $$ for the sign itself")
+            raise ValueError(f"{text!r:.80}: '${{' begins no variable; write $${{ for the characters themselves")
         found = SET.get(name)
         if found is None:
             raise ValueError(
@@ -504,7 +507,7 @@ class Compose:
         if not path.is_relative_to(within):
             raise self._error(name, f"{key}: {place!r} lies outside {within}")
         if not path.exists():
-            raise self._error(name, f"{key}: {path} is missing")
+            raise self._error(name, f"{key}: {shorten(str(path), 400, quote=False)} is missing")
         return path
 
     def _error(self, service: str, problem: str) -> TaskFileError:
