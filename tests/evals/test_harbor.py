@@ -598,6 +598,7 @@ def test_a_terminal_bench_directory_is_a_task(terminal_bench: Make) -> None:
         ({"docker-compose.yaml": "services: {client: {}}\n", "Dockerfile": None}, "Dockerfile is missing"),
         ({"docker-compose.yaml": "services: {client: x}\n"}, r":1: services\.client: "),
         ({"docker-compose.yaml": "services: {}\n"}, r":1: services: "),
+        ({"docker-compose.yaml": COMPOSE + "    cpus: 99999\n"}, r"docker-compose\.yaml:1: cpus: "),
         ({"docker-compose.yaml": "[]\n"}, ":1: expected keys and values"),
     ],
 )

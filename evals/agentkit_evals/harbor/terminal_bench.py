@@ -12,16 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from agentkit.environment_config import BuildConfig, EnvironmentConfig, LimitsConfig, NetworkConfig
 from agentkit.errors import TaskFileError
 from agentkit.harbor import HarborConfig, HarborStep
 from agentkit.strict import Strict, Timeout
 from agentkit.task import AgentConfig, SolutionConfig, Task, load_yaml, read_yaml
+from agentkit_engine.untrusted import describe
 from agentkit_environments.folder import folder_hash
 from agentkit_evals.harbor.compose import Compose
-from agentkit_evals.harbor.read import MAX_TURNS, MEMORY_MIB, OPEN_FILES, PROCESSES, STORAGE_MIB, task_id
+from agentkit_evals.harbor.read import COMPOSE, MAX_TURNS, MEMORY_MIB, OPEN_FILES, PROCESSES, STORAGE_MIB, task_id
 
 CLIENT = "T_BENCH_TASK_DOCKER_CLIENT_CONTAINER_NAME"
 
@@ -83,51 +84,54 @@ def read_terminal_bench(folder: Path) -> Task:
         tests=["run-tests.sh", *(["tests"] if (folder / "tests").is_dir() else [])],
         solution="solution.sh" if solution.is_file() else None,
     )
-    return Task(
-        id=task_id(folder),
-        instruction=settings.instruction,
-        environment=EnvironmentConfig(
-            image=image,
-            build=build,
-            as_image=True,
-            user=compose.main.user if compose else None,
-            backend="docker",
-            workdir=(compose.main.working_dir if compose else None) or "",
-            network=NetworkConfig.everywhere("public" if compose is None or compose.has_network else "none"),
-            env=compose.env if compose else {},
-            limits=LimitsConfig(
-                memory_mib=(compose.memory_mib if compose else None) or MEMORY_MIB,
-                cpus=(compose.cpus if compose else None) or 1.0,
-                processes=PROCESSES,
-                file_size_mib=STORAGE_MIB,
-                open_files=OPEN_FILES,
+    try:
+        return Task(
+            id=task_id(folder),
+            instruction=settings.instruction,
+            environment=EnvironmentConfig(
+                image=image,
+                build=build,
+                as_image=True,
+                user=compose.main.user if compose else None,
+                backend="docker",
+                workdir=(compose.main.working_dir if compose else None) or "",
+                network=NetworkConfig.everywhere("public" if compose is None or compose.has_network else "none"),
+                env=compose.env if compose else {},
+                limits=LimitsConfig(
+                    memory_mib=(compose.memory_mib if compose else None) or MEMORY_MIB,
+                    cpus=(compose.cpus if compose else None) or 1.0,
+                    processes=PROCESSES,
+                    file_size_mib=STORAGE_MIB,
+                    open_files=OPEN_FILES,
+                ),
             ),
-        ),
-        agent=AgentConfig(max_turns=MAX_TURNS, timeout_s=settings.max_agent_timeout_sec),
-        verifier=HarborConfig(
-            folder=str(folder),
-            sha256=sha256,
-            script="run-tests.sh",
-            solution_script="solution.sh",
-            reward="pytest",
-            steps=[step],
-            entrypoint=compose.main.entrypoint if compose else None,
-            command=compose.main.command if compose else None,
-            files=compose.files if compose else {},
-            volumes=compose.volumes if compose else {},
-            services=compose.services if compose else [],
-            wait_for=compose.wait_for if compose else {},
-        ),
-        solution=SolutionConfig(command="/solution/solution.sh", timeout_s=settings.max_agent_timeout_sec)
-        if step.solution
-        else None,
-        metadata={"difficulty": settings.difficulty, "category": settings.category, "tags": settings.tags},
-    )
+            agent=AgentConfig(max_turns=MAX_TURNS, timeout_s=settings.max_agent_timeout_sec),
+            verifier=HarborConfig(
+                folder=str(folder),
+                sha256=sha256,
+                script="run-tests.sh",
+                solution_script="solution.sh",
+                reward="pytest",
+                steps=[step],
+                entrypoint=compose.main.entrypoint if compose else None,
+                command=compose.main.command if compose else None,
+                files=compose.files if compose else {},
+                volumes=compose.volumes if compose else {},
+                services=compose.services if compose else [],
+                wait_for=compose.wait_for if compose else {},
+            ),
+            solution=SolutionConfig(command="/solution/solution.sh", timeout_s=settings.max_agent_timeout_sec)
+            if step.solution
+            else None,
+            metadata={"difficulty": settings.difficulty, "category": settings.category, "tags": settings.tags},
+        )
+    except ValidationError as exc:
+        raise TaskFileError(f"{folder / COMPOSE}:1: {describe(exc)}") from exc
 
 
 def _compose(folder: Path) -> Compose | None:
     """Read docker-compose.yaml; None if there is none. Raises TaskFileError."""
-    path = folder / "docker-compose.yaml"
+    path = folder / COMPOSE
     if not path.exists():
         return None
     _, data = read_yaml(path)
