@@ -11,6 +11,7 @@ snapshot.py     the files that commands can change, for a snapshot; blocking cal
 hardening.py    what the container is allowed to do
 loss.py         the reason why a container was lost, from evidence outside it
 image.py        building an image from a folder, and an image's own settings
+progress.py     what an engine says during a build
 services.py     containers beside a sandbox, on a private network, and volumes that they share
 engine.py       the engine: connecting, images, removing and reaping containers
 """

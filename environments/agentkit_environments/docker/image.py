@@ -1,7 +1,8 @@
 """Images: building one from a folder with a Dockerfile, and running one as it was built.
 
-A build is cached by the content of its folder and its settings: the image's tag is their hash. The engine's own builder
-runs the Dockerfile, so features of BuildKit (here-documents, `RUN --mount`) are not available.
+A build is cached by the content of its folder and its settings: the image's tag is their hash. A Dockerfile with
+features of BuildKit (here-documents, `RUN --mount`) is built by the engine's BuildKit, which takes the build context
+like the engine's first builder does (`version=2` of POST /build).
 """
 
 from __future__ import annotations
@@ -24,15 +25,13 @@ import requests
 from docker.errors import DockerException, ImageNotFound, NotFound
 
 from agentkit_environments.docker.engine import OWNER_LABEL, connect, remove_container, require_image
+from agentkit_environments.docker.progress import BuildProgress, needs_buildkit
 from agentkit_environments.docker.users import home_of, resolve_user
 from agentkit_environments.environment import EnvironmentSpec
 from agentkit_environments.errors import ImageBuildError, SandboxUnavailableError
 from agentkit_environments.folder import folder_hash, image_tag
 from agentkit_environments.owner import owner_token
 
-MAX_LOG_CHARS = 2_000
-_STEP = re.compile(r"^(?:Step|(?:\[\d+/\d+\] )?STEP) (\d+)/(\d+) ?: (.*)")
-"""A line of Docker's builder, or of Podman's, which also numbers the stages if there are several."""
 _building: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
@@ -70,6 +69,9 @@ def build_image(
                     raise ImageBuildError(
                         f"{folder} has changed since the task was read ({found[:12]} for {sha256[:12]}); run again"
                     ) from None
+                with_buildkit = needs_buildkit(Path(folder, dockerfile))
+                if with_buildkit:
+                    client.api.params = {"version": "2"}  # the docker library has no argument for it
                 lines = client.api.build(
                     path=str(folder),
                     tag=tag,
@@ -78,11 +80,14 @@ def build_image(
                     buildargs=dict(args or {}),
                     rm=True,
                     forcerm=True,
+                    gzip=with_buildkit,  # it takes an archive with extended headers for a Dockerfile
                     decode=True,
                 )
                 _follow(lines, Path(folder, dockerfile), timeout_s)
         except (DockerException, requests.RequestException) as error:
             raise SandboxUnavailableError(f"the Docker engine cannot build {folder}: {error}") from error
+        except OSError as error:
+            raise ImageBuildError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
         finally:
             client.close()
     return tag
@@ -91,30 +96,31 @@ def build_image(
 def _follow(lines: Any, dockerfile: Path, timeout_s: float) -> None:
     """Read the engine's lines about a build to their end. Raises ImageBuildError."""
     deadline = time.monotonic() + timeout_s
-    step, log = "before the first step", ""
+    progress = BuildProgress()
     try:
         for line in lines:
-            text = line.get("stream") or line.get("status") or ""
-            if match := _STEP.match(text):
-                step, log = f"step {match[1]} of {match[2]}: {match[3]}", ""
-            else:
-                log = (log + text)[-MAX_LOG_CHARS:]
+            progress.read(line)
             if "error" in line:
-                raise ImageBuildError(_failure(dockerfile, step, log, str(line["error"])))
+                raise ImageBuildError(_failure(dockerfile, progress, str(line["error"]).strip()))
             if time.monotonic() > deadline:
-                raise ImageBuildError(f"{dockerfile}, {step}: the build took more than {timeout_s:g} s")
+                raise ImageBuildError(f"{dockerfile}, {progress.step}: the build took more than {timeout_s:g} s")
     finally:
         lines.close()  # the engine stops a build whose client is gone
 
 
-def _failure(dockerfile: Path, step: str, log: str, error: str) -> str:
-    base = re.search(r": FROM (?:--\S+ )*(\S+)", step)
-    if base:
+def _failure(dockerfile: Path, progress: BuildProgress, error: str) -> str:
+    place = f"{dockerfile}, {progress.step}"
+    if base := re.search(r"(?:: FROM (?:--\S+ )*|load metadata for )(\S+)", progress.step):
         return (
-            f"{dockerfile}, {step}: the base image {base[1]} is missing and could not be pulled: {error.strip()}. "
+            f"{place}: the base image {base[1]} is missing and could not be pulled: {error}. "
             f"Load it (`docker load`, `docker import`), or give the engine access to its registry"
         )
-    return "\n".join(filter(None, (f"{dockerfile}, {step}: {error.strip()}", log.strip())))
+    if "unknown instruction" in error and needs_buildkit(dockerfile):
+        error += (
+            ". This engine knows no here-documents: use Docker 23 or newer, or begin the Dockerfile with "
+            "`# syntax=docker/dockerfile:1`"
+        )
+    return "\n".join(filter(None, (f"{place}: {error}", progress.log.strip())))
 
 
 def with_image_settings(spec: EnvironmentSpec) -> EnvironmentSpec:
