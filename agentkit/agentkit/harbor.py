@@ -33,6 +33,7 @@ TaskPath = Literal["."] | RelativePath
 """A file or folder of the task, or its whole folder."""
 Condition = Literal["service_started", "service_healthy", "service_completed_successfully"]
 HOST_NAME = r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$"
+HostName = Annotated[str, Field(pattern=HOST_NAME, max_length=63)]
 Restart = Literal["no", "always", "unless-stopped", "on-failure"]
 User = Annotated[str, BeforeValidator(_user)]
 """A user's name or uid; a number becomes text."""
@@ -134,7 +135,7 @@ class VolumeConfig(Strict):
 class ServiceConfig(Strict):
     """A container beside the agent's sandbox, which reaches it by its name. None leaves a setting to the image."""
 
-    name: str = Field(pattern=HOST_NAME, max_length=63)
+    name: HostName
     image: str | None = Field(default=None, min_length=1)
     build: BuildConfig | None = None  # instead of `image`
     command: list[Shell] | None = None
@@ -143,7 +144,7 @@ class ServiceConfig(Strict):
     workdir: str | None = Field(default=None, pattern="^/")
     env: Variables = Field(default_factory=dict)
     healthcheck: ServiceHealthcheck | None = None
-    aliases: list[Annotated[str, Field(pattern=HOST_NAME, max_length=63)]] = Field(default_factory=list)
+    aliases: list[HostName] = Field(default_factory=list)
     restart: Restart = "no"
     cpus: float | None = Field(default=None, gt=0, le=1 << 14)  # None: as many as the agent's sandbox
     memory_mib: int | None = Field(default=None, ge=16, le=1 << 24)
@@ -195,6 +196,7 @@ class HarborConfig(Strict):
     volumes: dict[str, VolumeConfig] = Field(default_factory=dict)  # path in the sandbox -> one that services share
     services: list[ServiceConfig] = Field(default_factory=list)  # each after those that it depends on
     wait_for: dict[str, Condition] = Field(default_factory=dict)  # services that the agent's sandbox depends on
+    aliases: list[HostName] = Field(default_factory=list)  # how services reach the agent's sandbox, besides `main`
     mcp_servers: list[McpServer] = Field(default_factory=list)
     skills_dir: str | None = None  # a folder in the sandbox with folders that have a SKILL.md
     history: RelativePath | None = None  # an ATIF file with the conversation before the task

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from agentkit_environments import (
 )
 from agentkit_environments.docker import DockerEnvironment, ServiceSpec, open_services
 from agentkit_environments.docker.engine import BASE_IMAGE, RUN_LABEL
-from agentkit_environments.errors import SnapshotError
+from agentkit_environments.docker.services import Condition
+from agentkit_environments.errors import ServiceError, SnapshotError
 
 DOCKER = available_backends()["docker"]
 pytestmark = [
@@ -341,6 +343,22 @@ async def test_a_sandbox_with_services_is_not_captured() -> None:
                 await environment.snapshot()
         async with environment.fork():
             pass
+
+
+async def test_services_reach_the_sandbox_by_its_names() -> None:
+    find = "import socket, sys; socket.gethostbyname(sys.argv[1])"
+    look = ServiceSpec("look", BASE_IMAGE, ResourceLimits(memory_mib=64), command=["python3", "-c", find, "main"])
+    other = replace(look, name="other", command=["python3", "-c", find, "client"])
+    done: dict[str, Condition] = {"look": "service_completed_successfully", "other": "service_completed_successfully"}
+    async with await open_environment(as_image(), backend="docker") as environment:
+        assert isinstance(environment, DockerEnvironment)
+        async with open_services(environment, [look, other], done, aliases=["client"]):
+            pass
+    async with await open_environment(as_image(), backend="docker") as environment:
+        assert isinstance(environment, DockerEnvironment)
+        with pytest.raises(ServiceError, match="other"):
+            async with open_services(environment, [look, other], done):
+                pass
 
 
 async def test_too_much_is_not_captured(furnished: str, monkeypatch: pytest.MonkeyPatch) -> None:

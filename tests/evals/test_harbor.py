@@ -641,7 +641,7 @@ networks: {lab: {driver: bridge, labels: [a=b]}}
         {"store": "service_started"},
     )
     (store,) = config.services
-    assert (store.image, store.aliases) == ("stock", ["agentkit__store"])
+    assert (store.image, store.aliases, config.aliases) == ("stock", ["agentkit__store"], ["desk"])
     assert Task.model_validate_json(task.model_dump_json()) == task, "run.json holds the task"
 
 

@@ -235,7 +235,10 @@ def service(text: str) -> str:
             service("networks: {default: {ipv4_address: 10.0.0.5}}"),
             r':4: unknown key "services\.db\.networks\.default\.ipv4_address"',
         ),
-        ("services: {main: {networks: {default: {aliases: [a]}}}}\n", r"services\.main: networks: aliases"),
+        (
+            "services: {main: {networks: {default: {aliases: [a b]}}}, db: {image: x}}\n",
+            r":1: services\.main\.networks\.default\.aliases\.0: 'a b' cannot be the name of a host",
+        ),
         (service("privileged: true"), r":4: services\.db\.privileged: the rights of sandboxes and services cannot"),
         (service("cap_add: [SYS_ADMIN]"), r":4: services\.db\.cap_add: the rights of"),
         (service("security_opt: [seccomp=unconfined]"), r":4: services\.db\.security_opt"),
@@ -372,6 +375,7 @@ services:
   main:
     <<: *common
     platform: linux
+    networks: {default: {aliases: [agent]}}
     working_dir: /srv
     user: 1000
     entrypoint: /bin/start
@@ -385,6 +389,7 @@ volumes: {alone: }
     config, main = config_of(task), task.environment
     assert (main.workdir, main.user, config.entrypoint) == ("/srv", "1000", ["/bin/start"])
     assert config.command == ["serve", "--port", "80"]
+    assert config.aliases == ["agent"]
     assert config.healthcheck is not None
     assert (config.healthcheck.command, config.healthcheck.interval_sec) == ("test -f 'a b'", 5)
     assert config.files == {"/etc/seed": "environment/seed/seed.txt"}

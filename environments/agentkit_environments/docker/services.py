@@ -118,7 +118,11 @@ async def open_volumes(run_id: str, names: Iterable[str]) -> AsyncIterator[dict[
 
 @contextlib.asynccontextmanager
 async def open_services(
-    environment: DockerEnvironment, services: Sequence[ServiceSpec], wait_for: Mapping[str, Condition]
+    environment: DockerEnvironment,
+    services: Sequence[ServiceSpec],
+    wait_for: Mapping[str, Condition],
+    *,
+    aliases: Sequence[str] = (),
 ) -> AsyncIterator[None]:
     """Start services in the given order, connect the sandbox to them, and remove them at the end.
 
@@ -126,12 +130,13 @@ async def open_services(
         environment: The sandbox.
         services: The services; each comes after those that it depends on.
         wait_for: What the block waits for.
+        aliases: Names under which services reach the sandbox, besides `main`.
 
     Raises:
         ServiceError: a service ended or became unhealthy, or was not ready in time.
         SandboxUnavailableError: an image is missing and cannot be pulled, or the engine fails.
     """
-    running = await anyio.to_thread.run_sync(_Services, environment)
+    running = await anyio.to_thread.run_sync(_Services, environment, [MAIN, *aliases])
     environment.services = tuple(each.name for each in services)
     try:
         await anyio.to_thread.run_sync(running.start, services, wait_for)
@@ -145,8 +150,8 @@ async def open_services(
 class _Services:
     """The network and the containers of one sandbox; blocking calls."""
 
-    def __init__(self, environment: DockerEnvironment) -> None:
-        self._main = environment.container_id
+    def __init__(self, environment: DockerEnvironment, names: Sequence[str]) -> None:
+        self._main, self._names = environment.container_id, list(names)
         network = environment.spec.network
         # With another policy in one phase, the services' network must not be a way around it.
         self._is_internal = any(network.policy(phase) != "public" for phase in PHASES)
@@ -170,7 +175,7 @@ class _Services:
             )
             if self._main_is_alone:  # a container without a network cannot join another one
                 self._api.disconnect_container_from_network(self._main, "none")
-            self._api.connect_container_to_network(self._main, self._network, aliases=[MAIN])
+            self._api.connect_container_to_network(self._main, self._network, aliases=self._names)
             for service in services:
                 self._wait(service.depends_on)
                 self._start(service)

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 
 from agentkit.environment_config import BuildConfig
 from agentkit.errors import TaskFileError
-from agentkit.harbor import Condition, Restart, ServiceConfig, ServiceHealthcheck, VolumeConfig
+from agentkit.harbor import HOST_NAME, Condition, Restart, ServiceConfig, ServiceHealthcheck, VolumeConfig
 from agentkit.harbor import Healthcheck as MainHealthcheck
 from agentkit.strict import Shell, Strict
 from agentkit.task import load_yaml
@@ -161,11 +161,18 @@ def _mode(name: Any) -> Any:
     return _literal(name) if isinstance(name, str) else name
 
 
+def _host_name(text: str) -> str:
+    if not re.fullmatch(HOST_NAME, text):
+        raise ValueError(f"{text!r:.80} cannot be the name of a host")
+    return text
+
+
 def _folder(build: Any) -> Any:
     return {"context": build} if isinstance(build, str) else build
 
 
 Text = Annotated[Shell, AfterValidator(_literal)]
+Name = Annotated[Text, AfterValidator(_host_name)]
 Command = Annotated[list[Text], BeforeValidator(_words)]
 Duration = Annotated[float, BeforeValidator(_seconds)]
 Value = str | int | float | None
@@ -233,7 +240,7 @@ class Deploy(Strict):
 class Membership(Strict):
     """Other names of a service in a network."""
 
-    aliases: list[Text] = Field(default_factory=list)
+    aliases: list[Name] = Field(default_factory=list)
 
 
 class Service(Strict):
@@ -255,7 +262,7 @@ class Service(Strict):
     mem_limit: str | int | None = None
     restart: Restart = "no"
     platform: Annotated[str, AfterValidator(_platform)] | None = None
-    container_name: Text | None = None
+    container_name: Name | None = None
     network_mode: Annotated[Literal["bridge", "none"] | None, BeforeValidator(_mode)] = None
     security_opt: list[Literal["label=disable", "label:disable", "no-new-privileges:true"]] = Field(
         default_factory=list
@@ -320,6 +327,7 @@ class Compose:
     Attributes:
         services: the services except `main`, each after those that it depends on.
         wait_for: what `main` waits for.
+        aliases: names under which services reach `main`, besides `main`.
         main: the settings of `main`; its `image` is None if it is built, and else an image to pull.
         build: how `main` is built; None if task.toml has an image, or there is nothing to build.
         files: path in `main` -> path below the task's folder, of files that are copied there before it starts.
@@ -375,6 +383,7 @@ class Compose:
         except OSError as exc:
             raise TaskFileError(f"{exc.filename or path}: cannot be read: {exc.strerror}") from exc
         self.wait_for = _conditions(main)
+        self.aliases = sorted({main_name, *_aliases(main)} - {MAIN})
         self.cpus, self.memory_mib = self._limits(main_name, main)
         self.has_network = main.network_mode != "none"
 
@@ -410,10 +419,6 @@ class Compose:
         """
         if main.working_dir is not None and not main.working_dir.startswith("/"):
             raise self._error(self._main_name, f"working_dir: {main.working_dir!r:.80} is not an absolute path")
-        if any(use and use.aliases for use in main.networks.values()):
-            raise self._error(
-                self._main_name, "networks: aliases are not supported; services reach the agent's sandbox as `main`"
-            )
         mounts = [each for each in main.volumes if each.removesuffix(":rw") not in LOG_MOUNTS]
         files, volumes = self._mounts(self._main_name, mounts)
         if taken := OF_THE_ENGINE & files.keys():
@@ -442,7 +447,6 @@ class Compose:
         cpus, memory_mib = self._limits(name, service)
         files, volumes = self._mounts(name, service.volumes)
         build = service.build or self._builds.get(service.image or "")
-        other_names = [service.container_name] if service.container_name else []
         try:
             return ServiceConfig(
                 name=name,
@@ -455,7 +459,7 @@ class Compose:
                 env=_variables(service),
                 healthcheck=_healthcheck(service.healthcheck),
                 depends_on=_conditions(service),
-                aliases=other_names + [each for use in service.networks.values() if use for each in use.aliases],
+                aliases=_aliases(service),
                 restart=service.restart,
                 cpus=cpus,
                 memory_mib=memory_mib,
@@ -516,6 +520,11 @@ class Compose:
 
 def _conditions(service: Service) -> dict[str, Condition]:
     return {name: dependency.condition for name, dependency in service.depends_on.items()}
+
+
+def _aliases(service: Service) -> list[str]:
+    own = [service.container_name] if service.container_name else []
+    return own + [each for use in service.networks.values() if use for each in use.aliases]
 
 
 def _variables(service: Service) -> dict[str, str]:

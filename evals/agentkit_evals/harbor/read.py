@@ -97,6 +97,7 @@ def read_harbor(folder: Path) -> Task:
                 volumes=compose.volumes if compose else {},
                 services=compose.services if compose else [],
                 wait_for=compose.wait_for if compose else {},
+                aliases=compose.aliases if compose else [],
                 mcp_servers=toml.environment.mcp_servers,
                 skills_dir=toml.environment.skills_dir,
                 history=_history(folder),

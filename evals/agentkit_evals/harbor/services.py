@@ -64,7 +64,7 @@ async def services_beside(
 
     assert isinstance(environment, DockerEnvironment), "other backends refuse a task with an image"
     specs = [await _spec(config, service, environment, volumes) for service in config.services]
-    async with open_services(environment, specs, config.wait_for):
+    async with open_services(environment, specs, config.wait_for, aliases=config.aliases):
         yield
 
 

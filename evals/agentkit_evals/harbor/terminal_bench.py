@@ -119,6 +119,7 @@ def read_terminal_bench(folder: Path) -> Task:
                 volumes=compose.volumes if compose else {},
                 services=compose.services if compose else [],
                 wait_for=compose.wait_for if compose else {},
+                aliases=compose.aliases if compose else [],
             ),
             solution=SolutionConfig(command="/solution/solution.sh", timeout_s=settings.max_agent_timeout_sec)
             if step.solution
