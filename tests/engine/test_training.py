@@ -46,6 +46,7 @@ from agentkit_engine.training.train import (
     train,
 )
 
+ALONE = TrainingConfig(practice=("copy", "far-copy", "majority"), batches=1, batch_tokens=192)
 PHRASE = 'invoke name="read_file">\n<'
 TEXTS = ["the file kalo.txt holds mira = 42\n", 'invoke name="read_file">\n<kalo', "def f(x):\n    return x + 1\n"] * 40
 
@@ -147,7 +148,7 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...]) -
 
 
 def test_practice_comes_first_then_in_every_second_pair_of_batches_in_rotation() -> None:
-    config = TrainingConfig(practice_steps=3, mixed_steps=0, practice_every=0, batches=1, batch_tokens=192)
+    config = replace(ALONE, practice_steps=3, mixed_steps=0, practice_every=0)
     drawn = list(itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 8))
     assert [batch.window for batch in drawn] == [None, None, FAR_COPY_WINDOW, FAR_COPY_WINDOW, 2, 2, None, None]
     assert [batch.ids_BT.size(1) for batch in drawn] == [96] * 4 + [164] * 2 + [24] * 2
@@ -168,7 +169,7 @@ def test_rows_to_copy_differ_in_length_once_there_are_many_ids() -> None:
 
 
 def test_practice_goes_on_beside_trajectories() -> None:
-    config = TrainingConfig(practice_steps=0, mixed_steps=0, practice_every=4, batches=1, batch_tokens=192)
+    config = replace(ALONE, practice_steps=0, mixed_steps=0, practice_every=4)
     widths = [batch.ids_BT.size(1) for batch in itertools.islice(_stream(_rows(8), config, pad_id=2, world=2), 16)]
     assert widths == [24, 24, 96, 96, 24, 24, 24, 24, 24, 24, 164, 164, 24, 24, 24, 24]
 

@@ -100,7 +100,7 @@ class TrainingConfig:
     """
 
     steps: int = 3000
-    practice: tuple[Practice, ...] = ("copy", "far-copy", "majority")
+    practice: tuple[Practice, ...] = ("copy", "far-copy", "names", "majority")
     practice_steps: int = 150
     mixed_steps: int = 500
     practice_every: int = 10
