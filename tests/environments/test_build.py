@@ -6,6 +6,7 @@ import base64
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import docker
 import pytest
@@ -17,6 +18,9 @@ from agentkit_environments.docker import build_image, docker_failure
 from agentkit_environments.docker.engine import BASE_IMAGE
 from agentkit_environments.docker.progress import BuildProgress, needs_buildkit
 from agentkit_environments.folder import folder_hash
+
+if TYPE_CHECKING:
+    from tests.conftest import Tag, WaitUntil
 
 Build = Callable[..., str]
 
@@ -32,6 +36,9 @@ Build = Callable[..., str]
         ("FROM a\nRUN apt-get update && \\\n    cat <<-EOF > /a\nx\nEOF\n", True),
         ("# syntax=docker/dockerfile:1\nFROM a\nRUN true\nCOPY --chown=1:1 a /a\n", False),
         ("FROM a\nRUN echo $((1 << 2)) --nomount\nCOPY --from=b a /a\n", False),
+        ("FROM a\nRUN --network=none \\\n  --mount=type=tmpfs,target=/c true\n", True),
+        ("FROM a\nRUN tool --link a --mount b\n", False),
+        ("FROM a\n" + "\n" * 300_000 + "RUN \\\n" * 100_000, False),
         ("FROM a\nENV X=--mount\nRUN true\n# RUN --mount=type=cache true\n", False),
     ],
 )
@@ -60,7 +67,10 @@ def test_the_step_and_its_output_are_read(lines: list[str]) -> None:
 
 @given(st.binary(max_size=200))
 def test_a_malformed_message_of_buildkit_is_no_error(message: bytes) -> None:
-    BuildProgress().read({"id": "moby.buildkit.trace", "aux": base64.b64encode(message).decode()})
+    progress = BuildProgress()
+    progress.read({"id": "moby.buildkit.trace", "aux": base64.b64encode(message).decode()})
+    progress.read({"stream": "Step 1/2 : FROM a\n"})
+    assert progress.step == "step 1 of 2: FROM a"
 
 
 @pytest.fixture
@@ -69,13 +79,13 @@ def build(tmp_path: Path) -> Iterator[Build]:
         pytest.skip(f"docker: {reason}")
     built: list[str] = []
 
-    def run(*lines: str, dockerfile: str = "Dockerfile") -> str:
+    def run(*lines: str, dockerfile: str = "Dockerfile", timeout_s: float = 120) -> str:
         """Build a Dockerfile over the base image, with content of its own."""
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "hello").write_text(f"echo {secrets.token_hex(8)}\n")
         (folder / "Dockerfile").write_text("\n".join((f"FROM {BASE_IMAGE}", *lines, "")))
-        built.append(build_image(folder, folder_hash(folder), timeout_s=120, dockerfile=dockerfile))
+        built.append(build_image(folder, folder_hash(folder), timeout_s=timeout_s, dockerfile=dockerfile))
         return built[-1]
 
     yield run
@@ -104,6 +114,14 @@ def test_a_failed_step_of_buildkit_is_named_with_its_output(build: Build) -> Non
         build("COPY --chmod=755 hello /hello", "RUN echo before", "RUN echo why; exit 7")
     with pytest.raises(ImageBuildError, match=r"base image agentkit-missing.invalid/base:1 is missing and could not"):
         build("FROM agentkit-missing.invalid/base:1", "COPY --chmod=755 hello /hello")
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("flag", ["", "--mount=type=tmpfs,target=/scratch"], ids=["first-builder", "buildkit"])
+def test_a_silent_step_is_ended_in_time(build: Build, tag: Tag, wait_until: WaitUntil, flag: str) -> None:
+    with pytest.raises(ImageBuildError, match=rf"step 2 of 2: RUN .*sleep {tag.value}: the build took more than 2 s"):
+        build(f"RUN {flag} sleep {tag.value}", timeout_s=2)
+    wait_until(lambda: not tag.alive(), "the end of the step")
 
 
 @pytest.mark.docker

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import math
 import re
 import tarfile
 import threading
@@ -23,6 +24,7 @@ from typing import Any
 import docker
 import requests
 from docker.errors import DockerException, ImageNotFound, NotFound
+from urllib3.exceptions import ReadTimeoutError
 
 from agentkit_environments.docker.engine import OWNER_LABEL, connect, remove_container, require_image
 from agentkit_environments.docker.progress import BuildProgress, needs_buildkit
@@ -49,7 +51,7 @@ def build_image(
     Args:
         folder: A folder with a Dockerfile, which is the whole build context (less what `.dockerignore` lists).
         sha256: Its `folder_hash` when the task was read.
-        timeout_s: Seconds for the build.
+        timeout_s: Seconds for the build; up to twice as many if a step is silent.
         dockerfile: Path of the Dockerfile in the folder.
         target: The stage to build; None for the last one.
         args: Build arguments.
@@ -82,6 +84,7 @@ def build_image(
                     forcerm=True,
                     gzip=with_buildkit,  # it takes an archive with extended headers for a Dockerfile
                     decode=True,
+                    timeout=math.ceil(timeout_s),  # without a word from the engine
                 )
                 _follow(lines, Path(folder, dockerfile), timeout_s)
         except (DockerException, requests.RequestException) as error:
@@ -103,7 +106,9 @@ def _follow(lines: Any, dockerfile: Path, timeout_s: float) -> None:
             if "error" in line:
                 raise ImageBuildError(_failure(dockerfile, progress, str(line["error"]).strip()))
             if time.monotonic() > deadline:
-                raise ImageBuildError(f"{dockerfile}, {progress.step}: the build took more than {timeout_s:g} s")
+                raise TimeoutError
+    except (TimeoutError, ReadTimeoutError):
+        raise ImageBuildError(f"{dockerfile}, {progress.step}: the build took more than {timeout_s:g} s") from None
     finally:
         lines.close()  # the engine stops a build whose client is gone
 

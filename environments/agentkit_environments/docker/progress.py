@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 MAX_LOG_CHARS = 2_000
-_NEEDS_BUILDKIT = re.compile(
-    r"^\s*(?:RUN|COPY|ADD)\s(?:.*\\\n)*.*?"
-    r"(?:(?<=\s)--(?:mount|network|security|chmod|link|parents|exclude|checksum|keep-git-dir)\b|<<-?\s*[\"']?[A-Za-z_])",
-    re.IGNORECASE | re.MULTILINE,
+_FOR_BUILDKIT = re.compile(
+    r"(?:RUN|COPY|ADD)\b(?:(?:\s+--\S+)*?\s+--(?:mount|network|security|chmod|link|parents|exclude|checksum|keep-git-dir)\b"
+    r"|.*<<-?[\"']?[A-Za-z_])",
+    re.IGNORECASE,
 )
 _STEP = re.compile(r"(?:Step |(?:\[\d+/\d+\] )?STEP |\[(?:\S+ )?)(\d+)/(\d+)(?:\]| ?:) (.*)", re.DOTALL)
 """A step as Docker's builder, Podman (which also numbers the stages if there are several), or BuildKit writes it."""
@@ -26,7 +26,8 @@ _STEP = re.compile(r"(?:Step |(?:\[\d+/\d+\] )?STEP |\[(?:\S+ )?)(\d+)/(\d+)(?:\
 
 def needs_buildkit(dockerfile: Path) -> bool:
     """Return whether a Dockerfile has here-documents, or flags that only BuildKit knows. Raises OSError."""
-    return bool(_NEEDS_BUILDKIT.search(dockerfile.read_text("utf-8", "replace")))
+    lines = re.sub(r"\\[ \t]*\n", " ", dockerfile.read_text("utf-8", "replace")).splitlines()
+    return any(_FOR_BUILDKIT.match(line.lstrip()) for line in lines)
 
 
 class BuildProgress:
@@ -50,7 +51,7 @@ class BuildProgress:
             return
         text = str(line.get("stream") or line.get("status") or "")
         if match := _STEP.match(text):
-            self.step, self._vertex = _titled(match), text.encode()
+            self.step = _titled(match)
             self._logs.clear()
         else:
             self._add(self._vertex, text)
