@@ -392,6 +392,19 @@ class Compose:
         """The environment variables of `main`."""
         return _variables(self.main)
 
+    @property
+    def harbor_fields(self) -> dict[str, Any]:
+        """The fields of `HarborConfig` that this file gives, except the health check, which task.toml may have."""
+        return {
+            "entrypoint": self.main.entrypoint,
+            "command": self.main.command,
+            "files": self.files,
+            "volumes": self.volumes,
+            "services": self.services,
+            "wait_for": self.wait_for,
+            "aliases": self.aliases,
+        }
+
     def _check_networks(self, file: ComposeFile) -> None:
         """Check that the services that name networks share one with each other and with those that name none."""
         is_alone = file.services.keys() == {self._main_name}

@@ -113,13 +113,7 @@ def read_terminal_bench(folder: Path) -> Task:
                 solution_script="solution.sh",
                 reward="pytest",
                 steps=[step],
-                entrypoint=compose.main.entrypoint if compose else None,
-                command=compose.main.command if compose else None,
-                files=compose.files if compose else {},
-                volumes=compose.volumes if compose else {},
-                services=compose.services if compose else [],
-                wait_for=compose.wait_for if compose else {},
-                aliases=compose.aliases if compose else [],
+                **(compose.harbor_fields if compose else {}),
             ),
             solution=SolutionConfig(command="/solution/solution.sh", timeout_s=settings.max_agent_timeout_sec)
             if step.solution
